@@ -1,0 +1,360 @@
+"""The configuration: one typed schema, YAML files that inherit from each other, dotted overrides.
+
+``load("configs/quickstart.yaml", ["branching=none", "flow.staleness=0"])`` merges, in this order: the defaults
+below, the file's ``base:`` (recursively), the file, the overrides.  An unknown key is an error that names the
+nearest known one.  A plain word given for a section that has a ``name`` sets that name: ``branching=none`` is
+``branching.name=none``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the remedy."""
+
+
+@dataclass
+class RunConfig:
+    name: str = ""  # run directory's name under `dir`; empty: <config file>-s<seed>
+    dir: str = "runs"
+    seed: int = 0
+    steps: int = 100  # training steps (weight versions after the warm start)
+    stop_at_accuracy: float = 0.0  # end early once training accuracy (moving mean) reaches this; 0: never
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""  # Hugging Face directory; empty: a tiny model of the shape below is made for the task
+    dtype: str = "float32"  # float32 | bfloat16
+    hidden_size: int = 96
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    ffn_size: int = 256
+
+
+@dataclass
+class TaskConfig:
+    name: str = "quickstart"  # quickstart | jsonl | reasoning-gym
+    path: str = ""  # data file for `jsonl` (JSONL or Parquet)
+    eval_path: str = ""
+    dataset: str = ""  # reasoning-gym data set name
+    train_size: int = 4096
+    eval_size: int = 200
+    system_prompt: str = ""  # replaces the task's own when set
+    options: dict[str, Any] = field(default_factory=dict)  # task-specific
+
+
+@dataclass
+class WarmStartConfig:
+    steps: int = 0  # supervised steps on the task's demonstrations before reinforcement learning; 0: none
+    demos: int = 4096
+    batch: int = 64  # demonstrations per step
+    lr: float = 3e-3
+
+
+@dataclass
+class RolloutConfig:
+    leaves: int = 8  # n: leaves per tree
+    roots: int = 4  # N: branches that start together; forks draw on n - N
+    workers: int = 1
+    concurrency: int = 32  # trees growing at once, over all workers
+    syntax: str = "tags"  # tags | hermes
+    max_response_tokens: int = 256  # per branch, tool results included
+    max_tool_result_tokens: int = 128
+    call_limit: int = 4  # tool calls per branch
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    generate_deadline_s: float = 120.0  # one engine call
+    branch_deadline_s: float = 300.0
+    tree_deadline_s: float = 600.0
+
+
+@dataclass
+class BranchingConfig:
+    name: str = "arpo"  # arpo | arpo-paper | arpo-release | random | none
+    alpha: float = 0.5
+    beta: float = 0.2
+    tau: float = 0.5  # threshold of arpo-paper
+    probe_tokens: int = 8  # k: tokens after a tool result whose mean entropy decides
+
+
+@dataclass
+class RewardConfig:
+    name: str = "arpo"  # arpo | arpo-release | task
+
+
+@dataclass
+class ToolsConfig:
+    names: list[str] = field(default_factory=lambda: ["search", "python"])
+    corpus: str = ""  # JSONL of {"id", "title", "text"} for search; empty: the task's own corpus
+    search_top_k: int = 3
+    search_url: str = ""  # use a retrieval server that already runs
+    deadline_s: float = 20.0  # one call, retries included
+    concurrency: int = 16  # calls at once, per tool
+    rate_per_s: float = 0.0  # 0: unlimited
+    retries: int = 2
+    cache_size: int = 4096  # entries per pure tool
+    python_cpu_s: float = 5.0
+    python_wall_s: float = 10.0
+    python_memory_mb: int = 256
+    python_output_chars: int = 2000
+
+
+@dataclass
+class EngineConfig:
+    name: str = "embedded"  # embedded | sglang
+    replicas: int = 1
+    device: str = "auto"  # auto | cpu | cuda
+    host: str = "127.0.0.1"
+    max_running: int = 64  # sequences decoded together
+    max_context: int = 1024  # tokens per sequence, prompt included
+    cache_slots: int = 128  # finished sequences whose KV is kept for reuse
+    chunk_tokens: int = 4  # tokens per streamed chunk
+    threads: int = 1
+    kv_after_update: str = "recompute"  # recompute | keep
+    start_deadline_s: float = 120.0
+
+
+@dataclass
+class FlowConfig:
+    batch_leaves: int = 64  # B: leaves per training step
+    staleness: int = 1  # η: versions a tree may lag behind the policy that trains on it; 0 is synchronous
+    window: int = 4  # training batches from the head of the queue within which a closed tree may overtake
+    max_attempts: int = 3  # times a prompt is grown before it is abandoned with a reason
+
+
+@dataclass
+class LearnConfig:
+    tp: int = 2
+    pp: int = 1
+    dp: int = 1
+    threads: int = 1
+    credit: str = "arpo-soft"  # grpo | arpo-soft | arpo-hard | rloo | reinforce++ | dr-grpo
+    objective: str = "decoupled"  # decoupled | ppo | grpo-flat
+    aggregate: str = "token-mean"  # token-mean | seq-mean | constant
+    updates: int = 1  # optimizer steps per training batch
+    micro_tokens: int = 4096  # packed tokens per forward pass
+    lr: float = 1e-3
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0  # 0: off
+    tis_cap: float = 2.0  # cap of the proximal/behaviour ratio (truncated importance sampling)
+    kl_coef: float = 0.0  # KL to the reference model; 0: no reference model is built
+    entropy_coef: float = 0.0
+    recompute: bool = False  # full activation recomputation
+    bucket_mb: int = 64  # weight export bucket
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0  # training steps between evaluations; 0: before and after only
+    questions: int = 200
+    temperature: float = 0.0
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 20  # training steps; 0: only at the end and on a signal
+    keep: int = 2
+
+
+@dataclass
+class ObserveConfig:
+    wandb: str = "offline"  # offline | online | disabled
+    project: str = "espalier"
+    trees: int = 200  # closed trees kept in the run directory (the newest); -1: all
+    progress_s: float = 2.0  # seconds between progress lines when not on a terminal
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    branching: BranchingConfig = field(default_factory=BranchingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16"),
+    "task.name": ("quickstart", "jsonl", "reasoning-gym"),
+    "rollout.syntax": ("tags", "hermes"),
+    "branching.name": ("arpo", "arpo-paper", "arpo-release", "random", "none"),
+    "reward.name": ("arpo", "arpo-release", "task"),
+    "engine.name": ("embedded", "sglang"),
+    "engine.device": ("auto", "cpu", "cuda"),
+    "engine.kv_after_update": ("recompute", "keep"),
+    "learn.credit": ("grpo", "arpo-soft", "arpo-hard", "rloo", "reinforce++", "dr-grpo"),
+    "learn.objective": ("decoupled", "ppo", "grpo-flat"),
+    "learn.aggregate": ("token-mean", "seq-mean", "constant"),
+    "observe.wandb": ("offline", "online", "disabled"),
+}
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file (and its ``base:`` chain) and apply ``key=value`` overrides.
+
+    Raises :class:`ConfigError` naming the key and what to do.
+    """
+    layers = list(_files(Path(path), ())) if path is not None else []
+    layers += [(f"override {text!r}", _override(text)) for text in overrides]
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers:
+        layer = _expand_names(layer)
+        _check_keys(layer, source)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {_first_line(error)}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of :func:`to_dict`."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries, for JSON, YAML and Ray."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def validate(config: Config) -> None:
+    """Check what types alone cannot: choices, ranges, and fields that must agree."""
+    for key, allowed in CHOICES.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if value not in allowed:
+            raise ConfigError(f"{key}={value!r}: choose one of {', '.join(allowed)}{_hint(str(value), allowed)}")
+    rollout, flow, learn = config.rollout, config.flow, config.learn
+    _require(rollout.leaves >= 1, "rollout.leaves must be at least 1")
+    _require(
+        1 <= rollout.roots <= rollout.leaves,
+        f"rollout.roots={rollout.roots} must lie between 1 and rollout.leaves={rollout.leaves}",
+    )
+    _require(
+        flow.batch_leaves % rollout.leaves == 0,
+        f"flow.batch_leaves={flow.batch_leaves} must be a multiple of rollout.leaves={rollout.leaves}: "
+        "a training step takes whole trees",
+    )
+    _require(flow.staleness >= 0, "flow.staleness must be 0 (synchronous) or more")
+    _require(flow.window >= 1, "flow.window must be at least 1")
+    _require(rollout.concurrency >= 1, "rollout.concurrency must be at least 1")
+    _require(rollout.workers >= 1, "rollout.workers must be at least 1")
+    _require(config.engine.replicas >= 1, "engine.replicas must be at least 1")
+    _require(learn.updates >= 1, "learn.updates must be at least 1")
+    _require(
+        learn.updates <= flow.batch_leaves // rollout.leaves,
+        f"learn.updates={learn.updates} exceeds the {flow.batch_leaves // rollout.leaves} trees of a batch",
+    )
+    for name in ("tp", "pp", "dp"):
+        _require(getattr(learn, name) >= 1, f"learn.{name} must be at least 1")
+    _require(config.branching.probe_tokens >= 1, "branching.probe_tokens must be at least 1")
+    _require(rollout.temperature > 0, "rollout.temperature must be above 0: training needs samples")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _files(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base:` leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    if not path.is_file():
+        raise ConfigError(f"no such configuration file: {path}")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # the YAML library raises many kinds
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected sections at the top level, found a {type(loaded).__name__}")
+    layer = OmegaConf.to_container(loaded)
+    assert isinstance(layer, dict)
+    base = layer.pop("base", None)
+    if base:
+        yield from _files(path.parent / str(base), (*seen, path))
+    yield str(path), {str(k): v for k, v in layer.items()}
+
+
+def _override(text: str) -> dict[str, Any]:
+    if "=" not in text:
+        raise ConfigError(f"override {text!r}: write key=value, for example flow.staleness=0")
+    layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    assert isinstance(layer, dict)
+    return {str(k): v for k, v in layer.items()}
+
+
+def _expand_names(layer: dict[str, Any]) -> dict[str, Any]:
+    """``branching: none`` -> ``branching: {name: none}``.  YAML reads a bare ``none`` as text, ``null`` as None."""
+    named = {f.name for f in dataclasses.fields(Config) if hasattr(_section(f.name), "name")}
+    return {
+        key: {"name": str(value)} if key in named and isinstance(value, str | int | float) else value
+        for key, value in layer.items()
+    }
+
+
+def _section(name: str) -> Any:
+    return getattr(Config(), name)
+
+
+def _check_keys(layer: dict[str, Any], source: str) -> None:
+    sections = [f.name for f in dataclasses.fields(Config)]
+    for name, values in layer.items():
+        if name not in sections:
+            raise ConfigError(f"{source}: unknown section {name!r}{_hint(name, sections)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…")
+        known = [f.name for f in dataclasses.fields(_section(name))]
+        for key in values:
+            if key not in known:
+                everywhere = [f"{s}.{f.name}" for s in sections for f in dataclasses.fields(_section(s))]
+                elsewhere = [k for k in everywhere if k.endswith(f".{key}")]
+                hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _hint(str(key), known, f"{name}.")
+                raise ConfigError(f"{source}: unknown key {name}.{key}{hint}")
+
+
+def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,81 @@
+"""What the rest of the system says to an engine, whichever server stands behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one continuation.  ``top_k`` -1 means off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None  # the same seed, prompt and weights give the same tokens
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    rid: str  # unique; what abort() names
+    input_ids: NDArray[np.int32]  # [P]
+    sampling: Sampling
+    route: str = ""  # branches of one tree share a route: a hint for cache affinity
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why generation ended, in SGLang's terms.  ``matched`` is the stop string or stop/EOS token id."""
+
+    type: Literal["stop", "length", "abort"]
+    matched: str | int | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """New tokens of one request since the last chunk (never cumulative); all arrays have the same length [k].
+
+    Tokens that completed a stop string, and the EOS token, are included.
+    """
+
+    tokens: NDArray[np.int32]
+    logprob: NDArray[np.float32]  # behaviour log-probability (temperature applied; renormalised under top-p/top-k)
+    entropy: NDArray[np.float32]  # nats, of the temperature-scaled distribution over the whole vocabulary; NaN unknown
+    version: NDArray[np.int32]  # weight version of each token
+    finish: Finish | None = None  # set on the last chunk only
+    cached_tokens: int = 0  # prompt tokens served from KV cache (last chunk)
+
+
+class EngineError(RuntimeError):
+    """The engine could not serve a request after the client's retries."""
+
+
+class Engine(Protocol):
+    """What a grower needs.  Implemented by the HTTP client, by test fakes and by the digital twin."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """Stream chunks until one carries ``finish``.  Closing the iterator early aborts the request."""
+        ...
+
+    async def abort(self, rid: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A server's answer to ``/get_server_info``-like questions."""
+
+    weight_version: int
+    running: int = 0
+    waiting: int = 0
+    paused: bool = False
+    counters: dict[str, float] = field(default_factory=dict)

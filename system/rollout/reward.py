@@ -1,0 +1,39 @@
+"""What a reward sees and says.  The rules themselves live in ``system/rollout/rewards``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from system.tasks.base import Prompt
+from system.tree.record import Kind, Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class BranchView:
+    """One root-to-leaf path as text, after the prompt, in runs of one author (MODEL or TOOL)."""
+
+    segments: tuple[tuple[Kind, str], ...]
+    outcome: Outcome
+    tools: tuple[tuple[str, str], ...] = ()  # (tool name, ToolStatus value) of each call made, in order
+
+    @property
+    def text(self) -> str:
+        """Everything after the prompt, tool text included."""
+        return "".join(text for _, text in self.segments)
+
+    @property
+    def model_text(self) -> str:
+        """Only what the model wrote."""
+        return "".join(text for kind, text in self.segments if kind == Kind.MODEL)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    value: float  # the reward the learner sees
+    correct: bool  # is the final answer right?
+    parts: dict[str, float] = field(default_factory=dict)  # named components, for metrics
+
+
+class Reward(Protocol):
+    def score(self, prompt: Prompt, branch: BranchView) -> Score: ...

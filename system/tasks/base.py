@@ -1,0 +1,40 @@
+"""What a task gives the system: prompts with verifiable answers, in a fixed order for a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question.  ``messages`` are chat messages; a tokenizer without a chat template gets their plain text."""
+
+    id: str  # unique within the data set, stable across runs
+    messages: tuple[dict[str, str], ...]  # ({"role": ..., "content": ...}, ...)
+    answers: tuple[str, ...]  # accepted gold answers
+    kind: str = "default"  # for metrics per task kind
+    extra: dict[str, Any] = field(default_factory=dict)  # JSON-able
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A supervised trajectory: alternating model and tool text after the prompt."""
+
+    prompt: Prompt
+    segments: tuple[tuple[str, str], ...]  # (("model", text), ("tool", text), ...)
+
+
+class Task(Protocol):
+    """A source of prompts."""
+
+    name: str
+
+    def train(self) -> Sequence[Prompt]:
+        """Training prompts; the run shuffles them by its own seed, epoch by epoch."""
+        ...
+
+    def eval(self) -> Sequence[Prompt]:
+        """Held-out prompts."""
+        ...
