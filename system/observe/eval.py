@@ -1,0 +1,87 @@
+"""The result of an evaluation: one tree per held-out question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from system.observe.treestats import TreeStats
+from system.tree.record import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class EvalScores:
+    """Means over questions; a question with several leaves counts by the mean over its leaves.
+
+    A leaf that never came to an answer of its own (a deadline, an engine error) counts as wrong, because an
+    evaluation that drops what it failed to finish flatters itself; ``unscored`` says how many there were.
+    It has no reward, so the mean reward is over the scored leaves.
+    """
+
+    questions: int = 0
+    accuracy: float = float("nan")
+    reward: float = float("nan")
+    tool_calls: float = float("nan")  # calls per question
+    response_tokens: float = float("nan")  # tokens the model wrote per question
+    unscored: int = 0  # leaves without a verdict
+
+    @classmethod
+    def of(cls, stats: Sequence[TreeStats]) -> EvalScores:
+        stats = [one for one in stats if one.leaves]
+        if not stats:
+            return cls()
+        rewards = [float(one.reward.mean(dtype=np.float64)) for one in stats if one.reward.size]
+        return cls(
+            questions=len(stats),
+            accuracy=float(np.mean([one.correct.sum() / one.leaves for one in stats])),
+            reward=float(np.mean(rewards)) if rewards else float("nan"),
+            tool_calls=float(np.mean([one.calls_per_leaf.mean() for one in stats])),
+            response_tokens=float(np.mean([one.response_tokens.mean() for one in stats])),
+            unscored=sum(one.leaves - one.correct.size for one in stats),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "questions": self.questions,
+            "accuracy": self.accuracy,
+            "reward": self.reward,
+            "tool_calls": self.tool_calls,
+            "response_tokens": self.response_tokens,
+            "unscored": self.unscored,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Scores over all questions, and per task kind."""
+
+    total: EvalScores = field(default_factory=EvalScores)
+    kinds: Mapping[str, EvalScores] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> EvalResult:
+        """``trees``: one closed tree per question.  A question without one is the caller's to tell."""
+        stats = [TreeStats.of(tree) for tree in trees]
+        kinds = sorted({one.task for one in stats})
+        return cls(
+            total=EvalScores.of(stats),
+            kinds={kind: EvalScores.of([one for one in stats if one.task == kind]) for kind in kinds},
+        )
+
+    @property
+    def accuracy(self) -> float:
+        return self.total.accuracy
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``summary.json`` under ``eval.before`` and ``eval.after``."""
+        return {**self.total.to_dict(), "kinds": {kind: one.to_dict() for kind, one in self.kinds.items()}}
+
+    def metrics(self) -> dict[str, float]:
+        """Flat, under ``eval/``."""
+        flat = {f"eval/{key}": value for key, value in self.total.to_dict().items()}
+        for kind, scores in self.kinds.items():
+            flat |= {f"eval/{kind}/{key}": value for key, value in scores.to_dict().items()}
+        return flat

@@ -1,0 +1,111 @@
+"""Append-only JSON lines that survive ``kill -9``.
+
+A record is one ``write`` of one line to a file opened for appending, so a process that dies leaves at most
+one torn line, and only at the end.  The reader skips such a tail; the writer cuts it off before it appends,
+because a record that was never whole was never written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+
+class JsonlError(ValueError):
+    """A line in the middle of the file is not JSON: not a torn tail, so somebody else wrote there."""
+
+
+class JsonlWriter:
+    """Appends mappings to ``path``, one JSON line each; a number that is not finite becomes ``null``."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        _cut_torn_tail(self._fd)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        line = (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            written = os.write(self._fd, line)
+            while written < len(line):  # a signal or a nearly full disk can shorten a write
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            _cut_torn_tail(self._fd)
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Records in order; nothing when the file does not exist.  A torn last line is skipped.
+
+    Raises :class:`JsonlError` for a bad line that is not the last.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn, or still being written
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise JsonlError(f"{path}, line {number}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise JsonlError(f"{path}, line {number}: expected an object, found {type(record).__name__}")
+            yield record
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` in terms strict JSON knows: numpy's numbers as Python's, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return [jsonable(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return jsonable(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _cut_torn_tail(fd: int) -> None:
+    """Truncate an open file after its last newline."""
+    size = os.fstat(fd).st_size
+    end, step = size, 1 << 16
+    while end > 0:
+        begin = max(0, end - step)
+        block = os.pread(fd, end - begin, begin)
+        newline = block.rfind(b"\n")
+        if newline >= 0:
+            end = begin + newline + 1
+            break
+        end = begin
+    if end < size:
+        os.ftruncate(fd, end)

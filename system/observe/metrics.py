@@ -1,0 +1,184 @@
+"""From trees and events to one flat record of numbers: pure functions, one per group of keys.
+
+============  ========================================================================================
+group         what it answers
+============  ========================================================================================
+``train/``    the learner's step: loss and friends, reward and length of what was trained on
+``rollout/``  trees closed since the last record: reward, accuracy, length, entropy, outcomes
+``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
+``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth
+``engine/``   gauges the engines report
+``tools/``    per tool: calls, cache hits, retries, outcome shares, latency percentiles by status
+``eval/``     held-out questions
+``time/``     wall time, throughput, idle time by actor and cause
+============  ========================================================================================
+
+A share lies in [0, 1]; ``_s`` is seconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.observe.treestats import TreeStats
+from system.tree.record import ToolCall
+
+Metrics = dict[str, float]
+
+
+def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
+    """``rollout/…`` of freshly closed trees."""
+    if not stats:
+        return {}
+    leaves = sum(one.leaves for one in stats)
+    tokens = sum(one.generated for one in stats)
+    metrics = {
+        "rollout/trees": float(len(stats)),
+        "rollout/leaves": float(leaves),
+        "rollout/tokens": float(tokens),
+        "rollout/tree_s": mean(one.seconds for one in stats),
+        "rollout/tree_s_max": max(one.seconds for one in stats),
+        "rollout/zero_variance_share": mean(one.zero_variance for one in stats),
+        # Trees that were growing while new weights arrived hold tokens of several versions.
+        "rollout/mixed_version_share": mean(one.version_max > one.version_min for one in stats),
+        "rollout/versions_per_tree": mean(
+            one.version_max - one.version_min + 1 for one in stats if one.version_min >= 0
+        ),
+    }
+    metrics |= _scores("rollout", stats)
+    metrics |= _lengths("rollout/response", np.concatenate([one.response_tokens for one in stats]))
+    known = [(one.entropy, one.generated) for one in stats if np.isfinite(one.entropy)]
+    if known:
+        entropy, weight = zip(*known, strict=True)
+        metrics["rollout/entropy"] = float(np.average(entropy, weights=weight))
+    calls = np.concatenate([one.calls_per_leaf for one in stats])
+    metrics["rollout/calls_per_leaf"] = mean(calls)
+    outcomes = sum((one.outcomes for one in stats), Counter[str]())
+    metrics |= {f"rollout/outcome/{name}": count / leaves for name, count in sorted(outcomes.items())}
+    for kind in sorted({one.task for one in stats}):
+        of_kind = [one for one in stats if one.task == kind]
+        metrics |= _scores(f"rollout/kind/{kind}", of_kind)
+    return metrics
+
+
+def tree_metrics(stats: Sequence[TreeStats]) -> Metrics:
+    """``tree/…``: how the branching policy behaved and how much the branches share."""
+    if not stats:
+        return {}
+    flat = sum(one.flat for one in stats)
+    forked = np.concatenate([one.forked for one in stats])
+    metrics = {
+        "tree/roots": mean(one.roots for one in stats),
+        "tree/forks": mean(one.forks for one in stats),
+        "tree/top_ups": mean(one.top_ups for one in stats),
+        "tree/nodes": mean(one.nodes for one in stats),
+        "tree/depth": mean(one.depth for one in stats),
+        "tree/decisions": mean(one.forked.size for one in stats),
+    }
+    if flat:  # the least a packed forward pass must compute, against flattened paths
+        metrics["tree/unique_flat_ratio"] = sum(one.unique for one in stats) / flat
+    if forked.size:
+        metrics["tree/fork_rate"] = mean(forked)
+        metrics["tree/probability"] = mean(np.concatenate([one.probability for one in stats]))
+        delta = np.concatenate([one.delta_h for one in stats])
+        delta = delta[np.isfinite(delta)]
+        if delta.size:
+            p10, p50, p90 = np.percentile(delta, [10, 50, 90])
+            metrics["tree/delta_h"] = mean(delta)
+            metrics |= {"tree/delta_h_p10": p10, "tree/delta_h_p50": p50, "tree/delta_h_p90": p90}
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def train_metrics(
+    stats: Sequence[TreeStats], learner: Mapping[str, float], staleness: Sequence[int]
+) -> dict[str, Any]:
+    """``train/…`` and ``flow/staleness…`` of what was trained on; its bare names go under ``train/``."""
+    metrics: dict[str, Any] = {key if "/" in key else f"train/{key}": value for key, value in learner.items()}
+    if stats:
+        metrics |= {
+            "train/trees": float(len(stats)),
+            "train/leaves": float(sum(one.reward.size for one in stats)),
+            "train/tokens": float(sum(one.trainable for one in stats)),
+            "train/unique_tokens": float(sum(one.unique for one in stats)),
+            "train/flat_tokens": float(sum(one.flat for one in stats)),
+            "train/zero_variance_share": mean(one.zero_variance for one in stats),
+        }
+        metrics |= _scores("train", stats)
+        metrics |= _lengths("train/response", np.concatenate([one.scored_response_tokens for one in stats]))
+    if staleness:
+        metrics["flow/staleness"] = mean(staleness)
+        metrics["flow/staleness_max"] = float(max(staleness))
+        histogram = Counter(int(one) for one in staleness)
+        metrics |= {
+            f"flow/staleness_share/{lag}": histogram[lag] / len(staleness) for lag in sorted(histogram)
+        }
+    return metrics
+
+
+def tool_metrics(calls: Iterable[ToolCall], known: Sequence[str]) -> Metrics:
+    """``tools/<name>/…`` for the ``known`` tools.
+
+    Any other name was the model's invention and counts as ``unknown``, lest the model choose our metric keys.
+    """
+    by_tool: dict[str, list[ToolCall]] = defaultdict(list)
+    for call in calls:
+        by_tool[call.tool if call.tool in known else "unknown"].append(call)
+    metrics: Metrics = {}
+    for tool, group in sorted(by_tool.items()):
+        key = f"tools/{tool}"
+        metrics[f"{key}/calls"] = float(len(group))
+        metrics[f"{key}/cached_share"] = mean(call.cached for call in group)
+        metrics[f"{key}/attempts"] = mean(call.attempts for call in group)
+        for status in sorted({call.status for call in group}):
+            latency = np.array([call.latency_s for call in group if call.status == status], dtype=np.float64)
+            p50, p95, p99 = np.percentile(latency, [50, 95, 99])
+            metrics[f"{key}/{status}/share"] = latency.size / len(group)
+            metrics[f"{key}/{status}/p50_s"] = float(p50)
+            metrics[f"{key}/{status}/p95_s"] = float(p95)
+            metrics[f"{key}/{status}/p99_s"] = float(p99)
+            metrics[f"{key}/{status}/max_s"] = float(latency.max())
+    return metrics
+
+
+def idle_metrics(idle: Mapping[tuple[str, str], float], elapsed_s: float) -> Metrics:
+    """``time/idle_s/<actor>/<cause>`` and the same as a share of the elapsed time."""
+    metrics: Metrics = {}
+    for (actor, cause), seconds in sorted(idle.items()):
+        metrics[f"time/idle_s/{actor}/{cause}"] = seconds
+        if elapsed_s > 0:
+            metrics[f"time/idle_share/{actor}/{cause}"] = seconds / elapsed_s
+    return metrics
+
+
+def mean(values: Iterable[float] | NDArray[Any]) -> float:
+    """The mean; NaN of nothing."""
+    array = np.fromiter(values, dtype=np.float64) if not isinstance(values, np.ndarray) else values
+    return float(array.mean(dtype=np.float64)) if array.size else float("nan")
+
+
+def _scores(group: str, stats: Sequence[TreeStats]) -> Metrics:
+    reward = np.concatenate([one.reward for one in stats])
+    correct = np.concatenate([one.correct for one in stats])
+    metrics: Metrics = {}
+    if reward.size:
+        metrics[f"{group}/reward"] = mean(reward)
+        metrics[f"{group}/reward_std"] = float(reward.std(dtype=np.float64))
+    if correct.size:
+        metrics[f"{group}/accuracy"] = mean(correct)
+    return metrics
+
+
+def _lengths(key: str, tokens: NDArray[np.int64]) -> Metrics:
+    """Comparing these between ``rollout/`` and ``train/`` shows whether training prefers short branches."""
+    if not tokens.size:
+        return {}
+    return {
+        f"{key}_tokens": mean(tokens),
+        f"{key}_tokens_p90": float(np.percentile(tokens, 90)),
+        f"{key}_tokens_max": float(tokens.max()),
+    }

@@ -1,0 +1,168 @@
+"""The run directory: everything a run leaves behind, and where each part lies.
+
+::
+
+    runs/quickstart-s0/
+      config.yaml      the merged configuration; `--resume` reads it
+      metrics.jsonl    one record per training step and per evaluation
+      ledger.jsonl     what happened to every prompt
+      trees/           the newest closed trees
+      checkpoints/     learner, optimizer, ledger and random state, for `--resume`
+      curves/          PNG curves
+      model/           the trained model in Hugging Face format
+      logs/            logs of the parts
+      wandb/           Weights & Biases files (offline by default)
+      summary.json     the run in one page
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from system.config import Config, ConfigError, load, to_yaml
+from system.observe.jsonl import jsonable
+
+
+class RunDirError(ConfigError):
+    """A run directory that cannot be used; the message says what to do instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Paths of one run.  ``create`` starts a new one, ``open`` finds an old one."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, config: Config, config_name: str = "run") -> RunDir:
+        """Make a fresh directory and write ``config.yaml`` into it.
+
+        ``config.run.name`` names it.  An empty name becomes ``<config_name>-s<seed>``, or the next free of
+        ``…-2``, ``…-3`` so that repeating a command never touches an earlier run.  A name that was chosen by
+        hand and is taken raises :class:`RunDirError`.
+        """
+        name, parent = config.run.name, Path(config.run.dir)
+        parent.mkdir(parents=True, exist_ok=True)
+        if name:
+            if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+                raise RunDirError(
+                    f"run.name={name!r} must be a plain directory name; run.dir sets where it lies"
+                )
+            root = parent / name
+            if not _claim(root):
+                raise RunDirError(
+                    f"{root} exists: continue it with `espalier train --resume {root}` or choose another name"
+                )
+        else:
+            stem = f"{config_name}-s{config.run.seed}"
+            root, number = parent / stem, 2
+            while not _claim(root):
+                root, number = parent / f"{stem}-{number}", number + 1
+        run = cls(root)
+        run._make_parts()
+        run.write_config(config)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run.  Raises :class:`RunDirError` when ``path`` is not a run directory."""
+        run = cls(Path(path))
+        if not run.root.is_dir():
+            raise RunDirError(f"no such run directory: {run.root}")
+        if not run.config_path.is_file():
+            raise RunDirError(f"{run.root} is not a run directory: it has no config.yaml")
+        run._make_parts()
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.root / "ledger.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def trees(self) -> Path:
+        return self.root / "trees"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.root / "curves"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+    def config(self, overrides: tuple[str, ...] = ()) -> Config:
+        """The configuration the run was started with, with overrides applied."""
+        return load(self.config_path, overrides)
+
+    def write_config(self, config: Config) -> None:
+        """Write ``config.yaml``; a different earlier one stays as ``logs/config-<n>.yaml``."""
+        text = to_yaml(config)
+        if self.config_path.is_file():
+            before = self.config_path.read_text(encoding="utf-8")
+            if before == text:
+                return
+            number = 1
+            while (self.logs / f"config-{number}.yaml").exists():
+                number += 1
+            write_atomic(self.logs / f"config-{number}.yaml", before)
+        write_atomic(self.config_path, text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        text = json.dumps(jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomic(self.summary_path, text + "\n")
+
+    def _make_parts(self) -> None:
+        for part in (self.trees, self.checkpoints, self.curves, self.logs):
+            part.mkdir(exist_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a restart, sees the old text or the new one but never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _claim(root: Path) -> bool:
+    """Make ``root`` ours: true when it is new or empty.  ``mkdir`` decides when two runs start together."""
+    try:
+        root.mkdir()
+    except FileExistsError:
+        return root.is_dir() and not any(root.iterdir())
+    return True

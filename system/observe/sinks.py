@@ -1,0 +1,65 @@
+"""Where metric records go: the recorder writes flat records, and a sink keeps or sends them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from system.observe.jsonl import JsonlWriter, read_jsonl
+
+RESUMED = "resumed_from"  # a record {RESUMED: step}: the run went back to its checkpoint after this step
+
+
+class Sink(Protocol):
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one flat record; it has an integer ``step``, or is the mark of a resume."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """``metrics.jsonl``.  Failing to write here is an error of the run, for these are its results."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._writer = JsonlWriter(path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._writer.write(record)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MemorySink:
+    """Keeps the records, for tests and notebooks."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.closed = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.records.append(dict(record))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def history(path: str | Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl`` that count: a resume takes back those past its checkpoint."""
+    records: list[dict[str, Any]] = []
+    for record in read_jsonl(path):
+        if RESUMED in record:
+            records = [one for one in records if one["step"] <= record[RESUMED]]
+        else:
+            records.append(record)
+    return records
+
+
+def series(records: list[dict[str, Any]], key: str) -> Iterator[tuple[int, float]]:
+    """(step, value) of every record that has a number under ``key``."""
+    for record in records:
+        value = record.get(key)
+        if isinstance(value, int | float):
+            yield int(record["step"]), float(value)

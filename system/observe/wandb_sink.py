@@ -1,0 +1,92 @@
+"""Weights & Biases: offline by default, online by ``observe.wandb=online``.
+
+It is a view of ``metrics.jsonl``, so its failures are said loudly, once, and never stop the run.  What goes there is
+the metrics and the redacted configuration: no source code, no command line, no console output.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from system.config import Config, to_dict
+from system.observe.redact import redact
+from system.observe.rundir import RunDir
+from system.observe.sinks import RESUMED
+
+INIT_DEADLINE_S = 30.0
+FINISH_DEADLINE_S = 60.0
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class WandbSink:
+    """Sends records to one W&B run.  ``step`` is the x axis of every metric."""
+
+    def __init__(self, run_dir: RunDir, config: Config, warn: Callable[[str], None] = say) -> None:
+        self._warn, self._run = warn, None
+        mode = config.observe.wandb
+        if mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                project=config.observe.project,
+                name=run_dir.name,
+                dir=str(run_dir.root),
+                mode="online" if mode == "online" else "offline",
+                config=redact(to_dict(config)),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    disable_git=True,
+                    disable_code=True,
+                    save_code=False,
+                    disable_job_creation=True,
+                    x_disable_meta=True,  # command line and host name
+                    init_timeout=INIT_DEADLINE_S,
+                    login_timeout=INIT_DEADLINE_S,
+                    finish_timeout=FINISH_DEADLINE_S,
+                    finish_timeout_raises=True,
+                ),
+            )
+            self._run.define_metric("step", hidden=True)
+            self._run.define_metric("*", step_metric="step")
+        except (Exception, SystemExit) as error:  # a missing login ends in SystemExit in some versions
+            self._give_up("did not start", error)
+
+    @property
+    def active(self) -> bool:
+        return self._run is not None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self._run is None or RESUMED in record:
+            return
+        try:
+            self._run.log({key: value for key, value in record.items() if key != "time"})
+        except Exception as error:
+            self._give_up("stopped taking metrics", error)
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._give_up("did not finish", error)
+        self._run = None
+
+    def _give_up(self, what: str, error: BaseException) -> None:
+        self._run = None
+        reason = redact(str(error)).strip() or type(error).__name__
+        self._warn(
+            f"WARNING: Weights & Biases {what}: {reason}\n"
+            "         The run goes on; its metrics are in metrics.jsonl. "
+            "Set observe.wandb=disabled to do without W&B."
+        )
