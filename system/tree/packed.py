@@ -1,4 +1,4 @@
-"""What the learner consumes: trees packed into one row of tokens, with per-token weights.  See ``pack.py``."""
+"""What the learner consumes: trees packed into one row of tokens, with per-token weights (``pack.py``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 class PackedBatch:
     """One micro-batch: N tokens of one or more (parts of) trees, each in depth-first pre-order, then padding.
 
-    Token i may attend to token j iff ``j <= i < exit[j]``.  The logits at ``predictor[t]`` predict token t; several
-    children of one fork share a predictor.  All weights are already normalised over the whole optimizer step (all
-    micro-batches, all data-parallel ranks), so the learner only sums:
+    Token i may attend to token j iff ``j <= i < exit[j]``.  The logits at ``predictor[t]`` predict token t;
+    several children of one fork share a predictor.  All weights are already normalised over the whole
+    optimizer step (all micro-batches, all data-parallel ranks), so the learner only sums:
 
     loss = -Σ_t tis_t · (s_plus·min(r, 1+ε_hi) + s_minus·min(max(r, 1-ε_lo), c))  with r = π_θ/π_proximal.
 
@@ -28,7 +28,7 @@ class PackedBatch:
     predictor: NDArray[np.int32]  # [N] index whose logits predict this token; -1: none (first token, padding)
     s_plus: NDArray[np.float32]  # [N] Σ w·max(A, 0) over the leaves below
     s_minus: NDArray[np.float32]  # [N] Σ w·min(A, 0) over the leaves below
-    mult: NDArray[np.float32]  # [N] Σ w over the scored leaves below (weighs entropy bonus, KL and diagnostics)
+    mult: NDArray[np.float32]  # [N] Σ w over the scored leaves below (weighs entropy bonus, KL, diagnostics)
     logprob: NDArray[np.float32]  # [N] behaviour log-probability
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
     tree: NDArray[np.int32]  # [N] which tree of the batch, -1 for padding

@@ -1,9 +1,9 @@
 """The record that travels through the whole system: one prompt and every branch grown from it.
 
 A :class:`Tree` is a set of flat numpy arrays, so Ray's object store moves it without a copy and the learner
-packs it without touching Python objects per token.  Nodes stand in depth-first pre-order: a node comes before its
-descendants and a subtree is one contiguous run of nodes (and of tokens), which turns ancestry into an interval
-test.
+packs it without touching Python objects per token.  Nodes stand in depth-first pre-order: a node comes
+before its descendants and a subtree is one contiguous run of nodes (and of tokens), which turns ancestry
+into an interval test.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
+
+
+class TreeError(ValueError):
+    """A tree that breaks the record's rules; the message names the defect."""
 
 
 class Kind(IntEnum):
@@ -40,8 +44,11 @@ class Outcome(IntEnum):
 
     @property
     def scored(self) -> bool:
-        """Whether the reward of such a branch says something about the policy (a deadline of ours does not)."""
+        """Whether the reward of such a branch says something about the policy (our deadline does not)."""
         return self in (Outcome.STOPPED, Outcome.LENGTH, Outcome.CALL_LIMIT)
+
+
+_SCORED = np.array([outcome for outcome in Outcome if outcome.scored], np.int8)
 
 
 class Origin(IntEnum):
@@ -80,8 +87,8 @@ class ForkDecision:
 class Tree:
     """A closed trajectory tree.  T tokens, J nodes, L leaves; nodes in depth-first pre-order.
 
-    A leaf may be any node, also one with children (a branch that ended exactly where a sibling went on), and two
-    leaves may name the same node.
+    A leaf may be any node, also one with children (a branch that ended exactly where a sibling went on),
+    and two leaves may name the same node.
     """
 
     prompt_id: str  # identity of the prompt in the ledger
@@ -103,7 +110,7 @@ class Tree:
     budget: int = 0  # n, the leaf budget it was grown under
     started_s: float = 0.0  # unix time of the first root
     closed_s: float = 0.0  # unix time at which it closed
-    meta: dict[str, Any] = field(default_factory=dict)  # JSON-able: question, gold answer, times by cause, ...
+    meta: dict[str, Any] = field(default_factory=dict)  # JSON-able: question, gold answer, waits, ...
 
     @property
     def n_tokens(self) -> int:
@@ -122,6 +129,11 @@ class Tree:
         """[J] one past each node's last own token."""
         return np.append(self.start[1:], np.int32(self.n_tokens)).astype(np.int32)
 
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """[L] leaves that may teach: they have a reward, and an outcome that counts (``Outcome.scored``)."""
+        return np.isfinite(self.reward) & np.isin(self.outcome, _SCORED)
+
     def path(self, leaf: int) -> list[int]:
         """Nodes from the root to leaf number ``leaf``, in order."""
         node = int(self.leaf[leaf])
@@ -134,3 +146,114 @@ class Tree:
     def origins(self, origin: Origin) -> int:
         """How many leaves began as ``origin``."""
         return int((self.origin == origin).sum())
+
+
+def token_node(tree: Tree) -> Int32:
+    """[T] the node each token belongs to."""
+    return np.repeat(np.arange(tree.n_nodes, dtype=np.int32), np.diff(tree.start, append=tree.n_tokens))
+
+
+def subtree_end(tree: Tree) -> Int32:
+    """[J] one past each node's subtree: u descends from v, or is v, iff v <= u < subtree_end[v]."""
+    end = np.arange(1, tree.n_nodes + 1, dtype=np.int32)
+    for node in range(tree.n_nodes - 1, 0, -1):  # children before parents
+        above = tree.parent[node]
+        end[above] = max(end[above], end[node])
+    return end
+
+
+def subtree_sum(tree: Tree, leaf_values: NDArray[Any]) -> NDArray[np.float64]:
+    """[J, ...] sum over the leaves at or below each node of ``leaf_values`` [L, ...]."""
+    total = np.zeros((tree.n_nodes, *leaf_values.shape[1:]), np.float64)
+    np.add.at(total, tree.leaf, leaf_values)
+    for node in range(tree.n_nodes - 1, 0, -1):  # children before parents
+        total[tree.parent[node]] += total[node]
+    return total
+
+
+def validate(tree: Tree) -> None:
+    """Check every rule of the record; raises :class:`TreeError` naming the first defect found."""
+    _check_arrays(tree)
+    _check_nodes(tree)
+    _check_leaves(tree)
+    sampled = tree.kind[token_node(tree)] == Kind.MODEL
+    for ok, defect in (
+        (tree.version[sampled] >= 0, "a sampled token without a weight version"),
+        (tree.version[~sampled] == -1, "a weight version on a token that was not sampled"),
+        (np.isfinite(tree.logprob[sampled]), "a sampled token whose log-probability is not finite"),
+        (tree.logprob[~sampled] == 0, "a log-probability on a token that was not sampled"),
+        (tree.tokens >= 0, "a negative token id"),
+    ):
+        _require(bool(np.all(ok)), tree, defect)
+    for record in (*tree.calls, *tree.forks):
+        _require(0 <= record.node < tree.n_nodes, tree, f"{type(record).__name__} names node {record.node}")
+
+
+def _check_arrays(tree: Tree) -> None:
+    groups = (
+        (
+            tree.n_tokens,
+            {"tokens": np.int32, "logprob": np.float32, "entropy": np.float32, "version": np.int32},
+        ),
+        (tree.n_nodes, {"start": np.int32, "parent": np.int32, "kind": np.int8}),
+        (
+            tree.n_leaves,
+            {
+                "leaf": np.int32,
+                "reward": np.float32,
+                "correct": np.int8,
+                "outcome": np.int8,
+                "origin": np.int8,
+            },
+        ),
+    )
+    for size, arrays in groups:
+        for name, dtype in arrays.items():
+            array = getattr(tree, name)
+            _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
+            _require(array.shape == (size,), tree, f"{name} has shape {array.shape}, not ({size},)")
+
+
+def _check_nodes(tree: Tree) -> None:
+    _require(tree.n_nodes > 0, tree, "it has no nodes")
+    _require(tree.start[0] == 0, tree, "its first node does not start at token 0")
+    _require(bool(np.all(np.diff(tree.start, append=tree.n_tokens) > 0)), tree, "an empty node")
+    _require(tree.parent[0] == -1, tree, "its first node is not a root")
+    _require(tree.kind[0] == Kind.PROMPT, tree, "its root is not a PROMPT")
+    _require(
+        bool(np.all(np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL)))),
+        tree,
+        "a node below the root of no known kind",
+    )
+    parent, node = tree.parent[1:], np.arange(1, tree.n_nodes, dtype=np.int32)
+    _require(
+        bool(np.all((parent >= 0) & (parent < node))), tree, "a node that does not come after its parent"
+    )
+    # Pre-order iff every subtree is contiguous: as many nodes as lie between its head and its last
+    # descendant.
+    end = subtree_end(tree)
+    sizes = np.ones(tree.n_nodes, np.int64)
+    for child in node[::-1]:
+        sizes[tree.parent[child]] += sizes[child]
+    _require(bool(np.all(end - np.arange(tree.n_nodes) == sizes)), tree, "nodes out of depth-first pre-order")
+
+
+def _check_leaves(tree: Tree) -> None:
+    _require(bool(np.all((tree.leaf >= 0) & (tree.leaf < tree.n_nodes))), tree, "a leaf that names no node")
+    childless = np.setdiff1d(np.arange(tree.n_nodes), tree.parent)
+    bare = np.setdiff1d(childless, tree.leaf)
+    _require(bare.size == 0, tree, f"node {bare[:1]} ends a branch, but no leaf says why it ended")
+    _require(bool(np.all(np.isin(tree.outcome, list(Outcome)))), tree, "an unknown outcome")
+    _require(bool(np.all(np.isin(tree.origin, list(Origin)))), tree, "an unknown origin")
+    _require(not bool(np.any(np.isinf(tree.reward))), tree, "an infinite reward")
+    _require(bool(np.all((tree.correct >= -1) & (tree.correct <= 1))), tree, "`correct` outside -1, 0, 1")
+    _require(
+        bool(np.all((tree.correct >= 0) == np.isfinite(tree.reward))),
+        tree,
+        "`correct` and reward disagree on which leaves are scored",
+    )
+
+
+def _require(ok: bool, tree: Tree, defect: str) -> None:
+    if not ok:
+        raise TreeError(f"tree of prompt {tree.prompt_id!r}: {defect}")
