@@ -119,7 +119,7 @@ class Growth:
         return self._node(node).end
 
     def node(self, parent: int, kind: Kind) -> int:
-        """Open a child of ``parent``, which can then grow no more.  A child left empty is dropped at close."""
+        """Open a child of ``parent``, which then grows no more.  A child left empty is dropped at close."""
         above = self._node(parent)
         if kind == Kind.PROMPT:
             raise TreeError("a tree has one PROMPT node, its root")

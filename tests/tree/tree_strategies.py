@@ -1,0 +1,138 @@
+"""Random trees for property tests: a Growth driven at random, beside a naive reference of plain lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import strategies as st
+
+from system.tree.growth import Growth
+from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
+
+
+@dataclass
+class NaiveNode:
+    parent: int
+    kind: Kind
+    tokens: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    version: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Naive:
+    """What a tree holds, in creation order, the slow and obvious way."""
+
+    nodes: list[NaiveNode]
+    leaves: list[tuple[int, Outcome, Origin, float]] = field(default_factory=list)
+
+    def children(self, node: int) -> list[int]:
+        return [h for h, n in enumerate(self.nodes) if n.parent == node]
+
+    def path_tokens(self, node: int) -> list[int]:
+        if node < 0:
+            return []
+        return self.path_tokens(self.nodes[node].parent) + self.nodes[node].tokens
+
+    def preorder(self, node: int = 0) -> list[int]:
+        own = [node] if self.nodes[node].tokens else []
+        return own + [h for child in self.children(node) for h in self.preorder(child)]
+
+    def nearest(self, node: int) -> int:
+        """The node, or its nearest ancestor with tokens."""
+        return node if self.nodes[node].tokens else self.nearest(self.nodes[node].parent)
+
+
+def grow(seed: int, steps: int, first_token: int = 0) -> tuple[Growth, Naive]:
+    """A random growth.  Every token id is unique, counting from ``first_token``."""
+    rng = np.random.default_rng(seed)
+    next_token = first_token
+
+    def ids(count: int) -> list[int]:
+        nonlocal next_token
+        next_token += count
+        return list(range(next_token - count, next_token))
+
+    prompt = ids(int(rng.integers(1, 6)))
+    growth = Growth(f"prompt-{seed}", "test", prompt, budget=8, meta={"seed": seed}, started_s=1.0)
+    blank = len(prompt)
+    naive = Naive([NaiveNode(-1, Kind.PROMPT, prompt, [0.0] * blank, [np.nan] * blank, [-1] * blank)])
+    views: list[tuple[int, list[int], np.ndarray]] = []
+
+    def end(node: int) -> None:
+        outcome = Outcome(rng.choice([0, 0, 0, 1, 2, 3, 4, 5]))
+        origin = Origin(rng.integers(0, 3))
+        number = growth.leaf(node, outcome, origin)
+        reward = float(np.float32(rng.choice([rng.normal(), 0.0, 1.0])))
+        if rng.random() < 0.8:
+            growth.score(number, reward, bool(reward > 0.5))
+        else:
+            reward = np.nan
+        assert number == len(naive.leaves)
+        naive.leaves.append((node, outcome, origin, reward))
+
+    def may_grow() -> list[int]:
+        closed = {leaf[0] for leaf in naive.leaves} | {n.parent for n in naive.nodes}
+        return [h for h in range(1, len(naive.nodes)) if h not in closed]
+
+    for _ in range(steps):
+        growing = may_grow()
+        act = rng.random()
+        if growing and act < 0.6:
+            node = int(rng.choice(growing))
+            own = naive.nodes[node]
+            chunk = ids(int(rng.integers(0, 5)))
+            own.tokens += chunk
+            if own.kind == Kind.MODEL:
+                logprob = -rng.random(len(chunk)).astype(np.float32)
+                entropy = rng.random(len(chunk)).astype(np.float32)
+                version = rng.integers(0, 9, len(chunk)).astype(np.int32)
+                growth.extend(node, chunk, logprob, entropy, version)
+                own.logprob += logprob.tolist()
+                own.entropy += entropy.tolist()
+                own.version += version.tolist()
+            else:
+                growth.extend(node, chunk)
+                own.logprob += [0.0] * len(chunk)
+                own.entropy += [np.nan] * len(chunk)
+                own.version += [-1] * len(chunk)
+            views.append((node, naive.path_tokens(node), growth.path_tokens(node)))
+        elif act < 0.9:
+            parent = int(rng.integers(0, len(naive.nodes)))
+            kind = Kind(rng.choice([Kind.MODEL, Kind.MODEL, Kind.TOOL]))
+            node = growth.node(parent, kind)
+            assert node == len(naive.nodes)
+            naive.nodes.append(NaiveNode(parent, kind))
+            if kind == Kind.TOOL:
+                growth.call(
+                    ToolCall(node, "search", {"query": f"q{node}"}, "ok", 0.25, cached=bool(node % 2))
+                )
+                growth.fork(ForkDecision(node, 0.1, 0.5, float(rng.random()), 1))
+        elif growing:
+            end(int(rng.choice(growing)))
+    parents = {n.parent for n in naive.nodes}
+    for node in range(len(naive.nodes)):
+        bare = node not in parents and node not in {leaf[0] for leaf in naive.leaves}
+        if bare or rng.random() < 0.15:
+            end(node)
+    for node, expected, view in views:  # what a request was given stays what it was
+        assert view.tolist() == expected
+        assert growth.path_tokens(node).tolist()[: len(expected)] == expected
+    return growth, naive
+
+
+@st.composite
+def growths(draw: st.DrawFn) -> tuple[Growth, Naive]:
+    return grow(draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 40)))
+
+
+@st.composite
+def forests(draw: st.DrawFn, max_trees: int = 4) -> list[Tree]:
+    """Several trees whose token ids are all different."""
+    count = draw(st.integers(1, max_trees))
+    return [
+        grow(draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 40)), first_token=10_000 * i)[0].close(2.0)
+        for i in range(count)
+    ]
