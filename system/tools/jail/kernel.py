@@ -1,0 +1,141 @@
+"""Linux system calls that Python's library lacks, through ctypes.  Each raises OSError with the kernel's errno."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+
+MACHINE = platform.machine()
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# Numbers above 423 are the same on every architecture.
+_MOUNT_SETATTR = 442
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_CAPSET = {"x86_64": 126, "aarch64": 91}
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x8, 0x1000, 0x4000, 0x40000
+MNT_DETACH = 2
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 15, 22, 38
+_SECCOMP_MODE_FILTER = 2
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+_LANDLOCK_RULE_PATH_BENEATH = 1
+_LANDLOCK_CREATE_RULESET_VERSION = 1
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _syscall(what: str, number: int, *arguments: object) -> int:
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    return _check(_libc.syscall(ctypes.c_long(number), *words), what)
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    encode = lambda text: None if text is None else os.fsencode(text)  # noqa: E731
+    arguments = (encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data))
+    _check(_libc.mount(*arguments), f"mount {target}")
+
+
+def mount_attributes(target: str, attributes: int, *, recursive: bool) -> None:
+    """Add mount attributes, keeping those already set (mount_setattr, Linux 5.12)."""
+    attr = ctypes.create_string_buffer(struct.pack("QQQQ", attributes, 0, 0, 0))
+    flags = _AT_RECURSIVE if recursive else 0
+    _syscall("mount_setattr", _MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), flags, attr, 32)
+
+
+def pivot_root(new_root: str) -> None:
+    """Make ``new_root`` (a mount point) the root directory and let go of the old one."""
+    os.chdir(new_root)
+    _syscall("pivot_root", _PIVOT_ROOT[MACHINE], b".", b".")
+    _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
+def _prctl(what: str, option: int, *arguments: object) -> None:
+    words = [ctypes.c_ulong(a) if isinstance(a, int) else a for a in arguments]
+    words += [ctypes.c_ulong(0)] * (4 - len(words))
+    _check(_libc.prctl(option, *words), what)
+
+
+def set_name(name: str) -> None:
+    """The name that ``ps`` shows for this process."""
+    _prctl("PR_SET_NAME", _PR_SET_NAME, name.encode()[:15])
+
+
+def die_with_parent(signal_number: int) -> None:
+    _prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, signal_number)
+
+
+def no_new_privileges() -> None:
+    _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
+
+
+def drop_capabilities() -> None:
+    """Give up every capability of this thread, for good once no_new_privileges holds."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", _LINUX_CAPABILITY_VERSION_3, 0))
+    _syscall("capset", _CAPSET[MACHINE], header, ctypes.create_string_buffer(24))
+
+
+def install_filter(program: bytes) -> None:
+    """Put a seccomp-BPF program (8 bytes an instruction) on this thread and all it will ever start."""
+
+    class SockFprog(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # noqa: RUF012
+
+    code = ctypes.create_string_buffer(program, len(program))
+    fprog = SockFprog(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
+    _prctl("PR_SET_SECCOMP", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(fprog))
+
+
+def landlock_version() -> int:
+    """The kernel's Landlock ABI, 0 where it has none."""
+    try:
+        return _syscall(
+            "landlock", _LANDLOCK_CREATE_RULESET, ctypes.c_void_p(None), 0, _LANDLOCK_CREATE_RULESET_VERSION
+        )
+    except OSError:
+        return 0
+
+
+def landlock_ruleset(fs_rights: int, net_rights: int, scopes: int) -> int:
+    """A file descriptor of a new ruleset that denies the given rights except where a rule allows them."""
+    attr = ctypes.create_string_buffer(struct.pack("QQQ", fs_rights, net_rights, scopes), 24)
+    size = 24 if scopes else 16 if net_rights else 8
+    return _syscall("landlock_create_ruleset", _LANDLOCK_CREATE_RULESET, attr, size, 0)
+
+
+def landlock_allow(ruleset: int, path: str, rights: int) -> None:
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, handle))
+        _syscall(
+            "landlock_add_rule", _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0
+        )
+    finally:
+        os.close(handle)
+
+
+def landlock_restrict(ruleset: int) -> None:
+    _syscall("landlock_restrict_self", _LANDLOCK_RESTRICT_SELF, ruleset, 0)

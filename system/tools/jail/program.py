@@ -1,0 +1,83 @@
+"""Running one program as a REPL would: its output as it comes, and the value of a last bare expression."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import linecache
+import os
+import sys
+import traceback
+import types
+
+FILENAME = "<python>"
+
+
+def run(source: str) -> int:
+    """Execute ``source`` in a fresh ``__main__`` and print what it fails with.  Returns the exit code a script has."""
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
+    try:
+        _execute(source, module.__dict__)
+        _join_threads()
+    except SystemExit as stop:
+        return _exit_code(stop.code)
+    except BaseException as error:
+        _print_error(error)
+        return 1
+    return 0
+
+
+def take_streams() -> None:
+    """New text streams on descriptors 0, 1 and 2, which have changed under Python's feet."""
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    options = {"encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, **options)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, **options)  # noqa: SIM115
+
+
+def leave(code: int) -> None:
+    """End this process at once, with what was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed or replaced by the program: nothing to flush
+            continue
+    os._exit(code & 0xFF)
+
+
+def _execute(source: str, namespace: dict[str, object]) -> None:
+    tree = ast.parse(source, FILENAME)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, FILENAME, "exec"), namespace)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), FILENAME, "eval"), namespace)
+        if value is not None:
+            print(repr(value))
+
+
+def _join_threads() -> None:
+    """Wait for the program's threads, as the interpreter does at its end."""
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading._shutdown()
+
+
+def _exit_code(code: object) -> int:
+    if code is None or isinstance(code, int):
+        return int(code or 0)
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _print_error(error: BaseException) -> None:
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename != FILENAME:
+        frames = frames.tb_next  # our own frames say nothing to the program's author
+    try:
+        lines = traceback.format_exception(type(error), error, frames)
+        sys.stderr.write("".join(lines))
+    except BaseException:  # an exception whose own __str__ fails, or no memory left to format it
+        os.write(2, f"{type(error).__name__}\n".encode())

@@ -1,0 +1,108 @@
+"""Trying to break out: what a sandbox must prevent, attempted for real before it is trusted.
+
+The attempts run inside, as a program like any other; whether one got through is judged from outside where that is
+possible (did the listener see a connection, does the file exist?).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from system.tools.jail.scratch import remove_tree
+from system.tools.outcome import ToolStatus
+
+if TYPE_CHECKING:
+    from system.tools.sandbox import Sandbox
+
+
+class Escaped(RuntimeError):
+    """A program got out, or cannot do what it must be able to; the message names the attempts."""
+
+
+# Each attempt is an expression that must raise; a value means that it got through.
+_ATTEMPTS = """
+import json, os, socket
+def tcp():
+    socket.create_connection(("127.0.0.1", {port}), timeout=2)
+def udp():
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {port}))
+def unix():
+    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect({unix!r})
+def write_file():
+    open({outside!r} + "/written", "w").close()
+def overwrite():
+    open({outside!r} + "/secret", "w").close()
+def truncate():
+    os.truncate({outside!r} + "/secret", 0)
+def remove():
+    os.unlink({outside!r} + "/secret")
+def write_temporary():
+    open({temporary!r}, "w").close()
+def read_secret():
+    open({outside!r} + "/secret").read()
+def read_environment():
+    open("/proc/{parent}/environ", "rb").read()
+def signal():
+    os.kill({parent}, 0)
+def new_process():
+    if os.fork() == 0:
+        os._exit(0)
+got_through = []
+for attempt in (tcp, udp, unix, write_file, overwrite, truncate, remove, write_temporary, read_secret,
+                read_environment, signal, new_process):
+    try:
+        attempt()
+        got_through.append(attempt.__name__)
+    except OSError:
+        pass
+with open("inside", "w") as file:
+    file.write("x")
+os.unlink("inside")
+print(json.dumps(got_through))
+"""
+
+
+async def verify(sandbox: Sandbox) -> None:
+    """Attempt the escapes.  Raises :class:`Escaped` naming those that succeeded."""
+    outside = Path(tempfile.mkdtemp(prefix="espalier-probe-"))
+    secret = outside / "secret"
+    temporary = Path(tempfile.gettempdir()) / f"{outside.name}.write"
+    connected = asyncio.Event()
+    server = await asyncio.start_server(lambda _, writer: (connected.set(), writer.close()), "127.0.0.1", 0)
+    with socket.socket(socket.AF_UNIX) as unix:
+        try:
+            outside.chmod(0o777)  # only the sandbox may stand in the way
+            secret.write_text("secret")
+            secret.chmod(0o666)
+            unix.bind(str(outside / "socket"))
+            (outside / "socket").chmod(0o777)
+            unix.listen()
+            code = _ATTEMPTS.format(
+                port=server.sockets[0].getsockname()[1],
+                unix=str(outside / "socket"),
+                outside=str(outside),
+                temporary=str(temporary),
+                parent=os.getpid(),
+            )
+            result = await sandbox.run(code)
+            if result.status is not ToolStatus.OK:
+                raise Escaped(f"a harmless program fails inside: {result.text}")
+            got_through = set(json.loads(result.stdout))
+            if connected.is_set():
+                got_through.add("tcp")
+            if (outside / "written").exists() or temporary.exists():
+                got_through.add("write_file")
+            if not secret.exists() or secret.read_text() != "secret":
+                got_through.add("overwrite")
+            if got_through:
+                raise Escaped(f"not prevented: {', '.join(sorted(got_through))}")
+        finally:
+            server.close()
+            temporary.unlink(missing_ok=True)
+            await asyncio.to_thread(remove_tree, str(outside))

@@ -1,0 +1,336 @@
+"""Model-written Python in a real sandbox: no network, no write outside a scratch directory, hard limits.
+
+Needs nothing but Linux and Python: no container, no root, no extra package.  What confines a call is chosen at start
+from what the kernel permits, strongest first, and *tried out* before the first real call (:mod:`.probe`):
+
+1. a cell of mount, network, IPC and PID namespaces (root, or a user who may create user namespaces);
+2. Landlock and seccomp alone (any user, Linux 5.13 or newer).
+
+Both include a seccomp allow-list (no sockets, no new processes, no signals to others), Landlock where the kernel has
+it, no_new_privs, no capabilities, rlimits, and an unprivileged user id when started as root.  A call is one process:
+its limits hold for the whole call, and killing it leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from system.config import ToolsConfig
+from system.tools import probe
+from system.tools.jail.scratch import remove_tree
+from system.tools.jail.settings import Settings
+from system.tools.outcome import ToolStatus
+
+PRELOADED = (
+    *("bisect", "collections", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "json", "math"),
+    *("operator", "random", "re", "statistics", "string", "typing"),
+)
+_ROOT = str(Path(__file__).resolve().parents[2])
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from system.tools.jail.forkserver import main; "
+    "del sys.path[0]; main()"
+)
+_START_DEADLINE_S = 20.0
+_GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
+_MAX_CODE_BYTES = 1 << 20
+
+
+class SandboxUnavailable(RuntimeError):
+    """No mechanism of this machine gives the guarantees; the message says what is missing."""
+
+
+class _Lost(Exception):
+    """The fork server, or a call's warden, died."""
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """Limits of one call."""
+
+    wall_s: float = 10.0
+    cpu_s: float = 5.0  # whole seconds, rounded up
+    memory_mb: int = 256  # address space beyond the idle interpreter's
+    output_chars: int = 2000  # of each of stdout and stderr
+    file_mb: int = 16  # largest file
+    disk_mb: int = 64  # all files together (enforced where namespaces are permitted)
+    open_files: int = 64
+    threads: int = 16  # a call is one process
+
+    @classmethod
+    def from_config(cls, tools: ToolsConfig) -> SandboxLimits:
+        return cls(
+            wall_s=tools.python_wall_s,
+            cpu_s=tools.python_cpu_s,
+            memory_mb=tools.python_memory_mb,
+            output_chars=tools.python_output_chars,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxResult:
+    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: wall or CPU time ran out."""
+
+    status: ToolStatus
+    stdout: str
+    stderr: str
+    exit_code: int  # negative: killed by that signal
+    reason: str = ""  # why it did not end well, one line
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    peak_rss_mb: float = 0.0
+    truncated: bool = False
+
+    @property
+    def text(self) -> str:
+        """What the model reads: its output, then what went wrong."""
+        parts = [self.stdout.rstrip("\n"), self.stderr.rstrip("\n"), self.reason]
+        return "\n".join(part for part in parts if part)
+
+
+class Sandbox:
+    """Runs programs, several at once.  ``start`` before the first ``run``; safe for many tasks of one event loop."""
+
+    def __init__(
+        self,
+        limits: SandboxLimits | None = None,
+        *,
+        concurrency: int = 16,
+        paths: Sequence[str] = (),
+        preload: Sequence[str] = PRELOADED,
+    ):
+        """``paths``: directories of packages the programs may import; ``preload``: modules imported once, before any
+        call, so that a call gets them free."""
+        self.limits = limits or SandboxLimits()
+        self.mechanisms: list[str] = []  # what confines a call here; filled by start
+        self._paths, self._preload = tuple(paths), tuple(preload)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._starting = asyncio.Lock()
+        self._server: _ForkServer | None = None
+        self._namespaces = True
+
+    async def start(self) -> None:
+        """Find a way to confine programs on this machine and try it out.
+
+        Raises :class:`SandboxUnavailable` naming, for each way, what is missing.
+        """
+        missing: list[str] = []
+        for self._namespaces in (True, False):
+            way = "namespaces" if self._namespaces else "Landlock and seccomp"
+            try:
+                async with self._starting:
+                    self._server = await self._start_server()
+                await probe.verify(self)
+                return
+            except (SandboxUnavailable, probe.Escaped) as error:
+                missing.append(f"with {way}: {error}")
+                await self.close()
+        raise SandboxUnavailable("python cannot be sandboxed here: " + "; ".join(missing))
+
+    async def run(self, code: str, *, deadline_s: float | None = None) -> SandboxResult:
+        """Run ``code`` for at most ``deadline_s`` seconds (and the limits' ``wall_s``), waiting for a slot not counted.
+
+        Raises :class:`SandboxUnavailable` if the sandbox itself is broken, never because of what ``code`` does.
+        A cancelled call is killed.
+        """
+        wall_s = min(self.limits.wall_s, deadline_s if deadline_s is not None else self.limits.wall_s)
+        if len(code.encode(errors="replace")) > _MAX_CODE_BYTES:
+            return SandboxResult(ToolStatus.ERROR, "", "", 1, f"the program is longer than {_MAX_CODE_BYTES} bytes")
+        if wall_s <= 0:
+            return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
+        async with self._slots:
+            for _ in range(2):  # a lost program may run again: nothing it did has left the sandbox
+                server = await self._running_server()
+                try:
+                    reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + _GRACE_S)
+                except _Lost:
+                    continue
+                if "failed" in reply:
+                    raise SandboxUnavailable(f"a call could not be confined: {reply['failed']}")
+                return self._result(reply, wall_s)
+        raise SandboxUnavailable("the sandbox's fork server died twice during one call")
+
+    async def close(self) -> None:
+        """Kill what still runs and remove every scratch directory."""
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop()
+
+    @property
+    def pid(self) -> int | None:
+        """The fork server's process id."""
+        return self._server.pid if self._server else None
+
+    async def _running_server(self) -> _ForkServer:
+        async with self._starting:
+            if self._server is None:
+                raise SandboxUnavailable("the sandbox has not been started")
+            if self._server.lost:
+                await self._server.stop()
+                self._server = await self._start_server()
+            return self._server
+
+    async def _start_server(self) -> _ForkServer:
+        limits = self.limits
+        settings = Settings(
+            base=os.path.realpath(tempfile.mkdtemp(prefix="espalier-sandbox-")),
+            namespaces=self._namespaces,
+            cpu_s=limits.cpu_s,
+            memory=limits.memory_mb << 20,
+            file_size=limits.file_mb << 20,
+            disk=limits.disk_mb << 20,
+            open_files=limits.open_files,
+            threads=limits.threads,
+            output=4 * limits.output_chars,  # UTF-8 takes at most four bytes a character
+            paths=self._paths,
+            preload=self._preload,
+        )
+        server = _ForkServer(settings)
+        try:
+            self.mechanisms = await server.greet()
+        except BaseException:
+            await server.stop()
+            raise
+        return server
+
+    def _result(self, reply: dict, wall_s: float) -> SandboxResult:
+        limit, code = self.limits.output_chars, reply["exit_code"]
+        stdout, cut_out = _head(reply["stdout"], reply["stdout_bytes"], limit)
+        stderr, cut_err = _tail(reply["stderr"], reply["stderr_bytes"], limit)
+        status, reason = ToolStatus.OK if code == 0 else ToolStatus.ERROR, ""
+        if reply["timed_out"]:
+            status, reason = ToolStatus.TIMEOUT, f"Stopped: the program ran longer than {wall_s:g} s."
+        elif code == -signal.SIGKILL and reply["cpu_s"] >= self.limits.cpu_s - 0.5:
+            status, reason = ToolStatus.TIMEOUT, f"Stopped: the program used more than {self.limits.cpu_s:g} s of CPU time."
+        elif code < 0:
+            reason = f"The program was killed by {signal.Signals(-code).name}."
+        elif code > 0 and not stderr:
+            reason = f"The program exited with code {code}."
+        return SandboxResult(
+            status=status,
+            stdout=stdout,
+            stderr=stderr,
+            exit_code=code,
+            reason=reason,
+            wall_s=reply["wall_s"],
+            cpu_s=reply["cpu_s"],
+            peak_rss_mb=reply["peak_rss_mb"],
+            truncated=cut_out or cut_err,
+        )
+
+
+class _ForkServer:
+    """The parent's end of :mod:`system.tools.jail.forkserver`."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        command = [sys.executable, "-s", "-S", "-P", "-c", _BOOT, _ROOT, str(theirs.fileno()), settings.to_json()]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"},  # no secret of ours; the same order of sets
+                cwd="/",
+                start_new_session=True,
+            )
+        self._calls: set[socket.socket] = set()
+        self.lost = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def greet(self) -> list[str]:
+        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason if it is not."""
+        try:
+            async with asyncio.timeout(_START_DEADLINE_S):
+                data = await asyncio.get_running_loop().sock_recv(self._control, 1 << 16)
+        except TimeoutError:
+            raise SandboxUnavailable(f"the fork server did not start within {_START_DEADLINE_S:g} s") from None
+        except OSError as error:
+            raise SandboxUnavailable(f"the fork server could not be heard: {error}") from error
+        hello = json.loads(data) if data else {"failed": "the fork server died while starting"}
+        if "failed" in hello:
+            raise SandboxUnavailable(hello["failed"])
+        return hello["ready"]
+
+    async def call(self, request: dict, deadline_s: float) -> dict:
+        """One request, one reply.  Raises _Lost if the server or the call's warden died or does not answer."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        self._calls.add(ours)
+        try:
+            ours.setblocking(False)
+            with theirs:
+                await self._pass_on(theirs)
+            data = json.dumps(request).encode()
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await loop.sock_sendall(ours, len(data).to_bytes(4, "big") + data)
+                    size = int.from_bytes(await _exactly(ours, 4), "big")
+                    return json.loads(await _exactly(ours, size))
+            except TimeoutError:
+                raise _Lost from None
+            except OSError as error:
+                raise _Lost from error
+        finally:
+            self._calls.discard(ours)
+            ours.close()  # tells the warden, if it still runs, to kill the program
+
+    async def _pass_on(self, theirs: socket.socket) -> None:
+        for _ in itertools.count():
+            try:
+                socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+                return
+            except BlockingIOError:  # its queue is full; it forks about a thousand times a second
+                await asyncio.sleep(0.005)
+            except OSError as error:
+                self.lost = True
+                raise _Lost from error
+
+    async def stop(self) -> None:
+        for call in list(self._calls):
+            with contextlib.suppress(OSError):
+                call.shutdown(socket.SHUT_RDWR)
+        self._control.close()
+        self._process.kill()
+        await asyncio.to_thread(self._process.wait)
+        await asyncio.to_thread(remove_tree, self._settings.base)
+
+
+async def _exactly(channel: socket.socket, size: int) -> bytes:
+    loop, data = asyncio.get_running_loop(), bytearray()
+    while len(data) < size:
+        chunk = await loop.sock_recv(channel, size - len(data))
+        if not chunk:
+            raise ConnectionResetError("closed before the reply was complete")
+        data += chunk
+    return bytes(data)
+
+
+def _head(text: str, total_bytes: int, limit: int) -> tuple[str, bool]:
+    if len(text) <= limit and total_bytes <= len(text.encode()):
+        return text, False
+    return f"{text[:limit]}\n… [output cut: {total_bytes} bytes in all]", True
+
+
+def _tail(text: str, total_bytes: int, limit: int) -> tuple[str, bool]:
+    if len(text) <= limit and total_bytes <= len(text.encode()):
+        return text, False
+    return f"[output cut: {total_bytes} bytes in all] …\n{text[-limit:]}", True
