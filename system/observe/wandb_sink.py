@@ -1,12 +1,13 @@
 """Weights & Biases: offline by default, online by ``observe.wandb=online``.
 
-It is a view of ``metrics.jsonl``, so its failures are said loudly, once, and never stop the run.  What goes there is
-the metrics and the redacted configuration: no source code, no command line, no console output.
+It is a view of ``metrics.jsonl``, so its failures are said loudly, once, and never stop the run.  What goes
+there is the metrics and the redacted configuration: no source code, no command line, no console output.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,6 +40,8 @@ class WandbSink:
             self._run = wandb.init(
                 project=config.observe.project,
                 name=run_dir.name,
+                id=_run_id(run_dir),
+                resume="allow" if mode == "online" else None,  # offline sessions are joined by `wandb sync`
                 dir=str(run_dir.root),
                 mode="online" if mode == "online" else "offline",
                 config=redact(to_dict(config)),
@@ -90,3 +93,12 @@ class WandbSink:
             "         The run goes on; its metrics are in metrics.jsonl. "
             "Set observe.wandb=disabled to do without W&B."
         )
+
+
+def _run_id(run_dir: RunDir) -> str:
+    """W&B's identity of this run, kept so that a resumed session goes on in the same W&B run."""
+    path = run_dir.wandb / "id"
+    if not path.is_file():
+        run_dir.wandb.mkdir(exist_ok=True)
+        path.write_text(secrets.token_hex(6), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,257 @@
+"""PNG curves of a run, from ``metrics.jsonl``: one picture per question, and all of them on one page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from system.observe.rundir import RunDir
+from system.observe.sinks import history, series
+
+Records = list[dict[str, Any]]
+
+# Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#222222",
+)
+_CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+_GRID = "#E6E6E6"
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One picture: its file name, its title, and what draws it (false when there is nothing to draw)."""
+
+    name: str
+    title: str
+    draw: Callable[[Axes, Records], bool]
+
+
+def draw(run_dir: RunDir) -> list[Path]:
+    """Draw every curve that has data into ``curves/``; returns the files, the overview first."""
+    records = history(run_dir.metrics_path)
+    files, drawn = [], []
+    for curve in CURVES:
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        if _panel(figure.subplots(), curve, records):
+            path = run_dir.curves / f"{curve.name}.png"
+            figure.savefig(path, dpi=110)
+            files.append(path)
+            drawn.append(curve)
+    if not drawn:
+        return []
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.5), layout="constrained")
+    figure.suptitle(run_dir.name, fontsize=14, fontweight="bold", color=BLACK)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, curve in zip(axes, drawn, strict=False):
+        _panel(ax, curve, records)
+    for ax in list(figure.axes)[len(drawn) : rows * columns]:
+        ax.set_visible(False)
+    overview = run_dir.curves / "overview.png"
+    figure.savefig(overview, dpi=110)
+    return [overview, *files]
+
+
+def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
+    ax.set_title(curve.title, fontsize=11, loc="left", color=BLACK)
+    ax.set_xlabel("training step", fontsize=9)
+    ax.grid(True, color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    drawn = curve.draw(ax, records)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return drawn
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Trailing mean over up to ``span`` values."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - span] if i >= span else 0.0)
+        means.append(total / min(i + 1, span))
+    return means
+
+
+def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: str = "-") -> bool:
+    """A smoothed line over the faint raw one."""
+    points = list(series(records, key))
+    if not points:
+        return False
+    steps, values = zip(*points, strict=True)
+    span = max(1, len(values) // 20)
+    if span > 1:
+        ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
+    ax.plot(steps, smooth(values, span), style, color=colour, linewidth=1.8, label=label)
+    if len(values) == 1:
+        ax.plot(steps, values, "o", color=colour, markersize=4)
+    return True
+
+
+def _lines(ax: Axes, records: Records, *lines: tuple[str, str, str]) -> bool:
+    drawn = [_line(ax, records, *line) for line in lines]
+    _legend(ax)
+    return any(drawn)
+
+
+def _legend(ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        ax.legend(handles, labels, fontsize=8, frameon=False, ncols=2 if len(labels) > 3 else 1)
+
+
+def _accuracy(ax: Axes, records: Records) -> bool:
+    drawn = _line(ax, records, "rollout/accuracy", "training, sampled", BLUE)
+    points = list(series(records, "eval/accuracy"))
+    if points:
+        steps, values = zip(*points, strict=True)
+        ax.plot(steps, values, "o-", color=RED, markersize=6, linewidth=1.2, label="held-out questions")
+        for step, value in (points[0], points[-1]):
+            ax.annotate(
+                f"{value:.2f}",
+                (step, value),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=RED,
+            )
+    ax.set_ylim(-0.02, 1.1)
+    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    _legend(ax)
+    return drawn or bool(points)
+
+
+def _reward(ax: Axes, records: Records) -> bool:
+    return _lines(
+        ax, records, ("rollout/reward", "closed trees", BLUE), ("train/reward", "trained on", ORANGE)
+    )
+
+
+def _entropy(ax: Axes, records: Records) -> bool:
+    drawn = _line(ax, records, "rollout/entropy", "token entropy (nats)", BLUE)
+    low, high = list(series(records, "tree/delta_h_p10")), list(series(records, "tree/delta_h_p90"))
+    if low and len(low) == len(high):
+        steps = [step for step, _ in low]
+        span = max(1, len(steps) // 20)
+        bottom, top = smooth([v for _, v in low], span), smooth([v for _, v in high], span)
+        ax.fill_between(steps, bottom, top, color=ORANGE, alpha=0.2, linewidth=0, label="ΔH, 10–90 %")
+    drawn = _line(ax, records, "tree/delta_h", "ΔH after a tool result", ORANGE) or drawn
+    ax.axhline(0, color=BLACK, linewidth=0.6)
+    _legend(ax)
+    return drawn
+
+
+def _branching(ax: Axes, records: Records) -> bool:
+    drawn = _lines(
+        ax,
+        records,
+        ("tree/forks", "forks", BLUE),
+        ("tree/top_ups", "top-ups", ORANGE),
+        ("tree/decisions", "decisions", GREEN),
+        ("tree/fork_rate", "forks per decision", PURPLE),
+    )
+    ax.set_ylim(bottom=0)
+    return drawn
+
+
+def _staleness(ax: Axes, records: Records) -> bool:
+    """Stacked shares of trained trees by how many versions they lagged."""
+    keys = {key for one in records for key in one if re.match(r"flow/staleness_share/\d+$", key)}
+    lags = sorted(int(key.rsplit("/", 1)[1]) for key in keys)
+    trained = [one for one in records if "flow/staleness" in one]
+    if not trained:
+        return False
+    steps = [one["step"] for one in trained]
+    span = max(1, len(steps) // 20)
+    shares = [smooth([one.get(f"flow/staleness_share/{lag}", 0.0) for one in trained], span) for lag in lags]
+    colours = [matplotlib.colormaps["viridis"](i / max(1, len(lags) - 1)) for i in range(len(lags))]
+    ax.stackplot(steps, shares, labels=[f"{lag}" for lag in lags], colors=colours, alpha=0.8)
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("share of trained trees", fontsize=9)
+    ax.legend(
+        title="versions behind", title_fontsize=8, fontsize=8, ncols=4, loc="lower left", framealpha=0.8
+    )
+    return True
+
+
+def _throughput(ax: Axes, records: Records) -> bool:
+    drawn = _lines(
+        ax,
+        records,
+        ("time/generated_per_s", "generated", BLUE),
+        ("time/trained_per_s", "trained on", ORANGE),
+    )
+    ax.set_ylabel("model tokens/s", fontsize=9)
+    ax.set_ylim(bottom=0)
+    return drawn
+
+
+def _idle(ax: Axes, records: Records) -> bool:
+    keys = sorted({key for one in records for key in one if key.startswith("time/idle_share/")})
+    drawn = False
+    for i, key in enumerate(keys[: 2 * len(_CYCLE)]):
+        _, _, actor, cause = key.split("/", 3)
+        # A record without the key is a window without that wait.
+        filled = [{key: 0.0, **one} for one in records if "time/window_s" in one]
+        drawn = _line(ax, filled, key, f"{actor}: {cause}", _CYCLE[i % 6], "-" if i < 6 else "--") or drawn
+    ax.set_ylabel("share of time", fontsize=9)
+    ax.set_ylim(bottom=0)
+    _legend(ax)
+    return drawn
+
+
+def _tokens(ax: Axes, records: Records) -> bool:
+    drawn = _lines(
+        ax,
+        records,
+        ("tree/unique_flat_ratio", "unique / flattened tokens", BLUE),
+        ("flow/goodput", "trained / generated tokens", GREEN),
+        ("train/zero_variance_share", "trees without reward variance", RED),
+    )
+    ax.set_ylim(0, 1.15)
+    return drawn
+
+
+def _length(ax: Axes, records: Records) -> bool:
+    drawn = _lines(
+        ax,
+        records,
+        ("rollout/response_tokens", "generated", BLUE),
+        ("train/response_tokens", "trained on", ORANGE),
+    )
+    ax.set_ylabel("model tokens per branch", fontsize=9)
+    ax.set_ylim(bottom=0)
+    return drawn
+
+
+CURVES = (
+    Curve("accuracy", "Accuracy", _accuracy),
+    Curve("reward", "Reward", _reward),
+    Curve("entropy", "Entropy, and its rise after tool results", _entropy),
+    Curve("branching", "Branching, per tree", _branching),
+    Curve("staleness", "Staleness of what was trained on", _staleness),
+    Curve("throughput", "Throughput", _throughput),
+    Curve("idle", "Idle time by cause", _idle),
+    Curve("tokens", "Use made of tokens and trees", _tokens),
+    Curve("length", "Response length", _length),
+)
