@@ -1,7 +1,7 @@
 """``espalier``: the command line.
 
-Only the standard library is imported here; each command imports what it needs when it runs, so that ``--help`` answers
-at once and a command never waits for a library of another.
+Only the standard library is imported here; each command imports what it needs when it runs, so that ``--help``
+answers at once and a command never waits for a library of another.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _train(args: argparse.Namespace) -> int:
         run_dir = RunDir.open(args.resume)
         for key in unsafe_on_resume(overrides):
             print(
-                f"WARNING: {key} changes in the middle of a run: results before and after are not comparable, "
+                f"WARNING: {key} changes in the middle of a run: results before and after do not compare, "
                 "and the checkpoint may not fit",
                 file=sys.stderr,
             )

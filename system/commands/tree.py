@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def select(trees: Iterator[Tree], args: argparse.Namespace, run_dir: RunDir) -> Tree:
-    """The tree the options name; the newest without any.  Raises :class:`ConfigError` when there is none such."""
+    """The tree the options name; the newest without any.  Raises :class:`ConfigError` for none."""
     if args.prompt is not None:
         wanted = f"of prompt {args.prompt!r}"
         found = deque((tree for tree in trees if tree.prompt_id == args.prompt), maxlen=1)

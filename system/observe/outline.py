@@ -158,7 +158,8 @@ def _head(tree: Tree, view: View) -> Text:
     head = Text.assemble(
         (visible(tree.prompt_id), "bold"),
         f"  {visible(tree.task)}  ·  {stats.leaves} of {tree.budget or stats.leaves} leaves: "
-        f"{_count(stats.roots, 'root')}, {_count(stats.forks, 'fork')}, {_count(stats.top_ups, 'top-up')}  ·  "
+        f"{_count(stats.roots, 'root')}, {_count(stats.forks, 'fork')}, "
+        f"{_count(stats.top_ups, 'top-up')}  ·  "
         f"{_count(len(tree.calls), 'tool call')}  ·  {_count(tree.n_tokens, 'token')}",
     )
     if stats.flat:
