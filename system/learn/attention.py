@@ -1,0 +1,170 @@
+"""Attention on packed trees: the interval mask and the core-attention module that Megatron's layers call.
+
+In depth-first pre-order token i may attend to token j iff ``j <= i < exit[j]``, so one integer per token is
+the whole mask.  On GPU it becomes a FlexAttention block mask (no N² memory); on CPU, where FlexAttention has
+no backward pass, each tree of the row is attended on its own with a dense mask, so cost grows with Σ n_tree²,
+not (Σ n_tree)².
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # FlexAttention's default block edge; packed rows are padded to a multiple of it on GPU
+
+
+class TreeMask:
+    """The attention mask of one packed row of N tokens.
+
+    ``exit`` ``[N]`` int64: one past the last token that may attend to this one.  Padding tokens are made to
+    attend to themselves only, so that no softmax is empty.  Device tensors are built once and shared by all
+    layers.
+    """
+
+    def __init__(self, exit: torch.Tensor) -> None:
+        own = torch.arange(exit.numel(), device=exit.device) + 1
+        self.exit = torch.maximum(exit.long(), own)
+
+    def allowed(self, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """[n, n] bool: may query (row) attend to key (column), both within ``start:end``?"""
+        end = self.exit.numel() if end is None else end
+        index = torch.arange(start, end, device=self.exit.device)
+        return (index[None, :] <= index[:, None]) & (index[:, None] < self.exit[None, start:end])
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """The row's independent runs (trees, parts of trees; padding tokens one by one), in order."""
+        exits = self.exit.tolist()
+        spans, start = [], 0
+        while start < len(exits):
+            spans.append((start, exits[start]))
+            start = exits[start]
+        return spans
+
+    @cached_property
+    def bias(self) -> list[tuple[int, int, torch.Tensor]]:
+        """(start, end, [n, n] float32 additive mask) of every span longer than one token."""
+        return [
+            (a, b, torch.zeros(b - a, b - a).masked_fill_(~self.allowed(a, b), float("-inf")))
+            for a, b in self.spans
+            if b - a > 1
+        ]
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask for FlexAttention, derived per block from ``exit`` without an N² tensor.
+
+        Key block k matters to query block q iff k <= q and some key of k is still open at q's first token;
+        every pair of the two is allowed (no per-element test) iff k < q and all keys of k stay open to q's
+        last token.
+        """
+        exit = self.exit
+        n = exit.numel()
+        blocks = -(-n // BLOCK)
+        # Beyond the row: keys that are open to nobody, which makes a ragged last block partial.
+        padded = torch.cat([exit, exit.new_zeros(blocks * BLOCK - n)]).view(blocks, BLOCK)
+        q = torch.arange(blocks, device=exit.device)
+        touched = (q[None, :] <= q[:, None]) & (padded.amax(1)[None, :] > q[:, None] * BLOCK)
+        full = (q[None, :] < q[:, None]) & (padded.amin(1)[None, :] >= (q[:, None] + 1) * BLOCK)
+        partial = touched & ~full
+
+        def ordered(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            count = mask.sum(1, dtype=torch.int32)
+            index = torch.argsort(mask.to(torch.int32), dim=1, descending=True, stable=True).to(torch.int32)
+            return count[None, None], index[None, None].contiguous()
+
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+            return (j <= i) & (i < exit[j])
+
+        return BlockMask.from_kv_blocks(
+            *ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n, n)
+        )
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float) -> torch.Tensor:
+    """Softmax attention ``[1, heads, N, d]`` under a tree mask; k and v may have fewer heads (grouped
+    queries).
+    """
+    if q.is_cuda:
+        return _compiled_flex()(q, k, v, mask.block_mask, scale)
+    if k.size(1) != q.size(1):
+        # The fused CPU kernel wants equal head counts.
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    pieces, done = [], 0
+    for start, end, bias in mask.bias:
+        if done < start:  # lone tokens (padding) attend to themselves: their output is their own value
+            pieces.append(v[:, :, done:start])
+        part = (t[:, :, start:end] for t in (q, k, v))
+        pieces.append(F.scaled_dot_product_attention(*part, attn_mask=bias.to(q.dtype), scale=scale))
+        done = end
+    if done < q.size(2):
+        pieces.append(v[:, :, done:])
+    return torch.cat(pieces, dim=2)
+
+
+def flex_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask, scale: float
+) -> torch.Tensor:
+    """The GPU branch of :func:`attend`, before compilation."""
+    out = flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+_compiled: Any = None
+
+
+def _compiled_flex() -> Any:
+    """``flex_attend`` compiled once per process; one specialisation per packed length, which the trainer
+    keeps few.
+    """
+    global _compiled
+    if _compiled is None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        _compiled = torch.compile(flex_attend, dynamic=False, fullgraph=True)
+    return _compiled
+
+
+class TreeAttention(torch.nn.Module):
+    """Megatron core-attention module (the constructor protocol of ``DotProductAttention``, megatron-core
+    0.16).
+
+    The mask travels as ``attention_bias``: Megatron hands it down by closure, unchanged, so it survives full
+    activation recomputation without being a tensor.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size != 1:
+            raise NotImplementedError("tree attention is not split over context-parallel ranks")
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: TreeMask | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """``[N, 1, heads, d]`` (Megatron's sequence-first layout) to ``[N, 1, heads·d]``."""
+        assert attention_bias is not None, "a packed row always comes with its TreeMask"
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = attend(q, k, v, attention_bias, self.scale)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

@@ -1,0 +1,87 @@
+"""Run megatron-core on a machine without CUDA.  Everything here does nothing when CUDA is present.
+
+megatron-core 0.16 trains on CPU tensors over gloo except where it names CUDA outright.  Those places are of
+two kinds:
+
+* module-level calls (``torch.cuda.current_device()``, ``torch.cuda.synchronize()``, the CUDA RNG state used
+  by activation recomputation): :func:`install` replaces them once per process;
+* literals (``device="cuda"``, ``.cuda()``, ``tensor.type() == "torch.cuda.FloatTensor"``) in model
+  construction, DDP, the optimizer, gradient clipping and checkpoints: :func:`scope` is a torch-function mode
+  around exactly those calls. It costs about 2.5 µs per operation, so forward and backward passes stay outside
+  it.
+
+No Megatron file is edited.  Because :func:`install` changes ``torch.cuda``, call it only in learner
+processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaLiterals(TorchFunctionMode):
+    """Read every mention of CUDA as a mention of the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and isinstance(result, str):
+            # Megatron checks dtypes by type name: 'torch.FloatTensor' must read 'torch.cuda.FloatTensor'.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def needed() -> bool:
+    """Whether this process has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def scope() -> contextlib.AbstractContextManager[Any]:
+    """Enter around Megatron calls that name CUDA (build, DDP, optimizer, clipping, checkpoint)."""
+    return _CudaLiterals() if needed() else contextlib.nullcontext()
+
+
+def install() -> None:
+    """Replace Megatron's module-level CUDA calls in this process; idempotent."""
+    if not needed():
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    cpu = torch.device("cpu")
+
+    def current_device() -> torch.device:
+        return cpu
+
+    def synchronize(device: Any = None) -> None:
+        return None
+
+    def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (torch.cuda, "current_device", current_device),
+        (torch.cuda, "synchronize", synchronize),
+        (megatron_random, "_get_cuda_rng_state", get_rng_state),
+        (megatron_random, "_set_cuda_rng_state", set_rng_state),
+    )
+    for module, name, replacement in replacements:
+        setattr(module, name, replacement)

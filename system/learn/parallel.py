@@ -1,0 +1,106 @@
+"""Process groups and the device of one learner rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from system.config import Config, ConfigError
+from system.learn import cpu
+
+# A rank that waits longer than this for another one fails instead of hanging.
+COLLECTIVE_DEADLINE = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands.  Ranks with equal ``dp_rank`` hold the shards of one model copy."""
+
+    rank: int
+    device: torch.device
+    tp: int
+    dp: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+
+def check(config: Config, world: int) -> None:
+    """Refuse layouts that this learner cannot run; raises ``ConfigError``."""
+    learn = config.learn
+    if learn.pp > 1:
+        raise ConfigError(
+            f"learn.pp={learn.pp}: pipeline parallelism is not supported; use learn.tp and learn.dp"
+        )
+    if learn.tp * learn.dp != world:
+        raise ConfigError(
+            f"learn.tp={learn.tp} times learn.dp={learn.dp} needs {learn.tp * learn.dp} ranks, not {world}"
+        )
+
+
+def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
+    """Join the process group (NCCL on CUDA, gloo without), build Megatron's groups and seed the generators.
+
+    One per process; collective over all ``world`` ranks.
+    """
+    check(config, world)
+    cpu.install()
+    torch.set_num_threads(config.learn.threads)
+    if cpu.needed():
+        device = torch.device("cpu")
+        _use_loopback(init_method)
+    else:
+        # Under Ray each rank sees only its own GPU; under torchrun it sees all of its machine's.
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if cpu.needed() else "nccl",
+        init_method=init_method,
+        rank=rank,
+        world_size=world,
+        timeout=COLLECTIVE_DEADLINE,
+        device_id=None if cpu.needed() else device,
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.learn.tp,
+        distributed_timeout_minutes=int(COLLECTIVE_DEADLINE.total_seconds() // 60),
+    )
+    torch.manual_seed(config.run.seed)
+    # The "inference" tracker forks no RNG state, which needs no CUDA and is right while dropout is zero.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, inference_rng_tracker=True)
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    dp_group = parallel_state.get_data_parallel_group()
+    assert isinstance(tp_group, dist.ProcessGroup)
+    assert isinstance(dp_group, dist.ProcessGroup)
+    return Layout(
+        rank=rank,
+        device=device,
+        tp=config.learn.tp,
+        dp=config.learn.dp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        tp_group=tp_group,
+        dp_group=dp_group,
+    )
+
+
+def stop() -> None:
+    """Leave all process groups; the process may :func:`start` again."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _use_loopback(init_method: str) -> None:
+    """Keep gloo on the loopback interface when the meeting point is there: host names need not resolve."""
+    host = urlsplit(init_method).hostname or ""
+    names = {name for _, name in socket.if_nameindex()}
+    if host in ("127.0.0.1", "localhost", "::1") and "lo" in names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,0 +1,131 @@
+"""From packed micro-batches to device tensors: what one forward pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from system.learn.attention import BLOCK, TreeMask
+from system.learn.logprob import vocab_parallel_logprob_entropy
+from system.learn.model import TreeGPTModel
+from system.learn.objective import LossTokens
+from system.learn.parallel import Layout
+from system.tree.packed import PackedBatch
+from system.tree.record import Tree
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row of N tokens on this rank's device, and the M tokens of it to score."""
+
+    tokens: torch.Tensor  # [N] int64
+    position: torch.Tensor  # [N] int64
+    mask: TreeMask
+    predictor: torch.Tensor  # [M] int64 rows whose logits are needed
+    target: torch.Tensor  # [M] int64 the tokens they predict
+    scored: np.ndarray  # [M] int64 index of each target in the row
+    n_tokens: int  # without padding
+
+    @staticmethod
+    def of(batch: PackedBatch, scored: np.ndarray, device: torch.device) -> Row:
+        def put(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array.astype(np.int64)).to(device)
+
+        return Row(
+            tokens=put(batch.tokens),
+            position=put(batch.position),
+            mask=TreeMask(put(batch.exit)),
+            predictor=put(batch.predictor[scored]),
+            target=put(batch.tokens[scored]),
+            scored=scored,
+            n_tokens=int((batch.tree >= 0).sum()),
+        )
+
+
+def loss_row(batch: PackedBatch, device: torch.device) -> Row:
+    """The row of a micro-batch with its trained tokens."""
+    return Row.of(batch, np.flatnonzero((batch.mult > 0) & (batch.predictor >= 0)), device)
+
+
+def score_row(batch: PackedBatch, device: torch.device) -> Row:
+    """The row with every token that has a predecessor, whoever wrote it."""
+    return Row.of(batch, np.flatnonzero(batch.predictor >= 0), device)
+
+
+def logprob_entropy(
+    model: TreeGPTModel, row: Row, layout: Layout, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M] log-probability and [M] entropy of the row's targets under the policy softmax(logits /
+    temperature).
+    """
+    logits = model(row.tokens, row.position, row.mask, row.predictor)
+    if temperature != 1.0:
+        logits = logits / temperature
+    return vocab_parallel_logprob_entropy(logits, row.target, model.real_vocab_size, layout.tp_group)
+
+
+def loss_tokens(
+    batch: PackedBatch,
+    row: Row,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    version: int,
+    proximal: torch.Tensor | None = None,
+    reference: torch.Tensor | None = None,
+) -> LossTokens:
+    """The objective's view of a row.  ``version``: the weight version that is being trained."""
+
+    def pick(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array[row.scored].astype(np.float32)).to(logprob.device)
+
+    return LossTokens(
+        logprob=logprob,
+        entropy=entropy,
+        behaviour=pick(batch.logprob),
+        s_plus=pick(batch.s_plus),
+        s_minus=pick(batch.s_minus),
+        mult=pick(batch.mult),
+        staleness=pick(version - batch.version),
+        proximal=proximal,
+        reference=reference,
+    )
+
+
+def row_budget(trees: Sequence[Tree], micro_tokens: int, dp: int) -> int:
+    """Tokens per row: ``micro_tokens``, or less when that lets every data-parallel rank have a share.
+
+    Never less than the largest tree that ``micro_tokens`` would leave whole, so no tree is cut for balance.
+    """
+    sizes = [tree.n_tokens for tree in trees]
+    whole = max((s for s in sizes if s <= micro_tokens), default=micro_tokens)
+    return min(micro_tokens, max(whole, -(-sum(sizes) // dp)))
+
+
+def row_padding(budget: int, device: torch.device) -> int:
+    """What row lengths are padded to a multiple of.
+
+    On GPU attention is compiled per length: whole blocks, and at most 16 lengths.  On CPU padding is pure
+    waste.
+    """
+    if device.type == "cpu":
+        return 1
+    return max(1, budget // (16 * BLOCK)) * BLOCK
+
+
+def share(batches: Sequence[PackedBatch], dp: int, dp_rank: int) -> list[PackedBatch]:
+    """This data-parallel rank's micro-batches: largest first, each to the least loaded rank.
+
+    Every rank computes the same assignment.  Some rank may get none.
+    """
+    load = [0] * dp
+    mine = []
+    for batch in sorted(batches, key=lambda b: -b.n_tokens):
+        rank = load.index(min(load))
+        load[rank] += batch.n_tokens
+        if rank == dp_rank:
+            mine.append(batch)
+    return mine

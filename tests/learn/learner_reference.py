@@ -1,0 +1,199 @@
+"""What the learner is checked against: tiny Hugging Face models, random trees, and the flat-path loss written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from system.config import Config, LearnConfig
+from system.tree.record import Kind, Outcome, Tree, validate
+
+VOCAB = 151  # odd, so that two tensor-parallel ranks pad it
+
+# (kind, tokens, ends a leaf, children): a prompt, forks on several levels, a fork right after a tool result whose
+# children start with one token, a leaf that ends where a sibling goes on, and a one-token leaf.
+SHAPE: Any = (
+    Kind.PROMPT, 17, False, [
+        (Kind.MODEL, 6, False, [
+            (Kind.TOOL, 5, False, [
+                (Kind.MODEL, 7, True, [(Kind.TOOL, 3, False, [(Kind.MODEL, 9, True, [])])]),
+                (Kind.MODEL, 1, True, []),
+                (Kind.MODEL, 11, True, []),
+            ]),
+        ]),
+        (Kind.MODEL, 13, True, []),
+        (Kind.MODEL, 4, False, [(Kind.TOOL, 6, False, [(Kind.MODEL, 8, True, []), (Kind.MODEL, 5, True, [])])]),
+    ],
+)  # fmt: skip
+CHAIN: Any = (Kind.PROMPT, 9, False, [(Kind.MODEL, 14, True, [])])
+STAR: Any = (Kind.PROMPT, 12, False, [(Kind.MODEL, n, True, []) for n in (3, 8, 8, 5)])
+
+
+def save_tiny_model(path: Path, family: str, *, tied: bool, seed: int = 0, **overrides: Any) -> None:
+    """A random Hugging Face model whose every tensor matters (norms and biases off their initial values)."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[family]
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    if family == "qwen3":
+        shape["head_dim"] = 32  # not hidden_size / heads, on purpose
+    model = model_class(config_class(**(shape | overrides))).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+    model.save_pretrained(path)
+
+
+def load_hf(path: str | Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB) -> Tree:
+    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities."""
+    start, parent, kind, leaf = [], [], [], []
+    total = 0
+
+    def grow(node: Any, above: int) -> None:
+        nonlocal total
+        node_kind, length, ends, children = node
+        here = len(start)
+        start.append(total)
+        parent.append(above)
+        kind.append(int(node_kind))
+        total += length
+        if ends:
+            leaf.append(here)
+        for child in children:
+            grow(child, here)
+
+    grow(shape, -1)
+    model = np.repeat(np.array(kind) == Kind.MODEL, np.diff([*start, total]))
+    n = len(leaf)
+    tree = Tree(
+        prompt_id=prompt,
+        task="test",
+        tokens=rng.integers(0, vocab, total).astype(np.int32),
+        logprob=np.where(model, rng.normal(-4.0, 1.0, total), 0).astype(np.float32),
+        entropy=np.full(total, np.nan, np.float32),
+        version=np.where(model, rng.integers(3, 6, total), -1).astype(np.int32),
+        start=np.array(start, np.int32),
+        parent=np.array(parent, np.int32),
+        kind=np.array(kind, np.int8),
+        leaf=np.array(leaf, np.int32),
+        reward=rng.normal(0.0, 1.0, n).astype(np.float32),
+        correct=np.zeros(n, np.int8),
+        outcome=np.full(n, int(Outcome.STOPPED), np.int8),
+        origin=np.zeros(n, np.int8),
+        budget=n,
+    )
+    validate(tree)
+    return tree
+
+
+def make_trees(seed: int) -> list[Tree]:
+    rng = np.random.default_rng(seed)
+    shapes = (SHAPE, CHAIN, STAR, SHAPE, STAR)
+    return [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate(shapes)]
+
+
+def path_tokens(tree: Tree, leaf: int) -> np.ndarray:
+    """Indices of the tokens on the path to a leaf, in order."""
+    return np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in tree.path(leaf)])
+
+
+def is_model(tree: Tree) -> np.ndarray:
+    return np.repeat(tree.kind == Kind.MODEL, tree.end - tree.start)
+
+
+def path_logprobs(
+    model: Any, tokens: np.ndarray, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n - 1] log-probabilities of tokens 1.. and [n - 1] entropies, of one path on its own."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    logp = (model(ids[None]).logits[0, :-1] / temperature).log_softmax(-1)
+    return logp.gather(-1, ids[1:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def flat_loss(
+    model: Any,
+    trees: Sequence[Tree],
+    advantages: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray],
+    learn: LearnConfig,
+    *,
+    temperature: float = 1.0,
+    reference: Any = None,
+) -> torch.Tensor:
+    """The step's loss by its definition, path by path, in PPO's own words (minimum of two products)."""
+    total = torch.zeros(())
+    for tree, gains, w in zip(trees, advantages, weights, strict=True):
+        for leaf in range(tree.n_leaves):
+            index = path_tokens(tree, leaf)
+            logp, entropy = path_logprobs(model, tree.tokens[index], temperature)
+            behaviour = torch.from_numpy(tree.logprob[index][1:])
+            a = float(gains[leaf])
+            if learn.objective == "decoupled":
+                ratio = (logp - logp.detach()).exp()
+                scale = (logp.detach() - behaviour).exp().clamp(max=learn.tis_cap)
+            else:
+                ratio = (logp - behaviour).exp()
+                scale = torch.ones_like(ratio)
+            gain = torch.minimum(ratio * a, ratio.clamp(1 - learn.clip_low, 1 + learn.clip_high) * a)
+            if learn.dual_clip > 0 and a < 0:
+                gain = torch.maximum(gain, torch.tensor(learn.dual_clip * a))
+            each = -scale * gain - learn.entropy_coef * entropy
+            if learn.kl_coef:
+                with torch.no_grad():
+                    anchor, _ = path_logprobs(reference, tree.tokens[index], temperature)
+                d = anchor - logp
+                each = each + learn.kl_coef * (d.exp() - d - 1)
+            mask = torch.from_numpy(is_model(tree)[index][1:])
+            total = total + float(w[leaf]) * each[mask].sum()
+    return total
+
+
+def gradients(model: Any) -> dict[str, np.ndarray]:
+    return {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """‖a - b‖ / ‖b‖ over all tensors together."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    error = sum(float(((a[n].astype(np.float64) - b[n]) ** 2).sum()) for n in b)
+    return float(np.sqrt(error / sum(float((b[n].astype(np.float64) ** 2).sum()) for n in b)))
+
+
+def learner_config(tp: int = 1, dp: int = 1, **learn: Any) -> Config:
+    config = Config()
+    defaults = {"micro_tokens": 256, "grad_clip": 0.0, "lr": 0.0, "weight_decay": 0.0}
+    for name, value in (defaults | learn | {"tp": tp, "dp": dp}).items():
+        assert hasattr(config.learn, name), name
+        setattr(config.learn, name, value)
+    return config
