@@ -1,0 +1,61 @@
+"""Where the time goes: what every actor was waiting for.  Pure accounting, fed with timestamps."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+BUSY = "busy"
+
+
+@dataclass(slots=True)
+class _Actor:
+    since: float  # time up to which this actor is accounted
+    open: Counter[str] = field(default_factory=Counter)
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class IdleClock:
+    """Attributes each actor's time to causes, with any number of overlapping waits.
+
+    An actor is idle when it waits and does nothing else: while a ``BUSY`` interval is open, time counts as
+    busy, whatever else is being waited for.  Otherwise the time is split evenly between the causes being
+    waited for, so that an actor's causes add up to its wall time.  Time in no interval counts for nothing.
+    Timestamps are seconds of one monotonic clock per actor.
+    """
+
+    def __init__(self) -> None:
+        self._actors: dict[str, _Actor] = {}
+
+    def enter(self, actor: str, cause: str, now: float) -> None:
+        """``actor`` starts to wait for ``cause``, or to be ``BUSY``; intervals of one cause may overlap."""
+        self._advance(actor, now).open[cause] += 1
+
+    def leave(self, actor: str, cause: str, now: float) -> None:
+        state = self._advance(actor, now)
+        if state.open[cause] < 1:
+            raise ValueError(f"{actor} is not in {cause!r}")
+        state.open[cause] -= 1
+
+    def idle(self, now: float) -> dict[str, dict[str, float]]:
+        """Seconds by actor and cause, open intervals included; ``BUSY`` is one of the causes."""
+        return {actor: dict(self._advance(actor, now).spent) for actor in list(self._actors)}
+
+    def waits(self, now: float) -> dict[str, dict[str, float]]:
+        """Summed length of the intervals by actor and cause: overlapping ones count each (branch-seconds)."""
+        return {actor: dict(self._advance(actor, now).waited) for actor in list(self._actors)}
+
+    def _advance(self, actor: str, now: float) -> _Actor:
+        state = self._actors.setdefault(actor, _Actor(since=now))
+        elapsed = now - state.since
+        if elapsed < 0:
+            raise ValueError(f"{actor}: time runs backwards, from {state.since} to {now}")
+        state.since = now
+        causes = [cause for cause, count in state.open.items() if count]
+        for cause in causes:
+            state.waited[cause] += elapsed * state.open[cause]
+        blamed = [BUSY] if BUSY in causes else causes
+        for cause in blamed:
+            state.spent[cause] += elapsed / len(blamed)
+        return state

@@ -1,0 +1,272 @@
+"""What became of every prompt.  A pure state machine with an append-only log, from which it can be rebuilt.
+
+Each (epoch, prompt id) is in exactly one state.  Every change is an event, a JSON-able dictionary; the caller
+appends the events to a file, and :meth:`Ledger.replay` rebuilds the ledger from them after a crash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+Event = dict[str, Any]
+_Key = tuple[int, str]  # epoch, prompt id
+
+
+class LedgerError(ValueError):
+    """An illegal transition, or a log that does not belong to this run."""
+
+
+class State(StrEnum):
+    PENDING = "pending"  # to be grown
+    GROWING = "growing"
+    QUEUED = "queued"  # its tree is closed and waits for the learner
+    TRAINING = "training"
+    TRAINED = "trained"
+    ABANDONED = "abandoned"  # given up, with a reason
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Leave to grow one tree."""
+
+    number: int  # order of issue over the whole run, never reused
+    epoch: int
+    prompt_id: str
+    attempt: int  # 1 for the first
+
+
+@dataclass(slots=True)
+class _Record:
+    """A prompt of one epoch that has been issued at least once."""
+
+    state: State = State.PENDING
+    number: int = -1  # of its latest ticket
+    attempt: int = 0  # of its latest ticket
+    version: int = -1  # weight version that its update makes, once TRAINING
+    reasons: list[str] = field(default_factory=list)  # why a tree of it was thrown away, one per time
+
+
+_IN_FLIGHT = (State.GROWING, State.QUEUED, State.TRAINING)
+
+
+class Ledger:
+    """Hands out prompts, epoch by epoch, each epoch in its own seeded order, and follows each to its end.
+
+    A prompt that comes back (``retry``) goes before new ones.  ``drain`` returns the events since the last
+    call: append them to the log, and make them durable before a checkpoint is, so that a log is never behind
+    the weights.
+    """
+
+    def __init__(self, prompt_ids: Sequence[str], seed: int, max_attempts: int = 3) -> None:
+        if not prompt_ids or max_attempts < 1:
+            raise LedgerError(
+                f"{len(prompt_ids)} prompts and max_attempts={max_attempts}: need at least one of each"
+            )
+        if len(set(prompt_ids)) != len(prompt_ids):
+            twice = next(p for p, count in Counter(prompt_ids).items() if count > 1)
+            raise LedgerError(f"prompt id {twice!r} is not unique")
+        self._prompts = list(prompt_ids)
+        self._seed, self.max_attempts = seed, max_attempts
+        self._records: dict[_Key, _Record] = {}
+        self._tickets: dict[int, _Key] = {}  # tickets in flight
+        self._returned: deque[_Key] = deque()  # pending again
+        self._epoch, self._cursor = 0, 0  # the next fresh prompt is number `cursor` of the epoch's order
+        self._order = self._shuffled(0)
+        self._next_number = 0
+        self._events: list[Event] = [self._opening()]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that fresh prompts come from."""
+        return self._epoch
+
+    @property
+    def next_number(self) -> int:
+        return self._next_number
+
+    def next(self) -> Ticket:
+        """Issue the next prompt: pending -> growing."""
+        if self._returned:
+            key = self._returned.popleft()
+        else:
+            if self._cursor == len(self._order):
+                self._epoch, self._cursor = self._epoch + 1, 0
+                self._order = self._shuffled(self._epoch)
+            key = (self._epoch, self._order[self._cursor])
+            self._cursor += 1
+            self._records[key] = _Record()
+        record = self._records[key]
+        record.state, record.number, record.attempt = State.GROWING, self._next_number, record.attempt + 1
+        self._tickets[record.number] = key
+        self._next_number += 1
+        ticket = Ticket(record.number, *key, record.attempt)
+        self._log(
+            "issue", number=ticket.number, epoch=ticket.epoch, prompt=ticket.prompt_id, attempt=ticket.attempt
+        )
+        return ticket
+
+    def queue(self, number: int) -> None:
+        """Its tree has closed: growing -> queued."""
+        self._move(number, (State.GROWING,), State.QUEUED)
+        self._log("queue", number=number)
+
+    def train(self, numbers: Iterable[int], version: int) -> None:
+        """The update that makes weight version ``version`` starts with these trees: queued -> training."""
+        numbers = list(numbers)
+        for number in numbers:
+            self._move(number, (State.QUEUED,), State.TRAINING).version = version
+        self._log("train", numbers=numbers, version=version)
+
+    def trained(self, numbers: Iterable[int]) -> None:
+        """That update is done: training -> trained."""
+        numbers = list(numbers)
+        for number in numbers:
+            self._move(number, (State.TRAINING,), State.TRAINED)
+        self._log("trained", numbers=numbers)
+
+    def retry(self, number: int, reason: str) -> bool:
+        """Its tree is lost: back to pending, or abandoned if ``max_attempts`` are used up (then False)."""
+        if self.ticket(number).attempt >= self.max_attempts:
+            self.abandon(number, reason)
+            return False
+        record = self._move(number, _IN_FLIGHT, State.PENDING)
+        record.reasons.append(reason)
+        self._log("retry", number=number, reason=reason)
+        return True
+
+    def abandon(self, number: int, reason: str) -> None:
+        """Give the prompt up for this epoch."""
+        record = self._move(number, _IN_FLIGHT, State.ABANDONED)
+        record.reasons.append(reason)
+        self._log("abandon", number=number, reason=reason)
+
+    def ticket(self, number: int) -> Ticket:
+        """The ticket of a tree in flight."""
+        if number not in self._tickets:
+            raise LedgerError(f"no tree in flight has number {number}")
+        key = self._tickets[number]
+        return Ticket(number, *key, self._records[key].attempt)
+
+    def state(self, epoch: int, prompt_id: str) -> State:
+        record = self._records.get((epoch, prompt_id))
+        return record.state if record else State.PENDING
+
+    def numbers(self, state: State) -> list[int]:
+        """Tickets in flight in ``state``, oldest first."""
+        return sorted(n for n, key in self._tickets.items() if self._records[key].state == state)
+
+    def counts(self) -> dict[State, int]:
+        """Prompts in each state, over all epochs begun."""
+        tally = Counter(record.state for record in self._records.values())
+        tally[State.PENDING] += len(self._order) - self._cursor
+        return {state: tally[state] for state in State}
+
+    def reasons(self) -> dict[str, int]:
+        """Why trees were thrown away or prompts abandoned: how often each reason was given."""
+        return dict(Counter(reason for record in self._records.values() for reason in record.reasons))
+
+    def drain(self) -> list[Event]:
+        """The events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    @classmethod
+    def replay(
+        cls,
+        prompt_ids: Sequence[str],
+        seed: int,
+        events: Iterable[Event],
+        trained_through: int,
+        max_attempts: int = 3,
+    ) -> Ledger:
+        """The ledger after a restart from the checkpoint of weight version ``trained_through``.
+
+        Trees in flight were lost with the process and updates after the checkpoint with the weights: their
+        prompts are pending again (which is no failed attempt), except those whose update the checkpoint
+        contains.  The restore is itself an event, so the log stays valid through any number of restarts.
+        Raises LedgerError for a log of another seed or data set.
+        """
+        ledger = cls(prompt_ids, seed, max_attempts)
+        (opening,) = ledger.drain()
+        log = iter(events)
+        first = next(log, None)
+        if first is None:  # killed before anything was written: this is a new run
+            ledger._events.append(opening)
+            return ledger
+        if first != opening:
+            raise LedgerError(f"this log belongs to another run: it opens with {first}, not {opening}")
+        for event in log:
+            ledger._apply(event)
+        ledger._events.clear()
+        ledger._restore(trained_through)
+        ledger._log("restore", trained_through=trained_through)
+        return ledger
+
+    def _apply(self, event: Event) -> None:
+        """Repeat a logged event.  Fields are checked against what the ledger would do itself."""
+        match event["event"]:
+            case "issue":
+                ticket = self.next()
+                logged = Ticket(event["number"], event["epoch"], event["prompt"], event["attempt"])
+                if ticket != logged:
+                    raise LedgerError(f"the log issues {logged} where this run would issue {ticket}")
+            case "queue":
+                self.queue(event["number"])
+            case "train":
+                self.train(event["numbers"], event["version"])
+            case "trained":
+                self.trained(event["numbers"])
+            case "retry":
+                record = self._move(event["number"], _IN_FLIGHT, State.PENDING)
+                record.reasons.append(event["reason"])
+            case "abandon":
+                self.abandon(event["number"], event["reason"])
+            case "restore":
+                self._restore(event["trained_through"])
+            case unknown:
+                raise LedgerError(f"unknown event {unknown!r} in the log")
+
+    def _restore(self, trained_through: int) -> None:
+        lost = []
+        for key, record in self._records.items():
+            updated = record.state in (State.TRAINING, State.TRAINED)
+            if updated and record.version <= trained_through:
+                record.state = State.TRAINED
+            elif updated or record.state in _IN_FLIGHT:
+                record.state, record.version = State.PENDING, -1
+                record.attempt -= 1
+                lost.append(key)
+        self._tickets.clear()
+        self._returned.extendleft(sorted(lost, key=lambda key: self._records[key].number, reverse=True))
+
+    def _move(self, number: int, allowed: tuple[State, ...], to: State) -> _Record:
+        key = self._tickets.get(number)
+        if key is None:
+            raise LedgerError(f"tree {number} is not in flight: it cannot become {to}")
+        record = self._records[key]
+        if record.state not in allowed:
+            raise LedgerError(f"tree {number} is {record.state}: it cannot become {to}")
+        record.state = to
+        if to not in _IN_FLIGHT:
+            del self._tickets[number]
+        if to == State.PENDING:
+            self._returned.append(key)
+        return record
+
+    def _shuffled(self, epoch: int) -> list[str]:
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+        return [self._prompts[i] for i in order]
+
+    def _opening(self) -> Event:
+        digest = hashlib.sha256("\0".join(self._prompts).encode("utf-8", "surrogatepass")).hexdigest()
+        return {"event": "open", "seed": self._seed, "prompts": len(self._prompts), "digest": digest}
+
+    def _log(self, kind: str, **fields: Any) -> None:
+        self._events.append({"event": kind, **fields})

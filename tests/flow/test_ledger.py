@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from system.flow.ledger import Ledger, LedgerError, State, Ticket
+
+PROMPTS = [f"q{i}" for i in range(7)]
+
+
+def test_epochs_are_shuffled_by_the_seed_and_cover_every_prompt() -> None:
+    ledger = Ledger(PROMPTS, seed=3)
+    tickets = [ledger.next() for _ in range(21)]
+    assert [t.number for t in tickets] == list(range(21))
+    epochs = [[t.prompt_id for t in tickets if t.epoch == e] for e in range(3)]
+    assert all(sorted(order) == PROMPTS for order in epochs)
+    assert len({tuple(order) for order in epochs}) == 3
+    again, other = Ledger(PROMPTS, seed=3), Ledger(PROMPTS, seed=4)
+    assert [again.next() for _ in range(21)] == tickets
+    assert [other.next() for _ in range(21)] != tickets
+
+
+def test_a_prompt_that_comes_back_goes_first_and_is_abandoned_in_the_end() -> None:
+    ledger = Ledger(PROMPTS, seed=0, max_attempts=2)
+    first = ledger.next()
+    second = ledger.next()
+    assert ledger.retry(first.number, "engine")
+    assert ledger.state(0, first.prompt_id) == State.PENDING
+    retried = ledger.next()
+    assert retried == Ticket(2, 0, first.prompt_id, attempt=2)
+    ledger.queue(retried.number)
+    assert not ledger.retry(retried.number, "stale")
+    assert ledger.state(0, first.prompt_id) == State.ABANDONED
+    ledger.abandon(second.number, "too long")
+    assert ledger.reasons() == {"engine": 1, "stale": 1, "too long": 1}
+    assert ledger.counts()[State.ABANDONED] == 2
+    assert ledger.counts()[State.PENDING] == len(PROMPTS) - 2
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda ledger: ledger.queue(9),
+        lambda ledger: ledger.queue(1),  # queued already
+        lambda ledger: ledger.train([0], 1),  # still growing
+        lambda ledger: ledger.trained([1]),
+        lambda ledger: ledger.trained([2]),  # trained already
+        lambda ledger: ledger.retry(2, "again"),
+        lambda ledger: ledger.abandon(2, "again"),
+        lambda ledger: ledger.ticket(2),
+    ],
+)
+def test_illegal_transitions_are_refused_and_change_nothing(act) -> None:
+    ledger = Ledger(PROMPTS, seed=0)
+    for _ in range(3):
+        ledger.next()
+    ledger.queue(1)
+    ledger.queue(2)
+    ledger.train([2], 1)
+    ledger.trained([2])
+    ledger.drain()
+    before = ledger.counts()
+    with pytest.raises(LedgerError):
+        act(ledger)
+    assert ledger.counts() == before
+    assert ledger.drain() == []
+
+
+def test_a_log_of_another_run_is_refused() -> None:
+    ledger = Ledger(PROMPTS, seed=0)
+    ledger.next()
+    log = ledger.drain()
+    for prompts, seed in ((PROMPTS, 1), (PROMPTS[:-1], 0), ([*PROMPTS[:-1], "other"], 0)):
+        with pytest.raises(LedgerError, match="another run"):
+            Ledger.replay(prompts, seed, log, trained_through=0)
+    with pytest.raises(LedgerError, match="unknown event"):
+        Ledger.replay(PROMPTS, 0, [*log, {"event": "dance"}], trained_through=0)
+    with pytest.raises(LedgerError, match="where this run would issue"):
+        Ledger.replay(PROMPTS, 0, [log[0], {**log[1], "prompt": "q99"}], trained_through=0)
+    with pytest.raises(LedgerError, match="not unique"):
+        Ledger(["a", "a"], seed=0)
+
+
+def test_an_empty_log_is_a_new_run() -> None:
+    ledger = Ledger.replay(PROMPTS, 0, [], trained_through=0)
+    assert ledger.drain() == Ledger(PROMPTS, 0).drain()
+    assert ledger.next().number == 0
+
+
+def test_a_crash_rolls_back_to_the_checkpoint() -> None:
+    ledger = Ledger(PROMPTS, seed=0)
+    tickets = [ledger.next() for _ in range(6)]
+    for ticket in tickets[:5]:
+        ledger.queue(ticket.number)
+    ledger.train([0, 1], version=1)
+    ledger.trained([0, 1])
+    ledger.train([2], version=2)  # the checkpoint of version 2 was written before "trained" was logged
+    ledger.train([3], version=3)
+    restored = Ledger.replay(PROMPTS, 0, ledger.drain(), trained_through=2)
+    states = [restored.state(0, t.prompt_id) for t in tickets]
+    assert states == [State.TRAINED] * 3 + [State.PENDING] * 3
+    assert restored.reasons() == {}
+    again = [restored.next() for _ in range(4)]
+    assert [t.prompt_id for t in again[:3]] == [
+        t.prompt_id for t in tickets[3:]
+    ]  # the lost ones first, in order
+    assert [t.number for t in again] == [6, 7, 8, 9]
+    assert {t.attempt for t in again} == {1}
+    assert again[3].prompt_id not in {t.prompt_id for t in tickets}
+
+
+class _Run:
+    """A run with crashes, beside a plain record of what the surviving weights were trained on."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.ledger = Ledger(PROMPTS, seed=5, max_attempts=3)
+        self.log: list[dict[str, Any]] = []  # what is on disk
+        self.version = self.checkpoint = 0
+        self.history: dict[int, list[tuple[int, str]]] = {}  # surviving updates
+        self.abandoned: set[tuple[int, str]] = set()
+
+    def write(self) -> None:
+        self.log += json.loads(json.dumps(self.ledger.drain()))
+
+    def step(self, fresh: bool = True) -> None:
+        """One random legal thing; without ``fresh`` only what brings trees in flight to an end."""
+        ledger, rng = self.ledger, self.rng
+        growing, queued, training = (ledger.numbers(s) for s in (State.GROWING, State.QUEUED, State.TRAINING))
+        act = rng.integers(0, 10)
+        if act < 3 and fresh:
+            ticket = ledger.next()
+            assert ledger.state(ticket.epoch, ticket.prompt_id) == State.GROWING
+        elif act < 5 and growing:
+            ledger.queue(int(rng.choice(growing)))
+        elif act < 6 and queued and not training:
+            ledger.train(queued[: int(rng.integers(1, 4))], self.version + 1)
+        elif act < 8 and training:
+            self.version += 1
+            self.history[self.version] = [(t.epoch, t.prompt_id) for t in map(ledger.ticket, training)]
+            ledger.trained(training)
+        elif act < 9 and growing + queued:
+            ticket = ledger.ticket(int(rng.choice(growing + queued)))
+            if not ledger.retry(ticket.number, str(rng.choice(["engine", "stale"]))):
+                self.abandoned.add((ticket.epoch, ticket.prompt_id))
+        if rng.random() < 0.3:
+            self.write()
+        if rng.random() < 0.1:
+            self.write()  # the log is durable before the checkpoint
+            self.checkpoint = self.version
+
+    def crash(self) -> None:
+        if self.rng.random() < 0.5:
+            self.write()
+        self.version = self.checkpoint
+        self.history = {v: keys for v, keys in self.history.items() if v <= self.version}
+        self.ledger = Ledger.replay(PROMPTS, 5, self.log, self.version, max_attempts=3)
+        kept = {key for key in self.abandoned if self.ledger.state(*key) == State.ABANDONED}
+        self.abandoned = (
+            kept  # an abandonment that was not yet on disk is forgotten: the prompt is grown again
+        )
+
+    def check(self) -> None:
+        ledger = self.ledger
+        survived = [key for keys in self.history.values() for key in keys]
+        assert len(survived) == len(set(survived)), "trained twice"
+        everything = [(e, p) for e in range(ledger.epoch + 1) for p in PROMPTS]
+        states = {key: ledger.state(*key) for key in everything}
+        assert {k for k, s in states.items() if s == State.TRAINED} == set(survived)
+        assert {k for k, s in states.items() if s == State.ABANDONED} == self.abandoned
+        counts = ledger.counts()
+        assert sum(counts.values()) == len(everything)
+        assert all(counts[s] == sum(x == s for x in states.values()) for s in State)
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), max_size=5))
+def test_nothing_is_lost_or_trained_twice_through_any_crashes(seed: int, lives: list[int]) -> None:
+    run = _Run(seed)
+    for steps in lives:
+        for _ in range(steps):
+            run.step()
+            run.check()
+        run.crash()
+        run.check()
+    goal = run.ledger.epoch + 2
+    while run.ledger.epoch < goal:  # on to a later epoch: every older prompt must come to an end
+        run.step()
+    for _ in range(10_000):
+        left = [
+            (epoch, p)
+            for epoch in range(goal)
+            for p in PROMPTS
+            if run.ledger.state(epoch, p) not in (State.TRAINED, State.ABANDONED)
+        ]
+        if not left:
+            break
+        run.step(fresh=any(run.ledger.state(*key) == State.PENDING for key in left))
+    assert not left, "a prompt was skipped"
+    run.check()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 60))
+def test_replaying_the_log_rebuilds_the_same_ledger(seed: int, steps: int) -> None:
+    run = _Run(seed)
+    for _ in range(steps):
+        run.step()
+    run.write()
+    twins = [Ledger.replay(PROMPTS, 5, run.log, run.version, max_attempts=3) for _ in range(2)]
+    restored = Ledger.replay(PROMPTS, 5, run.log + twins[0].drain(), run.version, max_attempts=3)
+    assert twins[1].counts() == restored.counts()
+    assert [twins[1].next() for _ in range(20)] == [restored.next() for _ in range(20)]
+    assert twins[1].reasons() == run.ledger.reasons()
