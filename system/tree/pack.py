@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from system.tree.packed import PackedBatch
-from system.tree.record import Float32, Kind, Tree, TreeError, subtree_end, subtree_sum
+from system.tree.record import Kind, Tree, TreeError, subtree_end, subtree_sum
 
 Int = NDArray[np.int64]
 Float64 = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 
 class TokenCounts(NamedTuple):
@@ -42,8 +43,8 @@ class _Part:
 
 def pack(
     trees: Sequence[Tree],
-    advantages: Sequence[Float32],
-    weights: Sequence[Float32],
+    advantages: Sequence[Floats],
+    weights: Sequence[Floats],
     *,
     budget: int,
     hard: bool = False,
@@ -111,7 +112,7 @@ def _lengths(tree: Tree) -> Int:
     return np.diff(tree.start, append=tree.n_tokens).astype(np.int64)
 
 
-def _node_credit(tree: Tree, advantage: Float32, weight: Float32, *, hard: bool) -> Float64:
+def _node_credit(tree: Tree, advantage: Floats, weight: Floats, *, hard: bool) -> Float64:
     """[J, 3] S+, S- and multiplicity of each node; 0 on nodes that are not MODEL."""
     w, a = np.asarray(weight, np.float64), np.asarray(advantage, np.float64)
     if w.shape != (tree.n_leaves,) or a.shape != (tree.n_leaves,):
@@ -132,7 +133,7 @@ def _node_credit(tree: Tree, advantage: Float32, weight: Float32, *, hard: bool)
     return credit
 
 
-def _cut(index: int, tree: Tree, weight: NDArray[np.floating], capacity: int) -> list[_Part]:
+def _cut(index: int, tree: Tree, weight: Floats, capacity: int) -> list[_Part]:
     """Split a tree into parts of at most ``capacity`` tokens, or one part if it fits."""
     live = subtree_sum(tree, (weight > 0).astype(np.float64)) > 0
     lengths = _lengths(tree)

@@ -1,0 +1,252 @@
+"""Closed trees on disk, as Parquet: one row per tree, list-typed columns for its arrays.
+
+Any Parquet reader understands the files, for example DuckDB::
+
+    SELECT prompt_id, list_avg(reward) FROM 'trees/*.parquet' ORDER BY number
+
+Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``calls`` and ``forks`` are lists
+of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text.  ``number`` counts the trees of the
+directory. The schema's version stands in the file's metadata under ``espalier.schema``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from system.tree.record import ForkDecision, ToolCall, Tree
+
+SCHEMA_VERSION = "1"
+_VERSION_KEY = b"espalier.schema"
+_NAME = re.compile(r"trees-(\d{9})\.parquet")
+
+_ARRAYS: dict[str, pa.DataType] = {
+    "tokens": pa.int32(),
+    "logprob": pa.float32(),
+    "entropy": pa.float32(),
+    "version": pa.int32(),
+    "start": pa.int32(),
+    "parent": pa.int32(),
+    "kind": pa.int8(),
+    "leaf": pa.int32(),
+    "reward": pa.float32(),
+    "correct": pa.int8(),
+    "outcome": pa.int8(),
+    "origin": pa.int8(),
+}
+_CALL = pa.struct(
+    [
+        ("node", pa.int32()),
+        ("tool", pa.string()),
+        ("arguments", pa.string()),
+        ("status", pa.string()),
+        ("latency_s", pa.float64()),
+        ("cached", pa.bool_()),
+        ("attempts", pa.int32()),
+    ]
+)
+_FORK = pa.struct(
+    [
+        ("node", pa.int32()),
+        ("delta_h", pa.float64()),
+        ("probability", pa.float64()),
+        ("draw", pa.float64()),
+        ("forks", pa.int32()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("number", pa.int64()),
+        ("prompt_id", pa.string()),
+        ("task", pa.string()),
+        *((name, pa.list_(kind)) for name, kind in _ARRAYS.items()),
+        ("calls", pa.list_(_CALL)),
+        ("forks", pa.list_(_FORK)),
+        ("budget", pa.int32()),
+        ("started_s", pa.float64()),
+        ("closed_s", pa.float64()),
+        ("meta", pa.string()),
+    ],
+    metadata={_VERSION_KEY: SCHEMA_VERSION.encode()},
+)
+
+
+class StoreError(ValueError):
+    """A file that is not one of ours, or of a schema this version does not read."""
+
+
+class TreeWriter:
+    """Appends closed trees to a directory, in small files that appear whole or not at all.
+
+    A file is written under a hidden name, flushed to disk and renamed, so readers may read at any time and a
+    killed writer loses only what it had not flushed.  One writer per directory; a new writer goes on where
+    the last one stopped.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = -1, flush_trees: int = 8) -> None:
+        """``keep``: the newest trees that stay on disk (a few more do, as whole files go); -1: all; 0: none.
+
+        ``flush_trees``: trees per file.
+        """
+        if keep < -1 or flush_trees < 1:
+            raise ValueError(f"{keep=}, {flush_trees=}: out of range")
+        self.directory, self.keep, self.flush_trees = Path(directory), keep, flush_trees
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for partial in self.directory.glob(".trees-*.partial"):  # a killed writer's last breath
+            partial.unlink()
+        self._files = {path: pq.read_metadata(path).num_rows for path in _files(self.directory)}
+        newest = next(reversed(self._files), None)
+        self._next = 0 if newest is None else _number(newest) + self._files[newest]
+        self._waiting: list[Tree] = []
+
+    def append(self, tree: Tree) -> None:
+        """Take a tree; every ``flush_trees``-th call writes a file."""
+        if self.keep == 0:
+            return
+        self._waiting.append(tree)
+        if len(self._waiting) >= self.flush_trees:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the waiting trees, then delete files whose trees are all older than the newest ``keep``."""
+        if self._waiting:
+            path = self.directory / f"trees-{self._next:09d}.parquet"
+            partial = self.directory / f".{path.stem}.partial"
+            with open(partial, "wb") as file:
+                pq.write_table(to_table(self._waiting, self._next), file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+            self._files[path] = len(self._waiting)
+            self._next += len(self._waiting)
+            self._waiting = []
+        self._prune()
+
+    def close(self) -> None:
+        self.flush()
+
+    def __enter__(self) -> TreeWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prune(self) -> None:
+        if self.keep < 0:
+            return
+        kept = sum(self._files.values())
+        for path, rows in list(self._files.items()):  # oldest first
+            if kept - rows < self.keep:
+                break
+            path.unlink(missing_ok=True)
+            del self._files[path]
+            kept -= rows
+
+
+def read_trees(directory: str | Path) -> Iterator[Tree]:
+    """The trees of a directory, oldest first; a writer may be at work.  Raises :class:`StoreError`."""
+    for path in _files(Path(directory)):
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError:  # the writer has pruned it since the directory was listed
+            continue
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
+        yield from from_table(table, source=str(path))
+
+
+def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
+    """An Arrow table of :data:`SCHEMA`, one row per tree."""
+    columns: dict[str, Any] = {
+        "number": np.arange(first_number, first_number + len(trees)),
+        "prompt_id": [_text(tree.prompt_id) for tree in trees],
+        "task": [_text(tree.task) for tree in trees],
+        **{name: _lists([getattr(tree, name) for tree in trees], kind) for name, kind in _ARRAYS.items()},
+        "calls": [[_call_row(call) for call in tree.calls] for tree in trees],
+        "forks": [[_fork_row(fork) for fork in tree.forks] for tree in trees],
+        "budget": [tree.budget for tree in trees],
+        "started_s": [tree.started_s for tree in trees],
+        "closed_s": [tree.closed_s for tree in trees],
+        "meta": [json.dumps(tree.meta) for tree in trees],
+    }
+    arrays = [
+        column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, field.type)
+        for field in SCHEMA
+    ]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
+    """The inverse of :func:`to_table`."""
+    version = (table.schema.metadata or {}).get(_VERSION_KEY, b"").decode()
+    if version != SCHEMA_VERSION:
+        raise StoreError(f"{source}: tree schema {version or 'missing'}; this version reads {SCHEMA_VERSION}")
+    arrays = {name: _arrays(table.column(name)) for name in _ARRAYS}
+    rows = table.drop_columns(list(_ARRAYS)).to_pylist()
+    for i, row in enumerate(rows):
+        fields: dict[str, Any] = {name: array[i] for name, array in arrays.items()}
+        for name in ("prompt_id", "task", "budget", "started_s", "closed_s"):
+            fields[name] = row[name]
+        fields["calls"] = tuple(
+            ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"]
+        )
+        fields["forks"] = tuple(ForkDecision(**fork) for fork in row["forks"])
+        yield Tree(**fields, meta=json.loads(row["meta"]))
+
+
+def _files(directory: Path) -> list[Path]:
+    """Complete files, oldest first."""
+    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _number(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _text(text: str) -> str:
+    """``text`` with lone surrogates escaped: UTF-8 cannot hold them, and a model may write them in a call."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _call_row(call: ToolCall) -> dict[str, Any]:
+    return {
+        "node": call.node,
+        "tool": _text(call.tool),
+        "arguments": json.dumps(call.arguments),
+        "status": str(call.status),
+        "latency_s": call.latency_s,
+        "cached": call.cached,
+        "attempts": call.attempts,
+    }
+
+
+def _fork_row(fork: ForkDecision) -> dict[str, Any]:
+    return {name: getattr(fork, name) for name in ("node", "delta_h", "probability", "draw", "forks")}
+
+
+def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
+    offsets = np.cumsum([0, *(row.size for row in rows)]).astype(np.int32)
+    values = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
+
+
+def _arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
+    """One array per row, each its own memory."""
+    rows = []
+    for chunk in column.chunks:
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values.to_numpy()
+        rows += [values[start:stop].copy() for start, stop in pairwise(offsets)]
+    return rows
