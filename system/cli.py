@@ -1,6 +1,6 @@
 """``espalier``: the command line.
 
-Only the standard library is imported here; each command imports what it needs when it runs, so that ``--help``
+Only the standard library is imported here; each command imports what it needs when it runs, so ``--help``
 answers at once and a command never waits for a library of another.
 """
 

@@ -1,15 +1,16 @@
 """The configuration: one typed schema, YAML files that inherit from each other, dotted overrides.
 
-``load("configs/quickstart.yaml", ["branching=none", "flow.staleness=0"])`` merges, in this order: the defaults
-below, the file's ``base:`` (recursively), the file, the overrides.  An unknown key is an error that names the
-nearest known one.  A plain word given for a section that has a ``name`` sets that name: ``branching=none`` is
-``branching.name=none``.
+``load("configs/quickstart.yaml", ["branching=none", "flow.staleness=0"])`` merges, in this order: the
+defaults below, the file's ``base:`` (recursively), the file, the overrides.  An unknown key is an error that
+names the nearest known one.  A plain word given for a section that has a ``name`` sets that name:
+``branching=none`` is ``branching.name=none``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,55 @@ class Config:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
 
+MINIMA: dict[str, float] = {
+    "run.seed": 0,
+    "run.steps": 0,
+    "model.hidden_size": 1,
+    "model.layers": 1,
+    "model.heads": 1,
+    "model.kv_heads": 1,
+    "model.ffn_size": 1,
+    "warmstart.steps": 0,
+    "warmstart.batch": 1,
+    "rollout.leaves": 1,
+    "rollout.workers": 1,
+    "rollout.concurrency": 1,
+    "rollout.max_response_tokens": 1,
+    "rollout.max_tool_result_tokens": 0,
+    "rollout.call_limit": 0,
+    "branching.probe_tokens": 1,
+    "tools.search_top_k": 1,
+    "tools.concurrency": 1,
+    "tools.rate_per_s": 0,
+    "tools.retries": 0,
+    "tools.cache_size": 0,
+    "engine.replicas": 1,
+    "engine.max_running": 1,
+    "engine.cache_slots": 0,
+    "engine.chunk_tokens": 1,
+    "engine.threads": 1,
+    "flow.batch_leaves": 1,
+    "flow.staleness": 0,
+    "flow.window": 1,
+    "flow.max_attempts": 1,
+    "learn.tp": 1,
+    "learn.pp": 1,
+    "learn.dp": 1,
+    "learn.threads": 1,
+    "learn.updates": 1,
+    "learn.micro_tokens": 1,
+    "learn.warmup_steps": 0,
+    "learn.kl_coef": 0,
+    "learn.bucket_mb": 1,
+    "eval.every": 0,
+    "eval.questions": 0,
+    "eval.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "observe.trees": -1,
+    "observe.progress_s": 0.1,
+}
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "task.name": ("quickstart", "jsonl", "reasoning-gym"),
@@ -232,18 +282,19 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{source}: {_first_line(error)}") from error
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
+            raise ConfigError(f"{source}: {_reason(error)}") from error
+    config = _resolve(merged)
     validate(config)
     return config
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of :func:`to_dict`."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(config, Config)
-    return config
+    """The inverse of :func:`to_dict`.  Raises :class:`ConfigError` for keys this version does not know."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _escape(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_reason(error)) from error
+    return _resolve(merged)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -252,7 +303,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """YAML that :func:`load` reads back to an equal configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(to_dict(config))))
 
 
 def validate(config: Config) -> None:
@@ -261,9 +313,14 @@ def validate(config: Config) -> None:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value not in allowed:
-            raise ConfigError(f"{key}={value!r}: choose one of {', '.join(allowed)}{_hint(str(value), allowed)}")
+            raise ConfigError(
+                f"{key}={value!r}: choose one of {', '.join(allowed)}{_close(str(value), allowed)}"
+            )
+    for key, low in MINIMA.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        _require(value >= low, f"{key}={value} must be {low} or more")
     rollout, flow, learn = config.rollout, config.flow, config.learn
-    _require(rollout.leaves >= 1, "rollout.leaves must be at least 1")
     _require(
         1 <= rollout.roots <= rollout.leaves,
         f"rollout.roots={rollout.roots} must lie between 1 and rollout.leaves={rollout.leaves}",
@@ -273,20 +330,32 @@ def validate(config: Config) -> None:
         f"flow.batch_leaves={flow.batch_leaves} must be a multiple of rollout.leaves={rollout.leaves}: "
         "a training step takes whole trees",
     )
-    _require(flow.staleness >= 0, "flow.staleness must be 0 (synchronous) or more")
-    _require(flow.window >= 1, "flow.window must be at least 1")
-    _require(rollout.concurrency >= 1, "rollout.concurrency must be at least 1")
-    _require(rollout.workers >= 1, "rollout.workers must be at least 1")
-    _require(config.engine.replicas >= 1, "engine.replicas must be at least 1")
-    _require(learn.updates >= 1, "learn.updates must be at least 1")
     _require(
         learn.updates <= flow.batch_leaves // rollout.leaves,
         f"learn.updates={learn.updates} exceeds the {flow.batch_leaves // rollout.leaves} trees of a batch",
     )
-    for name in ("tp", "pp", "dp"):
-        _require(getattr(learn, name) >= 1, f"learn.{name} must be at least 1")
-    _require(config.branching.probe_tokens >= 1, "branching.probe_tokens must be at least 1")
     _require(rollout.temperature > 0, "rollout.temperature must be above 0: training needs samples")
+    _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must lie in (0, 1]")
+    _require(learn.lr > 0, "learn.lr must be above 0")
+    _require(
+        config.engine.max_context > rollout.max_response_tokens,
+        f"engine.max_context={config.engine.max_context} must exceed "
+        f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too",
+    )
+    if not config.model.path:
+        _check_shape(config.model, learn.tp)
+
+
+def _check_shape(model: ModelConfig, tp: int) -> None:
+    """A model made by us: its heads divide its width, and tensor parallelism divides heads and widths."""
+    _require(
+        model.hidden_size % model.heads == 0 and model.heads % model.kv_heads == 0,
+        f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "
+        f"and that of model.kv_heads={model.kv_heads}",
+    )
+    for name in ("heads", "kv_heads", "ffn_size"):
+        value = getattr(model, name)
+        _require(value % tp == 0, f"learn.tp={tp} must divide model.{name}={value}")
 
 
 def _require(ok: bool, message: str) -> None:
@@ -303,27 +372,36 @@ def _files(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, 
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # the YAML library raises many kinds
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected sections at the top level, found a {type(loaded).__name__}")
     layer = OmegaConf.to_container(loaded)
     assert isinstance(layer, dict)
     base = layer.pop("base", None)
-    if base:
-        yield from _files(path.parent / str(base), (*seen, path))
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: names one file, relative to this one; found {base!r}")
+        yield from _files(path.parent / base, (*seen, path))
     yield str(path), {str(k): v for k, v in layer.items()}
 
 
 def _override(text: str) -> dict[str, Any]:
     if "=" not in text:
         raise ConfigError(f"override {text!r}: write key=value, for example flow.staleness=0")
-    layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    if text.endswith("="):
+        text += "''"  # `run.name=` empties it; YAML would read null
+    try:
+        layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except Exception as error:  # the YAML library raises many kinds
+        raise ConfigError(
+            f"override {text!r}: the value is not readable as YAML: {_reason(error)}"
+        ) from error
     assert isinstance(layer, dict)
     return {str(k): v for k, v in layer.items()}
 
 
 def _expand_names(layer: dict[str, Any]) -> dict[str, Any]:
-    """``branching: none`` -> ``branching: {name: none}``.  YAML reads a bare ``none`` as text, ``null`` as None."""
+    """``branching: none`` -> ``branching: {name: none}`` (YAML reads a bare ``none`` as text)."""
     named = {f.name for f in dataclasses.fields(Config) if hasattr(_section(f.name), "name")}
     return {
         key: {"name": str(value)} if key in named and isinstance(value, str | int | float) else value
@@ -337,24 +415,58 @@ def _section(name: str) -> Any:
 
 def _check_keys(layer: dict[str, Any], source: str) -> None:
     sections = [f.name for f in dataclasses.fields(Config)]
+    everywhere = [f"{s}.{f.name}" for s in sections for f in dataclasses.fields(_section(s))]
     for name, values in layer.items():
         if name not in sections:
-            raise ConfigError(f"{source}: unknown section {name!r}{_hint(name, sections)}")
+            raise ConfigError(f"{source}: unknown section {name!r}{_hint(name, sections, everywhere)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…")
         known = [f.name for f in dataclasses.fields(_section(name))]
         for key in values:
             if key not in known:
-                everywhere = [f"{s}.{f.name}" for s in sections for f in dataclasses.fields(_section(s))]
-                elsewhere = [k for k in everywhere if k.endswith(f".{key}")]
-                hint = f"; did you mean {elsewhere[0]}?" if elsewhere else _hint(str(key), known, f"{name}.")
+                hint = _hint(str(key), known, everywhere, f"{name}.")
                 raise ConfigError(f"{source}: unknown key {name}.{key}{hint}")
 
 
-def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:
+def _hint(word: str, known: Sequence[str], everywhere: Sequence[str], prefix: str = "") -> str:
+    """The key of that name in another section, else the nearest of the ``known``, else all of them."""
+    elsewhere = [key for key in everywhere if key.endswith(f".{word}")]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return _close(word, known, prefix) or f"; known: {', '.join(known)}"
+
+
+def _close(word: str, known: Sequence[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+def _resolve(merged: Any) -> Config:
+    """The typed configuration, with interpolations (``${section.key}``, ``${oc.env:NAME}``) filled in."""
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_reason(error)} (plain text with a dollar brace is written \\${{)") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _escape(value: Any) -> Any:
+    """``value`` so that OmegaConf reads ``${`` as text: what is resolved has no interpolations left."""
+    if isinstance(value, dict):
+        return {key: _escape(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escape(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong and at which key, in one line without OmegaConf's internals."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OmegaConfBaseException):
+        lines = lines[:1]
+        if error.full_key:
+            lines.insert(0, f"{error.full_key}:")
+    return " ".join(lines)

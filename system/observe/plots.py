@@ -119,6 +119,12 @@ def _legend(ax: Axes) -> None:
         ax.legend(handles, labels, fontsize=8, frameon=False, ncols=2 if len(labels) > 3 else 1)
 
 
+def _from_zero(ax: Axes) -> None:
+    """Show zero, and leave some air above the highest point."""
+    low, high = ax.dataLim.intervaly
+    ax.set_ylim(0, 1.15 * high if high > low or high > 0 else 1)
+
+
 def _accuracy(ax: Axes, records: Records) -> bool:
     drawn = _line(ax, records, "rollout/accuracy", "training, sampled", BLUE)
     points = list(series(records, "eval/accuracy"))
@@ -170,7 +176,7 @@ def _branching(ax: Axes, records: Records) -> bool:
         ("tree/decisions", "decisions", GREEN),
         ("tree/fork_rate", "forks per decision", PURPLE),
     )
-    ax.set_ylim(bottom=0)
+    _from_zero(ax)
     return drawn
 
 
@@ -184,7 +190,9 @@ def _staleness(ax: Axes, records: Records) -> bool:
     steps = [one["step"] for one in trained]
     span = max(1, len(steps) // 20)
     shares = [smooth([one.get(f"flow/staleness_share/{lag}", 0.0) for one in trained], span) for lag in lags]
-    colours = [matplotlib.colormaps["viridis"](i / max(1, len(lags) - 1)) for i in range(len(lags))]
+    colours = [
+        matplotlib.colormaps["YlGnBu"](0.2 + 0.7 * i / max(1, len(lags) - 1)) for i in range(len(lags))
+    ]
     ax.stackplot(steps, shares, labels=[f"{lag}" for lag in lags], colors=colours, alpha=0.8)
     ax.set_ylim(0, 1)
     ax.set_ylabel("share of trained trees", fontsize=9)
@@ -202,7 +210,7 @@ def _throughput(ax: Axes, records: Records) -> bool:
         ("time/trained_per_s", "trained on", ORANGE),
     )
     ax.set_ylabel("model tokens/s", fontsize=9)
-    ax.set_ylim(bottom=0)
+    _from_zero(ax)
     return drawn
 
 
@@ -215,7 +223,7 @@ def _idle(ax: Axes, records: Records) -> bool:
         filled = [{key: 0.0, **one} for one in records if "time/window_s" in one]
         drawn = _line(ax, filled, key, f"{actor}: {cause}", _CYCLE[i % 6], "-" if i < 6 else "--") or drawn
     ax.set_ylabel("share of time", fontsize=9)
-    ax.set_ylim(bottom=0)
+    _from_zero(ax)
     _legend(ax)
     return drawn
 
@@ -240,7 +248,7 @@ def _length(ax: Axes, records: Records) -> bool:
         ("train/response_tokens", "trained on", ORANGE),
     )
     ax.set_ylabel("model tokens per branch", fontsize=9)
-    ax.set_ylim(bottom=0)
+    _from_zero(ax)
     return drawn
 
 

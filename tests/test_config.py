@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from system.config import CHOICES, MINIMA, Config, ConfigError, from_dict, load, to_dict, to_yaml, validate
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_valid():
+    validate(Config())
+    assert load() == Config()
+
+
+def test_layers_apply_in_order(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path, "run: {seed: 1, steps: 10}\nlearn: {lr: 1e-4}\n", "root.yaml")
+    write(tmp_path / "deep", "base: ../root.yaml\nrun: {steps: 20}\n", "middle.yaml")
+    leaf = write(tmp_path / "deep", "base: middle.yaml\nflow: {staleness: 3}\n", "leaf.yaml")
+    config = load(leaf, ["flow.staleness=0"])
+    assert (config.run.seed, config.run.steps, config.learn.lr, config.flow.staleness) == (1, 20, 1e-4, 0)
+
+
+def test_a_word_for_a_section_sets_its_name(tmp_path: Path):
+    assert load(None, ["branching=none"]).branching.name == "none"
+    config = load(write(tmp_path, "branching: random\ntask: reasoning-gym\n"))
+    assert (config.branching.name, config.task.name) == ("random", "reasoning-gym")
+    assert config.branching.alpha == Config().branching.alpha
+
+
+def test_override_values_keep_their_types():
+    config = load(
+        None, ["tools.names=[search]", "task.options.level=3", "run.name=", "run.dir=a=b", "rollout.top_k=-1"]
+    )
+    assert config.tools.names == ["search"]
+    assert config.task.options == {"level": 3}
+    assert (config.run.name, config.run.dir) == ("", "a=b")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("flow.stalenes=1", "did you mean flow.staleness?"),
+        ("rollout.staleness=1", "did you mean flow.staleness?"),
+        ("staleness=1", "did you mean flow.staleness?"),
+        ("rolout.leaves=4", "did you mean rollout?"),
+        ("branching=arpo-paperr", "did you mean arpo-paper?"),
+        ("run.seed=x", "run.seed: Value 'x'"),
+        ("run.seed.x=1", "run.seed"),
+        ("run.seed=[", "not readable as YAML"),
+        ("run.name=${nowhere}", r"run.name: Interpolation key 'nowhere' not found"),
+        ("flow", "write key=value"),
+        ("model=tiny", "model is a section"),
+        ("rollout.roots=9", "between 1 and rollout.leaves=8"),
+        ("rollout.leaves=7", "multiple of rollout.leaves=7"),
+        ("flow.staleness=-1", "flow.staleness=-1 must be 0 or more"),
+        ("learn.updates=99", "exceeds the 8 trees"),
+        ("rollout.temperature=0", "training needs samples"),
+        ("rollout.top_p=0", r"(0, 1]"),
+        ("learn.tp=3", "learn.tp=3 must divide model.heads=4"),
+        ("model.hidden_size=97", "multiple of model.heads"),
+        ("engine.max_context=256", "must exceed rollout.max_response_tokens=256"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_key(override: str, says: str):
+    with pytest.raises(ConfigError) as caught:
+        load(None, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "object_type" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a", "expected sections"),
+        ("a: [", "not readable as YAML"),
+        ("run: {seed: 1, seed: 2}", "duplicate key"),
+        ("base: recipe.yaml", "leads back to itself"),
+        ("base: none.yaml", "no such configuration file"),
+        ("base: [a, b]", "names one file"),
+        ("flow: {batch: 3}", "unknown key flow.batch"),
+        ("branching: null", "branching is a section"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, text: str, says: str):
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, text))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensor_parallel_must_not_fit_a_model_of_ones_own():
+    """The shape under ``model`` describes the model we make; a given one brings its own."""
+    assert load(None, ["model.path=somewhere", "learn.tp=3"]).learn.tp == 3
+
+
+def test_interpolation_reads_other_keys_and_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DATA", "/data")
+    config = load(None, ["task.path=${oc.env:DATA}/x.jsonl", "run.steps=7", "checkpoint.every=${run.steps}"])
+    assert (config.task.path, config.checkpoint.every) == ("/data/x.jsonl", 7)
+
+
+@pytest.mark.parametrize(
+    "text", ["${x}", r"\${x}", r"a \\${x} b ${y}", "$5 {b}", "é ␛ 'q' \"d\"\n: #", "null", "1e3"]
+)
+def test_a_written_configuration_reads_back_equal(tmp_path: Path, text: str):
+    config = Config()
+    config.task.system_prompt = text
+    config.task.options = {"text": text, "list": [text, 1, None, {"deep": True}]}
+    assert load(write(tmp_path, to_yaml(config))) == config
+    assert from_dict(to_dict(config)) == config
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(st.sampled_from("${}\\ab:'\" "), max_size=12))
+def test_any_text_survives_a_round_trip(text: str):
+    config = Config()
+    config.task.system_prompt = text
+    assert from_dict(to_dict(config)) == config
+
+
+def test_from_dict_refuses_unknown_keys():
+    with pytest.raises(ConfigError, match="nonsense"):
+        from_dict({"run": {"nonsense": 1}})
+
+
+def test_tables_name_real_fields():
+    known = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(getattr(Config(), s.name))}
+    assert set(CHOICES) <= known
+    assert set(MINIMA) <= known
