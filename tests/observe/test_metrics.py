@@ -1,0 +1,162 @@
+"""The numbers, against counts made by hand on the tree of ``conftest.make_tree``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from observe_trees import NAN, make_tree, single
+
+from system.observe.eval import EvalResult
+from system.observe.metrics import idle_metrics, rollout_metrics, tool_metrics, train_metrics, tree_metrics
+from system.observe.treestats import TreeStats, path_sum, subtree_sum
+from system.tree.record import ForkDecision, ToolCall, Tree
+
+
+def test_tree_stats_by_hand(tree: Tree):
+    stats = TreeStats.of(tree)
+    assert (stats.nodes, stats.depth, stats.leaves) == (6, 4, 3)
+    assert (stats.roots, stats.forks, stats.top_ups) == (2, 1, 0)
+    assert stats.generated == 3 + 2 + 5 + 6
+    assert stats.trainable == 3 + 2 + 5  # leaf 2 was not scored
+    assert stats.unique == 4 + 3 + 2 + 2 + 5
+    assert stats.flat == (4 + 3 + 2 + 2) + (4 + 3 + 2 + 5)
+    assert stats.response_tokens.tolist() == [5, 8, 6]
+    assert stats.scored_response_tokens.tolist() == [5, 8]
+    assert stats.calls_per_leaf.tolist() == [1, 1, 0]  # the fork shares its parent's call
+    assert stats.reward.tolist() == [1.0, 0.0]
+    assert stats.correct.tolist() == [True, False]
+    assert stats.outcomes == {"stopped": 1, "length": 1, "deadline": 1}
+    assert (stats.version_min, stats.version_max) == (3, 3)
+    assert stats.seconds == 2.5
+    model = np.isfinite(tree.entropy)
+    assert stats.entropy == pytest.approx(float(tree.entropy[model].mean()))
+    assert not stats.zero_variance
+
+
+def test_a_leaf_at_an_inner_node_counts_its_own_path():
+    """A branch may end exactly where a sibling went on."""
+    stats = TreeStats.of(replace(make_tree(), leaf=np.array([2, 4, 5], np.int32)))
+    assert stats.response_tokens.tolist() == [3, 8, 6]
+    assert stats.unique == 4 + 3 + 2 + 5  # node 3 has no leaf any more
+    assert stats.flat == (4 + 3 + 2) + (4 + 3 + 2 + 5)
+
+
+def test_two_leaves_may_share_a_node():
+    stats = TreeStats.of(replace(make_tree(reward=(1.0, 0.0, 1.0)), leaf=np.array([3, 3, 5], np.int32)))
+    assert stats.flat == 2 * (4 + 3 + 2 + 2) + (4 + 6)
+
+
+@pytest.mark.parametrize(
+    ("reward", "zero"), [((1, 1, NAN), True), ((1, 0, NAN), False), ((1, NAN, NAN), True), ((NAN,) * 3, True)]
+)
+def test_zero_variance_looks_at_scored_leaves_only(reward: tuple[float, ...], zero: bool):
+    assert TreeStats.of(make_tree(reward=reward)).zero_variance is zero
+
+
+def test_a_tree_without_a_sampled_token_has_no_versions():
+    tree = make_tree()
+    stats = TreeStats.of(replace(tree, kind=np.zeros_like(tree.kind)))
+    assert (stats.version_min, stats.generated) == (-1, 0)
+    assert math.isnan(stats.entropy)
+
+
+def test_sums_over_random_trees_agree_with_walking_them():
+    generator = np.random.default_rng(0)
+    for nodes in (1, 2, 30):
+        parent = np.array([-1, *(generator.integers(0, j) for j in range(1, nodes))], np.int32)
+        value = generator.integers(0, 9, nodes)
+        down, up = np.zeros(nodes, np.int64), np.zeros(nodes, np.int64)
+        for node in range(nodes):
+            at = node
+            while at >= 0:
+                up[at] += value[node]
+                down[node] += value[at]
+                at = int(parent[at])
+        assert subtree_sum(parent, value).tolist() == up.tolist()
+        assert path_sum(parent, value).tolist() == down.tolist()
+
+
+def test_rollout_and_tree_keys():
+    first = TreeStats.of(make_tree(reward=(1.0, 0.0, NAN)))
+    second = TreeStats.of(replace(make_tree(reward=(1.0, 1.0, 1.0), task="calc"), forks=()))
+    rollout = rollout_metrics([first, second])
+    assert rollout["rollout/trees"] == 2
+    assert rollout["rollout/reward"] == pytest.approx(4 / 5)
+    assert rollout["rollout/accuracy"] == pytest.approx(4 / 5)
+    assert rollout["rollout/kind/lookup/accuracy"] == pytest.approx(1 / 2)
+    assert rollout["rollout/kind/calc/accuracy"] == 1
+    assert rollout["rollout/zero_variance_share"] == 0.5
+    assert rollout["rollout/outcome/deadline"] == pytest.approx(1 / 6)
+    assert rollout["rollout/mixed_version_share"] == 0
+    tree = tree_metrics([first, second])
+    assert tree["tree/fork_rate"] == 1
+    assert tree["tree/decisions"] == 0.5
+    assert tree["tree/delta_h"] == tree["tree/delta_h_p50"] == 0.125
+    assert tree["tree/unique_flat_ratio"] == pytest.approx(
+        (first.unique + second.unique) / (first.flat + second.flat)
+    )
+
+
+def test_fork_rate_counts_decisions_not_forks():
+    forks = tuple(ForkDecision(2, d, 0.5, 0.5, n) for d, n in ((0.0, 2), (1.0, 0), (NAN, 0), (2.0, 1)))
+    metrics = tree_metrics([TreeStats.of(replace(make_tree(), forks=forks))])
+    assert metrics["tree/fork_rate"] == 0.5
+    assert metrics["tree/delta_h"] == 1.0  # an unknown ΔH is left out
+
+
+def test_train_metrics_prefix_and_staleness_histogram(tree: Tree):
+    metrics = train_metrics([TreeStats.of(tree)], {"loss": 0.5, "kl/ref": 0.1}, [0, 1, 1, 3])
+    assert metrics["train/loss"] == 0.5
+    assert metrics["kl/ref"] == 0.1
+    assert metrics["train/tokens"] == 10
+    assert metrics["train/leaves"] == 2
+    assert metrics["train/response_tokens"] == 6.5  # the unscored leaf was not trained on
+    shares = {key[-1]: value for key, value in metrics.items() if key.startswith("flow/staleness_share/")}
+    assert shares == {"0": 0.25, "1": 0.5, "3": 0.25}
+    assert (metrics["flow/staleness"], metrics["flow/staleness_max"]) == (1.25, 3)
+
+
+def test_tool_latencies_by_status_and_names_a_model_invents():
+    calls = [ToolCall(2, "search", {}, "ok", float(s)) for s in range(1, 101)]
+    calls += [
+        ToolCall(2, "search", {}, "timeout", 20.0, attempts=3),
+        ToolCall(2, "rm -rf/*", {}, "rejected", 0.0),
+    ]
+    metrics = tool_metrics(calls, ["search", "python"])
+    assert metrics["tools/search/calls"] == 101
+    assert metrics["tools/search/ok/p50_s"] == 50.5
+    assert metrics["tools/search/ok/p95_s"] == pytest.approx(95.05)
+    assert metrics["tools/search/ok/max_s"] == 100
+    assert metrics["tools/search/timeout/share"] == pytest.approx(1 / 101)
+    assert metrics["tools/unknown/calls"] == 1
+    assert not any("rm" in key for key in metrics)
+
+
+def test_idle_as_seconds_and_share():
+    metrics = idle_metrics({("learner", "trees"): 2.0, ("engine", "update"): 1.0}, 8.0)
+    assert metrics["time/idle_s/learner/trees"] == 2.0
+    assert metrics["time/idle_share/engine/update"] == 0.125
+
+
+def test_nothing_gives_nothing():
+    assert rollout_metrics([]) == tree_metrics([]) == train_metrics([], {}, []) == tool_metrics([], []) == {}
+
+
+def test_evaluation_by_kind_counts_the_unanswered_as_wrong():
+    trees = [single("a", 1), single("b", 0), single("c", -1), make_tree("d", (1.0, 0.0, NAN))]
+    result = EvalResult.of(trees)
+    assert result.total.questions == 4
+    assert result.accuracy == pytest.approx((1 + 0 + 0 + 1 / 3) / 4)
+    assert result.kinds["calc"].accuracy == pytest.approx(1 / 3)
+    assert result.kinds["calc"].reward == 0.5  # of the two that were scored
+    assert result.kinds["lookup"].tool_calls == pytest.approx(2 / 3)
+    assert result.total.unscored == 2
+    assert result.metrics()["eval/lookup/accuracy"] == pytest.approx(1 / 3)
+    assert result.to_dict()["kinds"]["calc"]["questions"] == 3
+
+
+def test_an_evaluation_of_nothing_is_not_a_number():
+    assert math.isnan(EvalResult.of([]).accuracy)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from observe_trees import NAN, make_tree, single
+
+from system.config import Config
+from system.observe.eval import EvalResult
+from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
+from system.observe.rundir import RunDir
+from system.observe.sinks import JsonlSink, MemorySink, history, series
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sink() -> MemorySink:
+    return MemorySink()
+
+
+@pytest.fixture
+def recorder(run_dir: RunDir, config: Config, sink: MemorySink, clock: Clock) -> Recorder:
+    return Recorder(run_dir, config, [sink], clock=clock, now=lambda: 5.0)
+
+
+def run_two_steps(recorder: Recorder, clock: Clock) -> None:
+    recorder.evaluated(0, EvalResult.of([single("a", 0), single("b", 1)]), "before")
+    for step in (1, 2):
+        trees = [make_tree(f"{step}-{i}", (1.0, 0.0, 0.5), version=step - i) for i in range(2)]
+        for tree in trees:
+            recorder.tree_closed(tree, version_now=step)
+        recorder.idle("learner", "trees", 1.5)
+        recorder.idle("engine", "weights", 0.5)
+        clock.now += 10
+        recorder.train_step(step, step, trees, {"loss": 1.0 / step}, [0, step])
+        recorder.flush(step)
+    recorder.tree_dropped("stale", 3)
+    recorder.tree_dropped("deadline", 2, tokens=7)
+
+
+def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_dir: RunDir, sink: MemorySink):
+    run_two_steps(recorder, clock)
+    recorder.evaluated(2, EvalResult.of([single("a", 1), single("b", 1)]), "after")
+    recorder.finish()
+    summary = json.loads(run_dir.summary_path.read_text())
+    assert set(summary) == {
+        *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
+        *("dropped", "wall_s", "idle_s", "seed", "config"),
+    }
+    assert summary["eval"]["before"]["accuracy"] == 0.5
+    assert summary["eval"]["after"]["accuracy"] == 1.0
+    assert {"reward", "tool_calls"} <= set(summary["eval"]["after"])
+    assert summary["eval"]["after"]["kinds"]["calc"]["accuracy"] == 1.0
+    assert (summary["trees"], summary["leaves"], summary["forks"], summary["tool_calls"]) == (4, 12, 4, 4)
+    assert summary["tokens"] == {
+        "generated": 4 * 16 + 7,
+        "trained": 4 * 16,
+        "unique_trained": 4 * 22,
+        "flat_trained": 4 * (11 + 14 + 10),
+    }
+    assert summary["staleness"] == {"max": 2, "mean": 0.75}
+    assert summary["versions"] == 2
+    assert summary["dropped"] == {"stale": {"trees": 1, "leaves": 3}, "deadline": {"trees": 1, "leaves": 2}}
+    assert summary["wall_s"] == 20
+    assert summary["idle_s"] == {"learner": {"trees": 3.0}, "engine": {"weights": 1.0}}
+    assert summary["seed"] == 0
+    assert summary["config"]["branching"]["name"] == "arpo"
+    assert sink.closed
+
+
+def test_one_record_per_flush_holds_only_its_window(recorder: Recorder, clock: Clock, sink: MemorySink):
+    recorder.gauge(QUEUE_DEPTH, 2)
+    recorder.gauge(QUEUE_DEPTH, 4)
+    run_two_steps(recorder, clock)
+    before, first, second = sink.records
+    assert (before["step"], before["eval/accuracy"], before["eval/which"]) == (0, 0.5, "before")
+    assert first[QUEUE_DEPTH] == 3
+    assert QUEUE_DEPTH not in second
+    assert (first["rollout/trees"], second["rollout/trees"]) == (2, 2)
+    assert (first["train/loss"], second["train/loss"]) == (1.0, 0.5)
+    assert second["time/idle_s/learner/trees"] == 1.5
+    assert second["time/idle_share/learner/trees"] == 0.15
+    assert second["time/generated_per_s"] == 3.2
+    assert first["flow/lag_at_close"] == 0.5
+    assert second["flow/goodput"] == 1.0
+    assert recorder.flush(3)["flow/dropped/stale"] == 1
+
+
+def test_two_training_steps_in_one_record_are_averaged(recorder: Recorder):
+    recorder.train_step(1, 1, [], {"loss": 1.0, "first": 7.0}, [])
+    recorder.train_step(2, 2, [], {"loss": 3.0}, [])
+    record = recorder.flush(2)
+    assert (record["train/loss"], record["train/first"]) == (2.0, 7.0)
+
+
+def test_totals_survive_a_resume_through_json(
+    recorder: Recorder, clock: Clock, run_dir: RunDir, config: Config
+):
+    run_two_steps(recorder, clock)
+    state = json.loads(json.dumps(recorder.state()))
+    second = Recorder(run_dir, config, [], clock=clock)
+    second.restore(state)
+    assert second.summary() == recorder.summary()
+    clock.now += 5
+    second.train_step(3, 3, [make_tree(reward=(1.0, 0.0, 0.5))], {}, [4])
+    summary = second.summary()
+    assert (summary["wall_s"], summary["versions"], summary["staleness"]["max"]) == (25, 3, 4)
+    assert summary["tokens"]["trained"] == 5 * 16
+    assert second.status().evals == {"before": 0.5}
+
+
+def test_a_resume_takes_back_records_past_the_checkpoint(run_dir: RunDir, config: Config, clock: Clock):
+    first = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)], clock=clock)
+    for step in (1, 2, 3):
+        first.train_step(step, step, [], {"loss": float(step)}, [])
+        first.flush(step)
+        if step == 2:
+            state = first.state()
+    second = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)], clock=clock)
+    second.restore(state)
+    second.train_step(3, 3, [], {"loss": 30.0}, [])
+    second.flush(3)
+    records = history(run_dir.metrics_path)
+    assert list(series(records, "train/loss")) == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_status_for_the_progress_display(recorder: Recorder, clock: Clock):
+    assert math.isnan(recorder.status().reward)
+    recorder.gauge(GROWING, 5)
+    recorder.gauge(QUEUE_DEPTH, 2)
+    run_two_steps(recorder, clock)
+    status = recorder.status()
+    assert (status.step, status.version, status.trees, status.dropped) == (2, 2, 4, 2)
+    assert (status.growing, status.queue_depth) == (5, 2)
+    assert status.reward == 0.5
+    assert status.accuracy == pytest.approx(1 / 3)
+    assert status.forks_per_tree == 1
+    assert status.steps_per_s == 0.1
+    assert status.generated_per_s == pytest.approx((64 + 7) / 20)
+    assert status.trained_per_s == pytest.approx(64 / 20)
+    assert status.idle == {"learner": 0.15, "engine": 0.05}
+    clock.now += 1000
+    assert recorder.status().generated_per_s == 0
+
+
+def test_settled_accuracy_waits_for_a_full_window(run_dir: RunDir, config: Config):
+    config.flow.batch_leaves = 2 * config.rollout.leaves  # a window of 4 batches of 2 trees
+    recorder = Recorder(run_dir, config, [])
+    for i in range(8):
+        assert math.isnan(recorder.settled_accuracy)
+        recorder.tree_closed(make_tree(str(i), (1.0, 0.0, NAN)), 3)
+    assert recorder.settled_accuracy == 0.5
+
+
+def test_an_evaluation_during_training_stays_out_of_the_summary(recorder: Recorder, sink: MemorySink):
+    recorder.evaluated(5, EvalResult.of([single("a", 1)]), "during")
+    assert recorder.summary()["eval"] == {}
+    assert sink.records[0]["eval/accuracy"] == 1.0
+
+
+def test_the_summary_hides_secrets(run_dir: RunDir, config: Config):
+    config.tools.search_url = "http://user:hunter2@host:80/search?api_key=abc123&k=3"
+    config.task.options = {"api_key": "hunter2"}
+    text = json.dumps(Recorder(run_dir, config, []).summary())
+    assert "hunter2" not in text
+    assert "abc123" not in text
+    assert "@host:80/search" in text
+    assert '"max_response_tokens": 256' in text
