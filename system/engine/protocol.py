@@ -49,8 +49,12 @@ class Chunk:
     """
 
     tokens: NDArray[np.int32]
-    logprob: NDArray[np.float32]  # behaviour log-probability (temperature applied; renormalised under top-p/top-k)
-    entropy: NDArray[np.float32]  # nats, of the temperature-scaled distribution over the whole vocabulary; NaN unknown
+    logprob: NDArray[
+        np.float32
+    ]  # behaviour log-probability (temperature applied; renormalised under top-p/top-k)
+    entropy: NDArray[
+        np.float32
+    ]  # nats, of the temperature-scaled distribution over the whole vocabulary; NaN unknown
     version: NDArray[np.int32]  # weight version of each token
     finish: Finish | None = None  # set on the last chunk only
     cached_tokens: int = 0  # prompt tokens served from KV cache (last chunk)

@@ -1,0 +1,7 @@
+"""The embedded engine: a small server of our own for Qwen2/Qwen3-class models that speaks SGLang's
+protocol.
+"""
+
+from system.engine.embedded.engine import EmbeddedEngine
+
+__all__ = ["EmbeddedEngine"]

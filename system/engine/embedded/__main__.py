@@ -1,0 +1,62 @@
+"""``python -m system.engine.embedded --model DIR --port P``: serve one model until interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+from collections.abc import Sequence
+
+from system.config import EngineConfig
+from system.engine.embedded.engine import DTYPES, EmbeddedEngine, is_loopback
+
+log = logging.getLogger("system.engine.embedded")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and serve."""
+    defaults = EngineConfig()
+    parser = argparse.ArgumentParser(prog="python -m system.engine.embedded", description=__doc__)
+    parser.add_argument(
+        "--model", required=True, help="Hugging Face model directory (qwen2 or qwen3, safetensors)"
+    )
+    parser.add_argument("--host", help="address to listen on (default: loopback only)")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
+    parser.add_argument("--threads", type=int, default=defaults.threads)
+    parser.add_argument("--max-running", type=int, default=defaults.max_running)
+    parser.add_argument("--max-context", type=int, default=defaults.max_context)
+    parser.add_argument("--cache-slots", type=int, default=defaults.cache_slots)
+    parser.add_argument("--chunk-tokens", type=int, default=defaults.chunk_tokens)
+    parser.add_argument("--seed", type=int, default=None)
+    options = parser.parse_args(arguments)
+    config = EngineConfig(
+        device=options.device,
+        threads=options.threads,
+        max_running=options.max_running,
+        max_context=options.max_context,
+        cache_slots=options.cache_slots,
+        chunk_tokens=options.chunk_tokens,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    engine = EmbeddedEngine(config, options.model, dtype=options.dtype, seed=options.seed)
+    asyncio.run(_serve(engine, options.host, options.port))
+
+
+async def _serve(engine: EmbeddedEngine, host: str | None, port: int) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    url = await engine.start(host, port)
+    if host is not None and not is_loopback(host):
+        log.warning("listening on %s: anyone who reaches it can use and reload the model", host)
+    print(f"serving {engine.path} at {url}", flush=True)
+    await stopped.wait()
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""One generation request inside the engine: parsed, checked, and what is still to be told to its caller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.engine.embedded.stops import StopStrings, TokenBytes
+from system.engine.protocol import Finish
+
+MAX_STOPS, MAX_STOP_BYTES = 32, 256
+
+
+class BadRequest(ValueError):
+    """The request cannot be served as written (HTTP 400); the message names the field."""
+
+
+@dataclass(slots=True)
+class Event:
+    """New tokens of one job, all produced under one weight version."""
+
+    tokens: list[int]
+    logprob: list[float]  # before top-p/top-k
+    kept_logprob: list[float]  # renormalised over what they kept
+    entropy: list[float]
+    version: int
+    finish: Finish | None = None
+    cached_tokens: int = 0
+    error: str = ""  # set when the engine failed; nothing follows
+
+
+@dataclass(slots=True)
+class Job:
+    """A request on its way through the scheduler."""
+
+    rid: str
+    prompt: NDArray[np.int32]  # [P]
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int = 0
+    chunk: int | None = None  # tokens per event; None: the engine's own
+    ignore_eos: bool = False
+    stop_ids: frozenset[int] = frozenset()
+    stops: StopStrings | None = None
+    retain: bool = True  # keep its KV for later requests
+    deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
+    tokens: NDArray[np.int32] = field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )  # prompt and generated so far
+    cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
+
+    def __post_init__(self) -> None:
+        if not self.tokens.size:
+            self.tokens = self.prompt
+
+
+_SAMPLING = {
+    "max_new_tokens", "temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos",
+    "sampling_seed", "no_stop_trim", "skip_special_tokens", "spaces_between_special_tokens", "stream_interval",
+}  # fmt: skip
+
+
+def parse(
+    body: Any, *, vocab: int, context: int, vocabulary: TokenBytes | None, draw_seed: Callable[[], int]
+) -> Job:
+    """Check a ``/generate`` body (SGLang's fields) and make a job of it.  Raises :class:`BadRequest`."""
+    if not isinstance(body, Mapping):
+        raise BadRequest("body: expected a JSON object")
+    rid = body.get("rid")
+    if not isinstance(rid, str) or not 0 < len(rid) <= 512:
+        raise BadRequest("rid: expected a string of 1 to 512 characters")
+    prompt = _token_ids(body.get("input_ids"), "input_ids", vocab)
+    if not prompt:
+        raise BadRequest("input_ids: expected at least one token id")
+    sampling = body.get("sampling_params", {})
+    if not isinstance(sampling, Mapping):
+        raise BadRequest("sampling_params: expected a JSON object")
+    if unknown := sorted(set(sampling) - _SAMPLING):
+        raise BadRequest(f"sampling_params.{unknown[0]}: not supported by the embedded engine")
+    longest = context - len(prompt)
+    new = _integer(sampling, "max_new_tokens", 128, 1, None)
+    if longest < 1 or new > longest:
+        raise BadRequest(
+            f"input_ids and max_new_tokens: {len(prompt)} prompt tokens and {new} new ones exceed "
+            f"the context length of {context}"
+        )
+    seed = sampling.get("sampling_seed")
+    stop = sampling.get("stop") or []
+    return Job(
+        rid=rid,
+        prompt=np.asarray(prompt, np.int32),
+        max_new_tokens=new,
+        temperature=_number(sampling, "temperature", 1.0, 0.0, 100.0),
+        top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
+        top_k=_top_k(sampling),
+        seed=draw_seed()
+        if seed is None
+        else _integer(sampling, "sampling_seed", 0, -(2**63), 2**64 - 1) % 2**64,
+        chunk=_integer(sampling, "stream_interval", 1, 1, None) if "stream_interval" in sampling else None,
+        ignore_eos=bool(sampling.get("ignore_eos", False)),
+        stop_ids=frozenset(_token_ids(sampling.get("stop_token_ids") or [], "stop_token_ids", vocab)),
+        stops=_stop_strings([stop] if isinstance(stop, str) else stop, vocabulary),
+    )
+
+
+def _stop_strings(stop: Any, vocabulary: TokenBytes | None) -> StopStrings | None:
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise BadRequest("sampling_params.stop: expected a string or a list of non-empty strings")
+    if len(stop) > MAX_STOPS or any(len(text.encode()) > MAX_STOP_BYTES for text in stop):
+        raise BadRequest(f"sampling_params.stop: at most {MAX_STOPS} strings of {MAX_STOP_BYTES} bytes")
+    if not stop:
+        return None
+    if vocabulary is None:
+        raise BadRequest("sampling_params.stop: the model directory has no tokenizer to match strings with")
+    return vocabulary.stop_strings(tuple(stop))
+
+
+def _token_ids(value: Any, name: str, vocab: int) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise BadRequest(f"{name}: expected a list of integers")
+    if value and not 0 <= min(value) <= max(value) < vocab:
+        raise BadRequest(f"{name}: token ids must lie between 0 and {vocab - 1}")
+    return value
+
+
+def _top_k(sampling: Mapping[str, Any]) -> int:
+    top_k = _integer(sampling, "top_k", -1, -1, None)
+    if top_k == 0:
+        raise BadRequest("sampling_params.top_k: -1 (off) or at least 1")
+    return top_k
+
+
+def _integer(source: Mapping[str, Any], name: str, default: int, low: int, high: int | None) -> int:
+    value = source.get(name, default)
+    if type(value) is not int or value < low or (high is not None and value > high):
+        bound = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise BadRequest(f"sampling_params.{name}: expected an integer {bound}")
+    return value
+
+
+def _number(
+    source: Mapping[str, Any], name: str, default: float, low: float, high: float, above: bool = False
+) -> float:
+    value = source.get(name, default)
+    ok = (
+        type(value) in (int, float)
+        and math.isfinite(value)
+        and low <= value <= high
+        and not (above and value == low)
+    )
+    if not ok:
+        raise BadRequest(
+            f"sampling_params.{name}: expected a number {'above' if above else 'from'} {low:g} to {high:g}"
+        )
+    return float(value)

@@ -1,0 +1,162 @@
+"""The decoding thread: runs the scheduler step after step and obeys commands between two of them.
+
+Everything that changes what is generated (a new request, an abort, a pause, new weights) is a command, a
+callable that the thread runs at the next token boundary; its caller gets a future.  Nothing is shared, so
+nothing is locked.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import torch
+
+from system.engine.embedded.job import Event
+from system.engine.embedded.scheduler import Emitted, Scheduler
+
+log = logging.getLogger(__name__)
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class EngineFailed(RuntimeError):
+    """The decoding thread died; the message says why."""
+
+
+class DecodeLoop:
+    """Owner of the scheduler and of the thread it runs in."""
+
+    def __init__(self, scheduler: Scheduler, deliver: Callable[[list[Emitted]], None], threads: int):
+        self._scheduler = scheduler
+        self._deliver = deliver
+        self._threads = threads
+        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
+        self.paused = False
+        self.failure = ""
+        self.busy_s = 0.0
+        self.idle_s = {"waiting": 0.0, "paused": 0.0, "updating": 0.0}
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after its current step.  Raises ``TimeoutError`` when it does not end in time."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the decoding thread did not end within {timeout_s} s")
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self.failure
+
+    def call(self, command: Callable[[Scheduler], Any], updating: bool = False) -> Future[Any]:
+        """Run ``command`` at the next token boundary; events it returns in a list are not delivered (see
+        `emit`).
+        """
+        future: Future[Any] = Future()
+
+        def run() -> Any:
+            began = time.perf_counter()
+            try:
+                return command(self._scheduler)
+            finally:
+                if updating:
+                    self.idle_s["updating"] += time.perf_counter() - began
+
+        self._commands.append((run, future))
+        self._wake.set()
+        if not self.alive:
+            self._fail_commands()
+        return future
+
+    def emit(self, command: Callable[[Scheduler], list[Emitted]], updating: bool = False) -> Future[int]:
+        """Like :meth:`call` for a command that ends or flushes sequences: its events go to their callers."""
+
+        def run(scheduler: Scheduler) -> int:
+            emitted = command(scheduler)
+            self._deliver(emitted)
+            return len(emitted)
+
+        return self.call(run, updating)
+
+    def pause(self, mode: PauseMode) -> Future[int]:
+        """Stop at the next token boundary: ``abort`` ends what runs, ``retract`` drops its KV, ``in_place``
+        keeps it.
+        """
+
+        def run(scheduler: Scheduler) -> list[Emitted]:
+            self.paused = True
+            if mode == "abort":
+                return scheduler.abort(None, "paused with mode abort")
+            return scheduler.retract() if mode == "retract" else []
+
+        return self.emit(run)
+
+    def resume(self) -> Future[None]:
+        def run(scheduler: Scheduler) -> None:
+            self.paused = False
+
+        return self.call(run)
+
+    def _main(self) -> None:
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn()
+        except Exception as error:
+            log.exception("decoding failed")
+            self.failure = f"{type(error).__name__}: {error}"
+        finally:
+            self.failure = self.failure or "stopped"
+            self._fail_commands()
+            self._fail_jobs()
+
+    def _turn(self) -> None:
+        self._wake.clear()
+        while self._commands:
+            command, future = self._commands.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(command())
+                except Exception as error:
+                    future.set_exception(error)
+        began = time.perf_counter()
+        if self.paused or not self._scheduler.busy:
+            cause = "paused" if self.paused else "waiting"
+            self._wake.wait()
+            self.idle_s[cause] += time.perf_counter() - began
+            return
+        emitted = self._scheduler.step()
+        if emitted:
+            self._deliver(emitted)
+        self.busy_s += time.perf_counter() - began
+
+    def _fail_commands(self) -> None:
+        while self._commands:
+            try:
+                _, future = self._commands.popleft()
+            except IndexError:  # the other thread took it
+                return
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineFailed(self.failure or "the decoding thread has not been started"))
+
+    def _fail_jobs(self) -> None:
+        version = self._scheduler.version
+        events = [
+            (job, Event([], [], [], [], version, error=f"engine failed: {self.failure}"))
+            for job in self._scheduler.jobs()
+        ]
+        if events:
+            self._deliver(events)

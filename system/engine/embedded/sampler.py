@@ -1,0 +1,116 @@
+"""Drawing tokens: temperature, top-k, top-p, with the log-probabilities and the entropy that training needs.
+
+Every row draws by inverting its cumulative distribution at one uniform number, and that number is a hash of
+the request's seed and the token's absolute position.  A draw therefore depends on seed, prompt and weights
+only, never on which other rows happen to be in the batch, nor on whether generation was interrupted and
+resumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[N] numbers in [0, 1) with 52 random bits: SplitMix64 (Steele et al. 2014) of seed and counter.
+
+    The seed is scrambled once before the counter is added, so that seeds k and k+1 do not give shifted
+    streams.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix(seeds + _GOLDEN) + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        return (_mix(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling parameters of the N rows of a step, on the device; rebuilt only when the rows change."""
+
+    inverse_temperature: Tensor  # [N, 1] float32; 1 for greedy rows
+    greedy: Tensor | None  # [N] bool; None: no row is greedy
+    truncated: Tensor | None  # [K] int64 rows with top-k or top-p; None: there are none
+    top_p: Tensor  # [K, 1] float32
+    top_k: Tensor  # [K, 1] int64
+
+    @classmethod
+    def build(
+        cls,
+        temperature: NDArray[np.float32],
+        top_p: NDArray[np.float32],
+        top_k: NDArray[np.int64],
+        vocab: int,
+        device: torch.device,
+    ) -> SamplingBatch:
+        """From [N] arrays; temperature 0 is greedy, ``top_k`` -1 and ``top_p`` 1 are off."""
+        greedy = temperature == 0
+        inverse = np.where(greedy, 1.0, 1.0 / np.where(greedy, 1.0, temperature)).astype(np.float32)
+        limit = np.where(top_k < 1, vocab, top_k)
+        rows = np.flatnonzero(~greedy & ((limit < vocab) | (top_p < 1)))
+        return cls(
+            inverse_temperature=torch.from_numpy(inverse[:, None]).to(device),
+            greedy=torch.from_numpy(greedy).to(device) if greedy.any() else None,
+            truncated=torch.from_numpy(rows).to(device) if rows.size else None,
+            top_p=torch.from_numpy(top_p[rows, None]).to(device),
+            top_k=torch.from_numpy(limit[rows, None]).to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token per row, on the host; all [N]."""
+
+    tokens: NDArray[np.int64]
+    logprob: NDArray[np.float64]  # under the temperature-scaled distribution over the whole vocabulary
+    kept_logprob: NDArray[np.float64]  # renormalised over what top-k and top-p kept
+    entropy: NDArray[np.float64]  # nats, of the temperature-scaled distribution over the whole vocabulary
+
+
+def sample(logits: Tensor, batch: SamplingBatch, uniform: NDArray[np.float64]) -> Sampled:
+    """Draw from float32 ``logits [N, V]``.  Greedy rows report log-probability and entropy at
+    temperature 1.
+    """
+    log_p = torch.log_softmax(logits * batch.inverse_temperature, -1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    if batch.truncated is not None:
+        p[batch.truncated] = truncate(p[batch.truncated], batch.top_p, batch.top_k)
+    # In float64: a float32 running sum would make the rarest tokens of a large vocabulary unreachable.
+    cumulative = p.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    target = torch.from_numpy(uniform[:, None]).to(logits.device) * total
+    token = torch.searchsorted(cumulative, target, right=True)
+    if batch.greedy is not None:
+        token = torch.where(batch.greedy[:, None], logits.argmax(-1, keepdim=True), token)
+    logprob = log_p.gather(1, token)[:, 0].double()
+    kept = logprob
+    if batch.truncated is not None:
+        kept = logprob.clone()
+        kept[batch.truncated] -= total[batch.truncated, 0].log()
+    host = torch.stack([token[:, 0].double(), logprob, kept, entropy.double()]).cpu().numpy()
+    return Sampled(host[0].astype(np.int64), host[1], host[2], host[3])
+
+
+def truncate(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Zero what top-k and top-p drop from probabilities ``p [K, V]``; the rest is not renormalised.
+
+    Both limits look at the full distribution (SGLang's joint order): of the tokens in falling probability the
+    first ``top_k`` stay, and of these each whose predecessors together weigh at most ``top_p``.
+    """
+    ordered, order = p.sort(-1, descending=True, stable=True)
+    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+    rank = torch.arange(p.shape[-1], device=p.device)
+    kept = ordered.masked_fill((rank >= top_k) | (before > top_p), 0.0)
+    return torch.zeros_like(p).scatter_(-1, order, kept)

@@ -1,0 +1,412 @@
+"""Continuous batching: which sequences run, one model step for all of them, and what came of it.
+
+Every step is one forward pass over the running rows (one token each) together with the prompts admitted since
+the last one (only the part that no KV slot holds).  Owned by a single thread; nothing here blocks or does
+I/O.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from system.engine.embedded.job import Event, Job
+from system.engine.embedded.model import Batch, Decoder, KVStore, Segment
+from system.engine.embedded.rows import Rows
+from system.engine.embedded.sampler import sample
+from system.engine.embedded.shape import ModelShape
+from system.engine.embedded.slots import MIXED, SlotTable, prefix_lengths
+from system.engine.embedded.weights import Weights
+from system.engine.protocol import Finish
+
+Emitted = tuple[Job, Event]
+
+# A prompt waits one step for a neighbour that is about to compute its prefix, if that saves at least so many
+# tokens.
+_WORTH_WAITING = 16
+# Prompts are padded to a common width for attention only; small paddings are not worth a separate kernel
+# call.
+_FREE_PADDING = 256
+
+
+@dataclass(slots=True)
+class Limits:
+    rows: int  # sequences decoded together
+    cached: int  # finished sequences kept
+    context: int  # tokens per sequence
+    chunk: int  # tokens per streamed event
+    prefill: int = 4096  # prompt tokens computed in one step at most
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    requests: int = 0
+    generated_tokens: int = 0
+    prefill_tokens: int = 0  # prompt tokens computed (recomputation after an update included)
+    cached_tokens: int = 0  # prompt tokens served from the KV cache
+    recomputed_sequences: int = 0
+    steps: int = 0
+    row_steps: int = 0  # sum over steps of the rows in the batch
+    updates: int = 0
+
+
+@dataclass(slots=True)
+class _Admitted:
+    job: Job
+    slot: int
+    cached: int
+
+    @property
+    def suffix(self) -> int:
+        return self.job.tokens.size - self.cached
+
+
+class Scheduler:
+    """The engine's state machine."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        weights: Weights,
+        limits: Limits,
+        eos: Iterable[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.shape, self.weights, self.limits, self.device = shape, weights, limits, device
+        self.version = 0
+        self.counters = Counters()
+        self._decoder = Decoder(shape, limits.context, dtype, device)
+        self._slots = SlotTable(limits.rows, limits.cached, limits.context)
+        self._kv = KVStore(shape, self._slots.total, limits.context, dtype, device)
+        self._rows = Rows(limits.rows, limits.chunk, shape.vocab, device)
+        self._waiting: deque[Job] = deque()
+        self._rids: set[str] = set()
+        self._draft = np.full((limits.rows, limits.context), -1, np.int32)
+        self._eos = np.zeros(shape.vocab, bool)
+        self._eos[[token for token in eos if token < shape.vocab]] = True
+
+    @property
+    def running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows.jobs or self._waiting)
+
+    def stats(self) -> dict[str, float]:
+        return asdict(self.counters)
+
+    def jobs(self) -> list[Job]:
+        """Everything that runs or waits."""
+        return [*self._rows.jobs, *self._waiting]
+
+    def submit(self, job: Job) -> bool:
+        """Queue a job; False when its request id is in use."""
+        if job.rid in self._rids:
+            return False
+        self._rids.add(job.rid)
+        self._waiting.append(job)
+        self.counters.requests += 1
+        return True
+
+    def abort(self, rid: str | None, message: str = "aborted") -> list[Emitted]:
+        """End one job, or all (``rid`` None), with the tokens it has."""
+        finish = Finish("abort", message=message)
+        emitted: list[Emitted] = []
+        for job in [job for job in self._waiting if rid in (None, job.rid)]:
+            self._waiting.remove(job)
+            self._rids.discard(job.rid)
+            emitted.append((job, Event([], [], [], [], self.version, finish, max(job.cached_tokens, 0))))
+        rows = [row for row, job in enumerate(self._rows.jobs) if rid in (None, job.rid)]
+        return emitted + self._finish([(row, finish) for row in rows])
+
+    def retract(self) -> list[Emitted]:
+        """Put every running sequence back to the head of the queue, to be recomputed; sends what is
+        unsent.
+        """
+        emitted = self._flush(range(len(self._rows)))
+        for row, job in enumerate(self._rows.jobs):
+            job.tokens = self._slots.tokens[row, : self._rows.length[row]].copy()
+        self._waiting.extendleft(reversed(self._rows.jobs))
+        self.counters.recomputed_sequences += len(self._rows)
+        for row in reversed(range(len(self._rows))):
+            self._slots.release(row)
+            self._rows.remove(row)
+        return emitted
+
+    def swap(
+        self, weights: Weights | None, version: int, kv: Literal["recompute", "keep"] = "recompute"
+    ) -> list[Emitted]:
+        """New weights (None: only a new version number) from the next token on."""
+        if weights is None:
+            emitted = self._flush(range(len(self._rows)))
+        elif kv == "recompute":
+            emitted = self.retract()
+        else:
+            emitted = self._flush(range(len(self._rows)))
+            self._slots.epoch[: len(self._rows)] = MIXED
+        if weights is not None:
+            self.weights = weights
+            self._slots.invalidate()
+        self.version = version
+        self.counters.updates += 1
+        return emitted
+
+    def drop_cache(self) -> bool:
+        """Forget finished sequences; False while anything runs or waits."""
+        if self.busy:
+            return False
+        self._slots.drop_cached()
+        return True
+
+    def step(self) -> list[Emitted]:
+        """One token for every running sequence, and the first one of every sequence admitted now."""
+        decoding = len(self._rows)
+        admitted = self._admit()
+        batch = self._batch(decoding, admitted)
+        logits = self._decoder.forward(self.weights, self._kv, batch)
+        rows = self._rows
+        sampled = sample(logits, rows.sampling, rows.uniforms())
+        count = len(rows)
+        span = np.arange(count)
+        self._slots.length[:count] = rows.length[:count]
+        self._slots.tokens[span, rows.length[:count]] = sampled.tokens
+        rows.record(sampled)
+        self.counters.steps += 1
+        self.counters.row_steps += count
+        self.counters.generated_tokens += count
+        finished = []
+        for row in rows.stop_candidates(sampled.tokens, self._eos):
+            if finish := self._finish_reason(int(row), int(sampled.tokens[row])):
+                finished.append((int(row), finish))
+        ended = {row for row, _ in finished}
+        emitted = self._flush(int(row) for row in rows.chunk_due() if row not in ended)
+        return emitted + self._finish(finished)
+
+    # Admission -----------------------------------------------------------------------------------
+
+    def _admit(self) -> list[_Admitted]:
+        """Give waiting jobs rows, shortest computation first, each with the longest prefix any slot can
+        lend.
+        """
+        chosen: list[_Admitted] = []
+        postponed: list[Job] = []
+        budget = self.limits.prefill
+        while self._waiting and len(self._rows) + len(chosen) < self.limits.rows and budget > 0:
+            job = self._waiting.popleft()
+            slot, cached = self._slots.longest_prefix(job.tokens[:-1])
+            if self._neighbour_will_compute(job, cached, chosen):
+                postponed.append(job)
+                continue
+            if slot >= 0:
+                self._slots.touch(slot)
+            self._draft[len(chosen)] = -1
+            self._draft[len(chosen), : job.tokens.size] = job.tokens
+            chosen.append(_Admitted(job, slot, cached))
+            budget -= chosen[-1].suffix
+        self._waiting.extendleft(reversed(postponed))
+        chosen.sort(key=lambda admitted: admitted.suffix)
+        for admitted in chosen:
+            self._start(admitted)
+        return chosen
+
+    def _neighbour_will_compute(self, job: Job, cached: int, chosen: list[_Admitted]) -> bool:
+        if not chosen:
+            return False
+        reusable = job.tokens[:-1]
+        shared = int(prefix_lengths(self._draft[: len(chosen), : reusable.size], reusable).max())
+        return shared > cached and (shared >= cached + _WORTH_WAITING or shared == reusable.size)
+
+    def _start(self, admitted: _Admitted) -> None:
+        job, cached = admitted.job, admitted.cached
+        row = self._rows.append(job)
+        self._kv.copy(admitted.slot, row, 0, cached)
+        self._slots.tokens[row, : job.tokens.size] = job.tokens
+        self._slots.length[row] = cached
+        self._slots.epoch[row] = self._slots.current
+        if job.cached_tokens < 0:
+            job.cached_tokens = cached
+        self.counters.cached_tokens += cached
+        self.counters.prefill_tokens += admitted.suffix
+        while (
+            admitted.suffix > self.limits.prefill
+        ):  # a very long prompt: all but its last piece in passes of its own
+            stop = admitted.cached + self.limits.prefill
+            piece = _Piece([row], [admitted.cached], [stop])
+            self._decoder.forward(self.weights, self._kv, self._assemble([piece], logits=False))
+            admitted.cached = stop
+
+    # Batches -------------------------------------------------------------------------------------
+
+    def _batch(self, decoding: int, admitted: list[_Admitted]) -> Batch:
+        pieces = []
+        length = self._rows.length
+        if decoding:
+            rows = np.arange(decoding)
+            pieces.append(_Piece(rows, length[:decoding] - 1, length[:decoding]))
+        first = 0
+        while first < len(admitted):
+            last = first + 1
+            while last < len(admitted) and _pads_cheaply(
+                admitted[first].suffix, admitted[last].suffix, last - first
+            ):
+                last += 1
+            rows = np.arange(decoding + first, decoding + last)
+            start = [one.cached for one in admitted[first:last]]
+            pieces.append(_Piece(rows, start, length[rows]))
+            first = last
+        return self._assemble(pieces, logits=True)
+
+    def _assemble(self, pieces: list[_Piece], logits: bool) -> Batch:
+        """Pack the pieces into one token axis."""
+        device, context = self.device, self.limits.context
+        segments, offset = [], 0
+        for piece in pieces:
+            count = piece.positions.size
+            keys = int(piece.stop.max())
+            query = piece.start[:, None] + np.arange(
+                piece.width
+            )  # [rows, width] position of each (padded) query
+            allowed = torch.from_numpy(query).to(device)[:, None, :, None] >= torch.arange(
+                keys, device=device
+            )
+            mask = torch.zeros(allowed.shape, dtype=self._kv.data.dtype, device=device)
+            segments.append(
+                Segment(
+                    start=offset,
+                    stop=offset + count,
+                    first_row=int(piece.rows[0]),
+                    rows=piece.rows.size,
+                    width=piece.width,
+                    keys=keys,
+                    scatter=None if piece.even else torch.from_numpy(piece.padded).to(device),
+                    mask=mask.masked_fill_(~allowed, -torch.inf),
+                )
+            )
+            offset += count
+        positions = np.concatenate([piece.positions for piece in pieces])
+        rows = np.concatenate([piece.row_of for piece in pieces])
+        last = None
+        if not logits:
+            last = torch.tensor([offset - 1], device=device)
+        elif any(piece.width > 1 for piece in pieces):
+            widths = np.concatenate([piece.stop - piece.start for piece in pieces])
+            last = torch.from_numpy(np.cumsum(widths) - 1).to(device)
+        return Batch(
+            tokens=torch.from_numpy(self._slots.tokens[rows, positions].astype(np.int64)).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            places=torch.from_numpy(rows * context + positions).to(device),
+            segments=tuple(segments),
+            last=last,
+        )
+
+    # Endings -------------------------------------------------------------------------------------
+
+    def _finish_reason(self, row: int, token: int) -> Finish | None:
+        """A token that stops a sequence and also exhausts its budget counts as a stop."""
+        job = self._rows.jobs[row]
+        if token in job.stop_ids or (self._eos[token] and not job.ignore_eos):
+            return Finish("stop", matched=token)
+        length = int(self._rows.length[row])
+        if job.stops is not None and job.stops.completes[token]:
+            generated = self._slots.tokens[row, job.prompt.size : length]
+            if text := job.stops.match(generated):
+                return Finish("stop", matched=text)
+        return Finish("length") if length >= job.prompt.size + job.max_new_tokens else None
+
+    def _flush(self, rows: Iterable[int], finishes: dict[int, Finish] | None = None) -> list[Emitted]:
+        """Events with the unsent tokens of ``rows``."""
+        table, emitted = self._slots.tokens, []
+        for row in rows:
+            finish = finishes.get(row) if finishes else None
+            sent, length = int(self._rows.sent[row]), int(self._rows.length[row])
+            if sent == length and finish is None:
+                continue
+            logprob, kept, entropy = self._rows.pending[row, : length - sent].T.tolist()
+            job = self._rows.jobs[row]
+            tokens = table[row, sent:length].tolist()
+            emitted.append(
+                (job, Event(tokens, logprob, kept, entropy, self.version, finish, job.cached_tokens))
+            )
+            self._rows.sent[row] = length
+        return emitted
+
+    def _finish(self, finished: list[tuple[int, Finish]]) -> list[Emitted]:
+        """Send the last events, keep the rows' KV for later prompts, and close the gaps."""
+        emitted = self._flush([row for row, _ in finished], dict(finished))
+        for row in sorted((row for row, _ in finished), reverse=True):
+            job = self._rows.jobs[row]
+            self._rids.discard(job.rid)
+            if job.retain:
+                self._keep(row)
+            moved = self._rows.remove(row)
+            if moved != row:
+                self._move(moved, row)
+            self._slots.release(moved)
+        return emitted
+
+    def _keep(self, row: int) -> None:
+        slots = self._slots
+        slot, there = slots.place(row)
+        if slot < 0:
+            return
+        size = int(slots.length[row])
+        if there < size:
+            self._kv.copy(row, slot, there, size)
+            slots.tokens[slot, :size] = slots.tokens[row, :size]
+            slots.length[slot] = size
+            slots.epoch[slot] = slots.epoch[row]
+        slots.touch(slot)
+
+    def _move(self, source: int, target: int) -> None:
+        slots = self._slots
+        size = int(slots.length[source])
+        self._kv.copy(source, target, 0, size)
+        slots.tokens[target, : size + 1] = slots.tokens[source, : size + 1]
+        slots.length[target] = size
+        slots.epoch[target] = slots.epoch[source]
+
+
+class _Piece:
+    """Positions ``start[i] .. stop[i]`` of each row in a contiguous range of rows, to be computed
+    together.
+    """
+
+    __slots__ = ("even", "padded", "positions", "row_of", "rows", "start", "stop", "width")
+
+    def __init__(
+        self,
+        rows: NDArray[np.int64] | list[int],
+        start: NDArray[np.int64] | list[int],
+        stop: NDArray[np.int64] | list[int],
+    ):
+        self.rows = np.asarray(rows, np.int64)
+        self.start = np.asarray(start, np.int64)
+        self.stop = np.asarray(stop, np.int64)
+        widths = self.stop - self.start
+        self.width = int(widths.max())
+        self.even = bool((widths == self.width).all())
+        if self.width == 1:
+            self.positions, self.row_of, self.padded = self.start, self.rows, self.rows
+            return
+        offsets = np.arange(widths.sum()) - np.repeat(np.cumsum(widths) - widths, widths)
+        self.positions = np.repeat(self.start, widths) + offsets
+        self.row_of = np.repeat(self.rows, widths)
+        self.padded = np.repeat(np.arange(self.rows.size) * self.width, widths) + offsets
+
+
+def _pads_cheaply(shortest: int, longest: int, rows: int) -> bool:
+    return longest <= 2 * shortest or longest * (rows + 1) <= _FREE_PADDING

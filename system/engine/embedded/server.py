@@ -1,0 +1,372 @@
+"""SGLang's HTTP protocol over an :class:`EmbeddedEngine`.
+
+Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
+service must not), ``/end_weight_update`` performs the swap, and ``/weights_checksum`` proves what is held.
+Streams are always incremental (disjoint), as SGLang's are with ``--incremental-streaming-output``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from system.engine.embedded.engine import EmbeddedEngine
+from system.engine.embedded.job import BadRequest, Event, Job, parse
+from system.engine.embedded.loop import EngineFailed
+from system.engine.embedded.shape import UnsupportedModel
+from system.engine.embedded.weights import WeightsError
+from system.engine.protocol import Finish
+
+MAX_JSON_BYTES = 16 << 20
+MAX_BUCKET_BYTES = 8 << 30
+CONTROL_DEADLINE_S = (
+    60.0  # a control call waits for one step at most; a step of a large model may take seconds
+)
+HEALTH_DEADLINE_S = 20.0
+
+
+def application(engine: EmbeddedEngine) -> web.Application:
+    """The server's routes, bound to one engine."""
+    server = _Server(engine)
+    app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
+    for path, handler in {
+        "/generate": server.generate,
+        "/abort_request": server.abort,
+        "/pause_generation": server.pause,
+        "/continue_generation": server.resume,
+        "/flush_cache": server.flush,
+        "/begin_weight_update": server.begin_update,
+        "/update_weights_from_tensor": server.stage,
+        "/end_weight_update": server.end_update,
+        "/update_weights_from_disk": server.update_from_disk,
+        "/update_weight_version": server.update_version,
+    }.items():
+        app.router.add_post(path, handler)
+    for path, handler in {
+        "/health": server.health,
+        "/health_generate": server.health_generate,
+        "/get_server_info": server.info,
+        "/get_model_info": server.model_info,
+        "/weights_checksum": server.checksum,
+    }.items():
+        app.router.add_get(path, handler)
+    return app
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Say in JSON what was wrong: 400 for the caller's mistakes, 503 for ours."""
+    try:
+        return await handler(request)
+    except (BadRequest, WeightsError, UnsupportedModel) as error:
+        return _error(400, str(error))
+    except EngineFailed as error:
+        return _error(503, f"engine failed: {error}")
+    except TimeoutError:
+        return _error(503, "the engine did not answer in time")
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message, "code": status}}, status=status)
+
+
+class _Server:
+    def __init__(self, engine: EmbeddedEngine):
+        self._engine = engine
+        self._updates = asyncio.Lock()  # staging and swapping happen one at a time
+
+    # Generation ----------------------------------------------------------------------------------
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await _json(request)
+        stream = body.get("stream", False)
+        details = bool(body.get("return_logprob", False))
+        job = self._parse(body)
+        queue = await self._submit(job)
+        try:
+            if not stream:
+                return web.json_response(await self._collect(job, queue, details))
+            return await self._stream(request, job, queue, details)
+        finally:
+            # After a finished job this finds nothing; after a broken connection it frees the row.
+            self._engine.loop.emit(lambda scheduler: scheduler.abort(job.rid, "client went away"))
+
+    def _parse(self, body: dict[str, Any]) -> Job:
+        engine = self._engine
+        return parse(
+            body,
+            vocab=engine.shape.vocab,
+            context=engine.context,
+            vocabulary=engine.vocabulary,
+            draw_seed=engine.draw_seed,
+        )
+
+    async def _submit(self, job: Job) -> asyncio.Queue[Event]:
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        job.deliver = queue.put_nowait
+        if not await _boundary(self._engine.loop.call(lambda scheduler: scheduler.submit(job))):
+            raise BadRequest(f"rid: {job.rid!r} is already being generated")
+        return queue
+
+    async def _stream(
+        self, request: web.Request, job: Job, queue: asyncio.Queue[Event], details: bool
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
+        await response.prepare(request)
+        count = 0
+        async for event in _events(queue):
+            count += len(event.tokens)
+            if event.error:
+                await response.write(_sse({"error": {"message": event.error, "code": 503}}))
+                return response
+            message = self._message(job, [event], count, details)
+            await response.write(_sse(message) + (b"data: [DONE]\n\n" if event.finish else b""))
+        await response.write_eof()
+        return response
+
+    async def _collect(self, job: Job, queue: asyncio.Queue[Event], details: bool) -> dict[str, Any]:
+        events = [event async for event in _events(queue)]
+        if events[-1].error:
+            raise EngineFailed(events[-1].error)
+        return self._message(job, events, sum(len(event.tokens) for event in events), details)
+
+    def _message(self, job: Job, events: list[Event], count: int, details: bool) -> dict[str, Any]:
+        """SGLang's result of the tokens in ``events``; spans and counts are over the whole output so far."""
+        tokens = [token for event in events for token in event.tokens]
+        meta: dict[str, Any] = {
+            "id": job.rid,
+            "finish_reason": _finish_reason(events[-1].finish, count),
+            "prompt_tokens": job.prompt.size,
+            "completion_tokens": count,
+            "cached_tokens": max(job.cached_tokens, 0),
+            "weight_version": str(events[-1].version),
+            "weight_versions": _spans(events, count - len(tokens)),
+        }
+        if details:
+            logprob = [_short(value) for event in events for value in event.logprob]
+            meta["output_token_logprobs"] = [
+                [value, token, None] for value, token in zip(logprob, tokens, strict=True)
+            ]
+            if job.top_p < 1 or job.top_k > 0:
+                meta["output_token_sampling_logprobs"] = [
+                    _short(v) for event in events for v in event.kept_logprob
+                ]
+            meta["entropy"] = [_short(value) for event in events for value in event.entropy]
+        vocabulary = self._engine.vocabulary
+        return {
+            "text": vocabulary.text(tokens) if vocabulary else "",
+            "output_ids": tokens,
+            "meta_info": meta,
+        }
+
+    # Control -------------------------------------------------------------------------------------
+
+    async def abort(self, request: web.Request) -> web.Response:
+        body = await _json(request)
+        rid = body.get("rid")
+        if not body.get("abort_all") and not (isinstance(rid, str) and rid):
+            raise BadRequest("rid: expected a request id, or abort_all: true")
+        target = None if body.get("abort_all") else rid
+        ended = await _boundary(self._engine.loop.emit(lambda scheduler: scheduler.abort(target)))
+        return web.json_response({"success": True, "aborted": ended})
+
+    async def pause(self, request: web.Request) -> web.Response:
+        mode = (await _json(request)).get("mode", "abort")
+        if mode not in ("abort", "retract", "in_place"):
+            raise BadRequest(f"mode: {mode!r} is none of abort, retract, in_place")
+        await _boundary(self._engine.loop.pause(mode))
+        return web.json_response({"success": True})
+
+    async def resume(self, request: web.Request) -> web.Response:
+        await _boundary(self._engine.loop.resume())
+        return web.json_response({"success": True})
+
+    async def flush(self, request: web.Request) -> web.Response:
+        if not await _boundary(self._engine.loop.call(lambda scheduler: scheduler.drop_cache())):
+            return _error(400, "the cache cannot be flushed while requests run or wait")
+        return web.json_response({"success": True})
+
+    # Weights -------------------------------------------------------------------------------------
+
+    async def begin_update(self, request: web.Request) -> web.Response:
+        async with self._updates:
+            self._engine.begin_update()
+        return web.json_response({"success": True})
+
+    async def stage(self, request: web.Request) -> web.Response:
+        if request.content_type != "application/octet-stream":
+            raise BadRequest("Content-Type: expected application/octet-stream with a safetensors body")
+        data = await request.read()
+        async with self._updates:
+            try:
+                tensors = await asyncio.to_thread(load_safetensors, data)
+            except (SafetensorError, ValueError, KeyError) as error:
+                raise BadRequest(f"body: not safetensors: {error}") from error
+            await asyncio.to_thread(self._engine.stage, tensors)
+        return web.json_response({"success": True, "tensors": len(tensors)})
+
+    async def end_update(self, request: web.Request) -> web.Response:
+        body = await _json(request)
+        version = _version(body, "weight_version")
+        kv = body.get("kv", self._engine.config.kv_after_update)
+        if kv not in ("recompute", "keep"):
+            raise BadRequest(f"kv: {kv!r} is neither recompute nor keep")
+        async with self._updates:
+            weights = await asyncio.to_thread(self._engine.take_staged)
+            await self._engine.swap(weights, version, kv, CONTROL_DEADLINE_S)
+            return await self._held()
+
+    async def update_from_disk(self, request: web.Request) -> web.Response:
+        body = await _json(request)
+        path = body.get("model_path")
+        if not isinstance(path, str) or not path:
+            raise BadRequest("model_path: expected a directory")
+        version = (
+            _version(body, "weight_version")
+            if "weight_version" in body
+            else self._engine.info()["weight_version"]
+        )
+        async with self._updates:
+            weights = await asyncio.to_thread(self._engine.load, Path(path))
+            await self._engine.swap(weights, version, "recompute", CONTROL_DEADLINE_S)
+            return await self._held()
+
+    async def update_version(self, request: web.Request) -> web.Response:
+        body = await _json(request)
+        version = _version(body, "new_version")
+        async with self._updates:
+            if body.get("abort_all_requests", True):
+                await _boundary(
+                    self._engine.loop.emit(lambda scheduler: scheduler.abort(None, "version changed"))
+                )
+            await self._engine.swap(None, version, "keep", CONTROL_DEADLINE_S)
+        return web.json_response({"success": True, "new_version": str(version)})
+
+    async def checksum(self, request: web.Request) -> web.Response:
+        return await self._held()
+
+    async def _held(self) -> web.Response:
+        version, checksum = await asyncio.to_thread(self._engine.checksum)
+        # A string: JSON numbers above 2^53 do not survive every parser.
+        return web.json_response({"success": True, "weight_version": str(version), "checksum": str(checksum)})
+
+    # Questions -----------------------------------------------------------------------------------
+
+    async def health(self, request: web.Request) -> web.Response:
+        if not self._engine.loop.alive:
+            return _error(503, f"engine failed: {self._engine.loop.failure}")
+        return web.json_response({"status": "ok"})
+
+    async def health_generate(self, request: web.Request) -> web.Response:
+        """Generate one token for real; 503 while paused, as SGLang."""
+        if self._engine.loop.paused:
+            return _error(503, "generation is paused")
+        job = self._parse(
+            {
+                "rid": f"health-{self._engine.draw_seed()}",
+                "input_ids": [0],
+                "sampling_params": {"max_new_tokens": 1},
+            }
+        )
+        job.retain = False
+        queue = await self._submit(job)
+        async with asyncio.timeout(HEALTH_DEADLINE_S):
+            async for event in _events(queue):
+                if event.error:
+                    raise EngineFailed(event.error)
+        return web.json_response({"status": "ok"})
+
+    async def info(self, request: web.Request) -> web.Response:
+        return web.json_response(self._engine.info())
+
+    async def model_info(self, request: web.Request) -> web.Response:
+        info = self._engine.info()
+        return web.json_response(
+            {
+                "model_path": info["model"]["path"],
+                "is_generation": True,
+                "weight_version": str(info["weight_version"]),
+            }
+        )
+
+
+async def _boundary(future: Any) -> Any:
+    """Wait for a command that the decoding thread runs at its next token boundary."""
+    async with asyncio.timeout(CONTROL_DEADLINE_S):
+        return await asyncio.wrap_future(future)
+
+
+async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
+    """Events up to the last one.  How long a request may wait is its client's decision: it hangs up."""
+    while True:
+        event = await queue.get()
+        yield event
+        if event.finish or event.error:
+            return
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    if (request.content_length or 0) > MAX_JSON_BYTES:
+        raise web.HTTPRequestEntityTooLarge(max_size=MAX_JSON_BYTES, actual_size=request.content_length or 0)
+    data = await request.read()
+    try:
+        body = json.loads(data) if data else {}
+    except ValueError as error:
+        raise BadRequest(f"body: not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest("body: expected a JSON object")
+    return body
+
+
+def _version(body: dict[str, Any], name: str) -> int:
+    try:
+        version = int(body[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRequest(f"{name}: expected an integer") from error
+    if not 0 <= version < 2**31:
+        raise BadRequest(f"{name}: expected an integer from 0 to 2^31 - 1")
+    return version
+
+
+def _finish_reason(finish: Finish | None, count: int) -> dict[str, Any] | None:
+    if finish is None:
+        return None
+    if finish.type == "stop":
+        return {"type": "stop", "matched": finish.matched}
+    return (
+        {"type": "length", "length": count}
+        if finish.type == "length"
+        else {"type": "abort", "message": finish.message}
+    )
+
+
+def _spans(events: list[Event], start: int) -> list[dict[str, Any]]:
+    spans: list[dict[str, Any]] = []
+    for event in events:
+        stop = start + len(event.tokens)
+        if spans and spans[-1]["version"] == str(event.version):
+            spans[-1]["end"] = stop
+        elif stop > start:
+            spans.append({"version": str(event.version), "start": start, "end": stop})
+        start = stop
+    return spans
+
+
+def _short(value: float) -> float:
+    """Seven decimals: float32 has no more, and JSON would print seventeen."""
+    return round(value, 7)
+
+
+def _sse(message: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(message, separators=(',', ':'))}\n\n".encode()

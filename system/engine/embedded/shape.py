@@ -1,0 +1,112 @@
+"""What a Hugging Face ``config.json`` says about a Qwen2 or Qwen3 dense model, and the tensors such a model
+has.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class UnsupportedModel(ValueError):
+    """The model directory asks for something this engine does not compute; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes and switches of a dense Qwen2/Qwen3 decoder (names as in the field, not as in any one config
+    file).
+    """
+
+    family: str  # qwen2 | qwen3
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    eps: float
+    rope_theta: float
+    max_position: int
+    tied: bool  # the output head is the embedding
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool  # RMSNorm over each head of q and k (Qwen3)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ModelShape:
+        """Read ``config.json``.  Raises :class:`UnsupportedModel` for anything that would be computed
+        wrongly.
+        """
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise UnsupportedModel(f"no config.json in model directory {path}")
+        config = json.loads(file.read_text())
+        family = config.get("model_type")
+        if family not in ("qwen2", "qwen3"):
+            raise UnsupportedModel(
+                f"model_type {family!r}: the embedded engine computes qwen2 and qwen3 dense models"
+            )
+        if config.get("use_sliding_window"):
+            raise UnsupportedModel("use_sliding_window: not computed by the embedded engine")
+        if config.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r}: only silu is computed")
+        bias = bool(config.get("attention_bias", False))
+        heads = int(config["num_attention_heads"])
+        return cls(
+            family=family,
+            vocab=int(config["vocab_size"]),
+            hidden=int(config["hidden_size"]),
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(
+                config.get("head_dim") or (config["hidden_size"] // heads if family == "qwen2" else 128)
+            ),
+            ffn=int(config["intermediate_size"]),
+            eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=_rope_theta(config),
+            max_position=int(config.get("max_position_embeddings", 32768)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=True if family == "qwen2" else bias,
+            o_bias=False if family == "qwen2" else bias,
+            qk_norm=family == "qwen3",
+        )
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's Hugging Face name and shape.  A tied model has no ``lm_head.weight``."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for layer in range(self.layers):
+            name = f"model.layers.{layer}."
+            shapes[name + "input_layernorm.weight"] = (self.hidden,)
+            shapes[name + "post_attention_layernorm.weight"] = (self.hidden,)
+            for part, rows in (("q", q), ("k", kv), ("v", kv)):
+                shapes[f"{name}self_attn.{part}_proj.weight"] = (rows, self.hidden)
+                if self.qkv_bias:
+                    shapes[f"{name}self_attn.{part}_proj.bias"] = (rows,)
+            shapes[name + "self_attn.o_proj.weight"] = (self.hidden, q)
+            if self.o_bias:
+                shapes[name + "self_attn.o_proj.bias"] = (self.hidden,)
+            if self.qk_norm:
+                shapes[name + "self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[name + "self_attn.k_norm.weight"] = (self.head_dim,)
+            shapes[name + "mlp.gate_proj.weight"] = (self.ffn, self.hidden)
+            shapes[name + "mlp.up_proj.weight"] = (self.ffn, self.hidden)
+            shapes[name + "mlp.down_proj.weight"] = (self.hidden, self.ffn)
+        shapes["model.norm.weight"] = (self.hidden,)
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocab, self.hidden)
+        return shapes
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    """Rotary base; transformers 5 keeps it in ``rope_parameters``, earlier files at the top level."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise UnsupportedModel(f"rope_type {kind!r}: only the default rotary embedding is computed")
+    return float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))

@@ -1,0 +1,171 @@
+"""Reading SGLang's event stream: from messages, cumulative or incremental, to :class:`Chunk` after chunk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from system.engine.protocol import Chunk, EngineError, Finish
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class MalformedStream(EngineError):
+    """The server's answer contradicts itself or the protocol."""
+
+
+class EventSplitter:
+    """Cuts a byte stream into the JSON messages of its server-sent events."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self.done = False  # the [DONE] mark has been read
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """Messages completed by ``data``."""
+        self._buffer += data
+        if len(self._buffer) > MAX_MESSAGE_BYTES:
+            raise MalformedStream(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        *events, self._buffer = self._buffer.split(b"\n\n")
+        for event in events:
+            body = event.removeprefix(b"data:").strip()
+            if body == b"[DONE]":
+                self.done = True
+                return
+            try:
+                message = json.loads(body)
+            except ValueError as error:
+                raise MalformedStream(f"not JSON: {body[:80]!r}") from error
+            if not isinstance(message, dict):
+                raise MalformedStream(f"not an object: {body[:80]!r}")
+            yield message
+
+
+class StreamReader:
+    """Turns the messages of one ``/generate`` call into chunks of new tokens.
+
+    SGLang repeats everything so far in each message unless it was started with
+    ``--incremental-streaming-output``. ``completion_tokens`` counts the whole output either way, so the
+    length of ``output_ids`` tells which it is.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0  # output tokens of this call so far
+        self._text = 0  # characters of text so far, when cumulative
+
+    def read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
+        """The new tokens in ``message`` and their text.  Raises :class:`MalformedStream`."""
+        try:
+            return self._read(message)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise MalformedStream(f"{type(error).__name__} in {str(message)[:200]}: {error}") from error
+
+    def _read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
+        meta, ids = message["meta_info"], message["output_ids"]
+        total = int(meta["completion_tokens"])
+        new = total - self.count
+        if new < 0 or len(ids) not in (total, new):
+            raise MalformedStream(
+                f"{len(ids)} tokens in a message that ends at token {total} after {self.count}"
+            )
+        cumulative = len(ids) == total
+        start = self.count
+
+        def fresh(values: list[Any]) -> list[Any]:
+            if len(values) not in (total, new):
+                raise MalformedStream(f"{len(values)} values for {new} new tokens of {total}")
+            return values[len(values) - new :]
+
+        pairs = fresh(meta["output_token_logprobs"])
+        tokens = np.array(fresh(ids), np.int32)
+        if [pair[1] for pair in pairs] != tokens.tolist():
+            raise MalformedStream("output_token_logprobs and output_ids name different tokens")
+        kept = meta.get("output_token_sampling_logprobs")
+        logprob = [pair[0] for pair in pairs] if kept is None else [_number(value) for value in fresh(kept)]
+        entropy = meta.get("entropy")
+        text = str(message.get("text", ""))
+        chunk = Chunk(
+            tokens=tokens,
+            logprob=np.array(logprob, np.float32),
+            entropy=np.full(new, math.nan, np.float32)
+            if entropy is None
+            else np.array(fresh(entropy), np.float32),
+            version=versions(meta, start, total),
+            finish=_finish(meta.get("finish_reason")),
+            cached_tokens=int(meta.get("cached_tokens") or 0),
+        )
+        self.count = total
+        if cumulative:
+            text, self._text = text[self._text :], len(text)
+        return chunk, text
+
+
+def versions(meta: dict[str, Any], start: int, stop: int) -> np.ndarray:
+    """[stop - start] weight version of each output token, from the spans where the server gives them."""
+    found = np.full(stop - start, -1, np.int32)
+    for span in meta.get("weight_versions") or []:
+        low, high = max(int(span["start"]), start), min(int(span["end"]), stop)
+        if low < high:
+            found[low - start : high - start] = version_number(span["version"])
+    if (found < 0).any():
+        found[found < 0] = version_number(meta["weight_version"])
+    return found
+
+
+def version_number(version: Any) -> int:
+    """SGLang's versions are text and begin as "default"; ours are numbers and begin at 0."""
+    return 0 if version == "default" else int(version)
+
+
+def _number(value: Any) -> float:
+    return float(value[0] if isinstance(value, list) else value)
+
+
+def _finish(reason: dict[str, Any] | None) -> Finish | None:
+    if reason is None:
+        return None
+    kind = reason["type"]
+    if kind not in ("stop", "length", "abort"):
+        raise MalformedStream(f"unknown finish reason {kind!r}")
+    return Finish(kind, matched=reason.get("matched"), message=str(reason.get("message") or ""))
+
+
+class CutGuard:
+    """Finds a stop string that began before a resumed stream was cut and is completed after it.
+
+    The server that goes on sees the first part as prompt, so only the client can notice.
+    """
+
+    def __init__(self, stops: tuple[str, ...]):
+        self._stops = stops
+        self._reach = max(map(len, stops), default=1) - 1
+        self._tail = ""  # the last characters that were generated
+        self._window = ""  # the tail at the cut, and what came after
+        self._edge = 0  # characters of the window that stood before the cut
+
+    def cut(self) -> None:
+        """The stream broke here."""
+        self._window, self._edge = self._tail, len(self._tail)
+
+    @property
+    def watching(self) -> bool:
+        """Whether the next tokens could still complete a stop string that spans the cut."""
+        return self._edge > 0
+
+    def feed(self, text: str) -> str | None:
+        """Take in new text; the stop string it completed across the cut, if any."""
+        joined = self._tail + text
+        self._tail = joined[max(0, len(joined) - self._reach) :]
+        if not self.watching:
+            return None
+        self._window += text
+        for stop in self._stops:
+            if 0 <= self._window.find(stop) < self._edge:
+                return stop
+        if len(self._window) - self._edge >= self._reach:
+            self._window, self._edge = "", 0
+        return None

@@ -1,0 +1,133 @@
+"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, and servers of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from system.config import EngineConfig
+from system.engine.client import EngineClient
+from system.engine.embedded import EmbeddedEngine
+from system.engine.protocol import Chunk, GenerateRequest
+
+torch.set_num_threads(1)
+
+VOCAB = 320
+EOS = 0
+VARIANTS = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
+_TEXT = ["the quick brown fox <search> jumps over </search> the lazy dog <answer> 42 </answer> é ü 世界"] * 20
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A model directory, and the same weights as a Hugging Face module."""
+
+    path: Path
+    hf: Any
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Tensors as a learner would send them: Hugging Face names, a tied head only once."""
+        tied = self.hf.config.tie_word_embeddings
+        return {k: v for k, v in self.hf.state_dict().items() if not (tied and k == "lm_head.weight")}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 8,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
+    """Random weights, scaled up so that the distributions are far from uniform and differ between seeds."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "initializer_range": 0.25,
+    }
+    torch.manual_seed(seed)
+    config, kind = (Qwen2Config, Qwen2ForCausalLM) if family == "qwen2" else (Qwen3Config, Qwen3ForCausalLM)
+    hf = kind(config(**sizes)).eval()
+    with torch.no_grad():  # biases and norms start at constants that would hide mistakes
+        for name, tensor in hf.named_parameters():
+            if "norm" in name:
+                tensor.mul_(1 + 0.3 * torch.randn_like(tensor))
+            elif name.endswith("bias"):
+                tensor.copy_(0.3 * torch.randn_like(tensor))
+    hf.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return TinyModel(path, hf)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+    """``tiny(family, tied, seed)``: made once per session."""
+    made: dict[tuple[str, bool, int], TinyModel] = {}
+
+    def get(family: str = "qwen3", tied: bool = True, seed: int = 0) -> TinyModel:
+        key = (family, tied, seed)
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp("model"), family, tied, seed)
+        return made[key]
+
+    return get
+
+
+@dataclass
+class Served:
+    """A running server and a client of it."""
+
+    model: TinyModel
+    engine: EmbeddedEngine
+    client: EngineClient
+
+    @property
+    def url(self) -> str:
+        return self.client.urls[0]
+
+
+@pytest.fixture
+async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., Any]]:
+    """``await serve(family, tied, **engine_config)``: a server that ends with the test."""
+    running: list[Served] = []
+
+    async def start(family: str = "qwen3", tied: bool = True, **settings: Any) -> Served:
+        model = tiny(family, tied)
+        defaults: dict[str, Any] = {"device": "cpu", "max_running": 32, "max_context": 256, "cache_slots": 32}
+        engine = EmbeddedEngine(EngineConfig(**{**defaults, **settings}), model.path, seed=0)
+        url = await engine.start()
+        running.append(Served(model, engine, EngineClient([url], deadline_s=60, stall_s=30)))
+        return running[-1]
+
+    yield start
+    for served in running:
+        await served.client.close()
+        await served.engine.stop()
+
+
+async def collect(client: EngineClient, request: GenerateRequest) -> list[Chunk]:
+    return [chunk async for chunk in client.generate(request)]
