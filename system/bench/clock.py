@@ -1,0 +1,82 @@
+"""Virtual time for asyncio: the same coroutines, deadlines and sleeps, without waiting for any of them.
+
+A discrete-event simulation in the textbook sense: whenever no callback is ready, the clock jumps to the next
+scheduled timer.  The digital twin and the tests of the growers run on it, so a 120 s tool call costs nothing
+and the order of events depends on the program alone, never on the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Deadlock(RuntimeError):
+    """Every task waits for another one: nothing is ready and no timer is pending."""
+
+
+class _NeverBlocks(selectors.BaseSelector):
+    """A selector that spends its timeout in virtual time and never reports I/O, of which there is none."""
+
+    def __init__(self, advance: Callable[[float | None], None]) -> None:
+        self._advance = advance
+        self._keys: dict[int, selectors.SelectorKey] = {}
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
+        self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
+        return self._keys[fd]
+
+    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
+        return self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return self._keys
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._advance(timeout)
+        return []
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose :meth:`time` (seconds) starts at 0 and moves only when nothing else can.
+
+    Deterministic: callbacks run in the order in which they became ready, timers in the order of their times.
+    Sockets and pipes never become ready.  :meth:`run_in_executor` (hence ``asyncio.to_thread``) calls the
+    function on the spot, in no virtual time: a real thread would finish at a moment that virtual time
+    cannot name.
+
+    Raises :class:`Deadlock` out of ``run_until_complete`` when nothing is ready and nothing is scheduled.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_NeverBlocks(self._advance))
+
+    def time(self) -> float:
+        return self._now
+
+    def _advance(self, timeout: float | None) -> None:
+        if timeout is None:
+            raise Deadlock(f"at t={self._now:g} s no task is ready and no timer is pending")
+        self._now += max(timeout, 0.0)
+
+    def run_in_executor(  # type: ignore[override]  # the base class promises a future of the same kind
+        self, executor: Any, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self.create_future()
+        try:
+            future.set_result(func(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` in virtual time: run ``main`` to its end, cancel what it left, return its result."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)

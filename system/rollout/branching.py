@@ -1,0 +1,218 @@
+"""Branching policies: when a branch comes back from a tool unsure, does the tree fork there?
+
+Pure: numpy only, no I/O.  A policy says what it measures (``window``, ``lag``, :meth:`Policy.measure`) and
+what follows from it (:meth:`Policy.decide`); the grower does the collecting and the forking.
+
+Sources: ARPO, arXiv 2507.19849 (section 3.1) for the rule; the released ARPO code for ``arpo-release``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.config import BranchingConfig
+
+
+class EntropyUnknown(RuntimeError):
+    """The engine reports no token entropies, and the configured policy needs them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What was measured around one tool result, in the unit of the policy's :meth:`Policy.measure`."""
+
+    entropy: float  # H_t; NaN when unknown
+    baseline: float  # H_init of the branch; NaN when unknown
+
+    @property
+    def delta_h(self) -> float:
+        return self.entropy - self.baseline
+
+
+@dataclass(frozen=True, slots=True)
+class TreeState:
+    """Where the tree stands at a decision."""
+
+    budget: int  # n, leaves this tree may have
+    started: int  # branches started so far: roots + forks + top-ups
+    live: int  # branches not yet ended, this one included
+    forks: int  # forks so far
+    calls: int  # tool calls on this branch's path
+    call_limit: int
+
+    @property
+    def remaining(self) -> int:
+        """Branches that may still be started."""
+        return self.budget - self.started
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy decided.  ``forks`` may exceed what the budget allows: the grower caps it."""
+
+    forks: int
+    probability: float  # chance of a fork under the policy's formula
+    draw: float  # the uniform draw compared with it; NaN when none was made
+    delta_h: float  # ΔH = H_t - H_init
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """How a tree branches: one fork at most per tool result (ARPO's beam size of 2).
+
+    ``window``: tokens at the start of a model segment that are measured.
+    """
+
+    window: int
+
+    name: ClassVar[str]
+    lag: ClassVar[bool] = False  # decide by the segment before the result (at once), not by the one after it
+    inherits: ClassVar[bool] = (
+        True  # a fork keeps its parent's baseline; else its first own segment gives one
+    )
+    can_fork: ClassVar[bool] = True  # if not, all n roots start together
+
+    def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:
+        """H = mean token entropy / ln V: 0 is certain, 1 uniform over the vocabulary.
+
+        ``entropies``: [≤ window] nats, NaN where unknown (left out); ``log_vocab``: ln V.  NaN when none is
+        known.
+        """
+        known = entropies[np.isfinite(entropies)]
+        return float(known.mean(dtype=np.float64)) / log_vocab if known.size else math.nan
+
+    @abstractmethod
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        """Raises :class:`EntropyUnknown` when the policy needs ΔH and there is none."""
+
+    def _known(self, delta_h: float) -> float:
+        if math.isnan(delta_h):
+            raise EntropyUnknown(
+                f"branching={self.name} decides by token entropies and the engine reports none: "
+                "use an engine that does, or branching=random, or branching=none"
+            )
+        return delta_h
+
+
+@dataclass(frozen=True)
+class Arpo(Policy):
+    """The default.  P(fork) = clip(α + β·ΔH, 0, 1), one uniform draw.
+
+    ΔH is the mean token entropy over the first k tokens after *this* result minus the mean over the first k
+    tokens of the branch's own root, both over ln V.  The paper states P = α + β·ΔH; the draw makes it a
+    probability, as in the released code.
+    """
+
+    alpha: float
+    beta: float
+    name: ClassVar[str] = "arpo"
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        delta_h = self._known(probe.delta_h)
+        probability = _clip(self.alpha + self.beta * delta_h)
+        draw = float(rng.random())
+        return Decision(int(draw < probability), probability, draw, delta_h)
+
+
+@dataclass(frozen=True)
+class ArpoPaper(Policy):
+    """The paper taken literally: fork iff α + β·ΔH > τ.  No draw; the measurement is :class:`Arpo`'s.
+
+    With the paper's α = τ = 0.5 this is "fork iff ΔH > 0".
+    """
+
+    alpha: float
+    beta: float
+    tau: float
+    name: ClassVar[str] = "arpo-paper"
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        delta_h = self._known(probe.delta_h)
+        fork = self.alpha + self.beta * delta_h > self.tau
+        return Decision(int(fork), float(fork), math.nan, delta_h)
+
+
+@dataclass(frozen=True)
+class ArpoRelease(Policy):
+    """The released code's rule: its estimator, its lag and its draw.
+
+    * Estimator: the *sum* of the entropies of a segment's first 20 tokens (fewer if the segment is shorter)
+      over ln V, so short segments look surer.  The released code sums -p·ln p over the 10 likeliest tokens
+      only; ours are entropies over the whole vocabulary, larger by the tail's share.
+    * Lag: the fork is placed after this result but decided by the segment before it.  At a slot's first call
+      that segment is also its baseline: ΔH = 0 and P = α.
+    * A fork does not inherit a baseline; its own first segment becomes one.
+    * Draw: fork iff clip(u - β·ΔH, 0, 1) ≤ α for u uniform on [0, 1): P = clip(α + β·ΔH, 0, 1) for 0 < α < 1.
+
+    Left out: the released table of baselines was never cleared between prompts.
+    """
+
+    alpha: float
+    beta: float
+    name: ClassVar[str] = "arpo-release"
+    lag: ClassVar[bool] = True
+    inherits: ClassVar[bool] = False
+
+    def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:
+        """H = sum of token entropies / ln V; may exceed 1."""
+        known = entropies[np.isfinite(entropies)]
+        return float(known.sum(dtype=np.float64)) / log_vocab if known.size else math.nan
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        delta_h = self._known(probe.delta_h)
+        draw = float(rng.random())
+        fork = _clip(draw - self.beta * delta_h) <= self.alpha
+        return Decision(int(fork), _clip(self.alpha + self.beta * delta_h), draw, delta_h)
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """The control: P(fork) = α whatever the entropy, which is still measured for the record."""
+
+    alpha: float
+    name: ClassVar[str] = "random"
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        draw = float(rng.random())
+        return Decision(int(draw < self.alpha), self.alpha, draw, probe.delta_h)
+
+
+@dataclass(frozen=True)
+class Never(Policy):
+    """``none``: n independent roots, the sampling of plain GRPO.  ΔH is measured for the record."""
+
+    name: ClassVar[str] = "none"
+    can_fork: ClassVar[bool] = False
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        return Decision(0, 0.0, math.nan, probe.delta_h)
+
+
+RELEASE_WINDOW = 20  # tokens per segment that the released code measures
+
+
+def make_policy(config: BranchingConfig) -> Policy:
+    """The policy named ``config.name``; raises ``ValueError`` for an unknown name."""
+    k = config.probe_tokens
+    match config.name:
+        case "arpo":
+            return Arpo(k, config.alpha, config.beta)
+        case "arpo-paper":
+            return ArpoPaper(k, config.alpha, config.beta, config.tau)
+        case "arpo-release":
+            return ArpoRelease(RELEASE_WINDOW, config.alpha, config.beta)
+        case "random":
+            return Random(k, config.alpha)
+        case "none":
+            return Never(k)
+    raise ValueError(f"unknown branching policy {config.name!r}")
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 1.0)

@@ -1,0 +1,25 @@
+"""Reward rules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from system.rollout.reward import Reward
+from system.rollout.rewards.arpo import ArpoReward
+from system.rollout.rewards.arpo_release import ArpoReleaseReward
+
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "arpo": ArpoReward,
+    "arpo-release": ArpoReleaseReward,
+}
+
+__all__ = ["REWARDS", "ArpoReleaseReward", "ArpoReward", "make_reward"]
+
+
+def make_reward(name: str) -> Reward:
+    """The rule called ``name``; raises ``ValueError`` for an unknown one (``task`` is the task's own to
+    give).
+    """
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}: choose one of {', '.join(REWARDS)}")
+    return REWARDS[name]()

@@ -1,0 +1,102 @@
+"""ARPO's reward with its false positives and negatives mended.  The same shape, the default.
+
+Against the released rule (:mod:`system.rollout.rewards.arpo_release`):
+
+* tags count only where the model wrote them, so a tool's answer can neither break nor make the format, and
+  a call counts as answered when a result really followed it;
+* numbers and formulas are compared as such (-5 is not 5, 1/2 is not 12, ``\\frac{1}{2}`` is 0.5, 9.8 is
+  9.80);
+* the multi-tool bonus is for calls that were made and succeeded, not for tags that were mentioned.
+"""
+
+from __future__ import annotations
+
+import re
+
+from system.rollout.reward import BranchView, Score
+from system.rollout.rewards.equality import equal, is_mathematical, parse_number
+from system.rollout.rewards.words import last_boxed, normalize, overlap
+from system.tasks.base import Prompt
+from system.tools.outcome import ToolStatus
+from system.tree.record import Kind
+
+FORMAT_ERROR = -1.0
+MULTI_TOOL_BONUS = 0.1
+CALL_TAGS = ("search", "python", "tool_call")
+
+_OPENERS = re.compile("|".join(f"<({tag})>" for tag in CALL_TAGS))
+
+
+class ArpoReward:
+    """-1 for a format error; else the answer's score, the best over the golds, plus 0.1 if that is above 0
+    and at least two different tools were called with success.
+
+    The answer's score is 1 or 0 when both answers are mathematical, token F1 when they are words.  Range
+    {-1, 0} ∪ (0, 1.1].  ``correct`` is equality of the answers; neither partial overlap nor the bonus makes
+    it so.
+    """
+
+    def score(self, prompt: Prompt, branch: BranchView) -> Score:
+        answer = extract_answer(branch)
+        if answer is None:
+            return Score(FORMAT_ERROR, False, {"format": 0.0})
+        best, correct = max((_compare(answer, gold) for gold in prompt.answers), default=(0.0, False))
+        used = {tool for tool, status in branch.tools if status == ToolStatus.OK}
+        bonus = MULTI_TOOL_BONUS if best > 0 and len(used) >= 2 else 0.0
+        return Score(best + bonus, correct, {"format": 1.0, "answer": best, "bonus": bonus})
+
+
+def extract_answer(branch: BranchView) -> str | None:
+    """The boxed answer, stripped; None when the model broke the format.
+
+    The format: as many ``<think>`` as ``</think>``, at least one; every call opened is closed in the same
+    segment and followed by a result; one ``<answer>`` with its ``</answer>``; a ``\\boxed{…}`` between
+    them.
+    """
+    text = branch.model_text
+    thinks = text.count("<think>")
+    if thinks == 0 or thinks != text.count("</think>"):
+        return None
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    if not _calls_answered(branch):
+        return None
+    _, _, after = text.partition("<answer>")
+    span, closed, _ = after.partition("</answer>")
+    boxed = last_boxed(span) if closed else None
+    return boxed.strip() if boxed is not None else None
+
+
+def _calls_answered(branch: BranchView) -> bool:
+    for i, (kind, text) in enumerate(branch.segments):
+        if kind != Kind.MODEL:
+            continue
+        openers = list(_OPENERS.finditer(text))
+        if not openers:
+            continue
+        has_result = i + 1 < len(branch.segments) and branch.segments[i + 1][0] == Kind.TOOL
+        closed = all(text.find(f"</{m.group()[1:]}", m.end()) >= 0 for m in openers)
+        if not (has_result and closed):
+            return False
+    return True
+
+
+def _compare(answer: str, gold: str) -> tuple[float, bool]:
+    """(score in [0, 1], equal?)"""
+    if answer == gold:
+        return 1.0, True
+    if is_mathematical(answer) and is_mathematical(gold):
+        same = equal(answer, gold)
+        return float(same), same
+    said, meant = _words(answer), _words(gold)
+    score = overlap(said, meant)
+    return score, score > 0 and said == meant
+
+
+def _words(text: str) -> list[str]:
+    """Normalised words in which numbers stay numbers: "-5 km" and "5 km" share only the unit."""
+    words = []
+    for word in text.split():
+        number = parse_number(word.strip(",;:!?()"))
+        words += [str(number)] if number is not None else normalize(word).split()
+    return words

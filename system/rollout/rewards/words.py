@@ -1,0 +1,46 @@
+"""Word overlap between answers, as question-answering benchmarks measure it, and the ``\\boxed{…}``
+convention.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_EXACT = frozenset({"yes", "no", "noanswer"})
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space (SQuAD's answer normalisation)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def token_f1(answer: str, gold: str) -> float:
+    """F1 of the bags of words; yes, no and noanswer count only when they match exactly."""
+    return overlap(normalize(answer).split(), normalize(gold).split())
+
+
+def overlap(said: Sequence[str], meant: Sequence[str]) -> float:
+    """F1 of two bags of normalised words; 1 exactly when the bags are equal and not empty."""
+    if said != meant and any(len(words) == 1 and words[0] in _EXACT for words in (said, meant)):
+        return 0.0
+    common = sum((Counter(said) & Counter(meant)).values())
+    return 2 * common / (len(said) + len(meant)) if common else 0.0
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last ``\\boxed{…}``, braces balanced; None when there is none or it never closes."""
+    begin = text.rfind("\\boxed{")
+    if begin < 0:
+        return None
+    begin += len("\\boxed{")
+    depth = 1
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[begin:i]
+    return None

@@ -1,0 +1,50 @@
+"""What every tool-call syntax says: where generation stops, what was called, how a result looks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from system.tools.outcome import ToolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCall:
+    tool: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MalformedCall:
+    """The model meant a call but wrote none that can be made; it reads ``reason`` as the result."""
+
+    reason: str
+
+
+class Syntax(ABC):
+    """One way of writing tool calls, for the tools in ``specs``."""
+
+    stops: tuple[str, ...]  # stop strings: each one completes a call
+    result_open: str  # what stands before a tool's answer ...
+    result_close: str  # ... and after it
+
+    def __init__(self, specs: Mapping[str, ToolSpec]) -> None:
+        self.specs = dict(specs)
+
+    @abstractmethod
+    def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
+        """The call that a model segment ends with; None when it ends with none.
+
+        ``segment_text`` is what the model wrote since the prompt or the last tool result, nothing older: a
+        stray closing tag cannot find its opener in the prompt or in a tool's answer.
+        """
+
+    def render_result(self, text: str) -> str:
+        """A tool's answer as the model reads it."""
+        return f"{self.result_open}{text}{self.result_close}"
+
+    @abstractmethod
+    def system_prompt(self) -> str:
+        """Instructions that tell a model the tools and the syntax."""

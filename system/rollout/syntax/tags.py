@@ -1,0 +1,60 @@
+"""ARPO's tags: ``<think> … </think> <search> query </search>``, results between ``<result>`` and
+``</result>``, the answer as ``<answer> … \\boxed{…} </answer>``.
+
+A tool's tag is its name; what stands inside fills the tool's primary argument.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+
+from system.rollout.syntax.base import MalformedCall, ParsedCall, Syntax
+from system.tools.outcome import ToolSpec
+
+
+class TagSyntax(Syntax):
+    result_open = " <result>\n"
+    result_close = "\n</result>"
+
+    def __init__(self, specs: Mapping[str, ToolSpec]) -> None:
+        super().__init__(specs)
+        self.stops = tuple(f"</{name}>" for name in self.specs)
+
+    def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
+        text = segment_text.rstrip()
+        for name, spec in self.specs.items():
+            opener, closer = f"<{name}>", f"</{name}>"
+            if not text.endswith(closer):
+                continue
+            _, found, content = text.removesuffix(closer).rpartition(opener)
+            if not found or closer in content:  # the newest opener is already closed, or there is none
+                return MalformedCall(f"{closer} without {opener}")
+            content = _content(content)
+            if not content:
+                return MalformedCall(f"{opener} is empty")
+            return ParsedCall(name, {spec.primary: content})
+        return None
+
+    def system_prompt(self) -> str:
+        tools = "\n".join(
+            f"- {spec.name}: {spec.description} Call it as <{spec.name}> {spec.primary} </{spec.name}>."
+            for spec in self.specs.values()
+        )
+        return (
+            "Answer the question step by step. Put your reasoning between <think> and </think>. "
+            f"You may call these tools:\n{tools}\n"
+            "A tool's answer appears between <result> and </result>; then go on reasoning. "
+            "When you know the answer, write <answer> and </answer> around it, with the exact answer "
+            "inside \\boxed{}."
+        )
+
+
+def _content(raw: str) -> str:
+    """What was written between the tags, without the white space that belongs to the tags.
+
+    Code that begins on the opener's own line keeps the indentation of its further lines; code that begins
+    below it is dedented as a block.
+    """
+    first, newline, rest = raw.partition("\n")
+    return (first.lstrip() + newline + rest if first.strip() else textwrap.dedent(rest)).strip("\n").rstrip()

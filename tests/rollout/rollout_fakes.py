@@ -1,0 +1,205 @@
+"""Fakes for the growers, in virtual time: a tokenizer of whole pieces, a scripted engine, scripted tools."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from system.config import RolloutConfig
+from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
+from system.rollout.branching import Arpo, Policy
+from system.rollout.grower import Grower
+from system.rollout.reward import BranchView, Reward, Score
+from system.rollout.syntax import make_syntax
+from system.tasks.base import Prompt
+from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
+
+SPECS = {
+    "search": ToolSpec("search", "look something up", {"type": "object"}, "query", pure=True),
+    "python": ToolSpec("python", "run code", {"type": "object"}, "code"),
+}
+
+
+class PieceTokenizer:
+    """One token per tag, word or run of white space, numbered as they come; decoding is concatenation."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def __init__(self) -> None:
+        self.pieces = ["<eos>"]
+        self.ids = {"<eos>": 0}
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
+        found = re.findall(r"</?\w+>|<\|\w+\|>|\s+|\w+|[^\w\s]", text)
+        if split_special_tokens:
+            found = ["?" if piece == "<eos>" else piece for piece in found]
+        for piece in found:
+            if piece not in self.ids:
+                self.ids[piece] = len(self.pieces)
+                self.pieces.append(piece)
+        return [self.ids[piece] for piece in found]
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+@dataclass
+class Segment:
+    """What a scripted model says next."""
+
+    text: str  # a closing tool tag at its end stops it; otherwise it ends with EOS
+    entropy: Sequence[float] | float = 1.0  # nats, per token (the last one repeats)
+    first_s: float = 0.5  # seconds until the first token
+    token_s: float = 0.01  # seconds per further token
+    chunk: int = 3  # tokens per chunk
+    fail_after: int | None = None  # EngineError after so many tokens
+    hang_after: int | None = None  # never another token after so many
+
+
+Script = Callable[[str, np.random.Generator], Segment]
+"""(text after the prompt, a generator seeded by the request) -> what the model says next."""
+
+
+@dataclass
+class ScriptedEngine:
+    """Streams what the script says.  Deterministic in (prompt tokens, seed)."""
+
+    tokenizer: PieceTokenizer
+    script: Script
+    prompt_text: str
+    running: int = 0
+    requests: list[GenerateRequest] = field(default_factory=list)
+    closed_early: int = 0
+    streamed: int = 0
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        self.requests.append(request)
+        self.running += 1
+        finished = False
+        try:
+            text = self.tokenizer.decode(request.input_ids.tolist())
+            said = self.script(
+                text.removeprefix(self.prompt_text), np.random.default_rng(request.sampling.seed)
+            )
+            ids = self.tokenizer.encode(said.text)
+            matched: str | int | None = next(
+                (s for s in request.sampling.stop if said.text.endswith(s)), None
+            )
+            if matched is None:
+                ids, matched = [*ids, 0], 0
+            finish = Finish("stop", matched)
+            if len(ids) > request.sampling.max_new_tokens:
+                ids, finish = ids[: request.sampling.max_new_tokens], Finish("length")
+            levels = [said.entropy] if isinstance(said.entropy, float | int) else list(said.entropy)
+            await asyncio.sleep(said.first_s)
+            for begin in range(0, len(ids), said.chunk):
+                part = ids[begin : begin + said.chunk]
+                end = begin + len(part)
+                if said.fail_after is not None and end > said.fail_after:
+                    raise EngineError("scripted failure")
+                if said.hang_after is not None and end > said.hang_after:
+                    await asyncio.Event().wait()
+                if begin:
+                    await asyncio.sleep(said.token_s * len(part))
+                self.streamed += len(part)
+                yield Chunk(
+                    tokens=np.array(part, np.int32),
+                    logprob=np.full(len(part), -0.5, np.float32),
+                    entropy=np.array(
+                        [levels[min(i, len(levels) - 1)] for i in range(begin, end)], np.float32
+                    ),
+                    version=np.full(len(part), 7, np.int32),
+                    finish=finish if end == len(ids) else None,
+                )
+            finished = True
+        finally:
+            self.running -= 1
+            self.closed_early += not finished
+
+    async def abort(self, rid: str) -> None:
+        raise AssertionError("closing the stream is how a grower aborts")
+
+
+Answer = Callable[[str, Mapping[str, Any]], tuple[float, ToolOutcome]]
+
+
+@dataclass
+class ScriptedTools:
+    """Answers after a delay: (seconds, outcome) = answer(tool, arguments)."""
+
+    answer: Answer
+    specs: Mapping[str, ToolSpec] = field(default_factory=lambda: SPECS)
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    running: int = 0
+
+    async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        self.calls.append((tool, dict(arguments)))
+        self.running += 1
+        try:
+            seconds, outcome = self.answer(tool, arguments)
+            await asyncio.sleep(seconds)
+            return outcome
+        finally:
+            self.running -= 1
+
+
+class CountWords:
+    """A reward that has nothing to do with answers: the number of pieces the model wrote."""
+
+    def score(self, prompt: Prompt, branch: BranchView) -> Score:
+        return Score(float(len(branch.model_text.split())), True, {"calls": float(len(branch.tools))})
+
+
+def ok(text: str = "found it", seconds: float = 1.0) -> tuple[float, ToolOutcome]:
+    return seconds, ToolOutcome(ToolStatus.OK, text, seconds)
+
+
+PROMPT = Prompt("p1", ({"role": "user", "content": "who?"},), ("me",), kind="lookup")
+
+
+@dataclass
+class World:
+    """A grower with its fakes at hand."""
+
+    grower: Grower
+    engine: ScriptedEngine
+    tools: ScriptedTools
+    tokenizer: PieceTokenizer
+
+    def text(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens.tolist())
+
+
+def make_world(
+    script: Script,
+    answer: Answer = lambda tool, arguments: ok(),
+    *,
+    policy: Policy | None = None,
+    reward: Reward | None = None,
+    syntax: str = "tags",
+    vocab_size: int = 100,
+    **config: Any,
+) -> World:
+    tokenizer = PieceTokenizer()
+    engine = ScriptedEngine(tokenizer, script, PROMPT.messages[0]["content"])
+    tools = ScriptedTools(answer)
+    grower = Grower(
+        engine=engine,
+        tools=tools,
+        syntax=make_syntax(syntax, tools.specs),
+        policy=policy or Arpo(4, 0.5, 0.2),
+        reward=reward or CountWords(),
+        tokenizer=tokenizer,
+        config=RolloutConfig(**config),
+        vocab_size=vocab_size,
+        now=lambda: 1000.0,
+    )
+    return World(grower, engine, tools, tokenizer)
