@@ -1,4 +1,7 @@
-"""PNG curves of a run, from ``metrics.jsonl``: one picture per question, and all of them on one page."""
+"""PNG curves of a run, from ``metrics.jsonl``: one picture per question, and all of them on one page.
+
+Figures are made without pyplot, so they need no display and leave the importer's backend alone.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -190,9 +191,7 @@ def _staleness(ax: Axes, records: Records) -> bool:
     steps = [one["step"] for one in trained]
     span = max(1, len(steps) // 20)
     shares = [smooth([one.get(f"flow/staleness_share/{lag}", 0.0) for one in trained], span) for lag in lags]
-    colours = [
-        matplotlib.colormaps["YlGnBu"](0.2 + 0.7 * i / max(1, len(lags) - 1)) for i in range(len(lags))
-    ]
+    colours = [colormaps["YlGnBu"](0.2 + 0.7 * i / max(1, len(lags) - 1)) for i in range(len(lags))]
     ax.stackplot(steps, shares, labels=[f"{lag}" for lag in lags], colors=colours, alpha=0.8)
     ax.set_ylim(0, 1)
     ax.set_ylabel("share of trained trees", fontsize=9)

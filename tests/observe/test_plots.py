@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from observe_trees import make_tree, single
+
+from system.config import Config
+from system.observe import plots
+from system.observe.eval import EvalResult
+from system.observe.recorder import Recorder
+from system.observe.rundir import RunDir
+from system.observe.sinks import JsonlSink
+
+
+def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
+    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
+    recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
+    for step in range(1, steps + 1):
+        tree = make_tree(str(step), (1.0, 0.0, 0.5), version=step)
+        recorder.tree_closed(tree, step)
+        recorder.idle("learner", "trees", 0.1)
+        recorder.train_step(step, step, [tree], {"loss": float("nan") if step == 2 else 1.0}, [step % 3])
+        recorder.flush(step)
+    recorder.finish()
+
+
+@pytest.mark.parametrize("steps", [1, 45])
+def test_every_curve_is_drawn_and_not_blank(run_dir: RunDir, config: Config, steps: int):
+    record_a_run(run_dir, config, steps)
+    files = plots.draw(run_dir)
+    assert files[0].name == "overview.png"
+    assert {file.stem for file in files[1:]} == {curve.name for curve in plots.CURVES}
+    for file in files:
+        assert imread(file).std() > 0.02
+
+
+def test_only_what_has_data_is_drawn(run_dir: RunDir, config: Config):
+    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
+    recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
+    assert {file.stem for file in plots.draw(run_dir)} == {"overview", "accuracy"}
+
+
+def test_no_metrics_no_pictures(run_dir: RunDir):
+    assert plots.draw(run_dir) == []
+    assert list(run_dir.curves.iterdir()) == []
+
+
+def test_smoothing_is_a_trailing_mean():
+    assert plots.smooth([1, 2, 3, 4, 8], 3) == [1, 1.5, 2, 3, 5]
+    assert plots.smooth([5.0, 7.0], 1) == [5.0, 7.0]
+
+
+def test_drawing_leaves_an_importers_backend_alone(tmp_path: Path):
+    """A notebook that imports this must keep its own windows."""
+    code = "import matplotlib; matplotlib.use('svg'); import system.observe.plots; print(matplotlib.get_backend())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip().lower() == "svg"
