@@ -1,16 +1,18 @@
 """Trying to break out: what a sandbox must prevent, attempted for real before it is trusted.
 
-The attempts run inside, as a program like any other; whether one got through is judged from outside where that is
-possible (did the listener see a connection, does the file exist?).
+The attempts run inside, as a program like any other; whether one got through is judged from outside where
+that is possible (did the listener see a connection, does the file exist?).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,9 @@ class Escaped(RuntimeError):
     """A program got out, or cannot do what it must be able to; the message names the attempts."""
 
 
-# Each attempt is an expression that must raise; a value means that it got through.
+_SECRET = "secret"
+
+# Each attempt must raise OSError; one that returns got through.
 _ATTEMPTS = """
 import json, os, socket
 def tcp():
@@ -71,21 +75,19 @@ print(json.dumps(got_through))
 async def verify(sandbox: Sandbox) -> None:
     """Attempt the escapes.  Raises :class:`Escaped` naming those that succeeded."""
     outside = Path(tempfile.mkdtemp(prefix="espalier-probe-"))
-    secret = outside / "secret"
     temporary = Path(tempfile.gettempdir()) / f"{outside.name}.write"
     connected = asyncio.Event()
-    server = await asyncio.start_server(lambda _, writer: (connected.set(), writer.close()), "127.0.0.1", 0)
-    with socket.socket(socket.AF_UNIX) as unix:
-        try:
-            outside.chmod(0o777)  # only the sandbox may stand in the way
-            secret.write_text("secret")
-            secret.chmod(0o666)
-            unix.bind(str(outside / "socket"))
-            (outside / "socket").chmod(0o777)
-            unix.listen()
+
+    def connection(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        writer.close()
+
+    server = await asyncio.start_server(connection, "127.0.0.1", 0)
+    try:
+        with _bait(outside) as unix:
             code = _ATTEMPTS.format(
                 port=server.sockets[0].getsockname()[1],
-                unix=str(outside / "socket"),
+                unix=unix,
                 outside=str(outside),
                 temporary=str(temporary),
                 parent=os.getpid(),
@@ -93,16 +95,35 @@ async def verify(sandbox: Sandbox) -> None:
             result = await sandbox.run(code)
             if result.status is not ToolStatus.OK:
                 raise Escaped(f"a harmless program fails inside: {result.text}")
-            got_through = set(json.loads(result.stdout))
-            if connected.is_set():
-                got_through.add("tcp")
-            if (outside / "written").exists() or temporary.exists():
-                got_through.add("write_file")
-            if not secret.exists() or secret.read_text() != "secret":
-                got_through.add("overwrite")
-            if got_through:
-                raise Escaped(f"not prevented: {', '.join(sorted(got_through))}")
-        finally:
-            server.close()
-            temporary.unlink(missing_ok=True)
-            await asyncio.to_thread(remove_tree, str(outside))
+            got_through = {*json.loads(result.stdout), *_traces(outside, temporary)}
+        got_through |= {"tcp"} if connected.is_set() else set()
+        if got_through:
+            raise Escaped(f"not prevented: {', '.join(sorted(got_through))}")
+    finally:
+        server.close()
+        temporary.unlink(missing_ok=True)
+        await asyncio.to_thread(remove_tree, str(outside))
+
+
+@contextlib.contextmanager
+def _bait(outside: Path) -> Iterator[str]:
+    """A directory that only the sandbox protects, and a socket to connect to; yields the socket's path."""
+    outside.chmod(0o777)
+    secret = outside / "secret"
+    secret.write_text(_SECRET)
+    secret.chmod(0o666)
+    with socket.socket(socket.AF_UNIX) as unix:
+        path = outside / "socket"
+        unix.bind(str(path))
+        path.chmod(0o777)
+        unix.listen()
+        yield str(path)
+
+
+def _traces(outside: Path, temporary: Path) -> Iterator[str]:
+    """Attempts whose success shows from outside."""
+    if (outside / "written").exists() or temporary.exists():
+        yield "write_file"
+    secret = outside / "secret"
+    if not secret.exists() or secret.read_text() != _SECRET:
+        yield "overwrite"

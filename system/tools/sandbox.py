@@ -1,14 +1,15 @@
 """Model-written Python in a real sandbox: no network, no write outside a scratch directory, hard limits.
 
-Needs nothing but Linux and Python: no container, no root, no extra package.  What confines a call is chosen at start
+Needs nothing but Linux and Python: no container, no root, no extra package.  What confines a call is chosen
+at start
 from what the kernel permits, strongest first, and *tried out* before the first real call (:mod:`.probe`):
 
 1. a cell of mount, network, IPC and PID namespaces (root, or a user who may create user namespaces);
 2. Landlock and seccomp alone (any user, Linux 5.13 or newer).
 
-Both include a seccomp allow-list (no sockets, no new processes, no signals to others), Landlock where the kernel has
-it, no_new_privs, no capabilities, rlimits, and an unprivileged user id when started as root.  A call is one process:
-its limits hold for the whole call, and killing it leaves nothing behind.
+Both include a seccomp allow-list (no sockets, no new processes, no signals to others), Landlock where the
+kernel has it, no_new_privs, no capabilities, rlimits, and an unprivileged user id when started as root.  A
+call is one process: its limits hold for the whole call, and killing it leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,6 +28,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from system.config import ToolsConfig
 from system.tools import probe
@@ -33,8 +36,21 @@ from system.tools.jail.scratch import remove_tree
 from system.tools.jail.settings import Settings
 from system.tools.outcome import ToolStatus
 
+log = logging.getLogger(__name__)
+
 PRELOADED = (
-    *("bisect", "collections", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "json", "math"),
+    *(
+        "bisect",
+        "collections",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "heapq",
+        "itertools",
+        "json",
+        "math",
+    ),
     *("operator", "random", "re", "statistics", "string", "typing"),
 )
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -44,6 +60,7 @@ _BOOT = (
 )
 _START_DEADLINE_S = 20.0
 _GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
+_STOP_DEADLINE_S, _STOP_PAUSE_S = 5.0, 0.05
 _MAX_CODE_BYTES = 1 << 20
 
 
@@ -80,7 +97,8 @@ class SandboxLimits:
 
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
-    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: wall or CPU time ran out."""
+    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: wall or CPU time ran
+    out."""
 
     status: ToolStatus
     stdout: str
@@ -100,7 +118,8 @@ class SandboxResult:
 
 
 class Sandbox:
-    """Runs programs, several at once.  ``start`` before the first ``run``; safe for many tasks of one event loop."""
+    """Runs programs, several at once.  ``start`` before the first ``run``; safe for many tasks of one event
+    loop."""
 
     def __init__(
         self,
@@ -109,16 +128,20 @@ class Sandbox:
         concurrency: int = 16,
         paths: Sequence[str] = (),
         preload: Sequence[str] = PRELOADED,
+        namespaces: bool | None = None,
     ):
-        """``paths``: directories of packages the programs may import; ``preload``: modules imported once, before any
-        call, so that a call gets them free."""
+        """``paths``: directories of packages the programs may import; ``preload``: modules imported once,
+        before any call, so that a call gets them free;
+        ``namespaces``: insist on the first way of confinement, or on the second (None: the first that works).
+        """
         self.limits = limits or SandboxLimits()
         self.mechanisms: list[str] = []  # what confines a call here; filled by start
         self._paths, self._preload = tuple(paths), tuple(preload)
         self._slots = asyncio.Semaphore(concurrency)
         self._starting = asyncio.Lock()
         self._server: _ForkServer | None = None
-        self._namespaces = True
+        self._ways = (True, False) if namespaces is None else (namespaces,)
+        self._way = self._ways[0]
 
     async def start(self) -> None:
         """Find a way to confine programs on this machine and try it out.
@@ -126,8 +149,8 @@ class Sandbox:
         Raises :class:`SandboxUnavailable` naming, for each way, what is missing.
         """
         missing: list[str] = []
-        for self._namespaces in (True, False):
-            way = "namespaces" if self._namespaces else "Landlock and seccomp"
+        for self._way in self._ways:
+            way = "namespaces" if self._way else "Landlock and seccomp"
             try:
                 async with self._starting:
                     self._server = await self._start_server()
@@ -139,14 +162,17 @@ class Sandbox:
         raise SandboxUnavailable("python cannot be sandboxed here: " + "; ".join(missing))
 
     async def run(self, code: str, *, deadline_s: float | None = None) -> SandboxResult:
-        """Run ``code`` for at most ``deadline_s`` seconds (and the limits' ``wall_s``), waiting for a slot not counted.
+        """Run ``code`` for at most ``deadline_s`` seconds (and the limits' ``wall_s``), waiting for a slot
+        not counted.
 
-        Raises :class:`SandboxUnavailable` if the sandbox itself is broken, never because of what ``code`` does.
-        A cancelled call is killed.
+        Raises :class:`SandboxUnavailable` if the sandbox itself is broken, never because of what ``code``
+        does. A cancelled call is killed.
         """
         wall_s = min(self.limits.wall_s, deadline_s if deadline_s is not None else self.limits.wall_s)
         if len(code.encode(errors="replace")) > _MAX_CODE_BYTES:
-            return SandboxResult(ToolStatus.ERROR, "", "", 1, f"the program is longer than {_MAX_CODE_BYTES} bytes")
+            return SandboxResult(
+                ToolStatus.ERROR, "", "", 1, f"the program is longer than {_MAX_CODE_BYTES} bytes"
+            )
         if wall_s <= 0:
             return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
         async with self._slots:
@@ -184,8 +210,8 @@ class Sandbox:
     async def _start_server(self) -> _ForkServer:
         limits = self.limits
         settings = Settings(
-            base=os.path.realpath(tempfile.mkdtemp(prefix="espalier-sandbox-")),
-            namespaces=self._namespaces,
+            base=_scratch_base(),
+            namespaces=self._way,
             cpu_s=limits.cpu_s,
             memory=limits.memory_mb << 20,
             file_size=limits.file_mb << 20,
@@ -204,7 +230,7 @@ class Sandbox:
             raise
         return server
 
-    def _result(self, reply: dict, wall_s: float) -> SandboxResult:
+    def _result(self, reply: dict[str, Any], wall_s: float) -> SandboxResult:
         limit, code = self.limits.output_chars, reply["exit_code"]
         stdout, cut_out = _head(reply["stdout"], reply["stdout_bytes"], limit)
         stderr, cut_err = _tail(reply["stderr"], reply["stderr_bytes"], limit)
@@ -212,7 +238,10 @@ class Sandbox:
         if reply["timed_out"]:
             status, reason = ToolStatus.TIMEOUT, f"Stopped: the program ran longer than {wall_s:g} s."
         elif code == -signal.SIGKILL and reply["cpu_s"] >= self.limits.cpu_s - 0.5:
-            status, reason = ToolStatus.TIMEOUT, f"Stopped: the program used more than {self.limits.cpu_s:g} s of CPU time."
+            status, reason = (
+                ToolStatus.TIMEOUT,
+                f"Stopped: the program used more than {self.limits.cpu_s:g} s of CPU time.",
+            )
         elif code < 0:
             reason = f"The program was killed by {signal.Signals(-code).name}."
         elif code > 0 and not stderr:
@@ -237,7 +266,17 @@ class _ForkServer:
         self._settings = settings
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        command = [sys.executable, "-s", "-S", "-P", "-c", _BOOT, _ROOT, str(theirs.fileno()), settings.to_json()]
+        command = [
+            sys.executable,
+            "-s",
+            "-S",
+            "-P",
+            "-c",
+            _BOOT,
+            _ROOT,
+            str(theirs.fileno()),
+            settings.to_json(),
+        ]
         with theirs:
             self._process = subprocess.Popen(
                 command,
@@ -245,7 +284,11 @@ class _ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"},  # no secret of ours; the same order of sets
+                env={
+                    "PYTHONHASHSEED": "0",
+                    "LANG": "C.UTF-8",
+                    "TZ": "UTC",
+                },  # no secret of ours; the same order of sets
                 cwd="/",
                 start_new_session=True,
             )
@@ -257,21 +300,27 @@ class _ForkServer:
         return self._process.pid
 
     async def greet(self) -> list[str]:
-        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason if it is not."""
+        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason if it is
+        not."""
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
                 data = await asyncio.get_running_loop().sock_recv(self._control, 1 << 16)
         except TimeoutError:
-            raise SandboxUnavailable(f"the fork server did not start within {_START_DEADLINE_S:g} s") from None
+            raise SandboxUnavailable(
+                f"the fork server did not start within {_START_DEADLINE_S:g} s"
+            ) from None
         except OSError as error:
             raise SandboxUnavailable(f"the fork server could not be heard: {error}") from error
-        hello = json.loads(data) if data else {"failed": "the fork server died while starting"}
+        hello: dict[str, Any] = (
+            json.loads(data) if data else {"failed": "the fork server died while starting"}
+        )
         if "failed" in hello:
             raise SandboxUnavailable(hello["failed"])
         return hello["ready"]
 
-    async def call(self, request: dict, deadline_s: float) -> dict:
-        """One request, one reply.  Raises _Lost if the server or the call's warden died or does not answer."""
+    async def call(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+        """One request, one reply.  Raises _Lost if the server or the call's warden died or does not
+        answer."""
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         self._calls.add(ours)
@@ -305,13 +354,30 @@ class _ForkServer:
                 raise _Lost from error
 
     async def stop(self) -> None:
+        """End every call, then the server, then remove what they wrote."""
         for call in list(self._calls):
             with contextlib.suppress(OSError):
                 call.shutdown(socket.SHUT_RDWR)
         self._control.close()
-        self._process.kill()
-        await asyncio.to_thread(self._process.wait)
-        await asyncio.to_thread(remove_tree, self._settings.base)
+        try:
+            await asyncio.to_thread(self._process.wait, _STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        await self._remove_base()
+
+    async def _remove_base(self) -> None:
+        """A warden that has lost its fork server may still be removing its own scratch directory."""
+        for _ in range(int(_STOP_DEADLINE_S / _STOP_PAUSE_S)):
+            try:
+                return await asyncio.to_thread(remove_tree, self._settings.base)
+            except OSError:
+                await asyncio.sleep(_STOP_PAUSE_S)
+        log.warning("the sandbox's directory %s could not be removed", self._settings.base)
+
+
+def _scratch_base() -> str:
+    return os.path.realpath(tempfile.mkdtemp(prefix="espalier-sandbox-"))
 
 
 async def _exactly(channel: socket.socket, size: int) -> bytes:

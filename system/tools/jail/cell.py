@@ -1,9 +1,9 @@
 """A file system of the sandbox's own, in mount, network and IPC namespaces.
 
-The fork server builds the *cell* once: a root on tmpfs that holds nothing but read-only binds of Python's library,
-the shared libraries and three devices.  Each call then gets a mount namespace of its own with a fresh, size-limited
-tmpfs as its scratch directory, which the kernel throws away with the call's last process.  Works as root, and as
-any user where the kernel and its security modules permit user namespaces.
+The fork server builds the *cell* once: a root on tmpfs that holds nothing but read-only binds of Python's
+library, the shared libraries and three devices.  Each call then gets a mount namespace of its own with a
+fresh, size-limited tmpfs as its scratch directory, which the kernel throws away with the call's last process.
+Works as root, and as any user where the kernel and its security modules permit user namespaces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
 def build(settings: Settings) -> int:
     """Move this (single-threaded) process into new namespaces whose root is the cell.  Raises OSError.
 
-    The cell has no /proc; the descriptor returned is that of the host's, with which :func:`enter_call` writes id maps.
+    The cell has no /proc; the descriptor returned is that of the host's, with which :func:`enter_call` writes
+    id maps.
     """
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
@@ -51,8 +52,8 @@ def build(settings: Settings) -> int:
 
 
 def enter_call(settings: Settings, uid: int | None, proc: int) -> str:
-    """Give this process (a call's warden) a mount namespace with an empty scratch directory for ``uid``, and its
-    next child a PID namespace.  Returns the scratch directory."""
+    """Give this process (a call's warden) a mount namespace with an empty scratch directory for ``uid``, and
+    its next child a PID namespace.  Returns the scratch directory."""
     flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID
     if uid is None:  # a user namespace per call: RLIMIT_NPROC then counts this call's threads alone
         _unshare_user(flags, proc)

@@ -1,15 +1,17 @@
-"""The helper process that forks a confined child per call, in a millisecond or two instead of an interpreter's start.
+"""The helper process that forks a confined child per call, in a millisecond or two instead of an
+interpreter's start.
 
 Three kinds of process::
 
     Sandbox (asyncio) ──control──► fork server ──fork──► warden (one per call) ──fork──► the model's program
           └────────────────── a socket per call ───────────┘
 
-The control channel (SOCK_SEQPACKET) carries one message per call: a byte with the call's socket attached.  Over that
-socket go one request and one reply, each a 4-byte big-endian length and JSON: ``{code, wall_s}`` and either ``{failed}`` or
-``{exit_code, timed_out, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr, stderr_bytes}``.  The warden stands outside the
-confinement: it enforces the wall deadline, keeps the output, removes the scratch directory, and kills the program when
-the call's socket closes (the caller gave up, or died).  When the control channel closes, the fork server ends.
+The control channel (SOCK_SEQPACKET) carries one message per call: a byte with the call's socket attached.
+Over that socket go one request and one reply, each a 4-byte big-endian length and JSON: ``{code, wall_s}``
+and either ``{failed}`` or ``{exit_code, timed_out, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr,
+stderr_bytes}``.  The warden stands outside the confinement: it enforces the wall deadline, keeps the output,
+removes the scratch directory, and kills the program when the call's socket closes (the caller gave up, or
+died).  When the control channel closes, the fork server ends.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def main() -> None:
     try:
         _serve(control, confinement)
     finally:
+        _wait_for_wardens()
         if not settings.namespaces:
             remove_tree(settings.base)
 
@@ -71,13 +74,22 @@ def _serve(control: socket.socket, confinement: lockdown.Confinement) -> None:
             return
         if os.fork() == 0:
             control.close()
-            _end_with(lambda: _Warden(confinement, socket.socket(fileno=descriptors[0])).serve())
+            _end_with(_Warden(confinement, socket.socket(fileno=descriptors[0])).serve)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
+def _wait_for_wardens() -> None:
+    """They end by themselves: whoever closed the control channel closes, or has lost, the calls' sockets."""
+    try:
+        os.wait()  # while SIGCHLD is ignored, this waits for all children and then has none to report
+    except ChildProcessError:
+        return
+
+
 def _end_with(action: Callable[[], None]) -> None:
-    """Run ``action`` as the whole of a forked process's life: no return into the parent's stack, whatever happens."""
+    """Run ``action`` as the whole of a forked process's life: no return into the parent's stack, whatever
+    happens."""
     code = 70
     try:
         action()
@@ -134,7 +146,10 @@ class _Warden:
             os.close(end)
         leash.close()
         child = os.pidfd_open(pid)
-        stdout, stderr = _Capture(self._confinement.settings.output), _Capture(self._confinement.settings.output)
+        stdout, stderr = (
+            _Capture(self._confinement.settings.output),
+            _Capture(self._confinement.settings.output),
+        )
         try:
             ending = self._watch(child, {out[0]: stdout, err[0]: stderr}, started + request["wall_s"])
         finally:
@@ -161,7 +176,8 @@ class _Warden:
         }
 
     def _watch(self, child: int, outputs: dict[int, _Capture], deadline: float) -> str:
-        """Collect output until the program "exited", its "deadline" passed, or the caller "abandoned" the call."""
+        """Collect output until the program "exited", its "deadline" passed, or the caller "abandoned" the
+        call."""
         poller = select.poll()
         for descriptor in (child, self._channel.fileno(), *outputs):
             poller.register(descriptor, select.POLLIN)

@@ -1,4 +1,5 @@
-"""Linux system calls that Python's library lacks, through ctypes.  Each raises OSError with the kernel's errno."""
+"""Linux system calls that Python's library lacks, through ctypes.  Each raises OSError with the kernel's
+errno."""
 
 from __future__ import annotations
 
@@ -102,7 +103,7 @@ def install_filter(program: bytes) -> None:
     """Put a seccomp-BPF program (8 bytes an instruction) on this thread and all it will ever start."""
 
     class SockFprog(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]  # noqa: RUF012
+        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
 
     code = ctypes.create_string_buffer(program, len(program))
     fprog = SockFprog(len(program) // 8, ctypes.cast(code, ctypes.c_void_p))
@@ -126,15 +127,11 @@ def landlock_ruleset(fs_rights: int, net_rights: int, scopes: int) -> int:
     return _syscall("landlock_create_ruleset", _LANDLOCK_CREATE_RULESET, attr, size, 0)
 
 
-def landlock_allow(ruleset: int, path: str, rights: int) -> None:
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, handle))
-        _syscall(
-            "landlock_add_rule", _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0
-        )
-    finally:
-        os.close(handle)
+def landlock_allow(ruleset: int, handle: int, rights: int) -> None:
+    """Allow ``rights`` on the file or directory (and all beneath) that the descriptor ``handle`` stands
+    for."""
+    rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, handle))
+    _syscall("landlock_add_rule", _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0)
 
 
 def landlock_restrict(ruleset: int) -> None:

@@ -1,4 +1,5 @@
-"""The last thing a child does before it runs the model's code: give up every right it does not need, for good."""
+"""The last thing a child does before it runs the model's code: give up every right it does not need, for
+good."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import os
 import resource
 import select
 import signal
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from system.tools.jail import cell, kernel, seccomp
@@ -14,15 +17,24 @@ from system.tools.jail.settings import DEVICES, SYSTEM_FILES, Settings, readable
 
 MAX_DESCRIPTORS = 256  # of the fork server and its wardens
 
-# Access rights of Landlock (linux/landlock.h); the ABI version in which each group appeared decides what is handled.
+# Access rights of Landlock (linux/landlock.h); the ABI version in which each group appeared decides what is
+# handled.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_ALL_FS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # + REFER, TRUNCATE, IOCTL_DEV
+_ALL_FS = {
+    1: (1 << 13) - 1,
+    2: (1 << 14) - 1,
+    3: (1 << 15) - 1,
+    5: (1 << 16) - 1,
+}  # + REFER, TRUNCATE, IOCTL_DEV
 _NET_TCP = 0b11  # bind, connect (ABI 4)
 _SCOPES = 0b11  # abstract UNIX sockets, signals (ABI 6)
 _READ = _READ_FILE | _READ_DIR | _EXECUTE
 
 _OWN_UIDS, _OWN_UIDS_SPAN = 0x70000000, 1 << 22  # beyond what anyone assigns; a process id is below 2^22
 _NOBODY = 65534
+_ANY_PID = (
+    0x7F0A1B2C  # stands for the program's own process id in the prepared filter; no real one is as large
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,9 @@ class Confinement:
 
     settings: Settings
     landlock: int  # ABI version, 0: none
+    readable: tuple[tuple[int, int], ...]  # (O_PATH descriptor, Landlock rights) of what any program may read
+    syscalls: bytes  # the seccomp filter, for process id _ANY_PID
     first_uid: int | None  # user id to drop to, see _unprivileged_uid; None: we are not root
-    idle: int  # bytes of address space the idle interpreter maps
     proc: int  # descriptor of the host's /proc, -1 outside a cell
 
     def uid(self) -> int | None:
@@ -51,26 +64,36 @@ class Confinement:
 
 
 def prepare(settings: Settings) -> Confinement:
-    """Look at the kernel, and build the cell if the settings ask for one.  Raises OSError, naming what failed."""
+    """Look at the kernel, and build the cell if the settings ask for one.  Raises OSError, naming what
+    failed."""
     if not seccomp.supported(kernel.MACHINE):
         raise OSError(f"no seccomp table for {kernel.MACHINE}")
-    with open("/proc/self/statm") as file:
-        idle = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_DESCRIPTORS, MAX_DESCRIPTORS))
+    _limit_all(settings)
     landlock = kernel.landlock_version()
     if not landlock and not settings.namespaces:
-        raise OSError("this kernel has no Landlock, so nothing keeps a program from writing outside its scratch directory")
+        raise OSError("no Landlock in this kernel: nothing would keep a program from writing elsewhere")
     proc = cell.build(settings) if settings.namespaces else -1
-    return Confinement(settings, landlock, _unprivileged_uid(), idle, proc)
+    return Confinement(
+        settings=settings,
+        landlock=landlock,
+        readable=tuple(_readable(settings)) if landlock else (),
+        syscalls=seccomp.program(kernel.MACHINE, _ANY_PID),
+        first_uid=_unprivileged_uid(),
+        proc=proc,
+    )
 
 
 def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int) -> None:
     """Confine this process to ``scratch``, for good.
 
-    It must be single-threaded.  Its descriptors above 2 are closed, among them ``leash``, a socket whose other end
-    its parent holds: the process dies with its parent, even when that died before it could ask for this.
+    It must be single-threaded.  Its descriptors above 2 are closed, among them ``leash``, a socket whose
+    other end its parent holds: the process dies with its parent, even when that died before it could ask for
+    this.
     """
-    _limit(confinement, uid)
+    settings = confinement.settings
+    _limit(resource.RLIMIT_CPU, math.ceil(settings.cpu_s))
+    _limit(resource.RLIMIT_NOFILE, settings.open_files)
+    _limit(resource.RLIMIT_NPROC, settings.threads + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
     kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
@@ -83,47 +106,57 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
         kernel.landlock_restrict(_landlock_ruleset(confinement, scratch))
     kernel.drop_capabilities()
     os.closerange(3, MAX_DESCRIPTORS)
-    kernel.install_filter(seccomp.program(kernel.MACHINE, os.getpid()))
+    own = os.getpid().to_bytes(4, sys.byteorder)
+    kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
 
 
 def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:
-    """Read Python's library, write nothing but ``scratch``; no TCP, no signals or abstract sockets to the outside."""
+    """Read Python's library, write nothing but ``scratch``; no TCP, no signals or abstract sockets to the
+    outside."""
     version = confinement.landlock
     handled = _ALL_FS[max(v for v in _ALL_FS if v <= version)]
-    ruleset = kernel.landlock_ruleset(handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0)
-    for path in readable_directories(confinement.settings):
-        kernel.landlock_allow(ruleset, path, _READ)
-    for path in (*SYSTEM_FILES, *DEVICES):
-        if os.path.exists(path):
-            kernel.landlock_allow(ruleset, path, _READ_FILE | (_WRITE_FILE if path in DEVICES else 0))
-    kernel.landlock_allow(ruleset, scratch, handled)
+    ruleset = kernel.landlock_ruleset(
+        handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0
+    )
+    for handle, rights in confinement.readable:
+        kernel.landlock_allow(ruleset, handle, rights)
+    handle = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
+    kernel.landlock_allow(ruleset, handle, handled)
+    os.close(handle)
     return ruleset
 
 
-def _limit(confinement: Confinement, uid: int | None) -> None:
-    settings = confinement.settings
-    limits = {
-        resource.RLIMIT_AS: settings.memory + confinement.idle,
-        resource.RLIMIT_CPU: math.ceil(settings.cpu_s),
-        resource.RLIMIT_FSIZE: settings.file_size,
-        resource.RLIMIT_NOFILE: settings.open_files,
-        resource.RLIMIT_NPROC: settings.threads + _foreign_tasks(confinement, uid),
-        resource.RLIMIT_STACK: 8 << 20,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
-    }
-    for kind, value in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
+    rights = dict.fromkeys(readable_directories(settings), _READ)
+    rights |= dict.fromkeys(SYSTEM_FILES, _READ_FILE) | dict.fromkeys(DEVICES, _READ_FILE | _WRITE_FILE)
+    for path, allowed in rights.items():
+        if os.path.exists(path):
+            yield os.open(path, os.O_PATH | os.O_CLOEXEC), allowed
+
+
+def _limit_all(settings: Settings) -> None:
+    """Limits that the fork server and the wardens can live under, too, and that every program inherits."""
+    with open("/proc/self/statm") as file:
+        idle = int(file.read().split()[0]) * resource.getpagesize()
+    _limit(resource.RLIMIT_AS, idle + settings.memory)
+    _limit(resource.RLIMIT_FSIZE, settings.file_size)
+    _limit(resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
+    _limit(resource.RLIMIT_STACK, 8 << 20)
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
+        _limit(kind, 0)
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
 
 
 def _foreign_tasks(confinement: Confinement, uid: int | None) -> int:
     """A bound on the tasks that RLIMIT_NPROC counts for our user id and that are not the call's.
 
-    With a user id, or a user namespace, of the call's own there is at most the warden.  Otherwise the same user's
-    other processes count as well; the number of all tasks on the machine bounds them at no cost.
+    With a user id, or a user namespace, of the call's own there is at most the warden.  Otherwise the same
+    user's other processes count as well; the number of all tasks on the machine bounds them at no cost.
     """
     if confinement.settings.namespaces or (uid or 0) >= _OWN_UIDS:
         return 1
@@ -134,8 +167,8 @@ def _foreign_tasks(confinement: Confinement, uid: int | None) -> int:
 def _unprivileged_uid() -> int | None:
     """A user id to drop to, or None when we are not root.
 
-    One of our own per call where such ids exist, else ``nobody``, else (0) our own without its capabilities: an
-    interpreter below a closed /root can be read by nobody else.
+    One of our own per call where such ids exist, else ``nobody``, else (0) our own without its capabilities:
+    an interpreter below a closed /root can be read by nobody else.
     """
     if os.geteuid() != 0:
         return None

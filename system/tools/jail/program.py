@@ -14,7 +14,8 @@ FILENAME = "<python>"
 
 
 def run(source: str) -> int:
-    """Execute ``source`` in a fresh ``__main__`` and print what it fails with.  Returns the exit code a script has."""
+    """Execute ``source`` in a fresh ``__main__`` and print what it fails with.  Returns the exit code a
+    script has."""
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module

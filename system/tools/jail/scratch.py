@@ -9,8 +9,8 @@ import stat
 def remove_tree(root: str) -> None:
     """Remove ``root`` and everything in it; no error if it does not exist.
 
-    Never follows a symbolic link, opens directories that were closed by their mode, and takes any depth of nesting:
-    subdirectories are moved up to the top level instead of being walked into.
+    Never follows a symbolic link, opens directories that were closed by their mode, and takes any depth of
+    nesting: subdirectories are moved up to the top level instead of being walked into.
     """
     try:
         top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -2,19 +2,22 @@
 
 Allowed: ordinary file, memory, time and signal-handling calls, threads.  Not allowed, and why:
 
-- ``socket``, ``connect``, …: no network, and no way to a local daemon either (socketpair(AF_UNIX, SOCK_STREAM), which
-  asyncio needs, is harmless: it has no address);
-- ``fork``, ``clone`` without CLONE_THREAD, ``execve``: a call is one process.  That makes the CPU, memory and file-size
-  limits, which the kernel counts per process, limits on the call, and killing that process ends everything;
+- ``socket``, ``connect``, …: no network, and no way to a local daemon either (socketpair(AF_UNIX,
+  SOCK_STREAM), which asyncio needs, is harmless: it has no address);
+- ``fork``, ``clone`` without CLONE_THREAD, ``execve``: a call is one process.  That makes the CPU, memory and
+  file-size limits, which the kernel counts per process, limits on the call, and killing that process ends
+  everything;
 - ``kill``/``tgkill`` of anyone but oneself, F_SETOWN/F_SETSIG (signals by way of a descriptor), ``ptrace``,
   ``process_vm_*``, ``pidfd_*``, ``prlimit64`` on others: no touching other processes of the same user;
-- ``truncate``, ``open(O_RDONLY | O_TRUNC)`` (Landlock before Linux 6.2 lets them pass), ``chmod``, ``chown``, ``utime``,
-  ``setxattr`` (which Landlock never restricts): no change outside the scratch directory, not even to metadata;
+- ``truncate``, ``open(O_RDONLY | O_TRUNC)`` (Landlock before Linux 6.2 lets them pass), ``chmod``, ``chown``,
+  ``utime``, ``setxattr`` (which Landlock never restricts): no change outside the scratch directory, not even
+  to metadata;
 - ``memfd_create``, System V and POSIX IPC: memory that RLIMIT_AS does not count;
-- ``mount``, ``unshare``, ``setns``, ``bpf``, ``io_uring_*``, ``keyctl``, ``kexec_load``, ``perf_event_open``, ``userfaultfd``, …:
-  the parts of the kernel where its holes are found.
+- ``mount``, ``unshare``, ``setns``, ``bpf``, ``io_uring_*``, ``keyctl``, ``kexec_load``, ``perf_event_open``,
+  ``userfaultfd``, …: the parts of the kernel where its holes are found.
 
-The filter is a classic BPF program over ``struct seccomp_data`` (Linux, Documentation/userspace-api/seccomp_filter.rst).
+The filter is a classic BPF program over ``struct seccomp_data`` (Linux,
+Documentation/userspace-api/seccomp_filter.rst).
 """
 
 from __future__ import annotations
@@ -30,25 +33,27 @@ from collections.abc import Iterable, Sequence
 _PLAIN: dict[str, tuple[int | None, int | None]] = {
     # files: reading, writing, descriptors
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
-    "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "preadv2": (327, 286), "pwritev2": (328, 287),
-    "close": (3, 57), "close_range": (436, 436), "lseek": (8, 62), "ftruncate": (77, 46), "fallocate": (285, 47),
-    "fsync": (74, 82), "fdatasync": (75, 83), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
-    "pipe": (22, None), "pipe2": (293, 59), "sendfile": (40, 71), "copy_file_range": (326, 285), "splice": (275, 76),
-    "tee": (276, 77), "fadvise64": (221, 223),
+    "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "preadv2": (327, 286),
+    "pwritev2": (328, 287), "close": (3, 57), "close_range": (436, 436), "lseek": (8, 62),
+    "ftruncate": (77, 46), "fallocate": (285, 47), "fsync": (74, 82), "fdatasync": (75, 83), "dup": (32, 23),
+    "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59), "sendfile": (40, 71),
+    "copy_file_range": (326, 285), "splice": (275, 76), "tee": (276, 77), "fadvise64": (221, 223),
     # files: names and metadata
     "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79), "statx": (332, 291),
     "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "readlink": (89, None),
-    "readlinkat": (267, 78), "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
-    "fchdir": (81, 50), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None),
-    "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "link": (86, None),
-    "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "creat": (85, None), "umask": (95, 166),
-    "statfs": (137, 43), "fstatfs": (138, 44), "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10),
+    "readlinkat": (267, 78), "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17),
+    "chdir": (80, 49), "fchdir": (81, 50), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None),
+    "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38),
+    "renameat2": (316, 276), "link": (86, None), "linkat": (265, 37), "symlink": (88, None),
+    "symlinkat": (266, 36), "creat": (85, None), "umask": (95, 166), "statfs": (137, 43),
+    "fstatfs": (138, 44), "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10),
     "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
     # waiting
-    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72), "epoll_create": (213, None),
-    "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
-    "epoll_pwait2": (441, 441), "eventfd": (284, None), "eventfd2": (290, 19), "timerfd_create": (283, 85),
-    "timerfd_settime": (286, 86), "timerfd_gettime": (287, 87),
+    "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "epoll_create": (213, None), "epoll_create1": (291, 20), "epoll_ctl": (233, 21),
+    "epoll_wait": (232, None), "epoll_pwait": (281, 22), "epoll_pwait2": (441, 441), "eventfd": (284, None),
+    "eventfd2": (290, 19), "timerfd_create": (283, 85), "timerfd_settime": (286, 86),
+    "timerfd_gettime": (287, 87),
     # the two ends of a socketpair
     "recvfrom": (45, 207), "sendto": (44, 206), "shutdown": (48, 210), "getsockopt": (55, 209),
     "setsockopt": (54, 208), "getsockname": (51, 204), "getpeername": (52, 205),
@@ -56,21 +61,23 @@ _PLAIN: dict[str, tuple[int | None, int | None]] = {
     "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233),
     "brk": (12, 214), "msync": (26, 227), "mincore": (27, 232), "membarrier": (324, 283),
     # oneself
-    "exit": (60, 93), "exit_group": (231, 94), "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178),
-    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177), "getresuid": (118, 148),
-    "getresgid": (120, 150), "getgroups": (115, 158), "getpgrp": (111, None), "getpgid": (121, 155),
-    "getsid": (124, 156), "getrusage": (98, 165), "times": (100, 153), "sysinfo": (99, 179), "uname": (63, 160),
-    "getrlimit": (97, 163), "setrlimit": (160, 164), "getpriority": (140, 141), "capget": (125, 90),
-    "wait4": (61, 260), "waitid": (247, 95), "arch_prctl": (158, None),
+    "exit": (60, 93), "exit_group": (231, 94), "getpid": (39, 172), "getppid": (110, 173),
+    "gettid": (186, 178), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
+    "getegid": (108, 177), "getresuid": (118, 148), "getresgid": (120, 150), "getgroups": (115, 158),
+    "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156), "getrusage": (98, 165),
+    "times": (100, 153), "sysinfo": (99, 179), "uname": (63, 160), "getrlimit": (97, 163),
+    "setrlimit": (160, 164), "getpriority": (140, 141), "capget": (125, 90), "wait4": (61, 260),
+    "waitid": (247, 95), "arch_prctl": (158, None),
     # threads and scheduling
     "sched_yield": (24, 124), "sched_getaffinity": (204, 123), "sched_getparam": (143, 121),
-    "sched_getscheduler": (145, 120), "sched_get_priority_max": (146, 125), "sched_get_priority_min": (147, 126),
-    "getcpu": (309, 168), "set_tid_address": (218, 96), "set_robust_list": (273, 99), "rseq": (334, 293),
-    "futex": (202, 98), "futex_waitv": (449, 449),
+    "sched_getscheduler": (145, 120), "sched_get_priority_max": (146, 125),
+    "sched_get_priority_min": (147, 126), "getcpu": (309, 168), "set_tid_address": (218, 96),
+    "set_robust_list": (273, 99), "rseq": (334, 293), "futex": (202, 98), "futex_waitv": (449, 449),
     # handling signals
-    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132),
-    "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133), "pause": (34, None),
-    "alarm": (37, None), "setitimer": (38, 103), "getitimer": (36, 102), "restart_syscall": (219, 128),
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "sigaltstack": (131, 132), "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137),
+    "rt_sigsuspend": (130, 133), "pause": (34, None), "alarm": (37, None), "setitimer": (38, 103),
+    "getitimer": (36, 102), "restart_syscall": (219, 128),
     # time and chance
     "time": (201, None), "gettimeofday": (96, 169), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "getrandom": (318, 278),
@@ -79,15 +86,22 @@ _PLAIN: dict[str, tuple[int | None, int | None]] = {
 # Calls that are allowed for some arguments only; `_conditions` says which.
 _CHECKED: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
-    "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131), "clone": (56, 220), "clone3": (435, 435),
-    "socketpair": (53, 199),
+    "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131), "clone": (56, 220),
+    "clone3": (435, 435), "socketpair": (53, 199),
 }  # fmt: skip
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # table column, AUDIT_ARCH_*
 
 _X32_BIT = 0x40000000  # the x32 calls of x86_64 would slip past a filter on plain numbers
 _CLONE_THREAD = 0x00010000
-_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
+_IOCTLS = (
+    0x5401,
+    0x5413,
+    0x541B,
+    0x5421,
+    0x5450,
+    0x5451,
+)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 _PRCTLS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
 _FCNTLS = (
     *(fcntl.F_DUPFD, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_DUPFD_CLOEXEC),
@@ -108,7 +122,8 @@ def supported(machine: str) -> bool:
 
 
 def program(machine: str, pid: int) -> bytes:
-    """The filter for a process that knows itself as ``pid``; to be installed by that process, without threads yet."""
+    """The filter for a process that knows itself as ``pid``; to be installed by that process, without threads
+    yet."""
     column, arch = _ARCHITECTURES[machine]
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH_OFFSET),
@@ -153,7 +168,9 @@ def _conditions(name: str, pid: int) -> list[Instruction]:
             return [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
         case "socketpair":  # a datagram socket could still send to an address
             flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-            kinds = [socket.SOCK_STREAM | extra for extra in (0, flags, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC)]
+            kinds = [
+                socket.SOCK_STREAM | extra for extra in (0, flags, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC)
+            ]
             stream = _one_of(1, kinds)
             return [_load_argument(0), (_EQUAL, 0, len(stream), socket.AF_UNIX), *stream, _refuse()]
         case _:
@@ -161,7 +178,8 @@ def _conditions(name: str, pid: int) -> list[Instruction]:
 
 
 def _load_argument(index: int) -> Instruction:
-    """Low 32 bits of an argument (little-endian); the kernel, too, reads no more of these ``int`` arguments."""
+    """Low 32 bits of an argument (little-endian); the kernel, too, reads no more of these ``int``
+    arguments."""
     return (_LOAD, 0, 0, 16 + 8 * index)
 
 

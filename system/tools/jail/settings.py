@@ -38,7 +38,8 @@ class Settings:
 
 
 def readable_directories(settings: Settings) -> list[str]:
-    """Directories a program may read: shared libraries and Python's own library, in the names sys.path uses."""
+    """Directories a program may read: shared libraries and Python's own library, in the names sys.path
+    uses."""
     library = os.path.join(sys.base_prefix, "lib")
     candidates = [*SYSTEM_LIBRARIES, library, *sys.path, *settings.paths]
     kept: list[str] = []

@@ -1,0 +1,53 @@
+"""A circuit breaker: stop asking a tool that does not work, and find out cheaply when it works again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+
+class State(StrEnum):
+    CLOSED = "closed"  # calls pass
+    OPEN = "open"  # calls are refused until the pause is over
+    HALF_OPEN = "half-open"  # one call is trying; the others are refused
+
+
+class CircuitBreaker:
+    """Opens after ``threshold`` failures in a row, for ``pause_s``; then lets one call through to try.
+
+    A try that fails opens it again for twice as long, up to ``max_pause_s``; one that succeeds closes it.
+    """
+
+    def __init__(
+        self, threshold: int, pause_s: float, max_pause_s: float, clock: Callable[[], float]
+    ) -> None:
+        self.state = State.CLOSED
+        self._threshold, self._first_pause_s, self._max_pause_s = threshold, pause_s, max_pause_s
+        self._clock = clock
+        self._failures = 0
+        self._pause_s = pause_s
+        self._until = 0.0
+
+    def allow(self) -> bool:
+        """Whether a call may go ahead.  Each allowed call must be followed by success, failure or abandon."""
+        if self.state is State.OPEN and self._clock() >= self._until:
+            self.state = State.HALF_OPEN
+            return True
+        return self.state is State.CLOSED
+
+    def success(self) -> None:
+        self.state, self._failures, self._pause_s = State.CLOSED, 0, self._first_pause_s
+
+    def failure(self) -> None:
+        self._failures += 1
+        if self.state is State.HALF_OPEN:
+            self._pause_s = min(2 * self._pause_s, self._max_pause_s)
+        if self.state is State.HALF_OPEN or (
+            self.state is State.CLOSED and self._failures >= self._threshold
+        ):
+            self.state, self._until = State.OPEN, self._clock() + self._pause_s
+
+    def abandon(self) -> None:
+        """The call ended without telling anything about the tool (cancelled, say): another may try."""
+        if self.state is State.HALF_OPEN:
+            self.state = State.OPEN

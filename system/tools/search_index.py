@@ -1,0 +1,139 @@
+"""A BM25 index over a corpus of short documents (library: bm25s, Lù 2024, arXiv 2407.03618)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import bm25s
+import numpy as np
+
+_DOCUMENTS, _MANIFEST, _SCORES = "documents.jsonl", "manifest.json", "bm25"
+_TOKENS = r"(?u)\b\w+\b"  # unlike the usual pattern it keeps one-letter words and digits
+
+
+class CorpusError(ValueError):
+    """A corpus or a saved index that cannot be used; the message names the file, the line and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    id: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    document: Document
+    score: float
+
+
+def read_corpus(path: str | Path) -> list[Document]:
+    """Documents of a JSONL file of {"id", "title", "text"}; "title" may be missing."""
+    path = Path(path)
+    if not path.is_file():
+        raise CorpusError(f"no such corpus: {path}")
+    documents: list[Document] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                documents.append(_document(line, f"{path}:{number}"))
+    return documents
+
+
+def write_corpus(path: str | Path, documents: Iterable[Document]) -> None:
+    """The inverse of :func:`read_corpus`."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
+
+
+class SearchIndex:
+    """Ranked retrieval.  Equal scores rank by place in the corpus, so that results do not depend on the
+    machine."""
+
+    def __init__(self, documents: Sequence[Document], scorer: bm25s.BM25):
+        self.documents = documents
+        self._scorer = scorer
+
+    @classmethod
+    def build(cls, documents: Iterable[Document]) -> SearchIndex:
+        """Index title and text together.  Raises CorpusError without a single word to index."""
+        documents = list(documents)
+        tokens = _tokenize([f"{document.title} {document.text}" for document in documents])
+        if not any(tokens):
+            raise CorpusError("the corpus has no document with a word in it")
+        scorer = bm25s.BM25(backend="numpy")
+        scorer.index(tokens, show_progress=False)
+        return cls(documents, scorer)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> SearchIndex:
+        """What :meth:`save` wrote."""
+        directory = Path(directory)
+        scorer = bm25s.BM25.load(str(directory / _SCORES), load_corpus=False, mmap=True)
+        return cls(read_corpus(directory / _DOCUMENTS), scorer)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the documents, the scores (NumPy arrays, JSON) and, last, a manifest with the corpus'
+        digest."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _MANIFEST).unlink(missing_ok=True)
+        write_corpus(directory / _DOCUMENTS, self.documents)
+        self._scorer.save(str(directory / _SCORES), show_progress=False)
+        (directory / _MANIFEST).write_text(json.dumps({"corpus": _digest(self.documents)}))
+
+    @classmethod
+    def cached(cls, documents: Sequence[Document], directory: str | Path) -> SearchIndex:
+        """The index of ``documents`` saved in ``directory``, built and saved there if it is missing or
+        another's."""
+        manifest = Path(directory) / _MANIFEST
+        if manifest.is_file() and json.loads(manifest.read_text()).get("corpus") == _digest(documents):
+            return cls.load(directory)
+        index = cls.build(documents)
+        index.save(directory)
+        return index
+
+    def search(self, query: str, top_k: int) -> list[Hit]:
+        """At most ``top_k`` documents that share a word with ``query``, best first."""
+        known = self._scorer.vocab_dict
+        words = [word for word in _tokenize([query])[0] if word in known]
+        if not words or top_k <= 0:
+            return []
+        scores = self._scorer.get_scores(words)  # f32[documents]
+        top_k = min(top_k, len(scores))
+        threshold = np.partition(scores, len(scores) - top_k)[len(scores) - top_k]
+        candidates = np.flatnonzero((scores >= threshold) & (scores > 0))  # ascending: the corpus' order
+        best = candidates[np.argsort(-scores[candidates], kind="stable")[:top_k]]
+        return [Hit(self.documents[i], float(scores[i])) for i in best]
+
+
+def _tokenize(texts: list[str]) -> list[list[str]]:
+    tokens = bm25s.tokenize(
+        texts, stopwords="en", token_pattern=_TOKENS, return_ids=False, show_progress=False
+    )
+    assert isinstance(tokens, list)
+    return tokens
+
+
+def _document(line: str, where: str) -> Document:
+    try:
+        record = json.loads(line)
+        document = Document(str(record["id"]), str(record.get("title", "")), record["text"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorpusError(f'{where}: expected {{"id", "title", "text"}}: {error!r}') from error
+    if not isinstance(document.text, str):
+        raise CorpusError(f"{where}: 'text' is not a string")
+    return document
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps([document.id, document.title, document.text]).encode() + b"\n")
+    return digest.hexdigest()

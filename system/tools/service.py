@@ -1,0 +1,344 @@
+"""The service around every tool: what makes a tool call safe to await.
+
+Around each call, from the outside in: argument check, cache and single flight (pure tools only), deadline,
+circuit breaker, concurrency limit, then per attempt the rate limit and the tool itself, with retries between
+attempts. A failing tool is an outcome, never an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import math
+import random
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from asyncio_throttle.throttler import Throttler
+
+from system.config import ToolsConfig
+from system.tools.breaker import CircuitBreaker
+from system.tools.http_tools import HttpClient, PythonTool, SearchTool
+from system.tools.metrics import ToolMetrics
+from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
+from system.tools.tool import Tool, ToolUnavailable, argument_error
+
+
+class ToolStartError(RuntimeError):
+    """A configured tool cannot work; the message names it, the reason and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """The same for each tool; times in seconds."""
+
+    deadline_s: float = 20.0  # one call, waiting and retries included
+    concurrency: int = 16
+    rate_per_s: float = 0.0  # attempts; 0: unlimited
+    retries: int = 2
+    cache_size: int = 4096
+    backoff_s: float = 0.5  # before the first retry, doubling; the actual wait is uniform in [half, whole]
+    breaker_threshold: int = 5
+    breaker_pause_s: float = 1.0
+    breaker_max_pause_s: float = 30.0
+
+    @classmethod
+    def from_config(cls, tools: ToolsConfig) -> ServiceLimits:
+        return cls(
+            deadline_s=tools.deadline_s,
+            concurrency=tools.concurrency,
+            rate_per_s=tools.rate_per_s,
+            retries=tools.retries,
+            cache_size=tools.cache_size,
+        )
+
+
+class ToolService:
+    """Implements :class:`system.tools.outcome.Tools`.  For the tasks of one event loop; ``close`` when
+    done."""
+
+    def __init__(
+        self,
+        tools: Iterable[Tool],
+        limits: ServiceLimits | None = None,
+        *,
+        http: HttpClient | None = None,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """``http``: a client to close with the service; ``seed``: of the back-off's jitter."""
+        limits = limits or ServiceLimits()
+        rng = random.Random(seed)
+        self._guarded: dict[str, _Guarded] = {}
+        for tool in tools:
+            if tool.spec.name in self._guarded:
+                raise ToolStartError(f"tool {tool.spec.name!r}: configured twice")
+            self._guarded[tool.spec.name] = _Guarded(tool, limits, rng, clock)
+        self._http = http
+
+    @property
+    def specs(self) -> Mapping[str, ToolSpec]:
+        return {name: guarded.tool.spec for name, guarded in self._guarded.items()}
+
+    async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        """Never raises for a failing tool; cancelling the caller cancels the call (unless others share
+        it)."""
+        guarded = self._guarded.get(tool)
+        if guarded is None:
+            known = ", ".join(self._guarded) or "none"
+            return ToolOutcome(
+                ToolStatus.REJECTED, f"There is no tool named {tool!r}. Known tools: {known}.", attempts=0
+            )
+        return await guarded.call(arguments, context)
+
+    async def check(self) -> None:
+        """Try every tool.  Raises :class:`ToolStartError` naming each that cannot work."""
+        problems = await asyncio.gather(*(guarded.problem() for guarded in self._guarded.values()))
+        if any(problems):
+            named = zip(self._guarded, problems, strict=True)
+            raise ToolStartError("; ".join(f"tool {name!r}: {problem}" for name, problem in named if problem))
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Per tool: calls, status (count by status), latency_mean_s, latency_max_s, latency_p95_s,
+        cache_hits, joined (calls that shared another's flight), retries, in_flight, breaker (its state)."""
+        return {name: guarded.stats() for name, guarded in self._guarded.items()}
+
+    async def close(self) -> None:
+        for guarded in self._guarded.values():
+            await guarded.close()
+        if self._http is not None:
+            await self._http.close()
+
+
+def build_tools(
+    config: ToolsConfig,
+    urls: Mapping[str, str],
+    *,
+    passage: str = "{title}: {text}",
+    separator: str = "\n",
+    seed: int = 0,
+) -> ToolService:
+    """The tools of ``config.names``: "search", "python", or a class of one's own as "package.module:Class".
+
+    ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
+    ``urls["search"]``.  ``passage`` and ``separator`` format search results (see :class:`SearchTool`).
+    Raises :class:`ToolStartError` for a name that cannot be made into a tool.
+    """
+    http = HttpClient()
+    tools: list[Tool] = []
+    for name in config.names:
+        if name == "search":
+            url = config.search_url or urls.get("search", "")
+            _require_url(name, url, "set tools.search_url, or let the run start its own search server")
+            tools.append(
+                SearchTool(url, config.search_top_k, passage=passage, separator=separator, http=http)
+            )
+        elif name == "python":
+            url = urls.get("python", "")
+            _require_url(name, url, "let the run start its own python server")
+            tools.append(PythonTool(url, http=http))
+        elif ":" in name:
+            tools.append(_custom(name))
+        else:
+            raise ToolStartError(
+                f"tool {name!r}: unknown; write search, python, or your own as package.module:Class"
+            )
+    return ToolService(tools, ServiceLimits.from_config(config), http=http, seed=seed)
+
+
+def _require_url(name: str, url: str, remedy: str) -> None:
+    if not url:
+        raise ToolStartError(f"tool {name!r}: no server is known: {remedy}")
+
+
+def _custom(path: str) -> Tool:
+    module, _, attribute = path.partition(":")
+    try:
+        tool = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:
+        raise ToolStartError(f"tool {path!r}: cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(tool, Tool):
+        raise ToolStartError(
+            f"tool {path!r}: not a tool: it needs spec, run and check (system.tools.tool.Tool)"
+        )
+    return tool
+
+
+class _Guarded:
+    """One tool with everything around it."""
+
+    def __init__(self, tool: Tool, limits: ServiceLimits, rng: random.Random, clock: Callable[[], float]):
+        self.tool = tool
+        self._limits, self._rng, self._clock = limits, rng, clock
+        self._metrics = ToolMetrics()
+        self._slots = asyncio.Semaphore(limits.concurrency)
+        self._throttle = _throttler(limits.rate_per_s)
+        self._breaker = CircuitBreaker(
+            limits.breaker_threshold, limits.breaker_pause_s, limits.breaker_max_pause_s, clock
+        )
+        self._cache: OrderedDict[str, ToolOutcome] = OrderedDict()
+        self._flights: dict[str, _Flight] = {}
+
+    async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        started = self._clock()
+        self._metrics.in_flight += 1
+        try:
+            outcome = await self._answer(arguments, context)
+        finally:
+            self._metrics.in_flight -= 1
+        outcome = replace(outcome, latency_s=self._clock() - started)
+        self._metrics.record(outcome)
+        return outcome
+
+    async def problem(self) -> str:
+        """Why calls cannot work, "" if they can."""
+        try:
+            async with asyncio.timeout(self._limits.deadline_s):
+                await self.tool.check()
+        except TimeoutError:
+            return f"its check did not end within {self._limits.deadline_s:g} s"
+        except ToolUnavailable as error:
+            return str(error)
+        except Exception as error:
+            return f"its check failed: {type(error).__name__}: {error}"
+        return ""
+
+    def stats(self) -> dict[str, Any]:
+        return {**self._metrics.snapshot(), "breaker": self._breaker.state.value}
+
+    async def close(self) -> None:
+        flights = [flight.task for flight in self._flights.values()]
+        for task in flights:
+            task.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        if (close := getattr(self.tool, "close", None)) is not None:
+            await close()
+
+    async def _answer(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        spec = self.tool.spec
+        if problem := argument_error(spec.parameters, arguments):
+            return ToolOutcome(ToolStatus.REJECTED, f"{spec.name}: {problem}.", attempts=0)
+        limit = self._limits.deadline_s
+        deadline_s = limit if context.deadline_s is None else min(limit, context.deadline_s)
+        if not spec.pure:
+            return await self._within(deadline_s, arguments, context)
+        key = json.dumps(arguments, sort_keys=True, default=repr)
+        if (hit := self._cache.get(key)) is not None:
+            self._cache.move_to_end(key)
+            return replace(hit, cached=True, attempts=0)
+        return await self._share(key, deadline_s, arguments, context)
+
+    async def _share(
+        self, key: str, deadline_s: float, arguments: Mapping[str, Any], context: CallContext
+    ) -> ToolOutcome:
+        """Join the flight of an equal call, or start one.  It belongs to nobody: it ends early only when all
+        who wait for it have gone, and its deadline is the tool's, not that of whoever came first."""
+        flight = self._flights.get(key)
+        if flight is None:
+            task = asyncio.ensure_future(self._fly(key, arguments, replace(context, deadline_s=None)))
+            flight = self._flights[key] = _Flight(task)
+        else:
+            self._metrics.joined += 1
+        flight.waiting += 1
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await asyncio.shield(flight.task)
+        except TimeoutError:
+            return self._timed_out(deadline_s)
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                flight.task.cancel()
+                self._flights.pop(key, None)
+
+    async def _fly(self, key: str, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        try:
+            outcome = await self._within(self._limits.deadline_s, arguments, context)
+            if outcome.status is ToolStatus.OK and self._limits.cache_size > 0:
+                self._cache[key] = outcome
+                while len(self._cache) > self._limits.cache_size:
+                    self._cache.popitem(last=False)
+            return outcome
+        finally:
+            flight = self._flights.get(key)
+            if flight is not None and flight.task is asyncio.current_task():
+                del self._flights[key]
+
+    async def _within(
+        self, deadline_s: float, arguments: Mapping[str, Any], context: CallContext
+    ) -> ToolOutcome:
+        """The call under its deadline, waiting for a slot and retries included."""
+        until = self._clock() + deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                async with self._slots:
+                    return await self._attempts(arguments, context, until)
+        except TimeoutError:
+            return self._timed_out(deadline_s)
+
+    async def _attempts(
+        self, arguments: Mapping[str, Any], context: CallContext, until: float
+    ) -> ToolOutcome:
+        name = self.tool.spec.name
+        if not self._breaker.allow():
+            text = f"The tool {name!r} is not available at the moment."
+            return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=0, detail="circuit open")
+        settled = False
+        try:
+            for attempt in range(1, self._limits.retries + 2):
+                if self._throttle is not None:
+                    await self._throttle.acquire()
+                left = replace(context, deadline_s=max(0.0, until - self._clock()))
+                try:
+                    outcome = await self.tool.run(arguments, left)
+                except ToolUnavailable as error:
+                    if error.retryable and attempt <= self._limits.retries:
+                        self._metrics.retries += 1
+                        await asyncio.sleep(self._backoff(attempt))
+                        continue
+                    self._breaker.failure()
+                    settled = True
+                    text = f"The tool {name!r} is not available at the moment."
+                    return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=attempt, detail=str(error))
+                self._breaker.success()
+                settled = True
+                return replace(outcome, attempts=attempt)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            detail = traceback.format_exc()
+            text = f"The tool {name!r} failed: {type(error).__name__}: {error}"
+            return ToolOutcome(ToolStatus.ERROR, text, detail=detail)
+        finally:
+            if not settled:
+                self._breaker.abandon()
+        raise AssertionError("unreachable: the last attempt returns")
+
+    def _backoff(self, attempt: int) -> float:
+        whole = self._limits.backoff_s * 2 ** (attempt - 1)
+        return whole * self._rng.uniform(0.5, 1.0)
+
+    def _timed_out(self, deadline_s: float) -> ToolOutcome:
+        text = f"The tool {self.tool.spec.name!r} did not answer within {deadline_s:g} s."
+        return ToolOutcome(ToolStatus.TIMEOUT, text)
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A pure call on its way, and how many wait for it."""
+
+    task: asyncio.Task[ToolOutcome]
+    waiting: int = 0
+
+
+def _throttler(rate_per_s: float) -> Throttler | None:
+    """At most ``rate_per_s`` starts a second on average, also for rates below one or with a fraction."""
+    if rate_per_s <= 0:
+        return None
+    burst = math.ceil(rate_per_s)
+    return Throttler(rate_limit=burst, period=burst / rate_per_s)

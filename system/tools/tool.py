@@ -1,0 +1,89 @@
+"""What a tool is to the service: one class with a spec, a run and a check.
+
+To bring your own, write such a class and name it in the configuration as ``package.module:Class`` (it is made
+without arguments)::
+
+    class Clock:
+        spec = ToolSpec("clock", "Tells the time.", {"type": "object", "properties": {}}, primary="")
+
+        async def run(self, arguments, context):
+            return ToolOutcome(ToolStatus.OK, datetime.now().isoformat())
+
+        async def check(self):
+            return None
+
+Deadlines, retries, limits, caching and metrics are the service's (:mod:`.service`); a tool only does its
+work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
+
+
+class ToolUnavailable(Exception):
+    """The tool cannot be reached or does not work now.  ``retryable``: another attempt may succeed soon."""
+
+    def __init__(self, reason: str, *, retryable: bool = True):
+        super().__init__(reason)
+        self.retryable = retryable
+
+
+@runtime_checkable
+class Tool(Protocol):
+    """One tool.  An instance serves many calls at once; ``run`` is cancelled at the call's deadline."""
+
+    @property
+    def spec(self) -> ToolSpec: ...
+
+    async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        """Do the call.  ``arguments`` satisfy the spec.  Failures of the call itself are outcomes; raises
+        :class:`ToolUnavailable` when the tool does not work; any other exception becomes an ERROR outcome."""
+        ...
+
+    async def check(self) -> None:
+        """Raise :class:`ToolUnavailable`, with a reason and a remedy, if calls cannot work."""
+        ...
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing).
+
+    Checks ``required``, ``additionalProperties: false``, and each property's ``type`` and ``enum``.
+    """
+    properties = schema.get("properties", {})
+    for name in schema.get("required", ()):
+        if name not in arguments:
+            return f"the argument {name!r} is missing"
+    for name, value in arguments.items():
+        if name not in properties:
+            if schema.get("additionalProperties", True) is False:
+                return f"unknown argument {name!r}; known: {', '.join(properties)}"
+            continue
+        kind = properties[name].get("type")
+        kinds = [kind] if isinstance(kind, str) else kind or []
+        if kinds and not any(_is(value, k) for k in kinds):
+            return f"the argument {name!r} must be of type {' or '.join(kinds)}, not {type(value).__name__}"
+        if "enum" in properties[name] and value not in properties[name]["enum"]:
+            return f"the argument {name!r} must be one of {', '.join(map(str, properties[name]['enum']))}"
+    return ""
+
+
+def _is(value: object, kind: str) -> bool:
+    if isinstance(value, bool) and kind != "boolean":
+        return False
+    return isinstance(value, _TYPES[kind])
