@@ -83,10 +83,10 @@ class EmbeddedEngine:
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.loop.start()
-        runner = web.AppRunner(application(self), handler_cancellation=True, access_log=None)
+        runner = web.AppRunner(application(self), handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
         self._runner = runner
         await runner.setup()
-        site = web.TCPSite(runner, host, port, shutdown_timeout=2.0)
+        site = web.TCPSite(runner, host, port)
         try:
             await site.start()
         except OSError:

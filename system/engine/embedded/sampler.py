@@ -109,7 +109,7 @@ def truncate(p: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     Both limits look at the full distribution (SGLang's joint order): of the tokens in falling probability the
     first ``top_k`` stay, and of these each whose predecessors together weigh at most ``top_p``.
     """
-    ordered, order = p.sort(-1, descending=True, stable=True)
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1, dtype=torch.float64) - ordered
     rank = torch.arange(p.shape[-1], device=p.device)
     kept = ordered.masked_fill((rank >= top_k) | (before > top_p), 0.0)

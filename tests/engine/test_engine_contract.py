@@ -1,0 +1,415 @@
+"""What any engine must do, checked against the Hugging Face model: numbers, endings, control, sharing.
+
+``served`` is the embedded server over real HTTP through the real client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import EOS, VARIANTS, VOCAB, Served, TinyModel, collect, make_tokenizer
+from transformers import GenerationConfig
+
+from system.engine.client import EngineClient
+from system.engine.protocol import Chunk, EngineError, GenerateRequest, Sampling
+
+TOLERANCE = 1e-4
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB, length).astype(np.int32)
+
+
+def request(rid: str, ids: Sequence[int] | np.ndarray, new: int = 24, **sampling: Any) -> GenerateRequest:
+    sampling.setdefault("ignore_eos", True)
+    return GenerateRequest(rid, np.asarray(ids, np.int32), Sampling(max_new_tokens=new, **sampling))
+
+
+def joined(chunks: list[Chunk]) -> Chunk:
+    """All chunks of a request as one."""
+    return Chunk(
+        *(np.concatenate([getattr(c, f) for c in chunks]) for f in ("tokens", "logprob", "entropy", "version")),
+        chunks[-1].finish,
+        chunks[-1].cached_tokens,
+    )
+
+
+@torch.no_grad()
+def log_p(model: TinyModel, ids: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> torch.Tensor:
+    """[k, V] Hugging Face log-probabilities of the distributions that ``tokens`` were drawn from."""
+    sequence = torch.from_numpy(np.concatenate([ids, tokens]).astype(np.int64))[None]
+    return torch.log_softmax(model.hf(sequence).logits[0, len(ids) - 1 : -1].float() / temperature, -1)
+
+
+def assert_exact(model: TinyModel, ids: np.ndarray, out: Chunk, temperature: float = 1.0) -> None:
+    reference = log_p(model, ids, out.tokens, temperature)
+    expected = reference.gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])[:, 0].numpy()
+    entropy = -(reference.exp() * reference).sum(-1).numpy()
+    np.testing.assert_allclose(out.logprob, expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture(params=VARIANTS, ids=[f"{family}-{'tied' if tied else 'untied'}" for family, tied in VARIANTS])
+async def served(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Served:
+    return await serve(*request.param)
+
+
+@pytest.fixture
+async def one(serve: Callable[..., Any]) -> Served:
+    """One variant, for what does not depend on the model."""
+    return await serve("qwen3", True)
+
+
+# Numbers -------------------------------------------------------------------------------------------
+
+
+async def test_numbers_equal_hugging_face(served: Served) -> None:
+    """Log-probabilities and entropies, alone and in a mixed batch, with and without a shared prefix."""
+    base = prompt(40)
+    prompts = [base[:1], base[:7], base, base, np.concatenate([base[:25], prompt(9, 1)]), prompt(60, 2), prompt(3, 3)]
+    temperatures = [1.0, 0.6, 1.0, 1.4, 1.0, 0.8, 1.0]
+    outs = await asyncio.gather(
+        *(
+            collect(served.client, request(str(i), ids, 12 + 5 * i, temperature=t))
+            for i, (ids, t) in enumerate(zip(prompts, temperatures, strict=True))
+        )
+    )
+    for ids, temperature, chunks in zip(prompts, temperatures, outs, strict=True):
+        assert_exact(served.model, ids, joined(chunks), temperature)
+    again = joined(await collect(served.client, request("again", base)))
+    assert again.cached_tokens == len(base) - 1
+    assert_exact(served.model, base, again)
+
+
+async def test_greedy_equals_hugging_face_generate(served: Served) -> None:
+    for seed, length in enumerate((5, 30)):
+        ids = prompt(length, seed)
+        out = joined(await collect(served.client, request(f"g{seed}", ids, 30, temperature=0.0, ignore_eos=False)))
+        settings = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
+        expected = served.model.hf.generate(torch.from_numpy(ids.astype(np.int64))[None], settings)
+        assert out.tokens.tolist() == expected[0, length:].tolist()
+        assert_exact(served.model, ids, out)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 8), (1e-6, -1)])
+async def test_truncated_sampling_reports_the_renormalised_probability(
+    one: Served, top_p: float, top_k: int
+) -> None:
+    ids = prompt(20)
+    out = joined(await collect(one.client, request("t", ids, 40, top_p=top_p, top_k=top_k, temperature=1.2)))
+    reference = log_p(one.model, ids, out.tokens, 1.2).exp().double()
+    for step, token in enumerate(out.tokens.tolist()):
+        ordered, order = reference[step].sort(descending=True)
+        keep = (ordered.cumsum(0) - ordered <= top_p) & (torch.arange(VOCAB) < (top_k if top_k > 0 else VOCAB))
+        kept = dict(zip(order[keep].tolist(), ordered[keep].tolist(), strict=True))
+        assert token in kept, "a token that should have been dropped was drawn"
+        assert out.logprob[step] == pytest.approx(np.log(kept[token] / sum(kept.values())), abs=TOLERANCE)
+    entropy = -(reference * reference.log()).sum(-1).numpy()
+    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
+
+
+async def test_samples_follow_the_distribution(one: Served) -> None:
+    """First tokens of many seeds against the model's probabilities (a χ² test at p < 1e-6)."""
+    ids, draws = prompt(12), 600
+    outs = await asyncio.gather(*(collect(one.client, request(f"d{i}", ids, 1, seed=i)) for i in range(draws)))
+    counts = np.bincount([int(c[0].tokens[0]) for c in outs], minlength=VOCAB)
+    p = log_p(one.model, ids, np.zeros(1, np.int32))[0].exp().numpy().astype(np.float64)
+    big = p * draws >= 5
+    observed = np.append(counts[big], counts[~big].sum())
+    expected = np.append(p[big], p[~big].sum()) * draws
+    chi2, freedom = ((observed - expected) ** 2 / expected).sum(), len(observed) - 1
+    assert chi2 < freedom + 6 * np.sqrt(2 * freedom) + 12
+
+
+async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
+    ids = prompt(15)
+    alone = joined(await collect(one.client, request("alone", ids, 40, seed=7)))
+    crowd = [request(f"c{i}", prompt(5 + i, i), 10 + i) for i in range(20)]
+    outs = await asyncio.gather(
+        *(collect(one.client, r) for r in [*crowd, request("amid", ids, 40, seed=7), request("o", ids, 40, seed=8)])
+    )
+    assert joined(outs[-2]).tokens.tolist() == alone.tokens.tolist()
+    assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
+
+
+# Endings -------------------------------------------------------------------------------------------
+
+
+async def test_stop_strings_end_at_the_completing_token(one: Served) -> None:
+    """Stop strings cut from what greedy decoding writes, inside one token and across several."""
+    tokenizer, ids = make_tokenizer(), prompt(10, 4)
+    free = joined(await collect(one.client, request("free", ids, 60, temperature=0.0))).tokens
+    texts = [tokenizer.decode([token]) for token in free.tolist()]
+    clean = [i for i in range(2, 58) if all("�" not in texts[j] and texts[j] for j in (i, i + 1))]
+    assert clean, "the seed must give some plain text"
+    for number, i in enumerate(clean[:6]):
+        stop = texts[i][-1:] + texts[i + 1][:1]  # begins in one token, ends in the next
+        upto = next(n for n in range(1, 61) if stop in tokenizer.decode(free[:n].tolist()))
+        out = joined(
+            await collect(one.client, request(f"s{number}", ids, 60, temperature=0.0, stop=("never occurs", stop)))
+        )
+        assert out.finish is not None
+        assert (out.finish.type, out.finish.matched) == ("stop", stop)
+        assert out.tokens.tolist() == free[:upto].tolist()
+
+
+async def test_stop_tokens_eos_and_length(one: Served) -> None:
+    ids = prompt(10, 5)
+    free = joined(await collect(one.client, request("free", ids, 40, temperature=0.0)))
+    assert free.finish is not None
+    assert free.finish.type == "length"
+    target = int(free.tokens[10])
+    first = free.tokens.tolist().index(target)
+    out = joined(await collect(one.client, request("s", ids, 40, temperature=0.0, stop_token_ids=(target,))))
+    assert out.finish is not None
+    assert (out.finish.type, out.finish.matched) == ("stop", target)
+    assert out.tokens.tolist() == free.tokens[: first + 1].tolist()
+    for seed in range(200):
+        out = joined(await collect(one.client, request(f"e{seed}", ids, 40, seed=seed, ignore_eos=False)))
+        if out.finish is not None and out.finish.type == "stop":
+            assert out.finish.matched == EOS
+            assert out.tokens.tolist().index(EOS) == len(out.tokens) - 1
+            return
+        assert EOS not in out.tokens
+    pytest.fail("no sample ended with EOS")
+
+
+async def test_abort_returns_what_there_is(one: Served) -> None:
+    chunks: list[Chunk] = []
+    async for chunk in one.client.generate(request("a", prompt(5), 250)):
+        chunks.append(chunk)
+        if len(chunks) == 2:
+            await one.client.abort("a")
+    out = joined(chunks)
+    assert out.finish is not None
+    assert out.finish.type == "abort"
+    assert 0 < len(out.tokens) < 250
+    assert_exact(one.model, prompt(5), out)
+
+
+async def test_closing_the_iterator_aborts_on_the_server(one: Served) -> None:
+    chunks = one.client.generate(request("a", prompt(5), 250))
+    await anext(chunks)
+    await chunks.aclose()
+    async with asyncio.timeout(5):
+        while (await one.client.infos())[0].running:
+            await asyncio.sleep(0.01)
+    assert (await one.client.infos())[0].counters["generated_tokens"] < 250
+
+
+# Sharing -------------------------------------------------------------------------------------------
+
+
+async def test_a_fork_shares_the_prefix_of_its_running_parent(one: Served) -> None:
+    """The child starts while the parent generates on, and computes nothing of what the parent has computed."""
+    ids, children = prompt(30), []
+    parent: list[Chunk] = []
+    async for chunk in one.client.generate(request("parent", ids, 150)):
+        parent.append(chunk)
+        if len(parent) == 3:
+            prefix = np.concatenate([ids, joined(parent).tokens])
+            children = [asyncio.create_task(collect(one.client, request(f"c{i}", prefix, 20))) for i in range(3)]
+    for task in children:
+        out = joined(await task)
+        assert out.cached_tokens == len(prefix) - 1
+        assert_exact(one.model, prefix, out)
+    assert_exact(one.model, ids, joined(parent))
+
+
+async def test_roots_of_one_prompt_compute_it_once(one: Served) -> None:
+    ids = prompt(50)
+    outs = await asyncio.gather(*(collect(one.client, request(f"r{i}", ids, 10)) for i in range(8)))
+    assert sorted(joined(chunks).cached_tokens for chunks in outs) == [0] + [49] * 7
+    counters = (await one.client.infos())[0].counters
+    assert counters["prefill_tokens"] == 50 + 7
+
+
+async def test_a_finished_branch_resumes_from_its_cache(one: Served) -> None:
+    ids = prompt(20)
+    first = joined(await collect(one.client, request("a", ids, 30)))
+    tool = prompt(8, 9)
+    longer = np.concatenate([ids, first.tokens, tool])
+    out = joined(await collect(one.client, request("b", longer, 30)))
+    assert out.cached_tokens == len(ids) + len(first.tokens) - 1  # the last token's key was never needed
+    assert_exact(one.model, longer, out)
+
+
+async def test_caches_evict_the_least_recently_used(serve: Callable[..., Any]) -> None:
+    served = await serve("qwen3", True, cache_slots=2)
+    prompts = [prompt(20, seed) for seed in range(3)]
+    for i, ids in enumerate([*prompts, prompts[2], prompts[1], prompts[0]]):
+        out = joined(await collect(served.client, request(str(i), ids, 4, temperature=0.0)))
+        assert out.cached_tokens == (19 if i in (3, 4) else 0)
+        assert_exact(served.model, ids, out)
+
+
+# Pause, versions, updates --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
+    ids = prompt(10)
+    task = asyncio.create_task(collect(one.client, request("a", ids, 200)))
+    while not (await one.client.infos())[0].counters["generated_tokens"]:
+        await asyncio.sleep(0.005)
+    await one.client.pause(mode)
+    before = (await one.client.infos())[0]
+    assert before.paused
+    late = asyncio.create_task(collect(one.client, request("late", ids, 5)))
+    await asyncio.sleep(0.1)
+    assert not await one.client.healthy(generate=True)
+    assert await one.client.healthy()
+    after = (await one.client.infos())[0]
+    assert after.counters["generated_tokens"] == before.counters["generated_tokens"] < 200
+    await one.client.resume()
+    assert_exact(one.model, ids, joined(await task))
+    assert len(joined(await late).tokens) == 5
+    assert await one.client.healthy(generate=True)
+
+
+async def test_pause_abort_ends_everything(one: Served) -> None:
+    tasks = [asyncio.create_task(collect(one.client, request(str(i), prompt(9, i), 200))) for i in range(5)]
+    while (await one.client.infos())[0].running < 5:
+        await asyncio.sleep(0.005)
+    await one.client.pause("abort")
+    for task in tasks:
+        finish = (await task)[-1].finish
+        assert finish is not None
+        assert finish.type == "abort"
+    await one.client.resume()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_update_in_flight_recomputes(
+    served: Served, tiny: Callable[..., TinyModel], paused: bool
+) -> None:
+    """Every token equals the model whose version it carries, given everything before it."""
+    family, tied = served.model.hf.config.model_type, served.model.hf.config.tie_word_embeddings
+    new = tiny(family, tied, 1)
+    prompts = [prompt(20 + i, i) for i in range(6)]
+    tasks = [asyncio.create_task(collect(served.client, request(f"u{i}", p, 150))) for i, p in enumerate(prompts)]
+    while (await served.client.infos())[0].counters["generated_tokens"] < 100:
+        await asyncio.sleep(0.002)
+    if paused:
+        await served.client.pause("in_place")
+    names = list(new.weights())
+    buckets = [{n: new.weights()[n] for n in names[i::3]} for i in range(3)]
+    await served.client.push_weights(buckets, 7)
+    if paused:
+        await served.client.resume()
+    mixed = 0
+    for ids, task in zip(prompts, tasks, strict=True):
+        out = joined(await task)
+        assert len(out.tokens) == 150
+        old = int((out.version == 0).sum())
+        assert out.version.tolist() == [0] * old + [7] * (150 - old)
+        mixed += 0 < old < 150
+        for version, model in ((0, served.model), (7, new)):
+            reference = log_p(model, ids, out.tokens)
+            picked = reference.gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])[:, 0].numpy()
+            mine = out.version == version
+            np.testing.assert_allclose(out.logprob[mine], picked[mine], atol=TOLERANCE, rtol=0)
+    assert mixed, "the update must have come in the middle"
+    after = joined(await collect(served.client, request("after", prompts[0])))
+    assert after.cached_tokens == 0 or after.version[0] == 7
+    assert_exact(new, prompts[0], after)
+
+
+async def test_keep_never_serves_old_keys_as_new(one: Served, tiny: Callable[..., TinyModel]) -> None:
+    new, ids = tiny("qwen3", True, 1), prompt(40)
+    await collect(one.client, request("old", ids, 5))  # leaves a cached prefix
+    running = asyncio.create_task(collect(one.client, request("running", ids, 200)))
+    while not (await one.client.infos())[0].running:
+        await asyncio.sleep(0.002)
+    await one.client.push_weights([new.weights()], 3, kv="keep")
+    fresh = joined(await collect(one.client, request("fresh", ids, 30)))
+    assert fresh.cached_tokens == 0
+    assert_exact(new, ids, fresh)
+    out = joined(await running)
+    old = int((out.version == 0).sum())
+    assert 0 < old < 200
+    assert out.version.tolist() == [0] * old + [3] * (200 - old)
+    extended = np.concatenate([ids, out.tokens[:20]])
+    child = joined(await collect(one.client, request("child", extended, 10)))
+    assert child.cached_tokens <= len(ids) + 30  # from `fresh` at most, never from the row that straddled
+    assert_exact(new, extended, child)
+
+
+async def test_update_from_disk_and_checksum(one: Served, tiny: Callable[..., TinyModel]) -> None:
+    new = tiny("qwen3", True, 1)
+    (before,) = await one.client.weights_checksum()
+    await one.client.update_weights_from_disk(str(new.path), 4)
+    (after,) = await one.client.weights_checksum()
+    assert (before[0], after[0]) == (0, 4)
+    assert before[1] != after[1]
+    assert_exact(new, prompt(9), joined(await collect(one.client, request("a", prompt(9)))))
+    await one.client.push_weights([one.model.weights()], 5)
+    assert await one.client.weights_checksum() == [(5, before[1])]
+
+
+async def test_a_wrong_update_changes_nothing(one: Served, tiny: Callable[..., TinyModel]) -> None:
+    good = tiny("qwen3", True, 1).weights()
+    before = await one.client.weights_checksum()
+    bad: dict[str, dict[str, torch.Tensor]] = {
+        "model.norm.weight: shape": {**good, "model.norm.weight": torch.zeros(7)},
+        "model.layers.1.mlp.up_proj.weight: dtype": {
+            **good,
+            "model.layers.1.mlp.up_proj.weight": good["model.layers.1.mlp.up_proj.weight"].half(),
+        },
+        "model.layers.9.mlp.up_proj.weight: no such": {**good, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)},
+        "model.norm.weight: missing": {k: v for k, v in good.items() if k != "model.norm.weight"},
+    }
+    for message, tensors in bad.items():
+        with pytest.raises(EngineError, match=message):
+            await one.client.push_weights([tensors], 9)
+    assert await one.client.weights_checksum() == before
+    assert_exact(one.model, prompt(9), joined(await collect(one.client, request("a", prompt(9)))))
+
+
+# Load ----------------------------------------------------------------------------------------------
+
+
+async def test_a_mixed_load_of_64(serve: Callable[..., Any], tiny: Callable[..., TinyModel]) -> None:
+    """More requests than rows, of all kinds, with an update and an abort in their midst; all are exact."""
+    served = await serve("qwen3", False, max_running=24, cache_slots=8)
+    new, rng = tiny("qwen3", False, 1), np.random.default_rng(0)
+    shared = prompt(30, 100)
+    prompts = [
+        np.concatenate([shared[: rng.integers(1, 31)], prompt(int(rng.integers(1, 60)), i)]) for i in range(64)
+    ]
+    lengths = rng.integers(1, 120, 64)
+    tasks = [
+        asyncio.create_task(collect(served.client, request(f"m{i}", ids, int(n))))
+        for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    while (await served.client.infos())[0].counters["generated_tokens"] < 300:
+        await asyncio.sleep(0.005)
+    await served.client.abort("m63")
+    await served.client.push_weights([new.weights()], 1)
+    for ids, n, task in zip(prompts[:-1], lengths, tasks, strict=False):
+        out = joined(await task)
+        assert len(out.tokens) == n
+        for version, model in ((0, served.model), (1, new)):
+            mine = out.version == version
+            picked = log_p(model, ids, out.tokens).gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])
+            np.testing.assert_allclose(out.logprob[mine], picked[:, 0].numpy()[mine], atol=TOLERANCE, rtol=0)
+    await tasks[-1]
+    info = (await served.client.infos())[0]
+    assert (info.running, info.waiting) == (0, 0)
+
+
+async def test_replicas_share_the_routes(tiny: Callable[..., TinyModel], serve: Callable[..., Any]) -> None:
+    first, second = await serve(), await serve()
+    client = EngineClient([first.url, second.url])
+    ids = prompt(20)
+    for i in range(12):
+        asked = GenerateRequest(str(i), ids, Sampling(2, ignore_eos=True), route=f"tree{i // 2}")
+        out = joined(await collect(client, asked))
+        assert out.cached_tokens == 19 or i % 2 == 0  # the second branch of a route finds the first one's keys
+    assert all(info.counters["requests"] for info in await client.infos())
+    await client.close()
