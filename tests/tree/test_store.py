@@ -90,6 +90,25 @@ def test_only_the_newest_files_are_kept_and_a_new_writer_goes_on(tmp_path: Path)
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_write_that_fails_shows_nothing_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = TreeWriter(tmp_path, flush_trees=2)
+    first, second = _trees(2)
+    writer.append(first)
+    with monkeypatch.context() as patch:
+
+        def full(_: int) -> None:
+            raise OSError("no space left on device")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            writer.append(second)
+    assert list(read_trees(tmp_path)) == []
+    writer.flush()
+    assert [tree.prompt_id for tree in read_trees(tmp_path)] == ["prompt-0", "prompt-1"]
+
+
 def test_keeping_none_writes_nothing(tmp_path: Path) -> None:
     with TreeWriter(tmp_path, keep=0, flush_trees=1) as writer:
         writer.append(_trees(1)[0])
