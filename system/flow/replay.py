@@ -74,6 +74,10 @@ class ReplayQueue(Generic[Item]):
         """Trees evicted so far, by reason."""
         return dict(self._dropped)
 
+    def seen(self, number: int) -> bool:
+        """Whether ``number`` has been put or skipped: a caller that may deliver twice asks first."""
+        return number < self._frontier or number in self._arrived
+
     def put(self, entry: Entry[Item]) -> None:
         self._arrive(entry.number)
         self._entries[entry.number] = entry
@@ -105,7 +109,7 @@ class ReplayQueue(Generic[Item]):
         return Eviction(entry, reason)
 
     def _arrive(self, number: int) -> None:
-        if number < self._frontier or number in self._arrived:
+        if self.seen(number):
             raise ValueError(f"tree {number} has already been put or skipped")
         self._arrived.add(number)
         while self._frontier in self._arrived:

@@ -238,7 +238,9 @@ def test_evictions_are_returned_and_counted_even_without_a_batch() -> None:
 def test_a_number_arrives_once() -> None:
     queue: ReplayQueue[str] = ReplayQueue(1, 1, 0)
     queue.put(Entry(1, 0, "tree"))
+    assert [queue.seen(number) for number in range(3)] == [False, True, False]
     queue.skip(0)
+    assert [queue.seen(number) for number in range(3)] == [True, True, False]
     for number in (0, 1):
         with pytest.raises(ValueError, match="already"):
             queue.skip(number)
