@@ -210,7 +210,8 @@ def _train(args: argparse.Namespace) -> int:
         return _launch().train(config, config_name=name, resume=run_dir.root)
     if path is None:
         raise ConfigError("name a recipe, for example: espalier train configs/quickstart.yaml")
-    return _launch().train(load(path, overrides), config_name=path.stem, resume=None)
+    config = load(path, overrides)
+    return _launch().train(config, config_name=path.stem, resume=None)
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from system.observe.outline import Decode, View, outline, table
 from system.observe.rundir import RunDir
 from system.observe.treestats import TreeStats
 from system.tree.record import Tree
-from system.tree.store import read_trees
+from system.tree.store import StoreError, read_trees
 
 _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not set
 
@@ -28,8 +28,14 @@ _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not 
 def run(args: argparse.Namespace) -> int:
     """Print one tree, or the table of all."""
     run_dir = RunDir.open(args.run)
-    config = run_dir.config()
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    try:
+        return _show(args, run_dir, run_dir.config())
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
+    console = _Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     if args.list:
         console.print(table(read_trees(run_dir.trees)))
         return 0
@@ -43,6 +49,13 @@ def run(args: argparse.Namespace) -> int:
     )
     console.print(outline(tree, view))
     return 0
+
+
+class _Console(Console):
+    """Leaves a closed pipe (``espalier tree RUN | head``) to the command line; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def select(trees: Iterator[Tree], args: argparse.Namespace, run_dir: RunDir) -> Tree:

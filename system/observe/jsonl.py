@@ -41,6 +41,10 @@ class JsonlWriter:
             _cut_torn_tail(self._fd)
             raise
 
+    def sync(self) -> None:
+        """Make everything written so far survive a crash of the machine, not only of the process."""
+        os.fsync(self._fd)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

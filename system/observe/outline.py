@@ -155,20 +155,19 @@ def pieces(decode: Decode, tokens: NDArray[np.int32]) -> list[str]:
 
 def _head(tree: Tree, view: View) -> Text:
     stats = TreeStats.of(tree)
-    head = Text.assemble(
-        (visible(tree.prompt_id), "bold"),
-        f"  {visible(tree.task)}  ·  {stats.leaves} of {tree.budget or stats.leaves} leaves: "
-        f"{_count(stats.roots, 'root')}, {_count(stats.forks, 'fork')}, "
-        f"{_count(stats.top_ups, 'top-up')}  ·  "
-        f"{_count(len(tree.calls), 'tool call')}  ·  {_count(tree.n_tokens, 'token')}",
-    )
-    if stats.flat:
-        head.append(f" ({stats.unique / stats.flat:.0%} of the flattened paths')")
+    first = [f"{visible(tree.prompt_id)}  {visible(tree.task)}"]
     if stats.reward.size:
-        head.append(f"  ·  reward {stats.reward.mean():.3f} ± {stats.reward.std():.3f}")
-    head.append(f"  ·  {stats.seconds:.1f} s")
+        first.append(f"reward {stats.reward.mean():.3f} ± {stats.reward.std():.3f}")
+    origins = ((stats.roots, "root"), (stats.forks, "fork"), (stats.top_ups, "top-up"))
+    budget = tree.budget or stats.leaves
+    first.append(f"{stats.leaves} of {budget} leaves: " + ", ".join(_count(*origin) for origin in origins))
+    second = [_count(len(tree.calls), "tool call"), _count(tree.n_tokens, "token")]
+    if stats.flat:
+        second[-1] += f", {stats.unique / stats.flat:.0%} of the flattened paths'"
+    second.append(f"{stats.seconds:.1f} s")
     if view.credit:
-        head.append(f"  ·  advantages: {view.credit}, within this tree")
+        second.append(f"advantages: {view.credit}, within this tree")
+    head = Text.assemble(("  ·  ".join(first), "bold"), "\n", ("  ·  ".join(second), "dim"))
     for key in ("question", "answer", "answers", "gold"):
         if key in tree.meta:
             head.append(f"\n{key}: ", "dim")

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from system.cli import SAFE_ON_RESUME, main, unsafe_on_resume
+from system.config import Config
+from system.observe.rundir import RunDir
+from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.store import TreeWriter
+
+COMMANDS = ("train", "eval", "bench", "tree", "config")
+
+
+class Launched:
+    """Stands in for ``actors.launch`` and remembers how it was called."""
+
+    def __init__(self) -> None:
+        self.train_calls: list[tuple[Config, str, Path | None]] = []
+        self.eval_calls: list[tuple[Config, Path]] = []
+
+    def train(self, config: Config, *, config_name: str, resume: Path | None) -> int:
+        self.train_calls.append((config, config_name, resume))
+        return 0
+
+    def evaluate(self, config: Config, model_dir: Path) -> dict[str, Any]:
+        self.eval_calls.append((config, model_dir))
+        return {"accuracy": np.float32(0.5), "reward": float("nan")}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    fake = Launched()
+    monkeypatch.setitem(sys.modules, "actors.launch", fake)  # type: ignore[arg-type]
+    return fake
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(f"run: {{dir: {tmp_path / 'runs'}, steps: 5}}\n")
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    config = Config()
+    config.run.dir = str(tmp_path / "runs")
+    return RunDir.create(config, "small")
+
+
+def tiny_tree(prompt_id: str, reward: tuple[float, float]) -> Tree:
+    return Tree(
+        prompt_id=prompt_id,
+        task="calc",
+        tokens=np.array([1, 2, 3, 4], np.int32),
+        logprob=np.zeros(4, np.float32),
+        entropy=np.array([np.nan, np.nan, 0.5, 1.0], np.float32),
+        version=np.array([-1, -1, 0, 0], np.int32),
+        start=np.array([0, 2, 3], np.int32),
+        parent=np.array([-1, 0, 0], np.int32),
+        kind=np.array([Kind.PROMPT, Kind.MODEL, Kind.MODEL], np.int8),
+        leaf=np.array([1, 2], np.int32),
+        reward=np.array(reward, np.float32),
+        correct=(np.array(reward) > 0.5).astype(np.int8),
+        outcome=np.full(2, Outcome.STOPPED, np.int8),
+        origin=np.full(2, Origin.ROOT, np.int8),
+        budget=2,
+    )
+
+
+@pytest.fixture
+def run_with_trees(run_dir: RunDir) -> RunDir:
+    with TreeWriter(run_dir.trees, flush_trees=2) as writer:
+        for name, reward in (("a", (0.0, 0.0)), ("b", (1.0, 1.0)), ("c", (1.0, 0.0)), ("a", (1.0, 0.0))):
+            writer.append(tiny_tree(name, reward))
+    return run_dir
+
+
+def test_help_needs_no_heavy_library():
+    code = (
+        "import sys\nfrom system.cli import main\ncode = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'ray', 'transformers', 'megatron', 'numpy', 'omegaconf', 'rich', 'wandb'}\n"
+        "loaded = heavy & set(sys.modules)\nassert not loaded, loaded\nsys.exit(code)"
+    )
+    for words in (["--help"], ["train", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_by_example(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([command, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert "examples:" in help_text
+    assert f"espalier {command} " in help_text
+
+
+def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 2
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train"], "name a recipe"),
+        (["train", "no/such.yaml"], "no such configuration file"),
+        (["train", "a.yaml", "b.yaml"], "one file at a time"),
+        (["train", "--resume", "no/such/run"], "no such run directory"),
+        (["eval", "no/such/run"], "is no run directory"),
+        (["tree", "no/such/run"], "no such run directory"),
+        (["config", "flow.stalenes=1"], "did you mean flow.staleness?"),
+        (["trian"], "invalid choice"),
+        (["train", "--bogus"], "unrecognized arguments"),
+        (["bench", "everything"], "invalid choice"),
+    ],
+)
+def test_wrong_use_is_one_clear_message_and_code_2(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_config_prints_what_loads_back(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["config", str(recipe), "branching=none"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert main(["config", str(printed), "flow.staleness=0"]) == 0
+    out = capsys.readouterr().out
+    assert "name: none" in out
+    assert "staleness: 0" in out
+
+
+def test_train_passes_the_recipe_and_overrides_around_options(recipe: Path, launched: Launched):
+    assert main(["train", "run.seed=3", str(recipe), "branching=none"]) == 0
+    ((config, name, resume),) = launched.train_calls
+    assert (config.run.seed, config.run.steps, config.branching.name) == (3, 5, "none")
+    assert (name, resume) == ("small", None)
+
+
+def test_train_returns_the_conductors_exit_code(
+    recipe: Path, launched: Launched, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launched, "train", lambda *_, **__: 130)
+    assert main(["train", str(recipe)]) == 130
+
+
+def test_resume_takes_the_stored_configuration(
+    run_dir: RunDir, launched: Launched, capsys: pytest.CaptureFixture[str]
+):
+    words = ["train", "run.steps=9", "--resume", str(run_dir.root), "learn.lr=0.5", "observe.wandb=disabled"]
+    assert main(words) == 0
+    ((config, _, resume),) = launched.train_calls
+    assert resume == run_dir.root
+    assert (config.run.steps, config.learn.lr, config.observe.wandb) == (9, 0.5, "disabled")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "learn.lr" in warnings[0]
+
+
+def test_resume_with_a_recipe_is_refused(
+    run_dir: RunDir, recipe: Path, launched: Launched, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", str(recipe), "--resume", str(run_dir.root)]) == 2
+    assert "leave" in capsys.readouterr().err
+    assert launched.train_calls == []
+
+
+def test_safe_keys_are_real_and_the_rest_warns():
+    config = Config()
+    for key in SAFE_ON_RESUME:
+        section, _, name = key.partition(".")
+        assert hasattr(config, section)
+        assert not name or hasattr(getattr(config, section), name)
+    assert unsafe_on_resume(["eval.every=3", "run.stepsize=1", "model.layers=2"]) == [
+        "run.stepsize",
+        "model.layers",
+    ]
+
+
+def test_eval_of_a_run(
+    run_dir: RunDir, launched: Launched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["eval", str(run_dir.root)]) == 2
+    assert "no model" in capsys.readouterr().err
+    run_dir.model.mkdir()
+    (run_dir.model / "config.json").write_text("{}")
+    out = tmp_path / "result.json"
+    assert main(["eval", str(run_dir.root), "eval.questions=7", "--out", str(out)]) == 0
+    ((config, model),) = launched.eval_calls
+    assert (config.eval.questions, model) == (7, run_dir.model)
+    assert json.loads(out.read_text()) == {"accuracy": 0.5, "reward": None}
+    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5, "reward": None}
+
+
+def test_eval_of_a_model_needs_a_recipe(tmp_path: Path, recipe: Path, launched: Launched):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["eval", str(tmp_path)]) == 2
+    assert main(["eval", str(tmp_path), "--config", str(recipe)]) == 0
+    assert launched.eval_calls[0][1] == tmp_path
+
+
+@pytest.mark.parametrize("what", ["engine", "learner"])
+def test_bench_runs_by_name(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    called: list[tuple[Path, bool]] = []
+    module = types.ModuleType(f"system.bench.{what}")
+    module.run = lambda out_dir, quick: called.append((out_dir, quick))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, f"system.bench.{what}", module)
+    out = tmp_path / "deep" / "out"
+    assert main(["bench", what, "--quick", "--out", str(out)]) == 0
+    assert called == [(out, True)]
+    assert out.is_dir()
+
+
+def test_ctrl_c_outside_the_conductor_is_quiet(
+    recipe: Path, launched: Launched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launched, "train", interrupt)
+    assert main(["train", str(recipe)]) == 130
+    assert capsys.readouterr().err == "espalier: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("a", "0.500")),
+        (["--index", "0"], ("a", "0.000")),
+        (["--index", "2"], ("c", "0.500")),
+        (["--index", "-3"], ("b", "1.000")),
+        (["--best"], ("b", "1.000")),
+        (["--worst"], ("a", "0.000")),
+        (["--prompt", "a"], ("a", "0.500")),
+        (["--prompt", "b"], ("b", "1.000")),
+    ],
+)
+def test_tree_shows_the_one_asked_for(
+    run_with_trees: RunDir, options: list[str], expected: tuple[str, str], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["tree", str(run_with_trees.root), *options]) == 0
+    captured = capsys.readouterr()
+    name, reward = expected
+    assert captured.out.startswith(f"{name}  calc")
+    assert f"reward {reward} ±" in captured.out
+    assert "⟨1⟩⟨2⟩" in captured.out  # no tokenizer in this run, and that is said
+    assert "WARNING: no tokenizer" in captured.err
+
+
+@pytest.mark.parametrize("options", [["--index", "4"], ["--index", "-5"], ["--prompt", "z"]])
+def test_tree_that_is_not_there(
+    run_with_trees: RunDir, options: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["tree", str(run_with_trees.root), *options]) == 2
+    assert "keeps no tree" in capsys.readouterr().err
+
+
+def test_tree_of_a_run_without_trees(run_dir: RunDir, capsys: pytest.CaptureFixture[str]):
+    assert main(["tree", str(run_dir.root)]) == 2
+    assert "keeps no tree yet" in capsys.readouterr().err
+    assert main(["tree", str(run_dir.root), "--best"]) == 2
+
+
+def test_a_damaged_tree_file_is_one_line(run_with_trees: RunDir, capsys: pytest.CaptureFixture[str]):
+    next(iter(run_with_trees.trees.glob("trees-*.parquet"))).write_bytes(b"not parquet")
+    assert main(["tree", str(run_with_trees.root), "--list"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_tree_list(run_with_trees: RunDir, capsys: pytest.CaptureFixture[str]):
+    assert main(["tree", str(run_with_trees.root), "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["0", "a"], ["1", "b"], ["2", "c"], ["3", "a"]]
+
+
+def test_tree_uses_the_runs_tokenizer(run_with_trees: RunDir, capsys: pytest.CaptureFixture[str]):
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "Who": 1, "wrote": 2, "Ada": 3, "Bob": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
+        run_with_trees.model
+    )
+    assert main(["tree", str(run_with_trees.root), "--entropy"]) == 0
+    captured = capsys.readouterr()
+    assert "Who wrote" in captured.out
+    assert "leaf 0" in captured.out
+    assert "WARNING" not in captured.err
+
+
+def test_advantages_are_those_of_the_configured_estimator(
+    run_dir: RunDir, capsys: pytest.CaptureFixture[str]
+):
+    config = run_dir.config(("learn.credit=dr-grpo",))
+    run_dir.write_config(config)
+    with TreeWriter(run_dir.trees) as writer:
+        writer.append(replace(tiny_tree("a", (1.0, 0.0)), correct=np.array([1, 0], np.int8)))
+    assert main(["tree", str(run_dir.root)]) == 0
+    out = capsys.readouterr().out
+    assert "advantages: dr-grpo" in out
+    assert "A +0.500" in out
+    assert "A -0.500" in out
+
+
+def test_a_closed_pipe_is_no_error(run_with_trees: RunDir):
+    """``espalier tree RUN | head -1`` with a reader that leaves at once."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "system.cli", "tree", str(run_with_trees.root), "--list"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    try:
+        assert process.wait(timeout=120) == 0
+        error = process.stderr.read()
+    finally:
+        process.kill()
+    assert "Traceback" not in error
+    assert "BrokenPipe" not in error
