@@ -31,10 +31,12 @@ class Admission:
 
     @property
     def accepted(self) -> int:
+        """Leaves of trees that closed well, those already trained on included."""
         return self._accepted
 
     @property
     def reserved(self) -> int:
+        """Leaves of trees that are growing."""
         return self._reserved
 
     @property

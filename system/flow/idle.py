@@ -33,6 +33,7 @@ class IdleClock:
         self._advance(actor, now).open[cause] += 1
 
     def leave(self, actor: str, cause: str, now: float) -> None:
+        """One of its intervals of ``cause`` ends; ValueError when none is open."""
         state = self._advance(actor, now)
         if state.open[cause] < 1:
             raise ValueError(f"{actor} is not in {cause!r}")

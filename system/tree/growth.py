@@ -176,6 +176,7 @@ class Growth:
         return len(self._leaves) - 1
 
     def score(self, leaf: int, value: float, correct: bool) -> None:
+        """Give leaf number ``leaf`` its reward; a leaf never scored has reward NaN and ``correct`` -1."""
         if not math.isfinite(value):
             raise TreeError(f"leaf {leaf}: a reward must be finite, not {value}")
         self._leaves[leaf].reward = float(value)

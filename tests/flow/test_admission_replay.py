@@ -133,7 +133,7 @@ def _settings() -> dict[str, st.SearchStrategy]:
     }
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(**_settings())
 def test_the_loop_never_deadlocks_and_staleness_is_bounded(
     seed: int, staleness: int, window: int, batch: int, concurrency: int, fail: float, cruel: bool
@@ -155,7 +155,7 @@ def test_the_loop_never_deadlocks_and_staleness_is_bounded(
     assert all(tree.ahead < (staleness + 1) * batch for tree in loop.growing)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(**_settings(), slack=st.integers(0, 2))
 def test_a_tighter_limit_evicts_with_a_reason_and_still_makes_progress(
     seed: int,

@@ -178,7 +178,7 @@ class _Run:
         assert all(counts[s] == sum(x == s for x in states.values()) for s in State)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), max_size=5))
 def test_nothing_is_lost_or_trained_twice_through_any_crashes(seed: int, lives: list[int]) -> None:
     run = _Run(seed)

@@ -4,6 +4,8 @@ by id.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -260,6 +262,20 @@ def test_first_fit_decreasing_fills_rows_and_is_deterministic() -> None:
 def test_bad_credit_is_refused(advantage, weight, error, message) -> None:
     with pytest.raises(error, match=message):
         pack([_fork((2, 2))], [np.array(advantage)], [np.array(weight)], budget=100)
+
+
+def test_read_only_arrays_do() -> None:
+    """Arrays that come out of Ray's object store cannot be written to."""
+    tree = _fork((3, 4))
+    for field in dataclasses.fields(Tree):
+        if isinstance(array := getattr(tree, field.name), np.ndarray):
+            array.flags.writeable = False
+    credit = np.array([1.0, -1.0], np.float32)
+    credit.flags.writeable = False
+    validate(tree)
+    assert pack([tree], [credit], [abs(credit)], budget=18, hard=True)
+    assert len(flatten(tree)) == 2
+    assert counts([tree]) == (4 + 3 + 4, 2 * 4 + 3 + 4)
 
 
 def test_a_budget_below_one_is_refused() -> None:
