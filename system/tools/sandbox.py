@@ -149,16 +149,19 @@ class Sandbox:
         Raises :class:`SandboxUnavailable` naming, for each way, what is missing.
         """
         missing: list[str] = []
-        for self._way in self._ways:
-            way = "namespaces" if self._way else "Landlock and seccomp"
+        for way in self._ways:
+            self._way = way
             try:
                 async with self._starting:
                     self._server = await self._start_server()
                 await probe.verify(self)
                 return
             except (SandboxUnavailable, probe.Escaped) as error:
-                missing.append(f"with {way}: {error}")
+                missing.append(f"with {'namespaces' if way else 'Landlock and seccomp'}: {error}")
                 await self.close()
+            except BaseException:
+                await self.close()
+                raise
         raise SandboxUnavailable("python cannot be sandboxed here: " + "; ".join(missing))
 
     async def run(self, code: str, *, deadline_s: float | None = None) -> SandboxResult:

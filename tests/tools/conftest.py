@@ -1,0 +1,27 @@
+"""A running sandbox, in each way of confinement that this machine permits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from system.tools.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
+
+LIMITS = SandboxLimits(
+    wall_s=20.0, cpu_s=5.0, memory_mb=128, output_chars=2000, file_mb=4, disk_mb=16, threads=8
+)
+
+
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=[True, False], ids=["namespaces", "landlock"]
+)
+async def sandbox(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
+    box = Sandbox(LIMITS, namespaces=request.param)
+    try:
+        await box.start()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    yield box
+    await box.close()

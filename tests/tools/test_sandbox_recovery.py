@@ -1,0 +1,106 @@
+"""kill -9 of any process of the sandbox: the next call works, and so does the running one where it can."""
+
+# ruff: noqa: ASYNC240  (a test may look at /proc and /tmp without a thread)
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from system.tools.outcome import ToolStatus
+from system.tools.sandbox import Sandbox, SandboxUnavailable
+
+
+@pytest_asyncio.fixture(params=[True, False], ids=["namespaces", "landlock"])
+async def fresh(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
+    box = Sandbox(namespaces=request.param)
+    try:
+        await box.start()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    yield box
+    await box.close()
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+async def running_call(server: int) -> tuple[int, int]:
+    """The warden and the program of the call that runs now, past the warden of one that just ended."""
+    for _ in range(200):
+        for warden in children(server):
+            for program in children(warden):
+                return warden, program
+        await asyncio.sleep(0.02)
+    raise AssertionError("no call appeared")
+
+
+async def gone(pid: int) -> bool:
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def test_the_fork_server_killed_while_idle(fresh: Sandbox) -> None:
+    assert fresh.pid is not None
+    killed = fresh.pid
+    os.kill(killed, signal.SIGKILL)
+    await asyncio.sleep(0.1)
+    results = await asyncio.gather(*(fresh.run(f"{i}") for i in range(8)))
+    assert [result.text for result in results] == [str(i) for i in range(8)]
+    assert fresh.pid != killed
+
+
+async def test_the_fork_server_killed_during_a_call(fresh: Sandbox) -> None:
+    assert fresh.pid is not None
+    call = asyncio.ensure_future(fresh.run("import time\ntime.sleep(0.5)\nprint('done')"))
+    await running_call(fresh.pid)
+    os.kill(fresh.pid, signal.SIGKILL)
+    assert (await call).text == "done"
+    assert (await fresh.run("1")).text == "1"
+
+
+async def test_a_warden_killed_during_a_call_takes_its_program_with_it(fresh: Sandbox) -> None:
+    assert fresh.pid is not None
+    call = asyncio.ensure_future(fresh.run("import time\ntime.sleep(0.5)\nprint('done')"))
+    warden, program = await running_call(fresh.pid)
+    os.kill(warden, signal.SIGKILL)
+    assert (await call).text == "done"  # run again: nothing of the first has left the sandbox
+    assert await gone(program)
+
+
+async def test_a_program_killed_from_outside_is_an_error(fresh: Sandbox) -> None:
+    assert fresh.pid is not None
+    call = asyncio.ensure_future(fresh.run("import time\ntime.sleep(60)"))
+    _, program = await running_call(fresh.pid)
+    os.kill(program, signal.SIGKILL)
+    result = await call
+    assert result.status is ToolStatus.ERROR
+    assert "SIGKILL" in result.text
+    assert (await fresh.run("1")).text == "1"
+
+
+async def test_a_stopped_warden_does_not_hold_a_call_for_ever(
+    fresh: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("system.tools.sandbox._GRACE_S", 0.2)
+    assert fresh.pid is not None
+    call = asyncio.ensure_future(fresh.run("import time\ntime.sleep(0.5)\nprint('done')", deadline_s=1.0))
+    warden, _ = await running_call(fresh.pid)
+    os.kill(warden, signal.SIGSTOP)
+    try:
+        assert (await call).text == "done"
+    finally:
+        os.kill(warden, signal.SIGKILL)
