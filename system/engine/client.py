@@ -148,16 +148,16 @@ class EngineClient:
         reader, splitter = StreamReader(), EventSplitter()
         rid = progress.request.rid
         try:
-            async with asyncio.timeout_at(self._patience(deadline)):
-                response = await self._open().post(f"{progress.url}/generate", json=_body(progress))
+            response = await self._open().post(
+                f"{progress.url}/generate", json=_body(progress), timeout=self._patience(deadline)
+            )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
         try:
             if response.status != 200:
-                raise await _refusal(response, rid, self._patience(deadline))
+                raise await _refusal(response, rid)
             while not splitter.done:
-                async with asyncio.timeout_at(self._patience(deadline)):
-                    data = await response.content.readany()
+                data = await response.content.readany()
                 if not data:
                     raise _Broken("the stream ended without a finish")
                 for message in splitter.feed(data):
@@ -188,8 +188,10 @@ class EngineClient:
         home = zlib.crc32((request.route or request.rid).encode())
         return self.urls[(home + attempt) % len(self.urls)]
 
-    def _patience(self, deadline: float) -> float:
-        return min(deadline, asyncio.get_running_loop().time() + self._stall_s)
+    def _patience(self, deadline: float) -> aiohttp.ClientTimeout:
+        """Deadlines of one HTTP call: to connect, between two reads, and altogether."""
+        left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
+        return aiohttp.ClientTimeout(total=left, sock_connect=self._connect_s, sock_read=self._stall_s)
 
     def _broken(self, error: Exception, deadline: float, rid: str) -> Exception:
         if asyncio.get_running_loop().time() >= deadline:
@@ -388,10 +390,9 @@ def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
     return Chunk(np.zeros(0, np.int32), numbers, numbers, np.zeros(0, np.int32), finish, cached_tokens)
 
 
-async def _refusal(response: aiohttp.ClientResponse, rid: str, deadline: float) -> Exception:
+async def _refusal(response: aiohttp.ClientResponse, rid: str) -> Exception:
     """A 4xx is about the request and final; anything else is about the server."""
-    async with asyncio.timeout_at(deadline):
-        message = await _message(response)
+    message = await _message(response)
     if 400 <= response.status < 500:
         return EngineError(f"request {rid!r} refused: {message}")
     return _Broken(f"status {response.status}: {message}")

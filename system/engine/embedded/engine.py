@@ -83,7 +83,9 @@ class EmbeddedEngine:
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.loop.start()
-        runner = web.AppRunner(application(self), handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
+        runner = web.AppRunner(
+            application(self), handler_cancellation=True, access_log=None, shutdown_timeout=2.0
+        )
         self._runner = runner
         await runner.setup()
         site = web.TCPSite(runner, host, port)

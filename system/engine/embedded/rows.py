@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from system.engine.embedded.job import Job
-from system.engine.embedded.sampler import Sampled, SamplingBatch, uniforms
+from system.engine.embedded.sampler import Sampled, SamplingBatch, scrambled, uniforms
 from system.engine.embedded.stops import StopStrings
+
+_GROWTH = 4  # the largest chunk, in units of the configured one
 
 
 @dataclass(slots=True)
@@ -34,9 +36,8 @@ class Rows:
         self._top_p = np.zeros(rows, np.float32)
         self._top_k = np.zeros(rows, np.int64)
         self._ends_at_eos = np.zeros(rows, bool)
-        self.pending = np.zeros(
-            (rows, chunk, 3), np.float64
-        )  # logprob, kept logprob, entropy of unsent tokens
+        # Of the unsent tokens: log-probability, the same renormalised, entropy.
+        self.pending = np.zeros((rows, _GROWTH * chunk, 3))
         self._due = np.zeros(rows, np.int64)  # unsent tokens that make an event
         self._chunk, self._vocab, self._device = chunk, vocab, device
         self._groups: _Groups | None = None
@@ -53,16 +54,16 @@ class Rows:
         self.jobs.append(job)
         self.length[row] = self.sent[row] = job.tokens.size
         self._limit[row] = job.prompt.size + job.max_new_tokens
-        self._seed[row] = job.seed
+        self._seed[row] = scrambled(job.seed)
         self._temperature[row], self._top_p[row], self._top_k[row] = job.temperature, job.top_p, job.top_k
         self._ends_at_eos[row] = not job.ignore_eos
-        self._due[row] = min(job.chunk or self._chunk, self._chunk)
+        self._set_due(row)
         self._groups = None
         return row
 
     def remove(self, row: int) -> int:
-        """Drop a row and move the last one into its place; returns the row that moved (``row`` itself:
-        none).
+        """Drop a row and move the last one into its place; returns where that one was (``row``: none
+        moved).
         """
         last = len(self.jobs) - 1
         if row != last:
@@ -72,6 +73,24 @@ class Rows:
         self.jobs.pop()
         self._groups = None
         return last
+
+    def mark_sent(self, row: int) -> None:
+        """The caller has every token of this row."""
+        self.sent[row] = self.length[row]
+        self._set_due(row)
+
+    def _set_due(self, row: int) -> None:
+        """How many tokens the next event gathers.
+
+        The first ones come in small chunks, for a probe of a branch's first tokens waits for them; later ones
+        may grow to half of what has been sent, which spares most of the HTTP traffic of a long answer.
+        """
+        job = self.jobs[row]
+        if job.chunk:
+            self._due[row] = min(job.chunk, self._chunk)
+        else:
+            generated = int(self.sent[row]) - job.prompt.size
+            self._due[row] = min(max(generated // 2, self._chunk), _GROWTH * self._chunk)
 
     @property
     def sampling(self) -> SamplingBatch:

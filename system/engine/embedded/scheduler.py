@@ -14,10 +14,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from system.engine.embedded.batching import Batcher, Piece, similar_widths
 from system.engine.embedded.job import Event, Job
-from system.engine.embedded.model import Batch, Decoder, KVStore, Segment
+from system.engine.embedded.model import Batch, Decoder, KVStore
 from system.engine.embedded.rows import Rows
 from system.engine.embedded.sampler import sample
 from system.engine.embedded.shape import ModelShape
@@ -86,6 +86,7 @@ class Scheduler:
         self.counters = Counters()
         self._decoder = Decoder(shape, limits.context, dtype, device)
         self._slots = SlotTable(limits.rows, limits.cached, limits.context)
+        self._batcher = Batcher(limits.context, dtype, device)
         self._kv = KVStore(shape, self._slots.total, limits.context, dtype, device)
         self._rows = Rows(limits.rows, limits.chunk, shape.vocab, device)
         self._waiting: deque[Job] = deque()
@@ -241,77 +242,23 @@ class Scheduler:
             job.cached_tokens = cached
         self.counters.cached_tokens += cached
         self.counters.prefill_tokens += admitted.suffix
-        while (
-            admitted.suffix > self.limits.prefill
-        ):  # a very long prompt: all but its last piece in passes of its own
+        # A very long prompt: all but its last part in passes of its own.
+        while admitted.suffix > self.limits.prefill:
             stop = admitted.cached + self.limits.prefill
-            piece = _Piece([row], [admitted.cached], [stop])
-            self._decoder.forward(self.weights, self._kv, self._assemble([piece], logits=False))
+            piece = Piece(row, np.array([admitted.cached]), np.array([stop]))
+            batch = self._batcher.pack(self._slots.tokens, [piece], logits=False)
+            self._decoder.forward(self.weights, self._kv, batch)
             admitted.cached = stop
 
-    # Batches -------------------------------------------------------------------------------------
-
     def _batch(self, decoding: int, admitted: list[_Admitted]) -> Batch:
-        pieces = []
-        length = self._rows.length
+        """Running rows first, then the admitted ones (ascending by what is to be computed)."""
+        pieces, length = [], self._rows.length
         if decoding:
-            rows = np.arange(decoding)
-            pieces.append(_Piece(rows, length[:decoding] - 1, length[:decoding]))
-        first = 0
-        while first < len(admitted):
-            last = first + 1
-            while last < len(admitted) and _pads_cheaply(
-                admitted[first].suffix, admitted[last].suffix, last - first
-            ):
-                last += 1
-            rows = np.arange(decoding + first, decoding + last)
-            start = [one.cached for one in admitted[first:last]]
-            pieces.append(_Piece(rows, start, length[rows]))
-            first = last
-        return self._assemble(pieces, logits=True)
-
-    def _assemble(self, pieces: list[_Piece], logits: bool) -> Batch:
-        """Pack the pieces into one token axis."""
-        device, context = self.device, self.limits.context
-        segments, offset = [], 0
-        for piece in pieces:
-            count = piece.positions.size
-            keys = int(piece.stop.max())
-            query = piece.start[:, None] + np.arange(
-                piece.width
-            )  # [rows, width] position of each (padded) query
-            allowed = torch.from_numpy(query).to(device)[:, None, :, None] >= torch.arange(
-                keys, device=device
-            )
-            mask = torch.zeros(allowed.shape, dtype=self._kv.data.dtype, device=device)
-            segments.append(
-                Segment(
-                    start=offset,
-                    stop=offset + count,
-                    first_row=int(piece.rows[0]),
-                    rows=piece.rows.size,
-                    width=piece.width,
-                    keys=keys,
-                    scatter=None if piece.even else torch.from_numpy(piece.padded).to(device),
-                    mask=mask.masked_fill_(~allowed, -torch.inf),
-                )
-            )
-            offset += count
-        positions = np.concatenate([piece.positions for piece in pieces])
-        rows = np.concatenate([piece.row_of for piece in pieces])
-        last = None
-        if not logits:
-            last = torch.tensor([offset - 1], device=device)
-        elif any(piece.width > 1 for piece in pieces):
-            widths = np.concatenate([piece.stop - piece.start for piece in pieces])
-            last = torch.from_numpy(np.cumsum(widths) - 1).to(device)
-        return Batch(
-            tokens=torch.from_numpy(self._slots.tokens[rows, positions].astype(np.int64)).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            places=torch.from_numpy(rows * context + positions).to(device),
-            segments=tuple(segments),
-            last=last,
-        )
+            pieces.append(Piece(0, length[:decoding] - 1, length[:decoding]))
+        for first, last in similar_widths([one.suffix for one in admitted]):
+            start = np.array([one.cached for one in admitted[first:last]])
+            pieces.append(Piece(decoding + first, start, length[decoding + first : decoding + last]))
+        return self._batcher.pack(self._slots.tokens, pieces)
 
     # Endings -------------------------------------------------------------------------------------
 
@@ -341,7 +288,7 @@ class Scheduler:
             emitted.append(
                 (job, Event(tokens, logprob, kept, entropy, self.version, finish, job.cached_tokens))
             )
-            self._rows.sent[row] = length
+            self._rows.mark_sent(row)
         return emitted
 
     def _finish(self, finished: list[tuple[int, Finish]]) -> list[Emitted]:
@@ -378,35 +325,3 @@ class Scheduler:
         slots.tokens[target, : size + 1] = slots.tokens[source, : size + 1]
         slots.length[target] = size
         slots.epoch[target] = slots.epoch[source]
-
-
-class _Piece:
-    """Positions ``start[i] .. stop[i]`` of each row in a contiguous range of rows, to be computed
-    together.
-    """
-
-    __slots__ = ("even", "padded", "positions", "row_of", "rows", "start", "stop", "width")
-
-    def __init__(
-        self,
-        rows: NDArray[np.int64] | list[int],
-        start: NDArray[np.int64] | list[int],
-        stop: NDArray[np.int64] | list[int],
-    ):
-        self.rows = np.asarray(rows, np.int64)
-        self.start = np.asarray(start, np.int64)
-        self.stop = np.asarray(stop, np.int64)
-        widths = self.stop - self.start
-        self.width = int(widths.max())
-        self.even = bool((widths == self.width).all())
-        if self.width == 1:
-            self.positions, self.row_of, self.padded = self.start, self.rows, self.rows
-            return
-        offsets = np.arange(widths.sum()) - np.repeat(np.cumsum(widths) - widths, widths)
-        self.positions = np.repeat(self.start, widths) + offsets
-        self.row_of = np.repeat(self.rows, widths)
-        self.padded = np.repeat(np.arange(self.rows.size) * self.width, widths) + offsets
-
-
-def _pads_cheaply(shortest: int, longest: int, rows: int) -> bool:
-    return longest <= 2 * shortest or longest * (rows + 1) <= _FREE_PADDING

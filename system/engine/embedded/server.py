@@ -31,6 +31,8 @@ CONTROL_DEADLINE_S = (
 )
 HEALTH_DEADLINE_S = 20.0
 
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
 
 def application(engine: EmbeddedEngine) -> web.Application:
     """The server's routes, bound to one engine."""
@@ -369,4 +371,4 @@ def _short(value: float) -> float:
 
 
 def _sse(message: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(message, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_encode(message)}\n\n".encode()
