@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +37,28 @@ class Task(Protocol):
 
     def eval(self) -> Sequence[Prompt]:
         """Held-out prompts."""
+        ...
+
+
+# What a task may bring besides its prompts.
+
+
+@runtime_checkable
+class HasCorpus(Protocol):
+    def corpus(self) -> list[dict[str, str]]:
+        """Documents {"id", "title", "text"} for the search tool."""
+        ...
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer made for this task, for a new tiny model."""
+        ...
+
+
+@runtime_checkable
+class HasDemonstrations(Protocol):
+    def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
+        """Supervised trajectories for a warm start."""
         ...

@@ -1,0 +1,239 @@
+"""From a configuration to a finished run: what ``espalier train`` and ``espalier eval`` do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from system.tasks.demos import demonstration_tree
+from system.tasks.registry import make_task
+from system.tasks.tiny_model import create_model
+from transformers import AutoTokenizer
+
+from actors.conductor import Conductor, checkpoints
+from actors.crew import Crew, Growers
+from actors.evaluation import evaluate as answer_questions
+from actors.supervise import ActorLost
+from system.config import Config, ConfigError
+from system.flow.ledger import Ledger
+from system.observe import plots
+from system.observe.jsonl import read_jsonl
+from system.observe.progress import Progress
+from system.observe.recorder import Recorder
+from system.observe.rundir import RunDir
+from system.observe.sinks import JsonlSink
+from system.observe.wandb_sink import WandbSink
+from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
+from system.tools.service import ToolStartError
+from system.tree.record import Tree
+
+DONE, FAILED, STOPPED = 0, 1, 3  # exit codes; STOPPED: asked to stop before the end, a checkpoint was saved
+
+
+def train(config: Config, *, config_name: str, resume: Path | None) -> int:
+    """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
+    if config.engine.name != "embedded":
+        raise ConfigError(f"engine.name={config.engine.name!r} cannot train yet: use engine=embedded")
+    task = make_task(config)
+    run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
+    run_dir.write_config(config)
+    try:
+        with ray_session():
+            return asyncio.run(_train(config, run_dir, task))
+    except* (ActorLost, ToolStartError, RayError) as errors:
+        for error in _leaves(errors):
+            print(f"espalier: {error}", file=sys.stderr)
+        print(f"espalier: the run failed; go on with espalier train --resume {run_dir.root}", file=sys.stderr)
+    return FAILED
+
+
+def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
+    """Greedy answers of the model in ``model_dir`` to the held-out questions."""
+    task = make_task(config)
+    with ray_session(), tempfile.TemporaryDirectory() as scratch:
+        return asyncio.run(_evaluate(config, task, model_dir, Path(scratch)))
+
+
+async def _evaluate(config: Config, task: Task, model_dir: Path, scratch: Path) -> dict[str, Any]:
+    growers = await Growers.start(config, str(model_dir), write_corpus(task, scratch))
+    try:
+        questions = task.eval()[: config.eval.questions]
+        return (await answer_questions(config, growers, questions, lambda: None)).to_dict()
+    finally:
+        await growers.close()
+
+
+async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
+    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path), WandbSink(run_dir, config)])
+    with Progress(
+        recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
+    ) as progress:
+        progress.note(f"run directory: {run_dir.root}")
+        drawing = asyncio.create_task(progress.run())
+        try:
+            model = prepare_model(config, task, run_dir)
+            crew = await Crew.start(config, str(model), write_corpus(task, run_dir.root))
+            try:
+                conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
+                with signals(conductor):
+                    return await _lead(conductor, task, model)
+            finally:
+                await crew.close()
+        finally:
+            drawing.cancel()
+            await asyncio.gather(drawing, return_exceptions=True)
+
+
+async def _lead(conductor: Conductor, task: Task, model: Path) -> int:
+    """From the start weights, or the newest checkpoint, to the end of the run."""
+    config, run_dir, progress = conductor.config, conductor.run_dir, conductor.progress
+    saved = checkpoints(run_dir)
+    if saved:
+        await conductor.restore(saved[-1])
+    else:
+        if config.warmstart.steps:
+            await conductor.warm_start(demonstrations(config, task, model))
+        await conductor.publish()
+        if not conductor.stopping.is_set():
+            await conductor.evaluate("before")
+            await conductor.save()
+    if conductor.stopping.is_set() or not await conductor.run():
+        progress.note(
+            f"stopped at step {conductor.version}: go on with espalier train --resume {run_dir.root}"
+        )
+        return STOPPED
+    await conductor.evaluate("after")
+    progress.phase("saving")
+    summary = await conductor.finish()
+    plots.draw(run_dir)
+    for line in report(summary, run_dir):
+        progress.note(line)
+    return DONE
+
+
+def make_conductor(
+    config: Config, crew: Crew, task: Task, run_dir: RunDir, recorder: Recorder, progress: Progress
+) -> Conductor:
+    """The conductor of a new run, or of one that goes on from its newest checkpoint."""
+    prompts = {prompt.id: prompt for prompt in task.train()}
+    ids, seed, attempts = list(prompts), config.run.seed, config.flow.max_attempts
+    saved = checkpoints(run_dir)
+    version = int(saved[-1].name[1:]) if saved else 0
+    if run_dir.ledger_path.exists():
+        ledger = Ledger.replay(ids, seed, read_jsonl(run_dir.ledger_path), version, attempts)
+    else:
+        ledger = Ledger(ids, seed, attempts)
+    return Conductor(config, crew, prompts, task.eval(), ledger, recorder, run_dir, progress, version)
+
+
+def prepare_model(config: Config, task: Task, run_dir: RunDir) -> Path:
+    """The directory of the start weights: the configured model, or a tiny new one in the run directory."""
+    if config.model.path:
+        path = Path(config.model.path)
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path={config.model.path}: no model in Hugging Face format there")
+        return path
+    path = run_dir.root / "start"
+    if not (path / "config.json").is_file():
+        if not isinstance(task, HasTokenizer):
+            raise ConfigError(
+                f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model"
+            )
+        create_model(path, task.tokenizer(), config.model, config.run.seed)
+    return path
+
+
+def write_corpus(task: Task, directory: Path) -> Path | None:
+    """The task's own documents as JSONL, for the search server; None for a task without any."""
+    if not isinstance(task, HasCorpus):
+        return None
+    path = directory / "corpus.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for document in task.corpus():
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    return path
+
+
+def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
+    """The task's demonstrations as single-leaf trees."""
+    if not isinstance(task, HasDemonstrations):
+        raise ConfigError(
+            f"warmstart.steps={config.warmstart.steps}, but task {task.name!r} has no demonstrations"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    made = task.demonstrations(config.warmstart.demos, config.run.seed)
+    return [demonstration_tree(one, tokenizer) for one in made]
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """A Ray cluster of this machine for the length of the block, or the one named by ``RAY_ADDRESS``."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        namespace=f"espalier-{os.getpid()}",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def signals(conductor: Conductor) -> Iterator[None]:
+    """The first SIGINT or SIGTERM saves and stops; the second ends at once."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def handle() -> None:
+        if conductor.stopping.is_set():
+            task.cancel()
+        else:
+            conductor.progress.note("stopping: finishing the step and saving (again to stop at once)")
+            conductor.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def report(summary: dict[str, Any], run_dir: RunDir) -> list[str]:
+    """What a finished run says last."""
+    before, after = (summary["eval"].get(which, {}) for which in ("before", "after"))
+    tokens = summary["tokens"]
+    sharing = tokens["flat_trained"] / max(tokens["unique_trained"], 1)
+    return [
+        f"held-out accuracy {before.get('accuracy', float('nan')):.3f} -> {after['accuracy']:.3f}, "
+        f"tool calls per question {before.get('tool_calls', float('nan')):.2f} -> {after['tool_calls']:.2f}",
+        f"{summary['trees']} trees, {summary['leaves']} leaves, {summary['forks']} forks, "
+        f"{summary['tokens']['generated']} tokens generated, {sharing:.2f}x shared in training, "
+        f"{summary['wall_s']:.0f} s",
+        f"read on: {run_dir.root}/summary.json, {run_dir.curves}/overview.png, espalier tree {run_dir.root}",
+    ]
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

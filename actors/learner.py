@@ -1,0 +1,106 @@
+"""One learner rank: a Megatron trainer in a process of its own, and the hand that pushes its weights to the
+engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.serving import free_port
+from actors.supervise import answer, answers, spawn
+from system import config as configuration
+from system.tree.record import Tree
+
+START_DEADLINE_S = 180.0
+LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
+
+
+class LearnerRank:
+    """Rank ``rank`` of ``world``.  Every method but ``address`` is collective: the conductor calls it on all
+    ranks.
+
+    A rank that dies takes its process group with it, so it is not restarted alone: the conductor ends the
+    run, which resumes from the last checkpoint.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        self._rank, self._world = rank, world
+        self._trainer: Any = None
+
+    def address(self) -> str:
+        """Where rank 0 gathers the process group."""
+        return f"tcp://{ray.util.get_node_ip_address()}:{free_port(ray.util.get_node_ip_address())}"
+
+    def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> None:
+        from system.learn.trainer import Trainer
+
+        self._config = configuration.from_dict(config)
+        self._trainer = Trainer(
+            self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
+        )
+
+    def supervise(self, lr: float, *trees: Tree) -> dict[str, float]:
+        return self._trainer.supervise(trees, lr=lr)
+
+    def reset_optimizer(self) -> None:
+        self._trainer.reset_optimizer()
+
+    def train(self, version: int, *trees: Tree) -> dict[str, float]:
+        """One training batch.  Adds ``seconds``, the time of the step itself."""
+        began = time.monotonic()
+        stats = self._trainer.train(trees, version=version)
+        return {**stats, "seconds": time.monotonic() - began}
+
+    def publish(self, urls: list[str], version: int, deadline_s: float) -> float:
+        """Stream the current weights into the engines at ``urls`` as ``version``.  Returns seconds taken."""
+        began = time.monotonic()
+        buckets = self._trainer.export()
+        if self._rank == 0:
+            asyncio.run(self._push(urls, buckets, version, deadline_s))
+        else:
+            for _ in buckets:  # the gather is collective: every rank walks through it
+                pass
+        return time.monotonic() - began
+
+    async def _push(self, urls: list[str], buckets: Any, version: int, deadline_s: float) -> None:
+        from system.engine.client import EngineClient
+
+        kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
+        async with asyncio.timeout(deadline_s):
+            client = EngineClient(urls)
+            try:
+                await client.push_weights(buckets, version, kv=kv)
+            finally:
+                await client.close()
+
+    def save(self, path: str, extra: dict[str, Any]) -> None:
+        self._trainer.save(Path(path), extra)
+
+    def load(self, path: str) -> dict[str, Any]:
+        return self._trainer.load(Path(path))
+
+    def save_hf(self, path: str) -> None:
+        self._trainer.save_hf(Path(path))
+
+
+class LearnerGroup:
+    """All ranks as one: a method is called on every rank, in one order, and answered by every rank."""
+
+    def __init__(self, world: int) -> None:
+        self._ranks = [
+            spawn(LearnerRank, f"learner-{rank}", rank, world, restart=False) for rank in range(world)
+        ]
+
+    async def start(self, config: dict[str, Any], hf_path: str) -> None:
+        address = await answer(self._ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
+        await self.all("setup", config, hf_path, address)
+
+    async def all(self, method: str, *arguments: Any) -> list[Any]:
+        """One answer per rank.  The first failure is raised; ActorLost after ``LEARNER_DEADLINE_S``."""
+        references = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
+        return await answers(references, LEARNER_DEADLINE_S, f"learner.{method}")

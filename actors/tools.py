@@ -1,0 +1,43 @@
+"""One tool server: hosts the search or the python service on a fixed port for as long as the actor lives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from actors.serving import LoopThread
+from system import config as configuration
+from system.tools.serving import serve
+
+SERVED = ("search", "python")  # tools that have a server of ours
+START_DEADLINE_S = 120.0
+
+
+class ToolActor:
+    """Restarted by Ray on the same port; calls that meet the gap are retried by the tool service."""
+
+    def __init__(self, name: str, config: dict[str, Any], corpus: str, port: int) -> None:
+        app = _application(name, configuration.from_dict(config).tools, corpus)
+        self._loop = LoopThread(f"tool-{name}")
+        self._server = self._loop.run(serve(app, port=port), START_DEADLINE_S)
+
+    def ready(self) -> str:
+        """The URL it serves at; answers once it does."""
+        return self._server.url
+
+    def close(self) -> None:
+        """Stop serving and whatever the server has started."""
+        self._loop.run(self._server.close(), START_DEADLINE_S)
+
+
+def _application(name: str, tools: configuration.ToolsConfig, corpus: str) -> web.Application:
+    if name == "search":
+        from system.tools.search_index import SearchIndex, read_corpus
+        from system.tools.search_server import create_app as search_app
+
+        return search_app(SearchIndex.build(read_corpus(corpus)))
+    from system.tools.python_server import create_app as python_app
+    from system.tools.sandbox import SandboxLimits
+
+    return python_app(SandboxLimits.from_config(tools), concurrency=tools.concurrency)

@@ -1,0 +1,49 @@
+"""Puts a grower together from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import AutoTokenizer
+
+from system.config import Config
+from system.engine.client import EngineClient
+from system.rollout.branching import make_policy
+from system.rollout.grower import Grower
+from system.rollout.reward import Reward
+from system.rollout.rewards import make_reward
+from system.rollout.syntax import make_syntax
+from system.tasks.registry import make_task
+from system.tools.service import ToolService, build_tools
+
+
+def build_grower(
+    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
+) -> tuple[Grower, ToolService]:
+    """A grower that talks to the engines at ``engines`` and the tool servers at ``tools`` (tool -> URL).
+
+    ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    service = build_tools(config.tools, tools)
+    grower = Grower(
+        engine=EngineClient(list(engines), deadline_s=config.rollout.generate_deadline_s),
+        tools=service,
+        syntax=make_syntax(config.rollout.syntax, service.specs),
+        policy=make_policy(config.branching),
+        reward=_reward(config),
+        tokenizer=tokenizer,
+        config=config.rollout,
+        vocab_size=len(tokenizer),
+    )
+    return grower, service
+
+
+def _reward(config: Config) -> Reward:
+    """``reward.name=task``: the task scores its own answers."""
+    if config.reward.name != "task":
+        return make_reward(config.reward.name)
+    task = make_task(config)
+    if not hasattr(task, "score"):
+        raise ValueError(f"reward.name=task, but the task {task.name!r} has no score(prompt, branch)")
+    return task  # pyright: ignore[reportReturnType]
