@@ -94,8 +94,8 @@ def _extreme(trees: Iterable[Tree], choose: Callable[..., Any]) -> deque[Tree]:
 
 
 def _decoder(run_dir: RunDir, config: Config) -> Decode:
-    """The run's tokenizer, from its own model directory or from the model it started with."""
-    places = [run_dir.model] + ([Path(config.model.path)] if config.model.path else [])
+    """The run's tokenizer: its trained model's, or that of the model it started from."""
+    places = [run_dir.model, Path(config.model.path) if config.model.path else run_dir.start]
     for place in places:
         if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
             from transformers import AutoTokenizer

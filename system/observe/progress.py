@@ -127,21 +127,18 @@ class Progress:
         head = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=total, completed=done, width=32) if total else Text("")
         left = f"{done}/{total}" if total else ""
-        remaining = f"eta {duration(eta)}" if math.isfinite(eta) else ""
-        head.add_row(
-            Text(self._phase, style="bold green"), bar, Text(left), Text(duration(status.wall_s), style="dim")
-        )
+        times = duration(status.wall_s) + (f"  eta {duration(eta)}" if math.isfinite(eta) else "")
+        head.add_row(Text(self._phase, style="bold green"), bar, Text(left), Text(times, style="dim"))
         head.columns[0].min_width = 12
         rows: list[RenderableType] = [head]
-        extra = "  ".join(text for text in (remaining, self._detail) if text)
-        if extra:
-            rows.append(Text(extra, style="dim"))
+        if self._detail:
+            rows.append(Text(self._detail, style="dim"))
         if self._phase == TRAINING:
             figures = _figures(status)
-            grid = Table.grid(padding=(0, 3))
-            for begin in range(0, len(figures), 3):
+            grid = Table.grid(padding=(0, 2))
+            for begin in range(0, len(figures), 5):
                 cells = []
-                for label, value in figures[begin : begin + 3]:
+                for label, value in figures[begin : begin + 5]:
                     cells.append(Text.assemble((f"{label} ", "dim"), (value, "bold")))
                 grid.add_row(*cells)
             rows.append(grid)
@@ -185,13 +182,14 @@ def _figures(status: Status) -> list[tuple[str, str]]:
         ("reward", _number(status.reward)),
         ("accuracy", _number(status.accuracy)),
         ("staleness", _number(status.staleness, 1)),
+        ("forks/tree", _number(status.forks_per_tree, 1)),
+        ("version", str(status.version)),
         ("growing", str(status.growing)),
         ("queue", str(status.queue_depth)),
-        ("forks/tree", _number(status.forks_per_tree, 1)),
         ("gen tok/s", compact(status.generated_per_s)),
         ("train tok/s", compact(status.trained_per_s)),
-        ("version", str(status.version)),
-    ] + ([("dropped", str(status.dropped))] if status.dropped else [])
+        ("dropped", str(status.dropped)),
+    ]
 
 
 def _number(value: float, digits: int = 2) -> str:

@@ -9,6 +9,7 @@
       trees/           the newest closed trees
       checkpoints/     learner, optimizer, ledger and random state, for `--resume`
       curves/          PNG curves
+      start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
       logs/            logs of the parts
       wandb/           Weights & Biases files (offline by default)
@@ -110,6 +111,10 @@ class RunDir:
     @property
     def curves(self) -> Path:
         return self.root / "curves"
+
+    @property
+    def start(self) -> Path:
+        return self.root / "start"
 
     @property
     def model(self) -> Path:
