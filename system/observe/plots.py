@@ -108,7 +108,8 @@ def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: 
     return True
 
 
-def _lines(ax: Axes, records: Records, *lines: tuple[str, str, str]) -> bool:
+def _lines(ax: Axes, records: Records, *lines: tuple[str, ...]) -> bool:
+    """Each line is (key, label, colour), or with a style."""
     drawn = [_line(ax, records, *line) for line in lines]
     _legend(ax)
     return any(drawn)
@@ -150,7 +151,7 @@ def _accuracy(ax: Axes, records: Records) -> bool:
 
 def _reward(ax: Axes, records: Records) -> bool:
     return _lines(
-        ax, records, ("rollout/reward", "closed trees", BLUE), ("train/reward", "trained on", ORANGE)
+        ax, records, ("rollout/reward", "closed trees", BLUE), ("train/reward", "trained on", ORANGE, "--")
     )
 
 
@@ -206,7 +207,7 @@ def _throughput(ax: Axes, records: Records) -> bool:
         ax,
         records,
         ("time/generated_per_s", "generated", BLUE),
-        ("time/trained_per_s", "trained on", ORANGE),
+        ("time/trained_per_s", "trained on", ORANGE, "--"),
     )
     ax.set_ylabel("model tokens/s", fontsize=9)
     _from_zero(ax)
@@ -244,7 +245,7 @@ def _length(ax: Axes, records: Records) -> bool:
         ax,
         records,
         ("rollout/response_tokens", "generated", BLUE),
-        ("train/response_tokens", "trained on", ORANGE),
+        ("train/response_tokens", "trained on", ORANGE, "--"),
     )
     ax.set_ylabel("model tokens per branch", fontsize=9)
     _from_zero(ax)
