@@ -203,51 +203,21 @@ class Config:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
 
+_AT_LEAST_0 = """
+    run.seed run.steps warmstart.steps rollout.max_tool_result_tokens rollout.call_limit
+    tools.rate_per_s tools.retries tools.cache_size engine.cache_slots flow.staleness learn.warmup_steps
+    learn.kl_coef eval.every eval.questions eval.temperature checkpoint.every
+"""
+_AT_LEAST_1 = """
+    model.hidden_size model.layers model.heads model.kv_heads model.ffn_size warmstart.batch
+    rollout.leaves rollout.workers rollout.concurrency rollout.max_response_tokens
+    branching.probe_tokens tools.search_top_k tools.concurrency engine.replicas engine.max_running
+    engine.chunk_tokens engine.threads flow.batch_leaves flow.window flow.max_attempts learn.tp learn.pp
+    learn.dp learn.threads learn.updates learn.micro_tokens learn.bucket_mb checkpoint.keep
+"""
 MINIMA: dict[str, float] = {
-    "run.seed": 0,
-    "run.steps": 0,
-    "model.hidden_size": 1,
-    "model.layers": 1,
-    "model.heads": 1,
-    "model.kv_heads": 1,
-    "model.ffn_size": 1,
-    "warmstart.steps": 0,
-    "warmstart.batch": 1,
-    "rollout.leaves": 1,
-    "rollout.workers": 1,
-    "rollout.concurrency": 1,
-    "rollout.max_response_tokens": 1,
-    "rollout.max_tool_result_tokens": 0,
-    "rollout.call_limit": 0,
-    "branching.probe_tokens": 1,
-    "tools.search_top_k": 1,
-    "tools.concurrency": 1,
-    "tools.rate_per_s": 0,
-    "tools.retries": 0,
-    "tools.cache_size": 0,
-    "engine.replicas": 1,
-    "engine.max_running": 1,
-    "engine.cache_slots": 0,
-    "engine.chunk_tokens": 1,
-    "engine.threads": 1,
-    "flow.batch_leaves": 1,
-    "flow.staleness": 0,
-    "flow.window": 1,
-    "flow.max_attempts": 1,
-    "learn.tp": 1,
-    "learn.pp": 1,
-    "learn.dp": 1,
-    "learn.threads": 1,
-    "learn.updates": 1,
-    "learn.micro_tokens": 1,
-    "learn.warmup_steps": 0,
-    "learn.kl_coef": 0,
-    "learn.bucket_mb": 1,
-    "eval.every": 0,
-    "eval.questions": 0,
-    "eval.temperature": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
+    **dict.fromkeys(_AT_LEAST_0.split(), 0),
+    **dict.fromkeys(_AT_LEAST_1.split(), 1),
     "observe.trees": -1,
     "observe.progress_s": 0.1,
 }
