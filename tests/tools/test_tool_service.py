@@ -1,0 +1,593 @@
+"""Each behaviour of the service around a tool, against a scripted tool and a scripted HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from system.config import ToolsConfig
+from system.tools.http_tools import HttpClient, PythonTool, SearchTool
+from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
+from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
+from system.tools.serving import Server, serve
+from system.tools.tool import ToolUnavailable
+
+FAST = ServiceLimits(deadline_s=2.0, backoff_s=0.02, breaker_pause_s=0.1)
+ANY = CallContext()
+Step = Callable[[Mapping[str, Any]], Awaitable[str]]
+
+
+class Scripted:
+    """A tool whose every run is a function of the arguments; counts runs and how many are under way."""
+
+    def __init__(self, step: Step, *, pure: bool = False, name: str = "scripted"):
+        self.spec = ToolSpec(
+            name,
+            "",
+            {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+            "x",
+            pure,
+        )
+        self.step = step
+        self.runs = self.now = self.most = self.cancelled = 0
+        self.contexts: list[CallContext] = []
+
+    async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
+        self.runs += 1
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.contexts.append(context)
+        try:
+            return ToolOutcome(ToolStatus.OK, await self.step(arguments))
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.now -= 1
+
+    async def check(self) -> None:
+        return None
+
+
+def sleeping(seconds: float) -> Step:
+    async def step(arguments: Mapping[str, Any]) -> str:
+        await asyncio.sleep(seconds)
+        return f"answer {arguments['x']}"
+
+    return step
+
+
+def failing(times: int, *, retryable: bool = True) -> Step:
+    """Unavailable ``times`` times, then fine."""
+    left = times
+
+    async def step(arguments: Mapping[str, Any]) -> str:
+        nonlocal left
+        if left > 0:
+            left -= 1
+            raise ToolUnavailable("down", retryable=retryable)
+        return "fine"
+
+    return step
+
+
+def service(tool: Scripted, **changes: Any) -> ToolService:
+    values = {name: getattr(FAST, name) for name in FAST.__dataclass_fields__}
+    return ToolService([tool], ServiceLimits(**{**values, **changes}))
+
+
+async def call(tools: ToolService, x: Any = 0, context: CallContext = ANY) -> ToolOutcome:
+    return await tools.call("scripted", {"x": x}, context)
+
+
+# --- calls and their outcomes ------------------------------------------------------------------------------
+
+
+async def test_a_call() -> None:
+    tools = service(Scripted(sleeping(0.05)))
+    outcome = await call(tools, 7)
+    assert (outcome.status, outcome.text, outcome.attempts) == (ToolStatus.OK, "answer 7", 1)
+    assert 0.04 < outcome.latency_s < 1.5
+
+
+async def test_malformed_calls_are_rejected_without_a_run() -> None:
+    tool = Scripted(sleeping(0))
+    tools = service(tool)
+    unknown = await tools.call("serch", {}, ANY)
+    assert unknown.status is ToolStatus.REJECTED
+    assert "serch" in unknown.text
+    assert "scripted" in unknown.text
+    assert (await call(tools, "one")).status is ToolStatus.REJECTED
+    missing = await tools.call("scripted", {}, ANY)
+    assert (missing.status, missing.text) == (
+        ToolStatus.REJECTED,
+        "scripted: the argument 'x' is missing.",
+    )
+    assert tool.runs == 0
+
+
+async def test_an_exception_in_a_tool_is_an_outcome() -> None:
+    async def broken(arguments: Mapping[str, Any]) -> str:
+        raise ZeroDivisionError("oh")
+
+    tool = Scripted(broken)
+    outcome = await call(service(tool))
+    assert outcome.status is ToolStatus.ERROR
+    assert "ZeroDivisionError: oh" in outcome.text
+    assert "Traceback" in outcome.detail
+    assert tool.runs == 1
+
+
+# --- deadline ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pure", [False, True])
+async def test_deadline_of_the_tool_and_of_the_call(pure: bool) -> None:
+    tool = Scripted(sleeping(60), pure=pure)
+    tools = service(tool, deadline_s=0.2)
+    started = time.monotonic()
+    outcome = await call(tools)
+    assert outcome.status is ToolStatus.TIMEOUT
+    assert "0.2 s" in outcome.text
+    outcome = await call(tools, 1, CallContext(deadline_s=0.05))
+    assert outcome.status is ToolStatus.TIMEOUT
+    assert time.monotonic() - started < 1.5
+    await asyncio.sleep(0)
+    assert (tool.now, tool.cancelled) == (0, 2)
+
+
+async def test_the_tool_is_told_how_long_it_has() -> None:
+    tool = Scripted(failing(1))
+    await call(service(tool, backoff_s=0.2), 0, CallContext(deadline_s=1.0))
+    first, second = (context.deadline_s for context in tool.contexts)
+    assert first is not None
+    assert second is not None
+    assert 0.9 < first <= 1.0
+    assert second <= first - 0.1
+
+
+async def test_deadline_includes_retries() -> None:
+    tool = Scripted(failing(1000))
+    started = time.monotonic()
+    outcome = await call(service(tool, deadline_s=0.3, retries=1000, backoff_s=0.1))
+    assert outcome.status is ToolStatus.TIMEOUT
+    assert time.monotonic() - started < 1.5
+    assert 2 <= tool.runs < 10
+
+
+async def test_deadline_includes_waiting_for_a_slot() -> None:
+    tool = Scripted(sleeping(0.3))
+    tools = service(tool, concurrency=1)
+    first = asyncio.ensure_future(call(tools, 0))
+    await asyncio.sleep(0)
+    second = await call(tools, 1, CallContext(deadline_s=0.1))
+    assert second.status is ToolStatus.TIMEOUT
+    assert (await first).status is ToolStatus.OK
+    assert tool.runs == 1
+
+
+# --- concurrency and rate ----------------------------------------------------------------------------------
+
+
+async def test_concurrency_is_limited() -> None:
+    tool = Scripted(sleeping(0.02))
+    tools = service(tool, concurrency=3)
+    await asyncio.gather(*(call(tools, i) for i in range(12)))
+    assert (tool.runs, tool.most) == (12, 3)
+
+
+async def test_one_slow_call_delays_no_other() -> None:
+    async def step(arguments: Mapping[str, Any]) -> str:
+        await asyncio.sleep(60 if arguments["x"] == 0 else 0.001)
+        return "done"
+
+    tools = service(Scripted(step), concurrency=16, deadline_s=60)
+    slow = asyncio.ensure_future(call(tools, 0))
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(call(tools, i) for i in range(1, 300)))
+    assert not slow.done()
+    slow.cancel()
+    await asyncio.gather(slow, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("rate", "calls", "at_least_s"), [(20.0, 41, 2.0), (2.5, 5, 1.2), (0.0, 500, 0.0)])
+async def test_rate_is_limited(rate: float, calls: int, at_least_s: float) -> None:
+    """At most ceil(rate) starts in any ceil(rate)/rate seconds."""
+    tools = service(Scripted(sleeping(0)), rate_per_s=rate, deadline_s=10)
+    started = time.monotonic()
+    outcomes = await asyncio.gather(*(call(tools, i) for i in range(calls)))
+    assert all(outcome.status is ToolStatus.OK for outcome in outcomes)
+    assert time.monotonic() - started >= at_least_s
+
+
+# --- retries and the breaker -------------------------------------------------------------------------------
+
+
+async def test_retries_then_succeeds() -> None:
+    tool = Scripted(failing(2))
+    tools = service(tool, retries=2)
+    outcome = await call(tools)
+    assert (outcome.status, outcome.attempts, tool.runs) == (ToolStatus.OK, 3, 3)
+    assert tools.stats()["scripted"]["retries"] == 2
+
+
+async def test_retries_then_gives_up() -> None:
+    tool = Scripted(failing(9))
+    outcome = await call(service(tool, retries=2))
+    assert (outcome.status, outcome.attempts, tool.runs) == (ToolStatus.UNAVAILABLE, 3, 3)
+    assert outcome.detail == "down"
+
+
+async def test_what_will_not_pass_is_not_retried() -> None:
+    tool = Scripted(failing(1, retryable=False))
+    outcome = await call(service(tool))
+    assert (outcome.status, tool.runs) == (ToolStatus.UNAVAILABLE, 1)
+
+
+async def test_back_off_grows_and_is_jittered_reproducibly() -> None:
+    def waits(seed: int) -> list[float]:
+        guarded = ToolService([Scripted(failing(0))], FAST, seed=seed)._guarded["scripted"]
+        return [guarded._backoff(attempt) for attempt in (1, 2, 3)]
+
+    for attempt, wait in enumerate(waits(0)):
+        assert FAST.backoff_s * 2**attempt / 2 <= wait <= FAST.backoff_s * 2**attempt
+    assert waits(0) == waits(0) != waits(1)
+
+
+async def test_breaker_opens_refuses_tries_and_closes() -> None:
+    tool = Scripted(failing(4))
+    tools = service(tool, retries=0, breaker_threshold=3, breaker_pause_s=0.1)
+    for _ in range(3):
+        assert (await call(tools)).status is ToolStatus.UNAVAILABLE
+    assert tools.stats()["scripted"]["breaker"] == "open"
+    refused = await call(tools)
+    assert (refused.status, refused.detail, refused.attempts) == (ToolStatus.UNAVAILABLE, "circuit open", 0)
+    assert tool.runs == 3
+    await asyncio.sleep(0.12)
+    assert (await call(tools)).attempts == 1  # the try, which fails: the pause doubles
+    await asyncio.sleep(0.12)
+    assert (await call(tools)).detail == "circuit open"
+    await asyncio.sleep(0.12)
+    assert (await call(tools)).status is ToolStatus.OK
+    assert tools.stats()["scripted"]["breaker"] == "closed"
+
+
+async def test_a_cancelled_try_does_not_keep_the_breaker_half_open() -> None:
+    tool = Scripted(failing(1))
+    tools = service(tool, retries=0, breaker_threshold=1, breaker_pause_s=0.05)
+    await call(tools)
+    await asyncio.sleep(0.06)
+    tool.step = sleeping(60)
+    attempt = asyncio.ensure_future(call(tools))
+    await asyncio.sleep(0.02)
+    assert tools.stats()["scripted"]["breaker"] == "half-open"
+    attempt.cancel()
+    await asyncio.gather(attempt, return_exceptions=True)
+    tool.step = sleeping(0)
+    assert (await call(tools)).status is ToolStatus.OK
+
+
+# --- cache and single flight -------------------------------------------------------------------------------
+
+
+async def test_pure_results_are_cached_impure_ones_not() -> None:
+    for pure, runs in ((True, 1), (False, 2)):
+        tool = Scripted(sleeping(0), pure=pure)
+        tools = service(tool)
+        first, second = await call(tools, 1), await call(tools, 1)
+        assert (first.text, first.cached) == ("answer 1", False)
+        assert (second.text, second.cached) == ("answer 1", pure)
+        assert tool.runs == runs
+        assert tools.stats()["scripted"]["cache_hits"] == int(pure)
+
+
+async def test_the_least_recently_used_entry_leaves_the_cache() -> None:
+    tool = Scripted(sleeping(0), pure=True)
+    tools = service(tool, cache_size=2)
+    for x in (1, 2, 1, 3):  # 2 leaves
+        await call(tools, x)
+    assert tool.runs == 3
+    assert [(await call(tools, x)).cached for x in (1, 3, 2)] == [True, True, False]
+
+
+async def test_a_cache_of_size_zero() -> None:
+    tool = Scripted(sleeping(0), pure=True)
+    tools = service(tool, cache_size=0)
+    await call(tools)
+    await call(tools)
+    assert tool.runs == 2
+
+
+async def test_failures_are_not_cached() -> None:
+    tool = Scripted(failing(1, retryable=False), pure=True)
+    tools = service(tool)
+    assert (await call(tools)).status is ToolStatus.UNAVAILABLE
+    assert (await call(tools)).status is ToolStatus.OK
+
+
+async def test_equal_calls_in_flight_share_one_run() -> None:
+    tool = Scripted(sleeping(0.05), pure=True)
+    tools = service(tool)
+    outcomes = await asyncio.gather(*(call(tools, i % 2) for i in range(20)))
+    assert tool.runs == 2
+    assert {outcome.text for outcome in outcomes} == {"answer 0", "answer 1"}
+    assert tools.stats()["scripted"]["joined"] == 18
+
+
+async def test_impure_calls_share_nothing() -> None:
+    tool = Scripted(sleeping(0.01))
+    tools = service(tool)
+    await asyncio.gather(*(call(tools, 0) for _ in range(5)))
+    assert tool.runs == 5
+
+
+async def test_a_cancelled_leader_leaves_its_followers_flying() -> None:
+    tool = Scripted(sleeping(0.1), pure=True)
+    tools = service(tool)
+    leader = asyncio.ensure_future(call(tools))
+    await asyncio.sleep(0.02)
+    follower = asyncio.ensure_future(call(tools))
+    await asyncio.sleep(0.02)
+    leader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leader
+    assert (await follower).text == "answer 0"
+    assert (tool.runs, tool.cancelled) == (1, 0)
+
+
+async def test_a_leader_with_a_short_deadline_does_not_shorten_its_followers() -> None:
+    tool = Scripted(sleeping(0.2), pure=True)
+    tools = service(tool)
+    leader = asyncio.ensure_future(call(tools, 0, CallContext(deadline_s=0.05)))
+    await asyncio.sleep(0.01)
+    follower = asyncio.ensure_future(call(tools))
+    assert (await leader).status is ToolStatus.TIMEOUT
+    assert (await follower).status is ToolStatus.OK
+    assert tool.runs == 1
+
+
+async def test_a_flight_nobody_waits_for_is_cancelled_and_not_joined() -> None:
+    tool = Scripted(sleeping(60), pure=True)
+    tools = service(tool)
+    only = asyncio.ensure_future(call(tools))
+    await asyncio.sleep(0.02)
+    only.cancel()
+    await asyncio.gather(only, return_exceptions=True)
+    tool.step = sleeping(0)
+    assert (await call(tools)).status is ToolStatus.OK
+    assert (tool.runs, tool.cancelled, tool.now) == (2, 1, 0)
+
+
+async def test_cancelling_a_call_cancels_its_run_and_frees_its_slot() -> None:
+    tool = Scripted(sleeping(60))
+    tools = service(tool, concurrency=1)
+    task = asyncio.ensure_future(call(tools))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (tool.cancelled, tools.stats()["scripted"]["in_flight"]) == (1, 0)
+    tool.step = sleeping(0)
+    assert (await call(tools)).status is ToolStatus.OK
+
+
+async def test_close_leaves_no_flight_behind() -> None:
+    tool = Scripted(sleeping(60), pure=True)
+    tools = service(tool)
+    waiting = asyncio.ensure_future(call(tools))
+    await asyncio.sleep(0.02)
+    await tools.close()
+    assert (tool.cancelled, tool.now) == (1, 0)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+# --- metrics -----------------------------------------------------------------------------------------------
+
+
+async def test_stats() -> None:
+    async def step(arguments: Mapping[str, Any]) -> str:
+        await asyncio.sleep(0.1 if arguments["x"] == 0 else 0)
+        return ""
+
+    tools = service(Scripted(step))
+    running = [asyncio.ensure_future(call(tools, i)) for i in range(20)]
+    await asyncio.sleep(0.03)
+    assert tools.stats()["scripted"]["in_flight"] >= 1
+    await asyncio.gather(*running)
+    await tools.call("scripted", {}, ANY)
+    stats = tools.stats()["scripted"]
+    assert stats["calls"] == 21
+    assert stats["status"] == {"ok": 20, "rejected": 1}
+    assert stats["latency_max_s"] >= 0.1
+    assert stats["latency_p95_s"] <= stats["latency_max_s"]
+    assert 0 < stats["latency_mean_s"] < stats["latency_max_s"]
+    assert stats["in_flight"] == 0
+
+
+# --- HTTP --------------------------------------------------------------------------------------------------
+
+
+class Http:
+    """A server that answers /search as it is told to: "ok", a status, "drop", "slow", "garbage" or "list"."""
+
+    def __init__(self) -> None:
+        self.script: list[Any] = []
+        self.requests = 0
+        app = web.Application()
+        app.router.add_post("/search", self._search)
+        app.router.add_get("/health", self._health)
+        self.app = app
+        self.url = ""
+
+    async def _search(self, request: web.Request) -> web.StreamResponse:
+        self.requests += 1
+        step = self.script.pop(0) if self.script else "ok"
+        if isinstance(step, int):
+            return web.Response(status=step, text="no")
+        if step == "drop":
+            assert request.transport is not None
+            request.transport.close()
+        if step == "slow":
+            await asyncio.sleep(60)
+        if step == "garbage":
+            return web.Response(text="<html>")
+        if step == "list":
+            return web.json_response([])
+        return web.json_response({"results": [{"id": "1", "title": "T", "text": "x", "score": 1.0}]})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"ok": True, "documents": 0})
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[Http]:
+    scripted = Http()
+    server = await serve(scripted.app)
+    scripted.url = server.url
+    yield scripted
+    await server.close()
+
+
+@pytest_asyncio.fixture
+async def over_http(http: Http) -> AsyncIterator[ToolService]:
+    client = HttpClient()
+    tools = ToolService([SearchTool(http.url, http=client)], FAST, http=client)
+    yield tools
+    await tools.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "requests"),
+    [
+        (["ok"], ToolStatus.OK, 1),
+        ([500, 503, "ok"], ToolStatus.OK, 3),
+        (["drop", "ok"], ToolStatus.OK, 2),
+        ([429, "ok"], ToolStatus.OK, 2),
+        ([500, 500, 500], ToolStatus.UNAVAILABLE, 3),
+        ([404], ToolStatus.UNAVAILABLE, 1),
+        (["garbage"], ToolStatus.UNAVAILABLE, 1),
+        (["list"], ToolStatus.UNAVAILABLE, 1),
+        (["slow"], ToolStatus.TIMEOUT, 1),
+    ],
+)
+async def test_what_a_server_does(
+    http: Http, over_http: ToolService, script: list, status: ToolStatus, requests: int
+) -> None:
+    http.script = list(script)
+    outcome = await over_http.call("search", {"query": "x"}, CallContext(deadline_s=0.5))
+    assert (outcome.status, http.requests) == (status, requests)
+    if status is ToolStatus.OK:
+        assert outcome.text == "T: x"
+
+
+async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:
+    first = await serve(http.app)
+    port = int(first.url.rsplit(":", 1)[1])
+    limits = ServiceLimits(deadline_s=10, retries=6, backoff_s=0.05)
+    client = HttpClient()
+    tools = ToolService([SearchTool(first.url, http=client)], limits, http=client)
+    second: Server | None = None
+    try:
+        assert (await tools.call("search", {"query": "a"}, ANY)).status is ToolStatus.OK
+        await first.close()
+        waiting = asyncio.ensure_future(tools.call("search", {"query": "b"}, ANY))
+        await asyncio.sleep(0.15)
+        second = await serve(Http().app, port=port)
+        outcome = await waiting
+        assert outcome.status is ToolStatus.OK
+        assert outcome.attempts > 1
+    finally:
+        await tools.close()
+        if second is not None:
+            await second.close()
+
+
+async def test_an_empty_query_reaches_no_server(http: Http, over_http: ToolService) -> None:
+    outcome = await over_http.call("search", {"query": "  "}, ANY)
+    assert (outcome.status, http.requests) == (ToolStatus.REJECTED, 0)
+
+
+# --- start -------------------------------------------------------------------------------------------------
+
+
+async def test_a_tool_that_cannot_work_is_named_with_reason_and_remedy() -> None:
+    tools = build_tools(ToolsConfig(), {"search": "http://127.0.0.1:9", "python": "http://127.0.0.1:9"})
+    try:
+        with pytest.raises(ToolStartError) as caught:
+            await tools.check()
+    finally:
+        await tools.close()
+    message = str(caught.value)
+    assert "tool 'search': connection refused at http://127.0.0.1:9/health" in message
+    assert "set tools.search_url" in message
+    assert "tool 'python': connection refused" in message
+
+
+async def test_a_search_server_without_documents_cannot_work(http: Http) -> None:
+    tools = build_tools(ToolsConfig(names=["search"]), {"search": http.url})
+    try:
+        with pytest.raises(ToolStartError, match=r"the server at .* has no documents"):
+            await tools.check()
+    finally:
+        await tools.close()
+
+
+async def test_a_check_that_hangs_or_breaks_is_named() -> None:
+    class Hangs(Scripted):
+        async def check(self) -> None:
+            await asyncio.sleep(60)
+
+    class Breaks(Scripted):
+        async def check(self) -> None:
+            raise KeyError("TOKEN")
+
+    tools = ToolService(
+        [Hangs(sleeping(0), name="hangs"), Breaks(sleeping(0), name="breaks"), Scripted(sleeping(0))],
+        ServiceLimits(deadline_s=0.1),
+    )
+    with pytest.raises(ToolStartError) as caught:
+        await tools.check()
+    assert "tool 'hangs': its check did not end within 0.1 s" in str(caught.value)
+    assert "tool 'breaks': its check failed: KeyError: 'TOKEN'" in str(caught.value)
+    assert "scripted" not in str(caught.value)
+
+
+class Custom(Scripted):
+    def __init__(self) -> None:
+        super().__init__(sleeping(0), name="custom")
+
+
+async def test_a_tool_of_ones_own_by_dotted_path() -> None:
+    tools = build_tools(ToolsConfig(names=[f"{__name__}:Custom"]), {})
+    assert list(tools.specs) == ["custom"]
+    assert (await tools.call("custom", {"x": 1}, ANY)).text == "answer 1"
+    await tools.close()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["serch"], "tool 'serch': unknown"),
+        (["search"], "tool 'search': no server"),
+        (["python"], "tool 'python': no server"),
+        (["nowhere:Tool"], "tool 'nowhere:Tool': cannot be made: ModuleNotFoundError"),
+        ([f"{__name__}:Missing"], "cannot be made: AttributeError"),
+        (["collections:OrderedDict"], "not a tool"),
+        ([f"{__name__}:Custom", f"{__name__}:Custom"], "tool 'custom': configured twice"),
+    ],
+)
+async def test_names_that_cannot_be_made_into_tools(names: list[str], message: str) -> None:
+    with pytest.raises(ToolStartError, match=message):
+        build_tools(ToolsConfig(names=names), {})
+
+
+def test_specs_tell_what_tag_syntax_fills() -> None:
+    assert (SearchTool.spec.primary, SearchTool.spec.pure) == ("query", True)
+    assert (PythonTool.spec.primary, PythonTool.spec.pure) == ("code", False)
