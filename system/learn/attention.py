@@ -1,13 +1,14 @@
 """Attention on packed trees: the interval mask and the core-attention module that Megatron's layers call.
 
 In depth-first pre-order token i may attend to token j iff ``j <= i < exit[j]``, so one integer per token is
-the whole mask.  On GPU it becomes a FlexAttention block mask (no N² memory); on CPU, where FlexAttention has
-no backward pass, each tree of the row is attended on its own with a dense mask, so cost grows with Σ n_tree²,
-not (Σ n_tree)².
+the whole mask.  On GPU it becomes a FlexAttention block mask.  On CPU, where FlexAttention has no backward
+pass, short runs of queries each attend to the keys they can reach, gathered: about one root path per query.
+Neither needs N² memory, and neither pays for pairs in different trees or branches.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,17 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # FlexAttention's default block edge; packed rows are padded to a multiple of it on GPU
+QUERY_BLOCK = 128  # queries per run on CPU: shorter reaches fewer useless keys, longer calls fewer kernels
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """A row cut into runs of queries; the lists have one entry per run."""
+
+    sizes: list[int]  # queries
+    keys: torch.Tensor  # [Σ key_sizes] int64: the keys each run can reach, run after run
+    key_sizes: list[int]
+    biases: list[torch.Tensor]  # [queries, keys] float32 additive mask
 
 
 class TreeMask:
@@ -30,30 +42,26 @@ class TreeMask:
         own = torch.arange(exit.numel(), device=exit.device) + 1
         self.exit = torch.maximum(exit.long(), own)
 
-    def allowed(self, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """[n, n] bool: may query (row) attend to key (column), both within ``start:end``?"""
-        end = self.exit.numel() if end is None else end
-        index = torch.arange(start, end, device=self.exit.device)
-        return (index[None, :] <= index[:, None]) & (index[:, None] < self.exit[None, start:end])
+    def dense(self) -> torch.Tensor:
+        """[N, N] bool: may query (row) attend to key (column)?  The definition, for tests: N² memory."""
+        index = torch.arange(self.exit.numel(), device=self.exit.device)
+        return (index[None, :] <= index[:, None]) & (index[:, None] < self.exit[None, :])
 
     @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """The row's independent runs (trees, parts of trees; padding tokens one by one), in order."""
-        exits = self.exit.tolist()
-        spans, start = [], 0
-        while start < len(exits):
-            spans.append((start, exits[start]))
-            start = exits[start]
-        return spans
-
-    @cached_property
-    def bias(self) -> list[tuple[int, int, torch.Tensor]]:
-        """(start, end, [n, n] float32 additive mask) of every span longer than one token."""
-        return [
-            (a, b, torch.zeros(b - a, b - a).masked_fill_(~self.allowed(a, b), float("-inf")))
-            for a, b in self.spans
-            if b - a > 1
-        ]
+    def query_blocks(self) -> QueryBlocks:
+        """The mask for the CPU path: short runs of queries, each with the only keys it can reach."""
+        exit = self.exit
+        n = exit.numel()
+        sizes, keys, biases = [], [], []
+        for a in range(0, n, QUERY_BLOCK):
+            b = min(a + QUERY_BLOCK, n)
+            reach = torch.nonzero(exit[:b] > a)[:, 0]
+            query = torch.arange(a, b, device=exit.device)[:, None]
+            allowed = (reach[None, :] <= query) & (query < exit[reach][None, :])
+            sizes.append(b - a)
+            keys.append(reach)
+            biases.append(torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf")))
+        return QueryBlocks(sizes, torch.cat(keys), [k.numel() for k in keys], biases)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -92,19 +100,26 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, sc
     """
     if q.is_cuda:
         return _compiled_flex()(q, k, v, mask.block_mask, scale)
+    blocks = mask.query_blocks
+    # One gather for all blocks, so that its backward pass is one scatter.
+    k, v = (t.index_select(2, blocks.keys) for t in (k, v))
     if k.size(1) != q.size(1):
         # The fused CPU kernel wants equal head counts.
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    pieces, done = [], 0
-    for start, end, bias in mask.bias:
-        if done < start:  # lone tokens (padding) attend to themselves: their output is their own value
-            pieces.append(v[:, :, done:start])
-        part = (t[:, :, start:end] for t in (q, k, v))
-        pieces.append(F.scaled_dot_product_attention(*part, attn_mask=bias.to(q.dtype), scale=scale))
-        done = end
-    if done < q.size(2):
-        pieces.append(v[:, :, done:])
-    return torch.cat(pieces, dim=2)
+    runs = zip(
+        q.split(blocks.sizes, dim=2),
+        k.split(blocks.key_sizes, dim=2),
+        v.split(blocks.key_sizes, dim=2),
+        blocks.biases,
+        strict=True,
+    )
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bias.to(qb.dtype), scale=scale)
+            for qb, kb, vb, bias in runs
+        ],
+        dim=2,
+    )
 
 
 def flex_attend(

@@ -110,8 +110,12 @@ def load(
         loaded = dist_checkpointing.load(wanted, str(path))
         assert isinstance(loaded, dict)
         model.load_state_dict(loaded["model"])
+        inner = loaded["optimizer"].get(
+            "optimizer", loaded["optimizer"]
+        )  # nested when there are master weights
+        # Megatron leaves a step count of zero out, and then cannot read the checkpoint back.
+        inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
         optimizer.load_state_dict(loaded["optimizer"])
-        fill_optimizer_state(optimizer)  # a checkpoint from before the first step holds no step count
         if reference is not None:
             reference.load_state_dict(loaded["reference"])
     torch.set_rng_state(loaded["rng"])

@@ -1,20 +1,21 @@
 """Learner ranks for tests: two long-lived processes that run test functions, so that imports are paid once.
 
-``Ranks.run(function, world=2, **kwargs)`` calls ``function(Place, **kwargs)`` in each rank and returns the results
-in rank order.  Functions must be module-level (they travel by name) and their arguments small.
+``Ranks.run(function, world=2, **kwargs)`` calls ``function(Place, **kwargs)`` in each rank and returns the
+results in rank order.  Functions must be module-level (they travel by name) and their arguments small.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-DEADLINE_S = 120.0
+DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ def _serve(connection: Connection) -> None:
 
 class Ranks:
     def __init__(self, size: int = 2) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._size = size
+        self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(size):
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -49,24 +53,31 @@ class Ranks:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *, world: int = 2, **kwargs: Any) -> list[Any]:
+        if not self._processes:
+            self._start()
         init_method = f"tcp://127.0.0.1:{free_port()}"
         for rank in range(world):
             self._pipes[rank].send((function, Place(rank, world, init_method), kwargs))
-        outcomes = []
-        for rank in range(world):
-            assert self._pipes[rank].poll(DEADLINE_S), f"rank {rank} did not answer within {DEADLINE_S} s"
-            outcomes.append(self._pipes[rank].recv())
-        failures = [f"rank {r}:\n{result}" for r, (ok, result) in enumerate(outcomes) if not ok]
-        assert not failures, "\n".join(failures)
-        return [result for _, result in outcomes]
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + DEADLINE_S
+        while len(results) < world:
+            ready = wait(self._pipes[:world], timeout=max(0.0, deadline - time.monotonic()))
+            failure = "" if ready else f"no answer within {DEADLINE_S} s; only from ranks {sorted(results)}"
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # pyright: ignore[reportArgumentType]
+                ok, result = self._pipes[rank].recv()
+                results[rank] = result
+                failure = failure if ok else f"rank {rank}:\n{result}"
+            if failure:
+                self.close()  # the other rank may wait in a collective: start afresh with the next test
+                raise AssertionError(failure)
+        return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
         for process in self._processes:
+            process.kill()
             process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+        self._processes, self._pipes = [], []
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""What the learner is checked against: tiny Hugging Face models, random trees, and the flat-path loss written out."""
+"""What the learner is checked against: tiny Hugging Face models, random trees, the flat-path loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from system.tree.record import Kind, Outcome, Tree, validate
 
 VOCAB = 151  # odd, so that two tensor-parallel ranks pad it
 
-# (kind, tokens, ends a leaf, children): a prompt, forks on several levels, a fork right after a tool result whose
-# children start with one token, a leaf that ends where a sibling goes on, and a one-token leaf.
+# (kind, tokens, ends a leaf, children): a prompt, forks on several levels, a fork after a tool result, a
+# leaf that ends where a sibling goes on, and a one-token leaf.
 SHAPE: Any = (
     Kind.PROMPT, 17, False, [
         (Kind.MODEL, 6, False, [
@@ -26,7 +26,9 @@ SHAPE: Any = (
             ]),
         ]),
         (Kind.MODEL, 13, True, []),
-        (Kind.MODEL, 4, False, [(Kind.TOOL, 6, False, [(Kind.MODEL, 8, True, []), (Kind.MODEL, 5, True, [])])]),
+        (Kind.MODEL, 4, False, [
+            (Kind.TOOL, 6, False, [(Kind.MODEL, 8, True, []), (Kind.MODEL, 5, True, [])]),
+        ]),
     ],
 )  # fmt: skip
 CHAIN: Any = (Kind.PROMPT, 9, False, [(Kind.MODEL, 14, True, [])])
@@ -150,8 +152,12 @@ def flat_loss(
     *,
     temperature: float = 1.0,
     reference: Any = None,
+    proximal: Any = None,
 ) -> torch.Tensor:
-    """The step's loss by its definition, path by path, in PPO's own words (minimum of two products)."""
+    """The step's loss by its definition, path by path, in PPO's own words (minimum of two products).
+
+    ``proximal``: the model at the start of the batch; the current one by default.
+    """
     total = torch.zeros(())
     for tree, gains, w in zip(trees, advantages, weights, strict=True):
         for leaf in range(tree.n_leaves):
@@ -160,8 +166,12 @@ def flat_loss(
             behaviour = torch.from_numpy(tree.logprob[index][1:])
             a = float(gains[leaf])
             if learn.objective == "decoupled":
-                ratio = (logp - logp.detach()).exp()
-                scale = (logp.detach() - behaviour).exp().clamp(max=learn.tis_cap)
+                start = logp.detach()
+                if proximal is not None:
+                    with torch.no_grad():
+                        start, _ = path_logprobs(proximal, tree.tokens[index], temperature)
+                ratio = (logp - start).exp()
+                scale = (start - behaviour).exp().clamp(max=learn.tis_cap)
             else:
                 ratio = (logp - behaviour).exp()
                 scale = torch.ones_like(ratio)

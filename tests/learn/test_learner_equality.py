@@ -1,0 +1,322 @@
+"""The learner against Hugging Face and against separate paths: forward, loss, gradients, optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_ranks import Place, Ranks
+from learner_reference import (
+    flat_loss,
+    gradients,
+    learner_config,
+    load_hf,
+    make_trees,
+    path_logprobs,
+    path_tokens,
+    relative_distance,
+)
+
+from system.config import Config
+from system.learn.aggregate import leaf_weights
+from system.learn.credit import advantages
+from system.tree.record import Tree
+
+FAMILIES = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
+
+# name -> settings.  `micro_tokens` 48 is below the largest tree (95 tokens) and above its longest path (41).
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "decoupled": {"objective": "decoupled"},
+    "decoupled, cut": {"objective": "decoupled", "micro_tokens": 48},
+    "ppo": {"objective": "ppo"},
+    "ppo, cut": {"objective": "ppo", "micro_tokens": 48},
+    "ppo, single clip": {"objective": "ppo", "dual_clip": 0.0},
+    "ppo, sequence mean": {"objective": "ppo", "aggregate": "seq-mean"},
+    "ppo, regularised, cut": {
+        "objective": "ppo",
+        "micro_tokens": 48,
+        "entropy_coef": 0.01,
+        "kl_coef": 0.1,
+    },
+    "grpo-flat": {"objective": "grpo-flat"},
+}
+
+
+def open_trainer(place: Place, config: Config, model: str) -> Any:
+    from system.learn.trainer import Trainer
+
+    return Trainer(config, model, rank=place.rank, world=place.world, init_method=place.init_method)
+
+
+def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
+    """The step's summed gradients under Hugging Face names (left in place by a step without clipping)."""
+    from system.learn.weights import Converter
+
+    converter = Converter.of(trainer.model)
+    named = {}
+    for name, parameter in trainer.model.named_parameters():
+        layout, names = converter.place(name)
+        full = converter.merge(layout, converter.gather(layout, parameter.main_grad))
+        named |= {n: t.clone().numpy() for n, t in zip(names, full, strict=True)}
+    return named
+
+
+def credit_of(trees: list[Tree], config: Config) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    learn = config.learn
+    gains = advantages(learn.credit, [t.reward for t in trees])
+    return gains, leaf_weights(learn.aggregate, trees, length_cap=config.rollout.max_response_tokens)
+
+
+# ---------------------------------------------------------------------- log-probabilities and weights
+
+
+def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
+    from system.learn import cpu
+    from system.learn.rows import Row
+    from system.tree.pack import pack
+
+    trainer = open_trainer(place, learner_config(tp=tp, bucket_mb=1), model)
+    try:
+        hf = load_hf(model)
+        trees = make_trees(0)
+        worst = {"logits": 0.0, "logprob": 0.0, "nan": 0.0, "entropy": 0.0}
+        for tree, values in zip(trees, trainer.logprobs(trees), strict=True):
+            worst["nan"] += float(np.isnan(values[1:]).any()) + float(not np.isnan(values[0]))
+            ones = np.ones(tree.n_leaves, np.float32)
+            (batch,) = pack([tree], [ones], [ones], budget=tree.n_tokens)
+            row = Row.of(batch, np.arange(tree.n_tokens), trainer.layout.device)
+            with torch.no_grad():
+                logits = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+            first = logits.size(1) * (place.rank if tp > 1 else 0)
+            for leaf in range(tree.n_leaves):
+                index = path_tokens(tree, leaf)
+                with torch.no_grad():
+                    ids = torch.from_numpy(tree.tokens[index].astype(np.int64))
+                    full = hf(ids[None]).logits[0]
+                    expected, _ = path_logprobs(hf, tree.tokens[index])
+                mine = full[:, first : first + logits.size(1)]  # the last rank's shard ends in padding
+                error = (logits[index][:, : mine.size(1)] - mine).abs().max()
+                worst["logits"] = max(worst["logits"], float(error))
+                worst["logprob"] = max(
+                    worst["logprob"], float(np.abs(values[index][1:] - expected.numpy()).max())
+                )
+        exported = list(trainer.export())
+        tensors = {n: t for bucket in exported for n, t in bucket.items()}
+        if place.rank == 0:
+            original = dict(hf.named_parameters())
+            assert tensors.keys() == original.keys()
+            worst["round trip"] = max(float((tensors[n] - original[n]).abs().max()) for n in original)
+        else:
+            assert not tensors
+        worst["cuda calls outside the shim"] = float(not cpu.needed())
+        return worst
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_forward_equals_hugging_face(
+    ranks: Ranks, tiny_model: Callable[..., str], family: str, tied: bool, tp: int
+) -> None:
+    for worst in ranks.run(forward_case, world=tp, model=tiny_model(family, tied=tied), tp=tp):
+        assert worst["logits"] < 1e-4
+        assert worst["logprob"] < 1e-4
+        assert worst["nan"] == 0
+        assert worst.get("round trip", 0.0) == 0
+
+
+# ---------------------------------------------------------------------- loss and gradient on trees
+
+
+def gradient_case(
+    place: Place, model: str, tp: int, dp: int, names: list[str]
+) -> dict[str, dict[str, float]]:
+    """Every objective's loss and gradient on packed trees against the same on paths in Hugging Face."""
+    config = learner_config(tp=tp, dp=dp, kl_coef=1.0)
+    trainer = open_trainer(place, config, model)
+    try:
+        hf, reference = load_hf(model), load_hf(model)
+        with (
+            torch.no_grad()
+        ):  # a reference model that differs from the policy, so that the KL term has a gradient
+            for policy_weight in trainer.model.parameters():
+                policy_weight.mul_(1.01)
+            for weight in hf.parameters():
+                weight.mul_(1.01)
+        trees = make_trees(1)
+        plain = (learn := config.learn).__dict__.copy()
+        report = {}
+        for name in names:
+            learn.__dict__.update(plain | {"kl_coef": 0.0} | OBJECTIVES[name])
+            frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
+            stats = trainer.train(trees, version=6)
+            trainer.reference = frozen
+            mine = hf_gradients(trainer)
+            hf.zero_grad()
+            loss = flat_loss(hf, trees, *credit_of(trees, config), learn, reference=reference)
+            loss.backward()
+            report[name] = stats | {
+                "gradient error": relative_distance(mine, gradients(hf)),
+                "loss error": abs(stats["loss"] - float(loss)) / abs(float(loss)),
+                "expected norm": float(
+                    np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients(hf).values()))
+                ),
+            }
+        return report
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", False), ("qwen2", True)])
+def test_tree_gradient_equals_flat_paths(
+    ranks: Ranks, tiny_model: Callable[..., str], family: str, tied: bool, tp: int
+) -> None:
+    names = list(OBJECTIVES) if family == "qwen3" else ["decoupled, cut", "ppo, cut"]
+    reports = ranks.run(
+        gradient_case, world=tp, model=tiny_model(family, tied=tied), tp=tp, dp=1, names=names
+    )
+    for report in reports:
+        for name, got in report.items():
+            assert got["gradient error"] < 1e-5, name
+            assert got["loss error"] < 1e-5, name
+            # The reported norm is the gradient's own: q/k norms are summed over TP, shards counted once.
+            assert got["grad_norm"] == pytest.approx(got["expected norm"], rel=1e-4), name
+        ppo = report.get("ppo", report["ppo, cut"])
+        assert ppo["clip_high"] > 0.02  # the cases above do reach every branch of the clipped objective
+        assert ppo["clip_low"] > 0.02
+        assert ppo["ratio_max"] > 3.0
+        decoupled = report["decoupled, cut"]
+        assert decoupled["ratio_mean"] == pytest.approx(1.0)
+        assert 0 < decoupled["tis_capped"] < 1
+        assert decoupled["staleness_max"] == 3.0
+        assert decoupled["tokens_computed"] > report.get("decoupled", {}).get("tokens_computed", 0.0)
+
+
+def test_data_parallel_ranks_sum_their_gradients(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+    names = ["decoupled", "ppo, cut", "ppo, regularised, cut"]
+    reports = ranks.run(gradient_case, world=2, model=tiny_model(), tp=1, dp=2, names=names)
+    for name in names:
+        for report in reports:
+            assert report[name]["gradient error"] < 1e-5, name
+            assert report[name]["loss error"] < 1e-5, name
+        times = {k for k in reports[0][name] if k.startswith("time_")}
+        assert {k: v for k, v in reports[0][name].items() if k not in times} == {
+            k: v for k, v in reports[1][name].items() if k not in times
+        }
+
+
+def idle_rank_case(place: Place, model: str) -> dict[str, float]:
+    """One tree for two data-parallel ranks: the second has nothing to compute."""
+    trainer = open_trainer(place, learner_config(dp=2), model)
+    try:
+        trees = make_trees(2)[:1]
+        stats = trainer.train(trees, version=6)
+        hf = load_hf(model)
+        flat_loss(hf, trees, *credit_of(trees, trainer.config), trainer.learn).backward()
+        nothing = trainer.train(make_trees(2)[1:2], version=6)  # a single leaf: no signal for anybody
+        return stats | {
+            "gradient error": relative_distance(hf_gradients_after(trainer, trees), gradients(hf)),
+            "silent norm": nothing["grad_norm"],
+        }
+    finally:
+        trainer.close()
+
+
+def hf_gradients_after(trainer: Any, trees: list[Tree]) -> dict[str, np.ndarray]:
+    trainer.train(trees, version=6)
+    return hf_gradients(trainer)
+
+
+def test_a_rank_without_work_joins_the_step(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+    for stats in ranks.run(idle_rank_case, world=2, model=tiny_model()):
+        assert stats["gradient error"] < 1e-5
+        assert stats["silent norm"] == 0
+        assert stats["tokens"] > 0
+
+
+# ---------------------------------------------------------------------- optimizer steps
+
+
+def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
+    """Three updates of one batch, a supervised step before, against torch AdamW on the Hugging Face model."""
+    settings: dict[str, Any] = {
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "grad_clip": 0.5,
+        # Adam divides by the gradient: where that is rounding noise, a small eps makes it ±lr.
+        "eps": 1e-4,
+        "warmup_steps": 2,
+        "updates": 3,
+    }
+    config = learner_config(tp=tp, dp=dp, **settings)
+    config.rollout.temperature = 0.8
+    trainer = open_trainer(place, config, model)
+    try:
+        learn, trees = config.learn, make_trees(3)
+        warm = trainer.supervise(trees, lr=2e-3)
+        trainer.reset_optimizer()
+        stats = trainer.train(trees, version=6)
+        weights = {n: t for bucket in trainer.export() for n, t in bucket.items()}
+
+        hf = load_hf(model)
+        before = {n: p.detach().clone() for n, p in hf.named_parameters()}
+
+        def optimizer() -> torch.optim.AdamW:
+            matrices = [p for p in hf.parameters() if p.dim() > 1]
+            vectors = [p for p in hf.parameters() if p.dim() == 1]  # norms and biases are not decayed
+            groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+            return torch.optim.AdamW(groups, lr=1.0, betas=(learn.beta1, learn.beta2), eps=learn.eps)
+
+        def step(adam: torch.optim.AdamW, loss: torch.Tensor, lr: float) -> None:
+            hf.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(hf.parameters(), learn.grad_clip)
+            for group in adam.param_groups:
+                group["lr"] = lr
+            adam.step()
+
+        paths = [(t, path_tokens(t, leaf)) for t in trees for leaf in range(t.n_leaves)]
+        trained = [np.repeat(t.kind == 1, t.end - t.start)[index][1:] for t, index in paths]
+        logps = [path_logprobs(hf, t.tokens[index])[0] for t, index in paths]
+        count = sum(int(m.sum()) for m in trained)
+        nll = -sum(
+            (lp[torch.from_numpy(m)].sum() for lp, m in zip(logps, trained, strict=True)), torch.zeros(())
+        )
+        step(optimizer(), nll / count, 2e-3)
+
+        import copy
+
+        proximal = copy.deepcopy(hf)
+        gains = advantages(learn.credit, [t.reward for t in trees])
+        adam, cap = optimizer(), config.rollout.max_response_tokens
+        for number, (a, b) in enumerate([(0, 1), (1, 3), (3, 5)]):
+            w = leaf_weights(learn.aggregate, trees[a:b], length_cap=cap)
+            loss = flat_loss(hf, trees[a:b], gains[a:b], w, learn, temperature=0.8, proximal=proximal)
+            step(adam, loss, learn.lr * min(1.0, (number + 1) / 2))
+        after = dict(hf.named_parameters())
+        return {
+            "error": max((float((weights[n] - after[n]).abs().max()) for n in weights), default=0.0),
+            "moved": max(float((after[n] - before[n]).abs().max()) for n in after),
+            "steps": float(trainer.step_count),
+            "nll error": abs(warm["loss"] - float(nll) / count),
+            "skipped": stats["skipped_steps"],
+        }
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
+def test_optimizer_steps_equal_torch_adamw(
+    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int
+) -> None:
+    for result in ranks.run(adamw_case, world=tp * dp, model=tiny_model(), tp=tp, dp=dp):
+        assert result["moved"] > 2e-3
+        assert result["error"] < 1e-2 * result["moved"] / 3
+        assert result["steps"] == 3
+        assert result["nll error"] < 1e-5
+        assert result["skipped"] == 0

@@ -1,0 +1,145 @@
+"""Objectives and the vocabulary-parallel log-probability on their own."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_ranks import Place, Ranks
+
+from system.config import LearnConfig
+from system.learn.objective import OBJECTIVES, LossTokens, clipped_surrogate, k3
+
+
+def tokens(n: int = 64, **changes: Any) -> LossTokens:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal() -> torch.Tensor:
+        return torch.randn(n, generator=generator)
+
+    fields: dict[str, Any] = {
+        "logprob": (normal() - 2).requires_grad_(),
+        "entropy": normal().abs().requires_grad_(),
+        "behaviour": normal() - 2,
+        "s_plus": normal().abs() / n,
+        "s_minus": -normal().abs() / n,
+        "mult": normal().abs() / n,
+        "staleness": torch.zeros(n),
+    }
+    return LossTokens(**(fields | changes))
+
+
+@pytest.mark.parametrize("dual", [0.0, 3.0])
+def test_two_sums_give_the_sum_over_leaves(dual: float) -> None:
+    """S+ and S- against Σ w·min(rA, clip(r)A), leaf by leaf, siblings of opposite sign, at every ratio."""
+    rng = np.random.default_rng(0)
+    ratio = torch.tensor(np.exp(rng.normal(0, 1.5, 500)), dtype=torch.float64)
+    gains, w = torch.tensor(rng.normal(0, 1, (500, 4))), torch.tensor(rng.random((500, 4)))
+    learn = LearnConfig(clip_low=0.2, clip_high=0.28, dual_clip=dual)
+    each = torch.minimum(ratio[:, None] * gains, ratio.clamp(0.8, 1.28)[:, None] * gains)
+    if dual:
+        each = torch.where(gains < 0, torch.maximum(each, dual * gains), each)
+    mine = clipped_surrogate(ratio, (w * gains.clamp(min=0)).sum(1), (w * gains.clamp(max=0)).sum(1), learn)
+    torch.testing.assert_close(mine, (w * each).sum(1), rtol=1e-12, atol=1e-12)
+
+
+def test_decoupled_at_a_fixed_proximal_policy_is_weighted_ppo() -> None:
+    """π_prox = μ makes the importance weight 1 and the ratio PPO's own."""
+    t = tokens()
+    learn = LearnConfig()
+    loss, stats = OBJECTIVES["decoupled"](tokens(proximal=t.behaviour), learn)
+    expected, _ = OBJECTIVES["ppo"](t, learn)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(stats.sums["tis_mean"], stats.sums["weight"])
+
+
+def test_importance_weight_is_capped_and_detached() -> None:
+    t = tokens()
+    learn = LearnConfig(tis_cap=1.5)
+    loss, stats = OBJECTIVES["decoupled"](t, learn)
+    loss.backward()
+    weight = (t.logprob.detach() - t.behaviour).exp().clamp(max=1.5)
+    # At r = 1 neither clip acts, so ∂loss/∂logπ = -weight·(S+ + S-): nothing flows through the weight itself.
+    torch.testing.assert_close(t.logprob.grad, -weight * (t.s_plus + t.s_minus))
+    assert 0 < float(stats.sums["tis_capped"]) < float(stats.sums["weight"])
+
+
+def test_regularisers_enter_the_loss_with_their_coefficients() -> None:
+    plain, _ = OBJECTIVES["ppo"](tokens(), LearnConfig())
+    t = tokens(reference=torch.full((64,), -2.0))
+    loss, stats = OBJECTIVES["ppo"](t, LearnConfig(kl_coef=0.3, entropy_coef=0.1))
+    kl = (t.mult * k3(torch.full((64,), -2.0) - t.logprob)).sum()
+    torch.testing.assert_close(loss, plain + 0.3 * kl - 0.1 * (t.mult * t.entropy).sum())
+    torch.testing.assert_close(stats.sums["reference_kl"], kl.detach())
+
+
+def test_k3_estimates_the_kl_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.5, 0.3])
+    sample = torch.multinomial(p, 200_000, replacement=True, generator=generator)
+    estimate = k3((q.log() - p.log())[sample]).mean()
+    assert float(estimate) == pytest.approx(float((p * (p / q).log()).sum()), rel=0.02)
+
+
+def test_huge_ratios_stay_finite() -> None:
+    far = torch.full((64,), -1e4)
+    for name, (a, b) in itertools.product(("ppo", "decoupled"), [(far, far * 0), (far * 0, far)]):
+        t = tokens(logprob=a.clone().requires_grad_(), behaviour=b)
+        loss, stats = OBJECTIVES[name](t, LearnConfig(dual_clip=0.0))
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert t.logprob.grad is not None
+        assert torch.isfinite(t.logprob.grad).all()
+        assert all(torch.isfinite(v) for v in stats.sums.values())
+
+
+# ---------------------------------------------------------------------- log-probability and entropy
+
+
+def vocabulary_case(place: Place, vocab: int) -> dict[str, float]:
+    import torch.distributed as dist
+
+    from system.learn.logprob import vocab_parallel_logprob_entropy
+
+    dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.world)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        generator = torch.Generator().manual_seed(0)
+        share = -(-vocab // place.world)
+        whole = 4 * torch.randn(50, vocab, generator=generator, dtype=torch.float32)
+        target = torch.randint(0, vocab, (50,), generator=generator)
+        g1, g2 = torch.randn(2, 50, generator=generator)
+        padded = torch.cat(
+            [whole, torch.full((50, share * place.world - vocab), 99.0)], 1
+        )  # never to be read
+        mine = padded[:, place.rank * share : (place.rank + 1) * share].clone().requires_grad_()
+        logp, entropy = vocab_parallel_logprob_entropy(mine, target, vocab, group)
+        (logp * g1 + entropy * g2).sum().backward()
+        assert mine.grad is not None
+
+        exact = whole.double().requires_grad_()
+        ls = exact.log_softmax(-1)
+        elp, ee = ls.gather(-1, target[:, None])[:, 0], -(ls.exp() * ls).sum(-1)
+        (elp * g1 + ee * g2).sum().backward()
+        assert exact.grad is not None
+        grad = torch.cat([exact.grad, torch.zeros(50, share * place.world - vocab)], 1)
+        grad = grad[:, place.rank * share : (place.rank + 1) * share]
+        return {
+            "logp": float((logp - elp).abs().max()),
+            "entropy": float((entropy - ee).abs().max()),
+            "grad": float((mine.grad - grad).abs().max()),
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("vocab", "world"), [(151, 1), (151, 2), (150, 2), (1, 2)])
+def test_vocabulary_parallel_logprob_and_entropy(ranks: Ranks, vocab: int, world: int) -> None:
+    for worst in ranks.run(vocabulary_case, world=world, vocab=vocab):
+        assert worst["logp"] < 1e-5
+        assert worst["entropy"] < 1e-5
+        assert worst["grad"] < 1e-5

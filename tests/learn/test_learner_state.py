@@ -1,0 +1,310 @@
+"""What the trainer keeps and hands on: checkpoints, Hugging Face directories; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from learner_ranks import Place, Ranks
+from learner_reference import (
+    learner_config,
+    load_hf,
+    make_tree,
+    make_trees,
+    path_logprobs,
+    path_tokens,
+    save_tiny_model,
+)
+from test_learner_equality import open_trainer
+
+from system.config import ConfigError
+from system.learn.parallel import check
+from system.tree.record import Kind
+
+# A large eps: Adam divides by the gradient, and where that is rounding noise a small eps makes it ±lr.
+STEP: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0, "eps": 1e-4}
+
+
+def weights_of(trainer: Any) -> dict[str, np.ndarray]:
+    return {n: t.float().numpy() for bucket in trainer.export() for n, t in bucket.items()}
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def save_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
+    """Save before any step and after two; go on for one more."""
+    config = learner_config(tp=tp, kl_coef=0.1, **STEP)
+    trainer = open_trainer(place, config, model)
+    try:
+        fresh = Path(path).with_name("fresh")
+        trainer.save(fresh, {"version": 0})
+        trainer.train(make_trees(4), version=6)
+        trainer.reset_optimizer()  # moves the reference model off the file's weights
+        for seed in (5, 6):
+            trainer.train(make_trees(seed), version=6)
+        trainer.save(path, {"version": 2, "note": "ü"})
+        trainer.save(path, {"version": 3, "note": "ü"})  # replaces
+        draw = torch.rand(3).tolist()
+        stats = trainer.train(make_trees(7), version=6)
+        # Untouched by everything since: the checkpoint from before the first step.
+        after = weights_of(trainer)
+        trainer.load(fresh)
+        trainer.train(make_trees(4), version=6)
+        return {"weights": after, "loss": stats["loss"], "draw": draw, "restarted": weights_of(trainer)}
+    finally:
+        trainer.close()
+
+
+def load_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
+    config = learner_config(tp=tp, kl_coef=0.1, **STEP)
+    config.run.seed = 17
+    trainer = open_trainer(place, config, model)
+    try:
+        trainer.train(make_trees(11), version=6)  # state that loading must replace
+        extra = trainer.load(Path(path))
+        draw, steps = torch.rand(3).tolist(), trainer.step_count
+        stats = trainer.train(make_trees(7), version=6)
+        resumed = weights_of(trainer)
+        trainer.load(Path(path).with_name("fresh"))
+        trainer.train(make_trees(4), version=6)
+        return {
+            "weights": resumed,
+            "loss": stats["loss"],
+            "draw": draw,
+            "extra": extra,
+            "steps": steps,
+            "restarted": weights_of(trainer),
+        }
+    finally:
+        trainer.close()
+
+
+def test_checkpoint_resumes_exactly_and_under_another_layout(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    went_on = ranks.run(save_case, world=2, model=tiny_model(), path=str(path), tp=2)[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "fresh"]  # nothing half-written
+    same = ranks.run(load_case, world=2, model=tiny_model(), path=str(path), tp=2)[0]
+    other = ranks.run(load_case, world=1, model=tiny_model(), path=str(path), tp=1)[0]
+    for resumed in (same, other):
+        assert resumed["extra"] == {"version": 3, "note": "ü"}
+        assert resumed["steps"] == 2
+        assert resumed["draw"] == went_on["draw"]
+    assert same["loss"] == went_on["loss"]
+    for name, value in went_on["weights"].items():
+        np.testing.assert_array_equal(same["weights"][name], value, err_msg=name)  # bit for bit
+        np.testing.assert_allclose(other["weights"][name], value, rtol=0, atol=1e-5, err_msg=name)
+    for name, value in went_on["restarted"].items():
+        np.testing.assert_array_equal(same["restarted"][name], value, err_msg=name)
+        np.testing.assert_allclose(other["restarted"][name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+def broken_case(place: Place, model: str, path: str) -> str:
+    from system.learn.checkpoint import CheckpointError
+
+    trainer = open_trainer(place, learner_config(), model)
+    try:
+        with pytest.raises(CheckpointError) as error:
+            trainer.load(path)
+        return str(error.value)
+    finally:
+        trainer.close()
+
+
+def test_a_missing_checkpoint_is_named(ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path) -> None:
+    (message,) = ranks.run(broken_case, world=1, model=tiny_model(), path=str(tmp_path / "none"))
+    assert str(tmp_path / "none") in message
+
+
+# ---------------------------------------------------------------------- Hugging Face directories
+
+
+def save_hf_case(place: Place, model: str, path: str) -> list[np.ndarray]:
+    trainer = open_trainer(place, learner_config(tp=2, **STEP), model)
+    try:
+        trainer.train(make_trees(8), version=6)
+        trainer.save_hf(path)
+        return trainer.logprobs(make_trees(9))
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False)])
+def test_saved_model_loads_in_transformers(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path, family: str, tied: bool
+) -> None:
+    source, out = Path(tiny_model(family, tied=tied)), tmp_path / "model"
+    (source / "tokenizer.json").write_text("{}")  # any file that travels with a model
+    mine = ranks.run(save_hf_case, world=2, model=str(source), path=str(out))[0]
+    assert (out / "tokenizer.json").read_text() == "{}"
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    hf = load_hf(out)
+    for tree, values in zip(make_trees(9), mine, strict=True):
+        for leaf in range(tree.n_leaves):
+            index = path_tokens(tree, leaf)
+            with torch.no_grad():
+                expected, _ = path_logprobs(hf, tree.tokens[index])
+            np.testing.assert_allclose(values[index][1:], expected.numpy(), rtol=0, atol=1e-4)
+
+
+def sharded_files_case(place: Place, model: str, path: str) -> None:
+    from system.learn import weights
+
+    trainer = open_trainer(place, learner_config(), model)
+    try:
+        weights.save_hf(trainer.model, Path(path), model, write=True, shard_bytes=40_000)
+        before = weights_of(trainer)
+        weights.load(trainer.model, weights.hf_tensors(path))
+        for name, value in weights_of(trainer).items():
+            np.testing.assert_array_equal(value, before[name])
+    finally:
+        trainer.close()
+
+
+def test_weights_in_several_files(ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path) -> None:
+    ranks.run(sharded_files_case, world=1, model=tiny_model(), path=str(tmp_path / "m"))
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    load_hf(tmp_path / "m")
+
+
+# ---------------------------------------------------------------------- what a token sees
+
+
+def sight_case(place: Place, model: str) -> dict[str, float]:
+    """Change one token and see whose log-probabilities move; then shift the positions."""
+    from system.learn.rows import logprob_entropy, score_row
+    from system.tree.pack import pack
+
+    trainer = open_trainer(place, learner_config(), model)
+    try:
+        fork = (Kind.PROMPT, 6, False, [(Kind.MODEL, 8, True, []), (Kind.MODEL, 7, True, [])])
+        tree = make_tree(fork, np.random.default_rng(0))
+        (before,) = trainer.logprobs([tree])
+
+        def changed(at: int) -> np.ndarray:
+            tree.tokens[at] = (tree.tokens[at] + 1) % 100
+            (after,) = trainer.logprobs([tree])
+            tree.tokens[at] = (tree.tokens[at] - 1) % 100
+            return np.abs(after - before)
+
+        tree.tokens[:] %= 100
+        (before,) = trainer.logprobs([tree])
+        sibling, ancestor = changed(8), changed(2)
+        ones = np.ones(2, np.float32)
+        (batch,) = pack([tree], [ones], [ones], budget=64)
+        row = score_row(batch, trainer.layout.device)
+        by_index = row.position.clone().copy_(torch.arange(21))
+        from dataclasses import replace
+
+        with torch.no_grad():
+            numbered, _ = logprob_entropy(trainer.model, replace(row, position=by_index), trainer.layout, 1.0)
+        trap = np.abs(numbered.numpy() - before[1:])
+        return {
+            "second branch after a change in the first": float(sibling[14:].max()),
+            "first branch after a change in itself": float(sibling[8:14].max()),
+            "both after a change in the prompt": float(min(ancestor[6:14].max(), ancestor[14:].max())),
+            "first branch numbered by row index": float(trap[:13].max()),
+            "second branch numbered by row index": float(trap[14:].max()),
+        }
+    finally:
+        trainer.close()
+
+
+def test_branches_see_their_ancestors_only(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+    (seen,) = ranks.run(sight_case, world=1, model=tiny_model())
+    assert seen["second branch after a change in the first"] == 0
+    assert seen["first branch after a change in itself"] > 0.01
+    assert seen["both after a change in the prompt"] > 0.01
+    # Megatron's own "rope" numbers the row and ignores position ids: right on the first branch only.
+    assert seen["first branch numbered by row index"] < 1e-5
+    assert seen["second branch numbered by row index"] > 0.1
+
+
+# ---------------------------------------------------------------------- variants of one step
+
+
+def variant_case(place: Place, model: str, dtype: str, recompute: bool) -> dict[str, Any]:
+    config = learner_config(tp=2, recompute=recompute, **STEP)
+    config.model.dtype = dtype
+    trainer = open_trainer(place, config, model)
+    try:
+        stats = [trainer.train(make_trees(s), version=6) for s in (10, 11, 12)]
+        return {"stats": stats, "weights": weights_of(trainer)}
+    finally:
+        trainer.close()
+
+
+def test_recomputation_changes_nothing_and_bfloat16_little(
+    ranks: Ranks, tiny_model: Callable[..., str]
+) -> None:
+    def run(dtype: str = "float32", recompute: bool = False) -> dict[str, Any]:
+        return ranks.run(variant_case, world=2, model=tiny_model(), dtype=dtype, recompute=recompute)[0]
+
+    plain, recomputed, half = run(), run(recompute=True), run("bfloat16")
+    for name, value in plain["weights"].items():
+        np.testing.assert_allclose(recomputed["weights"][name], value, rtol=0, atol=1e-6)
+    for a, b in zip(plain["stats"], half["stats"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.05, abs=0.01)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.1)
+        assert b["skipped_steps"] == 0
+
+
+def non_finite_case(place: Place, model: str) -> dict[str, float]:
+    trainer = open_trainer(place, learner_config(tp=2, **STEP), model)
+    try:
+        with torch.no_grad():
+            trainer.model.decoder.final_layernorm.weight[0] = float("inf")
+        before = weights_of(trainer)
+        stats = trainer.train(make_trees(13), version=6)
+        for name, value in weights_of(trainer).items():
+            np.testing.assert_array_equal(value, before[name])
+        return stats | {"steps": float(trainer.step_count)}
+    finally:
+        trainer.close()
+
+
+def test_a_non_finite_gradient_is_not_applied(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+    for stats in ranks.run(non_finite_case, world=2, model=tiny_model()):
+        assert stats["skipped_steps"] == 1
+        assert stats["steps"] == 0
+        assert not np.isfinite(stats["grad_norm"])
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def refusal_case(place: Place, model: str, learn: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as error:
+        open_trainer(place, learner_config(**learn), model)
+    from system.learn import parallel
+
+    parallel.stop()
+    return str(error.value)
+
+
+def test_what_cannot_run_is_refused_by_name(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    config = learner_config(tp=2)
+    config.learn.pp = 2
+    with pytest.raises(ConfigError, match=r"learn\.pp=2"):
+        check(config, 4)
+    with pytest.raises(ConfigError, match="needs 2 ranks, not 3"):
+        check(learner_config(tp=2), 3)
+    hard = {"objective": "grpo-flat", "credit": "arpo-hard"}
+    assert "arpo-hard" in ranks.run(refusal_case, world=1, model=tiny_model(), learn=hard)[0]
+    rope = tmp_path / "yarn"
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 1024}
+    save_tiny_model(rope, "qwen3", tied=False, rope_parameters=yarn)
+    assert "yarn" in ranks.run(refusal_case, world=1, model=str(rope), learn={})[0]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((Path(tiny_model()) / "config.json").read_text())
+    assert "safetensors" in ranks.run(refusal_case, world=1, model=str(empty), learn={})[0]

@@ -1,0 +1,126 @@
+"""The interval mask in its three forms, and attention under it, against the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from learner_reference import CHAIN, SHAPE, STAR, make_tree
+from torch.nn.attention.flex_attention import BlockMask
+
+from system.learn import attention
+from system.learn.attention import TreeMask, attend, flex_attend
+from system.tree.pack import pack
+from system.tree.packed import PackedBatch
+
+
+def packed(seed: int, repeats: int = 6, pad_to: int = 1) -> PackedBatch:
+    rng = np.random.default_rng(seed)
+    trees = [make_tree(shape, rng) for shape in (SHAPE, CHAIN, STAR) for _ in range(repeats)]
+    ones = [np.ones(t.n_leaves, np.float32) for t in trees]
+    (batch,) = pack(trees, ones, ones, budget=sum(t.n_tokens for t in trees) + pad_to, pad_to=pad_to)
+    return batch
+
+
+def ancestors(batch: PackedBatch) -> np.ndarray:
+    """[N, N] bool by walking predictors up: the paths' own definition of what a token may see."""
+    n = batch.n_tokens
+    seen = np.eye(n, dtype=bool)
+    for i in range(n):
+        if batch.predictor[i] >= 0:
+            seen[i] |= seen[batch.predictor[i]]
+    return seen
+
+
+def qkv(n: int, heads: int = 4, kv_heads: int = 2, d: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, h, n, d, generator=generator, requires_grad=True) for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: np.ndarray) -> torch.Tensor:
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.from_numpy(seen), scale=0.25)
+
+
+def test_the_mask_is_ancestry() -> None:
+    batch = packed(0, pad_to=50)
+    assert batch.n_tokens > (batch.tree >= 0).sum()  # there is padding
+    mask = TreeMask(torch.from_numpy(batch.exit))
+    np.testing.assert_array_equal(mask.dense().numpy(), ancestors(batch))
+
+
+@pytest.mark.parametrize("run", [1, 16, 128, 4096])
+def test_cpu_attention_and_its_gradient(monkeypatch: pytest.MonkeyPatch, run: int) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", run)
+    batch = packed(1, pad_to=50)
+    mask = TreeMask(torch.from_numpy(batch.exit))
+    mine, reference = qkv(batch.n_tokens), qkv(batch.n_tokens)
+    weight = torch.randn(1, 4, batch.n_tokens, 16, generator=torch.Generator().manual_seed(1))
+    out = attend(*mine, mask, 0.25)
+    expected = by_definition(*reference, ancestors(batch))
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(mine, reference, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=2e-5)
+
+
+def test_queries_reach_few_keys() -> None:
+    """The point of the runs: cost follows root paths, not the row."""
+    batch = packed(2, repeats=12)
+    reached = sum(TreeMask(torch.from_numpy(batch.exit)).query_blocks.key_sizes)
+    runs = -(-batch.n_tokens // attention.QUERY_BLOCK)
+    longest_path = int(batch.position.max()) + 1
+    assert reached <= runs * (attention.QUERY_BLOCK + 3 * longest_path)
+    assert reached < runs * batch.n_tokens / 4
+
+
+@pytest.mark.parametrize("pad_to", [1, 128])
+def test_flex_attention_equals_the_definition(pad_to: int) -> None:
+    """FlexAttention's forward pass (all it has on CPU) with the mask that GPUs use."""
+    batch = packed(3, pad_to=pad_to)
+    q, k, v = (t.detach() for t in qkv(batch.n_tokens))
+    out = flex_attend(q, k, v, TreeMask(torch.from_numpy(batch.exit)).block_mask, 0.25)
+    torch.testing.assert_close(out, by_definition(q, k, v, ancestors(batch)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad_to", [1, 128])
+def test_block_mask_names_exactly_the_needed_blocks(pad_to: int) -> None:
+    """Compiled FlexAttention skips blocks that are not listed and tests no element of a full block."""
+    batch = packed(4, repeats=14, pad_to=pad_to)
+    n, size = batch.n_tokens, attention.BLOCK
+    block_mask = TreeMask(torch.from_numpy(batch.exit)).block_mask
+    count = -(-n // size)
+    seen = np.zeros((count * size, count * size), bool)
+    seen[:n, :n] = ancestors(batch)
+    tiles = seen.reshape(count, size, count, size).transpose(0, 2, 1, 3)
+    assert isinstance(block_mask, BlockMask)
+    full_counts, full_indices = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+    assert full_counts is not None
+    assert full_indices is not None
+    n_full = 0
+    for i in range(count):
+        partial = set(block_mask.kv_indices[0, 0, i, : block_mask.kv_num_blocks[0, 0, i]].tolist())
+        full = set(full_indices[0, 0, i, : full_counts[0, 0, i]].tolist())
+        assert not partial & full
+        assert {j for j in range(count) if tiles[i, j].all()} == full
+        assert {j for j in range(count) if tiles[i, j].any()} <= partial | full
+        assert all(j <= i for j in partial)
+        n_full += len(full)
+    assert block_mask.shape[-2:] == (n, n)
+
+
+def test_a_long_shared_prefix_gives_full_blocks() -> None:
+    from system.tree.record import Kind
+
+    prompt = (Kind.PROMPT, 300, False, [(Kind.MODEL, 100, True, []) for _ in range(4)])
+    tree = make_tree(prompt, np.random.default_rng(0))
+    ones = np.ones(4, np.float32)
+    (batch,) = pack([tree], [ones], [ones], budget=1000, pad_to=128)
+    block_mask = TreeMask(torch.from_numpy(batch.exit)).block_mask
+    assert block_mask.full_kv_num_blocks is not None
+    # 768 tokens in 6 blocks; blocks 0 and 1 of the prompt are open to all later queries but the padded ones.
+    assert block_mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 2, 2, 0]
