@@ -125,6 +125,7 @@ class _Branch:
     node: int  # its newest node
     rng: np.random.Generator  # branching decisions
     seeds: np.random.Generator  # sampling seeds
+    number: int = 0  # in the order of starting, within its tree
     calls: int = 0  # on its path
     tools: tuple[tuple[str, str], ...] = ()  # (tool, status) of each call on its path
     segments: tuple[tuple[Kind, str], ...] = ()  # its path as text, after the prompt
@@ -206,6 +207,7 @@ class _GrowingTree:
         self._start(child)
 
     def _start(self, branch: _Branch) -> None:
+        branch.number = self.started.total()
         self.started[branch.origin] += 1
         self.live[branch.key] = branch
         self.group.create_task(self._grow(branch), name=f"branch {branch.key} of {self.prompt.id}")
@@ -389,7 +391,7 @@ class _GrowingTree:
 
     async def _run_tool(self, branch: _Branch, tool: str, arguments: dict[str, Any]) -> ToolOutcome:
         clock = _Stopwatch(self.seconds, "tool")
-        context = CallContext(prompt_id=self.prompt.id, branch=branch.key[0])
+        context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
         try:
             return await self.grower.tools.call(tool, arguments, context)
         except Exception as error:  # the service promises not to raise; if it does, the agent still goes on

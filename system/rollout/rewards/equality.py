@@ -1,9 +1,11 @@
-"""Are two mathematical answers equal?  Exact arithmetic for numbers, ``math-verify`` for formulas.
+"""Are two mathematical answers equal?  Exact arithmetic for numbers, ``math-verify``'s parser for formulas.
 
-Answers are written by a model, and sympy, on which ``math-verify`` rests, evaluates eagerly:
-``9^{9^{9^9}}`` would never return.  Its own time limit rests on signals and works in a main thread only, so
-instead only formulas that are cheap by construction reach it: short, no operators that blow up, small
-exponents.  The others are equal only when written alike.
+Answers are written by a model, and this runs on a grower's event loop, so it must come back whatever it is
+given. Two things would not: sympy evaluates eagerly (``9^{9^{9^9}}``), hence only short formulas with small
+exponents and no sums, factorials or integrals are parsed at all; and sympy's simplification, by which
+``math_verify.verify`` decides, can take minutes even on those (and its time limit needs signals, hence a
+main thread).  Formulas are therefore compared by value: equal at random points (the Schwartz-Zippel test) is
+equal.  What cannot be parsed here is equal only when it is written alike.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from math_verify import parse, verify
+import sympy
+from math_verify import parse
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off: see above
 
 MAX_CHARS = 80
+DIGITS = 30  # to which formulas are evaluated
+_POINTS = [sympy.Rational(p, q) for p, q in ((618, 1000), (1732, 1000), (2236, 1000))]
 TOLERANCE = Fraction(1, 10**6)  # between numbers not both whole: so that 0.333333 is 1/3
 
 _DECIMAL = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,2})?"
@@ -36,7 +41,7 @@ _CHEAP = frozenset(
     re.findall(
         r"\w+",
         "frac dfrac tfrac sqrt pi cdot times div pm infty circ sin cos tan cot sec csc arcsin arccos arctan "
-        "log ln exp alpha beta gamma theta lambda mu phi omega leq geq le ge lt gt neq cup cap",
+        "log ln exp alpha beta gamma theta lambda mu phi omega leq geq le ge lt gt neq",
     )
 )
 _FUNCTIONS = re.compile(r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp)")
@@ -105,12 +110,12 @@ def _close(a: Fraction, b: Fraction) -> bool:
         return True
     if a.denominator == 1 and b.denominator == 1:
         return False
-    return abs(a - b) <= TOLERANCE * min(abs(b), Fraction(1))
+    return abs(a - b) <= TOLERANCE * min(max(abs(a), abs(b)), Fraction(1))
 
 
 def _formula(text: str) -> str | None:
     """``text`` cleaned, when it reads as a formula that is cheap to evaluate; None otherwise."""
-    if len(text) > MAX_CHARS or _DATE.fullmatch(text.strip()):
+    if len(text) > MAX_CHARS or _APART.search(text) or _DATE.fullmatch(text.strip()):
         return None
     text = _clean(text)
     if not _ALLOWED.fullmatch(text) or not set(_COMMAND.findall(text)) <= _CHEAP:
@@ -139,12 +144,51 @@ def _small_powers(text: str, symbolic: bool) -> bool:
 
 @lru_cache(4096)
 def _equal_formulas(answer: str, gold: str) -> bool:
-    a, b = _formula(answer) or _plain(answer), _formula(gold) or _plain(gold)
+    a, b = _parse(answer), _parse(gold)
     if a is None or b is None:
         return False
-    left, right = (parse(f"${side}$", parsing_timeout=None) for side in (b, a))
-    return bool(left and right) and verify(left, right, timeout_seconds=None)
+    if isinstance(a, sympy.Eq) and isinstance(a.lhs, sympy.Symbol) and isinstance(b, sympy.Expr):
+        a = a.rhs  # "x = 5" answers "5"
+    try:
+        return _same(a, b)
+    except (ArithmeticError, ValueError, TypeError, RecursionError):  # sympy, on what has no value
+        return False
 
 
-def _plain(text: str) -> str | None:
-    return None if parse_number(text) is None else _clean(text)
+@lru_cache(4096)
+def _parse(text: str) -> sympy.Basic | None:
+    cheap = _formula(text) or (_clean(text) if parse_number(text) is not None else None)
+    if cheap is None:
+        return None
+    parsed = parse(f"${cheap}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]  # None: no limit
+    return parsed[0] if parsed and isinstance(parsed[0], sympy.Basic) else None
+
+
+def _same(a: sympy.Basic, b: sympy.Basic) -> bool:
+    """Equal as expressions; tuples, intervals and equations part by part, sets in any order."""
+    if a == b:
+        return True
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        return _same_value(a, b)
+    if type(a) is not type(b) or len(a.args) != len(b.args):
+        return False
+    if isinstance(a, sympy.FiniteSet):
+        return all(any(_same(x, y) for y in b.args) for x in a.args) and all(
+            any(_same(x, y) for x in a.args) for y in b.args
+        )
+    return bool(a.args) and all(_same(x, y) for x, y in zip(a.args, b.args, strict=True))
+
+
+def _same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    for point in _POINTS if symbols else _POINTS[:1]:
+        values = [(symbol, point + sympy.Rational(i, 7)) for i, symbol in enumerate(symbols)]
+        x, y = a.subs(values).doit().evalf(DIGITS), b.subs(values).doit().evalf(DIGITS)
+        for left, right in zip(x.as_real_imag(), y.as_real_imag(), strict=True):
+            if not (left.is_finite and right.is_finite and _close(_exact(left), _exact(right))):
+                return False
+    return True
+
+
+def _exact(value: sympy.Basic) -> Fraction:
+    return Fraction(str(sympy.Rational(value)))

@@ -1,0 +1,131 @@
+"""Branching policies: the formulas, by Monte Carlo and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from system.config import CHOICES, BranchingConfig
+from system.rollout.branching import (
+    Arpo,
+    ArpoPaper,
+    ArpoRelease,
+    EntropyUnknown,
+    Never,
+    Policy,
+    Probe,
+    Random,
+    TreeState,
+    make_policy,
+)
+from system.rollout.probe import EntropyProbe
+
+STATE = TreeState(budget=16, started=8, live=8, forks=0, calls=1, call_limit=3)
+DRAWS = 20_000
+
+
+def frequency(policy: Policy, delta_h: float) -> float:
+    rng = np.random.default_rng(0)
+    return sum(policy.decide(Probe(0.3 + delta_h, 0.3), STATE, rng).forks for _ in range(DRAWS)) / DRAWS
+
+
+@pytest.mark.parametrize("kind", [Arpo, ArpoRelease])
+@pytest.mark.parametrize("alpha", [0.3, 0.5])
+@pytest.mark.parametrize("beta", [0.2, 2.0])
+@pytest.mark.parametrize("delta_h", [-3.0, -0.5, -0.1, 0.0, 0.1, 0.5, 3.0])
+def test_fork_frequency_is_the_clipped_line(kind: type, alpha: float, beta: float, delta_h: float) -> None:
+    p = min(max(alpha + beta * delta_h, 0.0), 1.0)
+    tolerance = 4 * math.sqrt(max(p * (1 - p), 1e-9) / DRAWS) + 1e-9
+    assert frequency(kind(4, alpha, beta), delta_h) == pytest.approx(p, abs=tolerance)
+
+
+@pytest.mark.parametrize("delta_h", [-1.0, 0.0, 1.0])
+def test_random_ignores_entropy(delta_h: float) -> None:
+    tolerance = 4 * math.sqrt(0.35 * 0.65 / DRAWS)
+    assert frequency(Random(4, 0.35), delta_h) == pytest.approx(0.35, abs=tolerance)
+
+
+def test_paper_is_a_threshold() -> None:
+    policy = ArpoPaper(4, 0.5, 0.2, 0.5)
+    rng = np.random.default_rng(0)
+    state_before = rng.bit_generator.state
+    assert [policy.decide(Probe(h, 0.5), STATE, rng).forks for h in (0.4, 0.5, 0.5001, 0.9)] == [0, 0, 1, 1]
+    assert rng.bit_generator.state == state_before  # no draw
+    strict = ArpoPaper(4, 0.5, 0.2, 0.52)
+    assert strict.decide(Probe(0.55, 0.5), STATE, rng).forks == 0
+    assert strict.decide(Probe(0.65, 0.5), STATE, rng).forks == 1
+    decision = policy.decide(Probe(0.9, 0.5), STATE, rng)
+    assert (decision.probability, decision.delta_h) == (1.0, pytest.approx(0.4))
+    assert math.isnan(decision.draw)
+
+
+def test_none_never_forks() -> None:
+    assert frequency(Never(4), 3.0) == 0.0
+    assert not Never(4).can_fork
+
+
+def test_the_decision_states_what_it_did() -> None:
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        decision = Arpo(4, 0.5, 0.2).decide(Probe(0.7, 0.2), STATE, rng)
+        assert decision.probability == pytest.approx(0.6)
+        assert decision.forks == int(decision.draw < decision.probability)
+
+
+def test_mean_entropy_over_log_vocabulary() -> None:
+    log_v = math.log(50)
+    uniform = np.full(8, log_v, np.float32)
+    assert Arpo(8, 0.5, 0.2).measure(uniform, log_v) == pytest.approx(1.0)
+    assert Arpo(8, 0.5, 0.2).measure(np.array([1.0, 3.0], np.float32), log_v) == pytest.approx(2.0 / log_v)
+    assert Arpo(8, 0.5, 0.2).measure(np.array([1.0, np.nan], np.float32), log_v) == pytest.approx(1.0 / log_v)
+
+
+def test_release_sums_instead_of_averaging() -> None:
+    """arpo.md's ln(151,665) = 11.929: twenty tokens of one nat come to 20 / 11.929."""
+    entropies = np.ones(20, np.float32)
+    assert ArpoRelease(20, 0.5, 0.2).measure(entropies, math.log(151_665)) == pytest.approx(
+        20 / 11.929, rel=1e-4
+    )
+    assert ArpoRelease(20, 0.5, 0.2).measure(entropies[:5], math.log(151_665)) == pytest.approx(
+        5 / 11.929, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["arpo", "arpo-paper", "arpo-release"])
+def test_policies_that_need_entropy_say_so(name: str) -> None:
+    policy = make_policy(BranchingConfig(name=name))
+    unknown = policy.measure(np.full(4, np.nan, np.float32), 1.0)
+    assert math.isnan(unknown)
+    with pytest.raises(EntropyUnknown, match=f"branching={name}"):
+        policy.decide(Probe(unknown, 0.1), STATE, np.random.default_rng(0))
+
+
+def test_every_configured_name_makes_its_policy() -> None:
+    for name in CHOICES["branching.name"]:
+        assert make_policy(BranchingConfig(name=name)).name == name
+    assert make_policy(BranchingConfig(name="arpo", probe_tokens=5)).window == 5
+    assert make_policy(BranchingConfig(name="arpo-release", probe_tokens=5)).window == 20
+    with pytest.raises(ValueError, match="unknown branching policy"):
+        make_policy(BranchingConfig(name="oracle"))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 9, [9], [3, 3, 3], [0, 5, 0, 4], [4, 5]])
+def test_probe_keeps_exactly_the_first_k(sizes: list[int]) -> None:
+    probe, position = EntropyProbe(5), 0
+    full_at = None
+    for size in sizes:
+        probe.add(np.arange(position, position + size, dtype=np.float32))
+        position += size
+        if probe.full and full_at is None:
+            full_at = position
+    assert probe.values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert full_at == min(p for p in np.cumsum(sizes) if p >= 5)
+
+
+def test_probe_of_a_short_segment_has_what_there_is() -> None:
+    probe = EntropyProbe(5)
+    probe.add(np.array([1.0, 2.0], np.float32))
+    assert not probe.full
+    assert probe.values.tolist() == [1.0, 2.0]
