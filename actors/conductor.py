@@ -283,11 +283,9 @@ class Conductor:
         self.progress.note(f"resumed at step {self.version} from {path}")
         await self.publish()
 
-    async def finish(self) -> dict[str, Any]:
-        """Save the model in Hugging Face format and write the summary."""
+    async def save_model(self) -> None:
+        """Write the model in Hugging Face format."""
         await self.crew.learner.all("save_hf", str(self.run_dir.model))
-        self._record_idle()
-        return self.recorder.finish()
 
     # Upkeep
 

@@ -87,12 +87,18 @@ async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
             try:
                 conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
                 with signals(conductor):
-                    return await _lead(conductor, task, model)
+                    code = await _lead(conductor, task, model)
             finally:
                 await crew.close()
         finally:
             drawing.cancel()
             await asyncio.gather(drawing, return_exceptions=True)
+            summary = recorder.finish()  # also of a run that stopped or failed: it says how far it came
+            if recorder.status().step:
+                plots.draw(run_dir)
+        for line in report(summary, run_dir):
+            progress.note(line)
+        return code
 
 
 async def _lead(conductor: Conductor, task: Task, model: Path) -> int:
@@ -115,10 +121,7 @@ async def _lead(conductor: Conductor, task: Task, model: Path) -> int:
         return STOPPED
     await conductor.evaluate("after")
     progress.phase("saving")
-    summary = await conductor.finish()
-    plots.draw(run_dir)
-    for line in report(summary, run_dir):
-        progress.note(line)
+    await conductor.save_model()
     return DONE
 
 
@@ -217,17 +220,20 @@ def signals(conductor: Conductor) -> Iterator[None]:
 
 
 def report(summary: dict[str, Any], run_dir: RunDir) -> list[str]:
-    """What a finished run says last."""
-    before, after = (summary["eval"].get(which, {}) for which in ("before", "after"))
+    """What a run says last."""
     tokens = summary["tokens"]
+    lines = [
+        f"held-out questions, {which} training: accuracy {scores['accuracy']:.3f}, "
+        f"reward {scores['reward']:.3f}, {scores['tool_calls']:.2f} tool calls per question"
+        for which, scores in summary["eval"].items()
+    ]
     sharing = tokens["flat_trained"] / max(tokens["unique_trained"], 1)
     return [
-        f"held-out accuracy {before.get('accuracy', float('nan')):.3f} -> {after['accuracy']:.3f}, "
-        f"tool calls per question {before.get('tool_calls', float('nan')):.2f} -> {after['tool_calls']:.2f}",
+        *lines,
         f"{summary['trees']} trees, {summary['leaves']} leaves, {summary['forks']} forks, "
-        f"{summary['tokens']['generated']} tokens generated, {sharing:.2f}x shared in training, "
-        f"{summary['wall_s']:.0f} s",
-        f"read on: {run_dir.root}/summary.json, {run_dir.curves}/overview.png, espalier tree {run_dir.root}",
+        f"{tokens['generated']} tokens generated, {tokens['trained']} trained on, "
+        f"{sharing:.2f} flat tokens per packed one, {summary['wall_s']:.0f} s",
+        f"see {run_dir.summary_path}, {run_dir.curves}/overview.png, and: espalier tree {run_dir.root}",
     ]
 
 

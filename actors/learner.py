@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -61,22 +62,12 @@ class LearnerRank:
         began = time.monotonic()
         buckets = self._trainer.export()
         if self._rank == 0:
-            asyncio.run(self._push(urls, buckets, version, deadline_s))
+            kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
+            asyncio.run(_push(urls, buckets, version, kv, deadline_s))
         else:
             for _ in buckets:  # the gather is collective: every rank walks through it
                 pass
         return time.monotonic() - began
-
-    async def _push(self, urls: list[str], buckets: Any, version: int, deadline_s: float) -> None:
-        from system.engine.client import EngineClient
-
-        kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
-        async with asyncio.timeout(deadline_s):
-            client = EngineClient(urls)
-            try:
-                await client.push_weights(buckets, version, kv=kv)
-            finally:
-                await client.close()
 
     def save(self, path: str, extra: dict[str, Any]) -> None:
         self._trainer.save(Path(path), extra)
@@ -86,6 +77,24 @@ class LearnerRank:
 
     def save_hf(self, path: str) -> None:
         self._trainer.save_hf(Path(path))
+
+
+async def _push(
+    urls: list[str],
+    buckets: Iterator[dict[str, Any]],
+    version: int,
+    kv: Literal["recompute", "keep"],
+    deadline_s: float,
+) -> None:
+    # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
+    from system.engine.client import EngineClient
+
+    async with asyncio.timeout(deadline_s):
+        client = EngineClient(urls)
+        try:
+            await client.push_weights(buckets, version, kv=kv)
+        finally:
+            await client.close()
 
 
 class LearnerGroup:

@@ -30,12 +30,15 @@ class ReplayActor:
         await self.put(entries, [])
 
     async def put(self, entries: Sequence[Entry[object]], skipped: Sequence[int]) -> None:
+        """What a refill has brought already is passed over: it may overtake a ``put`` on its way."""
         async with self._changed:
             queue = self._filled()
             for entry in entries:
-                queue.put(entry)
+                if not queue.seen(entry.number):
+                    queue.put(entry)
             for number in skipped:
-                queue.skip(number)
+                if not queue.seen(number):
+                    queue.skip(number)
             self._changed.notify_all()
 
     async def take(self, version: int, wait_s: float) -> Taken[object]:

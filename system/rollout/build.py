@@ -13,7 +13,6 @@ from system.rollout.grower import Grower
 from system.rollout.reward import Reward
 from system.rollout.rewards import make_reward
 from system.rollout.syntax import make_syntax
-from system.tasks.registry import make_task
 from system.tools.service import ToolService, build_tools
 
 
@@ -43,6 +42,8 @@ def _reward(config: Config) -> Reward:
     """``reward.name=task``: the task scores its own answers."""
     if config.reward.name != "task":
         return make_reward(config.reward.name)
+    from system.tasks.registry import make_task
+
     task = make_task(config)
     if not hasattr(task, "score"):
         raise ValueError(f"reward.name=task, but the task {task.name!r} has no score(prompt, branch)")
