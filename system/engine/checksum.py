@@ -19,8 +19,8 @@ def tensor_checksum(name: str, tensor: torch.Tensor) -> int:
     """64-bit digest of one named tensor: name, dtype, shape and contents."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest.update(memoryview(data))
+    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    digest.update(memoryview(data.numpy()))  # pyright: ignore[reportArgumentType]
     return int.from_bytes(digest.digest(), "little")
 
 

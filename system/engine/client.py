@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Bucket = Mapping[str, torch.Tensor]
 _ABORT_DEADLINE_S = 5.0
+_CLOSE_DEADLINE_S = 1.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
 
 
@@ -82,7 +83,9 @@ class EngineClient:
     async def close(self) -> None:
         """Finish pending aborts and close the connections (a session given from outside stays open)."""
         if self._aborts:
-            await asyncio.wait(set(self._aborts), timeout=_ABORT_DEADLINE_S)
+            _, late = await asyncio.wait(set(self._aborts), timeout=_CLOSE_DEADLINE_S)
+            for task in late:
+                task.cancel()
         if self._session is not None and self._owns_session:
             await self._session.close()
             self._session = None

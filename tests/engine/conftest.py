@@ -52,6 +52,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
+def text_of() -> Callable[[list[int]], str]:
+    """The models' tokenizer, from ids to text."""
+    tokenizer = make_tokenizer()
+    return lambda tokens: str(tokenizer.decode(tokens))
+
+
 def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
     """Random weights, scaled up so that the distributions are far from uniform and differ between seeds."""
     sizes: dict[str, Any] = {
@@ -70,8 +76,8 @@ def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
         "initializer_range": 0.25,
     }
     torch.manual_seed(seed)
-    config, kind = (Qwen2Config, Qwen2ForCausalLM) if family == "qwen2" else (Qwen3Config, Qwen3ForCausalLM)
-    hf = kind(config(**sizes)).eval()
+    qwen2 = family == "qwen2"
+    hf = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if qwen2 else Qwen3ForCausalLM(Qwen3Config(**sizes))).eval()
     with torch.no_grad():  # biases and norms start at constants that would hide mistakes
         for name, tensor in hf.named_parameters():
             if "norm" in name:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, VARIANTS, VOCAB, Served, TinyModel, collect, make_tokenizer
+from conftest import EOS, VARIANTS, VOCAB, Served, TinyModel, collect, text_of
 from transformers import GenerationConfig
 
 from system.engine.client import EngineClient
-from system.engine.protocol import Chunk, EngineError, GenerateRequest, Sampling
+from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
 
 TOLERANCE = 1e-4
 
@@ -32,11 +32,11 @@ def request(rid: str, ids: Sequence[int] | np.ndarray, new: int = 24, **sampling
 
 def joined(chunks: list[Chunk]) -> Chunk:
     """All chunks of a request as one."""
-    return Chunk(
-        *(np.concatenate([getattr(c, f) for c in chunks]) for f in ("tokens", "logprob", "entropy", "version")),
-        chunks[-1].finish,
-        chunks[-1].cached_tokens,
+    tokens, logprob, entropy, version = (
+        np.concatenate([getattr(chunk, name) for chunk in chunks])
+        for name in ("tokens", "logprob", "entropy", "version")
     )
+    return Chunk(tokens, logprob, entropy, version, chunks[-1].finish, chunks[-1].cached_tokens)
 
 
 @torch.no_grad()
@@ -54,7 +54,16 @@ def assert_exact(model: TinyModel, ids: np.ndarray, out: Chunk, temperature: flo
     np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
 
 
-@pytest.fixture(params=VARIANTS, ids=[f"{family}-{'tied' if tied else 'untied'}" for family, tied in VARIANTS])
+async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:
+    """Poll the server until it says so."""
+    async with asyncio.timeout(20):
+        while not reached((await served.client.infos())[0]):  # noqa: ASYNC110 (a server's state, not an event)
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture(
+    params=VARIANTS, ids=[f"{family}-{'tied' if tied else 'untied'}" for family, tied in VARIANTS]
+)
 async def served(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Served:
     return await serve(*request.param)
 
@@ -65,13 +74,21 @@ async def one(serve: Callable[..., Any]) -> Served:
     return await serve("qwen3", True)
 
 
-# Numbers -------------------------------------------------------------------------------------------
+# Numbers ----------------------------------------------------------------------------------------
 
 
 async def test_numbers_equal_hugging_face(served: Served) -> None:
     """Log-probabilities and entropies, alone and in a mixed batch, with and without a shared prefix."""
     base = prompt(40)
-    prompts = [base[:1], base[:7], base, base, np.concatenate([base[:25], prompt(9, 1)]), prompt(60, 2), prompt(3, 3)]
+    prompts = [
+        base[:1],
+        base[:7],
+        base,
+        base,
+        np.concatenate([base[:25], prompt(9, 1)]),
+        prompt(60, 2),
+        prompt(3, 3),
+    ]
     temperatures = [1.0, 0.6, 1.0, 1.4, 1.0, 0.8, 1.0]
     outs = await asyncio.gather(
         *(
@@ -89,7 +106,9 @@ async def test_numbers_equal_hugging_face(served: Served) -> None:
 async def test_greedy_equals_hugging_face_generate(served: Served) -> None:
     for seed, length in enumerate((5, 30)):
         ids = prompt(length, seed)
-        out = joined(await collect(served.client, request(f"g{seed}", ids, 30, temperature=0.0, ignore_eos=False)))
+        out = joined(
+            await collect(served.client, request(f"g{seed}", ids, 30, temperature=0.0, ignore_eos=False))
+        )
         settings = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
         expected = served.model.hf.generate(torch.from_numpy(ids.astype(np.int64))[None], settings)
         assert out.tokens.tolist() == expected[0, length:].tolist()
@@ -105,7 +124,9 @@ async def test_truncated_sampling_reports_the_renormalised_probability(
     reference = log_p(one.model, ids, out.tokens, 1.2).exp().double()
     for step, token in enumerate(out.tokens.tolist()):
         ordered, order = reference[step].sort(descending=True)
-        keep = (ordered.cumsum(0) - ordered <= top_p) & (torch.arange(VOCAB) < (top_k if top_k > 0 else VOCAB))
+        keep = (ordered.cumsum(0) - ordered <= top_p) & (
+            torch.arange(VOCAB) < (top_k if top_k > 0 else VOCAB)
+        )
         kept = dict(zip(order[keep].tolist(), ordered[keep].tolist(), strict=True))
         assert token in kept, "a token that should have been dropped was drawn"
         assert out.logprob[step] == pytest.approx(np.log(kept[token] / sum(kept.values())), abs=TOLERANCE)
@@ -116,7 +137,9 @@ async def test_truncated_sampling_reports_the_renormalised_probability(
 async def test_samples_follow_the_distribution(one: Served) -> None:
     """First tokens of many seeds against the model's probabilities (a χ² test at p < 1e-6)."""
     ids, draws = prompt(12), 600
-    outs = await asyncio.gather(*(collect(one.client, request(f"d{i}", ids, 1, seed=i)) for i in range(draws)))
+    outs = await asyncio.gather(
+        *(collect(one.client, request(f"d{i}", ids, 1, seed=i)) for i in range(draws))
+    )
     counts = np.bincount([int(c[0].tokens[0]) for c in outs], minlength=VOCAB)
     p = log_p(one.model, ids, np.zeros(1, np.int32))[0].exp().numpy().astype(np.float64)
     big = p * draws >= 5
@@ -131,27 +154,32 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
     alone = joined(await collect(one.client, request("alone", ids, 40, seed=7)))
     crowd = [request(f"c{i}", prompt(5 + i, i), 10 + i) for i in range(20)]
     outs = await asyncio.gather(
-        *(collect(one.client, r) for r in [*crowd, request("amid", ids, 40, seed=7), request("o", ids, 40, seed=8)])
+        *(
+            collect(one.client, r)
+            for r in [*crowd, request("amid", ids, 40, seed=7), request("o", ids, 40, seed=8)]
+        )
     )
     assert joined(outs[-2]).tokens.tolist() == alone.tokens.tolist()
     assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
 
 
-# Endings -------------------------------------------------------------------------------------------
+# Endings ----------------------------------------------------------------------------------------
 
 
 async def test_stop_strings_end_at_the_completing_token(one: Served) -> None:
     """Stop strings cut from what greedy decoding writes, inside one token and across several."""
-    tokenizer, ids = make_tokenizer(), prompt(10, 4)
+    decode, ids = text_of(), prompt(10, 4)
     free = joined(await collect(one.client, request("free", ids, 60, temperature=0.0))).tokens
-    texts = [tokenizer.decode([token]) for token in free.tolist()]
+    texts = [decode([token]) for token in free.tolist()]
     clean = [i for i in range(2, 58) if all("�" not in texts[j] and texts[j] for j in (i, i + 1))]
     assert clean, "the seed must give some plain text"
     for number, i in enumerate(clean[:6]):
         stop = texts[i][-1:] + texts[i + 1][:1]  # begins in one token, ends in the next
-        upto = next(n for n in range(1, 61) if stop in tokenizer.decode(free[:n].tolist()))
+        upto = next(n for n in range(1, 61) if stop in decode(free[:n].tolist()))
         out = joined(
-            await collect(one.client, request(f"s{number}", ids, 60, temperature=0.0, stop=("never occurs", stop)))
+            await collect(
+                one.client, request(f"s{number}", ids, 60, temperature=0.0, stop=("never occurs", stop))
+            )
         )
         assert out.finish is not None
         assert (out.finish.type, out.finish.matched) == ("stop", stop)
@@ -196,24 +224,26 @@ async def test_closing_the_iterator_aborts_on_the_server(one: Served) -> None:
     chunks = one.client.generate(request("a", prompt(5), 250))
     await anext(chunks)
     await chunks.aclose()
-    async with asyncio.timeout(5):
-        while (await one.client.infos())[0].running:
-            await asyncio.sleep(0.01)
+    await until(one, lambda info: not info.running)
     assert (await one.client.infos())[0].counters["generated_tokens"] < 250
 
 
-# Sharing -------------------------------------------------------------------------------------------
+# Sharing ----------------------------------------------------------------------------------------
 
 
 async def test_a_fork_shares_the_prefix_of_its_running_parent(one: Served) -> None:
-    """The child starts while the parent generates on, and computes nothing of what the parent has computed."""
-    ids, children = prompt(30), []
+    """The child starts while the parent generates on, and computes nothing of what the parent has
+    computed.
+    """
+    ids, prefix, children = prompt(30), prompt(0), []
     parent: list[Chunk] = []
     async for chunk in one.client.generate(request("parent", ids, 150)):
         parent.append(chunk)
         if len(parent) == 3:
             prefix = np.concatenate([ids, joined(parent).tokens])
-            children = [asyncio.create_task(collect(one.client, request(f"c{i}", prefix, 20))) for i in range(3)]
+            children = [
+                asyncio.create_task(collect(one.client, request(f"c{i}", prefix, 20))) for i in range(3)
+            ]
     for task in children:
         out = joined(await task)
         assert out.cached_tokens == len(prefix) - 1
@@ -255,8 +285,7 @@ async def test_caches_evict_the_least_recently_used(serve: Callable[..., Any]) -
 async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
     ids = prompt(10)
     task = asyncio.create_task(collect(one.client, request("a", ids, 200)))
-    while not (await one.client.infos())[0].counters["generated_tokens"]:
-        await asyncio.sleep(0.005)
+    await until(one, lambda info: info.counters["generated_tokens"] > 0)
     await one.client.pause(mode)
     before = (await one.client.infos())[0]
     assert before.paused
@@ -274,8 +303,7 @@ async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
 
 async def test_pause_abort_ends_everything(one: Served) -> None:
     tasks = [asyncio.create_task(collect(one.client, request(str(i), prompt(9, i), 200))) for i in range(5)]
-    while (await one.client.infos())[0].running < 5:
-        await asyncio.sleep(0.005)
+    await until(one, lambda info: info.running == 5)
     await one.client.pause("abort")
     for task in tasks:
         finish = (await task)[-1].finish
@@ -292,9 +320,10 @@ async def test_update_in_flight_recomputes(
     family, tied = served.model.hf.config.model_type, served.model.hf.config.tie_word_embeddings
     new = tiny(family, tied, 1)
     prompts = [prompt(20 + i, i) for i in range(6)]
-    tasks = [asyncio.create_task(collect(served.client, request(f"u{i}", p, 150))) for i, p in enumerate(prompts)]
-    while (await served.client.infos())[0].counters["generated_tokens"] < 100:
-        await asyncio.sleep(0.002)
+    tasks = [
+        asyncio.create_task(collect(served.client, request(f"u{i}", p, 150))) for i, p in enumerate(prompts)
+    ]
+    await until(served, lambda info: info.counters["generated_tokens"] >= 100)
     if paused:
         await served.client.pause("in_place")
     names = list(new.weights())
@@ -324,8 +353,7 @@ async def test_keep_never_serves_old_keys_as_new(one: Served, tiny: Callable[...
     new, ids = tiny("qwen3", True, 1), prompt(40)
     await collect(one.client, request("old", ids, 5))  # leaves a cached prefix
     running = asyncio.create_task(collect(one.client, request("running", ids, 200)))
-    while not (await one.client.infos())[0].running:
-        await asyncio.sleep(0.002)
+    await until(one, lambda info: info.running > 0)
     await one.client.push_weights([new.weights()], 3, kv="keep")
     fresh = joined(await collect(one.client, request("fresh", ids, 30)))
     assert fresh.cached_tokens == 0
@@ -361,7 +389,10 @@ async def test_a_wrong_update_changes_nothing(one: Served, tiny: Callable[..., T
             **good,
             "model.layers.1.mlp.up_proj.weight": good["model.layers.1.mlp.up_proj.weight"].half(),
         },
-        "model.layers.9.mlp.up_proj.weight: no such": {**good, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)},
+        "model.layers.9.mlp.up_proj.weight: no such": {
+            **good,
+            "model.layers.9.mlp.up_proj.weight": torch.zeros(2),
+        },
         "model.norm.weight: missing": {k: v for k, v in good.items() if k != "model.norm.weight"},
     }
     for message, tensors in bad.items():
@@ -371,7 +402,7 @@ async def test_a_wrong_update_changes_nothing(one: Served, tiny: Callable[..., T
     assert_exact(one.model, prompt(9), joined(await collect(one.client, request("a", prompt(9)))))
 
 
-# Load ----------------------------------------------------------------------------------------------
+# Load -------------------------------------------------------------------------------------------
 
 
 async def test_a_mixed_load_of_64(serve: Callable[..., Any], tiny: Callable[..., TinyModel]) -> None:
@@ -380,15 +411,15 @@ async def test_a_mixed_load_of_64(serve: Callable[..., Any], tiny: Callable[...,
     new, rng = tiny("qwen3", False, 1), np.random.default_rng(0)
     shared = prompt(30, 100)
     prompts = [
-        np.concatenate([shared[: rng.integers(1, 31)], prompt(int(rng.integers(1, 60)), i)]) for i in range(64)
+        np.concatenate([shared[: rng.integers(1, 31)], prompt(int(rng.integers(1, 60)), i)])
+        for i in range(64)
     ]
     lengths = rng.integers(1, 120, 64)
     tasks = [
         asyncio.create_task(collect(served.client, request(f"m{i}", ids, int(n))))
         for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
     ]
-    while (await served.client.infos())[0].counters["generated_tokens"] < 300:
-        await asyncio.sleep(0.005)
+    await until(served, lambda info: info.counters["generated_tokens"] >= 300)
     await served.client.abort("m63")
     await served.client.push_weights([new.weights()], 1)
     for ids, n, task in zip(prompts[:-1], lengths, tasks, strict=False):
@@ -396,7 +427,9 @@ async def test_a_mixed_load_of_64(serve: Callable[..., Any], tiny: Callable[...,
         assert len(out.tokens) == n
         for version, model in ((0, served.model), (1, new)):
             mine = out.version == version
-            picked = log_p(model, ids, out.tokens).gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])
+            picked = log_p(model, ids, out.tokens).gather(
+                1, torch.from_numpy(out.tokens.astype(np.int64))[:, None]
+            )
             np.testing.assert_allclose(out.logprob[mine], picked[:, 0].numpy()[mine], atol=TOLERANCE, rtol=0)
     await tasks[-1]
     info = (await served.client.infos())[0]
@@ -410,6 +443,8 @@ async def test_replicas_share_the_routes(tiny: Callable[..., TinyModel], serve: 
     for i in range(12):
         asked = GenerateRequest(str(i), ids, Sampling(2, ignore_eos=True), route=f"tree{i // 2}")
         out = joined(await collect(client, asked))
-        assert out.cached_tokens == 19 or i % 2 == 0  # the second branch of a route finds the first one's keys
+        assert (
+            out.cached_tokens == 19 or i % 2 == 0
+        )  # the second branch of a route finds the first one's keys
     assert all(info.counters["requests"] for info in await client.infos())
     await client.close()

@@ -63,7 +63,9 @@ class Job:
 
 _SAMPLING = {
     "max_new_tokens", "temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos",
-    "sampling_seed", "no_stop_trim", "skip_special_tokens", "spaces_between_special_tokens", "stream_interval",
+    "sampling_seed", "stream_interval",
+    # Accepted and without effect: stop strings and special tokens are always in the output.
+    "no_stop_trim", "skip_special_tokens", "spaces_between_special_tokens",
 }  # fmt: skip
 
 

@@ -1,0 +1,303 @@
+"""``espalier bench engine``: tokens per second of the embedded engine beside transformers' own generation.
+
+Everything runs in turn on the same model, random weights of the quickstart's size, with the same number of
+torch threads, several rounds over; what is compared is the median over rounds of the ratio within a round, so
+that a busy machine slows both sides of each ratio.
+
+* ``mixed``: 64 concurrent requests with prompts of 16 to 128 tokens, against ``model.generate_batch``
+(transformers'
+  continuous batching, paged attention).
+* ``equal``: 64 concurrent requests of one length, against static ``model.generate``, which needs them equal.
+
+Ours goes the whole way: a server process, HTTP, and the client that rollouts use, with log-probabilities and
+entropies of every token, which the other two do not compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from system.config import ModelConfig
+from system.engine.client import EngineClient
+from system.engine.protocol import GenerateRequest, Sampling
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+VOCAB = 512
+REQUESTS = 64
+REQUIRED = {"generate_batch": 5.0, "static": 1.0}
+_START_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts and how many tokens to generate for each."""
+
+    name: str
+    prompts: tuple[NDArray[np.int32], ...]
+    new_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompts) * self.new_tokens
+
+
+def workloads(seed: int, new_tokens: int) -> tuple[Workload, Workload]:
+    """The mixed and the equal batch."""
+    rng = np.random.default_rng(seed)
+
+    def prompt(length: int) -> NDArray[np.int32]:
+        return rng.integers(1, VOCAB, length).astype(np.int32)
+
+    mixed = tuple(prompt(int(rng.integers(16, 129))) for _ in range(REQUESTS))
+    return Workload("mixed", mixed, new_tokens), Workload(
+        "equal", tuple(prompt(64) for _ in mixed), new_tokens
+    )
+
+
+def run(
+    out_dir: Path,
+    quick: bool = False,
+    *,
+    rounds: int = 5,
+    new_tokens: int = 128,
+    threads: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure, print a table, write ``engine.json`` and ``engine.png``; returns what the JSON file holds.
+
+    ``quick`` makes two short rounds, enough to see that it works and not to quote.
+    """
+    if quick:
+        rounds, new_tokens = 2, 32
+    out_dir.mkdir(parents=True, exist_ok=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            model = random_model(Path(scratch), seed)
+            samples = asyncio.run(_measure(model, Path(scratch), rounds, new_tokens, threads, seed))
+    finally:
+        torch.set_num_threads(before)
+    result = {
+        **summary(samples),
+        "rounds": samples,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "requests": REQUESTS,
+        "new_tokens": new_tokens,
+        "threads": threads,
+        "cores": os.cpu_count(),
+        "model": asdict(ModelConfig()),
+    }
+    (out_dir / "engine.json").write_text(json.dumps(result, indent=2))
+    _print(result)
+    _plot(result, out_dir / "engine.png")
+    return result
+
+
+def random_model(path: Path, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of the default shape with random weights, saved to ``path``."""
+    shape = ModelConfig()
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.hidden_size // shape.heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+        )
+    )
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def summary(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """Median tokens/s of each contestant, median ratios, and whether the requirements hold."""
+    ratios = {
+        "generate_batch": statistics.median(s["ours_mixed"] / s["generate_batch"] for s in samples),
+        "static": statistics.median(s["ours_equal"] / s["static"] for s in samples),
+    }
+    return {
+        "tokens_per_s": {name: statistics.median(sample[name] for sample in samples) for name in samples[0]},
+        "ratio": ratios,
+        "required": REQUIRED,
+        "passed": all(ratios[name] >= least for name, least in REQUIRED.items()),
+    }
+
+
+async def _measure(
+    model: Qwen3ForCausalLM, path: Path, rounds: int, new_tokens: int, threads: int, seed: int
+) -> list[dict[str, float]]:
+    mixed, equal = workloads(seed, new_tokens)
+    warm_mixed, warm_equal = workloads(seed + 1, 8)
+    samples = []
+    async with _server(path, threads) as client:
+        await _ours(client, warm_mixed, "warm")
+        await asyncio.to_thread(_generate_batch, model, warm_mixed, threads)
+        await asyncio.to_thread(_static, model, warm_equal, threads)
+        for number in range(rounds):
+            samples.append(
+                {
+                    "ours_mixed": await _ours(client, mixed, f"mixed{number}"),
+                    "generate_batch": await asyncio.to_thread(_generate_batch, model, mixed, threads),
+                    "ours_equal": await _ours(client, equal, f"equal{number}"),
+                    "static": await asyncio.to_thread(_static, model, equal, threads),
+                }
+            )
+    return samples
+
+
+@asynccontextmanager
+async def _server(path: Path, threads: int) -> AsyncIterator[EngineClient]:
+    """Our engine in a process of its own, as in a training run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "system.engine.embedded", "--model", str(path), "--port", str(port)]
+    process = await asyncio.create_subprocess_exec(
+        *(*command, "--device", "cpu", "--threads", str(threads)),
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.DEVNULL,
+    )
+    client = EngineClient([f"http://127.0.0.1:{port}"])
+    try:
+        await client.wait_ready(_START_DEADLINE_S)
+        yield client
+    finally:
+        await client.close()
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), 30)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+async def _ours(client: EngineClient, work: Workload, tag: str) -> float:
+    """Tokens per second, from the first request's start to the last one's end; the prefix cache starts
+    empty.
+    """
+    await client.flush_cache()
+
+    async def one(number: int, prompt: NDArray[np.int32]) -> int:
+        request = GenerateRequest(f"{tag}-{number}", prompt, Sampling(work.new_tokens, ignore_eos=True))
+        return sum([len(chunk.tokens) async for chunk in client.generate(request)])
+
+    began = time.perf_counter()
+    counts = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(work.prompts)))
+    return _rate(sum(counts), work, began)
+
+
+def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> float:
+    torch.set_num_threads(threads)
+    # Small pages and a cache of the size needed: faster than its defaults, which set memory for a GPU aside.
+    settings = ContinuousBatchingConfig(
+        page_size=32, num_blocks=1024, max_batch_tokens=1024, use_async_batching=False
+    )
+    prompts = [prompt.tolist() for prompt in work.prompts]
+    began = time.perf_counter()
+    outputs = model.generate_batch(
+        prompts,
+        generation_config=_sampling(work.new_tokens, eos=-1),  # -1: no token ends a sequence
+        continuous_batching_config=settings,
+        warmup=False,
+    )
+    return _rate(sum(len(output.generated_tokens) for output in outputs.values()), work, began)
+
+
+def _static(model: Qwen3ForCausalLM, work: Workload, threads: int) -> float:
+    torch.set_num_threads(threads)
+    prompts = torch.from_numpy(np.stack(work.prompts).astype(np.int64))
+    began = time.perf_counter()
+    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+        prompts, _sampling(work.new_tokens, eos=None), attention_mask=torch.ones_like(prompts)
+    )
+    return _rate(int(output.shape[0] * (output.shape[1] - prompts.shape[1])), work, began)
+
+
+def _sampling(new_tokens: int, eos: int | None) -> GenerationConfig:
+    """Plain sampling at temperature 1, as ours; ``top_k`` 0 switches transformers' default of 50 off."""
+    return GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=True, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0
+    )
+
+
+def _rate(count: int, work: Workload, began: float) -> float:
+    elapsed = time.perf_counter() - began
+    if count != work.tokens:
+        raise RuntimeError(f"{work.name}: {count} tokens generated, {work.tokens} expected")
+    return count / elapsed
+
+
+_LABELS = {
+    "ours_mixed": "espalier, mixed prompts",
+    "generate_batch": "transformers generate_batch, mixed prompts",
+    "ours_equal": "espalier, equal prompts",
+    "static": "transformers generate (static), equal prompts",
+}
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{REQUESTS} requests, {result['new_tokens']} new tokens each, {result['threads']} thread(s)"
+    )
+    table.add_column("engine")
+    table.add_column("tokens/s", justify="right")
+    for name, label in _LABELS.items():
+        table.add_row(label, f"{result['tokens_per_s'][name]:,.0f}")
+    console = Console()
+    console.print(table)
+    for name, least in REQUIRED.items():
+        ratio = result["ratio"][name]
+        console.print(
+            f"{ratio:5.2f} x {name} (median of ratios; required {least:g}): {_verdict(ratio >= least)}"
+        )
+
+
+def _verdict(ok: bool) -> str:
+    return "holds" if ok else "MISSED"
+
+
+def _plot(result: dict[str, Any], file: Path) -> None:
+    names = list(_LABELS)
+    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    colours = ["tab:green" if name.startswith("ours") else "tab:gray" for name in names]
+    axes.barh(
+        [_LABELS[name] for name in names], [result["tokens_per_s"][name] for name in names], color=colours
+    )
+    for row, name in enumerate(names):
+        axes.plot([sample[name] for sample in result["rounds"]], [row] * len(result["rounds"]), "k|")
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"generated tokens per second ({result['threads']} torch thread(s); marks: single rounds)"
+    )
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
