@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -25,3 +27,12 @@ async def sandbox(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
         pytest.skip(str(error))
     yield box
     await box.close()
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A directory that anyone may read and write: only the sandbox protects it."""
+    with tempfile.TemporaryDirectory(prefix="sandbox-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o777)
+        yield directory

@@ -209,10 +209,10 @@ class _Warden:
         program.take_streams()
         try:
             lockdown.confine(self._confinement, scratch, uid, leash.fileno())
-        except OSError as error:
+        except Exception as error:  # whatever it is, the program must not run, and the caller must hear why
             leash.send(f"{type(error).__name__}: {error}".encode())
             raise
-        leash.detach()  # its descriptor is closed, and may be the program's next
+        leash.close()
         program.leave(program.run(code))
 
 

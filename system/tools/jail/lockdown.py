@@ -84,11 +84,10 @@ def prepare(settings: Settings) -> Confinement:
 
 
 def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int) -> None:
-    """Confine this process to ``scratch``, for good.
+    """Confine this process to ``scratch``, for good.  Raises OSError if any part of it fails.
 
-    It must be single-threaded.  Its descriptors above 2 are closed, among them ``leash``, a socket whose
-    other end its parent holds: the process dies with its parent, even when that died before it could ask for
-    this.
+    It must be single-threaded.  Its descriptors above 2 are closed, all but ``leash``, a socket whose other
+    end its parent holds: the process dies with its parent, even when that died before it could ask for this.
     """
     settings = confinement.settings
     _limit(resource.RLIMIT_CPU, math.ceil(settings.cpu_s))
@@ -105,7 +104,8 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
     if confinement.landlock:
         kernel.landlock_restrict(_landlock_ruleset(confinement, scratch))
     kernel.drop_capabilities()
-    os.closerange(3, MAX_DESCRIPTORS)
+    os.closerange(3, leash)
+    os.closerange(leash + 1, MAX_DESCRIPTORS)
     own = os.getpid().to_bytes(4, sys.byteorder)
     kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
 
