@@ -49,9 +49,11 @@ class GrowthFailed(RuntimeError):
     """
 
     def __init__(self, prompt_id: str, reason: str, detail: str) -> None:
-        super().__init__(f"tree of prompt {prompt_id!r}: {reason}: {detail}")
-        self.prompt_id = prompt_id
-        self.reason = reason
+        super().__init__(prompt_id, reason, detail)  # its own arguments, so that it can be pickled
+        self.prompt_id, self.reason, self.detail = prompt_id, reason, detail
+
+    def __str__(self) -> str:
+        return f"tree of prompt {self.prompt_id!r}: {self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Grower:
 
         ``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch draws
         does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
-        engine's route). ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
+        engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
         forks, temperature 0 unless ``temperature`` says otherwise.
 
         Raises :class:`GrowthFailed` when fewer than min(2, n) leaves are scored, ``EntropyUnknown`` when
@@ -283,7 +285,7 @@ class _GrowingTree:
                 stop=self.grower.syntax.stops,
                 seed=int(branch.seeds.integers(2**31)),
             ),
-            route=str(self.ticket or self.prompt.id),
+            route=f"{self.prompt.id}:{self.ticket}",
         )
         branch.node = self.growth.node(branch.node, Kind.MODEL)
         probe: EntropyProbe | None = EntropyProbe(self.policy.window)

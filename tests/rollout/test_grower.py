@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -297,6 +298,8 @@ def test_growth_fails_when_nothing_could_be_scored() -> None:
     with pytest.raises(GrowthFailed, match=r"engine_error.*scripted failure") as caught:
         grow(make_world(lambda text, rng: Segment(ANSWER, fail_after=2), leaves=4))
     assert caught.value.reason == "engine_error"
+    copy = pickle.loads(pickle.dumps(caught.value))  # it crosses from actor to actor
+    assert (str(copy), copy.reason) == (str(caught.value), "engine_error")
 
 
 def test_a_silent_engine_meets_the_generate_deadline() -> None:

@@ -32,6 +32,10 @@ def test_tags_stop_at_every_tools_closing_tag() -> None:
         ("<python> if x:\n    y = 1\n</python>", ParsedCall("python", {"code": "if x:\n    y = 1"})),
         ("<think> I use <search> now </think> <search> b </search>", ParsedCall("search", {"query": "b"})),
         ("<search> a </search> <search> b </search>", ParsedCall("search", {"query": "b"})),
+        (
+            "<search> a </search>.\n\n",
+            ParsedCall("search", {"query": "a"}),
+        ),  # the closing token reached further
         ("<python> '<search>' </python>", ParsedCall("python", {"code": "'<search>'"})),
     ],
 )
@@ -71,7 +75,7 @@ def test_hermes_parses_json() -> None:
     )
     assert hermes.stops == ("</tool_call>",)
     assert hermes.parse(text) == ParsedCall("python", {"code": 'print("</x>")'})
-    assert hermes.parse('<tool_call>{"name": "search"}</tool_call>') == ParsedCall("search", {})
+    assert hermes.parse('<tool_call>{"name": "search"}</tool_call>\n') == ParsedCall("search", {})
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,12 @@ class Syntax(ABC):
 
     @abstractmethod
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
-        """The call that a model segment ends with; None when it ends with none.
+        """The call that a stopped model segment ends with; None when it holds no closing tag.
 
-        ``segment_text`` is what the model wrote since the prompt or the last tool result, nothing older: a
-        stray closing tag cannot find its opener in the prompt or in a tool's answer.
+        What follows the last closing tag is the rest of the token that completed it (a tokenizer may merge
+        ``>`` with what comes next) and is ignored. ``segment_text`` is what the model wrote since the
+        prompt or the last tool result, nothing older: a stray closing tag cannot find its opener in the
+        prompt or in a tool's answer.
         """
 
     def render_result(self, text: str) -> str:

@@ -22,10 +22,10 @@ class HermesSyntax(Syntax):
     result_close = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
-        text = segment_text.rstrip()
-        if not text.endswith(CLOSE):
+        end = segment_text.rfind(CLOSE)
+        if end < 0:
             return None
-        _, found, content = text.removesuffix(CLOSE).rpartition(OPEN)
+        _, found, content = segment_text[:end].rpartition(OPEN)
         if not found or CLOSE in content:
             return MalformedCall(f"{CLOSE} without {OPEN}")
         try:

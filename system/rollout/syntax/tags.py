@@ -22,19 +22,17 @@ class TagSyntax(Syntax):
         self.stops = tuple(f"</{name}>" for name in self.specs)
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
-        text = segment_text.rstrip()
-        for name, spec in self.specs.items():
-            opener, closer = f"<{name}>", f"</{name}>"
-            if not text.endswith(closer):
-                continue
-            _, found, content = text.removesuffix(closer).rpartition(opener)
-            if not found or closer in content:  # the newest opener is already closed, or there is none
-                return MalformedCall(f"{closer} without {opener}")
-            content = _content(content)
-            if not content:
-                return MalformedCall(f"{opener} is empty")
-            return ParsedCall(name, {spec.primary: content})
-        return None
+        end, name = max(((segment_text.rfind(f"</{name}>"), name) for name in self.specs), default=(-1, ""))
+        if end < 0:
+            return None
+        opener, closer = f"<{name}>", f"</{name}>"
+        _, found, content = segment_text[:end].rpartition(opener)
+        if not found or closer in content:  # the newest opener is already closed, or there is none
+            return MalformedCall(f"{closer} without {opener}")
+        content = _content(content)
+        if not content:
+            return MalformedCall(f"{opener} is empty")
+        return ParsedCall(name, {self.specs[name].primary: content})
 
     def system_prompt(self) -> str:
         tools = "\n".join(
