@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question.  ``messages`` are chat messages; a tokenizer without a chat template gets their plain text."""
+    """One question.  ``messages`` are chat messages; a tokenizer without a chat template gets their plain
+    text."""
 
     id: str  # unique within the data set, stable across runs
     messages: tuple[dict[str, str], ...]  # ({"role": ..., "content": ...}, ...)

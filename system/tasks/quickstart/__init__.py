@@ -1,0 +1,5 @@
+"""The built-in task of the quickstart."""
+
+from system.tasks.quickstart.task import QuickstartTask
+
+__all__ = ["QuickstartTask"]

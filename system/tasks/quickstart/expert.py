@@ -1,0 +1,86 @@
+"""The imperfect expert whose demonstrations warm the model up.
+
+It always writes well-formed calls, restates what is asked for, and names what it read.  But where a document
+offers three fields, or a calculation three operators, it tends to take the *first* one.  A model that
+imitates it therefore knows the format and samples the right choice now and then, yet prefers a wrong one:
+what reinforcement learning can then visibly mend. (Small models improve under RL only from such a start.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from system.tasks.base import Demonstration, Prompt
+from system.tasks.quickstart.questions import OPERATORS, Question, compute
+from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, World
+
+T = TypeVar("T")
+
+_OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
+
+
+@dataclass(frozen=True, slots=True)
+class Skill:
+    """Chances of each way of choosing; the rest is a uniform draw."""
+
+    right: float = 0.3
+    first: float = 0.55
+
+    def __post_init__(self) -> None:
+        if min(self.right, self.first) < 0 or self.right + self.first > 1:
+            raise ValueError(
+                f"right={self.right} and first={self.first} must be chances that sum to at most 1"
+            )
+
+    def choose(self, right: T, options: Sequence[T], rng: random.Random) -> T:
+        """Take the right option, the first one, or any."""
+        draw = rng.random()
+        if draw < self.right:
+            return right
+        if draw < self.right + self.first:
+            return options[0]
+        return rng.choice(options)
+
+
+def demonstrate(
+    question: Question,
+    prompt: Prompt,
+    world: World,
+    search: Callable[[str], str],
+    render_result: Callable[[str], str],
+    skill: Skill,
+    rng: random.Random,
+) -> Demonstration:
+    """Answer a question as the expert would, with the texts the real tools would return.
+
+    ``search`` maps a query to the text of the search tool; ``render_result`` wraps a tool's text as the
+    rollout does.
+    """
+    segments: list[tuple[str, str]] = []
+    said = " <think>"
+    value = question.start
+    if value:
+        said += f" {value}"
+    for asked in question.path:
+        first_word = FIGURES if asked.numeric else _OWNER[value]
+        query = f"{first_word} {value}"
+        segments.append(("model", f"{said} </think> <search> {query} </search>"))
+        segments.append(("tool", render_result(search(query))))
+        options = (NUMBERS if asked.numeric else LINKS)[asked.owner]
+        taken = skill.choose(asked, options, rng)
+        value = world.value(value, taken)
+        said = f" <think> {asked.word} {taken.field}:{value if taken.numeric else ' ' + value}"
+    if question.operator:
+        operator = skill.choose(question.operator, tuple(OPERATORS), rng)
+        first = int(value) if question.path else question.first
+        code = f"print({first}{OPERATORS[operator]}{question.operand})"
+        segments.append(("model", f"{said} {question.operator} </think> <python> {code} </python>"))
+        value = str(compute(operator, first, question.operand))
+        segments.append(("tool", render_result(value)))
+        said = " <think> done"
+    boxed = value if value.lstrip("-").isdigit() else f" {value}"
+    segments.append(("model", f"{said} </think> <answer> \\boxed{{{boxed} }} </answer>"))
+    return Demonstration(prompt, tuple(segments))

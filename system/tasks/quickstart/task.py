@@ -1,0 +1,94 @@
+"""The quickstart task: questions over a generated world, its search corpus, tokenizer and demonstrations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from system.rollout.syntax import TagSyntax
+from system.tasks.base import Demonstration, Prompt
+from system.tasks.quickstart import questions, vocabulary
+from system.tasks.quickstart.expert import Skill, demonstrate
+from system.tasks.quickstart.world import World, generate
+from system.tools.search_index import Document, SearchIndex
+
+PASSAGE = "{title}: {text}"
+"""One search result as the search tool shows it, and ``SEPARATOR`` between two: the tool's own defaults."""
+SEPARATOR = "\n"
+
+
+class QuickstartTask:
+    """Everything follows from ``seed``.  Held-out questions are drawn first; no other split repeats one."""
+
+    name = "quickstart"
+
+    def __init__(
+        self, seed: int, train_size: int, eval_size: int, search_top_k: int = 2, skill: Skill | None = None
+    ) -> None:
+        """``search_top_k``: results per search, as the search tool is configured (for demonstrations)."""
+        self.seed, self.train_size, self.eval_size = seed, train_size, eval_size
+        self.search_top_k = search_top_k
+        self.skill = skill or Skill()
+        self.world: World = generate(seed)
+
+    @cached_property
+    def _held_out(self) -> list[questions.Question]:
+        return questions.sample(f"eval-{self.seed}", self.eval_size)
+
+    def eval(self) -> list[Prompt]:
+        return [questions.prompt(q, self.world, "eval", i) for i, q in enumerate(self._held_out)]
+
+    def train(self) -> list[Prompt]:
+        drawn = questions.sample(f"train-{self.seed}", self.train_size, self._held_out_texts())
+        return [questions.prompt(q, self.world, "train", i) for i, q in enumerate(drawn)]
+
+    def corpus(self) -> list[dict[str, str]]:
+        """Documents for the search server."""
+        return self.world.documents()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return vocabulary.build()
+
+    def save_tokenizer(self, directory: Path) -> None:
+        vocabulary.build().save_pretrained(str(directory))
+
+    def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
+        """``n`` trajectories of the imperfect expert on questions that are not held out."""
+        drawn = questions.sample(f"demonstrations-{self.seed}-{seed}", n, self._held_out_texts())
+        rng = random.Random(f"expert-{self.seed}-{seed}")
+        search = self._search_tool()
+        render = TagSyntax({}).render_result
+        return [
+            demonstrate(
+                question,
+                questions.prompt(question, self.world, f"demonstration-{seed}", i),
+                self.world,
+                search,
+                render,
+                self.skill,
+                rng,
+            )
+            for i, question in enumerate(drawn)
+        ]
+
+    def _held_out_texts(self) -> frozenset[str]:
+        return frozenset(question.text for question in self._held_out)
+
+    def _search_tool(self) -> Callable[[str], str]:
+        """Query -> text of the search tool, by the index that the search server uses."""
+        index = SearchIndex.build(Document(**row) for row in self.corpus())
+
+        @cache
+        def search(query: str) -> str:
+            found: list[dict[str, Any]] = [
+                {"title": hit.document.title, "text": hit.document.text}
+                for hit in index.search(query, self.search_top_k)
+            ]
+            return SEPARATOR.join(PASSAGE.format(**result) for result in found)
+
+        return search
