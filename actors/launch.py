@@ -20,6 +20,7 @@ from system.tasks.demos import demonstration_tree
 from system.tasks.registry import make_task
 from system.tasks.tiny_model import create_model
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from actors.conductor import Conductor, checkpoints
 from actors.crew import Crew, Growers
@@ -45,9 +46,11 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
     if config.engine.name != "embedded":
         raise ConfigError(f"engine.name={config.engine.name!r} cannot train yet: use engine=embedded")
+    disable_progress_bar()  # of loading and saving weights, which would break into our own
     task = make_task(config)
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     run_dir.write_config(config)
+    print(f"run directory: {run_dir.root}", flush=True)
     try:
         with ray_session():
             return asyncio.run(_train(config, run_dir, task))
@@ -76,29 +79,34 @@ async def _evaluate(config: Config, task: Task, model_dir: Path, scratch: Path) 
 
 async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path), WandbSink(run_dir, config)])
-    with Progress(
-        recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
-    ) as progress:
-        progress.note(f"run directory: {run_dir.root}")
-        drawing = asyncio.create_task(progress.run())
-        try:
-            model = prepare_model(config, task, run_dir)
-            crew = await Crew.start(config, str(model), write_corpus(task, run_dir.root))
+    try:
+        with Progress(
+            recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
+        ) as progress:
+            drawing = asyncio.create_task(progress.run())
             try:
-                conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
-                with signals(conductor):
-                    code = await _lead(conductor, task, model)
+                return await _with_crew(config, run_dir, task, recorder, progress)
             finally:
-                await crew.close()
-        finally:
-            drawing.cancel()
-            await asyncio.gather(drawing, return_exceptions=True)
-            summary = recorder.finish()  # also of a run that stopped or failed: it says how far it came
-            if recorder.status().step:
-                plots.draw(run_dir)
-        for line in report(summary, run_dir):
-            progress.note(line)
-        return code
+                drawing.cancel()
+                await asyncio.gather(drawing, return_exceptions=True)
+    finally:  # a run that stopped or failed says how far it came, too
+        summary = recorder.finish()
+        if summary["versions"]:
+            plots.draw(run_dir)
+        print(*report(summary, run_dir), sep="\n", flush=True)
+
+
+async def _with_crew(
+    config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress
+) -> int:
+    model = prepare_model(config, task, run_dir)
+    crew = await Crew.start(config, str(model), write_corpus(task, run_dir.root))
+    try:
+        conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
+        with signals(conductor):
+            return await _lead(conductor, task, model)
+    finally:
+        await crew.close()
 
 
 async def _lead(conductor: Conductor, task: Task, model: Path) -> int:

@@ -91,7 +91,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Say something lasting, above the panel."""
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)
 
     def refresh(self, force: bool = False) -> None:
         """Draw now; without a terminal only by ``force`` or ``interval_s`` after the last line."""

@@ -1,0 +1,147 @@
+"""Whole small runs: asynchronous, synchronous, with parts of them killed, stopped and resumed."""
+
+import math
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from system.flow.ledger import Ledger, State
+from system.observe.jsonl import read_jsonl
+from system.tree.record import validate
+from system.tree.store import read_trees
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+WAIT_S = 240.0
+
+
+def prompts_of(events: list[dict[str, Any]], numbers: list[int]) -> list[tuple[int, str]]:
+    """(epoch, prompt) of ticket numbers."""
+    issued = {event["number"]: (event["epoch"], event["prompt"]) for event in events if event["event"] == "issue"}
+    return [issued[number] for number in numbers]
+
+
+def surviving_history(events: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """The prompts that the final weights were trained on, in order: updates that a restore took back are out."""
+    updates: list[tuple[int, list[int]]] = []
+    for event in events:
+        if event["event"] == "train":
+            updates.append((event["version"], event["numbers"]))
+        elif event["event"] == "restore":
+            updates = [update for update in updates if update[0] <= event["trained_through"]]
+    versions = [version for version, _ in updates]
+    assert versions == list(range(1, len(versions) + 1))
+    return [prompt for _, numbers in updates for prompt in prompts_of(events, numbers)]
+
+
+def assert_nothing_lost(directory: Path, steps: int, batch_trees: int) -> None:
+    """Every prompt issued was trained once, or is accounted for; none is trained twice."""
+    events = list(read_jsonl(directory / "ledger.jsonl"))
+    trained = surviving_history(events)
+    assert len(trained) == steps * batch_trees
+    assert max(Counter(trained).values()) == 1
+    # In the order of issue there is no gap but for what was in flight when the run ended.
+    first_issue = list(dict.fromkeys(prompts_of(events, [e["number"] for e in events if e["event"] == "issue"])))
+    skipped = set(first_issue[: len(trained)]) - set(trained)
+    ended = {event["number"] for event in events if event["event"] in ("abandon", "trained")}
+    in_flight = {
+        (event["epoch"], event["prompt"])
+        for event in events
+        if event["event"] == "issue" and event["number"] not in ended
+    }
+    assert skipped <= in_flight
+
+
+def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> None:
+    run = start("run.steps=4")
+    assert run.wait(WAIT_S) == 0, run.output()
+    summary = run.summary()
+    assert set(summary) >= {
+        "eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions",
+        "dropped", "wall_s", "idle_s", "seed", "config",
+    }  # fmt: skip
+    assert {"accuracy", "reward", "tool_calls", "kinds"} <= set(summary["eval"]["before"])
+    assert summary["eval"]["after"]["questions"] == 12
+    assert summary["versions"] == 4
+    tokens = summary["tokens"]
+    assert 0 < tokens["trained"] <= tokens["generated"]
+    assert tokens["unique_trained"] < tokens["flat_trained"]
+    config = summary["config"]
+    leaves = config["rollout"]["leaves"]
+    batch_trees = config["flow"]["batch_leaves"] // leaves
+    assert summary["staleness"]["max"] <= config["flow"]["staleness"] + config["flow"]["window"]
+    trees = list(read_trees(run.directory / "trees"))
+    assert len(trees) == 4 * batch_trees
+    for tree in trees:
+        validate(tree)
+        assert tree.n_leaves == leaves == tree.budget
+    # Weights arrived in flight: tokens of more than one version were trained on.
+    assert len({int(v) for tree in trees for v in tree.version if v >= 0}) > 1
+    assert (run.directory / "model" / "model.safetensors").is_file()
+    assert (run.directory / "curves" / "overview.png").stat().st_size > 10_000
+    steps = [record for record in read_jsonl(run.directory / "metrics.jsonl") if "train/loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert all(math.isfinite(record["train/loss"]) for record in steps)
+    # Behaviour and learner agree on the tokens the engine sampled from the very weights that are trained.
+    assert steps[0]["train/mismatch_kl"] < 1e-3
+    assert_nothing_lost(run.directory, steps=4, batch_trees=batch_trees)
+
+
+def test_synchronous_grpo_through_the_same_code(start: Callable[..., Any]) -> None:
+    run = start("run.steps=3", "branching=none", "flow.staleness=0")
+    assert run.wait(WAIT_S) == 0, run.output()
+    summary = run.summary()
+    assert summary["staleness"]["max"] == 0
+    assert summary["forks"] == 0
+    assert summary["top_ups"] == 0
+    trees = list(read_trees(run.directory / "trees"))
+    assert summary["trees"] == len(trees)  # nothing was grown ahead of the learner
+    for tree in trees:
+        assert len({int(v) for v in tree.version if v >= 0}) == 1
+
+
+def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any]) -> None:
+    run = start("run.steps=12", "checkpoint.every=0")
+    victims: list[tuple[str, Callable[[str], bool]]] = [
+        ("rollout worker", lambda line: line.startswith("ray::RolloutWorker")),
+        ("search server", lambda line: line.startswith("ray::ToolActor") and is_search(line)),
+        ("python sandbox", lambda line: "system.tools.jail" in line),
+        ("engine", lambda line: line.startswith("ray::EngineActor")),
+        ("replay queue", lambda line: line.startswith("ray::ReplayActor")),
+    ]
+    for count, (name, wanted) in enumerate(victims):
+        run.wait_for(lambda done=count: run.steps() > 2 * done, WAIT_S, f"step {2 * count + 1}")
+        run.find(wanted).kill()
+        print("killed", name)
+    assert run.wait(WAIT_S) == 0, run.output()
+    assert run.summary()["versions"] == 12
+    config = run.summary()["config"]
+    assert_nothing_lost(run.directory, 12, config["flow"]["batch_leaves"] // config["rollout"]["leaves"])
+
+
+def is_search(line: str) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on(start: Callable[..., Any], how: signal.Signals) -> None:
+    run = start("run.steps=8", "checkpoint.every=2")
+    run.wait_for(lambda: run.steps() >= 3, WAIT_S, "step 3")
+    below = run.descendants()
+    os.kill(run.process.pid, how)
+    assert run.wait(60) == (3 if how == signal.SIGINT else -signal.SIGKILL)
+    gone, alive = psutil.wait_procs(below, timeout=30)
+    assert not alive, f"outlived the run: {alive}"
+    reached = run.steps()
+    again = start(resume=run.directory)
+    assert again.wait(WAIT_S) == 0, again.output()
+    summary = again.summary()
+    assert summary["versions"] == 8
+    assert reached < 8
+    config = summary["config"]
+    assert_nothing_lost(again.directory, 8, config["flow"]["batch_leaves"] // config["rollout"]["leaves"])
