@@ -105,7 +105,7 @@ def row_budget(trees: Sequence[Tree], micro_tokens: int, dp: int) -> int:
     return min(micro_tokens, max(whole, -(-sum(sizes) // dp)))
 
 
-def row_padding(budget: int, device: torch.device) -> int:
+def row_padding(micro_tokens: int, device: torch.device) -> int:
     """What row lengths are padded to a multiple of.
 
     On GPU attention is compiled per length: whole blocks, and at most 16 lengths.  On CPU padding is pure
@@ -113,7 +113,7 @@ def row_padding(budget: int, device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 1
-    return max(1, budget // (16 * BLOCK)) * BLOCK
+    return max(1, micro_tokens // (16 * BLOCK)) * BLOCK
 
 
 def share(batches: Sequence[PackedBatch], dp: int, dp_rank: int) -> list[PackedBatch]:

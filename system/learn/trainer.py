@@ -100,6 +100,7 @@ class Trainer:
             )
         checkpoint.fill_optimizer_state(self.optimizer)
         self._step = 0
+        self._padding = row_padding(learn.micro_tokens, self.layout.device)
 
     @property
     def step_count(self) -> int:
@@ -150,7 +151,8 @@ class Trainer:
         results = []
         for tree in trees:
             ones = np.ones(tree.n_leaves, np.float32)
-            (batch,) = pack([tree], [ones], [ones], budget=tree.n_tokens)
+            whole = -(-tree.n_tokens // self._padding) * self._padding
+            (batch,) = pack([tree], [ones], [ones], budget=whole, pad_to=self._padding)
             row = score_row(batch, self.layout.device)
             values = np.full(tree.n_tokens, np.nan, np.float32)
             values[row.scored] = self._score(self.model, row).cpu().numpy()
@@ -222,8 +224,7 @@ class Trainer:
         drop_zero: bool,
     ) -> list[PackedBatch]:
         budget = row_budget(trees, self.learn.micro_tokens, self.layout.dp)
-        padding = row_padding(budget, self.layout.device)
-        batches = pack(trees, gains, w, budget=budget, hard=hard, pad_to=padding, drop_zero=drop_zero)
+        batches = pack(trees, gains, w, budget=budget, hard=hard, pad_to=self._padding, drop_zero=drop_zero)
         return share([b for b in batches if b.mult.any()], self.layout.dp, self.layout.dp_rank)
 
     def _update(

@@ -120,10 +120,9 @@ class Converter:
         shard = shard.detach().contiguous()
         if layout == "replicated" or self.tp == 1:
             return [shard]
-        whole = shard.new_empty((self.tp, *shard.shape))
-        group = parallel_state.get_tensor_model_parallel_group()
-        dist.all_gather_into_tensor(whole.view(-1), shard.view(-1), group=group)
-        return list(whole)
+        shards = [torch.empty_like(shard) for _ in range(self.tp)]
+        dist.all_gather(shards, shard, group=parallel_state.get_tensor_model_parallel_group())
+        return shards
 
 
 @torch.no_grad()

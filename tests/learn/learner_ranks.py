@@ -52,17 +52,19 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *, world: int = 2, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *, world: int = 2, deadline_s: float = DEADLINE_S, **kwargs: Any
+    ) -> list[Any]:
         if not self._processes:
             self._start()
         init_method = f"tcp://127.0.0.1:{free_port()}"
         for rank in range(world):
             self._pipes[rank].send((function, Place(rank, world, init_method), kwargs))
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + deadline_s
         while len(results) < world:
             ready = wait(self._pipes[:world], timeout=max(0.0, deadline - time.monotonic()))
-            failure = "" if ready else f"no answer within {DEADLINE_S} s; only from ranks {sorted(results)}"
+            failure = "" if ready else f"no answer within {deadline_s} s; only from ranks {sorted(results)}"
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # pyright: ignore[reportArgumentType]
                 ok, result = self._pipes[rank].recv()

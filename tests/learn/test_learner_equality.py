@@ -60,7 +60,7 @@ def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
     for name, parameter in trainer.model.named_parameters():
         layout, names = converter.place(name)
         full = converter.merge(layout, converter.gather(layout, parameter.main_grad))
-        named |= {n: t.clone().numpy() for n, t in zip(names, full, strict=True)}
+        named |= {n: t.to("cpu", copy=True).numpy() for n, t in zip(names, full, strict=True)}
     return named
 
 
@@ -320,3 +320,18 @@ def test_optimizer_steps_equal_torch_adamw(
         assert result["steps"] == 3
         assert result["nll error"] < 1e-5
         assert result["skipped"] == 0
+
+
+# ---------------------------------------------------------------------- the same on CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("objective", ["decoupled", "ppo, cut", "ppo, regularised, cut"])
+def test_tree_gradient_on_cuda(ranks: Ranks, tiny_model: Callable[..., str], objective: str) -> None:
+    """Compiled FlexAttention, forward and backward, against Hugging Face on CPU."""
+    (report,) = ranks.run(
+        gradient_case, world=1, deadline_s=170, model=tiny_model(), tp=1, dp=1, names=[objective]
+    )
+    assert report[objective]["gradient error"] < 1e-4
+    assert report[objective]["loss error"] < 1e-4

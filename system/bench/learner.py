@@ -1,0 +1,229 @@
+"""How much the learner gains by training on trees: the same leaves as packed trees and as flat paths, in one
+run.
+
+For each sharing ratio the two are timed alternately on the same model, so that other load on the machine
+falls on both. The ideal is the ratio of their token counts; what is missing from it is attention (shared
+tokens are the cheap, early ones), gathers, and the optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from system.config import Config
+from system.tree.record import Kind, Outcome, Tree
+
+PATH_TOKENS = 256  # per leaf, prompt included
+VOCAB = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and a first turn shared by all leaves, then one fork: ``prefix`` of each path is shared."""
+
+    prefix: float
+    leaves: int
+
+
+@dataclass(frozen=True)
+class Result:
+    prefix: float
+    leaves: int
+    tree_tokens: int
+    flat_tokens: int
+    tree_s: float  # median seconds of one training step
+    flat_s: float
+    ideal: float  # flat tokens / tree tokens
+    speedup: float  # median of flat seconds / tree seconds
+    logprob_error: float  # largest difference of a trained token's log-probability between the two
+
+
+CASES = tuple(Case(prefix, leaves) for prefix in (0.1, 0.5, 0.8) for leaves in (4, 8, 16))
+QUICK_CASES = (Case(0.1, 4), Case(0.8, 8))
+
+
+def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
+    """Measure, print a table, and write ``learner.json`` and ``learner.png`` to ``out_dir``.
+
+    One rank (TP = DP = 1) on the default model shape; must be the only learner in its process.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.learn.tp = config.learn.dp = 1
+    config.learn.lr = 0.0  # every step sees the same weights
+    config.learn.weight_decay = 0.0
+    cases, leaves, rounds = (QUICK_CASES, 16, 2) if quick else (CASES, 64, 5)
+    results = _measure(config, cases, leaves, rounds)
+    report = {
+        "path_tokens": PATH_TOKENS,
+        "micro_tokens": config.learn.micro_tokens,
+        "model": asdict(config.model),
+        "results": [asdict(r) for r in results],
+    }
+    (out_dir / "learner.json").write_text(json.dumps(report, indent=2))
+    _plot(results, out_dir / "learner.png")
+    _print(results)
+    return report
+
+
+def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) -> list[Result]:
+    from system.learn.trainer import Trainer, flat_paths
+
+    with tempfile.TemporaryDirectory() as directory:
+        _save_model(config, Path(directory))
+        trainer = Trainer(config, directory, rank=0, world=1, init_method=f"file://{directory}/meeting-point")
+        try:
+            results = []
+            for case in cases:
+                rng = np.random.default_rng(0)
+                trees = [grown(case, rng) for _ in range(max(1, leaves // case.leaves))]
+                ones = [np.ones(t.n_leaves, np.float32) for t in trees]
+                paths, _, _ = flat_paths(trees, ones, ones)
+                error = _disagreement(trees, trainer.logprobs(trees), trainer.logprobs(paths))
+                seconds: dict[str, list[float]] = {"ppo": [], "grpo-flat": []}
+                for turn in range(rounds + 1):
+                    for objective, times in seconds.items():
+                        config.learn.objective = objective
+                        started = time.perf_counter()
+                        trainer.train(trees, version=0)
+                        if turn:  # the first of each warms up
+                            times.append(time.perf_counter() - started)
+                tree_tokens, flat_tokens = (sum(t.n_tokens for t in group) for group in (trees, paths))
+                pairs = list(zip(*seconds.values(), strict=True))  # taken one after the other
+                results.append(
+                    Result(
+                        prefix=case.prefix,
+                        leaves=case.leaves,
+                        tree_tokens=tree_tokens,
+                        flat_tokens=flat_tokens,
+                        tree_s=statistics.median(tree for tree, _ in pairs),
+                        flat_s=statistics.median(flat for _, flat in pairs),
+                        ideal=flat_tokens / tree_tokens,
+                        speedup=statistics.median(flat / tree for tree, flat in pairs),
+                        logprob_error=error,
+                    )
+                )
+            return results
+        finally:
+            trainer.close()
+
+
+def grown(case: Case, rng: np.random.Generator) -> Tree:
+    """A random tree: a prompt, a shared MODEL turn as long, then one MODEL branch per leaf."""
+    shared = round(PATH_TOKENS * case.prefix)
+    lengths = [shared - shared // 2, shared // 2, *[PATH_TOKENS - shared] * case.leaves]
+    kind = np.array([Kind.PROMPT] + [Kind.MODEL] * (case.leaves + 1), np.int8)
+    total, n = sum(lengths), case.leaves
+    model = np.repeat(kind == Kind.MODEL, lengths)
+    return Tree(
+        prompt_id="bench",
+        task="bench",
+        tokens=rng.integers(0, VOCAB, total).astype(np.int32),
+        logprob=np.where(model, -6.0, 0.0).astype(np.float32),
+        entropy=np.full(total, np.nan, np.float32),
+        version=np.where(model, 0, -1).astype(np.int32),
+        start=np.cumsum([0, *lengths[:-1]]).astype(np.int32),
+        parent=np.array([-1, 0] + [1] * n, np.int32),
+        kind=kind,
+        leaf=np.arange(2, n + 2, dtype=np.int32),
+        reward=np.arange(n, dtype=np.float32),
+        correct=np.zeros(n, np.int8),
+        outcome=np.full(n, int(Outcome.STOPPED), np.int8),
+        origin=np.zeros(n, np.int8),
+        budget=n,
+    )
+
+
+def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.ndarray]) -> float:
+    worst, number = 0.0, 0
+    for tree, values in zip(trees, packed, strict=True):
+        for leaf in range(tree.n_leaves):
+            index = np.concatenate([np.arange(tree.start[j], tree.end[j]) for j in tree.path(leaf)])
+            worst = max(worst, float(np.abs(values[index][1:] - flat[number][1:]).max()))
+            number += 1
+    return worst
+
+
+def _save_model(config: Config, path: Path) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    m = config.model
+    shape = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.ffn_size,
+        num_hidden_layers=m.layers,
+        num_attention_heads=m.heads,
+        num_key_value_heads=m.kv_heads,
+        head_dim=m.hidden_size // m.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(shape).save_pretrained(path)
+
+
+def _print(results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Training step: packed trees vs flat paths ({PATH_TOKENS} tokens per path)")
+    for column in (
+        "prefix",
+        "leaves",
+        "flat tok",
+        "tree tok",
+        "flat s",
+        "tree s",
+        "speed-up",
+        "ideal",
+        "of it",
+    ):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(
+            f"{r.prefix:.0%}",
+            str(r.leaves),
+            str(r.flat_tokens),
+            str(r.tree_tokens),
+            f"{r.flat_s:.3f}",
+            f"{r.tree_s:.3f}",
+            f"{r.speedup:.2f}x",
+            f"{r.ideal:.2f}x",
+            f"{r.speedup / r.ideal:.0%}",
+        )
+    console = Console()
+    console.print(table)
+    worst = max(r.logprob_error for r in results)
+    console.print(f"largest log-probability difference between the two: {worst:.1e} nats")
+
+
+def _plot(results: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4.5))
+    top = max(max(r.ideal, r.speedup) for r in results) * 1.05
+    axes.plot([1, top], [1, top], color="0.7", linestyle="--", label="ideal: flat / tree tokens")
+    for leaves in sorted({r.leaves for r in results}):
+        group = [r for r in results if r.leaves == leaves]
+        ideal, speedup = [r.ideal for r in group], [r.speedup for r in group]
+        axes.plot(ideal, speedup, marker="o", label=f"{leaves} leaves per tree")
+    axes.set_xlabel("tokens on flat paths / tokens in trees")
+    axes.set_ylabel("time on flat paths / time on trees")
+    axes.set_title("One training step, measured alternately")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
