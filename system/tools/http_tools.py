@@ -89,8 +89,7 @@ class SearchTool:
         separator: str = "\n",
         http: HttpClient | None = None,
     ):
-        """``passage`` formats one result (fields id, title, text, score); ``separator`` stands between
-        results."""
+        """``passage`` formats one result (fields id, title, text, score); ``separator`` joins results."""
         self.url = url.rstrip("/")
         self._top_k, self._passage, self._separator = top_k, passage, separator
         self._http = http or HttpClient()

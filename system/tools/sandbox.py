@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -58,10 +57,12 @@ _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]); from system.tools.jail.forkserver import main; "
     "del sys.path[0]; main()"
 )
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"}  # no secrets; one order of sets
 _START_DEADLINE_S = 20.0
 _GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
 _STOP_DEADLINE_S, _STOP_PAUSE_S = 5.0, 0.05
 _MAX_CODE_BYTES = 1 << 20
+_ATTEMPTS = 3
 
 
 class SandboxUnavailable(RuntimeError):
@@ -78,7 +79,7 @@ class SandboxLimits:
 
     wall_s: float = 10.0
     cpu_s: float = 5.0  # whole seconds, rounded up
-    memory_mb: int = 256  # address space beyond the idle interpreter's
+    memory_mb: int = 256  # address space beyond the idle interpreter's (which includes what is preloaded)
     output_chars: int = 2000  # of each of stdout and stderr
     file_mb: int = 16  # largest file
     disk_mb: int = 64  # all files together (enforced where namespaces are permitted)
@@ -97,8 +98,7 @@ class SandboxLimits:
 
 @dataclass(frozen=True, slots=True)
 class SandboxResult:
-    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: wall or CPU time ran
-    out."""
+    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: it ran out of time."""
 
     status: ToolStatus
     stdout: str
@@ -118,8 +118,7 @@ class SandboxResult:
 
 
 class Sandbox:
-    """Runs programs, several at once.  ``start`` before the first ``run``; safe for many tasks of one event
-    loop."""
+    """Runs programs, several at once, for the tasks of one event loop.  ``start`` it before the first run."""
 
     def __init__(
         self,
@@ -140,6 +139,7 @@ class Sandbox:
         self._slots = asyncio.Semaphore(concurrency)
         self._starting = asyncio.Lock()
         self._server: _ForkServer | None = None
+        self._dying: list[_ForkServer] = []  # dead themselves, with calls that still run
         self._ways = (True, False) if namespaces is None else (namespaces,)
         self._way = self._ways[0]
 
@@ -148,6 +148,8 @@ class Sandbox:
 
         Raises :class:`SandboxUnavailable` naming, for each way, what is missing.
         """
+        if sys.platform != "linux":
+            raise SandboxUnavailable("the python sandbox needs Linux")
         missing: list[str] = []
         for way in self._ways:
             self._way = way
@@ -179,21 +181,24 @@ class Sandbox:
         if wall_s <= 0:
             return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
         async with self._slots:
-            for _ in range(2):  # a lost program may run again: nothing it did has left the sandbox
+            for _ in range(_ATTEMPTS):  # a lost program may run again: nothing it did has left the sandbox
                 server = await self._running_server()
                 try:
                     reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + _GRACE_S)
                 except _Lost:
                     continue
+                finally:
+                    await self._bury()
                 if "failed" in reply:
                     raise SandboxUnavailable(f"a call could not be confined: {reply['failed']}")
                 return self._result(reply, wall_s)
-        raise SandboxUnavailable("the sandbox's fork server died twice during one call")
+        raise SandboxUnavailable(f"a call's process was lost {_ATTEMPTS} times")
 
     async def close(self) -> None:
         """Kill what still runs and remove every scratch directory."""
-        server, self._server = self._server, None
-        if server is not None:
+        servers = [*self._dying, *([self._server] if self._server else [])]
+        self._dying, self._server = [], None
+        for server in servers:
             await server.stop()
 
     @property
@@ -206,9 +211,15 @@ class Sandbox:
             if self._server is None:
                 raise SandboxUnavailable("the sandbox has not been started")
             if self._server.lost:
-                await self._server.stop()
+                self._dying.append(self._server)
                 self._server = await self._start_server()
             return self._server
+
+    async def _bury(self) -> None:
+        """Clean up after fork servers that died, once the calls that outlived them have ended."""
+        while (server := next((s for s in self._dying if not s.busy), None)) is not None:
+            self._dying.remove(server)
+            await server.stop()
 
     async def _start_server(self) -> _ForkServer:
         limits = self.limits
@@ -269,29 +280,17 @@ class _ForkServer:
         self._settings = settings
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        command = [
-            sys.executable,
-            "-s",
-            "-S",
-            "-P",
-            "-c",
-            _BOOT,
-            _ROOT,
-            str(theirs.fileno()),
-            settings.to_json(),
-        ]
+        flags = ("-s", "-S", "-P")  # no user or site packages, no current directory on the path
+        arguments = (_ROOT, str(theirs.fileno()), settings.to_json())
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
         with theirs:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, *flags, "-c", _BOOT, *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={
-                    "PYTHONHASHSEED": "0",
-                    "LANG": "C.UTF-8",
-                    "TZ": "UTC",
-                },  # no secret of ours; the same order of sets
+                stderr=self._errors,
+                env=_ENVIRONMENT,
                 cwd="/",
                 start_new_session=True,
             )
@@ -302,9 +301,12 @@ class _ForkServer:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._calls)
+
     async def greet(self) -> list[str]:
-        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason if it is
-        not."""
+        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason."""
         try:
             async with asyncio.timeout(_START_DEADLINE_S):
                 data = await asyncio.get_running_loop().sock_recv(self._control, 1 << 16)
@@ -314,26 +316,30 @@ class _ForkServer:
             ) from None
         except OSError as error:
             raise SandboxUnavailable(f"the fork server could not be heard: {error}") from error
-        hello: dict[str, Any] = (
-            json.loads(data) if data else {"failed": "the fork server died while starting"}
-        )
+        if not data:
+            raise SandboxUnavailable(f"the fork server died while starting: {self._last_error()}")
+        hello: dict[str, Any] = json.loads(data)
         if "failed" in hello:
             raise SandboxUnavailable(hello["failed"])
         return hello["ready"]
 
+    def _last_error(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line), "no reason given")
+
     async def call(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """One request, one reply.  Raises _Lost if the server or the call's warden died or does not
-        answer."""
+        """One request, one reply.  Raises _Lost if the server or the call's warden is dead or silent."""
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         self._calls.add(ours)
         try:
             ours.setblocking(False)
-            with theirs:
-                await self._pass_on(theirs)
             data = json.dumps(request).encode()
             try:
                 async with asyncio.timeout(deadline_s):
+                    with theirs:
+                        await self._pass_on(theirs)
                     await loop.sock_sendall(ours, len(data).to_bytes(4, "big") + data)
                     size = int.from_bytes(await _exactly(ours, 4), "big")
                     return json.loads(await _exactly(ours, size))
@@ -346,7 +352,7 @@ class _ForkServer:
             ours.close()  # tells the warden, if it still runs, to kill the program
 
     async def _pass_on(self, theirs: socket.socket) -> None:
-        for _ in itertools.count():
+        while True:
             try:
                 socket.send_fds(self._control, [b"c"], [theirs.fileno()])
                 return
@@ -367,6 +373,7 @@ class _ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
+        self._errors.close()
         await self._remove_base()
 
     async def _remove_base(self) -> None:

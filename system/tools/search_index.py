@@ -53,8 +53,7 @@ def write_corpus(path: str | Path, documents: Iterable[Document]) -> None:
 
 
 class SearchIndex:
-    """Ranked retrieval.  Equal scores rank by place in the corpus, so that results do not depend on the
-    machine."""
+    """Ranked retrieval.  Equal scores rank by place in the corpus, so results are the same on any machine."""
 
     def __init__(self, documents: Sequence[Document], scorer: bm25s.BM25):
         self.documents = documents
@@ -79,8 +78,7 @@ class SearchIndex:
         return cls(read_corpus(directory / _DOCUMENTS), scorer)
 
     def save(self, directory: str | Path) -> None:
-        """Write the documents, the scores (NumPy arrays, JSON) and, last, a manifest with the corpus'
-        digest."""
+        """Write the documents, the scores (NumPy arrays, JSON) and, last, the digest of the corpus."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _MANIFEST).unlink(missing_ok=True)

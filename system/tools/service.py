@@ -59,8 +59,7 @@ class ServiceLimits:
 
 
 class ToolService:
-    """Implements :class:`system.tools.outcome.Tools`.  For the tasks of one event loop; ``close`` when
-    done."""
+    """Implements :class:`system.tools.outcome.Tools`, for the tasks of one event loop; ``close`` it at last."""
 
     def __init__(
         self,

@@ -187,3 +187,9 @@ async def test_the_interpreter_is_ours(sandbox: Sandbox) -> None:
     result = await sandbox.run("import sys\nprint(*sys.version_info[:2])")
     assert result.text == "{} {}".format(*sys.version_info[:2])
     assert (await sandbox.run("import os\nos.getpid()")).text != str(os.getpid())
+
+
+async def test_an_interpreter_that_dies_tells_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("system.tools.sandbox._BOOT", "raise SystemExit('bad interpreter')")
+    with pytest.raises(SandboxUnavailable, match="died while starting: bad interpreter"):
+        await Sandbox().start()

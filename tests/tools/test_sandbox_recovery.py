@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -104,3 +106,30 @@ async def test_a_stopped_warden_does_not_hold_a_call_for_ever(
         assert (await call).text == "done"
     finally:
         os.kill(warden, signal.SIGKILL)
+
+
+async def test_random_kills_lose_no_call(fresh: Sandbox) -> None:
+    """Killed fork servers and wardens cost a repetition; only a killed program is told as what it is, an error."""
+    rng = random.Random(0)
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    async def kill_now_and_then() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            assert fresh.pid is not None
+            wardens = children(fresh.pid)
+            programs = [program for warden in wardens for program in children(warden)]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice([fresh.pid, *wardens[:1], *programs[:1]]), signal.SIGKILL)
+
+    killer = asyncio.ensure_future(kill_now_and_then())
+    calls = (fresh.run(f"import time\ntime.sleep({rng.random() * 0.1})\n{i}") for i in range(80))
+    results = await asyncio.gather(*calls)
+    killer.cancel()
+    for i, result in enumerate(results):
+        assert result.text == (
+            str(i) if result.status is ToolStatus.OK else "The program was killed by SIGKILL."
+        )
+    assert sum(result.status is ToolStatus.OK for result in results) > 60
+    assert (await fresh.run("1")).text == "1"
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2

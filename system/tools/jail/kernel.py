@@ -1,5 +1,4 @@
-"""Linux system calls that Python's library lacks, through ctypes.  Each raises OSError with the kernel's
-errno."""
+"""Linux system calls that Python's library lacks, through ctypes.  Each raises OSError with its errno."""
 
 from __future__ import annotations
 
@@ -128,8 +127,7 @@ def landlock_ruleset(fs_rights: int, net_rights: int, scopes: int) -> int:
 
 
 def landlock_allow(ruleset: int, handle: int, rights: int) -> None:
-    """Allow ``rights`` on the file or directory (and all beneath) that the descriptor ``handle`` stands
-    for."""
+    """Allow ``rights`` on the file or directory (and all beneath) behind the descriptor ``handle``."""
     rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, handle))
     _syscall("landlock_add_rule", _LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, rule, 0)
 

@@ -1,5 +1,4 @@
-"""The last thing a child does before it runs the model's code: give up every right it does not need, for
-good."""
+"""The last thing a child does before it runs the model's code: give up, for good, what it does not need."""
 
 from __future__ import annotations
 
@@ -64,8 +63,7 @@ class Confinement:
 
 
 def prepare(settings: Settings) -> Confinement:
-    """Look at the kernel, and build the cell if the settings ask for one.  Raises OSError, naming what
-    failed."""
+    """Look at the kernel, and build the cell if the settings ask for one.  Raises OSError with the reason."""
     if not seccomp.supported(kernel.MACHINE):
         raise OSError(f"no seccomp table for {kernel.MACHINE}")
     _limit_all(settings)
@@ -111,8 +109,7 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
 
 
 def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:
-    """Read Python's library, write nothing but ``scratch``; no TCP, no signals or abstract sockets to the
-    outside."""
+    """Read Python's library, write only ``scratch``; no TCP, no signal or abstract socket to the outside."""
     version = confinement.landlock
     handled = _ALL_FS[max(v for v in _ALL_FS if v <= version)]
     ruleset = kernel.landlock_ruleset(

@@ -122,8 +122,7 @@ def supported(machine: str) -> bool:
 
 
 def program(machine: str, pid: int) -> bytes:
-    """The filter for a process that knows itself as ``pid``; to be installed by that process, without threads
-    yet."""
+    """The filter for a process that knows itself as ``pid``, which installs it before it starts a thread."""
     column, arch = _ARCHITECTURES[machine]
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH_OFFSET),
@@ -178,8 +177,7 @@ def _conditions(name: str, pid: int) -> list[Instruction]:
 
 
 def _load_argument(index: int) -> Instruction:
-    """Low 32 bits of an argument (little-endian); the kernel, too, reads no more of these ``int``
-    arguments."""
+    """Low 32 bits of an argument (little-endian); of these ``int`` arguments the kernel reads no more."""
     return (_LOAD, 0, 0, 16 + 8 * index)
 
 
