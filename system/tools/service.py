@@ -59,7 +59,7 @@ class ServiceLimits:
 
 
 class ToolService:
-    """Implements :class:`system.tools.outcome.Tools`, for the tasks of one event loop; ``close`` it at last."""
+    """Implements :class:`system.tools.outcome.Tools` for the tasks of one event loop; ``close`` it."""
 
     def __init__(
         self,
