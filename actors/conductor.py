@@ -32,6 +32,7 @@ from system.flow.admission import Admission
 from system.flow.idle import BUSY, IdleClock
 from system.flow.ledger import Ledger, State, Ticket
 from system.flow.replay import Entry
+from system.learn.schedule import warm_start_lr
 from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import TRAINING, Progress
@@ -248,9 +249,9 @@ class Conductor:
             if self.stopping.is_set():
                 return
             rows = order[step * settings.batch : (step + 1) * settings.batch]
-            stats = (
-                await self.crew.learner.all("supervise", settings.lr, *[demonstrations[i] for i in rows])
-            )[0]
+            lr = warm_start_lr(step, settings.steps, settings.lr)
+            batch = [demonstrations[i] for i in rows]
+            stats = (await self.crew.learner.all("supervise", lr, *batch))[0]
             self.progress.advance(1, f"loss {stats['loss']:.3f}")
         await self.crew.learner.all("reset_optimizer")
 
