@@ -26,8 +26,8 @@ _OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
 class Skill:
     """Chances of each way of choosing; the rest is a uniform draw."""
 
-    right: float = 0.3
-    first: float = 0.55
+    right: float = 0.25
+    first: float = 0.6
 
     def __post_init__(self) -> None:
         if min(self.right, self.first) < 0 or self.right + self.first > 1:

@@ -13,7 +13,7 @@ OPERANDS = range(10, 20)
 """Second operands.  With the world's numbers as first ones (20 to 79) every result lies between 1 and 98:
 one token."""
 
-KINDS = {"lookup": 0.25, "chain": 0.3, "calc": 0.15, "search+calc": 0.3}
+KINDS = {"lookup": 0.15, "chain": 0.35, "calc": 0.15, "search+calc": 0.35}
 """Kinds of question and their shares.  lookup: one search.  chain: two or three searches.  calc: one
 calculation. search+calc: one or two searches, then a calculation with the number found."""
 
@@ -68,7 +68,7 @@ def draw(kind: str, rng: random.Random) -> Question:
     length = rng.choice(hops)
     for hop in range(length):
         last = hop == length - 1
-        numeric = last and (kind == "search+calc" or rng.random() < 0.3)
+        numeric = last and (kind == "search+calc" or rng.random() < 0.5)
         relation = rng.choice((NUMBERS if numeric else LINKS)[owner])
         path.append(relation)
         owner = relation.target

@@ -1,0 +1,137 @@
+"""Demonstrations as trees: the same tokens that the grower makes with the real tools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from system.config import RolloutConfig, ToolsConfig
+from system.engine.protocol import Chunk, Finish, GenerateRequest
+from system.rollout.branching import Never
+from system.rollout.grower import Grower
+from system.rollout.rewards import make_reward
+from system.rollout.syntax import make_syntax
+from system.tasks.base import Demonstration, Prompt
+from system.tasks.demos import demonstration_tree
+from system.tasks.quickstart import QuickstartTask, vocabulary
+from system.tools import python_server, search_server
+from system.tools.sandbox import SandboxUnavailable
+from system.tools.search_index import Document, SearchIndex
+from system.tools.service import build_tools
+from system.tools.serving import serve
+from system.tree.record import Kind, Outcome
+
+
+class Replay:
+    """An engine that says what a demonstration's model said, segment by segment."""
+
+    def __init__(self, demo: Demonstration, tokenizer) -> None:
+        self.said = [tokenizer.encode(text) for author, text in demo.segments if author == "model"]
+        self.said[-1].append(tokenizer.eos_token_id)
+        self.eos = tokenizer.eos_token_id
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        ids = self.said.pop(0)
+        stopped_by = self.eos if ids[-1] == self.eos else request.sampling.stop[0]
+        if stopped_by != self.eos:
+            text = vocabulary.pieces()[ids[-1]]
+            stopped_by = next(stop for stop in request.sampling.stop if text.endswith(stop))
+        yield Chunk(
+            np.array(ids, np.int32),
+            np.zeros(len(ids), np.float32),
+            np.zeros(len(ids), np.float32),
+            np.zeros(len(ids), np.int32),
+            Finish("stop", stopped_by),
+        )
+
+    async def abort(self, rid: str) -> None:
+        return None
+
+
+async def test_demonstrations_are_token_for_token_what_the_grower_makes():
+    """Real search server, real sandbox, real syntax: every demonstration replayed comes out as its tree."""
+    task = QuickstartTask(seed=0, train_size=10, eval_size=50)
+    tokenizer = task.tokenizer()
+    search = await serve(search_server.create_app(SearchIndex.build(Document(**d) for d in task.corpus())))
+    try:
+        python = await serve(python_server.create_app())
+    except SandboxUnavailable as error:
+        await search.close()
+        pytest.skip(str(error))
+    tools = build_tools(
+        ToolsConfig(search_top_k=task.search_top_k), {"search": search.url, "python": python.url}
+    )
+    right = 0
+    try:
+        demos = task.demonstrations(24, 0)
+        assert {d.prompt.kind for d in demos} == {"lookup", "chain", "calc", "search+calc"}
+        for demo in demos:
+            grower = Grower(
+                engine=Replay(demo, tokenizer),
+                tools=tools,
+                syntax=make_syntax("tags", tools.specs),
+                policy=Never(window=8),
+                reward=make_reward("arpo"),
+                tokenizer=tokenizer,
+                config=RolloutConfig(leaves=1, roots=1),
+                vocab_size=len(tokenizer),
+            )
+            grown = await grower.grow(demo.prompt, seed=0, greedy=True)
+            tree = demonstration_tree(demo, tokenizer)
+            for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
+                np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)
+            boxed = demo.segments[-1][1].split("\\boxed{")[1].split("}")[0].strip()
+            is_right = boxed == demo.prompt.answers[0]
+            right += is_right
+            both_tools = demo.prompt.kind == "search+calc"
+            assert bool(grown.correct[0]) == is_right
+            assert grown.reward[0] == pytest.approx((1.1 if both_tools else 1.0) if is_right else 0.0)
+    finally:
+        await tools.close()
+        await search.close()
+        await python.close()
+    assert 0 < right < 24
+
+
+def test_tree_of_a_demonstration():
+    tokenizer = vocabulary.build()
+    prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",), "calc")
+    demo = Demonstration(
+        prompt,
+        (
+            ("model", " <think> plus </think> <python> print(47+12) </python>"),
+            ("tool", " <result>\n59\n</result>"),
+            ("model", " <think> done </think> <answer> \\boxed{59 } </answer>"),
+        ),
+    )
+    tree = demonstration_tree(demo, tokenizer)
+    assert tree.kind.tolist() == [Kind.PROMPT, Kind.MODEL, Kind.TOOL, Kind.MODEL]
+    assert tree.tokens[-1] == tokenizer.eos_token_id
+    assert (tree.tokens == tokenizer.eos_token_id).sum() == 1
+    assert (tree.n_leaves, tree.path(0), tree.reward.tolist()) == (1, [0, 1, 2, 3], [1.0])
+    assert tree.outcome.tolist() == [Outcome.STOPPED]
+    assert tokenizer.decode(tree.tokens[:-1].tolist()) == "Q: 47 plus 12 ?" + "".join(
+        text for _, text in demo.segments
+    )
+    model = np.repeat(tree.kind == Kind.MODEL, tree.end - tree.start)
+    assert (tree.version[model] == 0).all()
+    assert (tree.version[~model] == -1).all()
+    assert all(math.isnan(h) for h in tree.entropy)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ((), "must end with a segment of the model"),
+        ((("model", " <think>"), ("tool", "59")), "must end with a segment of the model"),
+        ((("user", "x"), ("model", "y")), "unknown author 'user'"),
+        ((("tool", ""), ("model", " </think>")), "segment 0 is empty"),
+    ],
+)
+def test_malformed_demonstrations_are_errors(segments, message):
+    prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
+    with pytest.raises(ValueError, match=message):
+        demonstration_tree(Demonstration(prompt, segments), vocabulary.build())
