@@ -109,7 +109,7 @@ async def test_a_stopped_warden_does_not_hold_a_call_for_ever(
 
 
 async def test_random_kills_lose_no_call(fresh: Sandbox) -> None:
-    """A killed fork server or warden costs a repetition; only a killed program is told, as the error it is."""
+    """A killed fork server or warden costs a repetition; only a killed program is told, as an error."""
     rng = random.Random(0)
     descriptors = len(os.listdir("/proc/self/fd"))
 
@@ -125,7 +125,7 @@ async def test_random_kills_lose_no_call(fresh: Sandbox) -> None:
 
     results = await asyncio.gather(*(one(i) for i in range(80)))
     for i, result in enumerate(results):
-        killed = result.text == "The program was killed by SIGKILL."
+        killed = result.text.endswith("The program was killed by SIGKILL.")
         assert killed if result.status is ToolStatus.ERROR else result.text == str(i)
     assert sum(result.status is ToolStatus.OK for result in results) >= 70
     assert (await fresh.run("1")).text == "1"
