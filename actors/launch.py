@@ -16,9 +16,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from system.tasks.demos import demonstration_tree
-from system.tasks.registry import make_task
-from system.tasks.tiny_model import create_model
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -36,6 +33,9 @@ from system.observe.rundir import RunDir
 from system.observe.sinks import JsonlSink
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
+from system.tasks.demos import demonstration_tree
+from system.tasks.registry import make_task
+from system.tasks.tiny_model import create_model
 from system.tools.service import ToolStartError
 from system.tree.record import Tree
 
@@ -54,6 +54,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     try:
         with ray_session():
             return asyncio.run(_train(config, run_dir, task))
+    except* ConfigError as errors:
+        raise next(_leaves(errors)) from None
     except* (ActorLost, ToolStartError, RayError) as errors:
         for error in _leaves(errors):
             print(f"espalier: {error}", file=sys.stderr)
@@ -69,7 +71,7 @@ def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
 
 
 async def _evaluate(config: Config, task: Task, model_dir: Path, scratch: Path) -> dict[str, Any]:
-    growers = await Growers.start(config, str(model_dir), write_corpus(task, scratch))
+    growers = await Growers.start(config, str(model_dir), corpus_file(config, task, scratch))
     try:
         questions = task.eval()[: config.eval.questions]
         return (await answer_questions(config, growers, questions, lambda: None)).to_dict()
@@ -100,7 +102,7 @@ async def _with_crew(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress
 ) -> int:
     model = prepare_model(config, task, run_dir)
-    crew = await Crew.start(config, str(model), write_corpus(task, run_dir.root))
+    crew = await Crew.start(config, str(model), corpus_file(config, task, run_dir.root))
     try:
         conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
         with signals(conductor):
@@ -165,10 +167,19 @@ def prepare_model(config: Config, task: Task, run_dir: RunDir) -> Path:
     return path
 
 
-def write_corpus(task: Task, directory: Path) -> Path | None:
-    """The task's own documents as JSONL, for the search server; None for a task without any."""
-    if not isinstance(task, HasCorpus):
+def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:
+    """What the search server indexes: the configured file, or the task's own documents written to
+    ``directory``; None where no search server is started.
+    """
+    if "search" not in config.tools.names or config.tools.search_url:
         return None
+    if config.tools.corpus:
+        return Path(config.tools.corpus)
+    if not isinstance(task, HasCorpus):
+        raise ConfigError(
+            f"tool 'search' has nothing to search: task {task.name!r} brings no corpus; set tools.corpus, or "
+            "tools.search_url, or take search out of tools.names"
+        )
     path = directory / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for document in task.corpus():

@@ -46,7 +46,7 @@ class ModelConfig:
 
 @dataclass
 class TaskConfig:
-    name: str = "quickstart"  # quickstart | jsonl | reasoning-gym
+    name: str = "quickstart"  # quickstart | jsonl | reasoning-gym | package.module:Name
     path: str = ""  # data file for `jsonl` (JSONL or Parquet)
     eval_path: str = ""
     dataset: str = ""  # reasoning-gym data set name
@@ -93,7 +93,7 @@ class BranchingConfig:
 
 @dataclass
 class RewardConfig:
-    name: str = "arpo"  # arpo | arpo-release | task
+    name: str = "arpo"  # arpo | arpo-release | task | package.module:Name
 
 
 @dataclass
@@ -222,6 +222,8 @@ MINIMA: dict[str, float] = {
     "observe.progress_s": 0.1,
 }
 
+PLUGGABLE = ("task.name", "reward.name")  # also one's own, as package.module:Name
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "task.name": ("quickstart", "jsonl", "reasoning-gym"),
@@ -282,7 +284,8 @@ def validate(config: Config) -> None:
     for key, allowed in CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        if value not in allowed:
+        own = key in PLUGGABLE and ":" in value
+        if value not in allowed and not own:
             raise ConfigError(
                 f"{key}={value!r}: choose one of {', '.join(allowed)}{_close(str(value), allowed)}"
             )

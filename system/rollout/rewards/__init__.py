@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from system import plugins
 from system.rollout.reward import Reward
 from system.rollout.rewards.arpo import ArpoReward
 from system.rollout.rewards.arpo_release import ArpoReleaseReward
@@ -17,9 +18,12 @@ __all__ = ["REWARDS", "ArpoReleaseReward", "ArpoReward", "make_reward"]
 
 
 def make_reward(name: str) -> Reward:
-    """The rule called ``name``; raises ``ValueError`` for an unknown one (``task`` is the task's own to
-    give).
+    """The rule called ``name``, or one's own at ``package.module:Name`` (made without arguments).
+
+    Raises ``ValueError`` for an unknown one; ``task`` is the task's own to give.
     """
+    if plugins.is_path(name):
+        return plugins.load(name)()
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}: choose one of {', '.join(REWARDS)}")
     return REWARDS[name]()
