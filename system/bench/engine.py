@@ -9,8 +9,9 @@ that a busy machine slows both sides of each ratio.
   continuous batching, paged attention).
 * ``equal``: 64 concurrent requests of one length, against static ``model.generate``, which needs them equal.
 
-Ours goes the whole way: a server process, HTTP, and the client that rollouts use, with log-probabilities and
-entropies of every token, which the other two do not compute.
+CPU seconds are reported beside wall time (ours: server and client together), for they tell a busy machine
+from a slow engine.  Ours goes the whole way: a server process, HTTP, and the client that rollouts use, with
+log-probabilities and entropies of every token, which the other two do not compute.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -47,6 +49,7 @@ from matplotlib import pyplot
 
 VOCAB = 512
 REQUESTS = 64
+RIVALS = {"generate_batch": "ours_mixed", "static": "ours_equal"}  # and our run on the same work
 REQUIRED = {"generate_batch": 5.0, "static": 1.0}
 _START_DEADLINE_S = 120.0
 
@@ -62,6 +65,14 @@ class Workload:
     @property
     def tokens(self) -> int:
         return len(self.prompts) * self.new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Generated tokens per second of wall time and of CPU time (all processes together)."""
+
+    per_s: float
+    per_cpu_s: float
 
 
 def workloads(seed: int, new_tokens: int) -> tuple[Workload, Workload]:
@@ -103,7 +114,7 @@ def run(
         torch.set_num_threads(before)
     result = {
         **summary(samples),
-        "rounds": samples,
+        "rounds": [{name: asdict(speed) for name, speed in sample.items()} for sample in samples],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "requests": REQUESTS,
         "new_tokens": new_tokens,
@@ -139,44 +150,60 @@ def random_model(path: Path, seed: int) -> Qwen3ForCausalLM:
     return model.eval()
 
 
-def summary(samples: list[dict[str, float]]) -> dict[str, Any]:
-    """Median tokens/s of each contestant, median ratios, and whether the requirements hold."""
+def summary(samples: list[dict[str, Speed]]) -> dict[str, Any]:
+    """Medians over the rounds of each contestant's speed and of the ratios, and whether the requirements
+    hold.
+    """
     ratios = {
-        "generate_batch": statistics.median(s["ours_mixed"] / s["generate_batch"] for s in samples),
-        "static": statistics.median(s["ours_equal"] / s["static"] for s in samples),
+        rival: statistics.median(s[ours].per_s / s[rival].per_s for s in samples)
+        for rival, ours in RIVALS.items()
     }
     return {
-        "tokens_per_s": {name: statistics.median(sample[name] for sample in samples) for name in samples[0]},
+        "tokens_per_s": {n: statistics.median(s[n].per_s for s in samples) for n in samples[0]},
+        "tokens_per_cpu_s": {n: statistics.median(s[n].per_cpu_s for s in samples) for n in samples[0]},
         "ratio": ratios,
         "required": REQUIRED,
-        "passed": all(ratios[name] >= least for name, least in REQUIRED.items()),
+        "passed": all(ratios[rival] >= least for rival, least in REQUIRED.items()),
     }
 
 
 async def _measure(
     model: Qwen3ForCausalLM, path: Path, rounds: int, new_tokens: int, threads: int, seed: int
-) -> list[dict[str, float]]:
-    mixed, equal = workloads(seed, new_tokens)
-    warm_mixed, warm_equal = workloads(seed + 1, 8)
-    samples = []
-    async with _server(path, threads) as client:
-        await _ours(client, warm_mixed, "warm")
-        await asyncio.to_thread(_generate_batch, model, warm_mixed, threads)
-        await asyncio.to_thread(_static, model, warm_equal, threads)
-        for number in range(rounds):
-            samples.append(
-                {
-                    "ours_mixed": await _ours(client, mixed, f"mixed{number}"),
-                    "generate_batch": await asyncio.to_thread(_generate_batch, model, mixed, threads),
-                    "ours_equal": await _ours(client, equal, f"equal{number}"),
-                    "static": await asyncio.to_thread(_static, model, equal, threads),
-                }
-            )
-    return samples
+) -> list[dict[str, Speed]]:
+    async with _server(path, threads) as (client, server):
+
+        async def one_round(mixed: Workload, equal: Workload, tag: str) -> dict[str, Speed]:
+            return {
+                "ours_mixed": await _timed(_ours(client, mixed, tag + "m"), mixed, server),
+                "generate_batch": await _timed(
+                    asyncio.to_thread(_generate_batch, model, mixed, threads), mixed, server
+                ),
+                "ours_equal": await _timed(_ours(client, equal, tag + "e"), equal, server),
+                "static": await _timed(asyncio.to_thread(_static, model, equal, threads), equal, server),
+            }
+
+        await one_round(*workloads(seed + 1, 8), tag="warm")
+        return [await one_round(*workloads(seed, new_tokens), tag=str(number)) for number in range(rounds)]
+
+
+async def _timed(contest: Awaitable[int], work: Workload, server: psutil.Process) -> Speed:
+    """Speed of something that generates all of ``work`` and returns how many tokens that were."""
+    cpu, began = _cpu_s(server), time.perf_counter()
+    count = await contest
+    elapsed, used = time.perf_counter() - began, _cpu_s(server) - cpu
+    if count != work.tokens:
+        raise RuntimeError(f"{work.name}: {count} tokens generated, {work.tokens} expected")
+    return Speed(count / elapsed, count / used)
+
+
+def _cpu_s(server: psutil.Process) -> float:
+    """CPU seconds that this process and the server have used."""
+    times = server.cpu_times()
+    return time.process_time() + times.user + times.system
 
 
 @asynccontextmanager
-async def _server(path: Path, threads: int) -> AsyncIterator[EngineClient]:
+async def _server(path: Path, threads: int) -> AsyncIterator[tuple[EngineClient, psutil.Process]]:
     """Our engine in a process of its own, as in a training run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -190,7 +217,7 @@ async def _server(path: Path, threads: int) -> AsyncIterator[EngineClient]:
     client = EngineClient([f"http://127.0.0.1:{port}"])
     try:
         await client.wait_ready(_START_DEADLINE_S)
-        yield client
+        yield client, psutil.Process(process.pid)
     finally:
         await client.close()
         process.terminate()
@@ -201,46 +228,39 @@ async def _server(path: Path, threads: int) -> AsyncIterator[EngineClient]:
             await process.wait()
 
 
-async def _ours(client: EngineClient, work: Workload, tag: str) -> float:
-    """Tokens per second, from the first request's start to the last one's end; the prefix cache starts
-    empty.
-    """
+async def _ours(client: EngineClient, work: Workload, tag: str) -> int:
+    """All requests at once; the prefix cache starts empty."""
     await client.flush_cache()
 
     async def one(number: int, prompt: NDArray[np.int32]) -> int:
         request = GenerateRequest(f"{tag}-{number}", prompt, Sampling(work.new_tokens, ignore_eos=True))
         return sum([len(chunk.tokens) async for chunk in client.generate(request)])
 
-    began = time.perf_counter()
-    counts = await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(work.prompts)))
-    return _rate(sum(counts), work, began)
+    return sum(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(work.prompts))))
 
 
-def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> float:
+def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> int:
     torch.set_num_threads(threads)
     # Small pages and a cache of the size needed: faster than its defaults, which set memory for a GPU aside.
     settings = ContinuousBatchingConfig(
         page_size=32, num_blocks=1024, max_batch_tokens=1024, use_async_batching=False
     )
-    prompts = [prompt.tolist() for prompt in work.prompts]
-    began = time.perf_counter()
     outputs = model.generate_batch(
-        prompts,
+        [prompt.tolist() for prompt in work.prompts],
         generation_config=_sampling(work.new_tokens, eos=-1),  # -1: no token ends a sequence
         continuous_batching_config=settings,
         warmup=False,
     )
-    return _rate(sum(len(output.generated_tokens) for output in outputs.values()), work, began)
+    return sum(len(output.generated_tokens) for output in outputs.values())
 
 
-def _static(model: Qwen3ForCausalLM, work: Workload, threads: int) -> float:
+def _static(model: Qwen3ForCausalLM, work: Workload, threads: int) -> int:
     torch.set_num_threads(threads)
     prompts = torch.from_numpy(np.stack(work.prompts).astype(np.int64))
-    began = time.perf_counter()
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         prompts, _sampling(work.new_tokens, eos=None), attention_mask=torch.ones_like(prompts)
     )
-    return _rate(int(output.shape[0] * (output.shape[1] - prompts.shape[1])), work, began)
+    return int(output.shape[0] * (output.shape[1] - prompts.shape[1]))
 
 
 def _sampling(new_tokens: int, eos: int | None) -> GenerationConfig:
@@ -248,13 +268,6 @@ def _sampling(new_tokens: int, eos: int | None) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=new_tokens, do_sample=True, top_k=0, top_p=1.0, eos_token_id=eos, pad_token_id=0
     )
-
-
-def _rate(count: int, work: Workload, began: float) -> float:
-    elapsed = time.perf_counter() - began
-    if count != work.tokens:
-        raise RuntimeError(f"{work.name}: {count} tokens generated, {work.tokens} expected")
-    return count / elapsed
 
 
 _LABELS = {
@@ -271,8 +284,9 @@ def _print(result: dict[str, Any]) -> None:
     )
     table.add_column("engine")
     table.add_column("tokens/s", justify="right")
+    table.add_column("tokens/CPU s", justify="right")
     for name, label in _LABELS.items():
-        table.add_row(label, f"{result['tokens_per_s'][name]:,.0f}")
+        table.add_row(label, *(f"{result[key][name]:,.0f}" for key in ("tokens_per_s", "tokens_per_cpu_s")))
     console = Console()
     console.print(table)
     for name, least in REQUIRED.items():
@@ -294,7 +308,7 @@ def _plot(result: dict[str, Any], file: Path) -> None:
         [_LABELS[name] for name in names], [result["tokens_per_s"][name] for name in names], color=colours
     )
     for row, name in enumerate(names):
-        axes.plot([sample[name] for sample in result["rounds"]], [row] * len(result["rounds"]), "k|")
+        axes.plot([sample[name]["per_s"] for sample in result["rounds"]], [row] * len(result["rounds"]), "k|")
     axes.invert_yaxis()
     axes.set_xlabel(
         f"generated tokens per second ({result['threads']} torch thread(s); marks: single rounds)"

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, VARIANTS, VOCAB, Served, TinyModel, collect, text_of
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Qwen3ForCausalLM
 
+from system.config import EngineConfig
 from system.engine.client import EngineClient
+from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
 
 TOLERANCE = 1e-4
@@ -161,6 +163,23 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
     )
     assert joined(outs[-2]).tokens.tolist() == alone.tokens.tolist()
     assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
+
+
+async def test_bfloat16_follows_its_hugging_face_twin(tiny: Callable[..., TinyModel]) -> None:
+    """Same rounding points as the model in bfloat16, so nearer to it than bfloat16 is to float32."""
+    model = tiny("qwen3", False)
+    engine = EmbeddedEngine(
+        EngineConfig(device="cpu", max_running=4, cache_slots=4), model.path, dtype="bfloat16"
+    )
+    client, ids = EngineClient([await engine.start()]), prompt(30)
+    out = joined(await collect(client, request("b", ids, 40)))
+    half = TinyModel(model.path, Qwen3ForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16).eval())
+    picked = torch.from_numpy(out.tokens.astype(np.int64))[:, None]
+    twin, full = (log_p(m, ids, out.tokens).gather(1, picked)[:, 0].numpy() for m in (half, model))
+    assert np.abs(out.logprob - twin).mean() < np.abs(full - twin).mean()
+    assert np.abs(out.logprob - twin).mean() < 0.05
+    await client.close()
+    await engine.stop()
 
 
 # Endings ----------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from system.engine.embedded.model import Batch, Segment
 # Prompts are padded to a common width for attention only; small paddings are not worth a separate kernel
 # call.
 _FREE_PADDING = 256
+# Decoding rows are cut into runs of this many where that saves more keys than another kernel call costs.
+_RUN, _CALL_COST = 16, 512
 
 
 class Piece:
@@ -94,6 +96,24 @@ class Batcher:
 
     def _put(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def split_decoding(length: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Cut decoding rows of ``length [n]`` tokens into runs ``(first, last)``, each attending no further than needed.
+
+    Attention over a segment reads as many keys for every row as its longest row has.  Rows cannot be sorted
+    without moving their keys, but prompts that were admitted together stand in order of length, so runs often
+    pay.
+    """
+    n = length.size
+    runs = max(n // _RUN, 1)
+    if runs > 1:
+        edges = np.arange(runs) * _RUN
+        longest = np.maximum.reduceat(length, edges)
+        rows = np.diff(np.append(edges, n))
+        if int((longest * rows).sum()) + _CALL_COST * (runs - 1) < int(length.max()) * n:
+            return list(zip(edges.tolist(), [*edges[1:].tolist(), n], strict=True))
+    return [(0, n)]
 
 
 def similar_widths(widths: Sequence[int]) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ class Event:
     error: str = ""  # set when the engine failed; nothing follows
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Job:
     """A request on its way through the scheduler."""
 

@@ -50,6 +50,8 @@ class DecodeLoop:
 
     def stop(self, timeout_s: float) -> None:
         """End the thread after its current step.  Raises ``TimeoutError`` when it does not end in time."""
+        if self._thread.ident is None:
+            return
         self._stopping = True
         self._wake.set()
         self._thread.join(timeout_s)
@@ -98,7 +100,7 @@ class DecodeLoop:
         def run(scheduler: Scheduler) -> list[Emitted]:
             self.paused = True
             if mode == "abort":
-                return scheduler.abort(None, "paused with mode abort")
+                return scheduler.abort(lambda job: True, "paused with mode abort")
             return scheduler.retract() if mode == "retract" else []
 
         return self.emit(run)
@@ -132,6 +134,8 @@ class DecodeLoop:
                     future.set_result(command())
                 except Exception as error:
                     future.set_exception(error)
+        if self._stopping:
+            return
         began = time.perf_counter()
         if self.paused or not self._scheduler.busy:
             cause = "paused" if self.paused else "waiting"

@@ -8,14 +8,14 @@ I/O.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from system.engine.embedded.batching import Batcher, Piece, similar_widths
+from system.engine.embedded.batching import Batcher, Piece, similar_widths, split_decoding
 from system.engine.embedded.job import Event, Job
 from system.engine.embedded.model import Batch, Decoder, KVStore
 from system.engine.embedded.rows import Rows
@@ -123,15 +123,15 @@ class Scheduler:
         self.counters.requests += 1
         return True
 
-    def abort(self, rid: str | None, message: str = "aborted") -> list[Emitted]:
-        """End one job, or all (``rid`` None), with the tokens it has."""
+    def abort(self, which: Callable[[Job], bool], message: str = "aborted") -> list[Emitted]:
+        """End the jobs that ``which`` picks, with the tokens they have."""
         finish = Finish("abort", message=message)
         emitted: list[Emitted] = []
-        for job in [job for job in self._waiting if rid in (None, job.rid)]:
+        for job in [job for job in self._waiting if which(job)]:
             self._waiting.remove(job)
             self._rids.discard(job.rid)
             emitted.append((job, Event([], [], [], [], self.version, finish, max(job.cached_tokens, 0))))
-        rows = [row for row, job in enumerate(self._rows.jobs) if rid in (None, job.rid)]
+        rows = [row for row, job in enumerate(self._rows.jobs) if which(job)]
         return emitted + self._finish([(row, finish) for row in rows])
 
     def retract(self) -> list[Emitted]:
@@ -254,7 +254,8 @@ class Scheduler:
         """Running rows first, then the admitted ones (ascending by what is to be computed)."""
         pieces, length = [], self._rows.length
         if decoding:
-            pieces.append(Piece(0, length[:decoding] - 1, length[:decoding]))
+            for first, last in split_decoding(length[:decoding]):
+                pieces.append(Piece(first, length[first:last] - 1, length[first:last]))
         for first, last in similar_widths([one.suffix for one in admitted]):
             start = np.array([one.cached for one in admitted[first:last]])
             pieces.append(Piece(decoding + first, start, length[decoding + first : decoding + last]))

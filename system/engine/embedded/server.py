@@ -93,14 +93,17 @@ class _Server:
         stream = body.get("stream", False)
         details = bool(body.get("return_logprob", False))
         job = self._parse(body)
-        queue = await self._submit(job)
+        queue: asyncio.Queue[Event] = asyncio.Queue()
         try:
+            await self._submit(job, queue)
             if not stream:
                 return web.json_response(await self._collect(job, queue, details))
             return await self._stream(request, job, queue, details)
         finally:
             # After a finished job this finds nothing; after a broken connection it frees the row.
-            self._engine.loop.emit(lambda scheduler: scheduler.abort(job.rid, "client went away"))
+            self._engine.loop.emit(
+                lambda scheduler: scheduler.abort(lambda it: it is job, "client went away")
+            )
 
     def _parse(self, body: dict[str, Any]) -> Job:
         engine = self._engine
@@ -112,12 +115,10 @@ class _Server:
             draw_seed=engine.draw_seed,
         )
 
-    async def _submit(self, job: Job) -> asyncio.Queue[Event]:
-        queue: asyncio.Queue[Event] = asyncio.Queue()
+    async def _submit(self, job: Job, queue: asyncio.Queue[Event]) -> None:
         job.deliver = queue.put_nowait
         if not await _boundary(self._engine.loop.call(lambda scheduler: scheduler.submit(job))):
             raise BadRequest(f"rid: {job.rid!r} is already being generated")
-        return queue
 
     async def _stream(
         self, request: web.Request, job: Job, queue: asyncio.Queue[Event], details: bool
@@ -151,7 +152,7 @@ class _Server:
             "finish_reason": _finish_reason(events[-1].finish, count),
             "prompt_tokens": job.prompt.size,
             "completion_tokens": count,
-            "cached_tokens": max(job.cached_tokens, 0),
+            "cached_tokens": events[-1].cached_tokens,
             "weight_version": str(events[-1].version),
             "weight_versions": _spans(events, count - len(tokens)),
         }
@@ -179,8 +180,9 @@ class _Server:
         rid = body.get("rid")
         if not body.get("abort_all") and not (isinstance(rid, str) and rid):
             raise BadRequest("rid: expected a request id, or abort_all: true")
-        target = None if body.get("abort_all") else rid
-        ended = await _boundary(self._engine.loop.emit(lambda scheduler: scheduler.abort(target)))
+        everything = bool(body.get("abort_all"))
+        command = self._engine.loop.emit(lambda s: s.abort(lambda job: everything or job.rid == rid))
+        ended = await _boundary(command)
         return web.json_response({"success": True, "aborted": ended})
 
     async def pause(self, request: web.Request) -> web.Response:
@@ -250,7 +252,9 @@ class _Server:
         async with self._updates:
             if body.get("abort_all_requests", True):
                 await _boundary(
-                    self._engine.loop.emit(lambda scheduler: scheduler.abort(None, "version changed"))
+                    self._engine.loop.emit(
+                        lambda scheduler: scheduler.abort(lambda job: True, "version changed")
+                    )
                 )
             await self._engine.swap(None, version, "keep", CONTROL_DEADLINE_S)
         return web.json_response({"success": True, "new_version": str(version)})
@@ -282,7 +286,8 @@ class _Server:
             }
         )
         job.retain = False
-        queue = await self._submit(job)
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        await self._submit(job, queue)
         async with asyncio.timeout(HEALTH_DEADLINE_S):
             async for event in _events(queue):
                 if event.error:
