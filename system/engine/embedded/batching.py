@@ -99,7 +99,7 @@ class Batcher:
 
 
 def split_decoding(length: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Cut decoding rows of ``length [n]`` tokens into runs ``(first, last)``, each attending no further than needed.
+    """Cut decoding rows of ``length [n]`` tokens into runs ``(first, last)`` of about equal length.
 
     Attention over a segment reads as many keys for every row as its longest row has.  Rows cannot be sorted
     without moving their keys, but prompts that were admitted together stand in order of length, so runs often

@@ -52,8 +52,23 @@ class KVStore:
     """
 
     def __init__(self, shape: ModelShape, slots: int, context: int, dtype: torch.dtype, device: torch.device):
-        self.data = torch.zeros(
-            2, shape.layers, slots, context, shape.kv_heads, shape.head_dim, dtype=dtype, device=device
+        groups, size = shape.kv_heads, shape.head_dim
+        self.data = torch.zeros(2, shape.layers, slots, context, groups, size, dtype=dtype, device=device)
+        # Per layer, for writing: every place of every slot in one axis, [slots·context, kv_heads, head_dim].
+        self.keys = [keys.view(-1, groups, size) for keys in self.data[0]]
+        self.values = [values.view(-1, groups, size) for values in self.data[1]]
+        self._row = context * groups * size
+        self._strides = (self._row, size, groups * size, 1)
+
+    def context(self, layer: int, first_row: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[rows, kv_heads, length, head_dim]`` for reading: views, made in one call
+        each.
+        """
+        _, layers, slots, _, groups, size = self.data.shape
+        shape, start = (rows, groups, length, size), (layer * slots + first_row) * self._row
+        return (
+            self.data.as_strided(shape, self._strides, start),
+            self.data.as_strided(shape, self._strides, start + layers * slots * self._row),
         )
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
@@ -84,7 +99,7 @@ class Decoder:
         sin = self._sin.index_select(0, batch.positions)
         x = F.embedding(batch.tokens, weights.embed)
         for index, layer in enumerate(weights.layers):
-            x = x + self._attention(layer, kv.data[0, index], kv.data[1, index], batch, x, cos, sin)
+            x = x + self._attention(index, layer, kv, batch, x, cos, sin)
             gate_up = F.linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up)
             gate, up = gate_up.chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
@@ -94,9 +109,9 @@ class Decoder:
 
     def _attention(
         self,
+        index: int,
         layer: LayerWeights,
-        keys: Tensor,
-        values: Tensor,
+        kv: KVStore,
         batch: Batch,
         x: Tensor,
         cos: Tensor,
@@ -110,22 +125,24 @@ class Decoder:
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, shape.eps)
         qk = torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin)
-        keys.view(-1, groups, size).index_copy_(0, batch.places, qk[:, heads:])
-        values.view(-1, groups, size).index_copy_(0, batch.places, qkv[:, heads + groups :])
+        kv.keys[index].index_copy_(0, batch.places, qk[:, heads:])
+        kv.values[index].index_copy_(0, batch.places, qkv[:, heads + groups :])
+        q = qk[:, :heads]
         parts = [
-            self._attend(segment, qk[segment.start : segment.stop, :heads], keys, values)
+            self._attend(
+                segment,
+                q[segment.start : segment.stop],
+                *kv.context(index, segment.first_row, segment.rows, segment.keys),
+            )
             for segment in batch.segments
         ]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         return F.linear(mixed, layer.out, layer.out_bias)
 
-    def _attend(self, segment: Segment, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """q ``[stop - start, H, D]`` -> ``[stop - start, H·D]``."""
+    def _attend(self, segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q ``[stop - start, H, D]``, k and v ``[rows, G, keys, D]`` -> ``[stop - start, H·D]``."""
         heads, groups, size = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
         rows, width = segment.rows, segment.width
-        span = slice(segment.first_row, segment.first_row + rows)
-        k = keys[span, : segment.keys].transpose(1, 2)  # [rows, G, keys, D]
-        v = values[span, : segment.keys].transpose(1, 2)
         if width == 1:
             # Grouped queries share their key head: fold the group into the query axis, no key is repeated.
             q = q.reshape(rows, groups, heads // groups, size)
