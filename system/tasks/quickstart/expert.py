@@ -1,9 +1,12 @@
 """The imperfect expert whose demonstrations warm the model up.
 
 It always writes well-formed calls, restates what is asked for, and names what it read.  But where a document
-offers three fields, or a calculation three operators, it tends to take the *first* one.  A model that
-imitates it therefore knows the format and samples the right choice now and then, yet prefers a wrong one:
-what reinforcement learning can then visibly mend. (Small models improve under RL only from such a start.)
+offers three fields, or a calculation three operators, its eye tends to slip to the *next* one in the list.  A
+model that imitates it therefore knows the format and often samples the right choice, yet prefers a wrong one:
+what reinforcement learning can then visibly mend.  (Small models improve under RL only from such a start.)
+
+That the slip depends on what was asked for matters: to imitate even the habit, the model has to learn to look
+at the question, which a habit of always taking the same field would not teach it.
 """
 
 from __future__ import annotations
@@ -26,22 +29,20 @@ _OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
 class Skill:
     """Chances of each way of choosing; the rest is a uniform draw."""
 
-    right: float = 0.25
-    first: float = 0.6
+    right: float = 0.4
+    slip: float = 0.45
 
     def __post_init__(self) -> None:
-        if min(self.right, self.first) < 0 or self.right + self.first > 1:
-            raise ValueError(
-                f"right={self.right} and first={self.first} must be chances that sum to at most 1"
-            )
+        if min(self.right, self.slip) < 0 or self.right + self.slip > 1:
+            raise ValueError(f"right={self.right} and slip={self.slip} must be chances that sum to at most 1")
 
     def choose(self, right: T, options: Sequence[T], rng: random.Random) -> T:
-        """Take the right option, the first one, or any."""
+        """Take the right option, the one after it (the first after the last), or any."""
         draw = rng.random()
         if draw < self.right:
             return right
-        if draw < self.right + self.first:
-            return options[0]
+        if draw < self.right + self.slip:
+            return options[(options.index(right) + 1) % len(options)]
         return rng.choice(options)
 
 

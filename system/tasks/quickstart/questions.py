@@ -13,6 +13,8 @@ OPERANDS = range(10, 20)
 """Second operands.  With the world's numbers as first ones (20 to 79) every result lies between 1 and 98:
 one token."""
 
+_MOST_MISSES = 10_000  # repeated questions in a row, after which a world counts as exhausted
+
 KINDS = {"lookup": 0.15, "chain": 0.35, "calc": 0.15, "search+calc": 0.35}
 """Kinds of question and their shares.  lookup: one search.  chain: two or three searches.  calc: one
 calculation. search+calc: one or two searches, then a calculation with the number found."""
@@ -91,9 +93,10 @@ def sample(seed: str, n: int, exclude: frozenset[str] = frozenset()) -> list[Que
         question = draw(rng.choices(kinds, weights)[0], rng)
         if question.text in seen:
             misses += 1
-            if misses > 20 * n + 1000:
+            if misses == _MOST_MISSES:
                 raise ValueError(f"cannot draw {n} different questions: only {len(found)} found")
             continue
+        misses = 0
         seen.add(question.text)
         found.append(question)
     return found
