@@ -12,7 +12,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ WATCH_S = 1.0  # between looks at the engines
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
 REPLAY_DEADLINE_S = 60.0
 REPLAY_ATTEMPTS = 5
+ENGINE_DEADLINE_S = 180.0  # for an engine to be restarted and to hold the current weights
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # the engine's counters of idle seconds by cause
 CHECKPOINT = re.compile(r"v\d{6}")
 
@@ -214,7 +215,8 @@ class Conductor:
             references = [one.entry.item[0] for one in batch]
             stats = (await self.crew.learner.all("train", self.version, *references))[0]
             with self._time("learner", "publishing weights"):
-                await self._publish(version)
+                for reason in (await self._publish(version)).values():  # the engine watch sends them again
+                    self.progress.note(f"weights {version} not taken yet: {reason}")
             lag = [self.version - _oldest(tree) for tree in trees]
             self.version = version
         self.ledger.trained(numbers)
@@ -226,13 +228,17 @@ class Conductor:
         self.recorder.train_step(version, version, trees, stats, lag)
         self.recorder.flush(version)
 
-    async def _publish(self, version: int) -> None:
-        await self.crew.learner.all("publish", self.crew.growers.engines, version, LEARNER_DEADLINE_S)
+    async def _publish(self, version: int) -> dict[str, str]:
+        """Push the learner's weights to all engines.  Returns those that did not take them, and why."""
+        return (
+            await self.crew.learner.all("publish", self.crew.growers.engines, version, LEARNER_DEADLINE_S)
+        )[0]
 
     async def publish(self) -> None:
-        """Bring every engine to the current weights."""
+        """Bring every engine to the current weights.  Raises ActorLost if one does not take them."""
         async with self._weights:
-            await self._publish(self.version)
+            if failures := await self._publish(self.version):
+                raise ActorLost(f"weights {self.version} were not taken: {'; '.join(failures.values())}")
 
     async def warm_start(self, demonstrations: Sequence[Tree]) -> None:
         """Supervised steps on ``demonstrations``, in seeded order, before anything else."""
@@ -261,6 +267,7 @@ class Conductor:
         """Greedy answers to the held-out questions with the engines' current weights."""
         questions = self.questions[: self.config.eval.questions]
         self.progress.phase("evaluating", total=len(questions))
+        await self._wait_for_engines()
         result = await evaluate(self.config, self.crew.growers, questions, self.progress.advance)
         self.recorder.evaluated(self.version, result, which)
         self.progress.note(f"held-out accuracy {which} training: {result.accuracy:.3f}")
@@ -291,32 +298,61 @@ class Conductor:
     # Upkeep
 
     async def _watch_engines(self) -> None:
-        """Read the gauges, and give an engine that was restarted the current weights: until then it is
-        paused.
+        """Read the gauges, and keep every engine at the current weights.
+
+        Raises ActorLost for an engine that could not be brought to them for ``ENGINE_DEADLINE_S``.
         """
-        clients = [EngineClient([url]) for url in self.crew.growers.engines]
-        try:
+        async with self._engines() as clients:
+            good = [time.monotonic()] * len(clients)
             while True:
                 await asyncio.sleep(WATCH_S)
                 self.recorder.gauge(QUEUE_DEPTH, len(self.closed))
                 self.recorder.gauge(GROWING, self.admission.running)
                 for number, client in enumerate(clients):
-                    try:
-                        info = (await client.infos())[0]
-                    except EngineError:  # being restarted
-                        continue
-                    for counter, seconds in info.counters.items():
-                        if cause := IDLE_COUNTER.fullmatch(counter):
-                            self._tell_idle(f"engine-{number}", cause[1], seconds)
-                    if info.paused:  # as only a restarted engine is
-                        self.progress.note(
-                            f"engine-{number} was restarted: sending it weights {self.version}"
-                        )
-                        await self.publish()
-                        await client.resume()
+                    if await self._tend(number, client):
+                        good[number] = time.monotonic()
+                    elif time.monotonic() - good[number] > ENGINE_DEADLINE_S:
+                        raise ActorLost(_not_back(client))
+
+    async def _wait_for_engines(self) -> None:
+        """Return once every engine holds the current weights."""
+        async with self._engines() as clients:
+            for number, client in enumerate(clients):
+                try:
+                    async with asyncio.timeout(ENGINE_DEADLINE_S):
+                        while not await self._tend(number, client):  # noqa: ASYNC110 (a process, not a task)
+                            await asyncio.sleep(WATCH_S)
+                except TimeoutError as error:
+                    raise ActorLost(_not_back(client)) from error
+
+    @contextlib.asynccontextmanager
+    async def _engines(self) -> AsyncIterator[list[EngineClient]]:
+        clients = [EngineClient([url]) for url in self.crew.growers.engines]
+        try:
+            yield clients
         finally:
             for client in clients:
                 await client.close()
+
+    async def _tend(self, number: int, client: EngineClient) -> bool:
+        """Account an engine's idle time; send it the current weights if it lacks them.  True: it has them."""
+        try:
+            (info,) = await client.infos()
+            for counter, seconds in info.counters.items():
+                if cause := IDLE_COUNTER.fullmatch(counter):
+                    self._tell_idle(f"engine-{number}", cause[1], seconds)
+            if info.weight_version == self.version and not info.paused:
+                return True
+            async with self._weights:  # a training step under way pushes new ones itself
+                (info,) = await client.infos()
+                if info.weight_version == self.version and not info.paused:
+                    return True
+                self.progress.note(f"engine-{number} was restarted: sending it weights {self.version}")
+                await self._publish(self.version)
+                await client.resume()  # a restarted engine stands paused
+        except EngineError:  # it is being restarted
+            return False
+        return True
 
     async def _replay(self, method: str, *arguments: Any) -> Any:
         """Call the replay actor; one that was restarted is filled again from what the conductor owns."""
@@ -363,6 +399,10 @@ class Conductor:
             self._log.write(event)
         if durable:
             self._log.sync()
+
+
+def _not_back(client: EngineClient) -> str:
+    return f"engine {client.urls[0]}: not back with the current weights within {ENGINE_DEADLINE_S:.0f} s"
 
 
 def _seed(run_seed: int, number: int) -> int:

@@ -57,17 +57,20 @@ class LearnerRank:
         stats = self._trainer.train(trees, version=version)
         return {**stats, "seconds": time.monotonic() - began}
 
-    def publish(self, urls: list[str], version: int, deadline_s: float) -> float:
-        """Stream the current weights into the engines at ``urls`` as ``version``.  Returns seconds taken."""
-        began = time.monotonic()
+    def publish(self, urls: list[str], version: int, deadline_s: float) -> dict[str, str]:
+        """Stream the current weights into the engines at ``urls`` as ``version``.
+
+        Returns, on rank 0, the engines that did not take them and why.
+        """
+        failures: dict[str, str] = {}
         buckets = self._trainer.export()
         if self._rank == 0:
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
-            asyncio.run(_push(urls, buckets, version, kv, deadline_s))
+            failures = asyncio.run(_push(urls, buckets, version, kv, deadline_s))
         else:
             for _ in buckets:  # the gather is collective: every rank walks through it
                 pass
-        return time.monotonic() - began
+        return failures
 
     def save(self, path: str, extra: dict[str, Any]) -> None:
         self._trainer.save(Path(path), extra)
@@ -85,16 +88,19 @@ async def _push(
     version: int,
     kv: Literal["recompute", "keep"],
     deadline_s: float,
-) -> None:
+) -> dict[str, str]:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
-    from system.engine.client import EngineClient
+    from system.engine.client import EngineClient, PushFailed
 
     async with asyncio.timeout(deadline_s):
         client = EngineClient(urls)
         try:
             await client.push_weights(buckets, version, kv=kv)
+        except PushFailed as error:
+            return {url: str(failure) for url, failure in error.failures.items()}
         finally:
             await client.close()
+    return {}
 
 
 class LearnerGroup:

@@ -27,6 +27,14 @@ _CLOSE_DEADLINE_S = 1.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
 
 
+class PushFailed(EngineError):
+    """Some servers did not take new weights; ``failures`` says why, by URL.  The others serve them."""
+
+    def __init__(self, failures: Mapping[str, EngineError]) -> None:
+        super().__init__("; ".join(str(error) for error in failures.values()))
+        self.failures = dict(failures)
+
+
 class _Broken(Exception):
     """The stream broke or never began, through no fault of the request; it may go on elsewhere."""
 
@@ -285,20 +293,38 @@ class EngineClient:
 
         The buckets together must hold every tensor of the model.  They are staged one by one; only the swap,
         at a token boundary, interrupts generation.  Returns once every server serves ``version`` and has
-        proved by checksum that it holds exactly what was sent.  Raises :class:`EngineError`; a refused tensor
-        is named and nothing has changed.
+        proved by checksum that it holds exactly what was sent.  A server that fails or refuses (it names the
+        tensor and has changed nothing) does not keep the others from their weights, and ``buckets`` is read
+        to its end in any case; :class:`PushFailed` then says which and why.
         """
-        await self._all("/begin_weight_update", {})
+        failures: dict[str, EngineError] = {}
+
+        async def each(path: str, body: dict[str, Any] | bytes) -> dict[str, dict[str, Any]]:
+            urls = [url for url in self.urls if url not in failures]
+            calls = (self._post(url, path, body, self._control_deadline_s) for url in urls)
+            answers = dict(zip(urls, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+            for url, answer in answers.items():
+                if isinstance(answer, EngineError):
+                    failures[url] = answer
+                elif isinstance(answer, BaseException):
+                    raise answer
+            return {url: answer for url, answer in answers.items() if isinstance(answer, dict)}
+
+        await each("/begin_weight_update", {})
         sums = []
         async for bucket in _each(buckets):
             data, checksum = await asyncio.to_thread(_pack, bucket)
             sums.append(checksum)
-            await self._all("/update_weights_from_tensor", data)
-        answers = await self._all("/end_weight_update", {"weight_version": str(version), "kv": kv})
+            await each("/update_weights_from_tensor", data)
         sent = str(combine(sums))
-        for url, answer in zip(self.urls, answers, strict=True):
-            if answer.get("checksum") != sent:
-                raise EngineError(f"{url}: holds weights with checksum {answer.get('checksum')}, sent {sent}")
+        for url, answer in (
+            await each("/end_weight_update", {"weight_version": str(version), "kv": kv})
+        ).items():
+            held = answer.get("checksum")
+            if held != sent:
+                failures[url] = EngineError(f"{url}: holds weights with checksum {held}, sent {sent}")
+        if failures:
+            raise PushFailed(failures)
 
     async def update_weights_from_disk(self, path: str, version: int) -> None:
         """Every server loads a Hugging Face directory that it can read itself."""

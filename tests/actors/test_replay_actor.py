@@ -1,4 +1,4 @@
-"""The replay actor's own promises: long polls, and a refill that loses and doubles nothing.  (No Ray needed.)"""
+"""The replay actor's own promises: long polls, and a refill that loses and doubles nothing."""
 
 import asyncio
 

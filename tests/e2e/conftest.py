@@ -43,11 +43,11 @@ class Run:
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def find(self, wanted: Callable[[str], bool]) -> psutil.Process:
-        """The process below the run whose command line is ``wanted``."""
+    def find(self, wanted: Callable[[psutil.Process], bool]) -> psutil.Process:
+        """A process below the run that is ``wanted``."""
         for process in self.descendants():
             try:
-                if wanted(" ".join(process.cmdline())):
+                if process.cmdline() and wanted(process):
                     return process
             except psutil.NoSuchProcess:
                 continue
