@@ -9,7 +9,7 @@ import ipaddress
 import json
 import secrets
 import sys
-from collections.abc import Iterable
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # default of 5 ms the HTTP thread would then hold it far longer than a whole decoding step of a small model
 # takes.
 _SWITCH_INTERVAL_S = 1e-4
+# How long decoding waits at most for the HTTP side to send what it has just produced.
+_HANDOVER_S = 5e-3
 
 
 class EmbeddedEngine:
@@ -64,6 +66,7 @@ class EmbeddedEngine:
         self.loop = DecodeLoop(self._scheduler, self._deliver, config.threads)
         self._staged: dict[str, Tensor] | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._sent = threading.Event()
         self._runner: web.AppRunner | None = None
         self._switch_interval = sys.getswitchinterval()
         self.url = ""
@@ -110,13 +113,27 @@ class EmbeddedEngine:
                 self._runner = None
 
     def _deliver(self, emitted: list[Emitted]) -> None:
-        """From the decoding thread: one hand-over per step, however many sequences have news."""
+        """From the decoding thread: one hand-over per step, however many sequences have news.
+
+        Waits a moment for the event loop to send them.  Both threads need the interpreter lock; taking turns
+        is much faster than wresting it from each other around every torch operation.
+        """
         assert self._asyncio is not None
+        self._sent.clear()
         try:
-            self._asyncio.call_soon_threadsafe(_dispatch, emitted)
+            self._asyncio.call_soon_threadsafe(self._dispatch, emitted)
         except RuntimeError:  # the event loop has closed: nobody is left to tell
             if not self._asyncio.is_closed():
                 raise
+            return
+        self._sent.wait(_HANDOVER_S)
+
+    def _dispatch(self, emitted: list[Emitted]) -> None:
+        for job, event in emitted:
+            job.deliver(event)
+        # The handlers that were just woken write in the loop's next round; the round after that, they have.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._sent.set)
 
     def draw_seed(self) -> int:
         return int(self._seeds.integers(2**63))
@@ -236,11 +253,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _dispatch(emitted: Iterable[Emitted]) -> None:
-    for job, event in emitted:
-        job.deliver(event)
 
 
 def _device(name: str) -> torch.device:
