@@ -132,7 +132,8 @@ def is_actor(process: psutil.Process, name: str) -> bool:
 def test_a_stopped_run_goes_on(start: Callable[..., Any], how: signal.Signals) -> None:
     run = start("run.steps=8", "checkpoint.every=2")
     run.wait_for(lambda: run.steps() >= 3, WAIT_S, "step 3")
-    below = run.descendants()
+    # Ray's own agents notice the end of their cluster later, by themselves.
+    below = [process for process in run.descendants() if not process.name().endswith("Agent")]
     os.kill(run.process.pid, how)
     assert run.wait(60) == (3 if how == signal.SIGINT else -signal.SIGKILL)
     _, alive = psutil.wait_procs(below, timeout=30)
