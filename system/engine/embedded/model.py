@@ -7,6 +7,9 @@ similar widths (decoding rows have width 1).
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +50,12 @@ class Batch:
 class KVStore:
     """Keys and values of every slot: ``[2, layers, slots, context, kv_heads, head_dim]``.
 
-    Zero-filled, because masked-out garbage must stay finite; the operating system backs pages only once
-    touched.
+    Zero-filled, because masked-out garbage must stay finite.
     """
 
     def __init__(self, shape: ModelShape, slots: int, context: int, dtype: torch.dtype, device: torch.device):
         groups, size = shape.kv_heads, shape.head_dim
-        self.data = torch.zeros(2, shape.layers, slots, context, groups, size, dtype=dtype, device=device)
+        self.data = lazy_zeros((2, shape.layers, slots, context, groups, size), dtype, device)
         # Per layer, for writing: every place of every slot in one axis, [slots·context, kv_heads, head_dim].
         self.keys = [keys.view(-1, groups, size) for keys in self.data[0]]
         self.values = [values.view(-1, groups, size) for values in self.data[1]]
@@ -75,6 +77,21 @@ class KVStore:
         """Copy context positions ``start .. stop`` of one slot to another, all layers at once."""
         if stop > start:
             self.data[:, :, target, start:stop] = self.data[:, :, source, start:stop]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that cost memory only where they are touched; on the CPU in huge pages where the system has them.
+
+    Every decoding step walks through all running rows' keys and values, far more 4 KiB pages than the
+    processor's address cache holds.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if device.type != "cpu" or advice is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        memory.madvise(advice)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class Decoder:
