@@ -24,7 +24,7 @@ def config(name: str, **task) -> Config:
 
 
 def test_quickstart_brings_everything():
-    settings = config("quickstart", options={"right": 0.5, "slip": 0.25})
+    settings = config("quickstart", options={"right": 0.5, "first": 0.25})
     settings.run.seed, settings.tools.search_top_k = 7, 2
     task = make_task(settings)
     assert isinstance(task, QuickstartTask)
@@ -71,4 +71,4 @@ def test_errors_suggest():
     with pytest.raises(ConfigError, match=r"task\.options"):
         make_task(config("quickstart", options={"wrong": 1}))
     with pytest.raises(ConfigError, match=r"task\.options"):
-        make_task(config("quickstart", options={"right": 0.9, "slip": 0.9}))
+        make_task(config("quickstart", options={"right": 0.9, "first": 0.9}))

@@ -1,12 +1,13 @@
 """The imperfect expert whose demonstrations warm the model up.
 
 It always writes well-formed calls, restates what is asked for, and names what it read.  But where a document
-offers three fields, or a calculation three operators, its eye tends to slip to the *next* one in the list.  A
-model that imitates it therefore knows the format and often samples the right choice, yet prefers a wrong one:
-what reinforcement learning can then visibly mend.  (Small models improve under RL only from such a start.)
+offers three fields, or a calculation three operators, it tends to take the *first* one listed.  A model that
+imitates it therefore knows the format and often samples the right choice, yet prefers a wrong one: what
+reinforcement learning can then visibly mend.  (Small models improve under RL only from such a start.)
 
-That the slip depends on what was asked for matters: to imitate even the habit, the model has to learn to look
-at the question, which a habit of always taking the same field would not teach it.
+Labels are many and differ from document to document, so neither the right choice nor the habit can be
+learned by heart: the one means to repeat what was asked for, the other to repeat what is listed first.
+Training shifts the weight from one rule to the other, for all labels at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TypeVar
 
 from system.tasks.base import Demonstration, Prompt
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
-from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, World
+from system.tasks.quickstart.world import FIGURES, NAMES, TYPES, World
 
 T = TypeVar("T")
 
@@ -29,20 +30,20 @@ _OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
 class Skill:
     """Chances of each way of choosing; the rest is a uniform draw."""
 
-    right: float = 0.4
-    slip: float = 0.45
+    right: float = 0.3
+    first: float = 0.55
 
     def __post_init__(self) -> None:
-        if min(self.right, self.slip) < 0 or self.right + self.slip > 1:
-            raise ValueError(f"right={self.right} and slip={self.slip} must be chances that sum to at most 1")
+        if min(self.right, self.first) < 0 or self.right + self.first > 1:
+            raise ValueError(f"right={self.right}, first={self.first}: chances must sum to at most 1")
 
     def choose(self, right: T, options: Sequence[T], rng: random.Random) -> T:
-        """Take the right option, the one after it (the first after the last), or any."""
+        """Take the right option, the first one, or any."""
         draw = rng.random()
         if draw < self.right:
             return right
-        if draw < self.right + self.slip:
-            return options[(options.index(right) + 1) % len(options)]
+        if draw < self.right + self.first:
+            return options[0]
         return rng.choice(options)
 
 
@@ -70,18 +71,20 @@ def demonstrate(
         query = f"{first_word} {value}"
         segments.append(("model", f"{said} </think> <search> {query} </search>"))
         segments.append(("tool", render_result(search(query))))
-        options = (NUMBERS if asked.numeric else LINKS)[asked.owner]
-        taken = skill.choose(asked, options, rng)
+        options = world.relations(value, asked.numeric)
+        taken = skill.choose(asked, options, rng) if asked in options else options[0]
         value = world.value(value, taken)
-        said = f" <think> {asked.word} {taken.field}:{value if taken.numeric else ' ' + value}"
+        said = f" <think> {asked.field} ? {taken.field} {value}"
     if question.operator:
         operator = skill.choose(question.operator, tuple(OPERATORS), rng)
         first = int(value) if question.path else question.first
-        code = f"print({first}{OPERATORS[operator]}{question.operand})"
+        code = f"print( {first} {OPERATORS[operator]} {question.operand} )"
         segments.append(("model", f"{said} {question.operator} </think> <python> {code} </python>"))
         value = str(compute(operator, first, question.operand))
         segments.append(("tool", render_result(value)))
         said = " <think> done"
-    boxed = value if value.lstrip("-").isdigit() else f" {value}"
+        boxed = value  # as python prints it: without a space
+    else:
+        boxed = f" {value}"
     segments.append(("model", f"{said} </think> <answer> \\boxed{{{boxed} }} </answer>"))
     return Demonstration(prompt, tuple(segments))
