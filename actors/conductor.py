@@ -12,7 +12,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,11 @@ import ray
 
 from actors.crew import Crew
 from actors.evaluation import evaluate
+from actors.fleet import Fleet
 from actors.learner import LEARNER_DEADLINE_S
-from actors.replay import NotFilled
-from actors.supervise import ActorLost, answer
+from actors.replay import ReplayHandle
+from actors.supervise import ActorLost, answer, returned
 from system.config import Config
-from system.engine.client import EngineClient
-from system.engine.protocol import EngineError
 from system.flow.admission import Admission
 from system.flow.idle import BUSY, IdleClock
 from system.flow.ledger import Ledger, State, Ticket
@@ -44,12 +43,8 @@ from system.tree.record import Tree
 from system.tree.store import TreeWriter
 
 TAKE_WAIT_S = 5.0  # one long poll of the replay queue
-WATCH_S = 1.0  # between looks at the engines
+GAUGE_S = 1.0  # between readings of the gauges
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
-REPLAY_DEADLINE_S = 60.0
-REPLAY_ATTEMPTS = 5
-ENGINE_DEADLINE_S = 180.0  # for an engine to be restarted and to hold the current weights
-IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # the engine's counters of idle seconds by cause
 CHECKPOINT = re.compile(r"v\d{6}")
 
 
@@ -84,12 +79,13 @@ class Conductor:
             flow.batch_leaves, flow.staleness, rollout.concurrency, accepted=version * flow.batch_leaves
         )
         self.closed: dict[int, Closed] = {}
+        self.replay = ReplayHandle(crew.replay, self)
+        self.fleet = Fleet(crew.growers.engines, self, recorder)
         self.stopping = asyncio.Event()
         self._room = asyncio.Event()  # something changed that may let another tree start
         self._idle = IdleClock()
-        self._idle_told: dict[tuple[str, str], float] = {}
         self._growing: set[asyncio.Task[None]] = set()
-        self._weights = asyncio.Lock()  # whoever trains or publishes; keeps the ranks' calls in one order
+        self.weights = asyncio.Lock()  # whoever trains or publishes; keeps the ranks' calls in one order
         self._log = JsonlWriter(run_dir.ledger_path)
         self._trees = TreeWriter(run_dir.trees, keep=config.observe.trees)
 
@@ -98,11 +94,12 @@ class Conductor:
         saved).
         """
         self.progress.phase(TRAINING)
-        await self._refill_replay()
+        await self.replay.fill()
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(self._admit(tasks), name="admission"),
-                tasks.create_task(self._watch_engines(), name="engine watch"),
+                tasks.create_task(self.fleet.watch(), name="engine watch"),
+                tasks.create_task(self._read_gauges(), name="gauges"),
             ]
             try:
                 await self._learn()
@@ -149,9 +146,11 @@ class Conductor:
                     f"rollout worker growing tree {ticket.number}",
                 )
         except (GrowthFailed, ActorLost) as failure:
+            if isinstance(failure, ActorLost):  # keep the place until its worker is back, or it is lost again
+                await returned(worker, f"rollout worker of tree {ticket.number}")
             self._lose(ticket.number, _reason(failure))
             self.admission.finish(leaves, 0)
-            await self._replay("put", [], [ticket.number])
+            await self.replay.skip(ticket.number)
         except asyncio.CancelledError:
             ray.cancel(reference)
             raise
@@ -161,7 +160,7 @@ class Conductor:
             self.admission.finish(leaves, tree.n_leaves)
             self.ledger.queue(ticket.number)
             self.recorder.tree_closed(tree, self.version)
-            await self._replay("put", [entry], [])
+            await self.replay.put(entry)
         finally:
             self._write_ledger()
             self._room.set()
@@ -193,7 +192,7 @@ class Conductor:
         """The next training batch, or None when asked to stop.  Evicted trees go back to pending."""
         while not self.stopping.is_set():
             with self._time("learner", "no batch"):
-                taken = await self._replay("take", self.version, TAKE_WAIT_S)
+                taken = await self.replay.take(self.version, TAKE_WAIT_S)
             for eviction in taken.evicted:
                 number = eviction.entry.number
                 del self.closed[number]
@@ -211,11 +210,11 @@ class Conductor:
         version = self.version + 1
         self.ledger.train(numbers, version)
         self._write_ledger()
-        async with self._weights:
+        async with self.weights:
             references = [one.entry.item[0] for one in batch]
             stats = (await self.crew.learner.all("train", self.version, *references))[0]
             with self._time("learner", "publishing weights"):
-                for reason in (await self._publish(version)).values():  # the engine watch sends them again
+                for reason in (await self.push(version)).values():  # the fleet's watch sends them again
                     self.progress.note(f"weights {version} not taken yet: {reason}")
             lag = [self.version - _oldest(tree) for tree in trees]
             self.version = version
@@ -228,16 +227,14 @@ class Conductor:
         self.recorder.train_step(version, version, trees, stats, lag)
         self.recorder.flush(version)
 
-    async def _publish(self, version: int) -> dict[str, str]:
-        """Push the learner's weights to all engines.  Returns those that did not take them, and why."""
-        return (
-            await self.crew.learner.all("publish", self.crew.growers.engines, version, LEARNER_DEADLINE_S)
-        )[0]
+    async def push(self, version: int) -> dict[str, str]:
+        """Send the learner's weights to all engines; returns those that did not take them, and why."""
+        return (await self.crew.learner.all("publish", self.fleet.urls, version, LEARNER_DEADLINE_S))[0]
 
     async def publish(self) -> None:
         """Bring every engine to the current weights.  Raises ActorLost if one does not take them."""
-        async with self._weights:
-            if failures := await self._publish(self.version):
+        async with self.weights:
+            if failures := await self.push(self.version):
                 raise ActorLost(f"weights {self.version} were not taken: {'; '.join(failures.values())}")
 
     async def warm_start(self, demonstrations: Sequence[Tree]) -> None:
@@ -267,7 +264,7 @@ class Conductor:
         """Greedy answers to the held-out questions with the engines' current weights."""
         questions = self.questions[: self.config.eval.questions]
         self.progress.phase("evaluating", total=len(questions))
-        await self._wait_for_engines()
+        await self.fleet.ready()
         result = await evaluate(self.config, self.crew.growers, questions, self.progress.advance)
         self.recorder.evaluated(self.version, result, which)
         self.progress.note(f"held-out accuracy {which} training: {result.accuracy:.3f}")
@@ -280,7 +277,7 @@ class Conductor:
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
         if not path.exists():
             extra = {"version": self.version, "recorder": self.recorder.state()}
-            async with self._weights:
+            async with self.weights:
                 await self.crew.learner.all("save", str(path), extra)
         remove_old_checkpoints(self.run_dir, self.config.checkpoint.keep)
 
@@ -297,82 +294,18 @@ class Conductor:
 
     # Upkeep
 
-    async def _watch_engines(self) -> None:
-        """Read the gauges, and keep every engine at the current weights.
+    async def _read_gauges(self) -> None:
+        while True:
+            self.recorder.gauge(QUEUE_DEPTH, len(self.closed))
+            self.recorder.gauge(GROWING, self.admission.running)
+            await asyncio.sleep(GAUGE_S)
 
-        Raises ActorLost for an engine that could not be brought to them for ``ENGINE_DEADLINE_S``.
-        """
-        async with self._engines() as clients:
-            good = [time.monotonic()] * len(clients)
-            while True:
-                await asyncio.sleep(WATCH_S)
-                self.recorder.gauge(QUEUE_DEPTH, len(self.closed))
-                self.recorder.gauge(GROWING, self.admission.running)
-                for number, client in enumerate(clients):
-                    if await self._tend(number, client):
-                        good[number] = time.monotonic()
-                    elif time.monotonic() - good[number] > ENGINE_DEADLINE_S:
-                        raise ActorLost(_not_back(client))
-
-    async def _wait_for_engines(self) -> None:
-        """Return once every engine holds the current weights."""
-        async with self._engines() as clients:
-            for number, client in enumerate(clients):
-                try:
-                    async with asyncio.timeout(ENGINE_DEADLINE_S):
-                        while not await self._tend(number, client):  # noqa: ASYNC110 (a process, not a task)
-                            await asyncio.sleep(WATCH_S)
-                except TimeoutError as error:
-                    raise ActorLost(_not_back(client)) from error
-
-    @contextlib.asynccontextmanager
-    async def _engines(self) -> AsyncIterator[list[EngineClient]]:
-        clients = [EngineClient([url]) for url in self.crew.growers.engines]
-        try:
-            yield clients
-        finally:
-            for client in clients:
-                await client.close()
-
-    async def _tend(self, number: int, client: EngineClient) -> bool:
-        """Account an engine's idle time; send it the current weights if it lacks them.  True: it has them."""
-        try:
-            (info,) = await client.infos()
-            for counter, seconds in info.counters.items():
-                if cause := IDLE_COUNTER.fullmatch(counter):
-                    self._tell_idle(f"engine-{number}", cause[1], seconds)
-            if info.weight_version == self.version and not info.paused:
-                return True
-            async with self._weights:  # a training step under way pushes new ones itself
-                (info,) = await client.infos()
-                if info.weight_version == self.version and not info.paused:
-                    return True
-                self.progress.note(f"engine-{number} was restarted: sending it weights {self.version}")
-                await self._publish(self.version)
-                await client.resume()  # a restarted engine stands paused
-        except EngineError:  # it is being restarted
-            return False
-        return True
-
-    async def _replay(self, method: str, *arguments: Any) -> Any:
-        """Call the replay actor; one that was restarted is filled again from what the conductor owns."""
-        for _ in range(REPLAY_ATTEMPTS):
-            try:
-                return await answer(
-                    getattr(self.crew.replay, method).remote(*arguments), REPLAY_DEADLINE_S, "replay"
-                )
-            except (NotFilled, ActorLost):
-                await self._refill_replay()
-                if method == "put":  # the refill has put it already
-                    return None
-        raise ActorLost("replay: restarted too often")
-
-    async def _refill_replay(self) -> None:
+    def holdings(self) -> tuple[int, list[int], list[Entry[Any]]]:
+        """For a replay queue that has to be filled again (``actors.replay.Holdings``)."""
         flight = {*self.ledger.numbers(State.GROWING), *self.ledger.numbers(State.QUEUED)}
         first = min(flight, default=self.ledger.next_number)
         gone = [number for number in range(first, self.ledger.next_number) if number not in flight]
-        entries = [closed.entry for closed in self.closed.values()]
-        await answer(self.crew.replay.fill.remote(first, gone, entries), REPLAY_DEADLINE_S, "replay")
+        return first, gone, [closed.entry for closed in self.closed.values()]
 
     @contextlib.contextmanager
     def _time(self, actor: str, cause: str) -> Iterator[None]:
@@ -386,23 +319,13 @@ class Conductor:
         for actor, causes in self._idle.idle(time.monotonic()).items():
             for cause, seconds in causes.items():
                 if cause != BUSY:
-                    self._tell_idle(actor, cause, seconds)
-
-    def _tell_idle(self, actor: str, cause: str, total_s: float) -> None:
-        """Give the recorder what a running total has gained; one that was reset starts from zero again."""
-        told = self._idle_told.get((actor, cause), 0.0)
-        self.recorder.idle(actor, cause, total_s - told if total_s >= told else total_s)
-        self._idle_told[actor, cause] = total_s
+                    self.recorder.idle_total(actor, cause, seconds)
 
     def _write_ledger(self, durable: bool = False) -> None:
         for event in self.ledger.drain():
             self._log.write(event)
         if durable:
             self._log.sync()
-
-
-def _not_back(client: EngineClient) -> str:
-    return f"engine {client.urls[0]}: not back with the current weights within {ENGINE_DEADLINE_S:.0f} s"
 
 
 def _seed(run_seed: int, number: int) -> int:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from actors.crew import Growers
-from actors.supervise import ActorLost, answer
+from actors.supervise import ActorLost, answer, returned
 from system.config import Config
 from system.observe.eval import EvalResult
 from system.rollout.grower import GrowthFailed
@@ -15,7 +15,6 @@ from system.tree.record import Tree
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
 ANSWER_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
-RETRY_S = 2.0
 
 
 async def evaluate(
@@ -38,13 +37,14 @@ async def evaluate(
                         deadline,
                         f"rollout worker answering {question.id}",
                     )
-                except (ActorLost, GrowthFailed):
+                except (ActorLost, GrowthFailed) as failure:
                     if attempt == ATTEMPTS:
                         raise
+                    if isinstance(failure, ActorLost):
+                        await returned(worker, "rollout worker")
                 else:
                     answered()
                     return tree
-            await asyncio.sleep(RETRY_S)
         raise AssertionError("unreachable")
 
     async with asyncio.TaskGroup() as tasks:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any, Protocol
 
+from actors.supervise import ActorLost, answer
 from system.flow.replay import Entry, ReplayQueue, Taken
+
+DEADLINE_S = 60.0  # one call
+ATTEMPTS = 6
+RETRY_S = 1.0
 
 
 class NotFilled(RuntimeError):
@@ -21,13 +27,14 @@ class ReplayActor:
         self._changed = asyncio.Condition()
 
     async def fill(self, first: int, gone: Sequence[int], entries: Sequence[Entry[object]]) -> None:
-        """Start from ``first``, the oldest ticket still to be trained on; ``gone`` are later ones that are
-        not.
+        """Start from ``first``, the oldest ticket still to be trained on; ``gone``: later ones that are not.
+
+        Only the first fill of an incarnation counts: a later one may know less than what has happened since.
         """
+        if self._queue is not None:
+            return
         self._queue = ReplayQueue(*self._shape, first=first)
-        for number in gone:
-            self._queue.skip(number)
-        await self.put(entries, [])
+        await self.put(entries, gone)
 
     async def put(self, entries: Sequence[Entry[object]], skipped: Sequence[int]) -> None:
         """What a refill has brought already is passed over: it may overtake a ``put`` on its way."""
@@ -58,3 +65,43 @@ class ReplayActor:
         if self._queue is None:
             raise NotFilled
         return self._queue
+
+
+class Holdings(Protocol):
+    """Who owns the trees that the queue refers to."""
+
+    def holdings(self) -> tuple[int, list[int], list[Entry[Any]]]:
+        """What ``fill`` takes: the oldest open ticket, later ones that are not, the closed trees."""
+        ...
+
+
+class ReplayHandle:
+    """The actor as its user sees it: a queue that a crash of the actor does not empty."""
+
+    def __init__(self, actor: Any, owner: Holdings) -> None:
+        self._actor, self._owner = actor, owner
+
+    async def fill(self) -> None:
+        await answer(self._actor.fill.remote(*self._owner.holdings()), DEADLINE_S, "replay")
+
+    async def put(self, entry: Entry[Any]) -> None:
+        await self._call("put", [entry], [])
+
+    async def skip(self, number: int) -> None:
+        await self._call("put", [], [number])
+
+    async def take(self, version: int, wait_s: float) -> Taken[Any]:
+        return await self._call("take", version, wait_s)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """Call it; an actor that was restarted is filled again first."""
+        failure: Exception | None = None
+        for attempt in range(ATTEMPTS):
+            try:
+                if failure is not None:
+                    await asyncio.sleep(RETRY_S * attempt)
+                    await self.fill()
+                return await answer(getattr(self._actor, method).remote(*arguments), DEADLINE_S, "replay")
+            except (NotFilled, ActorLost) as error:
+                failure = error
+        raise ActorLost(f"replay: given up after {ATTEMPTS} attempts") from failure

@@ -9,6 +9,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
+LOOK_S = 0.5
+
 
 class ActorLost(RuntimeError):
     """An actor died, or did not answer before its deadline."""
@@ -37,7 +40,12 @@ async def answer(reference: Any, deadline_s: float, what: str) -> Any:
     except TimeoutError as error:
         raise ActorLost(f"{what}: no answer within {deadline_s:.0f} s") from error
     except RayActorError as error:
-        raise ActorLost(f"{what}: the actor died: {str(error).splitlines()[0]}") from error
+        raise ActorLost(f"{what}: the actor died: {_last_line(error)}") from error
+
+
+def _last_line(error: RayActorError) -> str:
+    """Of an actor whose ``__init__`` failed, Ray reports a traceback: its last line says what was wrong."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()][-1]
 
 
 async def answers(references: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
@@ -46,3 +54,18 @@ async def answers(references: Sequence[Any], deadline_s: float, what: str) -> li
     """
     waits: list[Awaitable[Any]] = [answer(r, deadline_s, f"{what}[{i}]") for i, r in enumerate(references)]
     return list(await asyncio.gather(*waits))
+
+
+async def returned(actor: Any, what: str) -> None:
+    """Return once a restarted ``actor`` answers its ``check``.  ActorLost if it does not come back."""
+    try:
+        async with asyncio.timeout(RETURN_DEADLINE_S):
+            while True:
+                try:
+                    await answer(actor.check.remote(), RETURN_DEADLINE_S, what)
+                except ActorLost:
+                    await asyncio.sleep(LOOK_S)
+                else:
+                    return
+    except TimeoutError as error:
+        raise ActorLost(f"{what}: not back within {RETURN_DEADLINE_S:.0f} s") from error

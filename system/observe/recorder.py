@@ -98,6 +98,7 @@ class Recorder:
         self._totals = Totals()
         self._step = 0
         self._idle_session: defaultdict[str, float] = defaultdict(float)
+        self._idle_told: dict[tuple[str, str], float] = {}
         self._eval_accuracy: dict[str, float] = {}
         batch_trees = max(1, config.flow.batch_leaves // config.rollout.leaves)
         self._recent: deque[TreeStats] = deque(maxlen=_MOVING_BATCHES * batch_trees)
@@ -179,6 +180,12 @@ class Recorder:
         causes[cause] = causes.get(cause, 0.0) + seconds
         self._idle[(actor, cause)] += seconds
         self._idle_session[actor] += seconds
+
+    def idle_total(self, actor: str, cause: str, total_s: float) -> None:
+        """The same from a running total; one that fell (its counter was restarted) starts from zero again."""
+        told = self._idle_told.get((actor, cause), 0.0)
+        self.idle(actor, cause, total_s - told if total_s >= told else total_s)
+        self._idle_told[actor, cause] = total_s
 
     def gauge(self, name: str, value: float) -> None:
         """A level at this moment (queue depth, running sequences, …); the record holds the window's mean."""

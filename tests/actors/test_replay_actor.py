@@ -1,10 +1,13 @@
 """The replay actor's own promises: long polls, and a refill that loses and doubles nothing."""
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from actors.replay import NotFilled, ReplayActor
+from actors import replay
+from actors.replay import NotFilled, ReplayActor, ReplayHandle
 from system.flow.replay import Entry
 
 
@@ -65,3 +68,44 @@ async def test_stale_entries_come_back_at_once() -> None:
     taken = await actor.take(2, wait_s=30.0)
     assert taken.batch is None
     assert [eviction.entry.number for eviction in taken.evicted] == [0]
+
+
+async def test_a_late_fill_does_not_bring_back_what_was_taken() -> None:
+    actor = ReplayActor(2, 2, 4)
+    await actor.fill(0, gone=[], entries=entries(0, 1))
+    assert (await actor.take(0, wait_s=1.0)).batch is not None
+    await actor.fill(0, gone=[], entries=entries(0, 1))  # computed before the take was answered
+    assert (await actor.take(0, wait_s=0.01)).batch is None
+
+
+class Owner:
+    """Owns two closed trees, whatever the queue forgets."""
+
+    def holdings(self) -> tuple[int, list[int], list[Entry[Any]]]:
+        return 0, [], entries(0, 1)
+
+
+class Mortal:
+    """Stands in for the actor's handle; ``kill`` is a restart by Ray."""
+
+    def __init__(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self._actor = ReplayActor(2, 2, 4)
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._actor, method))
+
+
+async def test_a_restart_between_calls_loses_and_doubles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "RETRY_S", 0.01)
+    mortal = Mortal()
+    handle = ReplayHandle(mortal, Owner())
+    await handle.fill()
+    mortal.kill()
+    # Both calls meet the fresh actor at once, and both refill it.
+    taken, _ = await asyncio.gather(handle.take(0, 5.0), handle.put(entries(1)[0]))
+    assert taken.batch is not None
+    assert [entry.number for entry in taken.batch] == [0, 1]
+    assert (await handle.take(1, 0.01)).batch is None

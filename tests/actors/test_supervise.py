@@ -4,18 +4,24 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 import ray
 
-from actors.supervise import ActorLost, answer, answers, spawn
+from actors.supervise import ActorLost, answer, answers, returned, spawn
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
 
 class Sleeper:
     def pid(self) -> int:
         return os.getpid()
+
+    def check(self) -> None:
+        pass
 
     def sleep(self, seconds: float) -> float:
         time.sleep(seconds)
@@ -62,13 +68,8 @@ async def test_a_killed_actor_is_lost_once_and_then_back_if_it_may_restart() -> 
             await nap
     with pytest.raises(ActorLost):
         await answer(mortal.pid.remote(), 60, "pid")
-    async with asyncio.timeout(60):
-        while True:
-            try:
-                assert await answer(phoenix.pid.remote(), 60, "pid") > 0
-                break
-            except ActorLost:
-                await asyncio.sleep(0.2)
+    await returned(phoenix, "phoenix")
+    assert await answer(phoenix.pid.remote(), 60, "pid") > 0
 
 
 @pytest.mark.slow
