@@ -28,6 +28,10 @@ from system.engine.embedded.stops import TokenBytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# Prompt tokens computed in one step at most: what still fits a processor's cache, or fills a GPU, without
+# keeping the running sequences waiting for long.
+_PREFILL = {"cpu": 1024, "cuda": 8192}
+
 # The decoding thread gives up and retakes the interpreter lock around every torch operation.  At Python's
 # default of 5 ms the HTTP thread would then hold it far longer than a whole decoding step of a small model
 # takes.
@@ -58,7 +62,13 @@ class EmbeddedEngine:
         self._scheduler = Scheduler(
             self.shape,
             self.load(self.path),
-            Limits(config.max_running, config.cache_slots, self.context, config.chunk_tokens),
+            Limits(
+                config.max_running,
+                config.cache_slots,
+                self.context,
+                config.chunk_tokens,
+                _PREFILL[self.device.type],
+            ),
             eos_tokens(self.path),
             self.dtype,
             self.device,

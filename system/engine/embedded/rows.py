@@ -11,7 +11,7 @@ from system.engine.embedded.job import Job
 from system.engine.embedded.sampler import Sampled, SamplingBatch, scrambled, uniforms
 from system.engine.embedded.stops import StopStrings
 
-_GROWTH = 4  # the largest chunk, in units of the configured one
+_GROWTH = 8  # the largest chunk, in units of the configured one
 
 
 @dataclass(slots=True)
@@ -90,7 +90,7 @@ class Rows:
             self._due[row] = min(job.chunk, self._chunk)
         else:
             generated = int(self.sent[row]) - job.prompt.size
-            self._due[row] = min(max(generated // 2, self._chunk), _GROWTH * self._chunk)
+            self._due[row] = min(max(generated, self._chunk), _GROWTH * self._chunk)
 
     @property
     def sampling(self) -> SamplingBatch:

@@ -41,7 +41,7 @@ class Limits:
     cached: int  # finished sequences kept
     context: int  # tokens per sequence
     chunk: int  # tokens per streamed event
-    prefill: int = 4096  # prompt tokens computed in one step at most
+    prefill: int  # prompt tokens computed in one step at most
 
 
 @dataclass(slots=True)
