@@ -462,8 +462,7 @@ async def test_replicas_share_the_routes(tiny: Callable[..., TinyModel], serve: 
     for i in range(12):
         asked = GenerateRequest(str(i), ids, Sampling(2, ignore_eos=True), route=f"tree{i // 2}")
         out = joined(await collect(client, asked))
-        assert (
-            out.cached_tokens == 19 or i % 2 == 0
-        )  # the second branch of a route finds the first one's keys
+        if i % 2:  # the second branch of a route finds the first one's keys
+            assert out.cached_tokens == 19
     assert all(info.counters["requests"] for info in await client.infos())
     await client.close()

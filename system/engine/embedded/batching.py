@@ -19,9 +19,7 @@ _RUN, _CALL_COST = 16, 512
 
 
 class Piece:
-    """Positions ``start[i] .. stop[i]`` of each row in a contiguous range of rows, to be computed
-    together.
-    """
+    """Positions ``start[i] .. stop[i]`` of row i in a contiguous range of rows, computed together."""
 
     __slots__ = ("even", "keys", "padded", "positions", "row_of", "rows", "start", "widths")
 

@@ -189,9 +189,7 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def stage(self, tensors: dict[str, Tensor]) -> None:
-        """Check and keep some tensors beside the serving weights.  Raises ``WeightsError``; changes
-        nothing.
-        """
+        """Check and keep some tensors beside the serving weights.  Raises ``WeightsError``."""
         if self._staged is None:
             raise weights_module.WeightsError("no weight update is open: call /begin_weight_update first")
         weights_module.check(self.shape, self.dtype, tensors)
@@ -220,9 +218,7 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def checksum(self) -> tuple[int, int]:
-        """(weight version, checksum of the weights held), consistent with each other; blocks, for a worker
-        thread.
-        """
+        """(weight version, checksum of the weights held), of one moment; blocks, for a worker thread."""
         version, held = self.loop.call(lambda scheduler: (scheduler.version, scheduler.weights)).result(
             timeout=60
         )
@@ -230,9 +226,7 @@ class EmbeddedEngine:
 
 
 def eos_tokens(path: Path) -> set[int]:
-    """End-of-sequence ids: the union of what the generation config, the model config and the tokenizer
-    name.
-    """
+    """End-of-sequence ids that the generation config, the model config or the tokenizer name."""
     found: set[int] = set()
     for file in ("generation_config.json", "config.json"):
         if (path / file).is_file():

@@ -51,9 +51,8 @@ class Job:
     stops: StopStrings | None = None
     retain: bool = True  # keep its KV for later requests
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
-    tokens: NDArray[np.int32] = field(
-        default_factory=lambda: np.zeros(0, np.int32)
-    )  # prompt and generated so far
+    # Prompt and generated so far.
+    tokens: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class Segment:
     keys: int  # context length to attend over
     scatter: (
         Tensor | None
-    )  # [stop - start] place of each packed token in the padded [rows·width]; None: no padding
+    )  # [stop - start] each packed token's place in the padded [rows·width]; None: no padding
     mask: Tensor  # [rows, 1, width, keys] additive, 0 or -inf
 
 
@@ -63,9 +63,7 @@ class KVStore:
         self._strides = (self._row, size, groups * size, 1)
 
     def context(self, layer: int, first_row: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[rows, kv_heads, length, head_dim]`` for reading: views, made in one call
-        each.
-        """
+        """Keys and values ``[rows, kv_heads, length, head_dim]`` for reading (views)."""
         _, layers, slots, _, groups, size = self.data.shape
         shape, start = (rows, groups, length, size), (layer * slots + first_row) * self._row
         return (

@@ -19,16 +19,12 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def scrambled(seed: int) -> np.uint64:
-    """A request's seed, ready for :func:`uniforms`: scrambled once, so that seeds k and k+1 are not shifted
-    copies.
-    """
+    """A request's seed, ready for :func:`uniforms`; seeds k and k+1 must not give shifted streams."""
     return _mix(np.array([seed], np.uint64) + _GOLDEN)[0]
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[N] numbers in [0, 1) with 52 random bits: SplitMix64 (Steele et al. 2014) of scrambled seed and
-    counter.
-    """
+    """[N] numbers in [0, 1), 52 random bits each: SplitMix64 (Steele et al. 2014) of seed and counter."""
     state = seeds + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
     return (_mix(state) >> np.uint64(12)).astype(np.float64) * 2.0**-52
 

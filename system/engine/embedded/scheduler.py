@@ -135,9 +135,7 @@ class Scheduler:
         return emitted + self._finish([(row, finish) for row in rows])
 
     def retract(self) -> list[Emitted]:
-        """Put every running sequence back to the head of the queue, to be recomputed; sends what is
-        unsent.
-        """
+        """Put every running sequence back to the head of the queue, to be recomputed."""
         emitted = self._flush(range(len(self._rows)))
         for row, job in enumerate(self._rows.jobs):
             job.tokens = self._slots.tokens[row, : self._rows.length[row]].copy()
@@ -200,8 +198,8 @@ class Scheduler:
     # Admission -----------------------------------------------------------------------------------
 
     def _admit(self) -> list[_Admitted]:
-        """Give waiting jobs rows, shortest computation first, each with the longest prefix any slot can
-        lend.
+        """Give waiting jobs rows, the shortest to compute first, each with the longest prefix any slot
+        holds.
         """
         chosen: list[_Admitted] = []
         postponed: list[Job] = []

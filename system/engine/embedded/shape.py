@@ -38,9 +38,7 @@ class ModelShape:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ModelShape:
-        """Read ``config.json``.  Raises :class:`UnsupportedModel` for anything that would be computed
-        wrongly.
-        """
+        """Read ``config.json``.  Raises :class:`UnsupportedModel` for what would be computed wrongly."""
         file = Path(path) / "config.json"
         if not file.is_file():
             raise UnsupportedModel(f"no config.json in model directory {path}")

@@ -28,7 +28,7 @@ class SlotTable:
         self.current = 0
 
     def longest_prefix(self, tokens: NDArray[np.int32], first: int = 0) -> tuple[int, int]:
-        """Slot (>= ``first``) that holds the longest prefix of ``tokens`` under the current weights, and its
+        """Slot (>= ``first``) with the longest prefix of ``tokens`` under the current weights, and its
         length.
         """
         usable = np.flatnonzero(self.epoch[first:] == self.current) + first
@@ -79,8 +79,6 @@ class SlotTable:
 
 
 def prefix_lengths(table: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Length of the common prefix of ``tokens [P]`` with each row of ``table [N, <= P]``; rows may be cut
-    short.
-    """
+    """Length of the common prefix of ``tokens [P]`` and each row of ``table [N, <= P]``."""
     same = table == tokens[: table.shape[1]]
     return np.where(same.all(1), table.shape[1], same.argmin(1))

@@ -44,9 +44,7 @@ class Weights:
 
 
 def check(shape: ModelShape, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> None:
-    """Names, shapes and dtypes of a (partial) update.  Raises :class:`WeightsError` naming the first bad
-    tensor.
-    """
+    """Names, shapes and dtypes of a (partial) update.  Raises :class:`WeightsError` naming the bad tensor."""
     expected = shape.tensors()
     for name, tensor in tensors.items():
         if name not in expected:
@@ -134,9 +132,7 @@ def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_directory(path: str | Path, shape: ModelShape, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of a Hugging Face directory (one or several safetensors files), cast to ``dtype`` and
-    checked.
-    """
+    """Tensors of a Hugging Face directory's safetensors files, cast to ``dtype`` and checked."""
     root = Path(path)
     index = root / "model.safetensors.index.json"
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
