@@ -95,7 +95,7 @@ async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
         summary = recorder.finish()
         if summary["versions"]:
             plots.draw(run_dir)
-        print(*report(summary, run_dir), sep="\n", flush=True)
+            print(*report(summary, run_dir), sep="\n", flush=True)
 
 
 async def _with_crew(
