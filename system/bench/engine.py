@@ -310,8 +310,6 @@ def _plot(result: dict[str, Any], file: Path) -> None:
     for row, name in enumerate(names):
         axes.plot([sample[name]["per_s"] for sample in result["rounds"]], [row] * len(result["rounds"]), "k|")
     axes.invert_yaxis()
-    axes.set_xlabel(
-        f"generated tokens per second ({result['threads']} torch thread(s); marks: single rounds)"
-    )
+    axes.set_xlabel("generated tokens per second (bar: median, marks: rounds)")
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
