@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from system.tasks.quickstart.expert import WAYS
 from system.tasks.quickstart.questions import OPERATORS
 from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES
 
@@ -32,6 +33,7 @@ def _pieces() -> Iterator[str]:
         yield f" </{tag}>"
     yield from (" <result>\n", "\n</result>", "\n")
     yield from ("Q:", " 's", " ?", " \\boxed{", " }", " print(", " )", ":", " done")
+    yield from (f" {way}" for way in WAYS)
     for word, sign in OPERATORS.items():
         yield from (f" {word}", f" {sign}")
     for kind in (*TYPES, FIGURES):

@@ -1,10 +1,10 @@
 """A small generated world: people, places and works, and the documents that describe them.
 
 Every entity has two documents: a *profile* that links it to three entities of the next type, and *figures*
-with three numbers, each under labels drawn from many.  Types follow each other in a circle (person, place, work,
-person), so that a chain of questions never meets the same type twice within three hops, and so that a search
-which names the type and the entity ("place Tolmouth") ranks the profile of exactly that entity first, before
-the documents that only mention it.
+with three numbers, each under labels drawn from many.  Types follow each other in a circle (person, place,
+work, person), so that a chain of questions never meets the same type twice within three hops, and so that a
+search which names the type and the entity ("place Tolmouth") ranks the profile of exactly that entity first,
+before the documents that only mention it.
 """
 
 from __future__ import annotations
