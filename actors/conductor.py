@@ -12,7 +12,7 @@ import contextlib
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,7 +308,7 @@ class Conductor:
         return first, gone, [closed.entry for closed in self.closed.values()]
 
     @contextlib.contextmanager
-    def _time(self, actor: str, cause: str) -> Iterator[None]:
+    def _time(self, actor: str, cause: str) -> Generator[None]:
         self._idle.enter(actor, cause, time.monotonic())
         try:
             yield

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +199,12 @@ def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
 
 
 @contextlib.contextmanager
-def ray_session() -> Iterator[None]:
-    """A Ray cluster of this machine for the length of the block, or the one named by ``RAY_ADDRESS``."""
+def ray_session() -> Generator[None]:
+    """A Ray cluster of this machine for the length of the block."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
+        address="local",  # every server listens on loopback
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -217,7 +217,7 @@ def ray_session() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def signals(conductor: Conductor) -> Iterator[None]:
+def signals(conductor: Conductor) -> Generator[None]:
     """The first SIGINT or SIGTERM saves and stops; the second ends at once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None

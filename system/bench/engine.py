@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -203,7 +203,7 @@ def _cpu_s(server: psutil.Process) -> float:
 
 
 @asynccontextmanager
-async def _server(path: Path, threads: int) -> AsyncIterator[tuple[EngineClient, psutil.Process]]:
+async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EngineClient, psutil.Process]]:
     """Our engine in a process of its own, as in a training run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -140,7 +140,9 @@ def _compiled_flex() -> Any:
     """
     global _compiled
     if _compiled is None:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        import torch._dynamo.config as torch_compile  # a second's import, needed on a GPU only
+
+        torch_compile.recompile_limit = max(torch_compile.recompile_limit, 64)
         _compiled = torch.compile(flex_attend, dynamic=False, fullgraph=True)
     return _compiled
 

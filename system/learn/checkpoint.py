@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
+    _replace_state_dict_keys_with_sharded_keys,  # pyright: ignore[reportPrivateUsage]
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer import MegatronOptimizer

@@ -32,8 +32,11 @@ _STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
 _STATUS_STYLE = {"ok": "green"}  # any other status is red
 _HEAT = ("", "yellow", "dark_orange", "bold red")  # token entropy up to 0.5, 1, 2 nats, and above
 _BARS = "▁▂▃▄▅▆▇█"
-_REPLACED = {code: chr(0x2400 + code) for code in range(32)} | {127: "␡", ord("\t"): "  "}
-_REPLACED |= dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298)), "␦")
+_REPLACED = {
+    **{code: chr(0x2400 + code) for code in range(32)},
+    **{127: "␡", ord("\t"): "  "},
+    **dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298)), "␦"),
+}
 
 
 @dataclass(frozen=True, slots=True)

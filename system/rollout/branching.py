@@ -211,7 +211,8 @@ def make_policy(config: BranchingConfig) -> Policy:
             return Random(k, config.alpha)
         case "none":
             return Never(k)
-    raise ValueError(f"unknown branching policy {config.name!r}")
+        case unknown:
+            raise ValueError(f"unknown branching policy {unknown!r}")
 
 
 def _clip(value: float) -> float:

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +106,7 @@ async def verify(sandbox: Sandbox) -> None:
 
 
 @contextlib.contextmanager
-def _bait(outside: Path) -> Iterator[str]:
+def _bait(outside: Path) -> Generator[str]:
     """A directory that only the sandbox protects, and a socket to connect to; yields the socket's path."""
     outside.chmod(0o777)
     secret = outside / "secret"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -122,10 +123,11 @@ def _tokenize(texts: list[str]) -> list[list[str]]:
 def _document(line: str, where: str) -> Document:
     try:
         record = json.loads(line)
-        document = Document(str(record["id"]), str(record.get("title", "")), record["text"])
+        text: Any = record["text"]
+        document = Document(str(record["id"]), str(record.get("title", "")), text)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorpusError(f'{where}: expected {{"id", "title", "text"}}: {error!r}') from error
-    if not isinstance(document.text, str):
+    if not isinstance(text, str):
         raise CorpusError(f"{where}: 'text' is not a string")
     return document
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import linecache
 import os
 import sys
@@ -34,9 +35,12 @@ def run(source: str) -> int:
 def take_streams() -> None:
     """New text streams on descriptors 0, 1 and 2, which have changed under Python's feet."""
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    options = {"encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
-    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, **options)  # noqa: SIM115
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, **options)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = _text_writer(1)
+    sys.stderr = sys.__stderr__ = _text_writer(2)
+
+
+def _text_writer(descriptor: int) -> io.TextIOWrapper:
+    return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def leave(code: int) -> None:

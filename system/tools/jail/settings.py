@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
@@ -33,8 +33,8 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        values = json.loads(text)
-        return cls(**{**values, "paths": tuple(values["paths"]), "preload": tuple(values["preload"])})
+        settings = cls(**json.loads(text))
+        return replace(settings, paths=tuple(settings.paths), preload=tuple(settings.preload))
 
 
 def readable_directories(settings: Settings) -> list[str]:
