@@ -35,7 +35,7 @@ def _quickstart(config: Config) -> Task:
     try:
         skill = Skill(**config.task.options)
     except TypeError as error:
-        raise ConfigError(f"task.options: the quickstart knows `check` and `skim` ({error})") from error
+        raise ConfigError(f"task.options: the quickstart knows `right` and `slip` ({error})") from error
     except ValueError as error:
         raise ConfigError(f"task.options: {error}") from error
     try:

@@ -102,7 +102,7 @@ def test_tree_of_a_demonstration():
     demo = Demonstration(
         prompt,
         (
-            ("model", " <think> plus </think> <python> print( 47 + 12 ) </python>"),
+            ("model", " <think> plus </think> <python> print(47+12) </python>"),
             ("tool", " <result>\n59\n</result>"),
             ("model", " <think> done </think> <answer> \\boxed{59 } </answer>"),
         ),

@@ -64,20 +64,20 @@ def test_ids_are_unique_and_every_kind_appears(task):
 def test_too_many_questions_is_an_error(monkeypatch):
     monkeypatch.setattr(questions, "KINDS", {"lookup": 1.0})
     with pytest.raises(ValueError, match="only"):
-        questions.sample("s", 1000, generate(0))  # there are 120 entities with 6 fields
+        questions.sample("s", 1000)  # there are 120 entities with 6 fields
 
 
 def test_answers_follow_from_the_documents_alone(task):
     """An independent reader of the corpus and the question's text comes to the same answers."""
     facts = {d["title"]: d["text"] for d in task.corpus()}
-    field_of = {r.field: r for kind in TYPES for r in (*LINKS[kind], *NUMBERS[kind])}
+    field_of = {r.word: r for kind in TYPES for r in (*LINKS[kind], *NUMBERS[kind])}
     for prompt in task.eval():
         words = question(prompt).removeprefix("Q:").removesuffix(" ?").split()
         value, rest = words[0], words[1:]
         while rest and rest[0] == "'s":
             relation = field_of[rest[1]]
             title = f"{'figures' if relation.numeric else relation.owner} {value}"
-            value = facts[title].split(f"{relation.field} ")[1].split()[0]
+            value = facts[title].split(f"{relation.field}:")[1].split()[0]
             rest = rest[2:]
         if rest:
             a, b = int(value), int(rest[1])
@@ -120,9 +120,9 @@ def test_decoding_is_concatenation(tokenizer, ids):
 
 
 def test_code_decodes_to_valid_python(tokenizer):
-    code = " print( 47 // 12 )"
+    code = " print(47//12)"
     ids = tokenizer.encode(code)
-    assert [tokenizer.decode([i]) for i in ids] == [" print(", " 47", " //", " 12", " )"]
+    assert [tokenizer.decode([i]) for i in ids] == [" print(", "47", "//", "12", ")"]
     compile(tokenizer.decode(ids).strip(), "model", "exec")
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1645")] == ["16", "45"]
 
@@ -163,24 +163,20 @@ def test_the_expert_is_imperfect_as_designed(task):
         boxed = demo.segments[-1][1].split("\\boxed{")[1].split("}")[0].strip()
         right[demo.prompt.kind].append(boxed == demo.prompt.answers[0])
     rate = {kind: sum(v) / len(v) for kind, v in right.items()}
-    one_choice = 0.35 + 0.55 / 3 + 0.1 / 3
+    one_choice = 0.4 + 0.15 / 3
     assert rate["lookup"] == pytest.approx(one_choice, abs=0.06)
     assert rate["calc"] == pytest.approx(one_choice, abs=0.07)
-    assert 0.1 < rate["chain"] < 0.35
-    assert 0.15 < rate["search+calc"] < 0.4
+    assert 0.08 < rate["chain"] < 0.25
+    assert 0.08 < rate["search+calc"] < 0.25
 
 
 def test_skill_chooses_with_its_chances():
-    rng, skill, n = random.Random(0), Skill(check=0.3, skim=0.5), 20_000
+    rng, skill, n = random.Random(0), Skill(right=0.3, slip=0.5), 20_000
     drawn = Counter(skill.choose("c", ("a", "b", "c"), rng) for _ in range(n))
-    guess = ("guess", 0.2 / 3)
-    expected = {("check", "c"): 0.3, ("skim", "a"): 0.5} | {(guess[0], x): guess[1] for x in "abc"}
-    assert set(drawn) == set(expected)
-    for choice, chance in expected.items():
-        assert drawn[choice] / n == pytest.approx(chance, abs=0.02)
-    assert "check" not in {skill.choose("z", ("a", "b", "c"), rng)[0] for _ in range(200)}
+    for option, chance in {"a": 0.5 + 0.2 / 3, "b": 0.2 / 3, "c": 0.3 + 0.2 / 3}.items():
+        assert drawn[option] / n == pytest.approx(chance, abs=0.02)
     with pytest.raises(ValueError, match="sum to at most 1"):
-        Skill(check=0.6, skim=0.6)
+        Skill(right=0.6, slip=0.6)
 
 
 def test_corpus_is_what_the_search_server_reads(task):

@@ -24,14 +24,14 @@ def config(name: str, **task) -> Config:
 
 
 def test_quickstart_brings_everything():
-    settings = config("quickstart", options={"check": 0.5, "skim": 0.25})
+    settings = config("quickstart", options={"right": 0.5, "slip": 0.25})
     settings.run.seed, settings.tools.search_top_k = 7, 2
     task = make_task(settings)
     assert isinstance(task, QuickstartTask)
     assert isinstance(task, HasCorpus)
     assert isinstance(task, HasTokenizer)
     assert isinstance(task, HasDemonstrations)
-    assert (task.seed, task.skill.check, len(task.train()), len(task.eval())) == (7, 0.5, 50, 20)
+    assert (task.seed, task.skill.right, len(task.train()), len(task.eval())) == (7, 0.5, 50, 20)
     (demo,) = task.demonstrations(1, 0)
     results = [text for author, text in demo.segments if author == "tool" and ":" in text]
     assert all(text.count("\n") == 3 for text in results)  # two documents
@@ -71,4 +71,4 @@ def test_errors_suggest():
     with pytest.raises(ConfigError, match=r"task\.options"):
         make_task(config("quickstart", options={"wrong": 1}))
     with pytest.raises(ConfigError, match=r"task\.options"):
-        make_task(config("quickstart", options={"check": 0.9, "skim": 0.9}))
+        make_task(config("quickstart", options={"right": 0.9, "slip": 0.9}))

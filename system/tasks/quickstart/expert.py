@@ -1,15 +1,12 @@
 """The imperfect expert whose demonstrations warm the model up.
 
-It always writes well-formed calls and restates what is asked for.  But where a document offers three fields,
-or a calculation three operators, it does not always ``check`` which one was asked for: more often it
-``skims`` and takes the first one, and now and then it guesses.  It says so, and acts accordingly.  A model
-that imitates it knows the format and can do either, samples the right choice now and then, yet prefers a
-wrong one: what reinforcement learning can then visibly mend.  (Small models improve under RL only from such a
-start.)
+It always writes well-formed calls, restates what is asked for, and names what it read.  But where a document
+offers three fields, or a calculation three operators, its eye tends to slip to the *next* one in the list.  A
+model that imitates it therefore knows the format and often samples the right choice, yet prefers a wrong one:
+what reinforcement learning can then visibly mend.  (Small models improve under RL only from such a start.)
 
-Saying so matters.  With the way named first, imitation teaches each way as a rule without noise, for all
-labels alike, and to prefer the right one is a matter of some tens of steps; without it a tiny model learns a
-blurred table, label by label, in which every correction disturbs the others.
+That the slip depends on what was asked for matters: to imitate even the habit, the model has to learn to look
+at the question, which a habit of always taking the same field would not teach it.
 """
 
 from __future__ import annotations
@@ -21,38 +18,32 @@ from typing import TypeVar
 
 from system.tasks.base import Demonstration, Prompt
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
-from system.tasks.quickstart.world import FIGURES, NAMES, TYPES, World
+from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, World
 
 T = TypeVar("T")
 
 _OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
 
 
-WAYS = ("check", "skim", "guess")
-
-
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """Chances of each way of choosing; it guesses with what remains."""
+    """Chances of each way of choosing; the rest is a uniform draw."""
 
-    check: float = 0.35
-    skim: float = 0.55
+    right: float = 0.4
+    slip: float = 0.45
 
     def __post_init__(self) -> None:
-        if min(self.check, self.skim) < 0 or self.check + self.skim > 1:
-            raise ValueError(f"check={self.check}, skim={self.skim}: chances must sum to at most 1")
+        if min(self.right, self.slip) < 0 or self.right + self.slip > 1:
+            raise ValueError(f"right={self.right} and slip={self.slip} must be chances that sum to at most 1")
 
-    def choose(self, asked: T, options: Sequence[T], rng: random.Random) -> tuple[str, T]:
-        """How it chooses, and what: the option asked for, the first one, or any.
-
-        What is not among the options cannot be checked: a wrong turn was taken before, and it skims.
-        """
+    def choose(self, right: T, options: Sequence[T], rng: random.Random) -> T:
+        """Take the right option, the one after it (the first after the last), or any."""
         draw = rng.random()
-        if draw < self.check and asked in options:
-            return "check", asked
-        if draw < self.check + self.skim:
-            return "skim", options[0]
-        return "guess", rng.choice(options)
+        if draw < self.right:
+            return right
+        if draw < self.right + self.slip:
+            return options[(options.index(right) + 1) % len(options)]
+        return rng.choice(options)
 
 
 def demonstrate(
@@ -79,20 +70,18 @@ def demonstrate(
         query = f"{first_word} {value}"
         segments.append(("model", f"{said} </think> <search> {query} </search>"))
         segments.append(("tool", render_result(search(query))))
-        options = world.relations(value, asked.numeric)
-        way, taken = skill.choose(asked, options, rng)
+        options = (NUMBERS if asked.numeric else LINKS)[asked.owner]
+        taken = skill.choose(asked, options, rng)
         value = world.value(value, taken)
-        said = f" <think> {asked.field} ? {way} {taken.field} {value}"
+        said = f" <think> {asked.word} {taken.field}:{value if taken.numeric else ' ' + value}"
     if question.operator:
-        way, operator = skill.choose(question.operator, tuple(OPERATORS), rng)
+        operator = skill.choose(question.operator, tuple(OPERATORS), rng)
         first = int(value) if question.path else question.first
-        code = f"print( {first} {OPERATORS[operator]} {question.operand} )"
-        segments.append(("model", f"{said} {question.operator} ? {way} </think> <python> {code} </python>"))
+        code = f"print({first}{OPERATORS[operator]}{question.operand})"
+        segments.append(("model", f"{said} {question.operator} </think> <python> {code} </python>"))
         value = str(compute(operator, first, question.operand))
         segments.append(("tool", render_result(value)))
         said = " <think> done"
-        boxed = value  # as python prints it: without a space
-    else:
-        boxed = f" {value}"
+    boxed = value if value.lstrip("-").isdigit() else f" {value}"
     segments.append(("model", f"{said} </think> <answer> \\boxed{{{boxed} }} </answer>"))
     return Demonstration(prompt, tuple(segments))

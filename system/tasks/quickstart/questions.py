@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from system.tasks.base import Prompt
-from system.tasks.quickstart.world import FIGURE_RANGE, NAMES, TYPES, Relation, World
+from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, Relation, World
 
 OPERATORS = {"plus": "+", "minus": "-", "over": "//"}
 OPERANDS = range(10, 20)
@@ -33,9 +33,9 @@ class Question:
 
     @property
     def text(self) -> str:
-        """``Q: Alda 's home 's towers over 12 ?``"""
+        """``Q: Alda 's residence 's spires over 12 ?``"""
         subject = (
-            " ".join(["", self.start, *(f"'s {r.field}" for r in self.path)])
+            " ".join(["", self.start, *(f"'s {r.word}" for r in self.path)])
             if self.start
             else f" {self.first}"
         )
@@ -57,28 +57,29 @@ def compute(operator: str, a: int, b: int) -> int:
     return {"plus": a + b, "minus": a - b, "over": a // b}[operator]
 
 
-def draw(kind: str, world: World, rng: random.Random) -> Question:
-    """One random question of a kind, which the world can answer."""
+def draw(kind: str, rng: random.Random) -> Question:
+    """One random question of a kind."""
     operator = rng.choice(tuple(OPERATORS))
     operand = rng.choice(OPERANDS)
     if kind == "calc":
         return Question(kind, first=rng.choice(FIGURE_RANGE), operator=operator, operand=operand)
     hops = {"lookup": (1,), "chain": (2, 2, 3), "search+calc": (1, 1, 2)}[kind]
-    start = entity = rng.choice(NAMES[rng.choice(TYPES)])
+    owner = rng.choice(TYPES)
+    start = rng.choice(NAMES[owner])
     path: list[Relation] = []
     length = rng.choice(hops)
     for hop in range(length):
         last = hop == length - 1
         numeric = last and (kind == "search+calc" or rng.random() < 0.5)
-        relation = rng.choice(world.relations(entity, numeric))
+        relation = rng.choice((NUMBERS if numeric else LINKS)[owner])
         path.append(relation)
-        entity = world.value(entity, relation)
+        owner = relation.target
     if kind != "search+calc":
         return Question(kind, start, tuple(path))
     return Question(kind, start, tuple(path), operator=operator, operand=operand)
 
 
-def sample(seed: str, n: int, world: World, exclude: frozenset[str] = frozenset()) -> list[Question]:
+def sample(seed: str, n: int, exclude: frozenset[str] = frozenset()) -> list[Question]:
     """``n`` different questions in the shares of ``KINDS``, none of whose texts is in ``exclude``.
 
     Raises ValueError when the world has too few questions.
@@ -89,7 +90,7 @@ def sample(seed: str, n: int, world: World, exclude: frozenset[str] = frozenset(
     found: list[Question] = []
     misses = 0
     while len(found) < n:
-        question = draw(rng.choices(kinds, weights)[0], world, rng)
+        question = draw(rng.choices(kinds, weights)[0], rng)
         if question.text in seen:
             misses += 1
             if misses == _MOST_MISSES:

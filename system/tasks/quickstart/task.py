@@ -38,13 +38,13 @@ class QuickstartTask:
 
     @cached_property
     def _held_out(self) -> list[questions.Question]:
-        return questions.sample(f"eval-{self.seed}", self.eval_size, self.world)
+        return questions.sample(f"eval-{self.seed}", self.eval_size)
 
     def eval(self) -> list[Prompt]:
         return [questions.prompt(q, self.world, "eval", i) for i, q in enumerate(self._held_out)]
 
     def train(self) -> list[Prompt]:
-        drawn = questions.sample(f"train-{self.seed}", self.train_size, self.world, self._held_out_texts())
+        drawn = questions.sample(f"train-{self.seed}", self.train_size, self._held_out_texts())
         return [questions.prompt(q, self.world, "train", i) for i, q in enumerate(drawn)]
 
     def corpus(self) -> list[dict[str, str]]:
@@ -59,7 +59,7 @@ class QuickstartTask:
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         """``n`` trajectories of the imperfect expert on questions that are not held out."""
-        drawn = questions.sample(f"demonstrations-{self.seed}-{seed}", n, self.world, self._held_out_texts())
+        drawn = questions.sample(f"demonstrations-{self.seed}-{seed}", n, self._held_out_texts())
         rng = random.Random(f"expert-{self.seed}-{seed}")
         search = self._search_tool()
         render = TagSyntax({}).render_result

@@ -1,9 +1,9 @@
-"""The quickstart's tokenizer: one token per word and number, and text that decodes to itself.
+"""The quickstart's tokenizer: one token per word, numbers in pairs of digits, and text that decodes to
+itself.
 
-Each token's text is fixed and carries its own leading space (" home", " 47"), so decoding is concatenation,
-any text of the task decodes and encodes back to the same tokens, and model-written code decodes to valid
-Python: `` print( 47 // 12 )``.  What a tool prints starts a line, so its numbers have no leading space; a
-longer one is cut in pairs of digits.
+Each token's text is fixed and carries its own leading space (" home:"), so decoding is concatenation, any
+run of tokens decodes to text that encodes back to the same tokens, and model-written code decodes to valid
+Python: ``47`` and ``1645`` are [47] and [16][45] with no space in between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from system.tasks.quickstart.expert import WAYS
 from system.tasks.quickstart.questions import OPERATORS
 from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES
 
@@ -32,16 +31,20 @@ def _pieces() -> Iterator[str]:
         yield f" <{tag}>"
         yield f" </{tag}>"
     yield from (" <result>\n", "\n</result>", "\n")
-    yield from ("Q:", " 's", " ?", " \\boxed{", " }", " print(", " )", ":", " done")
-    yield from (f" {way}" for way in WAYS)
+    yield from ("Q:", " 's", " ?", " \\boxed{", " }", " print(", ")", ":", " done")
     for word, sign in OPERATORS.items():
-        yield from (f" {word}", f" {sign}")
+        yield f" {word}"
+        yield f" {word} "  # before a number, which has no space of its own
+        yield sign
+    yield "Q: "
     for kind in (*TYPES, FIGURES):
-        yield from (f" {kind}", kind)  # in a query; at the start of a document
+        yield f" {kind}"  # in a query
+        yield kind  # at the start of a document
     for kind in TYPES:
-        yield from (f" {relation.field}" for relation in (*LINKS[kind], *NUMBERS[kind]))
+        for relation in (*LINKS[kind], *NUMBERS[kind]):
+            yield f" {relation.word}"
+            yield f" {relation.field}:"
         yield from (f" {name}" for name in NAMES[kind])
-    yield from (f" {n}" for n in range(10, 100))
     yield from (f"{n:02d}" for n in range(100))
     yield from (str(n) for n in range(10))
 
@@ -52,7 +55,8 @@ def build() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     # Longest token first; what no token covers becomes one unknown token per word.
     ordinary = sorted((p for p in vocabulary if p not in _SPECIAL), key=len, reverse=True)
-    pattern = "|".join([*map(re.escape, ordinary), r" ?[A-Za-z]+", r"[\s\S]"])
+    words = [re.escape(p) + (r"(?=\d)" if p.endswith(" ") else "") for p in ordinary]
+    pattern = "|".join([*words, r" ?[A-Za-z]+", r"[\s\S]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])

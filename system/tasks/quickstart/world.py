@@ -1,24 +1,24 @@
 """A small generated world: people, places and works, and the documents that describe them.
 
 Every entity has two documents: a *profile* that links it to three entities of the next type, and *figures*
-with three numbers, each under labels drawn from many.  Types follow each other in a circle (person, place,
-work, person), so that a chain of questions never meets the same type twice within three hops, and so that a
-search which names the type and the entity ("place Tolmouth") ranks the profile of exactly that entity first,
-before the documents that only mention it.
+with three numbers.  Types follow each other in a circle (person -> place -> work -> person), so that a chain
+of questions never meets the same type twice within three hops, and so that a search which names the type and
+the entity ("place Tolm") ranks the profile of exactly that entity first, before the documents that only
+mention it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """One field of a document, which questions ask for by its label."""
+    """One field of a document, and the word by which questions ask for it."""
 
-    field: str
+    field: str  # label in the document
+    word: str  # word in the question
     owner: str  # type of the entity that has it
     target: str  # type of the entity it names; "" for a number
 
@@ -33,24 +33,20 @@ FIGURES = "figures"
 
 FIGURE_RANGE = range(20, 80)
 
-_NEXT = {"person": "place", "place": "work", "work": "person"}
-_LINKS = {
-    "person": "birthplace home tomb school prison farm harbor temple court garden camp shop villa chapel "
-    "studio tavern",
-    "place": "anthem legend map statue mural chronicle ballad charter festival mosaic fresco opera pageant "
-    "tapestry proverb carol",
-    "work": "author hero critic patron editor singer villain printer translator narrator muse rival owner "
-    "teacher painter witness",
+_FIELDS = {
+    "person": (("born", "birthplace"), ("home", "residence"), ("tomb", "grave")),
+    "place": (("hymn", "anthem"), ("legend", "myth"), ("map", "chart")),
+    "work": (("author", "writer"), ("hero", "protagonist"), ("critic", "reviewer")),
 }
 _NUMBERS = {
-    "person": "age medals debts horses letters rings votes wounds cousins journeys coins duels",
-    "place": "towers bridges wells gates mills parks inns squares docks streets ovens bells",
-    "work": "pages songs scenes chapters masks verses copies jokes riddles dreams battles storms",
+    "person": (("age", "years"), ("medals", "prizes"), ("debts", "loans")),
+    "place": (("towers", "spires"), ("bridges", "crossings"), ("wells", "springs")),
+    "work": (("pages", "leaves"), ("songs", "tunes"), ("scenes", "acts")),
 }
-LINKS = {t: tuple(Relation(f, t, _NEXT[t]) for f in _LINKS[t].split()) for t in TYPES}
-"""What a profile may say, by the owner's type; each entity's says three of these."""
-NUMBERS = {t: tuple(Relation(f, t, "") for f in _NUMBERS[t].split()) for t in TYPES}
-"""What figures may say; each entity's say three of these."""
+_NEXT = {"person": "place", "place": "work", "work": "person"}
+
+LINKS = {t: tuple(Relation(f, w, t, _NEXT[t]) for f, w in _FIELDS[t]) for t in TYPES}
+NUMBERS = {t: tuple(Relation(f, w, t, "") for f, w in _NUMBERS[t]) for t in TYPES}
 
 _SYLLABLES = {
     "person": (("Al", "Bren", "Cor", "Dar", "El", "Fen", "Gor", "Hal"), ("da", "ric", "win", "mira", "sa")),
@@ -70,26 +66,25 @@ type."""
 
 @dataclass(frozen=True)
 class World:
-    """The facts."""
+    """The facts.  ``links`` and ``numbers`` map (entity, field) to another entity's name or to a number."""
 
-    links: dict[str, dict[Relation, str]]  # entity -> what its profile says, in order
-    numbers: dict[str, dict[Relation, int]]  # entity -> what its figures say, in order
+    links: dict[tuple[str, str], str]
+    numbers: dict[tuple[str, str], int]
 
     def value(self, entity: str, relation: Relation) -> str:
         """What the documents say under ``relation`` about ``entity``, as text."""
-        return str(self.numbers[entity][relation]) if relation.numeric else self.links[entity][relation]
-
-    def relations(self, entity: str, numeric: bool) -> tuple[Relation, ...]:
-        """The fields of an entity's figures (``numeric``) or profile, in the document's order."""
-        return tuple(self.numbers[entity] if numeric else self.links[entity])
+        key = (entity, relation.field)
+        return str(self.numbers[key]) if relation.numeric else self.links[key]
 
     def profile(self, kind: str, entity: str) -> dict[str, str]:
-        """``person Alda: birthplace Tolmouth school Karkeep tomb Zandale``, as a document."""
-        return _document(kind, entity, self.links[entity])
+        """``person Alda: born: Tolmouth home: Karkeep tomb: Zandale``, as a document."""
+        fields = " ".join(f"{r.field}: {self.links[entity, r.field]}" for r in LINKS[kind])
+        return {"id": f"{kind}/{entity}", "title": f"{kind} {entity}", "text": fields}
 
-    def figures(self, entity: str) -> dict[str, str]:
-        """``figures Alda: age 47 medals 22 debts 63``, as a document."""
-        return _document(FIGURES, entity, self.numbers[entity])
+    def figures(self, kind: str, entity: str) -> dict[str, str]:
+        """``figures Alda: age:47 medals:22 debts:63``, as a document."""
+        fields = " ".join(f"{r.field}:{self.numbers[entity, r.field]}" for r in NUMBERS[kind])
+        return {"id": f"{FIGURES}/{entity}", "title": f"{FIGURES} {entity}", "text": fields}
 
     def documents(self) -> list[dict[str, str]]:
         """The corpus of the search server: ``{"id", "title", "text"}``, shown to the model as
@@ -98,24 +93,20 @@ class World:
             document
             for kind in TYPES
             for name in NAMES[kind]
-            for document in (self.profile(kind, name), self.figures(name))
+            for document in (self.profile(kind, name), self.figures(kind, name))
         ]
 
 
-def _document(first_word: str, entity: str, fields: Mapping[Relation, object]) -> dict[str, str]:
-    text = " ".join(f"{relation.field} {value}" for relation, value in fields.items())
-    return {"id": f"{first_word}/{entity}", "title": f"{first_word} {entity}", "text": text}
-
-
 def generate(seed: int) -> World:
-    """Facts drawn from ``seed``: three links to different entities and three different numbers per entity."""
+    """Facts drawn from ``seed``; an entity's three links differ, and so do its three numbers (of
+    FIGURE_RANGE)."""
     rng = random.Random(f"world-{seed}")
-    links: dict[str, dict[Relation, str]] = {}
-    numbers: dict[str, dict[Relation, int]] = {}
+    links: dict[tuple[str, str], str] = {}
+    numbers: dict[tuple[str, str], int] = {}
     for kind in TYPES:
         for name in NAMES[kind]:
-            links[name] = dict(
-                zip(rng.sample(LINKS[kind], 3), rng.sample(NAMES[_NEXT[kind]], 3), strict=True)
-            )
-            numbers[name] = dict(zip(rng.sample(NUMBERS[kind], 3), rng.sample(FIGURE_RANGE, 3), strict=True))
+            for relation, value in zip(LINKS[kind], rng.sample(NAMES[_NEXT[kind]], 3), strict=True):
+                links[name, relation.field] = value
+            for relation, number in zip(NUMBERS[kind], rng.sample(FIGURE_RANGE, 3), strict=True):
+                numbers[name, relation.field] = number
     return World(links, numbers)
