@@ -8,7 +8,7 @@ from typing import Any
 
 
 class PluginError(ValueError):
-    """A dotted path that leads to nothing callable; the message says where it ends."""
+    """A dotted path that leads to nothing callable; the message says why, the caller knows for what key."""
 
 
 def is_path(name: str) -> bool:
@@ -22,7 +22,7 @@ def load(path: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's own code
-        raise PluginError(f"{path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{type(error).__name__}: {error}") from error
     if not callable(found):
-        raise PluginError(f"{path!r} is a {type(found).__name__}, not a class or a function")
+        raise PluginError(f"{attribute} is not callable")
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
+from system import plugins
 from system.config import Config, ConfigError
 from system.tasks.base import Task
 
@@ -21,8 +21,11 @@ def make_task(config: Config) -> Task:
     name = config.task.name
     if name in _BUILDERS:
         return _BUILDERS[name](config)
-    if ":" in name:
-        return cast(Task, _own(name)(config))
+    if plugins.is_path(name):
+        try:
+            return cast(Task, plugins.load(name)(config))
+        except plugins.PluginError as error:
+            raise ConfigError(f"task.name={name!r}: {error}") from error
     close = difflib.get_close_matches(name, _BUILDERS, n=1)
     hint = f"did you mean {close[0]}?" if close else "write your own as package.module:Name"
     raise ConfigError(f"task.name={name!r}: choose one of {', '.join(_BUILDERS)}; {hint}")
@@ -67,14 +70,3 @@ _BUILDERS: dict[str, Callable[[Config], Task]] = {
     "jsonl": _jsonl,
     "reasoning-gym": _reasoning,
 }
-
-
-def _own(path: str) -> Callable[[Config], Any]:
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"task.name={path!r}: {error}") from error
-    if not callable(found):
-        raise ConfigError(f"task.name={path!r}: {attribute} is not callable")
-    return found

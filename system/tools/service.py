@@ -8,7 +8,6 @@ attempts. A failing tool is an outcome, never an exception.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import math
 import random
@@ -21,6 +20,7 @@ from typing import Any
 
 from asyncio_throttle.throttler import Throttler
 
+from system import plugins
 from system.config import ToolsConfig
 from system.tools.breaker import CircuitBreaker
 from system.tools.http_tools import HttpClient, PythonTool, SearchTool
@@ -141,7 +141,7 @@ def build_tools(
             url = urls.get("python", "")
             _require_url(name, url, "let the run start its own python server")
             tools.append(PythonTool(url, http=http))
-        elif ":" in name:
+        elif plugins.is_path(name):
             tools.append(_custom(name))
         else:
             raise ToolStartError(
@@ -156,9 +156,10 @@ def _require_url(name: str, url: str, remedy: str) -> None:
 
 
 def _custom(path: str) -> Tool:
-    module, _, attribute = path.partition(":")
     try:
-        tool = getattr(importlib.import_module(module), attribute)()
+        tool = plugins.load(path)()
+    except plugins.PluginError as error:
+        raise ToolStartError(f"tool {path!r}: cannot be made: {error}") from error
     except Exception as error:
         raise ToolStartError(f"tool {path!r}: cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(tool, Tool):

@@ -23,7 +23,10 @@ def make_reward(name: str) -> Reward:
     Raises ``ValueError`` for an unknown one; ``task`` is the task's own to give.
     """
     if plugins.is_path(name):
-        return plugins.load(name)()
+        try:
+            return plugins.load(name)()
+        except plugins.PluginError as error:
+            raise ValueError(f"reward.name={name!r}: {error}") from error
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}: choose one of {', '.join(REWARDS)}")
     return REWARDS[name]()
