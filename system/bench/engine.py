@@ -4,9 +4,9 @@ Everything runs in turn on the same model, random weights of the quickstart's si
 torch threads, several rounds over; what is compared is the median over rounds of the ratio within a round, so
 that a busy machine slows both sides of each ratio.
 
-* ``mixed``: 64 concurrent requests with prompts of 16 to 128 tokens, against ``model.generate_batch``
-(transformers'
-  continuous batching, paged attention).
+* ``mixed``: 64 concurrent requests with prompts of 16 to 128 tokens and outputs of a quarter to the whole of
+  ``new_tokens``, against transformers' continuous batching (paged attention): the manager that its
+  ``generate_batch`` wraps, because that function takes one output length for all.
 * ``equal``: 64 concurrent requests of one length, against static ``model.generate``, which needs them equal.
 
 CPU seconds are reported beside wall time (ours: server and client together), for they tell a busy machine
@@ -52,19 +52,20 @@ REQUESTS = 64
 RIVALS = {"generate_batch": "ours_mixed", "static": "ours_equal"}  # and our run on the same work
 REQUIRED = {"generate_batch": 5.0, "static": 1.0}
 _START_DEADLINE_S = 120.0
+_RESULT_DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts and how many tokens to generate for each."""
+    """Prompts, and how many tokens to generate for each."""
 
     name: str
     prompts: tuple[NDArray[np.int32], ...]
-    new_tokens: int
+    new_tokens: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        return len(self.prompts) * self.new_tokens
+        return sum(self.new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,10 @@ def workloads(seed: int, new_tokens: int) -> tuple[Workload, Workload]:
     def prompt(length: int) -> NDArray[np.int32]:
         return rng.integers(1, VOCAB, length).astype(np.int32)
 
-    mixed = tuple(prompt(int(rng.integers(16, 129))) for _ in range(REQUESTS))
-    return Workload("mixed", mixed, new_tokens), Workload(
-        "equal", tuple(prompt(64) for _ in mixed), new_tokens
-    )
+    prompts = tuple(prompt(int(rng.integers(16, 129))) for _ in range(REQUESTS))
+    outputs = tuple(int(rng.integers(max(new_tokens // 4, 1), new_tokens + 1)) for _ in range(REQUESTS))
+    equal = tuple(prompt(64) for _ in range(REQUESTS))
+    return Workload("mixed", prompts, outputs), Workload("equal", equal, (new_tokens,) * REQUESTS)
 
 
 def run(
@@ -232,11 +233,12 @@ async def _ours(client: EngineClient, work: Workload, tag: str) -> int:
     """All requests at once; the prefix cache starts empty."""
     await client.flush_cache()
 
-    async def one(number: int, prompt: NDArray[np.int32]) -> int:
-        request = GenerateRequest(f"{tag}-{number}", prompt, Sampling(work.new_tokens, ignore_eos=True))
+    async def one(number: int) -> int:
+        sampling = Sampling(work.new_tokens[number], ignore_eos=True)
+        request = GenerateRequest(f"{tag}-{number}", work.prompts[number], sampling)
         return sum([len(chunk.tokens) async for chunk in client.generate(request)])
 
-    return sum(await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(work.prompts))))
+    return sum(await asyncio.gather(*(one(number) for number in range(REQUESTS))))
 
 
 def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> int:
@@ -245,20 +247,27 @@ def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> in
     settings = ContinuousBatchingConfig(
         page_size=32, num_blocks=1024, max_batch_tokens=1024, use_async_batching=False
     )
-    outputs = model.generate_batch(
-        [prompt.tolist() for prompt in work.prompts],
-        generation_config=_sampling(work.new_tokens, eos=-1),  # -1: no token ends a sequence
+    count = 0
+    with model.continuous_batching_context_manager(
+        generation_config=_sampling(max(work.new_tokens), eos=-1),  # -1: no token ends a sequence
         continuous_batching_config=settings,
         warmup=False,
-    )
-    return sum(len(output.generated_tokens) for output in outputs.values())
+    ) as manager:
+        for prompt, new_tokens in zip(work.prompts, work.new_tokens, strict=True):
+            manager.add_request(prompt.tolist(), max_new_tokens=new_tokens)
+        for _ in work.prompts:
+            result = manager.get_result(timeout=_RESULT_DEADLINE_S)
+            if result is None:
+                raise RuntimeError(f"transformers: no result within {_RESULT_DEADLINE_S} s")
+            count += len(result.generated_tokens)
+    return count
 
 
 def _static(model: Qwen3ForCausalLM, work: Workload, threads: int) -> int:
     torch.set_num_threads(threads)
     prompts = torch.from_numpy(np.stack(work.prompts).astype(np.int64))
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        prompts, _sampling(work.new_tokens, eos=None), attention_mask=torch.ones_like(prompts)
+        prompts, _sampling(work.new_tokens[0], eos=None), attention_mask=torch.ones_like(prompts)
     )
     return int(output.shape[0] * (output.shape[1] - prompts.shape[1]))
 
@@ -271,16 +280,16 @@ def _sampling(new_tokens: int, eos: int | None) -> GenerationConfig:
 
 
 _LABELS = {
-    "ours_mixed": "espalier, mixed prompts",
-    "generate_batch": "transformers generate_batch, mixed prompts",
-    "ours_equal": "espalier, equal prompts",
-    "static": "transformers generate (static), equal prompts",
+    "ours_mixed": "espalier, mixed lengths",
+    "generate_batch": "transformers continuous batching, mixed lengths",
+    "ours_equal": "espalier, equal lengths",
+    "static": "transformers generate (static), equal lengths",
 }
 
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(
-        title=f"{REQUESTS} requests, {result['new_tokens']} new tokens each, {result['threads']} thread(s)"
+        title=f"{REQUESTS} requests, up to {result['new_tokens']} new tokens, {result['threads']} thread(s)"
     )
     table.add_column("engine")
     table.add_column("tokens/s", justify="right")
