@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 
 from system.engine.protocol import Chunk, EngineError, Finish
 
@@ -37,7 +37,7 @@ class EventSplitter:
                 self.done = True
                 return
             try:
-                message = json.loads(body)
+                message = orjson.loads(body)
             except ValueError as error:
                 raise MalformedStream(f"not JSON: {body[:80]!r}") from error
             if not isinstance(message, dict):

@@ -8,11 +8,11 @@ Streams are always incremental (disjoint), as SGLang's are with ``--incremental-
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import orjson
 from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -30,8 +30,6 @@ CONTROL_DEADLINE_S = (
     60.0  # a control call waits for one step at most; a step of a large model may take seconds
 )
 HEALTH_DEADLINE_S = 20.0
-
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def application(engine: EmbeddedEngine) -> web.Application:
@@ -157,15 +155,13 @@ class _Server:
             "weight_versions": _spans(events, count - len(tokens)),
         }
         if details:
-            logprob = [_short(value) for event in events for value in event.logprob]
+            logprob = [value for event in events for value in event.logprob]
             meta["output_token_logprobs"] = [
                 [value, token, None] for value, token in zip(logprob, tokens, strict=True)
             ]
             if job.top_p < 1 or job.top_k > 0:
-                meta["output_token_sampling_logprobs"] = [
-                    _short(v) for event in events for v in event.kept_logprob
-                ]
-            meta["entropy"] = [_short(value) for event in events for value in event.entropy]
+                meta["output_token_sampling_logprobs"] = [v for event in events for v in event.kept_logprob]
+            meta["entropy"] = [value for event in events for value in event.entropy]
         vocabulary = self._engine.vocabulary
         return {
             "text": vocabulary.text(tokens) if vocabulary else "",
@@ -328,7 +324,7 @@ async def _json(request: web.Request) -> dict[str, Any]:
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_JSON_BYTES, actual_size=request.content_length or 0)
     data = await request.read()
     try:
-        body = json.loads(data) if data else {}
+        body = orjson.loads(data) if data else {}
     except ValueError as error:
         raise BadRequest(f"body: not JSON: {error}") from error
     if not isinstance(body, dict):
@@ -370,10 +366,5 @@ def _spans(events: list[Event], start: int) -> list[dict[str, Any]]:
     return spans
 
 
-def _short(value: float) -> float:
-    """Seven decimals: float32 has no more, and JSON would print seventeen."""
-    return round(value, 7)
-
-
 def _sse(message: dict[str, Any]) -> bytes:
-    return f"data: {_encode(message)}\n\n".encode()
+    return b"data: " + orjson.dumps(message) + b"\n\n"
