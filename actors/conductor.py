@@ -90,8 +90,9 @@ class Conductor:
         self._trees = TreeWriter(run_dir.trees, keep=config.observe.trees)
 
     async def run(self) -> bool:
-        """Train.  True when all steps are done, False when it was asked to stop first (a checkpoint is
-        saved).
+        """Train.  True at its end, False when it was asked to stop first (a checkpoint is saved).
+
+        The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.
         """
         self.progress.phase(TRAINING)
         await self.replay.fill()
@@ -103,13 +104,14 @@ class Conductor:
             ]
             try:
                 await self._learn()
+                finished = not self.stopping.is_set() or self.version >= self.config.run.steps
             finally:
                 self.stopping.set()
                 for task in (*background, *self._growing):
                     task.cancel()
         self._trees.close()
         self._write_ledger()
-        return self.version >= self.config.run.steps
+        return finished
 
     def stop(self) -> None:
         """Finish the training step under way, save, and return from ``run``."""
