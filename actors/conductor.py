@@ -21,7 +21,7 @@ import numpy as np
 import ray
 
 from actors.crew import Crew
-from actors.evaluation import evaluate
+from actors.evaluation import CLOSE_MARGIN_S, evaluate
 from actors.fleet import Fleet
 from actors.learner import LEARNER_DEADLINE_S
 from actors.replay import ReplayHandle
@@ -44,7 +44,6 @@ from system.tree.store import TreeWriter
 
 TAKE_WAIT_S = 5.0  # one long poll of the replay queue
 GAUGE_S = 1.0  # between readings of the gauges
-CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
 CHECKPOINT = re.compile(r"v\d{6}")
 
 

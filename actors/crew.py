@@ -12,11 +12,10 @@ from actors.learner import LearnerGroup
 from actors.replay import ReplayActor
 from actors.rollout import RolloutWorker
 from actors.serving import free_port
-from actors.supervise import answer, spawn
+from actors.supervise import START_DEADLINE_S, answer, spawn
 from actors.tools import SERVED, ToolActor
 from system.config import Config, to_dict
 
-START_DEADLINE_S = 180.0
 CLOSE_DEADLINE_S = 10.0
 TREES_PER_WORKER = (
     4096  # calls a rollout worker takes at once; admission and evaluation bound them long before

@@ -14,7 +14,7 @@ from system.tasks.base import Prompt
 from system.tree.record import Tree
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
-ANSWER_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
+CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
 
 
 async def evaluate(
@@ -25,7 +25,7 @@ async def evaluate(
     ``answered`` is called after each.  Raises what the last attempt at a question raised.
     """
     limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
-    deadline = config.rollout.tree_deadline_s + ANSWER_MARGIN_S
+    deadline = config.rollout.tree_deadline_s + CLOSE_MARGIN_S
 
     async def ask(number: int, question: Prompt) -> Tree:
         for attempt in range(1, ATTEMPTS + 1):

@@ -44,8 +44,7 @@ DONE, FAILED, STOPPED = 0, 1, 3  # exit codes; STOPPED: asked to stop before the
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
-    if config.engine.name != "embedded":
-        raise ConfigError(f"engine.name={config.engine.name!r} cannot train yet: use engine=embedded")
+    require_embedded(config)
     disable_progress_bar()  # of loading and saving weights, which would break into our own
     task = make_task(config)
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
@@ -65,6 +64,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
 
 def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     """Greedy answers of the model in ``model_dir`` to the held-out questions."""
+    require_embedded(config)
     task = make_task(config)
     with ray_session(), tempfile.TemporaryDirectory() as scratch:
         return asyncio.run(_evaluate(config, task, model_dir, Path(scratch)))
@@ -165,6 +165,12 @@ def prepare_model(config: Config, task: Task, run_dir: RunDir) -> Path:
             )
         create_model(path, task.tokenizer(), config.model, config.run.seed)
     return path
+
+
+def require_embedded(config: Config) -> None:
+    """Refuse an engine that this version does not launch, rather than take another in its place."""
+    if config.engine.name != "embedded":
+        raise ConfigError(f"engine.name={config.engine.name!r} cannot be launched yet: use engine=embedded")
 
 
 def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:

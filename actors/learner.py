@@ -13,11 +13,10 @@ from typing import Any, Literal
 import ray
 
 from actors.serving import free_port
-from actors.supervise import answer, answers, spawn
+from actors.supervise import START_DEADLINE_S, answer, answers, spawn
 from system import config as configuration
 from system.tree.record import Tree
 
-START_DEADLINE_S = 180.0
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
 
 

@@ -27,6 +27,3 @@ class RolloutWorker:
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> Tree:
         """One branch, no forks."""
         return await self._grower.grow(prompt, seed=seed, greedy=True, temperature=temperature)
-
-    async def tool_stats(self) -> dict[str, Any]:
-        return self._tools.stats()

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+START_DEADLINE_S = 180.0  # for an actor to come up
 RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
 LOOK_S = 0.5
 
