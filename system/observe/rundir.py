@@ -165,9 +165,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _claim(root: Path) -> bool:
-    """Make ``root`` ours: true when it is new or empty.  ``mkdir`` decides when two runs start together."""
+    """Make ``root`` ours: true when it is new or empty.
+
+    Two runs may start together and both find the directory empty: the one whose ``mkdir`` makes the first part has it.
+    """
     try:
-        root.mkdir()
+        root.mkdir(exist_ok=True)
+        if any(root.iterdir()):
+            return False
+        (root / "trees").mkdir()
     except FileExistsError:
-        return root.is_dir() and not any(root.iterdir())
+        return False
     return True
