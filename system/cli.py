@@ -13,13 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+
+# Commands that are modules of `system.commands`: WHAT, EPILOG, arguments(parser) and run(args).  They import
+# only the standard library at their top.
+MODULES: tuple[str, ...] = ("tree",)
 
 # Keys a resumed run may change without becoming a different experiment.
 SAFE_ON_RESUME = (
@@ -60,18 +61,6 @@ _BENCH_HELP = """\
 examples:
   espalier bench engine            our engine against transformers' batching, tokens per second
   espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
-"""
-_TREE_HELP = """\
-examples:
-  espalier tree runs/quickstart-s0                    the newest tree
-  espalier tree runs/quickstart-s0 --list             a table of all trees kept
-  espalier tree runs/quickstart-s0 --index 17         one of them
-  espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
-  espalier tree runs/quickstart-s0 --worst --full | less
-
-How to read it: a tree goes one level deeper where it forks. `fork?` is a decision of the branching
-policy after a tool result: the rise in entropy (ΔH), the fork probability P and the draw. A leaf shows
-its reward, its advantage A over its siblings, why it ended, and whether it began as root, fork or top-up.
 """
 _CONFIG_HELP = """\
 examples:
@@ -156,18 +145,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     bench.add_argument("--quick", action="store_true", help="a smaller measurement, for a first look")
 
-    tree = command("tree", "print a trajectory tree of a run", _TREE_HELP, _tree)
-    tree.add_argument("run", metavar="RUN", type=Path, help="a run directory")
-    which = tree.add_mutually_exclusive_group()
-    which.add_argument("--list", action="store_true", help="a table of all trees")
-    which.add_argument(
-        "--index", type=int, default=-1, metavar="I", help="tree number I of the table; -1 is the newest"
-    )
-    which.add_argument("--best", action="store_true", help="the tree of the highest mean reward")
-    which.add_argument("--worst", action="store_true", help="the tree of the lowest mean reward")
-    which.add_argument("--prompt", metavar="ID", help="the newest tree of this prompt")
-    tree.add_argument("--entropy", action="store_true", help="show the entropy of every token")
-    tree.add_argument("--full", action="store_true", help="whole texts with their line breaks")
+    for name in MODULES:
+        module = importlib.import_module(f"system.commands.{name}")
+        module.arguments(command(name, module.WHAT, module.EPILOG, module.run))
 
     config = command("config", "print the merged configuration", _CONFIG_HELP, _config)
     config.add_argument(
@@ -248,10 +228,6 @@ def _bench(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     importlib.import_module(f"system.bench.{args.what}").run(out, quick=args.quick)
     return 0
-
-
-def _tree(args: argparse.Namespace) -> int:
-    return importlib.import_module("system.commands.tree").run(args)
 
 
 def _config(args: argparse.Namespace) -> int:

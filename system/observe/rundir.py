@@ -167,7 +167,8 @@ def write_atomic(path: Path, text: str) -> None:
 def _claim(root: Path) -> bool:
     """Make ``root`` ours: true when it is new or empty.
 
-    Two runs may start together and both find the directory empty: the one whose ``mkdir`` makes the first part has it.
+    Two runs may start together and both find the directory empty: the one whose ``mkdir`` makes the first
+    part has it.
     """
     try:
         root.mkdir(exist_ok=True)

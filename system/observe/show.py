@@ -1,0 +1,113 @@
+"""What ``espalier tree`` prints: one tree as an outline, or the table of all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from system.config import Config, ConfigError
+from system.learn.credit import advantages
+from system.observe.outline import Decode, View, outline, table
+from system.observe.rundir import RunDir
+from system.observe.treestats import TreeStats
+from system.tree.record import Tree
+from system.tree.store import StoreError, read_trees
+
+_PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not set
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one tree, or the table of all."""
+    run_dir = RunDir.open(args.run)
+    try:
+        return _show(args, run_dir, run_dir.config())
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
+    console = _Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    if args.list:
+        console.print(table(read_trees(run_dir.trees)))
+        return 0
+    tree = select(read_trees(run_dir.trees), args, run_dir)
+    view = View(
+        decode=_decoder(run_dir, config),
+        advantage=advantages(config.learn.credit, [tree.reward])[0],
+        credit=config.learn.credit,
+        full=args.full,
+        entropy=args.entropy,
+    )
+    console.print(outline(tree, view))
+    return 0
+
+
+class _Console(Console):
+    """Leaves a closed pipe (``espalier tree RUN | head``) to the command line; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def select(trees: Iterator[Tree], args: argparse.Namespace, run_dir: RunDir) -> Tree:
+    """The tree the options name; the newest without any.  Raises :class:`ConfigError` for none."""
+    if args.prompt is not None:
+        wanted = f"of prompt {args.prompt!r}"
+        found = deque((tree for tree in trees if tree.prompt_id == args.prompt), maxlen=1)
+    elif args.best or args.worst:
+        wanted = "with a scored leaf"
+        found = _extreme(trees, max if args.best else min)
+    elif args.index >= 0:
+        wanted = f"number {args.index}"
+        found = deque(islice(trees, args.index, args.index + 1))
+    else:
+        wanted = f"number {args.index}" if args.index != -1 else "yet"
+        last = deque(trees, maxlen=-args.index)
+        found = deque(islice(last, 1)) if len(last) == -args.index else deque()
+    if not found:
+        raise ConfigError(
+            f"{run_dir.root} keeps no tree {wanted}; `espalier tree {run_dir.root} --list` shows all"
+        )
+    return found[0]
+
+
+def _extreme(trees: Iterable[Tree], choose: Callable[..., Any]) -> deque[Tree]:
+    """The tree of the highest or lowest mean reward; of equals, for a better view, one that forked most."""
+    best: tuple[tuple[float, int], Tree] | None = None
+    sign = 1 if choose is max else -1
+    for tree in trees:
+        stats = TreeStats.of(tree)
+        if stats.reward.size:
+            rank = (sign * float(stats.reward.mean()), stats.forks)
+            if best is None or rank > best[0]:
+                best = (rank, tree)
+    return deque([best[1]] if best else [])
+
+
+def _decoder(run_dir: RunDir, config: Config) -> Decode:
+    """The run's tokenizer: its trained model's, or that of the model it started from."""
+    places = [run_dir.model, Path(config.model.path) if config.model.path else run_dir.start]
+    for place in places:
+        if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            return lambda tokens: tokenizer.decode(
+                tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+    looked = " or ".join(map(str, places))
+    print(f"WARNING: no tokenizer in {looked}: showing token ids instead of text", file=sys.stderr)
+    return _ids
+
+
+def _ids(tokens: NDArray[np.int32]) -> str:
+    return "".join(f"⟨{token}⟩" for token in tokens.tolist())
