@@ -138,9 +138,12 @@ class FlowConfig:
 
 @dataclass
 class LearnConfig:
-    tp: int = 2
-    pp: int = 1
-    dp: int = 1
+    tp: int = 2  # tensor parallel: ranks that share every layer
+    pp: int = 1  # pipeline parallel: stages that hold consecutive layers
+    dp: int = 1  # data parallel: model copies, each with its share of the micro-batches
+    sequence_parallel: bool = False  # split the activations between attention and MLP over the TP ranks too
+    distributed_optimizer: bool = False  # split the optimizer state over the DP ranks
+    recompute: str = "none"  # none | selective (attention) | full (every layer), in the backward pass
     threads: int = 1
     credit: str = "arpo-soft"  # grpo | arpo-soft | arpo-hard | rloo | reinforce++ | dr-grpo
     objective: str = "decoupled"  # decoupled | ppo | grpo-flat
@@ -160,7 +163,6 @@ class LearnConfig:
     tis_cap: float = 2.0  # cap of the proximal/behaviour ratio (truncated importance sampling)
     kl_coef: float = 0.0  # KL to the reference model; 0: no reference model is built
     entropy_coef: float = 0.0
-    recompute: bool = False  # full activation recomputation
     bucket_mb: int = 64  # weight export bucket
 
 
@@ -235,6 +237,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.kv_after_update": ("recompute", "keep"),
     "learn.credit": ("grpo", "arpo-soft", "arpo-hard", "rloo", "reinforce++", "dr-grpo"),
     "learn.objective": ("decoupled", "ppo", "grpo-flat"),
+    "learn.recompute": ("none", "selective", "full"),
     "learn.aggregate": ("token-mean", "seq-mean", "constant"),
     "observe.wandb": ("offline", "online", "disabled"),
 }
@@ -316,11 +319,13 @@ def validate(config: Config) -> None:
         f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too",
     )
     if not config.model.path:
-        _check_shape(config.model, learn.tp)
+        _check_shape(config.model, learn.tp, learn.pp)
 
 
-def _check_shape(model: ModelConfig, tp: int) -> None:
-    """A model made by us: its heads divide its width, and tensor parallelism divides heads and widths."""
+def _check_shape(model: ModelConfig, tp: int, pp: int) -> None:
+    """A model made by us: its heads divide its width, tensor parallelism divides heads and widths, pipeline
+    parallelism the layers.
+    """
     _require(
         model.hidden_size % model.heads == 0 and model.heads % model.kv_heads == 0,
         f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "
@@ -329,6 +334,7 @@ def _check_shape(model: ModelConfig, tp: int) -> None:
     for name in ("heads", "kv_heads", "ffn_size"):
         value = getattr(model, name)
         _require(value % tp == 0, f"learn.tp={tp} must divide model.{name}={value}")
+    _require(model.layers % pp == 0, f"learn.pp={pp} must divide model.layers={model.layers}")
 
 
 def _require(ok: bool, message: str) -> None:

@@ -97,7 +97,7 @@ def read_hf_config(path: str | Path) -> Any:
     return hf
 
 
-def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: bool = False) -> TransformerConfig:
+def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: str = "none") -> TransformerConfig:
     """Megatron's configuration of a Hugging Face Qwen2/Qwen3 model.  Raises ``ConfigError`` if ``tp`` does
     not divide it.
     """
@@ -105,11 +105,11 @@ def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: bool 
         if getattr(hf, name) % tp:
             raise ConfigError(f"learn.tp={tp} does not divide the model's {name}={getattr(hf, name)}")
     on_cpu = cpu.needed()
-    checkpointing: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if recompute
-        else {}
-    )
+    checkpointing: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -143,7 +143,7 @@ def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: bool 
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
-        **checkpointing,
+        **checkpointing[recompute],
     )
 
 

@@ -39,6 +39,9 @@ def check(config: Config, world: int) -> None:
         raise ConfigError(
             f"learn.pp={learn.pp}: pipeline parallelism is not supported; use learn.tp and learn.dp"
         )
+    for name in ("sequence_parallel", "distributed_optimizer"):
+        if getattr(learn, name):
+            raise ConfigError(f"learn.{name} is not supported yet; set it to false")
     if learn.tp * learn.dp != world:
         raise ConfigError(
             f"learn.tp={learn.tp} times learn.dp={learn.dp} needs {learn.tp * learn.dp} ranks, not {world}"
