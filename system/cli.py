@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 # Commands that are modules of `system.commands`: WHAT, EPILOG, arguments(parser) and run(args).  They import
 # only the standard library at their top.
-MODULES: tuple[str, ...] = ("tree",)
+MODULES: tuple[str, ...] = ("tree", "bench")
 
 # Keys a resumed run may change without becoming a different experiment.
 SAFE_ON_RESUME = (
@@ -56,11 +56,6 @@ examples:
   espalier eval runs/quickstart-s0
   espalier eval runs/quickstart-s0 eval.questions=500 --out result.json
   espalier eval path/to/hf-model --config configs/quickstart.yaml
-"""
-_BENCH_HELP = """\
-examples:
-  espalier bench engine            our engine against transformers' batching, tokens per second
-  espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
 """
 _CONFIG_HELP = """\
 examples:
@@ -138,13 +133,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
 
-    bench = command("bench", "measure a part of the system on this machine", _BENCH_HELP, _bench)
-    bench.add_argument("what", choices=("engine", "learner"))
-    bench.add_argument(
-        "--out", type=Path, metavar="DIR", help="where the JSON and PNG go (default: runs/bench-…)"
-    )
-    bench.add_argument("--quick", action="store_true", help="a smaller measurement, for a first look")
-
     for name in MODULES:
         module = importlib.import_module(f"system.commands.{name}")
         module.arguments(command(name, module.WHAT, module.EPILOG, module.run))
@@ -220,13 +208,6 @@ def _eval(args: argparse.Namespace) -> int:
     if args.out:
         write_atomic(args.out, text + "\n")
     print(text)
-    return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    out = args.out or Path("runs") / f"bench-{args.what}"
-    out.mkdir(parents=True, exist_ok=True)
-    importlib.import_module(f"system.bench.{args.what}").run(out, quick=args.quick)
     return 0
 
 

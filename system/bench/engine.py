@@ -17,7 +17,6 @@ log-probabilities and entropies of every token, which the other two do not compu
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import statistics
@@ -31,21 +30,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import psutil
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from system.bench.report import Report
 from system.config import ModelConfig
 from system.engine.client import EngineClient
 from system.engine.protocol import GenerateRequest, Sampling
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 VOCAB = 512
 REQUESTS = 64
@@ -98,7 +93,7 @@ def run(
     threads: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure, print a table, write ``engine.json`` and ``engine.png``; returns what the JSON file holds.
+    """Measure, print a table, write ``engine.json``, ``.png`` and ``.html``; returns what the JSON holds.
 
     ``quick`` makes two short rounds, enough to see that it works and not to quote.
     """
@@ -123,9 +118,7 @@ def run(
         "cores": os.cpu_count(),
         "model": asdict(ModelConfig()),
     }
-    (out_dir / "engine.json").write_text(json.dumps(result, indent=2))
-    _print(result)
-    _plot(result, out_dir / "engine.png")
+    _write(out_dir, result)
     return result
 
 
@@ -287,31 +280,38 @@ _LABELS = {
 }
 
 
-def _print(result: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{REQUESTS} requests, up to {result['new_tokens']} new tokens, {result['threads']} thread(s)"
+def _write(out_dir: Path, result: dict[str, Any]) -> None:
+    page = Report(
+        out_dir,
+        "engine",
+        "The embedded engine beside transformers' generation",
+        f"{REQUESTS} requests, up to {result['new_tokens']} new tokens, {result['threads']} thread(s). "
+        "Medians over rounds; ours goes through HTTP, with log-probabilities and entropies of every token.",
     )
-    table.add_column("engine")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("tokens/CPU s", justify="right")
-    for name, label in _LABELS.items():
-        table.add_row(label, *(f"{result[key][name]:,.0f}" for key in ("tokens_per_s", "tokens_per_cpu_s")))
-    console = Console()
-    console.print(table)
-    for name, least in REQUIRED.items():
-        ratio = result["ratio"][name]
-        console.print(
-            f"{ratio:5.2f} x {name} (median of ratios; required {least:g}): {_verdict(ratio >= least)}"
-        )
+    page.table(
+        "Generated tokens",
+        ["engine", "per second", "per CPU second"],
+        [
+            [label, *(result[k][name] for k in ("tokens_per_s", "tokens_per_cpu_s"))]
+            for name, label in _LABELS.items()
+        ],
+    )
+    page.table(
+        "Ratios within a round (median)",
+        ["against", "ratio", "required", "verdict"],
+        [
+            [name, result["ratio"][name], least, "holds" if result["ratio"][name] >= least else "MISSED"]
+            for name, least in REQUIRED.items()
+        ],
+    )
+    page.figure("engine", _plot(result))
+    page.finish(result)
 
 
-def _verdict(ok: bool) -> str:
-    return "holds" if ok else "MISSED"
-
-
-def _plot(result: dict[str, Any], file: Path) -> None:
+def _plot(result: dict[str, Any]) -> Figure:
     names = list(_LABELS)
-    figure, axes = pyplot.subplots(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
     colours = ["tab:green" if name.startswith("ours") else "tab:gray" for name in names]
     axes.barh(
         [_LABELS[name] for name in names], [result["tokens_per_s"][name] for name in names], color=colours
@@ -320,5 +320,4 @@ def _plot(result: dict[str, Any], file: Path) -> None:
         axes.plot([sample[name]["per_s"] for sample in result["rounds"]], [row] * len(result["rounds"]), "k|")
     axes.invert_yaxis()
     axes.set_xlabel("generated tokens per second (bar: median, marks: rounds)")
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    return figure

@@ -8,7 +8,6 @@ tokens are the cheap, early ones), gathers, and the optimizer step.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from system.bench.report import Report
 from system.config import Config
 from system.tree.record import Kind, Outcome, Tree
 
@@ -51,7 +52,7 @@ QUICK_CASES = (Case(0.1, 4), Case(0.8, 8))
 
 
 def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
-    """Measure, print a table, and write ``learner.json`` and ``learner.png`` to ``out_dir``.
+    """Measure, print a table, and write ``learner.json``, ``.png`` and ``.html`` to ``out_dir``.
 
     One rank (TP = DP = 1) on the default model shape; must be the only learner in its process.
     """
@@ -68,9 +69,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "model": asdict(config.model),
         "results": [asdict(r) for r in results],
     }
-    (out_dir / "learner.json").write_text(json.dumps(report, indent=2))
-    _plot(results, out_dir / "learner.png")
-    _print(results)
+    _write(out_dir, report, results)
     return report
 
 
@@ -172,48 +171,41 @@ def _save_model(config: Config, path: Path) -> None:
     Qwen3ForCausalLM(shape).save_pretrained(path)
 
 
-def _print(results: list[Result]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Training step: packed trees vs flat paths ({PATH_TOKENS} tokens per path)")
-    for column in (
-        "prefix",
-        "leaves",
-        "flat tok",
-        "tree tok",
-        "flat s",
-        "tree s",
-        "speed-up",
-        "ideal",
-        "of it",
-    ):
-        table.add_column(column, justify="right")
-    for r in results:
-        table.add_row(
-            f"{r.prefix:.0%}",
-            str(r.leaves),
-            str(r.flat_tokens),
-            str(r.tree_tokens),
-            f"{r.flat_s:.3f}",
-            f"{r.tree_s:.3f}",
-            f"{r.speedup:.2f}x",
-            f"{r.ideal:.2f}x",
-            f"{r.speedup / r.ideal:.0%}",
-        )
-    console = Console()
-    console.print(table)
+def _write(out_dir: Path, data: dict[str, Any], results: list[Result]) -> None:
+    page = Report(
+        out_dir,
+        "learner",
+        "Training step: packed trees against flattened paths",
+        "The same leaves trained as packed trees and as flat paths, timed alternately on one model. "
+        "The ideal is the ratio of their token counts.",
+    )
+    page.table(
+        f"One training step ({PATH_TOKENS} tokens per path)",
+        ["prefix", "leaves", "flat tok", "tree tok", "flat s", "tree s", "speed-up", "ideal", "of it"],
+        [
+            [
+                f"{r.prefix:.0%}",
+                r.leaves,
+                r.flat_tokens,
+                r.tree_tokens,
+                r.flat_s,
+                r.tree_s,
+                r.speedup,
+                r.ideal,
+                f"{r.speedup / r.ideal:.0%}",
+            ]
+            for r in results
+        ],
+    )
     worst = max(r.logprob_error for r in results)
-    console.print(f"largest log-probability difference between the two: {worst:.1e} nats")
+    page.text(f"Largest log-probability difference between the two: {worst:.1e} nats.")
+    page.figure("learner", _plot(results), "Speed-up over the ratio of token counts; dashed: ideal")
+    page.finish(data)
 
 
-def _plot(results: list[Result], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4.5))
+def _plot(results: list[Result]) -> Figure:
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
     top = max(max(r.ideal, r.speedup) for r in results) * 1.05
     axes.plot([1, top], [1, top], color="0.7", linestyle="--", label="ideal: flat / tree tokens")
     for leaves in sorted({r.leaves for r in results}):
@@ -224,6 +216,4 @@ def _plot(results: list[Result], path: Path) -> None:
     axes.set_ylabel("time on flat paths / time on trees")
     axes.set_title("One training step, measured alternately")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

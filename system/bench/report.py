@@ -1,0 +1,171 @@
+"""What a benchmark leaves behind: JSON, tables on the terminal, PNG plots, and one HTML page with all of it.
+
+The page needs nothing but a browser: its style is inline and its pictures are in it, so it can be mailed,
+kept beside a run, or opened on a machine without a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from system.observe.jsonl import jsonable
+from system.observe.rundir import write_atomic
+
+Cell = str | int | float | None
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+p.lead { margin-top: 0; } small, figcaption, caption { color: #777; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: .3rem; }
+th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr:hover td { background: var(--soft); }
+td.text { text-align: left; } figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
+dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }
+dt { color: #777; } dd { margin: 0; } .scroll { overflow-x: auto; }
+"""
+
+
+class Report:
+    """Collects a benchmark's findings in the order in which a reader should see them.
+
+    Tables are printed as they come.  :meth:`finish` writes ``<name>.json`` and ``<name>.html`` into
+    ``out_dir``, beside the figures' PNG files.
+    """
+
+    def __init__(self, out_dir: Path, name: str, title: str, lead: str = "") -> None:
+        """``lead``: one or two sentences that say what was measured and what came of it."""
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.out_dir, self.name, self.title, self.lead = out_dir, name, title, lead
+        self._body: list[str] = []
+        self._console = Console()
+
+    def section(self, heading: str, *paragraphs: str) -> None:
+        """Start a section."""
+        self._body.append(f"<h2>{html.escape(heading)}</h2>")
+        self.text(*paragraphs)
+
+    def text(self, *paragraphs: str) -> None:
+        self._body += [f"<p>{html.escape(one)}</p>" for one in paragraphs]
+
+    def facts(self, values: Mapping[str, Any]) -> None:
+        """Names and values, one under the other (settings, assumptions)."""
+        rows = "".join(
+            f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(_cell(value))}</dd>"
+            for name, value in values.items()
+        )
+        self._body.append(f"<dl>{rows}</dl>")
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = ""
+    ) -> None:
+        """A table, printed at once.  Numbers stand right, words left; a float is shown with 3 digits."""
+        shown = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+        for number, column in enumerate(columns):
+            words = any(isinstance(row[number], str) for row in rows)
+            shown.add_column(column, justify="left" if words else "right")
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"table {title!r}: a row of {len(row)} cells under {len(columns)} columns")
+            shown.add_row(*map(_cell, row))
+        self._console.print(shown)
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows)
+        foot = f"<p><small>{html.escape(note)}</small></p>" if note else ""
+        self._body.append(
+            f'<div class="scroll"><table><caption>{html.escape(title)}</caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{foot}"
+        )
+
+    def figure(self, name: str, figure: Figure, caption: str = "") -> Path:
+        """Save ``figure`` as ``<name>.png`` and show it here; returns the file."""
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        path = self.out_dir / f"{name}.png"
+        path.write_bytes(buffer.getvalue())
+        self.picture(path, caption)
+        return path
+
+    def picture(self, path: Path, caption: str = "") -> None:
+        """Show a PNG file that is there already."""
+        data = base64.b64encode(path.read_bytes()).decode()
+        words = html.escape(caption)
+        self._body.append(
+            f'<figure><img alt="{words or html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{words}</figcaption></figure>"
+        )
+
+    def finish(self, data: Mapping[str, Any]) -> Path:
+        """Write ``data`` (with the machine's description) and the page; returns the page."""
+        where = machine()
+        record = jsonable({**data, "machine": where})
+        write_atomic(self.out_dir / f"{self.name}.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        body, self._body = self._body, []
+        self.facts(where)
+        footer, self._body = self._body, body
+        page = self.out_dir / f"{self.name}.html"
+        write_atomic(
+            page,
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>\n"
+            f'<h1>{html.escape(self.title)}</h1>\n<p class="lead">{html.escape(self.lead)}</p>\n'
+            + "\n".join(body)
+            + "\n<h2>Measured on</h2>\n"
+            + "\n".join(footer)
+            + "\n</body></html>\n",
+        )
+        self._console.print(f"report: {page}")
+        return page
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on besides the program: when, what machine, and how busy it was."""
+    try:
+        ours = version("espalier")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        ours = "from source"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "espalier": ours,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cores": str(cores),
+        "load (1, 5, 15 min)": ", ".join(f"{one:.1f}" for one in os.getloadavg()),
+    }
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        case int():
+            return f"{value:,}"
+        case _:
+            return str(value)
+
+
+def _html_cell(value: Cell) -> str:
+    kind = ' class="text"' if isinstance(value, str) else ""
+    return f"<td{kind}>{html.escape(_cell(value))}</td>"

@@ -1,0 +1,48 @@
+"""``espalier bench``: measure a part of the system, or the whole, here or on a simulated machine.
+
+A benchmark is a module of ``system.bench`` with ``run(out_dir, quick)``; one that takes arguments says which
+in ``WORDS`` and gets them as ``words``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+WHAT = "measure a part of the system on this machine"
+EPILOG = """\
+examples:
+  espalier bench engine            our engine against transformers' batching, tokens per second
+  espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
+
+Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
+"""
+BENCHMARKS = ("engine", "learner")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=BENCHMARKS)
+    parser.add_argument(
+        "words", nargs="*", metavar="ARGUMENT", help="what some benchmarks need; see examples"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the report goes (default: runs/bench-…)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a smaller measurement, for a first look")
+
+
+def run(args: argparse.Namespace) -> int:
+    from system.config import ConfigError
+
+    module = importlib.import_module(f"system.bench.{args.what}")
+    takes = getattr(module, "WORDS", "")
+    if args.words and not takes:
+        raise ConfigError(f"bench {args.what} takes no arguments, found: {' '.join(args.words)}")
+    out = args.out or Path("runs") / f"bench-{args.what}"
+    out.mkdir(parents=True, exist_ok=True)
+    if takes:
+        module.run(out, quick=args.quick, words=args.words)
+    else:
+        module.run(out, quick=args.quick)
+    return 0
