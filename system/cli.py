@@ -38,6 +38,8 @@ SAFE_ON_RESUME = (
     "checkpoint.",
     "eval.",
     "observe.",
+    "cluster.",
+    "slurm.",
 )
 
 _TRAIN_HELP = """\

@@ -19,6 +19,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from system.cluster import settings as cluster_settings
+from system.cluster.settings import ClusterConfig, SlurmConfig
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and the remedy."""
@@ -117,6 +120,7 @@ class ToolsConfig:
 class EngineConfig:
     name: str = "embedded"  # embedded | sglang
     replicas: int = 1
+    tp: int = 1  # GPUs of one replica (SGLang's tensor parallelism)
     device: str = "auto"  # auto | cpu | cuda
     host: str = "127.0.0.1"
     max_running: int = 64  # sequences decoded together
@@ -203,6 +207,8 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 _AT_LEAST_0 = """
@@ -213,7 +219,7 @@ _AT_LEAST_0 = """
 _AT_LEAST_1 = """
     model.hidden_size model.layers model.heads model.kv_heads model.ffn_size warmstart.batch
     rollout.leaves rollout.workers rollout.concurrency rollout.max_response_tokens
-    branching.probe_tokens tools.search_top_k tools.concurrency engine.replicas engine.max_running
+    branching.probe_tokens tools.search_top_k tools.concurrency engine.replicas engine.tp engine.max_running
     engine.chunk_tokens engine.threads flow.batch_leaves flow.window flow.max_attempts learn.tp learn.pp
     learn.dp learn.threads learn.updates learn.micro_tokens learn.bucket_mb checkpoint.keep
 """
@@ -222,6 +228,7 @@ MINIMA: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_1.split(), 1),
     "observe.trees": -1,
     "observe.progress_s": 0.1,
+    **cluster_settings.MINIMA,
 }
 
 PLUGGABLE = ("task.name", "reward.name")  # also one's own, as package.module:Name
@@ -240,6 +247,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learn.recompute": ("none", "selective", "full"),
     "learn.aggregate": ("token-mean", "seq-mean", "constant"),
     "observe.wandb": ("offline", "online", "disabled"),
+    **cluster_settings.CHOICES,
 }
 
 
@@ -318,6 +326,8 @@ def validate(config: Config) -> None:
         f"engine.max_context={config.engine.max_context} must exceed "
         f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too",
     )
+    for problem in cluster_settings.problems(config.cluster, config.slurm):
+        raise ConfigError(problem)
     if not config.model.path:
         _check_shape(config.model, learn.tp, learn.pp)
 
