@@ -17,7 +17,7 @@ from system.observe.rundir import RunDir
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.store import TreeWriter
 
-COMMANDS = ("train", "eval", "bench", "tree", "config")
+COMMANDS = ("train", "eval", "bench", "plan", "tree", "config")
 
 
 class Launched:

@@ -1,0 +1,77 @@
+"""Speed of engines and learners from first principles: a roofline with stated efficiencies.
+
+A decode step reads all weights and the KV cache of every running sequence from HBM, or is bound by its matrix
+products, whichever takes longer; on top comes a fixed cost per step and per sequence.  A training step costs
+6 floating-point operations per parameter and token (8 with full recomputation); Kaplan et al. (2020), 2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from system.plan.hardware import Gpu
+from system.plan.memory import WIDTH, EngineLayout, LearnerLayout, kv_capacity
+from system.plan.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRoofline:
+    """One engine (``layout.tp`` GPUs).  Times in seconds, context in tokens."""
+
+    shape: Shape
+    layout: EngineLayout
+    gpu: Gpu
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV cache, in tokens."""
+        return kv_capacity(self.shape, self.layout, self.gpu.memory)
+
+    def step_s(self, running: float, context: float) -> float:
+        """One decode step: a token for each of ``running`` sequences, holding ``context`` tokens in all."""
+        gpu, tp = self.gpu, self.layout.tp
+        width = WIDTH[self.layout.dtype]
+        read = width * self.shape.active + self.shape.kv_bytes_per_token(width) * context
+        memory = read / (tp * gpu.hbm * gpu.hbm_share)
+        products = 2 * self.shape.active * running / (tp * gpu.flops * gpu.decode_mfu)
+        talk = 2 * self.shape.layers * gpu.allreduce_s if tp > 1 else 0.0
+        return max(memory, products) + talk + gpu.step_overhead_s + gpu.sequence_overhead_s * running
+
+    def prefill_s(self, tokens: float) -> float:
+        """Computing ``tokens`` prompt tokens that no cache holds."""
+        return 2 * self.shape.active * tokens / (self.layout.tp * self.gpu.flops * self.gpu.prefill_mfu)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerRoofline:
+    """All ranks of the learner together."""
+
+    shape: Shape
+    layout: LearnerLayout
+    gpu: Gpu
+
+    def train_s(self, tokens: float) -> float:
+        """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state."""
+        layout, gpu = self.layout, self.gpu
+        passes = 8 if layout.recompute == "full" else 6
+        # A pipeline idles (pp - 1) / micro-batches of the time (Narayanan et al., 2021, section 2.2).
+        micros = max(1.0, tokens / (layout.micro_tokens * layout.dp))
+        bubble = 1 + (layout.pp - 1) / micros
+        # Less than a micro-batch per replica leaves replicas without work.
+        replicas = min(layout.dp, max(1.0, tokens / layout.micro_tokens))
+        work = passes * self.shape.active * tokens / replicas
+        gpus = layout.tp * layout.pp * layout.cp
+        return work / (gpus * gpu.flops * gpu.train_mfu) * bubble + self._optimizer_s()
+
+    def _optimizer_s(self) -> float:
+        """Gradient all-reduce over DP (ring, fp32) and one pass over weights, gradients and moments."""
+        layout, gpu = self.layout, self.gpu
+        held = self.shape.parameters / (layout.tp * layout.pp)
+        ring = 2 * (layout.dp - 1) / layout.dp * 4 * held / (gpu.network * gpu.network_share)
+        shards = layout.dp if layout.distributed_optimizer else 1
+        return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
+
+
+def publish_s(shape: Shape, gpu: Gpu, width: int = 2) -> float:
+    """Streaming all weights from rank 0 into the engines, in buckets down a pipeline of receivers."""
+    return shape.parameters * width / (gpu.network * gpu.network_share)

@@ -1,0 +1,203 @@
+"""Plans: parameter counts against published ones, memory against hand counts, the bottleneck by cause."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from system.cli import main
+from system.config import Config, ConfigError, ModelConfig, load
+from system.plan import Workload, plan, text
+from system.plan.hardware import GIB, GPUS
+from system.plan.memory import (
+    EngineLayout,
+    LearnerLayout,
+    activation_bytes_per_token,
+    engine_memory,
+    kv_capacity,
+    learner_memory,
+)
+from system.plan.shapes import KNOWN, shape_of
+from system.plan.speed import EngineRoofline, LearnerRoofline
+
+SEVEN = KNOWN["qwen2.5-7b"]
+H100 = GPUS["h100"]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen2.5-0.5B", 0.494),
+        ("Qwen2.5-7B", 7.616),
+        ("Qwen2.5-14B", 14.770),
+        ("Qwen2.5-32B", 32.764),
+        ("Qwen3-0.6B", 0.596),
+        ("Qwen3-8B", 8.191),
+        ("Qwen3-14B", 14.768),
+        ("Qwen3-32B", 32.762),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, billions: float) -> None:
+    assert KNOWN[name.lower()].parameters / 1e9 == pytest.approx(billions, rel=5e-4)
+
+
+def test_count_agrees_with_the_model_that_transformers_builds(tmp_path: Path) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    config.save_pretrained(tmp_path)
+    shape = shape_of(ModelConfig(path=str(tmp_path)))
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_fine_tunes_are_known_by_their_base_and_strangers_are_refused() -> None:
+    assert shape_of(ModelConfig(path="Qwen/Qwen2.5-7B-Instruct")) is SEVEN
+    with pytest.raises(ConfigError, match=r"neither a directory .* nor one of .*Qwen3-8B"):
+        shape_of(ModelConfig(path="llama-7b"))
+
+
+def test_states_of_a_rank_are_18_bytes_per_parameter_in_bf16() -> None:
+    layout = LearnerLayout(tp=1, dp=4)
+    parts = learner_memory(SEVEN, layout).parts
+    states = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert states == pytest.approx(18 * SEVEN.parameters, rel=1e-3)
+    split = learner_memory(SEVEN, replace(layout, distributed_optimizer=True)).parts
+    assert split["optimizer"] == pytest.approx(parts["optimizer"] / 4)
+    assert split["weights"] == parts["weights"]
+
+
+def test_tensor_and_pipeline_parallelism_divide_the_states() -> None:
+    whole = learner_memory(SEVEN, LearnerLayout()).parts["weights"]
+    assert learner_memory(SEVEN, LearnerLayout(tp=4)).parts["weights"] == pytest.approx(whole / 4, rel=1e-3)
+    staged = learner_memory(SEVEN, LearnerLayout(pp=4)).parts["weights"]
+    table = 2 * SEVEN.embedding  # bytes; a stage holds at most one of the two tables
+    assert staged == pytest.approx((whole - 2 * table) / 4 + table, rel=1e-3)
+
+
+def test_activations_by_hand_and_by_switch() -> None:
+    # Qwen2.5-7B in bf16: 4·3584 norms, (2·28 + 2·4)·128 attention, 4·18944 MLP numbers per token and layer.
+    whole, kept = activation_bytes_per_token(SEVEN, LearnerLayout())
+    assert whole == kept == 2 * (4 * 3584 + 64 * 128 + 4 * 18_944)
+    sequence = activation_bytes_per_token(SEVEN, LearnerLayout(tp=4, sequence_parallel=True))
+    assert sequence[0] == whole / 4
+    order = [
+        activation_bytes_per_token(SEVEN, LearnerLayout(recompute=name))[1]
+        for name in ("none", "selective", "full")
+    ]
+    assert order[0] > order[1] > order[2] == 2 * 3584
+
+
+def test_kv_cache_takes_what_the_weights_leave() -> None:
+    assert SEVEN.kv_bytes_per_token() == 2 * 28 * 4 * 128 * 2
+    layout = EngineLayout(tp=2)
+    parts = engine_memory(SEVEN, layout, H100.memory).parts
+    assert sum(parts.values()) == pytest.approx(H100.memory)
+    assert kv_capacity(SEVEN, layout, H100.memory) == pytest.approx(
+        2 * parts["KV cache"] / SEVEN.kv_bytes_per_token(), rel=1e-6
+    )
+    assert kv_capacity(KNOWN["qwen3-32b"], EngineLayout(tp=1, memory_share=0.5), H100.memory) == 0
+
+
+def test_a_decode_step_reads_the_weights_once_however_many_share_it() -> None:
+    roof = EngineRoofline(SEVEN, EngineLayout(), H100)
+    alone, many = roof.step_s(1, 1000), roof.step_s(64, 64_000)
+    assert alone >= 2 * SEVEN.active / H100.hbm
+    assert many < 2 * alone
+    assert roof.step_s(2000, 2e5) > roof.step_s(1000, 2e5)  # at last the products count
+
+
+def test_training_time_falls_with_ranks_until_a_batch_has_no_more_micro_batches() -> None:
+    def seconds(dp: int) -> float:
+        return LearnerRoofline(SEVEN, LearnerLayout(tp=4, dp=dp), H100).train_s(64 * 4096)
+
+    assert seconds(1) > 1.8 * seconds(2)
+    assert seconds(128) > 0.95 * seconds(64)
+
+
+def config(*overrides: str) -> Config:
+    return load(
+        None,
+        [
+            "model.path=Qwen2.5-7B",
+            "model.dtype=bfloat16",
+            "rollout.max_response_tokens=4096",
+            "engine.max_context=8192",
+            "rollout.leaves=16",
+            "rollout.roots=8",
+            "rollout.concurrency=256",
+            "flow.batch_leaves=2048",
+            "learn.tp=4",
+            "learn.sequence_parallel=true",
+            *overrides,
+        ],
+    )
+
+
+def test_a_sensible_layout_fits_and_uses_every_gpu() -> None:
+    made = plan(config("learn.recompute=full", "learn.micro_tokens=8192"), gpus=8)
+    assert made.fits, made.problems
+    assert made.learner.gpus + made.engines * made.engine.tp == 8
+    assert made.learner_memory.total < H100.memory
+    assert "bottleneck" in text(made)
+    assert any("engine.replicas=4" in note for note in made.notes)
+
+
+def test_what_does_not_fit_says_why_and_how_to_mend_it() -> None:
+    made = plan(config("learn.tp=1", "learn.sequence_parallel=false"), gpus=2)
+    assert not made.fits
+    assert "learn.recompute=full" in made.problems[0]
+    assert f"{made.learner_memory.total / GIB:.0f} GiB" in made.problems[0]
+    small = plan(config("model.path=Qwen2.5-32B", "engine.max_context=16384"), gpus=5)
+    assert any("engine.tp" in problem for problem in small.problems)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "work", "bottleneck"),
+    [
+        (5, ["rollout.concurrency=16"], Workload(response_tokens=4000), "generation"),
+        (36, [], Workload(response_tokens=4000, prompt_tokens=8000, shared=0.0), "training"),
+        (8, [], Workload(response_tokens=300, tool_s=60.0), "tool latency"),
+        (5, ["engine.max_context=40000"], Workload(prompt_tokens=20_000, response_tokens=4000), "KV cache"),
+    ],
+)
+def test_the_bottleneck_is_named_by_its_cause(
+    gpus: int, overrides: list[str], work: Workload, bottleneck: str
+) -> None:
+    assert plan(config(*overrides), gpus=gpus, workload=work).forecast.bottleneck == bottleneck
+
+
+def test_staleness_zero_adds_the_times_up() -> None:
+    waits = plan(config("flow.staleness=0"), gpus=8).forecast
+    flows = plan(config("flow.staleness=1"), gpus=8).forecast
+    assert waits.step_s == pytest.approx(waits.generate_s + waits.train_s + waits.publish_s)
+    assert flows.step_s == pytest.approx(max(flows.generate_s, flows.train_s + flows.publish_s))
+
+
+def test_too_few_gpus_is_an_error_that_counts_them() -> None:
+    with pytest.raises(ConfigError, match=r"4 GPUs: the learner takes 4 .* and an engine 1"):
+        plan(config(), gpus=4)
+
+
+def test_the_command_prints_a_plan_and_fails_what_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"model": {"path": "Qwen3-8B", "dtype": "bfloat16"}}))
+    assert main(["plan", str(recipe), "--gpus", "8", "learn.tp=4", "--tool-s", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "8.19 billion parameters, on 8 x h100" in out
+    assert "tool calls of 2 s" in out
+    assert main(["plan", str(recipe), "--gpus", "2", "learn.tp=1"]) == 1
