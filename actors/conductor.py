@@ -214,6 +214,9 @@ class Conductor:
         async with self.weights:
             references = [one.entry.item[0] for one in batch]
             stats = (await self.crew.learner.all("train", self.version, *references))[0]
+            if self.config.flow.update == "drained":
+                with self._time("learner", "waiting for trees to close"):
+                    await self._drained()
             with self._time("learner", "publishing weights"):
                 for reason in (await self.push(version)).values():  # the fleet's watch sends them again
                     self.progress.note(f"weights {version} not taken yet: {reason}")
@@ -227,6 +230,15 @@ class Conductor:
         self._record_idle()
         self.recorder.train_step(version, version, trees, stats, lag)
         self.recorder.flush(version)
+
+    async def _drained(self) -> None:
+        """Return when no tree grows, or at once when asked to stop.  Admission lets no end of trees start."""
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        try:
+            while self._growing and not stopping.done():
+                await asyncio.wait({*self._growing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
 
     async def push(self, version: int) -> dict[str, str]:
         """Send the learner's weights to all engines; returns those that did not take them, and why."""

@@ -69,6 +69,9 @@ class WarmStartConfig:
 
 @dataclass
 class RolloutConfig:
+    # barrier-free | lockstep: the released ARPO code's rounds (generate all, wait for all tools, fork, top up
+    # one root per round), for comparison; needs flow.staleness=0: a batch is grown, then trained on
+    schedule: str = "barrier-free"
     leaves: int = 8  # n: leaves per tree
     roots: int = 4  # N: branches that start together; forks draw on n - N
     workers: int = 1
@@ -138,6 +141,9 @@ class FlowConfig:
     staleness: int = 1  # η: versions a tree may lag behind the policy that trains on it; 0 is synchronous
     window: int = 4  # training batches from the head of the queue within which a closed tree may overtake
     max_attempts: int = 3  # times a prompt is grown before it is abandoned with a reason
+    # in-flight: engines take new weights at a token boundary, whatever grows; drained: once no tree grows, so
+    # that every tree is of one version (with staleness 1: one-step-off asynchronous training)
+    update: str = "in-flight"
 
 
 @dataclass
@@ -236,12 +242,14 @@ PLUGGABLE = ("task.name", "reward.name")  # also one's own, as package.module:Na
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "task.name": ("quickstart", "jsonl", "reasoning-gym"),
+    "rollout.schedule": ("barrier-free", "lockstep"),
     "rollout.syntax": ("tags", "hermes"),
     "branching.name": ("arpo", "arpo-paper", "arpo-release", "random", "none"),
     "reward.name": ("arpo", "arpo-release", "task"),
     "engine.name": ("embedded", "sglang"),
     "engine.device": ("auto", "cpu", "cuda"),
     "engine.kv_after_update": ("recompute", "keep"),
+    "flow.update": ("in-flight", "drained"),
     "learn.credit": ("grpo", "arpo-soft", "arpo-hard", "rloo", "reinforce++", "dr-grpo"),
     "learn.objective": ("decoupled", "ppo", "grpo-flat"),
     "learn.recompute": ("none", "selective", "full"),
@@ -305,9 +313,15 @@ def validate(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         _require(value >= low, f"{key}={value} must be {low} or more")
     rollout, flow, learn = config.rollout, config.flow, config.learn
+    batch_trees = flow.batch_leaves // rollout.leaves
     _require(
         1 <= rollout.roots <= rollout.leaves,
         f"rollout.roots={rollout.roots} must lie between 1 and rollout.leaves={rollout.leaves}",
+    )
+    _require(
+        rollout.schedule != "lockstep" or (flow.staleness == 0 and rollout.concurrency >= batch_trees),
+        "rollout.schedule=lockstep grows a whole batch and then trains on it: it needs flow.staleness=0, not "
+        f"{flow.staleness}, and rollout.concurrency={batch_trees} or more, not {rollout.concurrency}",
     )
     _require(
         flow.batch_leaves % rollout.leaves == 0,

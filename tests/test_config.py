@@ -62,6 +62,7 @@ def test_override_values_keep_their_types():
         ("model=tiny", "model is a section"),
         ("rollout.roots=9", "between 1 and rollout.leaves=8"),
         ("rollout.leaves=7", "multiple of rollout.leaves=7"),
+        ("rollout.schedule=lockstep", "it needs flow.staleness=0, not 1"),
         ("flow.staleness=-1", "flow.staleness=-1 must be 0 or more"),
         ("learn.updates=99", "exceeds the 8 trees"),
         ("rollout.temperature=0", "training needs samples"),

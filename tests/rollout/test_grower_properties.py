@@ -52,6 +52,7 @@ def test_budget_identity_under_random_tools_failures_and_deadlines(data: st.Data
     p_hang = data.draw(st.sampled_from([0.0, 0.0, 0.1]), "p(hang)")
     slow = data.draw(st.sampled_from([1.0, 30.0]), "mean tool seconds")
     short = data.draw(st.booleans(), "short deadlines")
+    schedule = data.draw(st.sampled_from(["barrier-free", "lockstep"]), "schedule")
     chaos = np.random.default_rng(seed)
 
     def script(text: str, rng: np.random.Generator) -> Segment:
@@ -79,6 +80,7 @@ def test_budget_identity_under_random_tools_failures_and_deadlines(data: st.Data
         leaves=n,
         roots=roots,
         call_limit=call_limit,
+        schedule=schedule,
         max_response_tokens=int(chaos.integers(20, 200)),
         generate_deadline_s=20.0 if short else 1e6,
         branch_deadline_s=40.0 if short else 1e7,

@@ -1,0 +1,55 @@
+"""A live branch of a growing tree, and the stopwatch that tells where its time goes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from system.rollout.probe import EntropyProbe
+from system.tree.record import Kind, Origin
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """A live branch; the tokens themselves are in the growth."""
+
+    key: tuple[int, ...]  # (root number, fork number, ...): its identity, whatever the order of events
+    origin: Origin
+    node: int  # its newest node
+    rng: np.random.Generator  # branching decisions
+    seeds: np.random.Generator  # sampling seeds
+    number: int = 0  # in the order of starting, within its tree
+    calls: int = 0  # on its path
+    tools: tuple[tuple[str, str], ...] = ()  # (tool, status) of each call on its path
+    segments: tuple[tuple[Kind, str], ...] = ()  # its path as text, after the prompt
+    probe: EntropyProbe | None = None  # of the segment being written, until it has been measured
+    entropy: float = math.nan  # H of its newest measured segment
+    baseline: float = math.nan  # H_init
+    has_baseline: bool = False
+    undecided: bool = False  # a tool call is under way or its answer has not been decided upon
+    answer: int | None = None  # the TOOL node whose probe is being collected
+    forked: int = 0
+
+
+class Stopwatch:
+    """Adds the time that passes (the event loop's, seconds) to one of several causes."""
+
+    def __init__(self, seconds: dict[str, float], cause: str) -> None:
+        self._seconds, self._cause = seconds, cause
+        self._clock = asyncio.get_running_loop().time
+        self._since = self._clock()
+
+    def lap(self) -> float:
+        return self._clock() - self._since
+
+    def switch(self, cause: str) -> None:
+        self.stop()
+        self._cause = cause
+
+    def stop(self) -> None:
+        now = self._clock()
+        self._seconds[self._cause] += now - self._since
+        self._since = now

@@ -1,0 +1,131 @@
+"""Rollout schedules: when the branches of growing trees may generate, fork and start.
+
+``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``lockstep`` is the
+schedule of the released ARPO code, the baseline: all live branches of all trees on a worker generate, then
+all their tools run, then the trees fork and top up, and the next round begins.  The grower is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Hashable
+from typing import ClassVar
+
+from system.rollout.branch import Branch
+
+
+class Schedule(ABC):
+    """What a branch asks on its way.  One schedule serves all trees of a grower.
+
+    Every branch calls :meth:`join` once, then, as often as it writes a segment, :meth:`meet` when the segment
+    is there and, if it called a tool, again when the result is there; at its end it calls :meth:`leave`.
+    """
+
+    streaming: ClassVar[bool]  # a branch may fork while its segment is still being written
+
+    @abstractmethod
+    async def join(self, branch: Hashable) -> None:
+        """Return when ``branch`` may begin to generate."""
+
+    @abstractmethod
+    async def meet(self, branch: Hashable) -> None:
+        """``branch`` has done its part of the phase; return when the next one begins."""
+
+    @abstractmethod
+    def leave(self, branch: Hashable) -> None:
+        """``branch`` has ended, however that came about.  Nobody waits for it any more."""
+
+    @abstractmethod
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+        """Fresh roots to start now in a tree with ``live`` branches and ``remaining`` of its budget."""
+
+
+class BarrierFree(Schedule):
+    """Nobody waits.  What can no longer be forked is topped up by fresh roots at once."""
+
+    streaming: ClassVar[bool] = True
+
+    async def join(self, branch: Hashable) -> None:
+        pass
+
+    async def meet(self, branch: Hashable) -> None:
+        pass
+
+    def leave(self, branch: Hashable) -> None:
+        pass
+
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+        """The rest of the budget, unless a live branch may still bring a fork."""
+        return 0 if any(b.undecided or b.calls < call_limit for b in live) else remaining
+
+
+class Lockstep(Schedule):
+    """Rounds over all live branches of all trees, as in the released ARPO code (one data-parallel rank).
+
+    A round has two phases, each of which ends when every branch in it has arrived: all generate, then all
+    tools run.  Forks are decided between phases, in the order in which the branches joined, and a tree
+    without a live branch gets exactly one fresh root per round.  A branch that starts while tools run waits
+    for the next round; so does a tree that comes late.
+
+    A barrier whose parties come and go, with the two phases alternating (a "phaser").
+    """
+
+    streaming: ClassVar[bool] = False  # released: entropies are looked at after the whole segment
+
+    def __init__(self) -> None:
+        self.rounds = 0  # generation phases completed: the barriers that the engine has waited at
+        self._generating = True  # the phase: generation, or tools
+        self._members: dict[Hashable, None] = {}  # branches of this round, in the order of joining
+        self._waiting: dict[Hashable, asyncio.Future[None]] = {}  # those that have arrived
+        self._joining: dict[Hashable, asyncio.Future[None]] = {}  # branches of the next round
+
+    async def join(self, branch: Hashable) -> None:
+        if self._generating:
+            self._members[branch] = None
+        else:
+            self._joining[branch] = asyncio.get_running_loop().create_future()
+            await self._joining[branch]
+
+    async def meet(self, branch: Hashable) -> None:
+        arrived = self._waiting[branch] = asyncio.get_running_loop().create_future()
+        self._advance()
+        await arrived
+
+    def leave(self, branch: Hashable) -> None:
+        self._joining.pop(branch, None)
+        self._waiting.pop(branch, None)
+        if branch in self._members:
+            del self._members[branch]
+            self._advance()
+
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+        """One root for a tree in which nothing lives."""
+        return 0 if live else min(1, remaining)
+
+    def _advance(self) -> None:
+        """Go on to the next phase if everybody has arrived at the end of this one."""
+        if len(self._waiting) < len(self._members) or (self._generating and not self._members):
+            return
+        arrived, self._waiting = self._waiting, {}
+        self._generating = not self._generating
+        if self._generating:
+            newcomers, self._joining = self._joining, {}
+            self._members |= dict.fromkeys(newcomers)
+            arrived |= newcomers
+        else:
+            self.rounds += 1
+        for branch in self._members:  # their tasks go on in this order
+            if not arrived[branch].done():  # it may have been cancelled, and is about to leave
+                arrived[branch].set_result(None)
+
+
+def make_schedule(name: str) -> Schedule:
+    """The schedule that ``rollout.schedule`` names; raises ``ValueError`` for an unknown name."""
+    match name:
+        case "barrier-free":
+            return BarrierFree()
+        case "lockstep":
+            return Lockstep()
+        case unknown:
+            raise ValueError(f"unknown rollout schedule {unknown!r}")
