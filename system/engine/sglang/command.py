@@ -1,0 +1,146 @@
+"""From the configuration to the command line of one SGLang server.  Pure, but for finding the interpreter.
+
+What the rest of the system must agree on (model, address, context length, …) comes from ``engine.*``; every
+other flag of SGLang is passed through from ``engine.sglang`` under SGLang's own name and never declared
+again here: ``engine.sglang={mem_fraction_static: 0.8, enable_metrics: true}`` becomes
+``--mem-fraction-static 0.8 --enable-metrics``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from system.config import EngineConfig
+from system.engine.protocol import EngineError
+
+IN_SERVER = Path(__file__).parent / "in_server"
+CHECKOUT = Path(__file__).parents[3]
+REMEDY = "run `make sglang` (CPU), or install it here with pip install '.[sglang]' (GPU), or set engine.python"
+
+
+class SglangMissing(EngineError):
+    """The interpreter that is to run the server has no SGLang."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """How to start one server: ``env`` is added to the caller's environment."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+def interpreter(engine: EngineConfig) -> str:
+    """The Python that runs SGLang.  Raises :class:`SglangMissing`, which names the remedy."""
+    made = CHECKOUT / ".venv-sglang" / "bin" / "python"
+    python = engine.python or (str(made) if made.exists() else sys.executable)
+    look = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('sglang') else 3)"
+    try:
+        found = subprocess.run([python, "-c", look], capture_output=True, timeout=60).returncode
+    except OSError as error:
+        raise SglangMissing(f"engine.python={python}: {error.strerror}; {REMEDY}") from error
+    if found != 0:
+        raise SglangMissing(f"{python} has no sglang: {REMEDY}")
+    return python
+
+
+def server_command(
+    engine: EngineConfig,
+    *,
+    python: str,
+    model: str,
+    dtype: str,
+    port: int,
+    seed: int = 0,
+    replica: int = 0,
+    cpu: bool,
+    cores: Sequence[int] = (0,),
+    paused: bool = False,
+) -> Command:
+    """The command of server number ``replica`` on ``port``.
+
+    ``cpu``: without a GPU, over the shim.  ``cores``: what the tensor-parallel ranks may be bound to, on a
+    CPU.  ``paused``: generate nothing before ``/continue_generation``.
+    """
+    native = {**_defaults(engine, cpu, replica, paused), **engine.sglang}
+    if not cpu and "base_gpu_id" in engine.sglang:
+        native["base_gpu_id"] = int(engine.sglang["base_gpu_id"]) + replica * engine.tp
+    fixed = {
+        "model_path": model,
+        "host": engine.host,
+        "port": port,
+        "device": "cpu" if cpu else "cuda",
+        "dtype": dtype,
+        "tp_size": engine.tp,
+        "context_length": engine.max_context,
+        "max_running_requests": engine.max_running,
+        "stream_interval": engine.chunk_tokens,
+        "incremental_streaming_output": True,
+        "random_seed": seed + replica,
+    }
+    argv = [python, "-m", "sglang.launch_server", *flags(fixed), *flags(native)]
+    return Command(argv, _environment(engine, cpu, cores, paused))
+
+
+def _defaults(engine: EngineConfig, cpu: bool, replica: int, paused: bool) -> dict[str, Any]:
+    """Flags that ``engine.sglang`` may replace (a null takes one away)."""
+    if not cpu:
+        first = {"base_gpu_id": replica * engine.tp}
+        return {**first, "skip_server_warmup": True} if paused else first  # a warm-up would wait for ever
+    return {
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "disable_cuda_graph": True,
+        "skip_server_warmup": True,
+        "mem_fraction_static": 0.05,
+        "max_total_tokens": (engine.max_running + engine.cache_slots) * engine.max_context,
+    }
+
+
+def _environment(engine: EngineConfig, cpu: bool, cores: Sequence[int], paused: bool) -> dict[str, str]:
+    env = {
+        "PYTHONPATH": str(IN_SERVER / "plugin"),
+        "HF_HUB_OFFLINE": "1",  # the model is a directory
+        "TOKENIZERS_PARALLELISM": "false",
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must answer while generation is paused
+        "ESPALIER_START_PAUSED": str(int(paused)),
+    }
+    if not cpu:
+        return env
+    env["PYTHONPATH"] += f":{IN_SERVER / 'cpu_shim'}"
+    env |= {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1",
+        "OMP_NUM_THREADS": str(engine.threads),
+    }
+    if engine.tp > 1:
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            ",".join(str(cores[(rank * engine.threads + i) % len(cores)]) for i in range(engine.threads))
+            for rank in range(engine.tp)
+        )
+    return env
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """``{"a_b": 1, "on": True, "off": False, "gone": None}`` -> ``["--a-b", "1", "--on"]``.
+
+    A list becomes several words after its flag, a mapping JSON.
+    """
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is True:
+            continue
+        if isinstance(value, list | tuple):
+            words += [str(item) for item in value]
+        else:
+            words.append(json.dumps(value) if isinstance(value, Mapping) else str(value))
+    return words

@@ -1,0 +1,116 @@
+"""A plug-in of SGLang: what reinforcement learning on trees needs of a server and SGLang does not do itself.
+
+- **Entropy.** Every answer that asked for log-probabilities brings ``meta_info["entropy"]``: per output
+  token, the entropy in nats of the distribution it was sampled from, over the whole vocabulary, after
+  temperature and before top-p, top-k and min-p.  The sampler of every built-in backend is replaced by a
+  subclass.
+- **Cache by weight version.** A prefix computed under old weights is never served as one of the new: the
+  version is part of each request's key in the prefix cache, set by the scheduler when the request arrives
+  and again, for requests that wait to be (re)computed, when the version changes.
+- **Start paused.** With ``ESPALIER_START_PAUSED=1`` the server answers, but generates nothing before
+  ``/continue_generation``: one that was restarted has forgotten the weights it was sent.
+
+SGLang loads it by its entry point in the group ``sglang.srt.plugins``, in each of its processes.
+"""
+
+import os
+
+import torch
+
+ROWS = 64  # distributions whose entropies are computed at once: bounds the memory this takes
+
+
+def register():
+    """Called by SGLang in each of its processes."""
+    from sglang.srt.arg_groups.choices import BUILT_IN_SAMPLING_BACKENDS
+    from sglang.srt.layers.sampler import register_sampler_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for backend in BUILT_IN_SAMPLING_BACKENDS:
+        register_sampler_backend(backend, _entropy_sampler)
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    HookRegistry.register(f"{scheduler}.handle_generate_request", _key_arriving, HookType.BEFORE)
+    HookRegistry.register(f"{scheduler}.record_weight_version_change", _key_waiting, HookType.AFTER)
+    if os.environ.get("ESPALIER_START_PAUSED") == "1":
+        manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+        HookRegistry.register(f"{manager}.init_weight_update", _pause, HookType.AFTER)
+
+
+def _pause(result, manager):
+    manager.is_pause = True
+
+
+def _key_arriving(scheduler, received, *args, **kwargs):
+    received.extra_key = _keyed(received.extra_key)
+
+
+def _key_waiting(result, scheduler, *args, **kwargs):
+    for request in scheduler.waiting_queue:  # new ones, and running ones that were retracted
+        request.extra_key = _keyed(request.extra_key)
+
+
+def _keyed(extra_key):
+    """``extra_key`` under the weights that are served now, whatever version it named before."""
+    from sglang.srt.runtime_context import get_serving
+
+    own = extra_key.split(";", 1)[1] if extra_key and extra_key.startswith("weights=") else extra_key
+    return f"weights={get_serving().weight_version};{own or ''}"
+
+
+def _entropy_sampler():
+    from sglang.srt.layers.sampler import Sampler
+
+    class EntropySampler(Sampler):
+        """SGLang's sampler, which says for each row how uncertain its choice was."""
+
+        def forward(self, logits_output, sampling_info, return_logprob, *args, **kwargs):
+            held = None
+            if return_logprob:  # before sampling, which overwrites the logits
+                temperatures = None if sampling_info.is_all_greedy else sampling_info.temperatures
+                held = Deferred(entropies(logits_output.next_token_logits, temperatures))
+            chosen = super().forward(logits_output, sampling_info, return_logprob, *args, **kwargs)
+            if held is not None:
+                logits_output.customized_info = {**(logits_output.customized_info or {}), "entropy": held}
+            return chosen
+
+    return EntropySampler()
+
+
+def entropies(logits, temperatures):
+    """[rows] entropy in nats of softmax(logits / temperatures), of [rows, vocabulary] logits.
+
+    ``temperatures``: [rows, 1], or None for temperature 1, which is what greedy decoding reports its
+    log-probabilities at.  A token whose logit is -inf has no part in the distribution.
+    """
+    found = []
+    for at in range(0, logits.shape[0], ROWS):
+        rows = logits[at : at + ROWS].float()
+        if temperatures is not None:
+            rows = rows / temperatures[at : at + ROWS]
+        found.append(torch.special.entr(torch.softmax(rows, -1)).sum(-1))
+    return torch.cat(found) if found else logits.new_zeros(0, dtype=torch.float32)
+
+
+class Deferred:
+    """Numbers on their way from the device: read, and waited for, only when the scheduler asks for one.
+
+    The copy runs behind the sampling of the same step on the same stream.  SGLang reads results after it has
+    waited for that step, so nothing waits here.
+    """
+
+    def __init__(self, values):
+        self._numbers = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host, self._copied = values, None
+
+    def __getitem__(self, row):
+        if self._numbers is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._numbers = self._host.tolist()
+        return self._numbers[row]

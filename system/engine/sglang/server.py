@@ -1,0 +1,99 @@
+"""One SGLang server process: started, watched until it answers, stopped, and never left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from system.engine.protocol import EngineError
+from system.engine.sglang.command import Command
+
+LOOK_S = 0.2
+STOP_S = 15.0  # the warden's own grace, and some
+TAIL_LINES = 25
+_WARDEN = Path(__file__).with_name("warden.py")
+
+
+class ServerFailed(EngineError):
+    """The server ended, or did not answer in time; the message carries the end of its log."""
+
+
+class SglangServer:
+    """A server in a process group of its own, which ends with the process that started it, however that ends.
+
+    ``log``: what the server says, appended over restarts.
+    """
+
+    def __init__(self, command: Command, url: str, log: Path) -> None:
+        self.url, self.log = url, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = log.stat().st_size if log.exists() else 0
+        environment = {**os.environ, **command.env}
+        if "PYTHONPATH" in os.environ and "PYTHONPATH" in command.env:
+            environment["PYTHONPATH"] = f"{command.env['PYTHONPATH']}:{os.environ['PYTHONPATH']}"
+        with log.open("ab") as out:
+            self._warden = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_WARDEN), *command.argv],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def wait_ready(self, deadline_s: float) -> str:
+        """Return the URL once the server is healthy.
+
+        Raises :class:`ServerFailed` when it ends before that or has not answered by the deadline.
+        """
+        until = time.monotonic() + deadline_s
+        while not self._healthy():
+            if (status := self.exited()) is not None:
+                raise ServerFailed(f"the SGLang server ended with status {status}; {self._tail()}")
+            if time.monotonic() > until:
+                raise ServerFailed(f"SGLang at {self.url}: not ready within {deadline_s:g} s; {self._tail()}")
+            time.sleep(LOOK_S)
+        return self.url
+
+    def exited(self) -> int | None:
+        """The exit status of a server that has ended, None while it runs."""
+        return self._warden.poll()
+
+    def wait(self) -> ServerFailed:
+        """Block until the server ends; why, as far as its log tells."""
+        status = self._warden.wait()
+        return ServerFailed(f"the SGLang server at {self.url} ended with status {status}; {self._tail()}")
+
+    def stop(self) -> None:
+        """End the whole process group: asked first, killed after a grace period."""
+        self._warden.terminate()
+        try:
+            self._warden.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the whole process group at once."""
+        assert self._warden.stdin is not None
+        self._warden.stdin.close()
+        self._warden.wait(STOP_S)
+
+    def _healthy(self) -> bool:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+        try:
+            with opener.open(f"{self.url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _tail(self) -> str:
+        """The last lines that this start of the server wrote."""
+        with self.log.open("rb") as file:
+            file.seek(max(self._log_start, self.log.stat().st_size - 20_000))
+            lines = file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\n".join([f"the end of {self.log}:", *lines])
