@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from system.cluster import settings as cluster_settings
 from system.cluster.settings import ClusterConfig, SlurmConfig
+from system.engine.sglang import flags as sglang_flags
 
 
 class ConfigError(ValueError):
@@ -133,6 +134,9 @@ class EngineConfig:
     threads: int = 1
     kv_after_update: str = "recompute"  # recompute | keep
     start_deadline_s: float = 120.0
+    urls: list[str] = field(default_factory=list)  # attach to servers that run; they are never stopped
+    python: str = ""  # runs SGLang; empty: .venv-sglang/bin/python if it exists, else this interpreter
+    sglang: dict[str, Any] = field(default_factory=dict)  # SGLang's own flags: {mem_fraction_static: 0.8}
 
 
 @dataclass
@@ -340,7 +344,11 @@ def validate(config: Config) -> None:
         f"engine.max_context={config.engine.max_context} must exceed "
         f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too",
     )
-    for problem in cluster_settings.problems(config.cluster, config.slurm):
+    engine = config.engine
+    for problem in (
+        *cluster_settings.problems(config.cluster, config.slurm),
+        *sglang_flags.problems(engine.name, engine.sglang, engine.urls),
+    ):
         raise ConfigError(problem)
     if not config.model.path:
         _check_shape(config.model, learn.tp, learn.pp)

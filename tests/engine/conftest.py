@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,18 @@ async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., A
     for served in running:
         await served.client.close()
         await served.engine.stop()
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A port nobody listens on now."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
 
 
 async def collect(client: EngineClient, request: GenerateRequest) -> list[Chunk]:

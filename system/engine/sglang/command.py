@@ -8,20 +8,22 @@ again here: ``engine.sglang={mem_fraction_static: 0.8, enable_metrics: true}`` b
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from system.config import EngineConfig
 from system.engine.protocol import EngineError
+from system.engine.sglang.flags import words
 
 IN_SERVER = Path(__file__).parent / "in_server"
 CHECKOUT = Path(__file__).parents[3]
-REMEDY = "run `make sglang` (CPU), or install it here with pip install '.[sglang]' (GPU), or set engine.python"
+REMEDY = (
+    "run `make sglang` (CPU), or install it here with pip install '.[sglang]' (GPU), or set engine.python"
+)
 
 
 class SglangMissing(EngineError):
@@ -37,17 +39,24 @@ class Command:
 
 
 def interpreter(engine: EngineConfig) -> str:
-    """The Python that runs SGLang.  Raises :class:`SglangMissing`, which names the remedy."""
-    made = CHECKOUT / ".venv-sglang" / "bin" / "python"
-    python = engine.python or (str(made) if made.exists() else sys.executable)
+    """The Python that runs SGLang: ``engine.python``; else this one if it has SGLang, else what
+    ``make sglang`` made.  Raises :class:`SglangMissing`, which names the remedy.
+    """
+    made = str(CHECKOUT / ".venv-sglang" / "bin" / "python")
+    candidates = [engine.python] if engine.python else [sys.executable, made]
+    for python in candidates:
+        if _has_sglang(python):
+            return python
+    raise SglangMissing(f"no SGLang for {' or '.join(candidates)}: {REMEDY}")
+
+
+def _has_sglang(python: str) -> bool:
     look = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('sglang') else 3)"
     try:
-        found = subprocess.run([python, "-c", look], capture_output=True, timeout=60).returncode
-    except OSError as error:
-        raise SglangMissing(f"engine.python={python}: {error.strerror}; {REMEDY}") from error
-    if found != 0:
-        raise SglangMissing(f"{python} has no sglang: {REMEDY}")
-    return python
+        done = subprocess.run([python, "-c", look], capture_output=True, timeout=60, check=False)
+    except OSError:  # no such program
+        return False
+    return done.returncode == 0
 
 
 def server_command(
@@ -84,7 +93,7 @@ def server_command(
         "incremental_streaming_output": True,
         "random_seed": seed + replica,
     }
-    argv = [python, "-m", "sglang.launch_server", *flags(fixed), *flags(native)]
+    argv = [python, "-m", "sglang.launch_server", *words(fixed), *words(native)]
     return Command(argv, _environment(engine, cpu, cores, paused))
 
 
@@ -125,22 +134,3 @@ def _environment(engine: EngineConfig, cpu: bool, cores: Sequence[int], paused: 
             for rank in range(engine.tp)
         )
     return env
-
-
-def flags(settings: Mapping[str, Any]) -> list[str]:
-    """``{"a_b": 1, "on": True, "off": False, "gone": None}`` -> ``["--a-b", "1", "--on"]``.
-
-    A list becomes several words after its flag, a mapping JSON.
-    """
-    words: list[str] = []
-    for name, value in settings.items():
-        if value is None or value is False:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if value is True:
-            continue
-        if isinstance(value, list | tuple):
-            words += [str(item) for item in value]
-        else:
-            words.append(json.dumps(value) if isinstance(value, Mapping) else str(value))
-    return words

@@ -60,6 +60,11 @@ class SglangServer:
             time.sleep(LOOK_S)
         return self.url
 
+    @property
+    def pid(self) -> int:
+        """The warden's process; the server is its child."""
+        return self._warden.pid
+
     def exited(self) -> int | None:
         """The exit status of a server that has ended, None while it runs."""
         return self._warden.poll()
@@ -80,7 +85,7 @@ class SglangServer:
     def kill(self) -> None:
         """End the whole process group at once."""
         assert self._warden.stdin is not None
-        self._warden.stdin.close()
+        self._warden.stdin.close()  # what the warden takes for the owner's end
         self._warden.wait(STOP_S)
 
     def _healthy(self) -> bool:

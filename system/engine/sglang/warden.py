@@ -9,6 +9,7 @@ kernel ties that signal to the thread that forked).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -57,10 +58,8 @@ def _owner_gone() -> bool:
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+import typing
 
 
 class _AnyClass:
@@ -56,12 +57,14 @@ def _module(full_name):
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Makes the submodules of the installed stub packages."""
 
-    roots: set = set()
+    roots: typing.ClassVar[set] = set()
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         root, dot, _ = name.partition(".")
-        return importlib.machinery.ModuleSpec(name, cls, is_package=True) if dot and root in cls.roots else None
+        return (
+            importlib.machinery.ModuleSpec(name, cls, is_package=True) if dot and root in cls.roots else None
+        )
 
     @classmethod
     def create_module(cls, spec):
