@@ -9,11 +9,12 @@ from typing import Any
 
 from actors.engine import EngineActor
 from actors.learner import LearnerGroup
+from actors.places import Places
 from actors.replay import ReplayActor
 from actors.rollout import RolloutWorker
-from actors.serving import free_port
 from actors.supervise import START_DEADLINE_S, answer, spawn
-from actors.tools import SERVED, ToolActor
+from actors.tools import ToolActor
+from system.cluster.placement import REPLAY, learner_world, served_tools
 from system.config import Config, to_dict
 
 CLOSE_DEADLINE_S = 10.0
@@ -32,26 +33,42 @@ class Growers:
     servers: list[Any]  # the tools' actors
 
     @classmethod
-    async def start(cls, config: Config, model_path: str, corpus: Path | None) -> Growers:
+    async def start(cls, config: Config, model_path: str, corpus: Path | None, places: Places) -> Growers:
         """Start every actor at once and wait until each has said that it works.
 
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
-        settings, host = to_dict(config), config.engine.host
+        settings = to_dict(config)
         waiting, engines, hosts, servers, urls = [], [], [], [], {}
-        for number in range(config.engine.replicas):
-            port = free_port(host)
-            engines.append(f"http://{host}:{port}")
-            engine = spawn(EngineActor, f"engine-{number}", settings, model_path, port)
+        replicas = [f"engine-{number}" for number in range(config.engine.replicas)]
+        tools = {f"tool-{name}": name for name in served_tools(config)}
+        listening = [*replicas, *tools]
+        ports = dict(
+            zip(listening, await asyncio.gather(*(places[it].port() for it in listening)), strict=True)
+        )
+        for replica in replicas:
+            place, port = places[replica], ports[replica]
+            engines.append(f"http://{place.host}:{port}")
+            engine = spawn(
+                EngineActor, replica, settings, model_path, place.host, port, options=place.options
+            )
             hosts.append(engine)
-            waiting.append(answer(engine.ready.remote(), START_DEADLINE_S, f"engine-{number}"))
-        for name in config.tools.names:
-            if name in SERVED and not (name == "search" and config.tools.search_url):
-                port = free_port()
-                urls[name] = f"http://127.0.0.1:{port}"
-                server = spawn(ToolActor, f"tool-{name}", name, settings, str(corpus or ""), port)
-                servers.append(server)
-                waiting.append(answer(server.ready.remote(), START_DEADLINE_S, f"tool {name}"))
+            waiting.append(answer(engine.ready.remote(), START_DEADLINE_S, replica))
+        for server_name, name in tools.items():
+            place, port = places[server_name], ports[server_name]
+            urls[name] = f"http://{place.host}:{port}"
+            server = spawn(
+                ToolActor,
+                server_name,
+                name,
+                settings,
+                str(corpus or ""),
+                place.host,
+                port,
+                options=place.options,
+            )
+            servers.append(server)
+            waiting.append(answer(server.ready.remote(), START_DEADLINE_S, f"tool {name}"))
         workers = [
             spawn(
                 RolloutWorker,
@@ -61,6 +78,7 @@ class Growers:
                 engines,
                 urls,
                 concurrency=TREES_PER_WORKER,
+                options=places[f"rollout-{number}"].options,
             )
             for number in range(config.rollout.workers)
         ]
@@ -84,9 +102,9 @@ class Crew:
     replay: Any
 
     @classmethod
-    async def start(cls, config: Config, model_path: str, corpus: Path | None) -> Crew:
-        learn, flow = config.learn, config.flow
-        learner = LearnerGroup(learn.tp * learn.pp * learn.dp)
+    async def start(cls, config: Config, model_path: str, corpus: Path | None, places: Places) -> Crew:
+        flow = config.flow
+        learner = LearnerGroup(learner_world(config), places)
         replay = spawn(
             ReplayActor,
             "replay",
@@ -95,10 +113,11 @@ class Crew:
             flow.staleness
             + flow.window,  # the most that can happen: the bound holds by admission, not by waste
             concurrency=8,
+            options=places[REPLAY].options,
         )
         async with asyncio.TaskGroup() as starting:
             starting.create_task(learner.start(to_dict(config), model_path))
-            growing = starting.create_task(Growers.start(config, model_path, corpus))
+            growing = starting.create_task(Growers.start(config, model_path, corpus, places))
         return cls(growing.result(), learner, replay)
 
     async def close(self) -> None:

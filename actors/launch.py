@@ -22,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 from actors.conductor import Conductor, checkpoints
 from actors.crew import Crew, Growers
 from actors.evaluation import evaluate as answer_questions
-from actors.supervise import ActorLost
+from actors.places import Places
+from actors.supervise import ActorLost, StartFailed
 from system.config import Config, ConfigError
 from system.flow.ledger import Ledger
 from system.observe import plots
@@ -39,7 +40,9 @@ from system.tasks.tiny_model import create_model
 from system.tools.service import ToolStartError
 from system.tree.record import Tree
 
-DONE, FAILED, STOPPED = 0, 1, 3  # exit codes; STOPPED: asked to stop before the end, a checkpoint was saved
+# Exit codes.  STOPPED: asked to stop before the end, a checkpoint was saved.  LOST: a machine or an actor
+# failed, not the run itself (EX_TEMPFAIL of sysexits.h): going on from the checkpoint may well succeed.
+DONE, FAILED, STOPPED, LOST = 0, 1, 3, 75
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -51,27 +54,37 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir.write_config(config)
     print(f"run directory: {run_dir.root}", flush=True)
     try:
-        with ray_session():
-            return asyncio.run(_train(config, run_dir, task))
+        with ray_session(config) as joined:
+            return asyncio.run(_train(config, run_dir, task, joined))
     except* ConfigError as errors:
         raise next(_leaves(errors)) from None
     except* (ActorLost, ToolStartError, RayError) as errors:
         for error in _leaves(errors):
             print(f"espalier: {error}", file=sys.stderr)
         print(f"espalier: the run failed; go on with espalier train --resume {run_dir.root}", file=sys.stderr)
-    return FAILED
+        code = failure_code(errors)
+    return code
+
+
+def failure_code(error: BaseException) -> int:
+    """LOST if every part that failed may be there again next time, FAILED if one would fail again."""
+    lasting = (ToolStartError, StartFailed)
+    return FAILED if any(isinstance(leaf, lasting) for leaf in _leaves(error)) else LOST
 
 
 def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     """Greedy answers of the model in ``model_dir`` to the held-out questions."""
     require_embedded(config)
     task = make_task(config)
-    with ray_session(), tempfile.TemporaryDirectory() as scratch:
-        return asyncio.run(_evaluate(config, task, model_dir, Path(scratch)))
+    with ray_session(config) as joined, tempfile.TemporaryDirectory() as scratch:
+        return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))
 
 
-async def _evaluate(config: Config, task: Task, model_dir: Path, scratch: Path) -> dict[str, Any]:
-    growers = await Growers.start(config, str(model_dir), corpus_file(config, task, scratch))
+async def _evaluate(
+    config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
+) -> dict[str, Any]:
+    places = await Places.claim(config, joined=joined)
+    growers = await Growers.start(config, str(model_dir), corpus_file(config, task, scratch), places)
     try:
         questions = task.eval()[: config.eval.questions]
         return (await answer_questions(config, growers, questions, lambda: None)).to_dict()
@@ -79,7 +92,7 @@ async def _evaluate(config: Config, task: Task, model_dir: Path, scratch: Path) 
         await growers.close()
 
 
-async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
+async def _train(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path), WandbSink(run_dir, config)])
     try:
         with Progress(
@@ -87,7 +100,7 @@ async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
         ) as progress:
             drawing = asyncio.create_task(progress.run())
             try:
-                return await _with_crew(config, run_dir, task, recorder, progress)
+                return await _with_crew(config, run_dir, task, recorder, progress, joined)
             finally:
                 drawing.cancel()
                 await asyncio.gather(drawing, return_exceptions=True)
@@ -99,10 +112,31 @@ async def _train(config: Config, run_dir: RunDir, task: Task) -> int:
 
 
 async def _with_crew(
-    config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress
+    config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, joined: bool
 ) -> int:
     model = prepare_model(config, task, run_dir)
-    crew = await Crew.start(config, str(model), corpus_file(config, task, run_dir.root))
+    places = await Places.claim(config, joined=joined)
+    try:
+        async with asyncio.TaskGroup() as tasks:  # whichever fails first ends the other
+            watching = tasks.create_task(places.watch(), name="node watch")
+            working = tasks.create_task(_work(config, run_dir, task, recorder, progress, places, model))
+            working.add_done_callback(lambda _: watching.cancel())
+    except* ActorLost:
+        await places.explain()
+        raise
+    return working.result()
+
+
+async def _work(
+    config: Config,
+    run_dir: RunDir,
+    task: Task,
+    recorder: Recorder,
+    progress: Progress,
+    places: Places,
+    model: Path,
+) -> int:
+    crew = await Crew.start(config, str(model), corpus_file(config, task, run_dir.root), places)
     try:
         conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
         with signals(conductor):
@@ -205,19 +239,23 @@ def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
 
 
 @contextlib.contextmanager
-def ray_session() -> Generator[None]:
-    """A Ray cluster of this machine for the length of the block."""
+def ray_session(config: Config) -> Generator[bool]:
+    """Ray for the length of the block: the cluster we are given, or one of this machine alone.
+
+    Yields whether it is a given one (``cluster.address``, or ``$RAY_ADDRESS`` as a SLURM job sets it).
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    given = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
     ray.init(
-        address="local",  # every server listens on loopback
+        address=given or "local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         namespace=f"espalier-{os.getpid()}",
     )
     try:
-        yield
+        yield bool(given)
     finally:
         ray.shutdown()
 

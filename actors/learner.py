@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import ray
 
+from actors.places import Places
 from actors.serving import free_port
 from actors.supervise import START_DEADLINE_S, answer, answers, spawn
 from system import config as configuration
@@ -105,9 +106,10 @@ async def _push(
 class LearnerGroup:
     """All ranks as one: a method is called on every rank, in one order, and answered by every rank."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, places: Places) -> None:
         self._ranks = [
-            spawn(LearnerRank, f"learner-{rank}", rank, world, restart=False) for rank in range(world)
+            spawn(LearnerRank, name, rank, world, restart=False, options=places[name].options)
+            for rank, name in enumerate(f"learner-{rank}" for rank in range(world))
         ]
 
     async def start(self, config: dict[str, Any], hf_path: str) -> None:

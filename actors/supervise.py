@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+import os
+from collections.abc import Awaitable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,25 +14,49 @@ from ray.exceptions import RayActorError
 START_DEADLINE_S = 180.0  # for an actor to come up
 RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
 LOOK_S = 0.5
+LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own; set by a job
 
 
 class ActorLost(RuntimeError):
     """An actor died, or did not answer before its deadline."""
 
 
+class StartFailed(ActorLost):
+    """An actor's ``__init__`` raised: it would again."""
+
+
 def spawn(
-    actor: type, name: str, *arguments: Any, restart: bool = True, concurrency: int | None = None
+    actor: type,
+    name: str,
+    *arguments: Any,
+    restart: bool = True,
+    concurrency: int | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Start ``actor`` in a process of its own; returns its handle at once.
 
     ``restart``: Ray runs its ``__init__`` again, with the same arguments, whenever its process dies.
-    ``concurrency``: calls at once, for an actor with async methods.
+    ``concurrency``: calls at once, for an actor with async methods.  ``options``: Ray's, such as its place.
     """
-    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1 if restart else 0, "name": name}
+    chosen: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1 if restart else 0, "name": name}
     if concurrency is not None:
-        options["max_concurrency"] = concurrency
-    remote: Any = ray.remote(actor)
-    return remote.options(**options).remote(*arguments)
+        chosen["max_concurrency"] = concurrency
+    remote: Any = ray.remote(_logging_to_its_file(actor, name) if LOGS in os.environ else actor)
+    return remote.options(**chosen, **(options or {})).remote(*arguments)
+
+
+def _logging_to_its_file(actor: type, name: str) -> type:
+    """``actor``, whose process appends what it prints to ``$ESPALIER_LOGS/<name>.log``."""
+
+    def start(self: Any, *arguments: Any) -> None:
+        path = Path(os.environ[LOGS]) / f"{name}.log"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.close(file)
+        actor.__init__(self, *arguments)
+
+    return type(actor.__name__, (actor,), {"__init__": start})  # the name is in the process's title
 
 
 async def answer(reference: Any, deadline_s: float, what: str) -> Any:
@@ -41,7 +67,8 @@ async def answer(reference: Any, deadline_s: float, what: str) -> Any:
     except TimeoutError as error:
         raise ActorLost(f"{what}: no answer within {deadline_s:.0f} s") from error
     except RayActorError as error:
-        raise ActorLost(f"{what}: the actor died: {_last_line(error)}") from error
+        kind = StartFailed if error.actor_init_failed else ActorLost
+        raise kind(f"{what}: the actor died: {_last_line(error)}") from error
 
 
 def _last_line(error: RayActorError) -> str:

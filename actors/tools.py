@@ -10,17 +10,16 @@ from actors.serving import LoopThread
 from system import config as configuration
 from system.tools.serving import serve
 
-SERVED = ("search", "python")  # tools that have a server of ours
 START_DEADLINE_S = 120.0
 
 
 class ToolActor:
     """Restarted by Ray on the same port; calls that meet the gap are retried by the tool service."""
 
-    def __init__(self, name: str, config: dict[str, Any], corpus: str, port: int) -> None:
+    def __init__(self, name: str, config: dict[str, Any], corpus: str, host: str, port: int) -> None:
         app = _application(name, configuration.from_dict(config).tools, corpus)
         self._loop = LoopThread(f"tool-{name}")
-        self._server = self._loop.run(serve(app, port=port), START_DEADLINE_S)
+        self._server = self._loop.run(serve(app, host, port), START_DEADLINE_S)
 
     def ready(self) -> str:
         """The URL it serves at; answers once it does."""
