@@ -15,10 +15,11 @@ EPILOG = """\
 examples:
   espalier bench engine            our engine against transformers' batching, tokens per second
   espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
+  espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
 """
-BENCHMARKS = ("engine", "learner")
+BENCHMARKS = ("engine", "learner", "schedules")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

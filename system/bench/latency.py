@@ -1,0 +1,32 @@
+"""How long a simulated tool takes: lognormal, with stragglers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ToolLatency:
+    """Seconds of a tool call: lognormal around ``mean_s``, some calls ``straggler_factor`` times as long.
+
+    The *mean* without stragglers is the same for every ``sigma``: what changes is the spread, not the amount
+    of waiting.  ``sigma`` 0 is constant.
+    """
+
+    mean_s: float = 1.0
+    sigma: float = 0.0  # of ln(seconds)
+    stragglers: float = 0.0  # share of the calls
+    straggler_factor: float = 30.0
+
+    def draw(self, seed: int) -> float:
+        """Latency of the call that ``seed`` names: the same whoever makes it, and when."""
+        rng = np.random.default_rng(seed)
+        seconds = self.mean_s * float(np.exp(self.sigma * rng.standard_normal() - self.sigma**2 / 2))
+        return seconds * self.straggler_factor if rng.random() < self.stragglers else seconds
+
+    def __str__(self) -> str:
+        spread = f"σ = {self.sigma:g}" if self.sigma else "constant"
+        late = f", {self.stragglers:.0%} × {self.straggler_factor:g}" if self.stragglers else ""
+        return spread + late
