@@ -22,8 +22,13 @@ IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle secon
 class Publisher(Protocol):
     """Who has the weights."""
 
-    version: int
-    weights: asyncio.Lock  # held while the weights change or move
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def weights(self) -> asyncio.Lock:
+        """Held while the weights change or move."""
+        ...
 
     async def push(self, version: int) -> dict[str, str]:
         """Send the learner's weights to all engines; returns those that did not take them, and why."""

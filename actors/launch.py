@@ -154,7 +154,7 @@ async def _lead(conductor: Conductor, task: Task, model: Path) -> int:
     else:
         if config.warmstart.steps:
             await conductor.warm_start(demonstrations(config, task, model))
-        await conductor.publish()
+        await conductor.bring_up()
         if not conductor.stopping.is_set():
             await conductor.evaluate("before")
             await conductor.save()
