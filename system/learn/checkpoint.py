@@ -1,53 +1,147 @@
-"""Sharded checkpoints: Megatron's dist_checkpointing in ``torch_dist`` format, written by each rank itself.
+"""Sharded checkpoints that any layout can read: torch's distributed format under Hugging Face names.
 
-A checkpoint can be read back under another tensor- or data-parallel layout.
+Every rank writes the boxes it holds of each Hugging Face tensor: the float32 parameters, Adam's two moments
+and the reference model.  A rank of another layout asks for other boxes of the same tensors, and torch's
+planner cuts them out of the files.  (megatron-core's own checkpoints of a distributed optimizer cannot be
+read back where the optimizer is torch's AdamW.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import os
 import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,  # pyright: ignore[reportPrivateUsage]
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as write_state_dict
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
+from torch.distributed.checkpoint.state_dict_saver import save as write_boxes
 
-from system.learn import cpu
 from system.learn.model import TreeGPTModel
+from system.learn.parallel import Layout
+from system.learn.shards import Place, WeightMap
 from system.learn.weights import replace
 
-EXTRA = "extra.json"
+MANIFEST = "manifest.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing or incomplete; the message names it."""
+    """A checkpoint that is missing, damaged, or of another model; the message names it."""
 
 
-class _SaveInProcess(TorchDistSaveShardedStrategy):
-    """The stock strategy's format without its processes.
+@dataclass(frozen=True)
+class Box:
+    """A box of a named tensor, and this rank's memory for it (a view)."""
 
-    The stock writer starts a spawn-context manager, which imports ``__main__`` again, and forks writers;
-    neither belongs in a worker process of an actor system.
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    offsets: tuple[int, ...]
+    data: torch.Tensor
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(self.offsets), self.data.shape)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What this rank's optimizer holds of one parameter: its elements from ``start`` on, flattened."""
+
+    start: int
+    tensors: dict[str, torch.Tensor]  # the float32 parameter and the two moments
+    step: torch.Tensor  # [] steps taken
+
+
+def save(
+    path: Path,
+    layout: Layout,
+    model: TreeGPTModel,
+    optimizer: MegatronOptimizer,
+    reference: TreeGPTModel | None,
+    *,
+    step: int,
+    extra: dict[str, Any],
+) -> None:
+    """Write a checkpoint; collective over all ranks, which must share the file system.
+
+    The directory appears under its name only when complete, with a manifest of its files' digests, and
+    replaces an older one.
     """
+    partial = path.with_name(path.name + ".partial")
+    if layout.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    boxes = list(_written(layout, model, optimizer, reference))
+    writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+    write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
+    dist.barrier()
+    files = sorted(file.name for file in partial.iterdir())
+    mine = {name: _digest(partial / name) for name in files[layout.rank :: dist.get_world_size()]}
+    digests = {name: digest for part in _from_all(mine) for name, digest in part.items()}
+    if layout.rank == 0:
+        with (partial / MANIFEST).open("w") as file:
+            json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(partial, path)
+    dist.barrier()
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        state, _flat, _renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        write_state_dict(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+
+@torch.no_grad()
+def load(
+    path: Path,
+    layout: Layout,
+    model: TreeGPTModel,
+    optimizer: MegatronOptimizer,
+    reference: TreeGPTModel | None,
+) -> tuple[int, dict[str, Any]]:
+    """Restore everything :func:`save` wrote, whatever layout wrote it; returns (step, extra).
+
+    Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is changed,
+    when the checkpoint is missing, incomplete, damaged, or of another model.
+    """
+    manifest = _verified(path, layout)
+    fill_optimizer_state(optimizer)
+    rng = torch.get_rng_state()
+    planner = _BoxLoader([_whole("rng", rng), *_read(layout, model, optimizer, reference)])
+    reader = FileSystemReader(path)
+    _agree(path, planner.missing(reader.read_metadata()))
+    read_boxes({}, storage_reader=reader, planner=planner)
+    for parameter in model.parameters():
+        for held in _slices(optimizer, parameter):
+            held.step.fill_(float(manifest["step"]))
+    torch.set_rng_state(rng)
+    return int(manifest["step"]), manifest["extra"]
 
 
 def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -> None:
@@ -64,76 +158,245 @@ def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -
             for parameter in group["params"]:
                 state = adam.state[parameter]
                 state.setdefault("step", torch.zeros((), dtype=torch.float32))
-                for moment in ("exp_avg", "exp_avg_sq"):
+                for moment in MOMENTS:
                     if moment not in state:
                         state[moment] = torch.zeros_like(parameter)
 
 
-def save(
-    path: Path,
-    model: TreeGPTModel,
-    optimizer: MegatronOptimizer,
-    reference: TreeGPTModel | None,
-    *,
-    step: int,
-    extra: dict[str, Any],
-) -> None:
-    """Write a checkpoint; collective over all ranks, which must share the file system.
+# ---------------------------------------------------------------------- what a rank holds
 
-    The directory appears under its name only when complete, and replaces an older one.
+
+def _slices(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iterator[Slice]:
+    """This rank's optimizer state of a parameter: all, or its share (perhaps none) where it is split."""
+    for inner in optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
+        start = 0
+        if isinstance(inner, DistributedOptimizer):
+            if parameter not in inner.model_param_group_index_map:
+                continue
+            group, index = inner.model_param_group_index_map[parameter]
+            main = inner.optimizer.param_groups[group]["params"][index]
+            start = inner._get_model_param_range_map(parameter)["param"].start  # pyright: ignore[reportPrivateUsage]
+        else:
+            main = getattr(parameter, "main_param", parameter)  # float32 where the model is bfloat16
+        state = inner.optimizer.state[main]
+        tensors = {"parameter": main.detach(), **{name: state[name] for name in MOMENTS}}
+        yield Slice(start, tensors, state["step"])
+
+
+def _written(
+    layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
+) -> Iterator[Box]:
+    """The boxes that this rank writes; all ranks together write every element once."""
+    where = WeightMap(model)
+    frozen = dict(reference.named_parameters()) if reference is not None else {}
+    distributed = any(
+        isinstance(inner, DistributedOptimizer)
+        for inner in optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    if layout.rank == 0:
+        yield _whole("rng", torch.get_rng_state())
+    for number, (key, parameter) in enumerate(model.named_parameters()):
+        place = where.place(layout.pp_rank, key)
+        if (place.replicated and layout.tp_rank) or where.is_copy(key):
+            continue
+        my_turn = number % layout.dp == layout.dp_rank  # data-parallel copies share the work
+        if distributed or my_turn:
+            for held in _slices(optimizer, parameter):
+                for kind, tensor in held.tensors.items():
+                    yield from _boxes(where, place, layout, parameter.shape, kind, tensor, held.start)
+        if my_turn and key in frozen:
+            yield from _boxes(where, place, layout, parameter.shape, "reference", frozen[key].detach())
+
+
+def _read(
+    layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
+) -> Iterator[Box]:
+    """The boxes that this rank needs: its parameters whole, and what its optimizer holds of them."""
+    where = WeightMap(model)
+    frozen = dict(reference.named_parameters()) if reference is not None else {}
+    for key, parameter in model.named_parameters():
+        place, shape = where.place(layout.pp_rank, key), parameter.shape
+        yield from _boxes(where, place, layout, shape, "parameter", parameter.detach())
+        for held in _slices(optimizer, parameter):
+            for kind, tensor in held.tensors.items():
+                yield from _boxes(where, place, layout, shape, kind, tensor, held.start)
+        if key in frozen:
+            yield from _boxes(where, place, layout, shape, "reference", frozen[key].detach())
+
+
+def _boxes(
+    where: WeightMap,
+    place: Place,
+    layout: Layout,
+    shape: torch.Size,
+    kind: str,
+    tensor: torch.Tensor,
+    start: int = 0,
+) -> Iterator[Box]:
+    """The boxes of Hugging Face tensors that ``tensor`` is: the elements from ``start`` on of a parameter.
+
+    ``shape`` is the parameter's.  A slice may begin and end inside a row: each run of rows then gives up to
+    three boxes, a part of a row, whole rows, and a part of a row.
     """
-    partial = path.with_name(path.name + ".partial")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with cpu.scope():
-        state = _state(model, optimizer, reference, loading=False)
-        state |= {"step": step, "rng": torch.get_rng_state()}
-        dist_checkpointing.save(state, str(partial), sharded_strategy=_SaveInProcess("torch_dist", 1))
-    if first:
-        (partial / EXTRA).write_text(json.dumps(extra, indent=2))
-        replace(partial, path)
-    dist.barrier()
+    flat = tensor.view(-1)
+    stop = start + flat.numel()
+    width = shape[1] if len(shape) == 2 else 1
+    for run in where.runs(place, layout.tp_rank):
+        a, b = max(start, run.start * width), min(stop, (run.start + run.rows) * width)
+        while a < b:
+            row, column = divmod(a, width)
+            rows = max(1, (b - a) // width) if column == 0 else 1
+            end = min(b, (row + rows) * width)
+            data = flat[a - start : end - start]
+            offsets = (run.row + row - run.start,)
+            if len(shape) == 2:
+                offsets, data = (*offsets, run.column + column), data.view(rows, -1)
+            yield Box(f"{kind}/{run.name}", place.shapes[run.name], offsets, data)
+            a = end
 
 
-def load(
-    path: Path, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
-) -> tuple[int, dict[str, Any]]:
-    """Restore everything :func:`save` wrote; returns (step, extra).  Collective over all ranks."""
-    if not (path / EXTRA).is_file():
-        raise CheckpointError(f"{path} is not a learner checkpoint ({EXTRA} is missing)")
-    with cpu.scope():
-        fill_optimizer_state(optimizer)
-        wanted = _state(model, optimizer, reference, loading=True)
-        loaded = dist_checkpointing.load(wanted, str(path))
-        assert isinstance(loaded, dict)
-        model.load_state_dict(loaded["model"])
-        inner = loaded["optimizer"].get(
-            "optimizer", loaded["optimizer"]
-        )  # nested when there are master weights
-        # Megatron leaves a step count of zero out, and then cannot read the checkpoint back.
-        inner["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
-        optimizer.load_state_dict(loaded["optimizer"])
-        if reference is not None:
-            reference.load_state_dict(loaded["reference"])
-    torch.set_rng_state(loaded["rng"])
-    return int(loaded["step"]), json.loads((path / EXTRA).read_text())
+def _whole(name: str, tensor: torch.Tensor) -> Box:
+    return Box(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
-def _state(
-    model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None, *, loading: bool
-) -> dict[str, Any]:
-    sharded = model.sharded_state_dict()
-    state: dict[str, Any] = {
-        "model": sharded,
-        "optimizer": optimizer.sharded_state_dict(sharded, is_loading=loading),
-    }
-    if reference is not None:
-        frozen = reference.sharded_state_dict()
-        for tensor in frozen.values():
-            if hasattr(tensor, "key"):
-                tensor.key = f"reference.{tensor.key}"
-        state["reference"] = frozen
-    return state
+# ---------------------------------------------------------------------- torch's planners
+
+
+class _BoxSaver(SavePlanner):
+    """Writes this rank's boxes."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._boxes = {(box.name, box.offsets): box for box in boxes}
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the boxes are known."""
+
+    def create_local_plan(self) -> SavePlan:
+        return SavePlan(
+            [
+                WriteItem(
+                    index=MetadataIndex(box.name, box.offsets),
+                    type=WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk=box.chunk,
+                        properties=TensorProperties.create_from_tensor(box.data),
+                        size=torch.Size(box.shape),
+                    ),
+                )
+                for box in self._boxes.values()
+            ]
+        )
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = create_default_global_save_plan(all_plans)
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            written = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+            assert written == math.prod(tensor.size), f"{name}: {written} elements written of {tensor.size}"
+        return plans, metadata
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        index = write_item.index
+        assert index.offset is not None
+        return self._boxes[index.fqn, tuple(index.offset)].data
+
+
+class _BoxLoader(LoadPlanner):
+    """Fills this rank's boxes from whatever boxes were written."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._boxes: dict[str, list[Box]] = {}
+        for box in boxes:
+            self._boxes.setdefault(box.name, []).append(box)
+        self._metadata: Metadata | None = None
+
+    def missing(self, metadata: Metadata) -> str:
+        """Why the checkpoint cannot fill the boxes; empty if it can."""
+        self._metadata = metadata
+        for name, boxes in self._boxes.items():
+            found = metadata.state_dict_metadata.get(name)
+            if not isinstance(found, TensorStorageMetadata):
+                return f"it does not hold {name}"
+            if tuple(found.size) != boxes[0].shape:
+                return f"{name} has shape {tuple(found.size)}, not {boxes[0].shape}: another model's"
+            wanted = sum(box.data.numel() for box in boxes)
+            if sum(math.prod(item.lengths) for item in self._items(name, found)) != wanted:
+                return f"parts of {name} are missing"
+        return ""
+
+    def set_up_planner(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the boxes and the metadata are known."""
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self._metadata is not None
+        held = self._metadata.state_dict_metadata
+        items = []
+        for name in self._boxes:
+            tensor = held[name]
+            assert isinstance(tensor, TensorStorageMetadata)
+            items += self._items(name, tensor)
+        return LoadPlan(items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise AssertionError("a learner checkpoint holds tensors only")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        index = read_item.dest_index
+        assert index.index is not None
+        target = self._boxes[index.fqn][index.index].data
+        for axis, (first, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(axis, first, size)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Nothing to do: the reader has copied into our own memory."""
+
+    def _items(self, name: str, tensor: TensorStorageMetadata) -> list[ReadItem]:
+        return create_read_items_for_chunk_list(name, tensor, [box.chunk for box in self._boxes[name]])
+
+
+# ---------------------------------------------------------------------- verification
+
+
+def _verified(path: Path, layout: Layout) -> dict[str, Any]:
+    """The manifest, once the ranks have compared every file with it."""
+    manifest: dict[str, Any] = {"files": {}}
+    problem = ""
+    if (path / MANIFEST).is_file():
+        manifest = json.loads((path / MANIFEST).read_text())
+    else:
+        problem = f"it is not a learner checkpoint ({MANIFEST} is missing)"
+    for name in sorted(manifest["files"])[layout.rank :: dist.get_world_size()]:
+        if not (path / name).is_file():
+            problem = f"{name} is missing"
+        elif _digest(path / name) != manifest["files"][name]:
+            problem = f"{name} is damaged: its digest is not the manifest's"
+    _agree(path, problem)
+    return manifest
+
+
+def _agree(path: Path, problem: str) -> None:
+    """Raise on every rank what any of them found."""
+    problems = [found for found in _from_all(problem) if found]
+    if problems:
+        raise CheckpointError(f"{path}: {problems[0]}")
+
+
+def _from_all(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from system.config import ConfigError
+from system.config import ConfigError, LearnConfig
 from system.learn import cpu
 from system.learn.attention import TreeAttention, TreeMask
 
@@ -33,36 +35,50 @@ class RMSNorm(nn.Module):
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # Under sequence parallelism each rank norms its own tokens only; Megatron sums what is marked so.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class TreeGPTModel(GPTModel):
-    """``GPTModel`` that scores tokens of a packed row at their predictors."""
+    """This rank's stage of a ``GPTModel`` that scores tokens of a packed row at their predictors."""
 
     def __init__(self, *, real_vocab_size: int, rope_theta: float, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
         self.real_vocab_size = real_vocab_size
         self.rope_theta = rope_theta
+        if self.post_process:
+            # The head sees chosen rows, which are not spread over the ranks as the hidden states are: each
+            # rank computes its vocabulary share for all of them, and their gradients are summed here.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, tokens: torch.Tensor, position: torch.Tensor, mask: TreeMask, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Logits at chosen rows.
+        """Logits at chosen rows on the last pipeline stage, hidden states on the others.
 
         ``tokens`` and ``position`` ``[N]`` int64; ``rows`` ``[M]`` int64 indices into the row, repeats
-        allowed (the children of a fork share a predictor).  Returns ``[M, V/tp]``, this rank's share of the
-        padded vocabulary: the output projection, the largest product of a small model, runs only where a
-        token is scored.
+        allowed (the children of a fork share a predictor).  A later stage reads the hidden states given to
+        ``set_input_tensor`` instead of the tokens.  Under sequence parallelism tp divides N.
+
+        Returns ``[M, V/tp]``, this rank's share of the padded vocabulary (the output projection, the largest
+        product of a small model, runs only where a token is scored), or ``[N, 1, hidden]`` (``[N/tp, 1,
+        hidden]`` under sequence parallelism).
         """
-        hidden = self.embedding(input_ids=tokens[None], position_ids=None)
+        hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=self.rotary(position),
             attention_bias=mask,
         )
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden.index_select(0, rows), weight=tied)
         return logits[:, 0]
@@ -97,13 +113,16 @@ def read_hf_config(path: str | Path) -> Any:
     return hf
 
 
-def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: str = "none") -> TransformerConfig:
-    """Megatron's configuration of a Hugging Face Qwen2/Qwen3 model.  Raises ``ConfigError`` if ``tp`` does
-    not divide it.
+def transformer_config(hf: Any, learn: LearnConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a Hugging Face Qwen2/Qwen3 model.  Raises ``ConfigError`` if the layout
+    does not divide it.
     """
+    tp, pp = learn.tp, learn.pp
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(hf, name) % tp:
             raise ConfigError(f"learn.tp={tp} does not divide the model's {name}={getattr(hf, name)}")
+    if hf.num_hidden_layers % pp:
+        raise ConfigError(f"learn.pp={pp} does not divide the model's {hf.num_hidden_layers} layers")
     on_cpu = cpu.needed()
     checkpointing: dict[str, dict[str, Any]] = {
         "none": {},
@@ -129,6 +148,10 @@ def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: str =
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=dtype,
+        batch_p2p_comm=not on_cpu,
+        sequence_parallel=learn.sequence_parallel and tp > 1,
         use_cpu_initialization=on_cpu,
         # Without it `.tensor_model_parallel` stays unset on parameters and the gradient norm is wrong under
         # TP.
@@ -143,7 +166,7 @@ def transformer_config(hf: Any, *, tp: int, dtype: torch.dtype, recompute: str =
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         apply_rope_fusion=False,
-        **checkpointing[recompute],
+        **checkpointing[learn.recompute],
     )
 
 
@@ -170,6 +193,8 @@ def build(hf: Any, config: TransformerConfig) -> TreeGPTModel:
             vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
             real_vocab_size=hf.vocab_size,
             max_sequence_length=hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
             parallel_output=True,
             rope_theta=float(hf.rope_parameters["rope_theta"]),

@@ -12,7 +12,7 @@ losses only add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,19 +59,23 @@ class Statistics:
         for name, value in other.maxima.items():
             self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
-    def reduce(self, layout: Statistics, device: torch.device, group: dist.ProcessGroup) -> dict[str, float]:
-        """Totals over ``group``; collective.
+    def reduce(
+        self, expected: Statistics, device: torch.device, groups: Sequence[dist.ProcessGroup]
+    ) -> dict[str, float]:
+        """Totals over the ranks of all ``groups``, one after the other; collective.
 
-        ``layout`` names what to expect, because a rank without micro-batches has no statistics of its own.
-        Sums become means weighted by ``mult``, except the ``TOTALS``.
+        ``expected`` names what there is, because a rank without micro-batches, or one that is not on the last
+        pipeline stage, has no statistics of its own.  Sums become means weighted by ``mult``, except the
+        ``TOTALS``.
         """
         zero = torch.zeros((), device=device)
-        names, tops = list(layout.sums), list(layout.maxima)
+        names, tops = list(expected.sums), list(expected.maxima)
         total = torch.stack([self.sums.get(n, zero).double() for n in names])
         top = torch.stack([self.maxima.get(n, zero).double() for n in tops]) if tops else None
-        dist.all_reduce(total, group=group)
-        if top is not None:
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        for group in groups:
+            dist.all_reduce(total, group=group)
+            if top is not None:
+                dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         values = dict(zip(names, total.tolist(), strict=True))
         weight = values.pop("weight")
         out = {

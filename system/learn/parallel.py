@@ -21,30 +21,45 @@ COLLECTIVE_DEADLINE = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands.  Ranks with equal ``dp_rank`` hold the shards of one model copy."""
+    """Where this rank stands.
+
+    Ranks are numbered with the tensor-parallel rank fastest, then the data-parallel rank, then the pipeline
+    stage.  Ranks with equal ``dp_rank`` hold one model copy.  Rank 0 stands first in all three: it reports
+    metrics and receives exported weights; the loss is known on the last stage.
+    """
 
     rank: int
     device: torch.device
     tp: int
+    pp: int
     dp: int
+    tp_rank: int
+    pp_rank: int
     dp_rank: int
     tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    def global_rank(self, *, tp_rank: int, dp_rank: int, pp_rank: int) -> int:
+        return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
 
 
 def check(config: Config, world: int) -> None:
     """Refuse layouts that this learner cannot run; raises ``ConfigError``."""
     learn = config.learn
-    if learn.pp > 1:
+    ranks = learn.tp * learn.pp * learn.dp
+    if ranks != world:
         raise ConfigError(
-            f"learn.pp={learn.pp}: pipeline parallelism is not supported; use learn.tp and learn.dp"
-        )
-    for name in ("sequence_parallel", "distributed_optimizer"):
-        if getattr(learn, name):
-            raise ConfigError(f"learn.{name} is not supported yet; set it to false")
-    if learn.tp * learn.dp != world:
-        raise ConfigError(
-            f"learn.tp={learn.tp} times learn.dp={learn.dp} needs {learn.tp * learn.dp} ranks, not {world}"
+            f"learn.tp={learn.tp} times learn.pp={learn.pp} times learn.dp={learn.dp} needs {ranks} ranks, "
+            f"not {world}"
         )
 
 
@@ -73,24 +88,30 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.learn.tp,
+        pipeline_model_parallel_size=config.learn.pp,
         distributed_timeout_minutes=int(COLLECTIVE_DEADLINE.total_seconds() // 60),
     )
     torch.manual_seed(config.run.seed)
     # The "inference" tracker forks no RNG state, which needs no CUDA and is right while dropout is zero.
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, inference_rng_tracker=True)
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    dp_group = parallel_state.get_data_parallel_group()
-    assert isinstance(tp_group, dist.ProcessGroup)
-    assert isinstance(dp_group, dist.ProcessGroup)
     return Layout(
         rank=rank,
         device=device,
         tp=config.learn.tp,
+        pp=config.learn.pp,
         dp=config.learn.dp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        tp_group=tp_group,
-        dp_group=dp_group,
+        tp_group=_group(parallel_state.get_tensor_model_parallel_group()),
+        pp_group=_group(parallel_state.get_pipeline_model_parallel_group()),
+        dp_group=_group(parallel_state.get_data_parallel_group()),
     )
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def stop() -> None:

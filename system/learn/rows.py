@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,15 @@ class Row:
             n_tokens=int((batch.tree >= 0).sum()),
         )
 
+    @property
+    def length(self) -> int:
+        """N: tokens with padding."""
+        return self.tokens.numel()
+
+    def run(self, model: TreeGPTModel) -> torch.Tensor:
+        """The forward pass of this rank's stage: logits of the targets on the last, hidden states before."""
+        return model(self.tokens, self.position, self.mask, self.predictor)
+
 
 def loss_row(batch: PackedBatch, device: torch.device) -> Row:
     """The row of a micro-batch with its trained tokens."""
@@ -56,12 +66,13 @@ def score_row(batch: PackedBatch, device: torch.device) -> Row:
 
 
 def logprob_entropy(
-    model: TreeGPTModel, row: Row, layout: Layout, temperature: float
+    logits: torch.Tensor, row: Row, model: TreeGPTModel, layout: Layout, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[M] log-probability and [M] entropy of the row's targets under the policy softmax(logits /
     temperature).
+
+    ``logits`` ``[M, V/tp]``: what ``row.run(model)`` returns on the last pipeline stage.
     """
-    logits = model(row.tokens, row.position, row.mask, row.predictor)
     if temperature != 1.0:
         logits = logits / temperature
     return vocab_parallel_logprob_entropy(logits, row.target, model.real_vocab_size, layout.tp_group)
@@ -105,15 +116,15 @@ def row_budget(trees: Sequence[Tree], micro_tokens: int, dp: int) -> int:
     return min(micro_tokens, max(whole, -(-sum(sizes) // dp)))
 
 
-def row_padding(micro_tokens: int, device: torch.device) -> int:
+def row_padding(micro_tokens: int, device: torch.device, spread: int = 1) -> int:
     """What row lengths are padded to a multiple of.
 
     On GPU attention is compiled per length: whole blocks, and at most 16 lengths.  On CPU padding is pure
-    waste.
+    waste.  ``spread``: ranks that a row is divided over (sequence parallelism).
     """
     if device.type == "cpu":
-        return 1
-    return max(1, micro_tokens // (16 * BLOCK)) * BLOCK
+        return spread
+    return math.lcm(max(1, micro_tokens // (16 * BLOCK)) * BLOCK, spread)
 
 
 def share(batches: Sequence[PackedBatch], dp: int, dp_rank: int) -> list[PackedBatch]:

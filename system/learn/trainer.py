@@ -26,6 +26,7 @@ from system.learn.aggregate import leaf_weights
 from system.learn.credit import advantages, is_hard
 from system.learn.model import TreeGPTModel, build, read_hf_config, transformer_config
 from system.learn.objective import LossTokens, Statistics
+from system.learn.pipeline import Pipeline
 from system.learn.rows import (
     Row,
     logprob_entropy,
@@ -36,6 +37,7 @@ from system.learn.rows import (
     score_row,
     share,
 )
+from system.learn.weights import Export, HuggingFaceFiles
 from system.tree.pack import flatten, pack, path_model_tokens
 from system.tree.packed import PackedBatch
 from system.tree.record import Tree
@@ -71,18 +73,19 @@ class Trainer:
         self.config, self.learn, self.hf_path = config, learn, hf_path
         self.layout = parallel.start(config, rank=rank, world=world, init_method=init_method)
         hf = read_hf_config(hf_path)
-        transformer = transformer_config(
-            hf, tp=learn.tp, dtype=DTYPES[config.model.dtype], recompute=learn.recompute
-        )
+        transformer = transformer_config(hf, learn, DTYPES[config.model.dtype])
         self.model = build(hf, transformer)
-        weights.load(self.model, weights.hf_tensors(hf_path))
+        with HuggingFaceFiles(hf_path) as files:
+            weights.load(self.model, self.layout, files.read)
         self.reference: TreeGPTModel | None = None
         if learn.kl_coef:
             self.reference = build(hf, transformer)
             self.reference.requires_grad_(False)
             self._freeze_reference()
         with cpu.scope():
-            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=learn.distributed_optimizer
+            )
             self.ddp = DistributedDataParallel(transformer, ddp, self.model)
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
@@ -95,12 +98,14 @@ class Trainer:
                     clip_grad=learn.grad_clip,
                     bf16=transformer.bf16,
                     params_dtype=transformer.params_dtype,
+                    use_distributed_optimizer=learn.distributed_optimizer,
                 ),
                 [self.ddp],
             )
         checkpoint.fill_optimizer_state(self.optimizer)
         self._step = 0
-        self._padding = row_padding(learn.micro_tokens, self.layout.device)
+        spread = learn.tp if transformer.sequence_parallel else 1
+        self._padding = row_padding(learn.micro_tokens, self.layout.device, spread)
 
     @property
     def step_count(self) -> int:
@@ -124,9 +129,9 @@ class Trainer:
         if learn.objective == "decoupled":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
             # pass.
-            for update in updates[1:]:
-                for micro in update:
-                    micro.proximal = self._score(self.model, micro.row)
+            later = [micro for update in updates[1:] for micro in update]
+            for micro, scores in zip(later, self._score(self.model, [m.row for m in later]), strict=True):
+                micro.proximal = scores
         packed_s = time.perf_counter() - started
         results = [self._update(learn.objective, update, version, self._lr()) for update in updates]
         stats = _combine(results)
@@ -148,14 +153,19 @@ class Trainer:
 
     def logprobs(self, trees: Sequence[Tree]) -> list[NDArray[np.float32]]:
         """Per tree [T]: every token's log-probability under the current policy; NaN at the first token."""
-        results = []
+        rows = []
         for tree in trees:
             ones = np.ones(tree.n_leaves, np.float32)
             whole = -(-tree.n_tokens // self._padding) * self._padding
             (batch,) = pack([tree], [ones], [ones], budget=whole, pad_to=self._padding)
-            row = score_row(batch, self.layout.device)
+            rows.append(score_row(batch, self.layout.device))
+        results = []
+        for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
+            if scores is None:
+                scores = torch.empty(row.target.numel(), device=self.layout.device)
+            self._tell_all_stages(scores)
             values = np.full(tree.n_tokens, np.nan, np.float32)
-            values[row.scored] = self._score(self.model, row).cpu().numpy()
+            values[row.scored] = scores.cpu().numpy()
             results.append(values)
         return results
 
@@ -175,22 +185,32 @@ class Trainer:
         All ranks iterate to the end, over the same number of buckets; only global rank 0's buckets have
         tensors.
         """
-        return weights.buckets(self.model, self.learn.bucket_mb << 20, receive=self.layout.rank == 0)
+        return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets()
 
     def save_hf(self, path: str | Path) -> None:
         """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors)."""
-        weights.save_hf(self.model, Path(path), self.hf_path, write=self.layout.rank == 0)
+        weights.save_hf(self.model, self.layout, Path(path), self.hf_path)
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:
         """Write a sharded checkpoint of model, optimizer, reference model, RNG and step, with ``extra``
         (JSON).
         """
-        checkpoint.save(Path(path), self.model, self.optimizer, self.reference, step=self._step, extra=extra)
+        checkpoint.save(
+            Path(path),
+            self.layout,
+            self.model,
+            self.optimizer,
+            self.reference,
+            step=self._step,
+            extra=extra,
+        )
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint, whatever layout wrote it; returns its ``extra``."""
-        self._step, extra = checkpoint.load(Path(path), self.model, self.optimizer, self.reference)
+        self._step, extra = checkpoint.load(
+            Path(path), self.layout, self.model, self.optimizer, self.reference
+        )
         return extra
 
     def close(self) -> None:
@@ -234,30 +254,41 @@ class Trainer:
         function = objective.OBJECTIVES[name]
         temperature = 1.0 if name == "nll" else self.config.rollout.temperature
         started = time.perf_counter()
+        rows = [micro.row for micro in micro_batches]
+        references: list[torch.Tensor | None] = [None] * len(rows)
+        if self.reference and name != "nll":
+            references = self._score(self.reference, rows)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         statistics = Statistics()
-        for micro in micro_batches:
-            logprob, entropy = logprob_entropy(self.model, micro.row, self.layout, temperature)
-            reference = self._score(self.reference, micro.row) if self.reference and name != "nll" else None
+
+        def compute(i: int) -> torch.Tensor:
+            micro, row = micro_batches[i], rows[i]
+            output = row.run(self.model)
+            if not self.layout.last_stage:
+                return output
+            logprob, entropy = logprob_entropy(output, row, self.model, self.layout, temperature)
             tokens = loss_tokens(
                 micro.batch,
-                micro.row,
+                row,
                 logprob,
                 entropy,
                 version=version,
                 proximal=micro.proximal,
-                reference=reference,
+                reference=references[i],
             )
             loss, measured = function(tokens, self.learn)
-            loss.backward()
-            measured.sums["tokens_computed"] = loss.new_tensor(micro.row.n_tokens).detach()
+            measured.sums["tokens_computed"] = loss.new_tensor(row.n_tokens).detach()
             statistics.add(measured)
+            return loss
+
+        Pipeline(self.model, self.layout).train([row.length for row in rows], compute)
         # A rank without micro-batches still joins the reduction, with zeros.
         finalize_model_grads([self.ddp])
         computed = time.perf_counter()
         grad_norm, applied = self._optimizer_step(lr)
-        stats = statistics.reduce(self._expected(name), self.layout.device, self.layout.dp_group)
+        groups = (self.layout.dp_group, self.layout.pp_group)
+        stats = statistics.reduce(self._expected(name), self.layout.device, groups)
         stats |= {"grad_norm": grad_norm, "lr": lr, "skipped_steps": 0.0 if applied else 1.0}
         stats["time_compute_s"] = computed - started
         stats["time_optimizer_s"] = time.perf_counter() - computed
@@ -288,10 +319,25 @@ class Trainer:
         warmup = self.learn.warmup_steps
         return self.learn.lr * (min(1.0, (self._step + 1) / warmup) if warmup else 1.0)
 
-    @torch.no_grad()
-    def _score(self, model: TreeGPTModel, row: Row) -> torch.Tensor:
-        """[M] log-probabilities of a row's targets, without gradient."""
-        return logprob_entropy(model, row, self.layout, self.config.rollout.temperature)[0]
+    def _score(self, model: TreeGPTModel, rows: Sequence[Row]) -> list[torch.Tensor | None]:
+        """[M] log-probabilities of each row's targets, without gradient; None before the last stage."""
+
+        def compute(i: int) -> torch.Tensor:
+            output = rows[i].run(model)
+            if not self.layout.last_stage:
+                return output
+            temperature = self.config.rollout.temperature
+            return logprob_entropy(output, rows[i], model, self.layout, temperature)[0]
+
+        scores = Pipeline(model, self.layout).score([row.length for row in rows], compute)
+        return [*scores] if self.layout.last_stage else [None] * len(rows)
+
+    def _tell_all_stages(self, values: torch.Tensor) -> None:
+        """Give the last stage's values to the others, in place."""
+        source = self.layout.global_rank(
+            tp_rank=self.layout.tp_rank, dp_rank=self.layout.dp_rank, pp_rank=self.layout.pp - 1
+        )
+        torch.distributed.broadcast(values, src=source, group=self.layout.pp_group)
 
     def _freeze_reference(self) -> None:
         if self.reference is not None:

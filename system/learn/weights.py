@@ -1,7 +1,9 @@
-"""Weights between Hugging Face files and Megatron's tensor-parallel shards, in both directions.
+"""Weights between Hugging Face files and Megatron's shards, in both directions, never whole in one process.
 
-Everything streams: loading reads one Hugging Face tensor at a time, exporting gathers one Megatron parameter
-at a time over the tensor-parallel group and hands it on in buckets of bounded size.
+Loading reads of each Hugging Face tensor only the slices that this rank holds.  Exporting brings the shards
+of one parameter at a time to rank 0, from all tensor-parallel ranks and pipeline stages, and hands the
+Hugging Face tensors on in buckets of bounded size: rank 0 holds one bucket, one parameter and one shard of
+it.
 """
 
 from __future__ import annotations
@@ -9,215 +11,199 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from system.config import ConfigError
-from system.learn.model import TreeGPTModel, padded_vocab_size
+from system.learn.model import TreeGPTModel
+from system.learn.parallel import Layout
+from system.learn.shards import Place, Run, WeightMap
 
 INDEX = "model.safetensors.index.json"
-Layout = Literal["replicated", "qkv", "gate-up", "row", "vocabulary"]
+Bucket = dict[str, torch.Tensor]
 
-# Megatron name within a layer -> (how it is split over tensor-parallel ranks, Hugging Face names within the
-# layer).
-_LAYER: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "input_layernorm.weight": ("replicated", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": ("qkv", tuple(f"self_attn.{x}_proj.weight" for x in "qkv")),
-    "self_attention.linear_qkv.bias": ("qkv", tuple(f"self_attn.{x}_proj.bias" for x in "qkv")),
-    "self_attention.linear_proj.weight": ("row", ("self_attn.o_proj.weight",)),
-    "self_attention.q_layernorm.weight": ("replicated", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": ("replicated", ("self_attn.k_norm.weight",)),
-    "pre_mlp_layernorm.weight": ("replicated", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": ("gate-up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": ("row", ("mlp.down_proj.weight",)),
-}
-_TOP: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "embedding.word_embeddings.weight": ("vocabulary", ("model.embed_tokens.weight",)),
-    "output_layer.weight": ("vocabulary", ("lm_head.weight",)),
-    "decoder.final_layernorm.weight": ("replicated", ("model.norm.weight",)),
-}
+# (tensor name, its expected shape, (first row, rows), (first column, columns)) -> the box; columns are None
+# for vectors.
+Reader = Callable[[str, tuple[int, ...], tuple[int, int], tuple[int, int] | None], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Converter:
-    """Splits and merges the tensors of one model.  ``tp`` ranks, this one being ``rank``."""
+class HuggingFaceFiles:
+    """Boxes of the tensors in a Hugging Face directory's safetensors files, read without the rest.
 
-    model: TreeGPTModel
-    tp: int
-    rank: int
+    A context manager: files stay open (memory-mapped) inside it.
+    """
 
-    @staticmethod
-    def of(model: TreeGPTModel) -> Converter:
-        return Converter(
-            model,
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_rank(),
-        )
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._open = ExitStack()
+        self._handles: dict[str, Any] = {}
+        if (self._path / INDEX).is_file():
+            self._where: Mapping[str, str] = json.loads((self._path / INDEX).read_text())["weight_map"]
+        elif (self._path / "model.safetensors").is_file():
+            with safe_open(self._path / "model.safetensors", framework="pt") as file:
+                self._where = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ConfigError(f"{path}: no safetensors weights (model.safetensors or {INDEX})")
 
-    def place(self, name: str) -> tuple[Layout, tuple[str, ...]]:
-        """Layout and full Hugging Face names of a Megatron parameter."""
-        if name in _TOP:
-            return _TOP[name]
-        _decoder, _layers, number, suffix = name.split(".", 3)
-        layout, names = _LAYER[suffix]
-        return layout, tuple(f"model.layers.{number}.{n}" for n in names)
+    def __enter__(self) -> HuggingFaceFiles:
+        return self
 
-    def shard(self, layout: Layout, full: list[torch.Tensor]) -> torch.Tensor:
-        """This rank's Megatron shard from the full Hugging Face tensors."""
-        match layout:
-            case "replicated":
-                return full[0]
-            case "row":
-                return full[0].chunk(self.tp, 1)[self.rank]
-            case "gate-up":
-                return torch.cat([t.chunk(self.tp, 0)[self.rank] for t in full])
-            case "vocabulary":
-                rows = padded_vocab_size(full[0].size(0), self.tp) - full[0].size(0)
-                padded = torch.cat([full[0], full[0].new_zeros(rows, full[0].size(1))])
-                return padded.chunk(self.tp, 0)[self.rank]
-            case "qkv":
-                # Megatron interleaves by query group: [group][its queries, its key, its value][head dim].
-                groups, rest = self._groups, full[0].shape[1:]
-                grouped = torch.cat([t.view(groups, -1, *rest) for t in full], dim=1)
-                return grouped.reshape(-1, *rest).chunk(self.tp, 0)[self.rank]
+    def __exit__(self, *_: object) -> None:
+        self._handles.clear()
+        self._open.close()
 
-    def merge(self, layout: Layout, shards: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The inverse of :meth:`shard`, from the shards of all ranks in rank order."""
-        match layout:
-            case "replicated":
-                return [shards[0]]
-            case "row":
-                return [torch.cat(shards, 1)]
-            case "gate-up":
-                halves = [s.chunk(2, 0) for s in shards]
-                return [torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])]
-            case "vocabulary":
-                return [torch.cat(shards)[: self.model.real_vocab_size]]
-            case "qkv":
-                d = self.model.config.kv_channels
-                assert d is not None
-                whole = torch.cat(shards)
-                rest = whole.shape[1:]
-                grouped = whole.view(self._groups, -1, *rest)
-                parts = grouped[:, : -2 * d], grouped[:, -2 * d : -d], grouped[:, -d:]
-                return [p.reshape(-1, *rest) for p in parts]
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: tuple[int, int],
+        columns: tuple[int, int] | None,
+    ) -> torch.Tensor:
+        """The box of tensor ``name`` from ``rows`` = (first, number) and ``columns``.
 
-    @property
-    def _groups(self) -> int:
-        groups = self.model.config.num_query_groups
-        assert groups is not None
-        return groups
+        Raises ``ConfigError`` when the tensor is missing or not of ``shape``.
+        """
+        if name not in self._where:
+            raise ConfigError(f"{self._path}: the weights lack {name}")
+        tensor = self._file(self._where[name]).get_slice(name)
+        found = tuple(tensor.get_shape())
+        if found != shape:
+            raise ConfigError(f"{self._path}: {name} has shape {found}; the configuration makes it {shape}")
+        chosen = slice(rows[0], sum(rows))
+        return tensor[chosen] if columns is None else tensor[chosen, columns[0] : sum(columns)]
 
-    def gather(self, layout: Layout, shard: torch.Tensor) -> list[torch.Tensor]:
-        """All ranks' shards of one parameter; collective over the tensor-parallel group."""
-        shard = shard.detach().contiguous()
-        if layout == "replicated" or self.tp == 1:
-            return [shard]
-        shards = [torch.empty_like(shard) for _ in range(self.tp)]
-        dist.all_gather(shards, shard, group=parallel_state.get_tensor_model_parallel_group())
-        return shards
+    def _file(self, name: str) -> Any:
+        if name not in self._handles:
+            file = safe_open(self._path / name, framework="pt")
+            self._handles[name] = self._open.enter_context(file)
+        return self._handles[name]
 
 
 @torch.no_grad()
-def load(model: TreeGPTModel, get: Callable[[str], torch.Tensor]) -> None:
-    """Fill this rank's shard.  ``get(name)`` gives one full Hugging Face tensor (see :func:`hf_tensors`)."""
-    converter = Converter.of(model)
-    for name, parameter in model.named_parameters():
-        layout, names = converter.place(name)
-        shard = converter.shard(layout, [get(n) for n in names])
-        if shard.shape != parameter.shape:
-            raise ConfigError(
-                f"{', '.join(names)}: shape gives {tuple(shard.shape)}, not {tuple(parameter.shape)}"
-            )
-        parameter.copy_(shard)
+def load(model: TreeGPTModel, layout: Layout, read: Reader) -> None:
+    """Fill this rank's shard of every parameter, box by box (:meth:`HuggingFaceFiles.read`)."""
+    where = WeightMap(model)
+    for key, parameter in model.named_parameters():
+        place = where.place(layout.pp_rank, key)
+        assert tuple(parameter.shape) == where.shard_shape(place), key
+        filled = 0
+        for run in where.runs(place, layout.tp_rank):
+            columns = (run.column, parameter.size(1)) if parameter.dim() == 2 else None
+            box = read(run.name, place.shapes[run.name], (run.row, run.rows), columns)
+            parameter[run.start : run.start + run.rows].copy_(box)
+            filled += run.rows
+        parameter[filled:].zero_()  # rows that pad the vocabulary
 
 
-def hf_tensors(path: str | Path) -> Callable[[str], torch.Tensor]:
-    """Read single tensors by name from a Hugging Face directory's safetensors files."""
-    path = Path(path)
-    if (path / INDEX).is_file():
-        files: Mapping[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-    elif (path / "model.safetensors").is_file():
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
-        raise ConfigError(f"{path}: no safetensors weights (model.safetensors or {INDEX})")
+class Export:
+    """One pass over the model's full tensors under Hugging Face names, in buckets.
 
-    def get(name: str) -> torch.Tensor:
-        if name not in files:
-            raise ConfigError(f"{path}: the weights lack {name}")
-        with safe_open(path / files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    return get
-
-
-def stream(model: TreeGPTModel) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """(Hugging Face name, full tensor) pairs, one Megatron parameter at a time; collective over TP, all ranks
-    receive.
+    The plan, known to every rank, says which parameters go into which bucket.
     """
-    converter = Converter.of(model)
-    for name, parameter in model.named_parameters():
-        layout, names = converter.place(name)
-        yield list(zip(names, converter.merge(layout, converter.gather(layout, parameter)), strict=True))
 
+    def __init__(self, model: TreeGPTModel, layout: Layout, max_bytes: int) -> None:
+        """``max_bytes``: size of a bucket, exceeded only by a parameter that is larger alone."""
+        self._model, self._layout = model, layout
+        self._map = WeightMap(model)
+        size = model.config.params_dtype.itemsize
+        self.plan: list[list[Place]] = [[]]
+        filled = 0
+        for place in self._map.places():
+            if filled and filled + place.numel * size > max_bytes:
+                self.plan.append([])
+                filled = 0
+            self.plan[-1].append(place)
+            filled += place.numel * size
 
-def buckets(model: TreeGPTModel, max_bytes: int, *, receive: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """Full tensors on CPU in buckets of at most ``max_bytes`` (one parameter at least).
+    def buckets(self) -> Iterator[Bucket]:
+        """The buckets, on CPU, each with copies of its own; collective.
 
-    Collective over the tensor-parallel group.  Ranks with ``receive=False`` get the same number of empty
-    buckets.
-    """
-    bucket: dict[str, torch.Tensor] = {}
-    filled = 0
-    for tensors in stream(model):
-        size = sum(t.numel() * t.element_size() for _, t in tensors)
-        if filled and filled + size > max_bytes:
+        Every rank iterates to the end over the same number of buckets; only rank 0's have tensors.
+        """
+        parameters = dict(self._model.named_parameters())
+        for places in self.plan:
+            bucket: Bucket = {}
+            for place in places:
+                bucket |= self.gather(place, parameters.get(place.key))
             yield bucket
-            bucket, filled = {}, 0
-        filled += size
-        if receive:
-            # A copy: the next optimizer step must not reach a bucket that is still being sent.
-            bucket |= {n: t.to("cpu", copy=True).contiguous() for n, t in tensors}
-    yield bucket
+            del bucket
+
+    @torch.no_grad()
+    def gather(self, place: Place, shard: torch.Tensor | None) -> Bucket:
+        """The full tensors of one parameter, on rank 0; collective.
+
+        ``shard`` is this rank's part of it (or of a tensor of the same shape, such as its gradient), used
+        where this rank owns one.
+        """
+        layout = self._layout
+        owners = [0] if place.replicated else range(layout.tp)
+        ranks = [layout.global_rank(tp_rank=tp, dp_rank=0, pp_rank=place.stage) for tp in owners]
+        if layout.rank != 0:
+            if layout.rank in ranks:
+                assert shard is not None
+                dist.send(shard.detach().contiguous(), dst=0)
+            return {}
+        like = next(self._model.parameters()) if shard is None else shard
+        full = {
+            name: torch.empty(shape, dtype=like.dtype, device=like.device)
+            for name, shape in place.shapes.items()
+        }
+        received: torch.Tensor | None = None
+        for tp_rank, rank in zip(owners, ranks, strict=True):
+            if rank == 0:
+                part = shard
+            else:
+                if received is None:
+                    shape = self._map.shard_shape(place)
+                    received = torch.empty(shape, dtype=like.dtype, device=like.device)
+                dist.recv(received, src=rank)
+                part = received
+            assert part is not None
+            for run in self._map.runs(place, tp_rank):
+                _box(full[run.name], run, part).copy_(part[run.start : run.start + run.rows])
+        return {name: tensor.cpu() for name, tensor in full.items()}
+
+
+def _box(full: torch.Tensor, run: Run, shard: torch.Tensor) -> torch.Tensor:
+    rows = full[run.row : run.row + run.rows]
+    return rows if full.dim() == 1 else rows[:, run.column : run.column + shard.size(1)]
 
 
 def save_hf(
-    model: TreeGPTModel, path: Path, source: str | Path, *, write: bool, shard_bytes: int = 2**31
+    model: TreeGPTModel, layout: Layout, path: Path, source: str | Path, *, file_bytes: int = 2**31
 ) -> None:
-    """Write a complete Hugging Face directory; collective over TP, only ``write=True`` ranks touch the disk.
+    """Write a complete Hugging Face directory, in files of at most ``file_bytes`` (one parameter at least).
 
-    Configuration and tokenizer files are copied from ``source``.  The directory appears under its name only
-    when complete, and replaces an older one.
+    Collective; only rank 0 touches the disk.  Configuration and tokenizer files are copied from ``source``.
+    The directory appears under its name only when complete, and replaces an older one.
     """
-    partial = path.with_name(path.name + ".partial")
-    if write:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in Path(source).iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
-                shutil.copy(file, partial)
-        _state_dtype(partial / "config.json", model.config.params_dtype)
-    where: dict[str, str] = {}
-    total = 0
-    for number, bucket in enumerate(buckets(model, shard_bytes, receive=write)):
-        if write:
-            file_name = f"model-{number:05d}.safetensors"
-            save_file(bucket, partial / file_name, metadata={"format": "pt"})
-            where |= dict.fromkeys(bucket, file_name)
-            total += sum(t.numel() * t.element_size() for t in bucket.values())
-    if not write:
+    export = Export(model, layout, file_bytes)
+    if layout.rank != 0:
+        for _ in export.buckets():
+            pass
         return
-    if len(set(where.values())) == 1:
-        (partial / "model-00000.safetensors").rename(partial / "model.safetensors")
-    else:
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in Path(source).iterdir():
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
+            shutil.copy(file, partial)
+    _state_dtype(partial / "config.json", model.config.params_dtype)
+    where: dict[str, str] = {}
+    total, count = 0, len(export.plan)
+    for number, bucket in enumerate(export.buckets(), 1):
+        name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_file(bucket, partial / name, metadata={"format": "pt"})
+        where |= dict.fromkeys(bucket, name)
+        total += sum(t.nbytes for t in bucket.values())
+        bucket.clear()  # before the next one is gathered
+    if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
     replace(partial, path)

@@ -10,7 +10,7 @@ from learner_reference import save_tiny_model
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    workers = Ranks(2)
+    workers = Ranks()
     yield workers
     workers.close()
 

@@ -1,4 +1,4 @@
-"""Learner ranks for tests: two long-lived processes that run test functions, so that imports are paid once.
+"""Learner ranks for tests: long-lived processes that run test functions, so that imports are paid once.
 
 ``Ranks.run(function, world=2, **kwargs)`` calls ``function(Place, **kwargs)`` in each rank and returns the
 results in rank order.  Functions must be module-level (they travel by name) and their arguments small.
@@ -38,14 +38,13 @@ def _serve(connection: Connection) -> None:
 
 
 class Ranks:
-    def __init__(self, size: int = 2) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def _start(self) -> None:
+    def _start(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._size):
+        for _ in range(len(self._processes), size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -55,8 +54,7 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], *, world: int = 2, deadline_s: float = DEADLINE_S, **kwargs: Any
     ) -> list[Any]:
-        if not self._processes:
-            self._start()
+        self._start(world)
         init_method = f"tcp://127.0.0.1:{free_port()}"
         for rank in range(world):
             self._pipes[rank].send((function, Place(rank, world, init_method), kwargs))

@@ -1,0 +1,187 @@
+"""Where every piece of a Megatron parameter lies among the Hugging Face tensors.
+
+One map serves loading, exporting and checkpoints, and makes all three independent of the parallel layout: a
+tensor-parallel shard is a list of :class:`Run`, blocks of consecutive rows, each a box in one Hugging Face
+tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from system.learn.model import TreeGPTModel, padded_vocab_size
+
+Split = Literal["replicated", "query-groups", "columns", "gate-up", "vocabulary"]
+
+# Megatron name within a layer -> (how it is split over tensor-parallel ranks, Hugging Face names within the
+# layer).
+_LAYER: dict[str, tuple[Split, tuple[str, ...]]] = {
+    "input_layernorm.weight": ("replicated", ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.weight": ("query-groups", tuple(f"self_attn.{x}_proj.weight" for x in "qkv")),
+    "self_attention.linear_qkv.bias": ("query-groups", tuple(f"self_attn.{x}_proj.bias" for x in "qkv")),
+    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
+    "self_attention.q_layernorm.weight": ("replicated", ("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": ("replicated", ("self_attn.k_norm.weight",)),
+    "pre_mlp_layernorm.weight": ("replicated", ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.weight": ("gate-up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
+}
+_TOP: dict[str, tuple[Split, tuple[str, ...]]] = {
+    "embedding.word_embeddings.weight": ("vocabulary", ("model.embed_tokens.weight",)),
+    "decoder.final_layernorm.weight": ("replicated", ("model.norm.weight",)),
+    "output_layer.weight": ("vocabulary", ("lm_head.weight",)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows of one rank's parameter, and the box of a Hugging Face tensor that they are."""
+
+    start: int  # first row in the parameter
+    rows: int
+    name: str  # Hugging Face tensor
+    row: int  # first row in it
+    column: int = 0  # first column in it; the box is as wide as the parameter
+
+
+@dataclass(frozen=True)
+class Place:
+    """One Megatron parameter among the Hugging Face tensors."""
+
+    stage: int  # pipeline stage that owns it
+    key: str  # name on its stage
+    split: Split
+    shapes: dict[str, tuple[int, ...]]  # full shapes of the Hugging Face tensors it is made of
+
+    @property
+    def replicated(self) -> bool:
+        return self.split == "replicated"
+
+    @property
+    def numel(self) -> int:
+        """Elements of its Hugging Face tensors together."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+class WeightMap:
+    """The parameters of one model.  Equal on all ranks: it is made from the configuration alone."""
+
+    def __init__(self, model: TreeGPTModel) -> None:
+        config = model.config
+        assert config.num_query_groups is not None
+        assert config.kv_channels is not None
+        assert config.ffn_hidden_size is not None
+        self.tp, self.pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        self.tied = model.share_embeddings_and_output_weights
+        self._vocabulary = model.real_vocab_size
+        self._layers = config.num_layers
+        self._hidden, self._ffn = config.hidden_size, config.ffn_hidden_size
+        self._heads, self._groups, self._width = (
+            config.num_attention_heads,
+            config.num_query_groups,
+            config.kv_channels,
+        )
+        self._qkv_bias, self._qk_norm = config.add_qkv_bias, config.qk_layernorm
+
+    def places(self) -> list[Place]:
+        """Every parameter of the model once, from the embedding to the head, stage by stage."""
+        top = list(_TOP)
+        names = [(0, top[0])]
+        per_stage = self._layers // self.pp
+        for layer in range(self._layers):
+            stage, local = divmod(layer, per_stage)
+            names += [(stage, f"decoder.layers.{local}.{suffix}") for suffix in _LAYER if self._has(suffix)]
+        names += [(self.pp - 1, name) for name in (top[1:2] if self.tied else top[1:])]
+        return [self.place(stage, name) for stage, name in names]
+
+    def is_copy(self, key: str) -> bool:
+        """Whether a parameter is the tied head of a last stage that is not the first: the embedding again."""
+        return self.tied and key == "output_layer.weight"
+
+    def place(self, stage: int, key: str) -> Place:
+        """The place of a stage's parameter."""
+        if key in _TOP:
+            split, names = _TOP["embedding.word_embeddings.weight" if self.is_copy(key) else key]
+        else:
+            _decoder, _layers, local, suffix = key.split(".", 3)
+            layer = stage * (self._layers // self.pp) + int(local)
+            split, short = _LAYER[suffix]
+            names = tuple(f"model.layers.{layer}.{n}" for n in short)
+        return Place(stage, key, split, {name: self._shape(name) for name in names})
+
+    def runs(self, place: Place, rank: int) -> list[Run]:
+        """The boxes that tensor-parallel rank ``rank`` holds of a parameter, in its row order.
+
+        Rows of the parameter beyond the last run pad the vocabulary and lie in no tensor.
+        """
+        names = list(place.shapes)
+        first = names[0]
+        full = place.shapes[first]
+        match place.split:
+            case "replicated":
+                return [Run(0, full[0], first, 0)]
+            case "columns":
+                return [Run(0, full[0], first, 0, rank * (full[1] // self.tp))]
+            case "vocabulary":
+                share = padded_vocab_size(full[0], self.tp) // self.tp
+                rows = min(share, full[0] - rank * share)
+                return [Run(0, rows, first, rank * share)] if rows > 0 else []
+            case "gate-up":
+                share = full[0] // self.tp
+                return [Run(i * share, share, name, rank * share) for i, name in enumerate(names)]
+            case "query-groups":
+                # Megatron interleaves: for each query group its queries, its key and its value.
+                sizes = [place.shapes[name][0] // self._groups for name in names]
+                here = self._groups // self.tp
+                return [
+                    Run(
+                        local * sum(sizes) + sum(sizes[:i]),
+                        sizes[i],
+                        name,
+                        (rank * here + local) * sizes[i],
+                    )
+                    for local in range(here)
+                    for i, name in enumerate(names)
+                ]
+
+    def shard_shape(self, place: Place) -> tuple[int, ...]:
+        """Shape of one rank's parameter."""
+        shapes = list(place.shapes.values())
+        rows = sum(shape[0] for shape in shapes)
+        match place.split:
+            case "replicated":
+                return shapes[0]
+            case "columns":
+                return (rows, shapes[0][1] // self.tp)
+            case "vocabulary":
+                return (padded_vocab_size(rows, self.tp) // self.tp, shapes[0][1])
+            case "gate-up" | "query-groups":
+                return (rows // self.tp, *shapes[0][1:])
+
+    def _has(self, suffix: str) -> bool:
+        if suffix.endswith("linear_qkv.bias"):
+            return self._qkv_bias
+        return self._qk_norm or not suffix.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """The full shape of a Hugging Face tensor."""
+        queries, keys = self._heads * self._width, self._groups * self._width
+        *_, module, kind = name.split(".")
+        match module:
+            case "embed_tokens" | "lm_head":
+                return (self._vocabulary, self._hidden)
+            case "q_proj" | "k_proj" | "v_proj":
+                rows = queries if module == "q_proj" else keys
+                return (rows,) if kind == "bias" else (rows, self._hidden)
+            case "o_proj":
+                return (self._hidden, queries)
+            case "gate_proj" | "up_proj":
+                return (self._ffn, self._hidden)
+            case "down_proj":
+                return (self._hidden, self._ffn)
+            case "q_norm" | "k_norm":
+                return (self._width,)
+            case _:
+                return (self._hidden,)
