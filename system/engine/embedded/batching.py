@@ -9,13 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from system.engine.embedded.grouping import runs
 from system.engine.embedded.model import Batch, Segment
 
 # Prompts are padded to a common width for attention only; small paddings are not worth a separate kernel
 # call.
 _FREE_PADDING = 256
-# Decoding rows are cut into runs of this many where that saves more keys than another kernel call costs.
-_RUN, _CALL_COST = 16, 512
 
 
 class Piece:
@@ -52,19 +51,26 @@ class Batcher:
         self._open = torch.zeros((), dtype=dtype, device=device)
         self._closed = torch.full((), -torch.inf, dtype=dtype, device=device)
 
-    def pack(self, tokens: NDArray[np.int32], pieces: Sequence[Piece], logits: bool = True) -> Batch:
-        """``tokens [rows, context]`` holds every row's tokens.  Without ``logits`` only one row gets any."""
-        if len(pieces) == 1:
-            positions, rows = pieces[0].positions, pieces[0].row_of
-        else:
-            positions = np.concatenate([piece.positions for piece in pieces])
-            rows = np.concatenate([piece.row_of for piece in pieces])
+    def pack(
+        self,
+        tokens: NDArray[np.int32],
+        decoding: NDArray[np.int64],
+        pieces: Sequence[Piece] = (),
+        logits: bool = True,
+    ) -> Batch:
+        """``tokens [rows, context]`` holds every row's tokens.  The first rows, of ``decoding [n]`` tokens,
+        compute their last token each; then come the pieces.  Without ``logits`` only one row gets any.
+        """
+        n = decoding.size
+        positions = np.concatenate([decoding - 1, *(piece.positions for piece in pieces)])
+        rows = np.concatenate([np.arange(n), *(piece.row_of for piece in pieces)])
         last = None
         if not logits:
             last = np.array([positions.size - 1])
-        elif pieces[-1].width > 1:
-            last = np.cumsum(np.concatenate([piece.widths for piece in pieces])) - 1
-        segments, offset = [], 0
+        elif any(piece.width > 1 for piece in pieces):
+            widths = np.concatenate([np.ones(n, np.int64), *(piece.widths for piece in pieces)])
+            last = np.cumsum(widths) - 1
+        segments, offset = self._decoding(decoding), n
         for piece in pieces:
             segments.append(self._segment(piece, offset))
             offset += piece.positions.size
@@ -75,6 +81,18 @@ class Batcher:
             segments=tuple(segments),
             last=None if last is None else self._put(last),
         )
+
+    def _decoding(self, length: NDArray[np.int64]) -> list[Segment]:
+        """Segments of rows that compute their last token; they share one mask."""
+        if not length.size:
+            return []
+        mask = self._mask(length[:, None, None, None] - 1, int(length.max()))
+        segments = []
+        for first, last in runs(length):
+            keys = int(length[first:last].max())
+            own = mask[first:last, ..., :keys]
+            segments.append(Segment(first, last, first, last - first, 1, keys, None, own))
+        return segments
 
     def _segment(self, piece: Piece, offset: int) -> Segment:
         width = piece.width
@@ -89,36 +107,23 @@ class Batcher:
             width=width,
             keys=piece.keys,
             scatter=None if piece.even else self._put(piece.padded),
-            mask=torch.where(self._steps[: piece.keys] > self._put(query), self._closed, self._open),
+            mask=self._mask(query, piece.keys),
         )
+
+    def _mask(self, query: NDArray[np.int64], keys: int) -> Tensor:
+        """Additive mask of queries at positions ``query [rows, 1, width, 1]`` over the first ``keys``."""
+        return torch.where(self._steps[:keys] > self._put(query), self._closed, self._open)
 
     def _put(self, array: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
 
-def split_decoding(length: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Cut decoding rows of ``length [n]`` tokens into runs ``(first, last)`` of about equal length.
-
-    Attention over a segment reads as many keys for every row as its longest row has.  Rows cannot be sorted
-    without moving their keys, but prompts that were admitted together stand in order of length, so runs often
-    pay.
-    """
-    n = length.size
-    runs = max(n // _RUN, 1)
-    if runs > 1:
-        edges = np.arange(runs) * _RUN
-        longest = np.maximum.reduceat(length, edges)
-        rows = np.diff(np.append(edges, n))
-        if int((longest * rows).sum()) + _CALL_COST * (runs - 1) < int(length.max()) * n:
-            return list(zip(edges.tolist(), [*edges[1:].tolist(), n], strict=True))
-    return [(0, n)]
-
-
 def similar_widths(widths: Sequence[int]) -> list[tuple[int, int]]:
-    """Cut ascending ``widths`` into runs ``(first, last)`` in which padding to the widest costs little."""
-    runs, first = [], 0
-    for index, width in enumerate(widths):
-        if width > 2 * widths[first] and width * (index - first + 1) > _FREE_PADDING:
-            runs.append((first, index))
-            first = index
-    return [*runs, (first, len(widths))] if widths else []
+    """Cut descending ``widths`` into runs ``(first, last)`` in which padding to the widest costs little."""
+    runs, last = [], len(widths)
+    for index in reversed(range(len(widths))):
+        width = widths[index]
+        if width > 2 * widths[last - 1] and width * (last - index) > _FREE_PADDING:
+            runs.append((index + 1, last))
+            last = index + 1
+    return [(0, last), *reversed(runs)] if widths else []

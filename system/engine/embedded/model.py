@@ -12,8 +12,10 @@ import math
 import mmap
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from system.engine.embedded.shape import ModelShape
@@ -70,6 +72,12 @@ class KVStore:
             self.data.as_strided(shape, self._strides, start),
             self.data.as_strided(shape, self._strides, start + layers * slots * self._row),
         )
+
+    def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64], stop: int) -> None:
+        """Permute slots up to position ``stop``: what slot ``sources[i]`` held, ``targets[i]`` holds."""
+        held = self.data[:, :, :, :stop]
+        index = torch.from_numpy(np.stack([sources, targets])).to(self.data.device)
+        held.index_copy_(2, index[1], held.index_select(2, index[0]))
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy context positions ``start .. stop`` of one slot to another, all layers at once."""

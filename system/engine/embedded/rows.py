@@ -74,6 +74,15 @@ class Rows:
         self._groups = None
         return last
 
+    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Permute rows: what was row ``sources[i]`` becomes ``targets[i]``."""
+        jobs = [self.jobs[source] for source in sources]
+        for target, job in zip(targets, jobs, strict=True):
+            self.jobs[target] = job
+        for array in self._arrays:
+            array[targets] = array[sources]
+        self._groups = None
+
     def mark_sent(self, row: int) -> None:
         """The caller has every token of this row."""
         self.sent[row] = self.length[row]

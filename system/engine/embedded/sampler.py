@@ -39,7 +39,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class SamplingBatch:
     """Sampling parameters of the N rows of a step, on the device; rebuilt only when the rows change."""
 
-    inverse_temperature: Tensor  # [N, 1] float32; 1 for greedy rows
+    inverse_temperature: Tensor | None  # [N, 1] float32, 1 for greedy rows; None: all are 1
     greedy: Tensor | None  # [N] bool; None: no row is greedy
     truncated: Tensor | None  # [K] int64 rows with top-k or top-p; None: there are none
     top_p: Tensor  # [K, 1] float32
@@ -60,7 +60,9 @@ class SamplingBatch:
         limit = np.where(top_k < 1, vocab, top_k)
         rows = np.flatnonzero(~greedy & ((limit < vocab) | (top_p < 1)))
         return cls(
-            inverse_temperature=torch.from_numpy(inverse[:, None]).to(device),
+            inverse_temperature=None
+            if (inverse == 1).all()
+            else torch.from_numpy(inverse[:, None]).to(device),
             greedy=torch.from_numpy(greedy).to(device) if greedy.any() else None,
             truncated=torch.from_numpy(rows).to(device) if rows.size else None,
             top_p=torch.from_numpy(top_p[rows, None]).to(device),
@@ -82,9 +84,11 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: NDArray[np.float64]) -
     """Draw from float32 ``logits [N, V]``.  Greedy rows report log-probability and entropy at
     temperature 1.
     """
-    log_p = torch.log_softmax(logits * batch.inverse_temperature, -1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(-1)
+    scaled = logits if batch.inverse_temperature is None else logits * batch.inverse_temperature
+    p = torch.softmax(scaled, -1)
+    # ln Z by the likeliest token: its probability is never tiny, so nothing is lost in the logarithm.
+    log_z = scaled.amax(-1) - p.amax(-1).log()
+    entropy = log_z - torch.linalg.vecdot(p, scaled)
     if batch.truncated is not None:
         p[batch.truncated] = truncate(p[batch.truncated], batch.top_p, batch.top_k)
     # In float64: a float32 running sum would make the rarest tokens of a large vocabulary unreachable.
@@ -94,7 +98,7 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: NDArray[np.float64]) -
     token = torch.searchsorted(cumulative, target, right=True)
     if batch.greedy is not None:
         token = torch.where(batch.greedy[:, None], logits.argmax(-1, keepdim=True), token)
-    logprob = log_p.gather(1, token)[:, 0].double()
+    logprob = (scaled.gather(1, token)[:, 0] - log_z).double()
     kept = logprob
     if batch.truncated is not None:
         kept = logprob.clone()

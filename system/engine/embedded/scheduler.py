@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from system.engine.embedded.batching import Batcher, Piece, similar_widths, split_decoding
+from system.engine.embedded.batching import Batcher, Piece, similar_widths
+from system.engine.embedded.grouping import Regrouping
 from system.engine.embedded.job import Event, Job
 from system.engine.embedded.model import Batch, Decoder, KVStore
 from system.engine.embedded.rows import Rows
@@ -30,9 +31,6 @@ Emitted = tuple[Job, Event]
 # A prompt waits one step for a neighbour that is about to compute its prefix, if that saves at least so many
 # tokens.
 _WORTH_WAITING = 16
-# Prompts are padded to a common width for attention only; small paddings are not worth a separate kernel
-# call.
-_FREE_PADDING = 256
 
 
 @dataclass(slots=True)
@@ -89,6 +87,7 @@ class Scheduler:
         self._batcher = Batcher(limits.context, dtype, device)
         self._kv = KVStore(shape, self._slots.total, limits.context, dtype, device)
         self._rows = Rows(limits.rows, limits.chunk, shape.vocab, device)
+        self._regrouping = Regrouping()
         self._waiting: deque[Job] = deque()
         self._rids: set[str] = set()
         self._draft = np.full((limits.rows, limits.context), -1, np.int32)
@@ -174,6 +173,7 @@ class Scheduler:
     def step(self) -> list[Emitted]:
         """One token for every running sequence, and the first one of every sequence admitted now."""
         decoding = len(self._rows)
+        self._regroup(decoding)
         admitted = self._admit()
         batch = self._batch(decoding, admitted)
         logits = self._decoder.forward(self.weights, self._kv, batch)
@@ -198,9 +198,7 @@ class Scheduler:
     # Admission -----------------------------------------------------------------------------------
 
     def _admit(self) -> list[_Admitted]:
-        """Give waiting jobs rows, the shortest to compute first, each with the longest prefix any slot
-        holds.
-        """
+        """Give waiting jobs rows, the longest to compute first, each with the longest prefix a slot holds."""
         chosen: list[_Admitted] = []
         postponed: list[Job] = []
         budget = self.limits.prefill
@@ -217,7 +215,7 @@ class Scheduler:
             chosen.append(_Admitted(job, slot, cached))
             budget -= chosen[-1].suffix
         self._waiting.extendleft(reversed(postponed))
-        chosen.sort(key=lambda admitted: admitted.suffix)
+        chosen.sort(key=lambda admitted: admitted.suffix, reverse=True)
         for admitted in chosen:
             self._start(admitted)
         return chosen
@@ -244,20 +242,28 @@ class Scheduler:
         while admitted.suffix > self.limits.prefill:
             stop = admitted.cached + self.limits.prefill
             piece = Piece(row, np.array([admitted.cached]), np.array([stop]))
-            batch = self._batcher.pack(self._slots.tokens, [piece], logits=False)
+            nobody = np.zeros(0, np.int64)
+            batch = self._batcher.pack(self._slots.tokens, nobody, [piece], logits=False)
             self._decoder.forward(self.weights, self._kv, batch)
             admitted.cached = stop
 
     def _batch(self, decoding: int, admitted: list[_Admitted]) -> Batch:
-        """Running rows first, then the admitted ones (ascending by what is to be computed)."""
+        """Running rows first, then the admitted ones (descending by what is to be computed)."""
         pieces, length = [], self._rows.length
-        if decoding:
-            for first, last in split_decoding(length[:decoding]):
-                pieces.append(Piece(first, length[first:last] - 1, length[first:last]))
         for first, last in similar_widths([one.suffix for one in admitted]):
             start = np.array([one.cached for one in admitted[first:last]])
             pieces.append(Piece(decoding + first, start, length[decoding + first : decoding + last]))
-        return self._batcher.pack(self._slots.tokens, pieces)
+        return self._batcher.pack(self._slots.tokens, length[:decoding], pieces)
+
+    def _regroup(self, decoding: int) -> None:
+        """Move running rows, keys and all, when that spares more padding than it costs."""
+        length = self._rows.length[:decoding]
+        moves = self._regrouping.due(length)
+        if moves is not None:
+            sources, targets = moves
+            self._kv.move(sources, targets, int(length[sources].max()))
+            self._slots.move(sources, targets)
+            self._rows.move(sources, targets)
 
     # Endings -------------------------------------------------------------------------------------
 

@@ -63,6 +63,11 @@ class SlotTable:
         self.epoch[row] = MIXED
         self.length[row] = 0
 
+    def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+        """Permute running rows: what was row ``sources[i]`` becomes ``targets[i]``."""
+        for array in (self.tokens, self.length, self.epoch):
+            array[targets] = array[sources]
+
     def place(self, row: int) -> tuple[int, int]:
         """Cached slot that takes over finished ``row``, and how many of its tokens are there already.
 
