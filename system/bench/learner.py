@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from system.bench.models import random_qwen3
 from system.bench.report import Report
 from system.config import Config
 from system.tree.record import Kind, Outcome, Tree
@@ -77,7 +78,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
     from system.learn.trainer import Trainer, flat_paths
 
     with tempfile.TemporaryDirectory() as directory:
-        _save_model(config, Path(directory))
+        random_qwen3(Path(directory), config.model, VOCAB, seed=0)
         trainer = Trainer(config, directory, rank=0, world=1, init_method=f"file://{directory}/meeting-point")
         try:
             results = []
@@ -149,26 +150,6 @@ def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.nda
             worst = max(worst, float(np.abs(values[index][1:] - flat[number][1:]).max()))
             number += 1
     return worst
-
-
-def _save_model(config: Config, path: Path) -> None:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    m = config.model
-    shape = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.ffn_size,
-        num_hidden_layers=m.layers,
-        num_attention_heads=m.heads,
-        num_key_value_heads=m.kv_heads,
-        head_dim=m.hidden_size // m.heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(shape).save_pretrained(path)
 
 
 def _write(out_dir: Path, data: dict[str, Any], results: list[Result]) -> None:
