@@ -36,6 +36,7 @@ from system.tree.record import Tree
 from system.tree.store import TreeWriter
 
 GAUGE_S = 1.0  # between readings of the gauges
+COUNTERS_DEADLINE_S = 10.0
 CHECKPOINT = re.compile(r"v\d{6}")
 
 
@@ -92,6 +93,7 @@ class Conductor:
             ]
             try:
                 await self._learn()
+                await self._read_counters()
                 finished = not self.stopping.is_set() or self.version >= self.config.run.steps
             finally:
                 self.stopping.set()
@@ -233,7 +235,20 @@ class Conductor:
         while True:
             self.recorder.gauge(QUEUE_DEPTH, len(self.loop.closed))
             self.recorder.gauge(GROWING, self.loop.admission.running)
+            await self._read_counters()
             await asyncio.sleep(GAUGE_S)
+
+    async def _read_counters(self) -> None:
+        """The workers' running totals; one that is being restarted is asked again next time."""
+        workers = self.crew.growers.workers
+        calls = (answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in workers)
+        for number, totals in enumerate(await asyncio.gather(*calls, return_exceptions=True)):
+            if isinstance(totals, ActorLost):
+                continue
+            if isinstance(totals, BaseException):
+                raise totals
+            for name, total in totals.items():
+                self.recorder.engine_total(f"rollout-{number}", name, total)
 
 
 def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:

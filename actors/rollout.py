@@ -15,11 +15,16 @@ class RolloutWorker:
     def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
         from system.rollout.build import build_grower
 
-        self._grower, self._tools = build_grower(configuration.from_dict(config), model, engines, tools)
+        settings = configuration.from_dict(config)
+        self._grower, self._tools, self._engine = build_grower(settings, model, engines, tools)
 
     async def check(self) -> None:
         """Raise ToolStartError if a configured tool cannot work."""
         await self._tools.check()
+
+    async def counters(self) -> dict[str, float]:
+        """Running totals of the engine client, since this process started."""
+        return self._engine.counters
 
     async def grow(self, prompt: Prompt, ticket: int, seed: int) -> Tree:
         return await self._grower.grow(prompt, ticket=ticket, seed=seed)

@@ -131,6 +131,7 @@ class EngineConfig:
     max_context: int = 1024  # tokens per sequence, prompt included
     cache_slots: int = 128  # finished sequences whose KV is kept for reuse
     chunk_tokens: int = 4  # tokens per streamed chunk
+    in_flight: int = 256  # requests a rollout worker keeps open at one engine; more wait their turn in it
     threads: int = 1
     kv_after_update: str = "recompute"  # recompute | keep
     start_deadline_s: float = 120.0
@@ -230,8 +231,8 @@ _AT_LEAST_1 = """
     model.hidden_size model.layers model.heads model.kv_heads model.ffn_size warmstart.batch
     rollout.leaves rollout.workers rollout.concurrency rollout.max_response_tokens
     branching.probe_tokens tools.search_top_k tools.concurrency engine.replicas engine.tp engine.max_running
-    engine.chunk_tokens engine.threads flow.batch_leaves flow.window flow.max_attempts learn.tp learn.pp
-    learn.dp learn.threads learn.updates learn.micro_tokens learn.bucket_mb checkpoint.keep
+    engine.chunk_tokens engine.in_flight engine.threads flow.batch_leaves flow.window flow.max_attempts
+    learn.tp learn.pp learn.dp learn.threads learn.updates learn.micro_tokens learn.bucket_mb checkpoint.keep
 """
 MINIMA: dict[str, float] = {
     **dict.fromkeys(_AT_LEAST_0.split(), 0),

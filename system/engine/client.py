@@ -30,12 +30,13 @@ class PushFailed(EngineError):
 class EngineClient:
     """Generates, controls and updates over HTTP.  Implements :class:`~system.engine.protocol.Engine`.
 
-    Several ``urls`` are replicas: a route always goes to the same one while that one answers; control calls
-    and weight updates go to all of them.  ``deadline_s`` bounds one ``generate`` call, ``stall_s`` the time
-    without any answer after which a stream counts as broken (set it above the longest pause), ``retries`` the
-    failures in a row that are mended by trying again.  Only what cannot duplicate a token is tried again: a
-    request that never began, or the rest of one whose stream broke, with its tokens so far as part of the
-    prompt.
+    Several ``urls`` are replicas, among which :class:`~system.engine.router.Router` chooses for each request;
+    control calls and weight updates go to all of them.  ``deadline_s`` bounds one ``generate`` call,
+    ``stall_s`` the time without any answer after which a stream counts as broken (set it above the longest
+    pause), ``retries`` the failures in a row that are mended by trying again.  Only what cannot duplicate a
+    token is tried again: a request that never began, or the rest of one whose stream broke, with its tokens
+    so far as part of the prompt.  ``in_flight`` bounds this client's requests at one server; more wait for
+    their turn, first come, first served.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class EngineClient:
         connect_s: float = 5.0,
         control_deadline_s: float = 120.0,
         retries: int = 4,
+        in_flight: int = 256,
     ):
         if not urls:
             raise ValueError("an engine client needs at least one URL")
@@ -57,10 +59,12 @@ class EngineClient:
         self._generation = Generation(
             self._http,
             self.urls,
+            self._info,
             deadline_s=deadline_s,
             stall_s=stall_s,
             control_deadline_s=control_deadline_s,
             retries=retries,
+            in_flight=in_flight,
         )
 
     async def close(self) -> None:
@@ -82,6 +86,11 @@ class EngineClient:
         """End a running request of this client; its iterator then ends with an ``abort`` finish."""
         await self._generation.abort(rid)
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """Running totals of routing, cache hits, resumed streams and waits, for metrics."""
+        return self._generation.counters
+
     # Control -------------------------------------------------------------------------------------
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
@@ -92,6 +101,8 @@ class EngineClient:
         await self._all("/continue_generation", {})
 
     async def abort_all(self) -> None:
+        """End every request of every server, whoever sent it, and those of this client that still wait."""
+        self._generation.abort_waiting()
         await self._all("/abort_request", {"abort_all": True})
 
     async def flush_cache(self) -> None:
@@ -121,15 +132,17 @@ class EngineClient:
 
     async def infos(self) -> list[EngineInfo]:
         """What each server says about itself, in the order of ``urls``."""
-        return list(await asyncio.gather(*(self._info(url) for url in self.urls)))
+        limit_s = self._control_deadline_s
+        return list(await asyncio.gather(*(self._info(url, limit_s) for url in self.urls)))
 
-    async def _info(self, url: str) -> EngineInfo:
-        server = await self._http.get(url, "/get_server_info", self._control_deadline_s)
-        model = await self._http.get(url, "/get_model_info", self._control_deadline_s)
+    async def _info(self, url: str, limit_s: float) -> EngineInfo:
+        server = await self._http.get(url, "/get_server_info", limit_s)
+        model = await self._http.get(url, "/get_model_info", limit_s)
         return EngineInfo(
             weight_version=version_number(model.get("weight_version", "default")),
             running=int(server.get("running", 0)),
             waiting=int(server.get("waiting", 0)),
+            max_running=int(server.get("max_running", 0)),
             paused=bool(server.get("paused", False)),
             counters={str(k): float(v) for k, v in (server.get("counters") or {}).items()},
         )

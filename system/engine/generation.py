@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import zlib
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import aiohttp
 import numpy as np
 
-from system.engine.http import Http, message_of
-from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
+from system.engine.http import Http, Unreachable, message_of
+from system.engine.protocol import Chunk, EngineError, EngineInfo, Finish, GenerateRequest, Sampling
+from system.engine.router import Placement, Router
 from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader
 
 log = logging.getLogger(__name__)
@@ -22,10 +23,13 @@ log = logging.getLogger(__name__)
 _ABORT_DEADLINE_S = 5.0
 _CLOSE_DEADLINE_S = 1.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
+_REPORT_S, _REPORT_DEADLINE_S = 1.0, 5.0  # between the servers' reports of their load; of one report
 
 
 class _Broken(Exception):
     """The stream broke or never began, through no fault of the request; it may go on elsewhere."""
+
+    unreachable = False  # nobody listens there
 
 
 class _Progress:
@@ -35,36 +39,71 @@ class _Progress:
         self.request = request
         self.tokens: list[int] = []
         self.guard = CutGuard(request.sampling.stop)
+        if request.said:
+            self.guard.feed(request.said)
+            self.guard.cut()
         self.cached_tokens: int | None = None
-        self.wire_rid = ""
-        self.url = ""
+        self.url, self.wire_rid = "", ""  # of the newest attempt
+        self.place: Placement | None = None  # while it is at a server, or waits for its turn there
+        self.turn: asyncio.Timeout | None = None  # while it waits for its turn
+        self.aborted = False
 
     @property
     def left(self) -> int:
         return self.request.sampling.max_new_tokens - len(self.tokens)
 
+    @property
+    def size(self) -> int:
+        """Tokens of the next attempt's prompt."""
+        return len(self.request.input_ids) + len(self.tokens)
+
 
 class Generation:
-    """The streams of one client.  Its parameters are :class:`~system.engine.client.EngineClient`'s."""
+    """The streams of one client.  Its parameters are :class:`~system.engine.client.EngineClient`'s.
+
+    ``info`` asks a server for its load.  ``counters``: running totals, for metrics.
+    """
 
     def __init__(
         self,
         http: Http,
         urls: Sequence[str],
+        info: Callable[[str, float], Awaitable[EngineInfo]],
         *,
         deadline_s: float,
         stall_s: float,
         control_deadline_s: float,
         retries: int,
+        in_flight: int,
     ):
-        self._http, self.urls = http, tuple(urls)
+        self._http, self.urls, self._info = http, tuple(urls), info
         self._deadline_s, self._stall_s = deadline_s, stall_s
         self._control_deadline_s, self._retries = control_deadline_s, retries
+        self._router = Router(self.urls)
+        self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served
         self._live: dict[str, _Progress] = {}
         self._aborts: set[asyncio.Task[None]] = set()
+        self._reporter: asyncio.Task[None] | None = None
+        self._counters: Counter[str] = Counter()
+        self._waited_s = 0.0
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Totals since the start: requests by routing decision (``route/…``), prompt tokens sent and how many
+        of them the servers had in their caches, streams that broke and went on, waits for a turn.
+        """
+        return {
+            **{f"route/{kind}": float(count) for kind, count in self._router.counts.items()},
+            **{name: float(count) for name, count in self._counters.items()},
+            "turn_wait_s": self._waited_s,
+        }
 
     async def close(self) -> None:
-        """Wait a moment for aborts under way."""
+        """Stop asking for reports; wait a moment for aborts under way."""
+        if self._reporter is not None:
+            self._reporter.cancel()
+            await asyncio.gather(self._reporter, return_exceptions=True)
+            self._reporter = None
         if self._aborts:
             _, late = await asyncio.wait(set(self._aborts), timeout=_CLOSE_DEADLINE_S)
             for task in late:
@@ -78,20 +117,28 @@ class Generation:
         """
         if request.rid in self._live:
             raise EngineError(f"request id {request.rid!r} is in use")
-        deadline = asyncio.get_running_loop().time() + self._deadline_s
+        self._listen()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._deadline_s
         progress = _Progress(request)
         self._live[request.rid] = progress
         attempt, failures, finished = 0, 0, False
+        avoid: tuple[str, ...] = ()
         try:
-            while True:
-                progress.url = self._route(request, attempt)
+            while not progress.aborted:
                 # SGLang aborts by prefix: the closing slash keeps "a/1/" from being a prefix of any other id.
                 progress.wire_rid = f"{request.rid}/{attempt}/"
                 before = len(progress.tokens)
+                place = await self._take_turn(progress, attempt, avoid, deadline)
+                if place is None:
+                    break
+                progress.url = place.url
                 try:
-                    async with aclosing(self._attempt(progress, deadline)) as chunks:
+                    async with aclosing(self._attempt(progress, place, deadline)) as chunks:
                         async for chunk in chunks:
-                            finished = chunk.finish is not None
+                            if chunk.finish is not None:
+                                finished = True
+                                self._router.end(place, loop.time(), chunk.finish.type != "abort")
                             yield chunk
                             if finished:
                                 return
@@ -99,30 +146,123 @@ class Generation:
                     failures = 1 if len(progress.tokens) > before else failures + 1
                     self._abort_later(progress)
                     progress.guard.cut()
+                    (self._router.lost if error.unreachable else self._router.failed)(place.url, loop.time())
+                    avoid = (place.url,)
                     if failures > self._retries:
                         raise EngineError(
                             f"request {request.rid!r}: gave up after {failures} failures in a row: {error}"
                         ) from error
+                    self._counters["resumed" if progress.tokens else "retried"] += 1
                     log.info("request %s broke at token %d: %s", request.rid, len(progress.tokens), error)
+                finally:
+                    self._leave(progress)
                 if progress.left <= 0:  # everything arrived except the message that says so
                     finished = True
                     yield _last_chunk(Finish("length"), progress.cached_tokens or 0)
                     return
                 attempt += 1
                 await self._back_off(failures, deadline, request.rid)
+            finished = True
+            yield _last_chunk(Finish("abort", message="aborted"), progress.cached_tokens or 0)
         finally:
             del self._live[request.rid]
-            if not finished:
+            if not finished and progress.url:
                 self._abort_later(progress)
 
     async def abort(self, rid: str) -> None:
         """End a running request of this client; its iterator then ends with an ``abort`` finish."""
         if progress := self._live.get(rid):
-            await self._http.post(
-                progress.url, "/abort_request", {"rid": progress.wire_rid}, self._control_deadline_s
-            )
+            self._end_waiting(progress)
+            if progress.place is not None:
+                await self._http.post(
+                    progress.place.url, "/abort_request", {"rid": progress.wire_rid}, self._control_deadline_s
+                )
 
-    async def _attempt(self, progress: _Progress, deadline: float) -> AsyncGenerator[Chunk]:
+    def abort_waiting(self) -> None:
+        """End all requests of this client that are at no server: they wait for a turn, or for another try."""
+        for progress in self._live.values():
+            self._end_waiting(progress)
+
+    def _end_waiting(self, progress: _Progress) -> None:
+        progress.aborted = True  # noticed before the next attempt
+        if progress.turn is not None:
+            progress.turn.reschedule(-1)
+
+    # Routing
+
+    async def _take_turn(
+        self, progress: _Progress, attempt: int, avoid: Sequence[str], deadline: float
+    ) -> Placement | None:
+        """A place at a server and a turn there, or None when the request was aborted meanwhile.
+
+        A server that fails while the request waits for it is left for another.
+        """
+        loop, request = asyncio.get_running_loop(), progress.request
+        while True:
+            progress.place = place = self._router.place(
+                request.rid,
+                progress.size,
+                loop.time(),
+                tree=request.route,
+                parent=request.rid if attempt else request.parent,
+                avoid=avoid,
+            )
+            turns, began = self._turns[place.url], loop.time()
+            waits = turns.locked()
+            try:
+                async with asyncio.timeout_at(deadline) as progress.turn:
+                    await turns.acquire()
+            except BaseException as error:
+                self._router.end(place, loop.time())
+                progress.place = None
+                if not isinstance(error, TimeoutError):
+                    raise
+                if progress.aborted:
+                    return None
+                raise self._too_late(request.rid) from error
+            finally:
+                progress.turn = None
+                if waits:
+                    self._counters["turn_waits"] += 1
+                    self._waited_s += loop.time() - began
+            if not waits or self._router.usable(place.url, loop.time()) or len(self.urls) == 1:
+                self._router.sent(place, loop.time())
+                return place
+            avoid = (place.url,)
+            self._leave(progress)
+
+    def _leave(self, progress: _Progress) -> None:
+        """The request is at no server any more."""
+        if progress.place is not None:
+            self._router.end(progress.place, asyncio.get_running_loop().time())
+            self._turns[progress.place.url].release()
+            progress.place = None
+
+    def _listen(self) -> None:
+        """Keep asking the servers for their load, if there is a choice to make.  Raises what ended it."""
+        if self._reporter is not None and self._reporter.done():
+            self._reporter.result()
+        if self._reporter is None and len(self.urls) > 1:
+            self._reporter = asyncio.get_running_loop().create_task(self._report(), name="engine reports")
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.gather(*(self._report_of(url) for url in self.urls))
+            await asyncio.sleep(_REPORT_S)
+
+    async def _report_of(self, url: str) -> None:
+        try:
+            info = await self._info(url, _REPORT_DEADLINE_S)
+        except Unreachable:
+            self._router.lost(url, asyncio.get_running_loop().time())
+        except EngineError as error:  # slow or starting: its requests will show
+            log.debug("no report: %s", error)
+        else:
+            self._router.report(url, info)
+
+    # One attempt
+
+    async def _attempt(self, progress: _Progress, place: Placement, deadline: float) -> AsyncGenerator[Chunk]:
         """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
@@ -130,7 +270,7 @@ class Generation:
         rid = progress.request.rid
         try:
             response = await self._http.session.post(
-                f"{progress.url}/generate", json=_body(progress), timeout=self._patience(deadline)
+                f"{place.url}/generate", json=_body(progress), timeout=self._patience(deadline)
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
@@ -145,13 +285,19 @@ class Generation:
                     if "error" in message:
                         raise _Broken(str(message["error"]))
                     chunk, text = reader.read(message)
-                    yield self._account(progress, chunk, text)
+                    yield self._account(progress, place, chunk, text)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
         finally:
             response.close()
 
-    def _account(self, progress: _Progress, chunk: Chunk, text: str) -> Chunk:
+    def _account(self, progress: _Progress, place: Placement, chunk: Chunk, text: str) -> Chunk:
+        if chunk.tokens.size:
+            if place.tokens == 0:
+                self._counters["prompt_tokens"] += place.prompt
+                self._counters["cached_tokens"] += chunk.cached_tokens
+            now, version = asyncio.get_running_loop().time(), int(chunk.version[-1])
+            self._router.streamed(place, chunk.tokens.size, chunk.cached_tokens, version, now)
         progress.tokens.extend(chunk.tokens.tolist())
         if progress.left < 0:
             raise MalformedStream("more tokens than were asked for")
@@ -164,11 +310,6 @@ class Generation:
         cached = progress.cached_tokens if finish else 0
         return Chunk(chunk.tokens, chunk.logprob, chunk.entropy, chunk.version, finish, cached)
 
-    def _route(self, request: GenerateRequest, attempt: int) -> str:
-        """Affinity by route; each further attempt tries the next replica."""
-        home = zlib.crc32((request.route or request.rid).encode())
-        return self.urls[(home + attempt) % len(self.urls)]
-
     def _patience(self, deadline: float) -> aiohttp.ClientTimeout:
         """Deadlines of one HTTP call: to connect, between two reads, and altogether."""
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
@@ -176,15 +317,20 @@ class Generation:
 
     def _broken(self, error: Exception, deadline: float, rid: str) -> Exception:
         if asyncio.get_running_loop().time() >= deadline:
-            return EngineError(f"request {rid!r}: not done within {self._deadline_s} s")
-        return _Broken(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            return self._too_late(rid)
+        broken = _Broken(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        broken.unreachable = isinstance(error, aiohttp.ClientConnectorError)
+        return broken
+
+    def _too_late(self, rid: str) -> EngineError:
+        return EngineError(f"request {rid!r}: not done within {self._deadline_s} s")
 
     async def _back_off(self, failures: int, deadline: float, rid: str) -> None:
         wait = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** max(failures - 1, 0)) * random.uniform(
             0.5, 1.0
         )
         if asyncio.get_running_loop().time() + wait >= deadline:
-            raise EngineError(f"request {rid!r}: not done within {self._deadline_s} s")
+            raise self._too_late(rid)
         await asyncio.sleep(wait)
 
     def _abort_later(self, progress: _Progress) -> None:

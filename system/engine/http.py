@@ -12,6 +12,10 @@ from system.engine.protocol import EngineError
 Body = dict[str, Any] | bytes  # JSON, or raw bytes
 
 
+class Unreachable(EngineError):
+    """Nobody listens at that address."""
+
+
 class Http:
     """A pool of connections to any number of servers, opened at the first call.
 
@@ -58,6 +62,8 @@ class Http:
                 answer = await response.json()
         except TimeoutError as error:
             raise EngineError(f"{url}{path}: no answer within {limit_s} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise Unreachable(f"{url}{path}: {error}") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EngineError(f"{url}{path}: {type(error).__name__}: {error}") from error
         return answer if isinstance(answer, dict) else {}

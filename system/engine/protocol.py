@@ -29,7 +29,9 @@ class GenerateRequest:
     rid: str  # unique; what abort() names
     input_ids: NDArray[np.int32]  # [P]
     sampling: Sampling
-    route: str = ""  # branches of one tree share a route: a hint for cache affinity
+    route: str = ""  # key of its tree, whose requests share at least their prompt: a hint for cache affinity
+    parent: str = ""  # rid of the request whose tokens it goes on from: that one's server holds its prefix
+    said: str = ""  # end of the text that this segment had produced when it was cut: stop strings may span it
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +83,6 @@ class EngineInfo:
     weight_version: int
     running: int = 0
     waiting: int = 0
+    max_running: int = 0  # sequences decoded together at most; 0: unknown
     paused: bool = False
     counters: dict[str, float] = field(default_factory=dict)

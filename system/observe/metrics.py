@@ -7,7 +7,7 @@ group         what it answers
 ``rollout/``  trees closed since the last record: reward, accuracy, length, entropy, outcomes
 ``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
 ``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth
-``engine/``   gauges the engines report
+``engine/``   the engine clients: requests by routing decision, prompt tokens and cache hits, resumed streams
 ``tools/``    per tool: calls, cache hits, retries, outcome shares, latency percentiles by status
 ``eval/``     held-out questions
 ``time/``     wall time, throughput, idle time by actor and cause
@@ -64,6 +64,19 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
         of_kind = [one for one in stats if one.task == kind]
         metrics |= _scores(f"rollout/kind/{kind}", of_kind)
     return metrics
+
+
+def engine_metrics(counts: Mapping[str, float]) -> Metrics:
+    """``engine/…`` of what the clients counted in the window."""
+    return {f"engine/{name}": value for name, value in sorted(engine_totals(counts).items())}
+
+
+def engine_totals(counts: Mapping[str, float]) -> Metrics:
+    """The clients' counts, and the share of prompt tokens that the servers had in their caches."""
+    totals = dict(counts)
+    if totals.get("prompt_tokens"):
+        totals["cache_hit_share"] = totals.get("cached_tokens", 0.0) / totals["prompt_tokens"]
+    return totals
 
 
 def tree_metrics(stats: Sequence[TreeStats]) -> Metrics:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from system.config import Config, to_dict
 from system.observe.eval import EvalResult
 from system.observe.metrics import (
+    engine_metrics,
+    engine_totals,
     idle_metrics,
     mean,
     rollout_metrics,
@@ -54,6 +56,7 @@ class Totals:
     staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
     idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
+    engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     wall_s: float = 0.0  # of earlier sessions
 
@@ -98,7 +101,7 @@ class Recorder:
         self._totals = Totals()
         self._step = 0
         self._idle_session: defaultdict[str, float] = defaultdict(float)
-        self._idle_told: dict[tuple[str, str], float] = {}
+        self._told: dict[tuple[str, str], float] = {}  # running totals as they were told last
         self._eval_accuracy: dict[str, float] = {}
         batch_trees = max(1, config.flow.batch_leaves // config.rollout.leaves)
         self._recent: deque[TreeStats] = deque(maxlen=_MOVING_BATCHES * batch_trees)
@@ -183,9 +186,19 @@ class Recorder:
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None:
         """The same from a running total; one that fell (its counter was restarted) starts from zero again."""
-        told = self._idle_told.get((actor, cause), 0.0)
-        self.idle(actor, cause, total_s - told if total_s >= told else total_s)
-        self._idle_told[actor, cause] = total_s
+        self.idle(actor, cause, self._news((actor, cause), total_s))
+
+    def engine_total(self, client: str, name: str, total: float) -> None:
+        """A running total of an engine client; it becomes ``engine/<name>``, summed over the clients."""
+        news = self._news((client, f"engine/{name}"), total)
+        self._engine[name] += news
+        self._totals.engine[name] = self._totals.engine.get(name, 0.0) + news
+
+    def _news(self, key: tuple[str, str], total: float) -> float:
+        """What a running total has grown by; one that fell was restarted."""
+        told = self._told.get(key, 0.0)
+        self._told[key] = total
+        return total - told if total >= told else total
 
     def gauge(self, name: str, value: float) -> None:
         """A level at this moment (queue depth, running sequences, …); the record holds the window's mean."""
@@ -209,6 +222,7 @@ class Recorder:
         if totals.generated:
             record["flow/goodput"] = totals.trained / totals.generated
         record |= {name: mean(values) for name, values in self._gauges.items()}
+        record |= engine_metrics(self._engine)
         record |= idle_metrics(self._idle, elapsed)
         record["time/wall_s"] = self.wall_s
         record["time/window_s"] = elapsed
@@ -243,6 +257,7 @@ class Recorder:
                 "mean": sum(lag * n for lag, n in totals.staleness.items()) / lags if lags else 0.0,
             },
             "versions": totals.version,
+            "engine": engine_totals(totals.engine),
             "dropped": {reason: dict(entry) for reason, entry in sorted(totals.dropped.items())},
             "wall_s": self.wall_s,
             "idle_s": {actor: dict(causes) for actor, causes in sorted(totals.idle.items())},
@@ -321,6 +336,7 @@ class Recorder:
         self._lag_at_close: list[int] = []
         self._dropped: Counter[str] = Counter()
         self._idle: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self._engine: defaultdict[str, float] = defaultdict(float)
         self._gauges: defaultdict[str, list[float]] = defaultdict(list)
 
     def _write(self, record: Mapping[str, Any]) -> None:

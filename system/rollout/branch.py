@@ -21,6 +21,7 @@ class Branch:
     node: int  # its newest node
     rng: np.random.Generator  # branching decisions
     seeds: np.random.Generator  # sampling seeds
+    request: str = ""  # id of the newest engine request on its path: that one's server holds the path's KV
     number: int = 0  # in the order of starting, within its tree
     calls: int = 0  # on its path
     tools: tuple[tuple[str, str], ...] = ()  # (tool, status) of each call on its path

@@ -18,15 +18,20 @@ from system.tools.service import ToolService, build_tools
 
 def build_grower(
     config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
-) -> tuple[Grower, ToolService]:
-    """A grower that talks to the engines at ``engines`` and the tool servers at ``tools`` (tool -> URL).
+) -> tuple[Grower, ToolService, EngineClient]:
+    """A grower and what it talks to: the engines at ``engines``, the tool servers at ``tools`` (tool -> URL).
 
     ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service = build_tools(config.tools, tools)
+    engine = EngineClient(
+        list(engines),
+        deadline_s=config.rollout.generate_deadline_s,
+        in_flight=config.engine.in_flight,
+    )
     grower = Grower(
-        engine=EngineClient(list(engines), deadline_s=config.rollout.generate_deadline_s),
+        engine=engine,
         tools=service,
         syntax=make_syntax(config.rollout.syntax, service.specs),
         policy=make_policy(config.branching),
@@ -35,7 +40,7 @@ def build_grower(
         config=config.rollout,
         vocab_size=len(tokenizer),
     )
-    return grower, service
+    return grower, service, engine
 
 
 def _reward(config: Config) -> Reward:

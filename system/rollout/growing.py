@@ -121,6 +121,7 @@ class GrowingTree:
         key = (*parent.key, parent.forked)
         parent.forked += 1
         child = Branch(key, Origin.FORK, node, *self._streams(key))
+        child.request = parent.request
         child.calls, child.tools, child.segments = parent.calls, parent.tools, parent.segments
         if self.policy.inherits:
             child.baseline, child.has_baseline = parent.baseline, parent.has_baseline
@@ -214,7 +215,9 @@ class GrowingTree:
                 seed=int(branch.seeds.integers(2**31)),
             ),
             route=f"{self.prompt.id}:{self.ticket}",
+            parent=branch.request,
         )
+        branch.request = request.rid
         branch.node = self.growth.node(branch.node, Kind.MODEL)
         probe = branch.probe = EntropyProbe(self.policy.window)
         finish: Finish | None = None
