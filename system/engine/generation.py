@@ -138,7 +138,7 @@ class Generation:
                         async for chunk in chunks:
                             if chunk.finish is not None:
                                 finished = True
-                                self._router.end(place, loop.time(), chunk.finish.type != "abort")
+                                self._router.end(place, chunk.finish.type != "abort")
                             yield chunk
                             if finished:
                                 return
@@ -213,7 +213,7 @@ class Generation:
                 async with asyncio.timeout_at(deadline) as progress.turn:
                     await turns.acquire()
             except BaseException as error:
-                self._router.end(place, loop.time())
+                self._router.end(place)
                 progress.place = None
                 if not isinstance(error, TimeoutError):
                     raise
@@ -234,7 +234,7 @@ class Generation:
     def _leave(self, progress: _Progress) -> None:
         """The request is at no server any more."""
         if progress.place is not None:
-            self._router.end(progress.place, asyncio.get_running_loop().time())
+            self._router.end(progress.place)
             self._turns[progress.place.url].release()
             progress.place = None
 

@@ -74,6 +74,7 @@ class Placement:
     queued: bool  # the server was full when it was decided: its first token says nothing about prefill
     sent_s: float = math.nan
     first_s: float = math.nan
+    last_s: float = math.nan
     first: int = 0  # tokens that arrived with the first one
     tokens: int = 0  # generated so far
 
@@ -196,8 +197,8 @@ class Router:
         server = self._servers[url]
         seconds = (server.pending + max(0, missing)) / self._rate("prefill", server)
         if server.ahead > 0:
-            freed_per_s = server.rows * self._rate("decode", server) / self._length.value
-            seconds += server.ahead / freed_per_s
+            tokens_per_s = server.rows * self._rate("decode", server)
+            seconds += server.ahead * self._length.value / tokens_per_s
         return math.inf if math.isnan(seconds) else seconds
 
     def _rate(self, name: Literal["decode", "prefill"], server: _Server) -> float:
@@ -258,6 +259,7 @@ class Router:
             server.pending -= placement.prefill
             self._saw_prefill(server, placement, tokens, cached)
         placement.tokens += tokens
+        placement.last_s = now
         server.version = max(server.version, version)
         self._remember(placement.rid, server, placement.prompt + placement.tokens)
 
@@ -272,7 +274,7 @@ class Router:
             seconds = max(seconds - (tokens - 1) / speed, seconds / 10)
         server.prefill.add(computed, seconds)
 
-    def end(self, placement: Placement, now: float, finished: bool = False) -> None:
+    def end(self, placement: Placement, finished: bool = False) -> None:
         """The request has left the server.  ``finished``: by itself, so its length counts."""
         server = self._servers[placement.url]
         if placement not in server.open:
@@ -281,7 +283,8 @@ class Router:
         if math.isnan(placement.first_s):
             server.pending -= placement.prefill
         if placement.tokens > placement.first:
-            server.decode.add(placement.tokens - placement.first, max(now - placement.first_s, 1e-9))
+            seconds = placement.last_s - placement.first_s
+            server.decode.add(placement.tokens - placement.first, max(seconds, 1e-9))
         if finished:
             self._length.add(placement.tokens, 1.0)
 

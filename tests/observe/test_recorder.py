@@ -47,6 +47,10 @@ def run_two_steps(recorder: Recorder, clock: Clock) -> None:
         clock.now += 10
         recorder.train_step(step, step, trees, {"loss": 1.0 / step}, [0, step])
         recorder.flush(step)
+    for client, prompt, cached in (("rollout-0", 100, 20), ("rollout-1", 100, 60), ("rollout-0", 150, 70)):
+        recorder.engine_total(client, "prompt_tokens", prompt)  # running totals, over both clients
+        recorder.engine_total(client, "cached_tokens", cached)
+    recorder.engine_total("rollout-1", "prompt_tokens", 50)  # its worker was restarted
     recorder.tree_dropped("stale", 3)
     recorder.tree_dropped("deadline", 2, tokens=7)
 
@@ -58,7 +62,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
         *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
-        *("dropped", "wall_s", "idle_s", "seed", "config"),
+        *("dropped", "engine", "wall_s", "idle_s", "seed", "config"),
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5
     assert summary["eval"]["after"]["accuracy"] == 1.0
@@ -72,6 +76,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
         "flat_trained": 4 * (11 + 14 + 10),
     }
     assert summary["staleness"] == {"max": 2, "mean": 0.75}
+    assert summary["engine"] == {"prompt_tokens": 300, "cached_tokens": 130, "cache_hit_share": 130 / 300}
     assert summary["versions"] == 2
     assert summary["dropped"] == {"stale": {"trees": 1, "leaves": 3}, "deadline": {"trees": 1, "leaves": 2}}
     assert summary["wall_s"] == 20
