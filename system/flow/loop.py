@@ -125,6 +125,7 @@ class TrainingLoop(Generic[Item]):
         self.weights = asyncio.Lock()  # whoever trains or publishes; keeps the ranks' calls in one order
         self._room = asyncio.Event()  # something changed that may let another tree start
         self._growing: set[asyncio.Task[None]] = set()
+        self._draining = False
         self._idle, self._clock = IdleClock(), clock
 
     def stop(self) -> None:
@@ -137,7 +138,7 @@ class TrainingLoop(Generic[Item]):
     async def admit(self, tasks: asyncio.TaskGroup) -> None:
         """Start trees, as tasks of ``tasks``, whenever one may start, until asked to stop."""
         while not self.stopping.is_set():
-            if not self.admission.may_start(self.version):
+            if self._draining or not self.admission.may_start(self.version):
                 self._room.clear()
                 with self._time("rollout", "staleness bound"):
                     await self._room.wait()
@@ -208,7 +209,7 @@ class TrainingLoop(Generic[Item]):
             with self._time("learner", "publishing weights"):
                 await self.parts.publish(version)
             lag = [self.version - oldest(one.tree) for one in batch]
-            self.version = version
+            self.version, self._draining = version, False
         self.ledger.trained(numbers)
         self.parts.logged()
         self._room.set()
@@ -216,8 +217,13 @@ class TrainingLoop(Generic[Item]):
         self.books.train_step(version, version, [one.tree for one in batch], stats, lag)
 
     async def _drained(self) -> None:
-        """Return when no tree grows, or at once when asked to stop.  Admission lets no end of trees start."""
+        """Return when no tree grows, or at once when asked to stop.
+
+        No tree starts meanwhile, not even in the place of a lost one: an engine that died gets no weights
+        before these are published, so trees that start now could be lost again and again.
+        """
         stopping = asyncio.ensure_future(self.stopping.wait())
+        self._draining = True  # until the new weights are out
         try:
             while self._growing and not stopping.done():
                 await asyncio.wait({*self._growing, stopping}, return_when=asyncio.FIRST_COMPLETED)

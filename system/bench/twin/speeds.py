@@ -1,0 +1,43 @@
+"""The learner as a duration: a training step takes a time that depends on the unique tokens of its batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class LearnerSpeed(Protocol):
+    """``system.plan.speed.LearnerRoofline``, or what a run has shown."""
+
+    def train_s(self, tokens: float) -> float:
+        """One training batch of ``tokens`` unique (packed) tokens, optimizer included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLearner:
+    """``fixed_s`` for the optimizer and everything that does not grow with the batch."""
+
+    fixed_s: float
+    per_token_s: float
+
+    def train_s(self, tokens: float) -> float:
+        return self.fixed_s + self.per_token_s * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LinearEngine:
+    """An engine whose step and prefill times are straight lines, fitted to counters."""
+
+    step_fixed_s: float
+    per_sequence_s: float
+    per_context_s: float = 0.0
+    prefill_fixed_s: float = 0.0
+    per_prefill_s: float = 0.0
+    kv_tokens: int = 1 << 40
+
+    def step_s(self, running: float, context: float) -> float:
+        return self.step_fixed_s + self.per_sequence_s * running + self.per_context_s * context
+
+    def prefill_s(self, tokens: float) -> float:
+        return self.prefill_fixed_s + self.per_prefill_s * tokens

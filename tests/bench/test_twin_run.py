@@ -1,0 +1,168 @@
+"""Whole simulated runs: determinism, known limits, and what must hold whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from twin_worlds import config, models, surviving
+
+from system.bench.clock import run
+from system.bench.twin import (
+    AgentModel,
+    Constant,
+    Failure,
+    LinearLearner,
+    Lognormal,
+    Stragglers,
+    ToolModel,
+    Twin,
+    simulate,
+)
+from system.tree.record import Origin
+
+NOISY = models(
+    agent=AgentModel(segment_tokens=Lognormal(50, 0.8)),
+    tools={"search": ToolModel(Stragglers(Lognormal(1.0, 1.0)), failures=0.1)},
+)
+
+
+def test_the_same_seed_gives_the_same_interleaving_and_another_does_not() -> None:
+    first, again = (simulate(config(), NOISY, steps=4) for _ in range(2))
+    other = simulate(config("run.seed=1"), NOISY, steps=4)
+    assert first.events == again.events > 200
+    assert first.digest == again.digest
+    assert first == again
+    assert other.digest != first.digest
+
+
+def test_neither_hash_seeds_nor_the_machine_change_the_interleaving() -> None:
+    program = (
+        "from twin_worlds import config, models\nfrom system.bench.twin import simulate\n"
+        "print(simulate(config(), models(), steps=2).digest)"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert digests == {simulate(config(), models(), steps=2).digest + "\n"}
+
+
+def test_a_slow_learner_sets_the_pace_and_never_waits() -> None:
+    slow = models(learner=LinearLearner(500.0, 0.0))
+    result = simulate(config(), slow, steps=5, skip=2)
+    assert result.step_s == pytest.approx(500.0 + 0.5 + 0.1, abs=0.5)  # the update waits for a boundary
+    assert result.idle["learner"]["no batch"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_without_staleness_generation_and_training_take_turns() -> None:
+    lazy = models(learner=LinearLearner(10.0, 0.0))
+    waits = simulate(config("flow.staleness=0"), lazy, steps=6, skip=1)
+    flows = simulate(config("flow.staleness=1"), lazy, steps=6, skip=1)
+    training = 10.0 + 0.5 + 0.1
+    assert waits.step_s * (1 - waits.idle["learner"]["no batch"]) == pytest.approx(training, abs=0.2)
+    assert waits.staleness_max == 0
+    assert flows.step_s < waits.step_s - 0.5
+    assert waits.idle["rollout"]["staleness bound"] > flows.idle["rollout"]["staleness bound"]
+
+
+def test_thousands_of_branches_and_a_day_are_simulated_at_once() -> None:
+    large = config(
+        "rollout.leaves=16",
+        "rollout.roots=16",
+        "rollout.concurrency=128",
+        "flow.batch_leaves=1024",
+        "engine.max_running=4096",
+    )
+    patient = models(
+        tools={"search": ToolModel(Constant(20_000.0), deadline_s=1e6)},
+        agent=AgentModel(segment_tokens=Constant(20), p_call=(1.0, 0.0)),
+    )
+    live = 0
+
+    async def main(twin: Twin) -> None:
+        nonlocal live
+        running = asyncio.create_task(twin.run())
+        await asyncio.sleep(15_000.0)
+        live = twin.tools.running
+        await running
+
+    twin = Twin(large, patient, steps=1)
+    run(main(twin))
+    assert live == 128 * 16
+    assert twin.books.steps[-1] > 20_000
+
+
+CHAOS = [
+    Failure(12.0, "engine", 0, for_s=20.0),
+    Failure(18.0, "tool", for_s=10.0),
+    Failure(30.0, "learner"),
+    Failure(32.0, "engine", 1, for_s=40.0),
+    Failure(55.0, "learner"),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("chaos", [False, True])
+def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool) -> None:
+    rng = np.random.default_rng(seed)
+    staleness, window = int(rng.integers(0, 3)), int(rng.integers(1, 4))
+    update = ["in-flight", "drained"][int(rng.integers(2))]
+    lockstep = seed % 4 == 3
+    twin = Twin(
+        config(
+            f"run.seed={seed}",
+            f"flow.staleness={0 if lockstep else staleness}",
+            f"flow.window={window}",
+            f"flow.update={update}",
+            f"rollout.schedule={'lockstep' if lockstep else 'barrier-free'}",
+            f"branching={['arpo', 'random', 'none', 'arpo-paper'][seed // 2 % 4]}",
+            f"engine.kv_after_update={['recompute', 'keep'][int(rng.integers(2))]}",
+            "engine.replicas=2",
+            "flow.max_attempts=20",
+            "rollout.branch_deadline_s=400",
+        ),
+        NOISY,
+        steps=8,
+        failures=[Failure(f.at_s + float(rng.uniform(-6, 6)), f.what, f.which, f.for_s) for f in CHAOS]
+        if chaos
+        else (),
+        checkpoint_every=3,
+        patience_s=20_000.0,
+    )
+    twin.books.keep_trees = True
+
+    async def main() -> None:
+        await twin.run()
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # no orphan
+        assert twin.tools.running == 0
+
+    run(main())
+    if chaos:
+        assert twin.sessions > 1
+    for tree in twin.books.trees:  # the budget identity
+        assert sum(tree.origins(origin) for origin in Origin) == tree.n_leaves == tree.budget
+    settings = twin.config.flow
+    assert max(twin.books.staleness) <= settings.staleness + settings.window  # the staleness bound
+    history = surviving(twin.events)
+    assert [version for version, _ in history] == sorted(v for v in range(1, 9) for _ in range(4))
+    assert max(Counter(prompt for _, prompt in history).values()) == 1  # none twice
+    issued = list(dict.fromkeys((e["epoch"], e["prompt"]) for e in twin.events if e["event"] == "issue"))
+    abandoned = sum(event["event"] == "abandon" for event in twin.events)
+    left = set(issued) - {prompt for _, prompt in history}
+    assert abandoned == 0
+    assert len(left) <= (settings.staleness + 1) * 4  # none lost: what is left was in flight at the end
