@@ -268,7 +268,7 @@ class _BoxSaver(SavePlanner):
     def __init__(self, boxes: Sequence[Box]) -> None:
         self._boxes = {(box.name, box.offsets): box for box in boxes}
 
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         """Nothing to do: the boxes are known."""
 
     def create_local_plan(self) -> SavePlan:
@@ -327,7 +327,7 @@ class _BoxLoader(LoadPlanner):
                 return f"parts of {name} are missing"
         return ""
 
-    def set_up_planner(self, *_: Any, **__: Any) -> None:
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
         """Nothing to do: the boxes and the metadata are known."""
 
     def create_local_plan(self) -> LoadPlan:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-DEADLINE_S = 60.0
+DEADLINE_S = 150.0
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,16 @@ CHAIN: Any = (Kind.PROMPT, 9, False, [(Kind.MODEL, 14, True, [])])
 STAR: Any = (Kind.PROMPT, 12, False, [(Kind.MODEL, n, True, []) for n in (3, 8, 8, 5)])
 
 
-def save_tiny_model(path: Path, family: str, *, tied: bool, seed: int = 0, **overrides: Any) -> None:
+def save_tiny_model(
+    path: Path,
+    family: str,
+    *,
+    tied: bool,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    file_size: str = "1GB",
+    **overrides: Any,
+) -> None:
     """A random Hugging Face model whose every tensor matters (norms and biases off their initial values)."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -68,7 +77,7 @@ def save_tiny_model(path: Path, family: str, *, tied: bool, seed: int = 0, **ove
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path, max_shard_size=file_size)
 
 
 def load_hf(path: str | Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from learner_ranks import Place, Ranks
 from learner_reference import learner_config, make_trees, relative_distance, save_tiny_model
+from safetensors.torch import load_file
 from test_learner_equality import hf_gradients, open_trainer
 from test_learner_state import STEP, weights_of
 
@@ -33,6 +35,10 @@ SHARED: Layouts = (
 
 def world_of(layout: dict[str, Any]) -> int:
     return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 @pytest.fixture(scope="session")
@@ -108,3 +114,233 @@ def test_every_layout_takes_the_same_step(
             assert report["copies agree"], layout
             for mine, theirs in zip(report["scores"], expected["scores"], strict=True):
                 np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- checkpoints move between layouts
+
+
+def save_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Two steps, a checkpoint, one step more; the weights after it."""
+    trainer = open_trainer(place, learner_config(kl_coef=0.1, **(STEP | MANY | layout)), model)
+    try:
+        trainer.train(make_trees(4), version=6)
+        trainer.reset_optimizer()  # moves the reference model off the file's weights
+        for seed in (5, 6):
+            trainer.train(make_trees(seed), version=6)
+        trainer.save(path, {"version": 2})
+        trainer.train(make_trees(7), version=6)
+        return weights_of(trainer)
+    finally:
+        trainer.close()
+
+
+def resume_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> dict[str, np.ndarray]:
+    trainer = open_trainer(place, learner_config(kl_coef=0.1, **(STEP | MANY | layout)), model)
+    try:
+        trainer.train(make_trees(11), version=6)  # state that loading must replace
+        assert trainer.load(path) == {"version": 2}
+        assert trainer.step_count == 2
+        trainer.train(make_trees(7), version=6)
+        return weights_of(trainer)
+    finally:
+        trainer.close()
+
+
+SPLIT = {"distributed_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "written", "read"),
+    [
+        ("qwen3", False, {"tp": 2, "pp": 2}, [{"tp": 1}, {"pp": 2, "dp": 2} | SPLIT]),
+        (
+            "qwen2",
+            True,
+            {"pp": 2, "dp": 2} | SPLIT,
+            [{"tp": 2, "dp": 2} | SPLIT, {"tp": 2, "pp": 2}, {"dp": 2}],
+        ),
+    ],
+)
+def test_a_run_resumes_under_another_layout(
+    ranks: Ranks,
+    deep_model: Callable[..., str],
+    tmp_path: Path,
+    family: str,
+    tied: bool,
+    written: dict[str, Any],
+    read: Layouts,
+) -> None:
+    places = {"model": deep_model(family, tied), "path": str(tmp_path / "checkpoint")}
+    went_on = ranks.run(save_case, world=world_of(written), layout=written, **places)[0]
+    same = ranks.run(resume_case, world=world_of(written), layout=written, **places)[0]
+    for name, value in went_on.items():
+        np.testing.assert_array_equal(same[name], value, err_msg=name)  # bit for bit
+    for layout in read:
+        resumed = ranks.run(resume_case, world=world_of(layout), layout=layout, **places)[0]
+        assert relative_distance(resumed, went_on) < 1e-6, layout
+
+
+def zero_step_case(place: Place, model: str, path: str, layout: dict[str, Any], dtype: str) -> None:
+    config = learner_config(**layout)
+    config.model.dtype = dtype
+    trainer = open_trainer(place, config, model)
+    try:
+        trainer.save(path, {})
+    finally:
+        trainer.close()
+
+
+def export_case(place: Place, model: str, path: str, out: str, dtype: str) -> None:
+    config = learner_config()
+    config.model.dtype = dtype
+    trainer = open_trainer(place, config, model)
+    try:
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.fill_(7.0)  # what is exported must come from the checkpoint
+        trainer.load(path)
+        trainer.save_hf(out)
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype", "layout"),
+    [
+        ("qwen3", False, "float32", {"tp": 2, "pp": 2}),
+        ("qwen2", True, "bfloat16", {"tp": 2, "pp": 2}),
+        ("qwen3", True, "bfloat16", {"pp": 2, "dp": 2} | SPLIT),
+    ],
+)
+def test_a_zero_step_run_exports_its_source_bit_for_bit(
+    ranks: Ranks, tmp_path: Path, family: str, tied: bool, dtype: str, layout: dict[str, Any]
+) -> None:
+    source, path, out = tmp_path / "source", tmp_path / "checkpoint", tmp_path / "out"
+    save_tiny_model(source, family, tied=tied, num_hidden_layers=4, dtype=getattr(torch, dtype))
+    places = {"model": str(source), "path": str(path), "dtype": dtype}
+    ranks.run(zero_step_case, world=4, layout=layout, **places)
+    ranks.run(export_case, world=1, out=str(out), **places)
+    given, exported = tensors_of(source), tensors_of(out)
+    assert exported.keys() == given.keys()
+    for name, tensor in given.items():
+        assert tensor.dtype == getattr(torch, dtype)
+        assert torch.equal(exported[name], tensor), name
+
+
+def refused_case(place: Place, model: str, path: str) -> str:
+    """What loading says on this rank; the weights must be as before."""
+    from system.learn.checkpoint import CheckpointError
+
+    trainer = open_trainer(place, learner_config(tp=2), model)
+    try:
+        before = weights_of(trainer)
+        with pytest.raises(CheckpointError) as error:
+            trainer.load(path)
+        for name, value in weights_of(trainer).items():
+            np.testing.assert_array_equal(value, before[name])
+        return str(error.value)
+    finally:
+        trainer.close()
+
+
+def test_a_checkpoint_that_cannot_be_right_is_refused_on_every_rank(
+    ranks: Ranks, deep_model: Callable[..., str], tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    path, model = tmp_path / "checkpoint", deep_model("qwen3", False)
+    layout = {"tp": 2}
+    ranks.run(zero_step_case, world=2, model=model, path=str(path), layout=layout, dtype="float32")
+
+    def refused(by: str) -> str:
+        first, second = ranks.run(refused_case, world=2, model=by, path=str(path))
+        assert first == second
+        return first
+
+    assert "has shape" in refused(tiny_model("qwen2", tied=True))
+    data = path / "__1_0.distcp"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert "__1_0.distcp is damaged" in refused(model)
+    data.unlink()
+    assert "__1_0.distcp is missing" in refused(model)
+
+
+# ---------------------------------------------------------------------- never whole in one process
+
+
+def traced_peak(work: Callable[[], None], trace: Path, mapped: set[int]) -> int:
+    """Most bytes held at once by tensors and Python objects that ``work`` allocated.
+
+    ``mapped``: sizes of files; torch reports mapping one into memory as an allocation, which it is not.
+    """
+    import tracemalloc
+
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+        pass  # its own imports are not counted
+    tracemalloc.start()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            work()
+            _, after = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    profiler.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        if abs(event["args"]["Bytes"]) not in mapped:
+            held += event["args"]["Bytes"]
+            peak = max(peak, held)
+    return peak + after - before
+
+
+def memory_case(place: Place, model: str, out: str, bucket: int) -> dict[str, int]:
+    from system.learn import weights
+
+    trainer = open_trainer(place, learner_config(tp=2), model)
+    try:
+        trace = Path(out).with_name(f"trace-{place.rank}.json")
+        layout = trainer.layout
+        mapped = {file.stat().st_size for file in Path(model).glob("*.safetensors")}
+
+        def read() -> None:
+            with weights.HuggingFaceFiles(model) as files:
+                weights.load(trainer.model, layout, files.read)
+
+        def export() -> None:
+            for tensors in weights.Export(trainer.model, layout, bucket).buckets():
+                tensors.clear()
+
+        def save() -> None:
+            weights.save_hf(trainer.model, layout, Path(out), model, file_bytes=bucket)
+
+        plan = weights.Export(trainer.model, layout, bucket).plan
+        return {
+            "model": sum(place.numel * 4 for group in plan for place in group),
+            "largest": max(place.numel * 4 for group in plan for place in group),
+            "read": traced_peak(read, trace, mapped),
+            "export": traced_peak(export, trace, mapped),
+            "save": traced_peak(save, trace, mapped),
+        }
+    finally:
+        trainer.close()
+
+
+def test_a_model_is_never_whole_in_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    """Reading holds a slice, exporting a bucket, a parameter and a shard, however many layers there are."""
+    source, out, bucket = tmp_path / "source", tmp_path / "out", 1 << 20
+    shape = {"num_hidden_layers": 32, "hidden_size": 128, "intermediate_size": 512, "vocab_size": 1024}
+    save_tiny_model(source, "qwen3", tied=False, file_size="5MB", **shape)
+    for peak in ranks.run(memory_case, world=2, model=str(source), out=str(out), bucket=bucket):
+        assert peak["model"] > 30 * bucket
+        assert peak["read"] < peak["largest"]
+        assert peak["export"] < bucket + peak["largest"]
+        assert peak["save"] < bucket + peak["largest"]
+    assert len(list(out.glob("model-*.safetensors"))) > 30
+    given, exported = tensors_of(source), tensors_of(out)
+    assert exported.keys() == given.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in given.items())
