@@ -18,7 +18,7 @@ import ray
 from actors.crew import Crew
 from actors.evaluation import CLOSE_MARGIN_S, evaluate
 from actors.fleet import Fleet
-from actors.learner import LEARNER_DEADLINE_S
+from actors.learner import LEARNER_DEADLINE_S, Published
 from actors.replay import ReplayHandle
 from actors.supervise import ActorLost, answer, returned
 from system.config import Config
@@ -163,9 +163,15 @@ class Conductor:
                 break
         await self.save()
 
-    async def push(self, version: int) -> dict[str, str]:
-        """Send the learner's weights to all engines; returns those that did not take them, and why."""
-        return (await self.crew.learner.all("publish", self.fleet.urls, version, LEARNER_DEADLINE_S))[0]
+    async def push(self, version: int, urls: Sequence[str] = ()) -> dict[str, str]:
+        """Send the learner's weights to the engines at ``urls``, to all without; returns those that did not
+        take them, and why.
+        """
+        asked = ("publish", list(urls or self.fleet.urls), version, LEARNER_DEADLINE_S)
+        published: Published = (await self.crew.learner.all(*asked))[0]
+        report = published.report
+        self.recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
+        return published.failures
 
     async def bring_up(self) -> None:
         """Bring every engine to the current weights.  Raises ActorLost if one does not take them."""

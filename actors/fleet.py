@@ -30,8 +30,8 @@ class Publisher(Protocol):
         """Held while the weights change or move."""
         ...
 
-    async def push(self, version: int) -> dict[str, str]:
-        """Send the learner's weights to all engines; returns those that did not take them, and why."""
+    async def push(self, version: int, urls: Sequence[str]) -> dict[str, str]:
+        """Send the learner's weights to ``urls``; returns those that did not take them, and why."""
         ...
 
 
@@ -78,7 +78,7 @@ class Fleet:
             async with self._publisher.weights:
                 (info,) = await client.infos()
                 if not self._current(info):  # no training step was just pushing them
-                    if self.urls[number] in await self._publisher.push(self._publisher.version):
+                    if await self._publisher.push(self._publisher.version, [self.urls[number]]):
                         return False
                     await client.resume()
         except EngineError:  # it is being restarted

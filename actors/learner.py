@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,18 @@ from actors.places import Places
 from actors.serving import free_port
 from actors.supervise import START_DEADLINE_S, answer, answers, spawn
 from system import config as configuration
+from system.engine.transports.base import PushFailed, PushReport, Transport
 from system.tree.record import Tree
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What became of one push."""
+
+    failures: dict[str, str]  # the engines that did not take the weights, and why
+    report: PushReport
 
 
 class LearnerRank:
@@ -32,6 +42,7 @@ class LearnerRank:
     def __init__(self, rank: int, world: int) -> None:
         self._rank, self._world = rank, world
         self._trainer: Any = None
+        self._transport: Any = None  # on rank 0, from the first push on
 
     def address(self) -> str:
         """Where rank 0 gathers the process group."""
@@ -40,7 +51,7 @@ class LearnerRank:
     def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> None:
         from system.learn.trainer import Trainer
 
-        self._config = configuration.from_dict(config)
+        self._config, self._model = configuration.from_dict(config), hf_path
         self._trainer = Trainer(
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
         )
@@ -57,20 +68,22 @@ class LearnerRank:
         stats = self._trainer.train(trees, version=version)
         return {**stats, "seconds": time.monotonic() - began}
 
-    def publish(self, urls: list[str], version: int, deadline_s: float) -> dict[str, str]:
-        """Stream the current weights into the engines at ``urls`` as ``version``.
-
-        Returns, on rank 0, the engines that did not take them and why.
-        """
-        failures: dict[str, str] = {}
+    def publish(self, urls: list[str], version: int, deadline_s: float) -> Published:
+        """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
         buckets = self._trainer.export()
         if self._rank == 0:
+            if self._transport is None:
+                from system.engine import transports
+
+                engine, address = self._config.engine, ray.util.get_node_ip_address()
+                self._transport = transports.make(
+                    engine, urls, self._model, self._config.model.dtype, address
+                )
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
-            failures = asyncio.run(_push(urls, buckets, version, kv, deadline_s))
-        else:
-            for _ in buckets:  # the gather is collective: every rank walks through it
-                pass
-        return failures
+            return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
+        for _ in buckets:  # the gather is collective: every rank walks through it
+            pass
+        return Published({}, PushReport())
 
     def save(self, path: str, extra: dict[str, Any]) -> None:
         self._trainer.save(Path(path), extra)
@@ -83,24 +96,24 @@ class LearnerRank:
 
 
 async def _push(
+    transport: Transport,
     urls: list[str],
     buckets: Iterator[dict[str, Any]],
     version: int,
     kv: Literal["recompute", "keep"],
     deadline_s: float,
-) -> dict[str, str]:
+) -> Published:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
-    from system.engine.client import EngineClient, PushFailed
+    from system.engine.client import EngineClient
 
     async with asyncio.timeout(deadline_s):
-        client = EngineClient(urls)
+        client = EngineClient(urls, transport=transport)
         try:
-            await client.push_weights(buckets, version, kv=kv)
+            return Published({}, await client.push_weights(buckets, version, kv=kv))
         except PushFailed as error:
-            return {url: str(failure) for url, failure in error.failures.items()}
+            return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
         finally:
             await client.close()
-    return {}
 
 
 class LearnerGroup:

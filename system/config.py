@@ -133,6 +133,8 @@ class EngineConfig:
     chunk_tokens: int = 4  # tokens per streamed chunk
     in_flight: int = 256  # requests a rollout worker keeps open at one engine; more wait their turn in it
     threads: int = 1
+    weights: str = "auto"  # how they travel: auto | http (embedded) | disk | tensor | distributed (SGLang)
+    weights_dir: str = ""  # for disk: read by every engine; empty: temporary, for engines on this machine
     kv_after_update: str = "recompute"  # recompute | keep
     start_deadline_s: float = 120.0
     urls: list[str] = field(default_factory=list)  # attach to servers that run; they are never stopped
@@ -253,6 +255,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reward.name": ("arpo", "arpo-release", "task"),
     "engine.name": ("embedded", "sglang"),
     "engine.device": ("auto", "cpu", "cuda"),
+    "engine.weights": ("auto", "http", "disk", "tensor", "distributed"),
     "engine.kv_after_update": ("recompute", "keep"),
     "flow.update": ("in-flight", "drained"),
     "learn.credit": ("grpo", "arpo-soft", "arpo-hard", "rloo", "reinforce++", "dr-grpo"),
@@ -346,6 +349,11 @@ def validate(config: Config) -> None:
         f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too",
     )
     engine = config.engine
+    ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
+    _require(
+        engine.weights in ways,
+        f"engine.weights={engine.weights}: the {engine.name} engine takes {', '.join(ways)}",
+    )
     for problem in (
         *cluster_settings.problems(config.cluster, config.slurm),
         *sglang_flags.problems(engine.name, engine.sglang, engine.urls),

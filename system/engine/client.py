@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 import aiohttp
-import torch
-from safetensors.torch import save as save_safetensors
 
-from system.engine.checksum import combine, tensor_checksum
 from system.engine.generation import Generation
 from system.engine.http import Body, Http
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest
 from system.engine.stream import version_number
-
-Bucket = Mapping[str, torch.Tensor]
-
-
-class PushFailed(EngineError):
-    """Some servers did not take new weights; ``failures`` says why, by URL.  The others serve them."""
-
-    def __init__(self, failures: Mapping[str, EngineError]) -> None:
-        super().__init__("; ".join(str(error) for error in failures.values()))
-        self.failures = dict(failures)
+from system.engine.transports.base import Buckets, Kv, PushReport, Transport
+from system.engine.transports.http import SafetensorsHttp
 
 
 class EngineClient:
@@ -36,7 +25,8 @@ class EngineClient:
     pause), ``retries`` the failures in a row that are mended by trying again.  Only what cannot duplicate a
     token is tried again: a request that never began, or the rest of one whose stream broke, with its tokens
     so far as part of the prompt.  ``in_flight`` bounds this client's requests at one server; more wait for
-    their turn, first come, first served.
+    their turn, first come, first served.  ``transport`` is how weights travel: over HTTP to the embedded engine
+    unless given.
     """
 
     def __init__(
@@ -44,6 +34,7 @@ class EngineClient:
         urls: Sequence[str],
         *,
         session: aiohttp.ClientSession | None = None,
+        transport: Transport | None = None,
         deadline_s: float = 120.0,
         stall_s: float = 60.0,
         connect_s: float = 5.0,
@@ -55,6 +46,7 @@ class EngineClient:
             raise ValueError("an engine client needs at least one URL")
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._http = Http(session, connect_s)
+        self._transport = transport or SafetensorsHttp()
         self._control_deadline_s = control_deadline_s
         self._generation = Generation(
             self._http,
@@ -151,46 +143,21 @@ class EngineClient:
 
     async def push_weights(
         self,
-        buckets: Iterable[Bucket] | AsyncIterable[Bucket],
+        buckets: Buckets,
         version: int,
-        kv: Literal["recompute", "keep"] = "recompute",
-    ) -> None:
+        kv: Kv = "recompute",
+    ) -> PushReport:
         """Give every server new weights, named as in Hugging Face, while generation goes on.
 
-        The buckets together must hold every tensor of the model.  They are staged one by one; only the swap,
-        at a token boundary, interrupts generation.  Returns once every server serves ``version`` and has
-        proved by checksum that it holds exactly what was sent.  A server that fails or refuses (it names the
-        tensor and has changed nothing) does not keep the others from their weights, and ``buckets`` is read
-        to its end in any case; :class:`PushFailed` then says which and why.
+        The buckets together must hold every tensor of the model, and are read to their end in any case.
+        Generation is interrupted only for the swap, at a token boundary.  Returns once every server serves
+        ``version`` and has proved by checksum that it holds exactly what was sent.  A server that fails or
+        refuses (it names the tensor) does not keep the others from their weights;
+        :class:`~system.engine.transports.base.PushFailed` then says which and why.
         """
-        failures: dict[str, EngineError] = {}
-
-        async def each(path: str, body: dict[str, Any] | bytes) -> dict[str, dict[str, Any]]:
-            urls = [url for url in self.urls if url not in failures]
-            calls = (self._http.post(url, path, body, self._control_deadline_s) for url in urls)
-            answers = dict(zip(urls, await asyncio.gather(*calls, return_exceptions=True), strict=True))
-            for url, answer in answers.items():
-                if isinstance(answer, EngineError):
-                    failures[url] = answer
-                elif isinstance(answer, BaseException):
-                    raise answer
-            return {url: answer for url, answer in answers.items() if isinstance(answer, dict)}
-
-        await each("/begin_weight_update", {})
-        sums = []
-        async for bucket in _each(buckets):
-            data, checksum = await asyncio.to_thread(_pack, bucket)
-            sums.append(checksum)
-            await each("/update_weights_from_tensor", data)
-        sent = str(combine(sums))
-        for url, answer in (
-            await each("/end_weight_update", {"weight_version": str(version), "kv": kv})
-        ).items():
-            held = answer.get("checksum")
-            if held != sent:
-                failures[url] = EngineError(f"{url}: holds weights with checksum {held}, sent {sent}")
-        if failures:
-            raise PushFailed(failures)
+        return await self._transport.push(
+            self._http, self.urls, buckets, version, kv, self._control_deadline_s
+        )
 
     async def update_weights_from_disk(self, path: str, version: int) -> None:
         """Every server loads a Hugging Face directory that it can read itself."""
@@ -206,19 +173,3 @@ class EngineClient:
     async def _all(self, path: str, body: Body) -> list[dict[str, Any]]:
         calls = (self._http.post(url, path, body, self._control_deadline_s) for url in self.urls)
         return list(await asyncio.gather(*calls))
-
-
-def _pack(bucket: Bucket) -> tuple[bytes, int]:
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in bucket.items()}
-    return save_safetensors(tensors), combine(
-        tensor_checksum(name, tensor) for name, tensor in tensors.items()
-    )
-
-
-async def _each(buckets: Iterable[Bucket] | AsyncIterable[Bucket]) -> AsyncIterator[Bucket]:
-    if isinstance(buckets, AsyncIterable):
-        async for bucket in buckets:
-            yield bucket
-    else:
-        for bucket in buckets:
-            yield bucket

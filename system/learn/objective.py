@@ -25,6 +25,8 @@ MAX_LOG_RATIO = 20.0
 
 # Statistics that are totals of an optimizer step; the other sums are reported as means.
 TOTALS = ("loss", "tokens", "tokens_computed")
+# Statistics that are means over a part of the tokens, whose share of all is the other statistic.
+PARTIAL = {"engine_kl": "fresh"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class Statistics:
             name: value if name in TOTALS else value / weight if weight > 0 else 0.0
             for name, value in values.items()
         }
+        for name, part in PARTIAL.items():
+            if name in out:
+                out[name] = out[name] / out[part] if out[part] > 0 else 0.0
         if top is not None:
             out |= dict(zip(tops, top.tolist(), strict=True))
         return out
@@ -152,15 +157,25 @@ def _ratio_statistics(ratio: torch.Tensor, t: LossTokens, config: LearnConfig) -
     r = ratio.detach()
     high = (r > 1 + config.clip_high) & (t.s_plus > 0)
     low = (r < 1 - config.clip_low) & (t.s_minus < 0)
+    # Tokens that were sampled from the very weights that are trained: what differs there is numerical.
+    fresh = t.mult * (t.staleness == 0)
+    difference = (t.logprob.detach() if t.proximal is None else t.proximal) - t.behaviour
     sums = _base_sums(t) | {
         "ratio_mean": (t.mult * r).sum(),
         "clip_high": (t.mult * high).sum(),
         "clip_low": (t.mult * low).sum(),
         # Sampled by μ, so this estimates KL(μ‖π_θ): staleness plus the engines' numerical differences.
         "mismatch_kl": (t.mult * k3(t.logprob.detach() - t.behaviour)).sum(),
+        "engine_kl": (fresh * k3(difference)).sum(),
+        "fresh": fresh.sum(),
         "staleness_mean": (t.mult * t.staleness).sum(),
     }
-    return Statistics(sums, {"ratio_max": r.amax(), "staleness_max": t.staleness.amax()})
+    maxima = {
+        "ratio_max": r.amax(),
+        "staleness_max": t.staleness.amax(),
+        "engine_logprob_diff_max": ((fresh > 0) * difference.abs()).amax(),
+    }
+    return Statistics(sums, maxima)
 
 
 def _with_regularisers(

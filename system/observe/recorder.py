@@ -58,6 +58,8 @@ class Totals:
     idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
+    mismatch: dict[str, float] = field(default_factory=dict)  # see ``Recorder.summary``
+    weights: dict[str, float] = field(default_factory=dict)  # of pushes to engines: see ``weights_pushed``
     wall_s: float = 0.0  # of earlier sessions
 
 
@@ -167,6 +169,7 @@ class Recorder:
         totals.trained += tokens
         totals.unique_trained += sum(one.unique for one in trained)
         totals.flat_trained += sum(one.flat for one in trained)
+        note_mismatch(totals.mismatch, stats)
         self._tick(0, tokens)
         self._steps.append((self._clock(), step))
 
@@ -176,6 +179,23 @@ class Recorder:
         if which != "during":
             self._totals.evals[which] = result.to_dict()
         self._write({"step": step, "time": self._now(), "eval/which": which, **result.metrics()})
+
+    def weights_pushed(self, stage_s: float, pause_s: Sequence[float], sent_bytes: int) -> None:
+        """New weights reached the engines: ``pause_s`` is how long each of those that were paused stood
+        still, ``stage_s`` what went before while they generated.
+        """
+        self.gauge("weights/stage_s", stage_s)
+        if pause_s:
+            self.gauge("weights/pause_s", max(pause_s))
+        totals = self._totals.weights
+        for name, value in (
+            ("pushes", 1),
+            ("bytes", sent_bytes),
+            ("stage_s", stage_s),
+            ("pause_s", sum(pause_s)),
+        ):
+            totals[name] = totals.get(name, 0.0) + value
+        totals["pause_s_max"] = max([totals.get("pause_s_max", 0.0), *pause_s])
 
     def idle(self, actor: str, cause: str, seconds: float) -> None:
         """``actor`` waited ``seconds`` for ``cause`` (say: the learner, for closed trees)."""
@@ -258,6 +278,10 @@ class Recorder:
             },
             "versions": totals.version,
             "engine": engine_totals(totals.engine),
+            # Engines against learner: KL(μ‖π) over all trained tokens, staleness included, and over those
+            # sampled from the very weights that were trained, where only numerics differ; nats.
+            "mismatch": mismatch_means(totals.mismatch),
+            "weights": dict(totals.weights),
             "dropped": {reason: dict(entry) for reason, entry in sorted(totals.dropped.items())},
             "wall_s": self.wall_s,
             "idle_s": {actor: dict(causes) for actor, causes in sorted(totals.idle.items())},
@@ -371,3 +395,31 @@ def _mean_by_key(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return dict(stats[0])
     keys = {key: None for one in stats for key in one}
     return {key: mean([float(one[key]) for one in stats if key in one]) for key in keys}
+
+
+def note_mismatch(totals: dict[str, float], stats: Mapping[str, float]) -> None:
+    """Add one training step's differences between engines and learner."""
+    if "mismatch_kl" not in stats:
+        return
+    fresh = stats["fresh"]
+    for name, value in (
+        ("steps", 1.0),
+        ("kl", stats["mismatch_kl"]),
+        ("fresh", fresh),
+        ("engine_kl", stats["engine_kl"] * fresh),
+    ):
+        totals[name] = totals.get(name, 0.0) + value
+    worst = stats["engine_logprob_diff_max"]
+    totals["engine_logprob_diff_max"] = max(totals.get("engine_logprob_diff_max", 0.0), worst)
+
+
+def mismatch_means(totals: Mapping[str, float]) -> dict[str, float]:
+    """What :func:`note_mismatch` added up, as means per token of a step; empty before the first step."""
+    if not totals:
+        return {}
+    return {
+        "kl": totals["kl"] / totals["steps"],
+        "fresh_share": totals["fresh"] / totals["steps"],
+        "engine_kl": totals["engine_kl"] / totals["fresh"] if totals["fresh"] else 0.0,
+        "engine_logprob_diff_max": totals["engine_logprob_diff_max"],
+    }

@@ -56,6 +56,18 @@ def test_decoupled_at_a_fixed_proximal_policy_is_weighted_ppo() -> None:
     torch.testing.assert_close(stats.sums["tis_mean"], stats.sums["weight"])
 
 
+def test_engine_mismatch_is_measured_on_tokens_of_the_trained_weights_only() -> None:
+    """Stale tokens differ because the policy moved; fresh ones say how well engine and learner agree."""
+    stale = torch.arange(64) % 4
+    t = tokens(staleness=stale.float())
+    behaviour = torch.where(stale == 0, t.logprob.detach() + 1e-3, t.behaviour)
+    _, stats = OBJECTIVES["decoupled"](tokens(staleness=stale.float(), behaviour=behaviour), LearnConfig())
+    assert float(stats.sums["engine_kl"] / stats.sums["fresh"]) == pytest.approx(5e-7, rel=0.05)
+    assert float(stats.maxima["engine_logprob_diff_max"]) == pytest.approx(1e-3, rel=1e-3)
+    assert float(stats.sums["fresh"]) == pytest.approx(float(t.mult[stale == 0].sum()))
+    assert float(stats.sums["mismatch_kl"]) > 100 * float(stats.sums["engine_kl"])
+
+
 def test_importance_weight_is_capped_and_detached() -> None:
     t = tokens()
     learn = LearnConfig(tis_cap=1.5)

@@ -62,7 +62,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
         *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
-        *("dropped", "engine", "wall_s", "idle_s", "seed", "config"),
+        *("mismatch", "weights", "dropped", "engine", "wall_s", "idle_s", "seed", "config"),
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5
     assert summary["eval"]["after"]["accuracy"] == 1.0
@@ -84,6 +84,31 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     assert summary["seed"] == 0
     assert summary["config"]["branching"]["name"] == "arpo"
     assert sink.closed
+
+
+def test_engine_mismatch_and_pauses_add_up_over_a_resume(
+    recorder: Recorder, clock: Clock, run_dir: RunDir, config: Config, sink: MemorySink
+):
+    """Means per token of a step; those over fresh tokens are weighted by how many of them there were."""
+    steps = [
+        {"mismatch_kl": 0.2, "fresh": 1.0, "engine_kl": 1e-9, "engine_logprob_diff_max": 1e-5},
+        {"mismatch_kl": 0.4, "fresh": 0.25, "engine_kl": 6e-9, "engine_logprob_diff_max": 3e-6},
+    ]
+    recorder.weights_pushed(0.5, [0.1, 0.3], 100)
+    recorder.train_step(1, 1, [], steps[0], [])
+    second = Recorder(run_dir, config, [sink], clock=clock, now=lambda: 6.0)
+    second.restore(json.loads(json.dumps(recorder.state())))
+    second.weights_pushed(0.7, [0.2, 0.2], 100)
+    second.train_step(2, 2, [], steps[1], [])
+    record = second.flush(2)
+    assert (record["weights/stage_s"], record["weights/pause_s"]) == (0.7, 0.2)
+    summary = second.summary()
+    assert summary["mismatch"] == pytest.approx(
+        {"kl": 0.3, "fresh_share": 0.625, "engine_kl": 2e-9, "engine_logprob_diff_max": 1e-5}
+    )
+    assert summary["weights"] == pytest.approx(
+        {"pushes": 2, "bytes": 200, "stage_s": 1.2, "pause_s": 0.8, "pause_s_max": 0.3}
+    )
 
 
 def test_one_record_per_flush_holds_only_its_window(recorder: Recorder, clock: Clock, sink: MemorySink):

@@ -7,6 +7,9 @@
 - **Cache by weight version.** A prefix computed under old weights is never served as one of the new: the
   version is part of each request's key in the prefix cache, set by the scheduler when the request arrives
   and again, for requests that wait to be (re)computed, when the version changes.
+- **Versions while streaming.** Every message of a stream says which of its tokens were made by which weight
+  version.  SGLang itself says so in the last message only; the others carry the version of the moment at
+  which they are sent, which may be newer than their tokens.
 - **Start paused.** With ``ESPALIER_START_PAUSED=1`` the server answers, but generates nothing before
   ``/continue_generation``: one that was restarted has forgotten the weights it was sent.
 
@@ -31,6 +34,8 @@ def register():
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     HookRegistry.register(f"{scheduler}.handle_generate_request", _key_arriving, HookType.BEFORE)
     HookRegistry.register(f"{scheduler}.record_weight_version_change", _key_waiting, HookType.AFTER)
+    streamer = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
+    HookRegistry.register(f"{streamer}.accept", _stamp, HookType.AFTER)
     if os.environ.get("ESPALIER_START_PAUSED") == "1":
         manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
         HookRegistry.register(f"{manager}.init_weight_update", _pause, HookType.AFTER)
@@ -38,6 +43,18 @@ def register():
 
 def _pause(result, manager):
     manager.is_pause = True
+
+
+def _stamp(result, streamer, *, req):
+    from sglang.srt.utils.weight_versions import compute_weight_version_spans
+
+    streamed = streamer.rids and streamer.rids[-1] == req.rid
+    if streamed and streamer.weight_versions[-1] is None:
+        streamer.weight_versions[-1] = compute_weight_version_spans(
+            req.weight_version_events,
+            current_version=streamer.current_weight_version,
+            num_output_tokens=streamer.completion_tokens[-1],
+        )
 
 
 def _key_arriving(scheduler, received, *args, **kwargs):

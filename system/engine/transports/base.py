@@ -1,0 +1,81 @@
+"""What all ways of sending weights have in common."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
+
+import torch
+
+from system.engine.http import Http
+from system.engine.protocol import EngineError
+
+Bucket = Mapping[str, torch.Tensor]  # full tensors on CPU under their Hugging Face names
+Buckets = Iterable[Bucket] | AsyncIterable[Bucket]
+Kv = Literal["recompute", "keep"]  # what running requests do with the keys and values of the old weights
+
+
+class PushFailed(EngineError):
+    """Some servers did not take new weights; ``failures`` says why, by URL.  The others serve them."""
+
+    def __init__(self, failures: Mapping[str, EngineError], report: PushReport | None = None) -> None:
+        super().__init__("; ".join(str(error) for error in failures.values()))
+        self.failures = dict(failures)
+        self.report = report or PushReport()
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What one push cost."""
+
+    bytes: int = 0  # of weights, as the learner sent them
+    stage_s: float = 0.0  # gathering, checking and staging, while generation went on
+    # URL -> seconds in which it generated nothing, from the call to pause to the answer that it goes on;
+    # empty where the server stages by itself and swaps at a token boundary.
+    pause_s: Mapping[str, float] = field(default_factory=dict)
+
+
+class Transport(Protocol):
+    async def push(
+        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv, limit_s: float
+    ) -> PushReport:
+        """Bring the servers at ``urls`` to the weights in ``buckets``, as ``version``.
+
+        The buckets together must hold every tensor of the model, and are read to their end in any case: the
+        gather behind them is collective.  Returns once every server has proved by checksum that it holds what
+        was sent, and goes on generating.  Raises :class:`PushFailed` for servers that do not; one that
+        refused the weights by name or shape goes on with its old ones, one that may hold a part of the new
+        ones stands paused.  Each call to a server has ``limit_s`` seconds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Leave process groups and remove files."""
+        ...
+
+
+async def each(buckets: Buckets) -> AsyncIterator[Bucket]:
+    """Iterate over either kind of buckets."""
+    if isinstance(buckets, AsyncIterable):
+        async for bucket in buckets:
+            yield bucket
+    else:
+        for bucket in buckets:
+            yield bucket
+
+
+def size(bucket: Bucket) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in bucket.values())
+
+
+def on_this_host(url: str) -> bool:
+    """Whether a server listens on loopback, and so shares this machine's memory."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
