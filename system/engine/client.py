@@ -25,8 +25,8 @@ class EngineClient:
     pause), ``retries`` the failures in a row that are mended by trying again.  Only what cannot duplicate a
     token is tried again: a request that never began, or the rest of one whose stream broke, with its tokens
     so far as part of the prompt.  ``in_flight`` bounds this client's requests at one server; more wait for
-    their turn, first come, first served.  ``transport`` is how weights travel: over HTTP to the embedded engine
-    unless given.
+    their turn, first come, first served.  ``transport`` is how weights travel: over HTTP to the embedded
+    engine unless given.
     """
 
     def __init__(
