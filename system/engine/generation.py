@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -84,6 +85,7 @@ class Generation:
         self._live: dict[str, _Progress] = {}
         self._aborts: set[asyncio.Task[None]] = set()
         self._reporter: asyncio.Task[None] | None = None
+        self._reported = asyncio.Event()  # once every server has been asked
         self._counters: Counter[str] = Counter()
         self._waited_s = 0.0
 
@@ -117,7 +119,7 @@ class Generation:
         """
         if request.rid in self._live:
             raise EngineError(f"request id {request.rid!r} is in use")
-        self._listen()
+        await self._listen()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._deadline_s
         progress = _Progress(request)
@@ -238,16 +240,24 @@ class Generation:
             self._turns[progress.place.url].release()
             progress.place = None
 
-    def _listen(self) -> None:
-        """Keep asking the servers for their load, if there is a choice to make.  Raises what ended it."""
-        if self._reporter is not None and self._reporter.done():
-            self._reporter.result()
-        if self._reporter is None and len(self.urls) > 1:
+    async def _listen(self) -> None:
+        """Keep asking the servers for their load, if there is a choice to make; the first decision waits for
+        the first answers.  Raises what ended the asking.
+        """
+        if len(self.urls) == 1:
+            return
+        if self._reporter is None:
             self._reporter = asyncio.get_running_loop().create_task(self._report(), name="engine reports")
+        if self._reporter.done():
+            self._reporter.result()
+        if not self._reported.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._reported.wait(), _REPORT_DEADLINE_S)
 
     async def _report(self) -> None:
         while True:
             await asyncio.gather(*(self._report_of(url) for url in self.urls))
+            self._reported.set()
             await asyncio.sleep(_REPORT_S)
 
     async def _report_of(self, url: str) -> None:
