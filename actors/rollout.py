@@ -13,8 +13,10 @@ class RolloutWorker:
     """Restarted by Ray when it dies; the trees it was growing go back to pending and are grown again."""
 
     def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
+        from system.rollout import process
         from system.rollout.build import build_grower
 
+        process.prepare()
         settings = configuration.from_dict(config)
         self._grower, self._tools, self._engine = build_grower(settings, model, engines, tools)
 

@@ -16,10 +16,11 @@ examples:
   espalier bench engine            our engine against transformers' batching, tokens per second
   espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
   espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
+  espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
 """
-BENCHMARKS = ("engine", "learner", "schedules")
+BENCHMARKS = ("engine", "learner", "schedules", "host")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

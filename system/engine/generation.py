@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import orjson
 
 from system.engine.http import Http, Unreachable, message_of
 from system.engine.protocol import Chunk, EngineError, EngineInfo, Finish, GenerateRequest, Sampling
@@ -280,7 +281,10 @@ class Generation:
         rid = progress.request.rid
         try:
             response = await self._http.session.post(
-                f"{place.url}/generate", json=_body(progress), timeout=self._patience(deadline)
+                f"{place.url}/generate",
+                data=orjson.dumps(_body(progress), option=orjson.OPT_SERIALIZE_NUMPY),
+                headers={"Content-Type": "application/json"},
+                timeout=self._patience(deadline),
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
@@ -367,7 +371,7 @@ def _body(progress: _Progress) -> dict[str, Any]:
     )
     return {
         "rid": progress.wire_rid,
-        "input_ids": np.asarray(request.input_ids).tolist() + progress.tokens,
+        "input_ids": np.concatenate([request.input_ids, np.array(progress.tokens, np.int32)]),
         "sampling_params": sampling,
         "stream": True,
         "return_logprob": True,

@@ -52,5 +52,5 @@ def encode_text(tokenizer: Tokenizer, text: str, *, trusted: bool = True) -> Int
 
 def decode(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> str:
     """The text of ``tokens`` [k], special tokens included (tags may be such), end of sequence excepted."""
-    ids = [token for token in tokens.tolist() if token != tokenizer.eos_token_id]
+    ids = tokens[tokens != tokenizer.eos_token_id].tolist()  # asked once: a tokenizer looks it up each time
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Grower:
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
     def __post_init__(self) -> None:
-        wrapping = sum(encode_text(self.tokenizer, part).size for part in self._wrapping)
+        wrapping = sum(tokens.size for tokens in self._wrapping)
         if self.config.max_tool_result_tokens <= wrapping:
             raise ValueError(
                 f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
@@ -61,9 +62,11 @@ class Grower:
             )
         object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
 
-    @property
-    def _wrapping(self) -> tuple[str, str]:
-        return self.syntax.result_open, self.syntax.result_close
+    @cached_property
+    def _wrapping(self) -> tuple[Int32, Int32]:
+        """Tokens before and after a tool's answer."""
+        before, after = self.syntax.result_open, self.syntax.result_close
+        return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
 
     async def grow(
         self,
@@ -97,6 +100,6 @@ class Grower:
     def encode_result(self, text: str, room: int) -> Int32:
         """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
         limit = self.config.max_tool_result_tokens
-        before, after = (encode_text(self.tokenizer, part) for part in self._wrapping)
+        before, after = self._wrapping
         inner = encode_text(self.tokenizer, text[: limit * CHARS_PER_TOKEN], trusted=False)
         return np.concatenate([before, inner[: limit - before.size - after.size], after])[:room]

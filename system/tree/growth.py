@@ -276,7 +276,9 @@ class Growth:
 
 def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
     """A private copy [size] of ``values``; a single value stands for the whole chunk."""
-    row = np.asarray(values, dtype)
-    if row.shape not in ((), (size,)):
-        raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")
-    return np.array(np.broadcast_to(row, (size,)))
+    row = np.array(values, dtype)  # a copy
+    if row.shape == (size,):
+        return row
+    if row.shape == ():
+        return np.full(size, row)
+    raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")
