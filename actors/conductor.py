@@ -60,7 +60,7 @@ class Conductor:
         self.replay = ReplayHandle(crew.replay, self)
         self.loop = TrainingLoop(config, ledger, self, self.replay, recorder, version=version)
         self.holdings = self.loop.holdings  # for a replay queue that has to be filled again
-        self.fleet = Fleet(crew.growers.engines, self, recorder)
+        self.fleet = Fleet(crew.growers.engines, self, recorder, config.engine.start_deadline_s)
         self._log = JsonlWriter(run_dir.ledger_path)
         self._trees = TreeWriter(run_dir.trees, keep=config.observe.trees)
 

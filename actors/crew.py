@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.engine import EngineActor
+from actors.engine import EngineActor, attached
 from actors.learner import LearnerGroup
 from actors.places import Places
 from actors.replay import ReplayActor
@@ -18,6 +19,7 @@ from system.cluster.placement import REPLAY, learner_world, served_tools
 from system.config import Config, to_dict
 
 CLOSE_DEADLINE_S = 10.0
+ENGINE_CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
 TREES_PER_WORKER = (
     4096  # calls a rollout worker takes at once; admission and evaluation bound them long before
 )
@@ -33,29 +35,22 @@ class Growers:
     servers: list[Any]  # the tools' actors
 
     @classmethod
-    async def start(cls, config: Config, model_path: str, corpus: Path | None, places: Places) -> Growers:
+    async def start(
+        cls, config: Config, model_path: str, corpus: Path | None, places: Places, logs: Path
+    ) -> Growers:
         """Start every actor at once and wait until each has said that it works.
+
+        ``logs``: directory for what servers of other projects say.
 
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
         settings = to_dict(config)
-        waiting, engines, hosts, servers, urls = [], [], [], [], {}
-        replicas = [f"engine-{number}" for number in range(config.engine.replicas)]
+        engines, hosts, waiting = await _engines(config, model_path, places, logs)
+        servers, urls = [], {}
         tools = {f"tool-{name}": name for name in served_tools(config)}
-        listening = [*replicas, *tools]
-        ports = dict(
-            zip(listening, await asyncio.gather(*(places[it].port() for it in listening)), strict=True)
-        )
-        for replica in replicas:
-            place, port = places[replica], ports[replica]
-            engines.append(f"http://{place.host}:{port}")
-            engine = spawn(
-                EngineActor, replica, settings, model_path, place.host, port, options=place.options
-            )
-            hosts.append(engine)
-            waiting.append(answer(engine.ready.remote(), START_DEADLINE_S, replica))
-        for server_name, name in tools.items():
-            place, port = places[server_name], ports[server_name]
+        ports = await asyncio.gather(*(places[server_name].port() for server_name in tools))
+        for (server_name, name), port in zip(tools.items(), ports, strict=True):
+            place = places[server_name]
             urls[name] = f"http://{place.host}:{port}"
             server = spawn(
                 ToolActor,
@@ -88,9 +83,33 @@ class Growers:
         return cls(workers, engines, hosts, servers)
 
     async def close(self) -> None:
-        """Let the tool servers stop what they started; Ray ends the rest with the session."""
+        """Let the servers stop what they started; Ray ends the rest with the session."""
         closing = [answer(server.close.remote(), CLOSE_DEADLINE_S, "tool server") for server in self.servers]
+        closing += [answer(engine.close.remote(), ENGINE_CLOSE_DEADLINE_S, "engine") for engine in self.hosts]
         await asyncio.gather(*closing, return_exceptions=True)
+
+
+async def _engines(
+    config: Config, model_path: str, places: Places, logs: Path
+) -> tuple[list[str], list[Any], list[Coroutine[Any, Any, Any]]]:
+    """URLs of the engines, the actors started for them, and what to wait for.
+
+    Servers that run already (``engine.urls``) get no actor: nobody here starts, restarts or stops them.
+    """
+    engine = config.engine
+    if engine.urls:
+        return engine.urls, [], [attached(engine.urls, engine.start_deadline_s)]
+    deadline = engine.start_deadline_s + START_DEADLINE_S  # of the server; of the actor's own process
+    seats = [places[f"engine-{number}"] for number in range(engine.replicas)]
+    ports = await asyncio.gather(*(seat.port() for seat in seats))
+    urls, hosts, waiting = [], [], []
+    for number, (seat, port) in enumerate(zip(seats, ports, strict=True)):
+        urls.append(f"http://{seat.host}:{port}")
+        log = str(logs / f"sglang-{number}.log")
+        arguments = (to_dict(config), model_path, seat.host, port, number, log)
+        hosts.append(spawn(EngineActor, f"engine-{number}", *arguments, options=seat.options))
+        waiting.append(answer(hosts[-1].ready.remote(), deadline, f"engine-{number}"))
+    return urls, hosts, waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +121,9 @@ class Crew:
     replay: Any
 
     @classmethod
-    async def start(cls, config: Config, model_path: str, corpus: Path | None, places: Places) -> Crew:
+    async def start(
+        cls, config: Config, model_path: str, corpus: Path | None, places: Places, logs: Path
+    ) -> Crew:
         flow = config.flow
         learner = LearnerGroup(learner_world(config), places)
         replay = spawn(
@@ -117,7 +138,7 @@ class Crew:
         )
         async with asyncio.TaskGroup() as starting:
             starting.create_task(learner.start(to_dict(config), model_path))
-            growing = starting.create_task(Growers.start(config, model_path, corpus, places))
+            growing = starting.create_task(Growers.start(config, model_path, corpus, places, logs))
         return cls(growing.result(), learner, replay)
 
     async def close(self) -> None:

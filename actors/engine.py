@@ -1,30 +1,115 @@
-"""One generation engine: hosts the embedded server on a fixed port for as long as the actor lives."""
+"""One generation engine on a fixed port, for as long as the actor lives: our own, or a real SGLang server."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import ray
 
 from actors.serving import LoopThread
 from system import config as configuration
+from system.config import Config
+from system.engine.client import EngineClient
+from system.engine.sglang.command import interpreter, server_command
+from system.engine.sglang.server import ServerFailed, SglangServer
 
 
 class EngineActor:
     """Restarted by Ray where it was.  A restarted engine knows only the start weights, so it stands paused
-    until the conductor has pushed the current ones: no token is sampled from forgotten weights."""
+    until the conductor has pushed the current ones: no token is sampled from forgotten weights.
 
-    def __init__(self, config: dict[str, Any], model_path: str, host: str, port: int) -> None:
-        from system.engine.embedded import EmbeddedEngine
+    ``number``: which replica it is.  ``log``: where an SGLang server writes what it says.
+    """
 
+    def __init__(
+        self, config: dict[str, Any], model_path: str, host: str, port: int, number: int, log: str
+    ) -> None:
+        self._sglang: SglangServer | None = None
+        self._closing = threading.Event()
         settings = configuration.from_dict(config)
-        engine = settings.engine
-        self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            self._server.loop.pause("retract")
-        self._http = LoopThread("engine-http")
-        self._url = self._http.run(self._server.start(host, port), engine.start_deadline_s)
+        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        if settings.engine.name == "sglang":
+            self._url = self._start_sglang(settings, model_path, host, port, number, Path(log), restarted)
+        else:
+            self._url = self._start_embedded(settings, model_path, host, port, restarted)
 
     def ready(self) -> str:
         """The URL it serves at; answers once it does."""
         return self._url
+
+    def close(self) -> None:
+        """Stop an SGLang server with all its processes; the embedded one ends with this process."""
+        self._closing.set()
+        if self._sglang is not None:
+            self._sglang.stop()
+
+    def _start_embedded(
+        self, settings: Config, model_path: str, host: str, port: int, restarted: bool
+    ) -> str:
+        from system.engine.embedded import EmbeddedEngine
+
+        engine = settings.engine
+        self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
+        if restarted:
+            self._server.loop.pause("retract")
+        self._http = LoopThread("engine-http")
+        return self._http.run(self._server.start(host, port), engine.start_deadline_s)
+
+    def _start_sglang(
+        self, settings: Config, model_path: str, host: str, port: int, number: int, log: Path, restarted: bool
+    ) -> str:
+        import torch
+
+        engine = settings.engine
+        command = server_command(
+            engine,
+            python=interpreter(engine),
+            model=model_path,
+            dtype=settings.model.dtype,
+            host=host,
+            port=port,
+            seed=settings.run.seed,
+            replica=number,
+            cpu=engine.device == "cpu" or (engine.device == "auto" and not torch.cuda.is_available()),
+            cores=sorted(os.sched_getaffinity(0)),
+            paused=restarted,
+        )
+        server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
+        try:
+            url = server.wait_ready(engine.start_deadline_s)
+        except ServerFailed as failure:
+            server.kill()
+            if not restarted:
+                raise
+            _give_up(failure)  # an actor whose __init__ raises is never started again
+        threading.Thread(target=self._watch, args=(server,), name="sglang-watch", daemon=True).start()
+        return url
+
+    def _watch(self, server: SglangServer) -> None:
+        """A server that ends takes its actor along; Ray then starts both again."""
+        failure = server.wait()
+        if not self._closing.is_set():
+            _give_up(failure)
+
+
+def _give_up(failure: Exception) -> NoReturn:
+    """End this process; Ray starts the actor again, and whoever watches the fleet has a deadline for that."""
+    print(failure, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+async def attached(urls: Sequence[str], deadline_s: float) -> None:
+    """Return once the servers at ``urls``, which somebody else started, answer as this system needs them.
+
+    Raises :class:`~system.engine.protocol.EngineError` otherwise.
+    """
+    client = EngineClient(urls)
+    try:
+        await client.wait_ready(deadline_s)
+    finally:
+        await client.close()

@@ -14,7 +14,7 @@ from system.engine.client import EngineClient
 from system.engine.protocol import EngineError, EngineInfo
 from system.observe.recorder import Recorder
 
-DEADLINE_S = 180.0  # for an engine to be restarted and to hold the current weights
+PUSH_DEADLINE_S = 120.0  # for an engine that is back to hold the current weights, after its own start
 LOOK_S = 1.0  # between looks at the engines
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle seconds by cause
 
@@ -38,8 +38,12 @@ class Publisher(Protocol):
 class Fleet:
     """Keeps engines at the publisher's version; a restarted one stands paused until it has its weights."""
 
-    def __init__(self, urls: Sequence[str], publisher: Publisher, recorder: Recorder) -> None:
+    def __init__(
+        self, urls: Sequence[str], publisher: Publisher, recorder: Recorder, start_deadline_s: float
+    ) -> None:
+        """``start_deadline_s``: for a restarted engine to answer."""
         self.urls, self._publisher, self._recorder = list(urls), publisher, recorder
+        self._deadline_s = start_deadline_s + PUSH_DEADLINE_S
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
@@ -50,8 +54,8 @@ class Fleet:
                 for number, client in enumerate(clients):
                     if await self._tend(number, client):
                         good[number] = time.monotonic()
-                    elif time.monotonic() - good[number] > DEADLINE_S:
-                        raise ActorLost(_not_back(client))
+                    elif time.monotonic() - good[number] > self._deadline_s:
+                        raise ActorLost(self._not_back(client))
                 await asyncio.sleep(LOOK_S)
 
     async def ready(self) -> None:
@@ -60,11 +64,11 @@ class Fleet:
             for number, url in enumerate(self.urls):
                 client = await _client(stack, url)
                 try:
-                    async with asyncio.timeout(DEADLINE_S):
+                    async with asyncio.timeout(self._deadline_s):
                         while not await self._tend(number, client):  # noqa: ASYNC110 (a process, not a task)
                             await asyncio.sleep(LOOK_S)
                 except TimeoutError as error:
-                    raise ActorLost(_not_back(client)) from error
+                    raise ActorLost(self._not_back(client)) from error
 
     async def _tend(self, number: int, client: EngineClient) -> bool:
         """Account an engine's idle time; send it the current weights if it lacks them.  True: it has them."""
@@ -85,6 +89,12 @@ class Fleet:
             return False
         return True
 
+    def _not_back(self, client: EngineClient) -> str:
+        return (
+            f"engine {client.urls[0]}: not back with the current weights within {self._deadline_s:.0f} s "
+            "(engine.start_deadline_s); see the run's logs/"
+        )
+
     def _current(self, info: EngineInfo) -> bool:
         return info.weight_version == self._publisher.version and not info.paused
 
@@ -93,7 +103,3 @@ async def _client(stack: AsyncExitStack, url: str) -> EngineClient:
     client = EngineClient([url])
     stack.push_async_callback(client.close)
     return client
-
-
-def _not_back(client: EngineClient) -> str:
-    return f"engine {client.urls[0]}: not back with the current weights within {DEADLINE_S:.0f} s"

@@ -25,6 +25,7 @@ from actors.evaluation import evaluate as answer_questions
 from actors.places import Places
 from actors.supervise import ActorLost, StartFailed
 from system.config import Config, ConfigError
+from system.engine.sglang.command import SglangMissing, interpreter
 from system.flow.ledger import Ledger
 from system.observe import plots
 from system.observe.jsonl import read_jsonl
@@ -47,7 +48,7 @@ DONE, FAILED, STOPPED, LOST = 0, 1, 3, 75
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
-    require_embedded(config)
+    check_engine(config)
     disable_progress_bar()  # of loading and saving weights, which would break into our own
     task = make_task(config)
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
@@ -74,7 +75,7 @@ def failure_code(error: BaseException) -> int:
 
 def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     """Greedy answers of the model in ``model_dir`` to the held-out questions."""
-    require_embedded(config)
+    check_engine(config)
     task = make_task(config)
     with ray_session(config) as joined, tempfile.TemporaryDirectory() as scratch:
         return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))
@@ -84,7 +85,8 @@ async def _evaluate(
     config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
 ) -> dict[str, Any]:
     places = await Places.claim(config, joined=joined)
-    growers = await Growers.start(config, str(model_dir), corpus_file(config, task, scratch), places)
+    corpus = corpus_file(config, task, scratch)
+    growers = await Growers.start(config, str(model_dir), corpus, places, scratch)
     try:
         questions = task.eval()[: config.eval.questions]
         return (await answer_questions(config, growers, questions, lambda: None)).to_dict()
@@ -136,7 +138,8 @@ async def _work(
     places: Places,
     model: Path,
 ) -> int:
-    crew = await Crew.start(config, str(model), corpus_file(config, task, run_dir.root), places)
+    corpus = corpus_file(config, task, run_dir.root)
+    crew = await Crew.start(config, str(model), corpus, places, run_dir.logs.resolve())
     try:
         conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
         with signals(conductor):
@@ -201,10 +204,14 @@ def prepare_model(config: Config, task: Task, run_dir: RunDir) -> Path:
     return path
 
 
-def require_embedded(config: Config) -> None:
-    """Refuse an engine that this version does not launch, rather than take another in its place."""
-    if config.engine.name != "embedded":
-        raise ConfigError(f"engine.name={config.engine.name!r} cannot be launched yet: use engine=embedded")
+def check_engine(config: Config) -> None:
+    """Refuse an engine that cannot start here, before anything else does.  Raises ConfigError."""
+    engine = config.engine
+    if engine.name == "sglang" and not engine.urls:
+        try:
+            interpreter(engine)
+        except SglangMissing as error:
+            raise ConfigError(f"engine=sglang: {error}") from error
 
 
 def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:

@@ -136,7 +136,7 @@ class EngineConfig:
     weights: str = "auto"  # how they travel: auto | http (embedded) | disk | tensor | distributed (SGLang)
     weights_dir: str = ""  # for disk: read by every engine; empty: temporary, for engines on this machine
     kv_after_update: str = "recompute"  # recompute | keep
-    start_deadline_s: float = 120.0
+    start_deadline_s: float = 300.0  # for a server to answer
     urls: list[str] = field(default_factory=list)  # attach to servers that run; they are never stopped
     python: str = ""  # runs SGLang; empty: .venv-sglang/bin/python if it exists, else this interpreter
     sglang: dict[str, Any] = field(default_factory=dict)  # SGLang's own flags: {mem_fraction_static: 0.8}

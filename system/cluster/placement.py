@@ -105,7 +105,7 @@ def _learner(config: Config, nodes: Sequence[Node], where: list[int], free: Coun
 
 
 def _engines(config: Config, nodes: Sequence[Node], where: list[int], free: Counter[int]) -> list[Seat]:
-    replicas = config.engine.replicas
+    replicas = 0 if config.engine.urls else config.engine.replicas  # servers of others take none of our GPUs
     need = engine_gpus(config) if any(node.gpus for node in nodes) else 0
     if not need:
         return [Seat(f"engine-{number}", where[::-1][number % len(where)]) for number in range(replicas)]

@@ -128,16 +128,31 @@ class EngineClient:
         return list(await asyncio.gather(*(self._info(url, limit_s) for url in self.urls)))
 
     async def _info(self, url: str, limit_s: float) -> EngineInfo:
-        server = await self._http.get(url, "/get_server_info", limit_s)
-        model = await self._http.get(url, "/get_model_info", limit_s)
-        return EngineInfo(
-            weight_version=version_number(model.get("weight_version", "default")),
-            running=int(server.get("running", 0)),
-            waiting=int(server.get("waiting", 0)),
-            max_running=int(server.get("max_running", 0)),
-            paused=bool(server.get("paused", False)),
-            counters={str(k): float(v) for k, v in (server.get("counters") or {}).items()},
+        model, loads, ready = await asyncio.gather(
+            self._http.get(url, "/model_info", limit_s),
+            self._http.get(url, "/v1/loads", limit_s),
+            self._ready(url, limit_s),
         )
+        try:
+            (load,) = loads["loads"]  # one data-parallel rank: replicas are servers of their own
+            return EngineInfo(
+                weight_version=version_number(model["weight_version"]),
+                running=int(load["num_running_reqs"]),
+                waiting=int(load["num_waiting_reqs"]),
+                max_running=int(load["max_running_requests"]),
+                paused=not ready,
+                counters={k: float(v) for k, v in load.items() if isinstance(v, int | float)},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{url}: unexpected /model_info or /v1/loads: {error!r}") from error
+
+    async def _ready(self, url: str, limit_s: float) -> bool:
+        """Whether the server generates: SGLang's ``/ready`` is 503 while it is paused."""
+        try:
+            await self._http.get(url, "/ready", limit_s)
+        except EngineError:
+            return False
+        return True
 
     # Weights -------------------------------------------------------------------------------------
 

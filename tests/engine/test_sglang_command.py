@@ -21,7 +21,15 @@ from system.engine.sglang.server import ServerFailed, SglangServer
 
 
 def command(engine: EngineConfig, cpu: bool = True, **settings: object) -> Command:
-    defaults = {"python": "py", "model": "/m", "dtype": "bfloat16", "port": 7000, "cpu": cpu, "cores": (4, 5)}
+    defaults = {
+        "python": "py",
+        "model": "/m",
+        "dtype": "bfloat16",
+        "host": "127.0.0.2",
+        "port": 7000,
+        "cpu": cpu,
+        "cores": (4, 5),
+    }
     return server_command(engine, **{**defaults, **settings})  # type: ignore[arg-type]
 
 
@@ -30,7 +38,7 @@ def value(command: Command, flag: str) -> str | None:
 
 
 def test_our_settings_become_sglangs_flags() -> None:
-    engine = EngineConfig(name="sglang", max_context=700, max_running=9, chunk_tokens=3, host="127.0.0.2")
+    engine = EngineConfig(name="sglang", max_context=700, max_running=9, chunk_tokens=3)
     line = command(engine, seed=5, replica=2)
     assert line.argv[:3] == ["py", "-m", "sglang.launch_server"]
     expected = {
@@ -69,13 +77,6 @@ def test_only_a_cpu_server_gets_the_shim() -> None:
     assert not {"--attention-backend", "--sampling-backend", "--mem-fraction-static"} & set(gpu.argv)
     for folder in cpu.env["PYTHONPATH"].split(":"):
         assert list(Path(folder).glob("*.dist-info/entry_points.txt")), "SGLang finds plug-ins by entry point"
-
-
-def test_replicas_take_gpus_side_by_side() -> None:
-    engine = EngineConfig(name="sglang", tp=2)
-    assert value(command(engine, cpu=False, replica=3), "--base-gpu-id") == "6"
-    engine.sglang = {"base_gpu_id": 1}
-    assert value(command(engine, cpu=False, replica=3), "--base-gpu-id") == "7"
 
 
 def test_a_restarted_server_is_paused_and_not_warmed_up() -> None:

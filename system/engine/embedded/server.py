@@ -52,6 +52,9 @@ def application(engine: EmbeddedEngine) -> web.Application:
     for path, handler in {
         "/health": server.health,
         "/health_generate": server.health_generate,
+        "/ready": server.ready,
+        "/v1/loads": server.loads,
+        "/model_info": server.model_info,
         "/get_server_info": server.info,
         "/get_model_info": server.model_info,
         "/weights_checksum": server.checksum,
@@ -289,6 +292,18 @@ class _Server:
                 if event.error:
                     raise EngineFailed(event.error)
         return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """503 while paused, as SGLang."""
+        if self._engine.loop.paused:
+            return _error(503, "generation is paused")
+        return await self.health(request)
+
+    async def loads(self, request: web.Request) -> web.Response:
+        """SGLang's load report of its one data-parallel rank; our counters come with it."""
+        info = self._engine.info()
+        load = {"dp_rank": 0, "num_running_reqs": info["running"], "num_waiting_reqs": info["waiting"]}
+        return web.json_response({"loads": [{**load, **info["counters"]}]})
 
     async def info(self, request: web.Request) -> web.Response:
         return web.json_response(self._engine.info())

@@ -65,6 +65,7 @@ def server_command(
     python: str,
     model: str,
     dtype: str,
+    host: str,
     port: int,
     seed: int = 0,
     replica: int = 0,
@@ -72,17 +73,17 @@ def server_command(
     cores: Sequence[int] = (0,),
     paused: bool = False,
 ) -> Command:
-    """The command of server number ``replica`` on ``port``.
+    """The command of server number ``replica``, over the GPUs that its process sees (``engine.tp`` of them).
 
     ``cpu``: without a GPU, over the shim.  ``cores``: what the tensor-parallel ranks may be bound to, on a
     CPU.  ``paused``: generate nothing before ``/continue_generation``.
     """
-    native = {**_defaults(engine, cpu, replica, paused), **engine.sglang}
-    if not cpu and "base_gpu_id" in engine.sglang:
-        native["base_gpu_id"] = int(engine.sglang["base_gpu_id"]) + replica * engine.tp
+    native = {**(_cpu_defaults(engine) if cpu else {}), **engine.sglang}
+    if paused:
+        native["skip_server_warmup"] = True  # it would wait for ever
     fixed = {
         "model_path": model,
-        "host": engine.host,
+        "host": host,
         "port": port,
         "device": "cpu" if cpu else "cuda",
         "dtype": dtype,
@@ -97,11 +98,8 @@ def server_command(
     return Command(argv, _environment(engine, cpu, cores, paused))
 
 
-def _defaults(engine: EngineConfig, cpu: bool, replica: int, paused: bool) -> dict[str, Any]:
+def _cpu_defaults(engine: EngineConfig) -> dict[str, Any]:
     """Flags that ``engine.sglang`` may replace (a null takes one away)."""
-    if not cpu:
-        first = {"base_gpu_id": replica * engine.tp}
-        return {**first, "skip_server_warmup": True} if paused else first  # a warm-up would wait for ever
     return {
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
