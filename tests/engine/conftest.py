@@ -1,13 +1,15 @@
-"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, and servers of them."""
+"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, servers of them, and what to hold their answers against."""
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,12 +18,15 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 from system.config import EngineConfig
 from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
-from system.engine.protocol import Chunk, GenerateRequest
+from system.engine.protocol import Chunk, GenerateRequest, Sampling
+from system.engine.sglang.command import SglangMissing, interpreter, server_command
+from system.engine.sglang.server import SglangServer
 
 torch.set_num_threads(1)
 
 VOCAB = 320
 EOS = 0
+TOLERANCE = 1e-4
 VARIANTS = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
 _TEXT = ["the quick brown fox <search> jumps over </search> the lazy dog <answer> 42 </answer> é ü 世界"] * 20
 
@@ -136,7 +141,7 @@ async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., A
         await served.engine.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A port nobody listens on now."""
 
@@ -150,3 +155,68 @@ def free_port() -> Callable[[], int]:
 
 async def collect(client: EngineClient, request: GenerateRequest) -> list[Chunk]:
     return [chunk async for chunk in client.generate(request)]
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB, length).astype(np.int32)
+
+
+def request(rid: str, ids: Sequence[int] | np.ndarray, new: int = 24, **sampling: Any) -> GenerateRequest:
+    sampling.setdefault("ignore_eos", True)
+    return GenerateRequest(rid, np.asarray(ids, np.int32), Sampling(max_new_tokens=new, **sampling))
+
+
+def joined(chunks: list[Chunk]) -> Chunk:
+    """All chunks of a request as one."""
+    tokens, logprob, entropy, version = (
+        np.concatenate([getattr(chunk, name) for chunk in chunks])
+        for name in ("tokens", "logprob", "entropy", "version")
+    )
+    return Chunk(tokens, logprob, entropy, version, chunks[-1].finish, chunks[-1].cached_tokens)
+
+
+@torch.no_grad()
+def log_p(model: TinyModel, ids: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> torch.Tensor:
+    """[k, V] Hugging Face log-probabilities of the distributions that ``tokens`` were drawn from."""
+    sequence = torch.from_numpy(np.concatenate([ids, tokens]).astype(np.int64))[None]
+    return torch.log_softmax(model.hf(sequence).logits[0, len(ids) - 1 : -1].float() / temperature, -1)
+
+
+def assert_exact(model: TinyModel, ids: np.ndarray, out: Chunk, temperature: float = 1.0) -> None:
+    reference = log_p(model, ids, out.tokens, temperature)
+    expected = reference.gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])[:, 0].numpy()
+    entropy = -(reference.exp() * reference).sum(-1).numpy()
+    np.testing.assert_allclose(out.logprob, expected, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
+
+
+@pytest.fixture(scope="session")
+def sglang_url(
+    tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[str]:
+    """A real SGLang server of the model ``tiny("qwen3", True)`` on CPU: one for the whole session.
+
+    Who changes its weights puts them back.  Skipped by name where SGLang is not installed, and failed there
+    if ``ESPALIER_REQUIRE_SGLANG`` is set, as CI does.
+    """
+    engine = EngineConfig(name="sglang", max_running=32, max_context=512, cache_slots=32)
+    try:
+        python = interpreter(engine)
+    except SglangMissing as error:
+        missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_SGLANG") else pytest.skip
+        missing(f"SGLang is not installed: {error}")
+    port, log = free_port(), tmp_path_factory.mktemp("sglang") / "sglang.log"
+    command = server_command(
+        engine,
+        python=python,
+        model=str(tiny("qwen3", True).path),
+        dtype="float32",
+        host="127.0.0.1",
+        port=port,
+        cpu=True,
+    )
+    server = SglangServer(command, f"http://127.0.0.1:{port}", log)
+    try:
+        yield server.wait_ready(300)
+    finally:
+        server.stop()

@@ -12,48 +12,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, VARIANTS, VOCAB, Served, TinyModel, collect, text_of
+from conftest import (
+    EOS,
+    TOLERANCE,
+    VARIANTS,
+    VOCAB,
+    Served,
+    TinyModel,
+    assert_exact,
+    collect,
+    joined,
+    log_p,
+    prompt,
+    request,
+    text_of,
+)
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
-
-TOLERANCE = 1e-4
-
-
-def prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, VOCAB, length).astype(np.int32)
-
-
-def request(rid: str, ids: Sequence[int] | np.ndarray, new: int = 24, **sampling: Any) -> GenerateRequest:
-    sampling.setdefault("ignore_eos", True)
-    return GenerateRequest(rid, np.asarray(ids, np.int32), Sampling(max_new_tokens=new, **sampling))
-
-
-def joined(chunks: list[Chunk]) -> Chunk:
-    """All chunks of a request as one."""
-    tokens, logprob, entropy, version = (
-        np.concatenate([getattr(chunk, name) for chunk in chunks])
-        for name in ("tokens", "logprob", "entropy", "version")
-    )
-    return Chunk(tokens, logprob, entropy, version, chunks[-1].finish, chunks[-1].cached_tokens)
-
-
-@torch.no_grad()
-def log_p(model: TinyModel, ids: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> torch.Tensor:
-    """[k, V] Hugging Face log-probabilities of the distributions that ``tokens`` were drawn from."""
-    sequence = torch.from_numpy(np.concatenate([ids, tokens]).astype(np.int64))[None]
-    return torch.log_softmax(model.hf(sequence).logits[0, len(ids) - 1 : -1].float() / temperature, -1)
-
-
-def assert_exact(model: TinyModel, ids: np.ndarray, out: Chunk, temperature: float = 1.0) -> None:
-    reference = log_p(model, ids, out.tokens, temperature)
-    expected = reference.gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])[:, 0].numpy()
-    entropy = -(reference.exp() * reference).sum(-1).numpy()
-    np.testing.assert_allclose(out.logprob, expected, atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
 
 
 async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:

@@ -20,8 +20,7 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
-from conftest import Served, TinyModel, collect, text_of
-from test_engine_contract import assert_exact, joined, prompt, request
+from conftest import Served, TinyModel, assert_exact, collect, joined, prompt, request, text_of
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient

@@ -1,0 +1,376 @@
+"""What every engine must do, held against the Hugging Face model: the embedded engine and a real SGLang server,
+through the one client, over real HTTP.
+
+SGLang's half needs SGLang for CPU (``make sglang``, which ``make test`` does) and shares one server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    EOS,
+    TOLERANCE,
+    VOCAB,
+    TinyModel,
+    assert_exact,
+    collect,
+    joined,
+    log_p,
+    prompt,
+    request,
+    text_of,
+)
+from transformers import GenerationConfig
+
+from system.engine.client import EngineClient
+from system.engine.protocol import Chunk, EngineError, EngineInfo
+
+pytestmark = pytest.mark.timeout(400)  # SGLang takes half a minute to start, more on a busy machine
+
+
+@dataclass
+class Subject:
+    """A server with the weights of ``model``, at version 0."""
+
+    name: str
+    model: TinyModel
+    client: EngineClient
+
+    async def info(self) -> EngineInfo:
+        return (await self.client.infos())[0]
+
+
+@pytest.fixture(params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
+async def subject(
+    request: pytest.FixtureRequest, serve: Callable[..., Any], tiny: Callable[..., TinyModel]
+) -> AsyncIterator[Subject]:
+    model = tiny("qwen3", True)
+    if request.param == "embedded":
+        served = await serve("qwen3", True, max_context=512)
+        yield Subject("embedded", model, served.client)
+        return
+    client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60)
+    try:
+        yield Subject("sglang", model, client)
+        assert not (await client.infos())[0].paused, "the test left the server paused"
+        await client.abort_all()
+        if (await client.infos())[0].weight_version:
+            await client.update_weights_from_disk(str(model.path), 0)
+    finally:
+        await client.close()
+
+
+class Growing:
+    """A request on its way: what has come, and when the first tokens have."""
+
+    def __init__(self, client: EngineClient, asked: Any) -> None:
+        self.chunks: list[Chunk] = []
+        self._some = asyncio.Event()
+        self._task = asyncio.create_task(self._run(client, asked))
+
+    async def _run(self, client: EngineClient, asked: Any) -> None:
+        async for chunk in client.generate(asked):
+            self.chunks.append(chunk)
+            self._some.set()
+
+    async def begun(self) -> None:
+        async with asyncio.timeout(60):
+            await self._some.wait()
+
+    @property
+    def count(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    async def whole(self) -> Chunk:
+        await self._task
+        return joined(self.chunks)
+
+    @property
+    def done(self) -> bool:
+        return self._task.done()
+
+
+# Numbers ----------------------------------------------------------------------------------------
+
+
+async def test_log_probabilities_and_entropies_are_exact(subject: Subject) -> None:
+    """At several temperatures, in a mixed batch, with and without a shared prefix."""
+    base = prompt(40)
+    cases = [(base[:1], 1.0), (base[:7], 0.6), (base, 1.0), (base, 1.4), (prompt(60, 2), 0.8)]
+    cases.append((np.concatenate([base[:25], prompt(9, 1)]), 1.0))
+    outs = await asyncio.gather(
+        *(
+            collect(subject.client, request(f"n{i}", ids, 12 + 5 * i, temperature=t))
+            for i, (ids, t) in enumerate(cases)
+        )
+    )
+    for i, ((ids, temperature), chunks) in enumerate(zip(cases, outs, strict=True)):
+        out = joined(chunks)
+        assert len(out.tokens) == 12 + 5 * i
+        assert len(chunks) > 1, "it must stream"
+        assert not np.isnan(out.entropy).any()
+        assert_exact(subject.model, ids, out, temperature)
+
+
+async def test_greedy_equals_hugging_face_generate(subject: Subject) -> None:
+    for seed, length in enumerate((5, 30)):
+        ids = prompt(length, seed)
+        asked = request(f"g{seed}", ids, 30, temperature=0.0, ignore_eos=False)
+        out = joined(await collect(subject.client, asked))
+        settings = GenerationConfig(max_new_tokens=30, do_sample=False, eos_token_id=EOS, pad_token_id=EOS)
+        expected = subject.model.hf.generate(torch.from_numpy(ids.astype(np.int64))[None], settings)
+        assert out.tokens.tolist() == expected[0, length:].tolist()
+        assert_exact(subject.model, ids, out)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 8)])
+async def test_truncation_reports_the_renormalised_probability(
+    subject: Subject, top_p: float, top_k: int
+) -> None:
+    """The behaviour log-probability is over what top-p and top-k kept; the entropy over the vocabulary."""
+    ids = prompt(20)
+    asked = request("t", ids, 40, top_p=top_p, top_k=top_k, temperature=1.2)
+    out = joined(await collect(subject.client, asked))
+    assert len(out.tokens) == 40
+    reference = log_p(subject.model, ids, out.tokens, 1.2).exp().double()
+    for step, token in enumerate(out.tokens.tolist()):
+        ordered, order = reference[step].sort(descending=True)
+        keep = (ordered.cumsum(0) - ordered <= top_p) & (
+            torch.arange(VOCAB) < (top_k if top_k > 0 else VOCAB)
+        )
+        kept = dict(zip(order[keep].tolist(), ordered[keep].tolist(), strict=True))
+        assert token in kept, "a token that should have been dropped was drawn"
+        assert out.logprob[step] == pytest.approx(np.log(kept[token] / sum(kept.values())), abs=TOLERANCE)
+    entropy = -(reference * reference.log()).sum(-1).numpy()
+    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
+
+
+async def test_scoring_gives_the_log_probabilities_of_given_tokens(subject: Subject) -> None:
+    ids = prompt(50)
+    scored = await subject.client.score(ids)
+    expected = log_p(subject.model, ids[:1], ids[1:])
+    picked = expected.gather(1, torch.from_numpy(ids[1:].astype(np.int64))[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(scored, picked, atol=TOLERANCE, rtol=0)
+    assert (await subject.client.score(ids[:1])).shape == (0,)
+
+
+# Endings ----------------------------------------------------------------------------------------
+
+
+async def test_stop_strings_end_at_the_completing_token(subject: Subject) -> None:
+    """Stop strings cut from what greedy decoding writes, across two tokens."""
+    decode, ids = text_of(), prompt(10, 4)
+    free = joined(await collect(subject.client, request("free", ids, 60, temperature=0.0))).tokens
+    texts = [decode([token]) for token in free.tolist()]
+    clean = [i for i in range(2, 58) if all("�" not in texts[j] and texts[j] for j in (i, i + 1))]
+    assert clean, "the seed must give some plain text"
+    for number, i in enumerate(clean[:4]):
+        stop = texts[i][-1:] + texts[i + 1][:1]  # begins in one token, ends in the next
+        upto = next(n for n in range(1, 61) if stop in decode(free[:n].tolist()))
+        asked = request(f"s{number}", ids, 60, temperature=0.0, stop=("never occurs", stop))
+        out = joined(await collect(subject.client, asked))
+        assert out.finish is not None
+        assert (out.finish.type, out.finish.matched) == ("stop", stop)
+        assert out.tokens.tolist() == free[:upto].tolist()
+
+
+async def test_stop_tokens_eos_and_length(subject: Subject) -> None:
+    ids = prompt(10, 5)
+    free = joined(await collect(subject.client, request("free", ids, 40, temperature=0.0)))
+    assert free.finish is not None
+    assert free.finish.type == "length"
+    target = int(free.tokens[10])
+    first = free.tokens.tolist().index(target)
+    asked = request("s", ids, 40, temperature=0.0, stop_token_ids=(target,))
+    out = joined(await collect(subject.client, asked))
+    assert out.finish is not None
+    assert (out.finish.type, out.finish.matched) == ("stop", target)
+    assert out.tokens.tolist() == free.tokens[: first + 1].tolist()
+    for number in range(200):
+        out = joined(await collect(subject.client, request(f"e{number}", ids, 40, ignore_eos=False)))
+        if out.finish is not None and out.finish.type == "stop":
+            assert out.finish.matched == EOS
+            assert out.tokens.tolist().index(EOS) == len(out.tokens) - 1
+            return
+        assert EOS not in out.tokens
+    pytest.fail("no sample ended with EOS")
+
+
+async def test_a_request_that_cannot_be_served_is_refused_at_once(subject: Subject) -> None:
+    with pytest.raises(EngineError, match="refused"):
+        await collect(subject.client, request("long", prompt(500), 100))
+    with pytest.raises(EngineError, match="refused"):
+        await collect(subject.client, request("odd", prompt(5), 10, temperature=-1.0))
+
+
+async def test_abort_returns_what_there_is(subject: Subject) -> None:
+    growing = Growing(subject.client, request("a", prompt(5), 400))
+    other = Growing(subject.client, request("ab", prompt(6), 60))  # a prefix of its id is aborted, not it
+    await growing.begun()
+    await subject.client.abort("a")
+    out = await growing.whole()
+    assert out.finish is not None
+    assert out.finish.type == "abort"
+    assert 0 < len(out.tokens) < 400
+    assert_exact(subject.model, prompt(5), out)
+    assert len((await other.whole()).tokens) == 60
+
+
+async def test_closing_the_iterator_aborts_on_the_server(subject: Subject) -> None:
+    chunks = subject.client.generate(request("a", prompt(5), 450))
+    await anext(chunks)
+    await chunks.aclose()
+    async with asyncio.timeout(20):
+        while (await subject.info()).running:  # noqa: ASYNC110 (a server's state, not an event)
+            await asyncio.sleep(0.05)
+
+
+# Sharing ----------------------------------------------------------------------------------------
+
+
+async def test_a_fork_shares_its_parents_prefix(subject: Subject) -> None:
+    """Children of a finished turn compute only what came after it: the tool's result."""
+    ids = prompt(60, 21)
+    parent = joined(await collect(subject.client, request("parent", ids, 30)))
+    assert parent.cached_tokens < 60
+    longer = np.concatenate([ids, parent.tokens, prompt(8, 22)])
+    outs = await asyncio.gather(*(collect(subject.client, request(f"c{i}", longer, 20)) for i in range(4)))
+    for chunks in outs:
+        out = joined(chunks)
+        # The last sampled token's own keys were never needed, so they may have to be computed.
+        assert out.cached_tokens >= len(ids) + len(parent.tokens) - 1
+        assert_exact(subject.model, longer, out)
+
+
+# Pause and weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+async def test_pause_stops_and_continue_goes_on(subject: Subject, mode: Any) -> None:
+    ids = prompt(10)
+    growing = Growing(subject.client, request("a", ids, 400))
+    await growing.begun()
+    await subject.client.pause(mode)
+    try:
+        assert (await subject.info()).paused
+        assert await subject.client.healthy(), "paused is not dead"
+        late = Growing(subject.client, request("late", ids, 5))
+        await asyncio.sleep(0.3)
+        count = growing.count
+        await asyncio.sleep(0.3)
+        assert growing.count == count < 400
+        assert not late.count
+    finally:
+        await subject.client.resume()
+    assert not (await subject.info()).paused
+    assert_exact(subject.model, ids, await growing.whole())
+    assert len((await late.whole()).tokens) == 5
+
+
+async def test_pause_abort_ends_everything(subject: Subject) -> None:
+    growing = [Growing(subject.client, request(str(i), prompt(9, i), 400)) for i in range(3)]
+    for each in growing:
+        await each.begun()
+    await subject.client.pause("abort")
+    try:
+        for each in growing:
+            finish = (await each.whole()).finish
+            assert finish is not None
+            assert finish.type == "abort"
+    finally:
+        await subject.client.resume()
+
+
+async def test_every_token_carries_the_version_that_made_it(
+    subject: Subject, tiny: Callable[..., TinyModel]
+) -> None:
+    """Weights from disk in the middle of generation: each token equals the model of its version."""
+    new = tiny("qwen3", True, 1)
+    prompts = [prompt(20 + i, i) for i in range(4)]
+    growing = [Growing(subject.client, request(f"u{i}", p, 300)) for i, p in enumerate(prompts)]
+    for each in growing:
+        await each.begun()
+    await subject.client.pause("retract")
+    try:
+        await subject.client.update_weights_from_disk(str(new.path), 7)
+    finally:
+        await subject.client.resume()
+    assert (await subject.info()).weight_version == 7
+    mixed = 0
+    for ids, each in zip(prompts, growing, strict=True):
+        out = await each.whole()
+        old = int((out.version == 0).sum())
+        assert out.version.tolist() == [0] * old + [7] * (300 - old)
+        mixed += 0 < old < 300
+        picked = torch.from_numpy(out.tokens.astype(np.int64))[:, None]
+        for version, model in ((0, subject.model), (7, new)):
+            mine = out.version == version
+            expected = log_p(model, ids, out.tokens).gather(1, picked)[:, 0].numpy()
+            np.testing.assert_allclose(out.logprob[mine], expected[mine], atol=TOLERANCE, rtol=0)
+    assert mixed, "the update must have come in the middle"
+
+
+async def test_a_prefix_of_old_weights_is_never_served_as_new(
+    subject: Subject, tiny: Callable[..., TinyModel]
+) -> None:
+    """Even where the cache is not flushed: it is keyed by weight version."""
+    new, ids = tiny("qwen3", True, 1), prompt(80, 33)
+    await collect(subject.client, request("warm", ids, 5))
+    again = joined(await collect(subject.client, request("again", ids, 5)))
+    assert again.cached_tokens == len(ids) - 1
+    await subject.client.pause("in_place")
+    try:
+        await subject.client.update_weights_from_disk(str(new.path), 8)
+    finally:
+        await subject.client.resume()
+    fresh = joined(await collect(subject.client, request("fresh", ids, 30)))
+    assert fresh.cached_tokens == 0
+    assert_exact(new, ids, fresh)
+    after = joined(await collect(subject.client, request("after", ids, 5)))
+    assert after.cached_tokens == len(ids) - 1
+
+
+async def test_flush_forgets_prefixes_and_is_refused_while_busy(subject: Subject) -> None:
+    ids = prompt(70, 44)
+    await collect(subject.client, request("warm", ids, 5))
+    await subject.client.flush_cache()
+    assert joined(await collect(subject.client, request("cold", ids, 5))).cached_tokens == 0
+    growing = Growing(subject.client, request("busy", ids, 300))
+    await growing.begun()
+    with pytest.raises(EngineError):
+        await subject.client.flush_cache()
+    await growing.whole()
+
+
+# Load -------------------------------------------------------------------------------------------
+
+
+async def test_a_mixed_load_of_64(subject: Subject) -> None:
+    """More requests than rows, of all lengths, with shared prefixes and one abort; all are exact."""
+    rng, shared = np.random.default_rng(0), prompt(30, 100)
+    prompts = [
+        np.concatenate([shared[: rng.integers(1, 31)], prompt(int(rng.integers(1, 60)), i)])
+        for i in range(64)
+    ]
+    lengths = [int(n) for n in rng.integers(1, 100, 63)] + [400]
+    growing = [
+        Growing(subject.client, request(f"m{i}", ids, n))
+        for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    await growing[0].begun()
+    await subject.client.abort("m63")
+    for ids, n, each in zip(prompts[:-1], lengths, growing, strict=False):
+        out = await each.whole()
+        assert len(out.tokens) == n
+        assert_exact(subject.model, ids, out)
+    await growing[-1].whole()
+    async with asyncio.timeout(20):
+        while (info := await subject.info()).running or info.waiting:
+            await asyncio.sleep(0.05)
