@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -9,13 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import ray
 
 from actors.serving import LoopThread
+from actors.supervise import StartFailed
 from system import config as configuration
 from system.config import Config
 from system.engine.client import EngineClient
-from system.engine.sglang.command import interpreter, server_command
+from system.engine.protocol import EngineError, GenerateRequest, Sampling
+from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.sglang.server import ServerFailed, SglangServer
 
 
@@ -87,6 +91,8 @@ class EngineActor:
             if not restarted:
                 raise
             _give_up(failure)  # an actor whose __init__ raises is never started again
+        if not restarted:  # that one generates nothing yet
+            asyncio.run(_check(url, engine.start_deadline_s))
         threading.Thread(target=self._watch, args=(server,), name="sglang-watch", daemon=True).start()
         return url
 
@@ -104,12 +110,29 @@ def _give_up(failure: Exception) -> NoReturn:
 
 
 async def attached(urls: Sequence[str], deadline_s: float) -> None:
-    """Return once the servers at ``urls``, which somebody else started, answer as this system needs them.
+    """Return once the servers at ``urls``, which somebody else started, serve as this system needs them.
 
-    Raises :class:`~system.engine.protocol.EngineError` otherwise.
+    Raises StartFailed for one that does not.
     """
-    client = EngineClient(urls)
+    try:
+        async with asyncio.TaskGroup() as checks:
+            for url in urls:
+                checks.create_task(_check(url, deadline_s))
+    except* EngineError as errors:
+        raise StartFailed(f"engine.urls: {'; '.join(map(str, errors.exceptions))}") from errors
+
+
+async def _check(url: str, deadline_s: float) -> None:
+    """Raise EngineError for a server that does not answer, or does not say how uncertain its choices are."""
+    client = EngineClient([url], deadline_s=deadline_s)
+    asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
     try:
         await client.wait_ready(deadline_s)
+        chunks = [chunk async for chunk in client.generate(asked)]
     finally:
         await client.close()
+    if any(np.isnan(chunk.entropy).any() for chunk in chunks):
+        raise EngineError(
+            f"{url}: no entropies in its answers: Espalier's plug-in is not loaded; start the server with "
+            f"{IN_SERVER / 'plugin'} on its PYTHONPATH"
+        )

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
 import aiohttp
+import numpy as np
+from numpy.typing import NDArray
 
 from system.engine.generation import Generation
 from system.engine.http import Body, Http
@@ -82,6 +84,24 @@ class EngineClient:
     def counters(self) -> dict[str, float]:
         """Running totals of routing, cache hits, resumed streams and waits, for metrics."""
         return self._generation.counters
+
+    async def score(self, input_ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.float32]:
+        """[P - 1] log-probability of each token after the first, given those before it, at temperature 1.
+
+        Asks the first server.  Raises :class:`EngineError`.
+        """
+        body = {
+            "input_ids": np.asarray(input_ids).tolist(),
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        answer = await self._http.post(self.urls[0], "/generate", body, self._control_deadline_s)
+        try:
+            scored = answer["meta_info"]["input_token_logprobs"]
+            return np.array([logprob for logprob, *_ in scored[1:]], np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{self.urls[0]}: no input_token_logprobs: {error!r}") from error
 
     # Control -------------------------------------------------------------------------------------
 

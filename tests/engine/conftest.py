@@ -1,4 +1,4 @@
-"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, servers of them, and what to hold their answers against."""
+"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, servers of them, and how to compare."""
 
 from __future__ import annotations
 

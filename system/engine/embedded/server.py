@@ -12,13 +12,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from aiohttp import web
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from system.engine.embedded.engine import EmbeddedEngine
-from system.engine.embedded.job import BadRequest, Event, Job, parse
+from system.engine.embedded.job import BadRequest, Event, Job, parse, parse_scoring
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.shape import UnsupportedModel
 from system.engine.embedded.weights import WeightsError
@@ -93,6 +95,10 @@ class _Server:
         body = await _json(request)
         stream = body.get("stream", False)
         details = bool(body.get("return_logprob", False))
+        engine = self._engine
+        given = parse_scoring(body, vocab=engine.shape.vocab, context=engine.context)
+        if given is not None:
+            return await self._score(given)
         job = self._parse(body)
         queue: asyncio.Queue[Event] = asyncio.Queue()
         try:
@@ -105,6 +111,21 @@ class _Server:
             self._engine.loop.emit(
                 lambda scheduler: scheduler.abort(lambda it: it is job, "client went away")
             )
+
+    async def _score(self, tokens: NDArray[np.int32]) -> web.Response:
+        version, logprob = await _boundary(
+            self._engine.loop.call(lambda scheduler: (scheduler.version, scheduler.score(tokens)))
+        )
+        given = [[p, token, None] for p, token in zip([None, *logprob], tokens.tolist(), strict=True)]
+        meta = {
+            "finish_reason": {"type": "length", "length": 0},
+            "prompt_tokens": tokens.size,
+            "completion_tokens": 0,
+            "cached_tokens": 0,
+            "weight_version": str(version),
+            "input_token_logprobs": given,
+        }
+        return web.json_response({"text": "", "output_ids": [], "meta_info": meta})
 
     def _parse(self, body: dict[str, Any]) -> Job:
         engine = self._engine
@@ -303,6 +324,7 @@ class _Server:
         """SGLang's load report of its one data-parallel rank; our counters come with it."""
         info = self._engine.info()
         load = {"dp_rank": 0, "num_running_reqs": info["running"], "num_waiting_reqs": info["waiting"]}
+        load["max_running_requests"] = info["max_running"]
         return web.json_response({"loads": [{**load, **info["counters"]}]})
 
     async def info(self, request: web.Request) -> web.Response:

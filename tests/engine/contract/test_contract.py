@@ -1,5 +1,5 @@
-"""What every engine must do, held against the Hugging Face model: the embedded engine and a real SGLang server,
-through the one client, over real HTTP.
+"""What every engine must do, held against the Hugging Face model: the embedded engine and a real SGLang
+server, through the one client, over real HTTP.
 
 SGLang's half needs SGLang for CPU (``make sglang``, which ``make test`` does) and shares one server.
 """
@@ -372,5 +372,5 @@ async def test_a_mixed_load_of_64(subject: Subject) -> None:
         assert_exact(subject.model, ids, out)
     await growing[-1].whole()
     async with asyncio.timeout(20):
-        while (info := await subject.info()).running or info.waiting:
+        while (info := await subject.info()).running or info.waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
