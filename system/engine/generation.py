@@ -22,6 +22,10 @@ from system.engine.stream import CutGuard, EventSplitter, MalformedStream, Strea
 
 log = logging.getLogger(__name__)
 
+# SGLang reports the probability among the tokens that top-p kept only for so many of them: its default for
+# --sampling-mask-max-tokens.  What is beyond is not sampled either, so the report stays exact.
+_MOST_KEPT = 4096
+
 _ABORT_DEADLINE_S = 5.0
 _CLOSE_DEADLINE_S = 1.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
@@ -297,7 +301,7 @@ class Generation:
                     raise _Broken("the stream ended without a finish")
                 for message in splitter.feed(data):
                     if "error" in message:
-                        raise _Broken(str(message["error"]))
+                        raise _error_of(message["error"], rid)
                     chunk, text = reader.read(message)
                     yield self._account(progress, place, chunk, text)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -369,6 +373,8 @@ def _body(progress: _Progress) -> dict[str, Any]:
     truncated = request.sampling.temperature > 0 and (
         request.sampling.top_p < 1 or request.sampling.top_k > 0
     )
+    if truncated and request.sampling.top_k <= 0:
+        sampling["top_k"] = _MOST_KEPT
     return {
         "rid": progress.wire_rid,
         "input_ids": np.concatenate([request.input_ids, np.array(progress.tokens, np.int32)]),
@@ -401,6 +407,14 @@ def _sampling(sampling: Sampling, max_new_tokens: int) -> dict[str, Any]:
 def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
     numbers = np.zeros(0, np.float32)
     return Chunk(np.zeros(0, np.int32), numbers, numbers, np.zeros(0, np.int32), finish, cached_tokens)
+
+
+def _error_of(error: Any, rid: str) -> Exception:
+    """As :func:`_refusal`, for an error that a server reports inside a stream that has begun."""
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, int) and 400 <= code < 500:
+        return EngineError(f"request {rid!r} refused: {error.get('message')}")
+    return _Broken(str(error))
 
 
 async def _refusal(response: aiohttp.ClientResponse, rid: str) -> Exception:

@@ -23,6 +23,12 @@ class Sampling:
     ignore_eos: bool = False
     seed: int | None = None  # the same seed, prompt and weights give the same tokens
 
+    def __post_init__(self) -> None:
+        if self.ignore_eos and self.stop_token_ids:
+            raise ValueError(
+                "ignore_eos would switch stop_token_ids off too, as SGLang has it: use one of them"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:

@@ -194,12 +194,12 @@ def assert_exact(model: TinyModel, ids: np.ndarray, out: Chunk, temperature: flo
 def sglang_url(
     tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Iterator[str]:
-    """A real SGLang server of the model ``tiny("qwen3", True)`` on CPU: one for the whole session.
+    """A real SGLang server of the model ``tiny("qwen3", False)`` on CPU: one for the whole session.
 
-    Who changes its weights puts them back.  Skipped by name where SGLang is not installed, and failed there
-    if ``ESPALIER_REQUIRE_SGLANG`` is set, as CI does.
+    Who needs certain weights in it loads them first.  Skipped by name where SGLang is not installed, and
+    failed there if ``ESPALIER_REQUIRE_SGLANG`` is set, as CI does.
     """
-    engine = EngineConfig(name="sglang", max_running=32, max_context=512, cache_slots=32)
+    engine = EngineConfig(name="sglang", device="cpu", max_running=32, max_context=512, cache_slots=32)
     try:
         python = interpreter(engine)
     except SglangMissing as error:
@@ -209,9 +209,8 @@ def sglang_url(
     command = server_command(
         engine,
         python=python,
-        model=str(tiny("qwen3", True).path),
+        model=str(tiny("qwen3", False).path),
         dtype="float32",
-        host="127.0.0.1",
         port=port,
         cpu=True,
     )

@@ -191,7 +191,8 @@ async def test_stop_tokens_eos_and_length(one: Served) -> None:
     assert free.finish.type == "length"
     target = int(free.tokens[10])
     first = free.tokens.tolist().index(target)
-    out = joined(await collect(one.client, request("s", ids, 40, temperature=0.0, stop_token_ids=(target,))))
+    stopping: dict[str, Any] = {"stop_token_ids": (target,), "ignore_eos": False}
+    out = joined(await collect(one.client, request("s", ids, 40, temperature=0.0, **stopping)))
     assert out.finish is not None
     assert (out.finish.type, out.finish.matched) == ("stop", target)
     assert out.tokens.tolist() == free.tokens[: first + 1].tolist()

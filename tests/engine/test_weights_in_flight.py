@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from test_engine_contract import TOLERANCE, assert_exact, joined, log_p, prompt,
 from system.config import EngineConfig
 from system.engine.client import EngineClient
 from system.engine.protocol import Chunk
-from system.engine.sglang.command import SglangMissing, interpreter, server_command
-from system.engine.sglang.server import SglangServer
 from system.engine.transports import PushFailed, make
 from system.engine.transports.base import Bucket
 from system.engine.transports.sglang import SGLangTransport
@@ -28,29 +26,6 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 WAYS = ("disk", "tensor", "distributed")
 SETTINGS: dict[str, Any] = {"name": "sglang", "device": "cpu", "max_running": 64, "max_context": 256}
 _versions = count(1)  # of the one server of this session
-
-
-@pytest.fixture(scope="session")
-def sglang_url(tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """One real server for all tests, of the model ``tiny("qwen3", False)``."""
-    import socket
-
-    engine = EngineConfig(**SETTINGS)
-    try:
-        python = interpreter(engine)
-    except SglangMissing as missing:
-        pytest.skip(f"SGLang is not installed: {missing}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = server_command(
-        engine, python=python, model=str(tiny("qwen3", False).path), dtype="float32", port=port, cpu=True
-    )
-    server = SglangServer(command, f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("sglang") / "log")
-    try:
-        yield server.wait_ready(300)
-    finally:
-        server.stop()
 
 
 @pytest.fixture

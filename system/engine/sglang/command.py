@@ -65,8 +65,8 @@ def server_command(
     python: str,
     model: str,
     dtype: str,
-    host: str,
     port: int,
+    host: str | None = None,
     seed: int = 0,
     replica: int = 0,
     cpu: bool,
@@ -75,15 +75,16 @@ def server_command(
 ) -> Command:
     """The command of server number ``replica``, over the GPUs that its process sees (``engine.tp`` of them).
 
-    ``cpu``: without a GPU, over the shim.  ``cores``: what the tensor-parallel ranks may be bound to, on a
-    CPU.  ``paused``: generate nothing before ``/continue_generation``.
+    ``host``: where it listens, if not at ``engine.host``.  ``cpu``: without a GPU, over the shim.  ``cores``:
+    what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
+    ``/continue_generation``.
     """
     native = {**(_cpu_defaults(engine) if cpu else {}), **engine.sglang}
     if paused:
         native["skip_server_warmup"] = True  # it would wait for ever
     fixed = {
         "model_path": model,
-        "host": host,
+        "host": host or engine.host,
         "port": port,
         "device": "cpu" if cpu else "cuda",
         "dtype": dtype,

@@ -51,18 +51,18 @@ class Subject:
 async def subject(
     request: pytest.FixtureRequest, serve: Callable[..., Any], tiny: Callable[..., TinyModel]
 ) -> AsyncIterator[Subject]:
-    model = tiny("qwen3", True)
+    model = tiny("qwen3", False)
     if request.param == "embedded":
-        served = await serve("qwen3", True, max_context=512)
+        served = await serve("qwen3", False, max_context=512)
         yield Subject("embedded", model, served.client)
         return
     client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60)
     try:
-        yield Subject("sglang", model, client)
-        assert not (await client.infos())[0].paused, "the test left the server paused"
-        await client.abort_all()
         if (await client.infos())[0].weight_version:
             await client.update_weights_from_disk(str(model.path), 0)
+        yield Subject("sglang", model, client)
+        await client.abort_all()
+        assert not (await client.infos())[0].paused, "the test left the server paused"
     finally:
         await client.close()
 
@@ -188,7 +188,8 @@ async def test_stop_tokens_eos_and_length(subject: Subject) -> None:
     assert free.finish.type == "length"
     target = int(free.tokens[10])
     first = free.tokens.tolist().index(target)
-    asked = request("s", ids, 40, temperature=0.0, stop_token_ids=(target,))
+    stopping: dict[str, Any] = {"stop_token_ids": (target,), "ignore_eos": False}
+    asked = request("s", ids, 40, temperature=0.0, **stopping)
     out = joined(await collect(subject.client, asked))
     assert out.finish is not None
     assert (out.finish.type, out.finish.matched) == ("stop", target)
@@ -292,7 +293,7 @@ async def test_every_token_carries_the_version_that_made_it(
     subject: Subject, tiny: Callable[..., TinyModel]
 ) -> None:
     """Weights from disk in the middle of generation: each token equals the model of its version."""
-    new = tiny("qwen3", True, 1)
+    new = tiny("qwen3", False, 1)
     prompts = [prompt(20 + i, i) for i in range(4)]
     growing = [Growing(subject.client, request(f"u{i}", p, 300)) for i, p in enumerate(prompts)]
     for each in growing:
@@ -321,13 +322,14 @@ async def test_a_prefix_of_old_weights_is_never_served_as_new(
     subject: Subject, tiny: Callable[..., TinyModel]
 ) -> None:
     """Even where the cache is not flushed: it is keyed by weight version."""
-    new, ids = tiny("qwen3", True, 1), prompt(80, 33)
+    new, ids = tiny("qwen3", False, 1), prompt(80, 33)
     await collect(subject.client, request("warm", ids, 5))
     again = joined(await collect(subject.client, request("again", ids, 5)))
     assert again.cached_tokens == len(ids) - 1
     await subject.client.pause("in_place")
     try:
-        await subject.client.update_weights_from_disk(str(new.path), 8)
+        body = {"model_path": str(new.path), "weight_version": "8", "flush_cache": False}
+        await subject.client._all("/update_weights_from_disk", body)
     finally:
         await subject.client.resume()
     fresh = joined(await collect(subject.client, request("fresh", ids, 30)))
