@@ -33,6 +33,7 @@ class Growers:
     engines: list[str]  # URLs
     hosts: list[Any]  # the engines' actors, which live as long as somebody holds them
     servers: list[Any]  # the tools' actors
+    tools: dict[str, str]  # their URLs, by the tool's name
 
     @classmethod
     async def start(
@@ -80,7 +81,7 @@ class Growers:
         await asyncio.gather(*waiting)
         checks = [answer(worker.check.remote(), START_DEADLINE_S, "rollout worker") for worker in workers]
         await asyncio.gather(*checks)
-        return cls(workers, engines, hosts, servers)
+        return cls(workers, engines, hosts, servers, urls)
 
     async def close(self) -> None:
         """Let the servers stop what they started; Ray ends the rest with the session."""

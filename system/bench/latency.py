@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from system.bench.twin.dist import Lognormal, Stragglers
+
 
 @dataclass(frozen=True)
 class ToolLatency:
@@ -22,9 +24,9 @@ class ToolLatency:
 
     def draw(self, seed: int) -> float:
         """Latency of the call that ``seed`` names: the same whoever makes it, and when."""
-        rng = np.random.default_rng(seed)
-        seconds = self.mean_s * float(np.exp(self.sigma * rng.standard_normal() - self.sigma**2 / 2))
-        return seconds * self.straggler_factor if rng.random() < self.stragglers else seconds
+        base = Lognormal(self.mean_s, self.sigma)
+        dist = Stragglers(base, self.stragglers, self.straggler_factor) if self.stragglers else base
+        return dist.draw(np.random.default_rng(seed))
 
     def __str__(self) -> str:
         spread = f"σ = {self.sigma:g}" if self.sigma else "constant"

@@ -17,10 +17,11 @@ examples:
   espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
   espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
   espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
+  espalier bench throughput        whole runs: sync and async, linear and trees, by the spread of tool latency
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
 """
-BENCHMARKS = ("engine", "learner", "schedules", "host")
+BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
