@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -134,7 +135,9 @@ class Generation:
         try:
             while not progress.aborted:
                 # SGLang aborts by prefix: the closing slash keeps "a/1/" from being a prefix of any other id.
-                progress.wire_rid = f"{request.rid}/{attempt}/"
+                # Never used twice: a server may still be ending an earlier request of the same id, and SGLang
+                # would then refuse the new one, or send it the old one's last tokens.
+                progress.wire_rid = f"{request.rid}/{attempt}/{secrets.token_hex(6)}/"
                 before = len(progress.tokens)
                 place = await self._take_turn(progress, attempt, avoid, deadline)
                 if place is None:

@@ -132,6 +132,8 @@ def _finish(reason: dict[str, Any] | None) -> Finish | None:
     kind = reason["type"]
     if kind not in ("stop", "length", "abort"):
         raise MalformedStream(f"unknown finish reason {kind!r}")
+    if kind == "abort" and 400 <= (reason.get("status_code") or 0) < 500:  # found out late to be impossible
+        raise EngineError(f"request refused: {reason.get('message')}")
     return Finish(kind, matched=reason.get("matched"), message=str(reason.get("message") or ""))
 
 

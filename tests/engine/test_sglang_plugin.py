@@ -1,0 +1,76 @@
+"""Our plug-in of SGLang, as far as it runs without SGLang: entropies, and the keys of the prefix cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from system.engine.sglang.command import IN_SERVER
+
+
+@pytest.fixture(scope="module")
+def plugin() -> Any:
+    path = IN_SERVER / "plugin" / "espalier_sglang.py"
+    spec = importlib.util.spec_from_file_location("espalier_sglang", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropies_equal_their_definition(plugin: Any, rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    logits = (4 * torch.randn(rows, 333, generator=generator)).to(dtype)
+    temperatures = 0.3 + torch.rand(rows, 1, generator=generator)
+    for scale in (temperatures, None):
+        log_p = torch.log_softmax(logits.double() / (1 if scale is None else scale.double()), -1)
+        expected = -(log_p.exp() * log_p).sum(-1)
+        found = plugin.entropies(logits, scale)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, atol=3e-6, rtol=0)
+
+
+def test_forbidden_tokens_have_no_part_in_the_entropy(plugin: Any) -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, 0.0, 0.0], [3.0, *[-torch.inf] * 4]])
+    found = plugin.entropies(logits, torch.ones(2, 1))
+    torch.testing.assert_close(found, torch.tensor([4.0, 1.0]).log())
+
+
+def test_deferred_numbers_are_plain_floats(plugin: Any) -> None:
+    numbers = plugin.Deferred(torch.tensor([0.5, 1.5]))
+    assert [numbers[0], numbers[1]] == [0.5, 1.5]
+    assert type(numbers[0]) is float
+
+
+@pytest.mark.gpu
+def test_deferred_numbers_come_from_the_device(plugin: Any) -> None:
+    logits = torch.randn(100, 5000, device="cuda")
+    temperatures = torch.full((100, 1), 0.7, device="cuda")
+    found = plugin.entropies(logits, temperatures)
+    numbers = plugin.Deferred(found)
+    logits.zero_()  # as sampling does, which overwrites them
+    assert [numbers[row] for row in range(100)] == found.tolist()
+
+
+def test_cache_keys_follow_the_weights(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is keyed when it arrives, and again if the weights change while it waits."""
+    serving = SimpleNamespace(weight_version="default")
+    context = types.ModuleType("sglang.srt.runtime_context")
+    context.get_serving = lambda: serving  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
+    plain, own = SimpleNamespace(extra_key=None), SimpleNamespace(extra_key="tenant;7")
+    for received in (plain, own):
+        plugin._key_arriving(None, received)
+    assert (plain.extra_key, own.extra_key) == ("weights=default;", "weights=default;tenant;7")
+    serving.weight_version = "12"
+    plugin._key_waiting(None, SimpleNamespace(waiting_queue=[plain, own]))
+    assert (plain.extra_key, own.extra_key) == ("weights=12;", "weights=12;tenant;7")
