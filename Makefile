@@ -6,14 +6,15 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
-SGLANG_NEEDS := system/engine/sglang/requirements-cpu.txt system/engine/sglang/requirements-cpu-no-deps.txt
+SGLANG_NEEDS := system/engine/sglang/requirements
+SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: install sglang train test lint types check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
-	@echo "make test                                install (SGLang for CPU, too), then run the tests"
-	@echo "make sglang                              install SGLang for CPU into $(SGLANG), for engine=sglang"
+	@echo "make test                                install (SGLang, too), then run the tests"
+	@echo "make sglang                              install SGLang into $(SGLANG), for engine=sglang"
 	@echo "make check                               formatting, lint and types"
 
 $(VENV)/.installed: pyproject.toml
@@ -26,13 +27,17 @@ $(VENV)/.installed: pyproject.toml
 
 install: $(VENV)/.installed
 
-# The real SGLang server on a machine without a GPU, in an environment of its own: it and Espalier need not agree on
-# versions.  On a GPU machine install it beside Espalier instead: pip install '.[sglang]'.
-$(SGLANG)/.installed: $(SGLANG_NEEDS)
+# The real SGLang server, in an environment of its own: it pins other versions of PyTorch and transformers than
+# Espalier does.  With its compiled kernels where there is an NVIDIA GPU, else over our shim for CPU.
+$(SGLANG)/.installed: $(wildcard system/engine/sglang/requirements-*.txt)
 	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
-	@echo "Installing SGLang for CPU into $(SGLANG) (two minutes, 1.6 GB, once) ..."
-	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -r $(word 1,$(SGLANG_NEEDS))
-	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(word 2,$(SGLANG_NEEDS))
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "Installing SGLang for GPU into $(SGLANG) (once) ..."; \
+	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-gpu.txt; \
+	else \
+	  echo "Installing SGLang for CPU into $(SGLANG) (two minutes, 1.6 GB, once) ..."; \
+	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-cpu.txt && $(SGLANG_PIP) --no-deps -r $(SGLANG_NEEDS)-cpu-no-deps.txt; \
+	fi
 	@touch $@
 
 sglang: $(SGLANG)/.installed

@@ -21,9 +21,7 @@ from system.engine.sglang.flags import words
 
 IN_SERVER = Path(__file__).parent / "in_server"
 CHECKOUT = Path(__file__).parents[3]
-REMEDY = (
-    "run `make sglang` (CPU), or install it here with pip install '.[sglang]' (GPU), or set engine.python"
-)
+REMEDY = "run `make sglang`, or set engine.python to an interpreter that has it"
 
 
 class SglangMissing(EngineError):
