@@ -99,7 +99,7 @@ async def _engines(
     """
     engine = config.engine
     if engine.urls:
-        return engine.urls, [], [attached(engine.urls, engine.start_deadline_s)]
+        return engine.urls, [], [attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)]
     deadline = engine.start_deadline_s + START_DEADLINE_S  # of the server; of the actor's own process
     seats = [places[f"engine-{number}"] for number in range(engine.replicas)]
     ports = await asyncio.gather(*(seat.port() for seat in seats))

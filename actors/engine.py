@@ -109,21 +109,21 @@ def _give_up(failure: Exception) -> NoReturn:
     os._exit(1)
 
 
-async def attached(urls: Sequence[str], deadline_s: float) -> None:
+async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> None:
     """Return once the servers at ``urls``, which somebody else started, serve as this system needs them.
 
-    Raises StartFailed for one that does not.
+    ``entropies``: whether they must give them.  Raises StartFailed for a server that does not do.
     """
     try:
         async with asyncio.TaskGroup() as checks:
             for url in urls:
-                checks.create_task(_check(url, deadline_s))
+                checks.create_task(_check(url, deadline_s, entropies))
     except* EngineError as errors:
         raise StartFailed(f"engine.urls: {'; '.join(map(str, errors.exceptions))}") from errors
 
 
-async def _check(url: str, deadline_s: float) -> None:
-    """Raise EngineError for a server that does not answer, or does not say how uncertain its choices are."""
+async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
+    """Raise EngineError for a server that does not answer, or gives no entropies."""
     client = EngineClient([url], deadline_s=deadline_s)
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
     try:
@@ -131,8 +131,9 @@ async def _check(url: str, deadline_s: float) -> None:
         chunks = [chunk async for chunk in client.generate(asked)]
     finally:
         await client.close()
-    if any(np.isnan(chunk.entropy).any() for chunk in chunks):
+    if entropies and any(np.isnan(chunk.entropy).any() for chunk in chunks):
         raise EngineError(
             f"{url}: no entropies in its answers: Espalier's plug-in is not loaded; start the server with "
-            f"{IN_SERVER / 'plugin'} on its PYTHONPATH"
+            f"{IN_SERVER / 'plugin'} on its PYTHONPATH, or set engine.entropy_top_k=20 to make do with "
+            "estimates"
         )

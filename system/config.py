@@ -138,6 +138,7 @@ class EngineConfig:
     kv_after_update: str = "recompute"  # recompute | keep
     start_deadline_s: float = 300.0  # for a server to answer
     urls: list[str] = field(default_factory=list)  # attach to servers that run; they are never stopped
+    entropy_top_k: int = 0  # attached servers without our plug-in: estimate entropies from so many top tokens
     python: str = ""  # runs SGLang; empty: .venv-sglang/bin/python if it exists, else this interpreter
     sglang: dict[str, Any] = field(default_factory=dict)  # SGLang's own flags: {mem_fraction_static: 0.8}
 
@@ -226,8 +227,8 @@ class Config:
 
 _AT_LEAST_0 = """
     run.seed run.steps warmstart.steps rollout.max_tool_result_tokens rollout.call_limit
-    tools.rate_per_s tools.retries tools.cache_size engine.cache_slots flow.staleness learn.warmup_steps
-    learn.kl_coef eval.every eval.questions eval.temperature checkpoint.every
+    engine.entropy_top_k tools.rate_per_s tools.retries tools.cache_size engine.cache_slots flow.staleness
+    learn.warmup_steps learn.kl_coef eval.every eval.questions eval.temperature checkpoint.every
 """
 _AT_LEAST_1 = """
     model.hidden_size model.layers model.heads model.kv_heads model.ffn_size warmstart.batch

@@ -10,6 +10,7 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
+from system.engine.entropy import TopEntropy
 from system.engine.generation import Generation
 from system.engine.http import Body, Http
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest
@@ -43,6 +44,7 @@ class EngineClient:
         control_deadline_s: float = 120.0,
         retries: int = 4,
         in_flight: int = 256,
+        estimate: TopEntropy | None = None,
     ):
         if not urls:
             raise ValueError("an engine client needs at least one URL")
@@ -59,6 +61,7 @@ class EngineClient:
             control_deadline_s=control_deadline_s,
             retries=retries,
             in_flight=in_flight,
+            estimate=estimate,
         )
 
     async def close(self) -> None:

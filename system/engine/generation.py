@@ -16,6 +16,7 @@ import aiohttp
 import numpy as np
 import orjson
 
+from system.engine.entropy import TopEntropy
 from system.engine.http import Http, Unreachable, message_of
 from system.engine.protocol import Chunk, EngineError, EngineInfo, Finish, GenerateRequest, Sampling
 from system.engine.router import Placement, Router
@@ -82,6 +83,7 @@ class Generation:
         control_deadline_s: float,
         retries: int,
         in_flight: int,
+        estimate: TopEntropy | None = None,
     ):
         self._http, self.urls, self._info = http, tuple(urls), info
         self._deadline_s, self._stall_s = deadline_s, stall_s
@@ -92,18 +94,21 @@ class Generation:
         self._aborts: set[asyncio.Task[None]] = set()
         self._reporter: asyncio.Task[None] | None = None
         self._reported = asyncio.Event()  # once every server has been asked
+        self._estimate = estimate
         self._counters: Counter[str] = Counter()
-        self._waited_s = 0.0
+        self._waited_s = self._entropy_error = 0.0
 
     @property
     def counters(self) -> dict[str, float]:
         """Totals since the start: requests by routing decision (``route/…``), prompt tokens sent and how many
         of them the servers had in their caches, streams that broke and went on, waits for a turn.
+        Where entropies are estimates: how many, and the sum of what each may be off.
         """
         return {
             **{f"route/{kind}": float(count) for kind, count in self._router.counts.items()},
             **{name: float(count) for name, count in self._counters.items()},
             "turn_wait_s": self._waited_s,
+            **({"entropy_error_nats": self._entropy_error} if self._estimate else {}),
         }
 
     async def close(self) -> None:
@@ -284,12 +289,12 @@ class Generation:
         """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
-        reader, splitter = StreamReader(), EventSplitter()
+        reader, splitter = StreamReader(self._estimate), EventSplitter()
         rid = progress.request.rid
         try:
             response = await self._http.session.post(
                 f"{place.url}/generate",
-                data=orjson.dumps(_body(progress), option=orjson.OPT_SERIALIZE_NUMPY),
+                data=orjson.dumps(self._body(progress), option=orjson.OPT_SERIALIZE_NUMPY),
                 headers={"Content-Type": "application/json"},
                 timeout=self._patience(deadline),
             )
@@ -305,12 +310,38 @@ class Generation:
                 for message in splitter.feed(data):
                     if "error" in message:
                         raise _error_of(message["error"], rid)
+                    known, off = reader.estimated, reader.error
                     chunk, text = reader.read(message)
+                    self._counters["entropy_estimates"] += reader.estimated - known
+                    self._entropy_error += reader.error - off
                     yield self._account(progress, place, chunk, text)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
         finally:
             response.close()
+
+    def _body(self, progress: _Progress) -> dict[str, Any]:
+        """The ``/generate`` body that asks for what is still missing."""
+        request = progress.request
+        sampling = _sampling(request.sampling, progress.left)
+        if progress.guard.watching:
+            sampling["stream_interval"] = (
+                1  # so that a stop string across the cut is noticed at its own token
+            )
+        truncated = request.sampling.temperature > 0 and (
+            request.sampling.top_p < 1 or request.sampling.top_k > 0
+        )
+        if truncated and request.sampling.top_k <= 0:
+            sampling["top_k"] = _MOST_KEPT
+        return {
+            "rid": progress.wire_rid,
+            "input_ids": np.concatenate([request.input_ids, np.array(progress.tokens, np.int32)]),
+            "sampling_params": sampling,
+            "stream": True,
+            "return_logprob": True,
+            **({"return_sampling_mask": True} if truncated else {}),
+            **({"top_logprobs_num": self._estimate.k} if self._estimate else {}),
+        }
 
     def _account(self, progress: _Progress, place: Placement, chunk: Chunk, text: str) -> Chunk:
         if chunk.tokens.size:
@@ -365,27 +396,6 @@ class Generation:
             await self._http.post(url, "/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
         except EngineError as error:  # the server is gone, and with it the request
             log.debug("abort of %s: %s", wire_rid, error)
-
-
-def _body(progress: _Progress) -> dict[str, Any]:
-    """The ``/generate`` body that asks for what is still missing."""
-    request = progress.request
-    sampling = _sampling(request.sampling, progress.left)
-    if progress.guard.watching:
-        sampling["stream_interval"] = 1  # so that a stop string across the cut is noticed at its own token
-    truncated = request.sampling.temperature > 0 and (
-        request.sampling.top_p < 1 or request.sampling.top_k > 0
-    )
-    if truncated and request.sampling.top_k <= 0:
-        sampling["top_k"] = _MOST_KEPT
-    return {
-        "rid": progress.wire_rid,
-        "input_ids": np.concatenate([request.input_ids, np.array(progress.tokens, np.int32)]),
-        "sampling_params": sampling,
-        "stream": True,
-        "return_logprob": True,
-        **({"return_sampling_mask": True} if truncated else {}),
-    }
 
 
 def _sampling(sampling: Sampling, max_new_tokens: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
+from system.engine.entropy import TopEntropy, entropy_bounds
 from system.engine.protocol import Chunk, EngineError, Finish
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -53,9 +55,12 @@ class StreamReader:
     length of ``output_ids`` tells which it is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, estimate: TopEntropy | None = None) -> None:
+        """``estimate``: what to make of the top log-probabilities of a server that gives no entropies."""
         self.count = 0  # output tokens of this call so far
+        self.estimated, self.error = 0, 0.0  # entropies that are estimates; nats they may be off, summed
         self._text = 0  # characters of text so far, when cumulative
+        self._estimate = estimate
 
     def read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
         """The new tokens in ``message`` and their text.  Raises :class:`MalformedStream`."""
@@ -86,14 +91,11 @@ class StreamReader:
             raise MalformedStream("output_token_logprobs and output_ids name different tokens")
         kept = meta.get("output_token_sampling_logprobs")
         logprob = [pair[0] for pair in pairs] if kept is None else [_number(value) for value in fresh(kept)]
-        entropy = meta.get("entropy")
         text = str(message.get("text", ""))
         chunk = Chunk(
             tokens=tokens,
             logprob=np.array(logprob, np.float32),
-            entropy=np.full(new, math.nan, np.float32)
-            if entropy is None
-            else np.array(fresh(entropy), np.float32),
+            entropy=self._entropy(meta, fresh, new),
             version=versions(meta, start, total),
             finish=_finish(meta.get("finish_reason")),
             cached_tokens=int(meta.get("cached_tokens") or 0),
@@ -102,6 +104,20 @@ class StreamReader:
         if cumulative:
             text, self._text = text[self._text :], len(text)
         return chunk, text
+
+    def _entropy(
+        self, meta: dict[str, Any], fresh: Callable[[list[Any]], list[Any]], new: int
+    ) -> NDArray[np.float32]:
+        """[new] the server's own; else the middle of the bounds that its top tokens set; else NaN."""
+        if (exact := meta.get("entropy")) is not None:
+            return np.array(fresh(exact), np.float32)
+        if self._estimate is None or not new:
+            return np.full(new, math.nan, np.float32)
+        top = [[entry[0] for entry in row] for row in fresh(meta["output_top_logprobs"])]
+        low, high = entropy_bounds(top, self._estimate.vocab)
+        self.estimated += new
+        self.error += float((high - low).sum() / 2)
+        return ((low + high) / 2).astype(np.float32)
 
 
 def versions(meta: dict[str, Any], start: int, stop: int) -> np.ndarray:

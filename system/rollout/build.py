@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from system.config import Config
 from system.engine.client import EngineClient
+from system.engine.entropy import TopEntropy
 from system.rollout.branching import make_policy
 from system.rollout.grower import Grower
 from system.rollout.reward import Reward
@@ -24,11 +25,12 @@ def build_grower(
     ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    service = build_tools(config.tools, tools)
+    service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
     engine = EngineClient(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
         in_flight=config.engine.in_flight,
+        estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
     )
     grower = Grower(
         engine=engine,

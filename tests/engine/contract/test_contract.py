@@ -30,6 +30,7 @@ from conftest import (
 from transformers import GenerationConfig
 
 from system.engine.client import EngineClient
+from system.engine.entropy import entropy_bounds
 from system.engine.protocol import Chunk, EngineError, EngineInfo
 
 pytestmark = pytest.mark.timeout(400)  # SGLang takes half a minute to start, more on a busy machine
@@ -150,6 +151,24 @@ async def test_truncation_reports_the_renormalised_probability(
         assert out.logprob[step] == pytest.approx(np.log(kept[token] / sum(kept.values())), abs=TOLERANCE)
     entropy = -(reference * reference.log()).sum(-1).numpy()
     np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.sglang
+async def test_top_tokens_bound_the_entropy(sglang_url: str) -> None:
+    """What SGLang gives without our plug-in is enough for an estimate that says how far off it may be."""
+    client = EngineClient([sglang_url])
+    body = {
+        "input_ids": prompt(20).tolist(),
+        "sampling_params": {"max_new_tokens": 30, "temperature": 0.7, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 20,
+    }
+    meta = (await client._http.post(sglang_url, "/generate", body, 60))["meta_info"]
+    await client.close()
+    top = [[entry[0] for entry in row] for row in meta["output_top_logprobs"]]
+    low, high = entropy_bounds(top, VOCAB)
+    exact = np.array(meta["entropy"])
+    assert ((low - 1e-4 <= exact) & (exact <= high + 1e-4)).all()
 
 
 async def test_scoring_gives_the_log_probabilities_of_given_tokens(subject: Subject) -> None:
