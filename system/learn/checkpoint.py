@@ -187,7 +187,7 @@ def _written(
     layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
 ) -> Iterator[Box]:
     """The boxes that this rank writes; all ranks together write every element once."""
-    where = WeightMap(model)
+    where = WeightMap.of(model)
     frozen = dict(reference.named_parameters()) if reference is not None else {}
     distributed = any(
         isinstance(inner, DistributedOptimizer)
@@ -212,7 +212,7 @@ def _read(
     layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
 ) -> Iterator[Box]:
     """The boxes that this rank needs: its parameters whole, and what its optimizer holds of them."""
-    where = WeightMap(model)
+    where = WeightMap.of(model)
     frozen = dict(reference.named_parameters()) if reference is not None else {}
     for key, parameter in model.named_parameters():
         place, shape = where.place(layout.pp_rank, key), parameter.shape

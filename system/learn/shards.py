@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from system.learn.model import TreeGPTModel, padded_vocab_size
 
 Split = Literal["replicated", "query-groups", "columns", "gate-up", "vocabulary"]
@@ -68,14 +70,18 @@ class Place:
 class WeightMap:
     """The parameters of one model.  Equal on all ranks: it is made from the configuration alone."""
 
-    def __init__(self, model: TreeGPTModel) -> None:
-        config = model.config
+    @staticmethod
+    def of(model: TreeGPTModel) -> WeightMap:
+        return WeightMap(model.config, model.real_vocab_size, model.share_embeddings_and_output_weights)
+
+    def __init__(self, config: TransformerConfig, vocabulary: int, tied: bool) -> None:
+        """``vocabulary`` without padding; ``tied``: whether the head is the embedding."""
         assert config.num_query_groups is not None
         assert config.kv_channels is not None
         assert config.ffn_hidden_size is not None
         self.tp, self.pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-        self.tied = model.share_embeddings_and_output_weights
-        self._vocabulary = model.real_vocab_size
+        self.tied = tied
+        self._vocabulary = vocabulary
         self._layers = config.num_layers
         self._hidden, self._ffn = config.hidden_size, config.ffn_hidden_size
         self._heads, self._groups, self._width = (

@@ -88,7 +88,7 @@ class HuggingFaceFiles:
 @torch.no_grad()
 def load(model: TreeGPTModel, layout: Layout, read: Reader) -> None:
     """Fill this rank's shard of every parameter, box by box (:meth:`HuggingFaceFiles.read`)."""
-    where = WeightMap(model)
+    where = WeightMap.of(model)
     for key, parameter in model.named_parameters():
         place = where.place(layout.pp_rank, key)
         assert tuple(parameter.shape) == where.shard_shape(place), key
@@ -110,7 +110,7 @@ class Export:
     def __init__(self, model: TreeGPTModel, layout: Layout, max_bytes: int) -> None:
         """``max_bytes``: size of a bucket, exceeded only by a parameter that is larger alone."""
         self._model, self._layout = model, layout
-        self._map = WeightMap(model)
+        self._map = WeightMap.of(model)
         size = model.config.params_dtype.itemsize
         self.plan: list[list[Place]] = [[]]
         filled = 0

@@ -1,0 +1,78 @@
+"""The map between Megatron parameters and Hugging Face tensors, at the sizes it is made for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from system.config import LearnConfig
+from system.learn.model import transformer_config
+from system.learn.shards import WeightMap
+
+QWEN3_32B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 5120,
+    "intermediate_size": 25600,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+QWEN2_ODD: dict[str, Any] = {
+    "vocab_size": 151,  # no multiple of tp: the last ranks pad it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
+
+
+def weight_map(shape: dict[str, Any], tp: int, pp: int) -> WeightMap:
+    from transformers import Qwen2Config, Qwen3Config
+
+    hf = (Qwen3Config if "head_dim" in shape else Qwen2Config)(**shape)
+    config = transformer_config(hf, LearnConfig(tp=tp, pp=pp), torch.bfloat16)
+    return WeightMap(config, hf.vocab_size, bool(hf.tie_word_embeddings))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp", "pp"),
+    [(QWEN3_32B, 8, 4), (QWEN3_32B, 1, 1), (QWEN2_ODD, 4, 2), (QWEN2_ODD, 2, 4), (QWEN2_ODD, 1, 1)],
+)
+def test_the_ranks_together_hold_every_element_once(shape: dict[str, Any], tp: int, pp: int) -> None:
+    where = weight_map(shape, tp, pp)
+    seen: dict[str, list[tuple[int, int, int, int]]] = {}  # name -> boxes (row, rows, column, columns)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in where.places():
+        assert place.shapes.keys().isdisjoint(shapes)
+        shapes |= place.shapes
+        for rank in [0] if place.replicated else range(tp):
+            width = (*where.shard_shape(place), 1)[1]
+            end = 0
+            for run in where.runs(place, rank):
+                assert run.start == end  # the parameter's rows, one after the other
+                end += run.rows
+                seen.setdefault(run.name, []).append((run.row, run.rows, run.column, width))
+            assert end == where.shard_shape(place)[0] or place.split == "vocabulary"  # the rest pads it
+    for name, full in shapes.items():
+        rows, columns = (*full, 1)[:2]
+        boxes = seen[name]
+        assert sum(r * c for _, r, _, c in boxes) == math.prod(full), name
+        assert all(a + r <= rows and c + w <= columns for a, r, c, w in boxes), name
+        assert len({(a, c) for a, _, c, _ in boxes}) == len(boxes), name
+
+
+def test_a_rank_of_a_32b_model_reads_its_share() -> None:
+    where = weight_map(QWEN3_32B, tp=8, pp=4)
+    total = sum(place.numel for place in where.places())
+    assert total == 32_762_123_264  # as published
+    held = [0] * 4
+    for place in where.places():
+        held[place.stage] += math.prod(where.shard_shape(place))
+    assert max(held) < total / 32 * 1.05  # the ends of the pipeline hold the embedding and the head
