@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Served, TinyModel, collect
-from test_engine_contract import assert_exact, joined, prompt, request
+from conftest import Served, TinyModel, assert_exact, collect, joined, prompt, request
 
 from system.engine.client import EngineClient
 from system.engine.protocol import Chunk

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyModel, collect
-from test_engine_contract import TOLERANCE, assert_exact, joined, log_p, prompt, request
+from conftest import TOLERANCE, TinyModel, assert_exact, collect, joined, log_p, prompt, request
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient

@@ -131,7 +131,7 @@ async def test_greedy_equals_hugging_face_generate(subject: Subject) -> None:
         assert_exact(subject.model, ids, out)
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 8)])
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 8), (1e-6, -1)])
 async def test_truncation_reports_the_renormalised_probability(
     subject: Subject, top_p: float, top_k: int
 ) -> None:

@@ -1,7 +1,4 @@
-"""What any engine must do, checked against the Hugging Face model: numbers, endings, control, sharing.
-
-``served`` is the embedded server over real HTTP through the real client.
-"""
+"""What the embedded engine does beyond the contract of every engine (`contract/`), over real HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ from conftest import (
     log_p,
     prompt,
     request,
-    text_of,
 )
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
@@ -96,25 +92,6 @@ async def test_greedy_equals_hugging_face_generate(served: Served) -> None:
         assert_exact(served.model, ids, out)
 
 
-@pytest.mark.parametrize(("top_p", "top_k"), [(0.7, -1), (1.0, 5), (0.8, 8), (1e-6, -1)])
-async def test_truncated_sampling_reports_the_renormalised_probability(
-    one: Served, top_p: float, top_k: int
-) -> None:
-    ids = prompt(20)
-    out = joined(await collect(one.client, request("t", ids, 40, top_p=top_p, top_k=top_k, temperature=1.2)))
-    reference = log_p(one.model, ids, out.tokens, 1.2).exp().double()
-    for step, token in enumerate(out.tokens.tolist()):
-        ordered, order = reference[step].sort(descending=True)
-        keep = (ordered.cumsum(0) - ordered <= top_p) & (
-            torch.arange(VOCAB) < (top_k if top_k > 0 else VOCAB)
-        )
-        kept = dict(zip(order[keep].tolist(), ordered[keep].tolist(), strict=True))
-        assert token in kept, "a token that should have been dropped was drawn"
-        assert out.logprob[step] == pytest.approx(np.log(kept[token] / sum(kept.values())), abs=TOLERANCE)
-    entropy = -(reference * reference.log()).sum(-1).numpy()
-    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
-
-
 async def test_samples_follow_the_distribution(one: Served) -> None:
     """First tokens of many seeds against the model's probabilities (a χ² test at p < 1e-6)."""
     ids, draws = prompt(12), 600
@@ -162,61 +139,6 @@ async def test_bfloat16_follows_its_hugging_face_twin(tiny: Callable[..., TinyMo
 
 
 # Endings ----------------------------------------------------------------------------------------
-
-
-async def test_stop_strings_end_at_the_completing_token(one: Served) -> None:
-    """Stop strings cut from what greedy decoding writes, inside one token and across several."""
-    decode, ids = text_of(), prompt(10, 4)
-    free = joined(await collect(one.client, request("free", ids, 60, temperature=0.0))).tokens
-    texts = [decode([token]) for token in free.tolist()]
-    clean = [i for i in range(2, 58) if all("�" not in texts[j] and texts[j] for j in (i, i + 1))]
-    assert clean, "the seed must give some plain text"
-    for number, i in enumerate(clean[:6]):
-        stop = texts[i][-1:] + texts[i + 1][:1]  # begins in one token, ends in the next
-        upto = next(n for n in range(1, 61) if stop in decode(free[:n].tolist()))
-        out = joined(
-            await collect(
-                one.client, request(f"s{number}", ids, 60, temperature=0.0, stop=("never occurs", stop))
-            )
-        )
-        assert out.finish is not None
-        assert (out.finish.type, out.finish.matched) == ("stop", stop)
-        assert out.tokens.tolist() == free[:upto].tolist()
-
-
-async def test_stop_tokens_eos_and_length(one: Served) -> None:
-    ids = prompt(10, 5)
-    free = joined(await collect(one.client, request("free", ids, 40, temperature=0.0)))
-    assert free.finish is not None
-    assert free.finish.type == "length"
-    target = int(free.tokens[10])
-    first = free.tokens.tolist().index(target)
-    stopping: dict[str, Any] = {"stop_token_ids": (target,), "ignore_eos": False}
-    out = joined(await collect(one.client, request("s", ids, 40, temperature=0.0, **stopping)))
-    assert out.finish is not None
-    assert (out.finish.type, out.finish.matched) == ("stop", target)
-    assert out.tokens.tolist() == free.tokens[: first + 1].tolist()
-    for seed in range(200):
-        out = joined(await collect(one.client, request(f"e{seed}", ids, 40, seed=seed, ignore_eos=False)))
-        if out.finish is not None and out.finish.type == "stop":
-            assert out.finish.matched == EOS
-            assert out.tokens.tolist().index(EOS) == len(out.tokens) - 1
-            return
-        assert EOS not in out.tokens
-    pytest.fail("no sample ended with EOS")
-
-
-async def test_abort_returns_what_there_is(one: Served) -> None:
-    chunks: list[Chunk] = []
-    async for chunk in one.client.generate(request("a", prompt(5), 250)):
-        chunks.append(chunk)
-        if len(chunks) == 2:
-            await one.client.abort("a")
-    out = joined(chunks)
-    assert out.finish is not None
-    assert out.finish.type == "abort"
-    assert 0 < len(out.tokens) < 250
-    assert_exact(one.model, prompt(5), out)
 
 
 async def test_closing_the_iterator_aborts_on_the_server(one: Served) -> None:
@@ -298,17 +220,6 @@ async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
     assert_exact(one.model, ids, joined(await task))
     assert len(joined(await late).tokens) == 5
     assert await one.client.healthy(generate=True)
-
-
-async def test_pause_abort_ends_everything(one: Served) -> None:
-    tasks = [asyncio.create_task(collect(one.client, request(str(i), prompt(9, i), 200))) for i in range(5)]
-    await until(one, lambda info: info.running == 5)
-    await one.client.pause("abort")
-    for task in tasks:
-        finish = (await task)[-1].finish
-        assert finish is not None
-        assert finish.type == "abort"
-    await one.client.resume()
 
 
 @pytest.mark.parametrize("paused", [False, True])
