@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -12,6 +13,7 @@ class ClusterConfig:
     )
     nodes: int = 1
     gpus_per_node: int = 0  # 0: everything runs on CPU
+    gpu: str = "h100"  # h100 | h200 | a100, for the memory estimate
     learner_nodes: int = 0  # the first nodes, for the learner alone; 0: learner and rollout share all nodes
     join_deadline_s: float = 300.0  # for all nodes to be there and all actors to have their place
     on_node_loss: str = "end"  # end: stop, so that the job requeues | continue: as long as an engine is left
@@ -54,9 +56,23 @@ MINIMA = {
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "cluster.gpu": ("h100", "h200", "a100"),
     "cluster.on_node_loss": ("end", "continue"),
     "slurm.container": ("none", "pyxis", "apptainer"),
 }
+
+
+def seconds(limit: str) -> int | None:
+    """A time limit as sbatch reads it: M, M:SS, H:MM:SS, D-H, D-H:MM or D-H:MM:SS; None if it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes come first
+        numbers.insert(0, 0)
+    hours, minutes, rest = [*numbers, 0, 0][:3]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest
 
 
 def problems(cluster: ClusterConfig, slurm: SlurmConfig) -> list[str]:
@@ -69,6 +85,14 @@ def problems(cluster: ClusterConfig, slurm: SlurmConfig) -> list[str]:
         )
     if slurm.heterogeneous and not cluster.learner_nodes:
         found.append("slurm.heterogeneous=true needs cluster.learner_nodes: the size of the first component")
+    limit = seconds(slurm.time)
+    if limit is None:
+        found.append(f"slurm.time={slurm.time!r}: write minutes, H:MM:SS or D-HH:MM:SS (in YAML in quotes)")
+    elif limit <= slurm.signal_s:
+        found.append(
+            f"slurm.time={slurm.time} leaves no time to train: the run checkpoints slurm.signal_s="
+            f"{slurm.signal_s} seconds before the limit"
+        )
     if slurm.container != "none" and not slurm.image:
         found.append(f"slurm.container={slurm.container} needs slurm.image")
     if slurm.image and slurm.container == "none":

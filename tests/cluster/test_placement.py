@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.cluster.placement import Node, PlacementError, by_node, paper_nodes, place, spare_gpus
@@ -57,6 +57,7 @@ def test_a_split_that_leaves_nothing_for_rollout_is_refused() -> None:
         config(**{"cluster.nodes": "2", "cluster.learner_nodes": "2"})
 
 
+@settings(deadline=None)
 @given(
     nodes=st.integers(1, 16), split=st.integers(0, 8), gpus=st.integers(0, 8), dp=st.integers(1, 8),
     tp=st.sampled_from([1, 2, 4, 8]), replicas=st.integers(1, 32), engine_tp=st.sampled_from([1, 2, 4, 8]),

@@ -1,0 +1,146 @@
+"""``espalier status``, ``cancel`` and ``logs``: a submitted run as its directory and Slurm know it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from system.cluster import slurm
+from system.cluster.submit import SUBMISSION
+from system.config import ConfigError
+from system.observe.jsonl import read_jsonl
+from system.observe.rundir import RunDir, RunDirError
+
+FOLLOW_S = 1.0
+
+
+def jobs_of(root: Path) -> list[str]:
+    """The jobs a run or sweep was submitted as.  Raises RunDirError for one that was not."""
+    path = root / SUBMISSION
+    if not path.is_file():
+        raise RunDirError(f"{root} was not submitted: it has no {SUBMISSION}")
+    return [str(job) for job in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
+
+
+def attempts(root: Path) -> list[dict[str, Any]]:
+    """The chain of attempts, oldest first: each start with, if it was recorded, its end."""
+    path = root / "attempts.jsonl"
+    chain: list[dict[str, Any]] = []
+    for event in read_jsonl(path) if path.is_file() else ():
+        if event["event"] == "start":
+            chain.append({**event, "end": None})
+        elif chain and chain[-1]["attempt"] == event["attempt"]:
+            chain[-1]["end"] = event
+    return chain
+
+
+def status(root: Path) -> str:
+    """A run in a few lines: its jobs, its steps, its attempts."""
+    run = RunDir.open(root)
+    lines = [f"run {run.root}"]
+    try:
+        jobs = jobs_of(root)
+        known = slurm.states(jobs)
+        lines += [f"job {job}: {state}" for job, state in known.items()]
+        lines += [f"job {job}: no longer known to Slurm" for job in jobs if not known]
+    except ConfigError as error:
+        lines.append(f"jobs: {error}")
+    finished = ", finished" if _finished(root) else ""
+    lines.append(f"step {_trained(run)} of {run.config().run.steps}{finished}")
+    lines += [_attempt_line(attempt) for attempt in attempts(root)]
+    return "\n".join(lines)
+
+
+def cancel(root: Path, *, now: bool) -> str:
+    """Stop a run or sweep for good.  Unless ``now``, running jobs save a checkpoint first."""
+    jobs = jobs_of(root)
+    (root / "slurm" / "cancelled").touch()
+    known = slurm.states(jobs)
+    running = [job for job, state in known.items() if state == "RUNNING"]
+    waiting = [job for job, state in known.items() if state.startswith("PENDING")]
+    if waiting or (now and running):
+        slurm.cancel([*waiting, *(running if now else ())])
+    if running and not now:
+        slurm.cancel(running, ("--batch", "--signal=USR1"))
+        return (
+            f"asked {', '.join(running)} to save and stop; cancelled {', '.join(waiting) or 'no waiting job'}"
+        )
+    return f"cancelled {', '.join([*waiting, *running]) or 'nothing: no job is waiting or running'}"
+
+
+def log_files(root: Path, attempt: int | None = None) -> list[Path]:
+    """The logs of an attempt (the newest, unless one is named): the job's, the nodes', each actor's."""
+    tried = sorted((root / "attempts").glob("[0-9][0-9][0-9]"))
+    if attempt is not None:
+        tried = [path for path in tried if int(path.name) == attempt]
+    if not tried:
+        raise RunDirError(f"{root} has no attempt{'' if attempt is None else f' {attempt}'} yet")
+    return [*sorted((root / "slurm").glob("job-*.log")), *sorted((tried[-1] / "logs").glob("*.log"))]
+
+
+def logs(root: Path, component: str, *, attempt: int | None, lines: int, follow: bool) -> int:
+    """Print the logs whose names begin with ``component`` (empty: list them all)."""
+    files = log_files(root, attempt)
+    if not component:
+        for path in files:
+            print(f"{path.stem:24} {path.stat().st_size:10,} bytes  {path}")
+        return 0
+    chosen = [path for path in files if path.stem.startswith(component)]
+    if not chosen:
+        raise ConfigError(f"no log of {component!r}; there are: {', '.join(path.stem for path in files)}")
+    for path in chosen:
+        if len(chosen) > 1:
+            print(f"==> {path} <==")
+        text = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(text[-lines:] if lines else text))
+    if follow:
+        _follow(chosen[-1])
+    return 0
+
+
+def _follow(path: Path) -> None:
+    """Print what is appended, until interrupted."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, 2)
+        while True:
+            if text := file.read():
+                print(text, end="", flush=True)
+            else:
+                time.sleep(FOLLOW_S)
+
+
+def _trained(run: RunDir) -> int:
+    """The last training step recorded."""
+    if not run.metrics_path.is_file():
+        return 0
+    return max(
+        (int(record["step"]) for record in read_jsonl(run.metrics_path) if "step" in record), default=0
+    )
+
+
+def _finished(root: Path) -> bool:
+    chain = attempts(root)
+    return bool(chain and chain[-1]["end"] and chain[-1]["end"]["exit"] == 0)
+
+
+def _attempt_line(attempt: dict[str, Any]) -> str:
+    began = datetime.fromtimestamp(attempt["time"]).isoformat(" ", "seconds")
+    head = f"attempt {attempt['attempt']}: job {attempt['job']} on {attempt['nodes']} since {began}"
+    end = attempt["end"]
+    if end is None:
+        return f"{head}: no end recorded (it runs, or its first node was lost)"
+    steps = f"step {attempt['trained']} to {end['trained']} in {end['time'] - attempt['time']} s"
+    cause = f" ({end['cause']})" if end["cause"] else ""
+    return f"{head}: {steps}, exit {end['exit']}{cause}: {end['next']}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Text columns, as wide as they must be."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,220 @@
+"""``espalier submit``: plan a run or a sweep for SLURM, show it, and hand it in."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from system.cluster import slurm
+from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
+from system.cluster.script import Site, render
+from system.config import Config, ConfigError, load, to_dict
+from system.observe.rundir import RunDir, RunDirError, write_atomic
+
+SUBMISSION = "slurm/submission.json"
+ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of a sweep."""
+
+    number: int
+    values: dict[str, str]  # swept key -> its value here
+    config: Config
+
+
+def site() -> Site:
+    """This process's directory and virtual environment."""
+    return Site(os.getcwd(), sys.prefix if sys.prefix != sys.base_prefix else "")
+
+
+def describe(config: Config) -> str:
+    """Who runs where, the parallel layout, the memory estimate; ConfigError for what cannot run."""
+    nodes = paper_nodes(config)
+    seats = place(config, nodes)
+    learn, slurm_, cluster = config.learn, config.slurm, config.cluster
+    kind = "a heterogeneous job" if slurm_.heterogeneous else "one job"
+    lines = [
+        f"{cluster.nodes} node(s) of {cluster.gpus_per_node} GPU(s), {kind}, {slurm_.time} per attempt, "
+        f"partition {slurm_.partition or '(default)'}, account {slurm_.account or '(default)'}",
+        *(f"  {line}" for line in by_node(seats, nodes)),
+        f"learner: tp {learn.tp} x pp {learn.pp} x dp {learn.dp}; engines: {config.engine.replicas} "
+        f"{config.engine.name} of tp {config.engine.tp}",
+    ]
+    if cluster.gpus_per_node:
+        from system.plan import plan, text
+
+        lines += ["", text(plan(config, gpu=cluster.gpu))]
+        if spare := spare_gpus(seats, nodes):
+            lines.append(f"note: {spare} GPU(s) of the job would stand idle")
+    return "\n".join(lines)
+
+
+def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run: bool) -> int:
+    """Submit one run: a new one, or (``resume``) one whose run directory is there."""
+    print(describe(config))
+    if dry_run:
+        root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
+        print(f"\n{_job_script(config, root.resolve())}", end="")
+        print(f"\n# dry run: nothing was submitted; the run directory would be {root}")
+        return 0
+    run = RunDir.open(resume) if resume else RunDir.create(config, config_name)
+    root = run.root.resolve()
+    if resume:
+        _refuse_twice(root)
+        run.write_config(config)
+    script = _write_script(root, _job_script(config, root))
+    job = slurm.sbatch(script)
+    _record(root, [job])
+    print(f"\nrun directory: {run.root}\nsubmitted as job {job}; see: espalier status {run.root}")
+    return 0
+
+
+def submit_sweep(
+    path: Path, overrides: Sequence[str], sweeps: Sequence[str], *, at_once: int, dry_run: bool
+) -> int:
+    """Submit every combination of the swept values: one job array per shape of job."""
+    points = list(sweep_points(path, overrides, sweeps))
+    base = points[0].config
+    root = Path(base.run.dir) / (base.run.name or f"{path.stem}-sweep")
+    if not dry_run:
+        root = _claim(root)
+    root = root.resolve()
+    groups = list(_groups(points))
+    for group in groups:
+        names = ", ".join(point_name(point.number) for point in group)
+        print(f"{len(group)} point(s) alike in their job ({names}):\n{describe(group[0].config)}\n")
+    for point in points:
+        print(f"{point_name(point.number)}  {_label(point.values)}")
+    if dry_run:
+        for group in groups:
+            print(f"\n{_array_script(group, root, at_once)}", end="")
+        print(f"\n# dry run: nothing was submitted; the sweep's directory would be {root}")
+        return 0
+    for point in points:
+        point.config.run.dir, point.config.run.name = str(root / "points"), point_name(point.number)
+        RunDir.create(point.config)
+    table = [{"name": point_name(point.number), "values": point.values} for point in points]
+    write_atomic(root / "sweep.json", json.dumps({"recipe": str(path), "points": table}, indent=2) + "\n")
+    jobs: list[str] = []
+    for group in groups:
+        script = _write_script(root, _array_script(group, root, at_once), f"job-{group[0].number:03d}.sh")
+        jobs.append(slurm.sbatch(script))
+        _record(root, jobs)
+    summary = _write_script(root, _array_script(points, root, at_once))
+    closing = slurm.sbatch(_closing(root, summary), _closing_options(base, root, jobs))
+    _record(root, [*jobs, closing])
+    print(f"\nsubmitted as jobs {', '.join(jobs)}; job {closing} draws the table and plot in {root}")
+    return 0
+
+
+def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> Iterator[Point]:
+    """Every combination of ``key=a,b,c`` words, each a checked configuration."""
+    axes: list[tuple[str, list[str]]] = []
+    for word in sweeps:
+        key, _, values = word.partition("=")
+        if not key or not values:
+            raise ConfigError(f"--sweep {word}: write key=a,b,c, for example --sweep flow.staleness=0,1,2")
+        axes.append((key, [value for value in values.split(",") if value]))
+    for number, chosen in enumerate(product(*(values for _, values in axes))):
+        values = dict(zip((key for key, _ in axes), chosen, strict=True))
+        config = load(path, [*overrides, *(f"{key}={value}" for key, value in values.items())])
+        try:
+            place(config, paper_nodes(config))
+        except ConfigError as error:
+            raise ConfigError(f"point {_label(values)}: {error}") from error
+        yield Point(number, values, config)
+
+
+def point_name(number: int) -> str:
+    return f"{number:03d}"
+
+
+def _label(values: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
+    """Points whose jobs are alike: an array cannot vary its nodes, or anything else Slurm is asked for."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        shape = to_dict(point.config)
+        groups.setdefault(json.dumps([shape["cluster"], shape["slurm"]]), []).append(point)
+    yield from groups.values()
+
+
+def _job_script(config: Config, root: Path) -> str:
+    return render(config, name=f"espalier-{root.name}", run=root, site=site())
+
+
+def _array_script(group: Sequence[Point], root: Path, at_once: int) -> str:
+    runs = [root / "points" / point_name(point.number) for point in group]
+    name = f"espalier-{root.name}"
+    return render(group[0].config, name=name, run=root, site=site(), points=runs, limit=at_once)
+
+
+def _closing(root: Path, script: Path) -> Path:
+    """The job that runs after the last point, however that ended."""
+    path = root / "slurm" / "summary.sh"
+    write_atomic(path, f'#!/bin/bash\nexec bash "{script}" summary\n')
+    return path
+
+
+def _closing_options(config: Config, root: Path, jobs: Sequence[str]) -> list[str]:
+    asked = config.slurm
+    named = {"partition": asked.partition, "account": asked.account, "qos": asked.qos}
+    options = [f"--{key}={value}" for key, value in named.items() if value]
+    after = f"--dependency=afterany:{':'.join(jobs)}"
+    output = f"--output={root}/slurm/summary-%j.log"
+    return [
+        after,
+        "--nodes=1",
+        "--ntasks=1",
+        "--time=00:10:00",
+        "--job-name=espalier-summary",
+        output,
+        *options,
+    ]
+
+
+def _write_script(root: Path, text: str, name: str = "job.sh") -> Path:
+    path = root / "slurm" / name
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, text)
+    return path
+
+
+def _record(root: Path, jobs: Sequence[str]) -> None:
+    path = root / SUBMISSION
+    (root / "slurm" / "cancelled").unlink(missing_ok=True)
+    write_atomic(path, json.dumps({"jobs": list(jobs), "time": time.time()}) + "\n")
+
+
+def _claim(root: Path) -> Path:
+    """A new directory for a sweep; a name that is taken gets the next free number."""
+    number, wanted = 2, root
+    while True:
+        try:
+            wanted.mkdir(parents=True)
+        except FileExistsError:
+            wanted, number = root.with_name(f"{root.name}-{number}"), number + 1
+        else:
+            return wanted
+
+
+def _refuse_twice(root: Path) -> None:
+    """Two jobs in one run directory would train one model twice."""
+    path = root / SUBMISSION
+    if not path.is_file():
+        return
+    waiting = slurm.states(json.loads(path.read_text(encoding="utf-8"))["jobs"])
+    busy = [f"{job} is {state}" for job, state in waiting.items() if state.split()[0] in ALIVE]
+    if busy:
+        raise RunDirError(f"{root} has a job already: {', '.join(busy)}")

@@ -1,0 +1,127 @@
+"""The real job script on a real Slurm: two nodes, a time limit, a lost node; and a sweep."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import SlurmCluster, espalier
+
+from system.cluster.status import attempts
+from system.observe.jsonl import read_jsonl
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(540)]
+TINY = (
+    "warmstart.steps=5",
+    "warmstart.demos=50",
+    "eval.questions=4",
+    "observe.progress_s=1",
+    "checkpoint.every=1",
+    "cluster.join_deadline_s=150",
+    "slurm.signal_s=30",
+    "slurm.cpus_per_node=2",
+    # A lost node is noticed sooner than a busy cluster would want.
+    "slurm.env={RAY_health_check_period_ms: '1000', RAY_health_check_failure_threshold: '5'}",
+)
+
+
+class Submitted:
+    """A run that was handed to Slurm."""
+
+    def __init__(self, cluster: SlurmCluster, name: str, *words: str) -> None:
+        self.cluster, self.root = cluster, cluster.shared / name
+        place = (f"run.dir={cluster.shared}", f"run.name={name}")
+        done = espalier(cluster, "submit", "configs/quickstart.yaml", *place, *TINY, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.plan = done.stdout
+        self.job = json.loads((self.root / "slurm" / "submission.json").read_text())["jobs"][0]
+
+    def trained(self) -> int:
+        path = self.root / "ledger.jsonl"
+        return sum(e["event"] == "trained" for e in read_jsonl(path)) if path.is_file() else 0
+
+    def ends(self) -> list[dict[str, Any]]:
+        return [attempt["end"] for attempt in attempts(self.root) if attempt["end"]]
+
+    def wait_trained(self, steps: int, seconds: float) -> None:
+        self.cluster.wait(lambda: self.trained() >= steps, seconds, f"{steps} steps", self.evidence)
+
+    def evidence(self) -> str:
+        return "\n".join(
+            f"== {path.relative_to(self.root)}\n"
+            + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+            for path in sorted(self.root.rglob("*.log"))
+            if "wandb" not in path.parts
+        )
+
+
+def trained_history(root: Path) -> list[tuple[int, str]]:
+    """(epoch, prompt) that the final weights were trained on, without updates taken back at a restore."""
+    issued: dict[int, tuple[int, str]] = {}
+    updates: dict[int, list[int]] = {}
+    for event in read_jsonl(root / "ledger.jsonl"):
+        if event["event"] == "issue":
+            issued[event["number"]] = (event["epoch"], event["prompt"])
+        elif event["event"] == "train":
+            updates[event["version"]] = event["numbers"]
+        elif event["event"] == "restore":
+            updates = {v: numbers for v, numbers in updates.items() if v <= event["trained_through"]}
+    assert list(updates) == list(range(1, len(updates) + 1))
+    return [issued[number] for numbers in updates.values() for number in numbers]
+
+
+def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
+    """One run, three attempts: Megatron's two ranks on two nodes, stopped by a limit, then by a dead node."""
+    steps = 8
+    run = Submitted(cluster, "story", "--nodes", "2", "--time", "00:30:00", f"run.steps={steps}")
+    assert "learner rank 0" in run.plan
+    assert "learner rank 1, 1 engine" in run.plan
+
+    # Slurm warns as the limit comes near: the run checkpoints and the job requeues itself.
+    run.wait_trained(2, 240)
+    elapsed = cluster.job(run.job)["RunTime"]
+    minutes = int(elapsed.split(":")[1]) + 1
+    cluster.slurm("scontrol", "update", f"jobid={run.job}", f"TimeLimit={minutes}")
+    cluster.restart_now(run.job, 120, run.evidence)
+    (first,) = run.ends()
+    assert (first["exit"], first["next"]) == (3, "requeue"), run.evidence()
+    assert "limit" in first["cause"]
+    cluster.slurm("scontrol", "update", f"jobid={run.job}", "TimeLimit=30")
+
+    # A power cut on the second node: the run ends by itself, names it, and goes on on the third.
+    done = run.trained()
+    assert 2 <= done < steps - 1, run.evidence()
+    run.wait_trained(done + 1, 240)
+    if cluster.namespaces:
+        cluster.kill_node("n2")
+        cluster.wait(lambda: len(run.ends()) == 2, 90, "the attempt's end", run.evidence)
+        second = run.ends()[1]
+        assert (second["exit"], second["next"]) == (75, "requeue"), run.evidence()
+        assert "node n2" in second["cause"]
+        cluster.wait(lambda: "down" in cluster.node_state("n2"), 60, "n2 to be down")
+        cluster.restart_now(run.job, 90, run.evidence)
+
+    assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
+    summary = json.loads((run.root / "summary.json").read_text())
+    assert summary["versions"] == steps
+    history = trained_history(run.root)
+    assert len(history) == steps * 8
+    assert max(Counter(history).values()) == 1  # each prompt once
+    if cluster.namespaces:
+        assert cluster.job(run.job)["NodeList"] == "n[1,3]"
+        cluster.start_node("n2")
+
+    # What a user sees of it: a chain of attempts, one W&B run, a log per component, no process left.
+    shown = espalier(cluster, "status", str(run.root)).stdout
+    assert f"step {steps} of {steps}, finished" in shown
+    assert "attempt 0" in shown
+    assert "attempt 1" in shown
+    sessions = [path.name for path in (run.root / "wandb").glob("offline-run-*")]
+    assert len({name.rsplit("-", 1)[1] for name in sessions}) == 1
+    assert len(sessions) == len(attempts(run.root))
+    logs = {path.stem for path in (run.root / "attempts" / "000" / "logs").glob("*.log")}
+    assert {"driver", "node-0", "node-1", "learner-0", "learner-1", "engine-0", "tool-python"} <= logs
+    assert "reward" in espalier(cluster, "logs", str(run.root), "driver").stdout
+    assert not list(run.root.rglob("token"))
+    assert cluster.left_behind() == []
