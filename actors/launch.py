@@ -123,7 +123,7 @@ async def _with_crew(
             watching = tasks.create_task(places.watch(), name="node watch")
             working = tasks.create_task(_work(config, run_dir, task, recorder, progress, places, model))
             working.add_done_callback(lambda _: watching.cancel())
-    except* ActorLost:
+    except* (ActorLost, RayError):
         await places.explain()
         raise
     return working.result()

@@ -77,7 +77,7 @@ all_nodes() {   # SLURM_JOB_NODELIST has the first component of a heterogeneous 
 
 # Let the driver checkpoint.  URG, because it reaches every process of the step and only task 0's shell minds it.
 on_signal() {
-  [ -z "$STOP" ] || return 0
+  if [ -n "$STOP" ] || [[ $(control) == done* ]]; then return 0; fi
   STOP=$1
   say "$STOP: asking the driver for a checkpoint"
   tell stop
@@ -113,7 +113,7 @@ finish() {
   trained=$(($(trained_steps) - STEPS_BEFORE))
   failures=$(cat "$RUN/attempts/failures" 2>/dev/null || echo 0)
   if [ -z "$code" ]; then code=$TEMPFAIL; why=${why:-"the driver ended without a word (see $ATTEMPT_DIR/logs)"}; fi
-  if [ -n "$STOP" ] && [ "$code" != 0 ]; then code=$STOPPED; why=$STOP; fi
+  if [ -n "$STOP" ] && [ "$code" != 0 ] && [ "$code" != "$TEMPFAIL" ]; then code=$STOPPED; why=$STOP; fi
   if [ "$code" = "$TEMPFAIL" ] && [ "$trained" -le 0 ]; then failures=$((failures + 1)); else failures=0; fi
   echo "$failures" > "$RUN/attempts/failures"
   next=$(verdict "$code" "$failures")
@@ -124,6 +124,8 @@ finish() {
   if [ "$next" = requeue ]; then
     scontrol requeue "$SLURM_JOB_ID" && nap 300       # Slurm ends this script when the requeue takes effect
     say "the requeue failed"
+  elif [ "$next" = cancelled ]; then
+    scancel --quiet "$SLURM_JOB_ID" && nap 60
   fi
   trap - EXIT
   exit "$code"
@@ -139,7 +141,7 @@ verdict() {   # CODE FAILURES
   elif [ "$REQUEUE" != true ]; then echo "stopped, slurm.requeue is off"
   elif [ "$1" = "$TEMPFAIL" ] && [ "$2" -gt "$MAX_FAILURES" ]; then echo "failed, $2 times in a row without a step"
   elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then echo "stopped, slurm.max_restarts reached"
-  elif ! scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q 'JobState=RUNNING'; then echo "ended by Slurm"
+  elif ! scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q 'JobState=RUNNING'; then echo "left to Slurm"
   else echo requeue
   fi
 }
@@ -195,7 +197,7 @@ start_ray() {
     --labels="espalier-rank=$RANK,espalier-name=$SLURMD_NODENAME" --disable-usage-stats > "$ATTEMPT_DIR/logs/ray-$RANK.log" 2>&1 &
   RAY_PID=$!
   for ((tenth = 0; tenth < JOIN_S * 10; tenth++)); do
-    if grep -q 'Ray runtime started' "$ATTEMPT_DIR/logs/ray-$RANK.log"; then return 0; fi
+    if grep -qs 'Ray runtime started' "$ATTEMPT_DIR/logs/ray-$RANK.log"; then return 0; fi
     kill -0 "$RAY_PID" 2>/dev/null || return 1
     nap 0.1
   done

@@ -262,6 +262,10 @@ PartitionName=paper Nodes=paper[1-64] State=UP
         assert not check or done.returncode == 0, f"{words}: {done.stderr}\n{self.logs()}"
         return done.stdout
 
+    def judge(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A Slurm command that may fail."""
+        return subprocess.run(words, capture_output=True, text=True, timeout=60, env=self.environment())
+
     def idle_nodes(self) -> set[str]:
         return set(
             self.slurm("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%n", check=False).split()
