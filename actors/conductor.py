@@ -122,7 +122,8 @@ class Conductor:
         except GrowthFailed as failure:
             raise TreeLost(failure.reason) from failure
         except ActorLost as failure:  # keep the place until its worker is back, or it is lost again
-            await returned(worker, f"rollout worker of tree {ticket.number}")
+            workers = self.crew.growers.workers
+            await returned(worker, f"rollout worker of tree {ticket.number}", lambda: worker not in workers)
             raise TreeLost("worker lost") from failure
         except asyncio.CancelledError:
             ray.cancel(reference)
@@ -235,6 +236,14 @@ class Conductor:
         """Write the model in Hugging Face format."""
         await self.crew.learner.all("save_hf", str(self.run_dir.model))
 
+    def spare(self, node: str, actors: Sequence[str]) -> bool:
+        """A node is gone with ``actors``: true if the run goes on without them."""
+        if self.config.cluster.on_node_loss != "continue" or not self.crew.growers.lose(actors):
+            return False
+        left = f"{len(self.fleet.urls)} engines, {len(self.crew.growers.workers)} rollout workers"
+        self.progress.note(f"node {node} was lost with {', '.join(actors)}: going on with {left}")
+        return True
+
     # Upkeep
 
     async def _read_gauges(self) -> None:
@@ -246,15 +255,18 @@ class Conductor:
 
     async def _read_counters(self) -> None:
         """The workers' running totals; one that is being restarted is asked again next time."""
-        workers = self.crew.growers.workers
-        calls = (answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in workers)
-        for number, totals in enumerate(await asyncio.gather(*calls, return_exceptions=True)):
+        named = {k: v for k, v in self.crew.growers.names.items() if v in self.crew.growers.workers}
+        calls = (
+            answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in named.values()
+        )
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for worker, totals in zip(named, answers, strict=True):
             if isinstance(totals, ActorLost):
                 continue
             if isinstance(totals, BaseException):
                 raise totals
             for name, total in totals.items():
-                self.recorder.engine_total(f"rollout-{number}", name, total)
+                self.recorder.engine_total(worker, name, total)
 
 
 def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from actors.engine import EngineActor, attached
 from actors.learner import LearnerGroup
@@ -34,6 +36,7 @@ class Growers:
     hosts: list[Any]  # the engines' actors, which live as long as somebody holds them
     servers: list[Any]  # the tools' actors
     tools: dict[str, str]  # their URLs, by the tool's name
+    names: dict[str, Any]  # worker by name, URL by the engine's name
 
     @classmethod
     async def start(
@@ -81,7 +84,22 @@ class Growers:
         await asyncio.gather(*waiting)
         checks = [answer(worker.check.remote(), START_DEADLINE_S, "rollout worker") for worker in workers]
         await asyncio.gather(*checks)
-        return cls(workers, engines, hosts, servers, urls)
+        names: dict[str, Any] = {f"engine-{number}": url for number, url in enumerate(engines)}
+        names |= {f"rollout-{number}": worker for number, worker in enumerate(workers)}
+        return cls(workers, engines, hosts, servers, urls, names)
+
+    def lose(self, actors: Sequence[str]) -> bool:
+        """Do without ``actors``, whose node is gone; false, and nothing is done, if one cannot be spared."""
+        lost = [self.names.get(actor) for actor in actors]
+        workers = [worker for worker in self.workers if worker not in lost]
+        engines = [url for url in self.engines if url not in lost]
+        if None in lost or not workers or not engines:
+            return False
+        for worker in self.workers:
+            if worker in lost:
+                ray.kill(worker)  # else Ray would look for room to restart it, for ever
+        self.workers[:], self.engines[:] = workers, engines
+        return True
 
     async def close(self) -> None:
         """Let the servers stop what they started; Ray ends the rest with the session."""
@@ -99,7 +117,9 @@ async def _engines(
     """
     engine = config.engine
     if engine.urls:
-        return engine.urls, [], [attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)]
+        return list(engine.urls), [], [
+            attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)
+        ]
     deadline = engine.start_deadline_s + START_DEADLINE_S  # of the server; of the actor's own process
     seats = [places[f"engine-{number}"] for number in range(engine.replicas)]
     ports = await asyncio.gather(*(seat.port() for seat in seats))

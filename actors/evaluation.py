@@ -41,7 +41,7 @@ async def evaluate(
                     if attempt == ATTEMPTS:
                         raise
                     if isinstance(failure, ActorLost):
-                        await returned(worker, "rollout worker")
+                        await returned(worker, "rollout worker", lambda it=worker: it not in growers.workers)
                 else:
                     answered()
                     return tree

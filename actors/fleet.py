@@ -36,13 +36,16 @@ class Publisher(Protocol):
 
 
 class Fleet:
-    """Keeps engines at the publisher's version; a restarted one stands paused until it has its weights."""
+    """Keeps engines at the publisher's version; a restarted one stands paused until it has its weights.
+
+    ``urls`` may lose members while the run goes on: engines whose node is gone.
+    """
 
     def __init__(
         self, urls: Sequence[str], publisher: Publisher, recorder: Recorder, start_deadline_s: float
     ) -> None:
         """``start_deadline_s``: for a restarted engine to answer."""
-        self.urls, self._publisher, self._recorder = list(urls), publisher, recorder
+        self.urls, self._publisher, self._recorder = urls, publisher, recorder
         self._deadline_s = start_deadline_s + PUSH_DEADLINE_S
 
     async def watch(self) -> None:
@@ -52,7 +55,7 @@ class Fleet:
             good = [time.monotonic()] * len(clients)
             while True:
                 for number, client in enumerate(clients):
-                    if await self._tend(number, client):
+                    if client.urls[0] not in self.urls or await self._tend(number, client):
                         good[number] = time.monotonic()
                     elif time.monotonic() - good[number] > self._deadline_s:
                         raise ActorLost(self._not_back(client))
@@ -61,11 +64,11 @@ class Fleet:
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
         async with AsyncExitStack() as stack:
-            for number, url in enumerate(self.urls):
+            for number, url in enumerate(list(self.urls)):
                 client = await _client(stack, url)
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        while not await self._tend(number, client):  # noqa: ASYNC110 (a process, not a task)
+                        while url in self.urls and not await self._tend(number, client):
                             await asyncio.sleep(LOOK_S)
                 except TimeoutError as error:
                     raise ActorLost(self._not_back(client)) from error
@@ -82,7 +85,7 @@ class Fleet:
             async with self._publisher.weights:
                 (info,) = await client.infos()
                 if not self._current(info):  # no training step was just pushing them
-                    if await self._publisher.push(self._publisher.version, [self.urls[number]]):
+                    if await self._publisher.push(self._publisher.version, client.urls):
                         return False
                     await client.resume()
         except EngineError:  # it is being restarted

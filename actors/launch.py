@@ -142,6 +142,7 @@ async def _work(
     crew = await Crew.start(config, str(model), corpus, places, run_dir.logs.resolve())
     try:
         conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
+        places.spare = conductor.spare
         with signals(conductor):
             return await _lead(conductor, task, model)
     finally:

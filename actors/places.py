@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,14 +51,23 @@ class Place:
         return int(await answer(reference, PORT_DEADLINE_S, f"a free port at {self.host}"))
 
 
-@dataclass(frozen=True, slots=True)
+def _end(_node: str, _actors: Sequence[str]) -> bool:
+    return False
+
+
+@dataclass(slots=True)
 class Places:
-    """Every actor's place, by the actor's name."""
+    """Every actor's place, by the actor's name.
+
+    ``spare`` is asked when a node (but the first) is lost with its actors: true if the run can do without.
+    """
 
     nodes: Sequence[Node]
     seats: Sequence[Seat]
     places: dict[str, Place]
     joined: bool  # the nodes are those of a cluster, which may be lost one by one
+    spare: Callable[[str, Sequence[str]], bool] = _end
+    gone: set[int] = field(default_factory=set)
 
     def __getitem__(self, actor: str) -> Place:
         return self.places[actor]
@@ -101,13 +110,17 @@ class Places:
         return [seat.actor for seat in self.seats if seat.node == node]
 
     async def watch(self) -> None:
-        """Until cancelled.  Raises NodeLost as soon as Ray knows that a node of ours is gone."""
+        """Until cancelled.  Raises NodeLost when Ray knows that a node we cannot spare is gone."""
         while self.joined:
             alive = {node["NodeManagerAddress"] for node in await _ray_nodes()}
             for number, node in enumerate(self.nodes):
-                if node.address not in alive:
-                    actors = ", ".join(self.on(number)) or "no actors"
-                    raise NodeLost(f"node {node.name} ({node.address}) was lost with {actors}")
+                if node.address in alive or number in self.gone:
+                    continue
+                actors = self.on(number)
+                if number == 0 or not self.spare(node.name, actors):
+                    what = ", ".join(actors) or "no actors"
+                    raise NodeLost(f"node {node.name} ({node.address}) was lost with {what}")
+                self.gone.add(number)
             await asyncio.sleep(LOOK_S)
 
     async def explain(self) -> None:

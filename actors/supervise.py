@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,19 @@ async def answers(references: Sequence[Any], deadline_s: float, what: str) -> li
     return list(await asyncio.gather(*waits))
 
 
-async def returned(actor: Any, what: str) -> None:
-    """Return once a restarted ``actor`` answers its ``check``.  ActorLost if it does not come back."""
+async def returned(actor: Any, what: str, given_up: Callable[[], bool] = bool) -> None:
+    """Return once a restarted ``actor`` answers its ``check``, or once it is ``given_up``.
+
+    ActorLost if it does not come back.
+    """
     try:
         async with asyncio.timeout(RETURN_DEADLINE_S):
             while True:
                 try:
                     await answer(actor.check.remote(), RETURN_DEADLINE_S, what)
                 except ActorLost:
+                    if given_up():
+                        return
                     await asyncio.sleep(LOOK_S)
                 else:
                     return

@@ -11,10 +11,10 @@
 #   attempts/NNN/token         what Ray's processes prove their membership with
 #
 # Settings are variables that the job script sets: RUN JOB GPUS TIME_SIGNAL_S MAX_RESTARTS MAX_FAILURES REQUEUE
-# JOIN_S SCRATCH SRUN_OPTIONS LAUNCH.
+# JOIN_S WAIT_S SCRATCH SRUN_OPTIONS LAUNCH.
 
 readonly STOPPED=3 TEMPFAIL=75     # the driver's exit codes that may be resumed (actors/launch.py)
-readonly GRACE_S=60                # for the other tasks to end after the first has
+readonly GRACE_S=60                # for the other tasks to end after the driver has
 
 say() { printf '%s [%s] %s\n' "$(date +%FT%T)" "${SLURMD_NODENAME:-batch}" "$*"; }
 
@@ -56,7 +56,7 @@ batch() {
   trap 'rm -f "$ATTEMPT_DIR/token"' EXIT
 
   # shellcheck disable=SC2086 # options are words
-  srun $SRUN_OPTIONS --kill-on-bad-exit=0 --wait="$GRACE_S" --label --output="$ATTEMPT_DIR/logs/node-%t.log" \
+  srun $SRUN_OPTIONS --kill-on-bad-exit=0 --wait="$WAIT_S" --label --output="$ATTEMPT_DIR/logs/node-%t.log" \
     "${LAUNCH[@]}" bash "$JOB/job.sh" task &
   CHILD=$!
   late_end "$CHILD" &

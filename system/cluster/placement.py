@@ -1,8 +1,8 @@
 """Who runs where: a pure function from a configuration and its nodes to one seat per actor.
 
 The learner's ranks fill their nodes' GPUs in order, so that the ranks of one tensor-parallel group, which
-talk most, are neighbours.  Engines go to the rollout nodes with the most free GPUs; rollout workers and tool
-servers take turns over those nodes.  Nothing is placed across nodes but the learner.
+talk most, are neighbours.  Engines go to the rollout nodes with the most free GPUs; rollout workers take
+turns over those nodes.  Nothing is placed across nodes but the learner.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def place(config: Config, nodes: Sequence[Node]) -> list[Seat]:
     seats += _engines(config, nodes, rollout, free)
     # The driver sits on the first node, so the turns begin at the other end.
     turns = rollout[::-1]
-    others = [f"rollout-{number}" for number in range(config.rollout.workers)]
-    others += [f"tool-{name}" for name in served_tools(config)]
-    seats += [Seat(name, turns[turn % len(turns)]) for turn, name in enumerate(others)]
+    seats += [Seat(f"rollout-{n}", turns[n % len(turns)]) for n in range(config.rollout.workers)]
+    # There is one server per tool: together on one node, so that the run can do without any other.
+    seats += [Seat(f"tool-{name}", rollout[0]) for name in served_tools(config)]
     return [*seats, Seat(REPLAY, 0)]
 
 

@@ -61,6 +61,8 @@ def render(
             "MAX_FAILURES": slurm.max_failures,
             "REQUEUE": str(slurm.requeue).lower(),
             "JOIN_S": int(cluster.join_deadline_s),
+            # Seconds from one task's end to the end of all; 0: for ever, as the run goes on without a node.
+            "WAIT_S": 0 if cluster.on_node_loss == "continue" else 60,
             "SCRATCH": slurm.scratch,
             "SRUN_OPTIONS": _srun_options(config, split),
         },

@@ -140,3 +140,50 @@ def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
     assert "reward" in espalier(cluster, "logs", str(run.root), "driver").stdout
     assert not list(run.root.rglob("token"))
     assert cluster.left_behind() == []
+
+
+def test_a_run_goes_on_without_a_node_that_it_can_spare(cluster: SlurmCluster) -> None:
+    if not cluster.namespaces:
+        pytest.skip("no namespaces: a node of this cluster cannot be killed alone")
+    run = Submitted(
+        cluster, "spare", "--nodes", "3", "run.steps=12", "learn.tp=1", "engine.replicas=2",
+        "rollout.workers=2", "cluster.on_node_loss=continue", "slurm.requeue=false", "observe.wandb=disabled",
+    )  # fmt: skip
+    try:
+        run.wait_trained(2, 240)
+        cluster.kill_node("n3")
+        assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
+    finally:
+        cluster.start_node("n3")
+    assert len(run.ends()) == 1
+    assert "node n3 was lost" in (run.root / "attempts/000/logs/driver.log").read_text()
+    history = trained_history(run.root)
+    assert len(history) == 12 * 8
+    assert max(Counter(history).values()) == 1
+    assert cluster.left_behind() == []
+
+
+def test_a_sweep_ends_in_a_table_and_a_plot(cluster: SlurmCluster) -> None:
+    """Four points, of which one cannot work: a sandbox without memory."""
+    done = espalier(
+        cluster, "submit", "configs/quickstart.yaml", f"run.dir={cluster.shared}", "run.name=sweep", *TINY,
+        "run.steps=1", "learn.tp=1", "observe.wandb=disabled", "warmstart.steps=0", "slurm.time=10",
+        "--sweep", "tools.python_memory_mb=256,128,1,192",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    root = cluster.shared / "sweep"
+    *points, closing = json.loads((root / "slurm" / "submission.json").read_text())["jobs"]
+    assert len(points) == 1  # one job array
+
+    def evidence() -> str:
+        return "\n".join(path.read_text(errors="replace")[-1500:] for path in root.rglob("*.log"))
+
+    assert cluster.wait_end(closing, 400, evidence) == "COMPLETED", evidence()
+    rows = json.loads((root / "summary.json").read_text())
+    assert [row["state"] for row in rows] == ["finished", "finished", "failed", "finished"], evidence()
+    assert "python" in rows[2]["cause"]
+    assert all(row["steps_per_hour"] > 0 for row in rows if row["state"] == "finished")
+    assert (root / "summary.png").stat().st_size > 10_000
+    assert "| 002 | 1 | failed |" in (root / "summary.md").read_text()
+    assert "failed" in espalier(cluster, "status", str(root)).stdout
+    assert cluster.left_behind() == []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster, espalier
 
+from system.cluster.script import Site, render
 from system.cluster.status import attempts
 from system.config import load
 
@@ -59,6 +60,10 @@ def submit(cluster: SlurmCluster, request: pytest.FixtureRequest) -> Submit:
     return begin
 
 
+def ended(root: Path) -> int:
+    return sum(attempt["end"] is not None for attempt in attempts(root))
+
+
 def evidence(root: Path) -> str:
     return "\n".join(path.read_text(errors="replace") for path in sorted(root.rglob("*.log")))
 
@@ -66,15 +71,15 @@ def evidence(root: Path) -> str:
 def test_all_recipes_are_accepted_on_paper_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
     recipes = [path for path in CONFIGS.glob("*.yaml") if load(path).cluster.gpus_per_node]
     assert len(recipes) >= 11
+    script = tmp_path / "job.sh"
     for path in recipes:
-        for extra in ([], ["slurm.heterogeneous=true"] if load(path).cluster.learner_nodes else []):
-            done = espalier(cluster, "submit", str(path), "--dry-run", "slurm.partition=paper", *extra)
-            script = tmp_path / "job.sh"
-            script.write_text(done.stdout[done.stdout.index("#!/bin/bash") :])
+        for both in (False, True) if load(path).cluster.learner_nodes else (False,):
+            config = load(path, ["slurm.partition=paper", f"slurm.heterogeneous={both}"])
+            script.write_text(render(config, name="job", run=tmp_path, site=Site("/", "/venv")))
             said = cluster.judge("sbatch", "--test-only", str(script))
-            assert said.returncode == 0, f"{path.name} {extra}: {said.stderr}"
-    script.write_text(script.read_text().replace("#SBATCH --nodes=", "#SBATCH --nodes=6"))
-    assert cluster.judge("sbatch", "--test-only", str(script)).returncode != 0
+            assert said.returncode == 0, f"{path.name} heterogeneous={both}: {said.stderr}"
+    script.write_text(script.read_text().replace("--gpus-per-node=8", "--gpus-per-node=9"))
+    assert cluster.judge("sbatch", "--test-only", str(script)).returncode != 0  # it does judge
 
 
 def test_a_run_that_ends_well_leaves_its_chain_and_nothing_else(
@@ -111,6 +116,7 @@ def test_infrastructure_failures_are_tried_again_but_not_for_ever(
     cluster: SlurmCluster, submit: Submit
 ) -> None:
     job, root = submit("lost", "slurm.max_failures=1")
+    cluster.wait(lambda: ended(root) == 1, 60, "the first attempt's end", lambda: evidence(root))
     cluster.restart_now(job, 60, lambda: evidence(root))
     assert cluster.wait_end(job, 60, lambda: evidence(root)) == "FAILED"
     first, second = (attempt["end"] for attempt in attempts(root))
