@@ -90,7 +90,7 @@ class Growers:
 
     def lose(self, actors: Sequence[str]) -> bool:
         """Do without ``actors``, whose node is gone; false, and nothing is done, if one cannot be spared."""
-        lost = [self.names.get(actor) for actor in actors]
+        lost: list[Any] = [self.names.get(actor) for actor in actors]
         workers = [worker for worker in self.workers if worker not in lost]
         engines = [url for url in self.engines if url not in lost]
         if None in lost or not workers or not engines:
