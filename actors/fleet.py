@@ -68,7 +68,7 @@ class Fleet:
                 client = await _client(stack, url)
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        while url in self.urls and not await self._tend(number, client):
+                        while url in self.urls and not await self._tend(number, client):  # noqa: ASYNC110
                             await asyncio.sleep(LOOK_S)
                 except TimeoutError as error:
                     raise ActorLost(self._not_back(client)) from error
