@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Growers:
     hosts: list[Any]  # the engines' actors, which live as long as somebody holds them
     servers: list[Any]  # the tools' actors
     tools: dict[str, str]  # their URLs, by the tool's name
-    names: dict[str, Any]  # worker by name, URL by the engine's name
+    names: dict[str, Any] = field(default_factory=dict)  # workers, and URLs by their engines' names
 
     @classmethod
     async def start(
@@ -117,9 +117,11 @@ async def _engines(
     """
     engine = config.engine
     if engine.urls:
-        return list(engine.urls), [], [
-            attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)
-        ]
+        return (
+            list(engine.urls),
+            [],
+            [attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)],
+        )
     deadline = engine.start_deadline_s + START_DEADLINE_S  # of the server; of the actor's own process
     seats = [places[f"engine-{number}"] for number in range(engine.replicas)]
     ports = await asyncio.gather(*(seat.port() for seat in seats))
