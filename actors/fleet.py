@@ -17,6 +17,11 @@ from system.observe.recorder import Recorder
 PUSH_DEADLINE_S = 120.0  # for an engine that is back to hold the current weights, after its own start
 LOOK_S = 1.0  # between looks at the engines
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle seconds by cause
+# What the digital twin's speed model of an engine is fitted to, as far as the server counts it.
+SPEED_COUNTERS = (
+    *("busy_s", "steps", "row_steps", "prefill_tokens"),
+    *("moment_rr", "moment_rp", "moment_pp", "moment_rt", "moment_pt"),
+)
 
 
 class Publisher(Protocol):
@@ -80,6 +85,11 @@ class Fleet:
             for counter, seconds in info.counters.items():
                 if cause := IDLE_COUNTER.fullmatch(counter):
                     self._recorder.idle_total(f"engine-{number}", cause[1], seconds)
+            for counter in SPEED_COUNTERS:
+                if counter in info.counters:
+                    self._recorder.engine_total(
+                        f"engine-{number}", f"server/{counter}", info.counters[counter]
+                    )
             if self._current(info):
                 return True
             async with self._publisher.weights:

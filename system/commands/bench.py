@@ -18,10 +18,12 @@ examples:
   espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
   espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
   espalier bench throughput        whole runs: sync and async, linear and trees, by the spread of tool latency
+  espalier bench twin RUN OTHER    the digital twin, calibrated on RUN, predicts OTHER
+  espalier bench scale 7B          the twin from 8 to 4096 GPUs: best split, and where throughput bends
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
 """
-BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput")
+BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

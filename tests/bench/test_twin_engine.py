@@ -201,3 +201,25 @@ def test_cache_accounts_for_every_token() -> None:
     cache.unpin(short)
     cache.evict(100)
     assert cache.held == 0
+
+
+def test_a_mixed_prefill_takes_part_in_a_step() -> None:
+    model = EngineModel(
+        "engine-0",
+        LinearEngine(STEP, SHARE, per_prefill_s=PREFILL),
+        AgentModel(segment_tokens=Constant(50), p_call=(0.0,)),
+        first_tokens=8,
+        max_running=64,
+        stops={},
+        mixed=True,
+    )
+
+    async def main() -> list[Heard]:
+        first = asyncio.create_task(listen(model, request("a")))
+        await asyncio.sleep(0.1 + 10.5 * (STEP + SHARE))
+        return [*await asyncio.gather(first, listen(model, request("b")))]
+
+    a, _ = play(main)
+    alone, both = STEP + SHARE, STEP + 2 * SHARE
+    assert a.times[-1] == pytest.approx(0.1 + 11 * alone + 0.1 + 39 * both)
+    assert model.steps == 50 + 11

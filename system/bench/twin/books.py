@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from system.bench.twin.engine import EngineModel
 from system.observe.treestats import TreeStats
 from system.tree.record import Tree
 
@@ -85,11 +86,16 @@ class TwinResult:
     top_ups_per_tree: float
     calls_per_tree: float
     dropped: dict[str, int]
+    running: float  # sequences that an engine decodes at once, mean over its steps
+    reused: float  # share of prompt tokens served from the prefix caches
+    retracted: int  # sequences thrown out for want of KV, or computed again after an update
     events: int
     digest: str
 
     @classmethod
-    def of(cls, books: TwinBooks, skipped: int, events: int, digest: str) -> TwinResult:
+    def of(
+        cls, books: TwinBooks, engines: Sequence[EngineModel], skipped: int, events: int, digest: str
+    ) -> TwinResult:
         begin, end = books.steps[skipped - 1] if skipped else 0.0, books.steps[-1]
         span, count = end - begin, len(books.steps) - skipped
         within = [one for one in books.closed if begin < one[0] <= end]
@@ -97,6 +103,7 @@ class TwinResult:
         durations = np.array([seconds for _, seconds, _ in within] or [np.nan])
         lags = sum(books.staleness.values())
         trees = max(len(books.closed), 1)
+        reused = sum(one.reused for one in engines)
         return cls(
             steps=len(books.steps),
             seconds=end,
@@ -117,6 +124,9 @@ class TwinResult:
             top_ups_per_tree=books.top_ups / trees,
             calls_per_tree=books.tool_calls / trees,
             dropped=dict(books.dropped),
+            running=sum(one.generated for one in engines) / max(sum(one.steps for one in engines), 1),
+            reused=reused / max(reused + sum(one.prefilled for one in engines), 1),
+            retracted=sum(one.retracted for one in engines),
             events=events,
             digest=digest,
         )

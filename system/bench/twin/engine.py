@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from system.bench.twin.agent import CALL, SEGMENT, SEGMENTS, AgentModel, Segment, tool_of, written
+from system.bench.twin.agent import CALL, SEGMENT, SEGMENTS, Agent, Segment, tool_of, written
 from system.bench.twin.prefix import Path, PrefixCache
 from system.bench.twin.trace import Trace
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
@@ -82,24 +82,27 @@ class EngineModel:
         self,
         name: str,
         speed: EngineSpeed,
-        agent: AgentModel,
+        agent: Agent,
         *,
         first_tokens: int,
         max_running: int,
         stops: dict[int, str],
         request_s: float = 0.0,
         prefill_tokens: int = 16_384,
+        mixed: bool = False,
         trace: Trace | None = None,
     ) -> None:
         """``first_tokens``: size of a segment's first chunk (what the entropy probe needs); ``stops``: stop
-        string by tool number; ``request_s``: a request's way to the engine and back, per segment.
+        string by tool number; ``request_s``: a request's way to the engine and back, per segment;
+        ``mixed``: a prefill is part of a decode step (the embedded engine), else the others wait for it.
         """
         self.name, self.speed, self._agent, self._trace = name, speed, agent, trace
+        self._kv = speed.kv_tokens
         self.version = 0
         self.busy_s, self.idle_s = 0.0, {"waiting": 0.0, "updating": 0.0, "down": 0.0}
         self.steps = self.generated = self.prefilled = self.reused = self.retracted = 0
         self._first, self._max_running, self._stops = first_tokens, max_running, stops
-        self._request_s, self._prefill_tokens = request_s, prefill_tokens
+        self._request_s, self._prefill_tokens, self._mixed = request_s, prefill_tokens, mixed
         self._cache = PrefixCache()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[_Sequence, None] = {}  # in order of admission
@@ -213,6 +216,8 @@ class EngineModel:
         if state == _State.DECODING:
             self._advance(steps)
         elif state == _State.PREFILLING:
+            if self._mixed:
+                self._advance(1)
             self._join()
         elif state == _State.UPDATING:
             self._updated()
@@ -225,13 +230,16 @@ class EngineModel:
             self._set_timer(now + self._update[1])
         elif suffix := self._admit():
             self._state = _State.PREFILLING
-            self._set_timer(now + self.speed.prefill_s(suffix))
+            took = self.speed.prefill_s(suffix)
+            if self._mixed:
+                took += self.speed.step_s(len(self._running) + len(self._admitted), self._context)
+            self._set_timer(now + took)
         elif self._running:
             self._make_room()
             count = len(self._running)
             self._state = _State.DECODING
             self._step_s = self.speed.step_s(count, self._context)
-            room = self.speed.kv_tokens - self._cache.held - self._grown
+            room = self._kv - self._cache.held - self._grown
             steps = min(self._next_due() - self.steps, max(1, room // count), _LONGEST_JUMP)
             self._set_timer(now + steps * self._step_s)
         else:
@@ -345,12 +353,12 @@ class EngineModel:
             sequence = self._waiting[0]
             reused = self._cache.match(sequence.path)
             needed = _length(sequence) - reused + sequence.done + 1
-            free = self.speed.kv_tokens - self._cache.held - self._grown
+            free = self._kv - self._cache.held - self._grown
             if needed > free:
                 self._cache.evict(needed - free)
                 reused = self._cache.match(sequence.path)  # its own prefix may have been evicted
                 needed = _length(sequence) - reused + sequence.done + 1
-                free = self.speed.kv_tokens - self._cache.held - self._grown
+                free = self._kv - self._cache.held - self._grown
                 if needed > free and (self._running or self._admitted):
                     break  # a request that fits an empty engine never waits for ever
             if total and total + needed > self._prefill_tokens:
@@ -385,14 +393,12 @@ class EngineModel:
     def _make_room(self) -> None:
         """If the next step does not fit: forget what is not in use, then retract the newest sequences."""
         count = len(self._running)
-        short = self._cache.held + self._grown + count - self.speed.kv_tokens
+        short = self._cache.held + self._grown + count - self._kv
         if short > 0:
             self._cache.evict(short)
-        while len(self._running) > 1 and (
-            self._cache.held + self._grown + len(self._running) > self.speed.kv_tokens
-        ):
+        while len(self._running) > 1 and (self._cache.held + self._grown + len(self._running) > self._kv):
             self._retract(next(reversed(self._running)))
-            self._cache.evict(self._cache.held + self._grown + len(self._running) - self.speed.kv_tokens)
+            self._cache.evict(self._cache.held + self._grown + len(self._running) - self._kv)
 
     def _retract(self, sequence: _Sequence) -> None:
         """Back to the head of the queue, to be computed again with what it has said so far."""

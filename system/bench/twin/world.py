@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from system.bench.clock import run as run_virtually
-from system.bench.twin.agent import AgentModel, AnswerReward, TwinTokenizer
+from system.bench.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.bench.twin.books import TwinBooks, TwinResult
 from system.bench.twin.engine import EngineFleet, EngineModel, EngineSpeed
 from system.bench.twin.speeds import LearnerSpeed
@@ -29,8 +29,6 @@ from system.rollout.grower import Grower, GrowthFailed
 from system.rollout.syntax import make_syntax
 from system.tree.record import Tree
 
-VOCAB = 151_936  # ln V is the unit of ΔH
-
 
 @dataclass(frozen=True)
 class Models:
@@ -38,11 +36,13 @@ class Models:
 
     engine: EngineSpeed
     learner: LearnerSpeed
-    agent: AgentModel = field(default_factory=AgentModel)
+    agent: Agent = field(default_factory=AgentModel)
     tools: Mapping[str, ToolModel] = field(default_factory=lambda: {"search": ToolModel()})
     publish_s: float = 0.0  # weights on their way, while engines generate
     update_s: float = 0.0  # pause of every engine for the swap
     request_s: float = 0.0  # a request's way to the engine and back, and the host's work on a segment
+    vocab: int = 151_936  # V: ln V is the unit of ΔH
+    mixed: bool = False  # a prefill is part of a decode step
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ class Twin:
     def __post_init__(self) -> None:
         config, models, seed = self.config, self.models, self.config.run.seed
         self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
-        self.tools = TwinTools(models.tools, seed, self.trace)
+        known = {name: models.tools[name] for name in models.agent.tools}  # in the agent's order
+        self.tools = TwinTools(known, seed, self.trace)
         syntax = make_syntax("tags", self.tools.specs)
         policy = make_policy(config.branching)
         chunk = config.engine.chunk_tokens
@@ -98,6 +99,7 @@ class Twin:
                 max_running=config.engine.max_running,
                 stops=dict(enumerate(syntax.stops)),
                 request_s=models.request_s,
+                mixed=models.mixed,
                 trace=self.trace,
             )
             for number in range(config.engine.replicas)
@@ -111,7 +113,7 @@ class Twin:
             reward=AnswerReward(),
             tokenizer=TwinTokenizer(list(self.tools.specs)),
             config=config.rollout,
-            vocab_size=VOCAB,
+            vocab_size=models.vocab,
             now=lambda: asyncio.get_running_loop().time(),
         )
         self.sessions = 0
@@ -270,4 +272,4 @@ def simulate(
     trace = Trace()
     twin = Twin(config, models, steps, failures=failures, trace=trace)
     books = run_virtually(twin.run())
-    return TwinResult.of(books, skip, trace.events, trace.digest)
+    return TwinResult.of(books, twin.engines, skip, trace.events, trace.digest)

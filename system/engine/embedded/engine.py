@@ -10,6 +10,7 @@ import json
 import secrets
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,6 +172,7 @@ class EmbeddedEngine:
             "counters": {
                 **scheduler.stats(),
                 "busy_s": loop.busy_s,
+                **{f"moment_{name}": value for name, value in asdict(loop.moments).items()},
                 **{f"idle_{cause}_s": seconds for cause, seconds in loop.idle_s.items()},
             },
         }

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,28 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 class EngineFailed(RuntimeError):
     """The decoding thread died; the message says why."""
+
+
+@dataclass(slots=True)
+class StepMoments:
+    """Sums over steps of products of rows r, prefilled tokens p and seconds t.
+
+    With the plain sums (steps, row_steps, prefill_tokens, busy_s) they are all that least squares of t on
+    (1, r, p) needs: whoever reads the counters can tell what a step, a row and a prefilled token cost.
+    """
+
+    rr: float = 0.0
+    rp: float = 0.0
+    pp: float = 0.0
+    rt: float = 0.0
+    pt: float = 0.0
+
+    def add(self, rows: int, prefill: int, seconds: float) -> None:
+        self.rr += rows * rows
+        self.rp += rows * prefill
+        self.pp += prefill * prefill
+        self.rt += rows * seconds
+        self.pt += prefill * seconds
 
 
 class DecodeLoop:
@@ -44,6 +67,7 @@ class DecodeLoop:
         self.failure = ""
         self.busy_s = 0.0
         self.idle_s = {"waiting": 0.0, "paused": 0.0, "updating": 0.0}
+        self.moments = StepMoments()
 
     def start(self) -> None:
         self._thread.start()
@@ -142,10 +166,14 @@ class DecodeLoop:
             self._wake.wait()
             self.idle_s[cause] += time.perf_counter() - began
             return
+        counters = self._scheduler.counters
+        rows, prefill = counters.row_steps, counters.prefill_tokens
         emitted = self._scheduler.step()
         if emitted:
             self._deliver(emitted)
-        self.busy_s += time.perf_counter() - began
+        elapsed = time.perf_counter() - began
+        self.busy_s += elapsed
+        self.moments.add(counters.row_steps - rows, counters.prefill_tokens - prefill, elapsed)
 
     def _fail_commands(self) -> None:
         while self._commands:

@@ -1,0 +1,219 @@
+"""From the records of a run to the twin's models: what a run directory tells about its parts.
+
+Everything is fitted to totals of ``metrics.jsonl`` and to the trees kept; nothing is tuned by hand.  Times
+are those of the machine and the load that the run had.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.bench.twin.agent import Recorded, RecordedAgent
+from system.bench.twin.dist import Constant, Empirical
+from system.bench.twin.speeds import LinearEngine, LinearLearner
+from system.bench.twin.tools import ToolModel
+from system.bench.twin.world import Models, simulate
+from system.config import Config, ConfigError
+from system.observe.rundir import RunDir
+from system.observe.sinks import history
+from system.tree.record import Kind, Outcome, Tree
+from system.tree.store import read_trees
+
+SKIP = 4  # training steps at the start: the pipeline fills, caches and compilers warm up
+_TAGS = 2  # tokens that the twin's syntax puts around a tool's answer
+NO_TOOL = "none"  # calls that name no tool: answered at once
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Models of one run's parts, under the configuration that it ran with."""
+
+    config: Config
+    models: Models
+    steps: int  # training steps it was fitted to
+    tree_s: float  # mean duration of a tree in the run
+
+    @classmethod
+    def from_run(cls, run: RunDir) -> Calibration:
+        """Fit to ``run``.  Raises ConfigError when it holds too little."""
+        config = run.config()
+        records = steps_of(run)
+        trees = list(read_trees(run.trees))
+        if len(records) < 8 or len(trees) < 8:
+            raise ConfigError(
+                f"{run.root}: {len(records)} training steps after the first {SKIP} and {len(trees)} trees; "
+                "a calibration needs at least 8 of each"
+            )
+        agent = fit_agent(trees, config.branching.probe_tokens)
+        publishing, update = _publishing(records)
+        models = Models(
+            engine=fit_engine(records),
+            learner=fit_learner(records),
+            agent=agent,
+            tools=fit_tools(trees, agent.tools),
+            publish_s=max(0.0, publishing - update),
+            update_s=update,
+            vocab=_vocab(run),
+            mixed=True,
+        )
+        return cls(config, models, len(records), float(np.mean([t.closed_s - t.started_s for t in trees])))
+
+    def with_host(self, rounds: int = 6) -> Calibration:
+        """Fit the one time that no counter shows, ``request_s``: a request's way through host and network.
+
+        By secants, until the twin's trees take as long as the run's under the run's own configuration.
+        """
+        low, high = 0.0, 0.02
+        steps = min(self.steps, 40)
+
+        def error(request_s: float) -> float:
+            models = replace(self.models, request_s=request_s)
+            return simulate(self.config, models, steps=steps, skip=SKIP).tree_s["mean"] - self.tree_s
+
+        below, above = error(low), error(high)
+        if below >= 0:
+            return self
+        best = high
+        for _ in range(rounds):
+            if abs(above - below) < 1e-9:
+                break
+            best = max(0.0, low - below * (high - low) / (above - below))
+            low, below, high, above = high, above, best, error(best)
+            if abs(above) < 0.01 * self.tree_s:
+                break
+        return replace(self, models=replace(self.models, request_s=best))
+
+
+def steps_of(run: RunDir) -> list[dict[str, Any]]:
+    """The records of training steps, without the first ``SKIP``."""
+    records = [one for one in history(run.metrics_path) if "time/window_s" in one]
+    return records[SKIP:]
+
+
+def fit_engine(records: Sequence[Mapping[str, Any]]) -> LinearEngine:
+    """A step's seconds = fixed + per row + per prefilled token, by least squares over every step of the run.
+
+    The normal equations come from the engine's own sums (``system.engine.embedded.loop.StepMoments``).
+    """
+
+    def total(name: str) -> float:
+        return sum(float(one.get(f"engine/server/{name}") or 0.0) for one in records)
+
+    steps, rows, prefill = (total(name) for name in ("steps", "row_steps", "prefill_tokens"))
+    rp = total("moment_rp")
+    gram = np.array(
+        [[steps, rows, prefill], [rows, total("moment_rr"), rp], [prefill, rp, total("moment_pp")]]
+    )
+    if not gram[1, 1]:
+        raise ConfigError(
+            "the run's metrics hold no sums over the engine's steps (engine/server/moment_…): only runs with "
+            "the embedded engine of this version can be calibrated on"
+        )
+    right = np.array([total("busy_s"), total("moment_rt"), total("moment_pt")])
+    fixed, row, token = nonnegative(gram, right)
+    return LinearEngine(step_fixed_s=fixed, per_sequence_s=row, per_prefill_s=token)
+
+
+def fit_learner(records: Sequence[Mapping[str, Any]]) -> LinearLearner:
+    """seconds = fixed + per token; what else a step takes (hand-over, records) counts as fixed."""
+    seconds = np.array([float(one["train/seconds"]) for one in records])
+    tokens = np.array([float(one["train/unique_tokens"]) for one in records])
+    table = np.column_stack([np.ones_like(tokens), tokens])
+    fixed, per_token = nonnegative(table.T @ table, table.T @ seconds)
+    span = sum(float(one["time/window_s"]) for one in records)
+    idle = sum(_idle(one, "learner") for one in records)
+    rest = max(0.0, (span - idle - float(seconds.sum())) / len(records))
+    return LinearLearner(fixed + rest, per_token)
+
+
+def fit_agent(trees: Sequence[Tree], window: int) -> RecordedAgent:
+    """Every segment of the trees, by the number of calls before it."""
+    tools = sorted({call.tool or NO_TOOL for tree in trees for call in tree.calls}) or [NO_TOOL]
+    heard: defaultdict[int, list[Recorded]] = defaultdict(list)
+    for tree in trees:
+        called = {int(tree.parent[call.node]): tools.index(call.tool or NO_TOOL) for call in tree.calls}
+        ended = dict(zip(tree.leaf.tolist(), range(tree.n_leaves), strict=True))
+        depth = np.zeros(tree.n_nodes, np.int64)  # calls on the path to the node, itself included
+        for node in range(1, tree.n_nodes):
+            depth[node] = depth[tree.parent[node]] + (tree.kind[node] == Kind.TOOL)
+            if tree.kind[node] != Kind.MODEL:
+                continue
+            begin, end = int(tree.start[node]), int(tree.end[node])
+            tool, leaf = called.get(node, -1), ended.get(node)
+            if leaf is not None and tree.outcome[leaf] == Outcome.CALL_LIMIT:
+                tool = 0  # it asked for one more call; which tool is no matter
+            first = tree.entropy[begin : min(end, begin + window)]
+            known = first[np.isfinite(first)]
+            entropy = float(known.mean()) if known.size else 0.0
+            right = leaf is not None and tree.correct[leaf] == 1
+            heard[int(depth[node])].append(Recorded(end - begin, tool, right, entropy))
+    prompts = Empirical([float(tree.start[1] if tree.n_nodes > 1 else tree.n_tokens) for tree in trees])
+    return RecordedAgent(prompts, [heard[calls] for calls in range(len(heard))], tools)
+
+
+def fit_tools(trees: Sequence[Tree], names: Sequence[str]) -> dict[str, ToolModel]:
+    """Latencies and lengths of answers as they were measured, by tool (cached answers included)."""
+    models: dict[str, ToolModel] = {}
+    for name in names:
+        calls = [(tree, call) for tree in trees for call in tree.calls if (call.tool or NO_TOOL) == name]
+        if not calls:
+            models[name] = ToolModel(Constant(0.0), Constant(1.0))
+            continue
+        sizes = [max(1.0, float(tree.end[call.node] - tree.start[call.node]) - _TAGS) for tree, call in calls]
+        models[name] = ToolModel(Empirical([call.latency_s for _, call in calls]), Empirical(sizes))
+    return models
+
+
+def nonnegative(gram: NDArray[np.float64], right: NDArray[np.float64]) -> list[float]:
+    """Least squares with coefficients ≥ 0 from its normal equations, ``gram`` · x = ``right``.
+
+    The variable with the most negative coefficient is left out until none is negative.
+    """
+    kept = list(range(right.size))
+    result = [0.0] * right.size
+    while kept:
+        scale = np.sqrt(np.maximum(np.diag(gram)[kept], 1e-300))
+        scaled = gram[np.ix_(kept, kept)] / np.outer(scale, scale)
+        solution = np.linalg.lstsq(scaled, right[kept] / scale, rcond=None)[0] / scale
+        if solution.min() >= 0:
+            for place, value in zip(kept, solution, strict=True):
+                result[place] = float(value)
+            break
+        kept.pop(int(solution.argmin()))
+    return result
+
+
+def _publishing(records: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Seconds per step of publishing weights, and of them those in which the engines stood still."""
+    publishing = sum(float(one.get("time/idle_s/learner/publishing weights") or 0) for one in records)
+    engines = {key.split("/")[2] for one in records for key in one if key.startswith("time/idle_s/engine-")}
+    still = sum(
+        float(one.get(f"time/idle_s/{engine}/{cause}") or 0)
+        for one in records
+        for engine in engines
+        for cause in ("updating", "paused")
+    )
+    return publishing / len(records), still / len(records) / max(len(engines), 1)
+
+
+def _idle(record: Mapping[str, Any], actor: str) -> float:
+    prefix = f"time/idle_s/{actor}/"
+    return sum(float(value or 0) for key, value in record.items() if key.startswith(prefix))
+
+
+def _vocab(run: RunDir) -> int:
+    """Of the model that the run started from."""
+    config = run.config()
+    places = (Path(config.model.path), run.model) if config.model.path else (run.start, run.model)
+    for place in places:
+        if (place / "config.json").is_file():
+            return int(json.loads((place / "config.json").read_text())["vocab_size"])
+    raise ConfigError(f"{run.root}: no config.json of the model in {' or '.join(map(str, places))}")

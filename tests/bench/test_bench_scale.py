@@ -1,0 +1,68 @@
+"""The scaling benchmark: its search finds the top, its simulations obey the hardware, causes are named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from system.bench import scale
+from system.bench.scale import PROFILES, Point, Workload, best_split, simulate_split
+from system.config import ConfigError
+
+SMALL = Workload(batch_trees=4, leaves=8, roots=4, segment_tokens=512, result_tokens=128)
+SEVEN = PROFILES["7B"]
+
+
+def test_more_engines_are_never_slower_and_training_limits_what_they_bring() -> None:
+    few, more, many = (simulate_split(SEVEN, gpus, 1, SMALL) for gpus in (5, 6, 68))
+    assert few.learner_gpus == more.learner_gpus == many.learner_gpus == 4
+    assert (few.engines, more.engines, many.engines) == (1, 2, 64)
+    assert few.result.step_s > more.result.step_s > many.result.step_s
+    assert many.learner_idle < few.learner_idle
+    assert many.result.running < few.result.running
+
+
+def test_the_same_point_is_the_same_simulation() -> None:
+    first, again = (simulate_split(SEVEN, 8, 1, SMALL) for _ in range(2))
+    assert first.result.digest == again.result.digest
+
+
+def test_too_few_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="leave none for engines"):
+        simulate_split(SEVEN, 4, 1, SMALL)
+    assert best_split(PROFILES["32B"], 16, SMALL) == []
+
+
+@pytest.mark.parametrize(("gpus", "top"), [(64, 3), (256, 21), (1024, 1), (1024, 255)])
+def test_the_search_finds_the_best_split_in_few_simulations(
+    gpus: int, top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fake(profile: Any, gpus: int, replicas: int, work: Workload) -> Any:
+        tried.append(replicas)
+        rate = min(replicas / top, (gpus / 4 - replicas) / (gpus / 4 - top))  # rises, then falls
+        return SimpleNamespace(result=SimpleNamespace(trained_per_s=rate), replicas=replicas)
+
+    monkeypatch.setattr(scale, "simulate_split", fake)
+    found: Any = best_split(SEVEN, gpus, SMALL)[0]
+    assert found.result.trained_per_s > 0.85  # of the top's 1
+    assert len(tried) <= 20
+
+
+def point(learner_idle: float, engine_idle: float, running: float, staleness: int = 1) -> Point:
+    result: Any = SimpleNamespace(
+        idle={"learner": {"no batch": learner_idle}, "engine-0": {"waiting": engine_idle}}, running=running
+    )
+    return Point("7B", 8, 4, 4, replace(SMALL, staleness=staleness), result)
+
+
+def test_the_bottleneck_is_who_has_no_time_to_spare() -> None:
+    assert point(0.02, 0.5, 10).bottleneck == "training"
+    assert point(0.5, 0.02, 400).bottleneck == "generation"
+    assert "few branches" in point(0.5, 0.02, 4).bottleneck  # engines step, but each for few sequences
+    assert "few branches" in point(0.5, 0.5, 4).bottleneck
+    assert "turns" in point(0.5, 0.5, 4, staleness=0).bottleneck
