@@ -183,7 +183,7 @@ async def _measure(load: Load) -> dict[str, Any]:
             [_Search(ToolLatency(load.tool_s, 1.0), counts)],
             ServiceLimits(concurrency=load.branches, deadline_s=60),
         )
-        client = EngineClient([url], deadline_s=120)
+        client = EngineClient([url], deadline_s=120, in_flight=load.branches)
         live = _LiveBranches()
         grower = _grower(load, _CountedEngine(client, counts), tools, live)
         rss = psutil.Process().memory_info().rss

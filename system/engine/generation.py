@@ -8,7 +8,7 @@ import logging
 import random
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -30,6 +30,7 @@ _MOST_KEPT = 4096
 
 _ABORT_DEADLINE_S = 5.0
 _CLOSE_DEADLINE_S = 1.0
+_READ_OUT_S = 1.0  # for a server to close a stream after its finish
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
 _REPORT_S, _REPORT_DEADLINE_S = 1.0, 5.0  # between the servers' reports of their load; of one report
 
@@ -91,7 +92,7 @@ class Generation:
         self._router = Router(self.urls)
         self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served
         self._live: dict[str, _Progress] = {}
-        self._aborts: set[asyncio.Task[None]] = set()
+        self._endings: set[asyncio.Task[None]] = set()
         self._reporter: asyncio.Task[None] | None = None
         self._reported = asyncio.Event()  # once every server has been asked
         self._estimate = estimate
@@ -112,13 +113,13 @@ class Generation:
         }
 
     async def close(self) -> None:
-        """Stop asking for reports; wait a moment for aborts under way."""
+        """Stop asking for reports; wait a moment for the last words of requests that have ended."""
         if self._reporter is not None:
             self._reporter.cancel()
             await asyncio.gather(self._reporter, return_exceptions=True)
             self._reporter = None
-        if self._aborts:
-            _, late = await asyncio.wait(set(self._aborts), timeout=_CLOSE_DEADLINE_S)
+        if self._endings:
+            _, late = await asyncio.wait(set(self._endings), timeout=_CLOSE_DEADLINE_S)
             for task in late:
                 task.cancel()
 
@@ -289,7 +290,7 @@ class Generation:
         """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
-        reader, splitter = StreamReader(self._estimate), EventSplitter()
+        reader, splitter, complete = StreamReader(self._estimate), EventSplitter(), False
         rid = progress.request.rid
         try:
             response = await self._http.session.post(
@@ -314,11 +315,15 @@ class Generation:
                     chunk, text = reader.read(message)
                     self._counters["entropy_estimates"] += reader.estimated - known
                     self._entropy_error += reader.error - off
+                    complete = chunk.finish is not None
                     yield self._account(progress, place, chunk, text)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
         finally:
-            response.close()
+            if complete and not response.content.at_eof():
+                self._in_background(_read_out(response))
+            else:
+                response.close()
 
     def _body(self, progress: _Progress) -> dict[str, Any]:
         """The ``/generate`` body that asks for what is still missing."""
@@ -387,9 +392,13 @@ class Generation:
 
     def _abort_later(self, progress: _Progress) -> None:
         """Tell the server that nobody listens any more; at once, without waiting for the answer."""
-        task = asyncio.get_running_loop().create_task(self._abort_quietly(progress.url, progress.wire_rid))
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
+        self._in_background(self._abort_quietly(progress.url, progress.wire_rid))
+
+    def _in_background(self, last_words: Coroutine[Any, Any, None]) -> None:
+        """What is still to be said or read of a request that has ended.  It raises nothing."""
+        task = asyncio.get_running_loop().create_task(last_words)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
 
     async def _abort_quietly(self, url: str, wire_rid: str) -> None:
         try:
@@ -428,6 +437,18 @@ def _error_of(error: Any, rid: str) -> Exception:
     if isinstance(code, int) and 400 <= code < 500:
         return EngineError(f"request {rid!r} refused: {error.get('message')}")
     return _Broken(str(error))
+
+
+async def _read_out(response: aiohttp.ClientResponse) -> None:
+    """Read past the finish to the stream's end, so that the connection serves the next request, too."""
+    try:
+        async with asyncio.timeout(_READ_OUT_S):
+            while await response.content.readany():
+                pass
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        log.debug("a stream that finished did not end: %s", error)
+    finally:
+        response.close()
 
 
 async def _refusal(response: aiohttp.ClientResponse, rid: str) -> Exception:

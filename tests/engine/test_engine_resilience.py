@@ -27,6 +27,7 @@ from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
 from system.engine.stream import CutGuard
+from system.tools.serving import serve as serve_app
 
 
 @pytest.fixture
@@ -69,6 +70,45 @@ async def cutting_proxy(target: str, after_bytes: int, cuts: int) -> AsyncIterat
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_one_connection_serves_one_request_after_another() -> None:
+    """The end of a stream may come after its finish, in a packet of its own: it is read all the same."""
+    peers = set()
+    finish = {
+        "text": "a",
+        "output_ids": [5],
+        "meta_info": {
+            "completion_tokens": 1,
+            "weight_version": "1",
+            "finish_reason": {"type": "stop", "matched": 5},
+            "output_token_logprobs": [[-1.0, 5, None]],
+        },
+    }
+
+    async def generate(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        peers.add(request.transport.get_extra_info("peername"))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(f"data: {json.dumps(finish)}\n\n".encode())
+        await asyncio.sleep(0.02)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    app = web.Application()
+    app.router.add_post("/generate", generate)
+    server = await serve_app(app)
+    client = EngineClient([server.url])
+    try:
+        for number in range(4):
+            (chunk,) = await collect(client, request(f"r{number}", prompt(3)))
+            assert chunk.tokens.tolist() == [5]
+            await asyncio.sleep(0.06)
+        assert len(peers) == 1
+    finally:
+        await client.close()
+        await server.close()
 
 
 @pytest.mark.parametrize("after_bytes", [10, 700, 1500, 3001])
