@@ -40,8 +40,9 @@ SETTINGS = (
 def sglang() -> None:
     try:
         interpreter(EngineConfig(name="sglang"))
-    except SglangMissing as missing:
-        pytest.skip(f"SGLang is not installed: {missing}")
+    except SglangMissing as error:
+        missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_SGLANG") else pytest.skip
+        missing(f"SGLang is not installed: {error}")
 
 
 def is_server(process: psutil.Process) -> bool:

@@ -1,0 +1,336 @@
+"""What weight transports do without a server: layouts, digests, shared memory, refusals, files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+from safetensors.torch import load_file
+
+from system.config import ConfigError, EngineConfig, load
+from system.engine.client import EngineClient
+from system.engine.embedded.shape import ModelShape
+from system.engine.http import Http
+from system.engine.transports import PushFailed, choose, make
+from system.engine.transports.digest import Digests, sha256_hash, word_hash
+from system.engine.transports.disk import INDEX, Disk
+from system.engine.transports.distributed import Distributed
+from system.engine.transports.layout import Fuser, ShardError
+from system.engine.transports.sglang import Server, SGLangTransport
+from system.engine.transports.tensor import SharedTensors, flatten, handles
+
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "tie_word_embeddings": True,
+}
+
+
+def shape(tmp_path: Path, **changes: Any) -> ModelShape:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | changes))
+    return ModelShape.from_directory(tmp_path)
+
+
+def counted(model: ModelShape) -> dict[str, torch.Tensor]:
+    """Weights that any machine makes alike: small whole numbers over 64."""
+    return {
+        name: ((torch.arange(torch.Size(size).numel()) * 37 + number) % 1009).div(64).view(size)
+        for number, (name, size) in enumerate(model.tensors().items())
+    }
+
+
+# Digests ----------------------------------------------------------------------------------------
+
+
+def test_digests_are_those_of_a_real_server(tmp_path: Path) -> None:
+    """Recorded from SGLang 0.5.23's /weights_checker on CPU with two tensor-parallel ranks."""
+    model = shape(tmp_path)
+    digests = Digests(model, 2, "cpu")
+    digests.add(counted(model))
+    recorded = json.loads((Path(__file__).parent / "sglang_digests.json").read_text())
+    assert digests.ranks == recorded
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "expected"),
+    [
+        (1, torch.float32, 0x3D93A6540B54EF2A),
+        (7, torch.bfloat16, 0x846CA49358791A67),  # half a word over
+        (8191, torch.float32, 0xA08A9EB33BB6A334),
+        (8192, torch.float32, 0x9BF2CF39B81B099E),  # one tile
+        (8193, torch.float32, 0x11FE2F56101D5EC9),
+        (50001, torch.bfloat16, 0x292EE21A23ACBAEC),
+    ],
+)
+def test_word_hash_is_sglangs(count: int, dtype: torch.dtype, expected: int) -> None:
+    """Recorded from SGLang 0.5.23's gpu_tensor_hash kernels, run by Triton's interpreter."""
+    values = ((torch.arange(count) * 37) % 1009).to(torch.float32).div(64).to(dtype)
+    assert word_hash(values) == expected
+
+
+@pytest.mark.gpu
+def test_word_hash_is_the_same_on_a_gpu() -> None:
+    values = torch.randn(3_000_001, dtype=torch.bfloat16)
+    assert word_hash(values.cuda()) == word_hash(values)
+
+
+def test_digests_see_every_bit_and_place() -> None:
+    values = torch.randn(100, 7)
+    for digest in (sha256_hash, word_hash):
+        assert digest(values) == digest(values.clone())
+        changed = values.clone()
+        changed.view(torch.int32)[99, 6] ^= 1
+        assert digest(changed) != digest(values)
+        assert digest(values.flip(0)) != digest(values)
+
+
+@pytest.mark.parametrize(("tp", "device"), [(1, "cpu"), (2, "cpu"), (2, "cuda"), (4, "cuda")])
+def test_shards_hold_every_row_once(tmp_path: Path, tp: int, device: str) -> None:
+    """Put together again they are the tensors; what is beyond is zero; key/value heads may be copies."""
+    model = shape(tmp_path, tie_word_embeddings=False)
+    weights = counted(model)
+    fuser, held = Fuser(model, tp, device), dict[str, list[torch.Tensor]]()
+    for name, tensor in reversed(weights.items()):  # in any order
+        held.update(fuser.add(name, tensor))
+    fused = {"qkv_proj": 36 + 36 if tp < 4 else 0, "gate_up_proj": 0}
+    assert len(held) == 2 * (4 + 1 + 1 + 2) + 3 == len({*held})
+    for name, shards in held.items():
+        assert len(shards) == tp
+        assert len({tuple(shard.shape) for shard in shards}) == 1
+        assert all(shard.is_contiguous() for shard in shards)
+        if name in weights and "norm" in name:
+            assert all(torch.equal(shard, weights[name]) for shard in shards)
+        elif name in weights:
+            dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+            whole = torch.cat(shards, dim)
+            length = weights[name].shape[dim]
+            assert torch.equal(whole.narrow(dim, 0, length), weights[name])
+            assert not whole.narrow(dim, length, whole.shape[dim] - length).any()
+        else:
+            assert any(part in name for part in fused)
+    q, k = (weights[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qk")
+    shards = held["model.layers.0.self_attn.qkv_proj.weight"]
+    rows = q.shape[0] // tp
+    assert torch.equal(torch.cat([shard[:rows] for shard in shards]), q)
+    heads = [shard[rows : rows + 12 * max(1, 2 // tp)] for shard in shards]
+    assert torch.equal(
+        torch.cat(heads), k if tp <= 2 else k.view(2, 12, -1).repeat_interleave(2, 0).flatten(0, 1)
+    )
+
+
+def test_a_split_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="4 heads"):
+        Fuser(shape(tmp_path), 3, "cuda")
+    with pytest.raises(ShardError, match="2 key/value heads"):
+        Fuser(shape(tmp_path), 4, "cpu")
+
+
+# Ways -------------------------------------------------------------------------------------------
+
+
+def test_the_way_follows_the_configuration(tmp_path: Path) -> None:
+    shape(tmp_path)
+    here, there = ["http://127.0.0.1:1"], ["http://127.0.0.1:1", "http://10.0.0.7:1"]
+    assert choose(EngineConfig(), here) == "http"
+    assert choose(EngineConfig(name="sglang"), here) == "tensor"
+    assert choose(EngineConfig(name="sglang"), there) == "distributed"
+    for way, carrier in (("disk", Disk), ("tensor", SharedTensors), ("distributed", Distributed)):
+        transport = make(EngineConfig(name="sglang", weights=way), here, tmp_path, "float32")
+        assert isinstance(transport, SGLangTransport)
+        assert isinstance(transport.carrier, carrier)
+        transport.close()
+    with pytest.raises(ConfigError, match=r"engine\.weights_dir"):
+        make(EngineConfig(name="sglang", weights="disk"), there, tmp_path, "float32")
+    with pytest.raises(ConfigError, match=r"engine\.weights=http: the sglang engine takes"):
+        load(None, ["engine=sglang", "engine.weights=http"])
+    with pytest.raises(ConfigError, match=r"engine\.weights=disk: the embedded engine takes"):
+        load(None, ["engine.weights=disk"])
+
+
+def test_shared_tensors_are_opened_by_another_process() -> None:
+    """One segment per bucket, whatever the dtypes, and nothing of ours in the pickle."""
+    bucket = {"a": torch.randn(3, 5), "b": torch.arange(7, dtype=torch.bfloat16), "c": torch.randn(2, 2)}
+    carrier = SharedTensors()
+    carrier.stage(bucket)
+    (staged,) = carrier._staged
+    assert len({tensor.untyped_storage().data_ptr() for tensor in staged.values()}) == 1
+    program = """
+import base64, io, json, pickle, sys, torch
+modules = set()
+class Reader(pickle.Unpickler):
+    def find_class(self, module, name):
+        modules.add(module.split(".")[0])
+        return super().find_class(module, name)
+tensors = dict(Reader(io.BytesIO(base64.b64decode(sys.stdin.read()))).load())
+values = {name: tensor.double().flatten().tolist() for name, tensor in tensors.items()}
+print(json.dumps([sorted(modules), values]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=handles(staged),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    modules, values = json.loads(done.stdout)
+    assert values == {name: tensor.double().flatten().tolist() for name, tensor in bucket.items()}
+    assert set(modules) <= {"torch", "builtins", "collections"}  # what SGLang's reader admits
+    carrier.clear()
+
+
+def test_flattened_tensors_are_aligned_copies() -> None:
+    bucket = {"a": torch.randn(3), "b": torch.randn(5).bfloat16(), "c": torch.randn(4, 2)}
+    flat = flatten(bucket, torch.device("cpu"))
+    for name, tensor in bucket.items():
+        assert torch.equal(flat[name], tensor)
+        assert flat[name].data_ptr() != tensor.data_ptr()
+        assert flat[name].storage_offset() * flat[name].element_size() % 64 == 0
+
+
+@pytest.mark.gpu
+def test_cuda_handles_name_the_device_by_its_uuid() -> None:
+    bucket = flatten({"a": torch.randn(1000)}, torch.device("cuda", 0))
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    assert uuid.encode() in base64.b64decode(handles(bucket))
+
+
+async def test_disk_leaves_a_complete_directory_and_no_older_one(tmp_path: Path) -> None:
+    model = shape(tmp_path)
+    weights = counted(model)
+    names = list(weights)
+    disk = Disk(tmp_path / "out")
+    server = Server("http://127.0.0.1:1", 1, "cpu", "", Http(), 1.0)
+    for _ in range(3):
+        for i in range(2):
+            disk.stage({name: weights[name] for name in names[i::2]})
+        directory = disk.directory
+        await disk.connect(server)
+        disk.clear()
+        index = json.loads((directory / INDEX).read_text())
+        assert set(index["weight_map"]) == set(weights)
+        read = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+        assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+        assert list((tmp_path / "out").iterdir()) == [directory]
+    disk.close()
+
+
+# Servers that misbehave --------------------------------------------------------------------------
+
+
+class FakeServer:
+    """As much of SGLang as a push talks to; ``answers`` replaces the answer of a path."""
+
+    def __init__(self, digests: Digests, **answers: Any) -> None:
+        self.calls: list[str] = []
+        self._digests, self._answers = digests, answers
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path}", self._handle)
+        self._runner = web.AppRunner(app)
+
+    async def __aenter__(self) -> FakeServer:
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        path = request.match_info["path"]
+        self.calls.append(path)
+        if path in self._answers:
+            status, body = self._answers[path]
+            return web.json_response(body, status=status)
+        body: dict[str, Any] = {"success": True}
+        if path == "server_info":
+            body = {"tp_size": len(self._digests.ranks), "dp_size": 1, "device": "cpu", "startup_time": 1}
+        elif path == "weights_checker":
+            body["ranks"] = [{"checksums": rank} for rank in self._digests.ranks]
+        return web.json_response(body)
+
+
+async def push(tmp_path: Path, server: FakeServer, *others: str) -> None:
+    model = ModelShape.from_directory(tmp_path)
+    transport = SGLangTransport(SharedTensors(), model, torch.float32)
+    client = EngineClient([server.url, *others], transport=transport, connect_s=1)
+    weights = counted(model)
+    try:
+        await client.push_weights([{name: weights[name]} for name in weights], 3)
+    finally:
+        await client.close()
+
+
+def held(model: ModelShape, tp: int = 1) -> Digests:
+    digests = Digests(model, tp, "cpu")
+    digests.add(counted(model))
+    return digests
+
+
+async def test_a_push_pauses_loads_proves_and_goes_on(tmp_path: Path) -> None:
+    async with FakeServer(held(shape(tmp_path), 2)) as server:
+        await push(tmp_path, server)
+    buckets = server.calls.count("update_weights_from_tensor")
+    assert buckets == len(counted(ModelShape.from_directory(tmp_path)))
+    order = list(dict.fromkeys(server.calls))
+    assert order == [
+        "server_info", "pause_generation", "begin_weight_update", "update_weights_from_tensor",
+        "end_weight_update", "weights_checker", "update_weight_version", "continue_generation",
+    ]  # fmt: skip
+
+
+async def test_a_dead_server_does_not_keep_the_others_from_their_weights(tmp_path: Path) -> None:
+    async with FakeServer(held(shape(tmp_path))) as server:
+        with pytest.raises(PushFailed) as failed:
+            await push(tmp_path, server, "http://127.0.0.1:9")
+    assert list(failed.value.failures) == ["http://127.0.0.1:9"]
+    assert list(failed.value.report.pause_s) == [server.url]
+    assert server.calls[-1] == "continue_generation"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        ("update_weights_from_tensor", 400, {"success": False, "message": "no"}),
+        ("update_weights_from_tensor", 200, {"success": False, "message": "no"}),
+        ("weights_checker", 200, {"success": True, "ranks": []}),
+        ("weights_checker", 200, {"success": True, "ranks": [{"checksums": {}}]}),
+    ],
+)
+async def test_a_server_that_may_hold_a_mixture_stays_paused(
+    tmp_path: Path, path: str, status: int, body: dict[str, Any]
+) -> None:
+    async with FakeServer(held(shape(tmp_path)), **{path: (status, body)}) as server:
+        with pytest.raises(PushFailed):
+            await push(tmp_path, server)
+    assert "pause_generation" in server.calls
+    assert not {"update_weight_version", "continue_generation"} & set(server.calls)
+
+
+async def test_several_data_parallel_ranks_are_refused_before_any_pause(tmp_path: Path) -> None:
+    info = {"tp_size": 1, "dp_size": 2, "device": "cpu", "startup_time": 1}
+    async with FakeServer(held(shape(tmp_path)), server_info=(200, info)) as server:
+        with pytest.raises(PushFailed, match="dp_size 1"):
+            await push(tmp_path, server)
+    assert server.calls == ["server_info"]
+
+
+def test_what_a_peer_sends_is_never_unpickled() -> None:
+    """Pickles leave this process; none enters it: no module of the engine reads one."""
+    root = Path(sys.modules["system.engine"].__path__[0])
+    for file in root.rglob("*.py"):
+        assert "pickle.load" not in file.read_text(), file
