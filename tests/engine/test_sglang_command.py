@@ -73,6 +73,7 @@ def test_only_a_cpu_server_gets_the_shim() -> None:
     assert "cpu_shim" in cpu.env["PYTHONPATH"]
     assert cpu.env["SGLANG_CPU_OMP_THREADS_BIND"] == "4|5"
     assert value(cpu, "--attention-backend") == "torch_native"
+    assert "--sleep-on-idle" in cpu.argv, "or an idle server takes a core from everybody else"
     assert "cpu_shim" not in gpu.env["PYTHONPATH"]
     assert not {"--attention-backend", "--sampling-backend", "--mem-fraction-static"} & set(gpu.argv)
     for folder in cpu.env["PYTHONPATH"].split(":"):

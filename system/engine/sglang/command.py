@@ -104,6 +104,7 @@ def _cpu_defaults(engine: EngineConfig) -> dict[str, Any]:
         "sampling_backend": "pytorch",
         "disable_cuda_graph": True,
         "skip_server_warmup": True,
+        "sleep_on_idle": True,  # its scheduler would keep a core busy
         "mem_fraction_static": 0.05,
         "max_total_tokens": (engine.max_running + engine.cache_slots) * engine.max_context,
     }
