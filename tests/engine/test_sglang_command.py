@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,25 @@ def test_an_early_end_and_a_missed_deadline_carry_the_log(start: Callable[..., S
     with pytest.raises(ServerFailed, match=r"not ready within 1.5 s(?s:.*)fake server") as missed:
         start("never").wait_ready(1.5)
     assert "no such model" not in str(missed.value), "the log of an earlier start"
+
+
+def test_waiting_tells_why_a_server_ended(start: Callable[..., SglangServer]) -> None:
+    server = start()
+    server.wait_ready(20)
+    settled(server.pid, 2)[0].kill()
+    assert re.search(r"ended with status 137(?s:.*)fake server", str(server.wait()))
+
+
+def test_a_server_that_hangs_is_killed(
+    start: Callable[..., SglangServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("system.engine.sglang.server.WATCH_S", 0.1)
+    server = start()
+    server.wait_ready(20)
+    processes = settled(server.pid, 2)
+    next(p for p in processes if len(p.cmdline()) > 3).suspend()
+    assert "no answer for 0.5 s, killed" in str(server.wait(hung_s=0.5))
+    assert gone(processes, 3)
 
 
 def test_a_server_that_ignores_sigterm_is_killed_at_once_on_demand(

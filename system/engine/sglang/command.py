@@ -77,7 +77,9 @@ def server_command(
     what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
     ``/continue_generation``.
     """
-    native = {**(_cpu_defaults(engine) if cpu else {}), **engine.sglang}
+    # A null takes a default away.  Engines are asked every second how they are: no log line for each answer.
+    defaults = {"log_level_http": "warning", **(_cpu_defaults(engine) if cpu else {})}
+    native = {**defaults, **engine.sglang}
     if paused:
         native["skip_server_warmup"] = True  # it would wait for ever
     fixed = {
@@ -98,7 +100,6 @@ def server_command(
 
 
 def _cpu_defaults(engine: EngineConfig) -> dict[str, Any]:
-    """Flags that ``engine.sglang`` may replace (a null takes one away)."""
     return {
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",

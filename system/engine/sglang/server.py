@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from system.engine.protocol import EngineError
 from system.engine.sglang.command import Command
 
 LOOK_S = 0.2
+WATCH_S = 5.0
+HUNG_S = 120.0  # SGLang's own watchdog looks after its scheduler; this is about the whole server
 STOP_S = 15.0  # the warden's own grace, and some
 TAIL_LINES = 25
 _WARDEN = Path(__file__).with_name("warden.py")
@@ -54,7 +57,7 @@ class SglangServer:
         until = time.monotonic() + deadline_s
         while not self._healthy():
             if (status := self.exited()) is not None:
-                raise ServerFailed(f"the SGLang server ended with status {status}; {self._tail()}")
+                raise ServerFailed(f"SGLang at {self.url} ended with status {status}; {self._tail()}")
             if time.monotonic() > until:
                 raise ServerFailed(f"SGLang at {self.url}: not ready within {deadline_s:g} s; {self._tail()}")
             time.sleep(LOOK_S)
@@ -69,10 +72,21 @@ class SglangServer:
         """The exit status of a server that has ended, None while it runs."""
         return self._warden.poll()
 
-    def wait(self) -> ServerFailed:
-        """Block until the server ends; why, as far as its log tells."""
-        status = self._warden.wait()
-        return ServerFailed(f"the SGLang server at {self.url} ended with status {status}; {self._tail()}")
+    def wait(self, hung_s: float = HUNG_S) -> ServerFailed:
+        """Block until the server ends, or is killed because it has not answered for ``hung_s``; says why."""
+        answered = time.monotonic()
+        while self.exited() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._warden.wait(WATCH_S)
+                break
+            if self._healthy():
+                answered = time.monotonic()
+            elif time.monotonic() - answered > hung_s:
+                self.kill()
+                return ServerFailed(
+                    f"SGLang at {self.url}: no answer for {hung_s:g} s, killed; {self._tail()}"
+                )
+        return ServerFailed(f"SGLang at {self.url} ended with status {self.exited()}; {self._tail()}")
 
     def stop(self) -> None:
         """End the whole process group: asked first, killed after a grace period."""
