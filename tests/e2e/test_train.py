@@ -139,9 +139,12 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], how: signal.Signals) -
     _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive, f"outlived the run: {alive}"
     reached = run.steps()
-    again = start(resume=run.directory)
+    # The learner may come back in another layout: tensor parallel before, two pipeline stages after.
+    layout = ["learn.tp=1", "learn.pp=2"] if how == signal.SIGINT else []
+    again = start(*layout, resume=run.directory)
     assert again.wait(WAIT_S) == 0, again.output()
     summary = again.summary()
     assert summary["versions"] == 8
+    assert summary["config"]["learn"]["pp"] == (2 if layout else 1)
     assert reached < 8
     assert_nothing_lost(again.directory, summary)
