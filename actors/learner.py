@@ -5,12 +5,14 @@ engines.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import ray
 
 from actors.places import Places
@@ -51,6 +53,7 @@ class LearnerRank:
     def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> None:
         from system.learn.trainer import Trainer
 
+        _meet_on_the_interface_of(ray.util.get_node_ip_address())
         self._config, self._model = configuration.from_dict(config), hf_path
         self._trainer = Trainer(
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
@@ -114,6 +117,17 @@ async def _push(
             return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
         finally:
             await client.close()
+
+
+def _meet_on_the_interface_of(address: str) -> None:
+    """Let gloo and NCCL use the node's own address; they would take the first interface, or the host name's.
+
+    What the environment says already (``slurm.env``) stands.
+    """
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(one.address == address for one in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
 class LearnerGroup:

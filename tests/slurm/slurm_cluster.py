@@ -61,7 +61,7 @@ def install() -> None:
 class SlurmCluster:
     """Start with ``start``; ``close`` ends every process and namespace of it."""
 
-    def __init__(self, nodes: int = 3, cpus: int = 4) -> None:
+    def __init__(self, nodes: int = 3, cpus: int = 4, separate: bool = True) -> None:
         self.state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: sockets lie in it
         self.state.chmod(0o755)
         self.names = [f"n{i}" for i in range(1, nodes + 1)]
@@ -69,7 +69,7 @@ class SlurmCluster:
         self.shared = self.state / "shared"  # the file system that all nodes share
         tag = os.getpid() % 10_000
         self.prefix, self.net = f"es{tag}", f"10.213.{tag % 200 + 20}"
-        self.namespaces = os.geteuid() == 0 and self._can_separate()
+        self.namespaces = separate and os.geteuid() == 0 and self._can_separate()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -268,7 +268,7 @@ PartitionName=paper Nodes=paper[1-64] State=UP
 
     def idle_nodes(self) -> set[str]:
         return set(
-            self.slurm("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%n", check=False).split()
+            self.slurm("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%N", check=False).split()
         )
 
     def node_state(self, name: str) -> str:
