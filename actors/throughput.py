@@ -76,13 +76,13 @@ BASE = (
 )
 MODES = {
     "lockstep": ("rollout.schedule=lockstep", "branching=arpo", "flow.staleness=0"),
-    "tree, synchronous": ("branching=arpo", "flow.staleness=0"),
-    "tree, asynchronous η = 1": ("branching=arpo", "flow.staleness=1"),
-    "linear, synchronous": ("branching=none", "flow.staleness=0"),
-    "linear, one-step-off": ("branching=none", "flow.staleness=1", "flow.update=drained"),
-    "linear, asynchronous η = 4": ("branching=none", "flow.staleness=4"),
+    "tree sync": ("branching=arpo", "flow.staleness=0"),
+    "tree async η=1": ("branching=arpo", "flow.staleness=1"),
+    "linear sync": ("branching=none", "flow.staleness=0"),
+    "linear one-step-off": ("branching=none", "flow.staleness=1", "flow.update=drained"),
+    "linear async η=4": ("branching=none", "flow.staleness=4"),
 }
-QUICK_MODES = ("lockstep", "tree, asynchronous η = 1")
+QUICK_MODES = ("lockstep", "tree async η=1")
 
 
 class SlowSearch:
