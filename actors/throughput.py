@@ -162,7 +162,8 @@ async def _set_up(config: Config, task: Task, joined: bool) -> Stage:
     """Start the actors and teach the model to call its tools."""
     run_dir = RunDir.create(config, "warm-start")
     model = prepare_model(config, task, run_dir)
-    crew = await Crew.start(config, str(model), None, await Places.claim(config, joined=joined))
+    places = await Places.claim(config, joined=joined)
+    crew = await Crew.start(config, str(model), None, places, run_dir.logs.resolve())
     recorder = Recorder(run_dir, config, [])
     conductor = make_conductor(config, crew, task, run_dir, recorder, _progress(config, recorder))
     await conductor.warm_start(demonstrations(config, task, model))
