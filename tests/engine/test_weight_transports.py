@@ -19,6 +19,7 @@ from system.engine.client import EngineClient
 from system.engine.embedded.shape import ModelShape
 from system.engine.http import Http
 from system.engine.transports import PushFailed, choose, make
+from system.engine.transports.base import Kv
 from system.engine.transports.digest import Digests, sha256_hash, word_hash
 from system.engine.transports.disk import INDEX, Disk
 from system.engine.transports.distributed import Distributed
@@ -264,13 +265,13 @@ class FakeServer:
         return web.json_response(body)
 
 
-async def push(tmp_path: Path, server: FakeServer, *others: str) -> None:
+async def push(tmp_path: Path, server: FakeServer, *others: str, kv: Kv = "recompute") -> None:
     model = ModelShape.from_directory(tmp_path)
     transport = SGLangTransport(SharedTensors(), model, torch.float32)
     client = EngineClient([server.url, *others], transport=transport, connect_s=1)
     weights = counted(model)
     try:
-        await client.push_weights([{name: weights[name]} for name in weights], 3)
+        await client.push_weights([{name: weights[name]} for name in weights], 3, kv=kv)
     finally:
         await client.close()
 
@@ -327,6 +328,16 @@ async def test_several_data_parallel_ranks_are_refused_before_any_pause(tmp_path
         with pytest.raises(PushFailed, match="dp_size 1"):
             await push(tmp_path, server)
     assert server.calls == ["server_info"]
+
+
+async def test_keep_needs_a_cache_that_is_keyed_by_version(tmp_path: Path) -> None:
+    """A server without the plug-in would serve stale prefixes: refused before any pause."""
+    async with FakeServer(held(shape(tmp_path))) as server:
+        with pytest.raises(PushFailed, match="plug-in"):
+            await push(tmp_path, server, kv="keep")
+        assert server.calls == ["server_info"]
+        await push(tmp_path, server)
+    assert server.calls[-1] == "continue_generation"
 
 
 def test_what_a_peer_sends_is_never_unpickled() -> None:

@@ -153,6 +153,11 @@ class SGLangTransport:
                     f"{url}: SGLang takes weights in flight with dp_size 1 only; it has {dp}: start one "
                     "server per replica"
                 )
+            if kv == "keep" and not _has_plugin(info):
+                raise EngineError(
+                    f"{url}: engine.kv_after_update=keep needs Espalier's plug-in in the server, without "
+                    "which prefixes of the old weights would be served as new ones"
+                )
             return server
 
         servers: list[Server] = []
@@ -228,6 +233,12 @@ class SGLangTransport:
         await server.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
         await server.post("/continue_generation")
         return time.perf_counter() - began
+
+
+def _has_plugin(info: Mapping[str, Any]) -> bool:
+    """Whether the server keys its prefix cache by weight version (``in_server/plugin``)."""
+    states = info.get("internal_states") or []
+    return bool(states) and all(state.get("espalier") is True for state in states)
 
 
 async def _prove(server: Server, expected: Digests) -> None:

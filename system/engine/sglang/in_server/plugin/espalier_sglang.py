@@ -13,6 +13,8 @@
 - **Start paused.** With ``ESPALIER_START_PAUSED=1`` the server answers, but generates nothing before
   ``/continue_generation``: one that was restarted has forgotten the weights it was sent.
 
+``/server_info`` tells that the plug-in is there: its internal states have ``espalier: true``.
+
 SGLang loads it by its entry point in the group ``sglang.srt.plugins``, in each of its processes.
 """
 
@@ -34,6 +36,7 @@ def register():
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     HookRegistry.register(f"{scheduler}.handle_generate_request", _key_arriving, HookType.BEFORE)
     HookRegistry.register(f"{scheduler}.record_weight_version_change", _key_waiting, HookType.AFTER)
+    HookRegistry.register(f"{scheduler}.get_internal_state", _introduce, HookType.AFTER)
     streamer = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
     HookRegistry.register(f"{streamer}.accept", _stamp, HookType.AFTER)
     if os.environ.get("ESPALIER_START_PAUSED") == "1":
@@ -43,6 +46,10 @@ def register():
 
 def _pause(result, manager):
     manager.is_pause = True
+
+
+def _introduce(result, scheduler, *args, **kwargs):
+    result.internal_state["espalier"] = True
 
 
 def _stamp(result, streamer, *, req):
