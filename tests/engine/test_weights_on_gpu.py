@@ -1,4 +1,4 @@
-"""Weights into an SGLang server on a GPU: CUDA IPC and NCCL, bfloat16, proved by SGLang's own hash kernels."""
+"""Weights into an SGLang server on a GPU: CUDA IPC and NCCL, proved by SGLang's own hash kernels."""
 
 from __future__ import annotations
 

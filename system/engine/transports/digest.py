@@ -30,7 +30,7 @@ class Digests:
     def __init__(self, shape: ModelShape, tp: int, device: str) -> None:
         """``device``: "cpu" or "cuda", what the server runs on."""
         self._fuser = Fuser(shape, tp, device)
-        self._hash = word_hash if device == "cuda" else sha256_hash
+        self._hash = _gpu_hash if device == "cuda" else sha256_hash
         self.ranks: list[dict[str, str]] = [{} for _ in range(tp)]  # parameter -> digest
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -45,6 +45,11 @@ def sha256_hash(tensor: Tensor) -> int:
     data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(memoryview(data.numpy())).digest()  # pyright: ignore[reportArgumentType]
     return int.from_bytes(digest[:8], "big")
+
+
+def _gpu_hash(tensor: Tensor) -> int:
+    """:func:`word_hash`, on this process's own GPU where it has one."""
+    return word_hash(tensor.cuda() if torch.cuda.is_available() else tensor)
 
 
 def word_hash(tensor: Tensor) -> int:
