@@ -117,6 +117,7 @@ def _srun_options(config: Config, split: int) -> str:
     options = (
         ["--het-group=0,1"] if split else [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     )
+    options.append("--cpu-bind=none")  # one task per node, with all of its cores
     if config.cluster.on_node_loss == "continue":
         options.append("--no-kill")
     if config.slurm.cpus_per_node and not split:

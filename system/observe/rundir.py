@@ -14,6 +14,9 @@
       logs/            logs of the parts
       wandb/           Weights & Biases files (offline by default)
       summary.json     the run in one page
+      attempts.jsonl   of a SLURM job: a line for the start and the end of every attempt
+      attempts/        of a SLURM job: NNN/logs, one log per node and component
+      slurm/           the job script, what was submitted, the jobs' own output
 """
 
 from __future__ import annotations

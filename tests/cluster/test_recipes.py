@@ -1,6 +1,7 @@
 """Every recipe for GPUs: its layout divides, its memory fits, its job script is sound, and the released ones
 are what was released."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -114,8 +115,12 @@ def test_scripts_are_sound_bash(name: str, tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{number}.sh"
         path.write_text(text)
-        done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, timeout=30)
-        assert done.returncode == 0, done.stderr
+        checks = [["bash", "-n", str(path)]]
+        if shutil.which("shellcheck"):
+            checks.append(["shellcheck", "--severity=warning", str(path)])
+        for check in checks:
+            done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_partition_or_account_is_assumed() -> None:
@@ -140,7 +145,7 @@ def test_a_heterogeneous_job_has_two_components() -> None:
     assert "#SBATCH --nodes=2\n" in first
     assert "#SBATCH --nodes=2\n" in second
     assert "#SBATCH --constraint=inference\n" in second
-    assert "SRUN_OPTIONS=--het-group=0,1" in second
+    assert "SRUN_OPTIONS='--het-group=0,1 " in second
 
 
 def test_values_cannot_break_out_of_their_quotes(tmp_path: Path) -> None:
