@@ -11,6 +11,7 @@ import html
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -54,7 +55,7 @@ class Report:
         out_dir.mkdir(parents=True, exist_ok=True)
         self.out_dir, self.name, self.title, self.lead = out_dir, name, title, lead
         self._body: list[str] = []
-        self._console = Console()
+        self._console = Console(width=shutil.get_terminal_size((120, 24)).columns)
 
     def section(self, heading: str, *paragraphs: str) -> None:
         """Start a section."""

@@ -38,6 +38,8 @@ class Calibration:
 
     config: Config
     models: Models
+    engine: LinearEngine  # of the models, with their types
+    learner: LinearLearner
     steps: int  # training steps it was fitted to
     tree_s: float  # mean duration of a tree in the run
 
@@ -54,9 +56,10 @@ class Calibration:
             )
         agent = fit_agent(trees, config.branching.probe_tokens)
         publishing, update = _publishing(records)
+        engine, learner = fit_engine(records), fit_learner(records)
         models = Models(
-            engine=fit_engine(records),
-            learner=fit_learner(records),
+            engine=engine,
+            learner=learner,
             agent=agent,
             tools=fit_tools(trees, agent.tools),
             publish_s=max(0.0, publishing - update),
@@ -64,7 +67,8 @@ class Calibration:
             vocab=_vocab(run),
             mixed=True,
         )
-        return cls(config, models, len(records), float(np.mean([t.closed_s - t.started_s for t in trees])))
+        tree_s = float(np.mean([tree.closed_s - tree.started_s for tree in trees]))
+        return cls(config, models, engine, learner, len(records), tree_s)
 
     def with_host(self, rounds: int = 6) -> Calibration:
         """Fit the one time that no counter shows, ``request_s``: a request's way through host and network.
@@ -90,6 +94,31 @@ class Calibration:
             if abs(above) < 0.01 * self.tree_s:
                 break
         return replace(self, models=replace(self.models, request_s=best))
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How many times as long the same work took in another run: another machine, or other load on it."""
+
+    engine: float
+    learner: float
+
+    @classmethod
+    def between(cls, calibration: Calibration, run: RunDir) -> Drift:
+        """From what ``run`` counted and what the calibrated speeds say such counts take; 1 where unknown."""
+        records = steps_of(run)
+
+        def total(key: str) -> float:
+            return sum(float(one.get(key) or 0.0) for one in records)
+
+        counts = [total(f"engine/server/{name}") for name in ("steps", "row_steps", "prefill_tokens")]
+        expected = calibration.engine.busy_s(*counts)
+        learner = fit_learner(records)
+        tokens = total("train/unique_tokens") / len(records)
+        return cls(
+            total("engine/server/busy_s") / expected if expected else 1.0,
+            learner.train_s(tokens) / calibration.learner.train_s(tokens),
+        )
 
 
 def steps_of(run: RunDir) -> list[dict[str, Any]]:

@@ -24,6 +24,10 @@ class LinearLearner:
     def train_s(self, tokens: float) -> float:
         return self.fixed_s + self.per_token_s * tokens
 
+    def slowed(self, factor: float) -> LinearLearner:
+        """The same on a machine where everything takes ``factor`` times as long."""
+        return LinearLearner(self.fixed_s * factor, self.per_token_s * factor)
+
 
 @dataclass(frozen=True, slots=True)
 class LinearEngine:
@@ -41,3 +45,18 @@ class LinearEngine:
 
     def prefill_s(self, tokens: float) -> float:
         return self.prefill_fixed_s + self.per_prefill_s * tokens
+
+    def busy_s(self, steps: float, rows: float, prefilled: float) -> float:
+        """Seconds of ``steps`` steps with ``rows`` rows in all, and of so many prefilled tokens."""
+        return self.step_fixed_s * steps + self.per_sequence_s * rows + self.per_prefill_s * prefilled
+
+    def slowed(self, factor: float) -> LinearEngine:
+        """The same on a machine where everything takes ``factor`` times as long."""
+        return LinearEngine(
+            self.step_fixed_s * factor,
+            self.per_sequence_s * factor,
+            self.per_context_s * factor,
+            self.prefill_fixed_s * factor,
+            self.per_prefill_s * factor,
+            self.kv_tokens,
+        )
