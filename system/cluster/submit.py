@@ -187,13 +187,14 @@ def _closing_options(config: Config, root: Path, jobs: Sequence[str]) -> list[st
 def _write_script(root: Path, text: str, name: str = "job.sh") -> Path:
     path = root / "slurm" / name
     path.parent.mkdir(exist_ok=True)
+    for old in (path.parent / "cancelled", root / "attempts" / "failures"):  # what an earlier job left
+        old.unlink(missing_ok=True)
     write_atomic(path, text)
     return path
 
 
 def _record(root: Path, jobs: Sequence[str]) -> None:
     path = root / SUBMISSION
-    (root / "slurm" / "cancelled").unlink(missing_ok=True)
     write_atomic(path, json.dumps({"jobs": list(jobs), "time": time.time()}) + "\n")
 
 

@@ -149,3 +149,21 @@ def test_cancel_saves_and_stops_for_good(cluster: SlurmCluster, submit: Submit) 
     (attempt,) = attempts(root)
     assert (attempt["end"]["exit"], attempt["end"]["next"]) == (3, "cancelled")
     assert cluster.left_behind() == []
+
+
+def test_a_cancelled_run_can_be_submitted_again(cluster: SlurmCluster, submit: Submit) -> None:
+    job, root = submit("never")
+    cluster.wait((root / "drivers").exists, 60, "the driver", lambda: evidence(root))
+    twice = espalier(cluster, "submit", "--resume", str(root))
+    assert twice.returncode == 2
+    assert f"has a job already: {job} is RUNNING" in twice.stderr
+    assert espalier(cluster, "cancel", str(root), "--now").returncode == 0
+    assert cluster.wait_end(job, 60, lambda: evidence(root)) == "CANCELLED"
+    ending = (root / "config.yaml").read_text().replace("DRIVER_ENDS: never", "DRIVER_ENDS: finished")
+    (root / "config.yaml").write_text(ending)
+    again = espalier(cluster, "submit", "--resume", str(root))
+    assert again.returncode == 0, again.stderr
+    second = json.loads((root / "slurm" / "submission.json").read_text())["jobs"][0]
+    assert cluster.wait_end(second, 60, lambda: evidence(root)) == "COMPLETED", evidence(root)
+    assert [attempt["attempt"] for attempt in attempts(root)] == [0, 1]
+    assert cluster.left_behind() == []
