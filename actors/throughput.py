@@ -49,7 +49,7 @@ QUIET_S = 30.0  # for an engine to end what a run has left
 MEAN_S = 0.1  # of a tool call without stragglers; everything else is as small as the model
 
 BASE = (
-    "run.steps=3",
+    "run.steps=6",  # of an asynchronous run's last batches the slowest trees are never seen: not too few
     "task.train_size=512",
     "warmstart.steps=150",
     "warmstart.demos=1024",

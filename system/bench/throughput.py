@@ -32,7 +32,11 @@ def write_report(result: dict[str, Any], out_dir: Path) -> None:
         "Real runs on this machine: the same model, engine, learner, tools and prompts; only the way to run "
         "differs.",
     )
-    report.section("Throughput", "In brackets: against the released rounds.")
+    report.section(
+        "Throughput",
+        "In brackets: against the released rounds. A run ends with its last training step; what an "
+        "asynchronous one has begun for the next is cut off: a short run flatters it by its slowest trees.",
+    )
     for key, title in (
         ("trained_per_s", "Trained tokens per second (× lockstep)"),
         ("trees_per_h", "Trees trained on per hour (× lockstep)"),
