@@ -70,9 +70,9 @@ PROFILES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on, after ARPO's recipes: 16 leaves, 8 roots, 3 calls at most; 32 prompts a step."""
+    """What is trained on, after ARPO's recipes: 16 leaves, 8 roots, 3 calls at most; 64 prompts a step."""
 
-    batch_trees: int = 32
+    batch_trees: int = 64
     leaves: int = 16
     roots: int = 8
     staleness: int = 1
@@ -120,7 +120,7 @@ class Point:
             return "generation"
         if self.workload.staleness == 0:
             return "taking turns (η = 0)"
-        return f"too few branches in flight ({self.result.running:.0f} per engine)"
+        return f"few branches: {self.result.running:.0f} decode per engine"
 
     @property
     def crowding(self) -> float:
