@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from system.engine.protocol import Finish
 from system.rollout.probe import EntropyProbe
 from system.tree.record import Kind, Origin
 
@@ -31,6 +32,11 @@ class Branch:
     baseline: float = math.nan  # H_init
     has_baseline: bool = False
     undecided: bool = False  # a tool call is under way or its answer has not been decided upon
+    seed: int = 0  # of the segment being written
+    finish: Finish | None = None  # of that segment, once it is there
+    calling: bool = False  # the call that its newest segment ends with is under way
+    began_s: float = math.nan  # on the event loop's clock; NaN: not yet
+    spent_s: float = 0.0  # of its deadline, before the run was resumed
     answer: int | None = None  # the TOOL node whose probe is being collected
     forked: int = 0
 

@@ -97,6 +97,13 @@ class Grower:
         growing = GrowingTree(self, prompt, policy, schedule, budget, temperature, seed, ticket)
         return await growing.run()
 
+    def plant(self, prompt: Prompt, *, seed: int, ticket: int | str = "") -> GrowingTree:
+        """A training tree that grows in its ``run()``; see :mod:`system.rollout.snapshot`."""
+        config = self.config
+        return GrowingTree(
+            self, prompt, self.policy, self.schedule, config.leaves, config.temperature, seed, ticket
+        )
+
     def encode_result(self, text: str, room: int) -> Int32:
         """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
         limit = self.config.max_tool_result_tokens

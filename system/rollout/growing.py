@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells of what it said before
 # Where a branch's time goes: tokens come, a tool runs, the first token is awaited, others are awaited.
 CAUSES = ("engine", "tool", "waiting", "barrier")
 
@@ -71,24 +72,33 @@ class GrowingTree:
     ended: list[tuple[Branch, Outcome]] = field(default_factory=list)  # in the order of the growth's leaves
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     errors: list[str] = field(default_factory=list)
+    begun: Growth | None = None  # of a tree that goes on; its live branches then stand in ``live``
+    spent_s: float = 0.0  # of the tree's deadline, before the run was resumed
+    began_s: float = math.nan  # on the event loop's clock; NaN: not yet
 
     def __post_init__(self) -> None:
         self.config = self.grower.config
-        tokens = encode_prompt(self.grower.tokenizer, self.prompt.messages)
-        self.growth = Growth(
-            self.prompt.id, self.prompt.kind, tokens, self.budget, started_s=self.grower.now()
-        )
+        if self.begun is None:
+            tokens = encode_prompt(self.grower.tokenizer, self.prompt.messages)
+            self.growth = Growth(
+                self.prompt.id, self.prompt.kind, tokens, self.budget, started_s=self.grower.now()
+            )
+        else:
+            self.growth = self.begun
         self.log_vocab = math.log(self.grower.vocab_size)
         self.call_limit = self.config.call_limit if self.grower.tools.specs else 0
         self.group = asyncio.TaskGroup()
 
     async def run(self) -> Tree:
-        roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
-        cut, deadline = False, asyncio.timeout(self.config.tree_deadline_s)
+        self.began_s = asyncio.get_running_loop().time()
+        cut, deadline = False, asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
         try:
             async with deadline, self.group:
-                for _ in range(roots):
-                    self._start_root(Origin.ROOT)
+                if self.begun is None:
+                    self._start_roots()
+                else:
+                    for branch in self.live.values():
+                        self._spawn(branch)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -112,6 +122,11 @@ class GrowingTree:
     def _remaining(self) -> int:
         return self.budget - self.started.total()
 
+    def _start_roots(self) -> None:
+        roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
+        for _ in range(roots):
+            self._start_root(Origin.ROOT)
+
     def _start_root(self, origin: Origin) -> None:
         key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
         self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
@@ -131,6 +146,9 @@ class GrowingTree:
         branch.number = self.started.total()
         self.started[branch.origin] += 1
         self.live[branch.key] = branch
+        self._spawn(branch)
+
+    def _spawn(self, branch: Branch) -> None:
         self.group.create_task(self._grow(branch), name=f"branch {branch.key} of {self.prompt.id}")
 
     def _streams(self, key: tuple[int, ...]) -> tuple[np.random.Generator, np.random.Generator]:
@@ -145,7 +163,8 @@ class GrowingTree:
     # One branch
 
     async def _grow(self, branch: Branch) -> None:
-        deadline = asyncio.timeout(self.config.branch_deadline_s)
+        branch.began_s = asyncio.get_running_loop().time()
+        deadline = asyncio.timeout(max(self.config.branch_deadline_s - branch.spent_s, 0.0))
         try:
             async with deadline:
                 await self._wait(self.schedule.join(branch))
@@ -172,6 +191,10 @@ class GrowingTree:
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
+        if branch.calling:  # a resumed run makes the call again
+            await self._call(branch)
+            if self._room(branch) == 0:
+                return Outcome.LENGTH
         while True:
             finish = await self._generate(branch)
             match finish:
@@ -201,8 +224,38 @@ class GrowingTree:
         return self.config.max_response_tokens - used
 
     async def _generate(self, branch: Branch) -> Finish:
-        """One model segment, streamed into a new MODEL node and through the entropy probe."""
+        """One model segment.  One that a resumed run finds begun goes on where it was."""
+        begin = self._open(branch)
+        if branch.finish is None:
+            await self._stream(branch, begin)
+        finish = branch.finish
+        if finish is None:
+            raise EngineError("the stream ended without a finish reason")
+        await self._wait(self.schedule.meet(branch))
+        branch.finish = None
+        if finish.type != "abort":
+            self._measured(branch)
+        self._read(branch, Kind.MODEL, begin)
+        return finish
+
+    def _open(self, branch: Branch) -> int:
+        """A MODEL node to write in; returns the number of tokens before its first one."""
+        above, branch.probe = branch.node, EntropyProbe(self.policy.window)
+        if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
+            branch.probe.add(self.growth.entropies(above))
+            if branch.probe.full and self.schedule.streaming:  # and looked at, too
+                branch.probe = None
+            return self.growth.depth(above) - self.growth.n_tokens(above)
+        branch.seed = int(branch.seeds.integers(2**31))
+        branch.node = self.growth.node(above, Kind.MODEL)
+        return self.growth.depth(above)
+
+    async def _stream(self, branch: Branch, begin: int) -> None:
+        """Tokens into the newest node and through the entropy probe, until ``branch.finish`` is there."""
         config, path = self.config, self.growth.path_tokens(branch.node)
+        if self._room(branch) == 0:  # a resumed run has all of it but the message that says so
+            branch.finish = Finish("length")
+            return
         request = GenerateRequest(
             rid=f"{self.prompt.id}:{'.'.join(map(str, branch.key))}:{uuid.uuid4().hex[:12]}",
             input_ids=path,
@@ -212,15 +265,13 @@ class GrowingTree:
                 top_p=config.top_p,
                 top_k=config.top_k,
                 stop=self.grower.syntax.stops,
-                seed=int(branch.seeds.integers(2**31)),
+                seed=branch.seed,
             ),
             route=f"{self.prompt.id}:{self.ticket}",
             parent=branch.request,
+            said=decode(self.grower.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
         )
         branch.request = request.rid
-        branch.node = self.growth.node(branch.node, Kind.MODEL)
-        probe = branch.probe = EntropyProbe(self.policy.window)
-        finish: Finish | None = None
         clock = Stopwatch(self.seconds, "waiting")
         deadline = asyncio.timeout(config.generate_deadline_s)
         try:
@@ -232,24 +283,17 @@ class GrowingTree:
                         self.growth.extend(
                             branch.node, chunk.tokens, chunk.logprob, chunk.entropy, chunk.version
                         )
-                        if not probe.full:
-                            probe.add(chunk.entropy)
-                            if self.schedule.streaming and probe.full:
+                        if branch.probe is not None and not branch.probe.full:
+                            branch.probe.add(chunk.entropy)
+                            if self.schedule.streaming and branch.probe.full:
                                 self._measured(branch)
-                        finish = chunk.finish  # read on to the end: closing the stream early is an abort
+                        branch.finish = chunk.finish  # read on to the end: closing early is an abort
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise EngineError(f"no end of generation within {config.generate_deadline_s:g} s") from None
         finally:
             clock.stop()
-        if finish is None:
-            raise EngineError("the stream ended without a finish reason")
-        await self._wait(self.schedule.meet(branch))
-        if finish.type != "abort":
-            self._measured(branch)
-        self._read(branch, Kind.MODEL, path.size)
-        return finish
 
     def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
         """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
@@ -295,8 +339,9 @@ class GrowingTree:
 
     async def _call(self, branch: Branch) -> None:
         """Make the call that the newest segment ends with and append what came of it, whatever it is."""
-        branch.calls += 1
-        branch.undecided = True
+        if not branch.calling:
+            branch.calls += 1
+            branch.calling = branch.undecided = True
         call = self.grower.syntax.parse(branch.segments[-1][1])
         match call:
             case ParsedCall(tool, arguments):
@@ -321,6 +366,7 @@ class GrowingTree:
             )
         )
         branch.node = branch.answer = node
+        branch.calling = False
         branch.tools = (*branch.tools, (tool, str(outcome.status)))
         self._read(branch, Kind.TOOL, begin)
         if self.policy.lag and self._room(branch) > 0:

@@ -8,8 +8,8 @@ grows; ``close`` sorts the nodes into depth-first pre-order once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -227,6 +227,69 @@ class Growth:
         )
         validate(tree)
         return tree
+
+    def kind(self, node: int) -> Kind:
+        return self._node(node).kind
+
+    def entropies(self, node: int) -> NDArray[np.float32]:
+        """[n] of ``node``'s own tokens so far, NaN where unknown."""
+        return np.concatenate([np.zeros(0, np.float32), *self._node(node).entropy])
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
+
+        Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
+        ``kind``, ``length``), nodes in the order of their handles.  Rewards are not in it: they come at the
+        close.
+        """
+        nodes = self._nodes
+        arrays: dict[str, NDArray[Any]] = {
+            "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
+            "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
+            "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
+            "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
+            "parent": np.array([n.parent for n in nodes], np.int32),
+            "kind": np.array([n.kind for n in nodes], np.int8),
+            "length": np.array([n.end - n.begin for n in nodes], np.int32),
+        }
+        fields = {
+            "prompt_id": self.prompt_id,
+            "task": self.task,
+            "budget": self.budget,
+            "started_s": self.started_s,
+            "meta": self.meta,
+            "leaves": [[leaf.node, int(leaf.outcome), int(leaf.origin)] for leaf in self._leaves],
+            "calls": [asdict(call) for call in self._calls],
+            "forks": [asdict(fork) for fork in self._forks],
+        }
+        return arrays, fields
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> Growth:
+        """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
+        ends = np.cumsum(arrays["length"])
+        prompt = arrays["tokens"][: ends[0]]
+        growth = cls(
+            fields["prompt_id"],
+            fields["task"],
+            prompt,
+            fields["budget"],
+            fields["meta"],
+            fields["started_s"],
+        )
+        for start, end, parent, kind in zip(
+            ends[:-1], ends[1:], arrays["parent"][1:], arrays["kind"][1:], strict=True
+        ):
+            node, own = growth.node(int(parent), Kind(int(kind))), slice(start, end)
+            sampled = {name: arrays[name][own] for name in ("logprob", "entropy", "version")}
+            growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
+        for leaf in fields["leaves"]:
+            growth.leaf(*leaf)
+        for call in fields["calls"]:
+            growth.call(ToolCall(**call))
+        for fork in fields["forks"]:
+            growth.fork(ForkDecision(**fork))
+        return growth
 
     def _node(self, handle: int) -> _Node:
         if not 0 <= handle < len(self._nodes):

@@ -1,0 +1,154 @@
+"""A growing tree as bytes, so that a resumed run goes on with it instead of growing it anew.
+
+``freeze`` looks at a tree between two events of its loop: what its branches have written, what their random
+streams will draw next, whose tool call is under way (it is made again), how much of the deadlines is spent.
+``thaw`` makes a tree of it that goes on.  Sampled tokens keep their log-probabilities and weight versions;
+what comes after is sampled, and stamped, by the weights of then.
+
+The format is safetensors: arrays by name, everything else as JSON in the metadata.  No code is in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from system.config import Config, to_dict
+from system.engine.protocol import Finish
+from system.rollout.branch import Branch
+from system.rollout.grower import Grower
+from system.rollout.growing import GrowingTree
+from system.tasks.base import Prompt
+from system.tree.growth import Growth
+from system.tree.record import Kind, Origin, Outcome, TreeError
+
+FORMAT = 1
+_PLAIN = (
+    *("node", "number", "calls", "entropy", "baseline", "has_baseline", "undecided"),
+    *("seed", "calling", "answer", "forked"),
+)
+
+
+class SnapshotError(ValueError):
+    """Bytes that are no snapshot of this format."""
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """What a tree's growth depends on: a snapshot is of use only where all of this is the same."""
+    values = to_dict(config)
+    rollout = {
+        key: value
+        for key, value in values["rollout"].items()
+        if key not in ("workers", "concurrency") and not key.endswith("_deadline_s")
+    }
+    kept = {"rollout": rollout, "tools": values["tools"]["names"], "format": FORMAT}
+    kept |= {section: values[section] for section in ("branching", "reward", "task", "model")}
+    return json.loads(json.dumps(kept))
+
+
+def can_freeze(tree: GrowingTree) -> bool:
+    """Not while branches stand at barriers that only this process knows of."""
+    return tree.schedule.streaming
+
+
+def freeze(tree: GrowingTree) -> bytes:
+    """The tree as it stands.  Call it on the tree's event loop."""
+    now = asyncio.get_running_loop().time()
+    arrays, growth = tree.growth.state()
+    fields = {
+        "format": FORMAT,
+        "growth": growth,
+        "seed": tree.seed,
+        "temperature": tree.temperature,
+        "started": {str(int(origin)): count for origin, count in tree.started.items()},
+        "live": [_branch(branch, now) for branch in tree.live.values()],
+        "ended": [[_branch(branch, now), int(outcome)] for branch, outcome in tree.ended],
+        "seconds": tree.seconds,
+        "errors": tree.errors,
+        "spent_s": _spent(tree.spent_s, tree.began_s, now),
+    }
+    return save(arrays, {"tree": json.dumps(fields)})
+
+
+def thaw(grower: Grower, prompt: Prompt, data: bytes, ticket: int | str = "") -> GrowingTree:
+    """A tree that goes on where :func:`freeze` saw it.  Raises :class:`SnapshotError`."""
+    try:
+        fields = json.loads(_metadata(data)["tree"])
+        if fields["format"] != FORMAT:
+            raise SnapshotError(f"format {fields['format']}: this version reads {FORMAT}")
+        growth = Growth.restore(load(data), fields["growth"])
+        if growth.prompt_id != prompt.id:
+            raise SnapshotError(f"a tree of prompt {growth.prompt_id!r}, not of {prompt.id!r}")
+        live = [_restored(values) for values in fields["live"]]
+        return GrowingTree(
+            grower,
+            prompt,
+            grower.policy,
+            grower.schedule,
+            growth.budget,
+            fields["temperature"],
+            fields["seed"],
+            ticket,
+            started=Counter({Origin(int(origin)): n for origin, n in fields["started"].items()}),
+            live={branch.key: branch for branch in live},
+            ended=[(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]],
+            seconds=fields["seconds"],
+            errors=fields["errors"],
+            begun=growth,
+            spent_s=fields["spent_s"],
+        )
+    except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
+        raise SnapshotError(f"{type(error).__name__}: {error}") from error
+
+
+def _branch(branch: Branch, now: float) -> dict[str, Any]:
+    return {
+        **{name: getattr(branch, name) for name in _PLAIN},
+        "key": list(branch.key),
+        "origin": int(branch.origin),
+        "rng": branch.rng.bit_generator.state,
+        "seeds": branch.seeds.bit_generator.state,
+        "tools": branch.tools,
+        "segments": [[int(kind), text] for kind, text in branch.segments],
+        "finish": None if branch.finish is None else asdict(branch.finish),
+        "spent_s": _spent(branch.spent_s, branch.began_s, now),
+    }
+
+
+def _restored(values: dict[str, Any]) -> Branch:
+    """The inverse of :func:`_branch`.  The engines have forgotten what they cached: no ``request``."""
+    return Branch(
+        key=tuple(values["key"]),
+        origin=Origin(values["origin"]),
+        rng=_generator(values["rng"]),
+        seeds=_generator(values["seeds"]),
+        tools=tuple((tool, status) for tool, status in values["tools"]),
+        segments=tuple((Kind(kind), text) for kind, text in values["segments"]),
+        finish=None if values["finish"] is None else Finish(**values["finish"]),
+        spent_s=values["spent_s"],
+        **{name: values[name] for name in _PLAIN},
+    )
+
+
+def _generator(state: dict[str, Any]) -> np.random.Generator:
+    generator = np.random.default_rng()
+    generator.bit_generator.state = state
+    return generator
+
+
+def _spent(before: float, began: float, now: float) -> float:
+    return before + (0.0 if math.isnan(began) else now - began)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The text part of a safetensors file: its header is JSON behind its length (8 bytes, little endian)."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size])["__metadata__"]
