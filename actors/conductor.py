@@ -18,6 +18,7 @@ import ray
 from actors.crew import Crew
 from actors.evaluation import CLOSE_MARGIN_S, evaluate
 from actors.fleet import Fleet
+from actors.keeping import Keeper
 from actors.learner import LEARNER_DEADLINE_S, Published
 from actors.replay import ReplayHandle
 from actors.supervise import ActorLost, answer, returned
@@ -30,7 +31,9 @@ from system.observe.jsonl import JsonlWriter
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
+from system.rollout import kept
 from system.rollout.grower import GrowthFailed
+from system.rollout.snapshot import SnapshotError
 from system.tasks.base import Prompt
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
@@ -61,6 +64,7 @@ class Conductor:
         self.loop = TrainingLoop(config, ledger, self, self.replay, recorder, version=version)
         self.holdings = self.loop.holdings  # for a replay queue that has to be filled again
         self.fleet = Fleet(crew.growers.engines, self, recorder, config.engine.start_deadline_s)
+        self.keeper = Keeper(config, ledger, self.loop, crew.growers.workers, recorder)
         self._log = JsonlWriter(run_dir.ledger_path)
         self._trees = TreeWriter(run_dir.trees, keep=config.observe.trees)
 
@@ -111,9 +115,17 @@ class Conductor:
     # What the loop asks for (system.flow.loop.Parts)
 
     async def grow(self, ticket: Ticket, seed: int) -> tuple[Any, Tree]:
-        """Grow a tree on its rollout worker.  The queue gets a reference in a list, lest Ray resolve it."""
+        """Grow a tree on its rollout worker.  The queue gets a reference in a list, lest Ray resolve it.
+
+        One that a checkpoint kept goes on from there, or is there already.
+        """
+        start = self.keeper.take(ticket.epoch, ticket.prompt_id)
+        if start is not None and isinstance(start.tree, Tree):
+            return [ray.put(start.tree)], start.tree
         worker = self.crew.growers.workers[ticket.number % len(self.crew.growers.workers)]
-        reference = worker.grow.remote(self.prompts[ticket.prompt_id], ticket.number, seed)
+        reference = worker.grow.remote(
+            self.prompts[ticket.prompt_id], ticket.number, seed, start and start.tree
+        )
         deadline = self.config.rollout.tree_deadline_s + CLOSE_MARGIN_S
         try:
             return [reference], await answer(
@@ -121,6 +133,9 @@ class Conductor:
             )
         except GrowthFailed as failure:
             raise TreeLost(failure.reason) from failure
+        except SnapshotError as failure:
+            self.progress.note(f"tree {ticket.number} cannot go on from its snapshot: {failure}")
+            raise TreeLost("snapshot") from failure
         except ActorLost as failure:  # keep the place until its worker is back, or it is lost again
             workers = self.crew.growers.workers
             await returned(worker, f"rollout worker of tree {ticket.number}", lambda: worker not in workers)
@@ -215,10 +230,15 @@ class Conductor:
         return result
 
     async def save(self) -> None:
-        """A checkpoint of everything that a resumed run needs; older ones beyond ``checkpoint.keep`` go."""
+        """A checkpoint of everything that a resumed run needs; older ones beyond ``checkpoint.keep`` go.
+
+        The trees in flight are there before the learner's part appears: whoever finds that, finds them.
+        """
+        trees = await self.keeper.collect()
         self.logged()
         self._log.sync()
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
+        await asyncio.to_thread(kept.write, kept_path(path), trees)
         if not path.exists():
             extra = {"version": self.version, "recorder": self.recorder.state()}
             async with self.weights:
@@ -228,8 +248,8 @@ class Conductor:
     async def restore(self, path: Path) -> None:
         """Go on from the checkpoint at ``path``; the ledger has been replayed up to it already."""
         extra = (await self.crew.learner.all("load", str(path)))[0]
-        self.recorder.restore(extra["recorder"])
-        self.progress.note(f"resumed at step {self.version} from {path}")
+        trees = self.keeper.restore(kept_path(path), extra["recorder"])
+        self.progress.note(f"resumed at step {self.version} from {path}; {trees}")
         await self.bring_up()
 
     async def save_model(self) -> None:
@@ -272,6 +292,14 @@ class Conductor:
 def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:
     for path in checkpoints(run_dir)[: -max(keep, 1)]:
         shutil.rmtree(path)
+    for path in run_dir.checkpoints.glob("*.trees"):
+        if not path.with_suffix("").exists():
+            path.unlink()
+
+
+def kept_path(checkpoint: Path) -> Path:
+    """The trees in flight at a checkpoint, beside it."""
+    return checkpoint.with_suffix(".trees")
 
 
 def checkpoints(run_dir: RunDir) -> list[Path]:

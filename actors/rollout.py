@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from system import config as configuration
 from system.tasks.base import Prompt
 from system.tree.record import Tree
+
+if TYPE_CHECKING:
+    from system.rollout.growing import GrowingTree
 
 
 class RolloutWorker:
@@ -19,6 +23,7 @@ class RolloutWorker:
         process.prepare()
         settings = configuration.from_dict(config)
         self._grower, self._tools, self._engine = build_grower(settings, model, engines, tools)
+        self._growing: dict[int, GrowingTree] = {}
 
     async def check(self) -> None:
         """Raise ToolStartError if a configured tool cannot work."""
@@ -28,8 +33,31 @@ class RolloutWorker:
         """Running totals of the engine client, since this process started."""
         return self._engine.counters
 
-    async def grow(self, prompt: Prompt, ticket: int, seed: int) -> Tree:
-        return await self._grower.grow(prompt, ticket=ticket, seed=seed)
+    async def grow(self, prompt: Prompt, ticket: int, seed: int, start: bytes | None = None) -> Tree:
+        """``start``: a snapshot to go on from.  Raises SnapshotError if it is none."""
+        from system.rollout.snapshot import thaw
+
+        growing = (
+            self._grower.plant(prompt, seed=seed, ticket=ticket)
+            if start is None
+            else thaw(self._grower, prompt, start, ticket)
+        )
+        self._growing[ticket] = growing
+        try:
+            return await growing.run()
+        finally:
+            del self._growing[ticket]
+
+    async def snapshots(self) -> dict[int, bytes]:
+        """Every growing tree that can be frozen, by ticket."""
+        from system.rollout.snapshot import can_freeze, freeze
+
+        found: dict[int, bytes] = {}
+        for ticket in list(self._growing):
+            if (growing := self._growing.get(ticket)) and can_freeze(growing):
+                found[ticket] = freeze(growing)
+            await asyncio.sleep(0)  # between two trees, the others go on
+        return found
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> Tree:
         """One branch, no forks."""

@@ -36,6 +36,14 @@ class TreeLost(RuntimeError):
         self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A tree that a resumed run need not begin anew."""
+
+    born: int  # the learner's version when it started
+    closed: bool  # it waits for the learner already, and the books know it
+
+
 @dataclass(slots=True)
 class Closed(Generic[Item]):
     """A closed tree until it is trained on."""
@@ -121,6 +129,8 @@ class TrainingLoop(Generic[Item]):
             accepted=version * flow.batch_leaves,
         )
         self.closed: dict[int, Closed[Item]] = {}
+        self.born: dict[int, int] = {}  # trees that grow: number -> version at their start
+        self.starts: dict[tuple[int, str], Start] = {}  # (epoch, prompt) -> what a checkpoint has of its tree
         self.stopping = asyncio.Event()
         self.weights = asyncio.Lock()  # whoever trains or publishes; keeps the ranks' calls in one order
         self._room = asyncio.Event()  # something changed that may let another tree start
@@ -155,7 +165,8 @@ class TrainingLoop(Generic[Item]):
 
     async def _grow(self, ticket: Ticket) -> None:
         """One tree, from its prompt to the replay queue or back to pending."""
-        born, leaves = self.version, self.config.rollout.leaves
+        leaves, start = self.config.rollout.leaves, self.starts.get((ticket.epoch, ticket.prompt_id))
+        born = self.born[ticket.number] = self.version if start is None else start.born
         try:
             with self._time("rollout", BUSY):
                 item, tree = await self.parts.grow(ticket, _seed(self.config.run.seed, ticket.number))
@@ -168,9 +179,12 @@ class TrainingLoop(Generic[Item]):
             self.closed[ticket.number] = Closed(entry, tree)
             self.admission.finish(leaves, tree.n_leaves)
             self.ledger.queue(ticket.number)
-            self.books.tree_closed(tree, self.version)
+            if start is None or not start.closed:
+                self.books.tree_closed(tree, self.version)
             await self.replay.put(entry)
         finally:
+            del self.born[ticket.number]
+            self.starts.pop((ticket.epoch, ticket.prompt_id), None)
             self.parts.logged()
             self._room.set()
 

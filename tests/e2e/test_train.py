@@ -4,15 +4,18 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from safetensors.numpy import load
 
 from system.observe.jsonl import read_jsonl
-from system.tree.record import validate
+from system.rollout import kept
+from system.rollout.kept import Kept
+from system.tree.record import Tree, validate
 from system.tree.store import read_trees
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
@@ -124,6 +127,21 @@ def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any])
     assert_nothing_lost(run.directory, run.summary())
 
 
+def assert_goes_on(held: Sequence[Kept], trained: list[Tree]) -> None:
+    """Trees of a checkpoint were trained on with every token they had: the very same sampled numbers."""
+    assert sum(one.closed for one in held) < len(held), "some were still growing"
+    by_prompt = {tree.prompt_id: tree for tree in trained}
+    for one in held:
+        tree = by_prompt[one.prompt_id]
+        if isinstance(one.tree, Tree):
+            assert tree.tokens.tolist() == one.tree.tokens.tolist()
+            assert tree.logprob.tolist() == one.tree.logprob.tolist()
+        else:
+            arrays = load(one.tree)
+            sampled = arrays["logprob"][arrays["version"] >= 0]
+            assert not Counter(sampled.tolist()) - Counter(tree.logprob.tolist())
+
+
 def is_actor(process: psutil.Process, name: str) -> bool:
     return process.cmdline()[0].startswith(f"ray::{name}")
 
@@ -139,11 +157,16 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], how: signal.Signals) -
     _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive, f"outlived the run: {alive}"
     reached = run.steps()
+    newest = max((run.directory / "checkpoints").glob("v??????"))
+    held = kept.read(newest.with_suffix(".trees")).trees
+    assert held, "trees were in flight"
     # The learner may come back in another layout: tensor parallel before, two pipeline stages after.
     layout = ["learn.tp=1", "learn.pp=2"] if how == signal.SIGINT else []
     again = start(*layout, resume=run.directory)
     assert again.wait(WAIT_S) == 0, again.output()
     summary = again.summary()
+    assert_goes_on(held, list(read_trees(run.directory / "trees")))
+    assert not [reason for reason in summary["dropped"] if reason.startswith("kept")]
     assert summary["versions"] == 8
     assert summary["config"]["learn"]["pp"] == (2 if layout else 1)
     assert reached < 8
