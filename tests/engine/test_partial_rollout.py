@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from conftest import VOCAB, TinyModel, make_tokenizer
-from test_engine_contract import TOLERANCE, log_p
+from conftest import TOLERANCE, VOCAB, TinyModel, log_p, make_tokenizer
 from test_engine_replicas import server_process
 
 from system.config import RolloutConfig
