@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 # Commands that are modules of `system.commands`: WHAT, EPILOG, arguments(parser) and run(args).  They import
 # only the standard library at their top.
-MODULES: tuple[str, ...] = ("tree", "bench", "plan", "submit", "status", "cancel", "logs")
+MODULES: tuple[str, ...] = ("tree", "bench", "plan", "submit", "status", "cancel", "logs", "doctor")
 
 # Keys a resumed run may change without becoming a different experiment.
 SAFE_ON_RESUME = (

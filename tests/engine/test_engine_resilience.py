@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -143,6 +144,21 @@ async def test_a_stop_string_across_the_cut_is_found(one: Served) -> None:
         assert out.tokens.tolist() == free[:expected], (stop, number)
         assert out.finish is not None
         assert (out.finish.type, out.finish.matched) == ("stop", stop)
+
+
+async def test_a_stop_string_across_two_requests_is_found(one: Served) -> None:
+    """A resumed run sends what a segment has so far as prompt: only ``said`` tells of a stop begun there."""
+    decode, ids = text_of(), prompt(10, 4)
+    free = joined(await collect(one.client, request("free", ids, 60, temperature=0.0))).tokens.tolist()
+    texts = [decode([token]) for token in free]
+    for i in [i for i in range(1, 30) if all(texts[j] and "�" not in texts[j] for j in (i, i + 1))]:
+        stop = texts[i][-1:] + texts[i + 1][:1]
+        expected = next(
+            (n for n in range(i + 2, 61) if stop in decode(free[:n])[len(decode(free[:i])) :]), 60
+        )
+        rest = request(f"r{i}", [*ids, *free[: i + 1]], 59 - i, temperature=0.0, stop=(stop,))
+        out = joined(await collect(one.client, replace(rest, said=decode(free[: i + 1]))))
+        assert out.tokens.tolist() == free[i + 1 : expected], (stop, i)
 
 
 def test_cut_guard_sees_only_matches_across_the_cut() -> None:

@@ -1,0 +1,253 @@
+"""From facts about a machine to findings: what is well, what is doubtful, what stops a recipe from running.
+
+Pure: no I/O.  Each check looks at one thing and yields its findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from system.cluster.placement import PlacementError, learner_world, paper_nodes, place
+from system.config import Config
+from system.doctor.facts import Facts
+
+GIB = 1 << 30
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARNING = "warning"  # it runs, but worse than it could, or not everything does
+    PROBLEM = "problem"  # it stops the recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    level: Level
+    topic: str
+    found: str
+    remedy: str = ""  # what to do; empty when all is well
+
+
+Check = Callable[[Facts, Config], Iterator[Finding]]
+
+
+def examine(facts: Facts, config: Config) -> list[Finding]:
+    """Every check's findings, in a fixed order."""
+    return [finding for check in CHECKS for finding in check(facts, config)]
+
+
+def stops(findings: Sequence[Finding]) -> bool:
+    return any(finding.level is Level.PROBLEM for finding in findings)
+
+
+def _finding(bad: bool, level: Level, topic: str, found: str, remedy: str) -> Finding:
+    return Finding(level, topic, found, remedy) if bad else Finding(Level.OK, topic, found)
+
+
+def python(facts: Facts, config: Config) -> Iterator[Finding]:
+    found = f"{'.'.join(map(str, facts.python))} on {facts.system}"
+    yield _finding(facts.python < (3, 11, 0), Level.PROBLEM, "python", found, "use Python 3.11 or newer")
+
+
+def packages(facts: Facts, config: Config) -> Iterator[Finding]:
+    for name, version in facts.packages.items():
+        pin = facts.pins.get(name)
+        if version is None:
+            yield Finding(Level.PROBLEM, name, "not installed", "make install (or pip install -e .)")
+        elif pin and version.split("+")[0] != pin:
+            yield Finding(
+                Level.WARNING, name, f"{version}, tested with {pin}", f"pip install '{name}=={pin}'"
+            )
+        else:
+            yield Finding(Level.OK, name, version)
+
+
+def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
+    wanted = config.cluster.gpus_per_node
+    if config.engine.device == "cuda":
+        wanted = max(wanted, 1)
+    if facts.gpus:
+        found = f"{len(facts.gpus)} × {facts.gpus[0]}, driver {facts.driver or 'unknown'}, CUDA {facts.cuda}"
+    elif facts.gpus_listed:
+        build = facts.cuda or "a CPU build"
+        found = f"{facts.gpus_listed} listed by driver {facts.driver}, none usable by torch ({build})"
+    else:
+        found = "none"
+    short = len(facts.gpus) < wanted
+    remedy = f"this recipe wants {wanted} per node (cluster.gpus_per_node, engine.device): "
+    if facts.gpus_listed > len(facts.gpus):
+        remedy += "install a CUDA build of torch that this driver supports, or look at CUDA_VISIBLE_DEVICES"
+        if not short:
+            yield Finding(Level.WARNING, "gpu", found, remedy)
+            return
+    else:
+        remedy += "run it where they are, or set cluster.gpus_per_node=0 and engine.device=cpu"
+    yield _finding(short, Level.PROBLEM, "gpu", found, remedy)
+
+
+def layout(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Do the learner and the engines fit on what the recipe asks for?"""
+    world = learner_world(config)
+    found = f"learner {world} ranks (tp×pp×dp), engines {config.engine.replicas} × {config.engine.tp}"
+    try:
+        place(config, paper_nodes(config))
+    except PlacementError as error:
+        yield Finding(Level.PROBLEM, "layout", found, str(error))
+        return
+    crowded = config.cluster.gpus_per_node == 0 and world + config.engine.replicas > 2 * facts.cpus
+    remedy = f"only {facts.cpus} CPUs: fewer ranks or replicas would be faster"
+    yield _finding(crowded, Level.WARNING, "layout", found, remedy)
+
+
+def sglang(facts: Facts, config: Config) -> Iterator[Finding]:
+    needed = config.engine.name == "sglang" and not config.engine.urls
+    pin = facts.pins.get("sglang")
+    if facts.sglang is None:
+        found = "not installed" + ("" if needed else " (only engine=sglang needs it)")
+        yield _finding(needed, Level.PROBLEM, "sglang", found, facts.sglang_error)
+    elif pin and facts.sglang != pin:
+        yield Finding(
+            Level.WARNING, "sglang", f"{facts.sglang}, tested with {pin}", f"pip install 'sglang=={pin}'"
+        )
+    else:
+        yield Finding(Level.OK, "sglang", facts.sglang)
+
+
+def collectives(facts: Facts, config: Config) -> Iterator[Finding]:
+    for backend, error in facts.collectives.items():
+        needed = backend == ("nccl" if config.cluster.gpus_per_node else "gloo")
+        remedy = (
+            "NCCL_DEBUG=INFO says more; check driver, CUDA_VISIBLE_DEVICES, /dev/shm and NCCL_SOCKET_IFNAME"
+            if backend == "nccl"
+            else "check that the loopback interface is up (ip addr) and GLOO_SOCKET_IFNAME"
+        )
+        level = Level.PROBLEM if needed else Level.WARNING
+        yield _finding(bool(error), level, backend, error or "all-reduce on this machine works", remedy)
+
+
+def network(facts: Facts, config: Config) -> Iterator[Finding]:
+    host = config.engine.host
+    yield _finding(
+        bool(facts.port_error),
+        Level.PROBLEM,
+        "ports",
+        facts.port_error or f"servers can listen on {host}",
+        f"set engine.host to an address of this machine (now {host})",
+    )
+    yield _finding(
+        bool(facts.hostname_error),
+        Level.PROBLEM if config.cluster.nodes > 1 else Level.WARNING,
+        "hostname",
+        f"{facts.hostname}: {facts.hostname_error or 'resolves'}",
+        f"add {facts.hostname} to /etc/hosts or to the site's DNS: other nodes look it up",
+    )
+
+
+def shared_memory(facts: Facts, config: Config) -> Iterator[Finding]:
+    yield _finding(
+        facts.shm_bytes < 2 * GIB,
+        Level.WARNING,
+        "/dev/shm",
+        f"{_gib(facts.shm_bytes)} free",
+        "Ray's object store and NCCL use it; in a container start with --shm-size=8g",
+    )
+
+
+def disk(facts: Facts, config: Config) -> Iterator[Finding]:
+    found = f"{_gib(facts.disk_bytes)} free in {facts.disk_path}"
+    remedy = "make room, or set run.dir to a larger file system; checkpoint.keep bounds what a run keeps"
+    level = Level.PROBLEM if facts.disk_bytes < GIB else Level.WARNING
+    yield _finding(facts.disk_bytes < 10 * GIB, level, "disk", found, remedy)
+
+
+def memory(facts: Facts, config: Config) -> Iterator[Finding]:
+    found = f"{_gib(facts.memory_bytes)} available"
+    remedy = "end other programs, or use fewer learner ranks, engine replicas and rollout workers"
+    level = Level.PROBLEM if facts.memory_bytes < GIB else Level.WARNING
+    yield _finding(facts.memory_bytes < 4 * GIB, level, "memory", found, remedy)
+
+
+def open_files(facts: Facts, config: Config) -> Iterator[Finding]:
+    """A rollout worker holds a connection per branch; Ray and the libraries need some hundreds."""
+    branches = config.rollout.concurrency * config.rollout.leaves // config.rollout.workers
+    wanted = 512 + branches
+    hard = (
+        "" if facts.open_files_hard >= wanted else f", whose hard limit ({facts.open_files_hard}) must rise"
+    )
+    yield _finding(
+        facts.open_files < wanted,
+        Level.PROBLEM,
+        "open files",
+        f"limit {facts.open_files}; {branches} branches per rollout worker",
+        f"ulimit -n {wanted}{hard}; or set rollout.concurrency lower, or rollout.workers higher",
+    )
+
+
+def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
+    needed = "python" in config.tools.names
+    found = facts.sandbox_error or f"programs are confined by {', '.join(facts.sandbox)}"
+    level = Level.PROBLEM if needed else Level.WARNING
+    remedy = "allow user namespaces, seccomp or Landlock here, or take python out of tools.names"
+    yield _finding(bool(facts.sandbox_error), level, "sandbox", found, remedy)
+
+
+def inputs(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Files that the recipe names."""
+    named = (
+        ("model.path", config.model.path),
+        ("task.path", config.task.path),
+        ("tools.corpus", config.tools.corpus),
+    )
+    for key, path in named:
+        if path:
+            yield _finding(
+                not Path(path).exists(), Level.PROBLEM, key, path, f"there is no {path}: correct {key}"
+            )
+
+
+def slurm(facts: Facts, config: Config) -> Iterator[Finding]:
+    told = facts.slurm
+    if "SLURM_JOB_ID" not in told:
+        return
+    nodes, wanted = told.get("SLURM_JOB_NUM_NODES", "1"), config.cluster.nodes
+    yield _finding(
+        nodes != str(wanted),
+        Level.PROBLEM,
+        "slurm nodes",
+        f"job {told['SLURM_JOB_ID']} has {nodes}, the recipe wants {wanted}",
+        f"ask for --nodes={wanted} (espalier submit does), or set cluster.nodes={nodes}",
+    )
+    granted = told.get("SLURM_GPUS_ON_NODE")
+    if granted is not None and granted.isdigit():
+        yield _finding(
+            int(granted) != len(facts.gpus),
+            Level.WARNING,
+            "slurm gpus",
+            f"{granted} granted on this node, {len(facts.gpus)} usable",
+            "the grant and CUDA_VISIBLE_DEVICES disagree: ask for --gpus-per-node; see the site's gres.conf",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    python,
+    packages,
+    gpus,
+    layout,
+    sglang,
+    collectives,
+    network,
+    shared_memory,
+    disk,
+    memory,
+    open_files,
+    sandbox,
+    inputs,
+    slurm,
+)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

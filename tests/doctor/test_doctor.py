@@ -1,0 +1,149 @@
+"""``espalier doctor``: each thing broken on purpose is found, by name, with what to do; nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from system.config import Config, load
+from system.doctor.checks import GIB, Level, examine, stops
+from system.doctor.facts import Facts, all_reduce
+
+ROOT = Path(__file__).parents[2]
+WELL = Facts(
+    python=(3, 12, 1),
+    system="Linux",
+    packages={"torch": "2.13.0+cu130", "ray": "2.60.0"},
+    pins={"torch": "2.13.0", "ray": "2.60.0", "sglang": "0.5.23"},
+    cpus=64,
+    gpus=("H200",) * 8,
+    gpus_listed=8,
+    driver="580.1",
+    cuda="13.0",
+    sglang="0.5.23",
+    collectives={"gloo": "", "nccl": ""},
+    hostname="node1",
+    shm_bytes=64 * GIB,
+    disk_bytes=500 * GIB,
+    disk_path="/runs",
+    open_files=65536,
+    open_files_hard=65536,
+    memory_bytes=500 * GIB,
+    sandbox=("namespaces",),
+)
+
+
+def gpu_recipe() -> Config:
+    half = ["learn.tp=4", "engine.tp=4", "model.kv_heads=4"]
+    return load(None, ["engine=sglang", "cluster.gpus_per_node=8", *half])
+
+
+def test_a_sound_machine_has_nothing_to_mend() -> None:
+    for config in (Config(), gpu_recipe()):
+        assert {finding.level for finding in examine(WELL, config)} == {Level.OK}
+        assert all(not finding.remedy for finding in examine(WELL, config))
+
+
+Break = Callable[[Facts], Facts]
+BROKEN: list[tuple[str, Level, str, Break]] = [
+    ("python", Level.PROBLEM, "3.11", lambda f: replace(f, python=(3, 10, 4))),
+    ("torch", Level.PROBLEM, "install", lambda f: replace(f, packages={**f.packages, "torch": None})),
+    ("ray", Level.WARNING, "ray==2.60.0", lambda f: replace(f, packages={**f.packages, "ray": "2.9.0"})),
+    ("gpu", Level.PROBLEM, "gpus_per_node", lambda f: replace(f, gpus=(), gpus_listed=0)),
+    ("gpu", Level.PROBLEM, "CUDA_VISIBLE_DEVICES", lambda f: replace(f, gpus=f.gpus[:4])),
+    ("sglang", Level.PROBLEM, "make sglang", lambda f: replace(f, sglang=None, sglang_error="make sglang")),
+    ("sglang", Level.WARNING, "sglang==0.5.23", lambda f: replace(f, sglang="0.4.0")),
+    ("nccl", Level.PROBLEM, "NCCL_DEBUG", lambda f: replace(f, collectives={"gloo": "", "nccl": "no"})),
+    ("gloo", Level.WARNING, "loopback", lambda f: replace(f, collectives={"gloo": "refused", "nccl": ""})),
+    ("ports", Level.PROBLEM, "engine.host", lambda f: replace(f, port_error="cannot assign address")),
+    ("hostname", Level.WARNING, "/etc/hosts", lambda f: replace(f, hostname_error="unknown")),
+    ("/dev/shm", Level.WARNING, "--shm-size", lambda f: replace(f, shm_bytes=64 << 20)),
+    ("disk", Level.WARNING, "run.dir", lambda f: replace(f, disk_bytes=5 * GIB)),
+    ("disk", Level.PROBLEM, "run.dir", lambda f: replace(f, disk_bytes=GIB // 2)),
+    ("memory", Level.PROBLEM, "fewer", lambda f: replace(f, memory_bytes=GIB // 2)),
+    ("open files", Level.PROBLEM, "ulimit -n", lambda f: replace(f, open_files=256)),
+    ("sandbox", Level.PROBLEM, "tools.names", lambda f: replace(f, sandbox_error="no namespaces")),
+    (
+        "slurm nodes",
+        Level.PROBLEM,
+        "--nodes=1",
+        lambda f: replace(f, slurm={"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4"}),
+    ),
+    (
+        "slurm gpus",
+        Level.WARNING,
+        "gres.conf",
+        lambda f: replace(f, slurm={"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("topic", "level", "word", "broken"), BROKEN)
+def test_what_is_broken_is_found_and_nothing_else(topic: str, level: Level, word: str, broken: Break) -> None:
+    findings = examine(broken(WELL), gpu_recipe())
+    (found,) = [finding for finding in findings if finding.level is not Level.OK]
+    assert (found.topic, found.level) == (topic, level)
+    assert word in found.remedy
+    assert stops(findings) == (level is Level.PROBLEM)
+
+
+def test_what_the_recipe_does_not_need_does_not_stop_it() -> None:
+    bare = replace(WELL, gpus=(), gpus_listed=0, sglang=None, sandbox_error="no", collectives={"gloo": ""})
+    assert stops(examine(bare, Config()))
+    assert not stops(examine(bare, load(None, ["tools.names=[search]"])))
+    assert stops(examine(bare, load(None, ["tools.names=[search]", "engine=sglang"])))
+    attached = load(None, ["tools.names=[search]", "engine=sglang", "engine.urls=[http://10.0.0.1:30000]"])
+    assert not stops(examine(bare, attached))
+
+
+def test_a_layout_that_cannot_fit_is_refused_with_the_placements_words() -> None:
+    config = gpu_recipe()
+    config.engine.replicas = 3
+    (found,) = [finding for finding in examine(WELL, config) if finding.topic == "layout"]
+    assert found.level is Level.PROBLEM
+    assert found.remedy
+
+
+def test_missing_inputs_are_named(tmp_path: Path) -> None:
+    config = Config()
+    config.model.path = str(tmp_path / "no-model")
+    (found,) = [finding for finding in examine(WELL, config) if finding.topic == "model.path"]
+    assert found.level is Level.PROBLEM
+    assert "no-model" in found.remedy
+
+
+def test_a_collective_that_fails_says_why() -> None:
+    assert "nonsense" in all_reduce("nonsense", 1)
+
+
+@pytest.mark.slow
+def test_the_command_looks_at_this_machine(tmp_path: Path) -> None:
+    """For real, once; and with a limit of 64 open files, which every machine can be given."""
+    command = [sys.executable, "-m", "system.cli", "doctor", "configs/quickstart.yaml", f"run.dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170
+    )
+    findings = {finding["topic"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == any(f["level"] == "problem" for f in findings.values()), done.stdout
+    for topic in ("python", "torch", "megatron-core", "gloo", "ports"):
+        assert findings[topic]["level"] == "ok", findings[topic]
+    assert str(tmp_path) in findings["disk"]["found"]
+    tight = subprocess.run(
+        ["bash", "-c", 'ulimit -Sn 200; exec "$@"', "bash", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert tight.returncode == 1
+    assert "problem  open files" in tight.stdout
+    assert "ulimit -n" in tight.stdout
