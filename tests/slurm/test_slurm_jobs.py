@@ -20,7 +20,7 @@ TINY = (
     "observe.progress_s=1",
     "checkpoint.every=1",
     "cluster.join_deadline_s=150",
-    "slurm.signal_s=30",
+    "slurm.signal_s=60",
     "slurm.cpus_per_node=2",
     # A lost node is noticed sooner than a busy cluster would want.
     "slurm.env={RAY_health_check_period_ms: '1000', RAY_health_check_failure_threshold: '5'}",
@@ -168,6 +168,7 @@ def test_a_sweep_ends_in_a_table_and_a_plot(cluster: SlurmCluster) -> None:
     done = espalier(
         cluster, "submit", "configs/quickstart.yaml", f"run.dir={cluster.shared}", "run.name=sweep", *TINY,
         "run.steps=1", "learn.tp=1", "observe.wandb=disabled", "warmstart.steps=0", "slurm.time=10",
+        "tools.names=[python]", "eval.questions=2",
         "--sweep", "tools.python_memory_mb=256,128,1,192",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
