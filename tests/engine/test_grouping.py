@@ -1,7 +1,7 @@
 """Rows that attend together: runs of like length, and when moving rows pays."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.engine.embedded.grouping import Regrouping, cost, regrouped, runs
@@ -18,12 +18,14 @@ def moved(length: np.ndarray) -> np.ndarray:
     return after
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_runs_cover_every_row_once(length: np.ndarray):
     cut = runs(length)
     assert [row for first, last in cut for row in range(first, last)] == list(range(length.size))
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_moves_permute_and_reach_the_cost_of_sorted_rows(length: np.ndarray):
     after = moved(length)
@@ -31,12 +33,14 @@ def test_moves_permute_and_reach_the_cost_of_sorted_rows(length: np.ndarray):
     assert cost(after) == cost(np.sort(length)[::-1])
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_rows_already_in_their_run_stay(length: np.ndarray):
     sources, targets = regrouped(moved(length))
     assert sources.size == targets.size == 0
 
 
+@settings(deadline=None)
 @given(lengths)
 def test_sorted_rows_are_the_cheapest_order(length: np.ndarray):
     assert cost(np.sort(length)[::-1]) <= cost(length)
