@@ -1,98 +1,20 @@
-"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, servers of them, and how to compare."""
+"""Models and servers for the engine tests."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from engine_models import Served, TinyModel, make_model
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
-from system.engine.protocol import Chunk, GenerateRequest, Sampling
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
 from system.engine.sglang.server import SglangServer
-
-torch.set_num_threads(1)
-
-VOCAB = 320
-EOS = 0
-TOLERANCE = 1e-4
-VARIANTS = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
-_TEXT = ["the quick brown fox <search> jumps over </search> the lazy dog <answer> 42 </answer> é ü 世界"] * 20
-
-
-@dataclass(frozen=True)
-class TinyModel:
-    """A model directory, and the same weights as a Hugging Face module."""
-
-    path: Path
-    hf: Any
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Tensors as a learner would send them: Hugging Face names, a tied head only once."""
-        tied = self.hf.config.tie_word_embeddings
-        return {k: v for k, v in self.hf.state_dict().items() if not (tied and k == "lm_head.weight")}
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 8,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def text_of() -> Callable[[list[int]], str]:
-    """The models' tokenizer, from ids to text."""
-    tokenizer = make_tokenizer()
-    return lambda tokens: str(tokenizer.decode(tokens))
-
-
-def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
-    """Random weights, scaled up so that the distributions are far from uniform and differ between seeds."""
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
-        "eos_token_id": EOS,
-        "bos_token_id": None,
-        "pad_token_id": None,
-        "initializer_range": 0.25,
-    }
-    torch.manual_seed(seed)
-    qwen2 = family == "qwen2"
-    hf = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if qwen2 else Qwen3ForCausalLM(Qwen3Config(**sizes))).eval()
-    with torch.no_grad():  # biases and norms start at constants that would hide mistakes
-        for name, tensor in hf.named_parameters():
-            if "norm" in name:
-                tensor.mul_(1 + 0.3 * torch.randn_like(tensor))
-            elif name.endswith("bias"):
-                tensor.copy_(0.3 * torch.randn_like(tensor))
-    hf.save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return TinyModel(path, hf)
 
 
 @pytest.fixture(scope="session")
@@ -107,19 +29,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
         return made[key]
 
     return get
-
-
-@dataclass
-class Served:
-    """A running server and a client of it."""
-
-    model: TinyModel
-    engine: EmbeddedEngine
-    client: EngineClient
-
-    @property
-    def url(self) -> str:
-        return self.client.urls[0]
 
 
 @pytest.fixture
@@ -151,43 +60,6 @@ def free_port() -> Callable[[], int]:
             return int(probe.getsockname()[1])
 
     return find
-
-
-async def collect(client: EngineClient, request: GenerateRequest) -> list[Chunk]:
-    return [chunk async for chunk in client.generate(request)]
-
-
-def prompt(length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(1, VOCAB, length).astype(np.int32)
-
-
-def request(rid: str, ids: Sequence[int] | np.ndarray, new: int = 24, **sampling: Any) -> GenerateRequest:
-    sampling.setdefault("ignore_eos", True)
-    return GenerateRequest(rid, np.asarray(ids, np.int32), Sampling(max_new_tokens=new, **sampling))
-
-
-def joined(chunks: list[Chunk]) -> Chunk:
-    """All chunks of a request as one."""
-    tokens, logprob, entropy, version = (
-        np.concatenate([getattr(chunk, name) for chunk in chunks])
-        for name in ("tokens", "logprob", "entropy", "version")
-    )
-    return Chunk(tokens, logprob, entropy, version, chunks[-1].finish, chunks[-1].cached_tokens)
-
-
-@torch.no_grad()
-def log_p(model: TinyModel, ids: np.ndarray, tokens: np.ndarray, temperature: float = 1.0) -> torch.Tensor:
-    """[k, V] Hugging Face log-probabilities of the distributions that ``tokens`` were drawn from."""
-    sequence = torch.from_numpy(np.concatenate([ids, tokens]).astype(np.int64))[None]
-    return torch.log_softmax(model.hf(sequence).logits[0, len(ids) - 1 : -1].float() / temperature, -1)
-
-
-def assert_exact(model: TinyModel, ids: np.ndarray, out: Chunk, temperature: float = 1.0) -> None:
-    reference = log_p(model, ids, out.tokens, temperature)
-    expected = reference.gather(1, torch.from_numpy(out.tokens.astype(np.int64))[:, None])[:, 0].numpy()
-    entropy = -(reference.exp() * reference).sum(-1).numpy()
-    np.testing.assert_allclose(out.logprob, expected, atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(out.entropy, entropy, atol=TOLERANCE, rtol=0)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from engine_models import (
     EOS,
     TOLERANCE,
     VARIANTS,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Served, TinyModel, assert_exact, collect, joined, prompt, request
+from engine_models import Served, TinyModel, assert_exact, collect, joined, prompt, request
 
 from system.engine.client import EngineClient
 from system.engine.protocol import Chunk

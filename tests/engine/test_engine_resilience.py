@@ -21,7 +21,7 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
-from conftest import Served, TinyModel, assert_exact, collect, joined, prompt, request, text_of
+from engine_models import Served, TinyModel, assert_exact, collect, joined, prompt, request, text_of
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from conftest import TOLERANCE, VOCAB, TinyModel, log_p, make_tokenizer
+from engine_models import TOLERANCE, VOCAB, TinyModel, log_p, make_tokenizer
 from test_engine_replicas import server_process
 
 from system.config import RolloutConfig

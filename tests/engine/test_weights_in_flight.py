@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TOLERANCE, TinyModel, assert_exact, collect, joined, log_p, prompt, request
+from engine_models import TOLERANCE, TinyModel, assert_exact, collect, joined, log_p, prompt, request
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient

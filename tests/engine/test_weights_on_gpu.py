@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import collect, joined, make_tokenizer, prompt, request
+from engine_models import collect, joined, make_tokenizer, prompt, request
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from system.config import EngineConfig

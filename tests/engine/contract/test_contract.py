@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from engine_models import (
     EOS,
     TOLERANCE,
     VOCAB,
