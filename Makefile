@@ -9,11 +9,12 @@ SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
 SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install sglang train test lint types check clean help
+.PHONY: install sglang train test test-sglang test-slurm lint types check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
-	@echo "make test                                install (SGLang, too), then run the tests"
+	@echo "make test                                install, then run the tests that need neither SGLang nor Slurm"
+	@echo "make test-sglang, make test-slurm        the others; they install SGLang for CPU, and Slurm by apt as root"
 	@echo "make sglang                              install SGLang into $(SGLANG), for engine=sglang"
 	@echo "make check                               formatting, lint and types"
 
@@ -46,9 +47,16 @@ train: install
 	$(BIN)/espalier train $(CONFIG) run.seed=$(SEED) $(ARGS)
 
 test: install
+	$(BIN)/python -m pytest -m "not gpu and not sglang and not slurm" $(ARGS)
+
+# Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.
+test-sglang: install
 	@$(MAKE) --no-print-directory sglang || \
 	  echo "SKIP: SGLang cannot be installed into $(SGLANG) (see above): its tests are skipped by name"
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "sglang and not gpu" $(ARGS)
+
+test-slurm: install
+	$(BIN)/python -m pytest -m "slurm and not gpu" $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -124,7 +124,7 @@ class EmbeddedEngine:
                 self._runner = None
 
     def _deliver(self, emitted: list[Emitted]) -> None:
-        """From the decoding thread: one hand-over per step, however many sequences have news.
+        """From the decoding thread: one hand-over, however many sequences have news.
 
         Waits a moment for the event loop to send them.  Both threads need the interpreter lock; taking turns
         is much faster than wresting it from each other around every torch operation.

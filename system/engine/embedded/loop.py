@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
+# Sequences have news at different steps.  Waking the sending thread at each step costs decoding more than it
+# costs anybody to have the news a few steps later.
+HANDOVER_STEPS = 4
+
 
 class EngineFailed(RuntimeError):
     """The decoding thread died; the message says why."""
@@ -63,6 +67,7 @@ class DecodeLoop:
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
+        self._held: list[Emitted] = []  # events not yet handed over
         self.paused = False
         self.failure = ""
         self.busy_s = 0.0
@@ -111,7 +116,8 @@ class DecodeLoop:
 
         def run(scheduler: Scheduler) -> int:
             emitted = command(scheduler)
-            self._deliver(emitted)
+            self._held += emitted
+            self._hand_over()
             return len(emitted)
 
         return self.call(run, updating)
@@ -162,6 +168,7 @@ class DecodeLoop:
             return
         began = time.perf_counter()
         if self.paused or not self._scheduler.busy:
+            self._hand_over()
             cause = "paused" if self.paused else "waiting"
             self._wake.wait()
             self.idle_s[cause] += time.perf_counter() - began
@@ -169,11 +176,18 @@ class DecodeLoop:
         counters = self._scheduler.counters
         rows, prefill = counters.row_steps, counters.prefill_tokens
         emitted = self._scheduler.step()
-        if emitted:
-            self._deliver(emitted)
+        self._held += emitted
+        if counters.steps % HANDOVER_STEPS == 0 or not self._scheduler.running:
+            self._hand_over()
         elapsed = time.perf_counter() - began
         self.busy_s += elapsed
         self.moments.add(counters.row_steps - rows, counters.prefill_tokens - prefill, elapsed)
+
+    def _hand_over(self) -> None:
+        """Give the events gathered since the last time to the threads that wait for them."""
+        held, self._held = self._held, []
+        if held:
+            self._deliver(held)
 
     def _fail_commands(self) -> None:
         while self._commands:
@@ -190,5 +204,5 @@ class DecodeLoop:
             (job, Event([], [], [], [], version, error=f"engine failed: {self.failure}"))
             for job in self._scheduler.jobs()
         ]
-        if events:
-            self._deliver(events)
+        self._held += events
+        self._hand_over()
