@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,17 +69,8 @@ class Growers:
             servers.append(server)
             waiting.append(answer(server.ready.remote(), START_DEADLINE_S, f"tool {name}"))
         workers = [
-            spawn(
-                RolloutWorker,
-                f"rollout-{number}",
-                settings,
-                model_path,
-                engines,
-                urls,
-                concurrency=TREES_PER_WORKER,
-                options=places[f"rollout-{number}"].options,
-            )
-            for number in range(config.rollout.workers)
+            rollout_worker(config, name, model_path, engines, urls, places[name].options)
+            for name in (f"rollout-{number}" for number in range(config.rollout.workers))
         ]
         await asyncio.gather(*waiting)
         checks = [answer(worker.check.remote(), START_DEADLINE_S, "rollout worker") for worker in workers]
@@ -106,6 +97,27 @@ class Growers:
         closing = [answer(server.close.remote(), CLOSE_DEADLINE_S, "tool server") for server in self.servers]
         closing += [answer(engine.close.remote(), ENGINE_CLOSE_DEADLINE_S, "engine") for engine in self.hosts]
         await asyncio.gather(*closing, return_exceptions=True)
+
+
+def rollout_worker(
+    config: Config,
+    name: str,
+    model_path: str,
+    engines: Sequence[str],
+    tools: Mapping[str, str],
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Start a rollout worker.  ``engines``: URLs.  ``tools``: URLs by the tool's name."""
+    arguments = (to_dict(config), model_path, list(engines), dict(tools))
+    return spawn(RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=options)
+
+
+def replay_queue(config: Config, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """Start the queue between growers and learner."""
+    flow = config.flow
+    most = flow.staleness + flow.window  # that can happen: the bound holds by admission, not by waste
+    shape = (flow.batch_leaves // config.rollout.leaves, flow.window, most)
+    return spawn(ReplayActor, name, *shape, concurrency=8, options=options)
 
 
 async def _engines(
@@ -147,18 +159,8 @@ class Crew:
     async def start(
         cls, config: Config, model_path: str, corpus: Path | None, places: Places, logs: Path
     ) -> Crew:
-        flow = config.flow
         learner = LearnerGroup(learner_world(config), places)
-        replay = spawn(
-            ReplayActor,
-            "replay",
-            flow.batch_leaves // config.rollout.leaves,
-            flow.window,
-            flow.staleness
-            + flow.window,  # the most that can happen: the bound holds by admission, not by waste
-            concurrency=8,
-            options=places[REPLAY].options,
-        )
+        replay = replay_queue(config, "replay", places[REPLAY].options)
         async with asyncio.TaskGroup() as starting:
             starting.create_task(learner.start(to_dict(config), model_path))
             growing = starting.create_task(Growers.start(config, model_path, corpus, places, logs))

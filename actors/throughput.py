@@ -20,17 +20,15 @@ from typing import Any
 
 import numpy as np
 import ray
-from aiohttp import web
 from transformers.utils.logging import disable_progress_bar
 
-from actors.crew import TREES_PER_WORKER, Crew, Growers
+from actors.crew import Crew, Growers, replay_queue, rollout_worker
 from actors.launch import demonstrations, make_conductor, prepare_model, ray_session
 from actors.places import Places
-from actors.replay import ReplayActor
-from actors.rollout import RolloutWorker
-from actors.supervise import START_DEADLINE_S, answer, spawn
+from actors.supervise import START_DEADLINE_S, answer
 from system.bench.latency import ToolLatency
-from system.config import Config, load, to_dict
+from system.bench.slow_search import slowed
+from system.config import Config, load
 from system.engine.client import EngineClient
 from system.observe.jsonl import read_jsonl
 from system.observe.progress import Progress
@@ -90,14 +88,8 @@ class SlowSearch:
 
     def __init__(self, task: HasCorpus) -> None:
         self.latency = ToolLatency(MEAN_S)
-        self.app = create_app(SearchIndex.build(Document(**row) for row in task.corpus()))
-        self.app.middlewares.append(self._slowly)
-
-    @web.middleware
-    async def _slowly(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        if request.path == "/search":
-            await asyncio.sleep(self.latency.draw(zlib.crc32(await request.read())))
-        return await handler(request)
+        index = SearchIndex.build(Document(**row) for row in task.corpus())
+        self.app = slowed(create_app(index), lambda query: self.latency.draw(zlib.crc32(query)))
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,11 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
         stage = await _set_up(_config(steps, out_dir, server.url), task, joined)
         stack.push_async_callback(stage.crew.close)
         configs = {mode: _config((*steps, *MODES[mode]), out_dir, server.url) for mode in modes}
-        workers = {mode: _worker(stage, mode, config) for mode, config in configs.items()}
+        growers = stage.crew.growers
+        workers = {
+            mode: rollout_worker(config, f"rollout: {mode}", str(stage.model), growers.engines, growers.tools)
+            for mode, config in configs.items()
+        }
         checks = (answer(one.check.remote(), START_DEADLINE_S, "rollout worker") for one in workers.values())
         await asyncio.gather(*checks)
         rows: list[dict[str, Any]] = []
@@ -175,33 +171,14 @@ def _progress(config: Config, recorder: Recorder) -> Progress:
     return Progress(recorder.status, total_steps=config.run.steps, interval_s=3600.0)
 
 
-def _worker(stage: Stage, mode: str, config: Config) -> Any:
-    """A rollout worker in the given mode."""
-    growers = stage.crew.growers
-    return spawn(
-        RolloutWorker,
-        f"rollout: {mode}",
-        to_dict(config),
-        str(stage.model),
-        growers.engines,
-        growers.tools,
-        concurrency=TREES_PER_WORKER,
-    )
-
-
 async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
     """One run of ``config``, from version 0, on the stage's engine and learner."""
-    growers, flow = stage.crew.growers, config.flow
-    replay = spawn(
-        ReplayActor,
-        f"replay-{time.monotonic_ns()}",
-        flow.batch_leaves // config.rollout.leaves,
-        flow.window,
-        flow.staleness + flow.window,
-        concurrency=8,
-    )
+    growers = stage.crew.growers
+    replay = replay_queue(config, f"replay-{time.monotonic_ns()}")
     own = Growers([worker], growers.engines, growers.hosts, growers.servers, growers.tools)
-    run_dir = RunDir.create(config, f"{config.branching.name}-{config.rollout.schedule}-{flow.staleness}")
+    run_dir = RunDir.create(
+        config, f"{config.branching.name}-{config.rollout.schedule}-{config.flow.staleness}"
+    )
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
     crew = Crew(own, stage.crew.learner, replay)
     conductor = make_conductor(config, crew, stage.task, run_dir, recorder, _progress(config, recorder))

@@ -14,22 +14,11 @@ if TYPE_CHECKING:
 def random_qwen3(path: Path, shape: ModelConfig, vocab: int, seed: int) -> Qwen3ForCausalLM:
     """A Qwen3 of ``shape`` with random float32 weights, saved to ``path`` in Hugging Face format."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
+
+    from system.tasks.tiny_model import qwen3_config
 
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.hidden_size // shape.heads,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            eos_token_id=0,
-        )
-    )
+    model = Qwen3ForCausalLM(qwen3_config(shape, vocab, eos_token_id=0))
     model.save_pretrained(path)
     return model.eval()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -22,16 +23,13 @@ from system.tools.serving import serve_until_signal
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def slowed(app: web.Application, latency: ToolLatency, seed: int) -> web.Application:
-    """``app`` with every search held up; its health check answers at once."""
-    calls = 0
+def slowed(app: web.Application, seconds: Callable[[bytes], float]) -> web.Application:
+    """``app`` with every search held up for ``seconds`` of its body; its health check answers at once."""
 
     @web.middleware
     async def wait(request: web.Request, handler: Handler) -> web.StreamResponse:
-        nonlocal calls
         if request.path == "/search":
-            calls += 1
-            await asyncio.sleep(latency.draw(seed * 1_000_003 + calls))
+            await asyncio.sleep(seconds(await request.read()))
         return await handler(request)
 
     app.middlewares.append(wait)
@@ -51,7 +49,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     latency = ToolLatency(args.mean_s, args.sigma, args.stragglers)
-    app = slowed(create_app(SearchIndex.build(read_corpus(args.corpus))), latency, args.seed)
+    draws = itertools.count(args.seed * 1_000_003 + 1)
+    app = create_app(SearchIndex.build(read_corpus(args.corpus)))
+    slowed(app, lambda _: latency.draw(next(draws)))
     asyncio.run(serve_until_signal(app, args.host, args.port))
 
 

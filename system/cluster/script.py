@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from system.cluster.settings import SlurmConfig
 from system.config import Config, ConfigError
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
@@ -76,8 +77,7 @@ def render(
 def _job_options(config: Config, run: Path, points: int, limit: int) -> list[str]:
     """What counts for the whole job.  (Slurm reads these once, from before the first `hetjob` line.)"""
     slurm = config.slurm
-    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time}
-    options = [f"--{key}={value}" for key, value in named.items() if value]
+    options = [*queue_options(slurm), *_time(slurm)]
     options += [f"--output={run}/slurm/job-%{'A_%a' if points else 'j'}.log", "--open-mode=append"]
     if slurm.signal_s:
         options.append(f"--signal=B:USR1@{slurm.signal_s}")
@@ -92,9 +92,17 @@ def _job_options(config: Config, run: Path, points: int, limit: int) -> list[str
 def _second(config: Config, nodes: int) -> list[str]:
     """The rollout component of a heterogeneous job; it inherits nothing from the first."""
     slurm = config.slurm
-    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time}
-    options = [f"--{key}={value}" for key, value in named.items() if value]
-    return [*options, *_component(config, nodes), *slurm.rollout_sbatch]
+    return [*queue_options(slurm), *_time(slurm), *_component(config, nodes), *slurm.rollout_sbatch]
+
+
+def queue_options(slurm: SlurmConfig) -> list[str]:
+    """Where a job waits, and on whose account, as far as that is configured."""
+    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    return [f"--{key}={value}" for key, value in named.items() if value]
+
+
+def _time(slurm: SlurmConfig) -> list[str]:
+    return [f"--time={slurm.time}"] if slurm.time else []
 
 
 def _component(config: Config, nodes: int) -> list[str]:

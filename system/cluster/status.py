@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,20 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from system.cluster import slurm
-from system.cluster.submit import SUBMISSION
+from system.cluster.submit import jobs_of
 from system.config import ConfigError
 from system.observe.jsonl import read_jsonl
 from system.observe.rundir import RunDir, RunDirError
 
 FOLLOW_S = 1.0
-
-
-def jobs_of(root: Path) -> list[str]:
-    """The jobs a run or sweep was submitted as.  Raises RunDirError for one that was not."""
-    path = root / SUBMISSION
-    if not path.is_file():
-        raise RunDirError(f"{root} was not submitted: it has no {SUBMISSION}")
-    return [str(job) for job in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
 
 
 def attempts(root: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
-from system.cluster.script import Site, render
+from system.cluster.script import Site, queue_options, render
 from system.config import Config, ConfigError, load, to_dict
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 
@@ -168,9 +168,6 @@ def _closing(root: Path, script: Path) -> Path:
 
 
 def _closing_options(config: Config, root: Path, jobs: Sequence[str]) -> list[str]:
-    asked = config.slurm
-    named = {"partition": asked.partition, "account": asked.account, "qos": asked.qos}
-    options = [f"--{key}={value}" for key, value in named.items() if value]
     after = f"--dependency=afterany:{':'.join(jobs)}"
     output = f"--output={root}/slurm/summary-%j.log"
     return [
@@ -180,7 +177,7 @@ def _closing_options(config: Config, root: Path, jobs: Sequence[str]) -> list[st
         "--time=00:10:00",
         "--job-name=espalier-summary",
         output,
-        *options,
+        *queue_options(config.slurm),
     ]
 
 
@@ -198,6 +195,14 @@ def _record(root: Path, jobs: Sequence[str]) -> None:
     write_atomic(path, json.dumps({"jobs": list(jobs), "time": time.time()}) + "\n")
 
 
+def jobs_of(root: Path) -> list[str]:
+    """The jobs a run or sweep was submitted as.  Raises RunDirError for one that was not."""
+    path = root / SUBMISSION
+    if not path.is_file():
+        raise RunDirError(f"{root} was not submitted: it has no {SUBMISSION}")
+    return [str(job) for job in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
+
+
 def _claim(root: Path) -> Path:
     """A new directory for a sweep; a name that is taken gets the next free number."""
     number, wanted = 2, root
@@ -212,10 +217,9 @@ def _claim(root: Path) -> Path:
 
 def _refuse_twice(root: Path) -> None:
     """Two jobs in one run directory would train one model twice."""
-    path = root / SUBMISSION
-    if not path.is_file():
+    if not (root / SUBMISSION).is_file():
         return
-    waiting = slurm.states(json.loads(path.read_text(encoding="utf-8"))["jobs"])
+    waiting = slurm.states(jobs_of(root))
     busy = [f"{job} is {state}" for job, state in waiting.items() if state.split()[0] in ALIVE]
     if busy:
         raise RunDirError(f"{root} has a job already: {', '.join(busy)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,22 +32,7 @@ def create_model(path: Path, tokenizer: PreTrainedTokenizerBase, config: ModelCo
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if not isinstance(eos, int) or not isinstance(pad, int):
         raise ValueError("the tokenizer of a new model needs an EOS and a padding token")
-    shape = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.hidden_size // config.heads,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
-        dtype=config.dtype,
-    )
+    shape = qwen3_config(config, len(tokenizer), bos_token_id=None, eos_token_id=eos, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(shape)
@@ -56,6 +42,24 @@ def create_model(path: Path, tokenizer: PreTrainedTokenizerBase, config: ModelCo
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(str(path))
+
+
+def qwen3_config(config: ModelConfig, vocab: int, **tokens: Any) -> Qwen3Config:
+    """A Qwen3 of ``config``'s shape and dtype with tied embeddings.  ``tokens``: ids of special tokens."""
+    return Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        tie_word_embeddings=True,
+        dtype=config.dtype,
+        **tokens,
+    )
 
 
 def initialize(model: nn.Module, std: float) -> None:

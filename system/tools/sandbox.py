@@ -62,7 +62,8 @@ _START_DEADLINE_S = 20.0
 _GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
 _STOP_DEADLINE_S, _STOP_PAUSE_S = 5.0, 0.05
 _MAX_CODE_BYTES = 1 << 20
-_ATTEMPTS = 3
+_ATTEMPTS = 3  # of one call, each with a warden of its own
+_SERVERS = 10  # fork servers that may die under one call before it has begun
 
 
 class SandboxUnavailable(RuntimeError):
@@ -181,18 +182,25 @@ class Sandbox:
         if wall_s <= 0:
             return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
         async with self._slots:
-            for _ in range(_ATTEMPTS):  # a lost program may run again: nothing it did has left the sandbox
+            attempts = deaths = 0
+            while attempts < _ATTEMPTS and deaths < _SERVERS:
                 server = await self._running_server()
                 try:
                     reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + _GRACE_S)
-                except _Lost:
+                except _Lost:  # the program may run again: nothing it did has left the sandbox
+                    if server.dead:  # a call that has begun outlives its fork server: this one had not
+                        deaths += 1
+                    else:
+                        attempts += 1
                     continue
                 finally:
                     await self._bury()
                 if "failed" in reply:
                     raise SandboxUnavailable(f"a call could not be confined: {reply['failed']}")
                 return self._result(reply, wall_s)
-        raise SandboxUnavailable(f"a call's process was lost {_ATTEMPTS} times")
+        raise SandboxUnavailable(
+            f"a call's process was lost {attempts} times, its fork server {deaths} times"
+        )
 
     async def close(self) -> None:
         """Kill what still runs and remove every scratch directory."""
@@ -304,6 +312,16 @@ class _ForkServer:
     @property
     def busy(self) -> bool:
         return bool(self._calls)
+
+    @property
+    def dead(self) -> bool:
+        """Whether nobody is left at the other end of the control channel."""
+        try:
+            return not self._control.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     async def greet(self) -> list[str]:
         """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason."""
