@@ -210,7 +210,7 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -
         engine=speed,
         learner=speed,
         agent=agent,
-        tools={"search": ToolModel(latency, Constant(work.result_tokens / GRAIN), deadline_s=1e9)},
+        tools={"search": ToolModel(latency, Constant(work.result_tokens / GRAIN))},
         publish_s=publish_s(shape, gpu),
         update_s=work.pause_s,
         vocab=shape.vocab,

@@ -139,9 +139,9 @@ def test_habits_and_tools_come_back_from_trees() -> None:
     agent = fit_agent(books.trees, window=8)
     assert agent.tools == ["search"]
     for calls, p_call in enumerate((0.9, 0.6, 0.3)):
-        heard = agent.segments[calls]
+        heard = [agent.segments[number] for number in agent.levels[calls]]
         assert np.mean([one.tool == 0 for one in heard]) == pytest.approx(p_call, abs=0.15)
-    lengths = [one.tokens for one in agent.segments[0]]
+    lengths = [agent.segments[number].tokens for number in agent.levels[0]]
     assert np.mean(lengths) == pytest.approx(30, rel=0.15)
     tool = fit_tools(books.trees, agent.tools)["search"]
     assert tool.latency.mean == pytest.approx(0.8, rel=0.2)

@@ -87,9 +87,11 @@ def test_thousands_of_branches_and_a_day_are_simulated_at_once() -> None:
         "rollout.concurrency=128",
         "flow.batch_leaves=1024",
         "engine.max_running=4096",
+        "tools.deadline_s=1e6",
+        "tools.concurrency=4096",
     )
     patient = models(
-        tools={"search": ToolModel(Constant(20_000.0), deadline_s=1e6)},
+        tools={"search": ToolModel(Constant(20_000.0))},
         agent=AgentModel(segment_tokens=Constant(20), p_call=(1.0, 0.0)),
     )
     live = 0

@@ -7,6 +7,7 @@ segment ends.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,8 +44,23 @@ class Agent(Protocol):
         """Tool names; a segment's call names one by its place here."""
         ...
 
-    def speak(self, seed: int, calls: int) -> Segment:
-        """The segment that a request with this ``seed`` gets after ``calls`` tool calls."""
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+        """The segment that a request with this ``seed`` gets.
+
+        ``tree``: its route, "prompt:ticket"; ``calls``: the call tokens on the branch so far, in order.
+        """
+        ...
+
+    def forget(self, tree: str) -> None:
+        """The tree is closed."""
+        ...
+
+    def afresh(self) -> Agent:
+        """The same agent for another simulation, knowing nothing of this one."""
+        ...
+
+    def query(self, call: int) -> int:
+        """What the call of token ``call`` asks: two calls of one tree that ask the same have the same."""
         ...
 
     def prompt(self, prompt_id: str, seed: int) -> Prompt:
@@ -69,17 +85,26 @@ class AgentModel:
     def tools(self) -> Sequence[str]:
         return list(self.shares)
 
-    def speak(self, seed: int, calls: int) -> Segment:
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
         rng = np.random.default_rng(seed)
         length = max(2, round(self.segment_tokens.draw(rng)))
         level = self.root_entropy + (self.rise if calls else 0.0)
         entropy = max(0.0, level + self.entropy_spread * rng.standard_normal())
         call = 0
-        if rng.random() < self.p_call[min(calls, len(self.p_call) - 1)]:
+        if rng.random() < self.p_call[min(len(calls), len(self.p_call) - 1)]:
             shares = np.fromiter(self.shares.values(), np.float64)
             tool = int(np.searchsorted(np.cumsum(shares / shares.sum()), rng.random()))
-            call = call_token(min(tool, shares.size - 1), rng)
+            call = call_token(min(tool, shares.size - 1), int(rng.integers(1 << _BITS)))
         return Segment(length, call, bool(rng.random() < self.p_right), entropy)
+
+    def forget(self, tree: str) -> None:
+        pass
+
+    def afresh(self) -> AgentModel:
+        return self
+
+    def query(self, call: int) -> int:
+        return number_of(call)
 
     def prompt(self, prompt_id: str, seed: int) -> Prompt:
         return _prompt(prompt_id, seed, self.prompt_tokens)
@@ -91,31 +116,78 @@ class Recorded:
 
     tokens: int
     tool: int  # it called; -1: it ended
+    query: int  # what it asked: equal for equal calls of one tree
     right: bool
     entropy: float
+    next: Sequence[int] = ()  # numbers of the segments that followed its call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class RecordedTree:
+    prompt_tokens: int
+    levels: Sequence[Sequence[int]]  # numbers of its segments, by the calls before them
+
+
 class RecordedAgent:
-    """Says again what was said in a run: a segment drawn from those after as many tool calls.
+    """Says again what was said in a run: every tree retells a recorded one.
 
-    Length, call and entropy are drawn together, so what goes together in the run goes together here; what
-    two segments of one branch have in common is lost.
+    A prompt gets one of the recorded trees.  Its branches begin with first segments of that tree and go on
+    with what followed the same call there.  So what the branches of a tree have in common (a question that
+    needs three searches needs them on every branch) stays in common: a tree lasts as long as its longest
+    branch, and were the branches independent, the longest would be longer.
+
+    Each tree says a segment once.  Where all that followed a call is said, or nothing did, the branch goes on
+    with what the tree said elsewhere after as many calls, then with what any tree did: more branches than
+    were recorded are as various as the run's.  A call's token names its segment.
     """
 
-    prompt_tokens: Dist
-    segments: Sequence[Sequence[Recorded]]  # by calls so far; the last entry serves all further ones
-    tools: Sequence[str]
+    def __init__(
+        self, trees: Sequence[RecordedTree], segments: Sequence[Recorded], tools: Sequence[str]
+    ) -> None:
+        """``segments``: at most 2^20."""
+        if not trees or len(segments) > 1 << _BITS:
+            raise ValueError(f"{len(trees)} trees with {len(segments)} segments (1 to {1 << _BITS:,})")
+        self.trees, self.segments, self.tools = trees, segments, tools
+        self.levels = [  # numbers of all trees' segments, by the calls before them
+            [number for tree in trees for level in tree.levels[calls : calls + 1] for number in level]
+            for calls in range(max(len(tree.levels) for tree in trees))
+        ]
+        self._said: dict[str, set[int]] = {}  # by each tree that grows
 
-    def speak(self, seed: int, calls: int) -> Segment:
-        rng = np.random.default_rng(seed)
-        heard = self.segments[min(calls, len(self.segments) - 1)]
-        one = heard[int(rng.integers(len(heard)))]
-        call = call_token(one.tool, rng) if one.tool >= 0 else 0
-        return Segment(max(2, one.tokens), call, one.right, one.entropy)
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+        said = self._said.setdefault(tree, set())
+        number = self._choose(np.random.default_rng(seed), said, self._recorded(tree), calls)
+        said.add(number)
+        segment = self.segments[number]
+        call = call_token(segment.tool, number) if segment.tool >= 0 else 0
+        return Segment(max(2, segment.tokens), call, segment.right, segment.entropy)
+
+    def _choose(
+        self, rng: np.random.Generator, said: set[int], tree: RecordedTree, calls: Sequence[int]
+    ) -> int:
+        depth = len(calls)
+        here = self.segments[number_of(calls[-1])].next if calls else ()
+        for numbers in (here, *tree.levels[depth : depth + 1]):
+            if left := [number for number in numbers if number not in said]:
+                return left[int(rng.integers(len(left)))]
+        numbers = self.levels[min(depth, len(self.levels) - 1)]
+        return numbers[int(rng.integers(len(numbers)))]
+
+    def forget(self, tree: str) -> None:
+        self._said.pop(tree, None)
+
+    def afresh(self) -> RecordedAgent:
+        return RecordedAgent(self.trees, self.segments, self.tools)
+
+    def query(self, call: int) -> int:
+        return self.segments[number_of(call)].query
 
     def prompt(self, prompt_id: str, seed: int) -> Prompt:
-        return _prompt(prompt_id, seed, self.prompt_tokens)
+        return _prompt(prompt_id, seed, Constant(self._recorded(f"{prompt_id}:").prompt_tokens))
+
+    def _recorded(self, tree: str) -> RecordedTree:
+        prompt_id = tree.rpartition(":")[0]
+        return self.trees[zlib.crc32(prompt_id.encode()) % len(self.trees)]
 
 
 def _prompt(prompt_id: str, seed: int, tokens: Dist) -> Prompt:
@@ -124,9 +196,13 @@ def _prompt(prompt_id: str, seed: int, tokens: Dist) -> Prompt:
     return Prompt(prompt_id, ({"role": "user", "content": str(length)},), ())
 
 
-def call_token(tool: int, rng: np.random.Generator) -> int:
-    """A call of tool number ``tool``, with a draw that names it."""
-    return CALL + (tool << _BITS) + int(rng.integers(1 << _BITS))
+def call_token(tool: int, number: int) -> int:
+    """A call of tool number ``tool``; ``number`` [0, 2^20) tells such calls apart."""
+    return CALL + (tool << _BITS) + number
+
+
+def number_of(call: int) -> int:
+    return call & ((1 << _BITS) - 1)
 
 
 def written(segment: Segment, number: int, limit: int) -> NDArray[np.int32]:
@@ -150,8 +226,8 @@ class TwinTokenizer:
     eos_token_id = EOS
     chat_template = None
 
-    def __init__(self, tools: Sequence[str]) -> None:
-        self._tools = list(tools)
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
 
     def encode(self, text: str, **_: Any) -> NDArray[np.int32]:
         return np.full(int(text) if text.isdigit() else 1, TEXT, np.int32)
@@ -160,8 +236,8 @@ class TwinTokenizer:
         """Only the end of a segment says anything: a call in tags, or the answer."""
         last = ids[-1] if len(ids) else TEXT
         if last >= CALL:
-            name = self._tools[tool_of(last)]
-            return f"<{name}> {last - CALL} </{name}>"
+            name = self._agent.tools[tool_of(last)]
+            return f"<{name}> {self._agent.query(last)} </{name}>"
         return {RIGHT: "right", WRONG: "wrong"}.get(last, "")
 
 

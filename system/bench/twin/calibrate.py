@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.bench.twin.agent import Recorded, RecordedAgent
+from system.bench.twin.agent import Recorded, RecordedAgent, RecordedTree
 from system.bench.twin.dist import Constant, Empirical
 from system.bench.twin.speeds import LinearEngine, LinearLearner
 from system.bench.twin.tools import ToolModel
@@ -24,7 +24,8 @@ from system.bench.twin.world import Models, simulate
 from system.config import Config, ConfigError
 from system.observe.rundir import RunDir
 from system.observe.sinks import history
-from system.tree.record import Kind, Outcome, Tree
+from system.tools.http_tools import SearchTool
+from system.tree.record import Kind, Outcome, ToolCall, Tree
 from system.tree.store import read_trees
 
 SKIP = 4  # training steps at the start: the pipeline fills, caches and compilers warm up
@@ -164,40 +165,68 @@ def fit_learner(records: Sequence[Mapping[str, Any]]) -> LinearLearner:
 
 
 def fit_agent(trees: Sequence[Tree], window: int) -> RecordedAgent:
-    """Every segment of the trees, by the number of calls before it."""
+    """The trees' segments and what followed them.  ``window``: tokens that the entropy probe looks at."""
     tools = sorted({call.tool or NO_TOOL for tree in trees for call in tree.calls}) or [NO_TOOL]
-    heard: defaultdict[int, list[Recorded]] = defaultdict(list)
-    for tree in trees:
-        called = {int(tree.parent[call.node]): tools.index(call.tool or NO_TOOL) for call in tree.calls}
-        ended = dict(zip(tree.leaf.tolist(), range(tree.n_leaves), strict=True))
-        depth = np.zeros(tree.n_nodes, np.int64)  # calls on the path to the node, itself included
-        for node in range(1, tree.n_nodes):
-            depth[node] = depth[tree.parent[node]] + (tree.kind[node] == Kind.TOOL)
-            if tree.kind[node] != Kind.MODEL:
-                continue
-            begin, end = int(tree.start[node]), int(tree.end[node])
-            tool, leaf = called.get(node, -1), ended.get(node)
-            if leaf is not None and tree.outcome[leaf] == Outcome.CALL_LIMIT:
-                tool = 0  # it asked for one more call; which tool is no matter
-            first = tree.entropy[begin : min(end, begin + window)]
-            known = first[np.isfinite(first)]
-            entropy = float(known.mean()) if known.size else 0.0
-            right = leaf is not None and tree.correct[leaf] == 1
-            heard[int(depth[node])].append(Recorded(end - begin, tool, right, entropy))
-    prompts = Empirical([float(tree.start[1] if tree.n_nodes > 1 else tree.n_tokens) for tree in trees])
-    return RecordedAgent(prompts, [heard[calls] for calls in range(len(heard))], tools)
+    segments: list[Recorded] = []
+    known = [_recorded(tree, window, tools, segments) for tree in trees]
+    return RecordedAgent(known, segments, tools)
+
+
+def _recorded(tree: Tree, window: int, tools: Sequence[str], segments: list[Recorded]) -> RecordedTree:
+    """``tree`` without its words.  Appends its segments to ``segments``, which numbers them."""
+    called = {int(tree.parent[call.node]): call for call in tree.calls}
+    asked: dict[str, int] = {}  # number of the first segment that asked it
+    ended = dict(zip(tree.leaf.tolist(), range(tree.n_leaves), strict=True))
+    depth, above = np.zeros(tree.n_nodes, np.int64), np.zeros(tree.n_nodes, np.int64)
+    for node in range(1, tree.n_nodes):  # calls on the path, and the segment that a node comes after
+        parent = int(tree.parent[node])
+        depth[node] = depth[parent] + (tree.kind[node] == Kind.TOOL)
+        above[node] = parent if tree.kind[parent] == Kind.MODEL else above[parent]
+    followers: defaultdict[int, list[int]] = defaultdict(list)  # of a segment, their numbers
+    levels: list[list[int]] = [[] for _ in range(int(depth.max()) + 1)]
+    for node in range(tree.n_nodes - 1, 0, -1):  # children come after their parents
+        if tree.kind[node] != Kind.MODEL:
+            continue
+        begin, end = int(tree.start[node]), int(tree.end[node])
+        tool, query, leaf = -1, 0, ended.get(node)
+        if (call := called.get(node)) is not None:
+            tool, query = tools.index(call.tool or NO_TOOL), asked.setdefault(_asked(call), len(segments))
+        elif leaf is not None and tree.outcome[leaf] == Outcome.CALL_LIMIT:
+            tool = 0  # it asked for one more call; which tool is no matter
+        first = tree.entropy[begin : min(end, begin + window)]
+        finite = first[np.isfinite(first)]
+        entropy = float(finite.mean()) if finite.size else 0.0
+        right = leaf is not None and tree.correct[leaf] == 1
+        levels[depth[node]].append(len(segments))
+        followers[int(above[node])].append(len(segments))
+        segments.append(Recorded(end - begin, tool, query, right, entropy, followers[node]))
+    return RecordedTree(int(tree.start[1]) if tree.n_nodes > 1 else tree.n_tokens, levels)
+
+
+def _asked(call: ToolCall) -> str:
+    return json.dumps([call.tool, call.arguments], sort_keys=True)
 
 
 def fit_tools(trees: Sequence[Tree], names: Sequence[str]) -> dict[str, ToolModel]:
-    """Latencies and lengths of answers as they were measured, by tool (cached answers included)."""
+    """Latencies and lengths of answers as they were measured, by tool, without answers from the cache.
+
+    What tells that equal calls may share an answer is the tool's spec, of which trees know nothing: of our
+    own tools search is such a one; a tool of the user's is taken not to be.
+    """
     models: dict[str, ToolModel] = {}
     for name in names:
-        calls = [(tree, call) for tree in trees for call in tree.calls if (call.tool or NO_TOOL) == name]
+        calls = [
+            (tree, call)
+            for tree in trees
+            for call in tree.calls
+            if (call.tool or NO_TOOL) == name and not call.cached
+        ]
         if not calls:
             models[name] = ToolModel(Constant(0.0), Constant(1.0))
             continue
         sizes = [max(1.0, float(tree.end[call.node] - tree.start[call.node]) - _TAGS) for tree, call in calls]
-        models[name] = ToolModel(Empirical([call.latency_s for _, call in calls]), Empirical(sizes))
+        latency = Empirical([call.latency_s for _, call in calls])
+        models[name] = ToolModel(latency, Empirical(sizes), pure=name == SearchTool.spec.name)
     return models
 
 

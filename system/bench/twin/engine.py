@@ -333,9 +333,9 @@ class EngineModel:
 
     def _sequence(self, request: GenerateRequest) -> _Sequence:
         tokens = request.input_ids
-        calls = int(np.count_nonzero(tokens >= CALL))
+        calls: list[int] = tokens[tokens >= CALL].tolist()
         assert request.sampling.seed is not None
-        segment = self._agent.speak(request.sampling.seed, calls)
+        segment = self._agent.speak(request.sampling.seed, request.route, calls)
         limit = min(segment.tokens, request.sampling.max_new_tokens)
         finish = Finish("length")
         if limit == segment.tokens:

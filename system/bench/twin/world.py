@@ -83,10 +83,11 @@ class Twin:
     events: list[Event] = field(default_factory=list)  # the ledger's log, over all sessions
 
     def __post_init__(self) -> None:
-        config, models, seed = self.config, self.models, self.config.run.seed
+        config, models = self.config, self.models
+        self.agent = models.agent.afresh()
         self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
-        known = {name: models.tools[name] for name in models.agent.tools}  # in the agent's order
-        self.tools = TwinTools(known, seed, self.trace)
+        known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
+        self.tools = TwinTools(known, config, self.trace)
         syntax = make_syntax("tags", self.tools.specs)
         policy = make_policy(config.branching)
         chunk = config.engine.chunk_tokens
@@ -94,7 +95,7 @@ class Twin:
             EngineModel(
                 f"engine-{number}",
                 models.engine,
-                models.agent,
+                self.agent,
                 first_tokens=-(-policy.window // chunk) * chunk,
                 max_running=config.engine.max_running,
                 stops=dict(enumerate(syntax.stops)),
@@ -111,7 +112,7 @@ class Twin:
             syntax=syntax,
             policy=policy,
             reward=AnswerReward(),
-            tokenizer=TwinTokenizer(list(self.tools.specs)),
+            tokenizer=TwinTokenizer(self.agent),
             config=config.rollout,
             vocab_size=models.vocab,
             now=lambda: asyncio.get_running_loop().time(),
@@ -188,13 +189,15 @@ class Twin:
     # What the loop asks for (system.flow.loop.Parts)
 
     async def grow(self, ticket: Ticket, seed: int) -> tuple[int, Tree]:
-        prompt = self.models.agent.prompt(ticket.prompt_id, self.config.run.seed)
+        prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
             tree = await self.grower.grow(prompt, ticket=ticket.number, seed=seed)
         except GrowthFailed as failure:
             raise TreeLost(failure.reason) from failure
         finally:
-            self.fleet.forget(f"{prompt.id}:{ticket.number}")
+            tree_id = f"{prompt.id}:{ticket.number}"
+            self.fleet.forget(tree_id)
+            self.agent.forget(tree_id)
         return ticket.number, tree
 
     async def train(self, version: int, batch: Sequence[Closed[int]]) -> Mapping[str, float]:
@@ -232,9 +235,9 @@ class Twin:
                 if self._died is not None and not self._died.done():
                     self._died.set_result(None)
             case "tool":
-                self.tools.down = True
+                self.tools.set_down(True)
                 await asyncio.sleep(failure.for_s)
-                self.tools.down = False
+                self.tools.set_down(False)
             case "engine":
                 engine = self.engines[failure.which % len(self.engines)]
                 if not engine.alive:
