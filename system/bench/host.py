@@ -26,10 +26,10 @@ import numpy as np
 import psutil
 from matplotlib.figure import Figure
 
-from system.bench.agent import NoReward
 from system.bench.latency import ToolLatency
 from system.bench.report import Report
 from system.bench.stub_engine import Plan, write_plan
+from system.bench.twin.agent import AnswerReward
 from system.config import RolloutConfig
 from system.engine.client import EngineClient
 from system.engine.protocol import Chunk, GenerateRequest
@@ -205,7 +205,7 @@ def _grower(load: Load, engine: _CountedEngine, tools: ToolService, live: _LiveB
         tools=tools,
         syntax=make_syntax("tags", tools.specs),
         policy=Arpo(8, 0.5, 0.2),
-        reward=NoReward(),
+        reward=AnswerReward(),
         tokenizer=tokenizer,
         config=RolloutConfig(leaves=load.leaves, roots=load.roots, call_limit=3, max_response_tokens=2048),
         vocab_size=len(tokenizer),

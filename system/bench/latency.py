@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from system.bench.twin.dist import Lognormal, Stragglers
+from system.bench.twin.dist import Dist, Lognormal, Stragglers
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,14 @@ class ToolLatency:
     stragglers: float = 0.0  # share of the calls
     straggler_factor: float = 30.0
 
+    @property
+    def dist(self) -> Dist:
+        base = Lognormal(self.mean_s, self.sigma)
+        return Stragglers(base, self.stragglers, self.straggler_factor) if self.stragglers else base
+
     def draw(self, seed: int) -> float:
         """Latency of the call that ``seed`` names: the same whoever makes it, and when."""
-        base = Lognormal(self.mean_s, self.sigma)
-        dist = Stragglers(base, self.stragglers, self.straggler_factor) if self.stragglers else base
-        return dist.draw(np.random.default_rng(seed))
+        return self.dist.draw(np.random.default_rng(seed))
 
     def __str__(self) -> str:
         spread = f"σ = {self.sigma:g}" if self.sigma else "constant"

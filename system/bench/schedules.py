@@ -1,7 +1,7 @@
 """Benchmark of the rollout schedules on the virtual clock: barrier-free growth against the released rounds.
 
-The growers, policies, admission and queue are the ones that train; engine and tools are simulated
-(:mod:`system.bench.agent`), so only the schedule differs, and a day of tool calls takes seconds.
+The growers, policies, admission and queue are the ones that train; agent, engine and tools are the digital
+twin's (:mod:`system.bench.twin`), so only the schedule differs, and a day of tool calls takes seconds.
 
 1. Completed trees per hour, by how much tool latencies spread, on the same seeds and engine.
 2. The makespan of one batch against what no schedule can beat: max(critical path, work / capacity).
@@ -22,16 +22,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from system.bench import clock
-from system.bench.agent import (
-    AgentTokenizer,
-    CriticalPath,
-    NoReward,
-    Says,
-    SimulatedEngine,
-    SimulatedTools,
-)
+from system.bench.critical_path import CriticalPath, MeasuredEngine, MeasuredTools
 from system.bench.latency import ToolLatency
 from system.bench.report import Report
+from system.bench.twin.agent import AgentModel, AnswerReward, TwinTokenizer
+from system.bench.twin.dist import Constant, Lognormal
+from system.bench.twin.engine import EngineModel
+from system.bench.twin.speeds import LinearEngine
+from system.bench.twin.tools import ToolModel, TwinTools
 from system.config import BranchingConfig, RolloutConfig
 from system.flow.admission import Admission
 from system.flow.replay import Entry, ReplayQueue
@@ -39,7 +37,7 @@ from system.rollout.branching import make_policy
 from system.rollout.grower import Grower
 from system.rollout.schedule import Lockstep
 from system.rollout.syntax import make_syntax
-from system.tasks.base import Prompt
+from system.tools.service import ServiceLimits
 from system.tree.record import Origin, Tree
 
 SIGMAS = (0.0, 0.5, 1.0, 1.5)
@@ -73,13 +71,14 @@ MODES = (
 class World:
     """The workload, and what serves it."""
 
-    says: Says
+    agent: AgentModel
     latency: ToolLatency
     leaves: int = 16  # n; this and the next two as in ARPO's released 7B recipe
     roots: int = 8  # N
     call_limit: int = 3
     trees: int = 32  # per batch
-    slots: int = 256  # sequences that the engine decodes at once
+    slots: int = 256  # sequences that the engine decodes at once, first come first served
+    token_s: float = 0.02  # seconds per token of each of them
     window: int = 20  # tokens that a policy looks at
 
 
@@ -104,6 +103,18 @@ class Run:
         return max(self.critical_path_s, self.work_s / slots)
 
 
+def agent(p_call: float = 0.5, tokens: float = 120, sigma: float = 0.5) -> AgentModel:
+    """One whose entropy never changes: a fork is a coin's throw.  ``tokens``: of a segment, on average."""
+    return AgentModel(
+        prompt_tokens=Constant(1),
+        segment_tokens=Lognormal(tokens, sigma),
+        p_call=(p_call,),
+        root_entropy=1.0,
+        rise=0.0,
+        entropy_spread=0.0,
+    )
+
+
 def grow(world: World, mode: Mode, batches: int, seed: int = 0) -> Run:
     """Grow ``batches`` batches of trees in virtual time, each trained on in no time as soon as it is
     complete."""
@@ -111,16 +122,28 @@ def grow(world: World, mode: Mode, batches: int, seed: int = 0) -> Run:
 
 
 async def _grow(world: World, mode: Mode, batches: int, seed: int) -> Run:
-    path = CriticalPath()
-    engine = SimulatedEngine(world.says, world.window, world.slots, path=path)
-    tools = SimulatedTools(world.latency, path)
+    path, agent = CriticalPath(), world.agent
+    models = {name: ToolModel(world.latency.dist) for name in agent.tools}
+    unlimited = ServiceLimits(deadline_s=FOREVER_S, concurrency=1 << 30, cache_size=0)
+    tools = MeasuredTools(TwinTools(models, unlimited, seed), path)
+    syntax = make_syntax("tags", tools.specs)
+    decoder = EngineModel(
+        "engine",
+        LinearEngine(world.token_s, 0.0),
+        agent,
+        first_tokens=world.window,
+        max_running=world.slots,
+        stops=dict(enumerate(syntax.stops)),
+        mixed=True,
+    )
+    engine = MeasuredEngine(decoder, world.token_s, path)
     grower = Grower(
         engine=engine,
         tools=tools,
-        syntax=make_syntax("tags", tools.specs),
+        syntax=syntax,
         policy=make_policy(BranchingConfig(name=mode.branching, probe_tokens=world.window)),
-        reward=NoReward(),
-        tokenizer=AgentTokenizer(),
+        reward=AnswerReward(),
+        tokenizer=TwinTokenizer(agent),
         config=RolloutConfig(
             schedule=mode.schedule,
             leaves=world.leaves,
@@ -138,7 +161,7 @@ async def _grow(world: World, mode: Mode, batches: int, seed: int) -> Run:
     return Run(
         makespan_s=asyncio.get_running_loop().time() - began,
         critical_path_s=path.seconds,
-        work_s=engine.busy_s,
+        work_s=engine.work_s,
         rounds=grower.schedule.rounds if isinstance(grower.schedule, Lockstep) else 0,
         tool_calls=tools.calls,
         trees=trees,
@@ -159,7 +182,7 @@ async def _stream(
 
     async def one(number: int) -> None:
         born, began = version, time()
-        prompt = Prompt(f"p{number}", ({"role": "user", "content": "?"},), ())
+        prompt = world.agent.prompt(f"p{number}", seed)
         tree = await grower.grow(prompt, seed=seed + number)
         trees.append(tree)
         closed.append(time() - began)
@@ -191,7 +214,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "Rollout schedules on the virtual clock",
         "The released ARPO rounds against barrier-free growth: the same growers, seeds, engine and tools.",
     )
-    world = World(Says(), ToolLatency(mean_s=2.0), trees=trees)
+    world = World(agent(), ToolLatency(mean_s=2.0), trees=trees)
     result = {
         "throughput": _throughput(report, world, batches),
         "makespan": _makespan(report, replace(world, trees=world.trees * 4)),
@@ -225,10 +248,10 @@ def _throughput(report: Report, world: World, batches: int) -> list[dict[str, An
     report.section(
         "Completed trees per hour",
         f"{batches} batches of {world.trees} trees, n = {world.leaves}, N = {world.roots}, at most "
-        f"{world.call_limit} calls per branch; segments of {world.says.tokens:g} tokens on average, "
-        f"{world.slots} sequences decoded at once; tool calls of 2 s on average. Training takes no time "
-        "here, so this is what the schedules do to rollouts alone. sync, async: barrier-free trees; linear: "
-        "n roots, no forks.",
+        f"{world.call_limit} calls per branch; segments of {world.agent.segment_tokens.mean:g} tokens on "
+        f"average, {world.slots} sequences decoded at once; tool calls of 2 s on average. Training takes no "
+        "time here, so this is what the schedules do to rollouts alone. sync, async: barrier-free trees; "
+        "linear: n roots, no forks.",
     )
     names = [mode.name for mode in MODES]
     report.table(
@@ -310,7 +333,7 @@ def _makespan(report: Report, world: World) -> list[dict[str, Any]]:
 def _equality(report: Report, world: World) -> dict[str, float]:
     """Take the causes of difference away one by one at σ = 0."""
     still = replace(world, latency=ToolLatency(2.0), slots=2**20)
-    even = replace(still, says=replace(still.says, sigma=0.0))
+    even = replace(still, agent=agent(sigma=0.0))
     cases = {
         "trees, segments of varied length": (still, "arpo"),
         "trees, equal segments": (even, "arpo"),
@@ -355,7 +378,7 @@ def rules(p_call: float, trees: int, seed: int = 0) -> tuple[float, float, float
 
     One round's entropies are like any other's (ΔH = 0), so a fork is a coin's throw.
     """
-    world = World(Says(p_call, tokens=20, sigma=0.0), ToolLatency(), trees=1)
+    world = World(agent(p_call, tokens=20, sigma=0.0), ToolLatency(), trees=1)
     release, plain = Mode("", "lockstep", "arpo-release", 0), Mode("", "lockstep", "none", 0)
     ours, theirs = (grow(world, mode, trees, seed) for mode in (release, plain))
     return (

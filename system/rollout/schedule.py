@@ -88,8 +88,11 @@ class Lockstep(Schedule):
             await self._joining[branch]
 
     async def meet(self, branch: Hashable) -> None:
-        arrived = self._waiting[branch] = asyncio.get_running_loop().create_future()
-        self._advance()
+        loop = asyncio.get_running_loop()
+        arrived = self._waiting[branch] = loop.create_future()
+        loop.call_soon(
+            self._advance
+        )  # not at once: who comes last would not wait, and go on before all others
         await arrived
 
     def leave(self, branch: Hashable) -> None:

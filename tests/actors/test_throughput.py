@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from actors.throughput import MODES, SlowSearch, _config, _figures
-from system.bench.agent import Says
 from system.bench.latency import ToolLatency
-from system.bench.schedules import Mode, World, grow
+from system.bench.schedules import Mode, World, agent, grow
 from system.bench.throughput import write_report
 from system.tasks.registry import make_task
 from system.tools.serving import serve
@@ -49,7 +48,7 @@ async def test_the_slow_search_takes_as_long_as_its_query_draws() -> None:
 
 
 def test_figures_of_a_run() -> None:
-    trees = grow(World(Says(), ToolLatency(), trees=2), Mode("", "barrier-free", "arpo", 0), 1).trees
+    trees = grow(World(agent(), ToolLatency(), trees=2), Mode("", "barrier-free", "arpo", 0), 1).trees
     late = [replace(tree, started_s=0.0, closed_s=2.0 + 8.0 * i) for i, tree in enumerate(trees)]
     sampled = sum(int(np.count_nonzero(tree.version >= 0)) for tree in trees)
     summary = {

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from system.bench.agent import Says
 from system.bench.latency import ToolLatency
-from system.bench.schedules import Mode, World, grow
+from system.bench.schedules import Mode, World, agent, grow
 
-WORLD = World(Says(), ToolLatency(2.0), trees=8)
+WORLD = World(agent(), ToolLatency(2.0), trees=8)
 ROUNDS, FREE = (Mode(schedule, schedule, "arpo", 0) for schedule in ("lockstep", "barrier-free"))
 
 
@@ -39,7 +38,7 @@ def test_a_full_engine_works_almost_at_capacity() -> None:
 
 def test_when_nothing_spreads_linear_rollouts_lose_nothing_in_rounds() -> None:
     """Constant tools, equal segments, room for all: everybody arrives at once."""
-    world = replace(WORLD, says=replace(WORLD.says, sigma=0.0), slots=2**20)
+    world = replace(WORLD, agent=agent(sigma=0.0), slots=2**20)
     linear = [grow(world, replace(mode, branching="none"), 1).makespan_s for mode in (ROUNDS, FREE)]
     assert linear[0] == pytest.approx(linear[1])
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from system.bench.agent import EOS, Says
 from system.bench.latency import ToolLatency
-from system.bench.schedules import RELEASED, Mode, World, grow
+from system.bench.schedules import RELEASED, Mode, World, agent, grow
 from system.tree.record import Origin
 
 LEAVES, ROOTS, LIMIT = 16, 8, 3
@@ -63,8 +62,8 @@ def released_rules(calls: Callable[[Key], bool], forks: Callable[[Key], bool], r
 @pytest.mark.parametrize("p_call", RELEASED)
 def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
     """Every tree, on the same draws: the same forks, top-ups, rounds and calls."""
-    says = Says(p_call, tokens=20.0, sigma=0.0)
-    world = World(says, ToolLatency(1.0, 1.0), LEAVES, ROOTS, LIMIT, trees=1)
+    habits = agent(p_call, tokens=20, sigma=0.0)
+    world = World(habits, ToolLatency(1.0, 1.0), LEAVES, ROOTS, LIMIT, trees=1)
     for seed in range(15):
         streams: dict[Key, tuple[np.random.Generator, np.random.Generator]] = {}
 
@@ -76,7 +75,7 @@ def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
             return streams[key]
 
         expected = released_rules(
-            calls=lambda key: says.segment(int(draws(key)[1].integers(2**31)))[1] != EOS,
+            calls=lambda key: habits.speak(int(draws(key)[1].integers(2**31)), "", ()).call > 0,
             forks=lambda key: draws(key)[0].random() <= 0.5,
         )
         ours = grow(world, Mode("", "lockstep", "arpo-release", 0), 1, seed)

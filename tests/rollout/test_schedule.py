@@ -133,6 +133,19 @@ def test_a_cancelled_tree_holds_nobody_up() -> None:
     assert run(main()) < 50.0
 
 
+async def test_all_go_on_in_the_order_of_joining_whoever_comes_last() -> None:
+    schedule, went_on = Lockstep(), list[str]()
+
+    async def one(name: str, arrives_s: float) -> None:
+        await schedule.join(name)
+        await asyncio.sleep(arrives_s)
+        await schedule.meet(name)
+        went_on.append(name)
+
+    await asyncio.gather(one("first", 0.01), one("second", 0.0), one("third", 0.02))
+    assert went_on == ["first", "second", "third"]
+
+
 def test_unknown_schedules_are_refused() -> None:
     with pytest.raises(ValueError, match="bulk"):
         make_schedule("bulk")

@@ -15,7 +15,6 @@ import numpy as np
 
 from system.bench.twin.dist import Constant, Dist
 from system.bench.twin.trace import Trace
-from system.config import Config
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
 from system.tools.tool import ToolUnavailable
@@ -32,16 +31,16 @@ class ToolModel:
 
 
 class TwinTools:
-    """The tools of all rollout workers: each model behind one service, as wide as theirs together."""
+    """Every model behind one service."""
 
-    def __init__(self, models: Mapping[str, ToolModel], config: Config, trace: Trace | None = None) -> None:
-        self._tools = [_SimulatedTool(name, model, config.run.seed) for name, model in models.items()]
-        limits = ServiceLimits.from_config(config.tools)
-        limits = replace(limits, concurrency=limits.concurrency * config.rollout.workers)
+    def __init__(
+        self, models: Mapping[str, ToolModel], limits: ServiceLimits, seed: int, trace: Trace | None = None
+    ) -> None:
+        self._tools = [_SimulatedTool(name, model, seed) for name, model in models.items()]
         self._service = ToolService(
             self._tools,
             limits,
-            seed=config.run.seed,
+            seed=seed,
             clock=lambda: asyncio.get_running_loop().time(),
         )
         self._trace = trace

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from system.bench.clock import run as run_virtually
@@ -27,6 +27,7 @@ from system.flow.waiting import WaitingQueue
 from system.rollout.branching import make_policy
 from system.rollout.grower import Grower, GrowthFailed
 from system.rollout.syntax import make_syntax
+from system.tools.service import ServiceLimits
 from system.tree.record import Tree
 
 
@@ -87,7 +88,9 @@ class Twin:
         self.agent = models.agent.afresh()
         self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
         known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
-        self.tools = TwinTools(known, config, self.trace)
+        limits = ServiceLimits.from_config(config.tools)
+        together = replace(limits, concurrency=limits.concurrency * config.rollout.workers)
+        self.tools = TwinTools(known, together, config.run.seed, self.trace)
         syntax = make_syntax("tags", self.tools.specs)
         policy = make_policy(config.branching)
         chunk = config.engine.chunk_tokens
