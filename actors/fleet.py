@@ -11,17 +11,12 @@ from typing import Protocol
 
 from actors.supervise import ActorLost
 from system.engine.client import EngineClient
-from system.engine.protocol import EngineError, EngineInfo
+from system.engine.protocol import SPEED_COUNTERS, EngineError, EngineInfo
 from system.observe.recorder import Recorder
 
 PUSH_DEADLINE_S = 120.0  # for an engine that is back to hold the current weights, after its own start
 LOOK_S = 1.0  # between looks at the engines
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle seconds by cause
-# What the digital twin's speed model of an engine is fitted to, as far as the server counts it.
-SPEED_COUNTERS = (
-    *("busy_s", "steps", "row_steps", "prefill_tokens"),
-    *("moment_rr", "moment_rp", "moment_pp", "moment_rt", "moment_pt"),
-)
 
 
 class Publisher(Protocol):

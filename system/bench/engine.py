@@ -43,7 +43,7 @@ from system.bench.models import random_qwen3
 from system.bench.report import Report
 from system.config import ModelConfig
 from system.engine.client import EngineClient
-from system.engine.protocol import GenerateRequest, Sampling
+from system.engine.protocol import SPEED_COUNTERS, GenerateRequest, Sampling
 
 VOCAB = 512
 REQUESTS = 64
@@ -112,12 +112,13 @@ def run(
     try:
         with tempfile.TemporaryDirectory() as scratch:
             model = random_qwen3(Path(scratch), ModelConfig(), VOCAB, seed)
-            samples = asyncio.run(_measure(model, Path(scratch), rounds, new_tokens, threads, seed))
+            samples, sums = asyncio.run(_measure(model, Path(scratch), rounds, new_tokens, threads, seed))
     finally:
         torch.set_num_threads(before)
     result = {
         **summary(samples),
         "rounds": [{name: asdict(speed) for name, speed in sample.items()} for sample in samples],
+        "engine_sums": sums,  # over its steps: what the digital twin's engine can be fitted to
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "requests": REQUESTS,
         "new_tokens": new_tokens,
@@ -148,7 +149,8 @@ def summary(samples: list[dict[str, Speed]]) -> dict[str, Any]:
 
 async def _measure(
     model: Qwen3ForCausalLM, path: Path, rounds: int, new_tokens: int, threads: int, seed: int
-) -> list[dict[str, Speed]]:
+) -> tuple[list[dict[str, Speed]], dict[str, float]]:
+    """The rounds, and the sums that our engine's server counted meanwhile."""
     async with _server(path, threads) as (client, server):
 
         async def one_round(mixed: Workload, equal: Workload, tag: str) -> dict[str, Speed]:
@@ -163,7 +165,15 @@ async def _measure(
 
         await one_round(*workloads(seed + 1, 8), tag="warm")
         mixed, equal = workloads(seed, new_tokens)
-        return [await one_round(mixed, equal, tag=str(number)) for number in range(rounds)]
+        before = await _counters(client)
+        samples = [await one_round(mixed, equal, tag=str(number)) for number in range(rounds)]
+        after = await _counters(client)
+        return samples, {name: after[name] - before[name] for name in SPEED_COUNTERS}
+
+
+async def _counters(client: EngineClient) -> dict[str, float]:
+    (info,) = await client.infos()
+    return dict(info.counters)
 
 
 async def _timed(contest: Awaitable[int], work: Workload, server: psutil.Process) -> Speed:

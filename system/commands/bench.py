@@ -19,6 +19,8 @@ examples:
   espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
   espalier bench throughput        whole runs: sync and async, linear and trees, by the spread of tool latency
   espalier bench twin RUN OTHER    the digital twin, calibrated on RUN, predicts OTHER
+  espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN
+                                   the twin at the speeds that these benchmarks measured predicts RUN
   espalier bench scale 7B          the twin from 8 to 4096 GPUs: best split, and where throughput bends
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.

@@ -9,6 +9,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+# What the digital twin's speed model of an engine is fitted to, as far as the server counts it.
+SPEED_COUNTERS = (
+    *("busy_s", "steps", "row_steps", "prefill_tokens"),
+    *("moment_rr", "moment_rp", "moment_pp", "moment_rt", "moment_pt"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:

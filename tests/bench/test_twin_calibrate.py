@@ -165,6 +165,22 @@ def test_a_calibrated_twin_predicts_runs_it_has_not_seen(tmp_path: Path) -> None
         assert one["twin"]["step_s"] == pytest.approx(one["measured"]["step_s"], rel=0.1)
 
 
+def test_speeds_can_come_from_benchmark_figures(tmp_path: Path) -> None:
+    shown = record(tmp_path, "shown")
+    sums = {key.rpartition("/")[2]: value for key, value in engine_sums(np.random.default_rng(0)).items()}
+    steps = [{"tree_tokens": n, "tree_s": 0.4 + 2e-4 * n} for n in (1_000, 5_000, 20_000)]
+    engine, learner = tmp_path / "engine.json", tmp_path / "learner.json"
+    engine.write_text(json.dumps({"engine_sums": sums}))
+    learner.write_text(json.dumps({"results": steps}))
+    data: dict[str, Any] = run(tmp_path / "out", words=[str(engine), str(learner), str(shown.root)])
+    (one,) = data["runs"].values()
+    assert one["kind"] == "prediction"
+    assert one["holds"], one
+    engine.write_text("{}")
+    with pytest.raises(ConfigError, match=r"engine\.json: no figures .* espalier bench engine"):
+        run(tmp_path / "out", words=[str(engine), str(shown.root)])
+
+
 def test_slower_tools_are_an_input_to_a_prediction(tmp_path: Path) -> None:
     settings = config()
     slow = replace(WORLD, tools={"search": ToolModel(Lognormal(4.0, 0.7))})

@@ -154,14 +154,19 @@ def fit_engine(records: Sequence[Mapping[str, Any]]) -> LinearEngine:
 
 def fit_learner(records: Sequence[Mapping[str, Any]]) -> LinearLearner:
     """seconds = fixed + per token; what else a step takes (hand-over, records) counts as fixed."""
-    seconds = np.array([float(one["train/seconds"]) for one in records])
-    tokens = np.array([float(one["train/unique_tokens"]) for one in records])
-    table = np.column_stack([np.ones_like(tokens), tokens])
-    fixed, per_token = nonnegative(table.T @ table, table.T @ seconds)
+    seconds = [float(one["train/seconds"]) for one in records]
+    line = fit_line(seconds, [float(one["train/unique_tokens"]) for one in records])
     span = sum(float(one["time/window_s"]) for one in records)
     idle = sum(_idle(one, "learner") for one in records)
-    rest = max(0.0, (span - idle - float(seconds.sum())) / len(records))
-    return LinearLearner(fixed + rest, per_token)
+    rest = max(0.0, (span - idle - sum(seconds)) / len(records))
+    return LinearLearner(line.fixed_s + rest, line.per_token_s)
+
+
+def fit_line(seconds: Sequence[float], tokens: Sequence[float]) -> LinearLearner:
+    """seconds = fixed + per token, neither negative, by least squares over training steps."""
+    table = np.column_stack([np.ones(len(tokens)), np.asarray(tokens, np.float64)])
+    fixed, per_token = nonnegative(table.T @ table, table.T @ np.asarray(seconds, np.float64))
+    return LinearLearner(fixed, per_token)
 
 
 def fit_agent(trees: Sequence[Tree], window: int) -> RecordedAgent:

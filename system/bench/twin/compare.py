@@ -1,5 +1,8 @@
 """``espalier bench twin RUN OTHER…``: calibrate the twin on one run, predict others, set both side by side.
 
+With ``engine.json`` or ``learner.json`` of ``espalier bench`` among the arguments, that part's speed is what
+the benchmark measured, and the first run is predicted, too.
+
 What a prediction may know of the other run is what one would know before starting it: its configuration, and
 how long its tools take.  Engine, learner, agent and host are the first run's.  The first run is shown, too:
 there the figures are a fit, not a prediction.
@@ -22,6 +25,7 @@ from matplotlib.figure import Figure
 from system.bench.report import Report
 from system.bench.twin.books import TwinResult
 from system.bench.twin.calibrate import SKIP, Calibration, Drift, fit_tools, steps_of
+from system.bench.twin.figures import with_figures
 from system.bench.twin.world import simulate
 from system.config import ConfigError
 from system.observe.rundir import RunDir
@@ -148,11 +152,15 @@ def predict(calibration: Calibration, run: RunDir, drift: Drift | None = None) -
 
 
 def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Print and write the comparison; ``words`` are run directories, the one to calibrate on first."""
-    if not words:
+    """Print and write the comparison; ``words`` are run directories, the one to calibrate on first, and files
+    of figures."""
+    runs = [RunDir.open(Path(word)) for word in words if not word.endswith(".json")]
+    files = [Path(word) for word in words if word.endswith(".json")]
+    if not runs:
         raise ConfigError("name run directories: espalier bench twin CALIBRATE_ON [PREDICT …]")
-    runs = [RunDir.open(Path(word)) for word in words]
-    calibration = Calibration.from_run(runs[0]).with_host(rounds=2 if quick else 6)
+    calibration = with_figures(Calibration.from_run(runs[0]), files)
+    if not files:
+        calibration = calibration.with_host(rounds=2 if quick else 6)
     report = Report(
         out_dir,
         "twin",
@@ -165,6 +173,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
     report.facts(
         {
             "run": str(runs[0].root),
+            "speeds from": ", ".join(map(str, files)) or "the run",
             "training steps": calibration.steps,
             "engine": models.engine,
             "learner": models.learner,
@@ -174,13 +183,13 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
             "tools, mean s": {name: round(tool.latency.mean, 4) for name, tool in models.tools.items()},
         }
     )
-    data: dict[str, Any] = {"calibrated_on": str(runs[0].root), "runs": {}}
+    data: dict[str, Any] = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": {}}
     drawn: list[tuple[str, Figures, Figures]] = []
     for number, one in enumerate(runs):
         measured, drift = Figures.of_run(one), Drift.between(calibration, one)
         twin = Figures.of_twin(predict(calibration, one))
         slowed = Figures.of_twin(predict(calibration, one, drift))
-        kind = "prediction" if number else "fit"
+        kind = "prediction" if number or files else "fit"
         verdicts = {"holds": holds(twin, measured), "holds_at_its_speed": holds(slowed, measured)}
         _table(report, one, kind, measured, twin, slowed, drift)
         data["runs"][one.name] = {
