@@ -136,18 +136,26 @@ class RecordedAgent:
     needs three searches needs them on every branch) stays in common: a tree lasts as long as its longest
     branch, and were the branches independent, the longest would be longer.
 
-    Each tree says a segment once.  Where all that followed a call is said, or nothing did, the branch goes on
-    with what the tree said elsewhere after as many calls, then with what any tree did: more branches than
-    were recorded are as various as the run's.  A call's token names its segment.
+    Each tree says a segment once.  Where all k segments that followed a call are said, the branch repeats one
+    with probability k / (k + variety); else it goes on, in the same way, with what the tree said elsewhere
+    after as many calls, and in the end with what any tree did: draws from a hierarchical Dirichlet process
+    (Teh et al. 2006, section 4).  So more branches than were recorded bring something new.
+
+    A call's token names its segment.
     """
 
     def __init__(
-        self, trees: Sequence[RecordedTree], segments: Sequence[Recorded], tools: Sequence[str]
+        self,
+        trees: Sequence[RecordedTree],
+        segments: Sequence[Recorded],
+        tools: Sequence[str],
+        variety: float,
     ) -> None:
-        """``segments``: at most 2^20."""
+        """``segments``: at most 2^20; ``variety``: 0 where a tree's branches are all alike, infinite where
+        they are independent."""
         if not trees or len(segments) > 1 << _BITS:
             raise ValueError(f"{len(trees)} trees with {len(segments)} segments (1 to {1 << _BITS:,})")
-        self.trees, self.segments, self.tools = trees, segments, tools
+        self.trees, self.segments, self.tools, self.variety = trees, segments, tools, variety
         self.levels = [  # numbers of all trees' segments, by the calls before them
             [number for tree in trees for level in tree.levels[calls : calls + 1] for number in level]
             for calls in range(max(len(tree.levels) for tree in trees))
@@ -170,6 +178,8 @@ class RecordedAgent:
         for numbers in (here, *tree.levels[depth : depth + 1]):
             if left := [number for number in numbers if number not in said]:
                 return left[int(rng.integers(len(left)))]
+            if rng.random() * (len(numbers) + self.variety) < len(numbers):
+                return numbers[int(rng.integers(len(numbers)))]
         numbers = self.levels[min(depth, len(self.levels) - 1)]
         return numbers[int(rng.integers(len(numbers)))]
 
@@ -177,7 +187,7 @@ class RecordedAgent:
         self._said.pop(tree, None)
 
     def afresh(self) -> RecordedAgent:
-        return RecordedAgent(self.trees, self.segments, self.tools)
+        return RecordedAgent(self.trees, self.segments, self.tools, self.variety)
 
     def query(self, call: int) -> int:
         return self.segments[number_of(call)].query

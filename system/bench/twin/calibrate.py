@@ -7,7 +7,8 @@ are those of the machine and the load that the run had.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,7 +175,30 @@ def fit_agent(trees: Sequence[Tree], window: int) -> RecordedAgent:
     tools = sorted({call.tool or NO_TOOL for tree in trees for call in tree.calls}) or [NO_TOOL]
     segments: list[Recorded] = []
     known = [_recorded(tree, window, tools, segments) for tree in trees]
-    return RecordedAgent(known, segments, tools)
+    return RecordedAgent(known, segments, tools, fit_variety(known, segments))
+
+
+def fit_variety(trees: Sequence[RecordedTree], segments: Sequence[Recorded]) -> float:
+    """How various a tree's branches are, by the method of moments on what segments call.
+
+    Of a Dirichlet process with concentration v, two draws are one value with probability 1 / (1 + v), else
+    independent.  So if two segments of a tree agree (both call the same tool, or both end) with probability
+    s, and two of the run after as many calls with probability g, then v = (1 - s) / (s - g).
+    """
+    same = pairs = by_chance = 0.0
+    for calls in range(max(len(tree.levels) for tree in trees)):
+        groups = [tree.levels[calls] for tree in trees if len(tree.levels) > calls]
+        agree, count = np.sum([_agreeing(group, segments) for group in groups], axis=0)
+        overall = _agreeing([number for group in groups for number in group], segments)
+        same, pairs = same + agree, pairs + count
+        by_chance += count * overall[0] / max(overall[1], 1)
+    return float((pairs - same) / (same - by_chance)) if same > by_chance else math.inf
+
+
+def _agreeing(numbers: Sequence[int], segments: Sequence[Recorded]) -> tuple[int, int]:
+    """(Pairs that call the same or both end, all pairs.)"""
+    counts = Counter(segments[number].tool for number in numbers).values()
+    return sum(n * (n - 1) for n in counts), len(numbers) * (len(numbers) - 1)
 
 
 def _recorded(tree: Tree, window: int, tools: Sequence[str], segments: list[Recorded]) -> RecordedTree:
@@ -213,7 +237,10 @@ def _asked(call: ToolCall) -> str:
 
 
 def fit_tools(trees: Sequence[Tree], names: Sequence[str]) -> dict[str, ToolModel]:
-    """Latencies and lengths of answers as they were measured, by tool, without answers from the cache.
+    """Latencies and lengths of answers as they were measured, by tool, a tree's repeated calls left out.
+
+    The twin's own tool service answers repeated calls of a prompt together or from its cache.  What the run's
+    cache knew from other prompts is an answer in no time, as often as the run had one.
 
     What tells that equal calls may share an answer is the tool's spec, of which trees know nothing: of our
     own tools search is such a one; a tool of the user's is taken not to be.
@@ -223,8 +250,8 @@ def fit_tools(trees: Sequence[Tree], names: Sequence[str]) -> dict[str, ToolMode
         calls = [
             (tree, call)
             for tree in trees
-            for call in tree.calls
-            if (call.tool or NO_TOOL) == name and not call.cached
+            for call in {_asked(call): call for call in reversed(tree.calls)}.values()
+            if (call.tool or NO_TOOL) == name
         ]
         if not calls:
             models[name] = ToolModel(Constant(0.0), Constant(1.0))
