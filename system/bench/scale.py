@@ -9,7 +9,8 @@ was measured on a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -240,6 +241,9 @@ def _config(work: Workload, engines: int) -> Config:
             "engine.max_running=512",
             f"engine.max_context={2 * longest}",
             f"engine.replicas={engines}",
+            "tools.concurrency=1000000",
+            "tools.deadline_s=1e9",
+            "tools.cache_size=0",
             f"flow.batch_leaves={work.leaves * work.batch_trees}",
             f"flow.staleness={work.staleness}",
         ],
@@ -294,7 +298,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers) as pool:
         tasks = [(PROFILES[name], gpus, work) for name in names for gpus in sorted(counts, reverse=True)]
-        searched = list(pool.map(best_split, *zip(*tasks, strict=True)))
+        searched = list(_progress(pool.map(best_split, *zip(*tasks, strict=True)), tasks))
         curves = {
             name: sorted((s[0] for s in searched if s and s[0].profile == name), key=lambda p: p.gpus)
             for name in names
@@ -316,6 +320,16 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
     }
     report.finish(data)
     return data
+
+
+def _progress(
+    searches: Iterator[list[Point]], tasks: Sequence[tuple[Profile, int, Workload]]
+) -> Iterator[list[Point]]:
+    """``searches`` as they come, each with a line for whoever waits."""
+    for number, (found, (profile, gpus, _)) in enumerate(zip(searches, tasks, strict=True), 1):
+        best = f"{found[0].result.trained_per_s:,.0f} trained tokens/s" if found else "too few"
+        print(f"[{number}/{len(tasks)}] {profile.name} on {gpus} GPUs: {best}", file=sys.stderr, flush=True)
+        yield found
 
 
 def _sweeps(
