@@ -76,6 +76,7 @@ MODES = {
     "lockstep": ("rollout.schedule=lockstep", "branching=arpo", "flow.staleness=0"),
     "tree sync": ("branching=arpo", "flow.staleness=0"),
     "tree async η=1": ("branching=arpo", "flow.staleness=1"),
+    "tree async η=4": ("branching=arpo", "flow.staleness=4"),
     "linear sync": ("branching=none", "flow.staleness=0"),
     "linear one-step-off": ("branching=none", "flow.staleness=1", "flow.update=drained"),
     "linear async η=4": ("branching=none", "flow.staleness=4"),

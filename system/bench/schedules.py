@@ -60,6 +60,7 @@ MODES = (
     Mode("lockstep", "lockstep", "arpo", 0),
     Mode("sync", "barrier-free", "arpo", 0),
     Mode("async η=1", "barrier-free", "arpo", 1),
+    Mode("async η=4", "barrier-free", "arpo", 4),
     Mode("linear lockstep", "lockstep", "none", 0),
     Mode("linear sync", "barrier-free", "none", 0),
     Mode("linear one-step-off", "barrier-free", "none", 1, drained=True),
