@@ -99,9 +99,14 @@ class Point:
     result: TwinResult
 
     @property
+    def trained_per_s(self) -> float:
+        """Trained model tokens per second."""
+        return self.result.trained_per_s * GRAIN
+
+    @property
     def per_gpu(self) -> float:
         """Trained model tokens per second and GPU."""
-        return self.result.trained_per_s * GRAIN / self.gpus
+        return self.trained_per_s / self.gpus
 
     @property
     def engine_idle(self) -> float:
@@ -139,7 +144,7 @@ class Point:
             self.learner_gpus,
             self.engines,
             self.result.step_s,
-            self.result.trained_per_s * GRAIN,
+            self.trained_per_s,
             self.per_gpu,
             f"{self.engine_idle:.0%}",
             f"{self.learner_idle:.0%}",
@@ -327,7 +332,7 @@ def _progress(
 ) -> Iterator[list[Point]]:
     """``searches`` as they come, each with a line for whoever waits."""
     for number, (found, (profile, gpus, _)) in enumerate(zip(searches, tasks, strict=True), 1):
-        best = f"{found[0].result.trained_per_s:,.0f} trained tokens/s" if found else "too few"
+        best = f"{found[0].trained_per_s:,.0f} trained tokens/s" if found else "too few"
         print(f"[{number}/{len(tasks)}] {profile.name} on {gpus} GPUs: {best}", file=sys.stderr, flush=True)
         yield found
 
@@ -442,7 +447,7 @@ def _record(point: Point) -> dict[str, Any]:
         "leaves": point.workload.leaves,
         "tool_s": point.workload.tool_s,
         "step_s": point.result.step_s,
-        "trained_tokens_per_s": point.result.trained_per_s * GRAIN,
+        "trained_tokens_per_s": point.trained_per_s,
         "engine_idle": point.engine_idle,
         "learner_idle": point.learner_idle,
         "decoding_per_engine": point.result.running,
@@ -457,7 +462,7 @@ def _plot_curves(curves: Mapping[str, Sequence[Point]]) -> Figure:
     left, right = figure.subplots(1, 2)
     for name, points in curves.items():
         gpus = [point.gpus for point in points]
-        left.loglog(gpus, [point.result.trained_per_s * GRAIN for point in points], marker="o", label=name)
+        left.loglog(gpus, [point.trained_per_s for point in points], marker="o", label=name)
         right.semilogx(gpus, [point.per_gpu for point in points], marker="o", label=name)
     left.set_ylabel("trained tokens/s")
     right.set_ylabel("trained tokens/s per GPU")
@@ -477,9 +482,7 @@ def _plot_splits(points: Sequence[Point]) -> Figure:
                 (p for p in points if p.profile == name and p.gpus == gpus), key=lambda p: p.learner_gpus
             )
             shares = [point.learner_gpus / gpus for point in group]
-            axes.semilogy(
-                shares, [p.result.trained_per_s * GRAIN for p in group], marker=".", label=f"{gpus}"
-            )
+            axes.semilogy(shares, [p.trained_per_s for p in group], marker=".", label=f"{gpus}")
         axes.set_title(name)
         axes.set_xlabel("learner's share of the GPUs")
         axes.legend(title="GPUs", fontsize=7)
