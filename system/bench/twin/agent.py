@@ -24,6 +24,7 @@ SEGMENT = 1 << 8  # tokens from here on are sampled: SEGMENT + number of the seg
 CALL = 1 << 30  # ... and from here on tool calls: CALL + (tool << _BITS) + a draw that names the call
 _BITS = 20
 SEGMENTS = CALL - SEGMENT
+MOST_RECORDED = 1 << _BITS  # segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +152,12 @@ class RecordedAgent:
         tools: Sequence[str],
         variety: float,
     ) -> None:
-        """``segments``: at most 2^20; ``variety``: 0 where a tree's branches are all alike, infinite where
-        they are independent."""
-        if not trees or len(segments) > 1 << _BITS:
-            raise ValueError(f"{len(trees)} trees with {len(segments)} segments (1 to {1 << _BITS:,})")
+        """``segments``: at most ``MOST_RECORDED``; ``variety``: 0 where a tree's branches are all alike,
+        infinite where they are independent."""
+        if not trees or len(segments) > MOST_RECORDED:
+            raise ValueError(
+                f"{len(trees)} trees, {len(segments)} segments: 1 to {MOST_RECORDED:,} can be told"
+            )
         self.trees, self.segments, self.tools, self.variety = trees, segments, tools, variety
         self.levels = [  # numbers of all trees' segments, by the calls before them
             [number for tree in trees for level in tree.levels[calls : calls + 1] for number in level]

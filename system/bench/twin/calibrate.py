@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.bench.twin.agent import Recorded, RecordedAgent, RecordedTree
+from system.bench.twin.agent import MOST_RECORDED, Recorded, RecordedAgent, RecordedTree
 from system.bench.twin.dist import Constant, Empirical
 from system.bench.twin.speeds import LinearEngine, LinearLearner
 from system.bench.twin.tools import ToolModel
@@ -171,10 +171,17 @@ def fit_line(seconds: Sequence[float], tokens: Sequence[float]) -> LinearLearner
 
 
 def fit_agent(trees: Sequence[Tree], window: int) -> RecordedAgent:
-    """The trees' segments and what followed them.  ``window``: tokens that the entropy probe looks at."""
+    """The trees' segments and what followed them (of very many trees the newest).
+
+    ``window``: tokens that the entropy probe looks at.
+    """
     tools = sorted({call.tool or NO_TOOL for tree in trees for call in tree.calls}) or [NO_TOOL]
     segments: list[Recorded] = []
-    known = [_recorded(tree, window, tools, segments) for tree in trees]
+    known: list[RecordedTree] = []
+    for tree in reversed(trees):
+        if len(segments) + tree.n_nodes > MOST_RECORDED:
+            break
+        known.append(_recorded(tree, window, tools, segments))
     return RecordedAgent(known, segments, tools, fit_variety(known, segments))
 
 
