@@ -73,7 +73,9 @@ class Growers:
             for name in (f"rollout-{number}" for number in range(config.rollout.workers))
         ]
         await asyncio.gather(*waiting)
-        checks = [answer(worker.check.remote(), START_DEADLINE_S, "rollout worker") for worker in workers]
+        checks = [
+            answer(worker.check_tools.remote(), START_DEADLINE_S, "rollout worker") for worker in workers
+        ]
         await asyncio.gather(*checks)
         names: dict[str, Any] = {f"engine-{number}": url for number, url in enumerate(engines)}
         names |= {f"rollout-{number}": worker for number, worker in enumerate(workers)}

@@ -26,6 +26,9 @@ class RolloutWorker:
         self._growing: dict[int, GrowingTree] = {}
 
     async def check(self) -> None:
+        """Return: this process is there.  Its tools may still be on their way back."""
+
+    async def check_tools(self) -> None:
         """Raise ToolStartError if a configured tool cannot work."""
         await self._tools.check()
 

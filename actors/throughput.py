@@ -144,7 +144,9 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
             mode: rollout_worker(config, f"rollout: {mode}", str(stage.model), growers.engines, growers.tools)
             for mode, config in configs.items()
         }
-        checks = (answer(one.check.remote(), START_DEADLINE_S, "rollout worker") for one in workers.values())
+        checks = (
+            answer(one.check_tools.remote(), START_DEADLINE_S, "rollout worker") for one in workers.values()
+        )
         await asyncio.gather(*checks)
         rows: list[dict[str, Any]] = []
         for search.latency in latencies(quick):

@@ -119,7 +119,8 @@ def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any])
         ("replay queue", lambda process: is_actor(process, "ReplayActor")),
     ]
     for count, (name, wanted) in enumerate(victims):
-        run.wait_for(lambda done=count: run.steps() > 2 * done, WAIT_S, f"step {2 * count + 1}")
+        if count != 1:  # the worker comes back while its search server is away
+            run.wait_for(lambda done=count: run.steps() > 2 * done, WAIT_S, f"step {2 * count + 1}")
         run.find(wanted).kill()
         print("killed", name)
     assert run.wait(WAIT_S) == 0, run.output()
