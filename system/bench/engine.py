@@ -2,7 +2,8 @@
 
 Everything runs in turn on the same model, random weights of the quickstart's size, with the same number of
 torch threads, several rounds over; what is compared is the median over rounds of the ratio within a round, so
-that a busy machine slows both sides of each ratio.
+that a busy machine slows both sides of each ratio.  Beside it stands the ratio of the sides' best rounds;
+where the two differ, something else was using the machine.
 
 * ``mixed``: 64 concurrent requests with prompts of 16 to 128 tokens and outputs of a quarter to the whole of
   ``new_tokens``, against transformers' continuous batching (paged attention): the manager that its
@@ -138,10 +139,12 @@ def summary(samples: list[dict[str, Speed]]) -> dict[str, Any]:
         rival: statistics.median(s[ours].per_s / s[rival].per_s for s in samples)
         for rival, ours in RIVALS.items()
     }
+    best = {name: max(s[name].per_s for s in samples) for name in samples[0]}
     return {
         "tokens_per_s": {n: statistics.median(s[n].per_s for s in samples) for n in samples[0]},
         "tokens_per_cpu_s": {n: statistics.median(s[n].per_cpu_s for s in samples) for n in samples[0]},
         "ratio": ratios,
+        "ratio_of_best": {rival: best[ours] / best[rival] for rival, ours in RIVALS.items()},
         "required": REQUIRED,
         "passed": all(ratios[rival] >= least for rival, least in REQUIRED.items()),
     }
@@ -289,10 +292,16 @@ def _write(out_dir: Path, result: dict[str, Any]) -> None:
         ],
     )
     page.table(
-        "Ratios within a round (median)",
-        ["against", "ratio", "required", "verdict"],
+        "Ratios",
+        ["against", "within a round (median)", "of the best rounds", "required", "verdict (median)"],
         [
-            [name, result["ratio"][name], least, "holds" if result["ratio"][name] >= least else "MISSED"]
+            [
+                name,
+                result["ratio"][name],
+                result["ratio_of_best"][name],
+                least,
+                "holds" if result["ratio"][name] >= least else "MISSED",
+            ]
             for name, least in REQUIRED.items()
         ],
     )
