@@ -33,7 +33,7 @@ from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 WORDS = "PROFILE …"  # takes names of profiles
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GRAIN = 32  # tokens that one simulated token stands for
-STEPS, SKIP = 4, 1  # training steps simulated, and of them left out
+SKIP, CYCLES = 1, 3  # training steps left out at the start; periods of η + 1 steps simulated after that
 IDLE = 0.10  # below this share of idle time a part counts as busy
 FULL = 1.4  # an engine is full when twice the sequences would bring less than so much more
 
@@ -221,9 +221,8 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -
         update_s=work.pause_s,
         vocab=shape.vocab,
     )
-    result = simulate(
-        _config(work, engines), models, steps=STEPS + work.staleness, skip=SKIP + work.staleness
-    )
+    skip = SKIP + work.staleness  # all trees that η permits begin at once; a period later they are spread
+    result = simulate(_config(work, engines), models, steps=skip + CYCLES * (work.staleness + 1), skip=skip)
     return Point(profile.name, gpus, learner.gpus, engines, work, result)
 
 

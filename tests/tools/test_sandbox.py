@@ -76,11 +76,11 @@ async def test_the_traceback_shows_the_program_and_nothing_of_ours(sandbox: Sand
 
 async def test_wall_deadline(sandbox: Sandbox) -> None:
     started = time.monotonic()
-    result = await sandbox.run("print('so far')\nimport time\ntime.sleep(60)", deadline_s=0.3)
+    result = await sandbox.run("print('so far')\nimport time\ntime.sleep(60)", deadline_s=2.0)
     assert result.status is ToolStatus.TIMEOUT
     assert result.stdout == "so far\n"
-    assert "longer than 0.3 s" in result.text
-    assert time.monotonic() - started < 5
+    assert "longer than 2 s" in result.text
+    assert time.monotonic() - started < 20
 
 
 async def test_no_time_left(sandbox: Sandbox) -> None:
