@@ -73,10 +73,7 @@ class Growers:
             for name in (f"rollout-{number}" for number in range(config.rollout.workers))
         ]
         await asyncio.gather(*waiting)
-        checks = [
-            answer(worker.check_tools.remote(), START_DEADLINE_S, "rollout worker") for worker in workers
-        ]
-        await asyncio.gather(*checks)
+        await check_tools(workers)
         names: dict[str, Any] = {f"engine-{number}": url for number, url in enumerate(engines)}
         names |= {f"rollout-{number}": worker for number, worker in enumerate(workers)}
         return cls(workers, engines, hosts, servers, urls, names)
@@ -112,6 +109,12 @@ def rollout_worker(
     """Start a rollout worker.  ``engines``: URLs.  ``tools``: URLs by the tool's name."""
     arguments = (to_dict(config), model_path, list(engines), dict(tools))
     return spawn(RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=options)
+
+
+async def check_tools(workers: Sequence[Any]) -> None:
+    """Raise ToolStartError if a tool of one of the rollout ``workers`` cannot work."""
+    calls = [worker.check_tools.remote() for worker in workers]
+    await asyncio.gather(*(answer(call, START_DEADLINE_S, "rollout worker") for call in calls))
 
 
 def replay_queue(config: Config, name: str, options: Mapping[str, Any] | None = None) -> Any:

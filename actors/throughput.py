@@ -22,10 +22,9 @@ import numpy as np
 import ray
 from transformers.utils.logging import disable_progress_bar
 
-from actors.crew import Crew, Growers, replay_queue, rollout_worker
+from actors.crew import Crew, Growers, check_tools, replay_queue, rollout_worker
 from actors.launch import demonstrations, make_conductor, prepare_model, ray_session
 from actors.places import Places
-from actors.supervise import START_DEADLINE_S, answer
 from system.bench.latency import ToolLatency
 from system.bench.slow_search import slowed
 from system.config import Config, load
@@ -144,10 +143,7 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
             mode: rollout_worker(config, f"rollout: {mode}", str(stage.model), growers.engines, growers.tools)
             for mode, config in configs.items()
         }
-        checks = (
-            answer(one.check_tools.remote(), START_DEADLINE_S, "rollout worker") for one in workers.values()
-        )
-        await asyncio.gather(*checks)
+        await check_tools(list(workers.values()))
         rows: list[dict[str, Any]] = []
         for search.latency in latencies(quick):
             for mode in modes:

@@ -90,9 +90,7 @@ class Lockstep(Schedule):
     async def meet(self, branch: Hashable) -> None:
         loop = asyncio.get_running_loop()
         arrived = self._waiting[branch] = loop.create_future()
-        loop.call_soon(
-            self._advance
-        )  # not at once: who comes last would not wait, and go on before all others
+        loop.call_soon(self._advance)  # at once, who comes last would not wait: it would go on before all
         await arrived
 
     def leave(self, branch: Hashable) -> None:

@@ -1,10 +1,12 @@
 """Whole runs through the command line, as a user starts them."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,14 @@ from typing import Any
 import psutil
 import pytest
 
+from system.bench.slow_search import slowed
+from system.config import load
 from system.observe.jsonl import read_jsonl
+from system.tasks.base import HasCorpus
+from system.tasks.registry import make_task
+from system.tools.search_index import Document, SearchIndex
+from system.tools.search_server import create_app
+from system.tools.serving import serve
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -120,3 +129,39 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield begin
     for run in runs:
         run.kill()
+
+
+class SearchGate:
+    """A search server for quickstart runs that never answers one search of the test's choice."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.held = False
+        self._wanted = False
+
+    def hold_next(self) -> None:
+        self._wanted = True
+
+    def seconds(self, query: bytes) -> float:
+        if not self._wanted:
+            return 0.0
+        self._wanted, self.held = False, True
+        return 3600.0
+
+
+@pytest.fixture
+def search_gate() -> Iterator[SearchGate]:
+    gate = SearchGate()
+    task = make_task(load(ROOT / "configs" / "quickstart.yaml"))
+    assert isinstance(task, HasCorpus)
+    app = slowed(create_app(SearchIndex.build(Document(**row) for row in task.corpus())), gate.seconds)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(serve(app), loop).result(30)
+    gate.url = server.url
+    yield gate
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(30)
+    loop.close()

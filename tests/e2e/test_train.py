@@ -143,14 +143,24 @@ def assert_goes_on(held: Sequence[Kept], trained: list[Tree]) -> None:
             assert not Counter(sampled.tolist()) - Counter(tree.logprob.tolist())
 
 
+def newest_checkpoint(directory: Path) -> int:
+    """The version of the newest complete checkpoint, 0 without one."""
+    return max((int(path.name[1:]) for path in (directory / "checkpoints").glob("v??????")), default=0)
+
+
 def is_actor(process: psutil.Process, name: str) -> bool:
     return process.cmdline()[0].startswith(f"ray::{name}")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_goes_on(start: Callable[..., Any], how: signal.Signals) -> None:
-    run = start("run.steps=8", "checkpoint.every=2")
-    run.wait_for(lambda: run.steps() >= 3, WAIT_S, "step 3")
+def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any, how: signal.Signals) -> None:
+    search = (f"tools.search_url={search_gate.url}", "tools.deadline_s=300")
+    run = start("run.steps=8", "checkpoint.every=1", *search)
+    run.wait_for(lambda: run.steps() >= 2, WAIT_S, "step 2")
+    search_gate.hold_next()
+    run.wait_for(lambda: search_gate.held, WAIT_S, "a search, whose tree grows on from here to the end")
+    later = run.steps() + 2
+    run.wait_for(lambda: newest_checkpoint(run.directory) >= later, WAIT_S, "a checkpoint with that tree")
     # Ray's own agents notice the end of their cluster later, by themselves.
     below = [process for process in run.descendants() if not process.name().endswith("Agent")]
     os.kill(run.process.pid, how)
@@ -158,8 +168,8 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], how: signal.Signals) -
     _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive, f"outlived the run: {alive}"
     reached = run.steps()
-    newest = max((run.directory / "checkpoints").glob("v??????"))
-    held = kept.read(newest.with_suffix(".trees")).trees
+    kept_trees = run.directory / "checkpoints" / f"v{newest_checkpoint(run.directory):06d}.trees"
+    held = kept.read(kept_trees).trees
     assert held, "trees were in flight"
     # The learner may come back in another layout: tensor parallel before, two pipeline stages after.
     layout = ["learn.tp=1", "learn.pp=2"] if how == signal.SIGINT else []

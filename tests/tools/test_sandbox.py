@@ -80,7 +80,7 @@ async def test_wall_deadline(sandbox: Sandbox) -> None:
     assert result.status is ToolStatus.TIMEOUT
     assert result.stdout == "so far\n"
     assert "longer than 2 s" in result.text
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 6.7
 
 
 async def test_no_time_left(sandbox: Sandbox) -> None:

@@ -297,7 +297,7 @@ while True:
 """
     result = await sandbox.run(code, deadline_s=0.5)
     assert result.status is ToolStatus.TIMEOUT
-    assert result.wall_s < 20
+    assert result.wall_s < 5
 
 
 # --- exhaustion --------------------------------------------------------------------------------------------

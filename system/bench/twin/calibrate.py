@@ -253,13 +253,9 @@ def fit_tools(trees: Sequence[Tree], names: Sequence[str]) -> dict[str, ToolMode
     own tools search is such a one; a tool of the user's is taken not to be.
     """
     models: dict[str, ToolModel] = {}
+    first = [(t, call) for t in trees for call in {_asked(c): c for c in reversed(t.calls)}.values()]
     for name in names:
-        calls = [
-            (tree, call)
-            for tree in trees
-            for call in {_asked(call): call for call in reversed(tree.calls)}.values()
-            if (call.tool or NO_TOOL) == name
-        ]
+        calls = [(tree, call) for tree, call in first if (call.tool or NO_TOOL) == name]
         if not calls:
             models[name] = ToolModel(Constant(0.0), Constant(1.0))
             continue
