@@ -23,7 +23,7 @@ from engine_models import (
     prompt,
     request,
 )
-from transformers import GenerationConfig, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from system.config import EngineConfig
 from system.engine.client import EngineClient
@@ -121,19 +121,27 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
     assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
 
 
-async def test_bfloat16_follows_its_hugging_face_twin(tiny: Callable[..., TinyModel]) -> None:
-    """Same rounding points as the model in bfloat16, so nearer to it than bfloat16 is to float32."""
-    model = tiny("qwen3", False)
+@pytest.mark.parametrize(("family", "tied"), VARIANTS)
+async def test_bfloat16_follows_its_hugging_face_twin(
+    tiny: Callable[..., TinyModel], family: str, tied: bool
+) -> None:
+    """Rounds wherever the model in bfloat16 rounds when it decodes with a cache, as the engine does."""
+    model = tiny(family, tied)
     engine = EmbeddedEngine(
         EngineConfig(device="cpu", max_running=4, cache_slots=4), model.path, dtype="bfloat16"
     )
     client, ids = EngineClient([await engine.start()]), prompt(30)
-    out = joined(await collect(client, request("b", ids, 40)))
-    half = TinyModel(model.path, Qwen3ForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16).eval())
-    picked = torch.from_numpy(out.tokens.astype(np.int64))[:, None]
-    twin, full = (log_p(m, ids, out.tokens).gather(1, picked)[:, 0].numpy() for m in (half, model))
-    assert np.abs(out.logprob - twin).mean() < np.abs(full - twin).mean()
-    assert np.abs(out.logprob - twin).mean() < 0.05
+    out = joined(await collect(client, request("b", ids, 40, seed=0)))
+    half = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16).eval()
+    twin, tokens, cache = [], torch.from_numpy(ids.astype(np.int64))[None], None
+    with torch.no_grad():
+        for token in out.tokens.tolist():
+            step = half(tokens, past_key_values=cache, use_cache=True)
+            cache, tokens = step.past_key_values, torch.tensor([[token]])
+            twin.append(step.logits[0, -1].float().log_softmax(-1)[token].item())
+    full = log_p(model, ids, out.tokens).numpy()[np.arange(40), out.tokens]
+    engine_off, full_off = np.abs(out.logprob - twin).mean(), np.abs(full - twin).mean()
+    assert engine_off < 0.1 * full_off, "float32 is ten times as far away"
     await client.close()
     await engine.stop()
 

@@ -147,7 +147,8 @@ class Decoder:
         qk = qkv[:, : heads + groups]
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, shape.eps)
-        qk = torch.addcmul(qk * cos, qk.roll(size // 2, -1), sin)
+        # Not addcmul: in bfloat16 the Hugging Face model rounds both products before it adds them.
+        qk = (qk * cos).add_(qk.roll(size // 2, -1) * sin)
         kv.keys[index].index_copy_(0, batch.places, qk[:, heads:])
         kv.values[index].index_copy_(0, batch.places, qkv[:, heads + groups :])
         q = qk[:, :heads]

@@ -1,0 +1,144 @@
+"""The tools behind HTTP servers: what a server can do to a call, and what a start finds wrong with one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from system.config import ToolsConfig
+from system.tools.http_tools import HttpClient, SearchTool
+from system.tools.outcome import CallContext, ToolStatus
+from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
+from system.tools.serving import Server, serve
+
+FAST = ServiceLimits(deadline_s=20.0, backoff_s=0.02)
+ANY = CallContext()
+
+
+class Http:
+    """A server that answers /search as it is told to: "ok", a status, "drop", "slow", "garbage" or "list"."""
+
+    def __init__(self) -> None:
+        self.script: list[Any] = []
+        self.requests = 0
+        app = web.Application()
+        app.router.add_post("/search", self._search)
+        app.router.add_get("/health", self._health)
+        self.app = app
+        self.url = ""
+
+    async def _search(self, request: web.Request) -> web.StreamResponse:
+        self.requests += 1
+        step = self.script.pop(0) if self.script else "ok"
+        if isinstance(step, int):
+            return web.Response(status=step, text="no")
+        if step == "drop":
+            assert request.transport is not None
+            request.transport.close()
+        if step == "slow":
+            await asyncio.sleep(60)
+        if step == "garbage":
+            return web.Response(text="<html>")
+        if step == "list":
+            return web.json_response([])
+        return web.json_response({"results": [{"id": "1", "title": "T", "text": "x", "score": 1.0}]})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"ok": True, "documents": 0})
+
+
+@pytest_asyncio.fixture
+async def http() -> AsyncIterator[Http]:
+    scripted = Http()
+    server = await serve(scripted.app)
+    scripted.url = server.url
+    yield scripted
+    await server.close()
+
+
+@pytest_asyncio.fixture
+async def over_http(http: Http) -> AsyncIterator[ToolService]:
+    client = HttpClient()
+    tools = ToolService([SearchTool(http.url, http=client)], FAST, http=client)
+    yield tools
+    await tools.close()
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "requests"),
+    [
+        (["ok"], ToolStatus.OK, 1),
+        ([500, 503, "ok"], ToolStatus.OK, 3),
+        (["drop", "ok"], ToolStatus.OK, 2),
+        ([429, "ok"], ToolStatus.OK, 2),
+        ([500, 500, 500], ToolStatus.UNAVAILABLE, 3),
+        ([404], ToolStatus.UNAVAILABLE, 1),
+        (["garbage"], ToolStatus.UNAVAILABLE, 1),
+        (["list"], ToolStatus.UNAVAILABLE, 1),
+        (["slow"], ToolStatus.TIMEOUT, 1),
+    ],
+)
+async def test_what_a_server_does(
+    http: Http, over_http: ToolService, script: list, status: ToolStatus, requests: int
+) -> None:
+    http.script = list(script)
+    outcome = await over_http.call(
+        "search", {"query": "x"}, CallContext(deadline_s=0.5 if "slow" in script else None)
+    )
+    assert (outcome.status, http.requests) == (status, requests)
+    if status is ToolStatus.OK:
+        assert outcome.text == "T: x"
+
+
+async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:
+    first = await serve(http.app)
+    port = int(first.url.rsplit(":", 1)[1])
+    limits = ServiceLimits(deadline_s=10, retries=6, backoff_s=0.05)
+    client = HttpClient()
+    tools = ToolService([SearchTool(first.url, http=client)], limits, http=client)
+    second: Server | None = None
+    try:
+        assert (await tools.call("search", {"query": "a"}, ANY)).status is ToolStatus.OK
+        await first.close()
+        waiting = asyncio.ensure_future(tools.call("search", {"query": "b"}, ANY))
+        await asyncio.sleep(0.15)
+        second = await serve(Http().app, port=port)
+        outcome = await waiting
+        assert outcome.status is ToolStatus.OK
+        assert outcome.attempts > 1
+    finally:
+        await tools.close()
+        if second is not None:
+            await second.close()
+
+
+async def test_an_empty_query_reaches_no_server(http: Http, over_http: ToolService) -> None:
+    outcome = await over_http.call("search", {"query": "  "}, ANY)
+    assert (outcome.status, http.requests) == (ToolStatus.REJECTED, 0)
+
+
+async def test_a_tool_that_cannot_work_is_named_with_reason_and_remedy() -> None:
+    tools = build_tools(ToolsConfig(), {"search": "http://127.0.0.1:9", "python": "http://127.0.0.1:9"})
+    try:
+        with pytest.raises(ToolStartError) as caught:
+            await tools.check()
+    finally:
+        await tools.close()
+    message = str(caught.value)
+    assert "tool 'search': connection refused at http://127.0.0.1:9/health" in message
+    assert "set tools.search_url" in message
+    assert "tool 'python': connection refused" in message
+
+
+async def test_a_search_server_without_documents_cannot_work(http: Http) -> None:
+    tools = build_tools(ToolsConfig(names=["search"]), {"search": http.url})
+    try:
+        with pytest.raises(ToolStartError, match=r"the server at .* has no documents"):
+            await tools.check()
+    finally:
+        await tools.close()
