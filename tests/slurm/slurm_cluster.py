@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,15 @@ class SlurmCluster:
     def start_node(self, name: str) -> None:
         self._run_on(name, "slurmd", "-D", "-N", name)
 
-    def kill_node(self, name: str) -> None:
-        """A power cut: everything on the node is gone at once."""
+    @contextmanager
+    def power_cut(self, name: str) -> Iterator[None]:
+        """Everything on the node is gone at once; afterwards it is there again."""
         assert self.namespaces, "without namespaces only slurmd would die"
         self._end(name, signal.SIGKILL)
+        try:
+            yield
+        finally:
+            self.start_node(name)
 
     def _end(self, name: str, number: signal.Signals) -> None:
         daemon = self._daemons.pop(name)
@@ -284,13 +290,17 @@ PartitionName=paper Nodes=paper[1-64] State=UP
         return self.job(job)["JobState"]
 
     def restart_now(self, job: str, seconds: float, evidence: Callable[[], str] = str) -> None:
-        """Let a requeued job start without the two minutes that Slurm holds it back."""
+        """Let a requeued job start without the two minutes that Slurm holds it back.
+
+        Not at once either: a node takes a credential of the second in which the last one was revoked for
+        revoked, too ("non-startable: Job credential revoked"), and the job would fail.
+        """
 
         def settled() -> bool:
             return self.job(job)["JobState"] == "PENDING" and not self.slurm("squeue", "-h", "-t", "CG")
 
         self.wait(settled, seconds, f"job {job} to be requeued", evidence)
-        self.slurm("scontrol", "update", f"jobid={job}", "StartTime=now")
+        self.slurm("scontrol", "update", f"jobid={job}", "StartTime=now+3")
 
     def left_behind(self) -> list[str]:
         """What jobs left running, as the epilogs found it."""

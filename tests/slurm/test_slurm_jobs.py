@@ -1,5 +1,6 @@
 """The real job script on a real Slurm: two nodes, a time limit, a lost node; and a sweep."""
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -85,8 +86,8 @@ def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
 
     # Slurm warns as the limit comes near: the run checkpoints and the job requeues itself.
     run.wait_trained(2, 240)
-    elapsed = cluster.job(run.job)["RunTime"]
-    minutes = int(elapsed.split(":")[1]) + 1
+    hours, minutes, seconds = map(int, cluster.job(run.job)["RunTime"].split(":"))
+    minutes = -(-(hours * 3600 + minutes * 60 + seconds + 30) // 60)  # 30 s at least to stop in
     cluster.slurm("scontrol", "update", f"jobid={run.job}", f"TimeLimit={minutes}")
     cluster.restart_now(run.job, 120, run.evidence)
     (first,) = run.ends()
@@ -98,25 +99,24 @@ def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
     done = run.trained()
     assert first["trained"] == done >= 2, run.evidence()
     run.wait_trained(done + 1, 240)
-    if not cluster.namespaces:  # no node to kill: once more the warning
-        run.end_after(run.trained() + 2)
-        cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
-        cluster.restart_now(run.job, 120, run.evidence)
-    else:
-        cluster.kill_node("n2")
-        cluster.wait(lambda: len(run.ends()) == 2, 90, "the attempt's end", run.evidence)
-        second = run.ends()[1]
-        assert second["exit"] == 75, run.evidence()
-        assert second["next"] in (
-            "requeue",
-            "left to Slurm",
-        )  # which sees the dead node itself, somewhat later
-        assert "node n2" in second["cause"]
-        run.end_after(run.trained() + 2)
-        cluster.wait(lambda: "down" in cluster.node_state("n2"), 60, "n2 to be down")
-        cluster.restart_now(run.job, 90, run.evidence)
+    with contextlib.ExitStack() as powerless:
+        if not cluster.namespaces:  # no node to kill: once more the warning
+            run.end_after(run.trained() + 2)
+            cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
+            cluster.restart_now(run.job, 120, run.evidence)
+        else:
+            powerless.enter_context(cluster.power_cut("n2"))
+            cluster.wait(lambda: len(run.ends()) == 2, 90, "the attempt's end", run.evidence)
+            second = run.ends()[1]
+            assert second["exit"] == 75, run.evidence()
+            # Slurm sees the dead node itself, somewhat later.
+            assert second["next"] in ("requeue", "left to Slurm")
+            assert "node n2" in second["cause"]
+            run.end_after(run.trained() + 2)
+            cluster.wait(lambda: "down" in cluster.node_state("n2"), 60, "n2 to be down")
+            cluster.restart_now(run.job, 90, run.evidence)
+        assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
 
-    assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
     steps = RunDir.open(run.root).config().run.steps
     summary = json.loads((run.root / "summary.json").read_text())
     assert summary["versions"] == steps
@@ -125,7 +125,6 @@ def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
     assert max(Counter(history).values()) == 1  # each prompt once
     if cluster.namespaces:
         assert cluster.job(run.job)["NodeList"] == "n[1,3]"
-        cluster.start_node("n2")
 
     # What a user sees of it: a chain of attempts, one W&B run, a log per component, no process left.
     shown = espalier(cluster, "status", str(run.root)).stdout
@@ -149,12 +148,9 @@ def test_a_run_goes_on_without_a_node_that_it_can_spare(cluster: SlurmCluster) -
         cluster, "spare", "--nodes", "3", "run.steps=12", "learn.tp=1", "engine.replicas=2",
         "rollout.workers=2", "cluster.on_node_loss=continue", "slurm.requeue=false", "observe.wandb=disabled",
     )  # fmt: skip
-    try:
-        run.wait_trained(2, 240)
-        cluster.kill_node("n3")
+    run.wait_trained(2, 240)
+    with cluster.power_cut("n3"):
         assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
-    finally:
-        cluster.start_node("n3")
     assert len(run.ends()) == 1
     assert "node n3 was lost" in (run.root / "attempts/000/logs/driver.log").read_text()
     history = trained_history(run.root)
