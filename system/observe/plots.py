@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -84,25 +85,31 @@ def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
     return drawn
 
 
-def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Trailing mean over up to ``span`` values."""
-    means, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - span] if i >= span else 0.0)
-        means.append(total / min(i + 1, span))
-    return means
+def smooth(values: Sequence[float], span: int, weights: Sequence[float] | None = None) -> list[float]:
+    """Trailing mean over up to ``span`` values; with ``weights`` (> 0), the weighted mean."""
+    weight = np.ones(len(values)) if weights is None else np.asarray(weights)
+    total, mass = (np.concatenate([[0.0], np.cumsum(x)]) for x in (weight * np.asarray(values), weight))
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - span, 0)
+    return ((total[stop] - total[start]) / (mass[stop] - mass[start])).tolist()
 
 
 def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: str = "-") -> bool:
-    """A smoothed line over the faint raw one."""
+    """A smoothed line over the faint raw one.
+
+    Rates and shares of a step's time are smoothed by that time, so that a line through them is the rate over
+    several steps; their plain mean would favour the short steps.
+    """
     points = list(series(records, key))
     if not points:
         return False
     steps, values = zip(*points, strict=True)
     span = max(1, len(values) // 20)
+    seconds = dict(series(records, "time/window_s")) if key.startswith("time/") else {}
+    weights = [max(seconds.get(step, 1.0), 1e-3) for step in steps]
     if span > 1:
         ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
-    ax.plot(steps, smooth(values, span), style, color=colour, linewidth=1.8, label=label)
+    ax.plot(steps, smooth(values, span, weights), style, color=colour, linewidth=1.8, label=label)
     if len(values) == 1:
         ax.plot(steps, values, "o", color=colour, markersize=4)
     return True

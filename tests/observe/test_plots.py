@@ -51,6 +51,7 @@ def test_no_metrics_no_pictures(run_dir: RunDir):
 def test_smoothing_is_a_trailing_mean():
     assert plots.smooth([1, 2, 3, 4, 8], 3) == [1, 1.5, 2, 3, 5]
     assert plots.smooth([5.0, 7.0], 1) == [5.0, 7.0]
+    assert plots.smooth([6.0, 12.0, 1.0], 2, [2.0, 1.0, 10.0]) == [6, 8, 2]
 
 
 def test_drawing_leaves_an_importers_backend_alone():
