@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def rollout_worker(
     return spawn(RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=options)
 
 
-async def check_tools(workers: Sequence[Any]) -> None:
+async def check_tools(workers: Iterable[Any]) -> None:
     """Raise ToolStartError if a tool of one of the rollout ``workers`` cannot work."""
     calls = [worker.check_tools.remote() for worker in workers]
     await asyncio.gather(*(answer(call, START_DEADLINE_S, "rollout worker") for call in calls))

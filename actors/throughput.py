@@ -143,7 +143,7 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
             mode: rollout_worker(config, f"rollout: {mode}", str(stage.model), growers.engines, growers.tools)
             for mode, config in configs.items()
         }
-        await check_tools(list(workers.values()))
+        await check_tools(workers.values())
         rows: list[dict[str, Any]] = []
         for search.latency in latencies(quick):
             for mode in modes:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
     # Slurm warns as the limit comes near: the run checkpoints and the job requeues itself.
     run.wait_trained(2, 240)
     hours, minutes, seconds = map(int, cluster.job(run.job)["RunTime"].split(":"))
-    minutes = -(-(hours * 3600 + minutes * 60 + seconds + 30) // 60)  # 30 s at least to stop in
-    cluster.slurm("scontrol", "update", f"jobid={run.job}", f"TimeLimit={minutes}")
+    limit = math.ceil(hours * 60 + minutes + (seconds + 30) / 60)  # 30 s at least to stop in
+    cluster.slurm("scontrol", "update", f"jobid={run.job}", f"TimeLimit={limit}")
     cluster.restart_now(run.job, 120, run.evidence)
     (first,) = run.ends()
     assert (first["exit"], first["next"]) == (3, "requeue"), run.evidence()

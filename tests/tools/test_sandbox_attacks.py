@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from polling import eventually
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox import Sandbox, SandboxResult
@@ -414,12 +415,7 @@ open("bottom", "w").close()
 async def test_a_cancelled_call_is_killed(sandbox: Sandbox) -> None:
     before = processes("sandbox-python")
     call = asyncio.ensure_future(sandbox.run("import time\ntime.sleep(600)"))
-    for _ in range(500):
-        if set(processes("sandbox-python")) - set(before):
-            break
-        await asyncio.sleep(0.02)
-    else:
-        pytest.fail("it never ran")
+    await eventually(lambda: set(processes("sandbox-python")) - set(before), 10, "it never ran")
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
@@ -463,8 +459,5 @@ asyncio.run(main())
         await asyncio.sleep(0.4)
         parent.kill()
     assert await gone("sandbox", before)
-    for _ in range(40):
-        if set(Path("/tmp").glob("espalier-sandbox-*")) <= bases:
-            return
-        await asyncio.sleep(0.05)
-    pytest.fail("its directory is still there")
+    left = "its directory is still there"
+    await eventually(lambda: set(Path("/tmp").glob("espalier-sandbox-*")) <= bases, 2, left)

@@ -1,6 +1,6 @@
 """The python and search servers over real HTTP, embedded and as programs."""
 
-# ruff: noqa: ASYNC240  (a test may look at /proc without a thread)
+
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from polling import eventually
 
 from system.config import ToolsConfig
 from system.tools import python_server, search_server
@@ -109,19 +110,10 @@ async def test_a_client_that_goes_away_ends_its_program(python: Server) -> None:
     pid = (await get(f"{python.url}/health"))["pid"]
     children = Path(f"/proc/{pid}/task/{pid}/children")
     call = asyncio.ensure_future(post(f"{python.url}/run", {"code": "import time\ntime.sleep(9)"}))
-    for _ in range(400):
-        if children.read_text():
-            break
-        await asyncio.sleep(0.02)
-    else:
-        pytest.fail("its program never ran")
+    await eventually(children.read_text, 8, "its program never ran")
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
-    for _ in range(40):
-        if not children.read_text():
-            return
-        await asyncio.sleep(0.05)
-    pytest.fail("its program still runs")
+    await eventually(lambda: not children.read_text(), 2, "its program still runs")
 
 
 async def test_the_built_tools_end_to_end(search: Server, python: Server) -> None:
