@@ -1,7 +1,5 @@
 """The python and search servers over real HTTP, embedded and as programs."""
 
-
-
 from __future__ import annotations
 
 import asyncio
