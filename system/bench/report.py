@@ -55,7 +55,7 @@ class Report:
         out_dir.mkdir(parents=True, exist_ok=True)
         self.out_dir, self.name, self.title, self.lead = out_dir, name, title, lead
         self._body: list[str] = []
-        self._console = Console(width=shutil.get_terminal_size((120, 24)).columns)
+        self._console = Console(width=shutil.get_terminal_size((120, 24)).columns, markup=False)
 
     def section(self, heading: str, *paragraphs: str) -> None:
         """Start a section."""
@@ -76,16 +76,26 @@ class Report:
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = ""
     ) -> None:
-        """A table, printed at once.  Numbers stand right, words left; a float is shown with 3 digits."""
-        shown = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
-        for number, column in enumerate(columns):
-            words = any(isinstance(row[number], str) for row in rows)
-            shown.add_column(column, justify="left" if words else "right")
+        """A table, printed at once.  Numbers stand right, words left; a float is shown with 3 digits.
+
+        On a terminal too narrow for it the table goes on below with the columns that are left, the first
+        repeated, so that no figure is cut short.
+        """
         for row in rows:
             if len(row) != len(columns):
                 raise ValueError(f"table {title!r}: a row of {len(row)} cells under {len(columns)} columns")
-            shown.add_row(*map(_cell, row))
-        self._console.print(shown)
+        cells = [[column, *(_cell(row[i]) for row in rows)] for i, column in enumerate(columns)]
+        widths = [_width(*column) for column in cells]
+        parts = _side_by_side(widths, self._console.width)
+        for number, part in enumerate(parts, 1):
+            self._console.print(title if number == 1 else f"{title} (continued)", style="italic")
+            shown = Table(caption=note if number == len(parts) else None, caption_justify="left")
+            for i in part:
+                words = any(isinstance(row[i], str) for row in rows)
+                shown.add_column(columns[i], justify="left" if words else "right", width=widths[i])
+            for line in range(1, len(rows) + 1):
+                shown.add_row(*(cells[i][line] for i in part))
+            self._console.print(shown)
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows)
         foot = f"<p><small>{html.escape(note)}</small></p>" if note else ""
@@ -165,6 +175,22 @@ def _cell(value: Any) -> str:
             return f"{value:,}"
         case _:
             return str(value)
+
+
+def _width(header: str, *cells: str) -> int:
+    """Characters that a column needs for its longest cell and its header's longest word; 40 at most."""
+    return min(40, max(map(len, (*header.split(), *cells)), default=1))
+
+
+def _side_by_side(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Which columns are printed together in ``room`` characters; the first stands in every part."""
+    taken = [width + 3 for width in widths]  # a blank on each side, and a line
+    parts = [[0]]
+    for i in range(1, len(widths)):
+        if len(parts[-1]) > 1 and sum(taken[j] for j in (*parts[-1], i)) + 1 > room:
+            parts.append([0])
+        parts[-1].append(i)
+    return parts
 
 
 def _html_cell(value: Cell) -> str:

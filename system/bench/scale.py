@@ -119,14 +119,18 @@ class Point:
 
     @property
     def bottleneck(self) -> str:
-        """Which part has no time to spare; if each has, what they all wait for."""
+        """Which part has no time to spare; if each has, what they all wait for.
+
+        "Taking turns": at η = 0 generation and training wait for each other.  "Few branches": engines decode
+        fewer sequences than would fill them, so a step lasts as long as its longest trees.
+        """
         if self.learner_idle < IDLE:
             return "training"
         if self.engine_idle < IDLE and self.crowding < FULL:
             return "generation"
         if self.workload.staleness == 0:
-            return "taking turns (η = 0)"
-        return f"few branches: {self.result.running:.0f} decode per engine"
+            return "taking turns"
+        return "few branches"
 
     @property
     def crowding(self) -> float:
@@ -381,9 +385,9 @@ def _bend(curve: Sequence[Point]) -> str:
     there = bent.result
     return (
         f"Throughput per GPU is best at {best:,.0f} tokens/s and less than half of that from {bent.gpus} "
-        f"GPUs on. The bottleneck there: {bent.bottleneck}. A step takes {there.step_s:.0f} s, and half of "
-        f"all trees more than {there.tree_s['p50']:.0f} s, however many GPUs there are: a larger batch or a "
-        "larger η would use them."
+        f"GPUs on. The bottleneck there: {bent.bottleneck} ({there.running:.1f} sequences per engine). "
+        f"A step takes {there.step_s:.0f} s, and half of all trees more than {there.tree_s['p50']:.0f} s, "
+        "however many GPUs there are: a larger batch or a larger η would use them."
     )
 
 

@@ -64,6 +64,24 @@ def test_json_is_strict_and_names_the_machine(tmp_path: Path) -> None:
     assert {"date", "cores", "load (1, 5, 15 min)"} <= data["machine"].keys()
 
 
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_no_figure_is_cut_short_on_a_narrow_terminal(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ["GPUs", *(f"a long header {i}" for i in range(8)), "why"]
+    rows = [[n, *(1000.0 * n + i for i in range(8)), f"few [b] {n}"] for n in (8, 4096)]
+    Report(tmp_path, "x", "X").table("T", columns, rows)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= width
+    for row in rows:
+        for cell in row[1:]:
+            assert (f"{cell:,.0f}" if isinstance(cell, float) else cell) in printed
+    parts = printed.count("(continued)") + 1
+    assert printed.count("│ 4,096 │") == parts  # each part says which row is which
+    assert (parts == 1) == (width == 200)
+
+
 def test_a_row_of_the_wrong_length_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 cells under 1 columns"):
         Report(tmp_path, "x", "X").table("T", ["one"], [[1, 2]])

@@ -63,6 +63,6 @@ def point(learner_idle: float, engine_idle: float, running: float, staleness: in
 def test_the_bottleneck_is_who_has_no_time_to_spare() -> None:
     assert point(0.02, 0.5, 10).bottleneck == "training"
     assert point(0.5, 0.02, 400).bottleneck == "generation"
-    assert "few branches:" in point(0.5, 0.02, 4).bottleneck  # engines step, but each for few sequences
-    assert "few branches:" in point(0.5, 0.5, 4).bottleneck
-    assert "turns" in point(0.5, 0.5, 4, staleness=0).bottleneck
+    assert point(0.5, 0.02, 4).bottleneck == "few branches"  # engines step, but each for few sequences
+    assert point(0.5, 0.5, 4).bottleneck == "few branches"
+    assert point(0.5, 0.5, 4, staleness=0).bottleneck == "taking turns"
