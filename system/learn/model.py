@@ -23,8 +23,7 @@ from torch import nn
 from system.config import ConfigError, LearnConfig
 from system.learn import cpu
 from system.learn.attention import TreeAttention, TreeMask
-
-FAMILIES = ("qwen2", "qwen3")
+from system.shape import ModelShape
 
 
 class RMSNorm(nn.Module):
@@ -92,37 +91,29 @@ class TreeGPTModel(GPTModel):
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
-def read_hf_config(path: str | Path) -> Any:
-    """The Hugging Face configuration in ``path``; raises ``ConfigError`` when this learner cannot run such a
-    model.
-    """
-    from transformers import AutoConfig  # slow import, and only needed here
-
-    hf = AutoConfig.from_pretrained(str(path))
-    rope = dict(getattr(hf, "rope_parameters", None) or {})
-    refusals = (
-        (hf.model_type not in FAMILIES, f"model_type {hf.model_type!r}; supported: {', '.join(FAMILIES)}"),
-        (rope.get("rope_type", "default") != "default", f"rope_type {rope.get('rope_type')!r}"),
-        (getattr(hf, "use_sliding_window", False), "sliding-window attention"),
-        (hf.hidden_act != "silu", f"activation {hf.hidden_act!r}"),
-        (hf.model_type == "qwen3" and getattr(hf, "attention_bias", False), "Qwen3 with attention biases"),
-    )
-    for refused, what in refusals:
-        if refused:
-            raise ConfigError(f"{path}: the learner does not support {what}")
-    return hf
+def read_shape(path: str | Path) -> ModelShape:
+    """The model in ``path``; raises ``ConfigError`` when this learner cannot run such a model."""
+    shape = ModelShape.from_directory(path)
+    if shape.family == "qwen3" and shape.qkv_bias:
+        raise ConfigError(f"{path}: the learner does not support Qwen3 with attention biases")
+    return shape
 
 
-def transformer_config(hf: Any, learn: LearnConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of a Hugging Face Qwen2/Qwen3 model.  Raises ``ConfigError`` if the layout
+def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a Qwen2/Qwen3 model.  Raises ``ConfigError`` if the layout
     does not divide it.
     """
     tp, pp = learn.tp, learn.pp
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(hf, name) % tp:
-            raise ConfigError(f"learn.tp={tp} does not divide the model's {name}={getattr(hf, name)}")
-    if hf.num_hidden_layers % pp:
-        raise ConfigError(f"learn.pp={pp} does not divide the model's {hf.num_hidden_layers} layers")
+    divided = {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "intermediate_size": shape.ffn,
+    }
+    for name, value in divided.items():
+        if value % tp:
+            raise ConfigError(f"learn.tp={tp} does not divide the model's {name}={value}")
+    if shape.layers % pp:
+        raise ConfigError(f"learn.pp={pp} does not divide the model's {shape.layers} layers")
     on_cpu = cpu.needed()
     checkpointing: dict[str, dict[str, Any]] = {
         "none": {},
@@ -130,19 +121,19 @@ def transformer_config(hf: Any, learn: LearnConfig, dtype: torch.dtype) -> Trans
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        ffn_hidden_size=hf.intermediate_size,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
         normalization="RMSNorm",
-        layernorm_epsilon=hf.rms_norm_eps,
+        layernorm_epsilon=shape.eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf.model_type == "qwen2",
-        qk_layernorm=hf.model_type == "qwen3",
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -175,7 +166,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def build(hf: Any, config: TransformerConfig) -> TreeGPTModel:
+def build(shape: ModelShape, config: TransformerConfig) -> TreeGPTModel:
     """A randomly initialised model shard on this rank's device; parallel state must be initialised."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts: Any = layer.submodules
@@ -190,13 +181,13 @@ def build(hf: Any, config: TransformerConfig) -> TreeGPTModel:
         model = TreeGPTModel(
             config=config,
             transformer_layer_spec=spec,
-            vocab_size=padded_vocab_size(hf.vocab_size, config.tensor_model_parallel_size),
-            real_vocab_size=hf.vocab_size,
-            max_sequence_length=hf.max_position_embeddings,
+            vocab_size=padded_vocab_size(shape.vocab, config.tensor_model_parallel_size),
+            real_vocab_size=shape.vocab,
+            max_sequence_length=shape.max_position,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+            share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
-            rope_theta=float(hf.rope_parameters["rope_theta"]),
+            rope_theta=shape.rope_theta,
         )
         return model if cpu.needed() else model.cuda()

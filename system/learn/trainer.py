@@ -24,7 +24,7 @@ from system.config import Config, ConfigError
 from system.learn import checkpoint, cpu, objective, parallel, weights
 from system.learn.aggregate import leaf_weights
 from system.learn.credit import advantages, is_hard
-from system.learn.model import TreeGPTModel, build, read_hf_config, transformer_config
+from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import LossTokens, Statistics
 from system.learn.pipeline import Pipeline
 from system.learn.rows import (
@@ -72,14 +72,14 @@ class Trainer:
             )
         self.config, self.learn, self.hf_path = config, learn, hf_path
         self.layout = parallel.start(config, rank=rank, world=world, init_method=init_method)
-        hf = read_hf_config(hf_path)
-        transformer = transformer_config(hf, learn, DTYPES[config.model.dtype])
-        self.model = build(hf, transformer)
+        shape = read_shape(hf_path)
+        transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
+        self.model = build(shape, transformer)
         with HuggingFaceFiles(hf_path) as files:
             weights.load(self.model, self.layout, files.read)
         self.reference: TreeGPTModel | None = None
         if learn.kl_coef:
-            self.reference = build(hf, transformer)
+            self.reference = build(shape, transformer)
             self.reference.requires_grad_(False)
             self._freeze_reference()
         with cpu.scope():

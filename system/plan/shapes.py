@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from system.config import ConfigError, ModelConfig
+from system.shape import ModelShape
 
 TINY_VOCAB = 512  # of a model that the run will make; its tokenizer does not exist yet
 
@@ -110,9 +109,8 @@ def shape_of(model: ModelConfig) -> Shape:
             tied=True,
             qk_norm=True,
         )
-    file = Path(model.path) / "config.json"
-    if file.is_file():
-        return read(file)
+    if (Path(model.path) / "config.json").is_file():
+        return read(Path(model.path))
     name = Path(model.path).name.lower()
     for ending in _FINE_TUNES:
         name = name.removesuffix(ending)
@@ -122,23 +120,19 @@ def shape_of(model: ModelConfig) -> Shape:
     raise ConfigError(f"model.path={model.path}: neither a directory with a config.json nor one of {known}")
 
 
-def read(file: Path) -> Shape:
-    """The shape in a Hugging Face ``config.json``; ConfigError for another family than Qwen2 and Qwen3."""
-    values: dict[str, Any] = json.loads(file.read_text())
-    family = values.get("model_type")
-    if family not in ("qwen2", "qwen3"):
-        raise ConfigError(f"{file}: model_type {family!r}; a plan can be made for qwen2 and qwen3")
-    heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+def read(directory: Path) -> Shape:
+    """The shape of a Hugging Face model; ConfigError for another family than Qwen2 and Qwen3."""
+    model = ModelShape.from_directory(directory)
     return Shape(
-        name=file.parent.name,
-        vocab=int(values["vocab_size"]),
-        hidden=hidden,
-        layers=int(values["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=int(values.get("num_key_value_heads") or heads),
-        head_dim=int(values.get("head_dim") or (hidden // heads if family == "qwen2" else 128)),
-        ffn=int(values["intermediate_size"]),
-        tied=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        name=directory.name,
+        vocab=model.vocab,
+        hidden=model.hidden,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        ffn=model.ffn,
+        tied=model.tied,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
     )

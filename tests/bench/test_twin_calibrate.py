@@ -21,6 +21,7 @@ from system.bench.twin.compare import run
 from system.config import ConfigError
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
+from system.tasks.tiny_model import qwen3_config
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
 
@@ -106,7 +107,7 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     directory = RunDir.create(settings, name)
     directory.write_config(settings)
     directory.start.mkdir(exist_ok=True)
-    (directory.start / "config.json").write_text(json.dumps({"vocab_size": WORLD.vocab}))
+    qwen3_config(settings.model, WORLD.vocab).save_pretrained(directory.start)
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)
     virtually(Twin(settings, WORLD, 64, books=RecordingBooks(log=log, trees_to=trees)).run())
     log.close()

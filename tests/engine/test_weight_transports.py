@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from system.config import ConfigError, EngineConfig, load
 from system.engine.client import EngineClient
-from system.engine.embedded.shape import ModelShape
 from system.engine.http import Http
 from system.engine.transports import PushFailed, choose, make
 from system.engine.transports.base import Kv
@@ -26,6 +25,7 @@ from system.engine.transports.distributed import Distributed
 from system.engine.transports.layout import Fuser, ShardError
 from system.engine.transports.sglang import Server, SGLangTransport
 from system.engine.transports.tensor import SharedTensors, flatten, handles
+from system.shape import ModelShape
 
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",

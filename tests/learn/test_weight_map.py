@@ -11,6 +11,7 @@ import torch
 from system.config import LearnConfig
 from system.learn.model import transformer_config
 from system.learn.shards import WeightMap
+from system.shape import ModelShape
 
 QWEN3_32B: dict[str, Any] = {
     "vocab_size": 151936,
@@ -34,11 +35,9 @@ QWEN2_ODD: dict[str, Any] = {
 
 
 def weight_map(shape: dict[str, Any], tp: int, pp: int) -> WeightMap:
-    from transformers import Qwen2Config, Qwen3Config
-
-    hf = (Qwen3Config if "head_dim" in shape else Qwen2Config)(**shape)
-    config = transformer_config(hf, LearnConfig(tp=tp, pp=pp), torch.bfloat16)
-    return WeightMap(config, hf.vocab_size, bool(hf.tie_word_embeddings))
+    model = ModelShape.from_config({"model_type": "qwen3" if "head_dim" in shape else "qwen2", **shape})
+    config = transformer_config(model, LearnConfig(tp=tp, pp=pp), torch.bfloat16)
+    return WeightMap(config, model.vocab, model.tied)
 
 
 @pytest.mark.parametrize(

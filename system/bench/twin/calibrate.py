@@ -25,6 +25,7 @@ from system.bench.twin.world import Models, simulate
 from system.config import Config, ConfigError
 from system.observe.rundir import RunDir
 from system.observe.sinks import history
+from system.shape import ModelShape
 from system.tools.http_tools import SearchTool
 from system.tree.record import Kind, Outcome, ToolCall, Tree
 from system.tree.store import read_trees
@@ -308,5 +309,5 @@ def _vocab(run: RunDir) -> int:
     places = (Path(config.model.path), run.model) if config.model.path else (run.start, run.model)
     for place in places:
         if (place / "config.json").is_file():
-            return int(json.loads((place / "config.json").read_text())["vocab_size"])
+            return ModelShape.from_directory(place).vocab
     raise ConfigError(f"{run.root}: no config.json of the model in {' or '.join(map(str, places))}")

@@ -24,8 +24,8 @@ from system.engine.checksum import weights_checksum
 from system.engine.embedded import weights as weights_module
 from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Limits, Scheduler
-from system.engine.embedded.shape import ModelShape
 from system.engine.embedded.stops import TokenBytes
+from system.shape import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

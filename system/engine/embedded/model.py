@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from system.engine.embedded.shape import ModelShape
 from system.engine.embedded.weights import LayerWeights, Weights
+from system.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

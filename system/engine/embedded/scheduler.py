@@ -22,10 +22,10 @@ from system.engine.embedded.job import Event, Job
 from system.engine.embedded.model import Batch, Decoder, KVStore
 from system.engine.embedded.rows import Rows
 from system.engine.embedded.sampler import sample
-from system.engine.embedded.shape import ModelShape
 from system.engine.embedded.slots import MIXED, SlotTable, prefix_lengths
 from system.engine.embedded.weights import Weights
 from system.engine.protocol import Finish
+from system.shape import ModelShape
 
 Emitted = tuple[Job, Event]
 

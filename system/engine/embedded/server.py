@@ -22,9 +22,9 @@ from safetensors.torch import load as load_safetensors
 from system.engine.embedded.engine import EmbeddedEngine
 from system.engine.embedded.job import BadRequest, Event, Job, parse, parse_scoring
 from system.engine.embedded.loop import EngineFailed
-from system.engine.embedded.shape import UnsupportedModel
 from system.engine.embedded.weights import WeightsError
 from system.engine.protocol import Finish
+from system.shape import UnsupportedModel
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from system.engine.embedded.shape import ModelShape, UnsupportedModel
+from system.shape import ModelShape, UnsupportedModel
 
 
 class WeightsError(ValueError):

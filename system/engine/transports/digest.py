@@ -13,8 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from system.engine.embedded.shape import ModelShape
 from system.engine.transports.layout import Fuser
+from system.shape import ModelShape
 
 _MASK64 = (1 << 64) - 1
 _SEED = 0x243F6A88

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import torch
 
-from system.engine.embedded.shape import ModelShape
 from system.engine.embedded.weights import WeightsError, check, check_complete
 from system.engine.http import Http
 from system.engine.protocol import EngineError
 from system.engine.transports.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, size
 from system.engine.transports.digest import Digests
 from system.engine.transports.layout import ShardError
+from system.shape import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # recompute: running requests give up their keys and values, and are prefilled again under the new weights.

@@ -1,17 +1,22 @@
 """What a Hugging Face ``config.json`` says about a Qwen2 or Qwen3 dense model, and the tensors such a model
-has.
+has.  Engine, learner and plans read it here: none of them has to import transformers for it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system.config import ConfigError
 
-class UnsupportedModel(ValueError):
-    """The model directory asks for something this engine does not compute; the message names it."""
+FAMILIES = ("qwen2", "qwen3")
+
+
+class UnsupportedModel(ConfigError):
+    """The model asks for something that is not computed here; the message names the file and the thing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +47,23 @@ class ModelShape:
         file = Path(path) / "config.json"
         if not file.is_file():
             raise UnsupportedModel(f"no config.json in model directory {path}")
-        config = json.loads(file.read_text())
+        try:
+            return cls.from_config(json.loads(file.read_text()))
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{file}: {error}") from None
+        except KeyError as error:
+            raise UnsupportedModel(f"{file}: {error} is missing") from None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """From the contents of a ``config.json``; what may be absent has transformers' defaults."""
         family = config.get("model_type")
-        if family not in ("qwen2", "qwen3"):
-            raise UnsupportedModel(
-                f"model_type {family!r}: the embedded engine computes qwen2 and qwen3 dense models"
-            )
+        if family not in FAMILIES:
+            raise UnsupportedModel(f"model_type {family!r}; supported: {', '.join(FAMILIES)}, dense")
         if config.get("use_sliding_window"):
-            raise UnsupportedModel("use_sliding_window: not computed by the embedded engine")
+            raise UnsupportedModel("use_sliding_window: sliding-window attention is not supported")
         if config.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r}: only silu is computed")
+            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r}; supported: silu")
         bias = bool(config.get("attention_bias", False))
         heads = int(config["num_attention_heads"])
         return cls(
@@ -101,10 +113,10 @@ class ModelShape:
         return shapes
 
 
-def _rope_theta(config: dict[str, Any]) -> float:
+def _rope_theta(config: Mapping[str, Any]) -> float:
     """Rotary base; transformers 5 keeps it in ``rope_parameters``, earlier files at the top level."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise UnsupportedModel(f"rope_type {kind!r}: only the default rotary embedding is computed")
+        raise UnsupportedModel(f"rope_type {kind!r}; supported: default")
     return float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
