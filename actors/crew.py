@@ -17,7 +17,7 @@ from actors.replay import ReplayActor
 from actors.rollout import RolloutWorker
 from actors.supervise import START_DEADLINE_S, answer, spawn
 from actors.tools import ToolActor
-from system.cluster.placement import REPLAY, learner_world, served_tools
+from system.cluster.placement import REPLAY, served_tools
 from system.config import Config, to_dict
 
 CLOSE_DEADLINE_S = 10.0
@@ -162,9 +162,15 @@ class Crew:
 
     @classmethod
     async def start(
-        cls, config: Config, model_path: str, corpus: Path | None, places: Places, logs: Path
+        cls,
+        config: Config,
+        learner: LearnerGroup,
+        model_path: str,
+        corpus: Path | None,
+        places: Places,
+        logs: Path,
     ) -> Crew:
-        learner = LearnerGroup(learner_world(config), places)
+        """Start the others beside the ``learner``'s processes, and wait until all of them work."""
         replay = replay_queue(config, "replay", places[REPLAY].options)
         async with asyncio.TaskGroup() as starting:
             starting.create_task(learner.start(to_dict(config), model_path))

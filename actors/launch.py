@@ -16,18 +16,17 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from actors.conductor import Conductor, checkpoints
 from actors.crew import Crew, Growers
 from actors.evaluation import evaluate as answer_questions
+from actors.learner import LearnerGroup
 from actors.places import Places
 from actors.supervise import ActorLost, StartFailed
+from system.cluster.placement import learner_world
 from system.config import Config, ConfigError
 from system.engine.sglang.command import SglangMissing, interpreter
 from system.flow.ledger import Ledger
-from system.observe import plots
 from system.observe.jsonl import read_jsonl
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
@@ -37,7 +36,6 @@ from system.observe.wandb_sink import WandbSink
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.tasks.registry import make_task
-from system.tasks.tiny_model import create_model
 from system.tools.service import ToolStartError
 from system.tree.record import Tree
 
@@ -49,7 +47,6 @@ DONE, FAILED, STOPPED, LOST = 0, 1, 3, 75
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
     check_engine(config)
-    disable_progress_bar()  # of loading and saving weights, which would break into our own
     task = make_task(config)
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     run_dir.write_config(config)
@@ -109,6 +106,8 @@ async def _train(config: Config, run_dir: RunDir, task: Task, joined: bool) -> i
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish()
         if summary["versions"]:
+            from system.observe import plots  # slow import, and Ray's processes end meanwhile
+
             plots.draw(run_dir)
             print(*report(summary, run_dir), sep="\n", flush=True)
 
@@ -116,7 +115,7 @@ async def _train(config: Config, run_dir: RunDir, task: Task, joined: bool) -> i
 async def _with_crew(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, joined: bool
 ) -> int:
-    model = prepare_model(config, task, run_dir)
+    model = start_weights(config, task, run_dir)
     places = await Places.claim(config, joined=joined)
     try:
         async with asyncio.TaskGroup() as tasks:  # whichever fails first ends the other
@@ -139,7 +138,7 @@ async def _work(
     model: Path,
 ) -> int:
     corpus = corpus_file(config, task, run_dir.root)
-    crew = await Crew.start(config, str(model), corpus, places, run_dir.logs.resolve())
+    crew = await start_crew(config, task, model, corpus, places, run_dir)
     try:
         conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
         places.spare = conductor.spare
@@ -188,21 +187,42 @@ def make_conductor(
     return Conductor(config, crew, prompts, task.eval(), ledger, recorder, run_dir, progress, version)
 
 
-def prepare_model(config: Config, task: Task, run_dir: RunDir) -> Path:
-    """The directory of the start weights: the configured model, or a tiny new one in the run directory."""
+def start_weights(config: Config, task: Task, run_dir: RunDir) -> Path:
+    """The directory of the start weights: the configured model, or a tiny new one in the run directory, which
+    :func:`start_crew` makes.  Raises ConfigError where there is none and none can be made.
+    """
     if config.model.path:
         path = Path(config.model.path)
         if not (path / "config.json").is_file():
             raise ConfigError(f"model.path={config.model.path}: no model in Hugging Face format there")
         return path
-    path = run_dir.root / "start"
-    if not (path / "config.json").is_file():
-        if not isinstance(task, HasTokenizer):
-            raise ConfigError(
-                f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model"
-            )
-        create_model(path, task.tokenizer(), config.model, config.run.seed)
-    return path
+    if not isinstance(task, HasTokenizer):
+        raise ConfigError(f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model")
+    return run_dir.start
+
+
+async def start_crew(
+    config: Config, task: Task, model: Path, corpus: Path | None, places: Places, run_dir: RunDir
+) -> Crew:
+    """Every actor of a run, at the weights in ``model``; a new model is made while the learner's processes
+    load Megatron.
+    """
+    learner = LearnerGroup(learner_world(config), places)
+    if not (model / "config.json").is_file():
+        assert isinstance(task, HasTokenizer)
+        await asyncio.to_thread(_make_model, model, config, task)
+    return await Crew.start(config, learner, str(model), corpus, places, run_dir.logs.resolve())
+
+
+def _make_model(path: Path, config: Config, task: HasTokenizer) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from system.tasks.tiny_model import create_model  # slow imports
+
+    disable_progress_bar()  # of saving weights, which would break into our own
+    partial = path.with_name(path.name + ".partial")  # a run killed meanwhile must not find half a model
+    create_model(partial, task.tokenizer(), config.model, config.run.seed)
+    partial.rename(path)
 
 
 def check_engine(config: Config) -> None:
@@ -241,6 +261,8 @@ def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
         raise ConfigError(
             f"warmstart.steps={config.warmstart.steps}, but task {task.name!r} has no demonstrations"
         )
+    from transformers import AutoTokenizer  # slow import
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     made = task.demonstrations(config.warmstart.demos, config.run.seed)
     return [demonstration_tree(one, tokenizer) for one in made]

@@ -5,6 +5,7 @@ engines.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class LearnerRank:
     """
 
     def __init__(self, rank: int, world: int) -> None:
+        importlib.import_module("system.learn.trainer")  # takes seconds, in which the others start
         self._rank, self._world = rank, world
         self._trainer: Any = None
         self._transport: Any = None  # on rank 0, from the first push on

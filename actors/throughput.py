@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import ray
-from transformers.utils.logging import disable_progress_bar
 
 from actors.crew import Crew, Growers, check_tools, replay_queue, rollout_worker
-from actors.launch import demonstrations, make_conductor, prepare_model, ray_session
+from actors.launch import demonstrations, make_conductor, ray_session, start_crew, start_weights
 from actors.places import Places
 from system.bench.latency import ToolLatency
 from system.bench.slow_search import slowed
@@ -111,7 +110,6 @@ def measure(out_dir: Path, quick: bool) -> dict[str, Any]:
 
     Returns ``runs``, one dictionary of figures per latency and mode, and the settings.
     """
-    disable_progress_bar()
     with ray_session(_config((), out_dir, "")) as joined:
         return asyncio.run(_measure(out_dir, joined, quick))
 
@@ -156,9 +154,9 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
 async def _set_up(config: Config, task: Task, joined: bool) -> Stage:
     """Start the actors and teach the model to call its tools."""
     run_dir = RunDir.create(config, "warm-start")
-    model = prepare_model(config, task, run_dir)
+    model = start_weights(config, task, run_dir)
     places = await Places.claim(config, joined=joined)
-    crew = await Crew.start(config, str(model), None, places, run_dir.logs.resolve())
+    crew = await start_crew(config, task, model, None, places, run_dir)
     recorder = Recorder(run_dir, config, [])
     conductor = make_conductor(config, crew, task, run_dir, recorder, _progress(config, recorder))
     await conductor.warm_start(demonstrations(config, task, model))

@@ -16,7 +16,6 @@ from system.engine.http import Body, Http
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest
 from system.engine.stream import version_number
 from system.engine.transports.base import Buckets, Kv, PushReport, Transport
-from system.engine.transports.http import SafetensorsHttp
 
 
 class EngineClient:
@@ -50,7 +49,7 @@ class EngineClient:
             raise ValueError("an engine client needs at least one URL")
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._http = Http(session, connect_s)
-        self._transport = transport or SafetensorsHttp()
+        self._transport = transport
         self._control_deadline_s = control_deadline_s
         self._generation = Generation(
             self._http,
@@ -193,6 +192,10 @@ class EngineClient:
         refuses (it names the tensor) does not keep the others from their weights;
         :class:`~system.engine.transports.base.PushFailed` then says which and why.
         """
+        if self._transport is None:
+            from system.engine.transports.http import SafetensorsHttp  # needs PyTorch
+
+            self._transport = SafetensorsHttp()
         return await self._transport.push(
             self._http, self.urls, buckets, version, kv, self._control_deadline_s
         )

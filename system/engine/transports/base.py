@@ -5,16 +5,17 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 from urllib.parse import urlsplit
-
-import torch
 
 from system.engine.http import Http
 from system.engine.protocol import EngineError
 
-Bucket = Mapping[str, torch.Tensor]  # full tensors on CPU under their Hugging Face names
-Buckets = Iterable[Bucket] | AsyncIterable[Bucket]
+if TYPE_CHECKING:  # whoever only generates does without PyTorch
+    import torch
+
+Bucket: TypeAlias = "Mapping[str, torch.Tensor]"  # full tensors on CPU under their Hugging Face names
+Buckets: TypeAlias = "Iterable[Bucket] | AsyncIterable[Bucket]"
 Kv = Literal["recompute", "keep"]  # what running requests do with the keys and values of the old weights
 
 
