@@ -33,6 +33,7 @@ from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.observe.sinks import JsonlSink
 from system.observe.wandb_sink import WandbSink
+from system.shape import ModelShape, UnsupportedModel
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.tasks.registry import make_task
@@ -48,6 +49,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
     check_engine(config)
     task = make_task(config)
+    check_model(config, task)
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     run_dir.write_config(config)
     print(f"run directory: {run_dir.root}", flush=True)
@@ -115,7 +117,7 @@ async def _train(config: Config, run_dir: RunDir, task: Task, joined: bool) -> i
 async def _with_crew(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, joined: bool
 ) -> int:
-    model = start_weights(config, task, run_dir)
+    model = start_weights(config, run_dir)
     places = await Places.claim(config, joined=joined)
     try:
         async with asyncio.TaskGroup() as tasks:  # whichever fails first ends the other
@@ -187,18 +189,11 @@ def make_conductor(
     return Conductor(config, crew, prompts, task.eval(), ledger, recorder, run_dir, progress, version)
 
 
-def start_weights(config: Config, task: Task, run_dir: RunDir) -> Path:
+def start_weights(config: Config, run_dir: RunDir) -> Path:
     """The directory of the start weights: the configured model, or a tiny new one in the run directory, which
-    :func:`start_crew` makes.  Raises ConfigError where there is none and none can be made.
+    :func:`start_crew` makes.
     """
-    if config.model.path:
-        path = Path(config.model.path)
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model.path={config.model.path}: no model in Hugging Face format there")
-        return path
-    if not isinstance(task, HasTokenizer):
-        raise ConfigError(f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model")
-    return run_dir.start
+    return Path(config.model.path) if config.model.path else run_dir.start
 
 
 async def start_crew(
@@ -223,6 +218,17 @@ def _make_model(path: Path, config: Config, task: HasTokenizer) -> None:
     partial = path.with_name(path.name + ".partial")  # a run killed meanwhile must not find half a model
     create_model(partial, task.tokenizer(), config.model, config.run.seed)
     partial.rename(path)
+
+
+def check_model(config: Config, task: Task) -> None:
+    """Refuse a model that cannot be trained, or cannot be made.  Raises ConfigError."""
+    if config.model.path:
+        try:
+            ModelShape.from_directory(config.model.path)
+        except UnsupportedModel as error:
+            raise ConfigError(f"model.path={config.model.path}: {error}") from error
+    elif not isinstance(task, HasTokenizer):
+        raise ConfigError(f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model")
 
 
 def check_engine(config: Config) -> None:

@@ -154,7 +154,7 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
 async def _set_up(config: Config, task: Task, joined: bool) -> Stage:
     """Start the actors and teach the model to call its tools."""
     run_dir = RunDir.create(config, "warm-start")
-    model = start_weights(config, task, run_dir)
+    model = start_weights(config, run_dir)
     places = await Places.claim(config, joined=joined)
     crew = await start_crew(config, task, model, None, places, run_dir)
     recorder = Recorder(run_dir, config, [])

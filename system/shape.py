@@ -46,7 +46,7 @@ class ModelShape:
         """Read ``config.json``.  Raises :class:`UnsupportedModel` for what would be computed wrongly."""
         file = Path(path) / "config.json"
         if not file.is_file():
-            raise UnsupportedModel(f"no config.json in model directory {path}")
+            raise UnsupportedModel(f"no model in Hugging Face format in {path}: config.json is missing")
         try:
             return cls.from_config(json.loads(file.read_text()))
         except UnsupportedModel as error:

@@ -74,7 +74,7 @@ def test_refuses_by_name_what_would_be_computed_wrongly(
 
 
 def test_a_missing_file_or_size_is_a_config_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config\.json"):
+    with pytest.raises(ConfigError, match=r"config\.json is missing"):
         ModelShape.from_directory(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in QWEN3.items() if k != "vocab_size"}))
     with pytest.raises(ConfigError, match="'vocab_size' is missing"):
