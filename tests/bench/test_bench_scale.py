@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from system.bench import scale
-from system.bench.scale import PROFILES, Point, Workload, best_split, simulate_split
+from system.bench import splits
+from system.bench.splits import PROFILES, Point, Profile, Workload, best_split, simulate_split
 from system.config import ConfigError
 
 SMALL = Workload(batch_trees=4, leaves=8, roots=4, segment_tokens=512, result_tokens=128)
@@ -37,27 +37,41 @@ def test_too_few_gpus_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "top"), [(64, 3), (256, 21), (1024, 1), (1024, 255)])
+@pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_search_finds_the_best_split_in_few_simulations(
-    gpus: int, top: int, monkeypatch: pytest.MonkeyPatch
+    gpus: int, top: int, tp: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[int] = []
+    tried: list[tuple[int, int]] = []
 
-    def fake(profile: Any, gpus: int, replicas: int, work: Workload) -> Any:
-        tried.append(replicas)
+    def fake(profile: Profile, gpus: int, replicas: int, work: Workload) -> Point:
+        tried.append((profile.engine.tp, replicas))
         rate = min(replicas / top, (gpus / 4 - replicas) / (gpus / 4 - top))  # rises, then falls
-        return SimpleNamespace(result=SimpleNamespace(trained_per_s=rate), replicas=replicas)
+        rate *= 1 - 0.1 * abs(profile.engine.tp.bit_length() - tp.bit_length())  # and so does this
+        result: Any = SimpleNamespace(trained_per_s=rate)
+        return Point(profile, gpus, 4 * replicas, 1, work, result)
 
-    monkeypatch.setattr(scale, "simulate_split", fake)
-    found: Any = best_split(SEVEN, gpus, SMALL)[0]
-    assert found.result.trained_per_s > 0.85  # of the top's 1
-    assert len(tried) <= 20
+    monkeypatch.setattr(splits, "simulate_split", fake)
+    found = best_split(SEVEN, gpus, SMALL)
+    assert found[0].profile.engine.tp == tp
+    assert found[0].result.trained_per_s > 0.85  # of the top's 1
+    assert len(found) == len(set(tried)) == len(tried) <= 45
+    assert max(width for width, _ in tried) <= SEVEN.model.kv_heads == 4
+
+
+def test_larger_engines_pay_where_branches_are_few() -> None:
+    work = replace(SMALL, batch_trees=2)
+    few = best_split(SEVEN, 128, work)[0]
+    assert few.profile.engine.tp == 4
+    same = simulate_split(SEVEN, 128, few.replicas, work)
+    assert same.profile.engine.tp == 1
+    assert few.result.tree_s["p50"] < 0.7 * same.result.tree_s["p50"]
 
 
 def point(learner_idle: float, engine_idle: float, running: float, staleness: int = 1) -> Point:
     result: Any = SimpleNamespace(
         idle={"learner": {"no batch": learner_idle}, "engine-0": {"waiting": engine_idle}}, running=running
     )
-    return Point("7B", 8, 4, 4, replace(SMALL, staleness=staleness), result)
+    return Point(SEVEN, 8, 4, 4, replace(SMALL, staleness=staleness), result)
 
 
 def test_the_bottleneck_is_who_has_no_time_to_spare() -> None:

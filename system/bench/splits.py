@@ -1,0 +1,276 @@
+"""One simulated run of a model on a number of GPUs, and the search for the best way to split them.
+
+The real control flow (``system.bench.twin``) around a roofline of the hardware (``system.plan``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from system.bench.twin.agent import AgentModel
+from system.bench.twin.books import TwinResult
+from system.bench.twin.dist import Constant, Lognormal, Stragglers
+from system.bench.twin.tools import ToolModel
+from system.bench.twin.world import Models, simulate
+from system.config import Config, ConfigError, load
+from system.plan.hardware import GPUS
+from system.plan.memory import EngineLayout, LearnerLayout
+from system.plan.shapes import KNOWN, Shape
+from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
+
+GRAIN = 32  # tokens that one simulated token stands for
+SKIP, CYCLES = 1, 3  # training steps left out at the start; periods of η + 1 steps simulated after that
+IDLE = 0.10  # below this share of idle time a part counts as busy
+FULL = 1.4  # an engine is full when twice the sequences would bring less than so much more
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model size, and how its ranks and engines are laid out."""
+
+    name: str
+    shape: str
+    learner: LearnerLayout  # of one replica (dp = 1)
+    engine: EngineLayout
+
+    @property
+    def model(self) -> Shape:
+        return KNOWN[self.shape]
+
+
+def _replica(tp: int, pp: int = 1) -> LearnerLayout:
+    return LearnerLayout(
+        tp=tp,
+        pp=pp,
+        micro_tokens=16_384,
+        sequence_parallel=True,
+        recompute="full",
+        distributed_optimizer=True,
+    )
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("7B", "qwen2.5-7b", _replica(4), EngineLayout(tp=1)),
+        Profile("14B", "qwen2.5-14b", _replica(8), EngineLayout(tp=1)),
+        Profile("32B", "qwen2.5-32b", _replica(8, 2), EngineLayout(tp=2)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on, after ARPO's recipes: 16 leaves, 8 roots, 3 calls at most; 64 prompts a step."""
+
+    batch_trees: int = 64
+    leaves: int = 16
+    roots: int = 8
+    staleness: int = 1
+    prompt_tokens: float = 1024
+    segment_tokens: float = 1024  # model tokens up to a call or the end, mean; lognormal, σ = 0.7
+    result_tokens: float = 512
+    p_call: float = 0.7
+    call_limit: int = 3
+    tool_s: float = 1.0  # mean; lognormal, σ = 1, and 5 % of calls take 30 times as long
+    pause_s: float = 0.3  # engines stand still for a weight update
+    gpu: str = "h100"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One simulated run."""
+
+    profile: Profile
+    gpus: int
+    learner_gpus: int
+    engines: int
+    workload: Workload
+    result: TwinResult
+
+    @property
+    def replicas(self) -> int:
+        """Of the learner."""
+        return self.learner_gpus // self.profile.learner.gpus
+
+    @property
+    def trained_per_s(self) -> float:
+        """Trained model tokens per second."""
+        return self.result.trained_per_s * GRAIN
+
+    @property
+    def per_gpu(self) -> float:
+        """Trained model tokens per second and GPU."""
+        return self.trained_per_s / self.gpus
+
+    @property
+    def engine_idle(self) -> float:
+        shares = [sum(c.values()) for name, c in self.result.idle.items() if name.startswith("engine-")]
+        return sum(shares) / len(shares)
+
+    @property
+    def learner_idle(self) -> float:
+        return self.result.idle["learner"].get("no batch", 0.0)
+
+    @property
+    def bottleneck(self) -> str:
+        """Which part has no time to spare; if each has, what they all wait for.
+
+        "Taking turns": at η = 0 generation and training wait for each other.  "Few branches": engines decode
+        fewer sequences than would fill them, so a step lasts as long as its longest trees.
+        """
+        if self.learner_idle < IDLE:
+            return "training"
+        if self.engine_idle < IDLE and self.crowding < FULL:
+            return "generation"
+        if self.workload.staleness == 0:
+            return "taking turns"
+        return "few branches"
+
+    @property
+    def crowding(self) -> float:
+        """What twice as many sequences per engine would bring: 1 nothing, 2 twice the tokens per second."""
+        roof = roofline(self.profile, self.workload.gpu)
+        work, n = self.workload, self.result.running
+        context = work.prompt_tokens + (work.segment_tokens + work.result_tokens) * (work.call_limit + 1) / 2
+        if 2 * n * context > roof.kv_tokens:
+            return 1.0
+        return 2 * roof.step_s(n, n * context) / roof.step_s(2 * n, 2 * n * context)
+
+
+def roofline(profile: Profile, gpu: str) -> EngineRoofline:
+    """The speed of one of the profile's engines."""
+    return EngineRoofline(profile.model, profile.engine, GPUS[gpu])
+
+
+@dataclass(frozen=True, slots=True)
+class _Grains:
+    """An engine or learner that counts in grains of tokens."""
+
+    engine: EngineRoofline
+    learner: LearnerRoofline
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.engine.kv_tokens // GRAIN
+
+    def step_s(self, running: float, context: float) -> float:
+        return GRAIN * self.engine.step_s(running, context * GRAIN)
+
+    def prefill_s(self, tokens: float) -> float:
+        return self.engine.prefill_s(tokens * GRAIN)
+
+    def train_s(self, tokens: float) -> float:
+        return self.learner.train_s(tokens * GRAIN)
+
+
+def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -> Point:
+    """``gpus`` GPUs of which ``replicas`` learner replicas take theirs and engines the rest."""
+    gpu, shape = GPUS[work.gpu], profile.model
+    learner = replace(profile.learner, dp=replicas)
+    engines = (gpus - learner.gpus) // profile.engine.tp
+    if engines < 1:
+        raise ConfigError(
+            f"{profile.name}: {gpus} GPUs leave none for engines beside the learner's {learner.gpus}"
+        )
+    speed = _Grains(roofline(profile, work.gpu), LearnerRoofline(shape, learner, gpu))
+    agent = AgentModel(
+        prompt_tokens=Constant(work.prompt_tokens / GRAIN),
+        segment_tokens=Lognormal(work.segment_tokens / GRAIN, 0.7),
+        p_call=(work.p_call,),
+    )
+    latency = Stragglers(Lognormal(work.tool_s, 1.0))
+    models = Models(
+        engine=speed,
+        learner=speed,
+        agent=agent,
+        tools={"search": ToolModel(latency, Constant(work.result_tokens / GRAIN))},
+        publish_s=publish_s(shape, gpu),
+        update_s=work.pause_s,
+        vocab=shape.vocab,
+    )
+    skip = SKIP + work.staleness  # all trees that η permits begin at once; a period later they are spread
+    result = simulate(_config(work, engines), models, steps=skip + CYCLES * (work.staleness + 1), skip=skip)
+    return Point(profile, gpus, learner.gpus, engines, work, result)
+
+
+def _config(work: Workload, engines: int) -> Config:
+    longest = round((work.call_limit + 1) * 8 * (work.segment_tokens + work.result_tokens) / GRAIN)
+    return load(
+        None,
+        [
+            f"rollout.leaves={work.leaves}",
+            f"rollout.roots={work.roots}",
+            f"rollout.call_limit={work.call_limit}",
+            f"rollout.concurrency={(work.staleness + 1) * work.batch_trees}",
+            f"rollout.max_response_tokens={longest}",
+            f"rollout.max_tool_result_tokens={round(work.result_tokens / GRAIN) + 4}",
+            "rollout.generate_deadline_s=1e9",
+            "rollout.branch_deadline_s=1e9",
+            "rollout.tree_deadline_s=1e9",
+            "branching.probe_tokens=1",
+            "engine.chunk_tokens=1",
+            "engine.max_running=512",
+            f"engine.max_context={2 * longest}",
+            f"engine.replicas={engines}",
+            "tools.concurrency=1000000",
+            "tools.deadline_s=1e9",
+            "tools.cache_size=0",
+            f"flow.batch_leaves={work.leaves * work.batch_trees}",
+            f"flow.staleness={work.staleness}",
+        ],
+    )
+
+
+def best_split(profile: Profile, gpus: int, work: Workload) -> list[Point]:
+    """All splits that the search looked at, the best first; empty where no split is possible.
+
+    First the learner's replicas, at the profile's engines.  Then engines of twice the GPUs, as long as they
+    bring more: half as many engines decode no more tokens together, but each sequence faster, which pays
+    where branches are few.  Key-value heads are not split further than one per GPU.
+    """
+    found = _climb(profile, gpus, work)
+    while found:
+        best = found[0]
+        tp = 2 * best.profile.engine.tp
+        if tp > best.profile.model.kv_heads:
+            break
+        wider = replace(best.profile, engine=replace(best.profile.engine, tp=tp))
+        found = _ranked([*found, *_climb(wider, gpus, work, near=best.replicas)])
+        if found[0] is best:
+            break
+    return found
+
+
+def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[Point]:
+    """The best number of learner replicas; starts at ``near``, or in the middle with longer steps.
+
+    Throughput rises with replicas while training is the bottleneck and falls when engines get too few, so
+    going uphill by steps that are halved finds the top.
+    """
+    most = (gpus - profile.engine.tp) // profile.learner.gpus
+    if most < 1:
+        return []
+    seen: dict[int, Point] = {}
+
+    def rate(replicas: int) -> float:
+        if replicas not in seen:
+            seen[replicas] = simulate_split(profile, gpus, replicas, work)
+        return seen[replicas].result.trained_per_s
+
+    count = min(near, most) or max(1, most // 2)
+    rate(count)
+    step = max(1, count // (4 if near else 2))
+    while True:
+        better = [c for c in (count - step, count + step) if 1 <= c <= most and rate(c) > rate(count)]
+        if better:
+            count = max(better, key=rate)
+        elif step == 1 or step <= count // 8:  # a finer split changes less than the seeds do
+            break
+        else:
+            step = max(1, step // 2)
+    return _ranked(list(seen.values()))
+
+
+def _ranked(points: list[Point]) -> list[Point]:
+    return sorted(points, key=lambda point: -point.result.trained_per_s)
