@@ -34,7 +34,7 @@ from system.plan.hardware import GIB, GPUS
 from system.plan.memory import learner_memory
 from system.plan.speed import publish_s
 
-WORDS = "PROFILE …"  # takes names of profiles
+WORDS = "PROFILE … GPUS …"  # takes names of profiles and numbers of GPUs
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _COLUMNS = (
     "GPUs",
@@ -72,11 +72,15 @@ def _row(point: Point) -> list[Any]:
 
 
 def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Simulate, print tables, write ``scale.json``, plots and ``scale.html``; ``words`` name profiles."""
-    names = list(words) or list(PROFILES)
+    """Simulate, print tables, write ``scale.json``, plots and ``scale.html``.
+
+    ``words``: profiles and numbers of GPUs, by default all.
+    """
+    asked = sorted({int(word) for word in words if word.isdecimal()})
+    names = [word for word in words if not word.isdecimal()] or list(PROFILES)
     if unknown := [name for name in names if name not in PROFILES]:
-        raise ConfigError(f"unknown profile {unknown[0]!r}; known: {', '.join(PROFILES)}")
-    counts = (8, 64, 512, 4096) if quick else GPU_COUNTS
+        raise ConfigError(f"{unknown[0]!r} is neither a profile ({', '.join(PROFILES)}) nor a number of GPUs")
+    counts = asked or ((8, 64, 512, 4096) if quick else GPU_COUNTS)
     work = Workload(batch_trees=16) if quick else Workload()
     report = Report(
         out_dir,

@@ -21,6 +21,7 @@ from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 GRAIN = 32  # tokens that one simulated token stands for
 SKIP, CYCLES = 1, 3  # training steps left out at the start; periods of η + 1 steps simulated after that
 IDLE = 0.10  # below this share of idle time a part counts as busy
+GAIN = 1.005  # what counts as more, in the search
 FULL = 1.4  # an engine is full when twice the sequences would bring less than so much more
 
 
@@ -243,10 +244,10 @@ def best_split(profile: Profile, gpus: int, work: Workload) -> list[Point]:
 
 
 def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[Point]:
-    """The best number of learner replicas; starts at ``near``, or in the middle with longer steps.
+    """The best number of learner replicas: among the neighbours of ``near``, or in all.
 
     Throughput rises with replicas while training is the bottleneck and falls when engines get too few, so
-    going uphill by steps that are halved finds the top.
+    going uphill by steps that are halved finds the top.  Less than ``GAIN`` more is no step uphill.
     """
     most = (gpus - profile.engine.tp) // profile.learner.gpus
     if most < 1:
@@ -262,10 +263,10 @@ def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[P
     rate(count)
     step = max(1, count // (4 if near else 2))
     while True:
-        better = [c for c in (count - step, count + step) if 1 <= c <= most and rate(c) > rate(count)]
+        better = [c for c in (count - step, count + step) if 1 <= c <= most and rate(c) > GAIN * rate(count)]
         if better:
             count = max(better, key=rate)
-        elif step == 1 or step <= count // 8:  # a finer split changes less than the seeds do
+        elif near or step == 1 or step <= count // 8:  # a finer split changes less than the seeds do
             break
         else:
             step = max(1, step // 2)

@@ -22,6 +22,7 @@ examples:
   espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN
                                    the twin at the speeds that these benchmarks measured predicts RUN
   espalier bench scale 7B          the twin from 8 to 4096 GPUs: best split, and where throughput bends
+  espalier bench scale 14B 32 64   the same for these numbers of GPUs only
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
 """

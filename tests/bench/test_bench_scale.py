@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from system.bench import splits
+from system.bench import scale, splits
 from system.bench.splits import PROFILES, Point, Profile, Workload, best_split, simulate_split
 from system.config import ConfigError
 
@@ -65,6 +66,20 @@ def test_larger_engines_pay_where_branches_are_few() -> None:
     same = simulate_split(SEVEN, 128, few.replicas, work)
     assert same.profile.engine.tp == 1
     assert few.result.tree_s["p50"] < 0.7 * same.result.tree_s["p50"]
+
+
+def test_words_name_profiles_and_numbers_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"'9B' is neither a profile \(7B, 14B, 32B\) nor a number"):
+        scale.run(tmp_path, words=["9B"])
+    tiny = replace(SMALL, segment_tokens=128, call_limit=1)
+    monkeypatch.setattr(scale, "Workload", lambda **_: tiny)
+    data = scale.run(tmp_path, words=["16", "7B", "8"])
+    assert [(p["profile"], p["gpus"]) for p in data["curves"]["7B"]] == [("7B", 8), ("7B", 16)]
+    assert data["sweeps"].keys() == {"η", "n", "tool latency", "engine tp"}
+    assert [p["engine_tp"] for p in data["sweeps"]["engine tp"]] == [1, 2, 4]
+    page = (tmp_path / "scale.html").read_text()
+    assert "7B on 16 GPUs: one setting at a time" in page
+    assert (tmp_path / "splits.png").stat().st_size > 5_000
 
 
 def point(learner_idle: float, engine_idle: float, running: float, staleness: int = 1) -> Point:
