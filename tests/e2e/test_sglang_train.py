@@ -6,6 +6,7 @@ import signal
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -33,6 +34,7 @@ SETTINGS = (
     "rollout.concurrency=8",
     "flow.batch_leaves=16",
     "checkpoint.every=0",
+    "reward.name=varied_reward:VariedReward",  # the model knows nothing, and each step shall move it
 )
 
 
@@ -60,7 +62,10 @@ def serves(port: int) -> int | None:
         return None
 
 
-def test_training_goes_on_when_one_of_two_servers_is_killed(start: Callable[..., Any]) -> None:
+def test_training_goes_on_when_one_of_two_servers_is_killed(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     run = start("run.steps=5000", *SETTINGS)
     run.wait_for(lambda: run.steps() >= 3, 2 * WAIT_S, "step 3")
     victim = run.find(is_server)
