@@ -33,7 +33,7 @@ def test_reads_what_transformers_reads(kind: Any, theta: float, tied: bool, tmp_
     assert shape.family == hf.model_type
     assert (shape.vocab, shape.hidden, shape.layers) == (hf.vocab_size, hf.hidden_size, hf.num_hidden_layers)
     assert (shape.heads, shape.kv_heads) == (hf.num_attention_heads, hf.num_key_value_heads)
-    assert shape.head_dim == getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    assert shape.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
     assert (shape.ffn, shape.eps) == (hf.intermediate_size, hf.rms_norm_eps)
     assert (shape.rope_theta, shape.max_position) == (theta, hf.max_position_embeddings)
     assert shape.tied == tied

@@ -26,6 +26,7 @@ from system.bench.splits import (
     Profile,
     Workload,
     best_split,
+    engine_sizes,
     roofline,
     simulate_split,
 )
@@ -76,7 +77,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
 
     ``words``: profiles and numbers of GPUs, by default all.
     """
-    asked = sorted({int(word) for word in words if word.isdecimal()})
+    asked = {int(word) for word in words if word.isdecimal()}
     names = [word for word in words if not word.isdecimal()] or list(PROFILES)
     if unknown := [name for name in names if name not in PROFILES]:
         raise ConfigError(f"{unknown[0]!r} is neither a profile ({', '.join(PROFILES)}) nor a number of GPUs")
@@ -135,8 +136,6 @@ def _sweeps(
     """One setting at a time, around the best split at a middling size."""
     base = curve[len(curve) // 2]
     profile = base.profile
-    least = PROFILES[profile.name].engine.tp
-    widths = [tp for tp in (1, 2, 4, 8) if least <= tp <= profile.model.kv_heads]
     changes: dict[str, list[tuple[Any, Profile, Workload]]] = {
         "η": [(value, profile, replace(work, staleness=value)) for value in (0, 1, 2, 4)],
         "n": [
@@ -150,7 +149,7 @@ def _sweeps(
         "tool latency": [
             (f"{value:g} s", profile, replace(work, tool_s=value)) for value in (0.1, 1.0, 5.0, 20.0)
         ],
-        "engine tp": [(tp, replace(profile, engine=replace(profile.engine, tp=tp)), work) for tp in widths],
+        "engine tp": [(size.engine.tp, size, work) for size in engine_sizes(PROFILES[profile.name])],
     }
     report.section(f"{profile.name} on {base.gpus} GPUs: one setting at a time")
     found: dict[str, Sequence[Point]] = {}

@@ -228,19 +228,25 @@ def best_split(profile: Profile, gpus: int, work: Workload) -> list[Point]:
 
     First the learner's replicas, at the profile's engines.  Then engines of twice the GPUs, as long as they
     bring more: half as many engines decode no more tokens together, but each sequence faster, which pays
-    where branches are few.  Key-value heads are not split further than one per GPU.
+    where branches are few.
     """
-    found = _climb(profile, gpus, work)
-    while found:
+    narrow, *wider = engine_sizes(profile)
+    found = _climb(narrow, gpus, work)
+    for larger in wider if found else ():
         best = found[0]
-        tp = 2 * best.profile.engine.tp
-        if tp > best.profile.model.kv_heads:
-            break
-        wider = replace(best.profile, engine=replace(best.profile.engine, tp=tp))
-        found = _ranked([*found, *_climb(wider, gpus, work, near=best.replicas)])
+        found = _ranked([*found, *_climb(larger, gpus, work, near=best.replicas)])
         if found[0] is best:
             break
     return found
+
+
+def engine_sizes(profile: Profile) -> list[Profile]:
+    """``profile``, and with engines of twice the GPUs each time, down to one key-value head per GPU."""
+    sizes, tp = [profile], 2 * profile.engine.tp
+    while tp <= profile.model.kv_heads:
+        sizes.append(replace(profile, engine=replace(profile.engine, tp=tp)))
+        tp *= 2
+    return sizes
 
 
 def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[Point]:
