@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.crew import Crew
+from actors.engine_monitor import EngineMonitor
 from actors.evaluation import CLOSE_MARGIN_S, evaluate
-from actors.fleet import Fleet
-from actors.keeping import Keeper
+from actors.in_flight import InFlightCheckpoint
 from actors.learner import LEARNER_DEADLINE_S, Published
+from actors.ray_support import ActorLost, answer, returned
 from actors.replay import ReplayHandle
-from actors.supervise import ActorLost, answer, returned
+from actors.rollout_pool import RunActors
 from system.config import Config
 from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import Closed, TrainingLoop, TreeLost
@@ -31,8 +31,8 @@ from system.observe.jsonl import JsonlWriter
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
-from system.rollout import kept
-from system.rollout.grower import GrowthFailed
+from system.rollout import in_flight
+from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
 from system.tasks.base import Prompt
 from system.tree.record import Tree
@@ -49,7 +49,7 @@ class Conductor:
     def __init__(
         self,
         config: Config,
-        crew: Crew,
+        actors: RunActors,
         prompts: Mapping[str, Prompt],
         questions: Sequence[Prompt],
         ledger: Ledger,
@@ -58,13 +58,13 @@ class Conductor:
         progress: Progress,
         version: int = 0,
     ) -> None:
-        self.config, self.crew, self.recorder, self.run_dir = config, crew, recorder, run_dir
+        self.config, self.actors, self.recorder, self.run_dir = config, actors, recorder, run_dir
         self.prompts, self.questions, self.ledger, self.progress = prompts, questions, ledger, progress
-        self.replay = ReplayHandle(crew.replay, self)
+        self.replay = ReplayHandle(actors.replay, self)
         self.loop = TrainingLoop(config, ledger, self, self.replay, recorder, version=version)
         self.holdings = self.loop.holdings  # for a replay queue that has to be filled again
-        self.fleet = Fleet(crew.growers.engines, self, recorder, config.engine.start_deadline_s)
-        self.keeper = Keeper(config, ledger, self.loop, crew.growers.workers, recorder)
+        self.monitor = EngineMonitor(actors.pool.engines, self, recorder, config.engine.start_deadline_s)
+        self.in_flight = InFlightCheckpoint(config, ledger, self.loop, actors.pool.workers, recorder)
         self._log = JsonlWriter(run_dir.ledger_path)
         self._trees = TreeWriter(run_dir.trees, keep=config.observe.trees)
 
@@ -92,7 +92,7 @@ class Conductor:
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(self.loop.admit(tasks), name="admission"),
-                tasks.create_task(self.fleet.watch(), name="engine watch"),
+                tasks.create_task(self.monitor.watch(), name="engine watch"),
                 tasks.create_task(self._read_gauges(), name="gauges"),
             ]
             try:
@@ -119,10 +119,10 @@ class Conductor:
 
         One that a checkpoint kept goes on from there, or is there already.
         """
-        start = self.keeper.take(ticket.epoch, ticket.prompt_id)
+        start = self.in_flight.take(ticket.epoch, ticket.prompt_id)
         if start is not None and isinstance(start.tree, Tree):
             return [ray.put(start.tree)], start.tree
-        worker = self.crew.growers.workers[ticket.number % len(self.crew.growers.workers)]
+        worker = self.actors.pool.workers[ticket.number % len(self.actors.pool.workers)]
         reference = worker.grow.remote(
             self.prompts[ticket.prompt_id], ticket.number, seed, start and start.tree
         )
@@ -131,13 +131,13 @@ class Conductor:
             return [reference], await answer(
                 reference, deadline, f"rollout worker growing tree {ticket.number}"
             )
-        except GrowthFailed as failure:
+        except RolloutFailed as failure:
             raise TreeLost(failure.reason) from failure
         except SnapshotError as failure:
             self.progress.note(f"tree {ticket.number} cannot go on from its snapshot: {failure}")
             raise TreeLost("snapshot") from failure
         except ActorLost as failure:  # keep the place until its worker is back, or it is lost again
-            workers = self.crew.growers.workers
+            workers = self.actors.pool.workers
             await returned(worker, f"rollout worker of tree {ticket.number}", lambda: worker not in workers)
             raise TreeLost("worker lost") from failure
         except asyncio.CancelledError:
@@ -146,7 +146,7 @@ class Conductor:
 
     async def train(self, version: int, batch: Sequence[Closed[Any]]) -> Mapping[str, float]:
         references = [one.entry.item[0] for one in batch]
-        return (await self.crew.learner.all("train", version, *references))[0]
+        return (await self.actors.learner.all("train", version, *references))[0]
 
     async def publish(self, version: int) -> None:
         """An engine that does not take the weights gets them from the fleet's watch."""
@@ -183,8 +183,8 @@ class Conductor:
         """Send the learner's weights to the engines at ``urls``, to all without; returns those that did not
         take them, and why.
         """
-        asked = ("publish", list(urls or self.fleet.urls), version, LEARNER_DEADLINE_S)
-        published: Published = (await self.crew.learner.all(*asked))[0]
+        asked = ("publish", list(urls or self.monitor.urls), version, LEARNER_DEADLINE_S)
+        published: Published = (await self.actors.learner.all(*asked))[0]
         report = published.report
         self.recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
         return published.failures
@@ -212,9 +212,9 @@ class Conductor:
             rows = order[step * settings.batch : (step + 1) * settings.batch]
             lr = warm_start_lr(step, settings.steps, settings.lr)
             batch = [demonstrations[i] for i in rows]
-            stats = (await self.crew.learner.all("supervise", lr, *batch))[0]
+            stats = (await self.actors.learner.all("supervise", lr, *batch))[0]
             self.progress.advance(1, f"loss {stats['loss']:.3f}")
-        await self.crew.learner.all("reset_optimizer")
+        await self.actors.learner.all("reset_optimizer")
 
     # Evaluation, checkpoints
 
@@ -222,8 +222,8 @@ class Conductor:
         """Greedy answers to the held-out questions with the engines' current weights."""
         questions = self.questions[: self.config.eval.questions]
         self.progress.phase("evaluating", total=len(questions))
-        await self.fleet.ready()
-        result = await evaluate(self.config, self.crew.growers, questions, self.progress.advance)
+        await self.monitor.ready()
+        result = await evaluate(self.config, self.actors.pool, questions, self.progress.advance)
         self.recorder.evaluated(self.version, result, which)
         self.progress.note(f"held-out accuracy {which} training: {result.accuracy:.3f}")
         self.progress.phase(TRAINING)
@@ -234,33 +234,33 @@ class Conductor:
 
         The trees in flight are there before the learner's part appears: whoever finds that, finds them.
         """
-        trees = await self.keeper.collect()
+        trees = await self.in_flight.collect()
         self.logged()
         self._log.sync()
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
-        await asyncio.to_thread(kept.write, kept_path(path), trees)
+        await asyncio.to_thread(in_flight.write, saved_trees_path(path), trees)
         if not path.exists():
             extra = {"version": self.version, "recorder": self.recorder.state()}
             async with self.weights:
-                await self.crew.learner.all("save", str(path), extra)
+                await self.actors.learner.all("save", str(path), extra)
         remove_old_checkpoints(self.run_dir, self.config.checkpoint.keep)
 
     async def restore(self, path: Path) -> None:
         """Go on from the checkpoint at ``path``; the ledger has been replayed up to it already."""
-        extra = (await self.crew.learner.all("load", str(path)))[0]
-        trees = self.keeper.restore(kept_path(path), extra["recorder"])
+        extra = (await self.actors.learner.all("load", str(path)))[0]
+        trees = self.in_flight.restore(saved_trees_path(path), extra["recorder"])
         self.progress.note(f"resumed at step {self.version} from {path}; {trees}")
         await self.bring_up()
 
     async def save_model(self) -> None:
         """Write the model in Hugging Face format."""
-        await self.crew.learner.all("save_hf", str(self.run_dir.model))
+        await self.actors.learner.all("save_hf", str(self.run_dir.model))
 
     def spare(self, node: str, actors: Sequence[str]) -> bool:
         """A node is gone with ``actors``: true if the run goes on without them."""
-        if self.config.cluster.on_node_loss != "continue" or not self.crew.growers.lose(actors):
+        if self.config.cluster.on_node_loss != "continue" or not self.actors.pool.lose(actors):
             return False
-        left = f"{len(self.fleet.urls)} engines, {len(self.crew.growers.workers)} rollout workers"
+        left = f"{len(self.monitor.urls)} engines, {len(self.actors.pool.workers)} rollout workers"
         self.progress.note(f"node {node} was lost with {', '.join(actors)}: going on with {left}")
         return True
 
@@ -275,7 +275,7 @@ class Conductor:
 
     async def _read_counters(self) -> None:
         """The workers' running totals; one that is being restarted is asked again next time."""
-        named = {k: v for k, v in self.crew.growers.names.items() if v in self.crew.growers.workers}
+        named = {k: v for k, v in self.actors.pool.names.items() if v in self.actors.pool.workers}
         calls = (
             answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in named.values()
         )
@@ -297,7 +297,7 @@ def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:
             path.unlink()
 
 
-def kept_path(checkpoint: Path) -> Path:
+def saved_trees_path(checkpoint: Path) -> Path:
     """The trees in flight at a checkpoint, beside it."""
     return checkpoint.with_suffix(".trees")
 

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 import ray
 
+from actors.ray_support import StartFailed
 from actors.serving import LoopThread
-from actors.supervise import StartFailed
 from system import config as configuration
 from system.config import Config
 from system.engine.client import EngineClient
@@ -104,7 +104,7 @@ class EngineActor:
 
 
 def _give_up(failure: Exception) -> NoReturn:
-    """End this process; Ray starts the actor again, and whoever watches the fleet has a deadline for that."""
+    """End this process; Ray starts the actor again, and the engine monitor has a deadline for that."""
     print(failure, file=sys.stderr, flush=True)
     os._exit(1)
 

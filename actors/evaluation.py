@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from actors.crew import Growers
-from actors.supervise import ActorLost, answer, returned
+from actors.ray_support import ActorLost, answer, returned
+from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.observe.eval import EvalResult
-from system.rollout.grower import GrowthFailed
+from system.rollout.context import RolloutFailed
 from system.tasks.base import Prompt
 from system.tree.record import Tree
 
@@ -18,7 +18,7 @@ CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadli
 
 
 async def evaluate(
-    config: Config, growers: Growers, questions: Sequence[Prompt], answered: Callable[[], None]
+    config: Config, pool: RolloutPool, questions: Sequence[Prompt], answered: Callable[[], None]
 ) -> EvalResult:
     """One branch per question with the engines' current weights, at ``eval.temperature``.
 
@@ -29,7 +29,7 @@ async def evaluate(
 
     async def ask(number: int, question: Prompt) -> Tree:
         for attempt in range(1, ATTEMPTS + 1):
-            worker = growers.workers[(number + attempt) % len(growers.workers)]
+            worker = pool.workers[(number + attempt) % len(pool.workers)]
             async with limit:
                 try:
                     tree = await answer(
@@ -37,11 +37,11 @@ async def evaluate(
                         deadline,
                         f"rollout worker answering {question.id}",
                     )
-                except (ActorLost, GrowthFailed) as failure:
+                except (ActorLost, RolloutFailed) as failure:
                     if attempt == ATTEMPTS:
                         raise
                     if isinstance(failure, ActorLost):
-                        await returned(worker, "rollout worker", lambda it=worker: it not in growers.workers)
+                        await returned(worker, "rollout worker", lambda it=worker: it not in pool.workers)
                 else:
                     answered()
                     return tree

@@ -18,11 +18,11 @@ import ray
 from ray.exceptions import RayError
 
 from actors.conductor import Conductor, checkpoints
-from actors.crew import Crew, Growers
 from actors.evaluation import evaluate as answer_questions
 from actors.learner import LearnerGroup
-from actors.places import Places
-from actors.supervise import ActorLost, StartFailed
+from actors.placement import Placement
+from actors.ray_support import ActorLost, StartFailed
+from actors.rollout_pool import RolloutPool, RunActors
 from system.cluster.placement import learner_world
 from system.config import Config, ConfigError
 from system.engine.sglang.command import SglangMissing, interpreter
@@ -83,14 +83,14 @@ def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
 async def _evaluate(
     config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
 ) -> dict[str, Any]:
-    places = await Places.claim(config, joined=joined)
+    places = await Placement.claim(config, joined=joined)
     corpus = corpus_file(config, task, scratch)
-    growers = await Growers.start(config, str(model_dir), corpus, places, scratch)
+    pool = await RolloutPool.start(config, str(model_dir), corpus, places, scratch)
     try:
         questions = task.eval()[: config.eval.questions]
-        return (await answer_questions(config, growers, questions, lambda: None)).to_dict()
+        return (await answer_questions(config, pool, questions, lambda: None)).to_dict()
     finally:
-        await growers.close()
+        await pool.close()
 
 
 async def _train(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
@@ -118,7 +118,7 @@ async def _with_crew(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, joined: bool
 ) -> int:
     model = start_weights(config, run_dir)
-    places = await Places.claim(config, joined=joined)
+    places = await Placement.claim(config, joined=joined)
     try:
         async with asyncio.TaskGroup() as tasks:  # whichever fails first ends the other
             watching = tasks.create_task(places.watch(), name="node watch")
@@ -136,18 +136,18 @@ async def _work(
     task: Task,
     recorder: Recorder,
     progress: Progress,
-    places: Places,
+    places: Placement,
     model: Path,
 ) -> int:
     corpus = corpus_file(config, task, run_dir.root)
-    crew = await start_crew(config, task, model, corpus, places, run_dir)
+    actors = await start_crew(config, task, model, corpus, places, run_dir)
     try:
-        conductor = make_conductor(config, crew, task, run_dir, recorder, progress)
+        conductor = make_conductor(config, actors, task, run_dir, recorder, progress)
         places.spare = conductor.spare
         with signals(conductor):
             return await _lead(conductor, task, model)
     finally:
-        await crew.close()
+        await actors.close()
 
 
 async def _lead(conductor: Conductor, task: Task, model: Path) -> int:
@@ -175,7 +175,7 @@ async def _lead(conductor: Conductor, task: Task, model: Path) -> int:
 
 
 def make_conductor(
-    config: Config, crew: Crew, task: Task, run_dir: RunDir, recorder: Recorder, progress: Progress
+    config: Config, actors: RunActors, task: Task, run_dir: RunDir, recorder: Recorder, progress: Progress
 ) -> Conductor:
     """The conductor of a new run, or of one that goes on from its newest checkpoint."""
     prompts = {prompt.id: prompt for prompt in task.train()}
@@ -186,7 +186,7 @@ def make_conductor(
         ledger = Ledger.replay(ids, seed, read_jsonl(run_dir.ledger_path), version, attempts)
     else:
         ledger = Ledger(ids, seed, attempts)
-    return Conductor(config, crew, prompts, task.eval(), ledger, recorder, run_dir, progress, version)
+    return Conductor(config, actors, prompts, task.eval(), ledger, recorder, run_dir, progress, version)
 
 
 def start_weights(config: Config, run_dir: RunDir) -> Path:
@@ -197,8 +197,8 @@ def start_weights(config: Config, run_dir: RunDir) -> Path:
 
 
 async def start_crew(
-    config: Config, task: Task, model: Path, corpus: Path | None, places: Places, run_dir: RunDir
-) -> Crew:
+    config: Config, task: Task, model: Path, corpus: Path | None, places: Placement, run_dir: RunDir
+) -> RunActors:
     """Every actor of a run, at the weights in ``model``; a new model is made while the learner's processes
     load Megatron.
     """
@@ -206,7 +206,7 @@ async def start_crew(
     if not (model / "config.json").is_file():
         assert isinstance(task, HasTokenizer)
         await asyncio.to_thread(_make_model, model, config, task)
-    return await Crew.start(config, learner, str(model), corpus, places, run_dir.logs.resolve())
+    return await RunActors.start(config, learner, str(model), corpus, places, run_dir.logs.resolve())
 
 
 def _make_model(path: Path, config: Config, task: HasTokenizer) -> None:

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import psutil
 import ray
 
-from actors.places import Places
+from actors.placement import Placement
+from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
 from actors.serving import free_port
-from actors.supervise import START_DEADLINE_S, answer, answers, spawn
 from system import config as configuration
-from system.engine.transports.base import PushFailed, PushReport, Transport
+from system.engine.weights.base import PushFailed, PushReport, Transport
 from system.tree.record import Tree
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
@@ -78,12 +78,10 @@ class LearnerRank:
         buckets = self._trainer.export()
         if self._rank == 0:
             if self._transport is None:
-                from system.engine import transports
+                from system.engine import weights
 
                 engine, address = self._config.engine, ray.util.get_node_ip_address()
-                self._transport = transports.make(
-                    engine, urls, self._model, self._config.model.dtype, address
-                )
+                self._transport = weights.make(engine, urls, self._model, self._config.model.dtype, address)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
         for _ in buckets:  # the gather is collective: every rank walks through it
@@ -135,7 +133,7 @@ def _meet_on_the_interface_of(address: str) -> None:
 class LearnerGroup:
     """All ranks as one: a method is called on every rank, in one order, and answered by every rank."""
 
-    def __init__(self, world: int, places: Places) -> None:
+    def __init__(self, world: int, places: Placement) -> None:
         self._ranks = [
             spawn(LearnerRank, name, rank, world, restart=False, options=places[name].options)
             for rank, name in enumerate(f"learner-{rank}" for rank in range(world))

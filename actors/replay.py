@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol
 
-from actors.supervise import ActorLost, answer
+from actors.ray_support import ActorLost, answer
 from system.flow.replay import Entry, Taken
 from system.flow.waiting import NotFilled, WaitingQueue
 

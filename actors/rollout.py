@@ -10,7 +10,7 @@ from system.tasks.base import Prompt
 from system.tree.record import Tree
 
 if TYPE_CHECKING:
-    from system.rollout.growing import GrowingTree
+    from system.rollout.tree_rollout import TreeRollout
 
 
 class RolloutWorker:
@@ -18,12 +18,12 @@ class RolloutWorker:
 
     def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
         from system.rollout import process
-        from system.rollout.build import build_grower
+        from system.rollout.build import build_context
 
         process.prepare()
         settings = configuration.from_dict(config)
-        self._grower, self._tools, self._engine = build_grower(settings, model, engines, tools)
-        self._growing: dict[int, GrowingTree] = {}
+        self._context, self._tools, self._engine = build_context(settings, model, engines, tools)
+        self._growing: dict[int, TreeRollout] = {}
 
     async def check(self) -> None:
         """Return: this process is there.  Its tools may still be on their way back."""
@@ -41,9 +41,9 @@ class RolloutWorker:
         from system.rollout.snapshot import thaw
 
         growing = (
-            self._grower.plant(prompt, seed=seed, ticket=ticket)
+            self._context.plant(prompt, seed=seed, ticket=ticket)
             if start is None
-            else thaw(self._grower, prompt, start, ticket)
+            else thaw(self._context, prompt, start, ticket)
         )
         self._growing[ticket] = growing
         try:
@@ -64,4 +64,4 @@ class RolloutWorker:
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> Tree:
         """One branch, no forks."""
-        return await self._grower.grow(prompt, seed=seed, greedy=True, temperature=temperature)
+        return await self._context.grow(prompt, seed=seed, greedy=True, temperature=temperature)

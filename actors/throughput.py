@@ -1,10 +1,10 @@
 """Benchmark of whole runs: the same model, engine, tools and prompts under every way to run.
 
-Real actors and real HTTP on this machine.  One crew serves all runs: the learner's step size is so small that
-the weights stay the ones of a short warm start, so every run meets the same agent.  The search tool answers
-after a drawn latency that follows from the query alone.  A run trains a few batches; reported are trained
-tokens per second, trees per hour, goodput, what engine and learner waited for, staleness, and the tail of
-tree completion.
+Real actors and real HTTP on this machine.  One set of them serves all runs: the learner's step size is so
+small that the weights stay the ones of a short warm start, so every run meets the same agent.  The search
+tool answers after a drawn latency that follows from the query alone.  A run trains a few batches; reported
+are trained tokens per second, trees per hour, goodput, what engine and learner waited for, staleness, and
+the tail of tree completion.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.crew import Crew, Growers, check_tools, replay_queue, rollout_worker
 from actors.launch import demonstrations, make_conductor, ray_session, start_crew, start_weights
-from actors.places import Places
+from actors.placement import Placement
+from actors.rollout_pool import RolloutPool, RunActors, check_tools, replay_queue, rollout_worker
 from system.bench.latency import ToolLatency
 from system.bench.slow_search import slowed
 from system.config import Config, load
@@ -97,12 +97,12 @@ class Stage:
 
     task: Task
     model: Path
-    crew: Crew  # its own worker and queue are the warm start's
+    actors: RunActors  # its own worker and queue are the warm start's
     config: Config
 
     @property
     def engine(self) -> EngineClient:
-        return EngineClient(self.crew.growers.engines)
+        return EngineClient(self.actors.pool.engines)
 
 
 def measure(out_dir: Path, quick: bool) -> dict[str, Any]:
@@ -134,11 +134,11 @@ async def _measure(out_dir: Path, joined: bool, quick: bool) -> dict[str, Any]:
         server = await serve(search.app)
         stack.push_async_callback(server.close)
         stage = await _set_up(_config(steps, out_dir, server.url), task, joined)
-        stack.push_async_callback(stage.crew.close)
+        stack.push_async_callback(stage.actors.close)
         configs = {mode: _config((*steps, *MODES[mode]), out_dir, server.url) for mode in modes}
-        growers = stage.crew.growers
+        pool = stage.actors.pool
         workers = {
-            mode: rollout_worker(config, f"rollout: {mode}", str(stage.model), growers.engines, growers.tools)
+            mode: rollout_worker(config, f"rollout: {mode}", str(stage.model), pool.engines, pool.tools)
             for mode, config in configs.items()
         }
         await check_tools(workers.values())
@@ -155,12 +155,12 @@ async def _set_up(config: Config, task: Task, joined: bool) -> Stage:
     """Start the actors and teach the model to call its tools."""
     run_dir = RunDir.create(config, "warm-start")
     model = start_weights(config, run_dir)
-    places = await Places.claim(config, joined=joined)
-    crew = await start_crew(config, task, model, None, places, run_dir)
+    places = await Placement.claim(config, joined=joined)
+    actors = await start_crew(config, task, model, None, places, run_dir)
     recorder = Recorder(run_dir, config, [])
-    conductor = make_conductor(config, crew, task, run_dir, recorder, _progress(config, recorder))
+    conductor = make_conductor(config, actors, task, run_dir, recorder, _progress(config, recorder))
     await conductor.warm_start(demonstrations(config, task, model))
-    return Stage(task, model, crew, config)
+    return Stage(task, model, actors, config)
 
 
 def _progress(config: Config, recorder: Recorder) -> Progress:
@@ -170,15 +170,15 @@ def _progress(config: Config, recorder: Recorder) -> Progress:
 
 async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
     """One run of ``config``, from version 0, on the stage's engine and learner."""
-    growers = stage.crew.growers
+    pool = stage.actors.pool
     replay = replay_queue(config, f"replay-{time.monotonic_ns()}")
-    own = Growers([worker], growers.engines, growers.hosts, growers.servers, growers.tools)
+    own = RolloutPool([worker], pool.engines, pool.hosts, pool.servers, pool.tools)
     run_dir = RunDir.create(
         config, f"{config.branching.name}-{config.rollout.schedule}-{config.flow.staleness}"
     )
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
-    crew = Crew(own, stage.crew.learner, replay)
-    conductor = make_conductor(config, crew, stage.task, run_dir, recorder, _progress(config, recorder))
+    actors = RunActors(own, stage.actors.learner, replay)
+    conductor = make_conductor(config, actors, stage.task, run_dir, recorder, _progress(config, recorder))
     engine = stage.engine
     try:
         await conductor.bring_up()

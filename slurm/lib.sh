@@ -214,7 +214,7 @@ head_task() {
   [ -n "$port" ] || give_up "Ray's head did not start (see ray-0.log)"
   if [[ $(control) == stop ]]; then STOPPING=1; else tell "head $ADDRESS:$port"; fi
   say "Ray's head is at $ADDRESS:$port; starting the driver"
-  RAY_ADDRESS=$ADDRESS:$port python -m system.cli train --resume "$RUN" > "$ATTEMPT_DIR/logs/driver.log" 2>&1 &
+  RAY_ADDRESS=$ADDRESS:$port python -m actors.cli.main train --resume "$RUN" > "$ATTEMPT_DIR/logs/driver.log" 2>&1 &
   DRIVER=$!
   while kill -0 "$DRIVER" 2>/dev/null; do
     if [ -n "${STOPPING:-}" ] && [[ $(control) == stop ]]; then

@@ -29,6 +29,14 @@ class ConfigError(ValueError):
 
 
 @dataclass
+class PartConfig:
+    """A part picked by name (:mod:`system.plugins`); a bare word for the setting is its name."""
+
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class RunConfig:
     name: str = ""  # run directory's name under `dir`; empty: <config file>-s<seed>
     dir: str = "runs"
@@ -96,11 +104,13 @@ class BranchingConfig:
     beta: float = 0.2
     tau: float = 0.5  # threshold of arpo-paper
     probe_tokens: int = 8  # k: tokens after a tool result whose mean entropy decides
+    options: dict[str, Any] = field(default_factory=dict)  # of one's own policy
 
 
 @dataclass
 class RewardConfig:
     name: str = "arpo"  # arpo | arpo-release | task | package.module:Name
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -163,9 +173,14 @@ class LearnConfig:
     distributed_optimizer: bool = False  # split the optimizer state over the DP ranks
     recompute: str = "none"  # none | selective (attention) | full (every layer), in the backward pass
     threads: int = 1
-    credit: str = "arpo-soft"  # grpo | arpo-soft | arpo-hard | rloo | reinforce++ | dr-grpo
-    objective: str = "decoupled"  # decoupled | ppo | grpo-flat
-    aggregate: str = "token-mean"  # token-mean | seq-mean | constant
+    # grpo | arpo-soft | arpo-hard | rloo | reinforce++ | dr-grpo
+    credit: PartConfig = field(default_factory=lambda: PartConfig("arpo-soft"))
+    objective: PartConfig = field(
+        default_factory=lambda: PartConfig("decoupled")
+    )  # decoupled | ppo | grpo-flat
+    aggregate: PartConfig = field(
+        default_factory=lambda: PartConfig("token-mean")
+    )  # token-mean | seq-mean | constant
     updates: int = 1  # optimizer steps per training batch
     micro_tokens: int = 4096  # packed tokens per forward pass
     lr: float = 1e-3
@@ -245,7 +260,14 @@ MINIMA: dict[str, float] = {
     **cluster_settings.MINIMA,
 }
 
-PLUGGABLE = ("task.name", "reward.name")  # also one's own, as package.module:Name
+PLUGGABLE = (
+    "task.name",
+    "reward.name",
+    "learn.credit",
+    "learn.objective",
+    "learn.aggregate",
+    "branching.name",
+)  # also one's own, as package.module:Name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
@@ -312,6 +334,7 @@ def validate(config: Config) -> None:
     for key, allowed in CHOICES.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
+        value = value.name if isinstance(value, PartConfig) else value
         own = key in PLUGGABLE and ":" in value
         if value not in allowed and not own:
             raise ConfigError(
@@ -423,11 +446,19 @@ def _override(text: str) -> dict[str, Any]:
 
 def _expand_names(layer: dict[str, Any]) -> dict[str, Any]:
     """``branching: none`` -> ``branching: {name: none}`` (YAML reads a bare ``none`` as text)."""
-    named = {f.name for f in dataclasses.fields(Config) if hasattr(_section(f.name), "name")}
-    return {
-        key: {"name": str(value)} if key in named and isinstance(value, str | int | float) else value
-        for key, value in layer.items()
-    }
+    return _expand(layer, Config())
+
+
+def _expand(layer: dict[str, Any], settings: Any) -> dict[str, Any]:
+    expanded = dict(layer)
+    for key, value in layer.items():
+        inner = getattr(settings, str(key), None)
+        if dataclasses.is_dataclass(inner):
+            if hasattr(inner, "name") and isinstance(value, str | int | float):
+                expanded[key] = {"name": str(value)}
+            elif isinstance(value, dict):
+                expanded[key] = _expand(value, inner)
+    return expanded
 
 
 def _section(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from system.cli import SAFE_ON_RESUME, main, unsafe_on_resume
+from actors.cli.main import SAFE_ON_RESUME, main, unsafe_on_resume
 from system.config import Config
 from system.observe.rundir import RunDir
 from system.tree.record import Kind, Origin, Outcome, Tree
@@ -87,7 +87,7 @@ def run_with_trees(run_dir: RunDir) -> RunDir:
 
 def test_help_needs_no_heavy_library():
     code = (
-        "import sys\nfrom system.cli import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom actors.cli.main import main\ncode = main(sys.argv[1:])\n"
         "heavy = {'torch', 'ray', 'transformers', 'megatron', 'numpy', 'omegaconf', 'rich', 'wandb'}\n"
         "loaded = heavy & set(sys.modules)\nassert not loaded, loaded\nsys.exit(code)"
     )
@@ -324,7 +324,7 @@ def test_advantages_are_those_of_the_configured_estimator(
 def test_a_closed_pipe_is_no_error(run_with_trees: RunDir):
     """``espalier tree RUN | head -1`` with a reader that leaves at once."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "system.cli", "tree", str(run_with_trees.root), "--list"],
+        [sys.executable, "-m", "actors.cli.main", "tree", str(run_with_trees.root), "--list"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,7 @@
 """Virtual time for asyncio: the same coroutines, deadlines and sleeps, without waiting for any of them.
 
 A discrete-event simulation in the textbook sense: whenever no callback is ready, the clock jumps to the next
-scheduled timer.  The digital twin and the tests of the growers run on it, so a 120 s tool call costs nothing
+scheduled timer.  The digital twin and the tests of the rollouts run on it, so a 120 s tool call costs nothing
 and the order of events depends on the program alone, never on the machine.
 """
 

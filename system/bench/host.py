@@ -29,13 +29,12 @@ from matplotlib.figure import Figure
 from system.bench.latency import ToolLatency
 from system.bench.report import Report
 from system.bench.stub_engine import Plan, write_plan
-from system.bench.twin.agent import AnswerReward
 from system.config import RolloutConfig
 from system.engine.client import EngineClient
 from system.engine.protocol import Chunk, GenerateRequest
 from system.rollout import process
 from system.rollout.branching import Arpo
-from system.rollout.grower import Grower
+from system.rollout.context import RolloutContext
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax import make_syntax
 from system.tasks.base import Prompt
@@ -43,6 +42,7 @@ from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
 from system.tree.record import Tree
+from system.twin.agent import AnswerReward
 
 _START_S = 30.0
 _STOP_S = 10.0
@@ -185,9 +185,9 @@ async def _measure(load: Load) -> dict[str, Any]:
         )
         client = EngineClient([url], deadline_s=120, in_flight=load.branches)
         live = _LiveBranches()
-        grower = _grower(load, _CountedEngine(client, counts), tools, live)
+        context = _context(load, _CountedEngine(client, counts), tools, live)
         rss = psutil.Process().memory_info().rss
-        growing = asyncio.create_task(_keep_growing(grower, live, load, counts))
+        growing = asyncio.create_task(_keep_growing(context, live, load, counts))
         try:
             await asyncio.sleep(load.warm_s)
             return await _watch(load, live, counts, server, growing, rss)
@@ -198,9 +198,9 @@ async def _measure(load: Load) -> dict[str, Any]:
             await client.close()
 
 
-def _grower(load: Load, engine: _CountedEngine, tools: ToolService, live: _LiveBranches) -> Grower:
+def _context(load: Load, engine: _CountedEngine, tools: ToolService, live: _LiveBranches) -> RolloutContext:
     tokenizer = vocabulary.build()
-    grower = Grower(
+    context = RolloutContext(
         engine=engine,
         tools=tools,
         syntax=make_syntax("tags", tools.specs),
@@ -210,17 +210,17 @@ def _grower(load: Load, engine: _CountedEngine, tools: ToolService, live: _LiveB
         config=RolloutConfig(leaves=load.leaves, roots=load.roots, call_limit=3, max_response_tokens=2048),
         vocab_size=len(tokenizer),
     )
-    object.__setattr__(grower, "schedule", live)
-    return grower
+    object.__setattr__(context, "schedule", live)
+    return context
 
 
-async def _keep_growing(grower: Grower, live: _LiveBranches, load: Load, counts: Counts) -> None:
+async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load, counts: Counts) -> None:
     """Start a tree whenever the number of live branches allows it.  Ends only by an error."""
     number = 0
 
     async def one(number: int) -> None:
         prompt = Prompt(f"p{number}", ({"role": "user", "content": "Q: Bob Stone 's home ?"},), ())
-        _count(counts, await grower.grow(prompt, seed=number))
+        _count(counts, await context.grow(prompt, seed=number))
 
     async with asyncio.TaskGroup() as trees:
         while True:
@@ -247,7 +247,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         out_dir,
         "host",
         "One rollout worker process under load",
-        "The real growers, tool service, engine client and HTTP against a stub engine that streams prepared "
+        "The real rollouts, tool service, engine client and HTTP against a stub engine that streams prepared "
         "tokens at a fixed pace.",
     )
     rows = [{**asdict(load), **measure(load)} for load in cases]

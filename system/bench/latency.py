@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from system.bench.twin.dist import Dist, Lognormal, Stragglers
+from system.twin.dist import Dist, Lognormal, Stragglers
 
 
 @dataclass(frozen=True)

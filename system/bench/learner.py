@@ -91,7 +91,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
                 seconds: dict[str, list[float]] = {"ppo": [], "grpo-flat": []}
                 for turn in range(rounds + 1):
                     for objective, times in seconds.items():
-                        config.learn.objective = objective
+                        config.learn.objective.name = objective
                         started = time.perf_counter()
                         trainer.train(trees, version=0)
                         if turn:  # the first of each warms up

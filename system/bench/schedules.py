@@ -1,7 +1,7 @@
 """Benchmark of the rollout schedules on the virtual clock: barrier-free growth against the released rounds.
 
-The growers, policies, admission and queue are the ones that train; agent, engine and tools are the digital
-twin's (:mod:`system.bench.twin`), so only the schedule differs, and a day of tool calls takes seconds.
+The rollouts, policies, admission and queue are the ones that train; agent, engine and tools are the digital
+twin's (:mod:`system.twin`), so only the schedule differs, and a day of tool calls takes seconds.
 
 1. Completed trees per hour, by how much tool latencies spread, on the same seeds and engine.
 2. The makespan of one batch against what no schedule can beat: max(critical path, work / capacity).
@@ -25,20 +25,20 @@ from system.bench import clock
 from system.bench.critical_path import CriticalPath, MeasuredEngine, MeasuredTools
 from system.bench.latency import ToolLatency
 from system.bench.report import Report
-from system.bench.twin.agent import AgentModel, AnswerReward, TwinTokenizer
-from system.bench.twin.dist import Constant, Lognormal
-from system.bench.twin.engine import EngineModel
-from system.bench.twin.speeds import LinearEngine
-from system.bench.twin.tools import ToolModel, TwinTools
 from system.config import BranchingConfig, RolloutConfig
 from system.flow.admission import Admission
 from system.flow.replay import Entry, ReplayQueue
 from system.rollout.branching import make_policy
-from system.rollout.grower import Grower
+from system.rollout.context import RolloutContext
 from system.rollout.schedule import Lockstep
 from system.rollout.syntax import make_syntax
 from system.tools.service import ServiceLimits
 from system.tree.record import Origin, Tree
+from system.twin.agent import AgentModel, AnswerReward, TwinTokenizer
+from system.twin.dist import Constant, Lognormal
+from system.twin.engine import EngineModel
+from system.twin.speeds import LinearEngine
+from system.twin.tools import ToolModel, TwinTools
 
 SIGMAS = (0.0, 0.5, 1.0, 1.5)
 STRAGGLERS = 0.05
@@ -138,7 +138,7 @@ async def _grow(world: World, mode: Mode, batches: int, seed: int) -> Run:
         mixed=True,
     )
     engine = MeasuredEngine(decoder, world.token_s, path)
-    grower = Grower(
+    context = RolloutContext(
         engine=engine,
         tools=tools,
         syntax=syntax,
@@ -158,12 +158,12 @@ async def _grow(world: World, mode: Mode, batches: int, seed: int) -> Run:
         vocab_size=100_000,
     )
     began = asyncio.get_running_loop().time()
-    trees, closed = await _stream(grower, world, mode, batches * world.trees, seed)
+    trees, closed = await _stream(context, world, mode, batches * world.trees, seed)
     return Run(
         makespan_s=asyncio.get_running_loop().time() - began,
         critical_path_s=path.seconds,
         work_s=engine.work_s,
-        rounds=grower.schedule.rounds if isinstance(grower.schedule, Lockstep) else 0,
+        rounds=context.schedule.rounds if isinstance(context.schedule, Lockstep) else 0,
         tool_calls=tools.calls,
         trees=trees,
         closed_s=closed,
@@ -171,7 +171,7 @@ async def _grow(world: World, mode: Mode, batches: int, seed: int) -> Run:
 
 
 async def _stream(
-    grower: Grower, world: World, mode: Mode, total: int, seed: int
+    context: RolloutContext, world: World, mode: Mode, total: int, seed: int
 ) -> tuple[list[Tree], list[float]]:
     """Trees as admission lets them start; a batch is trained on as soon as the queue has one."""
     admission = Admission(world.trees * world.leaves, mode.staleness, concurrency=total)
@@ -184,7 +184,7 @@ async def _stream(
     async def one(number: int) -> None:
         born, began = version, time()
         prompt = world.agent.prompt(f"p{number}", seed)
-        tree = await grower.grow(prompt, seed=seed + number)
+        tree = await context.grow(prompt, seed=seed + number)
         trees.append(tree)
         closed.append(time() - began)
         admission.finish(world.leaves, tree.n_leaves)
@@ -375,7 +375,7 @@ RELEASED = {
 
 
 def rules(p_call: float, trees: int, seed: int = 0) -> tuple[float, float, float, float, float]:
-    """The figures of ``RELEASED`` for one ``p_call``, by the real grower on ``trees`` trees, one at a time.
+    """The figures of ``RELEASED`` for one ``p_call``, by the real rollout on ``trees`` trees, one at a time.
 
     One round's entropies are like any other's (ΔH = 0), so a fork is a coin's throw.
     """

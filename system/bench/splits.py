@@ -1,22 +1,22 @@
 """One simulated run of a model on a number of GPUs, and the search for the best way to split them.
 
-The real control flow (``system.bench.twin``) around a roofline of the hardware (``system.plan``).
+The real control flow (``system.twin``) around a roofline of the hardware (``system.plan``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from system.bench.twin.agent import AgentModel
-from system.bench.twin.books import TwinResult
-from system.bench.twin.dist import Constant, Lognormal, Stragglers
-from system.bench.twin.tools import ToolModel
-from system.bench.twin.world import Models, simulate
 from system.config import Config, ConfigError, load
 from system.plan.hardware import GPUS
 from system.plan.memory import EngineLayout, LearnerLayout
 from system.plan.shapes import KNOWN, Shape
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
+from system.twin.agent import AgentModel
+from system.twin.dist import Constant, Lognormal, Stragglers
+from system.twin.events import TwinResult
+from system.twin.tools import ToolModel
+from system.twin.world import Models, simulate
 
 GRAIN = 32  # tokens that one simulated token stands for
 SKIP, CYCLES = 1, 3  # training steps left out at the start; periods of η + 1 steps simulated after that

@@ -174,7 +174,7 @@ def _sglang(config: Config) -> tuple[str | None, str]:
 
 
 async def _sandbox(tools: ToolsConfig) -> tuple[tuple[str, ...], str]:
-    from system.tools.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
+    from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
 
     sandbox = Sandbox(SandboxLimits.from_config(tools), concurrency=1)
     try:

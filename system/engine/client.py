@@ -15,7 +15,7 @@ from system.engine.generation import Generation
 from system.engine.http import Body, Http
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest
 from system.engine.stream import version_number
-from system.engine.transports.base import Buckets, Kv, PushReport, Transport
+from system.engine.weights.base import Buckets, Kv, PushReport, Transport
 
 
 class EngineClient:
@@ -190,10 +190,10 @@ class EngineClient:
         Generation is interrupted only for the swap, at a token boundary.  Returns once every server serves
         ``version`` and has proved by checksum that it holds exactly what was sent.  A server that fails or
         refuses (it names the tensor) does not keep the others from their weights;
-        :class:`~system.engine.transports.base.PushFailed` then says which and why.
+        :class:`~system.engine.weights.base.PushFailed` then says which and why.
         """
         if self._transport is None:
-            from system.engine.transports.http import SafetensorsHttp  # needs PyTorch
+            from system.engine.weights.http import SafetensorsHttp  # needs PyTorch
 
             self._transport = SafetensorsHttp()
         return await self._transport.push(

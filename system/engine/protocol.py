@@ -79,7 +79,7 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """What a grower needs.  Implemented by the HTTP client, by test fakes and by the digital twin."""
+    """What a rollout needs.  Implemented by the HTTP client, by test fakes and by the digital twin."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Stream chunks until one carries ``finish``.  Closing the iterator early aborts the request."""

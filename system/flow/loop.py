@@ -82,7 +82,7 @@ class Parts(Protocol[Item]):
         ...
 
 
-class Books(Protocol):
+class RunEvents(Protocol):
     """Who is told what happened (``system.observe.recorder.Recorder``)."""
 
     def tree_closed(self, tree: Tree, version_now: int) -> None: ...
@@ -113,7 +113,7 @@ class TrainingLoop(Generic[Item]):
         ledger: Ledger,
         parts: Parts[Item],
         replay: Replay[Item],
-        books: Books,
+        books: RunEvents,
         *,
         version: int = 0,
         clock: Callable[[], float] = time.monotonic,

@@ -65,10 +65,10 @@ class Trainer:
         Raises ``ConfigError`` when the layout or the model cannot be run.
         """
         learn = config.learn
-        if learn.objective == "grpo-flat" and is_hard(learn.credit):
+        if learn.objective.name == "grpo-flat" and is_hard(learn.credit.name):
             raise ConfigError(
-                f"learn.credit={learn.credit} averages over shared tokens, and learn.objective=grpo-flat has "
-                "none: use arpo-soft or grpo"
+                f"learn.credit={learn.credit.name} averages over shared tokens, and "
+                "learn.objective=grpo-flat has none: use arpo-soft or grpo"
             )
         self.config, self.learn, self.hf_path = config, learn, hf_path
         self.layout = parallel.start(config, rank=rank, world=world, init_method=init_method)
@@ -123,17 +123,17 @@ class Trainer:
         """
         learn = self.learn
         started = time.perf_counter()
-        gains = advantages(learn.credit, [tree.reward for tree in trees])
+        gains = advantages(learn.credit.name, [tree.reward for tree in trees])
         bounds = np.linspace(0, len(trees), learn.updates + 1).astype(int)
         updates = [self._micro_batches(trees[a:b], gains[a:b]) for a, b in pairwise(bounds)]
-        if learn.objective == "decoupled":
+        if learn.objective.name == "decoupled":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
             # pass.
             later = [micro for update in updates[1:] for micro in update]
             for micro, scores in zip(later, self._score(self.model, [m.row for m in later]), strict=True):
                 micro.proximal = scores
         packed_s = time.perf_counter() - started
-        results = [self._update(learn.objective, update, version, self._lr()) for update in updates]
+        results = [self._update(learn.objective.name, update, version, self._lr()) for update in updates]
         stats = _combine(results)
         stats["time_pack_s"] = packed_s
         stats["trees_without_signal"] = float(sum(not np.any(g) for g in gains))
@@ -223,11 +223,11 @@ class Trainer:
         self, trees: Sequence[Tree], gains: Sequence[NDArray[np.float32]]
     ) -> list[_MicroBatch]:
         """This rank's share of one optimizer step."""
-        learn, hard = self.learn, is_hard(self.learn.credit)
+        learn, hard = self.learn, is_hard(self.learn.credit.name)
         w = leaf_weights(
-            learn.aggregate, trees, length_cap=self.config.rollout.max_response_tokens, hard=hard
+            learn.aggregate.name, trees, length_cap=self.config.rollout.max_response_tokens, hard=hard
         )
-        if learn.objective == "grpo-flat":
+        if learn.objective.name == "grpo-flat":
             trees, gains, w = flat_paths(trees, gains, w)
         # Trees without signal do not move the loss unless a regulariser acts on every token.
         silent = not learn.kl_coef and not learn.entropy_coef

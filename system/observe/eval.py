@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from system.observe.treestats import TreeStats
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 
 
 @dataclass(frozen=True, slots=True)

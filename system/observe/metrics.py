@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.observe.treestats import TreeStats
 from system.tree.record import ToolCall
+from system.tree.stats import TreeStats
 
 Metrics = dict[str, float]
 

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as Guide
 
-from system.observe.treestats import TreeStats
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
+from system.tree.stats import TreeStats
 
 Decode = Callable[[NDArray[np.int32]], str]
 """Token ids [k] to text, special tokens included."""

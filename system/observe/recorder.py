@@ -27,8 +27,8 @@ from system.observe.metrics import (
 from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
-from system.observe.treestats import TreeStats
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 
 Which = Literal["before", "after", "during"]
 

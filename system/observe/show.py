@@ -18,8 +18,8 @@ from system.config import Config, ConfigError
 from system.learn.credit import advantages
 from system.observe.outline import Decode, View, outline, table
 from system.observe.rundir import RunDir
-from system.observe.treestats import TreeStats
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 from system.tree.store import StoreError, read_trees
 
 _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not set
@@ -42,8 +42,8 @@ def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
     tree = select(read_trees(run_dir.trees), args, run_dir)
     view = View(
         decode=_decoder(run_dir, config),
-        advantage=advantages(config.learn.credit, [tree.reward])[0],
-        credit=config.learn.credit,
+        advantage=advantages(config.learn.credit.name, [tree.reward])[0],
+        credit=config.learn.credit.name,
         full=args.full,
         entropy=args.entropy,
     )

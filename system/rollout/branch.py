@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from system.engine.protocol import Finish
-from system.rollout.probe import EntropyProbe
+from system.rollout.entropy_probe import EntropyProbe
 from system.tree.record import Kind, Origin
 
 

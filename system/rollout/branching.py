@@ -1,7 +1,7 @@
 """Branching policies: when a branch comes back from a tool unsure, does the tree fork there?
 
 Pure: numpy only, no I/O.  A policy says what it measures (``window``, ``lag``, :meth:`Policy.measure`) and
-what follows from it (:meth:`Policy.decide`); the grower does the collecting and the forking.
+what follows from it (:meth:`Policy.decide`); the rollout does the collecting and the forking.
 
 Sources: ARPO, arXiv 2507.19849 (section 3.1) for the rule; the released ARPO code for ``arpo-release``.
 """
@@ -54,7 +54,7 @@ class TreeState:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a policy decided.  ``forks`` may exceed what the budget allows: the grower caps it."""
+    """What a policy decided.  ``forks`` may exceed what the budget allows: the rollout caps it."""
 
     forks: int
     probability: float  # chance of a fork under the policy's formula

@@ -1,4 +1,4 @@
-"""Puts a grower together from the configuration."""
+"""Puts the context of rollouts together from the configuration."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from system.config import Config
 from system.engine.client import EngineClient
 from system.engine.entropy import TopEntropy
 from system.rollout.branching import make_policy
-from system.rollout.grower import Grower
+from system.rollout.context import RolloutContext
 from system.rollout.reward import Reward
 from system.rollout.rewards import make_reward
 from system.rollout.syntax import make_syntax
 from system.tools.service import ToolService, build_tools
 
 
-def build_grower(
+def build_context(
     config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
-) -> tuple[Grower, ToolService, EngineClient]:
-    """A grower and what it talks to: the engines at ``engines``, the tool servers at ``tools`` (tool -> URL).
+) -> tuple[RolloutContext, ToolService, EngineClient]:
+    """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
+    ``tools`` (tool -> URL).
 
     ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
     """
@@ -32,7 +33,7 @@ def build_grower(
         in_flight=config.engine.in_flight,
         estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
     )
-    grower = Grower(
+    context = RolloutContext(
         engine=engine,
         tools=service,
         syntax=make_syntax(config.rollout.syntax, service.specs),
@@ -42,7 +43,7 @@ def build_grower(
         config=config.rollout,
         vocab_size=len(tokenizer),
     )
-    return grower, service, engine
+    return context, service, engine
 
 
 def _reward(config: Config) -> Reward:

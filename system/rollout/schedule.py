@@ -2,7 +2,7 @@
 
 ``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``lockstep`` is the
 schedule of the released ARPO code, the baseline: all live branches of all trees on a worker generate, then
-all their tools run, then the trees fork and top up, and the next round begins.  The grower is the same.
+all their tools run, then the trees fork and top up, and the next round begins.  The rollout is the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from system.rollout.branch import Branch
 
 
 class Schedule(ABC):
-    """What a branch asks on its way.  One schedule serves all trees of a grower.
+    """What a branch asks on its way.  One schedule serves all trees of a rollout.
 
     Every branch calls :meth:`join` once, then, as often as it writes a segment, :meth:`meet` when the segment
     is there and, if it called a tool, again when the result is there; at its end it calls :meth:`leave`.

@@ -24,10 +24,10 @@ from safetensors.numpy import load, save
 from system.config import Config, to_dict
 from system.engine.protocol import Finish
 from system.rollout.branch import Branch
-from system.rollout.grower import Grower
-from system.rollout.growing import GrowingTree
+from system.rollout.context import RolloutContext
+from system.rollout.tree_rollout import TreeRollout
 from system.tasks.base import Prompt
-from system.tree.growth import Growth
+from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1
@@ -54,12 +54,12 @@ def fingerprint(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def can_freeze(tree: GrowingTree) -> bool:
+def can_freeze(tree: TreeRollout) -> bool:
     """Not while branches stand at barriers that only this process knows of."""
     return tree.schedule.streaming
 
 
-def freeze(tree: GrowingTree) -> bytes:
+def freeze(tree: TreeRollout) -> bytes:
     """The tree as it stands.  Call it on the tree's event loop."""
     now = asyncio.get_running_loop().time()
     arrays, growth = tree.growth.state()
@@ -78,21 +78,21 @@ def freeze(tree: GrowingTree) -> bytes:
     return save(arrays, {"tree": json.dumps(fields)})
 
 
-def thaw(grower: Grower, prompt: Prompt, data: bytes, ticket: int | str = "") -> GrowingTree:
+def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str = "") -> TreeRollout:
     """A tree that goes on where :func:`freeze` saw it.  Raises :class:`SnapshotError`."""
     try:
         fields = json.loads(_metadata(data)["tree"])
         if fields["format"] != FORMAT:
             raise SnapshotError(f"format {fields['format']}: this version reads {FORMAT}")
-        growth = Growth.restore(load(data), fields["growth"])
+        growth = TreeBuilder.restore(load(data), fields["growth"])
         if growth.prompt_id != prompt.id:
             raise SnapshotError(f"a tree of prompt {growth.prompt_id!r}, not of {prompt.id!r}")
         live = [_restored(values) for values in fields["live"]]
-        return GrowingTree(
-            grower,
+        return TreeRollout(
+            context,
             prompt,
-            grower.policy,
-            grower.schedule,
+            context.policy,
+            context.schedule,
             growth.budget,
             fields["temperature"],
             fields["seed"],

@@ -6,7 +6,7 @@ import numpy as np
 
 from system.rollout.encode import Tokenizer, encode_prompt, encode_text
 from system.tasks.base import Demonstration
-from system.tree.growth import Growth
+from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, Tree
 
 
@@ -19,7 +19,7 @@ def demonstration_tree(demo: Demonstration, tokenizer: Tokenizer) -> Tree:
     """
     if not demo.segments or demo.segments[-1][0] != "model":
         raise ValueError(f"demonstration {demo.prompt.id!r} must end with a segment of the model")
-    growth = Growth(
+    growth = TreeBuilder(
         demo.prompt.id, demo.prompt.kind, encode_prompt(tokenizer, demo.prompt.messages), budget=1
     )
     node = growth.prompt

@@ -50,7 +50,7 @@ class CallContext:
 
 
 class Tools(Protocol):
-    """What a grower needs of the tool service.  ``call`` never raises for a failing tool."""
+    """What a rollout needs of the tool service.  ``call`` never raises for a failing tool."""
 
     @property
     def specs(self) -> Mapping[str, ToolSpec]: ...

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
-from system.tools.sandbox import PRELOADED, Sandbox, SandboxLimits, SandboxUnavailable
+from system.tools.sandbox.sandbox import PRELOADED, Sandbox, SandboxLimits, SandboxUnavailable
 from system.tools.serving import json_object, serve_until_signal
 
 SANDBOX = web.AppKey("sandbox", Sandbox)

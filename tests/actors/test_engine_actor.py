@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from actors.engine import attached
-from actors.supervise import StartFailed
+from actors.ray_support import StartFailed
 
 META: dict[str, Any] = {
     "completion_tokens": 1,

@@ -14,16 +14,16 @@ import pytest
 from twin_worlds import config, models
 
 from system.bench.clock import run as virtually
-from system.bench.twin import AgentModel, Calibration, LinearEngine, LinearLearner, Lognormal, ToolModel, Twin
-from system.bench.twin.books import TwinBooks
-from system.bench.twin.calibrate import fit_agent, fit_engine, fit_tools, nonnegative
-from system.bench.twin.compare import run
 from system.config import ConfigError
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
 from system.tasks.tiny_model import qwen3_config
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
+from system.twin import AgentModel, Calibration, LinearEngine, LinearLearner, Lognormal, ToolModel, Twin
+from system.twin.calibrate import fit_agent, fit_engine, fit_tools, nonnegative
+from system.twin.compare import run
+from system.twin.events import TwinEvents
 
 ENGINE = LinearEngine(0.008, 0.0005, per_prefill_s=2e-5)
 WORLD = models(
@@ -52,7 +52,7 @@ def engine_sums(rng: np.random.Generator) -> dict[str, float]:
 
 
 @dataclass
-class RecordingBooks(TwinBooks):
+class RecordingBooks(TwinEvents):
     """Writes a run directory as the recorder would."""
 
     log: JsonlWriter | None = None
@@ -135,7 +135,7 @@ def test_no_coefficient_is_negative_and_the_rest_is_still_least_squares() -> Non
 
 
 def test_habits_and_tools_come_back_from_trees() -> None:
-    books = TwinBooks(keep_trees=True)
+    books = TwinEvents(keep_trees=True)
     virtually(Twin(config("branching=none"), WORLD, 15, books=books).run())
     agent = fit_agent(books.trees, window=8)
     assert agent.tools == ["search"]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from system.bench.clock import run
-from system.bench.twin import AgentModel, Constant, LinearEngine
-from system.bench.twin.agent import TEXT
-from system.bench.twin.engine import EngineModel
-from system.bench.twin.prefix import Path, PrefixCache
 from system.engine.protocol import Chunk, EngineError, GenerateRequest, Sampling
+from system.twin import AgentModel, Constant, LinearEngine
+from system.twin.agent import TEXT
+from system.twin.engine import EngineModel
+from system.twin.prefix import Path, PrefixCache
 
 PROMPT = np.full(100, TEXT, np.int32)
 STEP, SHARE, PREFILL = 0.01, 0.002, 1e-3  # seconds per step, per sequence in it, per prompt token

@@ -14,7 +14,8 @@ import pytest
 from twin_worlds import config, models, surviving
 
 from system.bench.clock import run
-from system.bench.twin import (
+from system.tree.record import Origin
+from system.twin import (
     AgentModel,
     Constant,
     Failure,
@@ -25,7 +26,6 @@ from system.bench.twin import (
     Twin,
     simulate,
 )
-from system.tree.record import Origin
 
 NOISY = models(
     agent=AgentModel(segment_tokens=Lognormal(50, 0.8)),
@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_interleaving_and_another_does_not() -> Non
 
 def test_neither_hash_seeds_nor_the_machine_change_the_interleaving() -> None:
     program = (
-        "from twin_worlds import config, models\nfrom system.bench.twin import simulate\n"
+        "from twin_worlds import config, models\nfrom system.twin import simulate\n"
         "print(simulate(config(), models(), steps=2).digest)"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from system.bench.twin import AgentModel, Constant, LinearEngine, LinearLearner, Models, ToolModel
 from system.config import Config, load
+from system.twin import AgentModel, Constant, LinearEngine, LinearLearner, Models, ToolModel
 
 FAR = ("generate", "branch", "tree")
 

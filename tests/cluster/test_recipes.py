@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from system.cli import main
+from actors.cli.main import main
 from system.cluster.placement import paper_nodes, place, spare_gpus
 from system.cluster.script import Site, render
 from system.config import Config, load
@@ -72,7 +72,7 @@ def test_the_released_recipes_have_the_released_settings(name: str) -> None:
     assert 2 * (prompt + response) <= learn.micro_tokens < 2 * (prompt + response) + 128
     assert (learn.lr, learn.weight_decay, learn.grad_clip, learn.warmup_steps) == (1e-6, 0.01, 1.0, 0)
     assert (learn.clip_low, learn.clip_high, learn.dual_clip) == (0.2, 0.2, 3.0)
-    assert (learn.kl_coef, learn.entropy_coef, learn.aggregate) == (0.0, 0.0, "token-mean")
+    assert (learn.kl_coef, learn.entropy_coef, learn.aggregate.name) == (0.0, 0.0, "token-mean")
     assert (config.branching.alpha, config.branching.beta) == (0.5, 0.2)
     assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, -1)
     assert flow.staleness == 0

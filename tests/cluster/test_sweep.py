@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from system.cli import main
+from actors.cli.main import main
 from system.cluster.settings import seconds
 from system.cluster.status import attempts
 from system.cluster.submit import sweep_points

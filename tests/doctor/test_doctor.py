@@ -126,7 +126,14 @@ def test_a_collective_that_fails_says_why() -> None:
 @pytest.mark.slow
 def test_the_command_looks_at_this_machine(tmp_path: Path) -> None:
     """For real, once; and with a limit of 64 open files, which every machine can be given."""
-    command = [sys.executable, "-m", "system.cli", "doctor", "configs/quickstart.yaml", f"run.dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "-m",
+        "actors.cli.main",
+        "doctor",
+        "configs/quickstart.yaml",
+        f"run.dir={tmp_path}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--json"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170

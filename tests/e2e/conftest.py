@@ -42,7 +42,7 @@ class Run:
         self.log = directory.parent / f"{directory.name}.log"
         self._out = self.log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "system.cli", "train", *arguments],
+            [sys.executable, "-m", "actors.cli.main", "train", *arguments],
             cwd=ROOT,
             stdout=self._out,
             stderr=subprocess.STDOUT,

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load
 
 from system.observe.jsonl import read_jsonl
-from system.rollout import kept
-from system.rollout.kept import Kept
+from system.rollout import in_flight
+from system.rollout.in_flight import SavedTree
 from system.tree.record import Tree, validate
 from system.tree.store import read_trees
 
@@ -114,7 +114,7 @@ def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any])
         ("rollout worker", lambda process: is_actor(process, "RolloutWorker")),
         # The python server has its sandbox below it, the search server nothing.
         ("search server", lambda process: is_actor(process, "ToolActor") and not process.children()),
-        ("python sandbox", lambda process: any("system.tools.jail" in word for word in process.cmdline())),
+        ("python sandbox", lambda process: any("system.tools.sandbox" in word for word in process.cmdline())),
         ("engine", lambda process: is_actor(process, "EngineActor")),
         ("replay queue", lambda process: is_actor(process, "ReplayActor")),
     ]
@@ -128,7 +128,7 @@ def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any])
     assert_nothing_lost(run.directory, run.summary())
 
 
-def assert_goes_on(held: Sequence[Kept], trained: list[Tree]) -> None:
+def assert_goes_on(held: Sequence[SavedTree], trained: list[Tree]) -> None:
     """Trees of a checkpoint were trained on with every token they had: the very same sampled numbers."""
     assert sum(one.closed for one in held) < len(held), "some were still growing"
     by_prompt = {tree.prompt_id: tree for tree in trained}
@@ -169,7 +169,7 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any, how:
     assert not alive, f"outlived the run: {alive}"
     reached = run.steps()
     kept_trees = run.directory / "checkpoints" / f"v{newest_checkpoint(run.directory):06d}.trees"
-    held = kept.read(kept_trees).trees
+    held = in_flight.read(kept_trees).trees
     assert held, "trees were in flight"
     # The learner may come back in another layout: tensor parallel before, two pipeline stages after.
     layout = ["learn.tp=1", "learn.pp=2"] if how == signal.SIGINT else []

@@ -13,11 +13,11 @@ from test_engine_replicas import server_process
 from system.config import RolloutConfig
 from system.engine.client import EngineClient
 from system.rollout.branching import Never
-from system.rollout.grower import Grower
-from system.rollout.growing import GrowingTree
+from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.syntax import make_syntax
+from system.rollout.tree_rollout import TreeRollout
 from system.tasks.base import Prompt
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 from system.tree.record import Tree
@@ -38,8 +38,8 @@ class NoReward:
         return Score(0.0, False)
 
 
-def grower(client: EngineClient) -> Grower:
-    return Grower(
+def context(client: EngineClient) -> RolloutContext:
+    return RolloutContext(
         engine=client,
         tools=NoTools(),
         syntax=make_syntax("tags", {}),
@@ -51,7 +51,7 @@ def grower(client: EngineClient) -> Grower:
     )
 
 
-async def grown(tree: GrowingTree, tokens: int, task: asyncio.Task[Tree]) -> None:
+async def grown(tree: TreeRollout, tokens: int, task: asyncio.Task[Tree]) -> None:
     """Return once every live branch of ``tree`` has written so many tokens."""
     async with asyncio.timeout(60):
         while any(tree.growth.depth(b.node) - tree.growth.depth(0) < tokens for b in tree.live.values()):
@@ -83,7 +83,7 @@ async def test_a_tree_survives_new_weights_a_killed_engine_and_a_restart(
     async with server_process(models[0]) as first, server_process(models[0]) as second:
         client = EngineClient([first.url, second.url], deadline_s=120)
         await client.wait_ready(60)
-        growing = grower(client).plant(PROMPT, seed=5)
+        growing = context(client).plant(PROMPT, seed=5)
         task = asyncio.create_task(growing.run())
         await grown(growing, 20, task)
         await client.push_weights([models[1].weights()], 1)
@@ -98,7 +98,7 @@ async def test_a_tree_survives_new_weights_a_killed_engine_and_a_restart(
         assert client.counters["resumed"] >= max(running)
         await client.close()
         resumed = EngineClient([first.url, second.url], deadline_s=120)  # another process would do this
-        tree = await thaw(grower(resumed), PROMPT, data).run()
+        tree = await thaw(context(resumed), PROMPT, data).run()
         await resumed.close()
     assert tree.n_leaves == LEAVES
     lengths = [int((tree.end - tree.start)[tree.leaf[leaf]]) for leaf in range(LEAVES)]

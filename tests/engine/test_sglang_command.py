@@ -218,7 +218,7 @@ def test_a_server_that_ignores_sigterm_is_killed_at_once_on_demand(
     assert gone(processes, 3)
 
 
-@pytest.mark.parametrize("victim", ["owner", "warden"])
+@pytest.mark.parametrize("victim", ["owner", "supervisor"])
 def test_no_orphan_is_left_when_the_owner_or_the_warden_is_killed(
     tmp_path: Path, free_port: Callable[[], int], victim: str
 ) -> None:
@@ -238,11 +238,11 @@ def test_no_orphan_is_left_when_the_owner_or_the_warden_is_killed(
     (tmp_path / "fake.py").write_text(FAKE)
     owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
-    warden = int(owner.stdout.readline())
-    processes = settled(warden, 2)
+    supervisor = int(owner.stdout.readline())
+    processes = settled(supervisor, 2)
     leader = next(p for p in processes if str(port) in p.cmdline())
-    os.kill(owner.pid if victim == "owner" else warden, signal.SIGKILL)
-    # A killed warden takes the server with it; SGLang's own children look after themselves in that case.
+    os.kill(owner.pid if victim == "owner" else supervisor, signal.SIGKILL)
+    # A killed supervisor takes the server with it; SGLang's own children look after themselves in that case.
     assert gone(processes if victim == "owner" else [leader], 5)
     for process in [psutil.Process(owner.pid), *processes]:
         if process.is_running():

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from system.config import ConfigError, EngineConfig, load
 from system.engine.client import EngineClient
 from system.engine.http import Http
-from system.engine.transports import PushFailed, choose, make
-from system.engine.transports.base import Kv
-from system.engine.transports.digest import Digests, sha256_hash, word_hash
-from system.engine.transports.disk import INDEX, Disk
-from system.engine.transports.distributed import Distributed
-from system.engine.transports.layout import Fuser, ShardError
-from system.engine.transports.sglang import Server, SGLangTransport
-from system.engine.transports.tensor import SharedTensors, flatten, handles
+from system.engine.weights import PushFailed, choose, make
+from system.engine.weights.base import Kv
+from system.engine.weights.digest import Digests, sha256_hash, word_hash
+from system.engine.weights.disk import INDEX, Disk
+from system.engine.weights.distributed import Distributed
+from system.engine.weights.layout import Fuser, ShardError
+from system.engine.weights.sglang import Server, SGLangTransport
+from system.engine.weights.tensor import SharedTensors, flatten, handles
 from system.shape import ModelShape
 
 SHAPE: dict[str, Any] = {

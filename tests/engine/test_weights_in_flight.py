@@ -16,10 +16,10 @@ from engine_models import TOLERANCE, TinyModel, assert_exact, collect, joined, l
 from system.config import EngineConfig
 from system.engine.client import EngineClient
 from system.engine.protocol import Chunk
-from system.engine.transports import PushFailed, make
-from system.engine.transports.base import Bucket
-from system.engine.transports.sglang import SGLangTransport
-from system.engine.transports.tensor import SharedTensors
+from system.engine.weights import PushFailed, make
+from system.engine.weights.base import Bucket
+from system.engine.weights.sglang import SGLangTransport
+from system.engine.weights.tensor import SharedTensors
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 WAYS = ("disk", "tensor", "distributed")

@@ -15,7 +15,7 @@ from system.config import EngineConfig
 from system.engine.client import EngineClient
 from system.engine.sglang.command import interpreter, server_command
 from system.engine.sglang.server import SglangServer
-from system.engine.transports import make
+from system.engine.weights import make
 from system.shape import ModelShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]

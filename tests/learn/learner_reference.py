@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from system.config import Config, LearnConfig
+from system.config import Config, LearnConfig, PartConfig
 from system.tree.record import Kind, Outcome, Tree, validate
 
 VOCAB = 151  # odd, so that two tensor-parallel ranks pad it
@@ -174,7 +174,7 @@ def flat_loss(
             logp, entropy = path_logprobs(model, tree.tokens[index], temperature)
             behaviour = torch.from_numpy(tree.logprob[index][1:])
             a = float(gains[leaf])
-            if learn.objective == "decoupled":
+            if learn.objective.name == "decoupled":
                 start = logp.detach()
                 if proximal is not None:
                     with torch.no_grad():
@@ -214,5 +214,6 @@ def learner_config(tp: int = 1, dp: int = 1, **learn: Any) -> Config:
     defaults = {"micro_tokens": 256, "grad_clip": 0.0, "lr": 0.0, "weight_decay": 0.0}
     for name, value in (defaults | learn | {"tp": tp, "dp": dp}).items():
         assert hasattr(config.learn, name), name
-        setattr(config.learn, name, value)
+        part = isinstance(getattr(config.learn, name), PartConfig)
+        setattr(config.learn, name, PartConfig(value) if part else value)
     return config

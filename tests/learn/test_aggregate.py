@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from system.learn.aggregate import AGGREGATES, leaf_weights
-from system.tree.growth import Growth
+from system.tree.builder import TreeBuilder
 from system.tree.pack import counts, pack
 from system.tree.record import Kind, Origin, Outcome, Tree
 
 
 def _tree(shared: int, branches: list[tuple[int, Outcome, float | None]]) -> Tree:
     """A prompt, a shared MODEL node, a TOOL result, and one MODEL branch per (length, outcome, reward)."""
-    growth = Growth("p", "t", [1, 2, 3], budget=len(branches))
+    growth = TreeBuilder("p", "t", [1, 2, 3], budget=len(branches))
     thought = growth.node(growth.prompt, Kind.MODEL)
     growth.extend(thought, np.zeros(shared), -0.1, None, 0)
     result = growth.node(thought, Kind.TOOL)
@@ -70,7 +70,7 @@ def test_constant_divides_by_the_length_cap() -> None:
 
 @pytest.mark.parametrize("name", AGGREGATES)
 def test_leaves_without_model_tokens_or_score_weigh_nothing(name: str) -> None:
-    growth = Growth("p", "t", [1], budget=1)
+    growth = TreeBuilder("p", "t", [1], budget=1)
     growth.score(growth.leaf(growth.prompt, Outcome.LENGTH, Origin.ROOT), -1.0, False)
     empty = growth.close(0.0)
     with_empty = leaf_weights(name, [*TREES, empty], length_cap=40)

@@ -68,8 +68,8 @@ def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
 
 def credit_of(trees: list[Tree], config: Config) -> tuple[list[np.ndarray], list[np.ndarray]]:
     learn = config.learn
-    gains = advantages(learn.credit, [t.reward for t in trees])
-    return gains, leaf_weights(learn.aggregate, trees, length_cap=config.rollout.max_response_tokens)
+    gains = advantages(learn.credit.name, [t.reward for t in trees])
+    return gains, leaf_weights(learn.aggregate.name, trees, length_cap=config.rollout.max_response_tokens)
 
 
 # ---------------------------------------------------------------------- log-probabilities and weights
@@ -295,10 +295,10 @@ def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
         import copy
 
         proximal = copy.deepcopy(hf)
-        gains = advantages(learn.credit, [t.reward for t in trees])
+        gains = advantages(learn.credit.name, [t.reward for t in trees])
         adam, cap = optimizer(), config.rollout.max_response_tokens
         for number, (a, b) in enumerate([(0, 1), (1, 3), (3, 5)]):
-            w = leaf_weights(learn.aggregate, trees[a:b], length_cap=cap)
+            w = leaf_weights(learn.aggregate.name, trees[a:b], length_cap=cap)
             loss = flat_loss(hf, trees[a:b], gains[a:b], w, learn, temperature=0.8, proximal=proximal)
             step(adam, loss, learn.lr * min(1.0, (number + 1) / 2))
         after = dict(hf.named_parameters())

@@ -11,8 +11,8 @@ from observe_trees import NAN, make_tree, single
 
 from system.observe.eval import EvalResult
 from system.observe.metrics import idle_metrics, rollout_metrics, tool_metrics, train_metrics, tree_metrics
-from system.observe.treestats import TreeStats, path_sum, subtree_sum
 from system.tree.record import ForkDecision, ToolCall, Tree
+from system.tree.stats import TreeStats, path_sum, subtree_sum
 
 
 def test_tree_stats_by_hand(tree: Tree):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from system.cli import main
+from actors.cli.main import main
 from system.config import Config, ConfigError, ModelConfig, load
 from system.plan import Workload, plan, text
 from system.plan.hardware import GIB, GPUS

@@ -1,4 +1,4 @@
-"""Fakes for the growers, in virtual time: a tokenizer of whole pieces, a scripted engine, scripted tools."""
+"""Fakes for the rollouts, in virtual time: a tokenizer of whole pieces, a scripted engine, scripted tools."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from system.config import RolloutConfig
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
 from system.rollout.branching import Arpo, Policy
-from system.rollout.grower import Grower
+from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Reward, Score
 from system.rollout.syntax import make_syntax
 from system.tasks.base import Prompt
@@ -125,7 +125,7 @@ class ScriptedEngine:
             self.closed_early += not finished
 
     async def abort(self, rid: str) -> None:
-        raise AssertionError("closing the stream is how a grower aborts")
+        raise AssertionError("closing the stream is how a rollout aborts")
 
 
 Answer = Callable[[str, Mapping[str, Any]], tuple[float, ToolOutcome]]
@@ -167,9 +167,9 @@ PROMPT = Prompt("p1", ({"role": "user", "content": "who?"},), ("me",), kind="loo
 
 @dataclass
 class World:
-    """A grower with its fakes at hand."""
+    """A rollout with its fakes at hand."""
 
-    grower: Grower
+    context: RolloutContext
     engine: ScriptedEngine
     tools: ScriptedTools
     tokenizer: PieceTokenizer
@@ -191,7 +191,7 @@ def make_world(
     tokenizer = PieceTokenizer()
     engine = ScriptedEngine(tokenizer, script, PROMPT.messages[0]["content"])
     tools = ScriptedTools(answer)
-    grower = Grower(
+    context = RolloutContext(
         engine=engine,
         tools=tools,
         syntax=make_syntax(syntax, tools.specs),
@@ -202,4 +202,4 @@ def make_world(
         vocab_size=vocab_size,
         now=lambda: 1000.0,
     )
-    return World(grower, engine, tools, tokenizer)
+    return World(context, engine, tools, tokenizer)

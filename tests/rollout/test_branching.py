@@ -20,7 +20,7 @@ from system.rollout.branching import (
     TreeState,
     make_policy,
 )
-from system.rollout.probe import EntropyProbe
+from system.rollout.entropy_probe import EntropyProbe
 
 STATE = TreeState(budget=16, started=8, live=8, forks=0, calls=1, call_limit=3)
 DRAWS = 20_000

@@ -1,6 +1,6 @@
 """The lockstep schedule with ``arpo-release`` is the released code's loop: its rules, and its figures.
 
-The rules are written down here a second time, in a few lines and without a clock.  The real grower must do
+The rules are written down here a second time, in a few lines and without a clock.  The real rollout must do
 exactly what they do, draw for draw; and they must give the known figures.
 """
 
@@ -68,7 +68,7 @@ def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
         streams: dict[Key, tuple[np.random.Generator, np.random.Generator]] = {}
 
         def draws(key: Key, seed: int = seed, streams=streams) -> tuple[np.random.Generator, ...]:
-            if key not in streams:  # as the grower makes them: decisions, then sampling seeds
+            if key not in streams:  # as the rollout makes them: decisions, then sampling seeds
                 made = (np.random.SeedSequence([seed, i], spawn_key=key) for i in (0, 1))
                 first, second = map(np.random.default_rng, made)
                 streams[key] = (first, second)

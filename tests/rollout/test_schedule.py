@@ -25,10 +25,10 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def grow_all(world: World, count: int) -> tuple[list[Tree], float]:
-    """``count`` trees at once on one grower, and the seconds until the last has closed."""
+    """``count`` trees at once on one rollout, and the seconds until the last has closed."""
 
     async def main() -> tuple[list[Tree], float]:
-        growing = (world.grower.grow(prompt, seed=i) for i, prompt in enumerate(prompts(count)))
+        growing = (world.context.grow(prompt, seed=i) for i, prompt in enumerate(prompts(count)))
         trees = await asyncio.gather(*growing)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return trees, asyncio.get_running_loop().time()
@@ -37,8 +37,8 @@ def grow_all(world: World, count: int) -> tuple[list[Tree], float]:
 
 
 def rounds(world: World) -> int:
-    assert isinstance(world.grower.schedule, Lockstep)
-    return world.grower.schedule.rounds
+    assert isinstance(world.context.schedule, Lockstep)
+    return world.context.schedule.rounds
 
 
 def test_every_branch_of_every_tree_waits_for_the_slowest_tool() -> None:
@@ -123,7 +123,7 @@ def test_a_cancelled_tree_holds_nobody_up() -> None:
     )
 
     async def main() -> float:
-        first, second = (asyncio.ensure_future(world.grower.grow(p, seed=1)) for p in prompts(2))
+        first, second = (asyncio.ensure_future(world.context.grow(p, seed=1)) for p in prompts(2))
         await asyncio.sleep(10.0)  # both are at their tools
         first.cancel()
         await second

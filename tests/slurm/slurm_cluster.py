@@ -327,7 +327,7 @@ def _output(*words: str) -> str:
 
 def espalier(cluster: SlurmCluster, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the command line against ``cluster``."""
-    command: Sequence[str] = [sys.executable, "-m", "system.cli", *words]
+    command: Sequence[str] = [sys.executable, "-m", "actors.cli.main", *words]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=cluster.environment(), cwd=cwd
     )

@@ -1,4 +1,4 @@
-"""Demonstrations as trees: the same tokens that the grower makes with the real tools."""
+"""Demonstrations as trees: the same tokens that the rollout makes with the real tools."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from system.config import RolloutConfig, ToolsConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Never
-from system.rollout.grower import Grower
+from system.rollout.context import RolloutContext
 from system.rollout.rewards import make_reward
 from system.rollout.syntax import make_syntax
 from system.tasks.base import Demonstration, Prompt
 from system.tasks.demos import demonstration_tree
 from system.tasks.quickstart import QuickstartTask, vocabulary
 from system.tools import python_server, search_server
-from system.tools.sandbox import SandboxUnavailable
+from system.tools.sandbox.sandbox import SandboxUnavailable
 from system.tools.search_index import Document, SearchIndex
 from system.tools.service import build_tools
 from system.tools.serving import serve
@@ -69,7 +69,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
         demos = task.demonstrations(24, 0)
         assert {d.prompt.kind for d in demos} == {"lookup", "chain", "calc", "search+calc"}
         for demo in demos:
-            grower = Grower(
+            context = RolloutContext(
                 engine=Replay(demo, tokenizer),
                 tools=tools,
                 syntax=make_syntax("tags", tools.specs),
@@ -79,7 +79,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
             )
-            grown = await grower.grow(demo.prompt, seed=0, greedy=True)
+            grown = await context.grow(demo.prompt, seed=0, greedy=True)
             tree = demonstration_tree(demo, tokenizer)
             for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
                 np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from system.tools.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
 
 LIMITS = SandboxLimits(
     wall_s=20.0, cpu_s=5.0, memory_mb=128, output_chars=2000, file_mb=4, disk_mb=16, threads=8

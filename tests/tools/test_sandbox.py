@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

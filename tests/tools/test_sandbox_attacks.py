@@ -17,7 +17,7 @@ import pytest
 from polling import eventually
 
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox import Sandbox, SandboxResult
+from system.tools.sandbox.sandbox import Sandbox, SandboxResult
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -443,7 +443,7 @@ async def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
     bases = set(Path("/tmp").glob("espalier-*"))
     script = """
 import asyncio
-from system.tools.sandbox import Sandbox
+from system.tools.sandbox.sandbox import Sandbox
 async def main():
     box = Sandbox(namespaces=False)
     await box.start()

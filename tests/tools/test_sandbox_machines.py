@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from system.tools.sandbox import Sandbox, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 
 ROOT = Path(__file__).parents[2]
 
 # Deny the system calls named as arguments, start a sandbox, print its mechanisms or why it did not start.
 SCRIPT = """
 import asyncio, errno, os, struct, sys
-from system.tools.jail import kernel
-from system.tools.sandbox import Sandbox, SandboxUnavailable
+from system.tools.sandbox import kernel
+from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 
 NUMBERS = {"landlock": 444, "unshare": {"x86_64": 272, "aarch64": 97}[kernel.MACHINE], "mount_setattr": 442}
 code = [(0x20, 0, 0, 0)]

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox import Sandbox, SandboxResult, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxResult, SandboxUnavailable
 
 
 @pytest_asyncio.fixture(params=[True, False], ids=["namespaces", "landlock"])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tree_strategies import forests
 
-from system.tree.growth import Growth
+from system.tree.builder import TreeBuilder
 from system.tree.pack import counts, flatten, pack, path_model_tokens
 from system.tree.packed import PackedBatch
 from system.tree.record import Kind, Origin, Outcome, Tree, TreeError, token_node, validate
@@ -191,7 +191,7 @@ def test_token_counts(trees: list[Tree]) -> None:
 
 def _fork(lengths: tuple[int, ...], prompt: int = 10) -> Tree:
     """A prompt, one shared MODEL node of 4 tokens, and one branch of each length."""
-    growth = Growth("p", "t", list(range(prompt)), budget=len(lengths))
+    growth = TreeBuilder("p", "t", list(range(prompt)), budget=len(lengths))
     shared = growth.node(growth.prompt, Kind.MODEL)
     growth.extend(shared, [100, 101, 102, 103], -0.1, None, 0)
     for k, length in enumerate(lengths):

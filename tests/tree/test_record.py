@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from tree_strategies import forests
 
-from system.tree.growth import Growth
+from system.tree.builder import TreeBuilder
 from system.tree.record import (
     ForkDecision,
     Kind,
@@ -63,7 +63,7 @@ def test_scored_leaves_have_a_reward_and_a_fair_outcome(trees: list[Tree]) -> No
 
 def _tree() -> Tree:
     """prompt(2) -> model(2) -> tool(1) -> {model(1), model(2)}"""
-    growth = Growth("p", "t", [1, 2], budget=2)
+    growth = TreeBuilder("p", "t", [1, 2], budget=2)
     thought = growth.node(growth.prompt, Kind.MODEL)
     growth.extend(thought, [3, 4], [-0.1, -0.2], [0.5, 0.5], 0)
     result = growth.node(thought, Kind.TOOL)
@@ -119,7 +119,7 @@ def test_validate_names_the_defect(change, defect: str) -> None:
 
 
 def test_validate_finds_nodes_out_of_preorder() -> None:
-    growth = Growth("p", "t", [1], budget=2)
+    growth = TreeBuilder("p", "t", [1], budget=2)
     for _ in range(2):  # two chains of two nodes below the root: pre-order 0 1 2 3 4
         first = growth.node(growth.prompt, Kind.MODEL)
         growth.extend(first, [2], -0.1, None, 0)

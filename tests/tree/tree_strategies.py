@@ -1,4 +1,4 @@
-"""Random trees for property tests: a Growth driven at random, beside a naive reference of plain lists."""
+"""Random trees for property tests: a TreeBuilder driven at random, beside a naive one of plain lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from hypothesis import strategies as st
 
-from system.tree.growth import Growth
+from system.tree.builder import TreeBuilder
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 
 
@@ -45,7 +45,7 @@ class Naive:
         return node if self.nodes[node].tokens else self.nearest(self.nodes[node].parent)
 
 
-def grow(seed: int, steps: int, first_token: int = 0) -> tuple[Growth, Naive]:
+def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naive]:
     """A random growth.  Every token id is unique, counting from ``first_token``."""
     rng = np.random.default_rng(seed)
     next_token = first_token
@@ -56,7 +56,7 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[Growth, Naive]:
         return list(range(next_token - count, next_token))
 
     prompt = ids(int(rng.integers(1, 6)))
-    growth = Growth(f"prompt-{seed}", "test", prompt, budget=8, meta={"seed": seed}, started_s=1.0)
+    growth = TreeBuilder(f"prompt-{seed}", "test", prompt, budget=8, meta={"seed": seed}, started_s=1.0)
     blank = len(prompt)
     naive = Naive([NaiveNode(-1, Kind.PROMPT, prompt, [0.0] * blank, [np.nan] * blank, [-1] * blank)])
     views: list[tuple[int, list[int], np.ndarray]] = []
@@ -124,7 +124,7 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[Growth, Naive]:
 
 
 @st.composite
-def growths(draw: st.DrawFn) -> tuple[Growth, Naive]:
+def growths(draw: st.DrawFn) -> tuple[TreeBuilder, Naive]:
     return grow(draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 40)))
 
 

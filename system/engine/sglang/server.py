@@ -17,9 +17,9 @@ from system.engine.sglang.command import Command
 LOOK_S = 0.2
 WATCH_S = 5.0
 HUNG_S = 120.0  # SGLang's own watchdog looks after its scheduler; this is about the whole server
-STOP_S = 15.0  # the warden's own grace, and some
+STOP_S = 15.0  # the supervisor's own grace, and some
 TAIL_LINES = 25
-_WARDEN = Path(__file__).with_name("warden.py")
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 
 class ServerFailed(EngineError):
@@ -40,8 +40,8 @@ class SglangServer:
         if "PYTHONPATH" in os.environ and "PYTHONPATH" in command.env:
             environment["PYTHONPATH"] = f"{command.env['PYTHONPATH']}:{os.environ['PYTHONPATH']}"
         with log.open("ab") as out:
-            self._warden = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_WARDEN), *command.argv],
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), *command.argv],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -65,19 +65,19 @@ class SglangServer:
 
     @property
     def pid(self) -> int:
-        """The warden's process; the server is its child."""
-        return self._warden.pid
+        """The supervisor's process; the server is its child."""
+        return self._supervisor.pid
 
     def exited(self) -> int | None:
         """The exit status of a server that has ended, None while it runs."""
-        return self._warden.poll()
+        return self._supervisor.poll()
 
     def wait(self, hung_s: float = HUNG_S) -> ServerFailed:
         """Block until the server ends, or is killed because it has not answered for ``hung_s``; says why."""
         answered = time.monotonic()
         while self.exited() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._warden.wait(WATCH_S)
+                self._supervisor.wait(WATCH_S)
                 break
             if self._healthy():
                 answered = time.monotonic()
@@ -90,17 +90,17 @@ class SglangServer:
 
     def stop(self) -> None:
         """End the whole process group: asked first, killed after a grace period."""
-        self._warden.terminate()
+        self._supervisor.terminate()
         try:
-            self._warden.wait(STOP_S)
+            self._supervisor.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self.kill()
 
     def kill(self) -> None:
         """End the whole process group at once."""
-        assert self._warden.stdin is not None
-        self._warden.stdin.close()  # what the warden takes for the owner's end
-        self._warden.wait(STOP_S)
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()  # what the supervisor takes for the owner's end
+        self._supervisor.wait(STOP_S)
 
     def _healthy(self) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy

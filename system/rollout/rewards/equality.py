@@ -1,6 +1,6 @@
 """Are two mathematical answers equal?  Exact arithmetic for numbers, ``math-verify``'s parser for formulas.
 
-Answers are written by a model, and this runs on a grower's event loop, so it must come back whatever it is
+Answers are written by a model, and this runs on a rollout's event loop, so it must come back whatever it is
 given. Two things would not: sympy evaluates eagerly (``9^{9^{9^9}}``), hence only short formulas with small
 exponents and no sums, factorials or integrals are parsed at all; and sympy's simplification, by which
 ``math_verify.verify`` decides, can take minutes even on those (and its time limit needs signals, hence a

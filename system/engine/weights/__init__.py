@@ -1,0 +1,57 @@
+"""How new weights travel from the learner into running engines.
+
+One module per way.  :class:`~system.engine.weights.base.Transport` is what they have in common; ``make``
+picks one by the configuration.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from system.config import ConfigError, EngineConfig
+from system.engine.weights.base import Bucket, Buckets, PushFailed, PushReport, Transport, on_this_host
+
+__all__ = ["Bucket", "Buckets", "PushFailed", "PushReport", "Transport", "choose", "make"]
+
+
+def choose(engine: EngineConfig, urls: list[str]) -> str:
+    """The way that ``engine.weights=auto`` stands for, for servers at ``urls``."""
+    if engine.weights != "auto":
+        return engine.weights
+    if engine.name == "embedded":
+        return "http"
+    return "tensor" if all(map(on_this_host, urls)) else "distributed"
+
+
+def make(
+    engine: EngineConfig, urls: list[str], model_path: str | Path, dtype: str, address: str = "127.0.0.1"
+) -> Transport:
+    """The configured transport to the servers at ``urls``.
+
+    ``model_path`` is the directory the engines were started from: it says which tensors the model has, and
+    ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process.
+    Raises :class:`~system.config.ConfigError` and ``UnsupportedModel``.
+    """
+    from system.engine.weights.http import SafetensorsHttp
+
+    way = choose(engine, urls)
+    if way == "http":
+        return SafetensorsHttp()
+    from system.engine.weights.disk import Disk
+    from system.engine.weights.distributed import Distributed
+    from system.engine.weights.sglang import SGLangTransport
+    from system.engine.weights.tensor import SharedTensors
+
+    match way:
+        case "disk":
+            if not engine.weights_dir and not all(map(on_this_host, urls)):
+                raise ConfigError(
+                    "engine.weights=disk with engines on other machines: set engine.weights_dir to a "
+                    "directory that the learner and all engines see under the same name"
+                )
+            carrier = Disk(Path(engine.weights_dir) if engine.weights_dir else None)
+        case "distributed":
+            carrier = Distributed(address)
+        case _:
+            carrier = SharedTensors()
+    return SGLangTransport.of_model(carrier, model_path, dtype)

@@ -1,0 +1,75 @@
+"""Weights through a directory that the learner writes and the servers read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from system.engine.weights.base import Bucket, size
+from system.engine.weights.sglang import Server
+
+INDEX = "model.safetensors.index.json"
+
+
+class Disk:
+    """``/update_weights_from_disk``.  Implements :class:`~system.engine.weights.sglang.Carrier`.
+
+    Works between any two machines that share a file system, and is the slowest way.  Each update has a
+    directory of its own under ``root``; the last one that was loaded stays, because SGLang goes back to it
+    when a later load fails.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        """``root``: None takes a temporary directory of this machine, for servers on it."""
+        self._temporary = None if root else tempfile.TemporaryDirectory(prefix="espalier-weights-")
+        self._root = root or Path(str(self._temporary.name if self._temporary else ""))
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._number = 0
+        self._files: dict[str, str] = {}
+        self._bytes = 0
+
+    @property
+    def directory(self) -> Path:
+        """Of the update that is being staged."""
+        return self._root / f"update-{self._number:06d}"
+
+    def stage(self, bucket: Bucket) -> None:
+        if not self._files:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir()
+        number = len(set(self._files.values()))
+        name = f"model-{number:05d}.safetensors"
+        tensors = {n: t.detach().to("cpu").contiguous() for n, t in bucket.items()}
+        save_file(tensors, self.directory / name, metadata={"format": "pt"})
+        self._files |= dict.fromkeys(bucket, name)
+        self._bytes += size(bucket)
+
+    async def connect(self, server: Server) -> None:
+        index = self.directory / INDEX
+        if not index.is_file():
+            content = {"metadata": {"total_size": self._bytes}, "weight_map": self._files}
+            index.write_text(json.dumps(content))
+
+    async def deliver(self, server: Server, flush_cache: bool) -> None:
+        await server.post(
+            "/update_weights_from_disk", model_path=str(self.directory), flush_cache=flush_cache
+        )
+
+    def disconnect(self, url: str) -> None:
+        pass
+
+    def clear(self) -> None:
+        if self._files:
+            for old in self._root.glob("update-*"):
+                if old != self.directory:
+                    shutil.rmtree(old)
+            self._number += 1
+        self._files, self._bytes = {}, 0
+
+    def close(self) -> None:
+        if self._temporary:
+            self._temporary.cleanup()

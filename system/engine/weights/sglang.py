@@ -1,0 +1,269 @@
+"""Weights into SGLang servers: stage, pause, load, prove, go on.
+
+SGLang loads into the very tensors it computes with, so every way of sending needs a pause.  Whatever can be
+done before it is done before it: gathering, converting, checking, hashing, writing files, copying into shared
+memory, joining a process group.  Inside the pause stands only the load itself and its proof.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from system.engine.embedded.weights import WeightsError, check, check_complete
+from system.engine.http import Http
+from system.engine.protocol import EngineError
+from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, size
+from system.engine.weights.digest import Digests
+from system.engine.weights.layout import ShardError
+from system.shape import ModelShape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# recompute: running requests give up their keys and values, and are prefilled again under the new weights.
+_PAUSE_MODES: dict[Kv, str] = {"recompute": "retract", "keep": "in_place"}
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One SGLang server as a transport sees it."""
+
+    url: str
+    tp: int
+    device: str  # cpu | cuda
+    incarnation: str  # another one after each start of the server
+    http: Http
+    limit_s: float
+
+    async def post(self, path: str, **body: Any) -> dict[str, Any]:
+        """Raises :class:`EngineError`, also where SGLang reports a failure with status 200."""
+        answer = await self.http.post(self.url, path, body, self.limit_s)
+        if answer.get("success") is False:
+            raise EngineError(f"{self.url}{path}: {answer.get('message')}")
+        return answer
+
+
+class Carrier(Protocol):
+    """What differs between the ways: how staged tensors get from this process into a server."""
+
+    def stage(self, bucket: Bucket) -> None:
+        """Keep a bucket until :meth:`clear`.  Runs in a worker thread, while generation goes on."""
+        ...
+
+    async def connect(self, server: Server) -> None:
+        """Whatever must stand before tensors can flow; all buckets are staged, the server still generates."""
+        ...
+
+    async def deliver(self, server: Server, flush_cache: bool) -> None:
+        """Load everything staged into a paused server.
+
+        Cached prefixes are dropped with the last bucket where ``flush_cache`` says so.  Raises
+        :class:`EngineError`; the server may then hold a part of the new weights.
+        """
+        ...
+
+    def disconnect(self, url: str) -> None:
+        """Forget a server that failed: the next push begins anew with it."""
+        ...
+
+    def clear(self) -> None:
+        """Drop what is staged."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class SGLangTransport:
+    """The order of one update, by whatever :class:`Carrier`.
+
+    Implements :class:`~system.engine.weights.base.Transport`.  The weight version is raised only after the
+    proof: a server never stamps tokens with a version whose weights it does not hold.
+    """
+
+    def __init__(self, carrier: Carrier, shape: ModelShape, dtype: torch.dtype) -> None:
+        self.carrier, self._shape, self._dtype = carrier, shape, dtype
+
+    @classmethod
+    def of_model(cls, carrier: Carrier, model_path: str | Path, dtype: str) -> SGLangTransport:
+        """For servers of the model in ``model_path`` that hold it in ``dtype``."""
+        return cls(carrier, ModelShape.from_directory(model_path), DTYPES[dtype])
+
+    async def push(
+        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv, limit_s: float
+    ) -> PushReport:
+        began = time.perf_counter()
+        servers, failures = await self._look(http, urls, limit_s, kv)
+        digests, unfit = self._expected(servers)
+        failures |= unfit
+        refused, sent_bytes = await self._stage(buckets, list(digests.values()))
+        try:
+            staged_s = time.perf_counter() - began
+            if refused is not None:
+                failures |= {url: EngineError(f"{url}: not sent: {refused}") for url in urls}
+            left = [server for server in servers if server.url not in failures]
+            updates = (self._update(s, version, kv, digests[s.tp, s.device]) for s in left)
+            outcomes = await asyncio.gather(*updates, return_exceptions=True)
+        finally:
+            await asyncio.to_thread(self.carrier.clear)
+        pauses: dict[str, float] = {}
+        for server, outcome in zip(left, outcomes, strict=True):
+            if isinstance(outcome, EngineError):
+                failures[server.url] = outcome
+                self.carrier.disconnect(server.url)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                pauses[server.url] = outcome
+        report = PushReport(sent_bytes, staged_s, pauses)
+        if failures:
+            raise PushFailed(failures, report)
+        return report
+
+    def close(self) -> None:
+        self.carrier.close()
+
+    # Before the pause ----------------------------------------------------------------------------
+
+    async def _look(
+        self, http: Http, urls: Sequence[str], limit_s: float, kv: Kv
+    ) -> tuple[list[Server], dict[str, EngineError]]:
+        """What the servers are, and why some cannot be updated at all."""
+
+        async def look(url: str) -> Server:
+            info = await http.get(url, "/server_info", limit_s)
+            try:
+                server = Server(
+                    url,
+                    int(info["tp_size"]),
+                    str(info["device"]),
+                    str(info["startup_time"]),
+                    http,
+                    limit_s,
+                )
+                dp = int(info.get("dp_size") or 1)
+            except (KeyError, TypeError, ValueError) as error:
+                raise EngineError(f"{url}/server_info: not as SGLang answers: {error!r}") from error
+            if dp != 1:
+                raise EngineError(
+                    f"{url}: SGLang takes weights in flight with dp_size 1 only; it has {dp}: start one "
+                    "server per replica"
+                )
+            if kv == "keep" and not _has_plugin(info):
+                raise EngineError(
+                    f"{url}: engine.kv_after_update=keep needs Espalier's plug-in in the server, without "
+                    "which prefixes of the old weights would be served as new ones"
+                )
+            return server
+
+        servers: list[Server] = []
+        failures: dict[str, EngineError] = {}
+        for url, found in zip(
+            urls, await asyncio.gather(*map(look, urls), return_exceptions=True), strict=True
+        ):
+            if isinstance(found, Server):
+                servers.append(found)
+            elif isinstance(found, EngineError):
+                failures[url] = found
+            else:
+                raise found
+        return servers, failures
+
+    def _expected(
+        self, servers: Sequence[Server]
+    ) -> tuple[dict[tuple[int, str], Digests], dict[str, EngineError]]:
+        """Empty digests for every kind of server, and the servers that the model does not fit."""
+        digests: dict[tuple[int, str], Digests] = {}
+        failures: dict[str, EngineError] = {}
+        for server in servers:
+            kind = (server.tp, server.device)
+            try:
+                digests.setdefault(kind, Digests(self._shape, *kind))
+            except ShardError as error:
+                failures[server.url] = EngineError(f"{server.url}: {error}")
+        return digests, failures
+
+    async def _stage(self, buckets: Buckets, digests: Sequence[Digests]) -> tuple[WeightsError | None, int]:
+        """Read all buckets; (why they must not be sent, bytes).
+
+        SGLang dies of a tensor of the wrong shape and rounds one of the wrong dtype without a word, so both
+        are looked at here.
+        """
+        refused: WeightsError | None = None
+        seen: dict[str, torch.Tensor] = {}
+        sent_bytes = 0
+
+        def take(bucket: Bucket) -> None:
+            check(self._shape, self._dtype, bucket)
+            for digest in digests:
+                digest.add(bucket)
+            self.carrier.stage(bucket)
+
+        async for bucket in each(buckets):
+            sent_bytes += size(bucket)
+            seen.update((name, tensor.new_empty(0)) for name, tensor in bucket.items())
+            if refused is None and bucket:
+                try:
+                    await asyncio.to_thread(take, bucket)
+                except WeightsError as error:
+                    refused = error
+        if refused is None:
+            try:
+                check_complete(self._shape, seen)
+            except WeightsError as error:
+                refused = error
+        return refused, sent_bytes
+
+    # The pause -----------------------------------------------------------------------------------
+
+    async def _update(self, server: Server, version: int, kv: Kv, expected: Digests) -> float:
+        """Bring one server to the staged weights; seconds for which it was paused.
+
+        After a failure it stays paused: it may hold a mixture.
+        """
+        await self.carrier.connect(server)
+        began = time.perf_counter()
+        await server.post("/pause_generation", mode=_PAUSE_MODES[kv])
+        await self.carrier.deliver(server, flush_cache=kv == "recompute")
+        await _prove(server, expected)
+        await server.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+        await server.post("/continue_generation")
+        return time.perf_counter() - began
+
+
+def _has_plugin(info: Mapping[str, Any]) -> bool:
+    """Whether the server keys its prefix cache by weight version (``in_server/plugin``)."""
+    states = info.get("internal_states") or []
+    return bool(states) and all(state.get("espalier") is True for state in states)
+
+
+async def _prove(server: Server, expected: Digests) -> None:
+    """Compare every parameter that every rank holds with what was sent.  Raises :class:`EngineError`."""
+    answer = await server.post("/weights_checker", action="checksum")
+    held = answer.get("ranks") or []
+    if len(held) != server.tp:
+        raise EngineError(f"{server.url}: {len(held)} ranks reported checksums, expected {server.tp}")
+    for rank, (theirs, ours) in enumerate(zip(held, expected.ranks, strict=True)):
+        if wrong := _first_difference(theirs["checksums"], ours):
+            raise EngineError(f"{server.url}: rank {rank} does not hold what was sent: {wrong}")
+
+
+def _first_difference(held: Mapping[str, str], sent: Mapping[str, str]) -> str:
+    """Names the first parameter that differs; empty when none does."""
+    for name in sorted({*held, *sent}):
+        if held.get(name) != sent.get(name):
+            return f"{name} has checksum {held.get(name, 'none')}, sent {sent.get(name, 'none')}"
+    return ""
+
+
+async def session(server: Server) -> None:
+    """Open a weight update session; one that was left open by a push that failed is closed first."""
+    try:
+        await server.post("/begin_weight_update")
+    except EngineError:
+        await server.post("/end_weight_update")
+        await server.post("/begin_weight_update")

@@ -1,0 +1,104 @@
+"""The trees of a checkpoint that no update has seen: those that grow, those that wait for the learner.
+
+One zip file beside the learner's checkpoint: ``manifest.json``, ``growing/<i>.safetensors`` (see
+:mod:`system.rollout.snapshot`) and ``closed.parquet`` (:mod:`system.tree.store`).  It is replaced as a whole
+or not at all, and no code is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from system.tree.record import Tree
+from system.tree.store import StoreError, from_table, to_table
+
+FORMAT = 1
+
+
+class SavedTreesError(ValueError):
+    """A file that is none of ours, or is damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTree:
+    """What has become of one prompt's tree so far."""
+
+    epoch: int
+    prompt_id: str
+    born: int  # the learner's version when the tree started
+    tree: Tree | bytes  # closed, or growing (a snapshot)
+
+    @property
+    def closed(self) -> bool:
+        return isinstance(self.tree, Tree)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTrees:
+    """``fingerprint``: of the configuration they were grown under.  ``books``: the recorder's state at that
+    moment, in which the closed trees are counted.
+    """
+
+    fingerprint: dict[str, Any]
+    books: dict[str, Any]
+    trees: tuple[SavedTree, ...]
+
+
+def write(path: Path, saved: SavedTrees) -> None:
+    """Write or replace the file at ``path``; on disk when it returns."""
+    growing = [one for one in saved.trees if isinstance(one.tree, bytes)]
+    closed = [one for one in saved.trees if isinstance(one.tree, Tree)]
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": saved.fingerprint,
+        "books": saved.books,
+        "growing": [[one.epoch, one.prompt_id, one.born] for one in growing],
+        "closed": [[one.epoch, one.prompt_id, one.born] for one in closed],
+    }
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("manifest.json", json.dumps(manifest))
+            for number, one in enumerate(growing):
+                assert isinstance(one.tree, bytes)
+                archive.writestr(f"growing/{number}.safetensors", one.tree)
+            with archive.open("closed.parquet", "w", force_zip64=True) as part:
+                pq.write_table(to_table(_trees(closed)), part, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read(path: Path) -> SavedTrees:
+    """The inverse of :func:`write`.  Raises :class:`SavedTreesError`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = json.loads(archive.read("manifest.json"))
+            if manifest["format"] != FORMAT:
+                raise SavedTreesError(f"{path}: format {manifest['format']}; this version reads {FORMAT}")
+            closed = from_table(
+                pq.read_table(pa.BufferReader(archive.read("closed.parquet"))), source=str(path)
+            )
+            trees = [
+                SavedTree(epoch, prompt, born, tree)
+                for (epoch, prompt, born), tree in zip(manifest["closed"], closed, strict=True)
+            ]
+            for number, (epoch, prompt, born) in enumerate(manifest["growing"]):
+                data = archive.read(f"growing/{number}.safetensors")
+                trees.append(SavedTree(epoch, prompt, born, data))
+            return SavedTrees(manifest["fingerprint"], manifest["books"], tuple(trees))
+    except (zipfile.BadZipFile, StoreError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise SavedTreesError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _trees(closed: Sequence[SavedTree]) -> list[Tree]:
+    return [one.tree for one in closed if isinstance(one.tree, Tree)]

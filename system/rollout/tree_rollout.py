@@ -1,0 +1,409 @@
+"""One tree while it grows: its budget, its branches as tasks, their segments, forks and tool calls.
+
+Used by :class:`system.rollout.context.RolloutContext`, which says what the parts are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
+from system.rollout.branch import Branch, Stopwatch
+from system.rollout.branching import Policy, Probe, TreeState
+from system.rollout.encode import decode, encode_prompt
+from system.rollout.entropy_probe import EntropyProbe
+from system.rollout.reward import BranchView
+from system.rollout.schedule import Schedule
+from system.rollout.syntax import MalformedCall, ParsedCall
+from system.tasks.base import Prompt
+from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
+from system.tree.builder import TreeBuilder
+from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
+
+if TYPE_CHECKING:
+    from system.rollout.context import RolloutContext
+
+log = logging.getLogger(__name__)
+
+STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells of what it said before
+# Where a branch's time goes: tokens come, a tool runs, the first token is awaited, others are awaited.
+CAUSES = ("engine", "tool", "waiting", "barrier")
+
+
+class RolloutFailed(RuntimeError):
+    """Too few branches ended with a score for the tree to teach anything.
+
+    ``reason`` is a word for counters: "deadline" (the tree's), else the commonest outcome of its branches
+    in lower case ("engine_error", "deadline", "cancelled").
+    """
+
+    def __init__(self, prompt_id: str, reason: str, detail: str) -> None:
+        super().__init__(prompt_id, reason, detail)  # its own arguments, so that it can be pickled
+        self.prompt_id, self.reason, self.detail = prompt_id, reason, detail
+
+    def __str__(self) -> str:
+        return f"tree of prompt {self.prompt_id!r}: {self.reason}: {self.detail}"
+
+
+@dataclass
+class TreeRollout:
+    """Grows to its close in :meth:`run`, once."""
+
+    context: RolloutContext
+    prompt: Prompt
+    policy: Policy
+    schedule: Schedule
+    budget: int
+    temperature: float
+    seed: int
+    ticket: int | str
+    started: Counter[Origin] = field(default_factory=Counter)
+    live: dict[tuple[int, ...], Branch] = field(default_factory=dict)
+    ended: list[tuple[Branch, Outcome]] = field(default_factory=list)  # in the order of the growth's leaves
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
+    errors: list[str] = field(default_factory=list)
+    begun: TreeBuilder | None = None  # of a tree that goes on; its live branches then stand in ``live``
+    spent_s: float = 0.0  # of the tree's deadline, before the run was resumed
+    began_s: float = math.nan  # on the event loop's clock; NaN: not yet
+
+    def __post_init__(self) -> None:
+        self.config = self.context.config
+        if self.begun is None:
+            tokens = encode_prompt(self.context.tokenizer, self.prompt.messages)
+            self.growth = TreeBuilder(
+                self.prompt.id, self.prompt.kind, tokens, self.budget, started_s=self.context.now()
+            )
+        else:
+            self.growth = self.begun
+        self.log_vocab = math.log(self.context.vocab_size)
+        self.call_limit = self.config.call_limit if self.context.tools.specs else 0
+        self.group = asyncio.TaskGroup()
+
+    async def run(self) -> Tree:
+        self.began_s = asyncio.get_running_loop().time()
+        cut, deadline = False, asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
+        try:
+            async with deadline, self.group:
+                if self.begun is None:
+                    self._start_roots()
+                else:
+                    for branch in self.live.values():
+                        self._spawn(branch)
+                self._top_up()
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            cut = True
+            for branch in list(self.live.values()):
+                self._end(branch, Outcome.DEADLINE)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors  # the group has cancelled and awaited every other branch
+        scored = sum(outcome.scored for _, outcome in self.ended)
+        if scored < min(2, self.budget):
+            commonest = Counter(outcome for _, outcome in self.ended).most_common(1)[0][0]
+            reason = "deadline" if cut else commonest.name.lower()
+            detail = "; ".join([f"{scored} of {self.budget} leaves scored", *self.errors[:1]])
+            raise RolloutFailed(self.prompt.id, reason, detail)
+        return self._close()
+
+    # The budget
+
+    @property
+    def _remaining(self) -> int:
+        return self.budget - self.started.total()
+
+    def _start_roots(self) -> None:
+        roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
+        for _ in range(roots):
+            self._start_root(Origin.ROOT)
+
+    def _start_root(self, origin: Origin) -> None:
+        key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
+        self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
+
+    def _start_fork(self, parent: Branch, node: int) -> None:
+        """A sibling of what ``parent`` has written since ``node``."""
+        key = (*parent.key, parent.forked)
+        parent.forked += 1
+        child = Branch(key, Origin.FORK, node, *self._streams(key))
+        child.request = parent.request
+        child.calls, child.tools, child.segments = parent.calls, parent.tools, parent.segments
+        if self.policy.inherits:
+            child.baseline, child.has_baseline = parent.baseline, parent.has_baseline
+        self._start(child)
+
+    def _start(self, branch: Branch) -> None:
+        branch.number = self.started.total()
+        self.started[branch.origin] += 1
+        self.live[branch.key] = branch
+        self._spawn(branch)
+
+    def _spawn(self, branch: Branch) -> None:
+        self.group.create_task(self._grow(branch), name=f"branch {branch.key} of {self.prompt.id}")
+
+    def _streams(self, key: tuple[int, ...]) -> tuple[np.random.Generator, np.random.Generator]:
+        decisions, sampling = (np.random.SeedSequence([self.seed, i], spawn_key=key) for i in (0, 1))
+        return np.random.default_rng(decisions), np.random.default_rng(sampling)
+
+    def _top_up(self) -> None:
+        """Start what the schedule lets start of the rest of the budget as fresh roots."""
+        for _ in range(self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)):
+            self._start_root(Origin.TOP_UP)
+
+    # One branch
+
+    async def _grow(self, branch: Branch) -> None:
+        branch.began_s = asyncio.get_running_loop().time()
+        deadline = asyncio.timeout(max(self.config.branch_deadline_s - branch.spent_s, 0.0))
+        try:
+            async with deadline:
+                await self._wait(self.schedule.join(branch))
+                outcome = await self._write(branch)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            outcome = Outcome.DEADLINE
+        except EngineError as error:
+            log.warning("prompt %s, branch %s: %s", self.prompt.id, branch.key, error)
+            self.errors.append(str(error))
+            outcome = Outcome.ENGINE_ERROR
+        except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
+            self.schedule.leave(branch)
+            raise
+        self._end(branch, outcome)
+        self._top_up()
+        self.schedule.leave(branch)
+
+    def _end(self, branch: Branch, outcome: Outcome) -> None:
+        del self.live[branch.key]
+        self.growth.leaf(branch.node, outcome, branch.origin)
+        self.ended.append((branch, outcome))
+
+    async def _write(self, branch: Branch) -> Outcome:
+        """Alternate between the model and the tools until the branch ends."""
+        if branch.calling:  # a resumed run makes the call again
+            await self._call(branch)
+            if self._room(branch) == 0:
+                return Outcome.LENGTH
+        while True:
+            finish = await self._generate(branch)
+            match finish:
+                case Finish("abort"):
+                    return Outcome.CANCELLED
+                case Finish("length"):
+                    return Outcome.LENGTH
+                case Finish("stop", str()):
+                    if branch.calls >= self.call_limit:
+                        return Outcome.CALL_LIMIT
+                    await self._call(branch)
+                    if self._room(branch) == 0:
+                        return Outcome.LENGTH
+                case _:
+                    return Outcome.STOPPED
+
+    async def _wait(self, barrier: Coroutine[Any, Any, None]) -> None:
+        clock = Stopwatch(self.seconds, "barrier")
+        try:
+            await barrier
+        finally:
+            clock.stop()
+
+    def _room(self, branch: Branch) -> int:
+        """Tokens the branch may still take, the model's and the tools' alike."""
+        used = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
+        return self.config.max_response_tokens - used
+
+    async def _generate(self, branch: Branch) -> Finish:
+        """One model segment.  One that a resumed run finds begun goes on where it was."""
+        begin = self._open(branch)
+        if branch.finish is None:
+            await self._stream(branch, begin)
+        finish = branch.finish
+        if finish is None:
+            raise EngineError("the stream ended without a finish reason")
+        await self._wait(self.schedule.meet(branch))
+        branch.finish = None
+        if finish.type != "abort":
+            self._measured(branch)
+        self._read(branch, Kind.MODEL, begin)
+        return finish
+
+    def _open(self, branch: Branch) -> int:
+        """A MODEL node to write in; returns the number of tokens before its first one."""
+        above, branch.probe = branch.node, EntropyProbe(self.policy.window)
+        if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
+            branch.probe.add(self.growth.entropies(above))
+            if branch.probe.full and self.schedule.streaming:  # and looked at, too
+                branch.probe = None
+            return self.growth.depth(above) - self.growth.n_tokens(above)
+        branch.seed = int(branch.seeds.integers(2**31))
+        branch.node = self.growth.node(above, Kind.MODEL)
+        return self.growth.depth(above)
+
+    async def _stream(self, branch: Branch, begin: int) -> None:
+        """Tokens into the newest node and through the entropy probe, until ``branch.finish`` is there."""
+        config, path = self.config, self.growth.path_tokens(branch.node)
+        if self._room(branch) == 0:  # a resumed run has all of it but the message that says so
+            branch.finish = Finish("length")
+            return
+        request = GenerateRequest(
+            rid=f"{self.prompt.id}:{'.'.join(map(str, branch.key))}:{uuid.uuid4().hex[:12]}",
+            input_ids=path,
+            sampling=Sampling(
+                max_new_tokens=self._room(branch),
+                temperature=self.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                stop=self.context.syntax.stops,
+                seed=branch.seed,
+            ),
+            route=f"{self.prompt.id}:{self.ticket}",
+            parent=branch.request,
+            said=decode(self.context.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
+        )
+        branch.request = request.rid
+        clock = Stopwatch(self.seconds, "waiting")
+        deadline = asyncio.timeout(config.generate_deadline_s)
+        try:
+            async with deadline:
+                stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
+                async with aclosing(stream):
+                    async for chunk in stream:
+                        clock.switch("engine")
+                        self.growth.extend(
+                            branch.node, chunk.tokens, chunk.logprob, chunk.entropy, chunk.version
+                        )
+                        if branch.probe is not None and not branch.probe.full:
+                            branch.probe.add(chunk.entropy)
+                            if self.schedule.streaming and branch.probe.full:
+                                self._measured(branch)
+                        branch.finish = chunk.finish  # read on to the end: closing early is an abort
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise EngineError(f"no end of generation within {config.generate_deadline_s:g} s") from None
+        finally:
+            clock.stop()
+
+    def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
+        """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
+        text = decode(self.context.tokenizer, self.growth.path_tokens(branch.node)[begin:])
+        branch.segments = (*branch.segments, (kind, text))
+
+    # Forks
+
+    def _measured(self, branch: Branch) -> None:
+        """The start of a segment is there, k tokens of it or all of it if it is shorter: look at it once."""
+        probe, branch.probe = branch.probe, None
+        if probe is None or probe.values.size == 0:
+            return
+        branch.entropy = self.policy.measure(probe.values, self.log_vocab)
+        if not branch.has_baseline:
+            branch.baseline, branch.has_baseline = branch.entropy, True
+        if branch.answer is not None:
+            self._decide(branch, branch.answer)
+
+    def _decide(self, branch: Branch, node: int) -> None:
+        """Let the policy fork at the end of TOOL node ``node``.
+
+        It is asked even when the budget is spent: its draws must not depend on how fast the other branches
+        were.
+        """
+        state = TreeState(
+            budget=self.budget,
+            started=self.started.total(),
+            live=len(self.live),
+            forks=self.started[Origin.FORK],
+            calls=branch.calls,
+            call_limit=self.call_limit,
+        )
+        decision = self.policy.decide(Probe(branch.entropy, branch.baseline), state, branch.rng)
+        forks = min(decision.forks, self._remaining)
+        self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
+        branch.answer, branch.undecided = None, False
+        for _ in range(forks):
+            self._start_fork(branch, node)
+        self._top_up()
+
+    # Tools
+
+    async def _call(self, branch: Branch) -> None:
+        """Make the call that the newest segment ends with and append what came of it, whatever it is."""
+        if not branch.calling:
+            branch.calls += 1
+            branch.calling = branch.undecided = True
+        call = self.context.syntax.parse(branch.segments[-1][1])
+        match call:
+            case ParsedCall(tool, arguments):
+                outcome = await self._run_tool(branch, tool, arguments)
+            case MalformedCall(reason):
+                tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, f"Error: {reason}")
+            case None:
+                tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, "Error: no tool call")
+        begin = self.growth.depth(branch.node)
+        await self._wait(self.schedule.meet(branch))
+        node = self.growth.node(branch.node, Kind.TOOL)
+        self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
+        self.growth.call(
+            ToolCall(
+                node,
+                tool,
+                arguments,
+                str(outcome.status),
+                outcome.latency_s,
+                outcome.cached,
+                outcome.attempts,
+            )
+        )
+        branch.node = branch.answer = node
+        branch.calling = False
+        branch.tools = (*branch.tools, (tool, str(outcome.status)))
+        self._read(branch, Kind.TOOL, begin)
+        if self.policy.lag and self._room(branch) > 0:
+            self._decide(branch, node)
+
+    async def _run_tool(self, branch: Branch, tool: str, arguments: dict[str, Any]) -> ToolOutcome:
+        clock = Stopwatch(self.seconds, "tool")
+        context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
+        try:
+            return await self.context.tools.call(tool, arguments, context)
+        except Exception as error:  # the service promises not to raise; if it does, the agent still goes on
+            log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
+            return ToolOutcome(
+                ToolStatus.UNAVAILABLE, "Error: the tool is unavailable", clock.lap(), detail=repr(error)
+            )
+        finally:
+            clock.stop()
+
+    # The close
+
+    def _close(self) -> Tree:
+        parts: list[dict[str, float] | None] = []
+        for leaf, (branch, outcome) in enumerate(self.ended):
+            if not outcome.scored:
+                parts.append(None)
+                continue
+            view = BranchView(branch.segments, outcome, branch.tools)
+            score = self.context.reward.score(self.prompt, view)
+            self.growth.score(leaf, score.value, score.correct)
+            parts.append(score.parts)
+        self.growth.meta.update(
+            question=self.prompt.messages[-1]["content"] if self.prompt.messages else "",
+            gold=list(self.prompt.answers),
+            seed=self.seed,
+            ticket=self.ticket,
+            seconds={cause: round(value, 6) for cause, value in self.seconds.items()},
+            parts=parts,
+            errors=self.errors,
+        )
+        return self.growth.close(self.context.now())

@@ -1,0 +1,88 @@
+"""A file system of the sandbox's own, in mount, network and IPC namespaces.
+
+The fork server builds the *cell* once: a root on tmpfs that holds nothing but read-only binds of Python's
+library, the shared libraries and three devices.  Each call then gets a mount namespace of its own with a
+fresh, size-limited tmpfs as its scratch directory, which the kernel throws away with the call's last process.
+Works as root, and as any user where the kernel and its security modules permit user namespaces.
+"""
+
+from __future__ import annotations
+
+import os
+
+from system.tools.sandbox import kernel
+from system.tools.sandbox.settings import DEVICES, SYSTEM_FILES, Settings, readable_directories
+
+SCRATCH = "/scratch"
+_READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
+
+
+def build(settings: Settings) -> int:
+    """Move this (single-threaded) process into new namespaces whose root is the cell.  Raises OSError.
+
+    The cell has no /proc; the descriptor returned is that of the host's, with which :func:`enter_call` writes
+    id maps.
+    """
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
+    if os.geteuid() == 0:
+        kernel.unshare(flags)
+    else:
+        _unshare_user(flags, proc)
+    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+    root = settings.base
+    kernel.mount("cell", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0755,size=1m")
+    for directory in readable_directories(settings):
+        if os.path.islink(directory):  # /lib -> usr/lib on merged-/usr systems
+            os.symlink(os.readlink(directory), _inside(root, directory))
+        else:
+            os.makedirs(_inside(root, directory), exist_ok=True)
+            _bind(directory, _inside(root, directory), _READ_ONLY | kernel.ATTR_NODEV)
+    for file in (*SYSTEM_FILES, *DEVICES):
+        if os.path.exists(file):
+            target = _inside(root, file)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(target, "x"):
+                pass
+            _bind(file, target, _READ_ONLY | kernel.ATTR_NOEXEC)
+    os.mkdir(root + SCRATCH)
+    kernel.pivot_root(root)
+    kernel.mount_attributes("/", _READ_ONLY, recursive=False)
+    return proc
+
+
+def enter_call(settings: Settings, uid: int | None, proc: int) -> str:
+    """Give this process (a call's warden) a mount namespace with an empty scratch directory for ``uid``, and
+    its next child a PID namespace.  Returns the scratch directory."""
+    flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID
+    if uid is None:  # a user namespace per call: RLIMIT_NPROC then counts this call's threads alone
+        _unshare_user(flags, proc)
+        owner = ""
+    else:
+        kernel.unshare(flags)
+        owner = f",uid={uid},gid={uid}"
+    inodes = max(64, settings.disk >> 12)
+    options = f"mode=0700,size={settings.disk},nr_inodes={inodes}{owner}"
+    kernel.mount("scratch", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
+    return SCRATCH
+
+
+def _unshare_user(flags: int, proc: int) -> None:
+    """unshare with a user namespace in which this user keeps its own id."""
+    uid, gid = os.geteuid(), os.getegid()
+    kernel.unshare(flags | kernel.CLONE_NEWUSER)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        handle = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            os.write(handle, text.encode())
+        finally:
+            os.close(handle)
+
+
+def _inside(root: str, path: str) -> str:
+    return root + os.path.abspath(path)
+
+
+def _bind(source: str, target: str, attributes: int) -> None:
+    kernel.mount(source, target, None, kernel.MS_BIND | kernel.MS_REC)
+    kernel.mount_attributes(target, attributes, recursive=True)

@@ -1,0 +1,248 @@
+"""The helper process that forks a confined child per call: much faster than starting an interpreter.
+
+Three kinds of process::
+
+    Sandbox (asyncio) ──control──► fork server ──fork──► warden (one per call) ──fork──► the model's program
+          └────────────────── a socket per call ───────────┘
+
+The control channel (SOCK_SEQPACKET) carries one message per call: a byte with the call's socket attached.
+Over that socket go one request and one reply, each a 4-byte big-endian length and JSON: ``{code, wall_s}``
+and either ``{failed}`` or ``{exit_code, timed_out, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr,
+stderr_bytes}``.  The warden stands outside the confinement: it enforces the wall deadline, keeps the output,
+removes the scratch directory, and kills the program when the call's socket closes (the caller gave up, or
+died).  When the control channel closes, the fork server ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from system.tools.sandbox import cell, kernel, lockdown, program
+from system.tools.sandbox.scratch import remove_tree
+from system.tools.sandbox.settings import Settings
+
+_READ_SIZE = 1 << 16
+_REQUEST_DEADLINE_S = 10.0
+
+
+def main() -> None:
+    """``python … main`` with the control socket's descriptor and the settings as arguments."""
+    control = socket.socket(fileno=int(sys.argv[2]))
+    settings = Settings.from_json(sys.argv[3])
+    try:
+        confinement = _prepare(settings)
+    except Exception as error:  # whatever it is, the parent must hear of it
+        control.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
+        return
+    control.send(json.dumps({"ready": confinement.mechanisms()}).encode())
+    try:
+        _serve(control, confinement)
+    finally:
+        _wait_for_wardens()
+        if not settings.namespaces:
+            remove_tree(settings.base)
+
+
+def _prepare(settings: Settings) -> lockdown.Confinement:
+    kernel.set_name("sandbox-server")
+    sys.dont_write_bytecode = True
+    sys.argv = [""]
+    os.environ.clear()  # the start of this process set more than the programs need to see
+    os.environ.update(PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    sys.path += settings.paths
+    for name in settings.preload:
+        importlib.import_module(name)
+    confinement = lockdown.prepare(settings)
+    gc.collect()
+    gc.freeze()  # a child that collects garbage should not copy the pages of what it will never free
+    return confinement
+
+
+def _serve(control: socket.socket, confinement: lockdown.Confinement) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the wardens
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        if not message:
+            return
+        if os.fork() == 0:
+            control.close()
+            _end_with(_Warden(confinement, socket.socket(fileno=descriptors[0])).serve)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _wait_for_wardens() -> None:
+    """They end by themselves: whoever closed the control channel closes, or has lost, the calls' sockets."""
+    try:
+        os.wait()  # while SIGCHLD is ignored, this waits for all children and then has none to report
+    except ChildProcessError:
+        return
+
+
+def _end_with(action: Callable[[], None]) -> None:
+    """Run ``action`` as the whole of a forked process's life: it never returns into its parent's stack."""
+    code = 70
+    try:
+        action()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+class _Warden:
+    """One call, seen from outside its confinement."""
+
+    def __init__(self, confinement: lockdown.Confinement, channel: socket.socket):
+        self._confinement = confinement
+        self._channel = channel
+
+    def serve(self) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        kernel.set_name("sandbox-warden")
+        self._channel.settimeout(_REQUEST_DEADLINE_S)
+        request = json.loads(_receive(self._channel))
+        try:
+            reply = self._call(request)
+        except OSError as error:
+            reply = {"failed": f"{type(error).__name__}: {error}"}
+        if reply is not None:
+            data = json.dumps(reply).encode()
+            self._channel.sendall(len(data).to_bytes(4, "big") + data)
+
+    def _call(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        settings, uid = self._confinement.settings, self._confinement.uid()
+        if settings.namespaces:
+            return self._run(request, cell.enter_call(settings, uid, self._confinement.proc), uid)
+        scratch = os.path.join(settings.base, f"call-{os.getpid()}")
+        remove_tree(scratch)  # left by a warden that was killed and had the same process id
+        os.mkdir(scratch, 0o700)
+        try:
+            if uid:
+                os.chown(scratch, uid, uid)
+            return self._run(request, scratch, uid)
+        finally:
+            remove_tree(scratch)
+
+    def _run(self, request: dict[str, Any], scratch: str, uid: int | None) -> dict[str, Any] | None:
+        """Run the program to its end or its deadline; None when the caller went away."""
+        started = time.monotonic()
+        out, err = os.pipe(), os.pipe()
+        ours, leash = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            _end_with(lambda: self._become_program(request["code"], scratch, uid, out[1], err[1], leash))
+        for end in (out[1], err[1]):
+            os.close(end)
+        leash.close()
+        child = os.pidfd_open(pid)
+        stdout, stderr = (
+            _Capture(self._confinement.settings.output),
+            _Capture(self._confinement.settings.output),
+        )
+        try:
+            ending = self._watch(child, {out[0]: stdout, err[0]: stderr}, started + request["wall_s"])
+        finally:
+            os.kill(pid, signal.SIGKILL)  # the program is one process: with it, everything it started is gone
+            _, status, usage = os.wait4(pid, 0)
+        if ending == "abandoned":
+            return None
+        if failure := ours.recv(_READ_SIZE):  # only an unconfined child could have written it
+            return {"failed": failure.decode()}
+        for end, capture in ((out[0], stdout), (err[0], stderr)):
+            os.set_blocking(end, False)
+            while capture.read(end):
+                pass
+        return {
+            "exit_code": os.waitstatus_to_exitcode(status),
+            "timed_out": ending == "deadline",
+            "wall_s": time.monotonic() - started,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_rss_mb": usage.ru_maxrss / 1024,
+            "stdout": stdout.head.decode(errors="replace"),
+            "stdout_bytes": stdout.total,
+            "stderr": stderr.tail.decode(errors="replace"),
+            "stderr_bytes": stderr.total,
+        }
+
+    def _watch(self, child: int, outputs: dict[int, _Capture], deadline: float) -> str:
+        """Collect output until the program "exited", its "deadline" passed, or the caller "abandoned" it."""
+        poller = select.poll()
+        for descriptor in (child, self._channel.fileno(), *outputs):
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return "deadline"
+            for descriptor, _ in poller.poll(left * 1000):
+                if descriptor == self._channel.fileno():  # nothing more is ever sent: this is its end
+                    return "abandoned"
+                if descriptor == child:
+                    return "exited"
+                if not outputs[descriptor].read(descriptor):
+                    poller.unregister(descriptor)
+
+    def _become_program(
+        self, code: str, scratch: str, uid: int | None, out: int, err: int, leash: socket.socket
+    ) -> None:
+        os.setsid()
+        kernel.set_name("sandbox-python")
+        null = os.open(os.devnull, os.O_RDWR)
+        for source, target in ((null, 0), (out, 1), (err, 2)):
+            os.dup2(source, target)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        os.environ["HOME"] = os.environ["TMPDIR"] = scratch
+        program.take_streams()
+        try:
+            lockdown.confine(self._confinement, scratch, uid, leash.fileno())
+        except Exception as error:  # whatever it is, the program must not run, and the caller must hear why
+            leash.send(f"{type(error).__name__}: {error}".encode())
+            raise
+        leash.close()
+        program.leave(program.run(code))
+
+
+class _Capture:
+    """The first and the last ``limit`` bytes of a stream, and how many there were."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self.head, self.tail, self.total = bytearray(), bytearray(), 0
+
+    def read(self, descriptor: int) -> bool:
+        """Take what a pipe has; False at its end, or when a non-blocking one is empty."""
+        try:
+            data = os.read(descriptor, _READ_SIZE)
+        except BlockingIOError:
+            return False
+        self.total += len(data)
+        self.head += data[: max(0, self._limit - len(self.head))]
+        self.tail = (self.tail + data)[-self._limit :]
+        return bool(data)
+
+
+def _receive(channel: socket.socket) -> bytes:
+    size = int.from_bytes(_exactly(channel, 4), "big")
+    return _exactly(channel, size)
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        chunk = channel.recv(min(_READ_SIZE, size - len(data)))
+        if not chunk:
+            raise ConnectionError("the caller went away before its request was complete")
+        data += chunk
+    return bytes(data)

@@ -1,0 +1,191 @@
+"""The last thing a child does before it runs the model's code: give up, for good, what it does not need."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from system.tools.sandbox import cell, kernel, seccomp
+from system.tools.sandbox.settings import DEVICES, SYSTEM_FILES, Settings, readable_directories
+
+MAX_DESCRIPTORS = 256  # of the fork server and its wardens
+
+# Access rights of Landlock (linux/landlock.h); the ABI version in which each group appeared decides what is
+# handled.
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+_ALL_FS = {
+    1: (1 << 13) - 1,
+    2: (1 << 14) - 1,
+    3: (1 << 15) - 1,
+    5: (1 << 16) - 1,
+}  # + REFER, TRUNCATE, IOCTL_DEV
+_NET_TCP = 0b11  # bind, connect (ABI 4)
+_SCOPES = 0b11  # abstract UNIX sockets, signals (ABI 6)
+_READ = _READ_FILE | _READ_DIR | _EXECUTE
+
+_OWN_UIDS, _OWN_UIDS_SPAN = 0x70000000, 1 << 22  # beyond what anyone assigns; a process id is below 2^22
+_NOBODY = 65534
+_ANY_PID = (
+    0x7F0A1B2C  # stands for the program's own process id in the prepared filter; no real one is as large
+)
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """What was found out once, at the fork server's start, about how to confine a call on this machine."""
+
+    settings: Settings
+    landlock: int  # ABI version, 0: none
+    readable: tuple[tuple[int, int], ...]  # (O_PATH descriptor, Landlock rights) of what any program may read
+    syscalls: bytes  # the seccomp filter, for process id _ANY_PID
+    first_uid: int | None  # user id to drop to, see _unprivileged_uid; None: we are not root
+    proc: int  # descriptor of the host's /proc, -1 outside a cell
+
+    def uid(self) -> int | None:
+        """The user id for the call that this process is the warden of."""
+        if self.first_uid == _OWN_UIDS:
+            return _OWN_UIDS + os.getpid() % _OWN_UIDS_SPAN
+        return self.first_uid
+
+    def mechanisms(self) -> list[str]:
+        """What confines a call here, for logs and reports."""
+        found = ["seccomp"]
+        found += [f"Landlock (ABI {self.landlock})"] if self.landlock else []
+        found += ["namespaces (mount, network, IPC, PID)"] if self.settings.namespaces else []
+        found += ["unprivileged user id"] if self.first_uid else []
+        return found
+
+
+def prepare(settings: Settings) -> Confinement:
+    """Look at the kernel, and build the cell if the settings ask for one.  Raises OSError with the reason."""
+    if not seccomp.supported(kernel.MACHINE):
+        raise OSError(f"no seccomp table for {kernel.MACHINE}")
+    _limit_all(settings)
+    landlock = kernel.landlock_version()
+    if not landlock and not settings.namespaces:
+        raise OSError("no Landlock in this kernel: nothing would keep a program from writing elsewhere")
+    proc = cell.build(settings) if settings.namespaces else -1
+    return Confinement(
+        settings=settings,
+        landlock=landlock,
+        readable=tuple(_readable(settings)) if landlock else (),
+        syscalls=seccomp.program(kernel.MACHINE, _ANY_PID),
+        first_uid=_unprivileged_uid(),
+        proc=proc,
+    )
+
+
+def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int) -> None:
+    """Confine this process to ``scratch``, for good.  Raises OSError if any part of it fails.
+
+    It must be single-threaded.  Its descriptors above 2 are closed, all but ``leash``, a socket whose other
+    end its parent holds: the process dies with its parent, even when that died before it could ask for this.
+    """
+    settings = confinement.settings
+    _limit(resource.RLIMIT_CPU, math.ceil(settings.cpu_s))
+    _limit(resource.RLIMIT_NOFILE, settings.open_files)
+    _limit(resource.RLIMIT_NPROC, settings.threads + _foreign_tasks(confinement, uid))
+    if uid:
+        _become(uid)
+    kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
+    if select.select([leash], [], [], 0)[0]:
+        raise ProcessLookupError("the warden is gone")
+    os.chdir(scratch)
+    os.umask(0o077)
+    kernel.no_new_privileges()
+    if confinement.landlock:
+        kernel.landlock_restrict(_landlock_ruleset(confinement, scratch))
+    kernel.drop_capabilities()
+    os.closerange(3, leash)
+    os.closerange(leash + 1, MAX_DESCRIPTORS)
+    own = os.getpid().to_bytes(4, sys.byteorder)
+    kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
+
+
+def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:
+    """Read Python's library, write only ``scratch``; no TCP, no signal or abstract socket to the outside."""
+    version = confinement.landlock
+    handled = _ALL_FS[max(v for v in _ALL_FS if v <= version)]
+    ruleset = kernel.landlock_ruleset(
+        handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0
+    )
+    for handle, rights in confinement.readable:
+        kernel.landlock_allow(ruleset, handle, rights)
+    handle = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
+    kernel.landlock_allow(ruleset, handle, handled)
+    os.close(handle)
+    return ruleset
+
+
+def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
+    rights = dict.fromkeys(readable_directories(settings), _READ)
+    rights |= dict.fromkeys(SYSTEM_FILES, _READ_FILE) | dict.fromkeys(DEVICES, _READ_FILE | _WRITE_FILE)
+    for path, allowed in rights.items():
+        if os.path.exists(path):
+            yield os.open(path, os.O_PATH | os.O_CLOEXEC), allowed
+
+
+def _limit_all(settings: Settings) -> None:
+    """Limits that the fork server and the wardens can live under, too, and that every program inherits."""
+    with open("/proc/self/statm") as file:
+        idle = int(file.read().split()[0]) * resource.getpagesize()
+    _limit(resource.RLIMIT_AS, idle + settings.memory)
+    _limit(resource.RLIMIT_FSIZE, settings.file_size)
+    _limit(resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
+    _limit(resource.RLIMIT_STACK, 8 << 20)
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
+        _limit(kind, 0)
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _foreign_tasks(confinement: Confinement, uid: int | None) -> int:
+    """A bound on the tasks that RLIMIT_NPROC counts for our user id and that are not the call's.
+
+    With a user id, or a user namespace, of the call's own there is at most the warden.  Otherwise the same
+    user's other processes count as well; the number of all tasks on the machine bounds them at no cost.
+    """
+    if confinement.settings.namespaces or (uid or 0) >= _OWN_UIDS:
+        return 1
+    with open("/proc/loadavg") as file:
+        return int(file.read().split()[3].split("/")[1])
+
+
+def _unprivileged_uid() -> int | None:
+    """A user id to drop to, or None when we are not root.
+
+    One of our own per call where such ids exist, else ``nobody``, else (0) our own without its capabilities:
+    an interpreter below a closed /root can be read by nobody else.
+    """
+    if os.geteuid() != 0:
+        return None
+    return next((uid for uid in (_OWN_UIDS, _NOBODY) if _can_read_library_as(uid)), 0)
+
+
+def _become(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def _can_read_library_as(uid: int) -> bool:
+    child = os.fork()
+    if child == 0:
+        try:
+            _become(uid)
+            with open(os.__file__, "rb") as file:
+                file.read(1)
+            os._exit(0)
+        except OSError:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,430 @@
+"""Model-written Python in a real sandbox: no network, no write outside a scratch directory, hard limits.
+
+Needs nothing but Linux and Python: no container, no root, no extra package.  What confines a call is chosen
+at start from what the kernel permits, strongest first, and *tried out* before the first real call
+(:mod:`.escape_test`):
+
+1. a cell of mount, network, IPC and PID namespaces (root, or a user who may create user namespaces);
+2. Landlock and seccomp alone (any user, Linux 5.13 or newer).
+
+Both include a seccomp allow-list (no sockets, no new processes, no signals to others), Landlock where the
+kernel has it, no_new_privs, no capabilities, rlimits, and an unprivileged user id when started as root.  A
+call is one process: its limits hold for the whole call, and killing it leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from system.config import ToolsConfig
+from system.tools.outcome import ToolStatus
+from system.tools.sandbox import escape_test
+from system.tools.sandbox.scratch import remove_tree
+from system.tools.sandbox.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PRELOADED = (
+    *(
+        "bisect",
+        "collections",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "heapq",
+        "itertools",
+        "json",
+        "math",
+    ),
+    *("operator", "random", "re", "statistics", "string", "typing"),
+)
+_ROOT = str(Path(__file__).resolve().parents[3])
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from system.tools.sandbox.forkserver import main; "
+    "del sys.path[0]; main()"
+)
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"}  # no secrets; one order of sets
+_START_DEADLINE_S = 20.0
+_GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
+_STOP_DEADLINE_S, _STOP_PAUSE_S = 5.0, 0.05
+_MAX_CODE_BYTES = 1 << 20
+_ATTEMPTS = 3  # of one call, each with a warden of its own
+_SERVERS = 10  # fork servers that may die under one call before it has begun
+
+
+class SandboxUnavailable(RuntimeError):
+    """No mechanism of this machine gives the guarantees; the message says what is missing."""
+
+
+class _Lost(Exception):
+    """The fork server, or a call's warden, died."""
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """Limits of one call."""
+
+    wall_s: float = 10.0
+    cpu_s: float = 5.0  # whole seconds, rounded up
+    memory_mb: int = 256  # address space beyond the idle interpreter's (which includes what is preloaded)
+    output_chars: int = 2000  # of each of stdout and stderr
+    file_mb: int = 16  # largest file
+    disk_mb: int = 64  # all files together (enforced where namespaces are permitted)
+    open_files: int = 64
+    threads: int = 16  # a call is one process
+
+    @classmethod
+    def from_config(cls, tools: ToolsConfig) -> SandboxLimits:
+        return cls(
+            wall_s=tools.python_wall_s,
+            cpu_s=tools.python_cpu_s,
+            memory_mb=tools.python_memory_mb,
+            output_chars=tools.python_output_chars,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxResult:
+    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: it ran out of time."""
+
+    status: ToolStatus
+    stdout: str
+    stderr: str
+    exit_code: int  # negative: killed by that signal
+    reason: str = ""  # why it did not end well, one line
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    peak_rss_mb: float = 0.0
+    truncated: bool = False
+
+    @property
+    def text(self) -> str:
+        """What the model reads: its output, then what went wrong."""
+        parts = [self.stdout.rstrip("\n"), self.stderr.rstrip("\n"), self.reason]
+        return "\n".join(part for part in parts if part)
+
+
+class Sandbox:
+    """Runs programs, several at once, for the tasks of one event loop.  ``start`` it before the first run."""
+
+    def __init__(
+        self,
+        limits: SandboxLimits | None = None,
+        *,
+        concurrency: int = 16,
+        paths: Sequence[str] = (),
+        preload: Sequence[str] = PRELOADED,
+        namespaces: bool | None = None,
+    ):
+        """``paths``: directories of packages the programs may import; ``preload``: modules imported once,
+        before any call, so that a call gets them free;
+        ``namespaces``: insist on the first way of confinement, or on the second (None: the first that works).
+        """
+        self.limits = limits or SandboxLimits()
+        self.mechanisms: list[str] = []  # what confines a call here; filled by start
+        self._paths, self._preload = tuple(paths), tuple(preload)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._starting = asyncio.Lock()
+        self._server: _ForkServer | None = None
+        self._dying: list[_ForkServer] = []  # dead themselves, with calls that still run
+        self._ways = (True, False) if namespaces is None else (namespaces,)
+        self._way = self._ways[0]
+
+    async def start(self) -> None:
+        """Find a way to confine programs on this machine and try it out.
+
+        Raises :class:`SandboxUnavailable` naming, for each way, what is missing.
+        """
+        if sys.platform != "linux":
+            raise SandboxUnavailable("the python sandbox needs Linux")
+        missing: list[str] = []
+        for way in self._ways:
+            self._way = way
+            try:
+                async with self._starting:
+                    self._server = await self._start_server()
+                await escape_test.verify(self)
+                return
+            except (SandboxUnavailable, escape_test.Escaped) as error:
+                missing.append(f"with {'namespaces' if way else 'Landlock and seccomp'}: {error}")
+                await self.close()
+            except BaseException:
+                await self.close()
+                raise
+        raise SandboxUnavailable("python cannot be sandboxed here: " + "; ".join(missing))
+
+    async def run(self, code: str, *, deadline_s: float | None = None) -> SandboxResult:
+        """Run ``code`` for at most ``deadline_s`` seconds (and the limits' ``wall_s``), waiting for a slot
+        not counted.
+
+        Raises :class:`SandboxUnavailable` if the sandbox itself is broken, never because of what ``code``
+        does. A cancelled call is killed.
+        """
+        wall_s = min(self.limits.wall_s, deadline_s if deadline_s is not None else self.limits.wall_s)
+        if len(code.encode(errors="replace")) > _MAX_CODE_BYTES:
+            return SandboxResult(
+                ToolStatus.ERROR, "", "", 1, f"the program is longer than {_MAX_CODE_BYTES} bytes"
+            )
+        if wall_s <= 0:
+            return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
+        async with self._slots:
+            attempts = deaths = 0
+            while attempts < _ATTEMPTS and deaths < _SERVERS:
+                server = await self._running_server()
+                try:
+                    reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + _GRACE_S)
+                except _Lost:  # the program may run again: nothing it did has left the sandbox
+                    if server.dead:  # a call that has begun outlives its fork server: this one had not
+                        deaths += 1
+                    else:
+                        attempts += 1
+                    continue
+                finally:
+                    await self._bury()
+                if "failed" in reply:
+                    raise SandboxUnavailable(f"a call could not be confined: {reply['failed']}")
+                return self._result(reply, wall_s)
+        raise SandboxUnavailable(
+            f"a call's process was lost {attempts} times, its fork server {deaths} times"
+        )
+
+    async def close(self) -> None:
+        """Kill what still runs and remove every scratch directory."""
+        servers = [*self._dying, *([self._server] if self._server else [])]
+        self._dying, self._server = [], None
+        for server in servers:
+            await server.stop()
+
+    @property
+    def pid(self) -> int | None:
+        """The fork server's process id."""
+        return self._server.pid if self._server else None
+
+    async def _running_server(self) -> _ForkServer:
+        async with self._starting:
+            if self._server is None:
+                raise SandboxUnavailable("the sandbox has not been started")
+            if self._server.lost:
+                self._dying.append(self._server)
+                self._server = await self._start_server()
+            return self._server
+
+    async def _bury(self) -> None:
+        """Clean up after fork servers that died, once the calls that outlived them have ended."""
+        while (server := next((s for s in self._dying if not s.busy), None)) is not None:
+            self._dying.remove(server)
+            await server.stop()
+
+    async def _start_server(self) -> _ForkServer:
+        limits = self.limits
+        settings = Settings(
+            base=_scratch_base(),
+            namespaces=self._way,
+            cpu_s=limits.cpu_s,
+            memory=limits.memory_mb << 20,
+            file_size=limits.file_mb << 20,
+            disk=limits.disk_mb << 20,
+            open_files=limits.open_files,
+            threads=limits.threads,
+            output=4 * limits.output_chars,  # UTF-8 takes at most four bytes a character
+            paths=self._paths,
+            preload=self._preload,
+        )
+        server = _ForkServer(settings)
+        try:
+            self.mechanisms = await server.greet()
+        except BaseException:
+            await server.stop()
+            raise
+        return server
+
+    def _result(self, reply: dict[str, Any], wall_s: float) -> SandboxResult:
+        limit, code = self.limits.output_chars, reply["exit_code"]
+        stdout, cut_out = _head(reply["stdout"], reply["stdout_bytes"], limit)
+        stderr, cut_err = _tail(reply["stderr"], reply["stderr_bytes"], limit)
+        status, reason = ToolStatus.OK if code == 0 else ToolStatus.ERROR, ""
+        if reply["timed_out"]:
+            status, reason = ToolStatus.TIMEOUT, f"Stopped: the program ran longer than {wall_s:g} s."
+        elif code == -signal.SIGKILL and reply["cpu_s"] >= self.limits.cpu_s - 0.5:
+            status, reason = (
+                ToolStatus.TIMEOUT,
+                f"Stopped: the program used more than {self.limits.cpu_s:g} s of CPU time.",
+            )
+        elif code < 0:
+            reason = f"The program was killed by {signal.Signals(-code).name}."
+        elif code > 0 and not stderr:
+            reason = f"The program exited with code {code}."
+        return SandboxResult(
+            status=status,
+            stdout=stdout,
+            stderr=stderr,
+            exit_code=code,
+            reason=reason,
+            wall_s=reply["wall_s"],
+            cpu_s=reply["cpu_s"],
+            peak_rss_mb=reply["peak_rss_mb"],
+            truncated=cut_out or cut_err,
+        )
+
+
+class _ForkServer:
+    """The parent's end of :mod:`system.tools.sandbox.forkserver`."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        flags = ("-s", "-S", "-P")  # no user or site packages, no current directory on the path
+        arguments = (_ROOT, str(theirs.fileno()), settings.to_json())
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, *flags, "-c", _BOOT, *arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=_ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,
+            )
+        self._calls: set[socket.socket] = set()
+        self.lost = False
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._calls)
+
+    @property
+    def dead(self) -> bool:
+        """Whether nobody is left at the other end of the control channel."""
+        try:
+            return not self._control.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    async def greet(self) -> list[str]:
+        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason."""
+        try:
+            async with asyncio.timeout(_START_DEADLINE_S):
+                data = await asyncio.get_running_loop().sock_recv(self._control, 1 << 16)
+        except TimeoutError:
+            raise SandboxUnavailable(
+                f"the fork server did not start within {_START_DEADLINE_S:g} s"
+            ) from None
+        except OSError as error:
+            raise SandboxUnavailable(f"the fork server could not be heard: {error}") from error
+        if not data:
+            raise SandboxUnavailable(f"the fork server died while starting: {self._last_error()}")
+        hello: dict[str, Any] = json.loads(data)
+        if "failed" in hello:
+            raise SandboxUnavailable(hello["failed"])
+        return hello["ready"]
+
+    def _last_error(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line), "no reason given")
+
+    async def call(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+        """One request, one reply.  Raises _Lost if the server or the call's warden is dead or silent."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        self._calls.add(ours)
+        try:
+            ours.setblocking(False)
+            data = json.dumps(request).encode()
+            try:
+                async with asyncio.timeout(deadline_s):
+                    with theirs:
+                        await self._pass_on(theirs)
+                    await loop.sock_sendall(ours, len(data).to_bytes(4, "big") + data)
+                    size = int.from_bytes(await _exactly(ours, 4), "big")
+                    return json.loads(await _exactly(ours, size))
+            except TimeoutError:
+                raise _Lost from None
+            except OSError as error:
+                raise _Lost from error
+        finally:
+            self._calls.discard(ours)
+            ours.close()  # tells the warden, if it still runs, to kill the program
+
+    async def _pass_on(self, theirs: socket.socket) -> None:
+        while True:
+            try:
+                socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+                return
+            except BlockingIOError:  # its queue is full; it forks about a thousand times a second
+                await asyncio.sleep(0.005)
+            except OSError as error:
+                self.lost = True
+                raise _Lost from error
+
+    async def stop(self) -> None:
+        """End every call, then the server, then remove what they wrote."""
+        for call in list(self._calls):
+            with contextlib.suppress(OSError):
+                call.shutdown(socket.SHUT_RDWR)
+        self._control.close()
+        try:
+            await asyncio.to_thread(self._process.wait, _STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        self._errors.close()
+        await self._remove_base()
+
+    async def _remove_base(self) -> None:
+        """A warden that has lost its fork server may still be removing its own scratch directory."""
+        for _ in range(int(_STOP_DEADLINE_S / _STOP_PAUSE_S)):
+            try:
+                return await asyncio.to_thread(remove_tree, self._settings.base)
+            except OSError:
+                await asyncio.sleep(_STOP_PAUSE_S)
+        log.warning("the sandbox's directory %s could not be removed", self._settings.base)
+
+
+def _scratch_base() -> str:
+    return os.path.realpath(tempfile.mkdtemp(prefix="espalier-sandbox-"))
+
+
+async def _exactly(channel: socket.socket, size: int) -> bytes:
+    loop, data = asyncio.get_running_loop(), bytearray()
+    while len(data) < size:
+        chunk = await loop.sock_recv(channel, size - len(data))
+        if not chunk:
+            raise ConnectionResetError("closed before the reply was complete")
+        data += chunk
+    return bytes(data)
+
+
+def _head(text: str, total_bytes: int, limit: int) -> tuple[str, bool]:
+    if len(text) <= limit and total_bytes <= len(text.encode()):
+        return text, False
+    return f"{text[:limit]}\n… [output cut: {total_bytes} bytes in all]", True
+
+
+def _tail(text: str, total_bytes: int, limit: int) -> tuple[str, bool]:
+    if len(text) <= limit and total_bytes <= len(text.encode()):
+        return text, False
+    return f"[output cut: {total_bytes} bytes in all] …\n{text[-limit:]}", True

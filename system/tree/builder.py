@@ -1,0 +1,347 @@
+"""The buffer a tree grows in: append-only, filled by one rollout while many branches grow, then closed into
+a Tree.
+
+Nodes are named by handles, integers in creation order (0 is the prompt).  Nothing is moved while the tree
+grows; ``close`` sorts the nodes into depth-first pre-order once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from system.tree.record import ForkDecision, Int32, Kind, Origin, Outcome, ToolCall, Tree, TreeError, validate
+
+
+class _Path:
+    """Token ids from the root onwards in one contiguous buffer that doubles as it fills.
+
+    A branch and the nodes along it share one path, so that its next request costs no copy; only a fork
+    copies the prefix, once.  Readers hold views: what has been written never changes, and a buffer outgrown
+    is left to them.
+    """
+
+    __slots__ = ("buffer", "size")
+
+    def __init__(self, prefix: Int32) -> None:
+        self.buffer = np.empty(max(256, 2 * prefix.size), np.int32)
+        self.buffer[: prefix.size] = prefix
+        self.size = int(prefix.size)
+
+    def append(self, tokens: Int32) -> None:
+        size = self.size + tokens.size
+        if size > self.buffer.size:
+            grown = np.empty(max(size, 2 * self.buffer.size), np.int32)
+            grown[: self.size] = self.buffer[: self.size]
+            self.buffer = grown
+        self.buffer[self.size : size] = tokens
+        self.size = int(size)
+
+    def view(self, start: int, stop: int) -> Int32:
+        tokens = self.buffer[start:stop]
+        tokens.flags.writeable = False
+        return tokens
+
+
+@dataclass(slots=True)
+class _Node:
+    parent: int
+    kind: Kind
+    path: _Path  # the parent's until the node's first token, which may copy it
+    begin: int  # index of the node's first token on its path
+    end: int  # one past its last
+    children: list[int] = field(default_factory=list)
+    leaves: int = 0
+    logprob: list[NDArray[np.float32]] = field(default_factory=list)
+    entropy: list[NDArray[np.float32]] = field(default_factory=list)
+    version: list[Int32] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Leaf:
+    node: int
+    outcome: Outcome
+    origin: Origin
+    reward: float = math.nan
+    correct: int = -1
+
+
+class TreeBuilder:
+    """A tree that still grows.
+
+    Appending a chunk costs amortised O(chunk); the tokens of a branch's next request cost nothing (a view),
+    after one copy of the prefix per fork.  All methods raise :class:`TreeError` for a use that would break
+    the tree. Not thread-safe: it belongs to one rollout, whose branches are tasks of one event loop.
+    """
+
+    def __init__(
+        self,
+        prompt_id: str,
+        task: str,
+        prompt_tokens: Sequence[int] | NDArray[Any],
+        budget: int,
+        meta: dict[str, Any] | None = None,
+        started_s: float = 0.0,
+    ) -> None:
+        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree."""
+        tokens = np.asarray(prompt_tokens, np.int32)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise TreeError(f"prompt {prompt_id!r} has no tokens")
+        self.prompt_id, self.task, self.budget, self.started_s = prompt_id, task, budget, started_s
+        self.meta: dict[str, Any] = dict(meta or {})
+        root = _Node(parent=-1, kind=Kind.PROMPT, path=_Path(tokens), begin=0, end=int(tokens.size))
+        self._nodes = [root]
+        self._leaves: list[_Leaf] = []
+        self._calls: list[ToolCall] = []
+        self._forks: list[ForkDecision] = []
+        self._annotate(root, int(tokens.size), None, None, None)
+
+    @property
+    def prompt(self) -> int:
+        """Handle of the PROMPT node."""
+        return 0
+
+    @property
+    def n_leaves(self) -> int:
+        return len(self._leaves)
+
+    def n_tokens(self, node: int) -> int:
+        """Own tokens of ``node`` so far."""
+        return self._node(node).end - self._node(node).begin
+
+    def depth(self, node: int) -> int:
+        """Tokens from the root to the end of ``node``, prompt included."""
+        return self._node(node).end
+
+    def node(self, parent: int, kind: Kind) -> int:
+        """Open a child of ``parent``, which then grows no more.  A child left empty is dropped at close."""
+        above = self._node(parent)
+        if kind == Kind.PROMPT:
+            raise TreeError("a tree has one PROMPT node, its root")
+        above.children.append(len(self._nodes))
+        self._nodes.append(_Node(parent=parent, kind=kind, path=above.path, begin=above.end, end=above.end))
+        return len(self._nodes) - 1
+
+    def extend(
+        self,
+        node: int,
+        tokens: ArrayLike,
+        logprob: ArrayLike | None = None,
+        entropy: ArrayLike | None = None,
+        version: ArrayLike | None = None,
+    ) -> None:
+        """Append a chunk [k] to ``node``.
+
+        A MODEL node needs ``logprob`` and ``version`` ([k], or one value for the whole chunk); ``entropy``
+        may be unknown.  Other nodes take tokens only.
+        """
+        own = self._node(node)
+        if own.children or own.leaves:
+            raise TreeError(
+                f"node {node} has {'children' if own.children else 'a leaf'}: it can no longer grow"
+            )
+        if own.kind == Kind.PROMPT:
+            raise TreeError("the prompt is given once, at the start")
+        if own.kind == Kind.MODEL and (logprob is None or version is None):
+            raise TreeError("sampled tokens need their log-probabilities and weight versions")
+        if own.kind != Kind.MODEL and not (logprob is None and entropy is None and version is None):
+            raise TreeError(
+                f"{own.kind.name} tokens were not sampled: they carry neither log-probability nor version"
+            )
+        ids = np.asarray(tokens, np.int32)
+        if ids.ndim != 1:
+            raise TreeError(f"a chunk is a vector of token ids, not an array of shape {ids.shape}")
+        if ids.size == 0:
+            return
+        self._annotate(own, ids.size, logprob, entropy, version)
+        if own.path.size != own.end:  # a sibling has gone on from here: this branch needs its own copy
+            own.path = _Path(own.path.view(0, own.end))
+        own.path.append(ids)
+        own.end += int(ids.size)
+
+    def path_tokens(self, node: int) -> Int32:
+        """[P] token ids from the root to the end of ``node``: a read-only view, stable for ever."""
+        own = self._node(node)
+        return own.path.view(0, own.end)
+
+    def leaf(self, node: int, outcome: Outcome, origin: Origin) -> int:
+        """Declare that a branch ended at ``node``, and why; returns the leaf's index in the Tree."""
+        self._node(node).leaves += 1
+        self._leaves.append(_Leaf(node, Outcome(outcome), Origin(origin)))
+        return len(self._leaves) - 1
+
+    def score(self, leaf: int, value: float, correct: bool) -> None:
+        """Give leaf number ``leaf`` its reward; a leaf never scored has reward NaN and ``correct`` -1."""
+        if not math.isfinite(value):
+            raise TreeError(f"leaf {leaf}: a reward must be finite, not {value}")
+        self._leaves[leaf].reward = float(value)
+        self._leaves[leaf].correct = int(correct)
+
+    def call(self, call: ToolCall) -> None:
+        """Record a tool call; ``call.node`` is a handle."""
+        self._node(call.node)
+        self._calls.append(call)
+
+    def fork(self, decision: ForkDecision) -> None:
+        """Record a branching decision; ``decision.node`` is a handle."""
+        self._node(decision.node)
+        self._forks.append(decision)
+
+    def close(self, now: float) -> Tree:
+        """The tree as it stands, at unix time ``now``; raises :class:`TreeError` when a branch has no leaf.
+
+        Nodes move into depth-first pre-order, siblings in creation order.  An empty node is dropped: what
+        named it (children, leaves, calls, forks) then names its nearest non-empty ancestor.  The growth
+        stays usable.
+        """
+        order = self._preorder()
+        index = self._new_index(order)
+        kept = [self._nodes[h] for h in order]
+        lengths = np.array([n.end - n.begin for n in kept], np.int32)
+        tree = Tree(
+            prompt_id=self.prompt_id,
+            task=self.task,
+            tokens=np.concatenate([n.path.view(n.begin, n.end) for n in kept]),
+            logprob=np.concatenate([chunk for n in kept for chunk in n.logprob]),
+            entropy=np.concatenate([chunk for n in kept for chunk in n.entropy]),
+            version=np.concatenate([chunk for n in kept for chunk in n.version]),
+            start=(np.cumsum(lengths) - lengths).astype(np.int32),
+            parent=np.array([-1 if n.parent < 0 else index[n.parent] for n in kept], np.int32),
+            kind=np.array([n.kind for n in kept], np.int8),
+            leaf=np.array([index[x.node] for x in self._leaves], np.int32),
+            reward=np.array([x.reward for x in self._leaves], np.float32),
+            correct=np.array([x.correct for x in self._leaves], np.int8),
+            outcome=np.array([x.outcome for x in self._leaves], np.int8),
+            origin=np.array([x.origin for x in self._leaves], np.int8),
+            calls=tuple(replace(c, node=index[c.node]) for c in self._calls),
+            forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
+            budget=self.budget,
+            started_s=self.started_s,
+            closed_s=now,
+            meta=dict(self.meta),
+        )
+        validate(tree)
+        return tree
+
+    def kind(self, node: int) -> Kind:
+        return self._node(node).kind
+
+    def entropies(self, node: int) -> NDArray[np.float32]:
+        """[n] of ``node``'s own tokens so far, NaN where unknown."""
+        return np.concatenate([np.zeros(0, np.float32), *self._node(node).entropy])
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
+
+        Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
+        ``kind``, ``length``), nodes in the order of their handles.  Rewards are not in it: they come at the
+        close.
+        """
+        nodes = self._nodes
+        arrays: dict[str, NDArray[Any]] = {
+            "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
+            "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
+            "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
+            "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
+            "parent": np.array([n.parent for n in nodes], np.int32),
+            "kind": np.array([n.kind for n in nodes], np.int8),
+            "length": np.array([n.end - n.begin for n in nodes], np.int32),
+        }
+        fields = {
+            "prompt_id": self.prompt_id,
+            "task": self.task,
+            "budget": self.budget,
+            "started_s": self.started_s,
+            "meta": self.meta,
+            "leaves": [[leaf.node, int(leaf.outcome), int(leaf.origin)] for leaf in self._leaves],
+            "calls": [asdict(call) for call in self._calls],
+            "forks": [asdict(fork) for fork in self._forks],
+        }
+        return arrays, fields
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> TreeBuilder:
+        """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
+        ends = np.cumsum(arrays["length"])
+        prompt = arrays["tokens"][: ends[0]]
+        growth = cls(
+            fields["prompt_id"],
+            fields["task"],
+            prompt,
+            fields["budget"],
+            fields["meta"],
+            fields["started_s"],
+        )
+        for start, end, parent, kind in zip(
+            ends[:-1], ends[1:], arrays["parent"][1:], arrays["kind"][1:], strict=True
+        ):
+            node, own = growth.node(int(parent), Kind(int(kind))), slice(start, end)
+            sampled = {name: arrays[name][own] for name in ("logprob", "entropy", "version")}
+            growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
+        for leaf in fields["leaves"]:
+            growth.leaf(*leaf)
+        for call in fields["calls"]:
+            growth.call(ToolCall(**call))
+        for fork in fields["forks"]:
+            growth.fork(ForkDecision(**fork))
+        return growth
+
+    def _node(self, handle: int) -> _Node:
+        if not 0 <= handle < len(self._nodes):
+            raise TreeError(f"no node {handle}: the growth has {len(self._nodes)} nodes")
+        return self._nodes[handle]
+
+    def _annotate(
+        self,
+        node: _Node,
+        size: int,
+        logprob: ArrayLike | None,
+        entropy: ArrayLike | None,
+        version: ArrayLike | None,
+    ) -> None:
+        rows = (
+            np.zeros(size, np.float32) if logprob is None else _row(logprob, size, np.float32, "logprob"),
+            np.full(size, np.nan, np.float32)
+            if entropy is None
+            else _row(entropy, size, np.float32, "entropy"),
+            np.full(size, -1, np.int32) if version is None else _row(version, size, np.int32, "version"),
+        )
+        node.logprob.append(rows[0])
+        node.entropy.append(rows[1])
+        node.version.append(rows[2])
+
+    def _preorder(self) -> list[int]:
+        """Handles of the non-empty nodes in depth-first pre-order."""
+        order, stack = [], [0]
+        while stack:
+            handle = stack.pop()
+            node = self._nodes[handle]
+            if node.end > node.begin:
+                order.append(handle)
+            stack.extend(reversed(node.children))
+        return order
+
+    def _new_index(self, order: list[int]) -> list[int]:
+        """Pre-order index of every handle; an empty node has its nearest non-empty ancestor's."""
+        index = [-1] * len(self._nodes)
+        for new, handle in enumerate(order):
+            index[handle] = new
+        for handle, node in enumerate(self._nodes):  # a parent is always older than its children
+            if index[handle] < 0:
+                index[handle] = index[node.parent]
+        return index
+
+
+def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
+    """A private copy [size] of ``values``; a single value stands for the whole chunk."""
+    row = np.array(values, dtype)  # a copy
+    if row.shape == (size,):
+        return row
+    if row.shape == ():
+        return np.full(size, row)
+    raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")

@@ -1,0 +1,262 @@
+"""A synthetic agent: what a model would say, as lengths, tool calls, entropies and answers.
+
+It speaks in tokens that only the twin's own tokenizer reads.  All tokens of a segment carry the segment's
+number, so that the engine model can tell shared prefixes by looking at a path; the last token says how the
+segment ends.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.rollout.reward import BranchView, Score
+from system.tasks.base import Prompt
+from system.twin.dist import Constant, Dist, Lognormal
+
+EOS, TEXT, RIGHT, WRONG = 0, 1, 2, 3  # TEXT: prompts and tool results
+SEGMENT = 1 << 8  # tokens from here on are sampled: SEGMENT + number of the segment, ...
+CALL = 1 << 30  # ... and from here on tool calls: CALL + (tool << _BITS) + a draw that names the call
+_BITS = 20
+SEGMENTS = CALL - SEGMENT
+MOST_RECORDED = 1 << _BITS  # segments
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What the agent says next."""
+
+    tokens: int  # the last one or two of them say how it ends
+    call: int  # the call's token, or 0: it answers
+    right: bool
+    entropy: float  # nats, of the first tokens after a tool result (or of the root's first)
+
+
+class Agent(Protocol):
+    """What stands in for the model and the tasks."""
+
+    @property
+    def tools(self) -> Sequence[str]:
+        """Tool names; a segment's call names one by its place here."""
+        ...
+
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+        """The segment that a request with this ``seed`` gets.
+
+        ``tree``: its route, "prompt:ticket"; ``calls``: the call tokens on the branch so far, in order.
+        """
+        ...
+
+    def forget(self, tree: str) -> None:
+        """The tree is closed."""
+        ...
+
+    def afresh(self) -> Agent:
+        """The same agent for another simulation, knowing nothing of this one."""
+        ...
+
+    def query(self, call: int) -> int:
+        """What the call of token ``call`` asks: two calls of one tree that ask the same have the same."""
+        ...
+
+    def prompt(self, prompt_id: str, seed: int) -> Prompt:
+        """A prompt whose text is its length."""
+        ...
+
+
+@dataclass(frozen=True)
+class AgentModel:
+    """An agent's habits.  Every draw comes from the request's own seed: the order of events is no matter."""
+
+    prompt_tokens: Dist = field(default_factory=lambda: Constant(256))
+    segment_tokens: Dist = field(default_factory=lambda: Lognormal(128, 0.5))  # model tokens up to a stop
+    p_call: tuple[float, ...] = (0.7,)  # chance that a segment ends in a call, by calls so far (last repeats)
+    shares: Mapping[str, float] = field(default_factory=lambda: {"search": 1.0})  # of the calls, by tool
+    root_entropy: float = 0.5  # nats; mean and spread over segments
+    rise: float = 0.1  # mean of ΔH after a tool result, nats
+    entropy_spread: float = 0.2
+    p_right: float = 0.5
+
+    @property
+    def tools(self) -> Sequence[str]:
+        return list(self.shares)
+
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+        rng = np.random.default_rng(seed)
+        length = max(2, round(self.segment_tokens.draw(rng)))
+        level = self.root_entropy + (self.rise if calls else 0.0)
+        entropy = max(0.0, level + self.entropy_spread * rng.standard_normal())
+        call = 0
+        if rng.random() < self.p_call[min(len(calls), len(self.p_call) - 1)]:
+            shares = np.fromiter(self.shares.values(), np.float64)
+            tool = int(np.searchsorted(np.cumsum(shares / shares.sum()), rng.random()))
+            call = call_token(min(tool, shares.size - 1), int(rng.integers(1 << _BITS)))
+        return Segment(length, call, bool(rng.random() < self.p_right), entropy)
+
+    def forget(self, tree: str) -> None:
+        pass
+
+    def afresh(self) -> AgentModel:
+        return self
+
+    def query(self, call: int) -> int:
+        return number_of(call)
+
+    def prompt(self, prompt_id: str, seed: int) -> Prompt:
+        return _prompt(prompt_id, seed, self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A segment that a run has seen."""
+
+    tokens: int
+    tool: int  # it called; -1: it ended
+    query: int  # what it asked: equal for equal calls of one tree
+    right: bool
+    entropy: float
+    next: Sequence[int] = ()  # numbers of the segments that followed its call
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTree:
+    prompt_tokens: int
+    levels: Sequence[Sequence[int]]  # numbers of its segments, by the calls before them
+
+
+class RecordedAgent:
+    """Says again what was said in a run: every tree retells a recorded one.
+
+    A prompt gets one of the recorded trees.  Its branches begin with first segments of that tree and go on
+    with what followed the same call there.  So what the branches of a tree have in common (a question that
+    needs three searches needs them on every branch) stays in common: a tree lasts as long as its longest
+    branch, and were the branches independent, the longest would be longer.
+
+    Each tree says a segment once.  Where all k segments that followed a call are said, the branch repeats one
+    with probability k / (k + variety); else it goes on, in the same way, with what the tree said elsewhere
+    after as many calls, and in the end with what any tree did: draws from a hierarchical Dirichlet process
+    (Teh et al. 2006, section 4).  So more branches than were recorded bring something new.
+
+    A call's token names its segment.
+    """
+
+    def __init__(
+        self,
+        trees: Sequence[RecordedTree],
+        segments: Sequence[Recorded],
+        tools: Sequence[str],
+        variety: float,
+    ) -> None:
+        """``segments``: at most ``MOST_RECORDED``; ``variety``: 0 where a tree's branches are all alike,
+        infinite where they are independent."""
+        if not trees or len(segments) > MOST_RECORDED:
+            raise ValueError(
+                f"{len(trees)} trees, {len(segments)} segments: 1 to {MOST_RECORDED:,} can be told"
+            )
+        self.trees, self.segments, self.tools, self.variety = trees, segments, tools, variety
+        self.levels = [  # numbers of all trees' segments, by the calls before them
+            [number for tree in trees for level in tree.levels[calls : calls + 1] for number in level]
+            for calls in range(max(len(tree.levels) for tree in trees))
+        ]
+        self._said: dict[str, set[int]] = {}  # by each tree that grows
+
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+        said = self._said.setdefault(tree, set())
+        number = self._choose(np.random.default_rng(seed), said, self._recorded(tree), calls)
+        said.add(number)
+        segment = self.segments[number]
+        call = call_token(segment.tool, number) if segment.tool >= 0 else 0
+        return Segment(max(2, segment.tokens), call, segment.right, segment.entropy)
+
+    def _choose(
+        self, rng: np.random.Generator, said: set[int], tree: RecordedTree, calls: Sequence[int]
+    ) -> int:
+        depth = len(calls)
+        here = self.segments[number_of(calls[-1])].next if calls else ()
+        for numbers in (here, *tree.levels[depth : depth + 1]):
+            if left := [number for number in numbers if number not in said]:
+                return left[int(rng.integers(len(left)))]
+            if rng.random() * (len(numbers) + self.variety) < len(numbers):
+                return numbers[int(rng.integers(len(numbers)))]
+        numbers = self.levels[min(depth, len(self.levels) - 1)]
+        return numbers[int(rng.integers(len(numbers)))]
+
+    def forget(self, tree: str) -> None:
+        self._said.pop(tree, None)
+
+    def afresh(self) -> RecordedAgent:
+        return RecordedAgent(self.trees, self.segments, self.tools, self.variety)
+
+    def query(self, call: int) -> int:
+        return self.segments[number_of(call)].query
+
+    def prompt(self, prompt_id: str, seed: int) -> Prompt:
+        return _prompt(prompt_id, seed, Constant(self._recorded(f"{prompt_id}:").prompt_tokens))
+
+    def _recorded(self, tree: str) -> RecordedTree:
+        prompt_id = tree.rpartition(":")[0]
+        return self.trees[zlib.crc32(prompt_id.encode()) % len(self.trees)]
+
+
+def _prompt(prompt_id: str, seed: int, tokens: Dist) -> Prompt:
+    rng = np.random.default_rng([seed, *prompt_id.encode()])
+    length = max(1, round(tokens.draw(rng)))
+    return Prompt(prompt_id, ({"role": "user", "content": str(length)},), ())
+
+
+def call_token(tool: int, number: int) -> int:
+    """A call of tool number ``tool``; ``number`` [0, 2^20) tells such calls apart."""
+    return CALL + (tool << _BITS) + number
+
+
+def number_of(call: int) -> int:
+    return call & ((1 << _BITS) - 1)
+
+
+def written(segment: Segment, number: int, limit: int) -> NDArray[np.int32]:
+    """[≤ limit] the tokens of ``segment``, which is segment ``number`` of the simulation."""
+    tokens = np.full(segment.tokens, SEGMENT + number % SEGMENTS, np.int32)
+    if segment.call:
+        tokens[-1] = segment.call
+    else:
+        tokens[-2:] = (RIGHT if segment.right else WRONG), EOS
+    return tokens[:limit]
+
+
+def tool_of(call: int) -> int:
+    """Number of the tool that token ``call`` calls."""
+    return (call - CALL) >> _BITS
+
+
+class TwinTokenizer:
+    """Text made of lengths: a number stands for so many tokens, any other text for one."""
+
+    eos_token_id = EOS
+    chat_template = None
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def encode(self, text: str, **_: Any) -> NDArray[np.int32]:
+        return np.full(int(text) if text.isdigit() else 1, TEXT, np.int32)
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        """Only the end of a segment says anything: a call in tags, or the answer."""
+        last = ids[-1] if len(ids) else TEXT
+        if last >= CALL:
+            name = self._agent.tools[tool_of(last)]
+            return f"<{name}> {self._agent.query(last)} </{name}>"
+        return {RIGHT: "right", WRONG: "wrong"}.get(last, "")
+
+
+class AnswerReward:
+    """1 for the right answer, 0 for any other end."""
+
+    def score(self, prompt: Prompt, branch: BranchView) -> Score:
+        right = branch.segments[-1][1] == "right" if branch.segments else False
+        return Score(float(right), right)

@@ -1,0 +1,273 @@
+"""``espalier bench twin RUN OTHER…``: calibrate the twin on one run, predict others, set both side by side.
+
+With ``engine.json`` or ``learner.json`` of ``espalier bench`` among the arguments, that part's speed is what
+the benchmark measured, and the first run is predicted, too.
+
+What a prediction may know of the other run is what one would know before starting it: its configuration, and
+how long its tools take.  Engine, learner, agent and host are the first run's.  The first run is shown, too:
+there the figures are a fit, not a prediction.
+
+On a machine that others use, the same work takes longer at one time than at another, which no model of ours
+foresees.  So a second column shows the prediction at the other run's speed: engine and learner slowed by what
+that run's own counters say.  Where the two columns differ, it was the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from system.bench.report import Report
+from system.config import ConfigError
+from system.observe.rundir import RunDir
+from system.tree.store import read_trees
+from system.twin.calibrate import SKIP, Calibration, Drift, fit_tools, steps_of
+from system.twin.events import TwinResult
+from system.twin.figures import with_figures
+from system.twin.world import simulate
+
+WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
+_SEEDS = 3  # simulations per run, averaged
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is compared.  Shares are of all time."""
+
+    step_s: float
+    trees_per_hour: float
+    trained_per_s: float
+    generated_per_s: float
+    tree_s: float
+    staleness: float
+    learner_no_batch: float
+    learner_publishing: float
+    engine_waiting: float
+    rollout_bound: float
+
+    @classmethod
+    def of_run(cls, run: RunDir) -> Figures:
+        """From the records of the run's training steps, without the first ones."""
+        records = steps_of(run)
+        if not records:
+            raise ConfigError(f"{run.root}: not enough training steps to measure anything")
+        span = sum(float(one["time/window_s"]) for one in records)
+
+        def total(key: str) -> float:
+            return sum(float(one.get(key) or 0.0) for one in records)
+
+        trees = max(total("rollout/trees"), 1.0)
+        durations = sum(
+            float(o.get("rollout/tree_s") or 0) * float(o.get("rollout/trees") or 0) for o in records
+        )
+        engines = {
+            key.split("/")[2] for one in records for key in one if key.startswith("time/idle_s/engine-")
+        }
+        waiting = sum(total(f"time/idle_s/{engine}/waiting") for engine in engines)
+        return cls(
+            step_s=span / len(records),
+            trees_per_hour=3600 * trees / span,
+            trained_per_s=total("train/tokens") / span,
+            generated_per_s=total("rollout/tokens") / span,
+            tree_s=durations / trees,
+            staleness=float(np.mean([float(one.get("flow/staleness") or 0) for one in records])),
+            learner_no_batch=total("time/idle_s/learner/no batch") / span,
+            learner_publishing=total("time/idle_s/learner/publishing weights") / span,
+            engine_waiting=waiting / span / max(len(engines), 1),
+            rollout_bound=total("time/idle_s/rollout/staleness bound") / span,
+        )
+
+    @classmethod
+    def of_twin(cls, result: TwinResult) -> Figures:
+        engines = [causes["waiting"] for name, causes in result.idle.items() if name.startswith("engine-")]
+        learner, rollout = result.idle.get("learner", {}), result.idle.get("rollout", {})
+        return cls(
+            step_s=result.step_s,
+            trees_per_hour=result.trees_per_hour,
+            trained_per_s=result.trained_per_s,
+            generated_per_s=result.generated_per_s,
+            tree_s=result.tree_s["mean"],
+            staleness=result.staleness_mean,
+            learner_no_batch=learner.get("no batch", 0.0),
+            learner_publishing=learner.get("publishing weights", 0.0),
+            engine_waiting=sum(engines) / max(len(engines), 1),
+            rollout_bound=rollout.get("staleness bound", 0.0),
+        )
+
+
+_LABELS = {
+    "step_s": "seconds per training step",
+    "trees_per_hour": "trees per hour",
+    "trained_per_s": "trained tokens per second",
+    "generated_per_s": "generated tokens per second",
+    "tree_s": "seconds per tree, mean",
+    "staleness": "staleness, mean",
+    "learner_no_batch": "learner idle: no batch",
+    "learner_publishing": "learner idle: publishing weights",
+    "engine_waiting": "engine idle: waiting for requests",
+    "rollout_bound": "rollout idle: staleness bound",
+}
+THROUGHPUT = ("step_s", "trees_per_hour", "trained_per_s", "generated_per_s")
+SHARES = ("learner_no_batch", "learner_publishing", "engine_waiting", "rollout_bound")
+
+
+def error(name: str, predicted: Figures, measured: Figures) -> float:
+    """How far off: in points for a share of time, in versions for staleness, else relative."""
+    ours, theirs = getattr(predicted, name), getattr(measured, name)
+    if name in SHARES or name == "staleness":
+        return ours - theirs
+    return ours / theirs - 1 if theirs else float("nan")
+
+
+def holds(predicted: Figures, measured: Figures) -> bool:
+    """Throughput within 10 % and idle shares within 10 points of the measured ones."""
+    return all(abs(error(name, predicted, measured)) <= WITHIN for name in (*THROUGHPUT, *SHARES))
+
+
+def predict(calibration: Calibration, run: RunDir, drift: Drift | None = None) -> TwinResult:
+    """``run`` as the calibrated twin sees it: its configuration and its tools, all else as calibrated.
+
+    ``drift``: with engine and learner slowed by that much.
+    """
+    config = run.config()
+    tools = fit_tools(list(read_trees(run.trees)), calibration.models.agent.tools)
+    models = replace(calibration.models, tools=tools)
+    if drift is not None:
+        models = replace(
+            models,
+            engine=calibration.engine.slowed(drift.engine),
+            learner=calibration.learner.slowed(drift.learner),
+        )
+    steps = len(steps_of(run)) + SKIP
+    results: list[TwinResult] = []
+    for seed in range(_SEEDS):
+        config.run.seed = seed
+        results.append(simulate(config, models, steps=steps, skip=SKIP))
+    return _mean(results)
+
+
+def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Print and write the comparison; ``words`` are run directories, the one to calibrate on first, and files
+    of figures."""
+    runs = [RunDir.open(Path(word)) for word in words if not word.endswith(".json")]
+    files = [Path(word) for word in words if word.endswith(".json")]
+    if not runs:
+        raise ConfigError("name run directories: espalier bench twin CALIBRATE_ON [PREDICT …]")
+    calibration = with_figures(Calibration.from_run(runs[0]), files)
+    if not files:
+        calibration = calibration.with_host(rounds=2 if quick else 6)
+    report = Report(
+        out_dir,
+        "twin",
+        "The digital twin against real runs",
+        f"Models fitted to {runs[0].name}; the other runs are predicted from their configuration and their "
+        "tools' latencies. It holds where throughput is within 10 % and idle shares within 10 points.",
+    )
+    models = calibration.models
+    report.section("Calibration")
+    report.facts(
+        {
+            "run": str(runs[0].root),
+            "speeds from": ", ".join(map(str, files)) or "the run",
+            "training steps": calibration.steps,
+            "engine": models.engine,
+            "learner": models.learner,
+            "publishing weights, s": models.publish_s,
+            "engine pause per update, s": models.update_s,
+            "request through the host, s": models.request_s,
+            "tools, mean s": {name: round(tool.latency.mean, 4) for name, tool in models.tools.items()},
+        }
+    )
+    data: dict[str, Any] = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": {}}
+    drawn: list[tuple[str, Figures, Figures]] = []
+    for number, one in enumerate(runs):
+        measured, drift = Figures.of_run(one), Drift.between(calibration, one)
+        twin = Figures.of_twin(predict(calibration, one))
+        slowed = Figures.of_twin(predict(calibration, one, drift))
+        kind = "prediction" if number or files else "fit"
+        verdicts = {"holds": holds(twin, measured), "holds_at_its_speed": holds(slowed, measured)}
+        _table(report, one, kind, measured, twin, slowed, drift)
+        data["runs"][one.name] = {
+            "kind": kind,
+            "measured": asdict(measured),
+            "twin": asdict(twin),
+            "twin_at_its_speed": asdict(slowed),
+            "drift": asdict(drift),
+            **verdicts,
+        }
+        drawn.append((f"{one.name} ({kind})", measured, twin))
+    report.figure("twin", _plot(drawn), "Measured (full) and twin (light)")
+    report.finish(data)
+    return data
+
+
+def _table(
+    report: Report,
+    run: RunDir,
+    kind: str,
+    measured: Figures,
+    twin: Figures,
+    slowed: Figures,
+    drift: Drift,
+) -> None:
+    config, verdict = run.config(), {True: "holds", False: "does not hold"}
+    at_speed = verdict[holds(slowed, measured)]
+    report.section(f"{run.name} ({kind})")
+    report.table(
+        f"{run.name}, {kind}: {verdict[holds(twin, measured)]}; at its speed: {at_speed}",
+        ["", "measured", "twin", "error", "at its speed", "error "],
+        [
+            [
+                _LABELS[name],
+                getattr(measured, name),
+                getattr(twin, name),
+                _percent(name, twin, measured),
+                getattr(slowed, name),
+                _percent(name, slowed, measured),
+            ]
+            for name in _LABELS
+        ],
+        f"η={config.flow.staleness}, n={config.rollout.leaves}, concurrency={config.rollout.concurrency}; "
+        f"{len(steps_of(run))} training steps, {_SEEDS} simulations. In this run the engine took "
+        f"{drift.engine:.2f} and the learner {drift.learner:.2f} times as long for the same work.",
+    )
+
+
+def _percent(name: str, predicted: Figures, measured: Figures) -> str:
+    off = error(name, predicted, measured)
+    if name == "staleness":
+        return f"{off:+.2f}"
+    return f"{off * 100:+.1f} {'points' if name in SHARES else '%'}"
+
+
+def _mean(results: Sequence[TwinResult]) -> TwinResult:
+    """Figures averaged over simulations; counts and digests are the first's."""
+    numbers: Mapping[str, Any] = {
+        name: float(np.mean([getattr(one, name) for one in results]))
+        for name in ("step_s", "trees_per_hour", "trained_per_s", "generated_per_s", "staleness_mean")
+    }
+    idle = {
+        actor: {
+            cause: float(np.mean([one.idle[actor].get(cause, 0.0) for one in results])) for cause in causes
+        }
+        for actor, causes in results[0].idle.items()
+    }
+    durations = {key: float(np.mean([one.tree_s[key] for one in results])) for key in results[0].tree_s}
+    return replace(results[0], **numbers, idle=idle, tree_s=durations)
+
+
+def _plot(drawn: Sequence[tuple[str, Figures, Figures]]) -> Figure:
+    names = [("step_s", "seconds per step"), *((name, _LABELS[name]) for name in SHARES)]
+    figure = Figure(figsize=(2.6 * len(names), 3.4), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(names)), names, strict=True):
+        places = np.arange(len(drawn))
+        axes.bar(places - 0.2, [getattr(m, name) for _, m, _ in drawn], 0.4, color="tab:blue")
+        axes.bar(places + 0.2, [getattr(t, name) for _, _, t in drawn], 0.4, color="lightblue")
+        axes.set_xticks(places, [title for title, *_ in drawn], rotation=30, ha="right", fontsize=8)
+        axes.set_title(label, fontsize=9)
+    return figure

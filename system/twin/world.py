@@ -1,0 +1,281 @@
+"""The digital twin: a whole run on the virtual clock.
+
+Real: rollouts with their schedules and branching policies, the training loop with admission, ledger and
+replay queue (``system.flow.loop``, the loop that drives the actors too).  Models: the engine, the tools, the
+agent, the learner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from system.bench.clock import run as run_virtually
+from system.config import Config
+from system.flow.ledger import Event, Ledger, Ticket
+from system.flow.loop import Closed, TrainingLoop, TreeLost
+from system.flow.replay import Entry, Taken
+from system.flow.waiting import WaitingQueue
+from system.rollout.branching import make_policy
+from system.rollout.context import RolloutContext, RolloutFailed
+from system.rollout.syntax import make_syntax
+from system.tools.service import ServiceLimits
+from system.tree.record import Tree
+from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
+from system.twin.engine import EngineModel, EngineModels, EngineSpeed
+from system.twin.events import TwinEvents, TwinResult
+from system.twin.speeds import LearnerSpeed
+from system.twin.tools import ToolModel, TwinTools
+from system.twin.trace import Trace
+
+
+@dataclass(frozen=True)
+class Models:
+    """What stands in for the parts that are not simulated by running them."""
+
+    engine: EngineSpeed
+    learner: LearnerSpeed
+    agent: Agent = field(default_factory=AgentModel)
+    tools: Mapping[str, ToolModel] = field(default_factory=lambda: {"search": ToolModel()})
+    publish_s: float = 0.0  # weights on their way, while engines generate
+    update_s: float = 0.0  # pause of every engine for the swap
+    request_s: float = 0.0  # a request's way to the engine and back, and the host's work on a segment
+    vocab: int = 151_936  # V: ln V is the unit of ΔH
+    mixed: bool = False  # a prefill is part of a decode step
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """``what`` fails at ``at_s`` and is back ``for_s`` later (virtual seconds).
+
+    ``engine`` and ``tool`` name one by ``which``; ``learner`` ends the session, which resumes from the last
+    checkpoint.
+    """
+
+    at_s: float
+    what: Literal["engine", "tool", "learner"]
+    which: int = 0
+    for_s: float = 30.0
+
+
+class Stuck(RuntimeError):
+    """No training step was finished for ``Twin.patience_s`` virtual seconds: somebody waits for ever."""
+
+
+class _LearnerDied(RuntimeError):
+    pass
+
+
+@dataclass
+class Twin:
+    """One run under ``config`` with ``models``, to be simulated once by :meth:`run`."""
+
+    config: Config
+    models: Models
+    steps: int  # training steps
+    failures: Sequence[Failure] = ()
+    trace: Trace | None = None
+    prompts: int = 4096
+    checkpoint_every: int = 0  # for resuming; 0: only the start
+    patience_s: float = 1e7  # virtual
+    books: TwinEvents = field(default_factory=TwinEvents)
+    events: list[Event] = field(default_factory=list)  # the ledger's log, over all sessions
+
+    def __post_init__(self) -> None:
+        config, models = self.config, self.models
+        self.agent = models.agent.afresh()
+        self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
+        known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
+        limits = ServiceLimits.from_config(config.tools)
+        together = replace(limits, concurrency=limits.concurrency * config.rollout.workers)
+        self.tools = TwinTools(known, together, config.run.seed, self.trace)
+        syntax = make_syntax("tags", self.tools.specs)
+        policy = make_policy(config.branching)
+        chunk = config.engine.chunk_tokens
+        self.engines = [
+            EngineModel(
+                f"engine-{number}",
+                models.engine,
+                self.agent,
+                first_tokens=-(-policy.window // chunk) * chunk,
+                max_running=config.engine.max_running,
+                stops=dict(enumerate(syntax.stops)),
+                request_s=models.request_s,
+                mixed=models.mixed,
+                trace=self.trace,
+            )
+            for number in range(config.engine.replicas)
+        ]
+        self.fleet = EngineModels(self.engines)
+        self.context = RolloutContext(
+            engine=self.fleet,
+            tools=self.tools,
+            syntax=syntax,
+            policy=policy,
+            reward=AnswerReward(),
+            tokenizer=TwinTokenizer(self.agent),
+            config=config.rollout,
+            vocab_size=models.vocab,
+            now=lambda: asyncio.get_running_loop().time(),
+        )
+        self.sessions = 0
+        self._checkpoint = 0
+        self._died: asyncio.Future[None] | None = None
+
+    async def run(self) -> TwinEvents:
+        """Simulate to the end, through every injected failure."""
+        pending = [asyncio.create_task(self._fail(one), name=f"{one}") for one in self.failures]
+        try:
+            while not await self._session():
+                pass
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        return self.books
+
+    async def _session(self) -> bool:
+        """From the last checkpoint to the end of the run (True) or to the learner's death."""
+        config, version = self.config, self._checkpoint
+        ledger = Ledger.replay(
+            self.prompt_ids, config.run.seed, self.events, version, config.flow.max_attempts
+        )
+        self.sessions += 1
+        self._died = asyncio.get_running_loop().create_future()
+        flow = config.flow
+        replay: _LocalReplay = _LocalReplay(
+            flow.batch_leaves // config.rollout.leaves, flow.window, flow.staleness + flow.window
+        )
+        self.loop = loop = TrainingLoop(
+            config, ledger, self, replay, self.books, version=version, clock=asyncio.get_running_loop().time
+        )
+        await replay.queue.fill(*loop.holdings())
+        for engine in self.engines:
+            if engine.alive:
+                await engine.update(version, 0.0)
+        died = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                admitting = tasks.create_task(loop.admit(tasks), name="admission")
+                try:
+                    while loop.version < self.steps:
+                        await self._step(loop)
+                        if self.checkpoint_every and loop.version % self.checkpoint_every == 0:
+                            self._checkpoint = loop.version
+                finally:
+                    loop.stop()
+                    loop.cancel_growing()
+                    admitting.cancel()
+        except* _LearnerDied:
+            died = True
+        self.logged()
+        return not died
+
+    async def _step(self, loop: TrainingLoop[int]) -> None:
+        patience = asyncio.timeout(self.patience_s)
+        try:
+            async with patience:
+                batch = await loop.next_batch()
+                assert batch is not None
+                await loop.train(batch)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            load = {engine.name: engine.load for engine in self.engines}
+            raise Stuck(
+                f"step {loop.version + 1}: {loop.admission.running} trees grow, {len(loop.closed)} closed, "
+                f"{self.tools.running} tools run, requests at the engines: {load}"
+            ) from None
+
+    # What the loop asks for (system.flow.loop.Parts)
+
+    async def grow(self, ticket: Ticket, seed: int) -> tuple[int, Tree]:
+        prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
+        try:
+            tree = await self.context.grow(prompt, ticket=ticket.number, seed=seed)
+        except RolloutFailed as failure:
+            raise TreeLost(failure.reason) from failure
+        finally:
+            tree_id = f"{prompt.id}:{ticket.number}"
+            self.fleet.forget(tree_id)
+            self.agent.forget(tree_id)
+        return ticket.number, tree
+
+    async def train(self, version: int, batch: Sequence[Closed[int]]) -> Mapping[str, float]:
+        tokens = sum(self.books.stats[id(one.tree)].unique for one in batch)
+        seconds = self.models.learner.train_s(tokens)
+        assert self._died is not None
+        done, _ = await asyncio.wait({self._died}, timeout=seconds)
+        if done:
+            raise _LearnerDied
+        return {"seconds": seconds, "unique_tokens": float(tokens)}
+
+    async def publish(self, version: int) -> None:
+        await asyncio.sleep(self.models.publish_s)
+        keep = self.config.engine.kv_after_update == "keep"
+        async with asyncio.TaskGroup() as tasks:
+            for engine in self.engines:
+                tasks.create_task(engine.update(version, self.models.update_s, keep))
+        for engine in self.engines:
+            engine.settle()
+            for cause, seconds in engine.idle_s.items():
+                self.books.idle_total(engine.name, cause, seconds)
+
+    def logged(self) -> None:
+        for event in self.loop.ledger.drain():
+            self.events.append(event)
+            if self.trace:
+                self.trace.note("ledger", *event.items())
+
+    # Failures
+
+    async def _fail(self, failure: Failure) -> None:
+        await asyncio.sleep(failure.at_s)
+        match failure.what:
+            case "learner":
+                if self._died is not None and not self._died.done():
+                    self._died.set_result(None)
+            case "tool":
+                self.tools.set_down(True)
+                await asyncio.sleep(failure.for_s)
+                self.tools.set_down(False)
+            case "engine":
+                engine = self.engines[failure.which % len(self.engines)]
+                if not engine.alive:
+                    return
+                engine.kill()
+                await asyncio.sleep(failure.for_s)
+                async with self.loop.weights:  # the fleet's watch sends it the current weights
+                    await asyncio.sleep(self.models.publish_s)
+                    engine.restart(self.loop.version)
+
+
+class _LocalReplay:
+    """The replay queue without an actor."""
+
+    def __init__(self, batch_trees: int, window: int, max_staleness: int) -> None:
+        self.queue: WaitingQueue[int] = WaitingQueue(batch_trees, window, max_staleness)
+
+    async def put(self, entry: Entry[int]) -> None:
+        await self.queue.put([entry], [])
+
+    async def skip(self, number: int) -> None:
+        await self.queue.put([], [number])
+
+    async def take(self, version: int, wait_s: float) -> Taken[int]:
+        return await self.queue.take(version, wait_s)
+
+
+def simulate(
+    config: Config, models: Models, *, steps: int, skip: int = 0, failures: Sequence[Failure] = ()
+) -> TwinResult:
+    """Simulate ``steps`` training steps and sum up all but the first ``skip``.
+
+    Deterministic in ``config.run.seed``.  Starts an event loop of its own.
+    """
+    trace = Trace()
+    twin = Twin(config, models, steps, failures=failures, trace=trace)
+    books = run_virtually(twin.run())
+    return TwinResult.of(books, twin.engines, skip, trace.events, trace.digest)

@@ -1,0 +1,157 @@
+"""What a checkpoint takes of the trees in flight, and what a resumed run makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors import in_flight as module
+from actors.in_flight import InFlightCheckpoint
+from actors.ray_support import ActorLost
+from system.config import Config
+from system.flow.ledger import Ledger, State
+from system.flow.loop import Closed, Start
+from system.flow.replay import Entry
+from system.rollout import in_flight
+from system.rollout.in_flight import SavedTree, SavedTrees
+from system.rollout.snapshot import fingerprint
+from system.tree.builder import TreeBuilder
+from system.tree.record import Kind, Origin, Outcome, Tree
+
+PROMPTS = [f"p{i}" for i in range(12)]
+
+
+class RunEvents:
+    """A recorder as far as it is asked."""
+
+    def __init__(self) -> None:
+        self.restored: Mapping[str, Any] = {}
+        self.dropped: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"step": 3}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.restored = state
+
+    def tree_dropped(self, reason: str, leaves: int) -> None:
+        self.dropped.append(reason)
+
+
+def worker(found: dict[int, bytes] | Exception) -> Any:
+    async def snapshots() -> dict[int, bytes]:
+        await asyncio.sleep(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return SimpleNamespace(snapshots=SimpleNamespace(remote=snapshots))
+
+
+def tree(prompt_id: str) -> Tree:
+    growth = TreeBuilder(prompt_id, "t", [1, 2], 1)
+    node = growth.node(0, Kind.MODEL)
+    growth.extend(node, [3, 4], [-1.0, -2.0], None, 3)
+    growth.leaf(node, Outcome.STOPPED, Origin.ROOT)
+    return growth.close(1.0)
+
+
+def checkpoint_of(
+    ledger: Ledger, *workers: Any, config: Config | None = None
+) -> tuple[InFlightCheckpoint, Any, RunEvents]:
+    loop: Any = SimpleNamespace(born={}, closed={}, starts={})
+    books: Any = RunEvents()
+    return InFlightCheckpoint(config or Config(), ledger, loop, workers, books), loop, books
+
+
+async def test_every_tree_in_flight_is_collected_once() -> None:
+    ledger = Ledger(PROMPTS, 0)
+    tickets = [ledger.next() for _ in range(5)]
+    one, loop, _ = checkpoint_of(ledger, worker({0: b"zero", 2: b"two"}), worker({3: b"three"}))
+    loop.born = {0: 1, 2: 2, 3: 3}
+    for number in (1, 2, 4):  # 2 was frozen and has closed since; 4 arrives only now
+        ledger.queue(number) if number != 4 else None
+        loop.closed[number] = Closed(Entry(number, 2, None), tree(tickets[number].prompt_id))
+    asyncio.get_running_loop().call_later(0.05, ledger.queue, 4)
+    found = await one.collect()
+    state = {k.prompt_id: k for k in found.trees}
+    assert len(found.trees) == 5
+    assert state.keys() == {ticket.prompt_id for ticket in tickets}
+    assert [state[tickets[i].prompt_id].closed for i in range(5)] == [False, True, True, False, True]
+    assert state[tickets[3].prompt_id] == SavedTree(0, tickets[3].prompt_id, 3, b"three")
+    assert found.books == {"step": 3}
+
+
+async def test_a_lost_worker_costs_its_own_trees_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SETTLE_S", 0.05)
+    ledger = Ledger(PROMPTS, 0)
+    tickets = [ledger.next() for _ in range(2)]
+    one, loop, _ = checkpoint_of(ledger, worker(ActorLost("gone")), worker({1: b"one"}))
+    loop.born = {0: 0, 1: 0}
+    assert [k.prompt_id for k in (await one.collect()).trees] == [tickets[1].prompt_id]
+    broken, _, _ = checkpoint_of(ledger, worker(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        await broken.collect()
+
+
+async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) -> None:
+    """Each prompt is issued again once; what was kept of it is handed out then, and kept until then."""
+    before = Ledger(PROMPTS, 0)
+    tickets = [before.next() for _ in range(4)]
+    before.queue(1)
+    before.abandon(3, "given up after the checkpoint")
+    ledger = Ledger.replay(PROMPTS, 0, before.drain(), 0)
+    path = tmp_path / "v000003.trees"
+    born = {0: 2, 1: 1, 3: 3}
+    trees = tuple(
+        SavedTree(0, tickets[i].prompt_id, born[i], tree(tickets[i].prompt_id) if i == 1 else b"x")
+        for i in (0, 1, 3)
+    )
+    in_flight.write(path, SavedTrees(fingerprint(Config()), {"step": 3}, trees))
+    one, loop, books = checkpoint_of(ledger)
+    assert one.restore(path, {"step": 2}) == "1 trees go on growing, 1 wait to be trained on"
+    assert books.restored == {"step": 3}
+    assert books.dropped == ["kept, but its prompt is not pending"]
+    assert loop.starts == {
+        (0, tickets[0].prompt_id): Start(2, False),
+        (0, tickets[1].prompt_id): Start(1, True),
+    }
+    again = ledger.next()
+    assert again.prompt_id == tickets[0].prompt_id
+    taken = one.take(again.epoch, again.prompt_id)
+    assert taken is not None
+    assert taken.tree == b"x"
+    assert one.take(again.epoch, again.prompt_id) is None
+    # A checkpoint that comes before the second one's turn must not lose it.
+    still = await one.collect()
+    assert [(k.prompt_id, k.closed) for k in still.trees] == [(tickets[1].prompt_id, True)]
+    assert ledger.state(0, tickets[1].prompt_id) == State.PENDING
+
+
+def test_other_settings_drop_everything_with_a_reason(tmp_path: Path) -> None:
+    config = Config()
+    config.rollout.leaves, config.branching.alpha = 16, 0.1
+    path = tmp_path / "v.trees"
+    in_flight.write(
+        path,
+        SavedTrees(fingerprint(Config()), {"step": 3}, tuple(SavedTree(0, p, 0, b"") for p in PROMPTS[:2])),
+    )
+    one, loop, books = checkpoint_of(Ledger(PROMPTS, 0), config=config)
+    assert one.restore(path, {}) == "the trees in flight are grown anew: rollout, branching changed"
+    assert books.dropped == ["kept under other settings"] * 2
+    assert loop.starts == {}
+
+
+def test_without_a_usable_file_the_checkpoints_own_books_count(tmp_path: Path) -> None:
+    one, _, books = checkpoint_of(Ledger(PROMPTS, 0))
+    assert "no trees" in one.restore(tmp_path / "none.trees", {"step": 2})
+    assert books.restored == {"step": 2}
+    (tmp_path / "bad.trees").write_bytes(np.zeros(100, np.uint8).tobytes())
+    assert "grown anew" in one.restore(tmp_path / "bad.trees", {"step": 1})
+    assert books.restored == {"step": 1}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from tree_strategies import Naive, growths
+
+from system.tree.builder import TreeBuilder
+from system.tree.record import Kind, Origin, Outcome, ToolCall, TreeError
+
+
+@given(growths())
+def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> None:
+    growth, naive = case
+    tree = growth.close(now=7.0)
+    order = naive.preorder()
+    index = {handle: k for k, handle in enumerate(order)}
+    nodes = [naive.nodes[h] for h in order]
+
+    assert tree.tokens.tolist() == [t for n in nodes for t in n.tokens]
+    np.testing.assert_array_equal(tree.logprob, np.float32([x for n in nodes for x in n.logprob]))
+    np.testing.assert_array_equal(tree.entropy, np.float32([x for n in nodes for x in n.entropy]))
+    assert tree.version.tolist() == [x for n in nodes for x in n.version]
+    assert tree.kind.tolist() == [n.kind for n in nodes]
+    assert (tree.end - tree.start).tolist() == [len(n.tokens) for n in nodes]
+    parents = [-1 if n.parent < 0 else index[naive.nearest(n.parent)] for n in nodes]
+    assert tree.parent.tolist() == parents
+
+    assert tree.leaf.tolist() == [index[naive.nearest(node)] for node, *_ in naive.leaves]
+    assert tree.outcome.tolist() == [outcome for _, outcome, _, _ in naive.leaves]
+    assert tree.origin.tolist() == [origin for _, _, origin, _ in naive.leaves]
+    np.testing.assert_array_equal(tree.reward, np.float32([reward for *_, reward in naive.leaves]))
+    for number, (node, *_) in enumerate(naive.leaves):
+        path = np.concatenate([tree.tokens[tree.start[v] : tree.end[v]] for v in tree.path(number)])
+        assert path.tolist() == naive.path_tokens(node)
+
+    tools = [h for h, n in enumerate(naive.nodes) if n.kind == Kind.TOOL]
+    assert [c.node for c in tree.calls] == [index[naive.nearest(h)] for h in tools]
+    assert [f.node for f in tree.forks] == [index[naive.nearest(h)] for h in tools]
+    assert (tree.budget, tree.started_s, tree.closed_s) == (8, 1.0, 7.0)
+
+
+def test_a_fork_shares_the_prefix_and_a_straight_branch_copies_nothing() -> None:
+    growth = TreeBuilder("p", "t", list(range(1000)), budget=2)
+    thought = growth.node(growth.prompt, Kind.MODEL)
+    growth.extend(thought, [1, 2], logprob=-0.5, version=3)
+    result = growth.node(thought, Kind.TOOL)
+    growth.extend(result, [3])
+    parent = growth.node(result, Kind.MODEL)
+    growth.extend(parent, [4], logprob=-0.1, version=3)
+    child = growth.node(result, Kind.MODEL)
+    growth.extend(child, [5], logprob=-0.1, version=4)
+    assert np.shares_memory(growth.path_tokens(parent), growth.path_tokens(thought))
+    assert not np.shares_memory(growth.path_tokens(child), growth.path_tokens(parent))
+    assert growth.path_tokens(child).tolist() == [*range(1000), 1, 2, 3, 5]
+    assert growth.depth(child) == 1004
+    assert growth.n_tokens(child) == 1
+    with pytest.raises(ValueError, match="read-only"):
+        growth.path_tokens(child)[0] = 9
+
+
+def test_a_long_branch_appends_in_amortised_constant_time() -> None:
+    growth = TreeBuilder("p", "t", [0], budget=1)
+    node = growth.node(growth.prompt, Kind.MODEL)
+    buffers = set()
+    for _ in range(10_000):
+        growth.extend(node, [1], -0.1, 0.2, 0)
+        buffers.add(growth.path_tokens(node).__array_interface__["data"][0])
+    assert growth.path_tokens(node).size == 10_001
+    assert len(buffers) < 12  # one per doubling, not one per append
+
+
+def test_a_scalar_version_stands_for_the_chunk_and_chunks_are_copied() -> None:
+    growth = TreeBuilder("p", "t", [0], budget=1)
+    node = growth.node(growth.prompt, Kind.MODEL)
+    chunk, logprob = np.array([1, 2], np.int32), np.array([-1, -2], np.float32)
+    growth.extend(node, chunk, logprob, None, 5)
+    chunk[:] = 9
+    logprob[:] = 9
+    growth.leaf(node, Outcome.STOPPED, Origin.ROOT)
+    tree = growth.close(0.0)
+    assert tree.tokens.tolist() == [0, 1, 2]
+    assert tree.logprob.tolist() == [0, -1, -2]
+    assert tree.version.tolist() == [-1, 5, 5]
+    assert np.isnan(tree.entropy).all()
+
+
+def _growth() -> tuple[TreeBuilder, int]:
+    growth = TreeBuilder("p", "t", [0], budget=1)
+    node = growth.node(growth.prompt, Kind.MODEL)
+    growth.extend(node, [1], -0.1, None, 0)
+    return growth, node
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda g, n: (g.node(n, Kind.TOOL), g.extend(n, [2], -0.1, None, 0)), "has children"),
+        (
+            lambda g, n: (g.leaf(n, Outcome.STOPPED, Origin.ROOT), g.extend(n, [2], -0.1, None, 0)),
+            "has a leaf",
+        ),
+        (lambda g, n: g.extend(n, [2]), "need their log-prob"),
+        (lambda g, n: g.extend(g.node(n, Kind.TOOL), [2], -0.1), "were not sampled"),
+        (lambda g, n: g.extend(g.prompt, [2]), "has children"),
+        (lambda g, n: g.extend(n, [2, 3], [-0.1], None, 0), "logprob has shape"),
+        (lambda g, n: g.extend(n, [[2, 3]], -0.1, None, 0), "vector of token ids"),
+        (lambda g, n: g.node(7, Kind.MODEL), "no node 7"),
+        (lambda g, n: g.node(n, Kind.PROMPT), "one PROMPT"),
+        (lambda g, n: g.call(ToolCall(9, "search", {}, "ok", 0.0)), "no node 9"),
+        (lambda g, n: g.score(g.leaf(n, Outcome.STOPPED, Origin.ROOT), float("nan"), False), "finite"),
+        (lambda g, n: g.close(0.0), "no leaf says why"),
+    ],
+)
+def test_misuse_is_named(use, message: str) -> None:
+    growth, node = _growth()
+    with pytest.raises(TreeError, match=message):
+        use(growth, node)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(TreeError, match="no tokens"):
+        TreeBuilder("p", "t", [], budget=1)
