@@ -34,7 +34,7 @@ from system.observe.rundir import RunDir
 from system.rollout import in_flight
 from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
 
