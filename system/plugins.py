@@ -171,7 +171,7 @@ POLICIES = Registry(
     {
         "arpo": "system.rollout.branching:Arpo",
         "arpo-paper": "system.rollout.branching:ArpoPaper",
-        "arpo-release": "system.rollout.branching:ArpoRelease",
+        "arpo-release": "system.rollout.branching:arpo_release",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },

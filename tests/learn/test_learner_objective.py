@@ -11,7 +11,16 @@ import torch
 from learner_ranks import Place, Ranks
 
 from system.config import LearnConfig, PartConfig
-from system.learn.objective import LossTokens, Statistics, clipped_surrogate, k3, make_objective, row_loss
+from system.learn.objective import (
+    LossTokens,
+    Ppo,
+    Statistics,
+    clipped_surrogate,
+    inert_clip,
+    k3,
+    make_objective,
+    row_loss,
+)
 
 
 def tokens(n: int = 64, **changes: Any) -> LossTokens:
@@ -91,6 +100,26 @@ def test_regularisers_enter_the_loss_with_their_coefficients() -> None:
     kl = (t.mult * k3(torch.full((64,), -2.0) - t.logprob)).sum()
     torch.testing.assert_close(loss, plain + 0.3 * kl - 0.1 * (t.mult * t.entropy).sum())
     torch.testing.assert_close(stats.sums["reference_kl"], kl.detach())
+
+
+def test_a_clip_without_effect_is_told() -> None:
+    """π_θ/π_prox is 1 in the only update of a batch."""
+    learn = LearnConfig(objective=PartConfig("decoupled"))
+    assert "clip_low" in (inert_clip(make_objective(learn), updates=1) or "")
+    assert inert_clip(make_objective(learn), updates=2) is None
+    assert inert_clip(make_objective(LearnConfig(objective=PartConfig("ppo"))), updates=1) is None
+    far = tokens(behaviour=torch.full((64,), -6.0))  # a ratio of about 55 to the policy that sampled
+    _, stats = loss_of("decoupled", far, learn)
+    assert float(stats.sums["clip_high"]) == float(stats.sums["clip_low"]) == 0
+    _, stats = loss_of("ppo", far, learn)
+    assert float(stats.sums["clip_high"]) > 0
+
+
+def test_options_of_an_objective_go_before_the_settings_of_learn() -> None:
+    learn = LearnConfig(clip_high=0.2, objective=PartConfig("ppo", {"clip_high": 0.4}))
+    objective = make_objective(learn)
+    assert isinstance(objective, Ppo)
+    assert (objective.clip_low, objective.clip_high) == (0.2, 0.4)
 
 
 def test_k3_estimates_the_kl_divergence() -> None:
