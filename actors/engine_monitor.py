@@ -1,4 +1,4 @@
-"""The engines as the conductor sees them: do they hold the current weights, and what do they wait for?"""
+"""The engines as the driver sees them: do they hold the current weights, and what do they wait for?"""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ LOOK_S = 1.0  # between looks at the engines
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle seconds by cause
 
 
+class Weights(Protocol):
+    """The weights that engines should hold (:class:`system.flow.loop.TrainingLoop` knows)."""
+
+    version: int
+    weights: asyncio.Lock  # held while they change or move
+
+
 class Publisher(Protocol):
-    """Who has the weights."""
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def weights(self) -> asyncio.Lock:
-        """Held while the weights change or move."""
-        ...
+    """Who sends them."""
 
     async def push(self, version: int, urls: Sequence[str]) -> dict[str, str]:
         """Send the learner's weights to ``urls``; returns those that did not take them, and why."""
@@ -36,16 +35,21 @@ class Publisher(Protocol):
 
 
 class EngineMonitor:
-    """Keeps engines at the publisher's version; a restarted one stands paused until it has its weights.
+    """Keeps engines at the version of ``current``; a restarted one stands paused until it has its weights.
 
     ``urls`` may lose members while the run goes on: engines whose node is gone.
     """
 
     def __init__(
-        self, urls: Sequence[str], publisher: Publisher, recorder: Recorder, start_deadline_s: float
+        self,
+        urls: Sequence[str],
+        current: Weights,
+        publisher: Publisher,
+        recorder: Recorder,
+        start_deadline_s: float,
     ) -> None:
         """``start_deadline_s``: for a restarted engine to answer."""
-        self.urls, self._publisher, self._recorder = urls, publisher, recorder
+        self.urls, self._weights, self._publisher, self._recorder = urls, current, publisher, recorder
         self._deadline_s = start_deadline_s + PUSH_DEADLINE_S
 
     async def watch(self) -> None:
@@ -87,10 +91,10 @@ class EngineMonitor:
                     )
             if self._current(info):
                 return True
-            async with self._publisher.weights:
+            async with self._weights.weights:
                 (info,) = await client.infos()
                 if not self._current(info):  # no training step was just pushing them
-                    if await self._publisher.push(self._publisher.version, client.urls):
+                    if await self._publisher.push(self._weights.version, client.urls):
                         return False
                     await client.resume()
         except EngineError:  # it is being restarted
@@ -104,7 +108,7 @@ class EngineMonitor:
         )
 
     def _current(self, info: EngineInfo) -> bool:
-        return info.weight_version == self._publisher.version and not info.paused
+        return info.weight_version == self._weights.version and not info.paused
 
 
 async def _client(stack: AsyncExitStack, url: str) -> EngineClient:

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from actors.ray_support import ActorLost, answer, returned
+from actors.inputs import check_engine, corpus_file
+from actors.placement import Placement
+from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.observe.eval import EvalResult
 from system.rollout.context import RolloutFailed
-from system.tasks.base import Prompt
+from system.tasks.base import Prompt, Task
+from system.tasks.registry import make_task
 from system.tree.record import Tree
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
 
 
-async def evaluate(
+def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
+    """Greedy answers of the model in ``model_dir`` to the held-out questions."""
+    check_engine(config)
+    task = make_task(config)
+    with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
+        return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))
+
+
+async def _evaluate(
+    config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
+) -> dict[str, Any]:
+    places = await Placement.claim(config, joined=joined)
+    pool = await RolloutPool.start(
+        config, str(model_dir), corpus_file(config, task, scratch), places, scratch
+    )
+    try:
+        questions = task.eval()[: config.eval.questions]
+        return (await answer_questions(config, pool, questions, lambda: None)).to_dict()
+    finally:
+        await pool.close()
+
+
+async def answer_questions(
     config: Config, pool: RolloutPool, questions: Sequence[Prompt], answered: Callable[[], None]
 ) -> EvalResult:
     """One branch per question with the engines' current weights, at ``eval.temperature``.
