@@ -30,7 +30,8 @@ from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
 from system.rollout import in_flight
-from system.tasks.base import Prompt, Task
+from system.tasks.base import Task
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges
@@ -107,6 +108,8 @@ class Conductor:
         The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.
         """
         self.progress.phase(TRAINING)
+        await self._monitor.ready()
+        self.recorder.training_began()
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(self.loop.admit(tasks), name="admission"),
@@ -233,7 +236,7 @@ class Conductor:
             if isinstance(totals, BaseException):
                 raise totals
             for name, total in totals.items():
-                self.recorder.engine_total(worker, name, total)
+                self.recorder.running_total(worker, name, total)
 
 
 def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from system.config import Config, ConfigError
 from system.engine.sglang.command import SglangMissing, interpreter
+from system.models.shape import ModelShape, UnsupportedModel
 from system.observe.rundir import RunDir
-from system.shape import ModelShape, UnsupportedModel
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.tree.record import Tree

@@ -22,7 +22,7 @@ from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 
 
 class Publisher:

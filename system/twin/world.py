@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from system.bench.clock import run as run_virtually
 from system.config import Config
 from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import TrainingLoop, TreeLost
@@ -24,7 +23,8 @@ from system.tools.service import ServiceLimits
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
-from system.twin.engine import EngineModel, EngineModels, EngineSpeed
+from system.twin.clock import run as run_virtually
+from system.twin.engine_model import EngineModel, EngineModels, EngineSpeed
 from system.twin.events import TwinEvents, TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools
@@ -197,13 +197,13 @@ class Twin:
         return TreeInFlight(ticket, tree, TreeStats.of(tree))
 
     async def train(self, version: int, trees: Sequence[TreeInFlight[Tree]]) -> Mapping[str, float]:
-        self.books.batch([tree.reference for tree in trees])
         tokens = sum(tree.stats.unique for tree in trees)
         seconds = self.models.learner.train_s(tokens)
         assert self._died is not None
         done, _ = await asyncio.wait({self._died}, timeout=seconds)
         if done:
             raise _LearnerDied
+        self.books.batch([tree.reference for tree in trees])
         return {"seconds": seconds, "unique_tokens": float(tokens)}
 
     async def publish(self, version: int) -> None:

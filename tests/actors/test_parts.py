@@ -110,7 +110,8 @@ async def test_a_kept_tree_goes_on_or_is_there_already(tmp_path: Path, notes: li
 
 
 @pytest.mark.parametrize(
-    ("failure", "reason"), [(RolloutFailed("p", "deadline", "slow"), "deadline"), (SnapshotError("torn"), "snapshot")]
+    ("failure", "reason"),
+    [(RolloutFailed("p", "deadline", "slow"), "deadline"), (SnapshotError("torn"), "snapshot")],
 )
 async def test_what_fails_has_a_word(
     tmp_path: Path, notes: list[str], failure: Exception, reason: str
