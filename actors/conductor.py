@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.engine_monitor import EngineMonitor
+from actors.engine_monitor import EngineMonitor, Publisher
 from actors.evaluate import answer_questions
 from actors.in_flight import InFlightCheckpoint
-from actors.parts import ActorParts, Publisher
+from actors.parts import ActorParts
 from actors.ray_support import ActorLost, answer
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
@@ -57,7 +57,7 @@ class Conductor:
         self.config, self.actors, self.recorder, self.run_dir = config, actors, recorder, run_dir
         self.questions, self.progress = questions, progress
         self._log = JsonlWriter(run_dir.ledger_path)
-        self._publisher = Publisher(actors, recorder)
+        self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)
         self._parts = ActorParts(
             config, actors, prompts, self._in_flight, self._publisher, ledger, self._log, progress

@@ -8,7 +8,7 @@ import asyncio
 import importlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +22,12 @@ from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
 from system.engine.weights.base import PushFailed, PushReport, Transport
+from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
 from system.tree.record import Tree
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
 FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
-
-
-class TreesLost(RuntimeError):
-    """Trees of a batch are gone from the object store."""
-
-    def __init__(self, reasons: Mapping[int, str]) -> None:
-        """``reasons`` by index in the batch."""
-        super().__init__(f"trees lost before training: {'; '.join(reasons.values())}")
-        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,35 +8,20 @@ from typing import Any
 
 import ray
 
-from actors import learner
+from actors.engine_monitor import Publisher
 from actors.evaluate import CLOSE_MARGIN_S
 from actors.in_flight import InFlightCheckpoint
 from actors.ray_support import ActorLost, answer, returned
 from actors.rollout_pool import RunActors
 from system.config import Config
 from system.flow.ledger import Ledger, Ticket
-from system.flow.loop import TreeLost, TreesLost
+from system.flow.loop import TreeLost
 from system.flow.replay import TreeInFlight
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
-from system.observe.recorder import Recorder
 from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
 from system.tree.prompt import Prompt
-
-
-class Publisher:
-    """Sends the learner's weights to the engines."""
-
-    def __init__(self, actors: RunActors, recorder: Recorder) -> None:
-        self._actors, self._recorder = actors, recorder
-
-    async def push(self, version: int, urls: Sequence[str] = ()) -> dict[str, str]:
-        """To the engines at ``urls``, to all without; returns those that did not take them, and why."""
-        published = await self._actors.learner.publish(urls or self._actors.pool.engines, version)
-        report = published.report
-        self._recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
-        return published.failures
 
 
 class ActorParts:
@@ -91,11 +76,7 @@ class ActorParts:
             raise
 
     async def train(self, version: int, trees: Sequence[TreeInFlight[Any]]) -> Mapping[str, float]:
-        try:
-            return await self._actors.learner.train(version, trees)
-        except learner.TreesLost as lost:
-            self._progress.note(str(lost))
-            raise TreesLost(lost.reasons) from lost
+        return await self._actors.learner.train(version, trees)
 
     async def publish(self, version: int) -> None:
         """An engine that does not take the weights gets them from the engine monitor."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -36,10 +36,10 @@ class TreeLost(RuntimeError):
 class TreesLost(RuntimeError):
     """Closed trees can no longer be had: they were in the memory of a machine that is gone."""
 
-    def __init__(self, indices: Iterable[int]) -> None:
-        """``indices``: into the batch."""
-        super().__init__()
-        self.indices = frozenset(indices)
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        """``reasons`` by index in the batch."""
+        super().__init__(f"trees lost before training: {'; '.join(reasons.values())}")
+        self.reasons = dict(reasons)
 
 
 class Parts(Protocol[Reference]):
@@ -186,8 +186,8 @@ class TrainingLoop(Generic[Reference]):
             try:
                 await self._train(batch)
             except TreesLost as lost:
-                self.replay.put_back(tree for i, tree in enumerate(batch) if i not in lost.indices)
-                self._drop([batch[i] for i in sorted(lost.indices)], "lost after its close")
+                self.replay.put_back(tree for i, tree in enumerate(batch) if i not in lost.reasons)
+                self._drop([batch[i] for i in sorted(lost.reasons)], "lost after its close")
             else:
                 return batch
         return None

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors import learner
+from actors.engine_monitor import Publisher
 from actors.in_flight import KeptTree
-from actors.parts import ActorParts, Publisher
+from actors.learner import Published
+from actors.parts import ActorParts
 from system.config import Config
 from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import TreeLost, TreesLost
@@ -60,11 +61,11 @@ class Kept:
 
 class Learner:
     async def train(self, version: int, trees: Any) -> dict[str, float]:
-        raise learner.TreesLost({1: "its node died"})
+        raise TreesLost({1: "its node died"})
 
-    async def publish(self, urls: Any, version: int) -> learner.Published:
+    async def publish(self, urls: Any, version: int) -> Published:
         report: Any = SimpleNamespace(stage_s=1.0, pause_s={}, bytes=7)
-        return learner.Published({urls[0]: "it is starting"}, report)
+        return Published({urls[0]: "it is starting"}, report)
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def parts(tmp_path: Path, notes: list[str], worker: Worker, kept: KeptTree | Non
     recorder = SimpleNamespace(weights_pushed=lambda *_: None)
     actors: Any = SimpleNamespace(pool=pool, learner=Learner())
     prompt: Any = "the prompt"
-    publisher = Publisher(actors, recorder)  # type: ignore[arg-type]
+    publisher = Publisher(actors.learner, pool.engines, recorder)  # type: ignore[arg-type]
     log = JsonlWriter(tmp_path / "ledger.jsonl")
     progress, trees = SimpleNamespace(note=notes.append), Kept(kept)
     ledger = Ledger(["p"], 0)
@@ -126,8 +127,8 @@ async def test_trees_that_no_rank_can_fetch_are_named(tmp_path: Path, notes: lis
     trees = [TreeInFlight(TICKET, "gone", STATS) for _ in range(2)]
     with pytest.raises(TreesLost) as lost:
         await one.train(5, trees)
-    assert lost.value.indices == {1}
+    assert lost.value.reasons.keys() == {1}
     await one.publish(6)
-    assert notes == ["trees lost before training: its node died", "weights 6 not taken yet: it is starting"]
+    assert notes == ["weights 6 not taken yet: it is starting"]
     one.logged()
     assert [event["event"] for event in read_jsonl(tmp_path / "ledger.jsonl")] == ["open"]

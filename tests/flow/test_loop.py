@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from flow_trees import stats
 
-from system.bench.clock import run
 from system.config import Config, ConfigError, load
 from system.flow.ledger import Ledger, State, Ticket
 from system.flow.loop import TrainingLoop, TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
 from system.tree.stats import TreeStats
+from system.twin.clock import run
 
 
 class Opaque:
@@ -59,7 +59,7 @@ class World:
 
     async def train(self, version: int, trees: Sequence[TreeInFlight[Opaque]]) -> Mapping[str, float]:
         numbers = [tree.ticket.number for tree in trees]
-        if lost := [index for index, number in enumerate(numbers) if number in self.gone]:
+        if lost := {index: "gone" for index, number in enumerate(numbers) if number in self.gone}:
             raise TreesLost(lost)
         await asyncio.sleep(self.train_s)
         self.batches.append(numbers)
