@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,6 @@ from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
 from system.rollout import in_flight
 from system.tasks.base import Task
-from system.tree.prompt import Prompt
 from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges
@@ -40,22 +39,25 @@ CHECKPOINT = re.compile(r"v\d{6}")
 
 
 class Conductor:
-    """Runs training from ``version`` (0, or a checkpoint's) to ``config.run.steps``."""
+    """Runs training to ``config.run.steps``: a new run, or one that goes on from its newest checkpoint."""
 
     def __init__(
         self,
         config: Config,
         actors: RunActors,
-        prompts: Mapping[str, Prompt],
-        questions: Sequence[Prompt],
-        ledger: Ledger,
-        recorder: Recorder,
+        task: Task,
         run_dir: RunDir,
+        recorder: Recorder,
         progress: Progress,
-        version: int = 0,
     ) -> None:
-        self.config, self.actors, self.recorder, self.run_dir = config, actors, recorder, run_dir
-        self.questions, self.progress = questions, progress
+        self.config, self.actors, self.recorder = config, actors, recorder
+        self.run_dir, self.progress, self.questions = run_dir, progress, task.eval()
+        prompts = {prompt.id: prompt for prompt in task.train()}
+        saved = checkpoints(run_dir)
+        version = int(saved[-1].name[1:]) if saved else 0
+        ledger = Ledger.replay(
+            list(prompts), config.run.seed, read_jsonl(run_dir.ledger_path), version, config.flow.max_attempts
+        )
         self._log = JsonlWriter(run_dir.ledger_path)
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)
@@ -66,27 +68,6 @@ class Conductor:
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
         self._trees = TreeSample(run_dir.trees, config.observe.trees)
-
-    @classmethod
-    def of_run(
-        cls,
-        config: Config,
-        actors: RunActors,
-        task: Task,
-        run_dir: RunDir,
-        recorder: Recorder,
-        progress: Progress,
-    ) -> Conductor:
-        """Of a new run, or of one that goes on from its newest checkpoint."""
-        prompts = {prompt.id: prompt for prompt in task.train()}
-        ids, seed, attempts = list(prompts), config.run.seed, config.flow.max_attempts
-        saved = checkpoints(run_dir)
-        version = int(saved[-1].name[1:]) if saved else 0
-        if run_dir.ledger_path.exists():
-            ledger = Ledger.replay(ids, seed, read_jsonl(run_dir.ledger_path), version, attempts)
-        else:
-            ledger = Ledger(ids, seed, attempts)
-        return cls(config, actors, prompts, task.eval(), ledger, recorder, run_dir, progress, version)
 
     @property
     def version(self) -> int:

@@ -18,7 +18,7 @@ from system.rollout.context import RolloutFailed
 from system.tasks.base import Task
 from system.tasks.registry import make_task
 from system.tree.prompt import Prompt
-from system.tree.record import Tree
+from system.tree.stats import TreeStats
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
@@ -56,12 +56,12 @@ async def answer_questions(
     limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
     deadline = config.rollout.tree_deadline_s + CLOSE_MARGIN_S
 
-    async def ask(number: int, question: Prompt) -> Tree:
+    async def ask(number: int, question: Prompt) -> TreeStats:
         for attempt in range(1, ATTEMPTS + 1):
             worker = pool.workers[(number + attempt) % len(pool.workers)]
             async with limit:
                 try:
-                    tree = await answer(
+                    stats = await answer(
                         worker.answer.remote(question, number, config.eval.temperature),
                         deadline,
                         f"rollout worker answering {question.id}",
@@ -73,7 +73,7 @@ async def answer_questions(
                         await returned(worker, "rollout worker", lambda it=worker: it not in pool.workers)
                 else:
                     answered()
-                    return tree
+                    return stats
         raise AssertionError("unreachable")
 
     async with asyncio.TaskGroup() as tasks:

@@ -69,6 +69,6 @@ class RolloutWorker:
             await asyncio.sleep(0)  # between two trees, the others go on
         return found
 
-    async def answer(self, prompt: Prompt, seed: int, temperature: float) -> Tree:
+    async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks."""
-        return await self._context.grow(prompt, seed=seed, greedy=True, temperature=temperature)
+        return TreeStats.of(await self._context.grow(prompt, seed=seed, greedy=True, temperature=temperature))

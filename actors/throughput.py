@@ -159,7 +159,7 @@ async def _set_up(config: Config, task: Task, joined: bool) -> Stage:
     places = await Placement.claim(config, joined=joined)
     actors = await RunActors.start(config, task, model, places, run_dir)
     recorder = Recorder(run_dir, config, [])
-    conductor = Conductor.of_run(config, actors, task, run_dir, recorder, _progress(config, recorder))
+    conductor = Conductor(config, actors, task, run_dir, recorder, _progress(config, recorder))
     await conductor.warm_start(demonstrations(config, task, model))
     return Stage(task, model, actors, config)
 
@@ -178,7 +178,7 @@ async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
     )
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
     actors = RunActors(own, stage.actors.learner)
-    conductor = Conductor.of_run(config, actors, stage.task, run_dir, recorder, _progress(config, recorder))
+    conductor = Conductor(config, actors, stage.task, run_dir, recorder, _progress(config, recorder))
     engine = stage.engine
     try:
         await conductor.bring_up()

@@ -82,7 +82,7 @@ async def _train(
     model = start_weights(config, run_dir)
     actors = await RunActors.start(config, task, model, places, run_dir)
     try:
-        conductor = Conductor.of_run(config, actors, task, run_dir, recorder, progress)
+        conductor = Conductor(config, actors, task, run_dir, recorder, progress)
         places.spare = conductor.spare
         with stops_on_signals(conductor):
             if saved := checkpoints(run_dir):
