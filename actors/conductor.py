@@ -34,7 +34,7 @@ from system.observe.rundir import RunDir
 from system.rollout import in_flight
 from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.tree.store import TreeWriter
@@ -99,6 +99,8 @@ class Conductor:
         for warning in self.actors.learner.warnings:
             self.progress.note(warning)
         self.progress.phase(TRAINING)
+        await self.monitor.ready()
+        self.recorder.training_began()
         await self.replay.fill()
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -296,7 +298,7 @@ class Conductor:
             if isinstance(totals, BaseException):
                 raise totals
             for name, total in totals.items():
-                self.recorder.engine_total(worker, name, total)
+                self.recorder.running_total(worker, name, total)
 
 
 def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:

@@ -43,6 +43,7 @@ from system.learn.rows import (
     score_row,
 )
 from system.learn.weights import Export, HuggingFaceFiles
+from system.models.files import DTYPES
 from system.tree.pack import pack
 from system.tree.packed import PackedBatch
 from system.tree.plan import Part
@@ -51,8 +52,6 @@ from system.tree.record import Tree
 log = logging.getLogger(__name__)
 
 _CREDIT = "credit"  # the credit's state among what a checkpoint keeps besides tensors
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
