@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
-from actors.launch import demonstrations, make_conductor, ray_session, start_crew, start_weights
+from actors.conductor import Conductor
+from actors.inputs import demonstrations, start_weights
 from actors.placement import Placement
-from actors.rollout_pool import RolloutPool, RunActors, check_tools, replay_queue, rollout_worker
+from actors.ray_support import ray_session
+from actors.rollout_pool import RolloutPool, RunActors, check_tools, rollout_worker
 from system.bench.latency import ToolLatency
 from system.bench.slow_search import slowed
 from system.config import Config, load
@@ -156,9 +157,9 @@ async def _set_up(config: Config, task: Task, joined: bool) -> Stage:
     run_dir = RunDir.create(config, "warm-start")
     model = start_weights(config, run_dir)
     places = await Placement.claim(config, joined=joined)
-    actors = await start_crew(config, task, model, None, places, run_dir)
+    actors = await RunActors.start(config, task, model, places, run_dir)
     recorder = Recorder(run_dir, config, [])
-    conductor = make_conductor(config, actors, task, run_dir, recorder, _progress(config, recorder))
+    conductor = Conductor(config, actors, task, run_dir, recorder, _progress(config, recorder))
     await conductor.warm_start(demonstrations(config, task, model))
     return Stage(task, model, actors, config)
 
@@ -171,14 +172,13 @@ def _progress(config: Config, recorder: Recorder) -> Progress:
 async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
     """One run of ``config``, from version 0, on the stage's engine and learner."""
     pool = stage.actors.pool
-    replay = replay_queue(config, f"replay-{time.monotonic_ns()}")
     own = RolloutPool([worker], pool.engines, pool.hosts, pool.servers, pool.tools)
     run_dir = RunDir.create(
         config, f"{config.branching.name}-{config.rollout.schedule}-{config.flow.staleness}"
     )
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
-    actors = RunActors(own, stage.actors.learner, replay)
-    conductor = make_conductor(config, actors, stage.task, run_dir, recorder, _progress(config, recorder))
+    actors = RunActors(own, stage.actors.learner)
+    conductor = Conductor(config, actors, stage.task, run_dir, recorder, _progress(config, recorder))
     engine = stage.engine
     try:
         await conductor.bring_up()
@@ -190,7 +190,6 @@ async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
         await _quiet(engine)
     finally:
         await engine.close()
-        ray.kill(replay)
     summary = recorder.finish()
     steps = [row for row in read_jsonl(run_dir.metrics_path) if "tokens/trained" in row or "version" in row]
     return _figures(
