@@ -32,7 +32,7 @@ MICRO_TOKENS = (32_768, 131_072)  # rows in which these trees are cut into two o
 
 
 @dataclass(frozen=True)
-class Result:
+class BatchCost:
     """Ranges are over the ranks."""
 
     way: str
@@ -60,7 +60,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     return report
 
 
-def measure(trees: Sequence[Tree], micro_tokens: int) -> tuple[Result, Result]:
+def measure(trees: Sequence[Tree], micro_tokens: int) -> tuple[BatchCost, BatchCost]:
     """Everything everywhere, and each rank its own."""
     config = Config()
     config.learn.micro_tokens = micro_tokens
@@ -84,7 +84,7 @@ def measure(trees: Sequence[Tree], micro_tokens: int) -> tuple[Result, Result]:
     everything, each_own = sum(pack_s), (min(pack_s), max(pack_s))
     return (
         # Every rank used to pack the rows of all ranks and to keep its own.
-        Result(
+        BatchCost(
             "all trees to all",
             micro_tokens,
             _held_mb(tree_pickles),
@@ -92,7 +92,7 @@ def measure(trees: Sequence[Tree], micro_tokens: int) -> tuple[Result, Result]:
             plan_s,
             (everything, everything),
         ),
-        Result(
+        BatchCost(
             "each tree to its ranks",
             micro_tokens,
             _held_mb(stats_pickles),
@@ -141,7 +141,7 @@ def _held_mb(pickles: Sequence[bytes]) -> float:
     return current / 1e6
 
 
-def _write(out_dir: Path, data: dict[str, Any], results: Sequence[Result]) -> None:
+def _write(out_dir: Path, data: dict[str, Any], results: Sequence[BatchCost]) -> None:
     page = Report(
         out_dir,
         "dataflow",
