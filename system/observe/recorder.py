@@ -57,6 +57,7 @@ class Totals:
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
     idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
+    tools: dict[str, float] = field(default_factory=dict)  # retries, joins, cache hits, breakers, by tool
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``Recorder.summary``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes to engines: see ``weights_pushed``
@@ -209,10 +210,16 @@ class Recorder:
         self.idle(actor, cause, self._news((actor, cause), total_s))
 
     def engine_total(self, client: str, name: str, total: float) -> None:
-        """A running total of an engine client; it becomes ``engine/<name>``, summed over the clients."""
+        """A running total of an engine client, or of a tool service when its name begins with ``tools/``.
+
+        It becomes ``engine/<name>``, or ``tools/…``, summed over the clients.
+        """
         news = self._news((client, f"engine/{name}"), total)
-        self._engine[name] += news
-        self._totals.engine[name] = self._totals.engine.get(name, 0.0) + news
+        window, totals = self._engine, self._totals.engine
+        if name.startswith("tools/"):
+            window, totals = self._tools, self._totals.tools
+        window[name] += news
+        totals[name] = totals.get(name, 0.0) + news
 
     def _news(self, key: tuple[str, str], total: float) -> float:
         """What a running total has grown by; one that fell was restarted."""
@@ -242,7 +249,7 @@ class Recorder:
         if totals.generated:
             record["flow/goodput"] = totals.trained / totals.generated
         record |= {name: mean(values) for name, values in self._gauges.items()}
-        record |= engine_metrics(self._engine)
+        record |= engine_metrics(self._engine) | self._tools
         record |= idle_metrics(self._idle, elapsed)
         record["time/wall_s"] = self.wall_s
         record["time/window_s"] = elapsed
@@ -278,6 +285,7 @@ class Recorder:
             },
             "versions": totals.version,
             "engine": engine_totals(totals.engine),
+            "tools": {key.removeprefix("tools/"): count for key, count in sorted(totals.tools.items())},
             # Engines against learner: KL(μ‖π) over all trained tokens, staleness included, and over those
             # sampled from the very weights that were trained, where only numerics differ; nats.
             "mismatch": mismatch_means(totals.mismatch),
@@ -361,6 +369,7 @@ class Recorder:
         self._dropped: Counter[str] = Counter()
         self._idle: defaultdict[tuple[str, str], float] = defaultdict(float)
         self._engine: defaultdict[str, float] = defaultdict(float)
+        self._tools: defaultdict[str, float] = defaultdict(float)
         self._gauges: defaultdict[str, list[float]] = defaultdict(list)
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -62,7 +62,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
         *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
-        *("mismatch", "weights", "dropped", "engine", "wall_s", "idle_s", "seed", "config"),
+        *("mismatch", "weights", "dropped", "engine", "tools", "wall_s", "idle_s", "seed", "config"),
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5
     assert summary["eval"]["after"]["accuracy"] == 1.0

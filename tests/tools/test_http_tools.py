@@ -11,7 +11,8 @@ import pytest_asyncio
 from aiohttp import web
 
 from system.config import ToolsConfig
-from system.tools.http_tools import HttpClient, SearchTool
+from system.http import HttpClient
+from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
 from system.tools.serving import Server, serve
