@@ -18,7 +18,7 @@ from system.rollout.branching import Never
 from system.rollout.parts import RolloutParts
 from system.rollout.schedule import BarrierFree
 from system.rollout.tree_rollout import Begun, RolloutFailed, TreeRollout
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 
 __all__ = ["RolloutContext", "RolloutFailed"]

@@ -26,9 +26,9 @@ from system.rollout.parts import RolloutParts
 from system.rollout.reward import BranchView
 from system.rollout.schedule import Schedule
 from system.rollout.syntax import MalformedCall, ParsedCall
-from system.tasks.base import Prompt
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
+from system.tree.prompt import Prompt
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 
 log = logging.getLogger(__name__)

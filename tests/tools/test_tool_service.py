@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from system.bench.clock import run
 from system.config import Config, ToolsConfig
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import MemorySink
+from system.observe.sinks import JsonlSink
 from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
 from system.tools.tool import ToolUnavailable
+from system.twin.clock import run
 
 FAST = ServiceLimits(deadline_s=2.0, backoff_s=0.02, breaker_pause_s=0.1)
 ANY = CallContext()
@@ -437,12 +437,12 @@ async def test_what_the_service_does_unseen_reaches_record_and_summary(tmp_path:
     """Retries, shared flights, cache hits and an open circuit, summed over two workers and a restart."""
     config = Config()
     config.run.dir = str(tmp_path)
-    run_dir, sink = RunDir.create(config, "tools"), MemorySink()
-    recorder = Recorder(run_dir, config, [sink])
+    run_dir = RunDir.create(config, "tools")
+    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
 
     def tell(worker: str, tools: ToolService) -> None:
         for name, total in tools.counters.items():
-            recorder.engine_total(worker, name, total)
+            recorder.running_total(worker, name, total)
 
     pure = service(Scripted(failing(2), pure=True), retries=2)
     await asyncio.gather(call(pure), call(pure), call(pure))  # one run, twice tried again; two join it
@@ -457,7 +457,7 @@ async def test_what_the_service_does_unseen_reaches_record_and_summary(tmp_path:
     again = service(Scripted(failing(1)), retries=1)
     await call(again)
     tell("rollout-0", again)  # its worker was restarted
-    record = sink.records[-1]
+    record = json.loads(run_dir.metrics_path.read_text())
     assert {key: record[key] for key in pure.counters} == {
         "tools/scripted/retries": 2,
         "tools/scripted/joins": 2,
