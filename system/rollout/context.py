@@ -71,7 +71,7 @@ class RolloutContext(RolloutParts):
         return TreeRollout(
             parts=self,
             prompt=prompt,
-            policy=Never(self.policy.window) if greedy else self.policy,
+            policy=Never(self.policy.probe_tokens) if greedy else self.policy,
             schedule=BarrierFree() if greedy else self.schedule,
             budget=n if n is not None else 1 if greedy else self.config.leaves,
             temperature=temperature,

@@ -32,8 +32,17 @@ from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1
 _PLAIN = (
-    *("node", "number", "calls", "entropy", "baseline", "has_baseline", "undecided"),
-    *("seed", "calling", "answer", "forked"),
+    "node",
+    "number",
+    "calls",
+    "entropy",
+    "baseline",
+    "has_baseline",
+    "undecided",
+    "seed",
+    "calling",
+    "answer",
+    "forked",
 )
 
 

@@ -56,8 +56,7 @@ class EmbeddedEngine(EngineCore):
             await self.stop()
             raise
         bound = runner.addresses[0][1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{bound}"
-        return self.url
+        return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     async def stop(self, timeout_s: float = 30.0) -> None:
         """Stop decoding (callers get an error) and serving."""

@@ -32,7 +32,7 @@ HEALTH_DEADLINE_S = 20.0
 
 def application(engine: EngineCore) -> web.Application:
     """The server's routes, bound to one engine."""
-    server = _Server(engine)
+    server = _Handlers(engine)
     app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
     for path, handler in {
         "/generate": server.generate,
@@ -79,7 +79,7 @@ def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": {"message": message, "code": status}}, status=status)
 
 
-class _Server:
+class _Handlers:
     def __init__(self, engine: EngineCore):
         self._engine = engine
         self._updates = asyncio.Lock()  # staging and swapping happen one at a time
