@@ -148,16 +148,16 @@ async def _push(
     deadline_s: float,
 ) -> Published:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
-    from system.engine.client import EngineClient
+    from system.engine.http import Http
 
     async with asyncio.timeout(deadline_s):
-        client = EngineClient(urls, transport=transport)
+        http = Http()
         try:
-            return Published({}, await client.push_weights(buckets, version, kv=kv))
+            return Published({}, await transport.push(http, urls, buckets, version, kv))
         except PushFailed as error:
             return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
         finally:
-            await client.close()
+            await http.close()
 
 
 def _meet_on_the_interface_of(address: str) -> None:

@@ -28,7 +28,7 @@ from actors.rollout_pool import RolloutPool, RunActors, check_tools, rollout_wor
 from system.bench.latency import ToolLatency
 from system.bench.slow_search import slowed
 from system.config import Config, load
-from system.engine.client import EngineClient
+from system.engine.control import EngineControl
 from system.observe.jsonl import read_jsonl
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
@@ -102,8 +102,9 @@ class Stage:
     config: Config
 
     @property
-    def engine(self) -> EngineClient:
-        return EngineClient(self.actors.pool.engines)
+    def engine(self) -> EngineControl:
+        (url,) = self.actors.pool.engines
+        return EngineControl(url)
 
 
 def measure(out_dir: Path, quick: bool) -> dict[str, Any]:
@@ -182,11 +183,11 @@ async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
     engine = stage.engine
     try:
         await conductor.bring_up()
-        before = (await engine.infos())[0].counters
+        before = (await engine.info()).counters
         began, began_unix = time.monotonic(), time.time()
         await conductor.run()
         wall = time.monotonic() - began
-        after = (await engine.infos())[0].counters
+        after = (await engine.info()).counters
         await _quiet(engine)
     finally:
         await engine.close()
@@ -197,10 +198,10 @@ async def _run(stage: Stage, config: Config, worker: Any) -> dict[str, Any]:
     )
 
 
-async def _quiet(engine: EngineClient) -> None:
+async def _quiet(engine: EngineControl) -> None:
     """Return once the engine does nothing any more: the next run starts on an idle one."""
     async with asyncio.timeout(QUIET_S):
-        while any(info.running or info.waiting for info in await engine.infos()):  # noqa: ASYNC110
+        while (info := await engine.info()).running or info.waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
 

@@ -45,9 +45,6 @@ class MeasuredEngine:
             self.path.add(seconds)
             yield chunk
 
-    async def abort(self, rid: str) -> None:
-        await self.engine.abort(rid)
-
 
 @dataclass
 class MeasuredTools:

@@ -139,12 +139,6 @@ class EngineModel:
                 sequence.closed = True
                 self._interrupt()
 
-    async def abort(self, rid: str) -> None:
-        for sequence in (*self._waiting, *self._running):
-            if sequence.request.rid == rid:
-                sequence.closed = True
-        self._interrupt()
-
     @property
     def load(self) -> int:
         """Requests running and waiting."""
@@ -458,10 +452,6 @@ class EngineModels:
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self._choose(request.route).generate(request)
-
-    async def abort(self, rid: str) -> None:
-        for engine in self.engines:
-            await engine.abort(rid)
 
     def forget(self, route: str) -> None:
         """The tree is closed."""
