@@ -17,7 +17,7 @@ WRITE_DEADLINE_S = 600.0  # one batch; a process for it has to start at first
 
 
 def write_trees(directory: str, keep: int, references: Sequence[Any]) -> None:
-    """Append the trees to ``directory``, one after another; those that cannot be had any more are left out."""
+    """Append the trees to ``directory``, one after another; those that are lost meanwhile are left out."""
     with TreeWriter(directory, keep) as writer:
         for reference in references:
             try:
