@@ -13,7 +13,7 @@ from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
 from system.rollout.branching import Arpo, ArpoRelease, Never, Random
 from system.rollout.schedule import Lockstep, make_schedule
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Origin, Tree
 from system.twin.clock import run
 
