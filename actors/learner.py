@@ -8,22 +8,26 @@ import asyncio
 import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import ray
+from ray.exceptions import RayError
 
 from actors.placement import Placement
 from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
 from system.engine.weights.base import PushFailed, PushReport, Transport
+from system.flow.loop import TreesLost
+from system.flow.replay import TreeInFlight
 from system.tree.record import Tree
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
+FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +65,27 @@ class LearnerRank:
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
         )
 
-    def supervise(self, lr: float, *trees: Tree) -> dict[str, float]:
+    def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
         return self._trainer.supervise(trees, lr=lr)
 
     def reset_optimizer(self) -> None:
         self._trainer.reset_optimizer()
 
-    def train(self, version: int, *trees: Tree) -> dict[str, float]:
-        """One training batch.  Adds ``seconds``, the time of the step itself."""
+    def prepare(self, references: Sequence[Any]) -> dict[int, str]:
+        """Fetch a batch.  Not collective.  Returns the trees, by index, that cannot be had, and why."""
+        self._batch: list[Tree] = []
+        lost: dict[int, str] = {}
+        for index, reference in enumerate(references):
+            try:
+                self._batch.append(ray.get(reference, timeout=FETCH_DEADLINE_S))
+            except RayError as error:
+                lost[index] = f"{type(error).__name__}: {error}"
+        return lost
+
+    def step(self, version: int) -> dict[str, float]:
+        """Train on what was prepared.  Adds ``seconds``, the time of the step itself."""
         began = time.monotonic()
-        stats = self._trainer.train(trees, version=version)
+        stats = self._trainer.train(self._batch, version=version)
         return {**stats, "seconds": time.monotonic() - began}
 
     def publish(self, urls: list[str], version: int, deadline_s: float) -> Published:
@@ -141,9 +156,44 @@ class LearnerGroup:
 
     async def start(self, config: dict[str, Any], hf_path: str) -> None:
         address = await answer(self._ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
-        await self.all("setup", config, hf_path, address)
+        await self._all("setup", config, hf_path, address)
 
-    async def all(self, method: str, *arguments: Any) -> list[Any]:
+    async def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
+        """One supervised step of the warm start."""
+        return (await self._all("supervise", ray.put(trees), lr))[0]
+
+    async def reset_optimizer(self) -> None:
+        """Where reinforcement learning begins."""
+        await self._all("reset_optimizer")
+
+    async def train(self, version: int, trees: Sequence[TreeInFlight[Any]]) -> dict[str, float]:
+        """One training batch; ``version`` is the weight version being trained.
+
+        Raises :class:`TreesLost` if a tree cannot be had; nothing has changed then.
+        """
+        references = [tree.reference for tree in trees]  # in a list, lest Ray resolve them
+        prepared = await self._all("prepare", references)
+        if lost := {index: reason for one in prepared for index, reason in one.items()}:
+            raise TreesLost(lost)
+        return (await self._all("step", version))[0]
+
+    async def publish(self, urls: Sequence[str], version: int) -> Published:
+        """Stream the current weights into the engines at ``urls``."""
+        return (await self._all("publish", [*urls], version, LEARNER_DEADLINE_S))[0]
+
+    async def save(self, path: str, extra: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        await self._all("save", path, extra)
+
+    async def load(self, path: str) -> dict[str, Any]:
+        """Go on from a checkpoint; returns its ``extra``."""
+        return (await self._all("load", path))[0]
+
+    async def save_hf(self, path: str) -> None:
+        """Write the model in Hugging Face format."""
+        await self._all("save_hf", path)
+
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
         """One answer per rank.  The first failure is raised; ActorLost after ``LEARNER_DEADLINE_S``."""
         references = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
         return await answers(references, LEARNER_DEADLINE_S, f"learner.{method}")

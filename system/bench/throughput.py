@@ -103,11 +103,8 @@ async def _measure(out_dir: Path, quick: bool) -> dict[str, Any]:
         for search.latency in latencies(quick):
             for name, way in ways.items():
                 one = await _train(runs, f"{len(rows) + 1:02d}-{way.recipe}", way, settings)
-                row = figures(
-                    steps_of(one, SKIP),
-                    json.loads(one.summary_path.read_bytes()),
-                    list(read_trees(one.trees)),
-                )
+                summary = json.loads(one.summary_path.read_bytes())
+                row = figures(steps_of(one, SKIP), summary, list(read_trees(one.trees)))
                 rows.append({"way": name, "latency": str(search.latency), **row})
                 print(f"{search.latency}: {name}: {row['trained_per_s']:.0f} trained tokens/s", flush=True)
     finally:

@@ -108,14 +108,12 @@ class Drift:
     def between(cls, calibration: Calibration, run: RunDir) -> Drift:
         """From what ``run`` counted and what the calibrated speeds say such counts take; 1 where unknown."""
         records = steps_of(run)
-        counts = [
-            total(records, f"engine/server/{name}") for name in ("steps", "row_steps", "prefill_tokens")
-        ]
+        busy, *counts = _engine_sums(records, "busy_s", "steps", "row_steps", "prefill_tokens")
         expected = calibration.engine.busy_s(*counts)
         learner = fit_learner(records)
         tokens = total(records, "train/unique_tokens") / len(records)
         return cls(
-            total(records, "engine/server/busy_s") / expected if expected else 1.0,
+            busy / expected if expected else 1.0,
             learner.train_s(tokens) / calibration.learner.train_s(tokens),
         )
 
@@ -126,13 +124,8 @@ def fit_engine(records: Records) -> LinearEngine:
     The normal equations come from the engine's own sums (``system.engine.embedded.loop.StepMoments``).
     """
 
-    steps, rows, prefill, busy, rr, rp, pp, rt, pt = (
-        total(records, f"engine/server/{name}")
-        for name in (
-            *("steps", "row_steps", "prefill_tokens", "busy_s"),
-            *("moment_rr", "moment_rp", "moment_pp", "moment_rt", "moment_pt"),
-        )
-    )
+    steps, rows, prefill, busy = _engine_sums(records, "steps", "row_steps", "prefill_tokens", "busy_s")
+    rr, rp, pp, rt, pt = _engine_sums(records, *(f"moment_{two}" for two in ("rr", "rp", "pp", "rt", "pt")))
     gram = np.array([[steps, rows, prefill], [rows, rr, rp], [prefill, rp, pp]])
     if not gram[1, 1]:
         raise ConfigError(
@@ -141,6 +134,10 @@ def fit_engine(records: Records) -> LinearEngine:
         )
     fixed, row, token = nonnegative(gram, np.array([busy, rt, pt]))
     return LinearEngine(step_fixed_s=fixed, per_sequence_s=row, per_prefill_s=token)
+
+
+def _engine_sums(records: Records, *counters: str) -> list[float]:
+    return [total(records, f"engine/server/{name}") for name in counters]
 
 
 def fit_learner(records: Records) -> LinearLearner:

@@ -31,16 +31,14 @@ class TwinEvents:
     tool_calls: int = 0
     idle: defaultdict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     marks: list[dict[str, dict[str, float]]] = field(default_factory=list)  # idle totals at each step's end
-    stats: dict[int, TreeStats] = field(default_factory=dict)  # of closed trees, until they are trained on
     keep_trees: bool = False
     trees: list[Tree] = field(default_factory=list)  # trained ones, if asked to keep them
 
-    def tree_closed(self, tree: Tree, version_now: int) -> None:
-        stats = self.stats[id(tree)] = TreeStats.of(tree)
-        self.closed.append((asyncio.get_running_loop().time(), stats.seconds, stats.generated))
-        self.forks += stats.forks
-        self.top_ups += stats.top_ups
-        self.tool_calls += len(stats.calls)
+    def tree_closed(self, tree: TreeStats, version_now: int) -> None:
+        self.closed.append((asyncio.get_running_loop().time(), tree.seconds, tree.generated))
+        self.forks += tree.forks
+        self.top_ups += tree.top_ups
+        self.tool_calls += len(tree.calls)
 
     def tree_dropped(self, reason: str, leaves: int) -> None:
         self.dropped[reason] += 1
@@ -52,17 +50,19 @@ class TwinEvents:
         self,
         step: int,
         version: int,
-        trees: Sequence[Tree],
+        trees: Sequence[TreeStats],
         stats: Mapping[str, float],
         staleness: Sequence[int],
     ) -> None:
         now = asyncio.get_running_loop().time()
-        done = [self.stats.pop(id(tree)) for tree in trees]
         self.steps.append(now)
-        self.trained.append(sum(one.trainable for one in done))
-        self.packed.append(sum(one.unique for one in done))
+        self.trained.append(sum(tree.trainable for tree in trees))
+        self.packed.append(sum(tree.unique for tree in trees))
         self.staleness.update(staleness)
         self.marks.append({actor: dict(causes) for actor, causes in self.idle.items()})
+
+    def batch(self, trees: Sequence[Tree]) -> None:
+        """The trees that the learner trains on now."""
         if self.keep_trees:
             self.trees += trees
 

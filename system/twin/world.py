@@ -14,14 +14,14 @@ from typing import Literal
 
 from system.config import Config
 from system.flow.ledger import Event, Ledger, Ticket
-from system.flow.loop import Closed, TrainingLoop, TreeLost
-from system.flow.replay import Entry, Taken
-from system.flow.waiting import WaitingQueue
+from system.flow.loop import TrainingLoop, TreeLost
+from system.flow.replay import TreeInFlight
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext, RolloutFailed
 from system.rollout.syntax import make_syntax
 from system.tools.service import ServiceLimits
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.twin.clock import run as run_virtually
 from system.twin.engine_model import EngineModel, EngineSpeed
@@ -155,14 +155,9 @@ class Twin:
         ledger = Ledger.replay(self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts)
         self.sessions += 1
         self._died = asyncio.get_running_loop().create_future()
-        flow = config.flow
-        replay: _LocalReplay = _LocalReplay(
-            flow.batch_leaves // config.rollout.leaves, flow.window, flow.staleness + flow.window
-        )
         self.loop = loop = TrainingLoop(
-            config, ledger, self, replay, self.events, version=version, clock=asyncio.get_running_loop().time
+            config, ledger, self, self.events, version=version, clock=asyncio.get_running_loop().time
         )
-        await replay.queue.fill(*loop.holdings())
         for engine in self.engines:
             if engine.alive:
                 await engine.update(version, 0.0)
@@ -184,25 +179,23 @@ class Twin:
         self.logged()
         return not died
 
-    async def _step(self, loop: TrainingLoop[int]) -> None:
+    async def _step(self, loop: TrainingLoop[Tree]) -> None:
         patience = asyncio.timeout(self.patience_s)
         try:
             async with patience:
-                batch = await loop.next_batch()
-                assert batch is not None
-                await loop.train(batch)
+                await loop.step()
         except TimeoutError:
             if not patience.expired():
                 raise
             load = {engine.name: engine.load for engine in self.engines}
             raise Stuck(
-                f"step {loop.version + 1}: {loop.admission.running} trees grow, {len(loop.closed)} closed, "
+                f"step {loop.version + 1}: {loop.admission.running} trees grow, {len(loop.replay)} closed, "
                 f"{self.tools.running} tools run, requests at the engines: {load}"
             ) from None
 
     # What the loop asks for (system.flow.loop.Parts)
 
-    async def grow(self, ticket: Ticket, seed: int) -> tuple[int, Tree]:
+    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
             tree = await self.context.grow(prompt, ticket=ticket.number, seed=seed)
@@ -212,15 +205,16 @@ class Twin:
             tree_id = f"{prompt.id}:{ticket.number}"
             self.fleet.forget(tree_id)
             self.agent.forget(tree_id)
-        return ticket.number, tree
+        return TreeInFlight(ticket, tree, TreeStats.of(tree))
 
-    async def train(self, version: int, batch: Sequence[Closed[int]]) -> Mapping[str, float]:
-        tokens = sum(self.events.stats[id(one.tree)].unique for one in batch)
+    async def train(self, version: int, trees: Sequence[TreeInFlight[Tree]]) -> Mapping[str, float]:
+        tokens = sum(tree.stats.unique for tree in trees)
         seconds = self.models.learner.train_s(tokens)
         assert self._died is not None
         done, _ = await asyncio.wait({self._died}, timeout=seconds)
         if done:
             raise _LearnerDied
+        self.events.batch([tree.reference for tree in trees])
         return {"seconds": seconds, "unique_tokens": float(tokens)}
 
     async def publish(self, version: int) -> None:
@@ -260,22 +254,6 @@ class Twin:
                 async with self.loop.weights:  # the fleet's watch sends it the current weights
                     await asyncio.sleep(self.models.publish_s)
                     engine.restart(self.loop.version)
-
-
-class _LocalReplay:
-    """The replay queue without an actor."""
-
-    def __init__(self, batch_trees: int, window: int, max_staleness: int) -> None:
-        self.queue: WaitingQueue[int] = WaitingQueue(batch_trees, window, max_staleness)
-
-    async def put(self, entry: Entry[int]) -> None:
-        await self.queue.put([entry], [])
-
-    async def skip(self, number: int) -> None:
-        await self.queue.put([], [number])
-
-    async def take(self, version: int, wait_s: float) -> Taken[int]:
-        return await self.queue.take(version, wait_s)
 
 
 def simulate(

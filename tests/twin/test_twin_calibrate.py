@@ -19,6 +19,7 @@ from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
 from system.tasks.tiny_model import qwen3_config
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 from system.tree.store import TreeWriter
 from system.twin.agent import AgentModel
 from system.twin.calibrate import Calibration, fit_agent, fit_engine, fit_tools, nonnegative
@@ -64,16 +65,16 @@ class RecordingEvents(TwinEvents):
     since: float = 0.0
     last: dict[str, dict[str, float]] | None = None
 
-    def tree_closed(self, tree: Tree, version_now: int) -> None:
-        super().tree_closed(tree, version_now)
+    def batch(self, trees: Sequence[Tree]) -> None:
         assert self.trees_to is not None
-        self.trees_to.append(tree)
+        for tree in trees:
+            self.trees_to.append(tree)
 
     def train_step(
         self,
         step: int,
         version: int,
-        trees: Sequence[Tree],
+        trees: Sequence[TreeStats],
         stats: Mapping[str, float],
         staleness: Sequence[int],
     ) -> None:
