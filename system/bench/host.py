@@ -26,7 +26,6 @@ import numpy as np
 import psutil
 from matplotlib.figure import Figure
 
-from system.bench.latency import ToolLatency
 from system.bench.report import Report
 from system.bench.stub_engine import Plan, write_plan
 from system.config import RolloutConfig
@@ -43,6 +42,7 @@ from system.tools.service import ServiceLimits, ToolService
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.twin.agent import AnswerReward
+from system.twin.dist import ToolLatency
 
 _START_S = 30.0
 _STOP_S = 10.0
@@ -125,7 +125,7 @@ class _Search:
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         self._seed += 1
         self._counts.calls += 1
-        await asyncio.sleep(self._latency.draw(self._seed))
+        await asyncio.sleep(self._latency.draw(np.random.default_rng(self._seed)))
         return ToolOutcome(ToolStatus.OK, "Bob Stone: 47\nAnn Stone: 16")
 
     async def check(self) -> None:

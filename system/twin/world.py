@@ -24,11 +24,20 @@ from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.twin.clock import run as run_virtually
-from system.twin.engine_model import EngineModel, EngineModels, EngineSpeed
+from system.twin.engine_model import EngineModel, EngineSpeed
+from system.twin.engine_models import EngineModels
 from system.twin.events import TwinEvents, TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools
 from system.twin.trace import Trace
+
+# Settings under which no deadline, no limit of the tools and no cache of theirs plays a part.
+UNLIMITED = (
+    *(f"rollout.{name}_deadline_s=1e9" for name in ("generate", "branch", "tree")),
+    "tools.deadline_s=1e9",
+    "tools.concurrency=1000000",
+    "tools.cache_size=0",
+)
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,15 @@ class Twin:
     models: Models
     steps: int  # training steps
     failures: Sequence[Failure] = ()
-    trace: Trace | None = None
     prompts: int = 4096
     checkpoint_every: int = 0  # for resuming; 0: only the start
     patience_s: float = 1e7  # virtual
-    books: TwinEvents = field(default_factory=TwinEvents)
-    events: list[Event] = field(default_factory=list)  # the ledger's log, over all sessions
+    events: TwinEvents = field(default_factory=TwinEvents)
+    log: list[Event] = field(default_factory=list)  # the ledger's, over all sessions
 
     def __post_init__(self) -> None:
         config, models = self.config, self.models
+        self.trace = Trace()
         self.agent = models.agent.afresh()
         self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
         known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
@@ -134,18 +143,20 @@ class Twin:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-        return self.books
+        return self.events
+
+    def result(self, skip: int = 0) -> TwinResult:
+        """The finished simulation in figures, without its first ``skip`` training steps."""
+        return TwinResult.of(self.events, self.engines, self.trace, skip)
 
     async def _session(self) -> bool:
         """From the last checkpoint to the end of the run (True) or to the learner's death."""
         config, version = self.config, self._checkpoint
-        ledger = Ledger.replay(
-            self.prompt_ids, config.run.seed, self.events, version, config.flow.max_attempts
-        )
+        ledger = Ledger.replay(self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts)
         self.sessions += 1
         self._died = asyncio.get_running_loop().create_future()
         self.loop = loop = TrainingLoop(
-            config, ledger, self, self.books, version=version, clock=asyncio.get_running_loop().time
+            config, ledger, self, self.events, version=version, clock=asyncio.get_running_loop().time
         )
         for engine in self.engines:
             if engine.alive:
@@ -203,7 +214,7 @@ class Twin:
         done, _ = await asyncio.wait({self._died}, timeout=seconds)
         if done:
             raise _LearnerDied
-        self.books.batch([tree.reference for tree in trees])
+        self.events.batch([tree.reference for tree in trees])
         return {"seconds": seconds, "unique_tokens": float(tokens)}
 
     async def publish(self, version: int) -> None:
@@ -215,13 +226,12 @@ class Twin:
         for engine in self.engines:
             engine.settle()
             for cause, seconds in engine.idle_s.items():
-                self.books.idle_total(engine.name, cause, seconds)
+                self.events.idle_total(engine.name, cause, seconds)
 
     def logged(self) -> None:
         for event in self.loop.ledger.drain():
-            self.events.append(event)
-            if self.trace:
-                self.trace.note("ledger", *event.items())
+            self.log.append(event)
+            self.trace.note("ledger", *event.items())
 
     # Failures
 
@@ -253,7 +263,6 @@ def simulate(
 
     Deterministic in ``config.run.seed``.  Starts an event loop of its own.
     """
-    trace = Trace()
-    twin = Twin(config, models, steps, failures=failures, trace=trace)
-    books = run_virtually(twin.run())
-    return TwinResult.of(books, twin.engines, skip, trace.events, trace.digest)
+    twin = Twin(config, models, steps, failures=failures)
+    run_virtually(twin.run())
+    return twin.result(skip)
