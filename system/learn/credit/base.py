@@ -48,8 +48,8 @@ class Credit(ABC):
 def assign(credit: Credit, batch: Sequence[TreeStats]) -> list[NDArray[np.float32]]:
     """The credit's advantages over a batch, checked; 0 where they do not count.
 
-    Raises ValueError for an infinite reward, and :class:`PluginError` for arrays of the wrong number or shape,
-    or not finite.
+    Raises ValueError for an infinite reward, and :class:`PluginError` for arrays of the wrong number or
+    shape, or not finite.
     """
     if any(np.isinf(tree.reward).any() for tree in batch):
         raise ValueError("a reward is infinite")
