@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from system.config import CHOICES, BranchingConfig
+from system import plugins
+from system.config import BranchingConfig
 from system.rollout.branching import (
     Arpo,
     ArpoPaper,
@@ -103,7 +104,7 @@ def test_policies_that_need_entropy_say_so(name: str) -> None:
 
 
 def test_every_configured_name_makes_its_policy() -> None:
-    for name in CHOICES["branching.name"]:
+    for name in plugins.POLICIES.names:
         assert make_policy(BranchingConfig(name=name)).name == name
     assert make_policy(BranchingConfig(name="arpo", probe_tokens=5)).window == 5
     assert make_policy(BranchingConfig(name="arpo-release", probe_tokens=5)).window == 20

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from system.rollout.syntax import TagSyntax
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration, Prompt
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
