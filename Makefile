@@ -9,14 +9,14 @@ SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
 SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install sglang train test test-sglang test-slurm lint types check clean help
+.PHONY: install sglang train test test-sglang test-slurm lint types house check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
 	@echo "make test                                install, then run the tests that need neither SGLang nor Slurm"
 	@echo "make test-sglang, make test-slurm        the others; they install SGLang for CPU, and Slurm by apt as root"
 	@echo "make sglang                              install SGLang into $(SGLANG), for engine=sglang"
-	@echo "make check                               formatting, lint and types"
+	@echo "make check                               formatting, lint, types and the rules of the house"
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Espalier needs Python 3.11 or newer"'
@@ -65,7 +65,12 @@ lint: install
 types: install
 	$(BIN)/pyright
 
-check: lint types
+# Who may import whom (pyproject.toml), and what no linter knows: dead code, long files, one name twice.
+house: install
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python tests/house.py
+
+check: lint types house
 
 clean:
 	rm -rf $(VENV) $(SGLANG) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

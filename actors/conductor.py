@@ -34,7 +34,7 @@ from system.observe.rundir import RunDir
 from system.rollout import in_flight
 from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
 
@@ -88,6 +88,8 @@ class Conductor:
         The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.
         """
         self.progress.phase(TRAINING)
+        await self.monitor.ready()
+        self.recorder.training_began()
         await self.replay.fill()
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -286,7 +288,7 @@ class Conductor:
             if isinstance(totals, BaseException):
                 raise totals
             for name, total in totals.items():
-                self.recorder.engine_total(worker, name, total)
+                self.recorder.running_total(worker, name, total)
 
 
 def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:

@@ -82,7 +82,7 @@ class EngineMonitor:
                     self._recorder.idle_total(f"engine-{number}", cause[1], seconds)
             for counter in SPEED_COUNTERS:
                 if counter in info.counters:
-                    self._recorder.engine_total(
+                    self._recorder.running_total(
                         f"engine-{number}", f"server/{counter}", info.counters[counter]
                     )
             if self._current(info):

@@ -10,7 +10,7 @@ from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.observe.eval import EvalResult
 from system.rollout.context import RolloutFailed
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from system import config as configuration
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 
 if TYPE_CHECKING:

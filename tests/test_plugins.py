@@ -5,7 +5,7 @@ import pytest
 from system import plugins
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards import make_reward
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 
 NOT_CALLABLE = 3
 

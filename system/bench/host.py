@@ -37,10 +37,10 @@ from system.rollout.branching import Arpo
 from system.rollout.context import RolloutContext
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax import make_syntax
-from system.tasks.base import Prompt
 from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.twin.agent import AnswerReward
 

@@ -64,13 +64,19 @@ def cancel(root: Path, *, now: bool) -> str:
 
 
 def log_files(root: Path, attempt: int | None = None) -> list[Path]:
-    """The logs of an attempt (the newest, unless one is named): the job's, the nodes', each actor's."""
+    """The logs of a run, one per component.  Of a submitted one: the jobs', and of an attempt (the newest,
+    unless one is named) the nodes' and each actor's.
+    """
     tried = sorted((root / "attempts").glob("[0-9][0-9][0-9]"))
     if attempt is not None:
         tried = [path for path in tried if int(path.name) == attempt]
-    if not tried:
-        raise RunDirError(f"{root} has no attempt{'' if attempt is None else f' {attempt}'} yet")
-    return [*sorted((root / "slurm").glob("job-*.log")), *sorted((tried[-1] / "logs").glob("*.log"))]
+        if not tried:
+            raise RunDirError(f"{root} has no attempt {attempt} yet")
+    places = [root / "slurm", *(path / "logs" for path in tried[-1:]), root / "logs"]
+    found = [path for place in places for path in sorted(place.glob("*.log"))]
+    if not found:
+        raise RunDirError(f"{root} has no logs yet")
+    return found
 
 
 def logs(root: Path, component: str, *, attempt: int | None, lines: int, follow: bool) -> int:

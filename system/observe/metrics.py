@@ -158,14 +158,19 @@ def tool_metrics(calls: Iterable[ToolCall], known: Sequence[str]) -> Metrics:
     return metrics
 
 
-def idle_metrics(idle: Mapping[tuple[str, str], float], elapsed_s: float) -> Metrics:
-    """``time/idle_s/<actor>/<cause>`` and the same as a share of the elapsed time."""
+def idle_metrics(idle: Mapping[tuple[str, str], float], spans: Mapping[str, float]) -> Metrics:
+    """``time/idle_s/<actor>/<cause>``, and the same as a share of the actor's span."""
     metrics: Metrics = {}
     for (actor, cause), seconds in sorted(idle.items()):
         metrics[f"time/idle_s/{actor}/{cause}"] = seconds
-        if elapsed_s > 0:
-            metrics[f"time/idle_share/{actor}/{cause}"] = seconds / elapsed_s
+        if spans[actor] > 0:
+            metrics[f"time/idle_share/{actor}/{cause}"] = share(seconds, spans[actor])
     return metrics
+
+
+def share(seconds: float, span_s: float) -> float:
+    """At most 1: two clocks, the actor's and ours, may differ by a moment."""
+    return min(1.0, seconds / span_s) if span_s > 0 else 0.0
 
 
 def mean(values: Iterable[float] | NDArray[Any]) -> float:

@@ -23,15 +23,8 @@ from system.observe.sinks import history, series
 Records = list[dict[str, Any]]
 
 # Okabe and Ito's palette, which readers with any kind of colour vision can tell apart.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#222222",
-)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#222222"
 _CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 _GRID = "#E6E6E6"
 

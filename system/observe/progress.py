@@ -42,12 +42,8 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._source, self._total_steps, self._interval_s, self._clock = (
-            source,
-            total_steps,
-            interval_s,
-            clock,
-        )
+        self._source, self._clock = source, clock
+        self._total_steps, self._interval_s = total_steps, interval_s
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
         self._phase, self._phase_done, self._phase_total, self._detail = "starting", 0, 0, ""

@@ -16,10 +16,10 @@ from system.config import Config, to_dict
 from system.observe.eval import EvalResult
 from system.observe.metrics import (
     engine_metrics,
-    engine_totals,
     idle_metrics,
     mean,
     rollout_metrics,
+    share,
     tool_metrics,
     train_metrics,
     tree_metrics,
@@ -27,6 +27,7 @@ from system.observe.metrics import (
 from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
+from system.observe.totals import Totals, add, highest
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 
@@ -37,30 +38,6 @@ GROWING = "rollout/growing"
 
 _MOVING_BATCHES = 4  # training batches' worth of closed trees in the moving means
 _RATE_WINDOW_S = 60.0
-
-
-@dataclass
-class Totals:
-    """Counts over the whole run, resumes included."""
-
-    trees: int = 0  # closed
-    leaves: int = 0
-    forks: int = 0
-    top_ups: int = 0
-    tool_calls: int = 0
-    generated: int = 0  # MODEL tokens of closed trees, and of dropped ones as far as they are known
-    trained: int = 0  # MODEL tokens that the learner saw with a scored leaf below, each once per tree
-    unique_trained: int = 0  # tokens of any kind in trained trees, shared prefixes once
-    flat_trained: int = 0  # the same once per leaf, as flattened paths would cost
-    version: int = 0
-    staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
-    dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
-    idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
-    engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
-    evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
-    mismatch: dict[str, float] = field(default_factory=dict)  # see ``Recorder.summary``
-    weights: dict[str, float] = field(default_factory=dict)  # of pushes to engines: see ``weights_pushed``
-    wall_s: float = 0.0  # of earlier sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +58,22 @@ class Status:
     steps_per_s: float = 0.0
     trees: int = 0
     dropped: int = 0  # trees
-    idle: Mapping[str, float] = field(default_factory=dict)  # actor -> share of this session's time
+    idle: Mapping[str, float] = field(default_factory=dict)  # actor -> share of the time since training began
     evals: Mapping[str, float] = field(default_factory=dict)  # "before", "during", "after" -> accuracy
+
+
+@dataclass(slots=True)
+class _Idle:
+    """Idle time, and how long a time it was told of: the two ends of a window fall between two tellings."""
+
+    seconds: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
+    spans: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by actor
+
+    def shares(self) -> dict[str, float]:
+        waited: defaultdict[str, float] = defaultdict(float)
+        for (actor, _), seconds in sorted(self.seconds.items()):
+            waited[actor] += seconds
+        return {actor: share(seconds, self.spans[actor]) for actor, seconds in waited.items()}
 
 
 class Recorder:
@@ -99,11 +90,12 @@ class Recorder:
     ) -> None:
         self._run_dir, self._config, self._sinks = run_dir, config, list(sinks)
         self._clock, self._now = clock, now
-        self._started = self._flushed = clock()
+        self._started = self._began = self._flushed = clock()
         self._totals = Totals()
         self._step = 0
-        self._idle_session: defaultdict[str, float] = defaultdict(float)
         self._told: dict[tuple[str, str], float] = {}  # running totals as they were told last
+        self._accounted: dict[str, float] = {}  # actor -> up to when its idle time was told
+        self._idle_session = _Idle()
         self._eval_accuracy: dict[str, float] = {}
         batch_trees = max(1, config.flow.batch_leaves // config.rollout.leaves)
         self._recent: deque[TreeStats] = deque(maxlen=_MOVING_BATCHES * batch_trees)
@@ -114,6 +106,13 @@ class Recorder:
         self._reset_window()
 
     # Events
+
+    def training_began(self) -> None:
+        """What was before (start, warm start, the first evaluation) counts for no rate and no share."""
+        self._began = self._flushed = self._clock()
+        self._idle_session = _Idle()
+        self._ticks.clear()
+        self._reset_window()
 
     def tree_closed(self, tree: Tree, version_now: int) -> None:
         """A tree closed and goes to the replay queue; ``version_now`` is the newest weight version."""
@@ -169,7 +168,11 @@ class Recorder:
         totals.trained += tokens
         totals.unique_trained += sum(one.unique for one in trained)
         totals.flat_trained += sum(one.flat for one in trained)
-        note_mismatch(totals.mismatch, stats)
+        if "mismatch_kl" in stats:
+            fresh, worst = stats["fresh"], stats["engine_logprob_diff_max"]
+            kl, engine_kl = stats["mismatch_kl"], stats["engine_kl"] * fresh
+            add(totals.mismatch, steps=1, kl=kl, fresh=fresh, engine_kl=engine_kl)
+            highest(totals.mismatch, engine_logprob_diff_max=worst)
         self._tick(0, tokens)
         self._steps.append((self._clock(), step))
 
@@ -188,31 +191,33 @@ class Recorder:
         if pause_s:
             self.gauge("weights/pause_s", max(pause_s))
         totals = self._totals.weights
-        for name, value in (
-            ("pushes", 1),
-            ("bytes", sent_bytes),
-            ("stage_s", stage_s),
-            ("pause_s", sum(pause_s)),
-        ):
-            totals[name] = totals.get(name, 0.0) + value
-        totals["pause_s_max"] = max([totals.get("pause_s_max", 0.0), *pause_s])
-
-    def idle(self, actor: str, cause: str, seconds: float) -> None:
-        """``actor`` waited ``seconds`` for ``cause`` (say: the learner, for closed trees)."""
-        causes = self._totals.idle.setdefault(actor, {})
-        causes[cause] = causes.get(cause, 0.0) + seconds
-        self._idle[(actor, cause)] += seconds
-        self._idle_session[actor] += seconds
+        add(totals, pushes=1, bytes=sent_bytes, stage_s=stage_s, pause_s=sum(pause_s))
+        highest(totals, pause_s_max=max(pause_s, default=0.0))
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None:
-        """The same from a running total; one that fell (its counter was restarted) starts from zero again."""
-        self.idle(actor, cause, self._news((actor, cause), total_s))
+        """A running total of the seconds that ``actor`` waited for ``cause`` (say: the learner, for trees).
 
-    def engine_total(self, client: str, name: str, total: float) -> None:
-        """A running total of an engine client; it becomes ``engine/<name>``, summed over the clients."""
-        news = self._news((client, f"engine/{name}"), total)
-        self._engine[name] += news
-        self._totals.engine[name] = self._totals.engine.get(name, 0.0) + news
+        One that fell (its counter was restarted) starts from zero again.
+        """
+        seconds, now = self._news((actor, cause), total_s), self._clock()
+        span = now - self._accounted.get(actor, self._began)  # the time that the news is about
+        self._accounted[actor] = now
+        add(self._totals.idle.setdefault(actor, {}), **{cause: seconds})
+        for idle in (self._idle, self._idle_session):
+            idle.seconds[(actor, cause)] += seconds
+            idle.spans[actor] += span
+
+    def running_total(self, client: str, name: str, total: float) -> None:
+        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` for
+        a name that begins so, else ``engine/<name>``.
+        """
+        news = self._news((client, name), total)
+        if name.startswith("tools/"):
+            add(self._tool_counts, **{name: news})
+            add(self._totals.tools, **{name.removeprefix("tools/"): news})
+        else:
+            add(self._engine, **{name: news})
+            add(self._totals.engine, **{name: news})
 
     def _news(self, key: tuple[str, str], total: float) -> float:
         """What a running total has grown by; one that fell was restarted."""
@@ -243,7 +248,8 @@ class Recorder:
             record["flow/goodput"] = totals.trained / totals.generated
         record |= {name: mean(values) for name, values in self._gauges.items()}
         record |= engine_metrics(self._engine)
-        record |= idle_metrics(self._idle, elapsed)
+        record |= self._tool_counts
+        record |= idle_metrics(self._idle.seconds, self._idle.spans)
         record["time/wall_s"] = self.wall_s
         record["time/window_s"] = elapsed
         if elapsed > 0:
@@ -257,34 +263,9 @@ class Recorder:
 
     def summary(self) -> dict[str, Any]:
         """The run in one page, as ``summary.json`` holds it."""
-        totals = self._totals
-        lags = sum(totals.staleness.values())
         return {
-            "eval": dict(totals.evals),
-            "trees": totals.trees,
-            "leaves": totals.leaves,
-            "forks": totals.forks,
-            "top_ups": totals.top_ups,
-            "tool_calls": totals.tool_calls,
-            "tokens": {
-                "generated": totals.generated,
-                "trained": totals.trained,
-                "unique_trained": totals.unique_trained,
-                "flat_trained": totals.flat_trained,
-            },
-            "staleness": {
-                "max": max(totals.staleness, default=0),
-                "mean": sum(lag * n for lag, n in totals.staleness.items()) / lags if lags else 0.0,
-            },
-            "versions": totals.version,
-            "engine": engine_totals(totals.engine),
-            # Engines against learner: KL(μ‖π) over all trained tokens, staleness included, and over those
-            # sampled from the very weights that were trained, where only numerics differ; nats.
-            "mismatch": mismatch_means(totals.mismatch),
-            "weights": dict(totals.weights),
-            "dropped": {reason: dict(entry) for reason, entry in sorted(totals.dropped.items())},
+            **self._totals.summary(),
             "wall_s": self.wall_s,
-            "idle_s": {actor: dict(causes) for actor, causes in sorted(totals.idle.items())},
             "seed": self._config.run.seed,
             "config": redact(to_dict(self._config)),
         }
@@ -312,7 +293,6 @@ class Recorder:
         return mean([float(ok) for one in self._recent for ok in one.correct])
 
     def status(self) -> Status:
-        session = self._clock() - self._started
         recent = list(self._recent)
         generated, trained = self._rates()
         return Status(
@@ -330,26 +310,20 @@ class Recorder:
             steps_per_s=self._steps_per_s(),
             trees=self._totals.trees,
             dropped=sum(entry["trees"] for entry in self._totals.dropped.values()),
-            idle={a: min(1.0, s / session) for a, s in sorted(self._idle_session.items()) if session > 0},
+            idle=self._idle_session.shares(),
             evals=dict(self._eval_accuracy),
         )
 
     def state(self) -> dict[str, Any]:
         """The totals as JSON-able values, for a checkpoint."""
-        values = dict(vars(self._totals))
-        values["staleness"] = {str(lag): n for lag, n in self._totals.staleness.items()}
-        values["wall_s"] = self.wall_s
-        values["step"] = self._step
-        return values
+        return {**self._totals.state(), "wall_s": self.wall_s, "step": self._step}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; the sinks are told that later records replace those past this step."""
         values = dict(state)
         self._step = int(values.pop("step"))
-        values["staleness"] = Counter({int(lag): int(n) for lag, n in values["staleness"].items()})
-        self._totals = Totals(**values)
+        self._totals = Totals.restored(values)
         self._eval_accuracy = {which: one["accuracy"] for which, one in self._totals.evals.items()}
-        self._started = self._flushed = self._clock()
         self._write({RESUMED: self._step, "time": self._now()})
 
     def _reset_window(self) -> None:
@@ -359,8 +333,9 @@ class Recorder:
         self._staleness: list[int] = []
         self._lag_at_close: list[int] = []
         self._dropped: Counter[str] = Counter()
-        self._idle: defaultdict[tuple[str, str], float] = defaultdict(float)
-        self._engine: defaultdict[str, float] = defaultdict(float)
+        self._idle = _Idle()
+        self._engine: dict[str, float] = {}
+        self._tool_counts: dict[str, float] = {}
         self._gauges: defaultdict[str, list[float]] = defaultdict(list)
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -374,9 +349,9 @@ class Recorder:
             self._ticks.popleft()
 
     def _rates(self) -> tuple[float, float]:
-        """Generated and trained tokens per second over the last minute, or the shorter session."""
+        """Generated and trained tokens per second over the last minute, or since training began."""
         now = self._clock()
-        span = min(_RATE_WINDOW_S, now - self._started)
+        span = min(_RATE_WINDOW_S, now - self._began)
         if span <= 0:
             return 0.0, 0.0
         recent = [tick for tick in self._ticks if tick[0] >= now - _RATE_WINDOW_S]
@@ -395,31 +370,3 @@ def _mean_by_key(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
         return dict(stats[0])
     keys = {key: None for one in stats for key in one}
     return {key: mean([float(one[key]) for one in stats if key in one]) for key in keys}
-
-
-def note_mismatch(totals: dict[str, float], stats: Mapping[str, float]) -> None:
-    """Add one training step's differences between engines and learner."""
-    if "mismatch_kl" not in stats:
-        return
-    fresh = stats["fresh"]
-    for name, value in (
-        ("steps", 1.0),
-        ("kl", stats["mismatch_kl"]),
-        ("fresh", fresh),
-        ("engine_kl", stats["engine_kl"] * fresh),
-    ):
-        totals[name] = totals.get(name, 0.0) + value
-    worst = stats["engine_logprob_diff_max"]
-    totals["engine_logprob_diff_max"] = max(totals.get("engine_logprob_diff_max", 0.0), worst)
-
-
-def mismatch_means(totals: Mapping[str, float]) -> dict[str, float]:
-    """What :func:`note_mismatch` added up, as means per token of a step; empty before the first step."""
-    if not totals:
-        return {}
-    return {
-        "kl": totals["kl"] / totals["steps"],
-        "fresh_share": totals["fresh"] / totals["steps"],
-        "engine_kl": totals["engine_kl"] / totals["fresh"] if totals["fresh"] else 0.0,
-        "engine_logprob_diff_max": totals["engine_logprob_diff_max"],
-    }

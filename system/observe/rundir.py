@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,16 @@ class RunDirError(ConfigError):
     """A run directory that cannot be used; the message says what to do instead."""
 
 
-@dataclass(frozen=True, slots=True)
 class RunDir:
     """Paths of one run.  ``create`` starts a new one, ``open`` finds an old one."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = root, root.resolve().name
+        self.config_path, self.summary_path = root / "config.yaml", root / "summary.json"
+        self.metrics_path, self.ledger_path = root / "metrics.jsonl", root / "ledger.jsonl"
+        self.trees, self.checkpoints, self.curves = root / "trees", root / "checkpoints", root / "curves"
+        self.start, self.model = root / "start", root / "model"
+        self.logs, self.wandb = root / "logs", root / "wandb"
 
     @classmethod
     def create(cls, config: Config, config_name: str = "run") -> RunDir:
@@ -82,54 +86,6 @@ class RunDir:
             raise RunDirError(f"{run.root} is not a run directory: it has no config.yaml")
         run._make_parts()
         return run
-
-    @property
-    def name(self) -> str:
-        return self.root.resolve().name
-
-    @property
-    def config_path(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def ledger_path(self) -> Path:
-        return self.root / "ledger.jsonl"
-
-    @property
-    def summary_path(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def trees(self) -> Path:
-        return self.root / "trees"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def curves(self) -> Path:
-        return self.root / "curves"
-
-    @property
-    def start(self) -> Path:
-        return self.root / "start"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def wandb(self) -> Path:
-        return self.root / "wandb"
 
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The configuration the run was started with, with overrides applied."""

@@ -32,20 +32,6 @@ class JsonlSink:
         self._writer.close()
 
 
-class MemorySink:
-    """Keeps the records, for tests and notebooks."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.closed = False
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self.records.append(dict(record))
-
-    def close(self) -> None:
-        self.closed = True
-
-
 def history(path: str | Path) -> list[dict[str, Any]]:
     """The records of ``metrics.jsonl`` that count: a resume takes back those past its checkpoint."""
     records: list[dict[str, Any]] = []

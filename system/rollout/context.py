@@ -29,8 +29,8 @@ from system.rollout.reward import Reward
 from system.rollout.schedule import BarrierFree, Schedule, make_schedule
 from system.rollout.syntax import Syntax
 from system.rollout.tree_rollout import RolloutFailed, TreeRollout
-from system.tasks.base import Prompt
 from system.tools.outcome import Tools
+from system.tree.prompt import Prompt
 from system.tree.record import Int32, Tree
 
 __all__ = ["RolloutContext", "RolloutFailed"]

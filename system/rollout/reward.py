@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 
 

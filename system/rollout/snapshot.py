@@ -26,8 +26,8 @@ from system.engine.protocol import Finish
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
 from system.rollout.tree_rollout import TreeRollout
-from system.tasks.base import Prompt
 from system.tree.builder import TreeBuilder
+from system.tree.prompt import Prompt
 from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1

@@ -25,9 +25,9 @@ from system.rollout.entropy_probe import EntropyProbe
 from system.rollout.reward import BranchView
 from system.rollout.schedule import Schedule
 from system.rollout.syntax import MalformedCall, ParsedCall
-from system.tasks.base import Prompt
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
+from system.tree.prompt import Prompt
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.config import Config, ConfigError
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 
 Row = Mapping[str, Any]
 

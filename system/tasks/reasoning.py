@@ -13,7 +13,7 @@ from system.config import Config, ConfigError
 from system.plugins import nearest
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo import FORMAT_ERROR, extract_answer
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 
 EVAL_SEED_OFFSET = 1_000_003
 SYSTEM_PROMPT = (

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.rollout.reward import BranchView, Score
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.twin.dist import Constant, Dist, Lognormal
 
 EOS, TEXT, RIGHT, WRONG = 0, 1, 2, 3  # TEXT: prompts and tool results

@@ -3,7 +3,7 @@
 import zlib
 
 from system.rollout.reward import BranchView, Score
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 
 
 class VariedReward:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,17 @@ async def test_bfloat16_follows_its_hugging_face_twin(
 
 
 # Endings ----------------------------------------------------------------------------------------
+
+
+async def test_idle_time_is_told_while_it_passes(one: Served) -> None:
+    """Not when the wait ends: then a short window would get seconds from before it."""
+    waited = []
+    for _ in range(2):
+        (info,) = await one.client.infos()
+        waited.append((time.monotonic(), info.counters["idle_waiting_s"]))
+        await asyncio.sleep(0.3)
+    (began, before), (ended, after) = waited
+    assert 0.2 < after - before < ended - began + 0.1
 
 
 async def test_closing_the_iterator_aborts_on_the_server(one: Served) -> None:

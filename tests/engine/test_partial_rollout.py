@@ -18,8 +18,8 @@ from system.rollout.reward import BranchView, Score
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.syntax import make_syntax
 from system.rollout.tree_rollout import TreeRollout
-from system.tasks.base import Prompt
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
+from system.tree.prompt import Prompt
 from system.tree.record import Tree
 
 PROMPT = Prompt("p", ({"role": "user", "content": "the quick brown fox jumps over the lazy dog"},), ("42",))

@@ -136,7 +136,9 @@ def test_tool_latencies_by_status_and_names_a_model_invents():
 
 
 def test_idle_as_seconds_and_share():
-    metrics = idle_metrics({("learner", "trees"): 2.0, ("engine", "update"): 1.0}, 8.0)
+    metrics = idle_metrics(
+        {("learner", "trees"): 2.0, ("engine", "update"): 1.0}, {"learner": 8.0, "engine": 8.0}
+    )
     assert metrics["time/idle_s/learner/trees"] == 2.0
     assert metrics["time/idle_share/engine/update"] == 0.125
 

@@ -21,7 +21,7 @@ def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
     for step in range(1, steps + 1):
         tree = make_tree(str(step), (1.0, 0.0, 0.5), version=step)
         recorder.tree_closed(tree, step)
-        recorder.idle("learner", "trees", 0.1)
+        recorder.idle_total("learner", "trees", 0.1 * step)
         recorder.train_step(step, step, [tree], {"loss": float("nan") if step == 2 else 1.0}, [step % 3])
         recorder.flush(step)
     recorder.finish()

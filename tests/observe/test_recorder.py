@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from observe_trees import NAN, make_tree, single
@@ -10,7 +12,7 @@ from system.config import Config
 from system.observe.eval import EvalResult
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import JsonlSink, MemorySink, history, series
+from system.observe.sinks import JsonlSink, history, series
 
 
 class Clock:
@@ -19,6 +21,20 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class MemorySink:
+    """Keeps the records."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.closed = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.records.append(dict(record))
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -42,15 +58,15 @@ def run_two_steps(recorder: Recorder, clock: Clock) -> None:
         trees = [make_tree(f"{step}-{i}", (1.0, 0.0, 0.5), version=step - i) for i in range(2)]
         for tree in trees:
             recorder.tree_closed(tree, version_now=step)
-        recorder.idle("learner", "trees", 1.5)
-        recorder.idle("engine", "weights", 0.5)
         clock.now += 10
+        recorder.idle_total("learner", "trees", 1.5 * step)
+        recorder.idle_total("engine", "weights", 0.5 * step)
         recorder.train_step(step, step, trees, {"loss": 1.0 / step}, [0, step])
         recorder.flush(step)
     for client, prompt, cached in (("rollout-0", 100, 20), ("rollout-1", 100, 60), ("rollout-0", 150, 70)):
-        recorder.engine_total(client, "prompt_tokens", prompt)  # running totals, over both clients
-        recorder.engine_total(client, "cached_tokens", cached)
-    recorder.engine_total("rollout-1", "prompt_tokens", 50)  # its worker was restarted
+        recorder.running_total(client, "prompt_tokens", prompt)  # running totals, over both clients
+        recorder.running_total(client, "cached_tokens", cached)
+    recorder.running_total("rollout-1", "prompt_tokens", 50)  # its worker was restarted
     recorder.tree_dropped("stale", 3)
     recorder.tree_dropped("deadline", 2, tokens=7)
 
@@ -62,7 +78,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
         *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
-        *("mismatch", "weights", "dropped", "engine", "wall_s", "idle_s", "seed", "config"),
+        *("mismatch", "weights", "dropped", "engine", "tools", "wall_s", "idle_s", "seed", "config"),
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5
     assert summary["eval"]["after"]["accuracy"] == 1.0
@@ -184,6 +200,63 @@ def test_status_for_the_progress_display(recorder: Recorder, clock: Clock):
     assert status.idle == {"learner": 0.15, "engine": 0.05}
     clock.now += 1000
     assert recorder.status().generated_per_s == 0
+
+
+def test_rates_and_shares_count_since_training_began(recorder: Recorder, clock: Clock):
+    clock.now += 100  # start, warm start, evaluation
+    recorder.idle_total("engine", "waiting", 90.0)
+    recorder.training_began()
+    clock.now += 10
+    recorder.idle_total("engine", "waiting", 92.0)
+    recorder.idle_total("learner", "no batch", 4.0)
+    recorder.tree_closed(make_tree(), 0)
+    status, generated = recorder.status(), recorder.summary()["tokens"]["generated"]
+    assert status.generated_per_s == generated / 10
+    assert status.idle == {"engine": 0.2, "learner": 0.4}
+    record = recorder.flush(1)
+    assert record["time/window_s"] == 10
+    assert record["time/generated_per_s"] == generated / 10
+    assert record["time/idle_share/engine/waiting"] == 0.2
+    assert record["time/wall_s"] == 110
+    assert recorder.summary()["idle_s"]["engine"] == {"waiting": 92.0}
+
+
+def test_no_idle_share_is_above_one(recorder: Recorder, clock: Clock):
+    """An engine that only waits is asked every second, and steps shorter than that are recorded."""
+    recorder.training_began()
+    waited, shares = 0.0, []
+    for step in range(1, 9):
+        clock.now += 0.7
+        if step % 3 == 0:  # what it says covers three windows
+            waited = 0.7 * step
+            recorder.idle_total("engine", "waiting", waited)
+        shares.append(recorder.flush(step).get("time/idle_share/engine/waiting"))
+        assert recorder.status().idle.get("engine", 0.0) <= 1.0
+    assert [one for one in shares if one is not None] == pytest.approx([1.0, 1.0])
+    assert recorder.status().idle["engine"] == pytest.approx(1.0)
+
+
+def test_a_resume_counts_its_start_as_the_first_session_did(
+    recorder: Recorder, clock: Clock, run_dir: RunDir, config: Config
+):
+    clock.now += 30
+    second = Recorder(run_dir, config, [], clock=clock)
+    clock.now += 20  # its actors start
+    second.restore(recorder.state() | {"wall_s": 30.0})
+    assert second.wall_s == 50
+    second.training_began()
+    assert second.wall_s == 50
+
+
+def test_the_tools_totals_reach_record_and_summary(recorder: Recorder):
+    for client, retries in (("rollout-0", 2), ("rollout-1", 3)):
+        recorder.running_total(client, "tools/search/retries", retries)
+        recorder.running_total(client, "requests", 10)
+    record = recorder.flush(1)
+    assert (record["tools/search/retries"], record["engine/requests"]) == (5, 20)
+    assert recorder.summary()["tools"] == {"search/retries": 5}
+    assert recorder.summary()["engine"] == {"requests": 20}
+    assert "tools/search/retries" not in recorder.flush(2)
 
 
 def test_settled_accuracy_waits_for_a_full_window(run_dir: RunDir, config: Config):

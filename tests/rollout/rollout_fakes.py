@@ -16,8 +16,8 @@ from system.rollout.branching import Arpo, Policy
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Reward, Score
 from system.rollout.syntax import make_syntax
-from system.tasks.base import Prompt
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
+from system.tree.prompt import Prompt
 
 SPECS = {
     "search": ToolSpec("search", "look something up", {"type": "object"}, "query", pure=True),

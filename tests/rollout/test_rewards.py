@@ -10,7 +10,7 @@ from system.rollout.reward import BranchView, Score
 from system.rollout.rewards import make_reward
 from system.rollout.rewards.equality import equal, is_mathematical, parse_number
 from system.rollout.rewards.words import last_boxed, normalize, token_f1
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 
 OK = " <think> ok </think>"

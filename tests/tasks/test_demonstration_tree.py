@@ -14,7 +14,7 @@ from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.rewards import make_reward
 from system.rollout.syntax import make_syntax
-from system.tasks.base import Demonstration, Prompt
+from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
 from system.tasks.quickstart import QuickstartTask, vocabulary
 from system.tools import python_server, search_server
@@ -22,6 +22,7 @@ from system.tools.sandbox.sandbox import SandboxUnavailable
 from system.tools.search_index import Document, SearchIndex
 from system.tools.service import build_tools
 from system.tools.serving import serve
+from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 
 

@@ -71,7 +71,9 @@ class DecodeLoop:
         self.paused = False
         self.failure = ""
         self.busy_s = 0.0
-        self.idle_s = {"waiting": 0.0, "paused": 0.0, "updating": 0.0}
+        self._idle_s = {"waiting": 0.0, "paused": 0.0, "updating": 0.0}
+        self._wait: tuple[str, float] | None = None  # the wait under way: its cause and when it began
+        self._accounts = threading.Lock()  # of the two above
         self.moments = StepMoments()
 
     def start(self) -> None:
@@ -86,6 +88,16 @@ class DecodeLoop:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise TimeoutError(f"the decoding thread did not end within {timeout_s} s")
+
+    @property
+    def idle_s(self) -> dict[str, float]:
+        """Seconds by cause, those of the wait under way included.  From any thread."""
+        with self._accounts:
+            seconds = dict(self._idle_s)
+            if self._wait is not None:
+                cause, began = self._wait
+                seconds[cause] += time.perf_counter() - began
+        return seconds
 
     @property
     def alive(self) -> bool:
@@ -103,7 +115,7 @@ class DecodeLoop:
                 return command(self._scheduler)
             finally:
                 if updating:
-                    self.idle_s["updating"] += time.perf_counter() - began
+                    self._idle_s["updating"] += time.perf_counter() - began
 
         self._commands.append((run, future))
         self._wake.set()
@@ -170,8 +182,12 @@ class DecodeLoop:
         if self.paused or not self._scheduler.busy:
             self._hand_over()
             cause = "paused" if self.paused else "waiting"
+            with self._accounts:
+                self._wait = (cause, began)
             self._wake.wait()
-            self.idle_s[cause] += time.perf_counter() - began
+            with self._accounts:
+                self._idle_s[cause] += time.perf_counter() - began
+                self._wait = None
             return
         counters = self._scheduler.counters
         rows, prefill = counters.row_steps, counters.prefill_tokens

@@ -16,8 +16,8 @@ import re
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.equality import equal, is_mathematical, parse_number
 from system.rollout.rewards.words import last_boxed, normalize, overlap
-from system.tasks.base import Prompt
 from system.tools.outcome import ToolStatus
+from system.tree.prompt import Prompt
 from system.tree.record import Kind
 
 FORMAT_ERROR = -1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.words import last_boxed, token_f1
-from system.tasks.base import Prompt
+from system.tree.prompt import Prompt
 
 FORMAT_ERROR = -1.0
 MULTI_TOOL_BONUS = 0.1

@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from system.tasks.base import Demonstration, Prompt
+from system.tasks.base import Demonstration
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
 from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, World
+from system.tree.prompt import Prompt
 
 T = TypeVar("T")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from system.tasks.base import Prompt
 from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, Relation, World
+from system.tree.prompt import Prompt
 
 OPERATORS = {"plus": "+", "minus": "-", "over": "//"}
 OPERANDS = range(10, 20)

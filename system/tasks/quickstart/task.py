@@ -11,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from system.rollout.syntax.tags import TagSyntax
-from system.tasks.base import Demonstration, Prompt
+from system.tasks.base import Demonstration
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
 from system.tasks.quickstart.world import World, generate
 from system.tools.search_index import Document, SearchIndex
+from system.tree.prompt import Prompt
 
 PASSAGE = "{title}: {text}"
 """One search result as the search tool shows it, and ``SEPARATOR`` between two: the tool's own defaults."""

@@ -1,0 +1,103 @@
+"""What a run has counted since its first step; it survives a resume and becomes ``summary.json``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from system.observe.metrics import engine_totals
+
+
+@dataclass
+class Totals:
+    """Counts over the whole run, resumes included."""
+
+    trees: int = 0  # closed
+    leaves: int = 0
+    forks: int = 0
+    top_ups: int = 0
+    tool_calls: int = 0
+    generated: int = 0  # MODEL tokens of closed trees, and of dropped ones as far as they are known
+    trained: int = 0  # MODEL tokens that the learner saw with a scored leaf below, each once per tree
+    unique_trained: int = 0  # tokens of any kind in trained trees, shared prefixes once
+    flat_trained: int = 0  # the same once per leaf, as flattened paths would cost
+    version: int = 0
+    staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
+    idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
+    engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
+    tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
+    evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
+    mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
+    weights: dict[str, float] = field(
+        default_factory=dict
+    )  # of pushes to engines: see ``Recorder.weights_pushed``
+    wall_s: float = 0.0  # of earlier sessions
+
+    def summary(self) -> dict[str, Any]:
+        """The part of ``summary.json`` that these totals are."""
+        lags = sum(self.staleness.values())
+        return {
+            "eval": dict(self.evals),
+            "trees": self.trees,
+            "leaves": self.leaves,
+            "forks": self.forks,
+            "top_ups": self.top_ups,
+            "tool_calls": self.tool_calls,
+            "tokens": {
+                "generated": self.generated,
+                "trained": self.trained,
+                "unique_trained": self.unique_trained,
+                "flat_trained": self.flat_trained,
+            },
+            "staleness": {
+                "max": max(self.staleness, default=0),
+                "mean": sum(lag * n for lag, n in self.staleness.items()) / lags if lags else 0.0,
+            },
+            "versions": self.version,
+            "engine": engine_totals(self.engine),
+            "tools": dict(sorted(self.tools.items())),
+            "mismatch": _mismatch(self.mismatch),
+            "weights": dict(self.weights),
+            "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
+            "idle_s": {actor: dict(causes) for actor, causes in sorted(self.idle.items())},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return {**vars(self), "staleness": {str(lag): n for lag, n in self.staleness.items()}}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Totals:
+        """From what :meth:`state` returned, perhaps by an earlier version that counted fewer things."""
+        values = dict(state)
+        values["staleness"] = Counter({int(lag): int(n) for lag, n in state["staleness"].items()})
+        return cls(**values)
+
+
+def add(totals: dict[str, float], /, **values: float) -> None:
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value
+
+
+def highest(totals: dict[str, float], /, **values: float) -> None:
+    for name, value in values.items():
+        totals[name] = max(totals.get(name, 0.0), value)
+
+
+def _mismatch(totals: Mapping[str, float]) -> dict[str, float]:
+    """Engines against learner, as means per token of a step; empty before the first step.
+
+    KL(μ‖π) in nats, over all trained tokens (``kl``, staleness included) and over those sampled from the very
+    weights that were trained (``engine_kl``), where only numerics differ.
+    """
+    if not totals:
+        return {}
+    return {
+        "kl": totals["kl"] / totals["steps"],
+        "fresh_share": totals["fresh"] / totals["steps"],
+        "engine_kl": totals["engine_kl"] / totals["fresh"] if totals["fresh"] else 0.0,
+        "engine_logprob_diff_max": totals["engine_logprob_diff_max"],
+    }

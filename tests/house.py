@@ -1,0 +1,124 @@
+"""The rules of the house that no linter knows: ``python tests/house.py`` prints what breaks them.
+
+``make check`` runs it beside import-linter (who may import whom) and pyright.  Dead code is what vulture
+finds in ``system`` and ``actors`` alone: what only a test calls is dead, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from vulture import Vulture
+
+PACKAGES = ("system", "actors")
+FOREIGN = "in_server"  # runs inside SGLang's process, with SGLang's names
+MOST_LINES = 450
+# Who may import a module whose name is not written there.
+DYNAMIC = {
+    "system/plugins.py": "a user's own part, by the name in the configuration",
+    "system/tools/sandbox/forkserver.py": "modules that the sandboxed programs find loaded already",
+}
+
+# What vulture takes for dead, and who uses it: the names of methods, attributes, parameters and fields.
+ALIVE = {
+    "asyncio calls a protocol's methods": "connection_made connection_lost exc data_received",
+    "asyncio calls a selector's and a loop's": "get_map executor",
+    "a signal handler is given a frame": "frame",
+    "pickle asks for it": "reducer_override",
+    "rich calls it when the pipe is closed": "on_broken_pipe",
+    "rich reads it": "min_width",
+    "numpy reads it": "writeable",
+    "Python reads it": "dont_write_bytecode __stdout__ __stderr__",
+    "tokenizers read it": "pre_tokenizer",
+    "transformers saves it with the model": "generation_config",
+    "torch's checkpoint calls a planner's methods": "set_up_planner create_local_plan create_global_plan "
+    "finish_plan resolve_data resolve_tensor load_bytes commit_tensor is_coordinator storage_meta",
+    "torch passes it to a random state": "graph_safe",
+    "Megatron passes it to an attention module": "layer_number attn_mask_type attention_type "
+    "attention_dropout attention_mask packed_seq_params",
+    "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
+    "q_layernorm k_layernorm",
+    "counted for /get_server_info, whole": "rr rt pt requests recomputed_sequences",
+    "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "
+    "goodput packed_per_step staleness_max top_ups_per_tree calls_per_tree",
+}
+
+# To be emptied: what was there when the rules came.
+PENDING = re.compile(
+    r"system/bench/throughput.py|system/config.py: |system/engine/generation.py: |system/twin/engine.py: "
+    r"|abort_all|update_weights_from_disk|oldest_growing|method dense|step_count|class Registry"
+    r"|save_tokenizer|peak_rss_mb|attribute sessions"
+    r"|class (Place|Placement|Plan|Point|Result|Run|Segment|Server|State|Workload|World|_Server) "
+)
+
+
+def broken_rules(root: Path) -> list[str]:
+    """One line for each thing under ``root`` (a checkout) that is not as it should be."""
+    found: list[str] = []
+    classes: dict[str, list[str]] = defaultdict(list)
+    for path in files(root):
+        name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > MOST_LINES:
+            found.append(f"{name}: {lines} lines; at most {MOST_LINES}: split it by what changes together")
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name].append(f"{name}:{node.lineno}")
+        if name.startswith("system/"):
+            found += [f"{name}:{line}: {what}" for line, what in hidden_imports(tree, name in DYNAMIC)]
+    for word, places in sorted(classes.items()):
+        if len(places) > 1:
+            found.append(f"class {word} stands in {' and in '.join(places)}: one name, one thing")
+    return [one for one in found + dead_code(root) if not PENDING.search(one)]
+
+
+def dead_code(root: Path) -> list[str]:
+    """What nothing in the packages uses, and entries of ``ALIVE`` that are no longer needed."""
+    vulture = Vulture()
+    vulture.scavenge([root / package for package in PACKAGES], exclude=[f"*/{FOREIGN}/*"])
+    unused = vulture.get_unused_code()
+    alive = {name for names in ALIVE.values() for name in names.split()}
+    texts = [path.read_text(encoding="utf-8") for path in files(root)]
+    parts = {name for text in texts for name in re.findall(r'"[\w.]+:(\w+)"', text)}  # of a registry's table
+    found: list[str] = []
+    for item in unused:
+        if item.name not in alive | parts:
+            name = Path(item.filename).relative_to(root).as_posix()
+            found.append(f"{name}:{item.first_lineno}: unused {item.typ} {item.name}")
+    found += [f"ALIVE in house.py: {name} is used" for name in sorted(alive - {item.name for item in unused})]
+    return found
+
+
+def files(root: Path) -> Iterator[Path]:
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            if FOREIGN not in path.parts:
+                yield path
+
+
+def hidden_imports(tree: ast.Module, dynamic: bool) -> Iterator[tuple[int, str]]:
+    """Imports that import-linter cannot see: (line, what is wrong).  ``dynamic``: names need not be written
+    there."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called not in ("import_module", "__import__"):
+            continue
+        module = node.args[0] if node.args else None
+        if isinstance(module, ast.Constant) and isinstance(module.value, str):
+            if module.value.split(".")[0] in ("actors", "ray"):
+                yield node.lineno, f"imports {module.value}: system never imports actors or ray"
+        elif not dynamic:
+            yield node.lineno, "imports a module whose name is not written there (see DYNAMIC in house.py)"
+
+
+if __name__ == "__main__":
+    broken = broken_rules(Path(__file__).resolve().parent.parent)
+    print("\n".join(broken) or "The house is in order.")
+    sys.exit(bool(broken))
