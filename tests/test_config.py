@@ -141,3 +141,24 @@ def test_every_setting_says_what_it_is_and_every_number_has_a_bound():
         assert one.rule.text, key
         if one.kind in (int, float):
             assert bool(one.rule.bounds) != (key in signed), key
+
+
+def test_a_dictionary_is_merged_and_can_be_replaced(tmp_path: Path):
+    write(
+        tmp_path, "task: {options: {right: 0.4, slip: 0.5}}\nlearn: {credit: {options: {a: 1}}}", "base.yaml"
+    )
+    merged = write(tmp_path, "base: base.yaml\ntask: {options: {right: 0.1}}", "merged.yaml")
+    assert load(merged).task.options == {"right": 0.1, "slip": 0.5}
+    replaced = write(tmp_path, "base: base.yaml\ntask:\n  options: !replace {right: 0.1}\n", "replaced.yaml")
+    assert load(replaced).task.options == {"right": 0.1}
+    cleared = load(merged, ["task.options=!replace {}", "learn.credit.options=!replace {b: 2}"])
+    assert (cleared.task.options, cleared.learn.credit.options) == ({}, {"b": 2})
+    assert load(merged, ["task.options.new={x: 1}", "task.options.new=!replace {y: 2}"]).task.options[
+        "new"
+    ] == {"y": 2}
+
+
+@pytest.mark.parametrize("key", ["run.seed", "branching", "learn.credit", "tools.names"])
+def test_only_a_dictionary_can_be_replaced(key: str):
+    with pytest.raises(ConfigError, match=f"{key} is no dictionary"):
+        load(None, [f"{key}=!replace {{}}"])

@@ -80,6 +80,11 @@ def _sizes(config: Config) -> Iterator[str]:
             "rollout.schedule=lockstep grows a whole batch and then trains on it: it needs flow.staleness=0, "
             f"not {flow.staleness}, and rollout.concurrency={batch_trees} or more, not {rollout.concurrency}"
         )
+    if 0 < flow.max_staleness < flow.staleness:
+        yield (
+            f"flow.max_staleness={flow.max_staleness} is below flow.staleness={flow.staleness}: most trees "
+            "would be thrown away; raise it, lower flow.staleness, or set 0 to throw away none"
+        )
     if flow.batch_leaves % rollout.leaves:
         yield (
             f"flow.batch_leaves={flow.batch_leaves} must be a multiple of rollout.leaves={rollout.leaves}: "

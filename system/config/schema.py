@@ -236,6 +236,12 @@ class FlowConfig:
     window: int = setting(
         4, "training batches from the head of the queue within which a closed tree may overtake", least=1
     )
+    max_staleness: int = setting(
+        0,
+        "a waiting tree that would be trained on more versions than this after its start is thrown away, and "
+        "its prompt grown again; 0: none is, and staleness + window bounds it all the same",
+        least=0,
+    )
     max_attempts: int = setting(3, "times a prompt is grown before it is abandoned with a reason", least=1)
     update: str = setting(
         "in-flight",
