@@ -11,18 +11,24 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from system.errors import FAILED, LOST, EspalierError
+
 START_DEADLINE_S = 180.0  # for an actor to come up
 RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
 LOOK_S = 0.5
 LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own; set by a job
 
 
-class ActorLost(RuntimeError):
+class ActorLost(EspalierError, RuntimeError):
     """An actor died, or did not answer before its deadline."""
+
+    exit_code = LOST
 
 
 class StartFailed(ActorLost):
     """An actor's ``__init__`` raised: it would again."""
+
+    exit_code = FAILED
 
 
 def spawn(

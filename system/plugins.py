@@ -214,44 +214,44 @@ TOOLS = Registry(
     offered=("url", "top_k", "passage", "separator", "http"),
     options_key="tools.options",
 )
+CREDITS = Registry(
+    "learn.credit",
+    {
+        "grpo": "system.learn.credit.group:Grpo",
+        "arpo-soft": "system.learn.credit.group:Grpo",  # one estimator, two names
+        "arpo-hard": "system.learn.credit.group:ArpoHard",
+        "rloo": "system.learn.credit.group:Rloo",
+        "dr-grpo": "system.learn.credit.group:DrGrpo",
+        "reinforce++": "system.learn.credit.reinforce:ReinforcePlusPlus",
+        "reinforce++-baseline": "system.learn.credit.reinforce:ReinforcePlusPlusBaseline",
+    },
+)
+OBJECTIVES = Registry(
+    "learn.objective",
+    {
+        "decoupled": "system.learn.objective:Decoupled",
+        "ppo": "system.learn.objective:Ppo",
+        "grpo-flat": "system.learn.objective:FlatPpo",
+    },
+    offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),
+)
+AGGREGATES = Registry(
+    "learn.aggregate",
+    {
+        "token-mean": "system.learn.aggregate:TokenMean",
+        "seq-mean": "system.learn.aggregate:SequenceMean",
+        "constant": "system.learn.aggregate:Constant",
+    },
+    offered=("length_cap",),
+)
 POLICIES = Registry(
     "branching.name",
     {
         "arpo": "system.rollout.branching:Arpo",
         "arpo-paper": "system.rollout.branching:ArpoPaper",
-        "arpo-release": "system.rollout.branching:ArpoRelease",
+        "arpo-release": "system.rollout.branching:arpo_release",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },
-    offered=("window", "alpha", "beta", "tau"),
-)
-CREDITS = Registry(
-    "learn.credit",
-    {
-        "grpo": "system.learn.credit:grpo",
-        "arpo-soft": "system.learn.credit:grpo",
-        "arpo-hard": "system.learn.credit:grpo",
-        "rloo": "system.learn.credit:rloo",
-        "reinforce++": "system.learn.credit:reinforce_plus_plus",
-        "dr-grpo": "system.learn.credit:dr_grpo",
-    },
-    given=("groups",),
-)
-OBJECTIVES = Registry(
-    "learn.objective",
-    {
-        "decoupled": "system.learn.objective:decoupled",
-        "ppo": "system.learn.objective:ppo",
-        "grpo-flat": "system.learn.objective:ppo",
-    },
-    given=("tokens", "config"),
-)
-AGGREGATES = Registry(
-    "learn.aggregate",
-    {
-        "token-mean": "system.learn.aggregate:token_mean",
-        "seq-mean": "system.learn.aggregate:seq_mean",
-        "constant": "system.learn.aggregate:constant",
-    },
-    given=("lengths", "unique", "length_cap", "hard"),
+    offered=("probe_tokens", "alpha", "beta", "tau"),
 )

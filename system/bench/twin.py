@@ -32,7 +32,6 @@ from system.twin.events import TwinResult
 from system.twin.world import simulate
 
 WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
-WORDS = "RUN …"  # takes run directories
 _SEEDS = 3  # simulations per run, averaged
 
 

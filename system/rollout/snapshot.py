@@ -23,6 +23,7 @@ from safetensors.numpy import load, save
 
 from system.config import Config, settings, to_dict
 from system.engine.protocol import Finish
+from system.errors import EspalierError
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
 from system.rollout.tree_rollout import TreeRollout
@@ -37,7 +38,7 @@ _PLAIN = (
 )
 
 
-class SnapshotError(ValueError):
+class SnapshotError(EspalierError, ValueError):
     """Bytes that are no snapshot of this format."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
+from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Policy, Probe, TreeState
 from system.rollout.encode import decode, encode_prompt
@@ -40,7 +41,7 @@ STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells 
 CAUSES = ("engine", "tool", "waiting", "barrier")
 
 
-class RolloutFailed(RuntimeError):
+class RolloutFailed(EspalierError, RuntimeError):
     """Too few branches ended with a score for the tree to teach anything.
 
     ``reason`` is a word for counters: "deadline" (the tree's), else the commonest outcome of its branches
@@ -240,7 +241,7 @@ class TreeRollout:
 
     def _open(self, branch: Branch) -> int:
         """A MODEL node to write in; returns the number of tokens before its first one."""
-        above, branch.probe = branch.node, EntropyProbe(self.policy.window)
+        above, branch.probe = branch.node, EntropyProbe(self.policy.probe_tokens)
         if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
             branch.probe.add(self.growth.entropies(above))
             if branch.probe.full and self.schedule.streaming:  # and looked at, too

@@ -21,6 +21,7 @@ from typing import Any
 from asyncio_throttle.throttler import Throttler
 
 from system.config import ToolsConfig
+from system.errors import EspalierError
 from system.plugins import TOOLS, PluginError, is_path
 from system.tools.breaker import CircuitBreaker
 from system.tools.http_tools import HttpClient
@@ -29,7 +30,7 @@ from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import Tool, ToolUnavailable, argument_error
 
 
-class ToolStartError(RuntimeError):
+class ToolStartError(EspalierError, RuntimeError):
     """A configured tool cannot work; the message names it, the reason and the remedy."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from system.config import Config
+from system.errors import EspalierError
 from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import Closed, TrainingLoop, TreeLost
 from system.flow.replay import Entry, Taken
@@ -60,7 +61,7 @@ class Failure:
     for_s: float = 30.0
 
 
-class Stuck(RuntimeError):
+class Stuck(EspalierError, RuntimeError):
     """No training step was finished for ``Twin.patience_s`` virtual seconds: somebody waits for ever."""
 
 
@@ -99,7 +100,7 @@ class Twin:
                 f"engine-{number}",
                 models.engine,
                 self.agent,
-                first_tokens=-(-policy.window // chunk) * chunk,
+                first_tokens=-(-policy.probe_tokens // chunk) * chunk,
                 max_running=config.engine.max_running,
                 stops=dict(enumerate(syntax.stops)),
                 request_s=models.request_s,

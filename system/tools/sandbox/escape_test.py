@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from system.errors import EspalierError
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.scratch import remove_tree
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from system.tools.sandbox.sandbox import Sandbox
 
 
-class Escaped(RuntimeError):
+class Escaped(EspalierError, RuntimeError):
     """A program got out, or cannot do what it must be able to; the message names the attempts."""
 
 
