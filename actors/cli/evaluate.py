@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model} holds no model in Hugging Face format (no config.json)")
     check_parts(config)
-    from actors.launch import evaluate  # slow imports
+    from actors.evaluate import evaluate  # slow imports
 
     result = evaluate(config, model)
     text = json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False)

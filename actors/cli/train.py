@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             )
         config, name, resume = run_dir.config(tuple(overrides)), run_dir.name, run_dir.root
     check_parts(config)
-    from actors.launch import train  # slow imports
+    from actors.train import train  # slow imports
 
     return train(config, config_name=name, resume=resume)
 
