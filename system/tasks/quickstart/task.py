@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from system.rollout.syntax import TagSyntax
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
-from system.tasks.quickstart.world import World, generate
+from system.tasks.quickstart.world import GeneratedWorld, generate
 from system.tools.search_index import Document, SearchIndex
 from system.tree.prompt import Prompt
 
@@ -35,7 +34,7 @@ class QuickstartTask:
         self.seed, self.train_size, self.eval_size = seed, train_size, eval_size
         self.search_top_k = search_top_k
         self.skill = skill or Skill()
-        self.world: World = generate(seed)
+        self.world: GeneratedWorld = generate(seed)
 
     @cached_property
     def _held_out(self) -> list[questions.Question]:
@@ -54,9 +53,6 @@ class QuickstartTask:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return vocabulary.build()
-
-    def save_tokenizer(self, directory: Path) -> None:
-        vocabulary.build().save_pretrained(str(directory))
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         """``n`` trajectories of the imperfect expert on questions that are not held out."""
