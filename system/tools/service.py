@@ -122,16 +122,11 @@ class ToolService:
 def build_tools(
     config: ToolsConfig,
     urls: Mapping[str, str],
-    *,
-    passage: str = "{title}: {text}",
-    separator: str = "\n",
-    seed: int = 0,
 ) -> ToolService:
     """The tools of ``config.names``: "search", "python", or a class of one's own as "package.module:Class".
 
     ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
-    ``urls["search"]``.  ``passage`` and ``separator`` format search results (see :class:`SearchTool`).
-    Raises :class:`ToolStartError` for a name that cannot be made into a tool.
+    ``urls["search"]``.  Raises :class:`ToolStartError` for a name that cannot be made into a tool.
     """
     http = HttpClient(connections=256)
     tools: list[Tool] = []
@@ -139,9 +134,7 @@ def build_tools(
         if name == "search":
             url = config.search_url or urls.get("search", "")
             _require_url(name, url, "set tools.search_url, or let the run start its own search server")
-            tools.append(
-                SearchTool(url, config.search_top_k, passage=passage, separator=separator, http=http)
-            )
+            tools.append(SearchTool(url, config.search_top_k, http=http))
         elif name == "python":
             url = urls.get("python", "")
             _require_url(name, url, "let the run start its own python server")
@@ -152,7 +145,7 @@ def build_tools(
             raise ToolStartError(
                 f"tool {name!r}: unknown; write search, python, or your own as package.module:Class"
             )
-    return ToolService(tools, ServiceLimits.from_config(config), http=http, seed=seed)
+    return ToolService(tools, ServiceLimits.from_config(config), http=http)
 
 
 def _require_url(name: str, url: str, remedy: str) -> None:
