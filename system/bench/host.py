@@ -26,9 +26,8 @@ import numpy as np
 import psutil
 from matplotlib.figure import Figure
 
-from system.bench.latency import ToolLatency
 from system.bench.report import Report
-from system.bench.stub_engine import Plan, write_plan
+from system.bench.stub_engine import Script, write_script
 from system.config import RolloutConfig
 from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
@@ -43,6 +42,7 @@ from system.tools.service import ServiceLimits, ToolService
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.twin.agent import AnswerReward
+from system.twin.dist import ToolLatency
 
 _START_S = 30.0
 _STOP_S = 10.0
@@ -125,14 +125,14 @@ class _Search:
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         self._seed += 1
         self._counts.calls += 1
-        await asyncio.sleep(self._latency.draw(self._seed))
+        await asyncio.sleep(self._latency.draw(np.random.default_rng(self._seed)))
         return ToolOutcome(ToolStatus.OK, "Bob Stone: 47\nAnn Stone: 16")
 
     async def check(self) -> None:
         return None
 
 
-def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Plan:
+def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Script:
     """64 segments of 64 to 256 tokens, of words that the quickstart's tokenizer knows."""
     tokenizer, rng = vocabulary.build(), np.random.default_rng(seed)
     words = [
@@ -147,15 +147,15 @@ def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Plan:
         segments.append([*rng.choice(words, int(rng.integers(64, 257))).tolist(), *end])
         matched.append("</search>" if calls else "")
     texts = [[str(tokenizer.decode([token])) for token in segment] for segment in segments]
-    return Plan(segments, texts, matched, load.chunk_tokens, load.tokens_per_s, first_s=0.2)
+    return Script(segments, texts, matched, load.chunk_tokens, load.tokens_per_s, first_s=0.2)
 
 
 @asynccontextmanager
-async def stub(plan: Plan) -> AsyncGenerator[tuple[str, psutil.Process]]:
+async def stub(plan: Script) -> AsyncGenerator[tuple[str, psutil.Process]]:
     """The stub engine in a process of its own: its URL, and the process."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "plan.json"
-        write_plan(plan, path)
+        write_script(plan, path)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "system.bench.stub_engine", str(path)), stdout=asyncio.subprocess.PIPE
         )

@@ -14,10 +14,10 @@ from system.plan.hardware import GPUS
 from system.plan.memory import EngineLayout, LearnerLayout
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
-from system.twin.dist import Constant, Lognormal, Stragglers
+from system.twin.dist import Constant, Lognormal, ToolLatency
 from system.twin.events import TwinResult
 from system.twin.tools import ToolModel
-from system.twin.world import Models, simulate
+from system.twin.world import UNLIMITED, Models, simulate
 
 GRAIN = 32  # tokens that one simulated token stands for
 SKIP, CYCLES = 1, 3  # training steps left out at the start; periods of η + 1 steps simulated after that
@@ -62,7 +62,7 @@ PROFILES = {
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingLoad:
     """What is trained on, after ARPO's recipes: 16 leaves, 8 roots, 3 calls at most; 64 prompts a step."""
 
     batch_trees: int = 64
@@ -80,14 +80,14 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Point:
+class Split:
     """One simulated run."""
 
     profile: Profile
     gpus: int
     learner_gpus: int
     engines: int
-    workload: Workload
+    workload: TrainingLoad
     result: TwinResult
 
     @property
@@ -166,7 +166,7 @@ class _Grains:
         return self.learner.train_s(tokens * GRAIN)
 
 
-def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -> Point:
+def simulate_split(profile: Profile, gpus: int, replicas: int, work: TrainingLoad) -> Split:
     """``gpus`` GPUs of which ``replicas`` learner replicas take theirs and engines the rest."""
     gpu, shape = GPUS[work.gpu], profile.model
     learner = replace(profile.learner, dp=replicas)
@@ -181,50 +181,45 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -
         segment_tokens=Lognormal(work.segment_tokens / GRAIN, 0.7),
         p_call=(work.p_call,),
     )
-    latency = Stragglers(Lognormal(work.tool_s, 1.0))
+    tool = ToolModel(ToolLatency(work.tool_s, 1.0, 0.05), Constant(work.result_tokens / GRAIN))
     models = Models(
         engine=speed,
         learner=speed,
         agent=agent,
-        tools={"search": ToolModel(latency, Constant(work.result_tokens / GRAIN))},
+        tools={"search": tool},
         publish_s=publish_s(shape, gpu),
         update_s=work.pause_s,
         vocab=shape.vocab,
     )
     skip = SKIP + work.staleness  # all trees that η permits begin at once; a period later they are spread
     result = simulate(_config(work, engines), models, steps=skip + CYCLES * (work.staleness + 1), skip=skip)
-    return Point(profile, gpus, learner.gpus, engines, work, result)
+    return Split(profile, gpus, learner.gpus, engines, work, result)
 
 
-def _config(work: Workload, engines: int) -> Config:
+def _config(work: TrainingLoad, engines: int) -> Config:
     longest = round((work.call_limit + 1) * 8 * (work.segment_tokens + work.result_tokens) / GRAIN)
     return load(
         None,
         [
+            *UNLIMITED,
             f"rollout.leaves={work.leaves}",
             f"rollout.roots={work.roots}",
             f"rollout.call_limit={work.call_limit}",
             f"rollout.concurrency={(work.staleness + 1) * work.batch_trees}",
             f"rollout.max_response_tokens={longest}",
             f"rollout.max_tool_result_tokens={round(work.result_tokens / GRAIN) + 4}",
-            "rollout.generate_deadline_s=1e9",
-            "rollout.branch_deadline_s=1e9",
-            "rollout.tree_deadline_s=1e9",
             "branching.probe_tokens=1",
             "engine.chunk_tokens=1",
             "engine.max_running=512",
             f"engine.max_context={2 * longest}",
             f"engine.replicas={engines}",
-            "tools.concurrency=1000000",
-            "tools.deadline_s=1e9",
-            "tools.cache_size=0",
             f"flow.batch_leaves={work.leaves * work.batch_trees}",
             f"flow.staleness={work.staleness}",
         ],
     )
 
 
-def best_split(profile: Profile, gpus: int, work: Workload) -> list[Point]:
+def best_split(profile: Profile, gpus: int, work: TrainingLoad) -> list[Split]:
     """All splits that the search looked at, the best first; empty where no split is possible.
 
     First the learner's replicas, at the profile's engines.  Then engines of twice the GPUs, as long as they
@@ -250,7 +245,7 @@ def engine_sizes(profile: Profile) -> list[Profile]:
     return sizes
 
 
-def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[Point]:
+def _climb(profile: Profile, gpus: int, work: TrainingLoad, near: int = 0) -> list[Split]:
     """The best number of learner replicas: among the neighbours of ``near``, or in all.
 
     Throughput rises with replicas while training is the bottleneck and falls when engines get too few, so
@@ -259,7 +254,7 @@ def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[P
     most = (gpus - profile.engine.tp) // profile.learner.gpus
     if most < 1:
         return []
-    seen: dict[int, Point] = {}
+    seen: dict[int, Split] = {}
 
     def rate(replicas: int) -> float:
         if replicas not in seen:
@@ -280,5 +275,5 @@ def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[P
     return _ranked(list(seen.values()))
 
 
-def _ranked(points: list[Point]) -> list[Point]:
+def _ranked(points: list[Split]) -> list[Split]:
     return sorted(points, key=lambda point: -point.result.trained_per_s)
