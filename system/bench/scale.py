@@ -22,8 +22,8 @@ from system.bench.report import Report
 from system.bench.splits import (
     GRAIN,
     PROFILES,
-    Split,
     Profile,
+    Split,
     TrainingLoad,
     best_split,
     engine_sizes,
