@@ -150,14 +150,11 @@ async def _push(
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
     from system.engine.http import Http
 
-    async with asyncio.timeout(deadline_s):
-        http = Http()
+    async with asyncio.timeout(deadline_s), Http() as http:
         try:
             return Published({}, await transport.push(http, urls, buckets, version, kv))
         except PushFailed as error:
             return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
-        finally:
-            await http.close()
 
 
 def _meet_on_the_interface_of(address: str) -> None:
