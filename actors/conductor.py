@@ -88,6 +88,8 @@ class Conductor:
 
         The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.
         """
+        for warning in self.actors.learner.warnings:
+            self.progress.note(warning)
         self.progress.phase(TRAINING)
         await self._monitor.ready()
         self.recorder.training_began()

@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
-from system.engine.client import EngineClient
+from system.engine.control import EngineControl
 from system.engine.protocol import SPEED_COUNTERS, EngineError, EngineInfo
 from system.flow.loop import TrainingLoop
 from system.observe.recorder import Recorder
@@ -56,32 +56,31 @@ class EngineMonitor:
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
         async with AsyncExitStack() as stack:
-            clients = [await _client(stack, url) for url in self.urls]
-            good = [time.monotonic()] * len(clients)
+            controls = [await stack.enter_async_context(EngineControl(url)) for url in self.urls]
+            good = [time.monotonic()] * len(controls)
             while True:
-                for number, client in enumerate(clients):
-                    if client.urls[0] not in self.urls or await self._tend(number, client):
+                for number, control in enumerate(controls):
+                    if control.url not in self.urls or await self._tend(number, control):
                         good[number] = time.monotonic()
                     elif time.monotonic() - good[number] > self._deadline_s:
-                        raise ActorLost(self._not_back(client))
+                        raise ActorLost(self._not_back(control.url))
                 await asyncio.sleep(LOOK_S)
 
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
-        async with AsyncExitStack() as stack:
-            for number, url in enumerate(list(self.urls)):
-                client = await _client(stack, url)
+        for number, url in enumerate(list(self.urls)):
+            async with EngineControl(url) as control:
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        while url in self.urls and not await self._tend(number, client):  # noqa: ASYNC110
+                        while url in self.urls and not await self._tend(number, control):  # noqa: ASYNC110
                             await asyncio.sleep(LOOK_S)
                 except TimeoutError as error:
-                    raise ActorLost(self._not_back(client)) from error
+                    raise ActorLost(self._not_back(url)) from error
 
-    async def _tend(self, number: int, client: EngineClient) -> bool:
+    async def _tend(self, number: int, control: EngineControl) -> bool:
         """Account an engine's idle time; send it the current weights if it lacks them.  True: it has them."""
         try:
-            (info,) = await client.infos()
+            info = await control.info()
             for counter, seconds in info.counters.items():
                 if cause := IDLE_COUNTER.fullmatch(counter):
                     self._recorder.idle_total(f"engine-{number}", cause[1], seconds)
@@ -93,26 +92,20 @@ class EngineMonitor:
             if self._current(info):
                 return True
             async with self._loop.weights:
-                (info,) = await client.infos()
+                info = await control.info()
                 if not self._current(info):  # no training step was just pushing them
-                    if await self._publisher.push(self._loop.version, client.urls):
+                    if await self._publisher.push(self._loop.version, [control.url]):
                         return False
-                    await client.resume()
+                    await control.resume()
         except EngineError:  # it is being restarted
             return False
         return True
 
-    def _not_back(self, client: EngineClient) -> str:
+    def _not_back(self, url: str) -> str:
         return (
-            f"engine {client.urls[0]}: not back with the current weights within {self._deadline_s:.0f} s "
+            f"engine {url}: not back with the current weights within {self._deadline_s:.0f} s "
             "(engine.start_deadline_s); see the run's logs/"
         )
 
     def _current(self, info: EngineInfo) -> bool:
         return info.weight_version == self._loop.version and not info.paused
-
-
-async def _client(stack: AsyncExitStack, url: str) -> EngineClient:
-    client = EngineClient([url])
-    stack.push_async_callback(client.close)
-    return client

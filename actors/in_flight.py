@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import RayError
 
 from actors.ray_support import ActorLost, answer
 from system.config import Config
@@ -38,10 +38,10 @@ class KeptTree:
 
 
 def fetch(reference: Any) -> Tree | bytes | None:
-    """What is behind a reference; None if it was lost with its machine."""
+    """What is behind a reference; None if it cannot be had: its machine is gone."""
     try:
         return ray.get(reference, timeout=FETCH_DEADLINE_S)
-    except ObjectLostError:
+    except RayError:
         return None
 
 

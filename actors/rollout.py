@@ -34,8 +34,8 @@ class RolloutWorker:
         await self._tools.check()
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of the engine client, since this process started."""
-        return self._engine.counters
+        """Running totals of the engine client and of the tool service, since this process started."""
+        return self._engine.counters | self._tools.counters
 
     async def grow(
         self, prompt: Prompt, ticket: int, seed: int, start: bytes | None = None

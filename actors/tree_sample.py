@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.ray_support import answer
@@ -17,12 +17,12 @@ WRITE_DEADLINE_S = 600.0  # one batch; a process for it has to start at first
 
 
 def write_trees(directory: str, keep: int, references: Sequence[Any]) -> None:
-    """Append the trees to ``directory``, one after another; those lost meanwhile are left out."""
+    """Append the trees to ``directory``, one after another; those that are lost meanwhile are left out."""
     with TreeWriter(directory, keep) as writer:
         for reference in references:
             try:
                 writer.append(ray.get(reference, timeout=WRITE_DEADLINE_S))
-            except ObjectLostError:
+            except RayError:
                 continue
 
 

@@ -42,9 +42,6 @@ class MeasuredEngine:
             self.path.add(chunk.tokens.size * self.token_s)
             yield chunk
 
-    async def abort(self, rid: str) -> None:
-        await self.engine.abort(rid)
-
 
 @dataclass
 class MeasuredTools:

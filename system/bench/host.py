@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from system.bench.report import Report
 from system.bench.stub_engine import Script, write_script
 from system.config import RolloutConfig
-from system.engine.client import EngineClient
+from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
 from system.rollout import process
 from system.rollout.branching import Arpo
@@ -96,7 +96,7 @@ class _LiveBranches(BarrierFree):
 class _CountedEngine:
     """The client, counting what comes out of it."""
 
-    def __init__(self, client: EngineClient, counts: Counts) -> None:
+    def __init__(self, client: EnginePool, counts: Counts) -> None:
         self._client, self._counts = client, counts
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
@@ -107,9 +107,6 @@ class _CountedEngine:
                 counts.chunks += 1
                 counts.tokens += len(chunk.tokens)
                 yield chunk
-
-    async def abort(self, rid: str) -> None:
-        await self._client.abort(rid)
 
 
 class _Search:
@@ -183,7 +180,7 @@ async def _measure(load: Load) -> dict[str, Any]:
             [_Search(ToolLatency(load.tool_s, 1.0), counts)],
             ServiceLimits(concurrency=load.branches, deadline_s=60),
         )
-        client = EngineClient([url], deadline_s=120, in_flight=load.branches)
+        client = EnginePool([url], deadline_s=120, in_flight=load.branches)
         live = _LiveBranches()
         context = _context(load, _CountedEngine(client, counts), tools, live)
         rss = psutil.Process().memory_info().rss

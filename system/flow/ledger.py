@@ -79,19 +79,10 @@ class Ledger:
         self._records: dict[_Key, _Record] = {}
         self._tickets: dict[int, _Key] = {}  # tickets in flight
         self._returned: deque[_Key] = deque()  # pending again
-        self._epoch, self._cursor = 0, 0  # the next fresh prompt is number `cursor` of the epoch's order
+        self.epoch, self._cursor = 0, 0  # the next fresh prompt is number `cursor` of this epoch's order
         self._order = self._shuffled(0)
-        self._next_number = 0
+        self.next_number = 0
         self._events: list[Event] = [self._opening()]
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that fresh prompts come from."""
-        return self._epoch
-
-    @property
-    def next_number(self) -> int:
-        return self._next_number
 
     def next(self, version: int = 0) -> Ticket:
         """Issue the next prompt: pending -> growing.  ``version``: the learner's."""
@@ -99,17 +90,17 @@ class Ledger:
             key = self._returned.popleft()
         else:
             if self._cursor == len(self._order):
-                self._epoch, self._cursor = self._epoch + 1, 0
-                self._order = self._shuffled(self._epoch)
-            key = (self._epoch, self._order[self._cursor])
+                self.epoch, self._cursor = self.epoch + 1, 0
+                self._order = self._shuffled(self.epoch)
+            key = (self.epoch, self._order[self._cursor])
             self._cursor += 1
             self._records[key] = _Record()
         record = self._records[key]
-        record.state, record.number, record.attempt = State.GROWING, self._next_number, record.attempt + 1
+        record.state, record.number, record.attempt = State.GROWING, self.next_number, record.attempt + 1
         if record.start_version is None:
             record.start_version = version
         self._tickets[record.number] = key
-        self._next_number += 1
+        self.next_number += 1
         ticket = self.ticket(record.number)
         self._log(
             "issue", number=ticket.number, epoch=ticket.epoch, prompt=ticket.prompt_id, attempt=ticket.attempt

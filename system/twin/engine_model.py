@@ -139,12 +139,6 @@ class EngineModel:
                 sequence.closed = True
                 self._interrupt()
 
-    async def abort(self, rid: str) -> None:
-        for sequence in (*self._waiting, *self._running):
-            if sequence.request.rid == rid:
-                sequence.closed = True
-        self._interrupt()
-
     @property
     def load(self) -> int:
         """Requests running and waiting."""

@@ -210,7 +210,7 @@ def test_rates_and_shares_count_since_training_began(recorder: Recorder, clock: 
     clock.now += 10
     recorder.idle_total("engine", "waiting", 92.0)
     recorder.idle_total("learner", "no batch", 4.0)
-    recorder.tree_closed(make_tree(), 0)
+    recorder.tree_closed(TreeStats.of(make_tree()), 0)
     status, generated = recorder.status(), recorder.summary()["tokens"]["generated"]
     assert status.generated_per_s == generated / 10
     assert status.idle == {"engine": 0.2, "learner": 0.4}

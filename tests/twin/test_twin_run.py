@@ -162,3 +162,14 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
     left = set(issued) - {prompt for _, prompt in history}
     assert abandoned == 0
     assert len(left) <= (settings.staleness + 1) * 4  # none lost: what is left was in flight at the end
+
+
+def test_a_limit_on_staleness_evicts_trees_in_a_simulation_too() -> None:
+    tail = models(tools={"search": ToolModel(ToolLatency(1.0, 1.0, 0.02, 100.0))})
+    overtaking = ("flow.staleness=1", "flow.window=4")
+    free = simulate(config(*overtaking), tail, steps=12)
+    limited = simulate(config(*overtaking, "flow.max_staleness=1"), tail, steps=12)
+    assert free.dropped == {}
+    assert free.staleness_max > 1
+    assert limited.dropped["stale"] > 0
+    assert limited.staleness_max <= 1
