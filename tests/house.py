@@ -43,18 +43,18 @@ ALIVE = {
     "attention_dropout attention_mask packed_seq_params",
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
-    "counted for /get_server_info, whole": "rr rt pt requests recomputed_sequences",
+    "counted for /get_server_info, whole": "rr rp rt pt requests recomputed_sequences",
     "a user's credit reads it": "entropy_sum mean_reward_below",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "
-    "goodput packed_per_step staleness_max top_ups_per_tree calls_per_tree",
+    "goodput packed_per_step staleness_max",
 }
 
 # To be emptied: what was there when the rules came.
 PENDING = re.compile(
-    r"system/bench/throughput.py|system/config.py: |system/twin/engine.py: "
-    r"|oldest_growing|method dense|step_count|class Registry"
-    r"|save_tokenizer|attribute sessions"
-    r"|class (Place|Point|Result|Run|Workload|World) "
+    r"system/config.py: |system/engine/generation.py: "
+    r"|abort_all|update_weights_from_disk|oldest_growing|method dense|step_count|class Registry"
+    r"|save_tokenizer|peak_rss_mb|attribute sessions"
+    r"|class (Place|Placement|Server|State|_Server) "
 )
 
 
