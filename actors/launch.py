@@ -27,13 +27,13 @@ from system.cluster.placement import learner_world
 from system.config import Config, ConfigError
 from system.engine.sglang.command import SglangMissing, interpreter
 from system.flow.ledger import Ledger
+from system.models.shape import ModelShape, UnsupportedModel
 from system.observe.jsonl import read_jsonl
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.observe.sinks import JsonlSink
 from system.observe.wandb_sink import WandbSink
-from system.shape import ModelShape, UnsupportedModel
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.tasks.registry import make_task

@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
 
-from system.bench.models import random_qwen3
+from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import ModelConfig
 from system.engine.client import EngineClient

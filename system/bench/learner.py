@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from system.bench.models import random_qwen3
+from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import Config
 from system.tree.record import Kind, Outcome, Tree

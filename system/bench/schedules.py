@@ -21,7 +21,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from system.bench import clock
 from system.bench.critical_path import CriticalPath, MeasuredEngine, MeasuredTools
 from system.bench.latency import ToolLatency
 from system.bench.report import Report
@@ -34,9 +33,10 @@ from system.rollout.schedule import Lockstep
 from system.rollout.syntax import make_syntax
 from system.tools.service import ServiceLimits
 from system.tree.record import Origin, Tree
+from system.twin import clock
 from system.twin.agent import AgentModel, AnswerReward, TwinTokenizer
 from system.twin.dist import Constant, Lognormal
-from system.twin.engine import EngineModel
+from system.twin.engine_model import EngineModel
 from system.twin.speeds import LinearEngine
 from system.twin.tools import ToolModel, TwinTools
 

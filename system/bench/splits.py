@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from system.config import Config, ConfigError, load
+from system.models.known import KNOWN
+from system.models.shape import ModelShape
 from system.plan.hardware import GPUS
 from system.plan.memory import EngineLayout, LearnerLayout
-from system.plan.shapes import KNOWN, Shape
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
 from system.twin.dist import Constant, Lognormal, Stragglers
@@ -35,7 +36,7 @@ class Profile:
     engine: EngineLayout
 
     @property
-    def model(self) -> Shape:
+    def model(self) -> ModelShape:
         return KNOWN[self.shape]
 
 

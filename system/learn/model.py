@@ -23,7 +23,7 @@ from torch import nn
 from system.config import ConfigError, LearnConfig
 from system.learn import cpu
 from system.learn.attention import TreeAttention, TreeMask
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +44,10 @@ class RMSNorm(nn.Module):
 class TreeGPTModel(GPTModel):
     """This rank's stage of a ``GPTModel`` that scores tokens of a packed row at their predictors."""
 
-    def __init__(self, *, real_vocab_size: int, rope_theta: float, **kwargs: Any) -> None:
+    def __init__(self, *, shape: ModelShape, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
-        self.real_vocab_size = real_vocab_size
-        self.rope_theta = rope_theta
+        self.shape = shape
+        self.rope_theta = shape.rope_theta
         if self.post_process:
             # The head sees chosen rows, which are not spread over the ranks as the hidden states are: each
             # rank computes its vocabulary share for all of them, and their gradients are summed here.
@@ -182,12 +182,11 @@ def build(shape: ModelShape, config: TransformerConfig) -> TreeGPTModel:
             config=config,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(shape.vocab, config.tensor_model_parallel_size),
-            real_vocab_size=shape.vocab,
+            shape=shape,
             max_sequence_length=shape.max_position,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
-            rope_theta=shape.rope_theta,
         )
         return model if cpu.needed() else model.cuda()

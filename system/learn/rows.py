@@ -75,7 +75,7 @@ def logprob_entropy(
     """
     if temperature != 1.0:
         logits = logits / temperature
-    return vocab_parallel_logprob_entropy(logits, row.target, model.real_vocab_size, layout.tp_group)
+    return vocab_parallel_logprob_entropy(logits, row.target, model.shape.vocab, layout.tp_group)
 
 
 def loss_tokens(

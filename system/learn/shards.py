@@ -11,9 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.core.transformer.transformer_config import TransformerConfig
-
 from system.learn.model import TreeGPTModel, padded_vocab_size
+from system.models.shape import ModelShape
 
 Split = Literal["replicated", "query-groups", "columns", "gate-up", "vocabulary"]
 
@@ -72,24 +71,14 @@ class WeightMap:
 
     @staticmethod
     def of(model: TreeGPTModel) -> WeightMap:
-        return WeightMap(model.config, model.real_vocab_size, model.share_embeddings_and_output_weights)
+        config = model.config
+        return WeightMap(model.shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
 
-    def __init__(self, config: TransformerConfig, vocabulary: int, tied: bool) -> None:
-        """``vocabulary`` without padding; ``tied``: whether the head is the embedding."""
-        assert config.num_query_groups is not None
-        assert config.kv_channels is not None
-        assert config.ffn_hidden_size is not None
-        self.tp, self.pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-        self.tied = tied
-        self._vocabulary = vocabulary
-        self._layers = config.num_layers
-        self._hidden, self._ffn = config.hidden_size, config.ffn_hidden_size
-        self._heads, self._groups, self._width = (
-            config.num_attention_heads,
-            config.num_query_groups,
-            config.kv_channels,
-        )
-        self._qkv_bias, self._qk_norm = config.add_qkv_bias, config.qk_layernorm
+    def __init__(self, shape: ModelShape, tp: int, pp: int) -> None:
+        self.tp, self.pp, self.tied = tp, pp, shape.tied
+        self._layers, self._groups = shape.layers, shape.kv_heads
+        self._qkv_bias, self._qk_norm = shape.qkv_bias, shape.qk_norm
+        self._shapes = shape.tensors()
 
     def places(self) -> list[Place]:
         """Every parameter of the model once, from the embedding to the head, stage by stage."""
@@ -115,7 +104,7 @@ class WeightMap:
             layer = stage * (self._layers // self.pp) + int(local)
             split, short = _LAYER[suffix]
             names = tuple(f"model.layers.{layer}.{n}" for n in short)
-        return Place(stage, key, split, {name: self._shape(name) for name in names})
+        return Place(stage, key, split, {name: self._shapes[name] for name in names})
 
     def runs(self, place: Place, rank: int) -> list[Run]:
         """The boxes that tensor-parallel rank ``rank`` holds of a parameter, in its row order.
@@ -170,24 +159,3 @@ class WeightMap:
         if suffix.endswith("linear_qkv.bias"):
             return self._qkv_bias
         return self._qk_norm or not suffix.endswith(("q_layernorm.weight", "k_layernorm.weight"))
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """The full shape of a Hugging Face tensor."""
-        queries, keys = self._heads * self._width, self._groups * self._width
-        *_, module, kind = name.split(".")
-        match module:
-            case "embed_tokens" | "lm_head":
-                return (self._vocabulary, self._hidden)
-            case "q_proj" | "k_proj" | "v_proj":
-                rows = queries if module == "q_proj" else keys
-                return (rows,) if kind == "bias" else (rows, self._hidden)
-            case "o_proj":
-                return (self._hidden, queries)
-            case "gate_proj" | "up_proj":
-                return (self._ffn, self._hidden)
-            case "down_proj":
-                return (self._hidden, self._ffn)
-            case "q_norm" | "k_norm":
-                return (self._width,)
-            case _:
-                return (self._hidden,)

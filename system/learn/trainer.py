@@ -38,13 +38,12 @@ from system.learn.rows import (
     share,
 )
 from system.learn.weights import Export, HuggingFaceFiles
+from system.models.files import DTYPES
 from system.tree.pack import flatten, pack, path_model_tokens
 from system.tree.packed import PackedBatch
 from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass

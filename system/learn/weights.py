@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from system.config import ConfigError
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import Place, Run, WeightMap
+from system.models.files import INDEX, SINGLE, weight_files, write_index
 
-INDEX = "model.safetensors.index.json"
 Bucket = dict[str, torch.Tensor]
 
 # (tensor name, its expected shape, (first row, rows), (first column, columns)) -> the box; columns are None
@@ -43,13 +43,7 @@ class HuggingFaceFiles:
         self._path = Path(path)
         self._open = ExitStack()
         self._handles: dict[str, Any] = {}
-        if (self._path / INDEX).is_file():
-            self._where: Mapping[str, str] = json.loads((self._path / INDEX).read_text())["weight_map"]
-        elif (self._path / "model.safetensors").is_file():
-            with safe_open(self._path / "model.safetensors", framework="pt") as file:
-                self._where = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise ConfigError(f"{path}: no safetensors weights (model.safetensors or {INDEX})")
+        self._where = weight_files(path)
 
     def __enter__(self) -> HuggingFaceFiles:
         return self
@@ -198,14 +192,13 @@ def save_hf(
     where: dict[str, str] = {}
     total, count = 0, len(export.plan)
     for number, bucket in enumerate(export.buckets(), 1):
-        name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(bucket, partial / name, metadata={"format": "pt"})
         where |= dict.fromkeys(bucket, name)
         total += sum(t.nbytes for t in bucket.values())
         bucket.clear()  # before the next one is gathered
     if count > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (partial / INDEX).write_text(json.dumps(index, indent=2))
+        write_index(partial, where, total)
     replace(partial, path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from system.plan.shapes import Shape
+from system.models.shape import ModelShape
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes per number
 _GRADIENT = 4  # gradients are accumulated and reduced in fp32
@@ -57,14 +57,14 @@ class Memory:
         return sum(self.parts.values())
 
 
-def learner_memory(shape: Shape, layout: LearnerLayout, reserved: float = 0.0) -> Memory:
+def learner_memory(shape: ModelShape, layout: LearnerLayout, reserved: float = 0.0) -> Memory:
     """The fullest pipeline stage: the first holds most activations, the last the logits."""
     stages = {stage: _stage(shape, layout, stage) for stage in {0, layout.pp - 1}}
     worst = max(stages.values(), key=lambda parts: sum(parts.values()))
     return Memory({**worst, "reserved": reserved})
 
 
-def engine_memory(shape: Shape, layout: EngineLayout, memory: float) -> Memory:
+def engine_memory(shape: ModelShape, layout: EngineLayout, memory: float) -> Memory:
     """Weights, and the KV cache that takes the rest of the engine's share of ``memory`` (bytes per GPU).
 
     A negative KV part means that the weights alone do not fit.
@@ -74,7 +74,7 @@ def engine_memory(shape: Shape, layout: EngineLayout, memory: float) -> Memory:
     return Memory({"weights": weights, "KV cache": share - weights, "reserved": memory - share})
 
 
-def kv_capacity(shape: Shape, layout: EngineLayout, memory: float) -> int:
+def kv_capacity(shape: ModelShape, layout: EngineLayout, memory: float) -> int:
     """Tokens whose KV fits into one engine (all its GPUs together); 0 when the weights do not fit."""
     shards = min(layout.tp, shape.kv_heads)  # beyond that, KV heads are replicated
     per_gpu = shape.kv_bytes_per_token(WIDTH[layout.dtype]) / shards
@@ -82,7 +82,7 @@ def kv_capacity(shape: Shape, layout: EngineLayout, memory: float) -> int:
     return max(0, int(room / per_gpu))
 
 
-def activation_bytes_per_token(shape: Shape, layout: LearnerLayout) -> tuple[float, float]:
+def activation_bytes_per_token(shape: ModelShape, layout: LearnerLayout) -> tuple[float, float]:
     """Bytes that one token keeps for the backward pass per layer: (whole layer, what recomputation keeps).
 
     Whole layer, in numbers per token: the inputs and outputs of both norms (4h, divided only by sequence
@@ -100,13 +100,13 @@ def activation_bytes_per_token(shape: Shape, layout: LearnerLayout) -> tuple[flo
     return whole, kept
 
 
-def logits_bytes(shape: Shape, layout: LearnerLayout) -> float:
+def logits_bytes(shape: ModelShape, layout: LearnerLayout) -> float:
     """Peak of the output layer: the logits, and three fp32 arrays of their size in the loss."""
     per_token = (WIDTH[layout.dtype] + 3 * 4) * shape.vocab / layout.tp
     return per_token * layout.micro_tokens / layout.cp
 
 
-def _stage(shape: Shape, layout: LearnerLayout, stage: int) -> dict[str, float]:
+def _stage(shape: ModelShape, layout: LearnerLayout, stage: int) -> dict[str, float]:
     layers = -(-shape.layers // layout.pp)
     parameters = layers * (shape.matrices_per_layer / layout.tp + shape.norms_per_layer)
     first, last = stage == 0, stage == layout.pp - 1

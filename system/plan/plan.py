@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from system.config import Config, ConfigError
+from system.models.known import shape_of
+from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS, Gpu
 from system.plan.memory import (
     EngineLayout,
@@ -19,7 +21,6 @@ from system.plan.memory import (
     kv_capacity,
     learner_memory,
 )
-from system.plan.shapes import Shape, shape_of
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "KV cache"
@@ -85,7 +86,7 @@ class Forecast:
 class Plan:
     """How ``gpus`` are used."""
 
-    shape: Shape
+    shape: ModelShape
     gpu: Gpu
     gpus: int
     learner: LearnerLayout
@@ -167,7 +168,7 @@ def learner_layout(config: Config) -> LearnerLayout:
 
 
 def _problems(
-    config: Config, shape: Shape, gpu: Gpu, learner: LearnerLayout, engine: EngineLayout, rank: Memory
+    config: Config, shape: ModelShape, gpu: Gpu, learner: LearnerLayout, engine: EngineLayout, rank: Memory
 ) -> list[str]:
     problems: list[str] = []
     for name in ("heads", "kv_heads", "ffn"):
@@ -211,7 +212,7 @@ def _notes(config: Config, engines: int) -> list[str]:
 def _forecast(
     config: Config,
     gpu: Gpu,
-    shape: Shape,
+    shape: ModelShape,
     learner: LearnerLayout,
     engine: EngineLayout,
     engines: int,

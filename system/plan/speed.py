@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from system.models.shape import ModelShape
 from system.plan.hardware import Gpu
 from system.plan.memory import WIDTH, EngineLayout, LearnerLayout, kv_capacity
-from system.plan.shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRoofline:
     """One engine (``layout.tp`` GPUs).  Times in seconds, context in tokens."""
 
-    shape: Shape
+    shape: ModelShape
     layout: EngineLayout
     gpu: Gpu
 
@@ -46,7 +46,7 @@ class EngineRoofline:
 class LearnerRoofline:
     """All ranks of the learner together."""
 
-    shape: Shape
+    shape: ModelShape
     layout: LearnerLayout
     gpu: Gpu
 
@@ -72,6 +72,6 @@ class LearnerRoofline:
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 
 
-def publish_s(shape: Shape, gpu: Gpu, width: int = 2) -> float:
+def publish_s(shape: ModelShape, gpu: Gpu, width: int = 2) -> float:
     """Streaming all weights from rank 0 into the engines, in buckets down a pipeline of receivers."""
     return shape.parameters * width / (gpu.network * gpu.network_share)

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.config import Config, ConfigError
+from system.models.shape import ModelShape
 from system.observe.rundir import RunDir
 from system.observe.sinks import history
-from system.shape import ModelShape
 from system.tools.http_tools import SearchTool
 from system.tree.record import Kind, Outcome, ToolCall, Tree
 from system.tree.store import read_trees

@@ -12,7 +12,7 @@ import numpy as np
 
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
-from system.twin.engine import EngineModel
+from system.twin.engine_model import EngineModel
 
 
 @dataclass

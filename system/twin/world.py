@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from system.bench.clock import run as run_virtually
 from system.config import Config
 from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import Closed, TrainingLoop, TreeLost
@@ -24,7 +23,8 @@ from system.rollout.syntax import make_syntax
 from system.tools.service import ServiceLimits
 from system.tree.record import Tree
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
-from system.twin.engine import EngineModel, EngineModels, EngineSpeed
+from system.twin.clock import run as run_virtually
+from system.twin.engine_model import EngineModel, EngineModels, EngineSpeed
 from system.twin.events import TwinEvents, TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools

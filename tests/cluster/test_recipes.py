@@ -11,8 +11,8 @@ from actors.cli.main import main
 from system.cluster.placement import paper_nodes, place, spare_gpus
 from system.cluster.script import Site, render
 from system.config import Config, load
+from system.models.known import shape_of
 from system.plan import plan
-from system.plan.shapes import shape_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if load(path).cluster.gpus_per_node)

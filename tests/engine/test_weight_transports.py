@@ -25,7 +25,7 @@ from system.engine.weights.distributed import Distributed
 from system.engine.weights.layout import Fuser, ShardError
 from system.engine.weights.sglang import Server, SGLangTransport
 from system.engine.weights.tensor import SharedTensors, flatten, handles
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",

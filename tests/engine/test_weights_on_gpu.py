@@ -16,7 +16,7 @@ from system.engine.client import EngineClient
 from system.engine.sglang.command import interpreter, server_command
 from system.engine.sglang.server import SglangServer
 from system.engine.weights import make
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 SETTINGS: dict[str, Any] = {"name": "sglang", "device": "cuda", "max_running": 16, "max_context": 512}

@@ -11,7 +11,7 @@ import torch
 from system.config import LearnConfig
 from system.learn.model import transformer_config
 from system.learn.shards import WeightMap
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 QWEN3_32B: dict[str, Any] = {
     "vocab_size": 151936,
@@ -36,8 +36,8 @@ QWEN2_ODD: dict[str, Any] = {
 
 def weight_map(shape: dict[str, Any], tp: int, pp: int) -> WeightMap:
     model = ModelShape.from_config({"model_type": "qwen3" if "head_dim" in shape else "qwen2", **shape})
-    config = transformer_config(model, LearnConfig(tp=tp, pp=pp), torch.bfloat16)
-    return WeightMap(config, model.vocab, model.tied)
+    transformer_config(model, LearnConfig(tp=tp, pp=pp), torch.bfloat16)  # the layout divides the model
+    return WeightMap(model, tp, pp)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from actors.cli.main import main
 from system.config import Config, ConfigError, ModelConfig, load
+from system.models.known import KNOWN, shape_of
 from system.plan import Workload, plan, text
 from system.plan.hardware import GIB, GPUS
 from system.plan.memory import (
@@ -18,7 +19,6 @@ from system.plan.memory import (
     kv_capacity,
     learner_memory,
 )
-from system.plan.shapes import KNOWN, shape_of
 from system.plan.speed import EngineRoofline, LearnerRoofline
 
 SEVEN = KNOWN["qwen2.5-7b"]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from rollout_fakes import PROMPT, Segment, make_world
 
-from system.bench.clock import run
 from system.rollout.branching import Never
 from system.rollout.in_flight import SavedTree, SavedTrees, SavedTreesError, read, write
 from system.tree.record import Tree
+from system.twin.clock import run
 
 
 def closed_tree() -> Tree:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
-from system.bench.clock import run
 from system.rollout.branching import Arpo, ArpoRelease, Never, Random
 from system.rollout.schedule import Lockstep, make_schedule
 from system.tree.prompt import Prompt
 from system.tree.record import Origin, Tree
+from system.twin.clock import run
 
 CALL, ANSWER = "<search> q </search>", "so"
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_fakes import PROMPT, PieceTokenizer, ScriptedTools, Segment, World, make_world, ok
 
-from system.bench.clock import run
 from system.config import Config
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Arpo, Never, Policy, Random
 from system.rollout.snapshot import SnapshotError, can_freeze, fingerprint, freeze, thaw
 from system.tree.record import Tree
+from system.twin.clock import run
 
 WORDS = ["<eos>", "a", "b", "c", "d", " ", "<search>", "</search>", "<answer>", "</answer>"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
-from system.bench.clock import run
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, EntropyUnknown, Never, Random
 from system.rollout.context import RolloutFailed
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
+from system.twin.clock import run
 
 CALL = "<think> hm </think> <search> a query </search>"
 ANSWER = "<think> so </think> <answer> \\boxed{ me } </answer>"

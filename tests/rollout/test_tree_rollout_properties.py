@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world, ok
 
-from system.bench.clock import run
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, Never, Policy, Random
 from system.rollout.context import RolloutFailed
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
+from system.twin.clock import run
 
 POLICIES: list[Policy] = [
     Arpo(4, 0.5, 0.9),

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from system.bench.clock import run
 from system.config import ToolsConfig
 from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
 from system.tools.tool import ToolUnavailable
+from system.twin.clock import run
 
 FAST = ServiceLimits(deadline_s=2.0, backoff_s=0.02, breaker_pause_s=0.1)
 ANY = CallContext()

@@ -25,9 +25,8 @@ from system.engine.embedded import weights as weights_module
 from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Limits, Scheduler
 from system.engine.embedded.stops import TokenBytes
-from system.shape import ModelShape
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from system.models.files import DTYPES
+from system.models.shape import ModelShape
 
 # Prompt tokens computed in one step at most: what still fits a processor's cache, or fills a GPU, without
 # keeping the running sequences waiting for long.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from system.engine.embedded.weights import LayerWeights, Weights
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from system.engine.embedded.sampler import sample
 from system.engine.embedded.slots import MIXED, SlotTable, prefix_lengths
 from system.engine.embedded.weights import Weights
 from system.engine.protocol import Finish
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 Emitted = tuple[Job, Event]
 

@@ -24,7 +24,7 @@ from system.engine.embedded.job import BadRequest, Event, Job, parse, parse_scor
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
 from system.engine.protocol import Finish
-from system.shape import UnsupportedModel
+from system.models.shape import UnsupportedModel
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30

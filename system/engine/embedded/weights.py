@@ -4,7 +4,6 @@ outside.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from system.shape import ModelShape, UnsupportedModel
+from system.models.files import weight_files
+from system.models.shape import ModelShape
 
 
 class WeightsError(ValueError):
@@ -133,15 +133,9 @@ def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 def read_directory(path: str | Path, shape: ModelShape, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a Hugging Face directory's safetensors files, cast to ``dtype`` and checked."""
-    root = Path(path)
-    index = root / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    files = [root / name for name in names] or [root / "model.safetensors"]
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise UnsupportedModel(f"{file} is missing; the engine reads safetensors checkpoints only")
-        with safe_open(file, framework="pt") as reader:
+    for file in sorted(set(weight_files(path).values())):
+        with safe_open(Path(path) / file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (the reader is not a mapping)
                 if name == "lm_head.weight" and shape.tied:
                     continue  # some exporters write the tied head a second time

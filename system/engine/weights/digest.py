@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from system.engine.weights.layout import Fuser
-from system.shape import ModelShape
+from system.models.shape import ModelShape
 
 _MASK64 = (1 << 64) - 1
 _SEED = 0x243F6A88

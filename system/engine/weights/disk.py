@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,8 +10,7 @@ from safetensors.torch import save_file
 
 from system.engine.weights.base import Bucket, size
 from system.engine.weights.sglang import Server
-
-INDEX = "model.safetensors.index.json"
+from system.models.files import INDEX, write_index
 
 
 class Disk:
@@ -49,10 +47,8 @@ class Disk:
         self._bytes += size(bucket)
 
     async def connect(self, server: Server) -> None:
-        index = self.directory / INDEX
-        if not index.is_file():
-            content = {"metadata": {"total_size": self._bytes}, "weight_map": self._files}
-            index.write_text(json.dumps(content))
+        if not (self.directory / INDEX).is_file():
+            write_index(self.directory, self._files, self._bytes)
 
     async def deliver(self, server: Server, flush_cache: bool) -> None:
         await server.post(

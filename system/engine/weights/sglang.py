@@ -22,9 +22,9 @@ from system.engine.protocol import EngineError
 from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, size
 from system.engine.weights.digest import Digests
 from system.engine.weights.layout import ShardError
-from system.shape import ModelShape
+from system.models.files import DTYPES
+from system.models.shape import ModelShape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # recompute: running requests give up their keys and values, and are prefilled again under the new weights.
 _PAUSE_MODES: dict[Kv, str] = {"recompute": "retract", "keep": "in_place"}
 

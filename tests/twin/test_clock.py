@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from system.bench.clock import Deadlock, VirtualTimeLoop, run
+from system.twin.clock import Deadlock, VirtualTimeLoop, run
 
 
 def now() -> float:

@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 from twin_worlds import config, models
 
-from system.bench.clock import run as virtually
+from system.bench.twin import run
 from system.config import ConfigError
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
 from system.tasks.tiny_model import qwen3_config
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
-from system.twin import AgentModel, Calibration, LinearEngine, LinearLearner, Lognormal, ToolModel, Twin
-from system.twin.calibrate import fit_agent, fit_engine, fit_tools, nonnegative
-from system.twin.compare import run
+from system.twin.agent import AgentModel
+from system.twin.calibrate import Calibration, fit_agent, fit_engine, fit_tools, nonnegative
+from system.twin.clock import run as virtually
+from system.twin.dist import Lognormal
 from system.twin.events import TwinEvents
+from system.twin.speeds import LinearEngine, LinearLearner
+from system.twin.tools import ToolModel
+from system.twin.world import Twin
 
 ENGINE = LinearEngine(0.008, 0.0005, per_prefill_s=2e-5)
 WORLD = models(

@@ -13,19 +13,13 @@ import numpy as np
 import pytest
 from twin_worlds import config, models, surviving
 
-from system.bench.clock import run
 from system.tree.record import Origin
-from system.twin import (
-    AgentModel,
-    Constant,
-    Failure,
-    LinearLearner,
-    Lognormal,
-    Stragglers,
-    ToolModel,
-    Twin,
-    simulate,
-)
+from system.twin.agent import AgentModel
+from system.twin.clock import run
+from system.twin.dist import Constant, Lognormal, Stragglers
+from system.twin.speeds import LinearLearner
+from system.twin.tools import ToolModel
+from system.twin.world import Failure, Twin, simulate
 
 NOISY = models(
     agent=AgentModel(segment_tokens=Lognormal(50, 0.8)),
@@ -44,7 +38,7 @@ def test_the_same_seed_gives_the_same_interleaving_and_another_does_not() -> Non
 
 def test_neither_hash_seeds_nor_the_machine_change_the_interleaving() -> None:
     program = (
-        "from twin_worlds import config, models\nfrom system.twin import simulate\n"
+        "from twin_worlds import config, models\nfrom system.twin.world import simulate\n"
         "print(simulate(config(), models(), steps=2).digest)"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])

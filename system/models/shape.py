@@ -1,5 +1,6 @@
-"""What a Hugging Face ``config.json`` says about a Qwen2 or Qwen3 dense model, and the tensors such a model
-has.  Engine, learner and plans read it here: none of them has to import transformers for it.
+"""What a Hugging Face ``config.json`` says about a Qwen2 or Qwen3 dense model, and what follows from it: the
+tensors such a model has, its parameters and its KV cache.  Engine, learner and plans read it here: none of
+them has to import transformers for it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class ModelShape:
     qkv_bias: bool
     o_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k (Qwen3)
+    name: str = ""  # for people
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ModelShape:
@@ -48,14 +50,14 @@ class ModelShape:
         if not file.is_file():
             raise UnsupportedModel(f"no model in Hugging Face format in {path}: config.json is missing")
         try:
-            return cls.from_config(json.loads(file.read_text()))
+            return cls.from_config(json.loads(file.read_text()), file.parent.name)
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{file}: {error}") from None
         except KeyError as error:
             raise UnsupportedModel(f"{file}: {error} is missing") from None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+    def from_config(cls, config: Mapping[str, Any], name: str = "") -> ModelShape:
         """From the contents of a ``config.json``; what may be absent has transformers' defaults."""
         family = config.get("model_type")
         if family not in FAMILIES:
@@ -84,7 +86,40 @@ class ModelShape:
             qkv_bias=True if family == "qwen2" else bias,
             o_bias=False if family == "qwen2" else bias,
             qk_norm=family == "qwen3",
+            name=name,
         )
+
+    @property
+    def matrices_per_layer(self) -> int:
+        """Parameters of one layer that tensor parallelism divides: projections and their biases."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = (q + 2 * kv if self.qkv_bias else 0) + (self.hidden if self.o_bias else 0)
+        return self.hidden * (2 * q + 2 * kv + 3 * self.ffn) + biases
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Parameters of one layer that every tensor-parallel rank holds."""
+        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding table."""
+        return self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All of them; the head counts unless it is the embedding."""
+        layers = self.layers * (self.matrices_per_layer + self.norms_per_layer)
+        return layers + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token is multiplied with: all but the embedding table it is looked up in."""
+        return self.layers * self.matrices_per_layer + self.embedding
+
+    def kv_bytes_per_token(self, width: int = 2) -> int:
+        """Key and value of one token in all layers, at ``width`` bytes a number."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * width
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's Hugging Face name and shape.  A tied model has no ``lm_head.weight``."""

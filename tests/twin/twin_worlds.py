@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from system.config import Config, load
-from system.twin import AgentModel, Constant, LinearEngine, LinearLearner, Models, ToolModel
+from system.twin.agent import AgentModel
+from system.twin.dist import Constant
+from system.twin.speeds import LinearEngine, LinearLearner
+from system.twin.tools import ToolModel
+from system.twin.world import Models
 
 FAR = ("generate", "branch", "tree")
 

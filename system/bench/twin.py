@@ -26,12 +26,13 @@ from system.bench.report import Report
 from system.config import ConfigError
 from system.observe.rundir import RunDir
 from system.tree.store import read_trees
+from system.twin.benchmarked import with_figures
 from system.twin.calibrate import SKIP, Calibration, Drift, fit_tools, steps_of
 from system.twin.events import TwinResult
-from system.twin.figures import with_figures
 from system.twin.world import simulate
 
 WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
+WORDS = "RUN …"  # takes run directories
 _SEEDS = 3  # simulations per run, averaged
 
 

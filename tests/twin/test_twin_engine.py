@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from system.bench.clock import run
 from system.engine.protocol import Chunk, EngineError, GenerateRequest, Sampling
-from system.twin import AgentModel, Constant, LinearEngine
-from system.twin.agent import TEXT
-from system.twin.engine import EngineModel
+from system.twin.agent import TEXT, AgentModel
+from system.twin.clock import run
+from system.twin.dist import Constant
+from system.twin.engine_model import EngineModel
 from system.twin.prefix import Path, PrefixCache
+from system.twin.speeds import LinearEngine
 
 PROMPT = np.full(100, TEXT, np.int32)
 STEP, SHARE, PREFILL = 0.01, 0.002, 1e-3  # seconds per step, per sequence in it, per prompt token

@@ -1,6 +1,7 @@
 """What our one reader of ``config.json`` finds is what transformers finds, or it refuses."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 from transformers import AutoConfig, Qwen2Config, Qwen3Config
 
 from system.config import ConfigError
-from system.shape import ModelShape, UnsupportedModel
+from system.models.files import weight_files, write_index
+from system.models.shape import ModelShape, UnsupportedModel
 
 SIZES = {
     "vocab_size": 151,
@@ -79,3 +81,20 @@ def test_a_missing_file_or_size_is_a_config_error_that_names_it(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in QWEN3.items() if k != "vocab_size"}))
     with pytest.raises(ConfigError, match="'vocab_size' is missing"):
         ModelShape.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_parameters_are_those_of_the_tensors(family: str, tied: bool) -> None:
+    config = {**SIZES, "model_type": family, "tie_word_embeddings": tied, "attention_bias": True}
+    shape = ModelShape.from_config(config)
+    assert shape.parameters == sum(math.prod(tensor) for tensor in shape.tensors().values())
+
+
+def test_weights_that_are_not_all_there_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="no safetensors weights"):
+        weight_files(tmp_path)
+    write_index(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"}, 8)
+    (tmp_path / "one.safetensors").touch()
+    with pytest.raises(UnsupportedModel, match=r"two\.safetensors is missing"):
+        weight_files(tmp_path)
