@@ -17,7 +17,8 @@ from rich.console import Console
 from system.config import Config, ConfigError
 from system.learn.credit import advantages
 from system.observe.outline import Decode, View, outline, table
-from system.observe.rundir import RunDir
+from system.observe.picture import picture
+from system.observe.rundir import RunDir, write_atomic
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.tree.store import StoreError, read_trees
@@ -47,7 +48,11 @@ def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
         full=args.full,
         entropy=args.entropy,
     )
-    console.print(outline(tree, view))
+    if args.svg is not None:
+        write_atomic(args.svg, picture(tree, view))
+        console.print(f"wrote {args.svg}")
+    else:
+        console.print(outline(tree, view))
     return 0
 
 
