@@ -9,6 +9,7 @@ import asyncio
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import ray
 from actors.engine_monitor import EngineMonitor
 from actors.evaluation import CLOSE_MARGIN_S, evaluate
 from actors.in_flight import InFlightCheckpoint
-from actors.learner import LEARNER_DEADLINE_S, Published
 from actors.ray_support import ActorLost, answer, returned
 from actors.replay import ReplayHandle
 from actors.rollout_pool import RunActors
@@ -36,11 +36,20 @@ from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 from system.tree.store import TreeWriter
 
 GAUGE_S = 1.0  # between readings of the gauges
 COUNTERS_DEADLINE_S = 10.0
 CHECKPOINT = re.compile(r"v\d{6}")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A closed tree in the object store."""
+
+    reference: Any
+    stats: TreeStats
 
 
 class Conductor:
@@ -87,6 +96,8 @@ class Conductor:
 
         The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.
         """
+        for warning in self.actors.learner.warnings:
+            self.progress.note(warning)
         self.progress.phase(TRAINING)
         await self.monitor.ready()
         self.recorder.training_began()
@@ -147,8 +158,8 @@ class Conductor:
             raise
 
     async def train(self, version: int, batch: Sequence[Closed[Any]]) -> Mapping[str, float]:
-        references = [one.entry.item[0] for one in batch]
-        return (await self.actors.learner.all("train", version, *references))[0]
+        trees = [Stored(one.entry.item[0], TreeStats.of(one.tree)) for one in batch]
+        return await self.actors.learner.train(version, trees)
 
     async def publish(self, version: int) -> None:
         """An engine that does not take the weights gets them from the fleet's watch."""
@@ -185,8 +196,7 @@ class Conductor:
         """Send the learner's weights to the engines at ``urls``, to all without; returns those that did not
         take them, and why.
         """
-        asked = ("publish", list(urls or self.monitor.urls), version, LEARNER_DEADLINE_S)
-        published: Published = (await self.actors.learner.all(*asked))[0]
+        published = await self.actors.learner.publish(urls or self.monitor.urls, version)
         report = published.report
         self.recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
         return published.failures
@@ -214,9 +224,9 @@ class Conductor:
             rows = order[step * settings.batch : (step + 1) * settings.batch]
             lr = warm_start_lr(step, settings.steps, settings.lr)
             batch = [demonstrations[i] for i in rows]
-            stats = (await self.actors.learner.all("supervise", lr, *batch))[0]
+            stats = await self.actors.learner.supervise(batch, lr)
             self.progress.advance(1, f"loss {stats['loss']:.3f}")
-        await self.actors.learner.all("reset_optimizer")
+        await self.actors.learner.reset_optimizer()
 
     # Evaluation, checkpoints
 
@@ -244,19 +254,19 @@ class Conductor:
         if not path.exists():
             extra = {"version": self.version, "recorder": self.recorder.state()}
             async with self.weights:
-                await self.actors.learner.all("save", str(path), extra)
+                await self.actors.learner.save(str(path), extra)
         remove_old_checkpoints(self.run_dir, self.config.checkpoint.keep)
 
     async def restore(self, path: Path) -> None:
         """Go on from the checkpoint at ``path``; the ledger has been replayed up to it already."""
-        extra = (await self.actors.learner.all("load", str(path)))[0]
+        extra = await self.actors.learner.load(str(path))
         trees = self.in_flight.restore(saved_trees_path(path), extra["recorder"])
         self.progress.note(f"resumed at step {self.version} from {path}; {trees}")
         await self.bring_up()
 
     async def save_model(self) -> None:
         """Write the model in Hugging Face format."""
-        await self.actors.learner.all("save_hf", str(self.run_dir.model))
+        await self.actors.learner.save_hf(str(self.run_dir.model))
 
     def spare(self, node: str, actors: Sequence[str]) -> bool:
         """A node is gone with ``actors``: true if the run goes on without them."""

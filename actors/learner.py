@@ -5,25 +5,52 @@ engines.
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import psutil
 import ray
+from ray.exceptions import RayError
 
 from actors.placement import Placement
 from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
 from system.engine.weights.base import PushFailed, PushReport, Transport
+from system.tree.pack import pack_share
+from system.tree.packed import PackedBatch
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
+FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
+
+
+class TreeAway(Protocol):
+    """A closed tree that lies in the object store."""
+
+    @property
+    def reference(self) -> Any:
+        """Ray's reference to the :class:`Tree`."""
+        ...
+
+    @property
+    def stats(self) -> TreeStats: ...
+
+
+class TreesLost(RuntimeError):
+    """Trees of a batch are gone from the object store."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        """``reasons`` by index in the batch."""
+        super().__init__(f"trees lost before training: {'; '.join(reasons.values())}")
+        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +62,8 @@ class Published:
 
 
 class LearnerRank:
-    """Rank ``rank`` of ``world``.  Every method but ``address`` is collective: the conductor calls it on all
-    ranks.
+    """Rank ``rank`` of ``world``.  The group calls every method but ``address`` on all ranks; all but
+    ``prepare`` and ``discard`` are collective.
 
     A rank that dies takes its process group with it, so it is not restarted alone: the conductor ends the
     run, which resumes from the last checkpoint.
@@ -47,12 +74,16 @@ class LearnerRank:
         self._rank, self._world = rank, world
         self._trainer: Any = None
         self._transport: Any = None  # on rank 0, from the first push on
+        self._updates: list[list[PackedBatch]] = []  # prepared, to be trained on
+        self._measured: dict[str, float] = {}  # while preparing it
+        self._credit_before: Any = None
 
     def address(self) -> str:
         """Where rank 0 gathers the process group."""
         return f"tcp://{ray.util.get_node_ip_address()}:{free_port(ray.util.get_node_ip_address())}"
 
-    def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> None:
+    def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> list[str]:
+        """Load the model; returns warnings about the settings."""
         from system.learn.trainer import Trainer
 
         _meet_on_the_interface_of(ray.util.get_node_ip_address())
@@ -60,18 +91,47 @@ class LearnerRank:
         self._trainer = Trainer(
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
         )
+        return self._trainer.warnings
 
-    def supervise(self, lr: float, *trees: Tree) -> dict[str, float]:
-        return self._trainer.supervise(trees, lr=lr)
+    def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
+        plan = self._trainer.planner.supervised([TreeStats.of(tree) for tree in trees])
+        (micro_batches,) = pack_share(plan, self._trainer.layout.dp_rank, dict(enumerate(trees)))
+        return self._trainer.supervise(micro_batches, lr)
 
     def reset_optimizer(self) -> None:
         self._trainer.reset_optimizer()
 
-    def train(self, version: int, *trees: Tree) -> dict[str, float]:
-        """One training batch.  Adds ``seconds``, the time of the step itself."""
+    def prepare(self, batch: Sequence[tuple[Any, TreeStats]]) -> dict[int, str]:
+        """Plan a batch of (reference, statistics), and fetch and pack what this rank trains on of it.
+
+        Not collective: the ranks step only once all of them have theirs.  Returns the trees, by index in the
+        batch, that could not be fetched, and why.
+        """
+        self._credit_before = copy.deepcopy(self._trainer.planner.credit)
+        rank, began = self._trainer.layout.dp_rank, time.monotonic()
+        plan = self._trainer.planner.plan([stats for _, stats in batch])
+        planned = time.monotonic()
+        trees, lost = _fetch({index: batch[index][0] for index in plan.trees(rank)})
+        fetched = time.monotonic()
+        self._updates = [] if lost else pack_share(plan, rank, trees)
+        self._measured = {
+            "trees_without_signal": float(plan.silent),
+            "time_fetch_s": fetched - planned,
+            "time_pack_s": planned - began + time.monotonic() - fetched,
+        }
+        return lost
+
+    def discard(self) -> None:
+        """Forget what was prepared, as if it had not been."""
+        self._trainer.planner.credit, self._updates = self._credit_before, []
+
+    def step(self, version: int) -> dict[str, float]:
+        """Train on what was prepared.  Adds ``seconds``, all that the batch took on this rank."""
         began = time.monotonic()
-        stats = self._trainer.train(trees, version=version)
-        return {**stats, "seconds": time.monotonic() - began}
+        stats = self._trainer.train(self._updates, version=version) | self._measured
+        self._updates = []
+        seconds = time.monotonic() - began + stats["time_fetch_s"] + stats["time_pack_s"]
+        return stats | {"seconds": seconds}
 
     def publish(self, urls: list[str], version: int, deadline_s: float) -> Published:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
@@ -130,10 +190,29 @@ def _meet_on_the_interface_of(address: str) -> None:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
 
 
+def _fetch(references: Mapping[int, Any]) -> tuple[dict[int, Tree], dict[int, str]]:
+    """The trees behind references, and why the others cannot be had."""
+    trees: dict[int, Tree] = {}
+    lost: dict[int, str] = {}
+    deadline = time.monotonic() + FETCH_DEADLINE_S
+    if references:  # all at once; what fails is found below
+        ray.wait([*references.values()], num_returns=len(references), timeout=FETCH_DEADLINE_S)
+    for index, reference in references.items():
+        try:
+            trees[index] = ray.get(reference, timeout=max(deadline - time.monotonic(), 0.1))
+        except RayError as error:
+            lost[index] = f"{type(error).__name__}: {error}"
+    return trees, lost
+
+
 class LearnerGroup:
-    """All ranks as one: a method is called on every rank, in one order, and answered by every rank."""
+    """All ranks as one: a method is called on every rank, in one order, and answered by every rank.
+
+    The first failure is raised; ActorLost after ``LEARNER_DEADLINE_S``.
+    """
 
     def __init__(self, world: int, places: Placement) -> None:
+        self.warnings: list[str] = []  # about the settings, once started
         self._ranks = [
             spawn(LearnerRank, name, rank, world, restart=False, options=places[name].options)
             for rank, name in enumerate(f"learner-{rank}" for rank in range(world))
@@ -141,9 +220,50 @@ class LearnerGroup:
 
     async def start(self, config: dict[str, Any], hf_path: str) -> None:
         address = await answer(self._ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
-        await self.all("setup", config, hf_path, address)
+        calls = [rank.setup.remote(config, hf_path, address) for rank in self._ranks]
+        self.warnings = (await self._answers("setup", calls))[0]
 
-    async def all(self, method: str, *arguments: Any) -> list[Any]:
-        """One answer per rank.  The first failure is raised; ActorLost after ``LEARNER_DEADLINE_S``."""
-        references = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
-        return await answers(references, LEARNER_DEADLINE_S, f"learner.{method}")
+    async def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
+        """One supervised step of the warm start."""
+        shared = ray.put(trees)  # once for all ranks
+        return (
+            await self._answers("supervise", [rank.supervise.remote(shared, lr) for rank in self._ranks])
+        )[0]
+
+    async def reset_optimizer(self) -> None:
+        """Where reinforcement learning begins."""
+        await self._answers("reset_optimizer", [rank.reset_optimizer.remote() for rank in self._ranks])
+
+    async def train(self, version: int, trees: Sequence[TreeAway]) -> dict[str, float]:
+        """One training batch; ``version`` is the weight version being trained.
+
+        Every rank gets all statistics, and fetches the trees that it trains on.  Raises :class:`TreesLost` if
+        one of them cannot be had; nothing has changed then, and another batch may follow.
+        """
+        # In a list, lest Ray resolve the references.
+        batch = [(tree.reference, tree.stats) for tree in trees]
+        prepared = await self._answers("prepare", [rank.prepare.remote(batch) for rank in self._ranks])
+        if lost := {index: reason for one in prepared for index, reason in one.items()}:
+            await self._answers("discard", [rank.discard.remote() for rank in self._ranks])
+            raise TreesLost(lost)
+        return (await self._answers("step", [rank.step.remote(version) for rank in self._ranks]))[0]
+
+    async def publish(self, urls: Sequence[str], version: int) -> Published:
+        """Stream the current weights into the engines at ``urls``."""
+        calls = [rank.publish.remote([*urls], version, LEARNER_DEADLINE_S) for rank in self._ranks]
+        return (await self._answers("publish", calls))[0]
+
+    async def save(self, path: str, extra: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        await self._answers("save", [rank.save.remote(path, extra) for rank in self._ranks])
+
+    async def load(self, path: str) -> dict[str, Any]:
+        """Go on from a checkpoint; returns its ``extra``."""
+        return (await self._answers("load", [rank.load.remote(path) for rank in self._ranks]))[0]
+
+    async def save_hf(self, path: str) -> None:
+        """Write the model in Hugging Face format."""
+        await self._answers("save_hf", [rank.save_hf.remote(path) for rank in self._ranks])
+
+    async def _answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
+        return await answers(calls, LEARNER_DEADLINE_S, f"learner.{method}")

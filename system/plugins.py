@@ -136,3 +136,43 @@ def _typed(
             reason = str(error).splitlines()[0]
             raise PluginError(f"{where}.options.{option}={value!r}: {reason}") from error
     return values
+
+
+CREDITS = Registry(
+    "learn.credit",
+    {
+        "grpo": "system.learn.credit.group:Grpo",
+        "arpo-soft": "system.learn.credit.group:Grpo",  # one estimator, two names
+        "arpo-hard": "system.learn.credit.group:ArpoHard",
+        "rloo": "system.learn.credit.group:Rloo",
+        "dr-grpo": "system.learn.credit.group:DrGrpo",
+        "reinforce++": "system.learn.credit.reinforce:ReinforcePlusPlus",
+        "reinforce++-baseline": "system.learn.credit.reinforce:ReinforcePlusPlusBaseline",
+    },
+)
+OBJECTIVES = Registry(
+    "learn.objective",
+    {
+        "decoupled": "system.learn.objective:Decoupled",
+        "ppo": "system.learn.objective:Ppo",
+        "grpo-flat": "system.learn.objective:FlatPpo",
+    },
+)
+AGGREGATES = Registry(
+    "learn.aggregate",
+    {
+        "token-mean": "system.learn.aggregate:TokenMean",
+        "seq-mean": "system.learn.aggregate:SequenceMean",
+        "constant": "system.learn.aggregate:Constant",
+    },
+)
+POLICIES = Registry(
+    "branching.name",
+    {
+        "arpo": "system.rollout.branching:Arpo",
+        "arpo-paper": "system.rollout.branching:ArpoPaper",
+        "arpo-release": "system.rollout.branching:arpo_release",
+        "random": "system.rollout.branching:Random",
+        "none": "system.rollout.branching:Never",
+    },
+)

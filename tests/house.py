@@ -50,7 +50,8 @@ ALIVE = {
 
 # To be emptied: what was there when the rules came.
 PENDING = re.compile(
-    r"system/bench/throughput.py|system/config.py: |system/engine/generation.py: |system/twin/engine_model.py: "
+    r"system/bench/throughput.py|system/config.py: |system/engine/generation.py: "
+    r"|system/twin/engine_model.py: "
     r"|abort_all|update_weights_from_disk|oldest_growing|method dense|step_count|class Registry"
     r"|save_tokenizer|peak_rss_mb|attribute sessions"
     r"|class (Place|Placement|Plan|Point|Result|Run|Segment|Server|State|Workload|World|_Server) "

@@ -21,7 +21,9 @@ from matplotlib.figure import Figure
 from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import Config
+from system.tree.pack import flatten, pack_share
 from system.tree.record import Kind, Outcome, Tree
+from system.tree.stats import TreeStats
 
 PATH_TOKENS = 256  # per leaf, prompt included
 VOCAB = 512
@@ -62,6 +64,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     config.learn.tp = config.learn.dp = 1
     config.learn.lr = 0.0  # every step sees the same weights
     config.learn.weight_decay = 0.0
+    config.learn.objective.name = "ppo"
     cases, leaves, rounds = (QUICK_CASES, 16, 2) if quick else (CASES, 64, 5)
     results = _measure(config, cases, leaves, rounds)
     report = {
@@ -75,7 +78,8 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
 
 
 def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) -> list[Result]:
-    from system.learn.trainer import Trainer, flat_paths
+    from system.learn.batch import BatchPlanner
+    from system.learn.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as directory:
         random_qwen3(Path(directory), config.model, VOCAB, seed=0)
@@ -85,15 +89,14 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
             for case in cases:
                 rng = np.random.default_rng(0)
                 trees = [grown(case, rng) for _ in range(max(1, leaves // case.leaves))]
-                ones = [np.ones(t.n_leaves, np.float32) for t in trees]
-                paths, _, _ = flat_paths(trees, ones, ones)
+                paths = [path for tree in trees for path in flatten(tree)]
                 error = _disagreement(trees, trainer.logprobs(trees), trainer.logprobs(paths))
-                seconds: dict[str, list[float]] = {"ppo": [], "grpo-flat": []}
+                seconds: dict[bool, list[float]] = {False: [], True: []}  # by whether the paths are flat
                 for turn in range(rounds + 1):
-                    for objective, times in seconds.items():
-                        config.learn.objective.name = objective
+                    for flat, times in seconds.items():
                         started = time.perf_counter()
-                        trainer.train(trees, version=0)
+                        plan = BatchPlanner(config, flat=flat).plan([TreeStats.of(tree) for tree in trees])
+                        trainer.train(pack_share(plan, 0, dict(enumerate(trees))), version=0)
                         if turn:  # the first of each warms up
                             times.append(time.perf_counter() - started)
                 tree_tokens, flat_tokens = (sum(t.n_tokens for t in group) for group in (trees, paths))

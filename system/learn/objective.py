@@ -12,13 +12,16 @@ losses only add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 
 from system.config import LearnConfig
+from system.plugins import OBJECTIVES
 
 # exp() of a log-ratio beyond this says nothing more and would overflow a product of float32 numbers.
 MAX_LOG_RATIO = 20.0
@@ -92,7 +95,71 @@ class Statistics:
         return out
 
 
-Objective = Callable[[LossTokens, LearnConfig], tuple[torch.Tensor, Statistics]]
+class Objective(ABC):
+    """A loss over the tokens of one packed row.
+
+    Its constructor's parameters are its options (``learn.objective.options``); ``clip_low``, ``clip_high``,
+    ``dual_clip`` and ``tis_cap`` it gets from ``learn``, if it has parameters of these names.  A user's own
+    is named ``learn.objective=package.module:Name``.
+    """
+
+    # Which ratio it clips: π_θ/μ, or π_θ/π_proximal with the policy at the start of the batch as the latter,
+    # which the trainer then computes for every update but the first.
+    ratio: ClassVar[Literal["behaviour", "proximal"]]
+    flat: ClassVar[bool] = False  # train root-to-leaf paths instead of trees
+    supervised: ClassVar[bool] = False  # the model as it is: no temperature, no regularisers
+
+    @abstractmethod
+    def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        """The row's loss, without regularisers, and statistics beyond those that every row has
+        (:func:`row_loss`); sums are to be weighted by ``t.mult``.
+        """
+
+
+def make_objective(learn: LearnConfig) -> Objective:
+    """The objective that the configuration names.  Raises :class:`system.plugins.PluginError`."""
+    return OBJECTIVES.make(
+        learn.objective.name,
+        learn.objective.options,
+        clip_low=learn.clip_low,
+        clip_high=learn.clip_high,
+        dual_clip=learn.dual_clip,
+        tis_cap=learn.tis_cap,
+    )
+
+
+def inert_clip(objective: Objective, updates: int) -> str | None:
+    """A warning if the settings leave the clip without effect."""
+    if objective.ratio == "behaviour" or objective.supervised or updates > 1:
+        return None
+    return (
+        "the objective clips the ratio to the policy at the start of the batch, which learn.updates=1 keeps "
+        "at 1: learn.clip_low, clip_high and dual_clip do nothing (learn.objective=ppo clips the ratio to "
+        "the policy that sampled)"
+    )
+
+
+def row_loss(
+    objective: Objective, t: LossTokens, *, entropy_coef: float = 0.0, kl_coef: float = 0.0
+) -> tuple[torch.Tensor, Statistics]:
+    """A row's loss with its regularisers, and all its statistics."""
+    loss, statistics = objective.loss(t)
+    statistics.sums |= {
+        "weight": t.mult.sum(),
+        "tokens": t.mult.new_tensor(t.mult.numel()),
+        "entropy": (t.mult * t.entropy.detach()).sum(),
+    }
+    if not objective.supervised:
+        _measure_engine(t, statistics)
+        if entropy_coef:
+            loss = loss - entropy_coef * (t.mult * t.entropy).sum()
+        if t.reference is not None:
+            # GRPO's penalty (arXiv 2402.03300, eq. 4): k3 with the gradient through π_θ.
+            kl = (t.mult * k3(t.reference - t.logprob)).sum()
+            loss = loss + kl_coef * kl
+            statistics.sums["reference_kl"] = kl.detach()
+    statistics.sums["loss"] = loss.detach()
+    return loss, statistics
 
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -102,91 +169,95 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def clipped_surrogate(
-    ratio: torch.Tensor, s_plus: torch.Tensor, s_minus: torch.Tensor, config: LearnConfig
+    ratio: torch.Tensor, s_plus: torch.Tensor, s_minus: torch.Tensor, low: float, high: float, dual: float
 ) -> torch.Tensor:
-    """The per-token gain S⁺·min(r, 1+ε_hi) + S⁻·min(max(r, 1-ε_lo), c); ``dual_clip`` c = 0 leaves the last
+    """The per-token gain S⁺·min(r, 1+ε_hi) + S⁻·min(max(r, 1-ε_lo), c); ``dual`` c = 0 leaves the last
     bound out.
     """
-    dual = config.dual_clip if config.dual_clip > 0 else None
-    return s_plus * ratio.clamp(max=1 + config.clip_high) + s_minus * ratio.clamp(1 - config.clip_low, dual)
+    return s_plus * ratio.clamp(max=1 + high) + s_minus * ratio.clamp(1 - low, dual if dual > 0 else None)
 
 
-def ppo(t: LossTokens, config: LearnConfig) -> tuple[torch.Tensor, Statistics]:
+class Ppo(Objective):
     """PPO-clip (Schulman et al., arXiv 1707.06347) with dual clip, on r = π_θ/μ."""
-    ratio = (t.logprob - t.behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    gain = clipped_surrogate(ratio, t.s_plus, t.s_minus, config)
-    return _with_regularisers(-gain.sum(), t, config, _ratio_statistics(ratio, t, config))
+
+    ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
+
+    def __init__(self, clip_low: float, clip_high: float, dual_clip: float) -> None:
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+
+    def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        gain, statistics = self.clipped(exp_ratio(t.logprob, t.behaviour), t)
+        return -gain.sum(), statistics
+
+    def clipped(self, ratio: torch.Tensor, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        """[M] gain of each token at the ratio that is clipped, and what the clip did."""
+        gain = clipped_surrogate(ratio, t.s_plus, t.s_minus, self.clip_low, self.clip_high, self.dual_clip)
+        r = ratio.detach()
+        sums = {
+            "ratio_mean": (t.mult * r).sum(),
+            "clip_high": (t.mult * ((r > 1 + self.clip_high) & (t.s_plus > 0))).sum(),
+            "clip_low": (t.mult * ((r < 1 - self.clip_low) & (t.s_minus < 0))).sum(),
+        }
+        return gain, Statistics(sums, {"ratio_max": r.amax()})
 
 
-def decoupled(t: LossTokens, config: LearnConfig) -> tuple[torch.Tensor, Statistics]:
+class FlatPpo(Ppo):
+    """PPO-clip on root-to-leaf paths."""
+
+    flat: ClassVar[bool] = True
+
+
+class Decoupled(Ppo):
     """Decoupled PPO (Hilton et al., arXiv 2110.00641): clip r = π_θ/π_prox, weigh by truncated π_prox/μ.
 
     π_prox is the policy at the start of the batch; with one update per batch that is the current policy's own
     detached log-probability.  The importance weight min(π_prox/μ, ``tis_cap``) carries no gradient.
     """
-    proximal = t.logprob.detach() if t.proximal is None else t.proximal
-    ratio = (t.logprob - proximal).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    full = (proximal - t.behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    weight = full.clamp(max=config.tis_cap)
-    gain = weight * clipped_surrogate(ratio, t.s_plus, t.s_minus, config)
-    statistics = _ratio_statistics(ratio, t, config)
-    statistics.sums["tis_mean"] = (t.mult * weight).sum()
-    statistics.sums["tis_capped"] = (t.mult * (full > config.tis_cap)).sum()
-    return _with_regularisers(-gain.sum(), t, config, statistics)
+
+    ratio: ClassVar[Literal["behaviour", "proximal"]] = "proximal"
+
+    def __init__(self, clip_low: float, clip_high: float, dual_clip: float, tis_cap: float) -> None:
+        super().__init__(clip_low, clip_high, dual_clip)
+        self.tis_cap = tis_cap
+
+    def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        proximal = t.logprob.detach() if t.proximal is None else t.proximal
+        gain, statistics = self.clipped(exp_ratio(t.logprob, proximal), t)
+        full = exp_ratio(proximal, t.behaviour)
+        weight = full.clamp(max=self.tis_cap)
+        statistics.sums["tis_mean"] = (t.mult * weight).sum()
+        statistics.sums["tis_capped"] = (t.mult * (full > self.tis_cap)).sum()
+        return -(weight * gain).sum(), statistics
 
 
-def nll(t: LossTokens, config: LearnConfig) -> tuple[torch.Tensor, Statistics]:
-    """Supervised negative log-likelihood Σ -mult·log π_θ."""
-    loss = -(t.mult * t.logprob).sum()
-    return loss, Statistics(_base_sums(t) | {"loss": loss.detach()})
+class NegativeLogLikelihood(Objective):
+    """The warm start's Σ -mult·log π_θ."""
+
+    ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
+    supervised: ClassVar[bool] = True
+
+    def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        return -(t.mult * t.logprob).sum(), Statistics()
 
 
-# `grpo-flat` is PPO-clip on root-to-leaf paths: the trainer flattens the trees, the formula is the same.
-OBJECTIVES: Mapping[str, Objective] = {"ppo": ppo, "decoupled": decoupled, "grpo-flat": ppo, "nll": nll}
+def exp_ratio(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """[M] probability ratio of two log-probabilities, within what float32 holds."""
+    return (logprob - other).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def _base_sums(t: LossTokens) -> dict[str, torch.Tensor]:
-    return {
-        "weight": t.mult.sum(),
-        "tokens": t.mult.new_tensor(t.mult.numel()),
-        "entropy": (t.mult * t.entropy.detach()).sum(),
-    }
-
-
-def _ratio_statistics(ratio: torch.Tensor, t: LossTokens, config: LearnConfig) -> Statistics:
-    r = ratio.detach()
-    high = (r > 1 + config.clip_high) & (t.s_plus > 0)
-    low = (r < 1 - config.clip_low) & (t.s_minus < 0)
+def _measure_engine(t: LossTokens, statistics: Statistics) -> None:
+    """How far the sampling policy is from the trained one: by staleness, and by the engines' numbers."""
     # Tokens that were sampled from the very weights that are trained: what differs there is numerical.
     fresh = t.mult * (t.staleness == 0)
     difference = (t.logprob.detach() if t.proximal is None else t.proximal) - t.behaviour
-    sums = _base_sums(t) | {
-        "ratio_mean": (t.mult * r).sum(),
-        "clip_high": (t.mult * high).sum(),
-        "clip_low": (t.mult * low).sum(),
+    statistics.sums |= {
         # Sampled by μ, so this estimates KL(μ‖π_θ): staleness plus the engines' numerical differences.
         "mismatch_kl": (t.mult * k3(t.logprob.detach() - t.behaviour)).sum(),
         "engine_kl": (fresh * k3(difference)).sum(),
         "fresh": fresh.sum(),
         "staleness_mean": (t.mult * t.staleness).sum(),
     }
-    maxima = {
-        "ratio_max": r.amax(),
+    statistics.maxima |= {
         "staleness_max": t.staleness.amax(),
         "engine_logprob_diff_max": ((fresh > 0) * difference.abs()).amax(),
     }
-    return Statistics(sums, maxima)
-
-
-def _with_regularisers(
-    loss: torch.Tensor, t: LossTokens, config: LearnConfig, statistics: Statistics
-) -> tuple[torch.Tensor, Statistics]:
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * (t.mult * t.entropy).sum()
-    if t.reference is not None:
-        # GRPO's penalty (arXiv 2402.03300, eq. 4): k3 with the gradient through π_θ.
-        kl = (t.mult * k3(t.reference - t.logprob)).sum()
-        loss = loss + config.kl_coef * kl
-        statistics.sums["reference_kl"] = kl.detach()
-    statistics.sums["loss"] = loss.detach()
-    return loss, statistics

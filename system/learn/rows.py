@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ from system.learn.model import TreeGPTModel
 from system.learn.objective import LossTokens
 from system.learn.parallel import Layout
 from system.tree.packed import PackedBatch
-from system.tree.record import Tree
 
 
 @dataclass(frozen=True)
@@ -106,16 +104,6 @@ def loss_tokens(
     )
 
 
-def row_budget(trees: Sequence[Tree], micro_tokens: int, dp: int) -> int:
-    """Tokens per row: ``micro_tokens``, or less when that lets every data-parallel rank have a share.
-
-    Never less than the largest tree that ``micro_tokens`` would leave whole, so no tree is cut for balance.
-    """
-    sizes = [tree.n_tokens for tree in trees]
-    whole = max((s for s in sizes if s <= micro_tokens), default=micro_tokens)
-    return min(micro_tokens, max(whole, -(-sum(sizes) // dp)))
-
-
 def row_padding(micro_tokens: int, device: torch.device, spread: int = 1) -> int:
     """What row lengths are padded to a multiple of.
 
@@ -125,18 +113,3 @@ def row_padding(micro_tokens: int, device: torch.device, spread: int = 1) -> int
     if device.type == "cpu":
         return spread
     return math.lcm(max(1, micro_tokens // (16 * BLOCK)) * BLOCK, spread)
-
-
-def share(batches: Sequence[PackedBatch], dp: int, dp_rank: int) -> list[PackedBatch]:
-    """This data-parallel rank's micro-batches: largest first, each to the least loaded rank.
-
-    Every rank computes the same assignment.  Some rank may get none.
-    """
-    load = [0] * dp
-    mine = []
-    for batch in sorted(batches, key=lambda b: -b.n_tokens):
-        rank = load.index(min(load))
-        load[rank] += batch.n_tokens
-        if rank == dp_rank:
-            mine.append(batch)
-    return mine

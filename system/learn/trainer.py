@@ -1,4 +1,4 @@
-"""The learner: one :class:`Trainer` per rank, from closed trees to new weights."""
+"""The learner: one :class:`Trainer` per rank, from packed micro-batches to new weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,39 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from numpy.typing import NDArray
 
-from system.config import Config, ConfigError
-from system.learn import checkpoint, cpu, objective, parallel, weights
-from system.learn.aggregate import leaf_weights
-from system.learn.credit import advantages, is_hard
+from system.config import Config
+from system.learn import checkpoint, cpu, parallel, weights
+from system.learn.batch import BatchPlanner
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
-from system.learn.objective import LossTokens, Statistics
+from system.learn.objective import (
+    TOTALS,
+    LossTokens,
+    NegativeLogLikelihood,
+    Objective,
+    Statistics,
+    inert_clip,
+    make_objective,
+    row_loss,
+)
 from system.learn.pipeline import Pipeline
 from system.learn.rows import (
     Row,
     logprob_entropy,
     loss_row,
     loss_tokens,
-    row_budget,
     row_padding,
     score_row,
-    share,
 )
 from system.learn.weights import Export, HuggingFaceFiles
 from system.models.files import DTYPES
-from system.tree.pack import flatten, pack, path_model_tokens
+from system.tree.pack import pack
 from system.tree.packed import PackedBatch
+from system.tree.plan import Part
 from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
+
+_CREDIT = "credit"  # the credit's state among what a checkpoint keeps besides tensors
 
 
 @dataclass
@@ -61,16 +69,17 @@ class Trainer:
     def __init__(self, config: Config, hf_path: str, *, rank: int, world: int, init_method: str) -> None:
         """Join the other ranks at ``init_method`` (``tcp://host:port``) and load the model from ``hf_path``.
 
-        Raises ``ConfigError`` when the layout or the model cannot be run.
+        Raises ``ConfigError`` when the layout, the model or the algorithm's parts cannot be run.
         """
         learn = config.learn
-        if learn.objective.name == "grpo-flat" and is_hard(learn.credit.name):
-            raise ConfigError(
-                f"learn.credit={learn.credit.name} averages over shared tokens, and "
-                "learn.objective=grpo-flat has none: use arpo-soft or grpo"
-            )
         self.config, self.learn, self.hf_path = config, learn, hf_path
         self.layout = parallel.start(config, rank=rank, world=world, init_method=init_method)
+        spread = learn.tp if learn.sequence_parallel and learn.tp > 1 else 1
+        self._padding = row_padding(learn.micro_tokens, self.layout.device, spread)
+        self.objective = make_objective(learn)
+        self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
+        warning = inert_clip(self.objective, learn.updates)
+        self.warnings = [warning] if warning else []  # about the settings, to be told once
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer)
@@ -103,8 +112,6 @@ class Trainer:
             )
         checkpoint.fill_optimizer_state(self.optimizer)
         self._step = 0
-        spread = learn.tp if transformer.sequence_parallel else 1
-        self._padding = row_padding(learn.micro_tokens, self.layout.device, spread)
 
     @property
     def step_count(self) -> int:
@@ -113,51 +120,33 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, trees: Sequence[Tree], *, version: int) -> dict[str, float]:
-        """One training batch: ``learn.updates`` optimizer steps, each on its share of the trees.
+    def train(self, updates: Sequence[Sequence[PackedBatch]], *, version: int) -> dict[str, float]:
+        """One training batch: an optimizer step on each of ``updates``, this rank's micro-batches.
 
-        Every rank passes the same trees in the same order.  ``version`` is the weight version being trained
-        (the one the engines hold now), for staleness.  Returns statistics over all ranks: totals and means
-        over the batch's tokens, and times in seconds.
+        ``version`` is the weight version being trained (the one the engines hold now), for staleness.
+        Returns statistics over all ranks: totals and means over the batch's tokens, and times in seconds.
         """
-        learn = self.learn
-        started = time.perf_counter()
-        gains = advantages(learn.credit.name, [tree.reward for tree in trees])
-        bounds = np.linspace(0, len(trees), learn.updates + 1).astype(int)
-        updates = [self._micro_batches(trees[a:b], gains[a:b]) for a, b in pairwise(bounds)]
-        if learn.objective.name == "decoupled":
+        steps = [self._rows(update) for update in updates]
+        if self.objective.ratio == "proximal":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
             # pass.
-            later = [micro for update in updates[1:] for micro in update]
+            later = [micro for step in steps[1:] for micro in step]
             for micro, scores in zip(later, self._score(self.model, [m.row for m in later]), strict=True):
                 micro.proximal = scores
-        packed_s = time.perf_counter() - started
-        results = [self._update(learn.objective.name, update, version, self._lr()) for update in updates]
-        stats = _combine(results)
-        stats["time_pack_s"] = packed_s
-        stats["trees_without_signal"] = float(sum(not np.any(g) for g in gains))
-        return stats
+        return _combine([self._update(self.objective, step, version, self._lr()) for step in steps])
 
-    def supervise(self, trees: Sequence[Tree], lr: float | None = None) -> dict[str, float]:
-        """Warm start: one optimizer step on the mean negative log-likelihood of the trees' MODEL tokens.
-
-        A token counts once per leaf through it, scored or not.  ``lr`` defaults to ``warmstart.lr``.
+    def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
+        """Warm start: one optimizer step on the mean negative log-likelihood of the MODEL tokens of this
+        rank's micro-batches (:meth:`BatchPlanner.supervised`).
         """
-        lengths = [path_model_tokens(tree) for tree in trees]
-        total = max(sum(int(n.sum()) for n in lengths), 1)
-        w = [(n > 0).astype(np.float32) / np.float32(total) for n in lengths]
-        batches = self._pack(trees, [np.zeros_like(x) for x in w], w, drop_zero=False)
-        micro = [_MicroBatch(b, loss_row(b, self.layout.device)) for b in batches]
-        return self._update("nll", micro, 0, self.config.warmstart.lr if lr is None else lr)
+        return self._update(NegativeLogLikelihood(), self._rows(micro_batches), 0, lr)
 
     def logprobs(self, trees: Sequence[Tree]) -> list[NDArray[np.float32]]:
         """Per tree [T]: every token's log-probability under the current policy; NaN at the first token."""
         rows = []
         for tree in trees:
-            ones = np.ones(tree.n_leaves, np.float32)
-            whole = -(-tree.n_tokens // self._padding) * self._padding
-            (batch,) = pack([tree], [ones], [ones], budget=whole, pad_to=self._padding)
-            rows.append(score_row(batch, self.layout.device))
+            whole = Part(0, np.arange(tree.n_nodes), np.zeros((tree.n_nodes, 3)), tree.n_tokens)
+            rows.append(score_row(pack([whole], {0: tree}, self._padding), self.layout.device))
         results = []
         for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
             if scores is None:
@@ -192,9 +181,11 @@ class Trainer:
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:
-        """Write a sharded checkpoint of model, optimizer, reference model, RNG and step, with ``extra``
-        (JSON).
+        """Write a sharded checkpoint of model, optimizer, reference model, RNG, step and the credit's state,
+        with ``extra`` (JSON).
         """
+        if state := self.planner.credit.state_dict():
+            extra = {**extra, _CREDIT: state}
         checkpoint.save(
             Path(path),
             self.layout,
@@ -210,6 +201,8 @@ class Trainer:
         self._step, extra = checkpoint.load(
             Path(path), self.layout, self.model, self.optimizer, self.reference
         )
+        if state := extra.pop(_CREDIT, None):
+            self.planner.credit.load_state_dict(state)
         return extra
 
     def close(self) -> None:
@@ -218,44 +211,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ inside one step
 
-    def _micro_batches(
-        self, trees: Sequence[Tree], gains: Sequence[NDArray[np.float32]]
-    ) -> list[_MicroBatch]:
-        """This rank's share of one optimizer step."""
-        learn, hard = self.learn, is_hard(self.learn.credit.name)
-        w = leaf_weights(
-            learn.aggregate.name, trees, length_cap=self.config.rollout.max_response_tokens, hard=hard
-        )
-        if learn.objective.name == "grpo-flat":
-            trees, gains, w = flat_paths(trees, gains, w)
-        # Trees without signal do not move the loss unless a regulariser acts on every token.
-        silent = not learn.kl_coef and not learn.entropy_coef
-        batches = self._pack(trees, gains, w, hard=hard, drop_zero=silent)
-        return [_MicroBatch(b, loss_row(b, self.layout.device)) for b in batches]
-
-    def _pack(
-        self,
-        trees: Sequence[Tree],
-        gains: Sequence[NDArray[np.float32]],
-        w: Sequence[NDArray[np.float32]],
-        *,
-        hard: bool = False,
-        drop_zero: bool,
-    ) -> list[PackedBatch]:
-        budget = row_budget(trees, self.learn.micro_tokens, self.layout.dp)
-        batches = pack(trees, gains, w, budget=budget, hard=hard, pad_to=self._padding, drop_zero=drop_zero)
-        return share([b for b in batches if b.mult.any()], self.layout.dp, self.layout.dp_rank)
+    def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[_MicroBatch]:
+        return [_MicroBatch(batch, loss_row(batch, self.layout.device)) for batch in micro_batches]
 
     def _update(
-        self, name: str, micro_batches: Sequence[_MicroBatch], version: int, lr: float
+        self, objective: Objective, micro_batches: Sequence[_MicroBatch], version: int, lr: float
     ) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""
-        function = objective.OBJECTIVES[name]
-        temperature = 1.0 if name == "nll" else self.config.rollout.temperature
+        temperature = 1.0 if objective.supervised else self.config.rollout.temperature
         started = time.perf_counter()
         rows = [micro.row for micro in micro_batches]
         references: list[torch.Tensor | None] = [None] * len(rows)
-        if self.reference and name != "nll":
+        if self.reference and not objective.supervised:
             references = self._score(self.reference, rows)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -276,7 +243,7 @@ class Trainer:
                 proximal=micro.proximal,
                 reference=references[i],
             )
-            loss, measured = function(tokens, self.learn)
+            loss, measured = self._loss(objective, tokens)
             measured.sums["tokens_computed"] = loss.new_tensor(row.n_tokens).detach()
             statistics.add(measured)
             return loss
@@ -287,11 +254,15 @@ class Trainer:
         computed = time.perf_counter()
         grad_norm, applied = self._optimizer_step(lr)
         groups = (self.layout.dp_group, self.layout.pp_group)
-        stats = statistics.reduce(self._expected(name), self.layout.device, groups)
+        stats = statistics.reduce(self._expected(objective), self.layout.device, groups)
         stats |= {"grad_norm": grad_norm, "lr": lr, "skipped_steps": 0.0 if applied else 1.0}
         stats["time_compute_s"] = computed - started
         stats["time_optimizer_s"] = time.perf_counter() - computed
         return stats
+
+    def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        learn = self.learn
+        return row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
 
     def _optimizer_step(self, lr: float) -> tuple[float, bool]:
         """Clip and step; returns (gradient norm, whether the step was taken).  A non-finite gradient is not
@@ -342,33 +313,21 @@ class Trainer:
         if self.reference is not None:
             self.reference.load_state_dict(self.model.state_dict())
 
-    def _expected(self, name: str) -> Statistics:
+    def _expected(self, objective: Objective) -> Statistics:
         """The statistics an objective leaves, for ranks that computed none: measured on one token of weight
         zero.
         """
         zero = torch.zeros(1, device=self.layout.device)
-        reference = zero if self.reference and name != "nll" else None
+        reference = zero if self.reference and not objective.supervised else None
         token = LossTokens(zero, zero, zero, zero, zero, zero, zero, None, reference)
-        _, statistics = objective.OBJECTIVES[name](token, self.learn)
+        _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero[0]
         return statistics
 
 
-def flat_paths(
-    trees: Sequence[Tree], gains: Sequence[NDArray[np.float32]], w: Sequence[NDArray[np.float32]]
-) -> tuple[list[Tree], list[NDArray[np.float32]], list[NDArray[np.float32]]]:
-    """The same leaves as separate root-to-leaf paths, each with its leaf's advantage and weight."""
-    paths = [path for tree in trees for path in flatten(tree)]
-    return (
-        paths,
-        [g[i : i + 1] for g in gains for i in range(g.shape[0])],
-        [x[i : i + 1] for x in w for i in range(x.shape[0])],
-    )
-
-
 def _combine(results: Sequence[dict[str, float]]) -> dict[str, float]:
     """One report from the updates of a batch: totals add up, maxima stay maxima, the rest is averaged."""
-    totals = (*objective.TOTALS, "skipped_steps", "time_compute_s", "time_optimizer_s")
+    totals = (*TOTALS, "skipped_steps", "time_compute_s", "time_optimizer_s")
     combined = {}
     for name in results[0]:
         values = [result[name] for result in results]

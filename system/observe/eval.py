@@ -33,7 +33,7 @@ class EvalScores:
         stats = [one for one in stats if one.leaves]
         if not stats:
             return cls()
-        rewards = [float(one.reward.mean(dtype=np.float64)) for one in stats if one.reward.size]
+        rewards = [float(one.rewards.mean(dtype=np.float64)) for one in stats if one.rewards.size]
         return cls(
             questions=len(stats),
             accuracy=float(np.mean([one.correct.sum() / one.leaves for one in stats])),

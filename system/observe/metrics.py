@@ -115,14 +115,16 @@ def train_metrics(
     if stats:
         metrics |= {
             "train/trees": float(len(stats)),
-            "train/leaves": float(sum(one.reward.size for one in stats)),
+            "train/leaves": float(sum(one.rewards.size for one in stats)),
             "train/tokens": float(sum(one.trainable for one in stats)),
             "train/unique_tokens": float(sum(one.unique for one in stats)),
             "train/flat_tokens": float(sum(one.flat for one in stats)),
             "train/zero_variance_share": mean(one.zero_variance for one in stats),
         }
         metrics |= _scores("train", stats)
-        metrics |= _lengths("train/response", np.concatenate([one.scored_response_tokens for one in stats]))
+        metrics |= _lengths(
+            "train/response", np.concatenate([one.response_tokens[np.isfinite(one.reward)] for one in stats])
+        )
     if staleness:
         metrics["flow/staleness"] = mean(staleness)
         metrics["flow/staleness_max"] = float(max(staleness))
@@ -180,7 +182,7 @@ def mean(values: Iterable[float] | NDArray[Any]) -> float:
 
 
 def _scores(group: str, stats: Sequence[TreeStats]) -> Metrics:
-    reward = np.concatenate([one.reward for one in stats])
+    reward = np.concatenate([one.rewards for one in stats])
     correct = np.concatenate([one.correct for one in stats])
     metrics: Metrics = {}
     if reward.size:

@@ -44,7 +44,7 @@ class View:
     """How to show a tree."""
 
     decode: Decode
-    advantage: NDArray[np.floating]  # [L]
+    advantage: NDArray[np.floating]  # [L]; of a credit per node, that of the leaf's node
     credit: str = ""  # the estimator's name
     full: bool = False  # whole texts, with their line breaks
     entropy: bool = False  # colour by token entropy, and a bar per token
@@ -118,7 +118,7 @@ def table(trees: Iterable[Tree]) -> Table:
             str(len(tree.calls)),
             str(tree.n_tokens),
             f"{stats.unique / stats.flat:.2f}" if stats.flat else "–",
-            f"{stats.reward.mean():.2f}±{stats.reward.std():.2f}" if stats.reward.size else "–",
+            f"{stats.rewards.mean():.2f}±{stats.rewards.std():.2f}" if stats.rewards.size else "–",
             f"{int(stats.correct.sum())}/{stats.correct.size}",
             versions,
         )
@@ -159,8 +159,8 @@ def pieces(decode: Decode, tokens: NDArray[np.int32]) -> list[str]:
 def _head(tree: Tree, view: View) -> Text:
     stats = TreeStats.of(tree)
     first = [f"{visible(tree.prompt_id)}  {visible(tree.task)}"]
-    if stats.reward.size:
-        first.append(f"reward {stats.reward.mean():.3f} ± {stats.reward.std():.3f}")
+    if stats.rewards.size:
+        first.append(f"reward {stats.rewards.mean():.3f} ± {stats.rewards.std():.3f}")
     origins = ((stats.roots, "root"), (stats.forks, "fork"), (stats.top_ups, "top-up"))
     budget = tree.budget or stats.leaves
     first.append(f"{stats.leaves} of {budget} leaves: " + ", ".join(_count(*origin) for origin in origins))

@@ -299,7 +299,7 @@ class Recorder:
             step=self._step,
             version=self._totals.version,
             wall_s=self.wall_s,
-            reward=mean([float(r) for one in recent for r in one.reward]),
+            reward=mean([float(r) for one in recent for r in one.rewards]),
             accuracy=mean([float(ok) for one in recent for ok in one.correct]),
             staleness=mean(list(self._recent_lag)),
             forks_per_tree=mean([one.forks for one in recent]),

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from system.config import Config, ConfigError
-from system.learn.credit import advantages
+from system.learn.credit.base import assign
 from system.observe.outline import Decode, View, outline, table
 from system.observe.picture import picture
 from system.observe.rundir import RunDir, write_atomic
+from system.plugins import CREDITS
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.tree.store import StoreError, read_trees
@@ -41,9 +42,11 @@ def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
         console.print(table(read_trees(run_dir.trees)))
         return 0
     tree = select(read_trees(run_dir.trees), args, run_dir)
+    credit = CREDITS.make(config.learn.credit.name, config.learn.credit.options)
+    (advantage,) = assign(credit, [TreeStats.of(tree)])
     view = View(
         decode=_decoder(run_dir, config),
-        advantage=advantages(config.learn.credit.name, [tree.reward])[0],
+        advantage=advantage if credit.per == "leaf" else advantage[tree.leaf],
         credit=config.learn.credit.name,
         full=args.full,
         entropy=args.entropy,
@@ -91,8 +94,8 @@ def _extreme(trees: Iterable[Tree], choose: Callable[..., Any]) -> deque[Tree]:
     sign = 1 if choose is max else -1
     for tree in trees:
         stats = TreeStats.of(tree)
-        if stats.reward.size:
-            rank = (sign * float(stats.reward.mean()), stats.forks)
+        if stats.rewards.size:
+            rank = (sign * float(stats.rewards.mean()), stats.forks)
             if best is None or rank > best[0]:
                 best = (rank, tree)
     return deque([best[1]] if best else [])

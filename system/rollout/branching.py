@@ -1,7 +1,8 @@
 """Branching policies: when a branch comes back from a tool unsure, does the tree fork there?
 
-Pure: numpy only, no I/O.  A policy says what it measures (``window``, ``lag``, :meth:`Policy.measure`) and
-what follows from it (:meth:`Policy.decide`); the rollout does the collecting and the forking.
+Pure: numpy only, no I/O.  A policy says what it measures (``probe_tokens``, ``lag``,
+:meth:`Policy.measure`) and what follows from it (:meth:`Policy.decide`); the rollout does the collecting and
+the forking.
 
 Sources: ARPO, arXiv 2507.19849 (section 3.1) for the rule; the released ARPO code for ``arpo-release``.
 """
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.config import BranchingConfig
+from system.plugins import POLICIES
 
 
 class EntropyUnknown(RuntimeError):
@@ -64,14 +66,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """How a tree branches: one fork at most per tool result (ARPO's beam size of 2).
+    """How a tree branches.  A user's own is named ``branching=package.module:Name``.
 
-    ``window``: tokens at the start of a model segment that are measured.
+    ``probe_tokens``: tokens at the start of a model segment that are measured.  Constructor parameters are
+    the policy's options (``branching.options``); ``probe_tokens``, ``alpha``, ``beta`` and ``tau`` it gets
+    from ``branching``, if it has parameters of these names.
     """
 
-    window: int
+    probe_tokens: int
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""  # in errors; empty: the class's
     lag: ClassVar[bool] = False  # decide by the segment before the result (at once), not by the one after it
     inherits: ClassVar[bool] = (
         True  # a fork keeps its parent's baseline; else its first own segment gives one
@@ -81,8 +85,8 @@ class Policy(ABC):
     def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:
         """H = mean token entropy / ln V: 0 is certain, 1 uniform over the vocabulary.
 
-        ``entropies``: [≤ window] nats, NaN where unknown (left out); ``log_vocab``: ln V.  NaN when none is
-        known.
+        ``entropies``: [≤ probe_tokens] nats, NaN where unknown (left out); ``log_vocab``: ln V.  NaN when
+        none is known.
         """
         known = entropies[np.isfinite(entropies)]
         return float(known.mean(dtype=np.float64)) / log_vocab if known.size else math.nan
@@ -91,11 +95,12 @@ class Policy(ABC):
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         """Raises :class:`EntropyUnknown` when the policy needs ΔH and there is none."""
 
-    def _known(self, delta_h: float) -> float:
+    def known(self, delta_h: float) -> float:
+        """``delta_h``, if it is known.  Raises :class:`EntropyUnknown`."""
         if math.isnan(delta_h):
             raise EntropyUnknown(
-                f"branching={self.name} decides by token entropies and the engine reports none: "
-                "use an engine that does, or branching=random, or branching=none"
+                f"branching={self.name or type(self).__name__} decides by token entropies and the engine "
+                "reports none: use an engine that does, or branching=random, or branching=none"
             )
         return delta_h
 
@@ -114,7 +119,7 @@ class Arpo(Policy):
     name: ClassVar[str] = "arpo"
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
-        delta_h = self._known(probe.delta_h)
+        delta_h = self.known(probe.delta_h)
         probability = _clip(self.alpha + self.beta * delta_h)
         draw = float(rng.random())
         return Decision(int(draw < probability), probability, draw, delta_h)
@@ -133,7 +138,7 @@ class ArpoPaper(Policy):
     name: ClassVar[str] = "arpo-paper"
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
-        delta_h = self._known(probe.delta_h)
+        delta_h = self.known(probe.delta_h)
         fork = self.alpha + self.beta * delta_h > self.tau
         return Decision(int(fork), float(fork), math.nan, delta_h)
 
@@ -165,7 +170,7 @@ class ArpoRelease(Policy):
         return float(known.sum(dtype=np.float64)) / log_vocab if known.size else math.nan
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
-        delta_h = self._known(probe.delta_h)
+        delta_h = self.known(probe.delta_h)
         draw = float(rng.random())
         fork = _clip(draw - self.beta * delta_h) <= self.alpha
         return Decision(int(fork), _clip(self.alpha + self.beta * delta_h), draw, delta_h)
@@ -194,25 +199,21 @@ class Never(Policy):
         return Decision(0, 0.0, math.nan, probe.delta_h)
 
 
-RELEASE_WINDOW = 20  # tokens per segment that the released code measures
+def arpo_release(alpha: float, beta: float) -> ArpoRelease:
+    """As released: 20 tokens per segment are measured."""
+    return ArpoRelease(20, alpha, beta)
 
 
 def make_policy(config: BranchingConfig) -> Policy:
-    """The policy named ``config.name``; raises ``ValueError`` for an unknown name."""
-    k = config.probe_tokens
-    match config.name:
-        case "arpo":
-            return Arpo(k, config.alpha, config.beta)
-        case "arpo-paper":
-            return ArpoPaper(k, config.alpha, config.beta, config.tau)
-        case "arpo-release":
-            return ArpoRelease(RELEASE_WINDOW, config.alpha, config.beta)
-        case "random":
-            return Random(k, config.alpha)
-        case "none":
-            return Never(k)
-        case unknown:
-            raise ValueError(f"unknown branching policy {unknown!r}")
+    """The policy that the configuration names.  Raises :class:`system.plugins.PluginError`."""
+    return POLICIES.make(
+        config.name,
+        config.options,
+        probe_tokens=config.probe_tokens,
+        alpha=config.alpha,
+        beta=config.beta,
+        tau=config.tau,
+    )
 
 
 def _clip(value: float) -> float:

@@ -92,7 +92,7 @@ class RolloutContext:
         budget = n if n is not None else 1 if greedy else self.config.leaves
         if temperature is None:
             temperature = 0.0 if greedy else self.config.temperature
-        policy = Never(self.policy.window) if greedy else self.policy
+        policy = Never(self.policy.probe_tokens) if greedy else self.policy
         schedule = BarrierFree() if greedy else self.schedule
         growing = TreeRollout(self, prompt, policy, schedule, budget, temperature, seed, ticket)
         return await growing.run()

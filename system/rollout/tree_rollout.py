@@ -240,7 +240,7 @@ class TreeRollout:
 
     def _open(self, branch: Branch) -> int:
         """A MODEL node to write in; returns the number of tokens before its first one."""
-        above, branch.probe = branch.node, EntropyProbe(self.policy.window)
+        above, branch.probe = branch.node, EntropyProbe(self.policy.probe_tokens)
         if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
             branch.probe.add(self.growth.entropies(above))
             if branch.probe.full and self.schedule.streaming:  # and looked at, too

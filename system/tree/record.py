@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+_Number = TypeVar("_Number", np.int64, np.float64)
 
 
 class TreeError(ValueError):
@@ -132,16 +135,11 @@ class Tree:
     @property
     def scored(self) -> NDArray[np.bool_]:
         """[L] leaves that may teach: they have a reward, and an outcome that counts (``Outcome.scored``)."""
-        return np.isfinite(self.reward) & np.isin(self.outcome, _SCORED)
+        return scored(self.reward, self.outcome)
 
     def path(self, leaf: int) -> list[int]:
         """Nodes from the root to leaf number ``leaf``, in order."""
-        node = int(self.leaf[leaf])
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = int(self.parent[node])
-        return nodes[::-1]
+        return path(self.parent, int(self.leaf[leaf])).tolist()
 
     def origins(self, origin: Origin) -> int:
         """How many leaves began as ``origin``."""
@@ -162,13 +160,41 @@ def subtree_end(tree: Tree) -> Int32:
     return end
 
 
-def subtree_sum(tree: Tree, leaf_values: NDArray[Any]) -> NDArray[np.float64]:
-    """[J, ...] sum over the leaves at or below each node of ``leaf_values`` [L, ...]."""
-    total = np.zeros((tree.n_nodes, *leaf_values.shape[1:]), np.float64)
-    np.add.at(total, tree.leaf, leaf_values)
-    for node in range(tree.n_nodes - 1, 0, -1):  # children before parents
-        total[tree.parent[node]] += total[node]
+def scored(reward: Float32, outcome: Int8) -> NDArray[np.bool_]:
+    """[L] leaves that have a reward, and an outcome that counts (``Outcome.scored``)."""
+    return np.isfinite(reward) & np.isin(outcome, _SCORED)
+
+
+def path(parent: Int32, node: int) -> Int64:
+    """Nodes from the root to ``node``, in order."""
+    nodes: list[int] = []
+    while node >= 0:
+        nodes.append(node)
+        node = int(parent[node])
+    return np.array(nodes[::-1], np.int64)
+
+
+def path_sum(parent: NDArray[np.integer[Any]], values: NDArray[_Number]) -> NDArray[_Number]:
+    """[J, ...] sum of ``values`` [J, ...] along each node's path from the root, itself included."""
+    total, up = values.copy(), parent.tolist()
+    for node in range(1, len(up)):  # parents before children
+        total[node] += total[up[node]]
     return total
+
+
+def subtree_sum(parent: Int32, values: NDArray[_Number]) -> NDArray[_Number]:
+    """[J, ...] sum of ``values`` [J, ...] over each node's subtree, itself included."""
+    total, up = values.copy(), parent.tolist()
+    for node in range(len(up) - 1, 0, -1):  # children before parents
+        total[up[node]] += total[node]
+    return total
+
+
+def leaf_sum(parent: Int32, leaf: Int32, values: NDArray[Any]) -> NDArray[np.float64]:
+    """[J, ...] sum of ``values`` [L, ...] over the leaves at or below each node."""
+    at_node = np.zeros((parent.shape[0], *values.shape[1:]), np.float64)
+    np.add.at(at_node, leaf, values)
+    return subtree_sum(parent, at_node)
 
 
 def validate(tree: Tree) -> None:

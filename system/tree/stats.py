@@ -1,76 +1,111 @@
-"""The numbers of one closed tree, computed once and then only added up."""
+"""A closed tree without its tokens: its structure and its numbers, computed once, where it closes.
+
+It travels with a reference to the tree: metrics, credit and planning read it, and only a learner rank that
+trains on the tree reads the tree itself.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import Kind, Origin, Outcome, ToolCall, Tree
+from system.tree.record import (
+    Float32,
+    Float64,
+    Int8,
+    Int32,
+    Int64,
+    Kind,
+    Origin,
+    Outcome,
+    ToolCall,
+    Tree,
+    leaf_sum,
+    path,
+    path_sum,
+    scored,
+    subtree_sum,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TreeStats:
-    """What metrics need of a tree with L leaves, S of them scored, and D branching decisions."""
+    """A tree with J nodes in depth-first pre-order, L leaves, C of them judged, and D branching decisions."""
 
+    prompt_id: str
     task: str
+    parent: Int32  # [J] parent node, -1 for the root
+    kind: Int8  # [J] a ``Kind``
+    length: Int64  # [J] tokens
+    logprob: Float64  # [J] sum of the behaviour log-probabilities of the node's tokens, nats; 0 unless MODEL
+    entropy_sum: Float64  # [J] sum of the entropies known of its tokens, nats; NaN without any
+    leaf: Int32  # [L] the node each leaf ends at
+    reward: Float32  # [L] score; NaN when the leaf was not scored
+    outcome: Int8  # [L] an ``Outcome``
+    calls: tuple[ToolCall, ...]  # without their arguments
     nodes: int
     depth: int  # nodes on the longest root-to-leaf path
     leaves: int
     roots: int
     forks: int
     top_ups: int
-    reward: NDArray[np.float32]  # [S] of scored leaves
     correct: NDArray[np.bool_]  # [C] of leaves whose answer was judged
-    response_tokens: NDArray[np.int64]  # [L] MODEL tokens on each leaf's path
-    scored_response_tokens: NDArray[np.int64]  # [S] the same, scored leaves only
-    calls_per_leaf: NDArray[np.int64]  # [L] tool calls on each leaf's path
+    response_tokens: Int64  # [L] MODEL tokens on each leaf's path: |o| of the GRPO family
+    calls_per_leaf: Int64  # [L] tool calls on each leaf's path
     generated: int  # MODEL tokens, each once
-    trainable: int  # MODEL tokens with a scored leaf below, each once: what can carry a gradient
-    unique: int  # tokens of any kind with a scored leaf below, each once: what a packed forward pass computes
-    flat: int  # the same tokens once per scored leaf: what flattened paths would compute
+    trainable: int  # MODEL tokens with a reward below, each once: what can carry a gradient
+    unique: int  # tokens of any kind with a reward below, each once: what a packed forward pass computes
+    flat: int  # the same tokens once per leaf with a reward: what flattened paths would compute
     entropy: float  # mean over MODEL tokens, nats; NaN when unknown
-    delta_h: NDArray[np.float64]  # [D] ΔH of each decision
-    probability: NDArray[np.float64]  # [D] fork probability of each decision
+    delta_h: Float64  # [D] ΔH of each decision
+    probability: Float64  # [D] fork probability of each decision
     forked: NDArray[np.bool_]  # [D] whether the decision started a branch
     version_min: int  # oldest and newest weight version among MODEL tokens; -1 without any
     version_max: int
     seconds: float  # from the first root to the close
-    outcomes: Counter[str]  # leaves by lower-case ``Outcome`` name
-    calls: tuple[ToolCall, ...]
 
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
-        length = np.diff(np.append(tree.start, tree.n_tokens)).astype(np.int64)
+        length = np.diff(tree.start, append=tree.n_tokens).astype(np.int64)
         model = tree.kind == Kind.MODEL
-        scored = np.isfinite(tree.reward)
-        n_scored = subtree_sum(tree.parent, np.bincount(tree.leaf[scored], minlength=tree.n_nodes))
+        rewarded = np.isfinite(tree.reward)
+        below = leaf_sum(tree.parent, tree.leaf, rewarded).astype(np.int64)
         call_nodes = np.array([call.node for call in tree.calls], dtype=np.int64)
-        response = path_sum(tree.parent, length * model)[tree.leaf]
-        calls = path_sum(tree.parent, np.bincount(call_nodes, minlength=tree.n_nodes))
+        calls = path_sum(tree.parent, np.bincount(call_nodes, minlength=tree.n_nodes).astype(np.int64))
         depth = path_sum(tree.parent, np.ones(tree.n_nodes, dtype=np.int64))
         sampled = np.repeat(model, length)
-        entropy = tree.entropy[sampled & np.isfinite(tree.entropy)]
+        known = np.isfinite(tree.entropy)
+        entropy = tree.entropy[sampled & known]
         version = tree.version[sampled]
+        summed = np.add.reduceat(np.where(known, tree.entropy, 0.0), tree.start, dtype=np.float64)
         return cls(
+            prompt_id=tree.prompt_id,
             task=tree.task,
+            parent=tree.parent,
+            kind=tree.kind,
+            length=length,
+            logprob=np.add.reduceat(tree.logprob, tree.start, dtype=np.float64),
+            entropy_sum=np.where(np.add.reduceat(known, tree.start, dtype=np.int64) > 0, summed, np.nan),
+            leaf=tree.leaf,
+            reward=tree.reward,
+            outcome=tree.outcome,
+            calls=tuple(replace(call, arguments={}) for call in tree.calls),
             nodes=tree.n_nodes,
             depth=int(depth[tree.leaf].max(initial=0)),
             leaves=tree.n_leaves,
             roots=tree.origins(Origin.ROOT),
             forks=tree.origins(Origin.FORK),
             top_ups=tree.origins(Origin.TOP_UP),
-            reward=tree.reward[scored],
             correct=tree.correct[tree.correct >= 0] == 1,
-            response_tokens=response,
-            scored_response_tokens=response[scored],
+            response_tokens=path_sum(tree.parent, length * model)[tree.leaf],
             calls_per_leaf=calls[tree.leaf],
             generated=int(length[model].sum()),
-            trainable=int(length[model & (n_scored > 0)].sum()),
-            unique=int(length[n_scored > 0].sum()),
-            flat=int((length * n_scored).sum()),
+            trainable=int(length[model & (below > 0)].sum()),
+            unique=int(length[below > 0].sum()),
+            flat=int((length * below).sum()),
             entropy=float(entropy.mean(dtype=np.float64)) if entropy.size else float("nan"),
             delta_h=np.array([fork.delta_h for fork in tree.forks], dtype=np.float64),
             probability=np.array([fork.probability for fork in tree.forks], dtype=np.float64),
@@ -78,29 +113,50 @@ class TreeStats:
             version_min=int(version.min(initial=np.iinfo(np.int32).max)) if version.size else -1,
             version_max=int(version.max(initial=-1)),
             seconds=max(0.0, tree.closed_s - tree.started_s),
-            outcomes=Counter(Outcome(int(code)).name.lower() for code in tree.outcome),
-            calls=tree.calls,
         )
 
     @property
+    def rewards(self) -> Float32:
+        """The rewards that were given, in leaf order."""
+        return self.reward[np.isfinite(self.reward)]
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Leaves by lower-case ``Outcome`` name."""
+        return Counter(Outcome(int(code)).name.lower() for code in self.outcome)
+
+    @property
     def zero_variance(self) -> bool:
-        """All scored leaves earned the same: group-relative credit has nothing to teach here."""
-        return self.reward.size == 0 or float(np.ptp(self.reward)) < 1e-6
+        """All leaves with a reward earned the same: group-relative credit has nothing to teach here."""
+        return self.rewards.size == 0 or float(np.ptp(self.rewards)) < 1e-6
 
+    # For credits
 
-def subtree_sum(parent: NDArray[np.int32], value: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[J] sum of ``value`` over each node's subtree, itself included.  Parents stand before children."""
-    total, up = value.tolist(), parent.tolist()
-    for node in range(len(total) - 1, 0, -1):
-        if up[node] >= 0:
-            total[up[node]] += total[node]
-    return np.array(total, dtype=np.int64)
+    @property
+    def scored(self) -> NDArray[np.bool_]:
+        """[L] leaves that may teach (:attr:`Tree.scored`): the others have weight 0 whatever their credit."""
+        return scored(self.reward, self.outcome)
 
+    @property
+    def scored_below(self) -> Int64:
+        """[J] scored leaves at or below each node."""
+        return leaf_sum(self.parent, self.leaf, self.scored).astype(np.int64)
 
-def path_sum(parent: NDArray[np.int32], value: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[J] sum of ``value`` along each node's path from the root, itself included."""
-    total, up = value.tolist(), parent.tolist()
-    for node in range(1, len(total)):
-        if up[node] >= 0:
-            total[node] += total[up[node]]
-    return np.array(total, dtype=np.int64)
+    @property
+    def mean_reward_below(self) -> Float64:
+        """[J] mean reward of the scored leaves at or below each node; NaN without any."""
+        total = leaf_sum(self.parent, self.leaf, np.where(self.scored, self.reward, 0.0))
+        with np.errstate(invalid="ignore"):
+            return total / self.scored_below
+
+    def path(self, leaf: int) -> Int64:
+        """Nodes from the root to leaf number ``leaf``, in order."""
+        return path(self.parent, int(self.leaf[leaf]))
+
+    def path_sum(self, values: Float64) -> Float64:
+        """[J, ...] sum of ``values`` [J, ...] along each node's path from the root, itself included."""
+        return path_sum(self.parent, values)
+
+    def subtree_sum(self, values: Float64) -> Float64:
+        """[J, ...] sum of ``values`` [J, ...] over each node's subtree, itself included."""
+        return subtree_sum(self.parent, values)

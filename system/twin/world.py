@@ -99,7 +99,7 @@ class Twin:
                 f"engine-{number}",
                 models.engine,
                 self.agent,
-                first_tokens=-(-policy.window // chunk) * chunk,
+                first_tokens=-(-policy.probe_tokens // chunk) * chunk,
                 max_running=config.engine.max_running,
                 stops=dict(enumerate(syntax.stops)),
                 request_s=models.request_s,

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 
 from system.config import Config, LearnConfig, PartConfig
+from system.learn.aggregate import leaf_weights
+from system.learn.batch import BatchPlanner
+from system.learn.credit.base import assign
+from system.tree.pack import pack, pack_share
+from system.tree.packed import PackedBatch
+from system.tree.plan import plan_update
 from system.tree.record import Kind, Outcome, Tree, validate
+from system.tree.stats import TreeStats
 
 VOCAB = 151  # odd, so that two tensor-parallel ranks pad it
 
@@ -207,6 +214,32 @@ def relative_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> flo
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     error = sum(float(((a[n].astype(np.float64) - b[n]) ** 2).sum()) for n in b)
     return float(np.sqrt(error / sum(float((b[n].astype(np.float64) ** 2).sum()) for n in b)))
+
+
+def pack_whole(trees: Sequence[Tree], pad_to: int = 1) -> PackedBatch:
+    """All trees in one row, every leaf with advantage and weight 1."""
+    ones = [np.ones(t.n_leaves, np.float32) for t in trees]
+    budget = sum(t.n_tokens for t in trees) + pad_to
+    ((micro_batch,),) = plan_update([TreeStats.of(t) for t in trees], ones, ones, budget=budget)
+    return pack(micro_batch, dict(enumerate(trees)), pad_to)
+
+
+def train(trainer: Any, trees: Sequence[Tree]) -> dict[str, float]:
+    """What a learner rank does with a batch: plan it, pack its own share, step; at weight version 6."""
+    plan = trainer.planner.plan([TreeStats.of(tree) for tree in trees])
+    return trainer.train(pack_share(plan, trainer.layout.dp_rank, dict(enumerate(trees))), version=6)
+
+
+def supervise(trainer: Any, trees: Sequence[Tree], lr: float) -> dict[str, float]:
+    plan = trainer.planner.supervised([TreeStats.of(tree) for tree in trees])
+    (micro_batches,) = pack_share(plan, trainer.layout.dp_rank, dict(enumerate(trees)))
+    return trainer.supervise(micro_batches, lr)
+
+
+def credit_of(trees: Sequence[Tree], config: Config) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per tree: the advantage and the weight of each leaf."""
+    planner, stats = BatchPlanner(config, flat=False), [TreeStats.of(tree) for tree in trees]
+    return assign(planner.credit, stats), leaf_weights(planner.aggregate, stats)
 
 
 def learner_config(tp: int = 1, dp: int = 1, **learn: Any) -> Config:

@@ -10,19 +10,22 @@ import pytest
 import torch
 from learner_ranks import Place, Ranks
 from learner_reference import (
+    credit_of,
     flat_loss,
     gradients,
     learner_config,
     load_hf,
     make_trees,
+    pack_whole,
     path_logprobs,
     path_tokens,
     relative_distance,
+    supervise,
+    train,
 )
 
-from system.config import Config
-from system.learn.aggregate import leaf_weights
-from system.learn.credit import advantages
+from system.config import Config, PartConfig
+from system.learn.batch import BatchPlanner
 from system.tree.record import Tree
 
 FAMILIES = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
@@ -66,19 +69,12 @@ def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
     return named
 
 
-def credit_of(trees: list[Tree], config: Config) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    learn = config.learn
-    gains = advantages(learn.credit.name, [t.reward for t in trees])
-    return gains, leaf_weights(learn.aggregate.name, trees, length_cap=config.rollout.max_response_tokens)
-
-
 # ---------------------------------------------------------------------- log-probabilities and weights
 
 
 def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
     from system.learn import cpu
     from system.learn.rows import Row
-    from system.tree.pack import pack
 
     trainer = open_trainer(place, learner_config(tp=tp, bucket_mb=1), model)
     try:
@@ -87,9 +83,7 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
         worst = {"logits": 0.0, "logprob": 0.0, "nan": 0.0, "entropy": 0.0}
         for tree, values in zip(trees, trainer.logprobs(trees), strict=True):
             worst["nan"] += float(np.isnan(values[1:]).any()) + float(not np.isnan(values[0]))
-            ones = np.ones(tree.n_leaves, np.float32)
-            (batch,) = pack([tree], [ones], [ones], budget=tree.n_tokens)
-            row = Row.of(batch, np.arange(tree.n_tokens), trainer.layout.device)
+            row = Row.of(pack_whole([tree]), np.arange(tree.n_tokens), trainer.layout.device)
             with torch.no_grad():
                 logits = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
             first = logits.size(1) * (place.rank if tp > 1 else 0)
@@ -138,6 +132,8 @@ def gradient_case(
     place: Place, model: str, tp: int, dp: int, names: list[str]
 ) -> dict[str, dict[str, float]]:
     """Every objective's loss and gradient on packed trees against the same on paths in Hugging Face."""
+    from system.learn.objective import make_objective
+
     config = learner_config(tp=tp, dp=dp, kl_coef=1.0)
     trainer = open_trainer(place, config, model)
     try:
@@ -153,9 +149,13 @@ def gradient_case(
         plain = (learn := config.learn).__dict__.copy()
         report = {}
         for name in names:
-            learn.__dict__.update(plain | {"kl_coef": 0.0} | OBJECTIVES[name])
+            changes = {k: PartConfig(v) if isinstance(v, str) else v for k, v in OBJECTIVES[name].items()}
+            learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
-            stats = trainer.train(trees, version=6)
+            trainer.objective = make_objective(learn)
+            flat, dp = trainer.objective.flat, trainer.layout.dp
+            trainer.planner = BatchPlanner(config, flat=flat, dp=dp)
+            stats = train(trainer, trees)
             trainer.reference = frozen
             mine = hf_gradients(trainer)
             hf.zero_grad()
@@ -217,10 +217,10 @@ def idle_rank_case(place: Place, model: str) -> dict[str, float]:
     trainer = open_trainer(place, learner_config(dp=2), model)
     try:
         trees = make_trees(2)[:1]
-        stats = trainer.train(trees, version=6)
+        stats = train(trainer, trees)
         hf = load_hf(model)
         flat_loss(hf, trees, *credit_of(trees, trainer.config), trainer.learn).backward()
-        nothing = trainer.train(make_trees(2)[1:2], version=6)  # a single leaf: no signal for anybody
+        nothing = train(trainer, make_trees(2)[1:2])  # a single leaf: no signal for anybody
         mine = hf_gradients_after(trainer, trees)
         return stats | {
             "gradient error": relative_distance(mine, gradients(hf)) if mine else 0.0,
@@ -231,7 +231,7 @@ def idle_rank_case(place: Place, model: str) -> dict[str, float]:
 
 
 def hf_gradients_after(trainer: Any, trees: list[Tree]) -> dict[str, np.ndarray]:
-    trainer.train(trees, version=6)
+    train(trainer, trees)
     return hf_gradients(trainer)
 
 
@@ -261,9 +261,9 @@ def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
     trainer = open_trainer(place, config, model)
     try:
         learn, trees = config.learn, make_trees(3)
-        warm = trainer.supervise(trees, lr=2e-3)
+        warm = supervise(trainer, trees, lr=2e-3)
         trainer.reset_optimizer()
-        stats = trainer.train(trees, version=6)
+        stats = train(trainer, trees)
         weights = {n: t for bucket in trainer.export() for n, t in bucket.items()}
 
         hf = load_hf(model)
@@ -295,10 +295,10 @@ def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
         import copy
 
         proximal = copy.deepcopy(hf)
-        gains = advantages(learn.credit.name, [t.reward for t in trees])
-        adam, cap = optimizer(), config.rollout.max_response_tokens
+        gains, _ = credit_of(trees, config)
+        adam = optimizer()
         for number, (a, b) in enumerate([(0, 1), (1, 3), (3, 5)]):
-            w = leaf_weights(learn.aggregate.name, trees[a:b], length_cap=cap)
+            _, w = credit_of(trees[a:b], config)
             loss = flat_loss(hf, trees[a:b], gains[a:b], w, learn, temperature=0.8, proximal=proximal)
             step(adam, loss, learn.lr * min(1.0, (number + 1) / 2))
         after = dict(hf.named_parameters())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learner_ranks import Place, Ranks
-from learner_reference import learner_config, make_trees, relative_distance, save_tiny_model
+from learner_reference import learner_config, make_trees, relative_distance, save_tiny_model, train
 from safetensors.torch import load_file
 from test_learner_equality import hf_gradients, open_trainer
 from test_learner_state import STEP, weights_of
@@ -76,13 +76,13 @@ def step_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, Any
     try:
         learn = config.learn
         step, learn.lr, learn.grad_clip = (learn.lr, learn.grad_clip), 0.0, 0.0
-        first = trainer.train(make_trees(1)[:count], version=6)
+        first = train(trainer, make_trees(1)[:count])
         # The reduced gradient is spread over the ranks under a distributed optimizer: compare its steps.
         gradient = None if learn.distributed_optimizer else hf_gradients(trainer)
         trainer.reset_optimizer()
         (learn.lr, learn.grad_clip), learn.updates = step, min(2, count)
         before = weights_of(trainer)
-        stats = trainer.train(make_trees(2)[:count], version=6)
+        stats = train(trainer, make_trees(2)[:count])
         after = weights_of(trainer)
         scores = trainer.logprobs(make_trees(3)[:2])
         fingerprint = torch.stack([p.detach().double().sum() for p in trainer.model.parameters()])
@@ -142,12 +142,12 @@ def save_case(
     """Two steps, a checkpoint, one step more; the weights after it."""
     trainer = open_trainer(place, resumable(layout, dtype), model)
     try:
-        trainer.train(make_trees(4), version=6)
+        train(trainer, make_trees(4))
         trainer.reset_optimizer()  # moves the reference model off the file's weights
         for seed in (5, 6):
-            trainer.train(make_trees(seed), version=6)
+            train(trainer, make_trees(seed))
         trainer.save(path, {"version": 2})
-        trainer.train(make_trees(7), version=6)
+        train(trainer, make_trees(7))
         return weights_of(trainer)
     finally:
         trainer.close()
@@ -158,10 +158,10 @@ def resume_case(
 ) -> dict[str, np.ndarray]:
     trainer = open_trainer(place, resumable(layout, dtype), model)
     try:
-        trainer.train(make_trees(11), version=6)  # state that loading must replace
+        train(trainer, make_trees(11))  # state that loading must replace
         assert trainer.load(path) == {"version": 2}
         assert trainer.step_count == 2
-        trainer.train(make_trees(7), version=6)
+        train(trainer, make_trees(7))
         return weights_of(trainer)
     finally:
         trainer.close()

@@ -10,8 +10,17 @@ import pytest
 import torch
 from learner_ranks import Place, Ranks
 
-from system.config import LearnConfig
-from system.learn.objective import OBJECTIVES, LossTokens, clipped_surrogate, k3
+from system.config import LearnConfig, PartConfig
+from system.learn.objective import (
+    LossTokens,
+    Ppo,
+    Statistics,
+    clipped_surrogate,
+    inert_clip,
+    k3,
+    make_objective,
+    row_loss,
+)
 
 
 def tokens(n: int = 64, **changes: Any) -> LossTokens:
@@ -32,17 +41,22 @@ def tokens(n: int = 64, **changes: Any) -> LossTokens:
     return LossTokens(**(fields | changes))
 
 
+def loss_of(name: str, t: LossTokens, learn: LearnConfig) -> tuple[torch.Tensor, Statistics]:
+    learn.objective = PartConfig(name)
+    return row_loss(make_objective(learn), t, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
+
+
 @pytest.mark.parametrize("dual", [0.0, 3.0])
 def test_two_sums_give_the_sum_over_leaves(dual: float) -> None:
     """S+ and S- against Σ w·min(rA, clip(r)A), leaf by leaf, siblings of opposite sign, at every ratio."""
     rng = np.random.default_rng(0)
     ratio = torch.tensor(np.exp(rng.normal(0, 1.5, 500)), dtype=torch.float64)
     gains, w = torch.tensor(rng.normal(0, 1, (500, 4))), torch.tensor(rng.random((500, 4)))
-    learn = LearnConfig(clip_low=0.2, clip_high=0.28, dual_clip=dual)
     each = torch.minimum(ratio[:, None] * gains, ratio.clamp(0.8, 1.28)[:, None] * gains)
     if dual:
         each = torch.where(gains < 0, torch.maximum(each, dual * gains), each)
-    mine = clipped_surrogate(ratio, (w * gains.clamp(min=0)).sum(1), (w * gains.clamp(max=0)).sum(1), learn)
+    plus, minus = (w * gains.clamp(min=0)).sum(1), (w * gains.clamp(max=0)).sum(1)
+    mine = clipped_surrogate(ratio, plus, minus, 0.2, 0.28, dual)
     torch.testing.assert_close(mine, (w * each).sum(1), rtol=1e-12, atol=1e-12)
 
 
@@ -50,8 +64,8 @@ def test_decoupled_at_a_fixed_proximal_policy_is_weighted_ppo() -> None:
     """π_prox = μ makes the importance weight 1 and the ratio PPO's own."""
     t = tokens()
     learn = LearnConfig()
-    loss, stats = OBJECTIVES["decoupled"](tokens(proximal=t.behaviour), learn)
-    expected, _ = OBJECTIVES["ppo"](t, learn)
+    loss, stats = loss_of("decoupled", tokens(proximal=t.behaviour), learn)
+    expected, _ = loss_of("ppo", t, learn)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(stats.sums["tis_mean"], stats.sums["weight"])
 
@@ -61,7 +75,7 @@ def test_engine_mismatch_is_measured_on_tokens_of_the_trained_weights_only() -> 
     stale = torch.arange(64) % 4
     t = tokens(staleness=stale.float())
     behaviour = torch.where(stale == 0, t.logprob.detach() + 1e-3, t.behaviour)
-    _, stats = OBJECTIVES["decoupled"](tokens(staleness=stale.float(), behaviour=behaviour), LearnConfig())
+    _, stats = loss_of("decoupled", tokens(staleness=stale.float(), behaviour=behaviour), LearnConfig())
     assert float(stats.sums["engine_kl"] / stats.sums["fresh"]) == pytest.approx(5e-7, rel=0.05)
     assert float(stats.maxima["engine_logprob_diff_max"]) == pytest.approx(1e-3, rel=1e-3)
     assert float(stats.sums["fresh"]) == pytest.approx(float(t.mult[stale == 0].sum()))
@@ -71,7 +85,7 @@ def test_engine_mismatch_is_measured_on_tokens_of_the_trained_weights_only() -> 
 def test_importance_weight_is_capped_and_detached() -> None:
     t = tokens()
     learn = LearnConfig(tis_cap=1.5)
-    loss, stats = OBJECTIVES["decoupled"](t, learn)
+    loss, stats = loss_of("decoupled", t, learn)
     loss.backward()
     weight = (t.logprob.detach() - t.behaviour).exp().clamp(max=1.5)
     # At r = 1 neither clip acts, so ∂loss/∂logπ = -weight·(S+ + S-): nothing flows through the weight itself.
@@ -80,12 +94,32 @@ def test_importance_weight_is_capped_and_detached() -> None:
 
 
 def test_regularisers_enter_the_loss_with_their_coefficients() -> None:
-    plain, _ = OBJECTIVES["ppo"](tokens(), LearnConfig())
+    plain, _ = loss_of("ppo", tokens(), LearnConfig())
     t = tokens(reference=torch.full((64,), -2.0))
-    loss, stats = OBJECTIVES["ppo"](t, LearnConfig(kl_coef=0.3, entropy_coef=0.1))
+    loss, stats = loss_of("ppo", t, LearnConfig(kl_coef=0.3, entropy_coef=0.1))
     kl = (t.mult * k3(torch.full((64,), -2.0) - t.logprob)).sum()
     torch.testing.assert_close(loss, plain + 0.3 * kl - 0.1 * (t.mult * t.entropy).sum())
     torch.testing.assert_close(stats.sums["reference_kl"], kl.detach())
+
+
+def test_a_clip_without_effect_is_told() -> None:
+    """π_θ/π_prox is 1 in the only update of a batch."""
+    learn = LearnConfig(objective=PartConfig("decoupled"))
+    assert "clip_low" in (inert_clip(make_objective(learn), updates=1) or "")
+    assert inert_clip(make_objective(learn), updates=2) is None
+    assert inert_clip(make_objective(LearnConfig(objective=PartConfig("ppo"))), updates=1) is None
+    far = tokens(behaviour=torch.full((64,), -6.0))  # a ratio of about 55 to the policy that sampled
+    _, stats = loss_of("decoupled", far, learn)
+    assert float(stats.sums["clip_high"]) == float(stats.sums["clip_low"]) == 0
+    _, stats = loss_of("ppo", far, learn)
+    assert float(stats.sums["clip_high"]) > 0
+
+
+def test_options_of_an_objective_go_before_the_settings_of_learn() -> None:
+    learn = LearnConfig(clip_high=0.2, objective=PartConfig("ppo", {"clip_high": 0.4}))
+    objective = make_objective(learn)
+    assert isinstance(objective, Ppo)
+    assert (objective.clip_low, objective.clip_high) == (0.2, 0.4)
 
 
 def test_k3_estimates_the_kl_divergence() -> None:
@@ -100,7 +134,7 @@ def test_huge_ratios_stay_finite() -> None:
     far = torch.full((64,), -1e4)
     for name, (a, b) in itertools.product(("ppo", "decoupled"), [(far, far * 0), (far * 0, far)]):
         t = tokens(logprob=a.clone().requires_grad_(), behaviour=b)
-        loss, stats = OBJECTIVES[name](t, LearnConfig(dual_clip=0.0))
+        loss, stats = loss_of(name, t, LearnConfig(dual_clip=0.0))
         loss.backward()
         assert torch.isfinite(loss)
         assert t.logprob.grad is not None

@@ -16,9 +16,11 @@ from learner_reference import (
     load_hf,
     make_tree,
     make_trees,
+    pack_whole,
     path_logprobs,
     path_tokens,
     save_tiny_model,
+    train,
 )
 from test_learner_equality import open_trainer
 
@@ -44,18 +46,18 @@ def save_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
     try:
         fresh = Path(path).with_name("fresh")
         trainer.save(fresh, {"version": 0})
-        trainer.train(make_trees(4), version=6)
+        train(trainer, make_trees(4))
         trainer.reset_optimizer()  # moves the reference model off the file's weights
         for seed in (5, 6):
-            trainer.train(make_trees(seed), version=6)
+            train(trainer, make_trees(seed))
         trainer.save(path, {"version": 2, "note": "ü"})
         trainer.save(path, {"version": 3, "note": "ü"})  # replaces
         draw = torch.rand(3).tolist()
-        stats = trainer.train(make_trees(7), version=6)
+        stats = train(trainer, make_trees(7))
         # Untouched by everything since: the checkpoint from before the first step.
         after = weights_of(trainer)
         trainer.load(fresh)
-        trainer.train(make_trees(4), version=6)
+        train(trainer, make_trees(4))
         return {"weights": after, "loss": stats["loss"], "draw": draw, "restarted": weights_of(trainer)}
     finally:
         trainer.close()
@@ -66,13 +68,13 @@ def load_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
     config.run.seed = 17
     trainer = open_trainer(place, config, model)
     try:
-        trainer.train(make_trees(11), version=6)  # state that loading must replace
+        train(trainer, make_trees(11))  # state that loading must replace
         extra = trainer.load(Path(path))
         draw, steps = torch.rand(3).tolist(), trainer.step_count
-        stats = trainer.train(make_trees(7), version=6)
+        stats = train(trainer, make_trees(7))
         resumed = weights_of(trainer)
         trainer.load(Path(path).with_name("fresh"))
-        trainer.train(make_trees(4), version=6)
+        train(trainer, make_trees(4))
         return {
             "weights": resumed,
             "loss": stats["loss"],
@@ -129,7 +131,7 @@ def test_a_missing_checkpoint_is_named(ranks: Ranks, tiny_model: Callable[..., s
 def save_hf_case(place: Place, model: str, path: str) -> list[np.ndarray]:
     trainer = open_trainer(place, learner_config(tp=2, **STEP), model)
     try:
-        trainer.train(make_trees(8), version=6)
+        train(trainer, make_trees(8))
         trainer.save_hf(path)
         return trainer.logprobs(make_trees(9))
     finally:
@@ -181,7 +183,6 @@ def test_weights_in_several_files(ranks: Ranks, tiny_model: Callable[..., str], 
 def sight_case(place: Place, model: str) -> dict[str, float]:
     """Change one token and see whose log-probabilities move; then shift the positions."""
     from system.learn.rows import logprob_entropy, score_row
-    from system.tree.pack import pack
 
     trainer = open_trainer(place, learner_config(), model)
     try:
@@ -198,9 +199,7 @@ def sight_case(place: Place, model: str) -> dict[str, float]:
         tree.tokens[:] %= 100
         (before,) = trainer.logprobs([tree])
         sibling, ancestor = changed(8), changed(2)
-        ones = np.ones(2, np.float32)
-        (batch,) = pack([tree], [ones], [ones], budget=64)
-        row = score_row(batch, trainer.layout.device)
+        row = score_row(pack_whole([tree]), trainer.layout.device)
         by_index = row.position.clone().copy_(torch.arange(21))
         from dataclasses import replace
 
@@ -238,7 +237,7 @@ def variant_case(place: Place, model: str, dtype: str, recompute: str) -> dict[s
     config.model.dtype = dtype
     trainer = open_trainer(place, config, model)
     try:
-        stats = [trainer.train(make_trees(s), version=6) for s in (10, 11, 12)]
+        stats = [train(trainer, make_trees(s)) for s in (10, 11, 12)]
         return {"stats": stats, "weights": weights_of(trainer)}
     finally:
         trainer.close()
@@ -267,7 +266,7 @@ def non_finite_case(place: Place, model: str) -> dict[str, float]:
         with torch.no_grad():
             trainer.model.decoder.final_layernorm.weight[0] = float("inf")
         before = weights_of(trainer)
-        stats = trainer.train(make_trees(13), version=6)
+        stats = train(trainer, make_trees(13))
         for name, value in weights_of(trainer).items():
             np.testing.assert_array_equal(value, before[name])
         return stats | {"steps": float(trainer.step_count)}

@@ -6,21 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from learner_reference import CHAIN, SHAPE, STAR, make_tree
+from learner_reference import CHAIN, SHAPE, STAR, make_tree, pack_whole
 from torch.nn.attention.flex_attention import BlockMask
 
 from system.learn import attention
 from system.learn.attention import TreeMask, attend, flex_attend
-from system.tree.pack import pack
 from system.tree.packed import PackedBatch
 
 
 def packed(seed: int, repeats: int = 6, pad_to: int = 1) -> PackedBatch:
     rng = np.random.default_rng(seed)
     trees = [make_tree(shape, rng) for shape in (SHAPE, CHAIN, STAR) for _ in range(repeats)]
-    ones = [np.ones(t.n_leaves, np.float32) for t in trees]
-    (batch,) = pack(trees, ones, ones, budget=sum(t.n_tokens for t in trees) + pad_to, pad_to=pad_to)
-    return batch
+    return pack_whole(trees, pad_to)
 
 
 def ancestors(batch: PackedBatch) -> np.ndarray:
@@ -118,8 +115,7 @@ def test_a_long_shared_prefix_gives_full_blocks() -> None:
 
     prompt = (Kind.PROMPT, 300, False, [(Kind.MODEL, 100, True, []) for _ in range(4)])
     tree = make_tree(prompt, np.random.default_rng(0))
-    ones = np.ones(4, np.float32)
-    (batch,) = pack([tree], [ones], [ones], budget=1000, pad_to=128)
+    batch = pack_whole([tree], 128)
     block_mask = TreeMask(torch.from_numpy(batch.exit)).block_mask
     assert block_mask.full_kv_num_blocks is not None
     # 768 tokens in 6 blocks; blocks 0 and 1 of the prompt are open to all later queries but the padded ones.

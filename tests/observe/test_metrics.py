@@ -11,8 +11,8 @@ from observe_trees import NAN, make_tree, single
 
 from system.observe.eval import EvalResult
 from system.observe.metrics import idle_metrics, rollout_metrics, tool_metrics, train_metrics, tree_metrics
-from system.tree.record import ForkDecision, ToolCall, Tree
-from system.tree.stats import TreeStats, path_sum, subtree_sum
+from system.tree.record import ForkDecision, ToolCall, Tree, path_sum, subtree_sum
+from system.tree.stats import TreeStats
 
 
 def test_tree_stats_by_hand(tree: Tree):
@@ -24,9 +24,9 @@ def test_tree_stats_by_hand(tree: Tree):
     assert stats.unique == 4 + 3 + 2 + 2 + 5
     assert stats.flat == (4 + 3 + 2 + 2) + (4 + 3 + 2 + 5)
     assert stats.response_tokens.tolist() == [5, 8, 6]
-    assert stats.scored_response_tokens.tolist() == [5, 8]
+    assert stats.response_tokens[np.isfinite(stats.reward)].tolist() == [5, 8]
     assert stats.calls_per_leaf.tolist() == [1, 1, 0]  # the fork shares its parent's call
-    assert stats.reward.tolist() == [1.0, 0.0]
+    assert stats.rewards.tolist() == [1.0, 0.0]
     assert stats.correct.tolist() == [True, False]
     assert stats.outcomes == {"stopped": 1, "length": 1, "deadline": 1}
     assert (stats.version_min, stats.version_max) == (3, 3)

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from system.config import CHOICES, BranchingConfig
+from system.config import BranchingConfig
+from system.plugins import POLICIES, PluginError
 from system.rollout.branching import (
     Arpo,
     ArpoPaper,
@@ -103,12 +104,14 @@ def test_policies_that_need_entropy_say_so(name: str) -> None:
 
 
 def test_every_configured_name_makes_its_policy() -> None:
-    for name in CHOICES["branching.name"]:
+    for name in POLICIES.names:
         assert make_policy(BranchingConfig(name=name)).name == name
-    assert make_policy(BranchingConfig(name="arpo", probe_tokens=5)).window == 5
-    assert make_policy(BranchingConfig(name="arpo-release", probe_tokens=5)).window == 20
-    with pytest.raises(ValueError, match="unknown branching policy"):
+    assert make_policy(BranchingConfig(name="arpo", probe_tokens=5)).probe_tokens == 5
+    assert make_policy(BranchingConfig(name="arpo-release", probe_tokens=5)).probe_tokens == 20
+    with pytest.raises(PluginError, match=r"branching.name='oracle': choose one of arpo, arpo-paper"):
         make_policy(BranchingConfig(name="oracle"))
+    eager = make_policy(BranchingConfig(name="random", options={"alpha": "0.9", "probe_tokens": 2}))
+    assert eager == Random(2, 0.9)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 9, [9], [3, 3, 3], [0, 5, 0, 4], [4, 5]])

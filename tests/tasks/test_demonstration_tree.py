@@ -74,7 +74,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 engine=Replay(demo, tokenizer),
                 tools=tools,
                 syntax=make_syntax("tags", tools.specs),
-                policy=Never(window=8),
+                policy=Never(probe_tokens=8),
                 reward=make_reward("arpo"),
                 tokenizer=tokenizer,
                 config=RolloutConfig(leaves=1, roots=1),

@@ -5,6 +5,7 @@ by id.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tree_strategies import forests
 
+from system.learn.aggregate import counts
 from system.tree.builder import TreeBuilder
-from system.tree.pack import counts, flatten, pack, path_model_tokens
+from system.tree.pack import flatten
+from system.tree.pack import pack as pack_row
 from system.tree.packed import PackedBatch
+from system.tree.plan import plan_update
 from system.tree.record import Kind, Origin, Outcome, Tree, TreeError, token_node, validate
+from system.tree.stats import TreeStats
 
 Credit = tuple[list[np.ndarray], list[np.ndarray]]
+
+
+def pack(
+    trees: list[Tree],
+    advantages: list[np.ndarray],
+    weights: list[np.ndarray],
+    pad_to: int = 1,
+    **settings: Any,
+) -> list[PackedBatch]:
+    """Plan a step of one data-parallel rank from the trees' statistics, and pack it."""
+    stats = [TreeStats.of(tree) for tree in trees]
+    (share,) = plan_update(stats, advantages, weights, pad_to=pad_to, **settings)
+    return [pack_row(micro_batch, dict(enumerate(trees)), pad_to) for micro_batch in share]
 
 
 def _credit(trees: list[Tree], seed: int, dead: float = 0.2) -> Credit:
@@ -183,10 +201,13 @@ def test_flat_paths_are_valid_trees_of_the_same_tokens(trees: list[Tree]) -> Non
 def test_token_counts(trees: list[Tree]) -> None:
     credit = ([np.ones(t.n_leaves) for t in trees], [t.scored.astype(np.float64) for t in trees])
     through = _naive(trees, credit, hard=False)
-    assert counts(trees) == (len(through), round(sum(row[2] for row in through.values())))
+    assert counts([TreeStats.of(tree) for tree in trees]) == (
+        len(through),
+        round(sum(row[2] for row in through.values())),
+    )
     for tree in trees:
         lengths = [int((p.kind[token_node(p)] == Kind.MODEL).sum()) for p in flatten(tree)]
-        assert path_model_tokens(tree).tolist() == lengths
+        assert TreeStats.of(tree).response_tokens.tolist() == lengths
 
 
 def _fork(lengths: tuple[int, ...], prompt: int = 10) -> Tree:
@@ -275,7 +296,7 @@ def test_read_only_arrays_do() -> None:
     validate(tree)
     assert pack([tree], [credit], [abs(credit)], budget=18, hard=True)
     assert len(flatten(tree)) == 2
-    assert counts([tree]) == (4 + 3 + 4, 2 * 4 + 3 + 4)
+    assert counts([TreeStats.of(tree)]) == (4 + 3 + 4, 2 * 4 + 3 + 4)
 
 
 def test_a_budget_below_one_is_refused() -> None:

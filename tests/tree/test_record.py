@@ -15,8 +15,8 @@ from system.tree.record import (
     Outcome,
     Tree,
     TreeError,
+    leaf_sum,
     subtree_end,
-    subtree_sum,
     token_node,
     validate,
 )
@@ -43,7 +43,7 @@ def test_ancestry_by_interval_equals_the_parent_walk(trees: list[Tree]) -> None:
 def test_sums_over_subtrees_and_token_nodes(trees: list[Tree]) -> None:
     for tree in trees:
         values = np.arange(1.0, tree.n_leaves + 1)
-        total = subtree_sum(tree, values)
+        total = leaf_sum(tree.parent, tree.leaf, values)
         for v in range(tree.n_nodes):
             below = [values[k] for k in range(tree.n_leaves) if _descends(tree, int(tree.leaf[k]), v)]
             assert total[v] == sum(below)
