@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,14 @@ def import_linter(root: Path) -> tuple[int, str]:
 def test_the_house_is_in_order() -> None:
     assert broken_rules(ROOT) == []
     assert import_linter(ROOT)[0] == 0
+
+
+def test_the_architecture_shows_the_floors_that_are_enforced() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (floors,) = (c["layers"] for c in settings["tool"]["importlinter"]["contracts"] if c["id"] == "floors")
+    lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    shown = [line.split("  ")[0] for line in lines if "   " in line and re.match("[a-z]+ [| a-z]*  ", line)]
+    assert shown == [floor.replace("(", "").replace(")", "") for floor in floors]
 
 
 def test_imports_that_climb_cross_or_turn_in_a_circle_are_found(copy: Path) -> None:
