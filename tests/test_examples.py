@@ -57,6 +57,13 @@ def test_the_reward_prefers_the_shorter_of_two_right_answers(here: None) -> None
     assert short_reward.score(prompt, short).value > short_reward.score(prompt, long).value
 
 
+def test_the_readme_shows_what_is_run_here() -> None:
+    shown = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = {line.split("  #")[0].strip() for path in EXAMPLES.glob("*.py") for line in path.open()}
+    for line in shown.splitlines():
+        assert line.split("  #")[0].strip() in lines, line
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_run_with_all_of_them(tmp_path: Path) -> None:
