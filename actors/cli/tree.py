@@ -13,7 +13,6 @@ examples:
   espalier tree runs/quickstart-s0 --index 17         one of them
   espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
   espalier tree runs/quickstart-s0 --worst --full | less
-  espalier tree runs/quickstart-s0 --index 17 --svg tree.svg
 
 How to read it: a tree goes one level deeper where it forks. `fork?` is a decision of the branching
 policy after a tool result: the rise in entropy (ΔH), the fork probability P and the draw. A leaf shows
@@ -33,7 +32,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--prompt", metavar="ID", help="the newest tree of this prompt")
     parser.add_argument("--entropy", action="store_true", help="show the entropy of every token")
     parser.add_argument("--full", action="store_true", help="whole texts with their line breaks")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the tree into an SVG file instead")
 
 
 def run(args: argparse.Namespace) -> int:

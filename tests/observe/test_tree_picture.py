@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.cli.main import main
 from system.observe.outline import View
-from system.observe.picture import picture
 from system.observe.rundir import RunDir
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+sys.path.append(str(EXAMPLES))
+from tree_picture import picture  # noqa: E402
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -50,11 +54,11 @@ def test_hostile_text_stays_text(tree: Tree) -> None:
     assert not any(set(text) & set("\x1b\x00\ufffe\u202e") for text in texts(drawn))
 
 
-def test_the_command_writes_a_file(run_dir: RunDir, tree: Tree, tmp_path: Path, capsys) -> None:
+def test_the_command_draws_a_tree_of_a_run(run_dir: RunDir, tree: Tree) -> None:
     writer = TreeWriter(run_dir.trees, keep=10)
     writer.append(tree)
     writer.close()
-    file = tmp_path / "tree.svg"
-    assert main(["tree", str(run_dir.root), "--svg", str(file)]) == 0
-    assert "wrote" in capsys.readouterr().out
-    assert "⟨7⟩" in file.read_text()
+    command = [sys.executable, str(EXAMPLES / "tree_picture.py"), str(run_dir.root), "0"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(EXAMPLES.parent)}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "⟨7⟩" in done.stdout.decode()

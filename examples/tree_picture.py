@@ -1,20 +1,27 @@
-"""A closed tree as a picture: SVG, from left to right, one row per leaf.
+"""A run's trees in your own code: one of them as a picture (SVG), from left to right, one row per leaf.
 
-A line is as wide as the leaves are many that share what it leads to.  Whatever a model or a tool wrote is
-escaped: it can neither add an element nor end one.
+    python examples/tree_picture.py runs/quickstart-s0 17 > tree.svg
+
+17 is the number in `espalier tree runs/quickstart-s0 --list`.  A line is as wide as the leaves are many that
+share what it leads to.  Whatever a model or a tool wrote is escaped: it can neither add an element nor end one.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from html import escape
+from itertools import islice
 
 import numpy as np
 
 from system.observe.outline import View, visible
+from system.observe.rundir import RunDir
+from system.observe.show import view
 from system.tree.record import ForkDecision, Kind, ToolCall, Tree
+from system.tree.store import read_trees
 
 COLUMN, ROW, HEAD = 200, 58, 62  # px between columns and rows, px above the first row
 WIDTH, HEIGHT = 170, 48  # px of a box
@@ -25,7 +32,7 @@ _GREEN, _RED, _GREY, _BLACK = "#00794F", "#C2410C", "#5F6368", "#202124"
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def picture(tree: Tree, view: View) -> str:
+def picture(tree: Tree, how: View) -> str:
     """The tree as the text of an SVG file."""
     parent, end = tree.parent.tolist(), tree.leaf.tolist()  # end: leaf -> its node
     leaves = sorted(range(len(end)), key=lambda leaf: end[leaf])  # from top to bottom
@@ -44,16 +51,16 @@ def picture(tree: Tree, view: View) -> str:
     calls, forks = {call.node: call for call in tree.calls}, {fork.node: fork for fork in tree.forks}
     drawn = [_edge(place[parent[n]], place[n], len(rows[n])) for n in range(1, len(parent))]
     for node, (x, y) in enumerate(place):
-        drawn += _box(tree, node, x, y, view, calls.get(node), forks.get(node))
+        drawn += _box(tree, node, x, y, how, calls.get(node), forks.get(node))
     for row, leaf in enumerate(leaves):
-        drawn += _leaf(tree, leaf, place[end[leaf]][0], HEAD + ROW * row, view)
+        drawn += _leaf(tree, leaf, place[end[leaf]][0], HEAD + ROW * row, how)
     for number, (word, fill) in enumerate(_LEGEND.items()):
         drawn.append(f'<rect x="{12 + 80 * number}" y="34" width="10" height="10" fill="{fill}"/>')
         drawn.append(_text(26 + 80 * number, 43, word, _GREY))
     drawn.append(f'<circle cx="257" cy="39" r="4" fill="{_GREEN}"/>')
     drawn.append(_text(266, 43, "forked here; H is the mean entropy of the tokens, ΔH its rise", _GREY))
     width, height = COLUMN * (max(depth) + 1) + 170, HEAD + ROW * max(len(leaves), 1) + 4
-    title = f"{tree.prompt_id}: {view.decode(tree.tokens[: int(tree.end[0])])}"
+    title = f"{tree.prompt_id}: {how.decode(tree.tokens[: int(tree.end[0])])}"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
@@ -69,10 +76,10 @@ def picture(tree: Tree, view: View) -> str:
 
 
 def _box(
-    tree: Tree, node: int, x: float, y: float, view: View, call: ToolCall | None, fork: ForkDecision | None
+    tree: Tree, node: int, x: float, y: float, how: View, call: ToolCall | None, fork: ForkDecision | None
 ) -> list[str]:
     kind, begin, end = Kind(int(tree.kind[node])), int(tree.start[node]), int(tree.end[node])
-    text = visible(view.decode(tree.tokens[begin:end])).strip("↵ ")
+    text = visible(how.decode(tree.tokens[begin:end])).strip("↵ ")
     lines = textwrap.wrap(text, CHARACTERS, max_lines=LINES, placeholder=" …")
     notes = [f"{call.tool}: {call.status}" if call else f"{end - begin} tokens"]
     entropy = tree.entropy[begin:end]
@@ -88,9 +95,9 @@ def _box(
     return drawn
 
 
-def _leaf(tree: Tree, leaf: int, x: float, y: float, view: View) -> list[str]:
+def _leaf(tree: Tree, leaf: int, x: float, y: float, how: View) -> list[str]:
     """Beside the box at ``x`` that the branch ends with, in the leaf's own row at ``y``."""
-    reward, advantage = float(tree.reward[leaf]), float(view.advantage[leaf])
+    reward, advantage = float(tree.reward[leaf]), float(how.advantage[leaf])
     colour = {1: _GREEN, 0: _RED}.get(int(tree.correct[leaf]), _GREY)
     scored = f"reward {reward:.2f}  A {advantage:+.2f}" if math.isfinite(reward) else "not scored"
     x, y = x + WIDTH + 14, y + HEIGHT / 2
@@ -116,3 +123,9 @@ def _text(x: float, y: float, text: str, colour: str, size: int = 10) -> str:
 def _safe(text: str) -> str:
     """``text`` as XML text: nothing that acts on a reader, nothing that XML forbids, markup escaped."""
     return escape(_NOT_XML.sub("\ufffd", visible(text)))
+
+
+if __name__ == "__main__":
+    run, number = RunDir.open(sys.argv[1]), int(sys.argv[2])
+    (tree,) = islice(read_trees(run.trees), number, number + 1)
+    print(picture(tree, view(run, run.config(), tree)), end="")
