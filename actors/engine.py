@@ -17,7 +17,8 @@ from actors.ray_support import StartFailed
 from actors.serving import LoopThread
 from system import config as configuration
 from system.config import Config
-from system.engine.client import EngineClient
+from system.engine.control import EngineControl
+from system.engine.pool import EnginePool
 from system.engine.protocol import EngineError, GenerateRequest, Sampling
 from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.sglang.server import ServerFailed, SglangServer
@@ -124,13 +125,14 @@ async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> N
 
 async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
     """Raise EngineError for a server that does not answer, or gives no entropies."""
-    client = EngineClient([url], deadline_s=deadline_s)
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
+    async with EngineControl(url) as control:
+        await control.wait_ready(deadline_s)
+    pool = EnginePool([url], deadline_s=deadline_s)
     try:
-        await client.wait_ready(deadline_s)
-        chunks = [chunk async for chunk in client.generate(asked)]
+        chunks = [chunk async for chunk in pool.generate(asked)]
     finally:
-        await client.close()
+        await pool.close()
     if entropies and any(np.isnan(chunk.entropy).any() for chunk in chunks):
         raise EngineError(
             f"{url}: no entropies in its answers: Espalier's plug-in is not loaded; start the server with "

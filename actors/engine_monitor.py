@@ -1,4 +1,4 @@
-"""The engines as the conductor sees them: do they hold the current weights, and what do they wait for?"""
+"""The engines as the driver sees them: do they hold the current weights, and what do they wait for?"""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Protocol
+from typing import Any
 
+from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
-from system.engine.client import EngineClient
+from system.engine.control import EngineControl
 from system.engine.protocol import SPEED_COUNTERS, EngineError, EngineInfo
+from system.flow.loop import TrainingLoop
 from system.observe.recorder import Recorder
 
 PUSH_DEADLINE_S = 120.0  # for an engine that is back to hold the current weights, after its own start
@@ -19,64 +21,66 @@ LOOK_S = 1.0  # between looks at the engines
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle seconds by cause
 
 
-class Publisher(Protocol):
-    """Who has the weights."""
+class Publisher:
+    """Sends the learner's weights to the engines."""
 
-    @property
-    def version(self) -> int: ...
+    def __init__(self, learner: LearnerGroup, engines: Sequence[str], recorder: Recorder) -> None:
+        self._learner, self._engines, self._recorder = learner, engines, recorder
 
-    @property
-    def weights(self) -> asyncio.Lock:
-        """Held while the weights change or move."""
-        ...
-
-    async def push(self, version: int, urls: Sequence[str]) -> dict[str, str]:
-        """Send the learner's weights to ``urls``; returns those that did not take them, and why."""
-        ...
+    async def push(self, version: int, urls: Sequence[str] = ()) -> dict[str, str]:
+        """To the engines at ``urls``, to all without; returns those that did not take them, and why."""
+        published = await self._learner.publish(urls or self._engines, version)
+        report = published.report
+        self._recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
+        return published.failures
 
 
 class EngineMonitor:
-    """Keeps engines at the publisher's version; a restarted one stands paused until it has its weights.
+    """Keeps engines at the training loop's version; a restarted one stands paused until it has its weights.
 
     ``urls`` may lose members while the run goes on: engines whose node is gone.
     """
 
     def __init__(
-        self, urls: Sequence[str], publisher: Publisher, recorder: Recorder, start_deadline_s: float
+        self,
+        urls: Sequence[str],
+        loop: TrainingLoop[Any],
+        publisher: Publisher,
+        recorder: Recorder,
+        start_deadline_s: float,
     ) -> None:
         """``start_deadline_s``: for a restarted engine to answer."""
-        self.urls, self._publisher, self._recorder = urls, publisher, recorder
+        self.urls, self._loop, self._publisher, self._recorder = urls, loop, publisher, recorder
         self._deadline_s = start_deadline_s + PUSH_DEADLINE_S
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
         async with AsyncExitStack() as stack:
-            clients = [await _client(stack, url) for url in self.urls]
-            good = [time.monotonic()] * len(clients)
+            controls = [await stack.enter_async_context(EngineControl(url)) for url in self.urls]
+            good = [time.monotonic()] * len(controls)
             while True:
-                for number, client in enumerate(clients):
-                    if client.urls[0] not in self.urls or await self._tend(number, client):
+                for number, control in enumerate(controls):
+                    if control.url not in self.urls or await self._tend(number, control):
                         good[number] = time.monotonic()
                     elif time.monotonic() - good[number] > self._deadline_s:
-                        raise ActorLost(self._not_back(client))
+                        raise ActorLost(self._not_back(control.url))
                 await asyncio.sleep(LOOK_S)
 
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
-        async with AsyncExitStack() as stack:
-            for number, url in enumerate(list(self.urls)):
-                client = await _client(stack, url)
+        for number, url in enumerate(list(self.urls)):
+            async with EngineControl(url) as control:
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        while url in self.urls and not await self._tend(number, client):  # noqa: ASYNC110
+                        while url in self.urls and not await self._tend(number, control):  # noqa: ASYNC110
                             await asyncio.sleep(LOOK_S)
                 except TimeoutError as error:
-                    raise ActorLost(self._not_back(client)) from error
+                    raise ActorLost(self._not_back(url)) from error
 
-    async def _tend(self, number: int, client: EngineClient) -> bool:
+    async def _tend(self, number: int, control: EngineControl) -> bool:
         """Account an engine's idle time; send it the current weights if it lacks them.  True: it has them."""
         try:
-            (info,) = await client.infos()
+            info = await control.info()
             for counter, seconds in info.counters.items():
                 if cause := IDLE_COUNTER.fullmatch(counter):
                     self._recorder.idle_total(f"engine-{number}", cause[1], seconds)
@@ -87,27 +91,21 @@ class EngineMonitor:
                     )
             if self._current(info):
                 return True
-            async with self._publisher.weights:
-                (info,) = await client.infos()
+            async with self._loop.weights:
+                info = await control.info()
                 if not self._current(info):  # no training step was just pushing them
-                    if await self._publisher.push(self._publisher.version, client.urls):
+                    if await self._publisher.push(self._loop.version, [control.url]):
                         return False
-                    await client.resume()
+                    await control.resume()
         except EngineError:  # it is being restarted
             return False
         return True
 
-    def _not_back(self, client: EngineClient) -> str:
+    def _not_back(self, url: str) -> str:
         return (
-            f"engine {client.urls[0]}: not back with the current weights within {self._deadline_s:.0f} s "
+            f"engine {url}: not back with the current weights within {self._deadline_s:.0f} s "
             "(engine.start_deadline_s); see the run's logs/"
         )
 
     def _current(self, info: EngineInfo) -> bool:
-        return info.weight_version == self._publisher.version and not info.paused
-
-
-async def _client(stack: AsyncExitStack, url: str) -> EngineClient:
-    client = EngineClient([url])
-    stack.push_async_callback(client.close)
-    return client
+        return info.weight_version == self._loop.version and not info.paused

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -23,6 +23,8 @@ from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
 from system.engine.weights.base import PushFailed, PushReport, Transport
+from system.flow.loop import TreesLost
+from system.flow.replay import TreeInFlight
 from system.tree.pack import pack_share
 from system.tree.packed import PackedBatch
 from system.tree.record import Tree
@@ -30,27 +32,6 @@ from system.tree.stats import TreeStats
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
 FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
-
-
-class TreeAway(Protocol):
-    """A closed tree that lies in the object store."""
-
-    @property
-    def reference(self) -> Any:
-        """Ray's reference to the :class:`Tree`."""
-        ...
-
-    @property
-    def stats(self) -> TreeStats: ...
-
-
-class TreesLost(RuntimeError):
-    """Trees of a batch are gone from the object store."""
-
-    def __init__(self, reasons: Mapping[int, str]) -> None:
-        """``reasons`` by index in the batch."""
-        super().__init__(f"trees lost before training: {'; '.join(reasons.values())}")
-        self.reasons = dict(reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +148,16 @@ async def _push(
     deadline_s: float,
 ) -> Published:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
-    from system.engine.client import EngineClient
+    from system.engine.http import Http
 
     async with asyncio.timeout(deadline_s):
-        client = EngineClient(urls, transport=transport)
+        http = Http()
         try:
-            return Published({}, await client.push_weights(buckets, version, kv=kv))
+            return Published({}, await transport.push(http, urls, buckets, version, kv))
         except PushFailed as error:
             return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
         finally:
-            await client.close()
+            await http.close()
 
 
 def _meet_on_the_interface_of(address: str) -> None:
@@ -234,7 +215,7 @@ class LearnerGroup:
         """Where reinforcement learning begins."""
         await self._answers("reset_optimizer", [rank.reset_optimizer.remote() for rank in self._ranks])
 
-    async def train(self, version: int, trees: Sequence[TreeAway]) -> dict[str, float]:
+    async def train(self, version: int, trees: Sequence[TreeInFlight[Any]]) -> dict[str, float]:
         """One training batch; ``version`` is the weight version being trained.
 
         Every rank gets all statistics, and fetches the trees that it trains on.  Raises :class:`TreesLost` if

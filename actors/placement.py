@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,6 +23,8 @@ from actors.ray_support import ActorLost, answer
 from actors.serving import free_port
 from system.cluster.placement import Node, Seat, place
 from system.config import Config
+
+T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
 LOOK_S = 1.0  # between looks at the nodes
@@ -122,6 +125,21 @@ class Placement:
                     raise NodeLost(f"node {node.name} ({node.address}) was lost with {what}")
                 self.gone.add(number)
             await asyncio.sleep(LOOK_S)
+
+    async def watch_during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do ``work``; the loss of a node that we cannot spare ends it.
+
+        Raises NodeLost where that is what its failure comes from.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:  # whichever fails first ends the other
+                watching = tasks.create_task(self.watch(), name="node watch")
+                working = tasks.create_task(work)
+                working.add_done_callback(lambda _: watching.cancel())
+        except* (ActorLost, RayError):
+            await self.explain()
+            raise
+        return working.result()
 
     async def explain(self) -> None:
         """After an actor was lost: raise NodeLost if its node is gone, of which Ray tells later."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
+from system.config import Config
+
 START_DEADLINE_S = 180.0  # for an actor to come up
 RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
 LOOK_S = 0.5
-LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own; set by a job
+LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own
 
 
 class ActorLost(RuntimeError):
@@ -23,6 +27,40 @@ class ActorLost(RuntimeError):
 
 class StartFailed(ActorLost):
     """An actor's ``__init__`` raised: it would again."""
+
+
+@contextlib.contextmanager
+def ray_session(config: Config, logs: Path | None = None) -> Generator[bool]:
+    """Ray for the length of the block: the cluster we are given, or one of this machine alone.
+
+    Yields whether it is a given one (``cluster.address``, or ``$RAY_ADDRESS`` as a SLURM job sets it).
+    ``logs``: the directory of the actors' output, unless a job has set ``$ESPALIER_LOGS``.  Ray itself puts
+    the current directory on the path of every process, so that a user's modules are found there.
+    """
+    defaults = {
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of a tree that failed: its statistics' failure is handled
+        "PYTHONUNBUFFERED": "1",  # an actor's last words must be in its file
+    }
+    if logs is not None:
+        defaults[LOGS] = str(logs.resolve())
+    added = {key: value for key, value in defaults.items() if key not in os.environ}
+    os.environ |= added
+    given = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        ray.init(
+            address=given or "local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace=f"espalier-{os.getpid()}",
+        )
+        yield bool(given)
+    finally:
+        ray.shutdown()
+        for key in added:
+            del os.environ[key]
 
 
 def spawn(
@@ -41,15 +79,16 @@ def spawn(
     chosen: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1 if restart else 0, "name": name}
     if concurrency is not None:
         chosen["max_concurrency"] = concurrency
-    remote: Any = ray.remote(_logging_to_its_file(actor, name) if LOGS in os.environ else actor)
+    directory = os.environ.get(LOGS)
+    remote: Any = ray.remote(_logging_to(Path(directory) / f"{name}.log", actor) if directory else actor)
     return remote.options(**chosen, **(options or {})).remote(*arguments)
 
 
-def _logging_to_its_file(actor: type, name: str) -> type:
-    """``actor``, whose process appends what it prints to ``$ESPALIER_LOGS/<name>.log``."""
+def _logging_to(path: Path, actor: type) -> type:
+    """``actor``, whose process appends what it prints to the file at ``path``."""
 
     def start(self: Any, *arguments: Any) -> None:
-        path = Path(os.environ[LOGS]) / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
             os.dup2(file, stream)

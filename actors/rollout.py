@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from system import config as configuration
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 
 if TYPE_CHECKING:
     from system.rollout.tree_rollout import TreeRollout
@@ -33,11 +34,16 @@ class RolloutWorker:
         await self._tools.check()
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of the engine client, since this process started."""
-        return self._engine.counters
+        """Running totals of the engine client and of the tool service, since this process started."""
+        return self._engine.counters | self._tools.counters
 
-    async def grow(self, prompt: Prompt, ticket: int, seed: int, start: bytes | None = None) -> Tree:
-        """``start``: a snapshot to go on from.  Raises SnapshotError if it is none."""
+    async def grow(
+        self, prompt: Prompt, ticket: int, seed: int, start: bytes | None = None
+    ) -> tuple[Tree, TreeStats]:
+        """A tree, which stays in the object store, and its statistics, computed here and only here.
+
+        ``start``: a snapshot to go on from.  Raises SnapshotError if it is none.
+        """
         from system.rollout.snapshot import thaw
 
         growing = (
@@ -47,9 +53,10 @@ class RolloutWorker:
         )
         self._growing[ticket] = growing
         try:
-            return await growing.run()
+            tree = await growing.run()
         finally:
             del self._growing[ticket]
+        return tree, TreeStats.of(tree)
 
     async def snapshots(self) -> dict[int, bytes]:
         """Every growing tree that can be frozen, by ticket."""
@@ -62,6 +69,6 @@ class RolloutWorker:
             await asyncio.sleep(0)  # between two trees, the others go on
         return found
 
-    async def answer(self, prompt: Prompt, seed: int, temperature: float) -> Tree:
+    async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks."""
-        return await self._context.grow(prompt, seed=seed, greedy=True, temperature=temperature)
+        return TreeStats.of(await self._context.grow(prompt, seed=seed, greedy=True, temperature=temperature))

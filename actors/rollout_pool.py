@@ -11,14 +11,16 @@ from typing import Any
 import ray
 
 from actors.engine import EngineActor, attached
+from actors.inputs import corpus_file, make_model
 from actors.learner import LearnerGroup
 from actors.placement import Placement
 from actors.ray_support import START_DEADLINE_S, answer, spawn
-from actors.replay import ReplayActor
 from actors.rollout import RolloutWorker
 from actors.tools import ToolActor
-from system.cluster.placement import REPLAY, served_tools
+from system.cluster.placement import learner_world, served_tools
 from system.config import Config, to_dict
+from system.observe.rundir import RunDir
+from system.tasks.base import Task
 
 CLOSE_DEADLINE_S = 10.0
 ENGINE_CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
@@ -117,14 +119,6 @@ async def check_tools(workers: Iterable[Any]) -> None:
     await asyncio.gather(*(answer(call, START_DEADLINE_S, "rollout worker") for call in calls))
 
 
-def replay_queue(config: Config, name: str, options: Mapping[str, Any] | None = None) -> Any:
-    """Start the queue between rollouts and learner."""
-    flow = config.flow
-    most = flow.staleness + flow.window  # that can happen: the bound holds by admission, not by waste
-    shape = (flow.batch_leaves // config.rollout.leaves, flow.window, most)
-    return spawn(ReplayActor, name, *shape, concurrency=8, options=options)
-
-
 async def _engines(
     config: Config, model_path: str, places: Placement, logs: Path
 ) -> tuple[list[str], list[Any], list[Coroutine[Any, Any, Any]]]:
@@ -154,28 +148,27 @@ async def _engines(
 
 @dataclass(frozen=True, slots=True)
 class RunActors:
-    """Everything that runs: pool, the queue between, and the learner."""
+    """Everything that runs."""
 
     pool: RolloutPool
     learner: LearnerGroup
-    replay: Any
 
     @classmethod
     async def start(
-        cls,
-        config: Config,
-        learner: LearnerGroup,
-        model_path: str,
-        corpus: Path | None,
-        places: Placement,
-        logs: Path,
+        cls, config: Config, task: Task, model: Path, places: Placement, run_dir: RunDir
     ) -> RunActors:
-        """Start the others beside the ``learner``'s processes, and wait until all of them work."""
-        replay = replay_queue(config, "replay", places[REPLAY].options)
+        """Every actor of a run, at the weights in ``model``; a new model is made while the learner's
+        processes load Megatron.
+        """
+        corpus = corpus_file(config, task, run_dir.root)
+        learner = LearnerGroup(learner_world(config), places)
+        await asyncio.to_thread(make_model, model, config, task)
         async with asyncio.TaskGroup() as starting:
-            starting.create_task(learner.start(to_dict(config), model_path))
-            growing = starting.create_task(RolloutPool.start(config, model_path, corpus, places, logs))
-        return cls(growing.result(), learner, replay)
+            starting.create_task(learner.start(to_dict(config), str(model)))
+            growing = starting.create_task(
+                RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve())
+            )
+        return cls(growing.result(), learner)
 
     async def close(self) -> None:
         await self.pool.close()

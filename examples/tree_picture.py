@@ -3,7 +3,8 @@
     python examples/tree_picture.py runs/quickstart-s0 17 > tree.svg
 
 17 is the number in `espalier tree runs/quickstart-s0 --list`.  A line is as wide as the leaves are many that
-share what it leads to.  Whatever a model or a tool wrote is escaped: it can neither add an element nor end one.
+share what it leads to.  Whatever a model or a tool wrote is escaped: it can neither add an element nor end
+one.
 """
 
 from __future__ import annotations

@@ -158,6 +158,9 @@ class FlowConfig:
     batch_leaves: int = 64  # B: leaves per training step
     staleness: int = 1  # η: versions a tree may lag behind the policy that trains on it; 0 is synchronous
     window: int = 4  # training batches from the head of the queue within which a closed tree may overtake
+    # a waiting tree that would be trained on more versions than this after its start is thrown away, and its
+    # prompt grown again; 0: none is, and staleness + window bounds it all the same
+    max_staleness: int = 0
     max_attempts: int = 3  # times a prompt is grown before it is abandoned with a reason
     # in-flight: engines take new weights at a token boundary, whatever grows; drained: once no tree grows, so
     # that every tree is of one version (with staleness 1: one-step-off asynchronous training)
@@ -243,6 +246,7 @@ class Config:
 _AT_LEAST_0 = """
     run.seed run.steps warmstart.steps rollout.max_tool_result_tokens rollout.call_limit
     engine.entropy_top_k tools.rate_per_s tools.retries tools.cache_size engine.cache_slots flow.staleness
+    flow.max_staleness
     learn.warmup_steps learn.kl_coef eval.every eval.questions eval.temperature checkpoint.every
 """
 _AT_LEAST_1 = """
@@ -362,6 +366,11 @@ def validate(config: Config) -> None:
         rollout.schedule != "lockstep" or (flow.staleness == 0 and rollout.concurrency >= batch_trees),
         "rollout.schedule=lockstep grows a whole batch and then trains on it: it needs flow.staleness=0, not "
         f"{flow.staleness}, and rollout.concurrency={batch_trees} or more, not {rollout.concurrency}",
+    )
+    _require(
+        flow.max_staleness == 0 or flow.max_staleness >= flow.staleness,
+        f"flow.max_staleness={flow.max_staleness} is below flow.staleness={flow.staleness}: most trees would "
+        "be thrown away; raise it, lower flow.staleness, or set 0 to throw away none",
     )
     _require(
         flow.batch_leaves % rollout.leaves == 0,

@@ -163,7 +163,7 @@ AGGREGATES = Registry(
     {
         "token-mean": "system.learn.aggregate:TokenMean",
         "seq-mean": "system.learn.aggregate:SequenceMean",
-        "constant": "system.learn.aggregate:Constant",
+        "constant": "system.learn.aggregate:ConstantLength",
     },
 )
 POLICIES = Registry(

@@ -21,7 +21,7 @@ COMMANDS = ("train", "eval", "bench", "plan", "tree", "config")
 
 
 class Launched:
-    """Stands in for ``actors.launch`` and remembers how it was called."""
+    """Stands in for ``actors.train`` and ``actors.evaluate`` and remembers how it was called."""
 
     def __init__(self) -> None:
         self.train_calls: list[tuple[Config, str, Path | None]] = []
@@ -39,7 +39,8 @@ class Launched:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     fake = Launched()
-    monkeypatch.setitem(sys.modules, "actors.launch", fake)  # type: ignore[arg-type]
+    for module in ("actors.train", "actors.evaluate"):
+        monkeypatch.setitem(sys.modules, module, fake)  # type: ignore[arg-type]
     return fake
 
 

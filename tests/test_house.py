@@ -54,7 +54,7 @@ def test_the_architecture_shows_the_floors_that_are_enforced() -> None:
 def test_imports_that_climb_cross_or_turn_in_a_circle_are_found(copy: Path) -> None:
     plant(copy, "system/tree/record.py", "from system.learn import credit  # upward\n")
     plant(
-        copy, "system/tasks/jsonl.py", "def late():\n    from actors import launch  # not at the top either\n"
+        copy, "system/tasks/jsonl.py", "def late():\n    from actors import train  # not at the top either\n"
     )
     plant(copy, "system/observe/show.py", "import ray\n")
     plant(copy, "system/tools/metrics.py", "import system.tools.service  # which imports metrics\n")
@@ -64,7 +64,7 @@ def test_imports_that_climb_cross_or_turn_in_a_circle_are_found(copy: Path) -> N
     for planted in (
         "system.tree is not allowed to import system.learn",
         "system is not allowed to import actors",
-        "system.tasks.jsonl -> actors.launch",
+        "system.tasks.jsonl -> actors.train",
         "system is not allowed to import ray",
         "No cycles are allowed in system.tools",
         "system.flow is not allowed to import torch",
@@ -75,7 +75,7 @@ def test_imports_that_climb_cross_or_turn_in_a_circle_are_found(copy: Path) -> N
 
 def test_everything_else_is_found(copy: Path) -> None:
     plant(copy, "system/flow/idle.py", "def never_called():\n    return 1\n")
-    plant(copy, "system/flow/ledger.py", "import importlib\nimportlib.import_module('actors.launch')\n")
+    plant(copy, "system/flow/ledger.py", "import importlib\nimportlib.import_module('actors.train')\n")
     plant(copy, "system/observe/show.py", "def load(name):\n    return __import__(name)\n\n\nload('x')\n")
     plant(copy, "system/tools/breaker.py", "class _Actor:\n    pass\n\n\n_Actor()\n")
     plant(copy, "actors/long.py", "# a line\n" * MOST_LINES)
@@ -83,7 +83,7 @@ def test_everything_else_is_found(copy: Path) -> None:
     for planted in (
         "system/flow/idle.py:",
         "unused function 'never_called'".replace("'", ""),
-        "imports actors.launch: system never imports actors or ray",
+        "imports actors.train: system never imports actors or ray",
         "imports a module whose name is not written there",
         "class _Actor stands in system/flow/idle.py:",
         f"actors/long.py: {MOST_LINES + 2} lines",

@@ -23,10 +23,11 @@ examples:
                                    the twin at the speeds that these benchmarks measured predicts RUN
   espalier bench scale 7B          the twin from 8 to 4096 GPUs: best split, and where throughput bends
   espalier bench scale 14B 32 64   the same for these numbers of GPUs only
+  espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
 
 Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
 """
-BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale")
+BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -177,11 +177,11 @@ def _train(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         config, name = run_dir.config(tuple(overrides)), run_dir.name
-        return _launch().train(config, config_name=name, resume=run_dir.root)
+        return _entry("train")(config, config_name=name, resume=run_dir.root)
     if path is None:
         raise ConfigError("name a recipe, for example: espalier train configs/quickstart.yaml")
     config = load(path, overrides)
-    return _launch().train(config, config_name=path.stem, resume=None)
+    return _entry("train")(config, config_name=path.stem, resume=None)
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -205,7 +205,7 @@ def _eval(args: argparse.Namespace) -> int:
         config, model = load(args.config, overrides), target
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model} holds no model in Hugging Face format (no config.json)")
-    result = _launch().evaluate(config, model)
+    result = _entry("evaluate")(config, model)
     text = json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False)
     if args.out:
         write_atomic(args.out, text + "\n")
@@ -241,9 +241,9 @@ def _split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (Path(paths[0]) if paths else None), [word for word in words if word not in paths]
 
 
-def _launch() -> Any:
-    """The actors' entry points, by name: ``system`` does not import ``actors``."""
-    return importlib.import_module("actors.launch")
+def _entry(name: str) -> Any:
+    """``train`` or ``evaluate``: slow imports, so only when they are called."""
+    return getattr(importlib.import_module(f"actors.{name}"), name)
 
 
 if __name__ == "__main__":

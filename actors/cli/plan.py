@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from system.config import ConfigError, load
-    from system.plan import Workload, plan, text
+    from system.plan import AgentWorkload, plan, text
 
     paths = [word for word in args.words if "=" not in word]
     if len(paths) != 1:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         "calls": args.calls,
         "tool_s": args.tool_s,
     }
-    workload = replace(Workload.guess(config), **{k: v for k, v in given.items() if v is not None})
+    workload = replace(AgentWorkload.guess(config), **{k: v for k, v in given.items() if v is not None})
     made = plan(config, args.gpus, gpu=args.gpu, workload=workload)
     print(text(made))
     return 0 if made.fits else 1

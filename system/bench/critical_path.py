@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from system.engine.protocol import Chunk, Engine, GenerateRequest
@@ -36,17 +36,11 @@ class MeasuredEngine:
     engine: Engine
     token_s: float
     path: CriticalPath
-    work_s: float = 0.0  # of all sequences
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         async for chunk in self.engine.generate(request):
-            seconds = chunk.tokens.size * self.token_s
-            self.work_s += seconds
-            self.path.add(seconds)
+            self.path.add(chunk.tokens.size * self.token_s)
             yield chunk
-
-    async def abort(self, rid: str) -> None:
-        await self.engine.abort(rid)
 
 
 @dataclass
@@ -55,14 +49,12 @@ class MeasuredTools:
 
     tools: Tools
     path: CriticalPath
-    calls: int = field(default=0, init=False)
 
     @property
     def specs(self) -> Mapping[str, ToolSpec]:
         return self.tools.specs
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
-        self.calls += 1
         outcome = await self.tools.call(tool, arguments, context)
         self.path.add(outcome.latency_s)
         return outcome

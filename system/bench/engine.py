@@ -43,7 +43,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCau
 from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import ModelConfig
-from system.engine.client import EngineClient
+from system.engine.control import EngineControl
+from system.engine.pool import EnginePool
 from system.engine.protocol import SPEED_COUNTERS, GenerateRequest, Sampling
 
 VOCAB = 512
@@ -174,9 +175,9 @@ async def _measure(
         return samples, {name: after[name] - before[name] for name in SPEED_COUNTERS}
 
 
-async def _counters(client: EngineClient) -> dict[str, float]:
-    (info,) = await client.infos()
-    return dict(info.counters)
+async def _counters(client: EnginePool) -> dict[str, float]:
+    async with EngineControl(client.urls[0]) as control:
+        return (await control.info()).counters
 
 
 async def _timed(contest: Awaitable[int], work: Workload, server: psutil.Process) -> Speed:
@@ -196,7 +197,7 @@ def _cpu_s(server: psutil.Process) -> float:
 
 
 @asynccontextmanager
-async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EngineClient, psutil.Process]]:
+async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EnginePool, psutil.Process]]:
     """Our engine in a process of its own, as in a training run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -207,9 +208,10 @@ async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EngineClient
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.DEVNULL,
     )
-    client = EngineClient([f"http://127.0.0.1:{port}"])
+    client = EnginePool([f"http://127.0.0.1:{port}"])
     try:
-        await client.wait_ready(_START_DEADLINE_S)
+        async with EngineControl(client.urls[0]) as control:
+            await control.wait_ready(_START_DEADLINE_S)
         yield client, psutil.Process(process.pid)
     finally:
         await client.close()
@@ -221,9 +223,10 @@ async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EngineClient
             await process.wait()
 
 
-async def _ours(client: EngineClient, work: Workload, tag: str) -> int:
+async def _ours(client: EnginePool, work: Workload, tag: str) -> int:
     """All requests at once; the prefix cache starts empty."""
-    await client.flush_cache()
+    async with EngineControl(client.urls[0]) as control:
+        await control.post("/flush_cache")
 
     async def one(number: int) -> int:
         sampling = Sampling(work.new_tokens[number], ignore_eos=True)

@@ -26,11 +26,10 @@ import numpy as np
 import psutil
 from matplotlib.figure import Figure
 
-from system.bench.latency import ToolLatency
 from system.bench.report import Report
 from system.bench.stub_engine import Plan, write_plan
 from system.config import RolloutConfig
-from system.engine.client import EngineClient
+from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
 from system.rollout import process
 from system.rollout.branching import Arpo
@@ -43,6 +42,7 @@ from system.tools.service import ServiceLimits, ToolService
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.twin.agent import AnswerReward
+from system.twin.dist import ToolLatency
 
 _START_S = 30.0
 _STOP_S = 10.0
@@ -96,7 +96,7 @@ class _LiveBranches(BarrierFree):
 class _CountedEngine:
     """The client, counting what comes out of it."""
 
-    def __init__(self, client: EngineClient, counts: Counts) -> None:
+    def __init__(self, client: EnginePool, counts: Counts) -> None:
         self._client, self._counts = client, counts
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
@@ -107,9 +107,6 @@ class _CountedEngine:
                 counts.chunks += 1
                 counts.tokens += len(chunk.tokens)
                 yield chunk
-
-    async def abort(self, rid: str) -> None:
-        await self._client.abort(rid)
 
 
 class _Search:
@@ -128,7 +125,7 @@ class _Search:
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         self._seed += 1
         self._counts.calls += 1
-        await asyncio.sleep(self._latency.draw(self._seed))
+        await asyncio.sleep(self._latency.draw(np.random.default_rng(self._seed)))
         return ToolOutcome(ToolStatus.OK, "Bob Stone: 47\nAnn Stone: 16")
 
     async def check(self) -> None:
@@ -183,7 +180,7 @@ async def _measure(load: Load) -> dict[str, Any]:
             [_Search(ToolLatency(load.tool_s, 1.0), counts)],
             ServiceLimits(concurrency=load.branches, deadline_s=60),
         )
-        client = EngineClient([url], deadline_s=120, in_flight=load.branches)
+        client = EnginePool([url], deadline_s=120, in_flight=load.branches)
         live = _LiveBranches()
         context = _context(load, _CountedEngine(client, counts), tools, live)
         rss = psutil.Process().memory_info().rss

@@ -163,6 +163,11 @@ def machine() -> dict[str, str]:
     }
 
 
+def against(value: float, base: float) -> str:
+    """A figure, and what it is times ``base``."""
+    return f"{value:,.0f} (× {value / base:.2f})"
+
+
 def _cell(value: Any) -> str:
     match value:
         case None:

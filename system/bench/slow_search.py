@@ -13,12 +13,13 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 
+import numpy as np
 from aiohttp import web
 
-from system.bench.latency import ToolLatency
 from system.tools.search_index import SearchIndex, read_corpus
 from system.tools.search_server import create_app
 from system.tools.serving import serve_until_signal
+from system.twin.dist import ToolLatency
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -51,7 +52,7 @@ def main() -> None:
     latency = ToolLatency(args.mean_s, args.sigma, args.stragglers)
     draws = itertools.count(args.seed * 1_000_003 + 1)
     app = create_app(SearchIndex.build(read_corpus(args.corpus)))
-    slowed(app, lambda _: latency.draw(next(draws)))
+    slowed(app, lambda _: latency.draw(np.random.default_rng(next(draws))))
     asyncio.run(serve_until_signal(app, args.host, args.port))
 
 

@@ -14,10 +14,10 @@ from system.plan.hardware import GPUS
 from system.plan.memory import EngineLayout, LearnerLayout
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
-from system.twin.dist import Constant, Lognormal, Stragglers
+from system.twin.dist import Constant, Lognormal, ToolLatency
 from system.twin.events import TwinResult
 from system.twin.tools import ToolModel
-from system.twin.world import Models, simulate
+from system.twin.world import UNLIMITED, Models, simulate
 
 GRAIN = 32  # tokens that one simulated token stands for
 SKIP, CYCLES = 1, 3  # training steps left out at the start; periods of η + 1 steps simulated after that
@@ -181,12 +181,12 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -
         segment_tokens=Lognormal(work.segment_tokens / GRAIN, 0.7),
         p_call=(work.p_call,),
     )
-    latency = Stragglers(Lognormal(work.tool_s, 1.0))
+    tool = ToolModel(ToolLatency(work.tool_s, 1.0, 0.05), Constant(work.result_tokens / GRAIN))
     models = Models(
         engine=speed,
         learner=speed,
         agent=agent,
-        tools={"search": ToolModel(latency, Constant(work.result_tokens / GRAIN))},
+        tools={"search": tool},
         publish_s=publish_s(shape, gpu),
         update_s=work.pause_s,
         vocab=shape.vocab,
@@ -201,23 +201,18 @@ def _config(work: Workload, engines: int) -> Config:
     return load(
         None,
         [
+            *UNLIMITED,
             f"rollout.leaves={work.leaves}",
             f"rollout.roots={work.roots}",
             f"rollout.call_limit={work.call_limit}",
             f"rollout.concurrency={(work.staleness + 1) * work.batch_trees}",
             f"rollout.max_response_tokens={longest}",
             f"rollout.max_tool_result_tokens={round(work.result_tokens / GRAIN) + 4}",
-            "rollout.generate_deadline_s=1e9",
-            "rollout.branch_deadline_s=1e9",
-            "rollout.tree_deadline_s=1e9",
             "branching.probe_tokens=1",
             "engine.chunk_tokens=1",
             "engine.max_running=512",
             f"engine.max_context={2 * longest}",
             f"engine.replicas={engines}",
-            "tools.concurrency=1000000",
-            "tools.deadline_s=1e9",
-            "tools.cache_size=0",
             f"flow.batch_leaves={work.leaves * work.batch_trees}",
             f"flow.staleness={work.staleness}",
         ],

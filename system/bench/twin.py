@@ -14,6 +14,7 @@ that run's own counters say.  Where the two columns differ, it was the machine.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +27,9 @@ from system.bench.report import Report
 from system.config import ConfigError
 from system.observe.rundir import RunDir
 from system.tree.store import read_trees
-from system.twin.benchmarked import with_figures
-from system.twin.calibrate import SKIP, Calibration, Drift, fit_tools, steps_of
+from system.twin.calibrate import Calibration, Drift, fit_engine, fit_line, fit_tools
 from system.twin.events import TwinResult
+from system.twin.records import SKIP, idle_s, mean_over_engines, steps_of, total
 from system.twin.world import simulate
 
 WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
@@ -57,36 +58,26 @@ class Figures:
         records = steps_of(run)
         if not records:
             raise ConfigError(f"{run.root}: not enough training steps to measure anything")
-        span = sum(float(one["time/window_s"]) for one in records)
-
-        def total(key: str) -> float:
-            return sum(float(one.get(key) or 0.0) for one in records)
-
-        trees = max(total("rollout/trees"), 1.0)
+        span, trees = total(records, "time/window_s"), max(total(records, "rollout/trees"), 1.0)
+        idle = {
+            actor: {cause: waited / span for cause, waited in causes.items()}
+            for actor, causes in idle_s(records).items()
+        }
         durations = sum(
             float(o.get("rollout/tree_s") or 0) * float(o.get("rollout/trees") or 0) for o in records
         )
-        engines = {
-            key.split("/")[2] for one in records for key in one if key.startswith("time/idle_s/engine-")
-        }
-        waiting = sum(total(f"time/idle_s/{engine}/waiting") for engine in engines)
         return cls(
             step_s=span / len(records),
             trees_per_hour=3600 * trees / span,
-            trained_per_s=total("train/tokens") / span,
-            generated_per_s=total("rollout/tokens") / span,
+            trained_per_s=total(records, "train/tokens") / span,
+            generated_per_s=total(records, "rollout/tokens") / span,
             tree_s=durations / trees,
-            staleness=float(np.mean([float(one.get("flow/staleness") or 0) for one in records])),
-            learner_no_batch=total("time/idle_s/learner/no batch") / span,
-            learner_publishing=total("time/idle_s/learner/publishing weights") / span,
-            engine_waiting=waiting / span / max(len(engines), 1),
-            rollout_bound=total("time/idle_s/rollout/staleness bound") / span,
+            staleness=total(records, "flow/staleness") / len(records),
+            **_waits(idle),
         )
 
     @classmethod
     def of_twin(cls, result: TwinResult) -> Figures:
-        engines = [causes["waiting"] for name, causes in result.idle.items() if name.startswith("engine-")]
-        learner, rollout = result.idle.get("learner", {}), result.idle.get("rollout", {})
         return cls(
             step_s=result.step_s,
             trees_per_hour=result.trees_per_hour,
@@ -94,11 +85,19 @@ class Figures:
             generated_per_s=result.generated_per_s,
             tree_s=result.tree_s["mean"],
             staleness=result.staleness_mean,
-            learner_no_batch=learner.get("no batch", 0.0),
-            learner_publishing=learner.get("publishing weights", 0.0),
-            engine_waiting=sum(engines) / max(len(engines), 1),
-            rollout_bound=rollout.get("staleness bound", 0.0),
+            **_waits(result.idle),
         )
+
+
+def _waits(idle: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The shares of time that are compared, of shares by actor and cause."""
+    learner, rollout = idle.get("learner", {}), idle.get("rollout", {})
+    return {
+        "learner_no_batch": learner.get("no batch", 0.0),
+        "learner_publishing": learner.get("publishing weights", 0.0),
+        "engine_waiting": mean_over_engines(idle, "waiting"),
+        "rollout_bound": rollout.get("staleness bound", 0.0),
+    }
 
 
 _LABELS = {
@@ -150,6 +149,31 @@ def predict(calibration: Calibration, run: RunDir, drift: Drift | None = None) -
         config.run.seed = seed
         results.append(simulate(config, models, steps=steps, skip=SKIP))
     return _mean(results)
+
+
+def with_figures(calibration: Calibration, files: Sequence[Path]) -> Calibration:
+    """``calibration`` with the speeds that ``files`` hold: ``engine.json`` or ``learner.json``, as ``espalier
+    bench`` writes them, which are what is known of a machine before anything has been trained on it.
+
+    The engine's are fitted to its own sums over every step; the learner's to training steps on trees of
+    several sizes, without the hand-over of weights.  Raises ConfigError for a file that is not one of these.
+    """
+    engine, learner = calibration.engine, calibration.learner
+    for file in files:
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if file.stem == "engine":
+                engine = fit_engine([{f"engine/server/{k}": v for k, v in data["engine_sums"].items()}])
+            elif file.stem == "learner":
+                steps = data["results"]
+                learner = fit_line([one["tree_s"] for one in steps], [one["tree_tokens"] for one in steps])
+            else:
+                raise ConfigError(f"{file}: expected engine.json or learner.json, of espalier bench")
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            what = f"espalier bench {file.stem}"
+            raise ConfigError(f"{file}: no figures of {what} ({error!r}); write it with: {what}") from error
+    models = replace(calibration.models, engine=engine, learner=learner)
+    return replace(calibration, engine=engine, learner=learner, models=models)
 
 
 def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from system.config import Config, ConfigError
 
 SERVED_TOOLS = ("search", "python")  # tools that have a server of ours
-REPLAY = "replay"
 
 
 class PlacementError(ConfigError):
@@ -34,7 +33,7 @@ class Node:
 class Seat:
     """One actor's place: the node (index into the nodes) and the GPUs it gets to itself."""
 
-    actor: str  # learner-<rank>, engine-<replica>, rollout-<worker>, tool-<name> or replay
+    actor: str  # learner-<rank>, engine-<replica>, rollout-<worker> or tool-<name>
     node: int
     gpus: int = 0
 
@@ -83,8 +82,7 @@ def place(config: Config, nodes: Sequence[Node]) -> list[Seat]:
     turns = rollout[::-1]
     seats += [Seat(f"rollout-{n}", turns[n % len(turns)]) for n in range(config.rollout.workers)]
     # There is one server per tool: together on one node, so that the run can do without any other.
-    seats += [Seat(f"tool-{name}", rollout[0]) for name in served_tools(config)]
-    return [*seats, Seat(REPLAY, 0)]
+    return seats + [Seat(f"tool-{name}", rollout[0]) for name in served_tools(config)]
 
 
 def _learner(config: Config, nodes: Sequence[Node], where: list[int], free: Counter[int]) -> list[Seat]:
@@ -140,7 +138,7 @@ def by_node(seats: Sequence[Seat], nodes: Sequence[Node]) -> list[str]:
             words.append(
                 f"learner ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"learner rank {ranks[0]}"
             )
-        words += [f"{parts[kind]} {kind}" for kind in ("engine", "rollout", REPLAY) if parts[kind]]
+        words += [f"{parts[kind]} {kind}" for kind in ("engine", "rollout") if parts[kind]]
         words += [seat.actor for seat in here if seat.actor.startswith("tool-")]
         used = sum(seat.gpus for seat in here)
         gpus = f" [{used}/{node.gpus} GPUs]" if node.gpus else ""

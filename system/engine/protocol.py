@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 
 # What the digital twin's speed model of an engine is fitted to, as far as the server counts it.
 SPEED_COUNTERS = (
-    *("busy_s", "steps", "row_steps", "prefill_tokens"),
-    *("moment_rr", "moment_rp", "moment_pp", "moment_rt", "moment_pt"),
+    "busy_s",
+    "steps",
+    "row_steps",
+    "prefill_tokens",
+    "moment_rr",
+    "moment_rp",
+    "moment_pp",
+    "moment_rt",
+    "moment_pt",
 )
 
 
@@ -38,7 +45,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    rid: str  # unique; what abort() names
+    rid: str  # unique
     input_ids: NDArray[np.int32]  # [P]
     sampling: Sampling
     route: str = ""  # key of its tree, whose requests share at least their prompt: a hint for cache affinity
@@ -63,12 +70,10 @@ class Chunk:
     """
 
     tokens: NDArray[np.int32]
-    logprob: NDArray[
-        np.float32
-    ]  # behaviour log-probability (temperature applied; renormalised under top-p/top-k)
-    entropy: NDArray[
-        np.float32
-    ]  # nats, of the temperature-scaled distribution over the whole vocabulary; NaN unknown
+    # Behaviour log-probability: temperature applied, renormalised under top-p/top-k.
+    logprob: NDArray[np.float32]
+    # Nats, of the temperature-scaled distribution over the whole vocabulary; NaN: unknown.
+    entropy: NDArray[np.float32]
     version: NDArray[np.int32]  # weight version of each token
     finish: Finish | None = None  # set on the last chunk only
     cached_tokens: int = 0  # prompt tokens served from KV cache (last chunk)
@@ -84,8 +89,6 @@ class Engine(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         """Stream chunks until one carries ``finish``.  Closing the iterator early aborts the request."""
         ...
-
-    async def abort(self, rid: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

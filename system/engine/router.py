@@ -63,7 +63,7 @@ class Rate:
 
 
 @dataclass(slots=True, eq=False)
-class Placement:
+class Assignment:
     """One request at one server, from the decision to its end."""
 
     url: str
@@ -91,7 +91,7 @@ class _Held:
 @dataclass(slots=True)
 class _Server:
     url: str
-    open: set[Placement] = field(default_factory=set[Placement])
+    open: set[Assignment] = field(default_factory=set[Assignment])
     pending: int = 0  # tokens to prefill of the open requests that have no token yet
     placed: int = 0  # requests so far
     others: int = 0  # requests of other clients, by the last report
@@ -140,7 +140,7 @@ class Router:
         tree: str = "",
         parent: str = "",
         avoid: Collection[str] = (),
-    ) -> Placement:
+    ) -> Assignment:
         """Choose a server for a request of ``prompt`` tokens.
 
         ``tree``: key of its tree, whose requests share at least their prompt.  ``parent``: id of the request
@@ -161,7 +161,7 @@ class Router:
             url, kind = min(usable, key=self._load), Routed.NEW
         server = self._servers[url]
         missing = max(0, prompt - self._in_cache(held, url))
-        placement = Placement(url, kind, rid, prompt, missing, server.ahead > 0)
+        placement = Assignment(url, kind, rid, prompt, missing, server.ahead > 0)
         server.open.add(placement)
         server.pending += missing
         server.placed += 1
@@ -242,11 +242,11 @@ class Router:
 
     # What happens
 
-    def sent(self, placement: Placement, now: float) -> None:
+    def sent(self, placement: Assignment, now: float) -> None:
         """The request goes out now (it may have waited for its turn in the client)."""
         placement.sent_s = now
 
-    def streamed(self, placement: Placement, tokens: int, cached: int, version: int, now: float) -> None:
+    def streamed(self, placement: Assignment, tokens: int, cached: int, version: int, now: float) -> None:
         """``tokens`` more have arrived, of weight version ``version``.
 
         ``cached``: prompt tokens that the server had in its cache, as it says with the first ones.
@@ -263,7 +263,7 @@ class Router:
         server.version = max(server.version, version)
         self._remember(placement.rid, server, placement.prompt + placement.tokens)
 
-    def _saw_prefill(self, server: _Server, placement: Placement, tokens: int, cached: int) -> None:
+    def _saw_prefill(self, server: _Server, placement: Assignment, tokens: int, cached: int) -> None:
         """Time to the first tokens, less the decoding of all but one of them, is prefill."""
         computed = placement.prompt - cached
         if placement.queued or computed <= 0:
@@ -274,7 +274,7 @@ class Router:
             seconds = max(seconds - (tokens - 1) / speed, seconds / 10)
         server.prefill.add(computed, seconds)
 
-    def end(self, placement: Placement, finished: bool = False) -> None:
+    def end(self, placement: Assignment, finished: bool = False) -> None:
         """The request has left the server.  ``finished``: by itself, so its length counts."""
         server = self._servers[placement.url]
         if placement not in server.open:

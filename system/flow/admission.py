@@ -27,48 +27,35 @@ class Admission:
         if batch_leaves < 1 or staleness < 0 or concurrency < 1 or accepted < 0:
             raise ValueError(f"{batch_leaves=}, {staleness=}, {concurrency=}, {accepted=}: out of range")
         self.batch_leaves, self.staleness, self.concurrency = batch_leaves, staleness, concurrency
-        self._accepted, self._reserved, self._running = accepted, 0, 0
-
-    @property
-    def accepted(self) -> int:
-        """Leaves of trees that closed well, those already trained on included."""
-        return self._accepted
-
-    @property
-    def reserved(self) -> int:
-        """Leaves of trees that are growing."""
-        return self._reserved
-
-    @property
-    def running(self) -> int:
-        """Trees growing."""
-        return self._running
+        self.accepted = accepted  # leaves of trees that closed well, those already trained on included
+        self.reserved = 0  # leaves of trees that are growing
+        self.running = 0  # trees growing
 
     def capacity(self, version: int) -> int:
         """Leaves that may still be reserved while the learner is at ``version``."""
-        return (self.staleness + version + 1) * self.batch_leaves - self._reserved - self._accepted
+        return (self.staleness + version + 1) * self.batch_leaves - self.reserved - self.accepted
 
     def may_start(self, version: int) -> bool:
-        return self._running < self.concurrency and self.capacity(version) > 0
+        return self.running < self.concurrency and self.capacity(version) > 0
 
     def start(self, leaves: int) -> None:
         """A tree starts and reserves ``leaves`` (its budget n, which should divide B)."""
         if leaves < 1:
             raise ValueError(f"a tree reserves at least one leaf, not {leaves}")
-        self._running += 1
-        self._reserved += leaves
+        self.running += 1
+        self.reserved += leaves
 
     def finish(self, reserved: int, kept_leaves: int) -> None:
         """A tree that reserved ``reserved`` leaves ended; ``kept_leaves`` 0: it failed, they go back."""
-        if self._running < 1 or reserved > self._reserved:
-            raise ValueError(f"no running tree has reserved {reserved} leaves (reserved: {self._reserved})")
-        self._running -= 1
-        self._reserved -= reserved
+        if self.running < 1 or reserved > self.reserved:
+            raise ValueError(f"no running tree has reserved {reserved} leaves (reserved: {self.reserved})")
+        self.running -= 1
+        self.reserved -= reserved
         if kept_leaves > 0:
-            self._accepted += reserved
+            self.accepted += reserved
 
     def evict(self, reserved: int) -> None:
         """An accepted tree was thrown out before training: another may take its place in the batch."""
-        if reserved > self._accepted:
-            raise ValueError(f"cannot give back {reserved} of {self._accepted} accepted leaves")
-        self._accepted -= reserved
+        if reserved > self.accepted:
+            raise ValueError(f"cannot give back {reserved} of {self.accepted} accepted leaves")
+        self.accepted -= reserved

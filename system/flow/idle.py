@@ -13,7 +13,6 @@ class _Actor:
     since: float  # time up to which this actor is accounted
     open: Counter[str] = field(default_factory=Counter)
     spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    waited: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class IdleClock:
@@ -43,10 +42,6 @@ class IdleClock:
         """Seconds by actor and cause, open intervals included; ``BUSY`` is one of the causes."""
         return {actor: dict(self._advance(actor, now).spent) for actor in list(self._actors)}
 
-    def waits(self, now: float) -> dict[str, dict[str, float]]:
-        """Summed length of the intervals by actor and cause: overlapping ones count each (branch-seconds)."""
-        return {actor: dict(self._advance(actor, now).waited) for actor in list(self._actors)}
-
     def _advance(self, actor: str, now: float) -> _Actor:
         state = self._actors.setdefault(actor, _Actor(since=now))
         elapsed = now - state.since
@@ -54,8 +49,6 @@ class IdleClock:
             raise ValueError(f"{actor}: time runs backwards, from {state.since} to {now}")
         state.since = now
         causes = [cause for cause, count in state.open.items() if count]
-        for cause in causes:
-            state.waited[cause] += elapsed * state.open[cause]
         blamed = [BUSY] if BUSY in causes else causes
         for cause in blamed:
             state.spent[cause] += elapsed / len(blamed)

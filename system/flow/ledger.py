@@ -40,6 +40,7 @@ class Ticket:
     epoch: int
     prompt_id: str
     attempt: int  # 1 for the first
+    start_version: int = 0  # the learner's version when the tree started
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class _Record:
     state: State = State.PENDING
     number: int = -1  # of its latest ticket
     attempt: int = 0  # of its latest ticket
+    start_version: int | None = None  # of its latest tree, once that has started
     version: int = -1  # weight version that its update makes, once TRAINING
     reasons: list[str] = field(default_factory=list)  # why a tree of it was thrown away, one per time
 
@@ -77,40 +79,43 @@ class Ledger:
         self._records: dict[_Key, _Record] = {}
         self._tickets: dict[int, _Key] = {}  # tickets in flight
         self._returned: deque[_Key] = deque()  # pending again
-        self._epoch, self._cursor = 0, 0  # the next fresh prompt is number `cursor` of the epoch's order
+        self.epoch, self._cursor = 0, 0  # the next fresh prompt is number `cursor` of this epoch's order
         self._order = self._shuffled(0)
-        self._next_number = 0
+        self.next_number = 0
         self._events: list[Event] = [self._opening()]
 
-    @property
-    def epoch(self) -> int:
-        """The epoch that fresh prompts come from."""
-        return self._epoch
-
-    @property
-    def next_number(self) -> int:
-        return self._next_number
-
-    def next(self) -> Ticket:
-        """Issue the next prompt: pending -> growing."""
+    def next(self, version: int = 0) -> Ticket:
+        """Issue the next prompt: pending -> growing.  ``version``: the learner's."""
         if self._returned:
             key = self._returned.popleft()
         else:
             if self._cursor == len(self._order):
-                self._epoch, self._cursor = self._epoch + 1, 0
-                self._order = self._shuffled(self._epoch)
-            key = (self._epoch, self._order[self._cursor])
+                self.epoch, self._cursor = self.epoch + 1, 0
+                self._order = self._shuffled(self.epoch)
+            key = (self.epoch, self._order[self._cursor])
             self._cursor += 1
             self._records[key] = _Record()
         record = self._records[key]
-        record.state, record.number, record.attempt = State.GROWING, self._next_number, record.attempt + 1
+        record.state, record.number, record.attempt = State.GROWING, self.next_number, record.attempt + 1
+        if record.start_version is None:
+            record.start_version = version
         self._tickets[record.number] = key
-        self._next_number += 1
-        ticket = Ticket(record.number, *key, record.attempt)
+        self.next_number += 1
+        ticket = self.ticket(record.number)
         self._log(
             "issue", number=ticket.number, epoch=ticket.epoch, prompt=ticket.prompt_id, attempt=ticket.attempt
         )
         return ticket
+
+    def resume(self, epoch: int, prompt_id: str, start_version: int) -> bool:
+        """A checkpoint has a tree of this prompt, started at ``start_version``: the prompt's next ticket says
+        so.  False, and nothing is done, unless the prompt has been issued and is pending again.
+        """
+        record = self._records.get((epoch, prompt_id))
+        if record is None or record.state != State.PENDING:
+            return False
+        record.start_version = start_version
+        return True
 
     def queue(self, number: int) -> None:
         """Its tree has closed: growing -> queued."""
@@ -118,14 +123,14 @@ class Ledger:
         self._log("queue", number=number)
 
     def train(self, numbers: Iterable[int], version: int) -> None:
-        """The update that makes weight version ``version`` starts with these trees: queued -> training."""
+        """The learner has made weight version ``version`` of these trees: queued -> training."""
         numbers = list(numbers)
         for number in numbers:
             self._move(number, (State.QUEUED,), State.TRAINING).version = version
         self._log("train", numbers=numbers, version=version)
 
     def trained(self, numbers: Iterable[int]) -> None:
-        """That update is done: training -> trained."""
+        """That version is out: training -> trained."""
         numbers = list(numbers)
         for number in numbers:
             self._move(number, (State.TRAINING,), State.TRAINED)
@@ -152,7 +157,8 @@ class Ledger:
         if number not in self._tickets:
             raise LedgerError(f"no tree in flight has number {number}")
         key = self._tickets[number]
-        return Ticket(number, *key, self._records[key].attempt)
+        record = self._records[key]
+        return Ticket(number, *key, record.attempt, record.start_version or 0)
 
     def state(self, epoch: int, prompt_id: str) -> State:
         record = self._records.get((epoch, prompt_id))
@@ -240,7 +246,7 @@ class Ledger:
             if updated and record.version <= trained_through:
                 record.state = State.TRAINED
             elif updated or record.state in _IN_FLIGHT:
-                record.state, record.version = State.PENDING, -1
+                record.state, record.start_version, record.version = State.PENDING, None, -1
                 record.attempt -= 1
                 lost.append(key)
         self._tickets.clear()
@@ -257,6 +263,7 @@ class Ledger:
         if to not in _IN_FLIGHT:
             del self._tickets[number]
         if to == State.PENDING:
+            record.start_version = None
             self._returned.append(key)
         return record
 

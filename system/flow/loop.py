@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -19,13 +18,11 @@ import numpy as np
 from system.config import Config
 from system.flow.admission import Admission
 from system.flow.idle import BUSY, IdleClock
-from system.flow.ledger import Ledger, State, Ticket
-from system.flow.replay import Entry, Taken
-from system.tree.record import Tree
+from system.flow.ledger import Ledger, Ticket
+from system.flow.replay import ReplayQueue, TreeInFlight
+from system.tree.stats import TreeStats
 
-TAKE_WAIT_S = 5.0  # one long poll of the replay queue
-
-Item = TypeVar("Item")
+Reference = TypeVar("Reference")
 
 
 class TreeLost(RuntimeError):
@@ -36,41 +33,27 @@ class TreeLost(RuntimeError):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A tree that a resumed run need not begin anew."""
+class TreesLost(RuntimeError):
+    """Closed trees can no longer be had: they were in the memory of a machine that is gone."""
 
-    born: int  # the learner's version when it started
-    closed: bool  # it waits for the learner already, and the books know it
-
-
-@dataclass(slots=True)
-class Closed(Generic[Item]):
-    """A closed tree until it is trained on."""
-
-    entry: Entry[Item]
-    tree: Tree
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        """``reasons`` by index in the batch."""
+        super().__init__(f"trees lost before training: {'; '.join(reasons.values())}")
+        self.reasons = dict(reasons)
 
 
-class Replay(Protocol[Item]):
-    """The replay queue, wherever it runs (``system.flow.replay.ReplayQueue`` says what it does)."""
-
-    async def put(self, entry: Entry[Item]) -> None: ...
-
-    async def skip(self, number: int) -> None: ...
-
-    async def take(self, version: int, wait_s: float) -> Taken[Item]: ...
-
-
-class Parts(Protocol[Item]):
+class Parts(Protocol[Reference]):
     """Where the work is done."""
 
-    async def grow(self, ticket: Ticket, seed: int) -> tuple[Item, Tree]:
-        """One tree, and what the replay queue shall hold of it.  Raises :class:`TreeLost`."""
+    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Reference]:
+        """One tree, from its prompt to its close.  Raises :class:`TreeLost`."""
         ...
 
-    async def train(self, version: int, batch: Sequence[Closed[Item]]) -> Mapping[str, float]:
-        """One training batch with the weights ``version``; returns the learner's statistics."""
+    async def train(self, version: int, trees: Sequence[TreeInFlight[Reference]]) -> Mapping[str, float]:
+        """One training batch with the weights ``version``; returns the learner's statistics.
+
+        Raises :class:`TreesLost`, and trains on nothing, if some of ``trees`` cannot be had.
+        """
         ...
 
     async def publish(self, version: int) -> None:
@@ -85,7 +68,7 @@ class Parts(Protocol[Item]):
 class RunEvents(Protocol):
     """Who is told what happened (``system.observe.recorder.Recorder``)."""
 
-    def tree_closed(self, tree: Tree, version_now: int) -> None: ...
+    def tree_closed(self, tree: TreeStats, version_now: int) -> None: ...
 
     def tree_dropped(self, reason: str, leaves: int) -> None: ...
 
@@ -95,53 +78,55 @@ class RunEvents(Protocol):
         self,
         step: int,
         version: int,
-        trees: Sequence[Tree],
+        trees: Sequence[TreeStats],
         stats: Mapping[str, float],
         staleness: Sequence[int],
     ) -> None: ...
 
 
-class TrainingLoop(Generic[Item]):
+class TrainingLoop(Generic[Reference]):
     """Admission, growing and training around one ledger, one replay queue and one learner.
 
-    The owner runs :meth:`admit` as a background task and calls :meth:`next_batch` and :meth:`train` in turn.
+    The owner runs :meth:`admit` as a background task and calls :meth:`step` again and again.
     """
 
     def __init__(
         self,
         config: Config,
         ledger: Ledger,
-        parts: Parts[Item],
-        replay: Replay[Item],
-        books: RunEvents,
+        parts: Parts[Reference],
+        events: RunEvents,
         *,
         version: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``version``: what the learner has been trained to (a checkpoint's, on resume)."""
-        self.config, self.ledger, self.parts, self.replay, self.books = config, ledger, parts, replay, books
+        self.config, self.ledger, self.parts, self.events = config, ledger, parts, events
         self.version = version
-        flow = config.flow
+        flow, leaves = config.flow, config.rollout.leaves
         self.admission = Admission(
             flow.batch_leaves,
             flow.staleness,
             config.rollout.concurrency,
             accepted=version * flow.batch_leaves,
         )
-        self.closed: dict[int, Closed[Item]] = {}
-        self.born: dict[int, int] = {}  # trees that grow: number -> version at their start
-        self.starts: dict[tuple[int, str], Start] = {}  # (epoch, prompt) -> what a checkpoint has of its tree
+        self.replay: ReplayQueue[Reference] = ReplayQueue(
+            flow.batch_leaves // leaves, flow.window, flow.max_staleness or None, first=ledger.next_number
+        )
+        self.counted: set[tuple[int, str]] = set()  # (epoch, prompt) of trees that closed before a resume
         self.stopping = asyncio.Event()
         self.weights = asyncio.Lock()  # whoever trains or publishes; keeps the ranks' calls in one order
         self._room = asyncio.Event()  # something changed that may let another tree start
+        self._arrival = asyncio.Event()  # something changed that may make a batch ready
         self._growing: set[asyncio.Task[None]] = set()
         self._draining = False
         self._idle, self._clock = IdleClock(), clock
 
     def stop(self) -> None:
-        """Let :meth:`admit` and :meth:`next_batch` return; a training step under way goes on to its end."""
+        """Let :meth:`admit` and :meth:`step` return; a training step under way goes on to its end."""
         self.stopping.set()
         self._room.set()
+        self._arrival.set()
 
     # Growing
 
@@ -153,7 +138,7 @@ class TrainingLoop(Generic[Item]):
                 with self._time("rollout", "staleness bound"):
                     await self._room.wait()
                 continue
-            ticket = self.ledger.next()
+            ticket = self.ledger.next(self.version)
             self.admission.start(self.config.rollout.leaves)
             growing = tasks.create_task(self._grow(ticket), name=f"grow-{ticket.number}")
             self._growing.add(growing)
@@ -165,70 +150,89 @@ class TrainingLoop(Generic[Item]):
 
     async def _grow(self, ticket: Ticket) -> None:
         """One tree, from its prompt to the replay queue or back to pending."""
-        leaves, start = self.config.rollout.leaves, self.starts.get((ticket.epoch, ticket.prompt_id))
-        born = self.born[ticket.number] = self.version if start is None else start.born
+        leaves, key = self.config.rollout.leaves, (ticket.epoch, ticket.prompt_id)
         try:
             with self._time("rollout", BUSY):
-                item, tree = await self.parts.grow(ticket, _seed(self.config.run.seed, ticket.number))
+                tree = await self.parts.grow(ticket, _seed(self.config.run.seed, ticket.number))
         except TreeLost as lost:
             self._lose(ticket.number, lost.reason)
             self.admission.finish(leaves, 0)
-            await self.replay.skip(ticket.number)
+            self.replay.skip(ticket.number)
         else:
-            entry = Entry(ticket.number, born, item, leaves)
-            self.closed[ticket.number] = Closed(entry, tree)
-            self.admission.finish(leaves, tree.n_leaves)
+            self.admission.finish(leaves, tree.stats.leaves)
             self.ledger.queue(ticket.number)
-            if start is None or not start.closed:
-                self.books.tree_closed(tree, self.version)
-            await self.replay.put(entry)
+            if key not in self.counted:
+                self.events.tree_closed(tree.stats, self.version)
+            self.replay.put(tree)
         finally:
-            del self.born[ticket.number]
-            self.starts.pop((ticket.epoch, ticket.prompt_id), None)
+            self.counted.discard(key)
             self.parts.logged()
             self._room.set()
+            self._arrival.set()
 
     def _lose(self, number: int, reason: str) -> None:
         self.ledger.retry(number, reason)
-        self.books.tree_dropped(reason, self.config.rollout.leaves)
+        self.events.tree_dropped(reason, self.config.rollout.leaves)
 
     # Learning
 
-    async def next_batch(self) -> list[Closed[Item]] | None:
-        """The next training batch, or None when asked to stop.  Evicted trees go back to pending."""
-        while not self.stopping.is_set():
-            with self._time("learner", "no batch"):
-                taken = await self.replay.take(self.version, TAKE_WAIT_S)
-            for eviction in taken.evicted:
-                number = eviction.entry.number
-                del self.closed[number]
-                self.admission.evict(eviction.entry.leaves)
-                self._lose(number, eviction.reason)
-                self._room.set()
-            if taken.batch is not None:
-                return [self.closed.pop(entry.number) for entry in taken.batch]
+    async def step(self) -> Sequence[TreeInFlight[Reference]] | None:
+        """One training step, as soon as there is a batch; returns its trees, or None when asked to stop.
+
+        Trees that are too stale (``flow.max_staleness``), or lost with the machine that held them, go back to
+        pending, and the step is made with others.
+        """
+        while (batch := await self._next_batch()) is not None:
+            try:
+                await self._train(batch)
+            except TreesLost as lost:
+                self.replay.put_back(tree for i, tree in enumerate(batch) if i not in lost.reasons)
+                self._drop([batch[i] for i in sorted(lost.reasons)], "lost after its close")
+            else:
+                return batch
         return None
 
-    async def train(self, batch: Sequence[Closed[Item]]) -> None:
-        """One training step and its weights on the engines; only then may trees of the new version start."""
-        numbers = [one.entry.number for one in batch]
+    async def _next_batch(self) -> list[TreeInFlight[Reference]] | None:
+        with self._time("learner", "no batch"):
+            while not self.stopping.is_set():
+                self._drop(self.replay.evict(self.version), "stale")
+                batch = self.replay.take()
+                if batch is not None:
+                    return batch
+                self._arrival.clear()
+                await self._arrival.wait()  # every tree has a deadline, and sets it at its end
+        return None
+
+    def _drop(self, trees: Sequence[TreeInFlight[Reference]], reason: str) -> None:
+        """Closed trees that nobody will train on: others may take their places in the batches."""
+        for tree in trees:
+            self.admission.evict(self.config.rollout.leaves)
+            self._lose(tree.ticket.number, reason)
+        if trees:
+            self.parts.logged()
+            self._room.set()
+
+    async def _train(self, batch: Sequence[TreeInFlight[Reference]]) -> None:
+        """An update and its weights on the engines; only then may trees of the new version start."""
+        numbers = [tree.ticket.number for tree in batch]
+        trees = [tree.stats for tree in batch]
         version = self.version + 1
-        self.ledger.train(numbers, version)
-        self.parts.logged()
         async with self.weights:
             stats = await self.parts.train(self.version, batch)
+            self.ledger.train(numbers, version)
+            self.parts.logged()
             if self.config.flow.update == "drained":
                 with self._time("learner", "waiting for trees to close"):
                     await self._drained()
             with self._time("learner", "publishing weights"):
                 await self.parts.publish(version)
-            lag = [self.version - oldest(one.tree) for one in batch]
+            lag = [self.version - max(tree.version_min, 0) for tree in trees]
             self.version, self._draining = version, False
         self.ledger.trained(numbers)
         self.parts.logged()
         self._room.set()
         self._record_idle()
-        self.books.train_step(version, version, [one.tree for one in batch], stats, lag)
+        self.events.train_step(version, version, trees, stats, lag)
 
     async def _drained(self) -> None:
         """Return when no tree grows, or at once when asked to stop.
@@ -244,17 +248,6 @@ class TrainingLoop(Generic[Item]):
         finally:
             stopping.cancel()
 
-    # Accounts
-
-    def holdings(self) -> tuple[int, list[int], list[Entry[Item]]]:
-        """For a replay queue that has to be filled again: the oldest open ticket, later ones that are closed
-        for good, and the closed trees.
-        """
-        flight = {*self.ledger.numbers(State.GROWING), *self.ledger.numbers(State.QUEUED)}
-        first = min(flight, default=self.ledger.next_number)
-        gone = [number for number in range(first, self.ledger.next_number) if number not in flight]
-        return first, gone, [closed.entry for closed in self.closed.values()]
-
     @contextlib.contextmanager
     def _time(self, actor: str, cause: str) -> Generator[None]:
         self._idle.enter(actor, cause, self._clock())
@@ -267,13 +260,7 @@ class TrainingLoop(Generic[Item]):
         for actor, causes in self._idle.idle(self._clock()).items():
             for cause, seconds in causes.items():
                 if cause != BUSY:
-                    self.books.idle_total(actor, cause, seconds)
-
-
-def oldest(tree: Tree) -> int:
-    """The oldest weight version among a tree's sampled tokens."""
-    versions = tree.version[tree.version >= 0]
-    return int(versions.min()) if versions.size else 0
+                    self.events.idle_total(actor, cause, seconds)
 
 
 def _seed(run_seed: int, number: int) -> int:

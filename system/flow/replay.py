@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-Item = TypeVar("Item")
+from system.flow.ledger import Ticket
+from system.tree.stats import TreeStats
 
-
-@dataclass(frozen=True, slots=True)
-class Entry(Generic[Item]):
-    """A closed tree in the queue.  The queue never looks into ``item`` (an object reference, say)."""
-
-    number: int  # ticket number: the order in which trees were started
-    version: int  # the learner's version when the tree started
-    item: Item
-    leaves: int = 0  # leaves it reserved, to give back on eviction
+Reference = TypeVar("Reference")
 
 
-@dataclass(frozen=True, slots=True)
-class Eviction(Generic[Item]):
-    entry: Entry[Item]
-    reason: str
+@dataclass(frozen=True, slots=True, eq=False)
+class TreeInFlight(Generic[Reference]):
+    """A closed tree until it is trained on, as the driver knows it: where the tree is, not what is in it."""
+
+    ticket: Ticket
+    reference: Reference  # an object reference, say; nobody in ``system.flow`` looks into it
+    stats: TreeStats
 
 
-class Taken(NamedTuple, Generic[Item]):
-    """``batch`` is None when no batch is ready; ``evicted`` must be accounted for either way."""
-
-    batch: tuple[Entry[Item], ...] | None
-    evicted: tuple[Eviction[Item], ...]
-
-
-class ReplayQueue(Generic[Item]):
+class ReplayQueue(Generic[Reference]):
     """Windowed first in, first out over ticket numbers.
 
     Every number from ``first`` on is put exactly once, or skipped (its tree failed).  A batch is the oldest
@@ -46,72 +35,63 @@ class ReplayQueue(Generic[Item]):
     batches.
     """
 
-    def __init__(self, batch_trees: int, window: int, max_staleness: int, first: int = 0) -> None:
-        """``first``: the first ticket number to expect (the ledger's next, on resume)."""
-        if batch_trees < 1 or window < 1 or max_staleness < 0:
+    def __init__(
+        self, batch_trees: int, window: int, max_staleness: int | None = None, first: int = 0
+    ) -> None:
+        """``max_staleness``: None: nothing is ever evicted.  ``first``: the first ticket number to expect
+        (the ledger's next, on resume).
+        """
+        if batch_trees < 1 or window < 1 or (max_staleness or 0) < 0:
             raise ValueError(f"{batch_trees=}, {window=}, {max_staleness=}: out of range")
         self.batch_trees, self.window, self.max_staleness = batch_trees, window, max_staleness
-        self._entries: dict[int, Entry[Item]] = {}
-        self._frontier = first  # every number below it has been put or skipped
-        self._arrived: set[int] = set()  # numbers at or above the frontier that have been put or skipped
-        self._dropped: Counter[str] = Counter()
+        self.oldest_growing = first  # every number below it has been put or skipped; it may not be issued yet
+        self._trees: dict[int, TreeInFlight[Reference]] = {}
+        self._arrived: set[int] = set()  # numbers from the oldest growing on that have been put or skipped
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._trees)
 
-    @property
-    def oldest_growing(self) -> int:
-        """The oldest number neither put nor skipped; it may not have been issued yet."""
-        return self._frontier
+    def __iter__(self) -> Iterator[TreeInFlight[Reference]]:
+        """The waiting trees, oldest first."""
+        return iter([self._trees[number] for number in sorted(self._trees)])
 
     @property
     def ready(self) -> int:
-        """Closed trees that may be taken now."""
-        return len(self._eligible())
+        """Trees that may be taken now."""
+        limit = self.oldest_growing + self.window * self.batch_trees
+        return sum(number < limit for number in self._trees)
 
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Trees evicted so far, by reason."""
-        return dict(self._dropped)
-
-    def seen(self, number: int) -> bool:
-        """Whether ``number`` has been put or skipped: a caller that may deliver twice asks first."""
-        return number < self._frontier or number in self._arrived
-
-    def put(self, entry: Entry[Item]) -> None:
-        self._arrive(entry.number)
-        self._entries[entry.number] = entry
+    def put(self, tree: TreeInFlight[Reference]) -> None:
+        self._arrive(tree.ticket.number)
+        self._trees[tree.ticket.number] = tree
 
     def skip(self, number: int) -> None:
         """Number ``number`` will not come: its tree failed.  Nothing waits for it any more."""
         self._arrive(number)
 
-    def take(self, version: int) -> Taken[Item]:
-        """Take a batch for the update from ``version``, oldest first; evict what is too stale for it."""
-        stale = [e for e in self._entries.values() if version - e.version > self.max_staleness]
-        evicted = tuple(self._evict(e, "stale") for e in sorted(stale, key=lambda e: e.number))
-        numbers = self._eligible()[: self.batch_trees]
-        if len(numbers) < self.batch_trees:
-            return Taken(None, evicted)
-        return Taken(tuple(self._entries.pop(n) for n in numbers), evicted)
+    def put_back(self, trees: Iterable[TreeInFlight[Reference]]) -> None:
+        """Undo a ``take`` for these trees."""
+        self._trees |= {tree.ticket.number: tree for tree in trees}
 
-    def drain(self, reason: str) -> tuple[Eviction[Item], ...]:
-        """Evict everything (at shutdown), oldest first."""
-        return tuple(self._evict(self._entries[n], reason) for n in sorted(self._entries))
+    def evict(self, version: int) -> list[TreeInFlight[Reference]]:
+        """Remove what is too stale for the update from ``version``, oldest first."""
+        limit = self.max_staleness
+        stale = [t for t in self if limit is not None and version - t.ticket.start_version > limit]
+        for tree in stale:
+            del self._trees[tree.ticket.number]
+        return stale
 
-    def _eligible(self) -> list[int]:
-        limit = self._frontier + self.window * self.batch_trees
-        return sorted(n for n in self._entries if n < limit)
-
-    def _evict(self, entry: Entry[Item], reason: str) -> Eviction[Item]:
-        del self._entries[entry.number]
-        self._dropped[reason] += 1
-        return Eviction(entry, reason)
+    def take(self) -> list[TreeInFlight[Reference]] | None:
+        """A batch, oldest first, or None while none is ready."""
+        if self.ready < self.batch_trees:
+            return None
+        numbers = sorted(self._trees)[: self.batch_trees]
+        return [self._trees.pop(number) for number in numbers]
 
     def _arrive(self, number: int) -> None:
-        if self.seen(number):
+        if number < self.oldest_growing or number in self._arrived:
             raise ValueError(f"tree {number} has already been put or skipped")
         self._arrived.add(number)
-        while self._frontier in self._arrived:
-            self._arrived.remove(self._frontier)
-            self._frontier += 1
+        while self.oldest_growing in self._arrived:
+            self._arrived.remove(self.oldest_growing)
+            self.oldest_growing += 1

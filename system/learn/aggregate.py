@@ -59,7 +59,7 @@ class SequenceMean(Aggregate):
         return [(o > 0) / (leaves * np.maximum(o, 1.0)) for o in lengths]
 
 
-class Constant(Aggregate):
+class ConstantLength(Aggregate):
     """w = 1 / (L·length_cap): no preference for short or long answers  (Dr. GRPO, arXiv 2503.20783 §3.2).
 
     ``length_cap``: the response-token budget of a branch, unless the options say another.

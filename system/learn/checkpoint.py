@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_boxes
 
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
-from system.learn.shards import Place, WeightMap
+from system.learn.shards import MappedParameter, WeightMap
 from system.learn.weights import replace
 
 MANIFEST = "manifest.json"
@@ -196,16 +196,16 @@ def _written(
     if layout.rank == 0:
         yield _whole("rng", torch.get_rng_state())
     for number, (key, parameter) in enumerate(model.named_parameters()):
-        place = where.place(layout.pp_rank, key)
-        if (place.replicated and layout.tp_rank) or where.is_copy(key):
+        mapped = where.parameter(layout.pp_rank, key)
+        if (mapped.replicated and layout.tp_rank) or where.is_copy(key):
             continue
         my_turn = number % layout.dp == layout.dp_rank  # data-parallel copies share the work
         if distributed or my_turn:
             for held in _slices(optimizer, parameter):
                 for kind, tensor in held.tensors.items():
-                    yield from _boxes(where, place, layout, parameter.shape, kind, tensor, held.start)
+                    yield from _boxes(where, mapped, layout, parameter.shape, kind, tensor, held.start)
         if my_turn and key in frozen:
-            yield from _boxes(where, place, layout, parameter.shape, "reference", frozen[key].detach())
+            yield from _boxes(where, mapped, layout, parameter.shape, "reference", frozen[key].detach())
 
 
 def _read(
@@ -215,18 +215,18 @@ def _read(
     where = WeightMap.of(model)
     frozen = dict(reference.named_parameters()) if reference is not None else {}
     for key, parameter in model.named_parameters():
-        place, shape = where.place(layout.pp_rank, key), parameter.shape
-        yield from _boxes(where, place, layout, shape, "parameter", parameter.detach())
+        mapped, shape = where.parameter(layout.pp_rank, key), parameter.shape
+        yield from _boxes(where, mapped, layout, shape, "parameter", parameter.detach())
         for held in _slices(optimizer, parameter):
             for kind, tensor in held.tensors.items():
-                yield from _boxes(where, place, layout, shape, kind, tensor, held.start)
+                yield from _boxes(where, mapped, layout, shape, kind, tensor, held.start)
         if key in frozen:
-            yield from _boxes(where, place, layout, shape, "reference", frozen[key].detach())
+            yield from _boxes(where, mapped, layout, shape, "reference", frozen[key].detach())
 
 
 def _boxes(
     where: WeightMap,
-    place: Place,
+    mapped: MappedParameter,
     layout: Layout,
     shape: torch.Size,
     kind: str,
@@ -235,23 +235,23 @@ def _boxes(
 ) -> Iterator[Box]:
     """The boxes of Hugging Face tensors that ``tensor`` is: the elements from ``start`` on of a parameter.
 
-    ``shape`` is the parameter's.  A slice may begin and end inside a row: each run of rows then gives up to
+    ``shape`` is the parameter's.  A slice may begin and end inside a row: each block of rows then gives up to
     three boxes, a part of a row, whole rows, and a part of a row.
     """
     flat = tensor.view(-1)
     stop = start + flat.numel()
     width = shape[1] if len(shape) == 2 else 1
-    for run in where.runs(place, layout.tp_rank):
-        a, b = max(start, run.start * width), min(stop, (run.start + run.rows) * width)
+    for block in where.blocks(mapped, layout.tp_rank):
+        a, b = max(start, block.start * width), min(stop, (block.start + block.rows) * width)
         while a < b:
             row, column = divmod(a, width)
             rows = max(1, (b - a) // width) if column == 0 else 1
             end = min(b, (row + rows) * width)
             data = flat[a - start : end - start]
-            offsets = (run.row + row - run.start,)
+            offsets = (block.row + row - block.start,)
             if len(shape) == 2:
-                offsets, data = (*offsets, run.column + column), data.view(rows, -1)
-            yield Box(f"{kind}/{run.name}", place.shapes[run.name], offsets, data)
+                offsets, data = (*offsets, block.column + column), data.view(rows, -1)
+            yield Box(f"{kind}/{block.name}", mapped.shapes[block.name], offsets, data)
             a = end
 
 

@@ -1,8 +1,7 @@
 """Where every piece of a Megatron parameter lies among the Hugging Face tensors.
 
 One map serves loading, exporting and checkpoints, and makes all three independent of the parallel layout: a
-tensor-parallel shard is a list of :class:`Run`, blocks of consecutive rows, each a box in one Hugging Face
-tensor.
+tensor-parallel shard is a list of :class:`RowBlock`, consecutive rows, each a box in one Hugging Face tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _TOP: dict[str, tuple[Split, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RowBlock:
     """Consecutive rows of one rank's parameter, and the box of a Hugging Face tensor that they are."""
 
     start: int  # first row in the parameter
@@ -48,7 +47,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Place:
+class MappedParameter:
     """One Megatron parameter among the Hugging Face tensors."""
 
     stage: int  # pipeline stage that owns it
@@ -80,7 +79,7 @@ class WeightMap:
         self._qkv_bias, self._qk_norm = shape.qkv_bias, shape.qk_norm
         self._shapes = shape.tensors()
 
-    def places(self) -> list[Place]:
+    def parameters(self) -> list[MappedParameter]:
         """Every parameter of the model once, from the embedding to the head, stage by stage."""
         top = list(_TOP)
         names = [(0, top[0])]
@@ -89,14 +88,14 @@ class WeightMap:
             stage, local = divmod(layer, per_stage)
             names += [(stage, f"decoder.layers.{local}.{suffix}") for suffix in _LAYER if self._has(suffix)]
         names += [(self.pp - 1, name) for name in (top[1:2] if self.tied else top[1:])]
-        return [self.place(stage, name) for stage, name in names]
+        return [self.parameter(stage, name) for stage, name in names]
 
     def is_copy(self, key: str) -> bool:
         """Whether a parameter is the tied head of a last stage that is not the first: the embedding again."""
         return self.tied and key == "output_layer.weight"
 
-    def place(self, stage: int, key: str) -> Place:
-        """The place of a stage's parameter."""
+    def parameter(self, stage: int, key: str) -> MappedParameter:
+        """Where a stage's parameter comes from."""
         if key in _TOP:
             split, names = _TOP["embedding.word_embeddings.weight" if self.is_copy(key) else key]
         else:
@@ -104,34 +103,34 @@ class WeightMap:
             layer = stage * (self._layers // self.pp) + int(local)
             split, short = _LAYER[suffix]
             names = tuple(f"model.layers.{layer}.{n}" for n in short)
-        return Place(stage, key, split, {name: self._shapes[name] for name in names})
+        return MappedParameter(stage, key, split, {name: self._shapes[name] for name in names})
 
-    def runs(self, place: Place, rank: int) -> list[Run]:
+    def blocks(self, mapped: MappedParameter, rank: int) -> list[RowBlock]:
         """The boxes that tensor-parallel rank ``rank`` holds of a parameter, in its row order.
 
-        Rows of the parameter beyond the last run pad the vocabulary and lie in no tensor.
+        Rows of the parameter beyond the last block pad the vocabulary and lie in no tensor.
         """
-        names = list(place.shapes)
+        names = list(mapped.shapes)
         first = names[0]
-        full = place.shapes[first]
-        match place.split:
+        full = mapped.shapes[first]
+        match mapped.split:
             case "replicated":
-                return [Run(0, full[0], first, 0)]
+                return [RowBlock(0, full[0], first, 0)]
             case "columns":
-                return [Run(0, full[0], first, 0, rank * (full[1] // self.tp))]
+                return [RowBlock(0, full[0], first, 0, rank * (full[1] // self.tp))]
             case "vocabulary":
                 share = padded_vocab_size(full[0], self.tp) // self.tp
                 rows = min(share, full[0] - rank * share)
-                return [Run(0, rows, first, rank * share)] if rows > 0 else []
+                return [RowBlock(0, rows, first, rank * share)] if rows > 0 else []
             case "gate-up":
                 share = full[0] // self.tp
-                return [Run(i * share, share, name, rank * share) for i, name in enumerate(names)]
+                return [RowBlock(i * share, share, name, rank * share) for i, name in enumerate(names)]
             case "query-groups":
                 # Megatron interleaves: for each query group its queries, its key and its value.
-                sizes = [place.shapes[name][0] // self._groups for name in names]
+                sizes = [mapped.shapes[name][0] // self._groups for name in names]
                 here = self._groups // self.tp
                 return [
-                    Run(
+                    RowBlock(
                         local * sum(sizes) + sum(sizes[:i]),
                         sizes[i],
                         name,
@@ -141,11 +140,11 @@ class WeightMap:
                     for i, name in enumerate(names)
                 ]
 
-    def shard_shape(self, place: Place) -> tuple[int, ...]:
+    def shard_shape(self, mapped: MappedParameter) -> tuple[int, ...]:
         """Shape of one rank's parameter."""
-        shapes = list(place.shapes.values())
+        shapes = list(mapped.shapes.values())
         rows = sum(shape[0] for shape in shapes)
-        match place.split:
+        match mapped.split:
             case "replicated":
                 return shapes[0]
             case "columns":

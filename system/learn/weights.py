@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from system.config import ConfigError
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
-from system.learn.shards import Place, Run, WeightMap
+from system.learn.shards import MappedParameter, RowBlock, WeightMap
 from system.models.files import INDEX, SINGLE, weight_files, write_index
 
 Bucket = dict[str, torch.Tensor]
@@ -84,14 +84,14 @@ def load(model: TreeGPTModel, layout: Layout, read: Reader) -> None:
     """Fill this rank's shard of every parameter, box by box (:meth:`HuggingFaceFiles.read`)."""
     where = WeightMap.of(model)
     for key, parameter in model.named_parameters():
-        place = where.place(layout.pp_rank, key)
-        assert tuple(parameter.shape) == where.shard_shape(place), key
+        mapped = where.parameter(layout.pp_rank, key)
+        assert tuple(parameter.shape) == where.shard_shape(mapped), key
         filled = 0
-        for run in where.runs(place, layout.tp_rank):
-            columns = (run.column, parameter.size(1)) if parameter.dim() == 2 else None
-            box = read(run.name, place.shapes[run.name], (run.row, run.rows), columns)
-            parameter[run.start : run.start + run.rows].copy_(box)
-            filled += run.rows
+        for block in where.blocks(mapped, layout.tp_rank):
+            columns = (block.column, parameter.size(1)) if parameter.dim() == 2 else None
+            box = read(block.name, mapped.shapes[block.name], (block.row, block.rows), columns)
+            parameter[block.start : block.start + block.rows].copy_(box)
+            filled += block.rows
         parameter[filled:].zero_()  # rows that pad the vocabulary
 
 
@@ -106,14 +106,14 @@ class Export:
         self._model, self._layout = model, layout
         self._map = WeightMap.of(model)
         size = model.config.params_dtype.itemsize
-        self.plan: list[list[Place]] = [[]]
+        self.plan: list[list[MappedParameter]] = [[]]
         filled = 0
-        for place in self._map.places():
-            if filled and filled + place.numel * size > max_bytes:
+        for mapped in self._map.parameters():
+            if filled and filled + mapped.numel * size > max_bytes:
                 self.plan.append([])
                 filled = 0
-            self.plan[-1].append(place)
-            filled += place.numel * size
+            self.plan[-1].append(mapped)
+            filled += mapped.numel * size
 
     def buckets(self) -> Iterator[Bucket]:
         """The buckets, on CPU, each with copies of its own; collective.
@@ -121,23 +121,23 @@ class Export:
         Every rank iterates to the end over the same number of buckets; only rank 0's have tensors.
         """
         parameters = dict(self._model.named_parameters())
-        for places in self.plan:
+        for bucket_plan in self.plan:
             bucket: Bucket = {}
-            for place in places:
-                bucket |= self.gather(place, parameters.get(place.key))
+            for mapped in bucket_plan:
+                bucket |= self.gather(mapped, parameters.get(mapped.key))
             yield bucket
             del bucket
 
     @torch.no_grad()
-    def gather(self, place: Place, shard: torch.Tensor | None) -> Bucket:
+    def gather(self, mapped: MappedParameter, shard: torch.Tensor | None) -> Bucket:
         """The full tensors of one parameter, on rank 0; collective.
 
         ``shard`` is this rank's part of it (or of a tensor of the same shape, such as its gradient), used
         where this rank owns one.
         """
         layout = self._layout
-        owners = [0] if place.replicated else range(layout.tp)
-        ranks = [layout.global_rank(tp_rank=tp, dp_rank=0, pp_rank=place.stage) for tp in owners]
+        owners = [0] if mapped.replicated else range(layout.tp)
+        ranks = [layout.global_rank(tp_rank=tp, dp_rank=0, pp_rank=mapped.stage) for tp in owners]
         if layout.rank != 0:
             if layout.rank in ranks:
                 assert shard is not None
@@ -146,7 +146,7 @@ class Export:
         like = next(self._model.parameters()) if shard is None else shard
         full = {
             name: torch.empty(shape, dtype=like.dtype, device=like.device)
-            for name, shape in place.shapes.items()
+            for name, shape in mapped.shapes.items()
         }
         received: torch.Tensor | None = None
         for tp_rank, rank in zip(owners, ranks, strict=True):
@@ -154,19 +154,19 @@ class Export:
                 part = shard
             else:
                 if received is None:
-                    shape = self._map.shard_shape(place)
+                    shape = self._map.shard_shape(mapped)
                     received = torch.empty(shape, dtype=like.dtype, device=like.device)
                 dist.recv(received, src=rank)
                 part = received
             assert part is not None
-            for run in self._map.runs(place, tp_rank):
-                _box(full[run.name], run, part).copy_(part[run.start : run.start + run.rows])
+            for block in self._map.blocks(mapped, tp_rank):
+                _box(full[block.name], block, part).copy_(part[block.start : block.start + block.rows])
         return {name: tensor.cpu() for name, tensor in full.items()}
 
 
-def _box(full: torch.Tensor, run: Run, shard: torch.Tensor) -> torch.Tensor:
-    rows = full[run.row : run.row + run.rows]
-    return rows if full.dim() == 1 else rows[:, run.column : run.column + shard.size(1)]
+def _box(full: torch.Tensor, block: RowBlock, shard: torch.Tensor) -> torch.Tensor:
+    rows = full[block.row : block.row + block.rows]
+    return rows if full.dim() == 1 else rows[:, block.column : block.column + shard.size(1)]
 
 
 def save_hf(

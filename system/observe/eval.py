@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from system.tree.record import Tree
 from system.tree.stats import TreeStats
 
 
@@ -62,9 +61,8 @@ class EvalResult:
     kinds: Mapping[str, EvalScores] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, trees: Sequence[Tree]) -> EvalResult:
-        """``trees``: one closed tree per question.  A question without one is the caller's to tell."""
-        stats = [TreeStats.of(tree) for tree in trees]
+    def of(cls, stats: Sequence[TreeStats]) -> EvalResult:
+        """``stats``: of one closed tree per question.  A question without one is the caller's to tell."""
         kinds = sorted({one.task for one in stats})
         return cls(
             total=EvalScores.of(stats),

@@ -8,7 +8,7 @@ group         what it answers
 ``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
 ``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth
 ``engine/``   the engine clients: requests by routing decision, prompt tokens and cache hits, resumed streams
-``tools/``    per tool: calls, cache hits, retries, outcome shares, latency percentiles by status
+``tools/``    per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
 ``eval/``     held-out questions
 ``time/``     wall time, throughput, idle time by actor and cause
 ============  ========================================================================================

@@ -28,7 +28,6 @@ from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
 from system.observe.totals import Totals, add, highest
-from system.tree.record import Tree
 from system.tree.stats import TreeStats
 
 Which = Literal["before", "after", "during"]
@@ -114,21 +113,20 @@ class Recorder:
         self._ticks.clear()
         self._reset_window()
 
-    def tree_closed(self, tree: Tree, version_now: int) -> None:
+    def tree_closed(self, tree: TreeStats, version_now: int) -> None:
         """A tree closed and goes to the replay queue; ``version_now`` is the newest weight version."""
-        stats = TreeStats.of(tree)
-        self._closed.append(stats)
-        self._recent.append(stats)
-        if stats.version_min >= 0:
-            self._lag_at_close.append(max(0, version_now - stats.version_min))
+        self._closed.append(tree)
+        self._recent.append(tree)
+        if tree.version_min >= 0:
+            self._lag_at_close.append(max(0, version_now - tree.version_min))
         totals = self._totals
         totals.trees += 1
-        totals.leaves += stats.leaves
-        totals.forks += stats.forks
-        totals.top_ups += stats.top_ups
-        totals.tool_calls += len(stats.calls)
-        totals.generated += stats.generated
-        self._tick(stats.generated, 0)
+        totals.leaves += tree.leaves
+        totals.forks += tree.forks
+        totals.top_ups += tree.top_ups
+        totals.tool_calls += len(tree.calls)
+        totals.generated += tree.generated
+        self._tick(tree.generated, 0)
 
     def tree_dropped(self, reason: str, leaves: int, tokens: int = 0) -> None:
         """A tree, or part of one, will never be trained on.
@@ -147,7 +145,7 @@ class Recorder:
         self,
         step: int,
         version: int,
-        trees: Sequence[Tree],
+        trees: Sequence[TreeStats],
         stats: Mapping[str, float],
         staleness: Sequence[int],
     ) -> None:
@@ -155,8 +153,7 @@ class Recorder:
 
         ``stats`` are its own numbers, ``staleness`` how many versions each of ``trees`` lagged behind.
         """
-        trained = [TreeStats.of(tree) for tree in trees]
-        self._trained += trained
+        self._trained += trees
         self._learner.append(dict(stats))
         self._staleness += [int(lag) for lag in staleness]
         self._recent_lag.extend(int(lag) for lag in staleness)
@@ -164,10 +161,10 @@ class Recorder:
         totals = self._totals
         totals.version = max(totals.version, version)
         totals.staleness.update(int(lag) for lag in staleness)
-        tokens = sum(one.trainable for one in trained)
+        tokens = sum(tree.trainable for tree in trees)
         totals.trained += tokens
-        totals.unique_trained += sum(one.unique for one in trained)
-        totals.flat_trained += sum(one.flat for one in trained)
+        totals.unique_trained += sum(tree.unique for tree in trees)
+        totals.flat_trained += sum(tree.flat for tree in trees)
         if "mismatch_kl" in stats:
             fresh, worst = stats["fresh"], stats["engine_logprob_diff_max"]
             kl, engine_kl = stats["mismatch_kl"], stats["engine_kl"] * fresh

@@ -27,7 +27,7 @@ GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "KV 
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class AgentWorkload:
     """What the agent does, on average per branch.  Guesses until a run has measured it."""
 
     prompt_tokens: float = 512.0
@@ -38,7 +38,7 @@ class Workload:
     shared: float = 0.3  # share of a leaf's path that siblings have computed already
 
     @classmethod
-    def guess(cls, config: Config) -> Workload:
+    def guess(cls, config: Config) -> AgentWorkload:
         """Half the response budget and half the call limit; sharing only where trees fork."""
         rollout = config.rollout
         return cls(
@@ -83,7 +83,7 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GpuPlan:
     """How ``gpus`` are used."""
 
     shape: ModelShape
@@ -95,7 +95,7 @@ class Plan:
     learner_memory: Memory
     engine_memory: Memory
     kv_tokens: int  # per engine
-    workload: Workload
+    workload: AgentWorkload
     forecast: Forecast
     problems: tuple[str, ...] = ()  # why it would fail, with the remedy; empty: it fits
     notes: tuple[str, ...] = ()  # settings that do not use these GPUs well
@@ -110,8 +110,8 @@ def plan(
     gpus: int | None = None,
     *,
     gpu: str = "h100",
-    workload: Workload | None = None,
-) -> Plan:
+    workload: AgentWorkload | None = None,
+) -> GpuPlan:
     """Lay ``config`` out over ``gpus`` GPUs (None: as many as the configuration names).
 
     The learner takes tp · pp · cp · dp of them, engines of ``engine.tp`` GPUs the rest.  Raises
@@ -132,10 +132,10 @@ def plan(
             f"{gpus} GPUs: the learner takes {learner.gpus} (learn.tp · pp · dp) and an engine {engine.tp}; "
             "give more GPUs or a smaller learner"
         )
-    workload = workload or Workload.guess(config)
+    workload = workload or AgentWorkload.guess(config)
     rank = learner_memory(shape, learner, card.reserved)
     forecast = _forecast(config, card, shape, learner, engine, engines, workload)
-    return Plan(
+    return GpuPlan(
         shape=shape,
         gpu=card,
         gpus=gpus,
@@ -216,7 +216,7 @@ def _forecast(
     learner: LearnerLayout,
     engine: EngineLayout,
     engines: int,
-    work: Workload,
+    work: AgentWorkload,
 ) -> Forecast:
     """Mean values only: no tail, no queueing.  ``espalier bench scale`` simulates those."""
     flow, rollout = config.flow, config.rollout
@@ -293,7 +293,7 @@ def _bottleneck(
     return GENERATION, f"{why}; {times}{mode}: {remedy}"
 
 
-def text(plan: Plan) -> str:
+def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
     p, forecast, work = plan, plan.forecast, plan.workload
     learner = p.learner

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from transformers import AutoTokenizer
 
 from system.config import Config
-from system.engine.client import EngineClient
 from system.engine.entropy import TopEntropy
+from system.engine.pool import EnginePool
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
 from system.rollout.reward import Reward
@@ -19,7 +19,7 @@ from system.tools.service import ToolService, build_tools
 
 def build_context(
     config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
-) -> tuple[RolloutContext, ToolService, EngineClient]:
+) -> tuple[RolloutContext, ToolService, EnginePool]:
     """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
     ``tools`` (tool -> URL).
 
@@ -27,7 +27,7 @@ def build_context(
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
-    engine = EngineClient(
+    engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
         in_flight=config.engine.in_flight,

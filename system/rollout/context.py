@@ -14,59 +14,18 @@ baseline (:mod:`system.rollout.schedule`).  The growing itself stands in :mod:`s
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-
-import numpy as np
-
-from system.config import RolloutConfig
-from system.engine.protocol import Engine
-from system.rollout.branching import Never, Policy
-from system.rollout.encode import Tokenizer, encode_text
-from system.rollout.reward import Reward
-from system.rollout.schedule import BarrierFree, Schedule, make_schedule
-from system.rollout.syntax import Syntax
-from system.rollout.tree_rollout import RolloutFailed, TreeRollout
-from system.tools.outcome import Tools
+from system.rollout.branching import Never
+from system.rollout.parts import RolloutParts
+from system.rollout.schedule import BarrierFree
+from system.rollout.tree_rollout import Begun, RolloutFailed, TreeRollout
 from system.tree.prompt import Prompt
-from system.tree.record import Int32, Tree
+from system.tree.record import Tree
 
 __all__ = ["RolloutContext", "RolloutFailed"]
 
-CHARS_PER_TOKEN = 32  # a tool's answer is cut to this many characters per allowed token before it is encoded
 
-
-@dataclass(frozen=True)
-class RolloutContext:
-    """Grows trees, any number at once; what it knows of them all is only where their schedule stands."""
-
-    engine: Engine
-    tools: Tools
-    syntax: Syntax
-    policy: Policy
-    reward: Reward
-    tokenizer: Tokenizer
-    config: RolloutConfig
-    vocab_size: int  # V, of which ln V is the unit of entropy
-    now: Callable[[], float] = time.time  # unix time, for the record
-    schedule: Schedule = field(init=False)  # config.schedule, over all trees
-
-    def __post_init__(self) -> None:
-        wrapping = sum(tokens.size for tokens in self._wrapping)
-        if self.config.max_tool_result_tokens <= wrapping:
-            raise ValueError(
-                f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
-                f"the result's own tags take {wrapping} tokens"
-            )
-        object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
-
-    @cached_property
-    def _wrapping(self) -> tuple[Int32, Int32]:
-        """Tokens before and after a tool's answer."""
-        before, after = self.syntax.result_open, self.syntax.result_close
-        return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
+class RolloutContext(RolloutParts):
+    """Grows trees, any number at once."""
 
     async def grow(
         self,
@@ -89,24 +48,34 @@ class RolloutContext:
         the policy needs entropies that the engine does not give.  Cancelling it cancels every branch and
         aborts its request.
         """
-        budget = n if n is not None else 1 if greedy else self.config.leaves
+        tree = self.plant(prompt, seed=seed, ticket=ticket, n=n, greedy=greedy, temperature=temperature)
+        return await tree.run()
+
+    def plant(
+        self,
+        prompt: Prompt,
+        *,
+        seed: int,
+        ticket: int | str = "",
+        n: int | None = None,
+        greedy: bool = False,
+        temperature: float | None = None,
+        begun: Begun | None = None,
+    ) -> TreeRollout:
+        """A tree that grows in its ``run()``: a new one, or ``begun`` (see :mod:`system.rollout.snapshot`).
+
+        The other arguments are :meth:`grow`'s.
+        """
         if temperature is None:
             temperature = 0.0 if greedy else self.config.temperature
-        policy = Never(self.policy.probe_tokens) if greedy else self.policy
-        schedule = BarrierFree() if greedy else self.schedule
-        growing = TreeRollout(self, prompt, policy, schedule, budget, temperature, seed, ticket)
-        return await growing.run()
-
-    def plant(self, prompt: Prompt, *, seed: int, ticket: int | str = "") -> TreeRollout:
-        """A training tree that grows in its ``run()``; see :mod:`system.rollout.snapshot`."""
-        config = self.config
         return TreeRollout(
-            self, prompt, self.policy, self.schedule, config.leaves, config.temperature, seed, ticket
+            parts=self,
+            prompt=prompt,
+            policy=Never(self.policy.probe_tokens) if greedy else self.policy,
+            schedule=BarrierFree() if greedy else self.schedule,
+            budget=n if n is not None else 1 if greedy else self.config.leaves,
+            temperature=temperature,
+            seed=seed,
+            ticket=ticket,
+            begun=begun,
         )
-
-    def encode_result(self, text: str, room: int) -> Int32:
-        """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
-        limit = self.config.max_tool_result_tokens
-        before, after = self._wrapping
-        inner = encode_text(self.tokenizer, text[: limit * CHARS_PER_TOKEN], trusted=False)
-        return np.concatenate([before, inner[: limit - before.size - after.size], after])[:room]

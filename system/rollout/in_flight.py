@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.tree.record import Tree
-from system.tree.store import StoreError, from_table, to_table
+from system.tree.store import SCHEMA, StoreError, from_table, to_table
 
 FORMAT = 1
 
@@ -34,7 +34,7 @@ class SavedTree:
 
     epoch: int
     prompt_id: str
-    born: int  # the learner's version when the tree started
+    start_version: int  # the learner's version when the tree started
     tree: Tree | bytes  # closed, or growing (a snapshot)
 
     @property
@@ -50,36 +50,50 @@ class SavedTrees:
 
     fingerprint: dict[str, Any]
     books: dict[str, Any]
-    trees: tuple[SavedTree, ...]
+    trees: Iterable[SavedTree]
 
 
 def write(path: Path, saved: SavedTrees) -> None:
-    """Write or replace the file at ``path``; on disk when it returns."""
-    growing = [one for one in saved.trees if isinstance(one.tree, bytes)]
-    closed = [one for one in saved.trees if isinstance(one.tree, Tree)]
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": saved.fingerprint,
-        "books": saved.books,
-        "growing": [[one.epoch, one.prompt_id, one.born] for one in growing],
-        "closed": [[one.epoch, one.prompt_id, one.born] for one in closed],
-    }
+    """Write or replace the file at ``path``; on disk when it returns.
+
+    Closed trees are taken from ``saved.trees`` and written one after another, so that they need not be in
+    memory all at once.
+    """
+    closed: list[list[Any]] = []
+    growing: list[list[Any]] = []
+    snapshots: list[bytes] = []
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         with zipfile.ZipFile(file, "w") as archive:
+            with (
+                archive.open("closed.parquet", "w", force_zip64=True) as part,
+                pq.ParquetWriter(part, SCHEMA, compression="zstd") as writer,
+            ):
+                for one in saved.trees:
+                    entry = [one.epoch, one.prompt_id, one.start_version]
+                    if isinstance(one.tree, Tree):
+                        writer.write_table(to_table([one.tree], len(closed)))
+                        closed.append(entry)
+                    else:
+                        growing.append(entry)
+                        snapshots.append(one.tree)
+            for number, snapshot in enumerate(snapshots):
+                archive.writestr(f"growing/{number}.safetensors", snapshot)
+            manifest = {
+                "format": FORMAT,
+                "fingerprint": saved.fingerprint,
+                "books": saved.books,
+                "growing": growing,
+                "closed": closed,
+            }
             archive.writestr("manifest.json", json.dumps(manifest))
-            for number, one in enumerate(growing):
-                assert isinstance(one.tree, bytes)
-                archive.writestr(f"growing/{number}.safetensors", one.tree)
-            with archive.open("closed.parquet", "w", force_zip64=True) as part:
-                pq.write_table(to_table(_trees(closed)), part, compression="zstd")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def read(path: Path) -> SavedTrees:
-    """The inverse of :func:`write`.  Raises :class:`SavedTreesError`."""
+    """The inverse of :func:`write`; ``trees`` is a tuple.  Raises :class:`SavedTreesError`."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = json.loads(archive.read("manifest.json"))
@@ -89,16 +103,12 @@ def read(path: Path) -> SavedTrees:
                 pq.read_table(pa.BufferReader(archive.read("closed.parquet"))), source=str(path)
             )
             trees = [
-                SavedTree(epoch, prompt, born, tree)
-                for (epoch, prompt, born), tree in zip(manifest["closed"], closed, strict=True)
+                SavedTree(epoch, prompt, version, tree)
+                for (epoch, prompt, version), tree in zip(manifest["closed"], closed, strict=True)
             ]
-            for number, (epoch, prompt, born) in enumerate(manifest["growing"]):
+            for number, (epoch, prompt, version) in enumerate(manifest["growing"]):
                 data = archive.read(f"growing/{number}.safetensors")
-                trees.append(SavedTree(epoch, prompt, born, data))
+                trees.append(SavedTree(epoch, prompt, version, data))
             return SavedTrees(manifest["fingerprint"], manifest["books"], tuple(trees))
     except (zipfile.BadZipFile, StoreError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise SavedTreesError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-def _trees(closed: Sequence[SavedTree]) -> list[Tree]:
-    return [one.tree for one in closed if isinstance(one.tree, Tree)]

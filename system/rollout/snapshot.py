@@ -25,15 +25,24 @@ from system.config import Config, to_dict
 from system.engine.protocol import Finish
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
-from system.rollout.tree_rollout import TreeRollout
+from system.rollout.tree_rollout import Begun, TreeRollout
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1
 _PLAIN = (
-    *("node", "number", "calls", "entropy", "baseline", "has_baseline", "undecided"),
-    *("seed", "calling", "answer", "forked"),
+    "node",
+    "number",
+    "calls",
+    "entropy",
+    "baseline",
+    "has_baseline",
+    "undecided",
+    "seed",
+    "calling",
+    "answer",
+    "forked",
 )
 
 
@@ -88,22 +97,18 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         if growth.prompt_id != prompt.id:
             raise SnapshotError(f"a tree of prompt {growth.prompt_id!r}, not of {prompt.id!r}")
         live = [_restored(values) for values in fields["live"]]
-        return TreeRollout(
-            context,
-            prompt,
-            context.policy,
-            context.schedule,
-            growth.budget,
-            fields["temperature"],
-            fields["seed"],
-            ticket,
+        begun = Begun(
+            growth=growth,
             started=Counter({Origin(int(origin)): n for origin, n in fields["started"].items()}),
             live={branch.key: branch for branch in live},
             ended=[(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]],
             seconds=fields["seconds"],
             errors=fields["errors"],
-            begun=growth,
             spent_s=fields["spent_s"],
+        )
+        temperature, seed = fields["temperature"], fields["seed"]
+        return context.plant(
+            prompt, seed=seed, ticket=ticket, n=growth.budget, temperature=temperature, begun=begun
         )
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error

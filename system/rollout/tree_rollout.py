@@ -1,6 +1,6 @@
 """One tree while it grows: its budget, its branches as tasks, their segments, forks and tool calls.
 
-Used by :class:`system.rollout.context.RolloutContext`, which says what the parts are for.
+Planted by :class:`system.rollout.context.RolloutContext`, which says what the budget is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Policy, Probe, TreeState
 from system.rollout.encode import decode, encode_prompt
 from system.rollout.entropy_probe import EntropyProbe
+from system.rollout.parts import RolloutParts
 from system.rollout.reward import BranchView
 from system.rollout.schedule import Schedule
 from system.rollout.syntax import MalformedCall, ParsedCall
@@ -29,9 +30,6 @@ from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
-
-if TYPE_CHECKING:
-    from system.rollout.context import RolloutContext
 
 log = logging.getLogger(__name__)
 
@@ -56,37 +54,50 @@ class RolloutFailed(RuntimeError):
 
 
 @dataclass
+class Begun:
+    """What a tree has come to before the run was resumed.  Its live branches go on."""
+
+    growth: TreeBuilder
+    started: Counter[Origin]
+    live: dict[tuple[int, ...], Branch]
+    ended: list[tuple[Branch, Outcome]]
+    seconds: dict[str, float]
+    errors: list[str]
+    spent_s: float  # of the tree's deadline
+
+
 class TreeRollout:
-    """Grows to its close in :meth:`run`, once."""
+    """One tree, from its planting to its close in :meth:`run`, once."""
 
-    context: RolloutContext
-    prompt: Prompt
-    policy: Policy
-    schedule: Schedule
-    budget: int
-    temperature: float
-    seed: int
-    ticket: int | str
-    started: Counter[Origin] = field(default_factory=Counter)
-    live: dict[tuple[int, ...], Branch] = field(default_factory=dict)
-    ended: list[tuple[Branch, Outcome]] = field(default_factory=list)  # in the order of the growth's leaves
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
-    errors: list[str] = field(default_factory=list)
-    begun: TreeBuilder | None = None  # of a tree that goes on; its live branches then stand in ``live``
-    spent_s: float = 0.0  # of the tree's deadline, before the run was resumed
-    began_s: float = math.nan  # on the event loop's clock; NaN: not yet
-
-    def __post_init__(self) -> None:
-        self.config = self.context.config
-        if self.begun is None:
-            tokens = encode_prompt(self.context.tokenizer, self.prompt.messages)
-            self.growth = TreeBuilder(
-                self.prompt.id, self.prompt.kind, tokens, self.budget, started_s=self.context.now()
-            )
-        else:
-            self.growth = self.begun
-        self.log_vocab = math.log(self.context.vocab_size)
-        self.call_limit = self.config.call_limit if self.context.tools.specs else 0
+    def __init__(
+        self,
+        *,
+        parts: RolloutParts,
+        prompt: Prompt,
+        policy: Policy,
+        schedule: Schedule,
+        budget: int,
+        temperature: float,
+        seed: int,
+        ticket: int | str,
+        begun: Begun | None = None,
+    ) -> None:
+        """As :meth:`system.rollout.context.RolloutContext.plant` makes it."""
+        self.parts, self.config, self.prompt = parts, parts.config, prompt
+        self.policy, self.schedule, self.budget = policy, schedule, budget
+        self.temperature, self.seed, self.ticket = temperature, seed, ticket
+        self.resumed = begun is not None
+        if begun is None:
+            tokens = encode_prompt(parts.tokenizer, prompt.messages)
+            growth = TreeBuilder(prompt.id, prompt.kind, tokens, budget, started_s=parts.now())
+            begun = Begun(growth, Counter(), {}, [], dict.fromkeys(CAUSES, 0.0), [], 0.0)
+        self.growth = begun.growth
+        self.started, self.live = begun.started, begun.live
+        self.ended = begun.ended  # in the order of the growth's leaves
+        self.seconds, self.errors, self.spent_s = begun.seconds, begun.errors, begun.spent_s
+        self.began_s = math.nan  # on the event loop's clock; NaN: not yet
+        self.log_vocab = math.log(parts.vocab_size)
+        self.call_limit = self.config.call_limit if parts.tools.specs else 0
         self.group = asyncio.TaskGroup()
 
     async def run(self) -> Tree:
@@ -94,11 +105,10 @@ class TreeRollout:
         cut, deadline = False, asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
         try:
             async with deadline, self.group:
-                if self.begun is None:
+                for branch in self.live.values():
+                    self._spawn(branch)
+                if not self.resumed:
                     self._start_roots()
-                else:
-                    for branch in self.live.values():
-                        self._spawn(branch)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -264,19 +274,19 @@ class TreeRollout:
                 temperature=self.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
-                stop=self.context.syntax.stops,
+                stop=self.parts.syntax.stops,
                 seed=branch.seed,
             ),
             route=f"{self.prompt.id}:{self.ticket}",
             parent=branch.request,
-            said=decode(self.context.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
+            said=decode(self.parts.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
         )
         branch.request = request.rid
         clock = Stopwatch(self.seconds, "waiting")
         deadline = asyncio.timeout(config.generate_deadline_s)
         try:
             async with deadline:
-                stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
+                stream = cast(AsyncGenerator[Chunk, None], self.parts.engine.generate(request))
                 async with aclosing(stream):
                     async for chunk in stream:
                         clock.switch("engine")
@@ -297,7 +307,7 @@ class TreeRollout:
 
     def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
         """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
-        text = decode(self.context.tokenizer, self.growth.path_tokens(branch.node)[begin:])
+        text = decode(self.parts.tokenizer, self.growth.path_tokens(branch.node)[begin:])
         branch.segments = (*branch.segments, (kind, text))
 
     # Forks
@@ -342,7 +352,7 @@ class TreeRollout:
         if not branch.calling:
             branch.calls += 1
             branch.calling = branch.undecided = True
-        call = self.context.syntax.parse(branch.segments[-1][1])
+        call = self.parts.syntax.parse(branch.segments[-1][1])
         match call:
             case ParsedCall(tool, arguments):
                 outcome = await self._run_tool(branch, tool, arguments)
@@ -353,7 +363,7 @@ class TreeRollout:
         begin = self.growth.depth(branch.node)
         await self._wait(self.schedule.meet(branch))
         node = self.growth.node(branch.node, Kind.TOOL)
-        self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
+        self.growth.extend(node, self.parts.encode_result(outcome.text, self._room(branch)))
         self.growth.call(
             ToolCall(
                 node,
@@ -376,7 +386,7 @@ class TreeRollout:
         clock = Stopwatch(self.seconds, "tool")
         context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
         try:
-            return await self.context.tools.call(tool, arguments, context)
+            return await self.parts.tools.call(tool, arguments, context)
         except Exception as error:  # the service promises not to raise; if it does, the agent still goes on
             log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
             return ToolOutcome(
@@ -394,7 +404,7 @@ class TreeRollout:
                 parts.append(None)
                 continue
             view = BranchView(branch.segments, outcome, branch.tools)
-            score = self.context.reward.score(self.prompt, view)
+            score = self.parts.reward.score(self.prompt, view)
             self.growth.score(leaf, score.value, score.correct)
             parts.append(score.parts)
         self.growth.meta.update(
@@ -406,4 +416,4 @@ class TreeRollout:
             parts=parts,
             errors=self.errors,
         )
-        return self.growth.close(self.context.now())
+        return self.growth.close(self.parts.now())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 
-class State(StrEnum):
+class BreakerState(StrEnum):
     CLOSED = "closed"  # calls pass
     OPEN = "open"  # calls are refused until the pause is over
     HALF_OPEN = "half-open"  # one call is trying; the others are refused
@@ -21,33 +21,36 @@ class CircuitBreaker:
     def __init__(
         self, threshold: int, pause_s: float, max_pause_s: float, clock: Callable[[], float]
     ) -> None:
-        self.state = State.CLOSED
+        self.state = BreakerState.CLOSED
         self._threshold, self._first_pause_s, self._max_pause_s = threshold, pause_s, max_pause_s
         self._clock = clock
+        self.openings = self.rejections = 0  # so far
         self._failures = 0
         self._pause_s = pause_s
         self._until = 0.0
 
     def allow(self) -> bool:
         """Whether a call may go ahead.  Each allowed call must be followed by success, failure or abandon."""
-        if self.state is State.OPEN and self._clock() >= self._until:
-            self.state = State.HALF_OPEN
+        if self.state is BreakerState.OPEN and self._clock() >= self._until:
+            self.state = BreakerState.HALF_OPEN
             return True
-        return self.state is State.CLOSED
+        self.rejections += self.state is not BreakerState.CLOSED
+        return self.state is BreakerState.CLOSED
 
     def success(self) -> None:
-        self.state, self._failures, self._pause_s = State.CLOSED, 0, self._first_pause_s
+        self.state, self._failures, self._pause_s = BreakerState.CLOSED, 0, self._first_pause_s
 
     def failure(self) -> None:
         self._failures += 1
-        if self.state is State.HALF_OPEN:
+        if self.state is BreakerState.HALF_OPEN:
             self._pause_s = min(2 * self._pause_s, self._max_pause_s)
-        if self.state is State.HALF_OPEN or (
-            self.state is State.CLOSED and self._failures >= self._threshold
+        if self.state is BreakerState.HALF_OPEN or (
+            self.state is BreakerState.CLOSED and self._failures >= self._threshold
         ):
-            self.state, self._until = State.OPEN, self._clock() + self._pause_s
+            self.state, self._until = BreakerState.OPEN, self._clock() + self._pause_s
+            self.openings += 1
 
     def abandon(self) -> None:
         """The call ended without telling anything about the tool (cancelled, say): another may try."""
-        if self.state is State.HALF_OPEN:
-            self.state = State.OPEN
+        if self.state is BreakerState.HALF_OPEN:
+            self.state = BreakerState.OPEN

@@ -3,66 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import aiohttp
-
+from system.http import HttpClient, HttpError
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import ToolUnavailable
 
 _CHECK_DEADLINE_S = 10.0
-_MAX_ANSWER_BYTES = 8 << 20
-_RETRYABLE_CLIENT_ERRORS = (408, 425, 429)
-
-
-class HttpClient:
-    """One aiohttp session for all HTTP tools of a process: connections are kept and shared."""
-
-    def __init__(self, connections: int = 256):
-        self._connections = connections
-        self._session: aiohttp.ClientSession | None = None
-
-    async def request(self, method: str, url: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object a server answers.
-
-        Raises ToolUnavailable: retryable when the connection failed or the status is one that passes (5xx,
-        408, 425, 429), otherwise not.  The caller sets the deadline.
-        """
-        session = self._open()
-        try:
-            async with session.request(method, url, json=body) as response:
-                data = await _body(response)
-        except aiohttp.InvalidURL as error:
-            raise ToolUnavailable(f"not a URL: {url!r}", retryable=False) from error
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise ToolUnavailable(f"{_reason(error)} at {url}") from error
-        if response.status != 200:
-            raise ToolUnavailable(
-                f"HTTP {response.status} at {url}: {data[:300].decode(errors='replace').strip()}",
-                retryable=response.status >= 500 or response.status in _RETRYABLE_CLIENT_ERRORS,
-            )
-        try:
-            answer = json.loads(data)
-        except ValueError as error:
-            raise ToolUnavailable(f"no JSON from {url}: {error}", retryable=False) from error
-        if not isinstance(answer, dict):
-            raise ToolUnavailable(f"no JSON object from {url}", retryable=False)
-        return answer
-
-    async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-
-    def _open(self) -> aiohttp.ClientSession:
-        """The session, made at the first request: it belongs to the loop that is running then."""
-        if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(limit=self._connections)
-            self._session = aiohttp.ClientSession(
-                connector=connector, timeout=aiohttp.ClientTimeout(total=None)
-            )
-        return self._session
 
 
 class SearchTool:
@@ -99,7 +47,7 @@ class SearchTool:
         if not query:
             return ToolOutcome(ToolStatus.REJECTED, "The search query is empty.")
         body = {"query": query, "top_k": self._top_k}
-        answer = await self._http.request("POST", f"{self.url}/search", body)
+        answer = await _request(self._http, "POST", f"{self.url}/search", body)
         try:
             passages = [self._format(result) for result in answer["results"]]
         except (KeyError, TypeError) as error:
@@ -148,7 +96,7 @@ class PythonTool:
         body: dict[str, Any] = {"code": arguments["code"]}
         if context.deadline_s is not None:
             body["deadline_s"] = context.deadline_s
-        answer = await self._http.request("POST", f"{self.url}/run", body)
+        answer = await _request(self._http, "POST", f"{self.url}/run", body)
         try:
             return ToolOutcome(ToolStatus(answer["status"]), str(answer["text"]))
         except (KeyError, ValueError) as error:
@@ -165,31 +113,19 @@ class PythonTool:
         await self._http.close()
 
 
-async def _body(response: aiohttp.ClientResponse) -> bytes:
-    """The whole body, unless a server sends more than any answer needs."""
-    data = bytearray()
-    async for chunk in response.content.iter_chunked(1 << 16):
-        data += chunk
-        if len(data) > _MAX_ANSWER_BYTES:
-            raise ToolUnavailable(f"more than {_MAX_ANSWER_BYTES} bytes from {response.url}", retryable=False)
-    return bytes(data)
+async def _request(http: HttpClient, method: str, url: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The JSON object that a server answers; :class:`ToolUnavailable` when it does not."""
+    try:
+        return await http.request(method, url, body)
+    except HttpError as error:
+        raise ToolUnavailable(str(error), retryable=error.passing) from error
 
 
 async def _health(http: HttpClient, url: str, remedy: str) -> dict[str, Any]:
     try:
         async with asyncio.timeout(_CHECK_DEADLINE_S):
-            return await http.request("GET", f"{url}/health")
+            return await _request(http, "GET", f"{url}/health", None)
     except TimeoutError:
         raise ToolUnavailable(f"no answer from {url} within {_CHECK_DEADLINE_S:g} s: {remedy}") from None
     except ToolUnavailable as error:
         raise ToolUnavailable(f"{error}: {remedy}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The short name of a connection failure."""
-    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    if isinstance(cause, ConnectionRefusedError):
-        return "connection refused"
-    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
-        return "connection lost"
-    return f"{type(error).__name__}: {error}"

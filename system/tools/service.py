@@ -22,9 +22,9 @@ from asyncio_throttle.throttler import Throttler
 
 from system import plugins
 from system.config import ToolsConfig
+from system.http import HttpClient
 from system.tools.breaker import CircuitBreaker
-from system.tools.http_tools import HttpClient, PythonTool, SearchTool
-from system.tools.metrics import ToolMetrics
+from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import Tool, ToolUnavailable, argument_error
 
@@ -102,10 +102,15 @@ class ToolService:
             named = zip(self._guarded, problems, strict=True)
             raise ToolStartError("; ".join(f"tool {name!r}: {problem}" for name, problem in named if problem))
 
-    def stats(self) -> dict[str, dict[str, Any]]:
-        """Per tool: calls, status (count by status), latency_mean_s, latency_max_s, latency_p95_s,
-        cache_hits, joined (calls that shared another's flight), retries, in_flight, breaker (its state)."""
-        return {name: guarded.stats() for name, guarded in self._guarded.items()}
+    @property
+    def counters(self) -> dict[str, float]:
+        """Running totals, as ``tools/<name>/…``: ``retries``, ``joins`` (calls that shared another's flight),
+        ``cache_hits``, ``breaker_opened`` and ``breaker_rejected`` (calls that an open circuit refused)."""
+        return {
+            f"tools/{name}/{what}": float(count)
+            for name, guarded in self._guarded.items()
+            for what, count in guarded.counters.items()
+        }
 
     async def close(self) -> None:
         for guarded in self._guarded.values():
@@ -128,7 +133,7 @@ def build_tools(
     ``urls["search"]``.  ``passage`` and ``separator`` format search results (see :class:`SearchTool`).
     Raises :class:`ToolStartError` for a name that cannot be made into a tool.
     """
-    http = HttpClient()
+    http = HttpClient(connections=256)
     tools: list[Tool] = []
     for name in config.names:
         if name == "search":
@@ -175,10 +180,10 @@ class _Guarded:
     def __init__(self, tool: Tool, limits: ServiceLimits, rng: random.Random, clock: Callable[[], float]):
         self.tool = tool
         self._limits, self._rng, self._clock = limits, rng, clock
-        self._metrics = ToolMetrics()
+        self._retries = self._joins = self._cache_hits = 0
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._throttle = _throttler(limits.rate_per_s)
-        self._breaker = CircuitBreaker(
+        self.breaker = CircuitBreaker(
             limits.breaker_threshold, limits.breaker_pause_s, limits.breaker_max_pause_s, clock
         )
         self._cache: OrderedDict[str, ToolOutcome] = OrderedDict()
@@ -186,14 +191,8 @@ class _Guarded:
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         started = self._clock()
-        self._metrics.in_flight += 1
-        try:
-            outcome = await self._answer(arguments, context)
-        finally:
-            self._metrics.in_flight -= 1
-        outcome = replace(outcome, latency_s=self._clock() - started)
-        self._metrics.record(outcome)
-        return outcome
+        outcome = await self._answer(arguments, context)
+        return replace(outcome, latency_s=self._clock() - started)
 
     async def problem(self) -> str:
         """Why calls cannot work, "" if they can."""
@@ -208,8 +207,15 @@ class _Guarded:
             return f"its check failed: {type(error).__name__}: {error}"
         return ""
 
-    def stats(self) -> dict[str, Any]:
-        return {**self._metrics.snapshot(), "breaker": self._breaker.state.value}
+    @property
+    def counters(self) -> dict[str, int]:
+        return {
+            "retries": self._retries,
+            "joins": self._joins,
+            "cache_hits": self._cache_hits,
+            "breaker_opened": self.breaker.openings,
+            "breaker_rejected": self.breaker.rejections,
+        }
 
     async def close(self) -> None:
         flights = [flight.task for flight in self._flights.values()]
@@ -230,6 +236,7 @@ class _Guarded:
         key = json.dumps(arguments, sort_keys=True, default=repr)
         if (hit := self._cache.get(key)) is not None:
             self._cache.move_to_end(key)
+            self._cache_hits += 1
             return replace(hit, cached=True, attempts=0)
         return await self._share(key, deadline_s, arguments, context)
 
@@ -243,7 +250,7 @@ class _Guarded:
             task = asyncio.ensure_future(self._fly(key, arguments, replace(context, deadline_s=None)))
             flight = self._flights[key] = _Flight(task)
         else:
-            self._metrics.joined += 1
+            self._joins += 1
         flight.waiting += 1
         try:
             async with asyncio.timeout(deadline_s):
@@ -285,7 +292,7 @@ class _Guarded:
         self, arguments: Mapping[str, Any], context: CallContext, until: float
     ) -> ToolOutcome:
         name = self.tool.spec.name
-        if not self._breaker.allow():
+        if not self.breaker.allow():
             text = f"The tool {name!r} is not available at the moment."
             return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=0, detail="circuit open")
         settled = False
@@ -298,14 +305,14 @@ class _Guarded:
                     outcome = await self.tool.run(arguments, left)
                 except ToolUnavailable as error:
                     if error.retryable and attempt <= self._limits.retries:
-                        self._metrics.retries += 1
+                        self._retries += 1
                         await asyncio.sleep(self._backoff(attempt))
                         continue
-                    self._breaker.failure()
+                    self.breaker.failure()
                     settled = True
                     text = f"The tool {name!r} is not available at the moment."
                     return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=attempt, detail=str(error))
-                self._breaker.success()
+                self.breaker.success()
                 settled = True
                 return replace(outcome, attempts=attempt)
         except TimeoutError:
@@ -316,7 +323,7 @@ class _Guarded:
             return ToolOutcome(ToolStatus.ERROR, text, detail=detail)
         finally:
             if not settled:
-                self._breaker.abandon()
+                self.breaker.abandon()
         raise AssertionError("unreachable: the last attempt returns")
 
     def _backoff(self, attempt: int) -> float:

@@ -11,7 +11,7 @@ from aiohttp import web
 SHUTDOWN_S = 2.0
 
 
-class Server:
+class AppServer:
     """A started server; ``url`` says where.  ``await close()`` stops it and runs the application's
     clean-up."""
 
@@ -23,7 +23,7 @@ class Server:
         await self._runner.cleanup()
 
 
-async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) -> Server:
+async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) -> AppServer:
     """Start ``app`` in the running loop; port 0 takes a free one.  Raises what the application's start-up
     raises.
 
@@ -39,7 +39,7 @@ async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) ->
         raise
     bound_host, bound_port = runner.addresses[0][:2]
     shown = f"[{bound_host}]" if ":" in bound_host else bound_host
-    return Server(runner, f"http://{shown}:{bound_port}")
+    return AppServer(runner, f"http://{shown}:{bound_port}")
 
 
 async def serve_until_signal(app: web.Application, host: str, port: int) -> None:

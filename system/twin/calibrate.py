@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +19,16 @@ from numpy.typing import NDArray
 from system.config import Config, ConfigError
 from system.models.shape import ModelShape
 from system.observe.rundir import RunDir
-from system.observe.sinks import history
 from system.tools.http_tools import SearchTool
 from system.tree.record import Kind, Outcome, ToolCall, Tree
 from system.tree.store import read_trees
 from system.twin.agent import MOST_RECORDED, Recorded, RecordedAgent, RecordedTree
 from system.twin.dist import Constant, Empirical
+from system.twin.records import SKIP, Records, idle_s, mean_over_engines, steps_of, total
 from system.twin.speeds import LinearEngine, LinearLearner
 from system.twin.tools import ToolModel
 from system.twin.world import Models, simulate
 
-SKIP = 4  # training steps at the start: the pipeline fills, caches and compilers warm up
 _TAGS = 2  # tokens that the twin's syntax puts around a tool's answer
 NO_TOOL = "none"  # calls that name no tool: answered at once
 
@@ -110,57 +108,44 @@ class Drift:
     def between(cls, calibration: Calibration, run: RunDir) -> Drift:
         """From what ``run`` counted and what the calibrated speeds say such counts take; 1 where unknown."""
         records = steps_of(run)
-
-        def total(key: str) -> float:
-            return sum(float(one.get(key) or 0.0) for one in records)
-
-        counts = [total(f"engine/server/{name}") for name in ("steps", "row_steps", "prefill_tokens")]
+        busy, *counts = _engine_sums(records, "busy_s", "steps", "row_steps", "prefill_tokens")
         expected = calibration.engine.busy_s(*counts)
         learner = fit_learner(records)
-        tokens = total("train/unique_tokens") / len(records)
+        tokens = total(records, "train/unique_tokens") / len(records)
         return cls(
-            total("engine/server/busy_s") / expected if expected else 1.0,
+            busy / expected if expected else 1.0,
             learner.train_s(tokens) / calibration.learner.train_s(tokens),
         )
 
 
-def steps_of(run: RunDir) -> list[dict[str, Any]]:
-    """The records of training steps, without the first ``SKIP``."""
-    records = [one for one in history(run.metrics_path) if "time/window_s" in one]
-    return records[SKIP:]
-
-
-def fit_engine(records: Sequence[Mapping[str, Any]]) -> LinearEngine:
+def fit_engine(records: Records) -> LinearEngine:
     """A step's seconds = fixed + per row + per prefilled token, by least squares over every step of the run.
 
     The normal equations come from the engine's own sums (``system.engine.embedded.loop.StepMoments``).
     """
 
-    def total(name: str) -> float:
-        return sum(float(one.get(f"engine/server/{name}") or 0.0) for one in records)
-
-    steps, rows, prefill = (total(name) for name in ("steps", "row_steps", "prefill_tokens"))
-    rp = total("moment_rp")
-    gram = np.array(
-        [[steps, rows, prefill], [rows, total("moment_rr"), rp], [prefill, rp, total("moment_pp")]]
-    )
+    steps, rows, prefill, busy = _engine_sums(records, "steps", "row_steps", "prefill_tokens", "busy_s")
+    rr, rp, pp, rt, pt = _engine_sums(records, *(f"moment_{two}" for two in ("rr", "rp", "pp", "rt", "pt")))
+    gram = np.array([[steps, rows, prefill], [rows, rr, rp], [prefill, rp, pp]])
     if not gram[1, 1]:
         raise ConfigError(
             "the run's metrics hold no sums over the engine's steps (engine/server/moment_…): only runs with "
             "the embedded engine of this version can be calibrated on"
         )
-    right = np.array([total("busy_s"), total("moment_rt"), total("moment_pt")])
-    fixed, row, token = nonnegative(gram, right)
+    fixed, row, token = nonnegative(gram, np.array([busy, rt, pt]))
     return LinearEngine(step_fixed_s=fixed, per_sequence_s=row, per_prefill_s=token)
 
 
-def fit_learner(records: Sequence[Mapping[str, Any]]) -> LinearLearner:
+def _engine_sums(records: Records, *counters: str) -> list[float]:
+    return [total(records, f"engine/server/{name}") for name in counters]
+
+
+def fit_learner(records: Records) -> LinearLearner:
     """seconds = fixed + per token; what else a step takes (hand-over, records) counts as fixed."""
     seconds = [float(one["train/seconds"]) for one in records]
     line = fit_line(seconds, [float(one["train/unique_tokens"]) for one in records])
-    span = sum(float(one["time/window_s"]) for one in records)
-    idle = sum(_idle(one, "learner") for one in records)
-    rest = max(0.0, (span - idle - sum(seconds)) / len(records))
+    busy = total(records, "time/window_s") - sum(idle_s(records).get("learner", {}).values())
+    rest = max(0.0, (busy - sum(seconds)) / len(records))
     return LinearLearner(line.fixed_s + rest, line.per_token_s)
 
 
@@ -285,22 +270,12 @@ def nonnegative(gram: NDArray[np.float64], right: NDArray[np.float64]) -> list[f
     return result
 
 
-def _publishing(records: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def _publishing(records: Records) -> tuple[float, float]:
     """Seconds per step of publishing weights, and of them those in which the engines stood still."""
-    publishing = sum(float(one.get("time/idle_s/learner/publishing weights") or 0) for one in records)
-    engines = {key.split("/")[2] for one in records for key in one if key.startswith("time/idle_s/engine-")}
-    still = sum(
-        float(one.get(f"time/idle_s/{engine}/{cause}") or 0)
-        for one in records
-        for engine in engines
-        for cause in ("updating", "paused")
-    )
-    return publishing / len(records), still / len(records) / max(len(engines), 1)
-
-
-def _idle(record: Mapping[str, Any], actor: str) -> float:
-    prefix = f"time/idle_s/{actor}/"
-    return sum(float(value or 0) for key, value in record.items() if key.startswith(prefix))
+    idle = idle_s(records)
+    publishing = idle.get("learner", {}).get("publishing weights", 0.0)
+    still = mean_over_engines(idle, "updating", "paused")
+    return publishing / len(records), still / len(records)
 
 
 def _vocab(run: RunDir) -> int:

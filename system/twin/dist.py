@@ -59,17 +59,27 @@ class Empirical:
 
 
 @dataclass(frozen=True, slots=True)
-class Stragglers:
-    """``base``, but a ``share`` of the draws is ``factor`` times as large."""
+class ToolLatency:
+    """Seconds of a tool call: lognormal around ``mean_s``, some calls ``straggler_factor`` times as long.
 
-    base: Dist
-    share: float = 0.05
-    factor: float = 30.0
+    The *mean* without stragglers is the same for every ``sigma``: what changes is the spread, not the amount
+    of waiting.  ``sigma`` 0 is constant.
+    """
+
+    mean_s: float = 1.0
+    sigma: float = 0.0  # of ln(seconds)
+    stragglers: float = 0.0  # share of the calls
+    straggler_factor: float = 30.0
 
     @property
     def mean(self) -> float:
-        return self.base.mean * (1 + self.share * (self.factor - 1))
+        return self.mean_s * (1 + self.stragglers * (self.straggler_factor - 1))
 
     def draw(self, rng: np.random.Generator) -> float:
-        late = rng.random() < self.share
-        return self.base.draw(rng) * (self.factor if late else 1.0)
+        late = self.stragglers > 0 and rng.random() < self.stragglers
+        return Lognormal(self.mean_s, self.sigma).draw(rng) * (self.straggler_factor if late else 1.0)
+
+    def __str__(self) -> str:
+        spread = f"σ = {self.sigma:g}" if self.sigma else "constant"
+        late = f", {self.stragglers:.0%} × {self.straggler_factor:g}" if self.stragglers else ""
+        return spread + late

@@ -13,6 +13,7 @@ import numpy as np
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.engine_model import EngineModel
+from system.twin.trace import Trace
 
 
 @dataclass
@@ -30,16 +31,14 @@ class TwinEvents:
     tool_calls: int = 0
     idle: defaultdict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     marks: list[dict[str, dict[str, float]]] = field(default_factory=list)  # idle totals at each step's end
-    stats: dict[int, TreeStats] = field(default_factory=dict)  # of closed trees, until they are trained on
     keep_trees: bool = False
     trees: list[Tree] = field(default_factory=list)  # trained ones, if asked to keep them
 
-    def tree_closed(self, tree: Tree, version_now: int) -> None:
-        stats = self.stats[id(tree)] = TreeStats.of(tree)
-        self.closed.append((asyncio.get_running_loop().time(), stats.seconds, stats.generated))
-        self.forks += stats.forks
-        self.top_ups += stats.top_ups
-        self.tool_calls += len(stats.calls)
+    def tree_closed(self, tree: TreeStats, version_now: int) -> None:
+        self.closed.append((asyncio.get_running_loop().time(), tree.seconds, tree.generated))
+        self.forks += tree.forks
+        self.top_ups += tree.top_ups
+        self.tool_calls += len(tree.calls)
 
     def tree_dropped(self, reason: str, leaves: int) -> None:
         self.dropped[reason] += 1
@@ -51,17 +50,19 @@ class TwinEvents:
         self,
         step: int,
         version: int,
-        trees: Sequence[Tree],
+        trees: Sequence[TreeStats],
         stats: Mapping[str, float],
         staleness: Sequence[int],
     ) -> None:
         now = asyncio.get_running_loop().time()
-        done = [self.stats.pop(id(tree)) for tree in trees]
         self.steps.append(now)
-        self.trained.append(sum(one.trainable for one in done))
-        self.packed.append(sum(one.unique for one in done))
+        self.trained.append(sum(tree.trainable for tree in trees))
+        self.packed.append(sum(tree.unique for tree in trees))
         self.staleness.update(staleness)
         self.marks.append({actor: dict(causes) for actor, causes in self.idle.items()})
+
+    def batch(self, trees: Sequence[Tree]) -> None:
+        """The trees that the learner trains on now."""
         if self.keep_trees:
             self.trees += trees
 
@@ -93,42 +94,40 @@ class TwinResult:
     digest: str
 
     @classmethod
-    def of(
-        cls, books: TwinEvents, engines: Sequence[EngineModel], skipped: int, events: int, digest: str
-    ) -> TwinResult:
-        begin, end = books.steps[skipped - 1] if skipped else 0.0, books.steps[-1]
-        span, count = end - begin, len(books.steps) - skipped
-        within = [one for one in books.closed if begin < one[0] <= end]
+    def of(cls, events: TwinEvents, engines: Sequence[EngineModel], trace: Trace, skipped: int) -> TwinResult:
+        begin, end = events.steps[skipped - 1] if skipped else 0.0, events.steps[-1]
+        span, count = end - begin, len(events.steps) - skipped
+        within = [one for one in events.closed if begin < one[0] <= end]
         generated = sum(tokens for *_, tokens in within)
         durations = np.array([seconds for _, seconds, _ in within] or [np.nan])
-        lags = sum(books.staleness.values())
-        trees = max(len(books.closed), 1)
+        lags = sum(events.staleness.values())
+        trees = max(len(events.closed), 1)
         reused = sum(one.reused for one in engines)
         return cls(
-            steps=len(books.steps),
+            steps=len(events.steps),
             seconds=end,
             step_s=span / count,
             trees_per_hour=3600 * len(within) / span,
-            trained_per_s=sum(books.trained[skipped:]) / span,
+            trained_per_s=sum(events.trained[skipped:]) / span,
             generated_per_s=generated / span,
-            goodput=sum(books.trained) / max(sum(tokens for *_, tokens in books.closed), 1),
-            packed_per_step=sum(books.packed[skipped:]) / count,
-            idle=_shares(books.marks, skipped, span),
-            staleness_mean=sum(lag * n for lag, n in books.staleness.items()) / max(lags, 1),
-            staleness_max=max(books.staleness, default=0),
+            goodput=sum(events.trained) / max(sum(tokens for *_, tokens in events.closed), 1),
+            packed_per_step=sum(events.packed[skipped:]) / count,
+            idle=_shares(events.marks, skipped, span),
+            staleness_mean=sum(lag * n for lag, n in events.staleness.items()) / max(lags, 1),
+            staleness_max=max(events.staleness, default=0),
             tree_s={
                 "mean": float(durations.mean()),
                 **{f"p{q}": float(np.percentile(durations, q)) for q in (50, 90, 99, 100)},
             },
-            forks_per_tree=books.forks / trees,
-            top_ups_per_tree=books.top_ups / trees,
-            calls_per_tree=books.tool_calls / trees,
-            dropped=dict(books.dropped),
+            forks_per_tree=events.forks / trees,
+            top_ups_per_tree=events.top_ups / trees,
+            calls_per_tree=events.tool_calls / trees,
+            dropped=dict(events.dropped),
             running=sum(one.generated for one in engines) / max(sum(one.steps for one in engines), 1),
             reused=reused / max(reused + sum(one.prefilled for one in engines), 1),
             retracted=sum(one.retracted for one in engines),
-            events=events,
-            digest=digest,
+            events=trace.events,
+            digest=trace.digest,
         )
 
 

@@ -35,16 +35,14 @@ class LinearEngine:
 
     step_fixed_s: float
     per_sequence_s: float
-    per_context_s: float = 0.0
-    prefill_fixed_s: float = 0.0
     per_prefill_s: float = 0.0
     kv_tokens: int = 1 << 40
 
     def step_s(self, running: float, context: float) -> float:
-        return self.step_fixed_s + self.per_sequence_s * running + self.per_context_s * context
+        return self.step_fixed_s + self.per_sequence_s * running
 
     def prefill_s(self, tokens: float) -> float:
-        return self.prefill_fixed_s + self.per_prefill_s * tokens
+        return self.per_prefill_s * tokens
 
     def busy_s(self, steps: float, rows: float, prefilled: float) -> float:
         """Seconds of ``steps`` steps with ``rows`` rows in all, and of so many prefilled tokens."""
@@ -52,11 +50,5 @@ class LinearEngine:
 
     def slowed(self, factor: float) -> LinearEngine:
         """The same on a machine where everything takes ``factor`` times as long."""
-        return LinearEngine(
-            self.step_fixed_s * factor,
-            self.per_sequence_s * factor,
-            self.per_context_s * factor,
-            self.prefill_fixed_s * factor,
-            self.per_prefill_s * factor,
-            self.kv_tokens,
-        )
+        times = (self.step_fixed_s, self.per_sequence_s, self.per_prefill_s)
+        return LinearEngine(*(one * factor for one in times), self.kv_tokens)

@@ -34,7 +34,7 @@ class TwinTools:
     """Every model behind one service."""
 
     def __init__(
-        self, models: Mapping[str, ToolModel], limits: ServiceLimits, seed: int, trace: Trace | None = None
+        self, models: Mapping[str, ToolModel], limits: ServiceLimits, seed: int, trace: Trace
     ) -> None:
         self._tools = [_SimulatedTool(name, model, seed) for name, model in models.items()]
         self._service = ToolService(
@@ -63,8 +63,7 @@ class TwinTools:
         """As :meth:`system.tools.outcome.Tools.call`; the result's text is its length in tokens."""
         asked = {"query": f"{context.prompt_id} {arguments['query']}"}  # of one prompt only
         outcome = await self._service.call(tool, asked, context)
-        if self._trace:
-            self._trace.note("tool", tool, context.prompt_id, context.branch)
+        self._trace.note("tool", tool, context.prompt_id, context.branch)
         text = outcome.text if outcome.text.isdigit() else "1"
         return replace(outcome, text=text)
 

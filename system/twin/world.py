@@ -14,21 +14,30 @@ from typing import Literal
 
 from system.config import Config
 from system.flow.ledger import Event, Ledger, Ticket
-from system.flow.loop import Closed, TrainingLoop, TreeLost
-from system.flow.replay import Entry, Taken
-from system.flow.waiting import WaitingQueue
+from system.flow.loop import TrainingLoop, TreeLost
+from system.flow.replay import TreeInFlight
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext, RolloutFailed
 from system.rollout.syntax import make_syntax
 from system.tools.service import ServiceLimits
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.twin.clock import run as run_virtually
-from system.twin.engine_model import EngineModel, EngineModels, EngineSpeed
+from system.twin.engine_model import EngineModel, EngineSpeed
+from system.twin.engine_models import EngineModels
 from system.twin.events import TwinEvents, TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools
 from system.twin.trace import Trace
+
+# Settings under which no deadline, no limit of the tools and no cache of theirs plays a part.
+UNLIMITED = (
+    *(f"rollout.{name}_deadline_s=1e9" for name in ("generate", "branch", "tree")),
+    "tools.deadline_s=1e9",
+    "tools.concurrency=1000000",
+    "tools.cache_size=0",
+)
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,15 @@ class Twin:
     models: Models
     steps: int  # training steps
     failures: Sequence[Failure] = ()
-    trace: Trace | None = None
     prompts: int = 4096
     checkpoint_every: int = 0  # for resuming; 0: only the start
     patience_s: float = 1e7  # virtual
-    books: TwinEvents = field(default_factory=TwinEvents)
-    events: list[Event] = field(default_factory=list)  # the ledger's log, over all sessions
+    events: TwinEvents = field(default_factory=TwinEvents)
+    log: list[Event] = field(default_factory=list)  # the ledger's, over all sessions
 
     def __post_init__(self) -> None:
         config, models = self.config, self.models
+        self.trace = Trace()
         self.agent = models.agent.afresh()
         self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
         known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
@@ -134,24 +143,21 @@ class Twin:
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-        return self.books
+        return self.events
+
+    def result(self, skip: int = 0) -> TwinResult:
+        """The finished simulation in figures, without its first ``skip`` training steps."""
+        return TwinResult.of(self.events, self.engines, self.trace, skip)
 
     async def _session(self) -> bool:
         """From the last checkpoint to the end of the run (True) or to the learner's death."""
         config, version = self.config, self._checkpoint
-        ledger = Ledger.replay(
-            self.prompt_ids, config.run.seed, self.events, version, config.flow.max_attempts
-        )
+        ledger = Ledger.replay(self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts)
         self.sessions += 1
         self._died = asyncio.get_running_loop().create_future()
-        flow = config.flow
-        replay: _LocalReplay = _LocalReplay(
-            flow.batch_leaves // config.rollout.leaves, flow.window, flow.staleness + flow.window
-        )
         self.loop = loop = TrainingLoop(
-            config, ledger, self, replay, self.books, version=version, clock=asyncio.get_running_loop().time
+            config, ledger, self, self.events, version=version, clock=asyncio.get_running_loop().time
         )
-        await replay.queue.fill(*loop.holdings())
         for engine in self.engines:
             if engine.alive:
                 await engine.update(version, 0.0)
@@ -173,25 +179,23 @@ class Twin:
         self.logged()
         return not died
 
-    async def _step(self, loop: TrainingLoop[int]) -> None:
+    async def _step(self, loop: TrainingLoop[Tree]) -> None:
         patience = asyncio.timeout(self.patience_s)
         try:
             async with patience:
-                batch = await loop.next_batch()
-                assert batch is not None
-                await loop.train(batch)
+                await loop.step()
         except TimeoutError:
             if not patience.expired():
                 raise
             load = {engine.name: engine.load for engine in self.engines}
             raise Stuck(
-                f"step {loop.version + 1}: {loop.admission.running} trees grow, {len(loop.closed)} closed, "
+                f"step {loop.version + 1}: {loop.admission.running} trees grow, {len(loop.replay)} closed, "
                 f"{self.tools.running} tools run, requests at the engines: {load}"
             ) from None
 
     # What the loop asks for (system.flow.loop.Parts)
 
-    async def grow(self, ticket: Ticket, seed: int) -> tuple[int, Tree]:
+    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
             tree = await self.context.grow(prompt, ticket=ticket.number, seed=seed)
@@ -201,15 +205,16 @@ class Twin:
             tree_id = f"{prompt.id}:{ticket.number}"
             self.fleet.forget(tree_id)
             self.agent.forget(tree_id)
-        return ticket.number, tree
+        return TreeInFlight(ticket, tree, TreeStats.of(tree))
 
-    async def train(self, version: int, batch: Sequence[Closed[int]]) -> Mapping[str, float]:
-        tokens = sum(self.books.stats[id(one.tree)].unique for one in batch)
+    async def train(self, version: int, trees: Sequence[TreeInFlight[Tree]]) -> Mapping[str, float]:
+        tokens = sum(tree.stats.unique for tree in trees)
         seconds = self.models.learner.train_s(tokens)
         assert self._died is not None
         done, _ = await asyncio.wait({self._died}, timeout=seconds)
         if done:
             raise _LearnerDied
+        self.events.batch([tree.reference for tree in trees])
         return {"seconds": seconds, "unique_tokens": float(tokens)}
 
     async def publish(self, version: int) -> None:
@@ -221,13 +226,12 @@ class Twin:
         for engine in self.engines:
             engine.settle()
             for cause, seconds in engine.idle_s.items():
-                self.books.idle_total(engine.name, cause, seconds)
+                self.events.idle_total(engine.name, cause, seconds)
 
     def logged(self) -> None:
         for event in self.loop.ledger.drain():
-            self.events.append(event)
-            if self.trace:
-                self.trace.note("ledger", *event.items())
+            self.log.append(event)
+            self.trace.note("ledger", *event.items())
 
     # Failures
 
@@ -252,22 +256,6 @@ class Twin:
                     engine.restart(self.loop.version)
 
 
-class _LocalReplay:
-    """The replay queue without an actor."""
-
-    def __init__(self, batch_trees: int, window: int, max_staleness: int) -> None:
-        self.queue: WaitingQueue[int] = WaitingQueue(batch_trees, window, max_staleness)
-
-    async def put(self, entry: Entry[int]) -> None:
-        await self.queue.put([entry], [])
-
-    async def skip(self, number: int) -> None:
-        await self.queue.put([], [number])
-
-    async def take(self, version: int, wait_s: float) -> Taken[int]:
-        return await self.queue.take(version, wait_s)
-
-
 def simulate(
     config: Config, models: Models, *, steps: int, skip: int = 0, failures: Sequence[Failure] = ()
 ) -> TwinResult:
@@ -275,7 +263,6 @@ def simulate(
 
     Deterministic in ``config.run.seed``.  Starts an event loop of its own.
     """
-    trace = Trace()
-    twin = Twin(config, models, steps, failures=failures, trace=trace)
-    books = run_virtually(twin.run())
-    return TwinResult.of(books, twin.engines, skip, trace.events, trace.digest)
+    twin = Twin(config, models, steps, failures=failures)
+    run_virtually(twin.run())
+    return twin.result(skip)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from actors import placement as module
-from actors.launch import FAILED, LOST, failure_code
 from actors.placement import NodeLost, Place, Placement
 from actors.ray_support import ActorLost, StartFailed
 from actors.rollout_pool import RolloutPool
+from actors.train import FAILED, LOST, failure_code
 from system.cluster.placement import Node, Seat
 from system.tools.service import ToolStartError
 

@@ -16,13 +16,13 @@ from actors.in_flight import InFlightCheckpoint
 from actors.ray_support import ActorLost
 from system.config import Config
 from system.flow.ledger import Ledger, State
-from system.flow.loop import Closed, Start
-from system.flow.replay import Entry
+from system.flow.replay import TreeInFlight
 from system.rollout import in_flight
 from system.rollout.in_flight import SavedTree, SavedTrees
 from system.rollout.snapshot import fingerprint
 from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.stats import TreeStats
 
 PROMPTS = [f"p{i}" for i in range(12)]
 
@@ -62,42 +62,79 @@ def tree(prompt_id: str) -> Tree:
     return growth.close(1.0)
 
 
+class Store:
+    """An object store whose references say nothing of what they refer to."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Any] = {}
+
+    def put(self, value: Any) -> str:
+        reference = f"object-{len(self.objects)}"
+        self.objects[reference] = value
+        return reference
+
+
 def checkpoint_of(
     ledger: Ledger, *workers: Any, config: Config | None = None
-) -> tuple[InFlightCheckpoint, Any, RunEvents]:
-    loop: Any = SimpleNamespace(born={}, closed={}, starts={})
-    books: Any = RunEvents()
-    return InFlightCheckpoint(config or Config(), ledger, loop, workers, books), loop, books
+) -> tuple[InFlightCheckpoint, Store, RunEvents]:
+    store, events = Store(), RunEvents()
+    recorder: Any = events
+    made = InFlightCheckpoint(config or Config(), ledger, workers, recorder, store.put, store.objects.get)
+    return made, store, events
+
+
+def waiting(store: Store, ledger: Ledger, number: int) -> TreeInFlight[Any]:
+    ticket = ledger.ticket(number)
+    closed = tree(ticket.prompt_id)
+    return TreeInFlight(ticket, store.put(closed), TreeStats.of(closed))
 
 
 async def test_every_tree_in_flight_is_collected_once() -> None:
     ledger = Ledger(PROMPTS, 0)
-    tickets = [ledger.next() for _ in range(5)]
-    one, loop, _ = checkpoint_of(ledger, worker({0: b"zero", 2: b"two"}), worker({3: b"three"}))
-    loop.born = {0: 1, 2: 2, 3: 3}
-    for number in (1, 2, 4):  # 2 was frozen and has closed since; 4 arrives only now
-        ledger.queue(number) if number != 4 else None
-        loop.closed[number] = Closed(Entry(number, 2, None), tree(tickets[number].prompt_id))
-    asyncio.get_running_loop().call_later(0.05, ledger.queue, 4)
-    found = await one.collect()
-    state = {k.prompt_id: k for k in found.trees}
-    assert len(found.trees) == 5
+    tickets = [ledger.next(version) for version in (1, 2, 2, 3, 3)]
+    one, store, _ = checkpoint_of(ledger, worker({0: b"zero", 2: b"two"}), worker({3: b"three"}))
+    queue: list[TreeInFlight[Any]] = []
+
+    def close(number: int) -> None:
+        queue.append(waiting(store, ledger, number))
+        ledger.queue(number)
+
+    close(1)
+    close(2)  # 2 was frozen and has closed since; 4 arrives only now
+    asyncio.get_running_loop().call_later(0.05, close, 4)
+    found = await one.collect(queue)
+    trees = list(found.trees)
+    state = {k.prompt_id: k for k in trees}
+    assert len(trees) == 5
     assert state.keys() == {ticket.prompt_id for ticket in tickets}
     assert [state[tickets[i].prompt_id].closed for i in range(5)] == [False, True, True, False, True]
     assert state[tickets[3].prompt_id] == SavedTree(0, tickets[3].prompt_id, 3, b"three")
+    assert [state[tickets[i].prompt_id].start_version for i in range(5)] == [1, 2, 2, 3, 3]
     assert found.books == {"step": 3}
+
+
+async def test_a_closed_tree_that_is_lost_is_left_out() -> None:
+    ledger = Ledger(PROMPTS, 0)
+    one, store, _ = checkpoint_of(ledger)
+    for _ in range(2):
+        ledger.next()
+    queue = [waiting(store, ledger, number) for number in range(2)]
+    for number in range(2):
+        ledger.queue(number)
+    del store.objects[queue[0].reference]
+    found = await one.collect(queue)
+    assert [kept.prompt_id for kept in found.trees] == [queue[1].ticket.prompt_id]
 
 
 async def test_a_lost_worker_costs_its_own_trees_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SETTLE_S", 0.05)
     ledger = Ledger(PROMPTS, 0)
     tickets = [ledger.next() for _ in range(2)]
-    one, loop, _ = checkpoint_of(ledger, worker(ActorLost("gone")), worker({1: b"one"}))
-    loop.born = {0: 0, 1: 0}
-    assert [k.prompt_id for k in (await one.collect()).trees] == [tickets[1].prompt_id]
+    one, _, _ = checkpoint_of(ledger, worker(ActorLost("gone")), worker({1: b"one"}))
+    assert [k.prompt_id for k in (await one.collect([])).trees] == [tickets[1].prompt_id]
     broken, _, _ = checkpoint_of(ledger, worker(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        await broken.collect()
+        await broken.collect([])
 
 
 async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) -> None:
@@ -108,29 +145,28 @@ async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) 
     before.abandon(3, "given up after the checkpoint")
     ledger = Ledger.replay(PROMPTS, 0, before.drain(), 0)
     path = tmp_path / "v000003.trees"
-    born = {0: 2, 1: 1, 3: 3}
+    versions = {0: 2, 1: 1, 3: 3}
     trees = tuple(
-        SavedTree(0, tickets[i].prompt_id, born[i], tree(tickets[i].prompt_id) if i == 1 else b"x")
+        SavedTree(0, tickets[i].prompt_id, versions[i], tree(tickets[i].prompt_id) if i == 1 else b"x")
         for i in (0, 1, 3)
     )
     in_flight.write(path, SavedTrees(fingerprint(Config()), {"step": 3}, trees))
-    one, loop, books = checkpoint_of(ledger)
+    one, store, books = checkpoint_of(ledger)
     assert one.restore(path, {"step": 2}) == "1 trees go on growing, 1 wait to be trained on"
     assert books.restored == {"step": 3}
     assert books.dropped == ["kept, but its prompt is not pending"]
-    assert loop.starts == {
-        (0, tickets[0].prompt_id): Start(2, False),
-        (0, tickets[1].prompt_id): Start(1, True),
-    }
-    again = ledger.next()
-    assert again.prompt_id == tickets[0].prompt_id
+    assert one.closed == {(0, tickets[1].prompt_id)}
+    again = ledger.next(9)
+    assert (again.prompt_id, again.start_version) == (tickets[0].prompt_id, 2)
     taken = one.take(again.epoch, again.prompt_id)
     assert taken is not None
-    assert taken.tree == b"x"
+    assert (store.objects[taken.reference], taken.stats) == (b"x", None)
     assert one.take(again.epoch, again.prompt_id) is None
     # A checkpoint that comes before the second one's turn must not lose it.
-    still = await one.collect()
-    assert [(k.prompt_id, k.closed) for k in still.trees] == [(tickets[1].prompt_id, True)]
+    still = await one.collect([])
+    assert [(k.prompt_id, k.closed, k.start_version) for k in still.trees] == [
+        (tickets[1].prompt_id, True, 1)
+    ]
     assert ledger.state(0, tickets[1].prompt_id) == State.PENDING
 
 
@@ -142,10 +178,10 @@ def test_other_settings_drop_everything_with_a_reason(tmp_path: Path) -> None:
         path,
         SavedTrees(fingerprint(Config()), {"step": 3}, tuple(SavedTree(0, p, 0, b"") for p in PROMPTS[:2])),
     )
-    one, loop, books = checkpoint_of(Ledger(PROMPTS, 0), config=config)
+    one, _, books = checkpoint_of(Ledger(PROMPTS, 0), config=config)
     assert one.restore(path, {}) == "the trees in flight are grown anew: rollout, branching changed"
     assert books.dropped == ["kept under other settings"] * 2
-    assert loop.starts == {}
+    assert one.closed == set()
 
 
 def test_without_a_usable_file_the_checkpoints_own_books_count(tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
-"""Waiting for actors that are slow, that fail and that die."""
+"""Actors that are slow, that fail and that die; what their processes find and where their output goes."""
 
 import asyncio
-import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 
-from actors.ray_support import ActorLost, answer, answers, returned, spawn
+from actors.ray_support import LOGS, ActorLost, answer, answers, ray_session, returned, spawn
+from actors.tree_sample import TreeSample
+from system.config import Config
+from system.tree.builder import TreeBuilder
+from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.stats import TreeStats
+from system.tree.store import read_trees
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -30,17 +36,41 @@ class Sleeper:
     def fail(self) -> None:
         raise ZeroDivisionError("on purpose")
 
+    def own_module(self) -> str:
+        import mine  # type: ignore[import-not-found]
+
+        print("an actor's own words")
+        return mine.NAME
+
+
+class Grower:
+    """Answers as a rollout worker does: with a tree and its statistics."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def grow(self, name: str, tokens: int) -> tuple[Tree, TreeStats]:
+        builder = TreeBuilder(name, "t", [1, 2], 1)
+        node = builder.node(0, Kind.MODEL)
+        builder.extend(node, [3] * tokens, [-1.0] * tokens, None, 0)
+        builder.leaf(node, Outcome.STOPPED, Origin.ROOT)
+        tree = builder.close(1.0)
+        return tree, TreeStats.of(tree)
+
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    yield
-    ray.shutdown()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A session begun in a directory of a user's, which holds a module ``mine``; yields its logs."""
+    directory, before = tmp_path_factory.mktemp("user"), Path.cwd()
+    (directory / "mine.py").write_text("NAME = 'mine'\n")
+    os.chdir(directory)
+    try:
+        with ray_session(Config(), directory / "logs") as joined:
+            assert not joined
+            yield directory / "logs"
+    finally:
+        os.chdir(before)
+    assert LOGS not in os.environ
 
 
 @pytest.mark.slow
@@ -81,3 +111,32 @@ async def test_the_first_failure_ends_a_collective_wait() -> None:
     with pytest.raises(ZeroDivisionError):
         await answers([slow.sleep.remote(30.0), failing.fail.remote()], 60, "collective")
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
+async def test_the_current_directory_is_on_every_actors_path_and_its_output_in_its_log(cluster: Path) -> None:
+    actor = spawn(Sleeper, "talker")
+    assert await answer(actor.own_module.remote(), 60, "a module of the user's") == "mine"
+    assert (cluster / "talker.log").read_text() == "an actor's own words\n"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_closed_trees_outlive_their_worker_and_are_written_aside(tmp_path: Path) -> None:
+    """The driver owns what an actor returns, wherever it lies; it asks for the statistics alone."""
+    worker = spawn(Grower, "worker", restart=False, concurrency=4)
+    grown = [
+        worker.grow.options(num_returns=2).remote(f"p{number}", size)
+        for number, size in enumerate((10, 200_000))  # a value of the second's size lies in shared memory
+    ]
+    sizes = [(await answer(stats, 60, "statistics")).generated for _, stats in grown]
+    assert sizes == [10, 200_000]
+    os.kill(await answer(worker.pid.remote(), 60, "pid"), signal.SIGKILL)
+    with pytest.raises(ActorLost):
+        await answer(worker.pid.remote(), 60, "pid")
+    for keep, kept in ((-1, ["p0", "p1"]), (1, ["p1"]), (0, [])):
+        sample = TreeSample(tmp_path / f"keep{keep}", keep)
+        await sample.add([tree for tree, _ in grown])
+        await sample.written()
+        there = (tmp_path / f"keep{keep}").is_dir()
+        assert [tree.prompt_id for tree in (read_trees(tmp_path / f"keep{keep}") if there else ())] == kept

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from system.bench.host import Load, make_plan, measure, stub
-from system.engine.client import EngineClient
+from system.engine.pool import EnginePool
 from system.engine.protocol import GenerateRequest, Sampling
 
 LOAD = Load(24, 16, 4000.0, warm_s=1.0, measured_s=1.5, tool_s=0.02, leaves=8, roots=4)
@@ -17,7 +17,7 @@ LOAD = Load(24, 16, 4000.0, warm_s=1.0, measured_s=1.5, tool_s=0.02, leaves=8, r
 async def test_the_client_reads_from_the_stub_what_its_plan_says() -> None:
     plan = make_plan(LOAD)
     async with stub(plan) as (url, _):
-        client = EngineClient([url])
+        client = EnginePool([url])
         try:
             for seed in (3, 64 + 5):  # the second segment over the first one's connection
                 request = GenerateRequest(f"r{seed}", np.arange(9, dtype=np.int32), Sampling(500, seed=seed))

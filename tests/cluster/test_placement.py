@@ -26,9 +26,8 @@ def test_learner_and_rollout_on_nodes_of_their_own() -> None:
     assert [where[f"learner-{rank}"] for rank in range(16)] == [(0, 1)] * 8 + [(1, 1)] * 8
     assert where["engine-0"] == where["engine-1"] == (2, 4)
     assert {where[name][0] for name in ("rollout-0", "rollout-1", "tool-search", "tool-python")} == {2}
-    assert where["replay"] == (0, 0)
     assert spare_gpus(seats, nodes) == 0
-    assert by_node(seats, nodes)[0] == "node-0 [8/8 GPUs]: driver, learner ranks 0-7, 1 replay"
+    assert by_node(seats, nodes)[0] == "node-0 [8/8 GPUs]: driver, learner ranks 0-7"
 
 
 def test_without_gpus_the_ranks_are_spread_in_blocks() -> None:
@@ -85,7 +84,7 @@ def test_every_actor_has_one_seat_and_no_gpu_two_owners(
     names = [seat.actor for seat in seats]
     assert len(set(names)) == len(names)
     kinds = Counter(name.split("-")[0] for name in names)
-    assert kinds == {"learner": tp * dp, "engine": replicas, "rollout": workers, "tool": 2, "replay": 1}
+    assert kinds == {"learner": tp * dp, "engine": replicas, "rollout": workers, "tool": 2}
     used = Counter[int]()
     for seat in seats:
         used[seat.node] += seat.gpus

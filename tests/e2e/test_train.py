@@ -116,7 +116,6 @@ def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any])
         ("search server", lambda process: is_actor(process, "ToolActor") and not process.children()),
         ("python sandbox", lambda process: any("system.tools.sandbox" in word for word in process.cmdline())),
         ("engine", lambda process: is_actor(process, "EngineActor")),
-        ("replay queue", lambda process: is_actor(process, "ReplayActor")),
     ]
     for count, (name, wanted) in enumerate(victims):
         if count != 1:  # the worker comes back while its search server is away

@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-from engine_models import Served, TinyModel, make_model
+from engine_models import EngineClient, Served, TinyModel, make_model
 
 from system.config import EngineConfig
-from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
 from system.engine.sglang.server import SglangServer

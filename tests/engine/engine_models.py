@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from system.engine.client import EngineClient
+from system.engine.control import info
 from system.engine.embedded import EmbeddedEngine
-from system.engine.protocol import Chunk, GenerateRequest, Sampling
+from system.engine.pool import EnginePool
+from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
+from system.engine.weights.base import Buckets, Kv, PushReport, Transport
+from system.engine.weights.http import SafetensorsHttp
 
 torch.set_num_threads(1)
 
@@ -89,6 +93,51 @@ def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
     return TinyModel(path, hf)
 
 
+class EngineClient(EnginePool):
+    """A pool of servers, with what tests say to all of them besides."""
+
+    def __init__(self, urls: Sequence[str], *, transport: Transport | None = None, **settings: Any) -> None:
+        super().__init__(urls, **settings)
+        self.transport = transport or SafetensorsHttp()
+
+    async def post(self, path: str, **body: Any) -> None:
+        await asyncio.gather(*(self._http.post(url, path, body) for url in self.urls))
+
+    async def pause(self, mode: str = "retract") -> None:
+        await self.post("/pause_generation", mode=mode)
+
+    async def resume(self) -> None:
+        await self.post("/continue_generation")
+
+    async def abort(self, rid: str) -> None:
+        """End a request of this client that runs, as its server knows it."""
+        await self.post("/abort_request", rid=self._live[rid].wire_rid)
+
+    async def flush_cache(self) -> None:
+        await self.post("/flush_cache")
+
+    async def update_weights_from_disk(self, path: str, version: int, **more: Any) -> None:
+        await self.post("/update_weights_from_disk", model_path=path, weight_version=str(version), **more)
+
+    async def push_weights(self, buckets: Buckets, version: int, kv: Kv = "recompute") -> PushReport:
+        return await self.transport.push(self._http, self.urls, buckets, version, kv)
+
+    async def infos(self) -> list[EngineInfo]:
+        return list(await asyncio.gather(*(info(self._http, url) for url in self.urls)))
+
+    async def healthy(self, path: str = "/health") -> bool:
+        try:
+            await asyncio.gather(*(self._http.get(url, path, 20) for url in self.urls))
+        except EngineError:
+            return False
+        return True
+
+    async def wait_ready(self, deadline_s: float) -> None:
+        async with asyncio.timeout(deadline_s):
+            while not await self.healthy():  # noqa: ASYNC110 (a server's state)
+                await asyncio.sleep(0.1)
+
+
 @dataclass
 class Served:
     """A running server and a client of it."""
@@ -100,6 +149,10 @@ class Served:
     @property
     def url(self) -> str:
         return self.client.urls[0]
+
+    async def checksum(self) -> tuple[int, int]:
+        """(weight version, checksum of the weights held)."""
+        return await asyncio.to_thread(self.engine.checksum)
 
 
 async def collect(client: EngineClient, request: GenerateRequest) -> list[Chunk]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from system.engine.protocol import EngineInfo
-from system.engine.router import Placement, Routed, Router
+from system.engine.router import Assignment, Routed, Router
 
 
 @dataclass
@@ -103,7 +103,7 @@ def route_all(policy: str, seed: int) -> Outcome:
             tree, parent, prompt, children = value  # type: ignore[misc]
             number += 1
             rid = f"r{number}"
-            place: Placement = router.place(rid, prompt, now, tree=tree, parent=parent)
+            place: Assignment = router.place(rid, prompt, now, tree=tree, parent=parent)
             url = place.url
             if policy == "sticky":
                 url = homes.setdefault(tree, min(urls, key=lambda u: load[u]))

@@ -15,6 +15,7 @@ from engine_models import (
     TOLERANCE,
     VARIANTS,
     VOCAB,
+    EngineClient,
     Served,
     TinyModel,
     assert_exact,
@@ -27,7 +28,6 @@ from engine_models import (
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from system.config import EngineConfig
-from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
 
@@ -232,14 +232,14 @@ async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
     assert before.paused
     late = asyncio.create_task(collect(one.client, request("late", ids, 5)))
     await asyncio.sleep(0.1)
-    assert not await one.client.healthy(generate=True)
+    assert not await one.client.healthy("/health_generate")
     assert await one.client.healthy()
     after = (await one.client.infos())[0]
     assert after.counters["generated_tokens"] == before.counters["generated_tokens"] < 200
     await one.client.resume()
     assert_exact(one.model, ids, joined(await task))
     assert len(joined(await late).tokens) == 5
-    assert await one.client.healthy(generate=True)
+    assert await one.client.healthy("/health_generate")
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -300,19 +300,19 @@ async def test_keep_never_serves_old_keys_as_new(one: Served, tiny: Callable[...
 
 async def test_update_from_disk_and_checksum(one: Served, tiny: Callable[..., TinyModel]) -> None:
     new = tiny("qwen3", True, 1)
-    (before,) = await one.client.weights_checksum()
+    before = await one.checksum()
     await one.client.update_weights_from_disk(str(new.path), 4)
-    (after,) = await one.client.weights_checksum()
+    after = await one.checksum()
     assert (before[0], after[0]) == (0, 4)
     assert before[1] != after[1]
     assert_exact(new, prompt(9), joined(await collect(one.client, request("a", prompt(9)))))
     await one.client.push_weights([one.model.weights()], 5)
-    assert await one.client.weights_checksum() == [(5, before[1])]
+    assert await one.checksum() == (5, before[1])
 
 
 async def test_a_wrong_update_changes_nothing(one: Served, tiny: Callable[..., TinyModel]) -> None:
     good = tiny("qwen3", True, 1).weights()
-    before = await one.client.weights_checksum()
+    before = await one.checksum()
     bad: dict[str, dict[str, torch.Tensor]] = {
         "model.norm.weight: shape": {**good, "model.norm.weight": torch.zeros(7)},
         "model.layers.1.mlp.up_proj.weight: dtype": {
@@ -328,7 +328,7 @@ async def test_a_wrong_update_changes_nothing(one: Served, tiny: Callable[..., T
     for message, tensors in bad.items():
         with pytest.raises(EngineError, match=message):
             await one.client.push_weights([tensors], 9)
-    assert await one.client.weights_checksum() == before
+    assert await one.checksum() == before
     assert_exact(one.model, prompt(9), joined(await collect(one.client, request("a", prompt(9)))))
 
 

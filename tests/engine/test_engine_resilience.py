@@ -21,10 +21,19 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
-from engine_models import Served, TinyModel, assert_exact, collect, joined, prompt, request, text_of
+from engine_models import (
+    EngineClient,
+    Served,
+    TinyModel,
+    assert_exact,
+    collect,
+    joined,
+    prompt,
+    request,
+    text_of,
+)
 
 from system.config import EngineConfig
-from system.engine.client import EngineClient
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
 from system.engine.stream import CutGuard
@@ -376,7 +385,7 @@ async def test_a_duplicate_request_id_is_refused(one: Served) -> None:
 
 async def test_an_update_without_begin_is_refused(one: Served) -> None:
     with pytest.raises(EngineError, match="begin_weight_update"):
-        await one.client._all("/end_weight_update", {"weight_version": "1"})
+        await one.client.post("/end_weight_update", weight_version="1")
 
 
 async def test_listening_everywhere_must_be_said(tiny: Callable[..., TinyModel]) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from engine_models import TOLERANCE, VOCAB, TinyModel, log_p, make_tokenizer
+from engine_models import TOLERANCE, VOCAB, EngineClient, TinyModel, log_p, make_tokenizer
 from test_engine_replicas import server_process
 
 from system.config import RolloutConfig
-from system.engine.client import EngineClient
 from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from router_sim import SimServer, route_all, steady_state
 
 from system.engine.protocol import EngineInfo
-from system.engine.router import RETRY_S, Placement, Routed, Router
+from system.engine.router import RETRY_S, Assignment, Routed, Router
 
 A, B, C = "http://a", "http://b", "http://c"
 
 
-def serve(router: Router, place: Placement, tokens: int = 10, cached: int = 0, now: float = 0.0) -> None:
+def serve(router: Router, place: Assignment, tokens: int = 10, cached: int = 0, now: float = 0.0) -> None:
     """The whole life of a request: prefill 1000 tokens/s, decoding 100 tokens/s."""
     router.sent(place, now)
     first = now + (place.prompt - cached) / 1000
@@ -162,7 +162,7 @@ Step = tuple[str, int, int]
 def test_whatever_happens_the_books_balance(steps: list[Step], servers: int) -> None:
     urls = [f"http://s{i}" for i in range(servers)]
     router, now = Router(urls), 0.0
-    live: list[Placement] = []
+    live: list[Assignment] = []
     bad: dict[str, float] = {}  # failed, with the time; or paused for ever, until a report
     placed = 0
     for what, which, amount in steps:

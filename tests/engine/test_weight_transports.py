@@ -15,7 +15,6 @@ from aiohttp import web
 from safetensors.torch import load_file
 
 from system.config import ConfigError, EngineConfig, load
-from system.engine.client import EngineClient
 from system.engine.http import Http
 from system.engine.weights import PushFailed, choose, make
 from system.engine.weights.base import Kv
@@ -23,7 +22,7 @@ from system.engine.weights.digest import Digests, sha256_hash, word_hash
 from system.engine.weights.disk import INDEX, Disk
 from system.engine.weights.distributed import Distributed
 from system.engine.weights.layout import Fuser, ShardError
-from system.engine.weights.sglang import Server, SGLangTransport
+from system.engine.weights.sglang import PushTarget, SGLangTransport
 from system.engine.weights.tensor import SharedTensors, flatten, handles
 from system.models.shape import ModelShape
 
@@ -214,7 +213,7 @@ async def test_disk_leaves_a_complete_directory_and_no_older_one(tmp_path: Path)
     weights = counted(model)
     names = list(weights)
     disk = Disk(tmp_path / "out")
-    server = Server("http://127.0.0.1:1", 1, "cpu", "", Http(), 1.0)
+    server = PushTarget("http://127.0.0.1:1", 1, "cpu", "", Http())
     for _ in range(3):
         for i in range(2):
             disk.stage({name: weights[name] for name in names[i::2]})
@@ -268,12 +267,12 @@ class FakeServer:
 async def push(tmp_path: Path, server: FakeServer, *others: str, kv: Kv = "recompute") -> None:
     model = ModelShape.from_directory(tmp_path)
     transport = SGLangTransport(SharedTensors(), model, torch.float32)
-    client = EngineClient([server.url, *others], transport=transport, connect_s=1)
+    http = Http(connect_s=1)
     weights = counted(model)
     try:
-        await client.push_weights([{name: weights[name]} for name in weights], 3, kv=kv)
+        await transport.push(http, [server.url, *others], [{name: weights[name]} for name in weights], 3, kv)
     finally:
-        await client.close()
+        await http.close()
 
 
 def held(model: ModelShape, tp: int = 1) -> Digests:

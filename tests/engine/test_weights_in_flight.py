@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_models import TOLERANCE, TinyModel, assert_exact, collect, joined, log_p, prompt, request
+from engine_models import (
+    TOLERANCE,
+    EngineClient,
+    TinyModel,
+    assert_exact,
+    collect,
+    joined,
+    log_p,
+    prompt,
+    request,
+)
 
 from system.config import EngineConfig
-from system.engine.client import EngineClient
 from system.engine.protocol import Chunk
 from system.engine.weights import PushFailed, make
 from system.engine.weights.base import Bucket

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import collect, joined, make_tokenizer, prompt, request
+from engine_models import EngineClient, collect, joined, make_tokenizer, prompt, request
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from system.config import EngineConfig
-from system.engine.client import EngineClient
 from system.engine.sglang.command import interpreter, server_command
 from system.engine.sglang.server import SglangServer
 from system.engine.weights import make

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from flow_trees import in_flight
+from flow_trees import tree as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.flow.admission import Admission
-from system.flow.ledger import Ledger, State
-from system.flow.replay import Entry, ReplayQueue
+from system.flow.ledger import Ledger, State, Ticket
+from system.flow.replay import ReplayQueue, TreeInFlight
 
 LEAVES = 4  # n: leaves per tree
 
 
 @dataclass
 class Growing:
-    number: int
-    version: int
+    ticket: Ticket
     ahead: int  # trees not yet trained on when it started
 
 
@@ -31,13 +33,13 @@ class Loop:
         window: int,
         batch: int,
         concurrency: int,
-        max_staleness: int,
+        max_staleness: int | None,
         fail: float,
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.fail = fail
         self.admission = Admission(batch * LEAVES, staleness, concurrency)
-        self.replay: ReplayQueue[Growing] = ReplayQueue(batch, window, max_staleness)
+        self.replay: ReplayQueue[None] = ReplayQueue(batch, window, max_staleness)
         self.ledger = Ledger([f"q{i}" for i in range(50)], seed=0, max_attempts=3)
         self.growing: list[Growing] = []
         self.training: tuple[int, ...] | None = None
@@ -52,9 +54,9 @@ class Loop:
         if not self.admission.may_start(self.version):
             return False
         self.admission.start(LEAVES)
-        ticket = self.ledger.next()
+        ticket = self.ledger.next(self.version)
         outstanding = len(self.growing) + len(self.replay) + len(self.training or ())
-        self.growing.append(Growing(ticket.number, self.version, outstanding))
+        self.growing.append(Growing(ticket, outstanding))
         self.starts[self.version] = self.starts.get(self.version, 0) + 1
         return True
 
@@ -62,35 +64,37 @@ class Loop:
         tree = self.growing.pop(which)
         if self.rng.random() < self.fail:
             self.admission.finish(LEAVES, kept_leaves=0)
-            self.replay.skip(tree.number)
-            self.ledger.retry(tree.number, "engine")
+            self.replay.skip(tree.ticket.number)
+            self.ledger.retry(tree.ticket.number, "engine")
             return
         self.admission.finish(
             LEAVES, kept_leaves=int(self.rng.integers(2, LEAVES + 1))
         )  # some leaves unscored
-        self.replay.put(Entry(tree.number, tree.version, tree, LEAVES))
-        self.ledger.queue(tree.number)
+        self.replay.put(in_flight(tree.ticket))
+        self.ledger.queue(tree.ticket.number)
 
     def take(self) -> bool:
         """A batch for the learner, if it is free and one is ready."""
         if self.training is not None:
             return False
-        batch, evicted = self.replay.take(self.version)
-        for eviction in evicted:
-            assert eviction.reason == "stale"
-            assert self.version - eviction.entry.version > self.replay.max_staleness
+        evicted = self.replay.evict(self.version)
+        for tree in evicted:
+            assert self.replay.max_staleness is not None
+            assert self.version - tree.ticket.start_version > self.replay.max_staleness
             self.evicted += 1
-            self.admission.evict(eviction.entry.leaves)
-            self.ledger.retry(eviction.entry.number, eviction.reason)
+            self.admission.evict(LEAVES)
+            self.ledger.retry(tree.ticket.number, "stale")
+        batch = self.replay.take()
         if batch is None:
             return bool(evicted)
-        numbers = [e.number for e in batch]
+        numbers = [tree.ticket.number for tree in batch]
         assert numbers == sorted(numbers)
         assert len(numbers) == self.replay.batch_trees
         for tree in self.growing:
-            younger = sum(n > tree.number for n in numbers)
-            self.overtaken[tree.number] = self.overtaken.get(tree.number, 0) + younger
-        self.lag += [self.version - e.version for e in batch]
+            number = tree.ticket.number
+            younger = sum(n > number for n in numbers)
+            self.overtaken[number] = self.overtaken.get(number, 0) + younger
+        self.lag += [self.version - tree.ticket.start_version for tree in batch]
         self.training = tuple(numbers)
         self.ledger.train(numbers, self.version + 1)
         return True
@@ -134,11 +138,19 @@ def _settings() -> dict[str, st.SearchStrategy]:
 
 
 @settings(max_examples=150)
-@given(**_settings())
+@given(**_settings(), bounded=st.booleans())
 def test_the_loop_never_deadlocks_and_staleness_is_bounded(
-    seed: int, staleness: int, window: int, batch: int, concurrency: int, fail: float, cruel: bool
+    seed: int,
+    staleness: int,
+    window: int,
+    batch: int,
+    concurrency: int,
+    fail: float,
+    cruel: bool,
+    bounded: bool,
 ) -> None:
-    loop = Loop(seed, staleness, window, batch, concurrency, staleness + window, fail)
+    limit = staleness + window if bounded else None  # a limit that nothing reaches, or none
+    loop = Loop(seed, staleness, window, batch, concurrency, limit, fail)
     for _ in range(400):
         loop.step(cruel)
         assert loop.admission.reserved == LEAVES * len(loop.growing)
@@ -173,7 +185,6 @@ def test_a_tighter_limit_evicts_with_a_reason_and_still_makes_progress(
         loop.step(cruel)
     assert loop.version > 0
     assert max(loop.lag) <= limit
-    assert loop.replay.dropped == ({"stale": loop.evicted} if loop.evicted else {})
     assert loop.ledger.reasons().get("stale", 0) == loop.evicted
 
 
@@ -201,46 +212,56 @@ def test_in_order_closing_keeps_staleness_within_eta() -> None:
     assert max(loop.lag) == 2  # the bound is met, not merely kept
 
 
+def numbers(batch: Sequence[TreeInFlight[None]] | None) -> list[int] | None:
+    return None if batch is None else [tree.ticket.number for tree in batch]
+
+
 def test_a_straggler_is_overtaken_by_a_window_of_batches_and_then_waited_for() -> None:
-    queue: ReplayQueue[str] = ReplayQueue(batch_trees=2, window=2, max_staleness=9)
+    queue: ReplayQueue[None] = ReplayQueue(batch_trees=2, window=2)
     for number in range(1, 9):  # number 0 is still growing
-        queue.put(Entry(number, 0, "tree"))
+        queue.put(make(number))
     assert queue.ready == 3  # numbers 1, 2, 3 of the four in the window
-    assert [e.number for e in queue.take(0).batch or ()] == [1, 2]
-    assert queue.take(0).batch is None
+    assert numbers(queue.take()) == [1, 2]
+    assert queue.take() is None
     assert (queue.oldest_growing, len(queue)) == (0, 6)
-    queue.put(Entry(0, 0, "late"))
-    assert [e.number for e in queue.take(0).batch or ()] == [0, 3]
+    queue.put(make(0))
+    assert numbers(queue.take()) == [0, 3]
     assert queue.oldest_growing == 9
 
 
 def test_a_failed_tree_is_not_waited_for() -> None:
-    queue: ReplayQueue[str] = ReplayQueue(batch_trees=2, window=1, max_staleness=9, first=10)
+    queue: ReplayQueue[None] = ReplayQueue(batch_trees=2, window=1, first=10)
     for number in (11, 12, 13):
-        queue.put(Entry(number, 0, "tree"))
-    assert queue.take(0).batch is None
+        queue.put(make(number))
+    assert queue.take() is None
     queue.skip(10)
-    assert [e.number for e in queue.take(0).batch or ()] == [11, 12]
+    assert numbers(queue.take()) == [11, 12]
 
 
-def test_evictions_are_returned_and_counted_even_without_a_batch() -> None:
-    queue: ReplayQueue[str] = ReplayQueue(batch_trees=3, window=1, max_staleness=1)
-    for number, version in enumerate((0, 2)):
-        queue.put(Entry(number, version, f"tree {number}"))
-    batch, evicted = queue.take(2)
-    assert batch is None
-    assert [(e.entry.item, e.reason) for e in evicted] == [("tree 0", "stale")]
-    assert [e.entry.item for e in queue.drain("shutdown")] == ["tree 1"]
-    assert queue.dropped == {"stale": 1, "shutdown": 1}
-    assert len(queue) == 0
+def test_stale_trees_are_evicted_even_without_a_batch() -> None:
+    queue: ReplayQueue[None] = ReplayQueue(batch_trees=3, window=1, max_staleness=1)
+    for number, version in ((1, 0), (2, 2), (0, 0)):
+        queue.put(make(number, version))
+    assert numbers(queue.evict(1)) == []
+    assert numbers(queue.evict(2)) == [0, 1]
+    assert queue.take() is None
+    assert numbers(list(queue)) == [2]
+
+
+def test_a_batch_can_be_put_back() -> None:
+    queue: ReplayQueue[None] = ReplayQueue(batch_trees=2, window=1)
+    for number in range(3):
+        queue.put(make(number))
+    batch = queue.take()
+    assert batch is not None
+    queue.put_back(batch[1:])  # the first is gone
+    assert numbers(queue.take()) == [1, 2]
 
 
 def test_a_number_arrives_once() -> None:
-    queue: ReplayQueue[str] = ReplayQueue(1, 1, 0)
-    queue.put(Entry(1, 0, "tree"))
-    assert [queue.seen(number) for number in range(3)] == [False, True, False]
+    queue: ReplayQueue[None] = ReplayQueue(1, 1)
+    queue.put(make(1))
     queue.skip(0)
-    assert [queue.seen(number) for number in range(3)] == [True, True, False]
     for number in (0, 1):
         with pytest.raises(ValueError, match="already"):
             queue.skip(number)

@@ -63,8 +63,8 @@ def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
     export = Export(trainer.model, trainer.layout, 1 << 20)
     gradients = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
     named: dict[str, np.ndarray] = {}
-    for place in (place for bucket in export.plan for place in bucket):
-        full = export.gather(place, gradients.get(place.key))
+    for mapped in (mapped for bucket in export.plan for mapped in bucket):
+        full = export.gather(mapped, gradients.get(mapped.key))
         named |= {name: tensor.numpy() for name, tensor in full.items()}
     return named
 

@@ -24,7 +24,7 @@ from learner_reference import (
 )
 from test_learner_equality import open_trainer
 
-from system.config import ConfigError
+from system.config import ConfigError, PartConfig
 from system.learn.parallel import check
 from system.tree.record import Kind
 
@@ -106,6 +106,37 @@ def test_checkpoint_resumes_exactly_and_under_another_layout(
     for name, value in went_on["restarted"].items():
         np.testing.assert_array_equal(same["restarted"][name], value, err_msg=name)
         np.testing.assert_allclose(other["restarted"][name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+def credit_state_case(place: Place, model: str, path: str) -> dict[str, Any]:
+    config = learner_config(tp=2, **STEP)
+    config.learn.credit = PartConfig("test_batch:Running")
+    trainer = open_trainer(place, config, model)
+    try:
+        train(trainer, make_trees(4))
+        trainer.save(path, {"version": 1})
+        saved = trainer.planner.credit.state_dict()
+        train(trainer, make_trees(5))
+        moved = trainer.planner.credit.state_dict()
+        extra = trainer.load(path)
+        return {
+            "saved": saved,
+            "moved": moved,
+            "loaded": trainer.planner.credit.state_dict(),
+            "extra": extra,
+        }
+    finally:
+        trainer.close()
+
+
+def test_a_checkpoint_keeps_the_credits_state(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    results = ranks.run(credit_state_case, world=2, model=tiny_model(), path=str(tmp_path / "checkpoint"))
+    assert results[0] == results[1]
+    for result in results:
+        assert result["loaded"] == result["saved"] != result["moved"]
+        assert result["extra"] == {"version": 1}
 
 
 def broken_case(place: Place, model: str, path: str) -> str:

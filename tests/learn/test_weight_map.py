@@ -48,17 +48,17 @@ def test_the_ranks_together_hold_every_element_once(shape: dict[str, Any], tp: i
     where = weight_map(shape, tp, pp)
     seen: dict[str, list[tuple[int, int, int, int]]] = {}  # name -> boxes (row, rows, column, columns)
     shapes: dict[str, tuple[int, ...]] = {}
-    for place in where.places():
-        assert place.shapes.keys().isdisjoint(shapes)
-        shapes |= place.shapes
-        for rank in [0] if place.replicated else range(tp):
-            width = (*where.shard_shape(place), 1)[1]
+    for mapped in where.parameters():
+        assert mapped.shapes.keys().isdisjoint(shapes)
+        shapes |= mapped.shapes
+        for rank in [0] if mapped.replicated else range(tp):
+            width = (*where.shard_shape(mapped), 1)[1]
             end = 0
-            for run in where.runs(place, rank):
-                assert run.start == end  # the parameter's rows, one after the other
-                end += run.rows
-                seen.setdefault(run.name, []).append((run.row, run.rows, run.column, width))
-            assert end == where.shard_shape(place)[0] or place.split == "vocabulary"  # the rest pads it
+            for block in where.blocks(mapped, rank):
+                assert block.start == end  # the parameter's rows, one after the other
+                end += block.rows
+                seen.setdefault(block.name, []).append((block.row, block.rows, block.column, width))
+            assert end == where.shard_shape(mapped)[0] or mapped.split == "vocabulary"  # the rest pads it
     for name, full in shapes.items():
         rows, columns = (*full, 1)[:2]
         boxes = seen[name]
@@ -69,9 +69,9 @@ def test_the_ranks_together_hold_every_element_once(shape: dict[str, Any], tp: i
 
 def test_a_rank_of_a_32b_model_reads_its_share() -> None:
     where = weight_map(QWEN3_32B, tp=8, pp=4)
-    total = sum(place.numel for place in where.places())
+    total = sum(mapped.numel for mapped in where.parameters())
     assert total == 32_762_123_264  # as published
     held = [0] * 4
-    for place in where.places():
-        held[place.stage] += math.prod(where.shard_shape(place))
+    for mapped in where.parameters():
+        held[mapped.stage] += math.prod(where.shard_shape(mapped))
     assert max(held) < total / 32 * 1.05  # the ends of the pipeline hold the embedding and the head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
+from system.tree.stats import TreeStats
 
 NAN = float("nan")
 
@@ -52,10 +53,10 @@ def make_tree(
     )
 
 
-def single(prompt_id: str, correct: int, task: str = "calc") -> Tree:
-    """One prompt, one answer, as an evaluation grows them; ``correct`` -1 is an answer that never came."""
+def single(prompt_id: str, correct: int, task: str = "calc") -> TreeStats:
+    """Of one prompt, one answer, as an evaluation grows them; ``correct`` -1 is an answer that never came."""
     reward = NAN if correct < 0 else float(correct)
-    return Tree(
+    tree = Tree(
         prompt_id=prompt_id,
         task=task,
         tokens=np.array([1, 2, 3, 4, 5], np.int32),
@@ -72,3 +73,4 @@ def single(prompt_id: str, correct: int, task: str = "calc") -> Tree:
         origin=np.array([Origin.ROOT], np.int8),
         budget=1,
     )
+    return TreeStats.of(tree)

@@ -148,8 +148,8 @@ def test_nothing_gives_nothing():
 
 
 def test_evaluation_by_kind_counts_the_unanswered_as_wrong():
-    trees = [single("a", 1), single("b", 0), single("c", -1), make_tree("d", (1.0, 0.0, NAN))]
-    result = EvalResult.of(trees)
+    stats = [single("a", 1), single("b", 0), single("c", -1), TreeStats.of(make_tree("d", (1.0, 0.0, NAN)))]
+    result = EvalResult.of(stats)
     assert result.total.questions == 4
     assert result.accuracy == pytest.approx((1 + 0 + 0 + 1 / 3) / 4)
     assert result.kinds["calc"].accuracy == pytest.approx(1 / 3)

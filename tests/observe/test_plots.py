@@ -13,13 +13,14 @@ from system.observe.eval import EvalResult
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.observe.sinks import JsonlSink
+from system.tree.stats import TreeStats
 
 
 def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
     recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
     recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
     for step in range(1, steps + 1):
-        tree = make_tree(str(step), (1.0, 0.0, 0.5), version=step)
+        tree = TreeStats.of(make_tree(str(step), (1.0, 0.0, 0.5), version=step))
         recorder.tree_closed(tree, step)
         recorder.idle_total("learner", "trees", 0.1 * step)
         recorder.train_step(step, step, [tree], {"loss": float("nan") if step == 2 else 1.0}, [step % 3])

@@ -13,6 +13,7 @@ from system.observe.eval import EvalResult
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
 from system.observe.sinks import JsonlSink, history, series
+from system.tree.stats import TreeStats
 
 
 class Clock:
@@ -55,7 +56,7 @@ def recorder(run_dir: RunDir, config: Config, sink: MemorySink, clock: Clock) ->
 def run_two_steps(recorder: Recorder, clock: Clock) -> None:
     recorder.evaluated(0, EvalResult.of([single("a", 0), single("b", 1)]), "before")
     for step in (1, 2):
-        trees = [make_tree(f"{step}-{i}", (1.0, 0.0, 0.5), version=step - i) for i in range(2)]
+        trees = [TreeStats.of(make_tree(f"{step}-{i}", (1.0, 0.0, 0.5), version=step - i)) for i in range(2)]
         for tree in trees:
             recorder.tree_closed(tree, version_now=step)
         clock.now += 10
@@ -161,7 +162,7 @@ def test_totals_survive_a_resume_through_json(
     second.restore(state)
     assert second.summary() == recorder.summary()
     clock.now += 5
-    second.train_step(3, 3, [make_tree(reward=(1.0, 0.0, 0.5))], {}, [4])
+    second.train_step(3, 3, [TreeStats.of(make_tree(reward=(1.0, 0.0, 0.5)))], {}, [4])
     summary = second.summary()
     assert (summary["wall_s"], summary["versions"], summary["staleness"]["max"]) == (25, 3, 4)
     assert summary["tokens"]["trained"] == 5 * 16
@@ -209,7 +210,7 @@ def test_rates_and_shares_count_since_training_began(recorder: Recorder, clock: 
     clock.now += 10
     recorder.idle_total("engine", "waiting", 92.0)
     recorder.idle_total("learner", "no batch", 4.0)
-    recorder.tree_closed(make_tree(), 0)
+    recorder.tree_closed(TreeStats.of(make_tree()), 0)
     status, generated = recorder.status(), recorder.summary()["tokens"]["generated"]
     assert status.generated_per_s == generated / 10
     assert status.idle == {"engine": 0.2, "learner": 0.4}
@@ -264,7 +265,7 @@ def test_settled_accuracy_waits_for_a_full_window(run_dir: RunDir, config: Confi
     recorder = Recorder(run_dir, config, [])
     for i in range(8):
         assert math.isnan(recorder.settled_accuracy)
-        recorder.tree_closed(make_tree(str(i), (1.0, 0.0, NAN)), 3)
+        recorder.tree_closed(TreeStats.of(make_tree(str(i), (1.0, 0.0, NAN))), 3)
     assert recorder.settled_accuracy == 0.5
 
 

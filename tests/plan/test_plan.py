@@ -9,7 +9,7 @@ import pytest
 from actors.cli.main import main
 from system.config import Config, ConfigError, ModelConfig, load
 from system.models.known import KNOWN, shape_of
-from system.plan import Workload, plan, text
+from system.plan import AgentWorkload, plan, text
 from system.plan.hardware import GIB, GPUS
 from system.plan.memory import (
     EngineLayout,
@@ -167,14 +167,19 @@ def test_what_does_not_fit_says_why_and_how_to_mend_it() -> None:
 @pytest.mark.parametrize(
     ("gpus", "overrides", "work", "bottleneck"),
     [
-        (5, ["rollout.concurrency=16"], Workload(response_tokens=4000), "generation"),
-        (36, [], Workload(response_tokens=4000, prompt_tokens=8000, shared=0.0), "training"),
-        (8, [], Workload(response_tokens=300, tool_s=60.0), "tool latency"),
-        (5, ["engine.max_context=40000"], Workload(prompt_tokens=20_000, response_tokens=4000), "KV cache"),
+        (5, ["rollout.concurrency=16"], AgentWorkload(response_tokens=4000), "generation"),
+        (36, [], AgentWorkload(response_tokens=4000, prompt_tokens=8000, shared=0.0), "training"),
+        (8, [], AgentWorkload(response_tokens=300, tool_s=60.0), "tool latency"),
+        (
+            5,
+            ["engine.max_context=40000"],
+            AgentWorkload(prompt_tokens=20_000, response_tokens=4000),
+            "KV cache",
+        ),
     ],
 )
 def test_the_bottleneck_is_named_by_its_cause(
-    gpus: int, overrides: list[str], work: Workload, bottleneck: str
+    gpus: int, overrides: list[str], work: AgentWorkload, bottleneck: str
 ) -> None:
     assert plan(config(*overrides), gpus=gpus, workload=work).forecast.bottleneck == bottleneck
 

@@ -124,9 +124,6 @@ class ScriptedEngine:
             self.running -= 1
             self.closed_early += not finished
 
-    async def abort(self, rid: str) -> None:
-        raise AssertionError("closing the stream is how a rollout aborts")
-
 
 Answer = Callable[[str, Mapping[str, Any]], tuple[float, ToolOutcome]]
 

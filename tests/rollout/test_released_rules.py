@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from system.bench.latency import ToolLatency
-from system.bench.schedules import RELEASED, Mode, World, agent, grow
-from system.tree.record import Origin
+from system.bench.baselines import WAYS
+from system.bench.schedules import RELEASED, Scenario, agent, grow
+from system.twin.dist import ToolLatency
 
 LEAVES, ROOTS, LIMIT = 16, 8, 3
 Key = tuple[int, ...]
@@ -63,11 +63,12 @@ def released_rules(calls: Callable[[Key], bool], forks: Callable[[Key], bool], r
 def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
     """Every tree, on the same draws: the same forks, top-ups, rounds and calls."""
     habits = agent(p_call, tokens=20, sigma=0.0)
-    world = World(habits, ToolLatency(1.0, 1.0), LEAVES, ROOTS, LIMIT, trees=1)
+    scenario = Scenario(habits, ToolLatency(1.0, 1.0), LEAVES, ROOTS, LIMIT, trees=1)
     for seed in range(15):
+        tree_seed = int(np.random.SeedSequence((seed, 0)).generate_state(1)[0])  # as the training loop does
         streams: dict[Key, tuple[np.random.Generator, np.random.Generator]] = {}
 
-        def draws(key: Key, seed: int = seed, streams=streams) -> tuple[np.random.Generator, ...]:
+        def draws(key: Key, seed: int = tree_seed, streams=streams) -> tuple[np.random.Generator, ...]:
             if key not in streams:  # as the rollout makes them: decisions, then sampling seeds
                 made = (np.random.SeedSequence([seed, i], spawn_key=key) for i in (0, 1))
                 first, second = map(np.random.default_rng, made)
@@ -78,11 +79,11 @@ def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
             calls=lambda key: habits.speak(int(draws(key)[1].integers(2**31)), "", ()).call > 0,
             forks=lambda key: draws(key)[0].random() <= 0.5,
         )
-        ours = grow(world, Mode("", "lockstep", "arpo-release", 0), 1, seed)
-        found = Tally(
-            int(ours.origins(Origin.FORK)), int(ours.origins(Origin.TOP_UP)), ours.rounds, ours.tool_calls
+        ours = grow(scenario, WAYS["lockstep"], 1, seed)
+        tree = ours.result  # its only one
+        assert expected == Tally(
+            int(tree.forks_per_tree), int(tree.top_ups_per_tree), ours.rounds, int(tree.calls_per_tree)
         )
-        assert found == expected
 
 
 @pytest.mark.parametrize("p_call", RELEASED)

@@ -92,9 +92,6 @@ class PositionEngine:
     def _draw(seed: int | None, position: int, what: str) -> float:
         return zlib.crc32(f"{seed}/{position}/{what}".encode()) / 2**32
 
-    async def abort(self, rid: str) -> None:
-        raise AssertionError("closing the stream is how a rollout aborts")
-
 
 def world(policy: Policy, call: float = 0.06, end: float = 0.02, **config: Any) -> World:
     made = make_world(
@@ -209,8 +206,6 @@ class HangingEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         await asyncio.Event().wait()
         yield Chunk(*[np.zeros(0)] * 4)
-
-    async def abort(self, rid: str) -> None: ...
 
 
 def test_what_is_no_snapshot_is_refused() -> None:

@@ -48,9 +48,6 @@ class Replay:
             Finish("stop", stopped_by),
         )
 
-    async def abort(self, rid: str) -> None:
-        return None
-
 
 async def test_demonstrations_are_token_for_token_what_the_grower_makes():
     """Real search server, real sandbox, real syntax: every demonstration replayed comes out as its tree."""

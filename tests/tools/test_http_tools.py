@@ -11,10 +11,11 @@ import pytest_asyncio
 from aiohttp import web
 
 from system.config import ToolsConfig
-from system.tools.http_tools import HttpClient, SearchTool
+from system.http import HttpClient
+from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
-from system.tools.serving import Server, serve
+from system.tools.serving import AppServer, serve
 
 FAST = ServiceLimits(deadline_s=20.0, backoff_s=0.02)
 ANY = CallContext()
@@ -101,7 +102,7 @@ async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:
     limits = ServiceLimits(deadline_s=10, retries=6, backoff_s=0.05)
     client = HttpClient()
     tools = ToolService([SearchTool(first.url, http=client)], limits, http=client)
-    second: Server | None = None
+    second: AppServer | None = None
     try:
         assert (await tools.call("search", {"query": "a"}, ANY)).status is ToolStatus.OK
         await first.close()

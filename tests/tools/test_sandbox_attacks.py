@@ -17,7 +17,8 @@ import pytest
 from polling import eventually
 
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox.sandbox import Sandbox, SandboxResult
+from system.tools.sandbox.result import SandboxResult
+from system.tools.sandbox.sandbox import Sandbox
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -16,7 +16,8 @@ import pytest
 import pytest_asyncio
 
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox.sandbox import Sandbox, SandboxResult, SandboxUnavailable
+from system.tools.sandbox.result import SandboxResult
+from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 
 
 @pytest_asyncio.fixture(params=[True, False], ids=["namespaces", "landlock"])

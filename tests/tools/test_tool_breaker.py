@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from system.tools.breaker import CircuitBreaker, State
+from system.tools.breaker import BreakerState, CircuitBreaker
 
 
 class Clock:
@@ -34,9 +34,9 @@ def test_opens_after_failures_in_a_row(breaker: CircuitBreaker) -> None:
     breaker.success()
     breaker.failure()
     breaker.failure()
-    assert breaker.state is State.CLOSED
+    assert breaker.state is BreakerState.CLOSED
     breaker.failure()
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert not breaker.allow()
 
 
@@ -46,10 +46,10 @@ def test_one_call_tries_after_the_pause(breaker: CircuitBreaker, clock: Clock) -
     assert not breaker.allow()
     clock.now = 1.0
     assert breaker.allow()
-    assert breaker.state is State.HALF_OPEN
+    assert breaker.state is BreakerState.HALF_OPEN
     assert not breaker.allow()
     breaker.success()
-    assert breaker.state is State.CLOSED
+    assert breaker.state is BreakerState.CLOSED
     assert breaker.allow()
 
 
@@ -76,7 +76,7 @@ def test_a_try_that_is_cancelled_lets_another_try(breaker: CircuitBreaker, clock
     clock.now = 1.0
     assert breaker.allow()
     breaker.abandon()
-    assert breaker.state is State.OPEN
+    assert breaker.state is BreakerState.OPEN
     assert breaker.allow()
 
 

@@ -22,7 +22,7 @@ from system.tools import python_server, search_server
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.search_index import Document, SearchIndex, write_corpus
 from system.tools.service import build_tools
-from system.tools.serving import Server, serve
+from system.tools.serving import AppServer, serve
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
@@ -32,14 +32,14 @@ DOCUMENTS = [
 
 
 @pytest_asyncio.fixture
-async def search() -> AsyncIterator[Server]:
+async def search() -> AsyncIterator[AppServer]:
     server = await serve(search_server.create_app(SearchIndex.build(DOCUMENTS)))
     yield server
     await server.close()
 
 
 @pytest_asyncio.fixture
-async def python() -> AsyncIterator[Server]:
+async def python() -> AsyncIterator[AppServer]:
     server = await serve(python_server.create_app())
     yield server
     await server.close()
@@ -57,7 +57,7 @@ async def get(url: str) -> dict[str, Any]:
         return await response.json()
 
 
-async def test_search(search: Server) -> None:
+async def test_search(search: AppServer) -> None:
     status, text = await post(f"{search.url}/search", {"query": "capital of France", "top_k": 1})
     (result,) = json.loads(text)["results"]
     assert status == 200
@@ -70,7 +70,7 @@ async def test_search(search: Server) -> None:
     assert (await get(f"{search.url}/health"))["documents"] == 2
 
 
-async def test_python(python: Server) -> None:
+async def test_python(python: AppServer) -> None:
     status, text = await post(f"{python.url}/run", {"code": "print(1)\n2"})
     reply = json.loads(text)
     assert (status, reply["status"], reply["text"], reply["exit_code"]) == (200, "ok", "1\n2", 0)
@@ -93,18 +93,18 @@ async def test_python(python: Server) -> None:
         ({"json": {"code": "#" * (3 << 20)}}, 413),
     ],
 )
-async def test_python_refuses_malformed_requests(python: Server, options: dict, expected: int) -> None:
+async def test_python_refuses_malformed_requests(python: AppServer, options: dict, expected: int) -> None:
     assert (await post(f"{python.url}/run", **options))[0] == expected
 
 
 @pytest.mark.parametrize(
     "body", [{}, {"query": 1}, {"query": "x", "top_k": 0}, {"query": "x", "top_k": True}]
 )
-async def test_search_refuses_malformed_requests(search: Server, body: dict) -> None:
+async def test_search_refuses_malformed_requests(search: AppServer, body: dict) -> None:
     assert (await post(f"{search.url}/search", body))[0] == 400
 
 
-async def test_a_client_that_goes_away_ends_its_program(python: Server) -> None:
+async def test_a_client_that_goes_away_ends_its_program(python: AppServer) -> None:
     pid = (await get(f"{python.url}/health"))["pid"]
     children = Path(f"/proc/{pid}/task/{pid}/children")
     call = asyncio.ensure_future(post(f"{python.url}/run", {"code": "import time\ntime.sleep(9)"}))
@@ -114,7 +114,7 @@ async def test_a_client_that_goes_away_ends_its_program(python: Server) -> None:
     await eventually(lambda: not children.read_text(), 2, "its program still runs")
 
 
-async def test_the_built_tools_end_to_end(search: Server, python: Server) -> None:
+async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) -> None:
     config = ToolsConfig(search_top_k=2)
     tools = build_tools(config, {"search": search.url, "python": python.url})
     try:
@@ -133,7 +133,7 @@ async def test_the_built_tools_end_to_end(search: Server, python: Server) -> Non
         await tools.close()
 
 
-async def test_search_results_as_bare_text(search: Server) -> None:
+async def test_search_results_as_bare_text(search: AppServer) -> None:
     config = ToolsConfig(names=["search"], search_top_k=2)
     tools = build_tools(config, {"search": search.url}, passage="{text}", separator=" ")
     try:

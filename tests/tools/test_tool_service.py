@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from system.config import ToolsConfig
+from system.config import Config, ToolsConfig
+from system.observe.recorder import Recorder
+from system.observe.rundir import RunDir
+from system.observe.sinks import JsonlSink
 from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
@@ -234,7 +239,7 @@ async def test_retries_then_succeeds() -> None:
     tools = service(tool, retries=2)
     outcome = await call(tools)
     assert (outcome.status, outcome.attempts, tool.runs) == (ToolStatus.OK, 3, 3)
-    assert tools.stats()["scripted"]["retries"] == 2
+    assert tools.counters["tools/scripted/retries"] == 2
 
 
 @virtual
@@ -269,7 +274,7 @@ async def test_breaker_opens_refuses_tries_and_closes() -> None:
     tools = service(tool, retries=0, breaker_threshold=3, breaker_pause_s=0.1)
     for _ in range(3):
         assert (await call(tools)).status is ToolStatus.UNAVAILABLE
-    assert tools.stats()["scripted"]["breaker"] == "open"
+    assert tools._guarded["scripted"].breaker.state == "open"
     refused = await call(tools)
     assert (refused.status, refused.detail, refused.attempts) == (ToolStatus.UNAVAILABLE, "circuit open", 0)
     assert tool.runs == 3
@@ -279,7 +284,7 @@ async def test_breaker_opens_refuses_tries_and_closes() -> None:
     assert (await call(tools)).detail == "circuit open"
     await asyncio.sleep(0.12)
     assert (await call(tools)).status is ToolStatus.OK
-    assert tools.stats()["scripted"]["breaker"] == "closed"
+    assert tools._guarded["scripted"].breaker.state == "closed"
 
 
 @virtual
@@ -291,7 +296,7 @@ async def test_a_cancelled_try_does_not_keep_the_breaker_half_open() -> None:
     tool.step = sleeping(60)
     attempt = asyncio.ensure_future(call(tools))
     await asyncio.sleep(0.02)
-    assert tools.stats()["scripted"]["breaker"] == "half-open"
+    assert tools._guarded["scripted"].breaker.state == "half-open"
     attempt.cancel()
     await asyncio.gather(attempt, return_exceptions=True)
     tool.step = sleeping(0)
@@ -310,7 +315,7 @@ async def test_pure_results_are_cached_impure_ones_not() -> None:
         assert (first.text, first.cached) == ("answer 1", False)
         assert (second.text, second.cached) == ("answer 1", pure)
         assert tool.runs == runs
-        assert tools.stats()["scripted"]["cache_hits"] == int(pure)
+        assert tools.counters["tools/scripted/cache_hits"] == int(pure)
 
 
 @virtual
@@ -347,7 +352,7 @@ async def test_equal_calls_in_flight_share_one_run() -> None:
     outcomes = await asyncio.gather(*(call(tools, i % 2) for i in range(20)))
     assert tool.runs == 2
     assert {outcome.text for outcome in outcomes} == {"answer 0", "answer 1"}
-    assert tools.stats()["scripted"]["joined"] == 18
+    assert tools.counters["tools/scripted/joins"] == 18
 
 
 @virtual
@@ -407,7 +412,7 @@ async def test_cancelling_a_call_cancels_its_run_and_frees_its_slot() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (tool.cancelled, tools.stats()["scripted"]["in_flight"]) == (1, 0)
+    assert (tool.cancelled, tool.now) == (1, 0)
     tool.step = sleeping(0)
     assert (await call(tools)).status is ToolStatus.OK
 
@@ -428,24 +433,46 @@ async def test_close_leaves_no_flight_behind() -> None:
 
 
 @virtual
-async def test_stats() -> None:
-    async def step(arguments: Mapping[str, Any]) -> str:
-        await asyncio.sleep(0.1 if arguments["x"] == 0 else 0)
-        return ""
+async def test_what_the_service_does_unseen_reaches_record_and_summary(tmp_path: Path) -> None:
+    """Retries, shared flights, cache hits and an open circuit, summed over two workers and a restart."""
+    config = Config()
+    config.run.dir = str(tmp_path)
+    run_dir = RunDir.create(config, "tools")
+    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
 
-    tools = service(Scripted(step))
-    running = [asyncio.ensure_future(call(tools, i)) for i in range(20)]
-    await asyncio.sleep(0.03)
-    assert tools.stats()["scripted"]["in_flight"] >= 1
-    await asyncio.gather(*running)
-    await tools.call("scripted", {}, ANY)
-    stats = tools.stats()["scripted"]
-    assert stats["calls"] == 21
-    assert stats["status"] == {"ok": 20, "rejected": 1}
-    assert stats["latency_max_s"] == pytest.approx(0.1)
-    assert stats["latency_p95_s"] <= stats["latency_max_s"]
-    assert 0 < stats["latency_mean_s"] < stats["latency_max_s"]
-    assert stats["in_flight"] == 0
+    def tell(worker: str, tools: ToolService) -> None:
+        for name, total in tools.counters.items():
+            recorder.running_total(worker, name, total)
+
+    pure = service(Scripted(failing(2), pure=True), retries=2)
+    await asyncio.gather(call(pure), call(pure), call(pure))  # one run, twice tried again; two join it
+    await call(pure)
+    tell("rollout-0", pure)
+    tell("rollout-0", pure)  # the same totals again: nothing has happened meanwhile
+    down = service(Scripted(failing(9)), retries=0, breaker_threshold=2)
+    for _ in range(5):
+        await call(down)
+    tell("rollout-1", down)
+    recorder.flush(1)
+    again = service(Scripted(failing(1)), retries=1)
+    await call(again)
+    tell("rollout-0", again)  # its worker was restarted
+    record = json.loads(run_dir.metrics_path.read_text())
+    assert {key: record[key] for key in pure.counters} == {
+        "tools/scripted/retries": 2,
+        "tools/scripted/joins": 2,
+        "tools/scripted/cache_hits": 1,
+        "tools/scripted/breaker_opened": 1,
+        "tools/scripted/breaker_rejected": 3,
+    }
+    recorder.finish()
+    assert json.loads(run_dir.summary_path.read_text())["tools"] == {
+        "scripted/breaker_opened": 1,
+        "scripted/breaker_rejected": 3,
+        "scripted/cache_hits": 1,
+        "scripted/joins": 2,
+        "scripted/retries": 3,
+    }
 
 
 # --- start -------------------------------------------------------------------------------------------------

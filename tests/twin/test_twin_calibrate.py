@@ -19,6 +19,7 @@ from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
 from system.tasks.tiny_model import qwen3_config
 from system.tree.record import Tree
+from system.tree.stats import TreeStats
 from system.tree.store import TreeWriter
 from system.twin.agent import AgentModel
 from system.twin.calibrate import Calibration, fit_agent, fit_engine, fit_tools, nonnegative
@@ -56,7 +57,7 @@ def engine_sums(rng: np.random.Generator) -> dict[str, float]:
 
 
 @dataclass
-class RecordingBooks(TwinEvents):
+class RecordingEvents(TwinEvents):
     """Writes a run directory as the recorder would."""
 
     log: JsonlWriter | None = None
@@ -64,16 +65,16 @@ class RecordingBooks(TwinEvents):
     since: float = 0.0
     last: dict[str, dict[str, float]] | None = None
 
-    def tree_closed(self, tree: Tree, version_now: int) -> None:
-        super().tree_closed(tree, version_now)
+    def batch(self, trees: Sequence[Tree]) -> None:
         assert self.trees_to is not None
-        self.trees_to.append(tree)
+        for tree in trees:
+            self.trees_to.append(tree)
 
     def train_step(
         self,
         step: int,
         version: int,
-        trees: Sequence[Tree],
+        trees: Sequence[TreeStats],
         stats: Mapping[str, float],
         staleness: Sequence[int],
     ) -> None:
@@ -113,7 +114,7 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     directory.start.mkdir(exist_ok=True)
     qwen3_config(settings.model, WORLD.vocab).save_pretrained(directory.start)
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)
-    virtually(Twin(settings, WORLD, 64, books=RecordingBooks(log=log, trees_to=trees)).run())
+    virtually(Twin(settings, WORLD, 64, events=RecordingEvents(log=log, trees_to=trees)).run())
     log.close()
     trees.close()
     return directory
@@ -139,9 +140,9 @@ def test_no_coefficient_is_negative_and_the_rest_is_still_least_squares() -> Non
 
 
 def test_habits_and_tools_come_back_from_trees() -> None:
-    books = TwinEvents(keep_trees=True)
-    virtually(Twin(config("branching=none"), WORLD, 15, books=books).run())
-    agent = fit_agent(books.trees, window=8)
+    events = TwinEvents(keep_trees=True)
+    virtually(Twin(config("branching=none"), WORLD, 15, events=events).run())
+    agent = fit_agent(events.trees, window=8)
     assert agent.tools == ["search"]
     for calls, p_call in enumerate((0.9, 0.6, 0.3)):
         heard = [agent.segments[number] for number in agent.levels[calls]]
@@ -149,7 +150,7 @@ def test_habits_and_tools_come_back_from_trees() -> None:
     assert agent.variety > 5  # branches are independent here
     lengths = [agent.segments[number].tokens for number in agent.levels[0]]
     assert np.mean(lengths) == pytest.approx(30, rel=0.15)
-    tool = fit_tools(books.trees, agent.tools)["search"]
+    tool = fit_tools(events.trees, agent.tools)["search"]
     assert tool.latency.mean == pytest.approx(0.8, rel=0.2)
     assert tool.result_tokens.mean == pytest.approx(64, abs=1)
 

@@ -16,14 +16,14 @@ from twin_worlds import config, models, surviving
 from system.tree.record import Origin
 from system.twin.agent import AgentModel
 from system.twin.clock import run
-from system.twin.dist import Constant, Lognormal, Stragglers
+from system.twin.dist import Constant, Lognormal, ToolLatency
 from system.twin.speeds import LinearLearner
 from system.twin.tools import ToolModel
 from system.twin.world import Failure, Twin, simulate
 
 NOISY = models(
     agent=AgentModel(segment_tokens=Lognormal(50, 0.8)),
-    tools={"search": ToolModel(Stragglers(Lognormal(1.0, 1.0)), failures=0.1)},
+    tools={"search": ToolModel(ToolLatency(1.0, 1.0, 0.05), failures=0.1)},
 )
 
 
@@ -100,7 +100,7 @@ def test_thousands_of_branches_and_a_day_are_simulated_at_once() -> None:
     twin = Twin(large, patient, steps=1)
     run(main(twin))
     assert live == 128 * 16
-    assert twin.books.steps[-1] > 20_000
+    assert twin.events.steps[-1] > 20_000
 
 
 CHAOS = [
@@ -140,7 +140,7 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
         checkpoint_every=3,
         patience_s=20_000.0,
     )
-    twin.books.keep_trees = True
+    twin.events.keep_trees = True
 
     async def main() -> None:
         await twin.run()
@@ -150,15 +150,26 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
     run(main())
     if chaos:
         assert twin.sessions > 1
-    for tree in twin.books.trees:  # the budget identity
+    for tree in twin.events.trees:  # the budget identity
         assert sum(tree.origins(origin) for origin in Origin) == tree.n_leaves == tree.budget
     settings = twin.config.flow
-    assert max(twin.books.staleness) <= settings.staleness + settings.window  # the staleness bound
-    history = surviving(twin.events)
+    assert max(twin.events.staleness) <= settings.staleness + settings.window  # the staleness bound
+    history = surviving(twin.log)
     assert [version for version, _ in history] == sorted(v for v in range(1, 9) for _ in range(4))
     assert max(Counter(prompt for _, prompt in history).values()) == 1  # none twice
-    issued = list(dict.fromkeys((e["epoch"], e["prompt"]) for e in twin.events if e["event"] == "issue"))
-    abandoned = sum(event["event"] == "abandon" for event in twin.events)
+    issued = list(dict.fromkeys((e["epoch"], e["prompt"]) for e in twin.log if e["event"] == "issue"))
+    abandoned = sum(event["event"] == "abandon" for event in twin.log)
     left = set(issued) - {prompt for _, prompt in history}
     assert abandoned == 0
     assert len(left) <= (settings.staleness + 1) * 4  # none lost: what is left was in flight at the end
+
+
+def test_a_limit_on_staleness_evicts_trees_in_a_simulation_too() -> None:
+    tail = models(tools={"search": ToolModel(Stragglers(Lognormal(1.0, 1.0), share=0.02, factor=100.0))})
+    overtaking = ("flow.staleness=1", "flow.window=4")
+    free = simulate(config(*overtaking), tail, steps=12)
+    limited = simulate(config(*overtaking, "flow.max_staleness=1"), tail, steps=12)
+    assert free.dropped == {}
+    assert free.staleness_max > 1
+    assert limited.dropped["stale"] > 0
+    assert limited.staleness_max <= 1

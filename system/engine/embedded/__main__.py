@@ -9,7 +9,8 @@ import signal
 from collections.abc import Sequence
 
 from system.config import EngineConfig
-from system.engine.embedded.engine import EmbeddedEngine, is_loopback
+from system.engine.embedded.engine import EmbeddedEngine
+from system.http import is_loopback
 from system.models.files import DTYPES
 
 log = logging.getLogger("system.engine.embedded")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from system.engine.embedded.grouping import runs
-from system.engine.embedded.model import Batch, Segment
+from system.engine.embedded.model import Batch, KVSegment
 
 # Prompts are padded to a common width for attention only; small paddings are not worth a separate kernel
 # call.
@@ -82,7 +82,7 @@ class Batcher:
             last=None if last is None else self._put(last),
         )
 
-    def _decoding(self, length: NDArray[np.int64]) -> list[Segment]:
+    def _decoding(self, length: NDArray[np.int64]) -> list[KVSegment]:
         """Segments of rows that compute their last token; they share one mask."""
         if not length.size:
             return []
@@ -91,15 +91,15 @@ class Batcher:
         for first, last in runs(length):
             keys = int(length[first:last].max())
             own = mask[first:last, ..., :keys]
-            segments.append(Segment(first, last, first, last - first, 1, keys, None, own))
+            segments.append(KVSegment(first, last, first, last - first, 1, keys, None, own))
         return segments
 
-    def _segment(self, piece: Piece, offset: int) -> Segment:
+    def _segment(self, piece: Piece, offset: int) -> KVSegment:
         width = piece.width
         query = piece.start[:, None, None, None]
         if width > 1:  # positions of the (padded) queries
             query = query + np.arange(width)[:, None]
-        return Segment(
+        return KVSegment(
             start=offset,
             stop=offset + piece.positions.size,
             first_row=int(piece.rows[0]),

@@ -111,23 +111,6 @@ def parse(
     )
 
 
-def parse_scoring(body: Mapping[str, Any], *, vocab: int, context: int) -> NDArray[np.int32] | None:
-    """The tokens of a body that asks for the log-probabilities of its own tokens only, as SGLang lets one
-    (``max_new_tokens`` 0 and ``logprob_start_len`` 0); None for any other.  Raises :class:`BadRequest`.
-    """
-    sampling = body.get("sampling_params")
-    if not isinstance(sampling, Mapping) or sampling.get("max_new_tokens") != 0:
-        return None
-    if body.get("logprob_start_len") != 0 or not body.get("return_logprob") or body.get("stream"):
-        raise BadRequest("max_new_tokens: 0 needs return_logprob: true, logprob_start_len: 0 and no stream")
-    if sampling.get("temperature", 1.0) != 1.0:
-        raise BadRequest("sampling_params.temperature: given tokens are scored at temperature 1")
-    tokens = _token_ids(body.get("input_ids"), "input_ids", vocab)
-    if not 1 <= len(tokens) <= context:
-        raise BadRequest(f"input_ids: expected 1 to {context} tokens, found {len(tokens)}")
-    return np.asarray(tokens, np.int32)
-
-
 def _stop_strings(stop: Any, vocabulary: TokenBytes | None) -> StopStrings | None:
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise BadRequest("sampling_params.stop: expected a string or a list of non-empty strings")

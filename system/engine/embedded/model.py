@@ -1,7 +1,7 @@
 """The decoder: one forward pass over a packed batch of decoding rows and new prompts, in plain torch.
 
 All tokens of a step stand in one packed axis of length T, so the matrix products see no padding.  Only
-attention looks at rows: it runs once per :class:`Segment`, a contiguous range of KV rows whose queries have
+attention looks at rows: it runs once per :class:`KVSegment`, a contiguous range of KV rows whose queries have
 similar widths (decoding rows have width 1).
 """
 
@@ -23,7 +23,7 @@ from system.models.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class KVSegment:
     """Queries of rows ``first_row .. first_row + rows`` at packed positions ``start .. stop``."""
 
     start: int
@@ -45,7 +45,7 @@ class Batch:
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     places: Tensor  # [T] int64: row · context + position, where this token's key and value are written
-    segments: tuple[Segment, ...]
+    segments: tuple[KVSegment, ...]
     last: Tensor | None  # [N] packed index of each row's last token; None: every token is one (pure decoding)
 
 
@@ -163,7 +163,7 @@ class Decoder:
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         return F.linear(mixed, layer.out, layer.out_bias)
 
-    def _attend(self, segment: Segment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, segment: KVSegment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q ``[stop - start, H, D]``, k and v ``[rows, G, keys, D]`` -> ``[stop - start, H·D]``."""
         heads, groups, size = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
         rows, width = segment.rows, segment.width

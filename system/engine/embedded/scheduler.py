@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from system.engine.embedded.batching import Batcher, Piece, similar_widths
 from system.engine.embedded.grouping import Regrouping
@@ -122,16 +121,6 @@ class Scheduler:
         self._waiting.append(job)
         self.counters.requests += 1
         return True
-
-    @torch.inference_mode()
-    def score(self, tokens: NDArray[np.int32]) -> list[float]:
-        """[P - 1] log-probability of each token after the first: a pass of its own, without the cache."""
-        nobody, whole = np.zeros(0, np.int64), Piece(0, np.array([0]), np.array([tokens.size]))
-        batch = replace(self._batcher.pack(tokens[None], nobody, [whole]), last=None)  # logits of every token
-        kv = KVStore(self.shape, 1, self.limits.context, self._kv.data.dtype, self.device)
-        logits = self._decoder.forward(self.weights, kv, batch)[:-1]
-        picked = torch.log_softmax(logits, -1).gather(1, batch.tokens[1:, None])
-        return picked[:, 0].tolist()
 
     def abort(self, which: Callable[[Job], bool], message: str = "aborted") -> list[Emitted]:
         """End the jobs that ``which`` picks, with the tokens they have."""

@@ -1,7 +1,7 @@
-"""SGLang's HTTP protocol over an :class:`EmbeddedEngine`.
+"""SGLang's HTTP protocol over an :class:`EngineCore`.
 
 Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
-service must not), ``/end_weight_update`` performs the swap, and ``/weights_checksum`` proves what is held.
+service must not), and ``/end_weight_update`` performs the swap and answers with the checksum of what is held.
 Streams are always incremental (disjoint), as SGLang's are with ``--incremental-streaming-output``.
 """
 
@@ -12,15 +12,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 from aiohttp import web
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
-from system.engine.embedded.engine import EmbeddedEngine
-from system.engine.embedded.job import BadRequest, Event, Job, parse, parse_scoring
+from system.engine.embedded.core import EngineCore
+from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
 from system.engine.protocol import Finish
@@ -28,15 +26,13 @@ from system.models.shape import UnsupportedModel
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30
-CONTROL_DEADLINE_S = (
-    60.0  # a control call waits for one step at most; a step of a large model may take seconds
-)
+CONTROL_DEADLINE_S = 60.0  # a control call waits for one step at most, which may take seconds
 HEALTH_DEADLINE_S = 20.0
 
 
-def application(engine: EmbeddedEngine) -> web.Application:
+def application(engine: EngineCore) -> web.Application:
     """The server's routes, bound to one engine."""
-    server = _Server(engine)
+    server = _Handlers(engine)
     app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
     for path, handler in {
         "/generate": server.generate,
@@ -59,7 +55,6 @@ def application(engine: EmbeddedEngine) -> web.Application:
         "/model_info": server.model_info,
         "/get_server_info": server.info,
         "/get_model_info": server.model_info,
-        "/weights_checksum": server.checksum,
     }.items():
         app.router.add_get(path, handler)
     return app
@@ -84,8 +79,8 @@ def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": {"message": message, "code": status}}, status=status)
 
 
-class _Server:
-    def __init__(self, engine: EmbeddedEngine):
+class _Handlers:
+    def __init__(self, engine: EngineCore):
         self._engine = engine
         self._updates = asyncio.Lock()  # staging and swapping happen one at a time
 
@@ -95,10 +90,6 @@ class _Server:
         body = await _json(request)
         stream = body.get("stream", False)
         details = bool(body.get("return_logprob", False))
-        engine = self._engine
-        given = parse_scoring(body, vocab=engine.shape.vocab, context=engine.context)
-        if given is not None:
-            return await self._score(given)
         job = self._parse(body)
         queue: asyncio.Queue[Event] = asyncio.Queue()
         try:
@@ -111,21 +102,6 @@ class _Server:
             self._engine.loop.emit(
                 lambda scheduler: scheduler.abort(lambda it: it is job, "client went away")
             )
-
-    async def _score(self, tokens: NDArray[np.int32]) -> web.Response:
-        version, logprob = await _boundary(
-            self._engine.loop.call(lambda scheduler: (scheduler.version, scheduler.score(tokens)))
-        )
-        given = [[p, token, None] for p, token in zip([None, *logprob], tokens.tolist(), strict=True)]
-        meta = {
-            "finish_reason": {"type": "length", "length": 0},
-            "prompt_tokens": tokens.size,
-            "completion_tokens": 0,
-            "cached_tokens": 0,
-            "weight_version": str(version),
-            "input_token_logprobs": given,
-        }
-        return web.json_response({"text": "", "output_ids": [], "meta_info": meta})
 
     def _parse(self, body: dict[str, Any]) -> Job:
         engine = self._engine
@@ -278,9 +254,6 @@ class _Server:
                 )
             await self._engine.swap(None, version, "keep", CONTROL_DEADLINE_S)
         return web.json_response({"success": True, "new_version": str(version)})
-
-    async def checksum(self, request: web.Request) -> web.Response:
-        return await self._held()
 
     async def _held(self) -> web.Response:
         version, checksum = await asyncio.to_thread(self._engine.checksum)

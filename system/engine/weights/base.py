@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 
 from system.engine.http import Http
 from system.engine.protocol import EngineError
+from system.http import is_loopback
 
 if TYPE_CHECKING:  # whoever only generates does without PyTorch
     import torch
@@ -41,7 +41,7 @@ class PushReport:
 
 class Transport(Protocol):
     async def push(
-        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv, limit_s: float
+        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:
         """Bring the servers at ``urls`` to the weights in ``buckets``, as ``version``.
 
@@ -49,7 +49,7 @@ class Transport(Protocol):
         gather behind them is collective.  Returns once every server has proved by checksum that it holds what
         was sent, and goes on generating.  Raises :class:`PushFailed` for servers that do not; one that
         refused the weights by name or shape goes on with its old ones, one that may hold a part of the new
-        ones stands paused.  Each call to a server has ``limit_s`` seconds.
+        ones stands paused.
         """
         ...
 
@@ -75,8 +75,4 @@ def size(bucket: Bucket) -> int:
 
 def on_this_host(url: str) -> bool:
     """Whether a server listens on loopback, and so shares this machine's memory."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(urlsplit(url).hostname or "")

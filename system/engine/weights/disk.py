@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from system.engine.weights.base import Bucket, size
-from system.engine.weights.sglang import Server
+from system.engine.weights.sglang import PushTarget
 from system.models.files import INDEX, write_index
 
 
@@ -46,11 +46,11 @@ class Disk:
         self._files |= dict.fromkeys(bucket, name)
         self._bytes += size(bucket)
 
-    async def connect(self, server: Server) -> None:
+    async def connect(self, server: PushTarget) -> None:
         if not (self.directory / INDEX).is_file():
             write_index(self.directory, self._files, self._bytes)
 
-    async def deliver(self, server: Server, flush_cache: bool) -> None:
+    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
         await server.post(
             "/update_weights_from_disk", model_path=str(self.directory), flush_cache=flush_cache
         )

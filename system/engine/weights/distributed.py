@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Bucket, on_this_host
-from system.engine.weights.sglang import Server, session
+from system.engine.weights.sglang import PushTarget, session
 
 JOIN_DEADLINE = timedelta(seconds=60)  # for all members of a group to come together
 _numbers = count()
@@ -56,7 +56,7 @@ class Distributed:
     def stage(self, bucket: Bucket) -> None:
         self._staged.append(bucket)
 
-    async def connect(self, server: Server) -> None:
+    async def connect(self, server: PushTarget) -> None:
         group = self._groups.get(server.url)
         if group is not None and group.incarnation == server.incarnation:
             return
@@ -83,7 +83,7 @@ class Distributed:
         )
         self._groups[server.url] = _Group(name, server.incarnation, joined, device)
 
-    async def deliver(self, server: Server, flush_cache: bool) -> None:
+    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
         group = self._groups[server.url]
         await session(server)
         for number, bucket in enumerate(self._staged, 1):
@@ -111,7 +111,7 @@ class Distributed:
             self.disconnect(url)
 
 
-async def _together(server: Server, ours: Callable[[], Any], theirs: Any) -> Any:
+async def _together(server: PushTarget, ours: Callable[[], Any], theirs: Any) -> Any:
     """Both sides of a collective: ``ours`` in a thread, ``theirs`` asked for by HTTP; returns ours."""
     mine, answer = await asyncio.gather(asyncio.to_thread(ours), theirs, return_exceptions=True)
     for outcome in (answer, mine):

@@ -21,13 +21,13 @@ class SafetensorsHttp:
     """The embedded engine's transport.  Implements :class:`~system.engine.weights.base.Transport`."""
 
     async def push(
-        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv, limit_s: float
+        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:
         failures: dict[str, EngineError] = {}
 
         async def call(path: str, body: Body) -> dict[str, dict[str, Any]]:
             left = [url for url in urls if url not in failures]
-            calls = (http.post(url, path, body, limit_s) for url in left)
+            calls = (http.post(url, path, body) for url in left)
             answers = dict(zip(left, await asyncio.gather(*calls, return_exceptions=True), strict=True))
             for url, answer in answers.items():
                 if isinstance(answer, EngineError):

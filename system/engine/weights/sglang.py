@@ -30,7 +30,7 @@ _PAUSE_MODES: dict[Kv, str] = {"recompute": "retract", "keep": "in_place"}
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class PushTarget:
     """One SGLang server as a transport sees it."""
 
     url: str
@@ -38,11 +38,10 @@ class Server:
     device: str  # cpu | cuda
     incarnation: str  # another one after each start of the server
     http: Http
-    limit_s: float
 
     async def post(self, path: str, **body: Any) -> dict[str, Any]:
         """Raises :class:`EngineError`, also where SGLang reports a failure with status 200."""
-        answer = await self.http.post(self.url, path, body, self.limit_s)
+        answer = await self.http.post(self.url, path, body)
         if answer.get("success") is False:
             raise EngineError(f"{self.url}{path}: {answer.get('message')}")
         return answer
@@ -55,11 +54,11 @@ class Carrier(Protocol):
         """Keep a bucket until :meth:`clear`.  Runs in a worker thread, while generation goes on."""
         ...
 
-    async def connect(self, server: Server) -> None:
+    async def connect(self, server: PushTarget) -> None:
         """Whatever must stand before tensors can flow; all buckets are staged, the server still generates."""
         ...
 
-    async def deliver(self, server: Server, flush_cache: bool) -> None:
+    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
         """Load everything staged into a paused server.
 
         Cached prefixes are dropped with the last bucket where ``flush_cache`` says so.  Raises
@@ -94,10 +93,10 @@ class SGLangTransport:
         return cls(carrier, ModelShape.from_directory(model_path), DTYPES[dtype])
 
     async def push(
-        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv, limit_s: float
+        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:
         began = time.perf_counter()
-        servers, failures = await self._look(http, urls, limit_s, kv)
+        servers, failures = await self._look(http, urls, kv)
         digests, unfit = self._expected(servers)
         failures |= unfit
         refused, sent_bytes = await self._stage(buckets, list(digests.values()))
@@ -130,21 +129,15 @@ class SGLangTransport:
     # Before the pause ----------------------------------------------------------------------------
 
     async def _look(
-        self, http: Http, urls: Sequence[str], limit_s: float, kv: Kv
-    ) -> tuple[list[Server], dict[str, EngineError]]:
+        self, http: Http, urls: Sequence[str], kv: Kv
+    ) -> tuple[list[PushTarget], dict[str, EngineError]]:
         """What the servers are, and why some cannot be updated at all."""
 
-        async def look(url: str) -> Server:
-            info = await http.get(url, "/server_info", limit_s)
+        async def look(url: str) -> PushTarget:
+            info = await http.get(url, "/server_info")
             try:
-                server = Server(
-                    url,
-                    int(info["tp_size"]),
-                    str(info["device"]),
-                    str(info["startup_time"]),
-                    http,
-                    limit_s,
-                )
+                about = int(info["tp_size"]), str(info["device"]), str(info["startup_time"])
+                server = PushTarget(url, *about, http)
                 dp = int(info.get("dp_size") or 1)
             except (KeyError, TypeError, ValueError) as error:
                 raise EngineError(f"{url}/server_info: not as SGLang answers: {error!r}") from error
@@ -160,12 +153,12 @@ class SGLangTransport:
                 )
             return server
 
-        servers: list[Server] = []
+        servers: list[PushTarget] = []
         failures: dict[str, EngineError] = {}
         for url, found in zip(
             urls, await asyncio.gather(*map(look, urls), return_exceptions=True), strict=True
         ):
-            if isinstance(found, Server):
+            if isinstance(found, PushTarget):
                 servers.append(found)
             elif isinstance(found, EngineError):
                 failures[url] = found
@@ -174,7 +167,7 @@ class SGLangTransport:
         return servers, failures
 
     def _expected(
-        self, servers: Sequence[Server]
+        self, servers: Sequence[PushTarget]
     ) -> tuple[dict[tuple[int, str], Digests], dict[str, EngineError]]:
         """Empty digests for every kind of server, and the servers that the model does not fit."""
         digests: dict[tuple[int, str], Digests] = {}
@@ -220,7 +213,7 @@ class SGLangTransport:
 
     # The pause -----------------------------------------------------------------------------------
 
-    async def _update(self, server: Server, version: int, kv: Kv, expected: Digests) -> float:
+    async def _update(self, server: PushTarget, version: int, kv: Kv, expected: Digests) -> float:
         """Bring one server to the staged weights; seconds for which it was paused.
 
         After a failure it stays paused: it may hold a mixture.
@@ -241,7 +234,7 @@ def _has_plugin(info: Mapping[str, Any]) -> bool:
     return bool(states) and all(state.get("espalier") is True for state in states)
 
 
-async def _prove(server: Server, expected: Digests) -> None:
+async def _prove(server: PushTarget, expected: Digests) -> None:
     """Compare every parameter that every rank holds with what was sent.  Raises :class:`EngineError`."""
     answer = await server.post("/weights_checker", action="checksum")
     held = answer.get("ranks") or []
@@ -260,7 +253,7 @@ def _first_difference(held: Mapping[str, str], sent: Mapping[str, str]) -> str:
     return ""
 
 
-async def session(server: Server) -> None:
+async def session(server: PushTarget) -> None:
     """Open a weight update session; one that was left open by a push that failed is closed first."""
     try:
         await server.post("/begin_weight_update")

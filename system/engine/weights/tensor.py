@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from system.engine.weights.base import Bucket
-from system.engine.weights.sglang import Server, session
+from system.engine.weights.sglang import PushTarget, session
 
 _ALIGNMENT = 64  # bytes; every tensor of a bucket begins at a multiple
 _CUDA_DEVICE = 6  # index of the device among reduce_tensor's arguments for a CUDA tensor
@@ -43,10 +43,10 @@ class SharedTensors:
         with _by_name():
             self._staged.append(flatten(bucket, torch.device("cpu"), shared=True))
 
-    async def connect(self, server: Server) -> None:
+    async def connect(self, server: PushTarget) -> None:
         pass
 
-    async def deliver(self, server: Server, flush_cache: bool) -> None:
+    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
         await session(server)
         for number, bucket in enumerate(self._staged, 1):
             tensors = bucket

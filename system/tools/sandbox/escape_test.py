@@ -12,15 +12,12 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from system.tools.outcome import ToolStatus
+from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.scratch import remove_tree
-
-if TYPE_CHECKING:
-    from system.tools.sandbox.sandbox import Sandbox
 
 
 class Escaped(RuntimeError):
@@ -72,8 +69,10 @@ print(json.dumps(got_through))
 """
 
 
-async def verify(sandbox: Sandbox) -> None:
-    """Attempt the escapes.  Raises :class:`Escaped` naming those that succeeded."""
+async def verify(run: Callable[[str], Awaitable[SandboxResult]]) -> None:
+    """Attempt the escapes in programs that ``run`` confines.  Raises :class:`Escaped` naming those that
+    succeeded.
+    """
     outside = Path(tempfile.mkdtemp(prefix="espalier-probe-"))
     temporary = Path(tempfile.gettempdir()) / f"{outside.name}.write"
     connected = asyncio.Event()
@@ -92,7 +91,7 @@ async def verify(sandbox: Sandbox) -> None:
                 temporary=str(temporary),
                 parent=os.getpid(),
             )
-            result = await sandbox.run(code)
+            result = await run(code)
             if result.status is not ToolStatus.OK:
                 raise Escaped(f"a harmless program fails inside: {result.text}")
             got_through = {*json.loads(result.stdout), *_traces(outside, temporary)}

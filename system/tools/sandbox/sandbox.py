@@ -32,25 +32,29 @@ from typing import Any
 from system.config import ToolsConfig
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox import escape_test
+from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.scratch import remove_tree
 from system.tools.sandbox.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PRELOADED = (
-    *(
-        "bisect",
-        "collections",
-        "datetime",
-        "decimal",
-        "fractions",
-        "functools",
-        "heapq",
-        "itertools",
-        "json",
-        "math",
-    ),
-    *("operator", "random", "re", "statistics", "string", "typing"),
+    "bisect",
+    "collections",
+    "datetime",
+    "decimal",
+    "fractions",
+    "functools",
+    "heapq",
+    "itertools",
+    "json",
+    "math",
+    "operator",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "typing",
 )
 _ROOT = str(Path(__file__).resolve().parents[3])
 _BOOT = (
@@ -97,27 +101,6 @@ class SandboxLimits:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxResult:
-    """What became of a program.  OK: it ran to its end; ERROR: it failed; TIMEOUT: it ran out of time."""
-
-    status: ToolStatus
-    stdout: str
-    stderr: str
-    exit_code: int  # negative: killed by that signal
-    reason: str = ""  # why it did not end well, one line
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    peak_rss_mb: float = 0.0
-    truncated: bool = False
-
-    @property
-    def text(self) -> str:
-        """What the model reads: its output, then what went wrong."""
-        parts = [self.stdout.rstrip("\n"), self.stderr.rstrip("\n"), self.reason]
-        return "\n".join(part for part in parts if part)
-
-
 class Sandbox:
     """Runs programs, several at once, for the tasks of one event loop.  ``start`` it before the first run."""
 
@@ -157,7 +140,7 @@ class Sandbox:
             try:
                 async with self._starting:
                     self._server = await self._start_server()
-                await escape_test.verify(self)
+                await escape_test.verify(self.run)
                 return
             except (SandboxUnavailable, escape_test.Escaped) as error:
                 missing.append(f"with {'namespaces' if way else 'Landlock and seccomp'}: {error}")

@@ -18,6 +18,7 @@ from engine_models import (
     EOS,
     TOLERANCE,
     VOCAB,
+    EngineClient,
     TinyModel,
     assert_exact,
     collect,
@@ -29,7 +30,6 @@ from engine_models import (
 )
 from transformers import GenerationConfig
 
-from system.engine.client import EngineClient
 from system.engine.entropy import entropy_bounds
 from system.engine.protocol import Chunk, EngineError, EngineInfo
 
@@ -62,7 +62,7 @@ async def subject(
         if (await client.infos())[0].weight_version:
             await client.update_weights_from_disk(str(model.path), 0)
         yield Subject("sglang", model, client)
-        await client.abort_all()
+        await client.post("/abort_request", abort_all=True)
         assert not (await client.infos())[0].paused, "the test left the server paused"
     finally:
         await client.close()
@@ -169,15 +169,6 @@ async def test_top_tokens_bound_the_entropy(sglang_url: str) -> None:
     low, high = entropy_bounds(top, VOCAB)
     exact = np.array(meta["entropy"])
     assert ((low - 1e-4 <= exact) & (exact <= high + 1e-4)).all()
-
-
-async def test_scoring_gives_the_log_probabilities_of_given_tokens(subject: Subject) -> None:
-    ids = prompt(50)
-    scored = await subject.client.score(ids)
-    expected = log_p(subject.model, ids[:1], ids[1:])
-    picked = expected.gather(1, torch.from_numpy(ids[1:].astype(np.int64))[:, None])[:, 0].numpy()
-    np.testing.assert_allclose(scored, picked, atol=TOLERANCE, rtol=0)
-    assert (await subject.client.score(ids[:1])).shape == (0,)
 
 
 # Endings ----------------------------------------------------------------------------------------
@@ -347,8 +338,7 @@ async def test_a_prefix_of_old_weights_is_never_served_as_new(
     assert again.cached_tokens == len(ids) - 1
     await subject.client.pause("in_place")
     try:
-        body = {"model_path": str(new.path), "weight_version": "8", "flush_cache": False}
-        await subject.client._all("/update_weights_from_disk", body)
+        await subject.client.update_weights_from_disk(str(new.path), 8, flush_cache=False)
     finally:
         await subject.client.resume()
     fresh = joined(await collect(subject.client, request("fresh", ids, 30)))

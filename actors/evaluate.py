@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from actors.ray_support import ActorLost, answer, returned
+from actors.inputs import check_engine, corpus_file
+from actors.placement import Placement
+from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.observe.eval import EvalResult
 from system.rollout.context import RolloutFailed
+from system.tasks.base import Task
+from system.tasks.registry import make_task
 from system.tree.prompt import Prompt
-from system.tree.record import Tree
+from system.tree.stats import TreeStats
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
 
 
-async def evaluate(
+def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
+    """Greedy answers of the model in ``model_dir`` to the held-out questions."""
+    check_engine(config)
+    task = make_task(config)
+    with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
+        return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))
+
+
+async def _evaluate(
+    config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
+) -> dict[str, Any]:
+    places = await Placement.claim(config, joined=joined)
+    pool = await RolloutPool.start(
+        config, str(model_dir), corpus_file(config, task, scratch), places, scratch
+    )
+    try:
+        questions = task.eval()[: config.eval.questions]
+        return (await answer_questions(config, pool, questions, lambda: None)).to_dict()
+    finally:
+        await pool.close()
+
+
+async def answer_questions(
     config: Config, pool: RolloutPool, questions: Sequence[Prompt], answered: Callable[[], None]
 ) -> EvalResult:
     """One branch per question with the engines' current weights, at ``eval.temperature``.
@@ -27,12 +56,12 @@ async def evaluate(
     limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
     deadline = config.rollout.tree_deadline_s + CLOSE_MARGIN_S
 
-    async def ask(number: int, question: Prompt) -> Tree:
+    async def ask(number: int, question: Prompt) -> TreeStats:
         for attempt in range(1, ATTEMPTS + 1):
             worker = pool.workers[(number + attempt) % len(pool.workers)]
             async with limit:
                 try:
-                    tree = await answer(
+                    stats = await answer(
                         worker.answer.remote(question, number, config.eval.temperature),
                         deadline,
                         f"rollout worker answering {question.id}",
@@ -44,7 +73,7 @@ async def evaluate(
                         await returned(worker, "rollout worker", lambda it=worker: it not in pool.workers)
                 else:
                     answered()
-                    return tree
+                    return stats
         raise AssertionError("unreachable")
 
     async with asyncio.TaskGroup() as tasks:

@@ -10,9 +10,9 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
+from system.bench.latency import ToolLatency
 
 from actors.throughput import MODES, SlowSearch, _config, _figures
-from system.bench.latency import ToolLatency
 from system.bench.schedules import Mode, World, agent, grow
 from system.bench.throughput import write_report
 from system.tasks.registry import make_task

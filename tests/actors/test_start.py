@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from actors.launch import train
+from actors.train import train
 from system.config import ConfigError, load
 
 SLOW = ("torch", "transformers", "megatron", "matplotlib", "wandb")
 
 
 def test_the_driver_starts_without_slow_imports() -> None:
-    code = f"import sys, actors.launch; print(*(m for m in {SLOW} if m in sys.modules))"
+    code = f"import sys, actors.train, actors.evaluate; print(*(m for m in {SLOW} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 

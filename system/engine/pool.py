@@ -1,4 +1,6 @@
-"""Generation over HTTP: streams that survive a broken connection without losing or doubling a token."""
+"""A pool of servers that generates: streams over HTTP that survive a broken connection without losing or
+doubling a token.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +10,22 @@ import logging
 import random
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import aiohttp
 import numpy as np
-import orjson
 
+from system.engine.control import info
 from system.engine.entropy import TopEntropy
-from system.engine.http import Http, Unreachable, message_of
-from system.engine.protocol import Chunk, EngineError, EngineInfo, Finish, GenerateRequest, Sampling
-from system.engine.router import Placement, Router
+from system.engine.http import Http, Unreachable
+from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
+from system.engine.request import generate_body
+from system.engine.router import Assignment, Router
 from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader
 
 log = logging.getLogger(__name__)
-
-# SGLang reports the probability among the tokens that top-p kept only for so many of them: its default for
-# --sampling-mask-max-tokens.  What is beyond is not sampled either, so the report stays exact.
-_MOST_KEPT = 4096
 
 _ABORT_DEADLINE_S = 5.0
 _CLOSE_DEADLINE_S = 1.0
@@ -53,9 +52,7 @@ class _Progress:
             self.guard.cut()
         self.cached_tokens: int | None = None
         self.url, self.wire_rid = "", ""  # of the newest attempt
-        self.place: Placement | None = None  # while it is at a server, or waits for its turn there
-        self.turn: asyncio.Timeout | None = None  # while it waits for its turn
-        self.aborted = False
+        self.place: Assignment | None = None  # while it is at a server
 
     @property
     def left(self) -> int:
@@ -67,28 +64,33 @@ class _Progress:
         return len(self.request.input_ids) + len(self.tokens)
 
 
-class Generation:
-    """The streams of one client.  Its parameters are :class:`~system.engine.client.EngineClient`'s.
+class EnginePool:
+    """Generates on the servers at ``urls``.  Implements :class:`~system.engine.protocol.Engine`.
 
-    ``info`` asks a server for its load.  ``counters``: running totals, for metrics.
+    :class:`~system.engine.router.Router` chooses a server for each request.  ``deadline_s`` bounds one
+    ``generate`` call, ``stall_s`` the time without any answer after which a stream counts as broken (set it
+    above the longest pause), ``retries`` the failures in a row that are mended by trying again.  Only what
+    cannot duplicate a token is tried again: a request that never began, or the rest of one whose stream
+    broke, with its tokens so far as part of the prompt.  ``in_flight`` bounds this pool's requests at one
+    server; more wait for their turn, first come, first served.  ``estimate``: what to make of the top
+    log-probabilities of servers that give no entropies.
     """
 
     def __init__(
         self,
-        http: Http,
         urls: Sequence[str],
-        info: Callable[[str, float], Awaitable[EngineInfo]],
         *,
-        deadline_s: float,
-        stall_s: float,
-        control_deadline_s: float,
-        retries: int,
-        in_flight: int,
+        deadline_s: float = 120.0,
+        stall_s: float = 60.0,
+        retries: int = 4,
+        in_flight: int = 256,
         estimate: TopEntropy | None = None,
     ):
-        self._http, self.urls, self._info = http, tuple(urls), info
-        self._deadline_s, self._stall_s = deadline_s, stall_s
-        self._control_deadline_s, self._retries = control_deadline_s, retries
+        if not urls:
+            raise ValueError("a pool of engines needs at least one URL")
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self._http = Http()
+        self._deadline_s, self._stall_s, self._retries = deadline_s, stall_s, retries
         self._router = Router(self.urls)
         self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served
         self._live: dict[str, _Progress] = {}
@@ -113,7 +115,7 @@ class Generation:
         }
 
     async def close(self) -> None:
-        """Stop asking for reports; wait a moment for the last words of requests that have ended."""
+        """Stop asking for reports, finish pending aborts, close the connections."""
         if self._reporter is not None:
             self._reporter.cancel()
             await asyncio.gather(self._reporter, return_exceptions=True)
@@ -122,6 +124,7 @@ class Generation:
             _, late = await asyncio.wait(set(self._endings), timeout=_CLOSE_DEADLINE_S)
             for task in late:
                 task.cancel()
+        await self._http.close()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
         """Stream chunks until one carries ``finish``.  Closing the iterator early aborts the request.
@@ -139,15 +142,13 @@ class Generation:
         attempt, failures, finished = 0, 0, False
         avoid: tuple[str, ...] = ()
         try:
-            while not progress.aborted:
+            while True:
                 # SGLang aborts by prefix: the closing slash keeps "a/1/" from being a prefix of any other id.
                 # Never used twice: a server may still be ending an earlier request of the same id, and SGLang
                 # would then refuse the new one, or send it the old one's last tokens.
                 progress.wire_rid = f"{request.rid}/{attempt}/{secrets.token_hex(6)}/"
                 before = len(progress.tokens)
                 place = await self._take_turn(progress, attempt, avoid, deadline)
-                if place is None:
-                    break
                 progress.url = place.url
                 try:
                     async with aclosing(self._attempt(progress, place, deadline)) as chunks:
@@ -178,44 +179,23 @@ class Generation:
                     return
                 attempt += 1
                 await self._back_off(failures, deadline, request.rid)
-            finished = True
-            yield _last_chunk(Finish("abort", message="aborted"), progress.cached_tokens or 0)
         finally:
             del self._live[request.rid]
             if not finished and progress.url:
                 self._abort_later(progress)
 
-    async def abort(self, rid: str) -> None:
-        """End a running request of this client; its iterator then ends with an ``abort`` finish."""
-        if progress := self._live.get(rid):
-            self._end_waiting(progress)
-            if progress.place is not None:
-                await self._http.post(
-                    progress.place.url, "/abort_request", {"rid": progress.wire_rid}, self._control_deadline_s
-                )
-
-    def abort_waiting(self) -> None:
-        """End all requests of this client that are at no server: they wait for a turn, or for another try."""
-        for progress in self._live.values():
-            self._end_waiting(progress)
-
-    def _end_waiting(self, progress: _Progress) -> None:
-        progress.aborted = True  # noticed before the next attempt
-        if progress.turn is not None:
-            progress.turn.reschedule(-1)
-
     # Routing
 
     async def _take_turn(
         self, progress: _Progress, attempt: int, avoid: Sequence[str], deadline: float
-    ) -> Placement | None:
-        """A place at a server and a turn there, or None when the request was aborted meanwhile.
+    ) -> Assignment:
+        """A place at a server and a turn there.
 
         A server that fails while the request waits for it is left for another.
         """
         loop, request = asyncio.get_running_loop(), progress.request
         while True:
-            progress.place = place = self._router.place(
+            place = self._router.place(
                 request.rid,
                 progress.size,
                 loop.time(),
@@ -226,21 +206,18 @@ class Generation:
             turns, began = self._turns[place.url], loop.time()
             waits = turns.locked()
             try:
-                async with asyncio.timeout_at(deadline) as progress.turn:
+                async with asyncio.timeout_at(deadline):
                     await turns.acquire()
             except BaseException as error:
                 self._router.end(place)
-                progress.place = None
-                if not isinstance(error, TimeoutError):
-                    raise
-                if progress.aborted:
-                    return None
-                raise self._too_late(request.rid) from error
+                if isinstance(error, TimeoutError):
+                    raise self._too_late(request.rid) from error
+                raise
             finally:
-                progress.turn = None
                 if waits:
                     self._counters["turn_waits"] += 1
                     self._waited_s += loop.time() - began
+            progress.place = place
             if not waits or self._router.usable(place.url, loop.time()) or len(self.urls) == 1:
                 self._router.sent(place, loop.time())
                 return place
@@ -276,26 +253,33 @@ class Generation:
 
     async def _report_of(self, url: str) -> None:
         try:
-            info = await self._info(url, _REPORT_DEADLINE_S)
+            report = await info(self._http, url, _REPORT_DEADLINE_S)
         except Unreachable:
             self._router.lost(url, asyncio.get_running_loop().time())
         except EngineError as error:  # slow or starting: its requests will show
             log.debug("no report: %s", error)
         else:
-            self._router.report(url, info)
+            self._router.report(url, report)
 
     # One attempt
 
-    async def _attempt(self, progress: _Progress, place: Placement, deadline: float) -> AsyncGenerator[Chunk]:
+    async def _attempt(
+        self, progress: _Progress, place: Assignment, deadline: float
+    ) -> AsyncGenerator[Chunk]:
         """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
         reader, splitter, complete = StreamReader(self._estimate), EventSplitter(), False
         rid = progress.request.rid
+        # With a cut behind it, a stop string across the cut must be noticed at its own token.
+        every_token, top = progress.guard.watching, self._estimate.k if self._estimate else 0
+        body = generate_body(
+            progress.request, progress.wire_rid, progress.tokens, every_token=every_token, top_logprobs=top
+        )
         try:
             response = await self._http.session.post(
                 f"{place.url}/generate",
-                data=orjson.dumps(self._body(progress), option=orjson.OPT_SERIALIZE_NUMPY),
+                data=body,
                 headers={"Content-Type": "application/json"},
                 timeout=self._patience(deadline),
             )
@@ -325,30 +309,7 @@ class Generation:
             else:
                 response.close()
 
-    def _body(self, progress: _Progress) -> dict[str, Any]:
-        """The ``/generate`` body that asks for what is still missing."""
-        request = progress.request
-        sampling = _sampling(request.sampling, progress.left)
-        if progress.guard.watching:
-            sampling["stream_interval"] = (
-                1  # so that a stop string across the cut is noticed at its own token
-            )
-        truncated = request.sampling.temperature > 0 and (
-            request.sampling.top_p < 1 or request.sampling.top_k > 0
-        )
-        if truncated and request.sampling.top_k <= 0:
-            sampling["top_k"] = _MOST_KEPT
-        return {
-            "rid": progress.wire_rid,
-            "input_ids": np.concatenate([request.input_ids, np.array(progress.tokens, np.int32)]),
-            "sampling_params": sampling,
-            "stream": True,
-            "return_logprob": True,
-            **({"return_sampling_mask": True} if truncated else {}),
-            **({"top_logprobs_num": self._estimate.k} if self._estimate else {}),
-        }
-
-    def _account(self, progress: _Progress, place: Placement, chunk: Chunk, text: str) -> Chunk:
+    def _account(self, progress: _Progress, place: Assignment, chunk: Chunk, text: str) -> Chunk:
         if chunk.tokens.size:
             if place.tokens == 0:
                 self._counters["prompt_tokens"] += place.prompt
@@ -383,9 +344,8 @@ class Generation:
         return EngineError(f"request {rid!r}: not done within {self._deadline_s} s")
 
     async def _back_off(self, failures: int, deadline: float, rid: str) -> None:
-        wait = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** max(failures - 1, 0)) * random.uniform(
-            0.5, 1.0
-        )
+        longest = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** max(failures - 1, 0))
+        wait = longest * random.uniform(0.5, 1.0)
         if asyncio.get_running_loop().time() + wait >= deadline:
             raise self._too_late(rid)
         await asyncio.sleep(wait)
@@ -405,25 +365,6 @@ class Generation:
             await self._http.post(url, "/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
         except EngineError as error:  # the server is gone, and with it the request
             log.debug("abort of %s: %s", wire_rid, error)
-
-
-def _sampling(sampling: Sampling, max_new_tokens: int) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "ignore_eos": sampling.ignore_eos,
-        "no_stop_trim": True,
-        "skip_special_tokens": False,
-    }
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.stop_token_ids:
-        body["stop_token_ids"] = list(sampling.stop_token_ids)
-    if sampling.seed is not None:
-        body["sampling_seed"] = sampling.seed
-    return body
 
 
 def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
@@ -453,7 +394,7 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
 
 async def _refusal(response: aiohttp.ClientResponse, rid: str) -> Exception:
     """A 4xx is about the request and final; anything else is about the server."""
-    message = await message_of(response)
+    message = (await response.content.read(2000)).decode(errors="replace")
     if 400 <= response.status < 500:
         return EngineError(f"request {rid!r} refused: {message}")
     return _Broken(f"status {response.status}: {message}")

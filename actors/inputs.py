@@ -1,0 +1,90 @@
+"""What a run starts from: model, documents, demonstrations; and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from system.config import Config, ConfigError
+from system.engine.sglang.command import SglangMissing, interpreter
+from system.models.shape import ModelShape, UnsupportedModel
+from system.observe.rundir import RunDir
+from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
+from system.tasks.demos import demonstration_tree
+from system.tree.record import Tree
+
+
+def check_model(config: Config, task: Task) -> None:
+    """Refuse a model that cannot be trained, or cannot be made.  Raises ConfigError."""
+    if config.model.path:
+        try:
+            ModelShape.from_directory(config.model.path)
+        except UnsupportedModel as error:
+            raise ConfigError(f"model.path={config.model.path}: {error}") from error
+    elif not isinstance(task, HasTokenizer):
+        raise ConfigError(f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model")
+
+
+def check_engine(config: Config) -> None:
+    """Refuse an engine that cannot start here, before anything else does.  Raises ConfigError."""
+    engine = config.engine
+    if engine.name == "sglang" and not engine.urls:
+        try:
+            interpreter(engine)
+        except SglangMissing as error:
+            raise ConfigError(f"engine=sglang: {error}") from error
+
+
+def start_weights(config: Config, run_dir: RunDir) -> Path:
+    """The directory of the start weights: the configured model, or a tiny new one in the run directory, which
+    :func:`make_model` makes.
+    """
+    return Path(config.model.path) if config.model.path else run_dir.start
+
+
+def make_model(path: Path, config: Config, task: Task) -> None:
+    """Make the tiny new model, unless it is there."""
+    if (path / "config.json").is_file():
+        return
+    from transformers.utils.logging import disable_progress_bar
+
+    from system.tasks.tiny_model import create_model  # slow imports
+
+    assert isinstance(task, HasTokenizer), "see check_model"
+    disable_progress_bar()  # of saving weights, which would break into our own
+    partial = path.with_name(path.name + ".partial")  # a run killed meanwhile must not find half a model
+    create_model(partial, task.tokenizer(), config.model, config.run.seed)
+    partial.rename(path)
+
+
+def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:
+    """What the search server indexes: the configured file, or the task's own documents written to
+    ``directory``; None where no search server is started.
+    """
+    if "search" not in config.tools.names or config.tools.search_url:
+        return None
+    if config.tools.corpus:
+        return Path(config.tools.corpus)
+    if not isinstance(task, HasCorpus):
+        raise ConfigError(
+            f"tool 'search' has nothing to search: task {task.name!r} brings no corpus; set tools.corpus, or "
+            "tools.search_url, or take search out of tools.names"
+        )
+    path = directory / "corpus.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for document in task.corpus():
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+    return path
+
+
+def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
+    """The task's demonstrations as single-leaf trees."""
+    if not isinstance(task, HasDemonstrations):
+        raise ConfigError(
+            f"warmstart.steps={config.warmstart.steps}, but task {task.name!r} has no demonstrations"
+        )
+    from transformers import AutoTokenizer  # slow import
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    made = task.demonstrations(config.warmstart.demos, config.run.seed)
+    return [demonstration_tree(one, tokenizer) for one in made]

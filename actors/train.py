@@ -1,0 +1,120 @@
+"""A training run, from its first line to its last: what ``espalier train`` does."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray.exceptions import RayError
+
+from actors.conductor import Conductor, checkpoints
+from actors.inputs import check_engine, check_model, demonstrations, start_weights
+from actors.placement import Placement
+from actors.ray_support import ActorLost, StartFailed, ray_session
+from actors.rollout_pool import RunActors
+from actors.signals import stops_on_signals
+from system.config import Config, ConfigError
+from system.observe.progress import Progress
+from system.observe.recorder import Recorder
+from system.observe.report import report
+from system.observe.rundir import RunDir
+from system.observe.sinks import JsonlSink
+from system.observe.wandb_sink import WandbSink
+from system.tasks.base import Task
+from system.tasks.registry import make_task
+from system.tools.service import ToolStartError
+
+# Exit codes.  STOPPED: asked to stop before the end, a checkpoint was saved.  LOST: a machine or an actor
+# failed, not the run itself (EX_TEMPFAIL of sysexits.h): going on from the checkpoint may well succeed.
+DONE, FAILED, STOPPED, LOST = 0, 1, 3, 75
+
+
+def train(config: Config, *, config_name: str, resume: Path | None) -> int:
+    """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
+    check_engine(config)
+    task = make_task(config)
+    check_model(config, task)
+    run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
+    run_dir.write_config(config)
+    print(f"run directory: {run_dir.root}", flush=True)
+    try:
+        with ray_session(config, run_dir.logs) as joined:
+            return asyncio.run(_run(config, run_dir, task, joined))
+    except* ConfigError as errors:
+        raise next(_leaves(errors)) from None
+    except* (ActorLost, ToolStartError, RayError) as errors:
+        for error in _leaves(errors):
+            print(f"espalier: {error}", file=sys.stderr)
+        print(f"espalier: the run failed; go on with espalier train --resume {run_dir.root}", file=sys.stderr)
+        code = failure_code(errors)
+    return code
+
+
+async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
+    """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
+    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path), WandbSink(run_dir, config)])
+    try:
+        with Progress(
+            recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
+        ) as progress:
+            drawing = asyncio.create_task(progress.run())
+            try:
+                places = await Placement.claim(config, joined=joined)
+                return await places.watch_during(_train(config, run_dir, task, recorder, progress, places))
+            finally:
+                drawing.cancel()
+                await asyncio.gather(drawing, return_exceptions=True)
+    finally:  # a run that stopped or failed says how far it came, too
+        summary = recorder.finish()
+        if summary["versions"]:
+            from system.observe import plots  # slow import, and Ray's processes end meanwhile
+
+            plots.draw(run_dir)
+            print(*report(summary, run_dir), sep="\n", flush=True)
+
+
+async def _train(
+    config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, places: Placement
+) -> int:
+    """Actors, start weights or the newest checkpoint, training, model."""
+    model = start_weights(config, run_dir)
+    actors = await RunActors.start(config, task, model, places, run_dir)
+    try:
+        conductor = Conductor(config, actors, task, run_dir, recorder, progress)
+        places.spare = conductor.spare
+        with stops_on_signals(conductor):
+            if saved := checkpoints(run_dir):
+                await conductor.restore(saved[-1])
+            else:
+                if config.warmstart.steps:
+                    await conductor.warm_start(demonstrations(config, task, model))
+                await conductor.bring_up()
+                if not conductor.stopping:
+                    await conductor.evaluate("before")
+                    await conductor.save()
+            if conductor.stopping or not await conductor.run():
+                where = f"step {conductor.version}: go on with espalier train --resume {run_dir.root}"
+                progress.note(f"stopped at {where}")
+                return STOPPED
+            await conductor.evaluate("after")
+            progress.phase("saving")
+            await actors.learner.save_hf(str(run_dir.model))
+            return DONE
+    finally:
+        await actors.close()
+
+
+def failure_code(error: BaseException) -> int:
+    """LOST if every part that failed may be there again next time, FAILED if one would fail again."""
+    lasting = (ToolStartError, StartFailed)
+    return FAILED if any(isinstance(leaf, lasting) for leaf in _leaves(error)) else LOST
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

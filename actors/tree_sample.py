@@ -1,0 +1,52 @@
+"""The newest trees that were trained on, kept in the run directory for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.ray_support import answer
+from system.tree.store import TreeWriter
+
+WRITE_DEADLINE_S = 600.0  # one batch; a process for it has to start at first
+
+
+def write_trees(directory: str, keep: int, references: Sequence[Any]) -> None:
+    """Append the trees to ``directory``, one after another; those that are lost meanwhile are left out."""
+    with TreeWriter(directory, keep) as writer:
+        for reference in references:
+            try:
+                writer.append(ray.get(reference, timeout=WRITE_DEADLINE_S))
+            except RayError:
+                continue
+
+
+class TreeSample:
+    """A task of its own on this machine fetches and writes the trees of a batch, while training goes on."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        """``keep``: the newest trees that stay; -1: all; 0: none."""
+        self._directory, self._keep = directory.resolve(), keep
+        self._writing: Any = None
+
+    async def add(self, references: Sequence[Any]) -> None:
+        """Write the trees behind ``references``, oldest first, once those before are written."""
+        await self.written()
+        wanted = list(references if self._keep < 0 else references[-self._keep :] if self._keep else ())
+        if wanted:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            writer: Any = ray.remote(write_trees)
+            self._writing = writer.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(
+                str(self._directory), self._keep, wanted
+            )
+
+    async def written(self) -> None:
+        """Return once everything is on disk."""
+        if self._writing is not None:
+            await answer(self._writing, WRITE_DEADLINE_S, "writing trees")
+            self._writing = None

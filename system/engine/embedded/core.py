@@ -1,0 +1,202 @@
+"""The embedded engine without its HTTP side: a model, its weights and a decoding thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from system.config import EngineConfig
+from system.engine.checksum import weights_checksum
+from system.engine.embedded import weights as weights_module
+from system.engine.embedded.loop import DecodeLoop
+from system.engine.embedded.scheduler import Emitted, Limits, Scheduler
+from system.engine.embedded.stops import TokenBytes
+from system.models.files import DTYPES
+from system.models.shape import ModelShape
+
+# Prompt tokens computed in one step at most: what still fits a processor's cache, or fills a GPU, without
+# keeping the running sequences waiting for long.
+_PREFILL = {"cpu": 1024, "cuda": 8192}
+
+# How long decoding waits at most for the HTTP side to send what it has just produced.
+_HANDOVER_S = 5e-3
+
+
+class EngineCore:
+    """A Qwen2/Qwen3-class dense model that decodes, and whose weights can be exchanged meanwhile.
+
+    The model's dtype decides the KV cache's too.  ``seed`` makes requests that bring no seed of their own
+    repeatable in their order of arrival.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model_path: str | Path, *, dtype: str = "float32", seed: int | None = None
+    ):
+        self.config = config
+        self.path = Path(model_path)
+        self.dtype = DTYPES[dtype]
+        self.device = _device(config.device)
+        self.shape = ModelShape.from_directory(self.path)
+        self.context = min(config.max_context, self.shape.max_position)
+        self.vocabulary = TokenBytes.from_directory(self.path, self.shape.vocab)
+        self._seeds = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
+        self._scheduler = Scheduler(
+            self.shape,
+            self.load(self.path),
+            Limits(
+                config.max_running,
+                config.cache_slots,
+                self.context,
+                config.chunk_tokens,
+                _PREFILL[self.device.type],
+            ),
+            eos_tokens(self.path),
+            self.dtype,
+            self.device,
+        )
+        self.loop = DecodeLoop(self._scheduler, self._deliver, config.threads)
+        self._staged: dict[str, Tensor] | None = None
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._sent = threading.Event()
+
+    def begin(self) -> None:
+        """Start decoding; what it emits goes to the event loop that runs now."""
+        self._asyncio = asyncio.get_running_loop()
+        self.loop.start()
+
+    def _deliver(self, emitted: list[Emitted]) -> None:
+        """From the decoding thread: one hand-over, however many sequences have news.
+
+        Waits a moment for the event loop to send them.  Both threads need the interpreter lock; taking turns
+        is much faster than wresting it from each other around every torch operation.
+        """
+        assert self._asyncio is not None
+        self._sent.clear()
+        try:
+            self._asyncio.call_soon_threadsafe(self._dispatch, emitted)
+        except RuntimeError:  # the event loop has closed: nobody is left to tell
+            if not self._asyncio.is_closed():
+                raise
+            return
+        self._sent.wait(_HANDOVER_S)
+
+    def _dispatch(self, emitted: list[Emitted]) -> None:
+        for job, event in emitted:
+            job.deliver(event)
+        # The handlers that were just woken write in the loop's next round; the round after that, they have.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._sent.set)
+
+    def draw_seed(self) -> int:
+        return int(self._seeds.integers(2**63))
+
+    def info(self) -> dict[str, Any]:
+        """What ``/get_server_info`` says.  Reads counters only; never waits for the decoding thread."""
+        scheduler, loop = self._scheduler, self.loop
+        shape = self.shape
+        return {
+            "engine": "embedded",
+            "weight_version": scheduler.version,
+            "running": scheduler.running,
+            "waiting": scheduler.waiting,
+            "paused": loop.paused,
+            "failure": loop.failure,
+            "incremental_streaming_output": True,
+            "max_running": self.config.max_running,
+            "max_context": self.context,
+            "model": {
+                "path": str(self.path),
+                "type": shape.family,
+                "vocab": shape.vocab,
+                "dtype": str(self.dtype),
+            },
+            "counters": {
+                **scheduler.stats(),
+                "busy_s": loop.busy_s,
+                **{f"moment_{name}": value for name, value in asdict(loop.moments).items()},
+                **{f"idle_{cause}_s": seconds for cause, seconds in loop.idle_s.items()},
+            },
+        }
+
+    # Weights -------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def load(self, path: Path) -> weights_module.Weights:
+        """Weights of a Hugging Face directory of this engine's shape."""
+        tensors = weights_module.read_directory(path, self.shape, self.dtype)
+        return weights_module.fuse(self.shape, tensors, self.device)
+
+    def begin_update(self) -> None:
+        """Open an update; one that was left open is discarded."""
+        self._staged = {}
+
+    @torch.inference_mode()
+    def stage(self, tensors: dict[str, Tensor]) -> None:
+        """Check and keep some tensors beside the serving weights.  Raises ``WeightsError``."""
+        if self._staged is None:
+            raise weights_module.WeightsError("no weight update is open: call /begin_weight_update first")
+        weights_module.check(self.shape, self.dtype, tensors)
+        self._staged.update(tensors)
+
+    @torch.inference_mode()
+    def take_staged(self) -> weights_module.Weights:
+        """Close the update: the complete new weights, fused and on the device."""
+        staged, self._staged = self._staged, None
+        if staged is None:
+            raise weights_module.WeightsError("no weight update is open: call /begin_weight_update first")
+        weights_module.check_complete(self.shape, staged)
+        return weights_module.fuse(self.shape, staged, self.device)
+
+    async def swap(
+        self,
+        new: weights_module.Weights | None,
+        version: int,
+        kv: Literal["recompute", "keep"],
+        deadline_s: float,
+    ) -> None:
+        """Serve ``new`` (None: the same weights under a new number) from the next token on."""
+        future = self.loop.emit(lambda scheduler: scheduler.swap(new, version, kv), updating=True)
+        async with asyncio.timeout(deadline_s):
+            await asyncio.wrap_future(future)
+
+    @torch.inference_mode()
+    def checksum(self) -> tuple[int, int]:
+        """(weight version, checksum of the weights held), of one moment; blocks, for a worker thread."""
+        version, held = self.loop.call(lambda scheduler: (scheduler.version, scheduler.weights)).result(
+            timeout=60
+        )
+        return version, weights_checksum(weights_module.unfuse(self.shape, held))
+
+
+def eos_tokens(path: Path) -> set[int]:
+    """End-of-sequence ids that the generation config, the model config or the tokenizer name."""
+    found: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        if (path / file).is_file():
+            value = json.loads((path / file).read_text()).get("eos_token_id")
+            found.update([value] if isinstance(value, int) else value or [])
+    settings, vocabulary = path / "tokenizer_config.json", path / "tokenizer.json"
+    if settings.is_file() and vocabulary.is_file():
+        token = json.loads(settings.read_text()).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text:
+            from tokenizers import Tokenizer
+
+            index = Tokenizer.from_file(str(vocabulary)).token_to_id(text)
+            found.update([] if index is None else [index])
+    return found
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,57 @@
+"""What a client asks a server for: the body of SGLang's ``/generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+
+from system.engine.protocol import GenerateRequest
+
+# SGLang reports the probability among the tokens that top-p kept only for so many of them: its default for
+# --sampling-mask-max-tokens.  What is beyond is not sampled either, so the report stays exact.
+_MOST_KEPT = 4096
+
+
+def generate_body(
+    request: GenerateRequest, wire_rid: str, tokens: list[int], *, every_token: bool, top_logprobs: int
+) -> bytes:
+    """The JSON that asks for what is missing of ``request`` after ``tokens``, under the id ``wire_rid``.
+
+    ``every_token``: a message for each, however the server batches them otherwise.  ``top_logprobs``: how
+    many of the likeliest tokens to report, for estimates of the entropy.
+    """
+    asked = request.sampling
+    sampling: dict[str, Any] = {
+        "max_new_tokens": asked.max_new_tokens - len(tokens),
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
+        "top_k": asked.top_k,
+        "ignore_eos": asked.ignore_eos,
+        "no_stop_trim": True,
+        "skip_special_tokens": False,
+    }
+    if asked.stop:
+        sampling["stop"] = asked.stop
+    if asked.stop_token_ids:
+        sampling["stop_token_ids"] = asked.stop_token_ids
+    if asked.seed is not None:
+        sampling["sampling_seed"] = asked.seed
+    if every_token:
+        sampling["stream_interval"] = 1
+    truncated = asked.temperature > 0 and (asked.top_p < 1 or asked.top_k > 0)
+    if truncated and asked.top_k <= 0:
+        sampling["top_k"] = _MOST_KEPT
+    body: dict[str, Any] = {
+        "rid": wire_rid,
+        "input_ids": np.concatenate([request.input_ids, np.array(tokens, np.int32)]),
+        "sampling_params": sampling,
+        "stream": True,
+        "return_logprob": True,
+    }
+    if truncated:
+        body["return_sampling_mask"] = True
+    if top_logprobs:
+        body["top_logprobs_num"] = top_logprobs
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,113 @@
+"""The one HTTP client, for generation servers and tool servers: kept connections, deadlines, one error."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+MAX_ANSWER_BYTES = 64 << 20
+_PASSING = (408, 425, 429)  # refusals that a later attempt may not meet
+
+
+class HttpError(Exception):
+    """A call that brought no usable answer."""
+
+    def __init__(self, message: str, *, refused: bool = False, passing: bool = True) -> None:
+        """``refused``: nobody listens there; ``passing``: the same call may succeed later."""
+        super().__init__(message)
+        self.refused, self.passing = refused, passing
+
+
+class HttpClient:
+    """A pool of connections to any number of servers, opened at the first call and kept for the next."""
+
+    def __init__(self, connections: int = 0, connect_s: float = 5.0) -> None:
+        """``connections``: at most so many at once, to all servers together; 0: the caller bounds them."""
+        self._session: aiohttp.ClientSession | None = None
+        self._connections, self.connect_s = connections, connect_s
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """Made at the first call: it belongs to the event loop that is running then."""
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_s),
+            )
+        return self._session
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        body: Mapping[str, Any] | bytes | None = None,
+        limit_s: float | None = None,
+    ) -> dict[str, Any]:
+        """The JSON object that a server answers; empty when it answers something else than JSON.
+
+        ``body``: sent as JSON, bytes as they are.  Raises :class:`HttpError` for any failure, and after
+        ``limit_s`` seconds (None: the caller sets the deadline).
+        """
+        content: dict[str, Any] = {"json": body}
+        if isinstance(body, bytes):
+            content = {"data": body, "headers": {"Content-Type": "application/octet-stream"}}
+        try:
+            async with asyncio.timeout(limit_s), self.session.request(method, url, **content) as response:
+                data = await _body(response)
+        except TimeoutError as error:
+            raise HttpError(f"no answer from {url} within {limit_s:g} s") from error
+        except aiohttp.InvalidURL as error:
+            raise HttpError(f"not a URL: {url!r}", passing=False) from error
+        except (aiohttp.ClientError, OSError) as error:
+            refused = isinstance(error, aiohttp.ClientConnectorError)
+            raise HttpError(f"{_reason(error)} at {url}", refused=refused) from error
+        if response.status != 200:
+            passing = response.status >= 500 or response.status in _PASSING
+            message = data[:2000].decode(errors="replace").strip()
+            raise HttpError(f"HTTP {response.status} at {url}: {message}", passing=passing)
+        if "json" not in response.content_type:
+            return {}
+        try:
+            answer = json.loads(data)
+        except ValueError as error:
+            raise HttpError(f"no JSON from {url}: {error}", passing=False) from error
+        if not isinstance(answer, dict):
+            raise HttpError(f"no JSON object from {url}", passing=False)
+        return answer
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body, unless a server sends more than any answer needs."""
+    data = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 16):
+        data += chunk
+        if len(data) > MAX_ANSWER_BYTES:
+            raise HttpError(f"more than {MAX_ANSWER_BYTES} bytes from {response.url}", passing=False)
+    return bytes(data)
+
+
+def _reason(error: Exception) -> str:
+    """The short name of a connection failure."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, ConnectionRefusedError):
+        return "connection refused"
+    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
+        return "connection lost"
+    return f"{type(error).__name__}: {error}"

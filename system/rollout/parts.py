@@ -1,0 +1,60 @@
+"""What rollouts are made with: the engine, the tools, the policy and the rest, the same for all trees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from system.config import RolloutConfig
+from system.engine.protocol import Engine
+from system.rollout.branching import Policy
+from system.rollout.encode import Tokenizer, encode_text
+from system.rollout.reward import Reward
+from system.rollout.schedule import Schedule, make_schedule
+from system.rollout.syntax import Syntax
+from system.tools.outcome import Tools
+from system.tree.record import Int32
+
+CHARS_PER_TOKEN = 32  # a tool's answer is cut to this many characters per allowed token before it is encoded
+
+
+@dataclass(frozen=True)
+class RolloutParts:
+    """The parts of any number of growing trees; of these it knows only where their schedule stands."""
+
+    engine: Engine
+    tools: Tools
+    syntax: Syntax
+    policy: Policy
+    reward: Reward
+    tokenizer: Tokenizer
+    config: RolloutConfig
+    vocab_size: int  # V, of which ln V is the unit of entropy
+    now: Callable[[], float] = time.time  # unix time, for the record
+    schedule: Schedule = field(init=False)  # config.schedule, over all trees
+
+    def __post_init__(self) -> None:
+        wrapping = sum(tokens.size for tokens in self._wrapping)
+        if self.config.max_tool_result_tokens <= wrapping:
+            raise ValueError(
+                f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
+                f"the result's own tags take {wrapping} tokens"
+            )
+        object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
+
+    @cached_property
+    def _wrapping(self) -> tuple[Int32, Int32]:
+        """Tokens before and after a tool's answer."""
+        before, after = self.syntax.result_open, self.syntax.result_close
+        return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
+
+    def encode_result(self, text: str, room: int) -> Int32:
+        """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
+        limit = self.config.max_tool_result_tokens
+        before, after = self._wrapping
+        inner = encode_text(self.tokenizer, text[: limit * CHARS_PER_TOKEN], trusted=False)
+        return np.concatenate([before, inner[: limit - before.size - after.size], after])[:room]

@@ -1,0 +1,47 @@
+"""Several engine models as one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from system.engine.protocol import Chunk, GenerateRequest
+from system.twin.engine_model import EngineModel
+
+
+class EngineModels:
+    """Several engines as one: a tree's branches stay where their prefixes are, unless that engine is down or
+    much busier than another.
+
+    New trees go to the less loaded of two engines in rotation (the power of two choices).
+    """
+
+    def __init__(self, engines: list[EngineModel], spill: float = 2.0, slack: int = 8) -> None:
+        """A branch leaves home when the load there exceeds ``spill`` times another's plus ``slack``."""
+        self.engines, self._spill, self._slack = engines, spill, slack
+        self._home: dict[str, EngineModel] = {}
+        self._turn = 0
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        return self._choose(request.route).generate(request)
+
+    async def abort(self, rid: str) -> None:
+        for engine in self.engines:
+            await engine.abort(rid)
+
+    def forget(self, route: str) -> None:
+        """The tree is closed."""
+        self._home.pop(route, None)
+
+    def _choose(self, route: str) -> EngineModel:
+        home, other = self._home.get(route), self._candidate()
+        if home is None or not home.alive or home.load > self._spill * other.load + self._slack:
+            home = self._home[route] = other
+        return home
+
+    def _candidate(self) -> EngineModel:
+        count = len(self.engines)
+        first, second = (self.engines[(self._turn + i * (count // 2 or 1)) % count] for i in (0, 1))
+        self._turn += 1
+        if first.alive != second.alive:
+            return first if first.alive else second
+        return first if first.load <= second.load else second

@@ -1,0 +1,134 @@
+"""What the training loop gets from actors: tickets, references and statistics, and words for what is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.engine_monitor import Publisher
+from actors.in_flight import KeptTree
+from actors.learner import Published
+from actors.parts import ActorParts
+from system.config import Config
+from system.flow.ledger import Ledger, Ticket
+from system.flow.loop import TreeLost, TreesLost
+from system.flow.replay import TreeInFlight
+from system.observe.jsonl import JsonlWriter, read_jsonl
+from system.rollout.context import RolloutFailed
+from system.rollout.snapshot import SnapshotError
+
+TICKET = Ticket(3, 0, "p", 1, 5)
+STATS: Any = object()
+
+
+class Worker:
+    """A rollout worker's handle: one reference to the tree, one to the statistics, which alone is awaited."""
+
+    def __init__(self, outcome: Any = STATS) -> None:
+        self.outcome, self.asked = outcome, ()
+
+    @property
+    def grow(self) -> Any:
+        async def statistics() -> Any:
+            if isinstance(self.outcome, Exception):
+                raise self.outcome
+            return self.outcome
+
+        def remote(*asked: Any) -> tuple[str, Any]:
+            self.asked = asked
+            return "a tree", statistics()
+
+        def options(num_returns: int) -> Any:
+            assert num_returns == 2
+            return SimpleNamespace(remote=remote)
+
+        return SimpleNamespace(options=options)
+
+
+class Kept:
+    """The trees of a checkpoint."""
+
+    def __init__(self, tree: KeptTree | None = None) -> None:
+        self.tree = tree
+
+    def take(self, epoch: int, prompt_id: str) -> KeptTree | None:
+        assert (epoch, prompt_id) == (0, "p")
+        return self.tree
+
+
+class Learner:
+    async def train(self, version: int, trees: Any) -> dict[str, float]:
+        raise TreesLost({1: "its node died"})
+
+    async def publish(self, urls: Any, version: int) -> Published:
+        report: Any = SimpleNamespace(stage_s=1.0, pause_s={}, bytes=7)
+        return Published({urls[0]: "it is starting"}, report)
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    return []
+
+
+def parts(tmp_path: Path, notes: list[str], worker: Worker, kept: KeptTree | None = None) -> ActorParts:
+    pool = SimpleNamespace(workers=[worker], engines=["http://engine"])
+    recorder = SimpleNamespace(weights_pushed=lambda *_: None)
+    actors: Any = SimpleNamespace(pool=pool, learner=Learner())
+    prompt: Any = "the prompt"
+    publisher = Publisher(actors.learner, pool.engines, recorder)  # type: ignore[arg-type]
+    log = JsonlWriter(tmp_path / "ledger.jsonl")
+    progress, trees = SimpleNamespace(note=notes.append), Kept(kept)
+    ledger = Ledger(["p"], 0)
+    return ActorParts(
+        Config(),
+        actors,
+        {"p": prompt},
+        trees,
+        publisher,
+        ledger,
+        log,
+        progress,  # type: ignore[arg-type]
+    )
+
+
+async def test_a_tree_stays_where_it_is(tmp_path: Path, notes: list[str]) -> None:
+    worker = Worker()
+    grown = await parts(tmp_path, notes, worker).grow(TICKET, seed=9)
+    assert (grown.ticket, grown.reference, grown.stats) == (TICKET, "a tree", STATS)
+    assert worker.asked == ("the prompt", 3, 9, None)
+
+
+async def test_a_kept_tree_goes_on_or_is_there_already(tmp_path: Path, notes: list[str]) -> None:
+    worker = Worker()
+    await parts(tmp_path, notes, worker, KeptTree(5, "a snapshot", None)).grow(TICKET, seed=9)
+    assert worker.asked[-1] == "a snapshot"
+    idle = Worker()
+    grown = await parts(tmp_path, notes, idle, KeptTree(5, "closed long ago", STATS)).grow(TICKET, seed=9)
+    assert (grown.reference, grown.stats, idle.asked) == ("closed long ago", STATS, ())
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [(RolloutFailed("p", "deadline", "slow"), "deadline"), (SnapshotError("torn"), "snapshot")],
+)
+async def test_what_fails_has_a_word(
+    tmp_path: Path, notes: list[str], failure: Exception, reason: str
+) -> None:
+    with pytest.raises(TreeLost) as lost:
+        await parts(tmp_path, notes, Worker(failure)).grow(TICKET, seed=9)
+    assert lost.value.reason == reason
+
+
+async def test_trees_that_no_rank_can_fetch_are_named(tmp_path: Path, notes: list[str]) -> None:
+    one = parts(tmp_path, notes, Worker())
+    trees = [TreeInFlight(TICKET, "gone", STATS) for _ in range(2)]
+    with pytest.raises(TreesLost) as lost:
+        await one.train(5, trees)
+    assert lost.value.reasons.keys() == {1}
+    await one.publish(6)
+    assert notes == ["weights 6 not taken yet: it is starting"]
+    one.logged()
+    assert [event["event"] for event in read_jsonl(tmp_path / "ledger.jsonl")] == ["open"]
