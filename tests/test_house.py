@@ -57,7 +57,7 @@ def test_imports_that_climb_cross_or_turn_in_a_circle_are_found(copy: Path) -> N
         copy, "system/tasks/jsonl.py", "def late():\n    from actors import train  # not at the top either\n"
     )
     plant(copy, "system/observe/show.py", "import ray\n")
-    plant(copy, "system/tools/metrics.py", "import system.tools.service  # which imports metrics\n")
+    plant(copy, "system/tools/breaker.py", "import system.tools.service  # which imports breaker\n")
     plant(copy, "system/flow/admission.py", "import torch\n")
     code, said = import_linter(copy)
     assert code == 1
