@@ -60,7 +60,7 @@ _RESULT_DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class Requests:
     """Prompts, and how many tokens to generate for each."""
 
     name: str
@@ -80,7 +80,7 @@ class Speed:
     per_cpu_s: float
 
 
-def workloads(seed: int, new_tokens: int) -> tuple[Workload, Workload]:
+def workloads(seed: int, new_tokens: int) -> tuple[Requests, Requests]:
     """The mixed and the equal batch."""
     rng = np.random.default_rng(seed)
 
@@ -90,7 +90,7 @@ def workloads(seed: int, new_tokens: int) -> tuple[Workload, Workload]:
     prompts = tuple(prompt(int(rng.integers(16, 129))) for _ in range(REQUESTS))
     outputs = tuple(int(rng.integers(max(new_tokens // 4, 1), new_tokens + 1)) for _ in range(REQUESTS))
     equal = tuple(prompt(64) for _ in range(REQUESTS))
-    return Workload("mixed", prompts, outputs), Workload("equal", equal, (new_tokens,) * REQUESTS)
+    return Requests("mixed", prompts, outputs), Requests("equal", equal, (new_tokens,) * REQUESTS)
 
 
 def run(
@@ -157,7 +157,7 @@ async def _measure(
     """The rounds, and the sums that our engine's server counted meanwhile."""
     async with _server(path, threads) as (client, server):
 
-        async def one_round(mixed: Workload, equal: Workload, tag: str) -> dict[str, Speed]:
+        async def one_round(mixed: Requests, equal: Requests, tag: str) -> dict[str, Speed]:
             return {
                 "ours_mixed": await _timed(_ours(client, mixed, tag + "m"), mixed, server),
                 "generate_batch": await _timed(
@@ -180,7 +180,7 @@ async def _counters(client: EnginePool) -> dict[str, float]:
         return (await control.info()).counters
 
 
-async def _timed(contest: Awaitable[int], work: Workload, server: psutil.Process) -> Speed:
+async def _timed(contest: Awaitable[int], work: Requests, server: psutil.Process) -> Speed:
     """Speed of something that generates all of ``work`` and returns how many tokens that were."""
     cpu, began = _cpu_s(server), time.perf_counter()
     count = await contest
@@ -223,7 +223,7 @@ async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EnginePool, 
             await process.wait()
 
 
-async def _ours(client: EnginePool, work: Workload, tag: str) -> int:
+async def _ours(client: EnginePool, work: Requests, tag: str) -> int:
     """All requests at once; the prefix cache starts empty."""
     async with EngineControl(client.urls[0]) as control:
         await control.post("/flush_cache")
@@ -236,7 +236,7 @@ async def _ours(client: EnginePool, work: Workload, tag: str) -> int:
     return sum(await asyncio.gather(*(one(number) for number in range(REQUESTS))))
 
 
-def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> int:
+def _generate_batch(model: Qwen3ForCausalLM, work: Requests, threads: int) -> int:
     torch.set_num_threads(threads)
     count = 0
     with model.continuous_batching_context_manager(
@@ -254,7 +254,7 @@ def _generate_batch(model: Qwen3ForCausalLM, work: Workload, threads: int) -> in
     return count
 
 
-def _static(model: Qwen3ForCausalLM, work: Workload, threads: int) -> int:
+def _static(model: Qwen3ForCausalLM, work: Requests, threads: int) -> int:
     torch.set_num_threads(threads)
     prompts = torch.from_numpy(np.stack(work.prompts).astype(np.int64))
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]

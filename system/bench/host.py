@@ -27,7 +27,7 @@ import psutil
 from matplotlib.figure import Figure
 
 from system.bench.report import Report
-from system.bench.stub_engine import Plan, write_plan
+from system.bench.stub_engine import Script, write_script
 from system.config import RolloutConfig
 from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
@@ -132,7 +132,7 @@ class _Search:
         return None
 
 
-def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Plan:
+def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Script:
     """64 segments of 64 to 256 tokens, of words that the quickstart's tokenizer knows."""
     tokenizer, rng = vocabulary.build(), np.random.default_rng(seed)
     words = [
@@ -147,15 +147,15 @@ def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Plan:
         segments.append([*rng.choice(words, int(rng.integers(64, 257))).tolist(), *end])
         matched.append("</search>" if calls else "")
     texts = [[str(tokenizer.decode([token])) for token in segment] for segment in segments]
-    return Plan(segments, texts, matched, load.chunk_tokens, load.tokens_per_s, first_s=0.2)
+    return Script(segments, texts, matched, load.chunk_tokens, load.tokens_per_s, first_s=0.2)
 
 
 @asynccontextmanager
-async def stub(plan: Plan) -> AsyncGenerator[tuple[str, psutil.Process]]:
+async def stub(plan: Script) -> AsyncGenerator[tuple[str, psutil.Process]]:
     """The stub engine in a process of its own: its URL, and the process."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "plan.json"
-        write_plan(plan, path)
+        write_script(plan, path)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "system.bench.stub_engine", str(path)), stdout=asyncio.subprocess.PIPE
         )

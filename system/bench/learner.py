@@ -38,7 +38,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
+class Timing:
     prefix: float
     leaves: int
     tree_tokens: int
@@ -77,7 +77,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     return report
 
 
-def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) -> list[Result]:
+def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) -> list[Timing]:
     from system.learn.batch import BatchPlanner
     from system.learn.trainer import Trainer
 
@@ -102,7 +102,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
                 tree_tokens, flat_tokens = (sum(t.n_tokens for t in group) for group in (trees, paths))
                 pairs = list(zip(*seconds.values(), strict=True))  # taken one after the other
                 results.append(
-                    Result(
+                    Timing(
                         prefix=case.prefix,
                         leaves=case.leaves,
                         tree_tokens=tree_tokens,
@@ -155,7 +155,7 @@ def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.nda
     return worst
 
 
-def _write(out_dir: Path, data: dict[str, Any], results: list[Result]) -> None:
+def _write(out_dir: Path, data: dict[str, Any], results: list[Timing]) -> None:
     page = Report(
         out_dir,
         "learner",
@@ -187,7 +187,7 @@ def _write(out_dir: Path, data: dict[str, Any], results: list[Result]) -> None:
     page.finish(data)
 
 
-def _plot(results: list[Result]) -> Figure:
+def _plot(results: list[Timing]) -> Figure:
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
     top = max(max(r.ideal, r.speedup) for r in results) * 1.05

@@ -22,9 +22,9 @@ from system.bench.report import Report
 from system.bench.splits import (
     GRAIN,
     PROFILES,
-    Point,
+    Split,
     Profile,
-    Workload,
+    TrainingLoad,
     best_split,
     engine_sizes,
     roofline,
@@ -54,7 +54,7 @@ _COLUMNS = (
 )
 
 
-def _row(point: Point) -> list[Any]:
+def _row(point: Split) -> list[Any]:
     return [
         point.gpus,
         point.learner_gpus,
@@ -82,7 +82,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
     if unknown := [name for name in names if name not in PROFILES]:
         raise ConfigError(f"{unknown[0]!r} is neither a profile ({', '.join(PROFILES)}) nor a number of GPUs")
     counts = asked or ((8, 64, 512, 4096) if quick else GPU_COUNTS)
-    work = Workload(batch_trees=16) if quick else Workload()
+    work = TrainingLoad(batch_trees=16) if quick else TrainingLoad()
     report = Report(
         out_dir,
         "scale",
@@ -121,8 +121,8 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
 
 
 def _progress(
-    searches: Iterator[list[Point]], tasks: Sequence[tuple[Profile, int, Workload]]
-) -> Iterator[list[Point]]:
+    searches: Iterator[list[Split]], tasks: Sequence[tuple[Profile, int, TrainingLoad]]
+) -> Iterator[list[Split]]:
     """``searches`` as they come, each with a line for whoever waits."""
     for number, (found, (profile, gpus, _)) in enumerate(zip(searches, tasks, strict=True), 1):
         best = f"{found[0].trained_per_s:,.0f} trained tokens/s" if found else "too few"
@@ -131,12 +131,12 @@ def _progress(
 
 
 def _sweeps(
-    report: Report, pool: ProcessPoolExecutor, curve: Sequence[Point], work: Workload
-) -> Mapping[str, Sequence[Point]]:
+    report: Report, pool: ProcessPoolExecutor, curve: Sequence[Split], work: TrainingLoad
+) -> Mapping[str, Sequence[Split]]:
     """One setting at a time, around the best split at a middling size."""
     base = curve[len(curve) // 2]
     profile = base.profile
-    changes: dict[str, list[tuple[Any, Profile, Workload]]] = {
+    changes: dict[str, list[tuple[Any, Profile, TrainingLoad]]] = {
         "η": [(value, profile, replace(work, staleness=value)) for value in (0, 1, 2, 4)],
         "n": [
             (
@@ -152,7 +152,7 @@ def _sweeps(
         "engine tp": [(size.engine.tp, size, work) for size in engine_sizes(PROFILES[profile.name])],
     }
     report.section(f"{profile.name} on {base.gpus} GPUs: one setting at a time")
-    found: dict[str, Sequence[Point]] = {}
+    found: dict[str, Sequence[Split]] = {}
     for name, points in changes.items():
         jobs = [(one, base.gpus, base.replicas, workload) for _, one, workload in points]
         found[name] = list(pool.map(simulate_split, *zip(*jobs, strict=True)))
@@ -161,7 +161,7 @@ def _sweeps(
     return found
 
 
-def _bend(curve: Sequence[Point]) -> str:
+def _bend(curve: Sequence[Split]) -> str:
     """Where throughput per GPU has fallen to half of its best, and why."""
     if not curve:
         return "No number of GPUs simulated holds a learner and an engine."
@@ -181,7 +181,7 @@ def _bend(curve: Sequence[Point]) -> str:
     )
 
 
-def _assumptions(report: Report, names: Sequence[str], work: Workload) -> None:
+def _assumptions(report: Report, names: Sequence[str], work: TrainingLoad) -> None:
     gpu = GPUS[work.gpu]
     report.section("Assumptions")
     report.text("Workload: one training batch, and what its branches do.")
@@ -230,7 +230,7 @@ def _assumptions(report: Report, names: Sequence[str], work: Workload) -> None:
     )
 
 
-def _record(point: Point) -> dict[str, Any]:
+def _record(point: Split) -> dict[str, Any]:
     return {
         "profile": point.profile.name,
         "gpus": point.gpus,
@@ -251,7 +251,7 @@ def _record(point: Point) -> dict[str, Any]:
     }
 
 
-def _plot_curves(curves: Mapping[str, Sequence[Point]]) -> Figure:
+def _plot_curves(curves: Mapping[str, Sequence[Split]]) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, points in curves.items():
@@ -267,7 +267,7 @@ def _plot_curves(curves: Mapping[str, Sequence[Point]]) -> Figure:
     return figure
 
 
-def _plot_splits(points: Sequence[Point]) -> Figure:
+def _plot_splits(points: Sequence[Split]) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     names = list(dict.fromkeys(point.profile.name for point in points))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):

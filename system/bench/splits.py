@@ -62,7 +62,7 @@ PROFILES = {
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingLoad:
     """What is trained on, after ARPO's recipes: 16 leaves, 8 roots, 3 calls at most; 64 prompts a step."""
 
     batch_trees: int = 64
@@ -80,14 +80,14 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Point:
+class Split:
     """One simulated run."""
 
     profile: Profile
     gpus: int
     learner_gpus: int
     engines: int
-    workload: Workload
+    workload: TrainingLoad
     result: TwinResult
 
     @property
@@ -166,7 +166,7 @@ class _Grains:
         return self.learner.train_s(tokens * GRAIN)
 
 
-def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -> Point:
+def simulate_split(profile: Profile, gpus: int, replicas: int, work: TrainingLoad) -> Split:
     """``gpus`` GPUs of which ``replicas`` learner replicas take theirs and engines the rest."""
     gpu, shape = GPUS[work.gpu], profile.model
     learner = replace(profile.learner, dp=replicas)
@@ -193,10 +193,10 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: Workload) -
     )
     skip = SKIP + work.staleness  # all trees that η permits begin at once; a period later they are spread
     result = simulate(_config(work, engines), models, steps=skip + CYCLES * (work.staleness + 1), skip=skip)
-    return Point(profile, gpus, learner.gpus, engines, work, result)
+    return Split(profile, gpus, learner.gpus, engines, work, result)
 
 
-def _config(work: Workload, engines: int) -> Config:
+def _config(work: TrainingLoad, engines: int) -> Config:
     longest = round((work.call_limit + 1) * 8 * (work.segment_tokens + work.result_tokens) / GRAIN)
     return load(
         None,
@@ -219,7 +219,7 @@ def _config(work: Workload, engines: int) -> Config:
     )
 
 
-def best_split(profile: Profile, gpus: int, work: Workload) -> list[Point]:
+def best_split(profile: Profile, gpus: int, work: TrainingLoad) -> list[Split]:
     """All splits that the search looked at, the best first; empty where no split is possible.
 
     First the learner's replicas, at the profile's engines.  Then engines of twice the GPUs, as long as they
@@ -245,7 +245,7 @@ def engine_sizes(profile: Profile) -> list[Profile]:
     return sizes
 
 
-def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[Point]:
+def _climb(profile: Profile, gpus: int, work: TrainingLoad, near: int = 0) -> list[Split]:
     """The best number of learner replicas: among the neighbours of ``near``, or in all.
 
     Throughput rises with replicas while training is the bottleneck and falls when engines get too few, so
@@ -254,7 +254,7 @@ def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[P
     most = (gpus - profile.engine.tp) // profile.learner.gpus
     if most < 1:
         return []
-    seen: dict[int, Point] = {}
+    seen: dict[int, Split] = {}
 
     def rate(replicas: int) -> float:
         if replicas not in seen:
@@ -275,5 +275,5 @@ def _climb(profile: Profile, gpus: int, work: Workload, near: int = 0) -> list[P
     return _ranked(list(seen.values()))
 
 
-def _ranked(points: list[Point]) -> list[Point]:
+def _ranked(points: list[Split]) -> list[Split]:
     return sorted(points, key=lambda point: -point.result.trained_per_s)

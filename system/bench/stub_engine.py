@@ -4,7 +4,7 @@ It speaks the part of the protocol that generation needs and computes nothing: m
 start, and a chunk costs one ``write``, so one process outpaces any client.  Which of its segments a request
 gets follows from the request's sampling seed.
 
-Run as ``python -m system.bench.stub_engine FILE`` with a JSON file of :class:`Plan`; it prints its port.
+Run as ``python -m system.bench.stub_engine FILE`` with a JSON file of :class:`Script`; it prints its port.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DONE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class Script:
     """What the stub says, and how fast."""
 
     segments: list[list[int]]  # token ids; the last ends the segment
@@ -44,7 +44,7 @@ class Plan:
 class Segments:
     """The plan's segments as byte strings ready to send, one per chunk."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Script) -> None:
         self.plan = plan
         self._wire = [self._encode(number) for number in range(len(plan.segments))]
 
@@ -125,7 +125,7 @@ class _Connection(asyncio.Protocol):
             self._send_later(wire, number + 1, due + plan.chunk_tokens / plan.tokens_per_s)
 
 
-async def _serve(plan: Plan) -> None:
+async def _serve(plan: Script) -> None:
     segments = Segments(plan)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Connection(segments), "127.0.0.1", 0, backlog=4096)
@@ -133,9 +133,9 @@ async def _serve(plan: Plan) -> None:
     await server.serve_forever()
 
 
-def write_plan(plan: Plan, path: Path) -> None:
+def write_script(plan: Script, path: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(plan)))
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Plan(**json.loads(Path(sys.argv[1]).read_text()))))
+    asyncio.run(_serve(Script(**json.loads(Path(sys.argv[1]).read_text()))))

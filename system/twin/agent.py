@@ -28,7 +28,7 @@ MOST_RECORDED = 1 << _BITS  # segments
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Utterance:
     """What the agent says next."""
 
     tokens: int  # the last one or two of them say how it ends
@@ -45,7 +45,7 @@ class Agent(Protocol):
         """Tool names; a segment's call names one by its place here."""
         ...
 
-    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
         """The segment that a request with this ``seed`` gets.
 
         ``tree``: its route, "prompt:ticket"; ``calls``: the call tokens on the branch so far, in order.
@@ -86,7 +86,7 @@ class AgentModel:
     def tools(self) -> Sequence[str]:
         return list(self.shares)
 
-    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
         rng = np.random.default_rng(seed)
         length = max(2, round(self.segment_tokens.draw(rng)))
         level = self.root_entropy + (self.rise if calls else 0.0)
@@ -96,7 +96,7 @@ class AgentModel:
             shares = np.fromiter(self.shares.values(), np.float64)
             tool = int(np.searchsorted(np.cumsum(shares / shares.sum()), rng.random()))
             call = call_token(min(tool, shares.size - 1), int(rng.integers(1 << _BITS)))
-        return Segment(length, call, bool(rng.random() < self.p_right), entropy)
+        return Utterance(length, call, bool(rng.random() < self.p_right), entropy)
 
     def forget(self, tree: str) -> None:
         pass
@@ -165,13 +165,13 @@ class RecordedAgent:
         ]
         self._said: dict[str, set[int]] = {}  # by each tree that grows
 
-    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Segment:
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
         said = self._said.setdefault(tree, set())
         number = self._choose(np.random.default_rng(seed), said, self._recorded(tree), calls)
         said.add(number)
         segment = self.segments[number]
         call = call_token(segment.tool, number) if segment.tool >= 0 else 0
-        return Segment(max(2, segment.tokens), call, segment.right, segment.entropy)
+        return Utterance(max(2, segment.tokens), call, segment.right, segment.entropy)
 
     def _choose(
         self, rng: np.random.Generator, said: set[int], tree: RecordedTree, calls: Sequence[int]
@@ -218,7 +218,7 @@ def number_of(call: int) -> int:
     return call & ((1 << _BITS) - 1)
 
 
-def written(segment: Segment, number: int, limit: int) -> NDArray[np.int32]:
+def written(segment: Utterance, number: int, limit: int) -> NDArray[np.int32]:
     """[≤ limit] the tokens of ``segment``, which is segment ``number`` of the simulation."""
     tokens = np.full(segment.tokens, SEGMENT + number % SEGMENTS, np.int32)
     if segment.call:

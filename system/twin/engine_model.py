@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
-from system.twin.agent import CALL, SEGMENT, SEGMENTS, Agent, Segment, tool_of, written
+from system.twin.agent import CALL, SEGMENT, SEGMENTS, Agent, Utterance, tool_of, written
 from system.twin.prefix import Path, PrefixCache
 from system.twin.trace import Trace
 
@@ -53,7 +53,7 @@ class _State(Enum):
 @dataclass(eq=False, slots=True)
 class _Sequence:
     request: GenerateRequest
-    segment: Segment
+    segment: Utterance
     number: int  # of the segment
     path: Path
     limit: int  # tokens it will have

@@ -24,10 +24,6 @@ class EngineModels:
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         return self._choose(request.route).generate(request)
 
-    async def abort(self, rid: str) -> None:
-        for engine in self.engines:
-            await engine.abort(rid)
-
     def forget(self, route: str) -> None:
         """The tree is closed."""
         self._home.pop(route, None)

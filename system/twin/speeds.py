@@ -50,5 +50,9 @@ class LinearEngine:
 
     def slowed(self, factor: float) -> LinearEngine:
         """The same on a machine where everything takes ``factor`` times as long."""
-        times = (self.step_fixed_s, self.per_sequence_s, self.per_prefill_s)
-        return LinearEngine(*(one * factor for one in times), self.kv_tokens)
+        return LinearEngine(
+            self.step_fixed_s * factor,
+            self.per_sequence_s * factor,
+            self.per_prefill_s * factor,
+            self.kv_tokens,
+        )

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from system.bench import scale, splits
-from system.bench.splits import PROFILES, Point, Profile, Workload, best_split, simulate_split
+from system.bench.splits import PROFILES, Split, Profile, TrainingLoad, best_split, simulate_split
 from system.config import ConfigError
 
-SMALL = Workload(batch_trees=4, leaves=8, roots=4, segment_tokens=512, result_tokens=128)
+SMALL = TrainingLoad(batch_trees=4, leaves=8, roots=4, segment_tokens=512, result_tokens=128)
 SEVEN = PROFILES["7B"]
 
 
@@ -44,12 +44,12 @@ def test_the_search_finds_the_best_split_in_few_simulations(
 ) -> None:
     tried: list[tuple[int, int]] = []
 
-    def fake(profile: Profile, gpus: int, replicas: int, work: Workload) -> Point:
+    def fake(profile: Profile, gpus: int, replicas: int, work: TrainingLoad) -> Split:
         tried.append((profile.engine.tp, replicas))
         rate = min(replicas / top, (gpus / 4 - replicas) / (gpus / 4 - top))  # rises, then falls
         rate *= 1 - 0.1 * abs(profile.engine.tp.bit_length() - tp.bit_length())  # and so does this
         result: Any = SimpleNamespace(trained_per_s=rate)
-        return Point(profile, gpus, 4 * replicas, 1, work, result)
+        return Split(profile, gpus, 4 * replicas, 1, work, result)
 
     monkeypatch.setattr(splits, "simulate_split", fake)
     found = best_split(SEVEN, gpus, SMALL)
@@ -72,7 +72,7 @@ def test_words_name_profiles_and_numbers_of_gpus(tmp_path: Path, monkeypatch: py
     with pytest.raises(ConfigError, match=r"'9B' is neither a profile \(7B, 14B, 32B\) nor a number"):
         scale.run(tmp_path, words=["9B"])
     tiny = replace(SMALL, segment_tokens=128, call_limit=1)
-    monkeypatch.setattr(scale, "Workload", lambda **_: tiny)
+    monkeypatch.setattr(scale, "TrainingLoad", lambda **_: tiny)
     data = scale.run(tmp_path, words=["16", "7B", "8"])
     assert [(p["profile"], p["gpus"]) for p in data["curves"]["7B"]] == [("7B", 8), ("7B", 16)]
     assert data["sweeps"].keys() == {"η", "n", "tool latency", "engine tp"}
@@ -82,11 +82,11 @@ def test_words_name_profiles_and_numbers_of_gpus(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "splits.png").stat().st_size > 5_000
 
 
-def point(learner_idle: float, engine_idle: float, running: float, staleness: int = 1) -> Point:
+def point(learner_idle: float, engine_idle: float, running: float, staleness: int = 1) -> Split:
     result: Any = SimpleNamespace(
         idle={"learner": {"no batch": learner_idle}, "engine-0": {"waiting": engine_idle}}, running=running
     )
-    return Point(SEVEN, 8, 4, 4, replace(SMALL, staleness=staleness), result)
+    return Split(SEVEN, 8, 4, 4, replace(SMALL, staleness=staleness), result)
 
 
 def test_the_bottleneck_is_who_has_no_time_to_spare() -> None:

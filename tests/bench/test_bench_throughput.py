@@ -10,24 +10,36 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 import pytest
-from system.bench.latency import ToolLatency
 
-from actors.throughput import MODES, SlowSearch, _config, _figures
-from system.bench.schedules import Mode, World, agent, grow
-from system.bench.throughput import write_report
+from system.bench.baselines import BASELINES, WAYS
+from system.bench.throughput import SETTINGS, TEACH, SlowSearch, figures, write_report
+from system.config import load
 from system.tasks.registry import make_task
 from system.tools.serving import serve
+from system.twin.clock import run as virtually
+from system.twin.dist import ToolLatency
+from system.twin.speeds import LinearEngine, LinearLearner
+from system.twin.world import Models, Twin
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_is_a_valid_configuration(mode: str, tmp_path: Path) -> None:
-    config = _config(MODES[mode], tmp_path, "http://127.0.0.1:1")
-    assert config.rollout.schedule == ("lockstep" if mode == "lockstep" else "barrier-free")
-    assert (config.branching.name == "none") == mode.startswith("linear")
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_a_valid_configuration(way: str) -> None:
+    config = WAYS[way].config(*SETTINGS, *TEACH)
+    assert config.rollout.schedule == ("lockstep" if "lockstep" in way else "barrier-free")
+    assert (config.branching.name == "none") == way.startswith("linear")
+
+
+def test_every_baseline_is_a_recipe_that_says_how_it_is_written_as_overrides() -> None:
+    files = sorted(BASELINES.glob("*.yaml"))
+    assert {path.stem for path in files} == {way.recipe for way in WAYS.values()}
+    for path in files:
+        heading = path.read_text().partition("base:")[0].replace("\n#", "")
+        words = heading.partition("On any recipe:")[2].replace("(the defaults)", "").split()
+        assert load(path) == load(BASELINES.parent / "quickstart.yaml", words), path
 
 
 async def test_the_slow_search_takes_as_long_as_its_query_draws() -> None:
-    search = SlowSearch(make_task(_config((), Path("unused"), "")))  # type: ignore[arg-type]
+    search = SlowSearch(make_task(WAYS["tree sync"].config(*SETTINGS)))  # type: ignore[arg-type]
     server = await serve(search.app)
     try:
         async with aiohttp.ClientSession() as session:
@@ -48,27 +60,36 @@ async def test_the_slow_search_takes_as_long_as_its_query_draws() -> None:
 
 
 def test_figures_of_a_run() -> None:
-    trees = grow(World(agent(), ToolLatency(), trees=2), Mode("", "barrier-free", "arpo", 0), 1).trees
+    twin = Twin(
+        WAYS["tree sync"].config("flow.batch_leaves=16"),
+        Models(LinearEngine(0.01, 0.0), LinearLearner(1.0, 0.0)),
+        1,
+    )
+    twin.events.keep_trees = True
+    trees = virtually(twin.run()).trees
     late = [replace(tree, started_s=0.0, closed_s=2.0 + 8.0 * i) for i, tree in enumerate(trees)]
     sampled = sum(int(np.count_nonzero(tree.version >= 0)) for tree in trees)
-    summary = {
-        "tokens": {"trained": sampled // 2, "generated": sampled + 7},
-        "idle_s": {"learner": {"no batch": 5.0}},
-        "staleness": {"mean": 0.5, "max": 1},
-        "leaves": 32,
-        "dropped": {},
+    summary = {"tokens": {"trained": sampled // 2, "generated": sampled + 7}, "dropped": {}}
+    step = {
+        "time/window_s": 5.0,
+        "train/tokens": sampled // 2 / 2,
+        "train/trees": 1.0,
+        "flow/staleness": 0.5,
+        "flow/staleness_max": 1.0,
+        "time/idle_s/engine-0/waiting": 1.25,
+        "time/idle_s/learner/no batch": 1.25,
     }
-    engine = ({"idle_waiting_s": 3.0, "tokens": 1.0}, {"idle_waiting_s": 8.0, "tokens": 9.0})
-    figures = _figures(summary, late, *engine, wall_s=20.0, trained_s=10.0)
-    assert figures["engine_idle"] == {"waiting": 0.25}
-    assert figures["learner_idle"] == {"no batch": 0.25}
-    assert figures["trained_per_s"] == sampled // 2 / 10.0
-    assert figures["trees_per_h"] == 2 / 10.0 * 3600
-    assert figures["goodput"] == pytest.approx(0.5, abs=0.01)  # queued trees are not waste
-    assert (figures["tree_s_median"], figures["tree_s_max"]) == (6.0, 10.0)
+    found = figures([step, step], summary, late)
+    assert found["engine_idle"] == {"waiting": 0.25}
+    assert found["learner_idle"] == {"no batch": 0.25}
+    assert found["trained_per_s"] == sampled // 2 / 10.0
+    assert found["trees_per_h"] == 2 / 10.0 * 3600
+    assert found["goodput"] == pytest.approx(0.5, abs=0.01)  # queued trees are not waste
+    assert (found["tree_s_median"], found["tree_s_max"]) == (6.0, 10.0)
+    assert (found["staleness_mean"], found["staleness_max"]) == (0.5, 1.0)
 
 
-def test_the_report_compares_with_the_first_mode(tmp_path: Path) -> None:
+def test_the_report_compares_with_the_first_way(tmp_path: Path) -> None:
     row = {
         "latency": "constant",
         **dict.fromkeys(("trained_per_s", "goodput", "staleness_mean", "staleness_max"), 1.0),
@@ -76,8 +97,8 @@ def test_the_report_compares_with_the_first_mode(tmp_path: Path) -> None:
         "engine_idle": {"waiting": 0.9},
         "learner_idle": {},
     }
-    runs = [{**row, "mode": "lockstep", "trees_per_h": 10.0}, {**row, "mode": "tree", "trees_per_h": 34.0}]
-    write_report({"runs": runs, "settings": ["a=1"], "modes": {"lockstep": [], "tree": ["b=2"]}}, tmp_path)
+    runs = [{**row, "way": "lockstep", "trees_per_h": 10.0}, {**row, "way": "tree", "trees_per_h": 34.0}]
+    write_report({"runs": runs, "settings": ["a=1"], "ways": {"lockstep": [], "tree": ["b=2"]}}, tmp_path)
     page = (tmp_path / "throughput.html").read_text()
     assert "34 (× 3.40)" in page
     assert "90%" in page

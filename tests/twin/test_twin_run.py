@@ -165,7 +165,7 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
 
 
 def test_a_limit_on_staleness_evicts_trees_in_a_simulation_too() -> None:
-    tail = models(tools={"search": ToolModel(Stragglers(Lognormal(1.0, 1.0), share=0.02, factor=100.0))})
+    tail = models(tools={"search": ToolModel(ToolLatency(1.0, 1.0, 0.02, 100.0))})
     overtaking = ("flow.staleness=1", "flow.window=4")
     free = simulate(config(*overtaking), tail, steps=12)
     limited = simulate(config(*overtaking, "flow.max_staleness=1"), tail, steps=12)
