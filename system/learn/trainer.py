@@ -62,7 +62,7 @@ class _MicroBatch:
 
 
 class Trainer:
-    """One rank of the learner.  Every public method except ``step_count`` is collective: all ranks call it
+    """One rank of the learner.  Every public method is collective: all ranks call it
     alike.
     """
 
@@ -111,12 +111,7 @@ class Trainer:
                 [self.ddp],
             )
         checkpoint.fill_optimizer_state(self.optimizer)
-        self._step = 0
-
-    @property
-    def step_count(self) -> int:
-        """Optimizer steps since the start or the last :meth:`reset_optimizer`."""
-        return self._step
+        self.step_count = 0  # optimizer steps since the start or the last reset
 
     # ------------------------------------------------------------------ training
 
@@ -162,7 +157,7 @@ class Trainer:
         policy.
         """
         checkpoint.fill_optimizer_state(self.optimizer, reset=True)
-        self._step = 0
+        self.step_count = 0
         self._freeze_reference()
 
     # ------------------------------------------------------------------ weights and state
@@ -192,13 +187,13 @@ class Trainer:
             self.model,
             self.optimizer,
             self.reference,
-            step=self._step,
+            step=self.step_count,
             extra=extra,
         )
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint, whatever layout wrote it; returns its ``extra``."""
-        self._step, extra = checkpoint.load(
+        self.step_count, extra = checkpoint.load(
             Path(path), self.layout, self.model, self.optimizer, self.reference
         )
         if state := extra.pop(_CREDIT, None):
@@ -279,15 +274,15 @@ class Trainer:
             finite = bool(np.isfinite(norm))
             if finite:
                 self.optimizer.step_with_ready_grads()
-                self._step += 1
+                self.step_count += 1
             else:
-                log.warning("optimizer step %d skipped: the gradient norm is %s", self._step, norm)
+                log.warning("optimizer step %d skipped: the gradient norm is %s", self.step_count, norm)
         return norm, finite
 
     def _lr(self) -> float:
         """Linear warm-up over ``warmup_steps`` optimizer steps, then constant."""
         warmup = self.learn.warmup_steps
-        return self.learn.lr * (min(1.0, (self._step + 1) / warmup) if warmup else 1.0)
+        return self.learn.lr * (min(1.0, (self.step_count + 1) / warmup) if warmup else 1.0)
 
     def _score(self, model: TreeGPTModel, rows: Sequence[Row]) -> list[torch.Tensor | None]:
         """[M] log-probabilities of each row's targets, without gradient; None before the last stage."""

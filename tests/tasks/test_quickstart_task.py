@@ -128,7 +128,7 @@ def test_code_decodes_to_valid_python(tokenizer):
 
 
 def test_tokenizer_files_load_as_a_hugging_face_tokenizer(task, tokenizer, tmp_path: Path):
-    task.save_tokenizer(tmp_path)
+    task.tokenizer().save_pretrained(str(tmp_path))
     assert (tmp_path / "tokenizer.json").is_file()
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert len(loaded) == len(tokenizer) <= 500

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -54,9 +53,6 @@ class QuickstartTask:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return vocabulary.build()
-
-    def save_tokenizer(self, directory: Path) -> None:
-        vocabulary.build().save_pretrained(str(directory))
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         """``n`` trajectories of the imperfect expert on questions that are not held out."""
