@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from system.config import Config
+from system.errors import FAILED, LOST, EspalierError
 
 START_DEADLINE_S = 180.0  # for an actor to come up
 RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
@@ -21,12 +22,16 @@ LOOK_S = 0.5
 LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own
 
 
-class ActorLost(RuntimeError):
+class ActorLost(EspalierError, RuntimeError):
     """An actor died, or did not answer before its deadline."""
+
+    exit_code = LOST
 
 
 class StartFailed(ActorLost):
     """An actor's ``__init__`` raised: it would again."""
+
+    exit_code = FAILED
 
 
 @contextlib.contextmanager
@@ -49,13 +54,17 @@ def ray_session(config: Config, logs: Path | None = None) -> Generator[bool]:
     os.environ |= added
     given = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
     try:
-        ray.init(
-            address=given or "local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace=f"espalier-{os.getpid()}",
-        )
+        try:
+            ray.init(
+                address=given or "local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace=f"espalier-{os.getpid()}",
+            )
+        except Exception as error:  # Ray's own kinds, of which there are many
+            what = f"does not answer at {given}: correct cluster.address" if given else "does not start here"
+            raise StartFailed(f"Ray {what}: {error}") from error
         yield bool(given)
     finally:
         ray.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -12,10 +11,11 @@ from ray.exceptions import RayError
 from actors.conductor import Conductor, checkpoints
 from actors.inputs import check_engine, check_model, demonstrations, start_weights
 from actors.placement import Placement
-from actors.ray_support import ActorLost, StartFailed, ray_session
+from actors.ray_support import ray_session
 from actors.rollout_pool import RunActors
 from actors.signals import stops_on_signals
 from system.config import Config, ConfigError
+from system.errors import DONE, STOPPED, EspalierError, exit_code, leaves, worth_another_try
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.report import report
@@ -24,11 +24,6 @@ from system.observe.sinks import JsonlSink
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task
 from system.tasks.registry import make_task
-from system.tools.service import ToolStartError
-
-# Exit codes.  STOPPED: asked to stop before the end, a checkpoint was saved.  LOST: a machine or an actor
-# failed, not the run itself (EX_TEMPFAIL of sysexits.h): going on from the checkpoint may well succeed.
-DONE, FAILED, STOPPED, LOST = 0, 1, 3, 75
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -43,12 +38,14 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
         with ray_session(config, run_dir.logs) as joined:
             return asyncio.run(_run(config, run_dir, task, joined))
     except* ConfigError as errors:
-        raise next(_leaves(errors)) from None
-    except* (ActorLost, ToolStartError, RayError) as errors:
-        for error in _leaves(errors):
+        raise next(leaves(errors)) from None
+    except* (EspalierError, RayError) as errors:
+        for error in leaves(errors):
             print(f"espalier: {error}", file=sys.stderr)
-        print(f"espalier: the run failed; go on with espalier train --resume {run_dir.root}", file=sys.stderr)
-        code = failure_code(errors)
+        when = "" if worth_another_try(errors, lost=(RayError,)) else "once that is mended, "
+        again = f"espalier train --resume {run_dir.root}"
+        print(f"espalier: the run failed; {when}go on with {again}", file=sys.stderr)
+        code = exit_code(errors, lost=(RayError,))
     return code
 
 
@@ -104,17 +101,3 @@ async def _train(
             return DONE
     finally:
         await actors.close()
-
-
-def failure_code(error: BaseException) -> int:
-    """LOST if every part that failed may be there again next time, FAILED if one would fail again."""
-    lasting = (ToolStartError, StartFailed)
-    return FAILED if any(isinstance(leaf, lasting) for leaf in _leaves(error)) else LOST
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -13,7 +13,7 @@
 # Settings are variables that the job script sets: RUN JOB GPUS TIME_SIGNAL_S MAX_RESTARTS MAX_FAILURES REQUEUE
 # JOIN_S WAIT_S SCRATCH SRUN_OPTIONS LAUNCH.
 
-readonly STOPPED=3 TEMPFAIL=75     # the driver's exit codes that may be resumed (actors/train.py)
+readonly STOPPED=3 TEMPFAIL=75     # the driver's exit codes that may be resumed (system/errors.py)
 readonly GRACE_S=60                # for the other tasks to end after the driver has
 
 say() { printf '%s [%s] %s\n' "$(date +%FT%T)" "${SLURMD_NODENAME:-batch}" "$*"; }

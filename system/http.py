@@ -10,11 +10,13 @@ from typing import Any
 
 import aiohttp
 
+from system.errors import EspalierError
+
 MAX_ANSWER_BYTES = 64 << 20
 _PASSING = (408, 425, 429)  # refusals that a later attempt may not meet
 
 
-class HttpError(Exception):
+class HttpError(EspalierError):
     """A call that brought no usable answer."""
 
     def __init__(self, message: str, *, refused: bool = False, passing: bool = True) -> None:

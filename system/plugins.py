@@ -1,8 +1,8 @@
 """The parts that a configuration picks by name, ours or a user's own: one registry for each kind.
 
-A name is one of the tables below, or ``package.module:Name`` for one's own, with the current directory on the
-path.  Adding a built-in part means one file and one line here.  Nothing is imported before it is asked for,
-so that a name can be checked, and listed, without the library behind it.
+A name is one of the tables at the end, or ``package.module:Name`` for one's own, with the current directory
+on the path.  Adding a built-in part means one file and one line here.  Nothing is imported before it is asked
+for, so that a name can be checked, and listed, without the library behind it.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import operator
 import os
+import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from system.errors import ConfigError, EspalierError
 
-class PluginError(ValueError):
+
+class PluginError(ConfigError):
     """A part that cannot be had: unknown, not importable, or given options it does not take."""
 
 
-def nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """``; did you mean …?`` with the nearest of the ``known`` words, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
@@ -38,11 +42,11 @@ def is_path(name: str) -> bool:
 
 def load(path: str) -> Callable[..., Any]:
     """The class or function at ``package.module:Name``.  Raises :class:`PluginError`."""
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
     module, _, attribute = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
     except Exception as error:  # importing runs the user's own code
         raise PluginError(f"{type(error).__name__}: {error}") from error
     if not callable(found):
@@ -52,10 +56,18 @@ def load(path: str) -> Callable[..., Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Registry:
-    """One kind of part.  ``key``: the setting that picks it; ``table``: built-in name -> ``module:Name``."""
+    """One kind of part.
+
+    ``key``: the setting that picks it; ``table``: built-in name -> ``module:Name``; ``given``: what a part is
+    called with, by position, as words for an error; ``offered``: keywords that it gets if it has parameters
+    of these names; ``options_key``: the setting that holds the options, if not beside ``key``.
+    """
 
     key: str
     table: Mapping[str, str]
+    given: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
+    options_key: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,11 +75,7 @@ class Registry:
 
     def find(self, name: str) -> Callable[..., Any]:
         """The class or function called ``name``.  Raises :class:`PluginError` naming the key and a remedy."""
-        if name not in self.table and not is_path(name):
-            raise PluginError(
-                f"{self.key}={name!r}: choose one of {', '.join(self.table)}, or your own as "
-                f"package.module:Name{nearest(name, self.names)}"
-            )
+        self.check_name(name)
         try:
             return load(self.table.get(name, name))
         except PluginError as error:
@@ -76,16 +84,35 @@ class Registry:
     def make(self, name: str, options: Mapping[str, Any], *given: Any, **offered: Any) -> Any:
         """The part called ``name``, called with ``given`` and with ``options`` as typed keywords.
 
-        What is ``offered`` goes to a parameter of that name, if there is one and no option sets it: settings
-        that several parts of a kind share.  Raises :class:`PluginError` for options that do not fit, and what
-        the part itself raises.
+        What is ``offered``, and not None, goes to a parameter of that name, if there is one and no option
+        sets it: settings that several parts of a kind share.  Raises :class:`PluginError` for options that do
+        not fit, and for a part that fails to be made.
         """
         factory = self.find(name)
-        return factory(*given, **self._keywords(name, factory, options, len(given), offered))
+        keywords = self._keywords(name, factory, options, len(given), offered)
+        try:
+            return factory(*given, **keywords)
+        except EspalierError:
+            raise
+        except Exception as error:  # the user's own code, or options that do not agree
+            raise PluginError(f"{self.key}={name!r}: {type(error).__name__}: {error}") from error
 
-    def check(self, name: str, options: Mapping[str, Any], given: int = 0, **offered: Any) -> None:
-        """Import the part and check its options, without making it.  Raises :class:`PluginError`."""
-        self._keywords(name, self.find(name), options, given, offered)
+    def check_name(self, name: str) -> None:
+        """Raises :class:`PluginError` for a word that is no part of ours.  Imports nothing."""
+        if name not in self.table and not is_path(name):
+            raise PluginError(
+                f"{self.key}={name!r}: choose one of {', '.join(self.table)}, or your own as "
+                f"package.module:Name{nearest(name, self.table)}"
+            )
+
+    def check(self, name: str, options: Mapping[str, Any]) -> None:
+        """Import the part and check its options, without making it.  Raises :class:`PluginError`.
+
+        A part of ours without options is not imported: there is nothing to check.
+        """
+        if options or name not in self.table:
+            offered = dict.fromkeys(self.offered, True)
+            self._keywords(name, self.find(name), options, len(self.given), offered)
 
     def _keywords(
         self,
@@ -96,48 +123,97 @@ class Registry:
         offered: Mapping[str, Any],
     ) -> dict[str, Any]:
         """``options`` converted to what the parameters after the first ``given`` ones are annotated with."""
-        parameters = list(inspect.signature(factory).parameters.values())[given:]
-        named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        where = self.key.removesuffix(".name")
-        for option in options:
-            if option not in named:
-                known = f"it takes {', '.join(named)}" if named else "it takes none"
-                close = nearest(option, list(named))
-                raise PluginError(f"{where}.options.{option}: {name} has no such option{close}; {known}")
-        values = {key: value for key, value in offered.items() if key in named and key not in options}
-        missing = [
-            p.name
-            for p in named.values()
-            if p.default is p.empty and p.name not in options and p.name not in values
-        ]
-        if missing:
-            raise PluginError(f"{where}.options: {name} needs {', '.join(missing)}")
-        return values | _typed(where, factory, named, options)
-
-
-def _typed(
-    where: str,
-    factory: Callable[..., Any],
-    named: Mapping[str, inspect.Parameter],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """``options`` by the annotations of ``factory``, with OmegaConf's conversions ("3" is an int, say)."""
-    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    values: dict[str, Any] = {}
-    for option, value in options.items():
-        field = (option, hints.get(named[option].name, Any))
+        where = (
+            f"{self.options_key}.{name}" if self.options_key else f"{self.key.removesuffix('.name')}.options"
+        )
         try:
-            made = OmegaConf.structured(dataclasses.make_dataclass("Options", [field]))
-        except OmegaConfBaseException:  # a type that OmegaConf does not know is the part's own to check
-            made = OmegaConf.structured(dataclasses.make_dataclass("Options", [(option, Any)]))
-        try:
-            values[option] = OmegaConf.to_container(OmegaConf.merge(made, {option: value}))[option]  # type: ignore[index, call-overload]
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise PluginError(f"{where}.options.{option}={value!r}: {reason}") from error
-    return values
+            parameters = list(inspect.signature(factory).parameters.values())
+        except ValueError:  # some classes written in C do not tell: they get no options
+            parameters = [inspect.Parameter("given", inspect.Parameter.VAR_POSITIONAL)]
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(positional) < given and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            what = ", ".join(self.given) or f"{given} arguments"
+            raise PluginError(f"{self.key}={name!r}: it is called with ({what}), which it does not take")
+        taken = {p.name for p in positional[:given]}
+        rest = [p for p in parameters if p.name not in taken]
+        named = {p.name: p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in rest):
+            for option in options:
+                if option not in named:
+                    known = f"it takes {', '.join(named)}" if named else "it takes none"
+                    close = nearest(str(option), named)
+                    raise PluginError(f"{where}.{option}: {name} has no such option{close}; {known}")
+        values = {k: v for k, v in offered.items() if v is not None and k in named and k not in options}
+        missing = [p for p in named if named[p].default is inspect.Parameter.empty and p not in options]
+        if missing := [p for p in missing if p not in values]:
+            raise PluginError(f"{where}: {name} needs {', '.join(missing)}")
+        hints = _hints(factory)
+        return values | {key: _typed(f"{where}.{key}", hints.get(key, Any), options[key]) for key in options}
 
 
+def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The types of its parameters; none where that cannot be told: it then checks its options itself."""
+    try:
+        return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except Exception:  # names that only a type checker imports; a callable object
+        return {}
+
+
+def _typed(where: str, kind: Any, value: Any) -> Any:
+    """``value`` as a ``kind``, with OmegaConf's conversions ("3" is an int, a mapping a dataclass)."""
+    try:
+        schema = OmegaConf.structured(dataclasses.make_dataclass("Options", [("value", kind)]))
+    except (OmegaConfBaseException, ValueError):  # a type that OmegaConf does not know: the part's to check
+        return value
+    try:
+        made: Any = OmegaConf.to_object(OmegaConf.merge(schema, {"value": escape(value)}))
+    except OmegaConfBaseException as error:
+        raise PluginError(f"{where}={value!r}: {str(error).splitlines()[0]}") from error
+    return made.value
+
+
+def escape(value: Any) -> Any:
+    """``value`` so that OmegaConf reads ``${`` as text: what is resolved has no interpolations left."""
+    if isinstance(value, dict):
+        return {key: escape(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+# --- the tables --------------------------------------------------------------------------------------------
+
+TASKS = Registry(
+    "task.name",
+    {
+        "quickstart": "system.tasks.registry:quickstart",
+        "jsonl": "system.tasks.jsonl:JsonlTask.from_config",
+        "reasoning-gym": "system.tasks.reasoning:ReasoningTask.from_config",
+    },
+    given=("config",),
+)
+REWARDS = Registry(
+    "reward.name",
+    {
+        "arpo": "system.rollout.rewards.arpo:ArpoReward",
+        "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
+        "task": "system.tasks.registry:task_reward",
+    },
+    offered=("config",),
+)
+SYNTAXES = Registry(
+    "rollout.syntax",
+    {"tags": "system.rollout.syntax.tags:TagSyntax", "hermes": "system.rollout.syntax.hermes:HermesSyntax"},
+    given=("specs",),
+)
+TOOLS = Registry(
+    "tools.names",
+    {"search": "system.tools.http_tools:SearchTool", "python": "system.tools.http_tools:PythonTool"},
+    offered=("url", "top_k", "passage", "separator", "http"),
+    options_key="tools.options",
+)
 CREDITS = Registry(
     "learn.credit",
     {
@@ -157,6 +233,7 @@ OBJECTIVES = Registry(
         "ppo": "system.learn.objective:Ppo",
         "grpo-flat": "system.learn.objective:FlatPpo",
     },
+    offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),
 )
 AGGREGATES = Registry(
     "learn.aggregate",
@@ -165,6 +242,7 @@ AGGREGATES = Registry(
         "seq-mean": "system.learn.aggregate:SequenceMean",
         "constant": "system.learn.aggregate:ConstantLength",
     },
+    offered=("length_cap",),
 )
 POLICIES = Registry(
     "branching.name",
@@ -175,4 +253,5 @@ POLICIES = Registry(
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },
+    offered=("probe_tokens", "alpha", "beta", "tau"),
 )

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.cli.main import SAFE_ON_RESUME, main, unsafe_on_resume
-from system.config import Config
+from actors.cli.main import main
+from actors.cli.train import unsafe_on_resume
+from system.config import Config, settings
+from system.config.explain import markdown
 from system.observe.rundir import RunDir
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.store import TreeWriter
@@ -184,12 +186,11 @@ def test_resume_with_a_recipe_is_refused(
     assert launched.train_calls == []
 
 
-def test_safe_keys_are_real_and_the_rest_warns():
-    config = Config()
-    for key in SAFE_ON_RESUME:
-        section, _, name = key.partition(".")
-        assert hasattr(config, section)
-        assert not name or hasattr(getattr(config, section), name)
+def test_what_a_resumed_run_may_change_is_said_by_the_schema():
+    assert settings()["run.steps"].safe_on_resume
+    assert settings()["rollout.concurrency"].safe_on_resume
+    assert not settings()["learn.credit"].safe_on_resume
+    assert unsafe_on_resume(["learn.credit.name=grpo", "slurm.env.A=1"]) == ["learn.credit.name"]
     assert unsafe_on_resume(["eval.every=3", "run.stepsize=1", "model.layers=2"]) == [
         "run.stepsize",
         "model.layers",
@@ -340,3 +341,101 @@ def test_a_closed_pipe_is_no_error(run_with_trees: RunDir):
         process.kill()
     assert "Traceback" not in error
     assert "BrokenPipe" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["config", "latin.yaml"], "latin.yaml: not readable as YAML"),
+        (["config", "broken.yaml"], "broken.yaml: not readable as YAML"),
+        (["config", "deep.yaml"], "deep.yaml: not readable as YAML"),
+        (["config", "."], "no such configuration file"),
+        (["config", "tools.names={}"], "override 'tools.names={}'"),
+        (["config", "engine.urls=[[[]]]"], "engine.urls: [[]] must be a text"),
+        (["config", "slurm.env={A: {B: c}}"], "slurm.env: {'B': 'c'} must be a text"),
+        (["config", "learn.lr=.nan"], "learn.lr=nan must be a finite number"),
+        (["config", "rollout.tree_deadline_s=-1"], "rollout.tree_deadline_s=-1.0 must be above 0"),
+        (["config", "--explain", "flow.stalenes"], "did you mean flow.staleness?"),
+        (["train", "plain.yaml", "run.dir=plain.yaml"], "run.dir=plain.yaml"),
+        (["train", "plain.yaml", "run.dir=/proc/here"], "run.dir=/proc/here"),
+        (
+            ["train", "plain.yaml", "reward=nowhere:Reward"],
+            "reward.name='nowhere:Reward': ModuleNotFoundError",
+        ),
+        (["eval", "model", "--config", "plain.yaml", "--out", "no/where.json"], "no/.where.json"),
+        (["tree", "plain.yaml"], "no such run directory"),
+        (["status", "plain.yaml"], "no such run directory"),
+    ],
+)
+def test_what_a_user_can_break_is_one_line(
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    launched: Launched,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("run: {name: é}".encode("latin-1"))
+    (tmp_path / "broken.yaml").write_text("run: {name: [")
+    (tmp_path / "deep.yaml").write_text("run: " + "[" * 5000)
+    (tmp_path / "plain.yaml").write_text("run: {seed: 1}\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr(
+        launched, "train", lambda config, config_name, resume: RunDir.create(config, config_name) and 0
+    )
+    assert main(words) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("espalier: ")
+    assert says in line
+
+
+def test_every_wrong_part_is_told_before_anything_is_made(
+    recipe: Path, launched: Launched, capsys: pytest.CaptureFixture[str]
+):
+    words = ["reward=no.such:Reward", "task.options={rigth: 0.5}", "tools.options={python: {color: red}}"]
+    words += ["rollout.syntax=collections:missing", "tools.options.serch={top_k: 3}"]
+    assert main(["train", str(recipe), *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines] == [
+        "task.options.rigth",
+        "rollout.syntax='collections:missing'",
+        "reward.name='no.such:Reward'",
+        "tools.options.python.color",
+        "tools.options.serch",
+    ]
+    assert "did you mean right?" in lines[0]
+    assert launched.train_calls == []
+
+
+def test_a_bug_says_that_it_is_one(
+    recipe: Path, launched: Launched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: object, **__: object) -> int:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(launched, "train", fail)
+    assert main(["train", str(recipe)]) == 1
+    error = capsys.readouterr().err
+    assert "ZeroDivisionError: a bug" in error
+    assert "this is a bug of Espalier" in error
+
+
+def test_explain_tells_one_setting_or_a_section(capsys: pytest.CaptureFixture[str]):
+    assert main(["config", "--explain", "learn.credit"]) == 0
+    one = capsys.readouterr().out
+    assert one.startswith("learn.credit\n    part, default arpo-soft; grpo, arpo-soft,")
+    assert main(["config", "--explain", "eval"]) == 0
+    section = capsys.readouterr().out
+    assert section.count("safe on resume") == 3
+    assert main(["config", "--explain"]) == 0
+    everything = capsys.readouterr().out
+    assert all(f"\n{key}\n" in everything for key in settings())
+
+
+def test_the_settings_reference_is_current(capsys: pytest.CaptureFixture[str]):
+    """Made by: espalier config --explain --markdown > docs/settings.md"""
+    assert main(["config", "--explain", "--markdown"]) == 0
+    assert capsys.readouterr().out == markdown()
+    assert (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8") == markdown()

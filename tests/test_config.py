@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from system.config import CHOICES, MINIMA, Config, ConfigError, from_dict, load, to_dict, to_yaml, validate
+from system.config import Config, ConfigError, from_dict, load, settings, to_dict, to_yaml, validate
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
@@ -122,7 +122,7 @@ def test_a_written_configuration_reads_back_equal(tmp_path: Path, text: str):
     assert from_dict(to_dict(config)) == config
 
 
-@settings(deadline=None, max_examples=50)
+@hypothesis_settings(deadline=None, max_examples=50)
 @given(st.text(st.sampled_from("${}\\ab:'\" "), max_size=12))
 def test_any_text_survives_a_round_trip(text: str):
     config = Config()
@@ -135,7 +135,30 @@ def test_from_dict_refuses_unknown_keys():
         from_dict({"run": {"nonsense": 1}})
 
 
-def test_tables_name_real_fields():
-    known = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(getattr(Config(), s.name))}
-    assert set(CHOICES) <= known
-    assert set(MINIMA) <= known
+def test_every_setting_says_what_it_is_and_every_number_has_a_bound():
+    signed = {"branching.alpha", "branching.beta", "branching.tau", "learn.entropy_coef"}
+    for key, one in settings().items():
+        assert one.rule.text, key
+        if one.kind in (int, float):
+            assert bool(one.rule.bounds) != (key in signed), key
+
+
+def test_a_dictionary_is_merged_and_can_be_replaced(tmp_path: Path):
+    write(
+        tmp_path, "task: {options: {right: 0.4, slip: 0.5}}\nlearn: {credit: {options: {a: 1}}}", "base.yaml"
+    )
+    merged = write(tmp_path, "base: base.yaml\ntask: {options: {right: 0.1}}", "merged.yaml")
+    assert load(merged).task.options == {"right": 0.1, "slip": 0.5}
+    replaced = write(tmp_path, "base: base.yaml\ntask:\n  options: !replace {right: 0.1}\n", "replaced.yaml")
+    assert load(replaced).task.options == {"right": 0.1}
+    cleared = load(merged, ["task.options=!replace {}", "learn.credit.options=!replace {b: 2}"])
+    assert (cleared.task.options, cleared.learn.credit.options) == ({}, {"b": 2})
+    assert load(merged, ["task.options.new={x: 1}", "task.options.new=!replace {y: 2}"]).task.options[
+        "new"
+    ] == {"y": 2}
+
+
+@pytest.mark.parametrize("key", ["run.seed", "branching", "learn.credit", "tools.names"])
+def test_only_a_dictionary_can_be_replaced(key: str):
+    with pytest.raises(ConfigError, match=f"{key} is no dictionary"):
+        load(None, [f"{key}=!replace {{}}"])

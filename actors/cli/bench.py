@@ -1,13 +1,12 @@
 """``espalier bench``: measure a part of the system, or the whole, here or on a simulated machine.
 
-A benchmark is a module of ``system.bench`` with ``run(out_dir, quick)``; one that takes arguments says which
-in ``WORDS`` and gets them as ``words``.
+A benchmark is a module of ``system.bench`` with ``run(out_dir, quick)``; one that takes arguments gets them
+as ``words``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
 WHAT = "measure a part of the system on this machine"
@@ -42,16 +41,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from system.config import ConfigError
+    import inspect
 
-    module = importlib.import_module(f"system.bench.{args.what}")
-    takes = getattr(module, "WORDS", "")
+    from system import plugins
+    from system.errors import ConfigError
+
+    measure = plugins.load(f"system.bench.{args.what}:run")
+    takes = "words" in inspect.signature(measure).parameters
     if args.words and not takes:
         raise ConfigError(f"bench {args.what} takes no arguments, found: {' '.join(args.words)}")
     out = args.out or Path("runs") / f"bench-{args.what}"
     out.mkdir(parents=True, exist_ok=True)
-    if takes:
-        module.run(out, quick=args.quick, words=args.words)
-    else:
-        module.run(out, quick=args.quick)
+    measure(out, quick=args.quick, **({"words": args.words} if takes else {}))
     return 0

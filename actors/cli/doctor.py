@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from actors.cli.words import split, takes_recipe
+
 WHAT = "check this machine, or the allocation it runs in, against a recipe"
 EPILOG = """\
 examples:
@@ -16,9 +18,7 @@ Exit code 1: a problem stops the recipe from running here.  Warnings do not.
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="CONFIG | KEY=VALUE", help="a recipe, and overrides of its keys"
-    )
+    takes_recipe(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -26,14 +26,11 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from system.config import ConfigError, load
+    from system.config import load
     from system.doctor.checks import examine, stops
     from system.doctor.facts import gather
 
-    paths = [word for word in args.words if "=" not in word]
-    if len(paths) > 1:
-        raise ConfigError(f"one recipe at a time: {paths[0]} or {paths[1]}?")
-    config = load(paths[0] if paths else None, [word for word in args.words if "=" in word])
+    config = load(*split(args.words))
     findings = examine(gather(config), config)
     if args.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from actors.cli.words import split, takes_recipe
 
 WHAT = "say how a configuration would use N GPUs, and what would limit it"
 EPILOG = """\
@@ -18,7 +19,7 @@ a roofline with the assumptions of system/plan/hardware.py; the memory model is 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+", metavar="CONFIG | KEY=VALUE", help="a recipe, and overrides")
+    takes_recipe(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="default: what the configuration names")
     parser.add_argument("--gpu", default="h100", help="h100 (default), h200 or a100")
     parser.add_argument("--prompt", type=float, metavar="TOKENS", help="mean tokens of a prompt")
@@ -30,13 +31,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from system.config import ConfigError, load
+    from system.config import load
     from system.plan import AgentWorkload, plan, text
 
-    paths = [word for word in args.words if "=" not in word]
-    if len(paths) != 1:
-        raise ConfigError("name one recipe, for example: espalier plan configs/quickstart.yaml --gpus 8")
-    config = load(Path(paths[0]), [word for word in args.words if "=" in word])
+    config = load(*split(args.words, "espalier plan configs/quickstart.yaml --gpus 8"))
     given = {
         "prompt_tokens": args.prompt,
         "response_tokens": args.response,

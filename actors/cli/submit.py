@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from actors.cli.words import split, takes_recipe
+
 WHAT = "submit a run, or a sweep of runs, to SLURM"
 EPILOG = """\
 examples:
@@ -20,7 +22,7 @@ The job checkpoints and requeues itself before its time limit, and after the los
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="CONFIG | KEY=VALUE", help="a recipe, and overrides")
+    takes_recipe(parser)
     parser.add_argument("--nodes", type=int, metavar="N", help="short for cluster.nodes=N")
     parser.add_argument("--time", metavar="LIMIT", help="short for slurm.time=LIMIT, of one attempt")
     parser.add_argument("--resume", metavar="RUN", type=Path, help="submit the run in this directory again")
@@ -38,20 +40,18 @@ def run(args: argparse.Namespace) -> int:
     from system.config import ConfigError, load
     from system.observe.rundir import RunDir
 
-    paths = [word for word in args.words if "=" not in word]
-    overrides = [word for word in args.words if "=" in word]
+    new = args.resume is None
+    path, overrides = split(args.words, "espalier submit configs/quickstart.yaml --dry-run" if new else "")
     overrides += [f"cluster.nodes={args.nodes}"] if args.nodes is not None else []
     overrides += [f"slurm.time='{args.time}'"] if args.time is not None else []
     if args.resume is not None:
-        if paths or args.sweep:
+        if path or args.sweep:
             raise ConfigError(
                 "--resume takes its configuration from the run directory: no recipe, no --sweep"
             )
         config = RunDir.open(args.resume).config(tuple(overrides))
         return submit_run(config, args.resume.name, resume=args.resume, dry_run=args.dry_run)
-    if len(paths) != 1:
-        raise ConfigError("name one recipe, for example: espalier submit configs/quickstart.yaml --dry-run")
-    path = Path(paths[0])
+    assert path is not None
     if args.sweep:
         return submit_sweep(path, overrides, args.sweep, at_once=args.at_once, dry_run=args.dry_run)
     return submit_run(load(path, overrides), path.stem, resume=None, dry_run=args.dry_run)

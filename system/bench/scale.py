@@ -22,8 +22,8 @@ from system.bench.report import Report
 from system.bench.splits import (
     GRAIN,
     PROFILES,
-    Split,
     Profile,
+    Split,
     TrainingLoad,
     best_split,
     engine_sizes,
@@ -35,7 +35,6 @@ from system.plan.hardware import GIB, GPUS
 from system.plan.memory import learner_memory
 from system.plan.speed import publish_s
 
-WORDS = "PROFILE … GPUS …"  # takes names of profiles and numbers of GPUs
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _COLUMNS = (
     "GPUs",

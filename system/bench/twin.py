@@ -33,7 +33,6 @@ from system.twin.records import SKIP, idle_s, mean_over_engines, steps_of, total
 from system.twin.world import simulate
 
 WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
-WORDS = "RUN …"  # takes run directories
 _SEEDS = 3  # simulations per run, averaged
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from system.cluster.settings import SlurmConfig
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, SlurmConfig
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 

@@ -15,6 +15,7 @@ from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
 from system.cluster.script import Site, queue_options, render
 from system.config import Config, ConfigError, load, to_dict
+from system.config.parts import check_parts
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 
 SUBMISSION = "slurm/submission.json"
@@ -22,7 +23,7 @@ ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEU
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class SweepPoint:
     """One run of a sweep."""
 
     number: int
@@ -59,6 +60,7 @@ def describe(config: Config) -> str:
 
 def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run: bool) -> int:
     """Submit one run: a new one, or (``resume``) one whose run directory is there."""
+    check_parts(config)
     print(describe(config))
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
@@ -115,7 +117,7 @@ def submit_sweep(
     return 0
 
 
-def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> Iterator[Point]:
+def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> Iterator[SweepPoint]:
     """Every combination of ``key=a,b,c`` words, each a checked configuration."""
     axes: list[tuple[str, list[str]]] = []
     for word in sweeps:
@@ -127,10 +129,11 @@ def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) ->
         values = dict(zip((key for key, _ in axes), chosen, strict=True))
         config = load(path, [*overrides, *(f"{key}={value}" for key, value in values.items())])
         try:
+            check_parts(config)
             place(config, paper_nodes(config))
         except ConfigError as error:
             raise ConfigError(f"point {_label(values)}: {error}") from error
-        yield Point(number, values, config)
+        yield SweepPoint(number, values, config)
 
 
 def point_name(number: int) -> str:
@@ -141,9 +144,9 @@ def _label(values: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _groups(points: Sequence[Point]) -> Iterator[list[Point]]:
+def _groups(points: Sequence[SweepPoint]) -> Iterator[list[SweepPoint]]:
     """Points whose jobs are alike: an array cannot vary its nodes, or anything else Slurm is asked for."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[str, list[SweepPoint]] = {}
     for point in points:
         shape = to_dict(point.config)
         groups.setdefault(json.dumps([shape["cluster"], shape["slurm"]]), []).append(point)
@@ -154,7 +157,7 @@ def _job_script(config: Config, root: Path) -> str:
     return render(config, name=f"espalier-{root.name}", run=root, site=site())
 
 
-def _array_script(group: Sequence[Point], root: Path, at_once: int) -> str:
+def _array_script(group: Sequence[SweepPoint], root: Path, at_once: int) -> str:
     runs = [root / "points" / point_name(point.number) for point in group]
     name = f"espalier-{root.name}"
     return render(group[0].config, name=name, run=root, site=site(), points=runs, limit=at_once)

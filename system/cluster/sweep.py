@@ -24,7 +24,7 @@ MEASURES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SweepResult:
     """One point: its swept values, how it stands, and its measures as far as it has any."""
 
     name: str
@@ -39,7 +39,7 @@ def is_sweep(root: Path) -> bool:
     return (root / "sweep.json").is_file()
 
 
-def results(root: Path) -> list[Result]:
+def results(root: Path) -> list[SweepResult]:
     """Every point of the sweep in ``root``; raises RunDirError if it is none."""
     if not is_sweep(root):
         raise RunDirError(f"{root} is not a sweep: it has no sweep.json")
@@ -69,7 +69,7 @@ def summarise(root: Path) -> str:
     return table([head, *rows])
 
 
-def _result(run: Path, point: dict[str, Any]) -> Result:
+def _result(run: Path, point: dict[str, Any]) -> SweepResult:
     chain = attempts(run)
     end = chain[-1]["end"] if chain else None
     state, cause = "waiting", ""
@@ -83,7 +83,7 @@ def _result(run: Path, point: dict[str, Any]) -> Result:
     measures: dict[str, float] = {}
     if state == "finished":
         measures = _measures(json.loads((run / "summary.json").read_text(encoding="utf-8")))
-    return Result(point["name"], point["values"], state, cause, len(chain), measures)
+    return SweepResult(point["name"], point["values"], state, cause, len(chain), measures)
 
 
 def _measures(summary: dict[str, Any]) -> dict[str, float]:
@@ -97,7 +97,7 @@ def _measures(summary: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _plot(path: Path, title: str, keys: Sequence[str], found: Sequence[Result]) -> None:
+def _plot(path: Path, title: str, keys: Sequence[str], found: Sequence[SweepResult]) -> None:
     """One panel per measure over the first swept key; further keys are the lines."""
     figure = Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
@@ -108,7 +108,7 @@ def _plot(path: Path, title: str, keys: Sequence[str], found: Sequence[Result]) 
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Axes, measure: str, keys: Sequence[str], found: Sequence[Result]) -> None:
+def _panel(axes: Axes, measure: str, keys: Sequence[str], found: Sequence[SweepResult]) -> None:
     ticks = list(dict.fromkeys(one.values[keys[0]] for one in found))  # in the order given, evenly spaced
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set_xlim(-0.5, len(ticks) - 0.5)

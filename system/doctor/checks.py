@@ -208,6 +208,12 @@ def inputs(facts: Facts, config: Config) -> Iterator[Finding]:
             )
 
 
+def parts(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Tasks, rewards, tools, …: can they be imported, and do their options fit?"""
+    for problem in facts.parts:
+        yield Finding(Level.PROBLEM, "parts", problem, "correct it in the recipe, or what it names")
+
+
 def slurm(facts: Facts, config: Config) -> Iterator[Finding]:
     told = facts.slurm
     if "SLURM_JOB_ID" not in told:
@@ -245,6 +251,7 @@ CHECKS: tuple[Check, ...] = (
     open_files,
     sandbox,
     inputs,
+    parts,
     slurm,
 )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from system.config import Config, ToolsConfig
+from system.config.parts import part_problems
 from system.engine.sglang.command import SglangMissing, interpreter
 
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "aiohttp", "safetensors")
@@ -64,6 +65,7 @@ class Facts:
     memory_bytes: int = 0  # available
     sandbox: tuple[str, ...] = ()  # how programs are confined
     sandbox_error: str = ""
+    parts: tuple[str, ...] = ()  # what is wrong with the parts that the recipe names
     slurm: Mapping[str, str] = field(default_factory=dict)  # SLURM_* of the allocation this runs in
 
 
@@ -103,6 +105,7 @@ def gather(config: Config) -> Facts:
         memory_bytes=psutil.virtual_memory().available,
         sandbox=confined,
         sandbox_error=sandbox_error,
+        parts=tuple(part_problems(config)),
         slurm={key: value for key, value in os.environ.items() if key.startswith("SLURM_")},
     )
 

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from system.errors import EspalierError
+
 # What the digital twin's speed model of an engine is fitted to, as far as the server counts it.
 SPEED_COUNTERS = (
     "busy_s",
@@ -79,7 +81,7 @@ class Chunk:
     cached_tokens: int = 0  # prompt tokens served from KV cache (last chunk)
 
 
-class EngineError(RuntimeError):
+class EngineError(EspalierError, RuntimeError):
     """The engine could not serve a request after the client's retries."""
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from system.errors import EspalierError
+
 Event = dict[str, Any]
 _Key = tuple[int, str]  # epoch, prompt id
 
 
-class LedgerError(ValueError):
+class LedgerError(EspalierError, ValueError):
     """An illegal transition, or a log that does not belong to this run."""
 
 

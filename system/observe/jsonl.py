@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from system.errors import EspalierError
 
-class JsonlError(ValueError):
+
+class JsonlError(EspalierError, ValueError):
     """A line in the middle of the file is not JSON: not a torn tail, so somebody else wrote there."""
 
 

@@ -55,7 +55,12 @@ class RunDir:
         hand and is taken raises :class:`RunDirError`.
         """
         name, parent = config.run.name, Path(config.run.dir)
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirError(
+                f"run.dir={parent}: {error.strerror}: name a directory that can be written"
+            ) from error
         if name:
             if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
                 raise RunDirError(

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.config import BranchingConfig
+from system.errors import EspalierError
 from system.plugins import POLICIES
 
 
-class EntropyUnknown(RuntimeError):
+class EntropyUnknown(EspalierError, RuntimeError):
     """The engine reports no token entropies, and the configured policy needs them."""
 
 

@@ -11,7 +11,6 @@ from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
-from system.rollout.reward import Reward
 from system.rollout.rewards import make_reward
 from system.rollout.syntax import make_syntax
 from system.tools.service import ToolService, build_tools
@@ -27,6 +26,7 @@ def build_context(
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
+    syntax = config.rollout.syntax
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
@@ -36,23 +36,11 @@ def build_context(
     context = RolloutContext(
         engine=engine,
         tools=service,
-        syntax=make_syntax(config.rollout.syntax, service.specs),
+        syntax=make_syntax(syntax.name, service.specs, syntax.options),
         policy=make_policy(config.branching),
-        reward=_reward(config),
+        reward=make_reward(config.reward.name, config.reward.options, config),
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),
     )
     return context, service, engine
-
-
-def _reward(config: Config) -> Reward:
-    """``reward.name=task``: the task scores its own answers."""
-    if config.reward.name != "task":
-        return make_reward(config.reward.name)
-    from system.tasks.registry import make_task
-
-    task = make_task(config)
-    if not hasattr(task, "score"):
-        raise ValueError(f"reward.name=task, but the task {task.name!r} has no score(prompt, branch)")
-    return task  # pyright: ignore[reportReturnType]

@@ -18,13 +18,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from system.errors import EspalierError
 from system.tree.record import Tree
 from system.tree.store import SCHEMA, StoreError, from_table, to_table
 
 FORMAT = 1
 
 
-class SavedTreesError(ValueError):
+class SavedTreesError(EspalierError, ValueError):
     """A file that is none of ours, or is damaged."""
 
 

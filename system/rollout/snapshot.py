@@ -21,8 +21,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from system.config import Config, to_dict
+from system.config import Config, settings, to_dict
 from system.engine.protocol import Finish
+from system.errors import EspalierError
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
 from system.rollout.tree_rollout import Begun, TreeRollout
@@ -46,7 +47,7 @@ _PLAIN = (
 )
 
 
-class SnapshotError(ValueError):
+class SnapshotError(EspalierError, ValueError):
     """Bytes that are no snapshot of this format."""
 
 
@@ -54,9 +55,9 @@ def fingerprint(config: Config) -> dict[str, Any]:
     """What a tree's growth depends on: a snapshot is of use only where all of this is the same."""
     values = to_dict(config)
     rollout = {
-        key: value
-        for key, value in values["rollout"].items()
-        if key not in ("workers", "concurrency") and not key.endswith("_deadline_s")
+        name: value
+        for name, value in values["rollout"].items()
+        if not settings()[f"rollout.{name}"].safe_on_resume
     }
     kept = {"rollout": rollout, "tools": values["tools"]["names"], "format": FORMAT}
     kept |= {section: values[section] for section in ("branching", "reward", "task", "model")}

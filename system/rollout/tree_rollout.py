@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
+from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Policy, Probe, TreeState
 from system.rollout.encode import decode, encode_prompt
@@ -38,7 +39,7 @@ STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells 
 CAUSES = ("engine", "tool", "waiting", "barrier")
 
 
-class RolloutFailed(RuntimeError):
+class RolloutFailed(EspalierError, RuntimeError):
     """Too few branches ended with a score for the tree to teach anything.
 
     ``reason`` is a word for counters: "deadline" (the tree's), else the commonest outcome of its branches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from typing import Any
 
@@ -11,6 +10,7 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import DATASETS
 
 from system.config import Config, ConfigError
+from system.plugins import nearest
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo import FORMAT_ERROR, extract_answer
 from system.tree.prompt import Prompt
@@ -38,17 +38,15 @@ class ReasoningTask:
     ) -> None:
         """``options`` go to the data set.  Raises ConfigError for an unknown data set or option."""
         if dataset not in DATASETS:
-            close = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
-            hint = (
-                f"did you mean {close[0]}?" if close else f"there are {len(DATASETS)}, for example chain_sum"
-            )
-            raise ConfigError(f"task.dataset={dataset!r}: no such reasoning-gym data set; {hint}")
+            close = nearest(dataset, DATASETS) or f"; there are {len(DATASETS)}, for example chain_sum"
+            raise ConfigError(f"task.dataset={dataset!r}: no such reasoning-gym data set{close}")
         self.dataset, self.system_prompt = dataset, system_prompt
         self._train = _create(dataset, train_size, seed, options)
         self._eval = _create(dataset, eval_size, seed + EVAL_SEED_OFFSET, options)
 
     @classmethod
-    def from_config(cls, config: Config) -> ReasoningTask:
+    def from_config(cls, config: Config, **options: Any) -> ReasoningTask:
+        """``task.dataset`` with ``task.options``."""
         if not config.task.dataset:
             raise ConfigError("task.name=reasoning-gym needs task.dataset=<name>, for example chain_sum")
         task = config.task
@@ -57,7 +55,7 @@ class ReasoningTask:
             task.train_size,
             task.eval_size,
             config.run.seed,
-            dict(task.options),
+            options,
             task.system_prompt or SYSTEM_PROMPT,
         )
 

@@ -12,11 +12,13 @@ from typing import Any
 import bm25s
 import numpy as np
 
+from system.errors import EspalierError
+
 _DOCUMENTS, _MANIFEST, _SCORES = "documents.jsonl", "manifest.json", "bm25"
 _TOKENS = r"(?u)\b\w+\b"  # unlike the usual pattern it keeps one-letter words and digits
 
 
-class CorpusError(ValueError):
+class CorpusError(EspalierError, ValueError):
     """A corpus or a saved index that cannot be used; the message names the file, the line and the reason."""
 
 

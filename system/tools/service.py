@@ -20,16 +20,16 @@ from typing import Any
 
 from asyncio_throttle.throttler import Throttler
 
-from system import plugins
 from system.config import ToolsConfig
+from system.errors import EspalierError
 from system.http import HttpClient
+from system.plugins import TOOLS, PluginError, is_path
 from system.tools.breaker import CircuitBreaker
-from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import Tool, ToolUnavailable, argument_error
 
 
-class ToolStartError(RuntimeError):
+class ToolStartError(EspalierError, RuntimeError):
     """A configured tool cannot work; the message names it, the reason and the remedy."""
 
 
@@ -127,51 +127,42 @@ def build_tools(
     separator: str = "\n",
     seed: int = 0,
 ) -> ToolService:
-    """The tools of ``config.names``: "search", "python", or a class of one's own as "package.module:Class".
+    """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
+    ``config.options``.
 
     ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
     ``urls["search"]``.  ``passage`` and ``separator`` format search results (see :class:`SearchTool`).
     Raises :class:`ToolStartError` for a name that cannot be made into a tool.
     """
     http = HttpClient(connections=256)
+    known = {"search": config.search_url or urls.get("search", ""), "python": urls.get("python", "")}
     tools: list[Tool] = []
     for name in config.names:
-        if name == "search":
-            url = config.search_url or urls.get("search", "")
-            _require_url(name, url, "set tools.search_url, or let the run start its own search server")
-            tools.append(
-                SearchTool(url, config.search_top_k, passage=passage, separator=separator, http=http)
-            )
-        elif name == "python":
-            url = urls.get("python", "")
-            _require_url(name, url, "let the run start its own python server")
-            tools.append(PythonTool(url, http=http))
-        elif plugins.is_path(name):
-            tools.append(_custom(name))
-        else:
+        if known.get(name) == "":
+            remedy = "set tools.search_url, or " if name == "search" else ""
             raise ToolStartError(
-                f"tool {name!r}: unknown; write search, python, or your own as package.module:Class"
+                f"tool {name!r}: no server is known: {remedy}let the run start its own {name} server"
             )
+        try:
+            tool = TOOLS.make(
+                name,
+                config.options.get(name, {}),
+                url=known.get(name),
+                top_k=config.search_top_k,
+                passage=passage,
+                separator=separator,
+                http=http,
+            )
+        except PluginError as error:
+            what = "cannot be made" if is_path(name) else "unknown"
+            reason = str(error).removeprefix(f"tools.names={name!r}: ")
+            raise ToolStartError(f"tool {name!r}: {what}: {reason}") from error
+        if not isinstance(tool, Tool):
+            raise ToolStartError(
+                f"tool {name!r}: not a tool: it needs spec, run and check (system.tools.tool.Tool)"
+            )
+        tools.append(tool)
     return ToolService(tools, ServiceLimits.from_config(config), http=http, seed=seed)
-
-
-def _require_url(name: str, url: str, remedy: str) -> None:
-    if not url:
-        raise ToolStartError(f"tool {name!r}: no server is known: {remedy}")
-
-
-def _custom(path: str) -> Tool:
-    try:
-        tool = plugins.load(path)()
-    except plugins.PluginError as error:
-        raise ToolStartError(f"tool {path!r}: cannot be made: {error}") from error
-    except Exception as error:
-        raise ToolStartError(f"tool {path!r}: cannot be made: {type(error).__name__}: {error}") from error
-    if not isinstance(tool, Tool):
-        raise ToolStartError(
-            f"tool {path!r}: not a tool: it needs spec, run and check (system.tools.tool.Tool)"
-        )
-    return tool
 
 
 class _Guarded:

@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from system.errors import EspalierError
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 
 
-class ToolUnavailable(Exception):
+class ToolUnavailable(EspalierError):
     """The tool cannot be reached or does not work now.  ``retryable``: another attempt may succeed soon."""
 
     def __init__(self, reason: str, *, retryable: bool = True):

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from system.errors import EspalierError
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
@@ -23,7 +25,7 @@ Float64 = NDArray[np.float64]
 _Number = TypeVar("_Number", np.int64, np.float64)
 
 
-class TreeError(ValueError):
+class TreeError(EspalierError, ValueError):
     """A tree that breaks the record's rules; the message names the defect."""
 
 

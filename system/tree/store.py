@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from system.errors import EspalierError
 from system.tree.record import ForkDecision, ToolCall, Tree
 
 SCHEMA_VERSION = "1"
@@ -81,7 +82,7 @@ SCHEMA = pa.schema(
 )
 
 
-class StoreError(ValueError):
+class StoreError(EspalierError, ValueError):
     """A file that is not one of ours, or of a schema this version does not read."""
 
 

@@ -12,10 +12,12 @@ import selectors
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+from system.errors import EspalierError
+
 T = TypeVar("T")
 
 
-class Deadlock(RuntimeError):
+class Deadlock(EspalierError, RuntimeError):
     """Every task waits for another one: nothing is ready and no timer is pending."""
 
 

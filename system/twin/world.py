@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from system.config import Config
+from system.errors import EspalierError
 from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
@@ -69,7 +70,7 @@ class Failure:
     for_s: float = 30.0
 
 
-class Stuck(RuntimeError):
+class Stuck(EspalierError, RuntimeError):
     """No training step was finished for ``Twin.patience_s`` virtual seconds: somebody waits for ever."""
 
 

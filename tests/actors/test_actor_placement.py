@@ -10,8 +10,8 @@ from actors import placement as module
 from actors.placement import NodeLost, Place, Placement
 from actors.ray_support import ActorLost, StartFailed
 from actors.rollout_pool import RolloutPool
-from actors.train import FAILED, LOST, failure_code
 from system.cluster.placement import Node, Seat
+from system.errors import FAILED, LOST, exit_code
 from system.tools.service import ToolStartError
 
 NODES = [Node("10.0.0.1", name="a"), Node("10.0.0.2", name="b"), Node("10.0.0.3", name="c")]
@@ -112,4 +112,4 @@ def test_what_a_run_can_do_without(actors: list[str], spared: bool) -> None:
     ],
 )
 def test_only_what_may_pass_is_tried_again(errors: list[Exception], code: int) -> None:
-    assert failure_code(ExceptionGroup("", errors)) == code
+    assert exit_code(ExceptionGroup("", errors)) == code

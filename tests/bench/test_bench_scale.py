@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from system.bench import scale, splits
-from system.bench.splits import PROFILES, Split, Profile, TrainingLoad, best_split, simulate_split
+from system.bench.splits import PROFILES, Profile, Split, TrainingLoad, best_split, simulate_split
 from system.config import ConfigError
 
 SMALL = TrainingLoad(batch_trees=4, leaves=8, roots=4, segment_tokens=512, result_tokens=128)

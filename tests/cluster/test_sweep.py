@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from actors.cli.main import main
-from system.cluster.settings import seconds
 from system.cluster.status import attempts
 from system.cluster.submit import sweep_points
 from system.cluster.sweep import results, summarise
 from system.config import ConfigError
+from system.config.check import seconds
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 

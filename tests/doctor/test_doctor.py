@@ -70,6 +70,7 @@ BROKEN: list[tuple[str, Level, str, Break]] = [
     ("memory", Level.PROBLEM, "fewer", lambda f: replace(f, memory_bytes=GIB // 2)),
     ("open files", Level.PROBLEM, "ulimit -n", lambda f: replace(f, open_files=256)),
     ("sandbox", Level.PROBLEM, "tools.names", lambda f: replace(f, sandbox_error="no namespaces")),
+    ("parts", Level.PROBLEM, "recipe", lambda f: replace(f, parts=("reward.name='a:B': no module a",))),
     (
         "slurm nodes",
         Level.PROBLEM,

@@ -231,5 +231,5 @@ def test_words() -> None:
 
 
 def test_unknown_reward() -> None:
-    with pytest.raises(ValueError, match="unknown reward"):
+    with pytest.raises(ValueError, match=r"reward\.name='vibes': choose one of arpo"):
         make_reward("vibes")

@@ -7,7 +7,7 @@ import json
 import pytest
 from rollout_fakes import SPECS
 
-from system.config import CHOICES
+from system import plugins
 from system.rollout.syntax import MalformedCall, ParsedCall, make_syntax
 
 tags = make_syntax("tags", SPECS)
@@ -115,7 +115,7 @@ def test_system_prompts_name_every_tool() -> None:
 
 
 def test_every_configured_syntax_exists() -> None:
-    for name in CHOICES["rollout.syntax"]:
+    for name in plugins.SYNTAXES.names:
         assert make_syntax(name, SPECS).stops
-    with pytest.raises(ValueError, match="unknown tool-call syntax"):
+    with pytest.raises(ValueError, match=r"rollout\.syntax='xml': choose one of tags, hermes"):
         make_syntax("xml", SPECS)

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from system.engine.embedded.stops import StopStrings, TokenBytes
 from system.engine.protocol import Finish
+from system.errors import EspalierError
 
 MAX_STOPS, MAX_STOP_BYTES = 32, 256
 
 
-class BadRequest(ValueError):
+class BadRequest(EspalierError, ValueError):
     """The request cannot be served as written (HTTP 400); the message names the field."""
 
 

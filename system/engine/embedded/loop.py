@@ -20,6 +20,7 @@ import torch
 
 from system.engine.embedded.job import Event
 from system.engine.embedded.scheduler import Emitted, Scheduler
+from system.errors import EspalierError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 HANDOVER_STEPS = 4
 
 
-class EngineFailed(RuntimeError):
+class EngineFailed(EspalierError, RuntimeError):
     """The decoding thread died; the message says why."""
 
 

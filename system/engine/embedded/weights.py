@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from system.errors import EspalierError
 from system.models.files import weight_files
 from system.models.shape import ModelShape
 
 
-class WeightsError(ValueError):
+class WeightsError(EspalierError, ValueError):
     """Offered weights do not fit the model; the message names the tensor.  Nothing was changed."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from system.errors import EspalierError
 from system.models.shape import ModelShape
 
 _FUSED = {
@@ -26,7 +27,7 @@ VOCABULARY_PADDING = 64  # rows of the embedding and of the output head are padd
 CPU_FFN_PADDING = 32  # on a CPU, each rank's share of the feed-forward size is padded to a multiple of this
 
 
-class ShardError(ValueError):
+class ShardError(EspalierError, ValueError):
     """The model cannot be split over so many tensor-parallel ranks."""
 
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 from system import plugins
+from system.config import Config
 from system.rollout.reward import Reward
-from system.rollout.rewards.arpo import ArpoReward
-from system.rollout.rewards.arpo_release import ArpoReleaseReward
 
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "arpo": ArpoReward,
-    "arpo-release": ArpoReleaseReward,
-}
-
-__all__ = ["REWARDS", "ArpoReleaseReward", "ArpoReward", "make_reward"]
+__all__ = ["make_reward"]
 
 
-def make_reward(name: str) -> Reward:
-    """The rule called ``name``, or one's own at ``package.module:Name`` (made without arguments).
+def make_reward(name: str, options: Mapping[str, Any] | None = None, config: Config | None = None) -> Reward:
+    """The rule called ``name``, or one's own at ``package.module:Name``, made with ``options``.
 
-    Raises ``ValueError`` for an unknown one; ``task`` is the task's own to give.
+    ``config`` goes to a rule with a parameter of that name.  Raises :class:`plugins.PluginError`.
     """
-    if plugins.is_path(name):
-        try:
-            return plugins.load(name)()
-        except plugins.PluginError as error:
-            raise ValueError(f"reward.name={name!r}: {error}") from error
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}: choose one of {', '.join(REWARDS)}")
-    return REWARDS[name]()
+    return plugins.REWARDS.make(name, options or {}, config=config)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from system.tasks.base import Demonstration
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
-from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, World
+from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld
 from system.tree.prompt import Prompt
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Skill:
 def demonstrate(
     question: Question,
     prompt: Prompt,
-    world: World,
+    world: GeneratedWorld,
     search: Callable[[str], str],
     render_result: Callable[[str], str],
     skill: Skill,

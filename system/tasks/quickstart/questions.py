@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, Relation, World
+from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld, Relation
 from system.tree.prompt import Prompt
 
 OPERATORS = {"plus": "+", "minus": "-", "over": "//"}
@@ -42,7 +42,7 @@ class Question:
         tail = f" {self.operator} {self.operand}" if self.operator else ""
         return f"Q:{subject}{tail} ?"
 
-    def answer(self, world: World) -> str:
+    def answer(self, world: GeneratedWorld) -> str:
         """The right answer as text."""
         value = self.start
         for relation in self.path:
@@ -102,7 +102,7 @@ def sample(seed: str, n: int, exclude: frozenset[str] = frozenset()) -> list[Que
     return found
 
 
-def prompt(question: Question, world: World, split: str, index: int) -> Prompt:
+def prompt(question: Question, world: GeneratedWorld, split: str, index: int) -> Prompt:
     """The prompt of a question; everything after it is the model's."""
     return Prompt(
         id=f"quickstart/{split}/{index}",

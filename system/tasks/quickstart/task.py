@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from system.rollout.syntax import TagSyntax
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
-from system.tasks.quickstart.world import World, generate
+from system.tasks.quickstart.world import GeneratedWorld, generate
 from system.tools.search_index import Document, SearchIndex
 from system.tree.prompt import Prompt
 
@@ -34,7 +34,7 @@ class QuickstartTask:
         self.seed, self.train_size, self.eval_size = seed, train_size, eval_size
         self.search_top_k = search_top_k
         self.skill = skill or Skill()
-        self.world: World = generate(seed)
+        self.world: GeneratedWorld = generate(seed)
 
     @cached_property
     def _held_out(self) -> list[questions.Question]:

@@ -65,7 +65,7 @@ type."""
 
 
 @dataclass(frozen=True)
-class World:
+class GeneratedWorld:
     """The facts.  ``links`` and ``numbers`` map (entity, field) to another entity's name or to a number."""
 
     links: dict[tuple[str, str], str]
@@ -97,7 +97,7 @@ class World:
         ]
 
 
-def generate(seed: int) -> World:
+def generate(seed: int) -> GeneratedWorld:
     """Facts drawn from ``seed``; an entity's three links differ, and so do its three numbers (of
     FIGURE_RANGE)."""
     rng = random.Random(f"world-{seed}")
@@ -109,4 +109,4 @@ def generate(seed: int) -> World:
                 links[name, relation.field] = value
             for relation, number in zip(NUMBERS[kind], rng.sample(FIGURE_RANGE, 3), strict=True):
                 numbers[name, relation.field] = number
-    return World(links, numbers)
+    return GeneratedWorld(links, numbers)

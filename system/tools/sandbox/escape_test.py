@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 
+from system.errors import EspalierError
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.scratch import remove_tree
 
 
-class Escaped(RuntimeError):
+class Escaped(EspalierError, RuntimeError):
     """A program got out, or cannot do what it must be able to; the message names the attempts."""
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from system.config import ToolsConfig
+from system.errors import EspalierError
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox import escape_test
 from system.tools.sandbox.result import SandboxResult
@@ -70,7 +71,7 @@ _ATTEMPTS = 3  # of one call, each with a warden of its own
 _SERVERS = 10  # fork servers that may die under one call before it has begun
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(EspalierError, RuntimeError):
     """No mechanism of this machine gives the guarantees; the message says what is missing."""
 
 

@@ -1,0 +1,181 @@
+"""Files that inherit from each other, dotted overrides, and back to plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from system.config.check import validate
+from system.config.schema import Config, settings
+from system.errors import ConfigError
+from system.plugins import escape, nearest
+
+REPLACE = "!replace"
+"""YAML tag of a dictionary that replaces an inherited one, where others are merged into it."""
+
+
+def _replacing(loader: Any, node: Any) -> dict[str, Any]:
+    return {REPLACE: True, **loader.construct_mapping(node, deep=True)}
+
+
+yaml.constructor.SafeConstructor.add_constructor(REPLACE, _replacing)
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file (and its ``base:`` chain) and apply ``key=value`` overrides.
+
+    Raises :class:`ConfigError` naming the key and what to do.
+    """
+    layers = list(_files(Path(path), ())) if path is not None else []
+    layers += [(f"override {text!r}", _override(text)) for text in overrides]
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers:
+        layer = _expand(layer, Config())
+        _check_keys(layer, source)
+        for where in list(_take_replaced(layer)):
+            _clear(merged, where, source)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type
+            raise ConfigError(f"{source}: {_reason(error)}") from error
+    config = _resolve(merged)
+    validate(config)
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of :func:`to_dict`.  Raises :class:`ConfigError` for keys this version does not know."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), escape(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_reason(error)) from error
+    return _resolve(merged)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries, for JSON, YAML and Ray."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML that :func:`load` reads back to an equal configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(escape(to_dict(config))))
+
+
+def _files(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base:` leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    if not path.is_file():
+        raise ConfigError(f"no such configuration file: {path}")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # the YAML library raises many kinds
+        raise ConfigError(f"{path}: not readable as YAML: {_reason(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: expected sections at the top level, found a {type(loaded).__name__}")
+    layer = OmegaConf.to_container(loaded)
+    assert isinstance(layer, dict)
+    base = layer.pop("base", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base: names one file, relative to this one; found {base!r}")
+        yield from _files(path.parent / base, (*seen, path))
+    yield str(path), {str(k): v for k, v in layer.items()}
+
+
+def _override(text: str) -> dict[str, Any]:
+    if "=" not in text:
+        raise ConfigError(f"override {text!r}: write key=value, for example flow.staleness=0")
+    if text.endswith("="):
+        text += "''"  # `run.name=` empties it; YAML would read null
+    try:
+        layer = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except Exception as error:  # the YAML library raises many kinds
+        raise ConfigError(
+            f"override {text!r}: the value is not readable as YAML: {_reason(error)}"
+        ) from error
+    assert isinstance(layer, dict)
+    return {str(k): v for k, v in layer.items()}
+
+
+def _expand(layer: dict[str, Any], values: Any) -> dict[str, Any]:
+    """``branching: none`` -> ``branching: {name: none}`` (YAML reads a bare ``none`` as text)."""
+    expanded = dict(layer)
+    for key, value in layer.items():
+        inner = getattr(values, str(key), None)
+        if dataclasses.is_dataclass(inner):
+            if hasattr(inner, "name") and isinstance(value, str | int | float):
+                expanded[key] = {"name": str(value)}
+            elif isinstance(value, dict):
+                expanded[key] = _expand(value, inner)
+    return expanded
+
+
+def _check_keys(layer: dict[str, Any], source: str) -> None:
+    sections = [one.name for one in dataclasses.fields(Config)]
+    for name, values in layer.items():
+        if name not in sections:
+            raise ConfigError(f"{source}: unknown section {name!r}{_hint(name, sections)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…")
+        known = [one.name for one in settings().values() if one.section == name]
+        for key in values:
+            if key not in known and key != REPLACE:
+                raise ConfigError(f"{source}: unknown key {name}.{key}{_hint(str(key), known, f'{name}.')}")
+
+
+def _take_replaced(layer: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where the layer has dictionaries that are to replace others; the marks are taken off."""
+    for key, value in layer.items():
+        if isinstance(value, dict):
+            if value.pop(REPLACE, False):
+                yield (*path, key)
+            yield from _take_replaced(value, (*path, key))
+
+
+def _clear(merged: Any, path: tuple[str, ...], source: str) -> None:
+    """Empty the dictionary at ``path``; there need be none."""
+    for key in path[:-1]:
+        if key not in merged:
+            return
+        merged = merged[key]
+    if path[-1] in merged:
+        if OmegaConf.get_type(merged[path[-1]]) is not dict:
+            where = ".".join(map(str, path))
+            raise ConfigError(f"{source}: {where} is no dictionary: {REPLACE} is for one, as in task.options")
+        merged[path[-1]] = {}
+
+
+def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """The key of that name in another section, else the nearest of the ``known``, else all of them."""
+    elsewhere = [key for key in settings() if key.endswith(f".{word}")]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return nearest(word, known, prefix) or f"; known: {', '.join(known)}"
+
+
+def _resolve(merged: Any) -> Config:
+    """The typed configuration, with interpolations (``${section.key}``, ``${oc.env:NAME}``) filled in."""
+    try:
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{_reason(error)} (plain text with a dollar brace is written \\${{)") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong and at which key, in one line without OmegaConf's internals."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OmegaConfBaseException):
+        lines = lines[:1]
+        if error.full_key:
+            lines.insert(0, f"{error.full_key}:")
+    return " ".join(lines)

@@ -1,0 +1,440 @@
+"""The configuration's sections.  Each field states its default, what it is, and its own rule.
+
+The rules are read by :mod:`system.config.check` (bounds, choices), by a resumed run (which keys it may
+change), by snapshots of growing trees (what their growth depends on) and by the settings reference
+(``espalier config --explain``, ``docs/settings.md``).
+"""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from system import plugins
+from system.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting is, and which values it takes; every number has to be finite as well."""
+
+    text: str
+    least: float | None = None  # the smallest value allowed
+    above: float | None = None  # smaller or equal values are refused
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    registry: Registry | None = None  # or a name of this registry, or one's own as package.module:Name
+    safe_on_resume: bool = False  # a resumed run may change it without becoming a different experiment
+
+    @property
+    def bounds(self) -> str:
+        """``1 or more``, ``above 0``, ``in (0, 1]``; empty where there are none."""
+        if self.most is not None:
+            low = f"({self.above:g}" if self.least is None else f"[{self.least:g}"
+            return f"in {low}, {self.most:g}]"
+        if self.above is not None:
+            return f"above {self.above:g}"
+        return "" if self.least is None else f"{self.least:g} or more"
+
+
+def setting(default: Any, text: str, **rule: Any) -> Any:
+    """A field of a section: its default, what it is, and keywords of :class:`Rule`."""
+    metadata = {"rule": Rule(text, **rule)}
+    if isinstance(default, str | int | float):
+        return field(default=default, metadata=metadata)
+    return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+
+
+@dataclass
+class PartConfig:
+    """A part picked by name (:mod:`system.plugins`); a bare word for the setting is its name."""
+
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunConfig:
+    """The run directory, the seed, and when the run ends."""
+
+    name: str = setting("", "run directory's name under run.dir; empty: <config file>-s<seed>")
+    dir: str = setting("runs", "where run directories lie")
+    seed: int = setting(0, "of everything that is drawn at random", least=0)
+    steps: int = setting(
+        100, "training steps (weight versions after the warm start)", least=0, safe_on_resume=True
+    )
+    stop_at_accuracy: float = setting(
+        0.0,
+        "end early once training accuracy (moving mean) reaches this; 0: never",
+        least=0,
+        safe_on_resume=True,
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The model that is trained: a given one, or the shape of a tiny one that is made for the task."""
+
+    path: str = setting(
+        "", "Hugging Face directory; empty: a tiny model of the shape below is made for the task"
+    )
+    dtype: str = setting("float32", "of the weights in engines and learner", choices=("float32", "bfloat16"))
+    hidden_size: int = setting(96, "width of the residual stream of a model made here", least=1)
+    layers: int = setting(2, "its layers", least=1)
+    heads: int = setting(4, "its attention heads", least=1)
+    kv_heads: int = setting(2, "its key and value heads (grouped-query attention)", least=1)
+    ffn_size: int = setting(256, "width of its feed-forward layers", least=1)
+
+
+@dataclass
+class TaskConfig:
+    """The questions that are trained on, and those that are held out."""
+
+    name: str = setting("quickstart", "which task", registry=plugins.TASKS)
+    path: str = setting("", "data file for `jsonl` (JSONL or Parquet)")
+    eval_path: str = setting("", "held-out questions for `jsonl`; empty: none")
+    dataset: str = setting("", "name of a reasoning-gym data set")
+    train_size: int = setting(4096, "training questions, at most; jsonl: -1 takes all", least=-1)
+    eval_size: int = setting(200, "held-out questions, at most; jsonl: -1 takes all", least=-1)
+    system_prompt: str = setting("", "replaces the task's own when set")
+    options: dict[str, Any] = setting({}, "the task's own options")
+
+
+@dataclass
+class WarmStartConfig:
+    """Supervised learning on the task's demonstrations, before reinforcement learning."""
+
+    steps: int = setting(0, "supervised steps; 0: none", least=0)
+    demos: int = setting(4096, "demonstrations", least=0)
+    batch: int = setting(64, "demonstrations per step", least=1)
+    lr: float = setting(3e-3, "learning rate", above=0)
+
+
+@dataclass
+class RolloutConfig:
+    """How trees grow: their size, how many at once, how tokens are sampled, and the deadlines."""
+
+    schedule: str = setting(
+        "barrier-free",
+        "lockstep: the released ARPO code's rounds (generate all, wait for all tools, fork, top up one root "
+        "per round), for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
+        choices=("barrier-free", "lockstep"),
+    )
+    leaves: int = setting(8, "n: leaves per tree", least=1)
+    roots: int = setting(4, "N: branches that start together; forks draw on n - N", least=1)
+    workers: int = setting(1, "processes that grow trees", least=1, safe_on_resume=True)
+    concurrency: int = setting(32, "trees growing at once, over all workers", least=1, safe_on_resume=True)
+    syntax: PartConfig = setting(
+        PartConfig("tags"), "how the model writes a tool call", registry=plugins.SYNTAXES
+    )
+    max_response_tokens: int = setting(256, "per branch, tool results included", least=1)
+    max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=0)
+    call_limit: int = setting(4, "tool calls per branch", least=0)
+    temperature: float = setting(1.0, "of sampling: training needs samples", above=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", above=0, most=1)
+    top_k: int = setting(-1, "sample from so many likeliest tokens; -1: all", least=-1)
+    generate_deadline_s: float = setting(120.0, "one engine call", above=0, safe_on_resume=True)
+    branch_deadline_s: float = setting(300.0, "one branch, tools included", above=0, safe_on_resume=True)
+    tree_deadline_s: float = setting(600.0, "one tree", above=0, safe_on_resume=True)
+
+
+@dataclass
+class BranchingConfig:
+    """The policy that decides whether a tree forks after a tool result."""
+
+    name: str = setting("arpo", "which policy", registry=plugins.POLICIES)
+    alpha: float = setting(0.5, "fork probability at an unchanged entropy")
+    beta: float = setting(0.2, "weight of the rise in entropy")
+    tau: float = setting(0.5, "threshold of arpo-paper")
+    probe_tokens: int = setting(8, "k: tokens after a tool result whose mean entropy decides", least=1)
+    options: dict[str, Any] = setting({}, "of one's own policy")
+
+
+@dataclass
+class RewardConfig:
+    """What a finished branch is worth."""
+
+    name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=plugins.REWARDS)
+    options: dict[str, Any] = setting({}, "the rule's own options")
+
+
+@dataclass
+class ToolsConfig:
+    """The tools an agent may call, and the limits around every call."""
+
+    names: list[str] = setting(["search", "python"], "which tools", registry=plugins.TOOLS)
+    options: dict[str, dict[str, Any]] = setting({}, "options by tool: {search: {top_k: 5}}")
+    corpus: str = setting("", 'JSONL of {"id", "title", "text"} for search; empty: the task\'s own corpus')
+    search_top_k: int = setting(3, "documents per search", least=1)
+    search_url: str = setting("", "use a retrieval server that already runs")
+    deadline_s: float = setting(20.0, "one call, retries included", above=0)
+    concurrency: int = setting(16, "calls at once, per tool", least=1, safe_on_resume=True)
+    rate_per_s: float = setting(0.0, "calls per second and tool; 0: unlimited", least=0, safe_on_resume=True)
+    retries: int = setting(2, "further attempts of a call that failed for the tool's sake", least=0)
+    cache_size: int = setting(4096, "entries per pure tool", least=0)
+    python_cpu_s: float = setting(5.0, "CPU seconds of one program", above=0)
+    python_wall_s: float = setting(10.0, "wall-clock seconds of one program", above=0)
+    python_memory_mb: int = setting(256, "memory of one program", least=1)
+    python_output_chars: int = setting(2000, "of what a program prints, the rest is cut", least=1)
+
+
+@dataclass
+class EngineConfig:
+    """The inference engines that the rollout talks to."""
+
+    name: str = setting("embedded", "which engine", choices=("embedded", "sglang"))
+    replicas: int = setting(1, "engines", least=1, safe_on_resume=True)
+    tp: int = setting(1, "GPUs of one replica (SGLang's tensor parallelism)", least=1)
+    device: str = setting("auto", "where the embedded engine computes", choices=("auto", "cpu", "cuda"))
+    host: str = setting("127.0.0.1", "address that servers listen on")
+    max_running: int = setting(64, "sequences decoded together", least=1, safe_on_resume=True)
+    max_context: int = setting(1024, "tokens per sequence, prompt included", least=1)
+    cache_slots: int = setting(
+        128, "finished sequences whose KV is kept for reuse", least=0, safe_on_resume=True
+    )
+    chunk_tokens: int = setting(4, "tokens per streamed chunk", least=1)
+    in_flight: int = setting(
+        256, "requests a rollout worker keeps open at one engine; more wait their turn in it", least=1
+    )
+    threads: int = setting(1, "CPU threads of one embedded engine", least=1, safe_on_resume=True)
+    weights: str = setting(
+        "auto",
+        "how they travel: http (embedded); disk, tensor or distributed (SGLang)",
+        choices=("auto", "http", "disk", "tensor", "distributed"),
+    )
+    weights_dir: str = setting(
+        "", "for disk: read by every engine; empty: temporary, for engines on this machine"
+    )
+    kv_after_update: str = setting(
+        "recompute", "what becomes of cached keys and values at new weights", choices=("recompute", "keep")
+    )
+    start_deadline_s: float = setting(300.0, "for a server to answer", above=0)
+    urls: list[str] = setting([], "attach to servers that run; they are never stopped")
+    entropy_top_k: int = setting(
+        0, "attached servers without our plug-in: estimate entropies from so many top tokens", least=0
+    )
+    python: str = setting(
+        "", "runs SGLang; empty: .venv-sglang/bin/python if it exists, else this interpreter"
+    )
+    sglang: dict[str, Any] = setting({}, "SGLang's own flags: {mem_fraction_static: 0.8}")
+
+
+@dataclass
+class FlowConfig:
+    """How trees flow from rollout to learner."""
+
+    batch_leaves: int = setting(64, "B: leaves per training step", least=1)
+    staleness: int = setting(
+        1, "η: versions a tree may lag behind the policy that trains on it; 0 is synchronous", least=0
+    )
+    window: int = setting(
+        4, "training batches from the head of the queue within which a closed tree may overtake", least=1
+    )
+    max_staleness: int = setting(
+        0,
+        "a waiting tree that would be trained on more versions than this after its start is thrown away, and "
+        "its prompt grown again; 0: none is, and staleness + window bounds it all the same",
+        least=0,
+    )
+    max_attempts: int = setting(3, "times a prompt is grown before it is abandoned with a reason", least=1)
+    update: str = setting(
+        "in-flight",
+        "in-flight: engines take new weights at a token boundary, whatever grows; drained: once no tree "
+        "grows, so that every tree is of one version (with staleness 1: one-step-off asynchronous training)",
+        choices=("in-flight", "drained"),
+    )
+
+
+@dataclass
+class LearnConfig:
+    """The learner: its parallel layout, credit, objective and optimizer."""
+
+    tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
+    pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
+    dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
+    sequence_parallel: bool = setting(
+        False, "split the activations between attention and MLP over the TP ranks too"
+    )
+    distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
+    recompute: str = setting(
+        "none",
+        "in the backward pass: selective (attention), full (every layer)",
+        choices=("none", "selective", "full"),
+    )
+    threads: int = setting(1, "CPU threads of one rank", least=1, safe_on_resume=True)
+    credit: PartConfig = setting(
+        PartConfig("arpo-soft"), "from rewards to advantages", registry=plugins.CREDITS
+    )
+    objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=plugins.OBJECTIVES)
+    aggregate: PartConfig = setting(
+        PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=plugins.AGGREGATES
+    )
+    updates: int = setting(1, "optimizer steps per training batch", least=1)
+    micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
+    lr: float = setting(1e-3, "learning rate (Adam)", above=0)
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
+    weight_decay: float = setting(0.01, "decoupled from the gradient (AdamW)", least=0)
+    beta1: float = setting(0.9, "Adam's decay of the gradient's mean", least=0, most=1)
+    beta2: float = setting(0.95, "Adam's decay of its square", least=0, most=1)
+    eps: float = setting(1e-8, "Adam's ε", above=0)
+    grad_clip: float = setting(1.0, "the gradient's norm is cut to this; 0: off", least=0)
+    clip_low: float = setting(0.2, "ε below: the ratio is clipped at 1 - ε", least=0, most=1)
+    clip_high: float = setting(0.2, "ε above: the ratio is clipped at 1 + ε", least=0)
+    dual_clip: float = setting(3.0, "bound on the ratio where the advantage is negative; 0: off", least=0)
+    tis_cap: float = setting(
+        2.0, "cap of the proximal/behaviour ratio (truncated importance sampling)", least=0
+    )
+    kl_coef: float = setting(0.0, "KL to the reference model; 0: no reference model is built", least=0)
+    entropy_coef: float = setting(0.0, "entropy bonus")
+    bucket_mb: int = setting(64, "weight export bucket", least=1)
+
+
+@dataclass
+class EvalConfig:
+    """Greedy answers to held-out questions.  Any of it may change on resume."""
+
+    every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
+    questions: int = setting(200, "of the held-out ones, the first so many", least=0)
+    temperature: float = setting(0.0, "of sampling; 0: greedy", least=0)
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run saves.  Any of it may change on resume."""
+
+    every: int = setting(20, "training steps; 0: only at the end and on a signal", least=0)
+    keep: int = setting(2, "checkpoints kept, the newest", least=1)
+
+
+@dataclass
+class ObserveConfig:
+    """What a run shows and records.  Any of it may change on resume."""
+
+    wandb: str = setting("offline", "Weights & Biases", choices=("offline", "online", "disabled"))
+    project: str = setting("espalier", "its project there")
+    trees: int = setting(200, "closed trees kept in the run directory (the newest); -1: all", least=-1)
+    progress_s: float = setting(2.0, "seconds between progress lines when not on a terminal", least=0.1)
+
+
+@dataclass
+class ClusterConfig:
+    """Which nodes a run has.  Any of it may change on resume."""
+
+    address: str = setting(
+        "", "Ray cluster to join, HOST:PORT; empty: $RAY_ADDRESS where set, else this machine alone"
+    )
+    nodes: int = setting(1, "machines", least=1)
+    gpus_per_node: int = setting(0, "0: everything runs on CPU", least=0)
+    gpu: str = setting("h100", "for the memory estimate", choices=("h100", "h200", "a100"))
+    learner_nodes: int = setting(
+        0, "the first nodes, for the learner alone; 0: learner and rollout share all nodes", least=0
+    )
+    join_deadline_s: float = setting(
+        300.0, "for all nodes to be there and all actors to have their place", least=1
+    )
+    on_node_loss: str = setting(
+        "end",
+        "end: stop, so that the job requeues; continue: as long as an engine is left",
+        choices=("end", "continue"),
+    )
+
+
+@dataclass
+class SlurmConfig:
+    """How a run asks SLURM for its nodes.  Any of it may change on resume."""
+
+    partition: str = setting("", "empty: the site's default, as with account and qos")
+    account: str = setting("", "who pays")
+    qos: str = setting("", "quality of service")
+    time: str = setting("04:00:00", "limit of one attempt; a run goes on over as many as it needs")
+    signal_s: int = setting(
+        600, "this long before the limit it checkpoints and requeues (Slurm may be 60 s early)", least=0
+    )
+    requeue: bool = setting(True, "go on in a further attempt")
+    max_restarts: int = setting(50, "attempts after the first, for any reason", least=0)
+    max_failures: int = setting(
+        3, "infrastructure failures in a row without a training step between them", least=0
+    )
+    exclusive: bool = setting(True, "whole nodes")
+    cpus_per_node: int = setting(0, "0: all of an exclusive node, else the site's default", least=0)
+    mem: str = setting("", "per node, as sbatch takes it; empty: all of an exclusive node")
+    heterogeneous: bool = setting(False, "learner nodes and rollout nodes as two components of one job")
+    sbatch: list[str] = setting([], 'further options, e.g. ["--reservation=trees"]')
+    rollout_sbatch: list[str] = setting([], "of the rollout component, if heterogeneous")
+    venv: str = setting("", "virtual environment on every node; empty: the one that submits")
+    setup: list[str] = setting([], 'shell lines on every node first, e.g. "module load cuda"')
+    env: dict[str, str] = setting({}, "environment variables of every process")
+    container: str = setting("none", "what wraps every process", choices=("none", "pyxis", "apptainer"))
+    image: str = setting("", "container image; its python must have espalier")
+    mounts: list[str] = setting([], "SRC:DST; the run directory is mounted anyway")
+    scratch: str = setting("/tmp", "local to each node: Ray's session lives there")
+
+
+@dataclass
+class Config:
+    """Every section."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    branching: BranchingConfig = field(default_factory=BranchingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    learn: LearnConfig = field(default_factory=LearnConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+SAFE_SECTIONS = ("eval", "checkpoint", "observe", "cluster", "slurm")  # all of them is safe on resume
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a section, as the rules and the settings reference see it."""
+
+    section: str
+    name: str
+    kind: Any  # its type
+    default: Any
+    rule: Rule
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def safe_on_resume(self) -> bool:
+        return self.rule.safe_on_resume or self.section in SAFE_SECTIONS
+
+    def of(self, config: Config) -> Any:
+        """Its value in ``config``."""
+        return getattr(getattr(config, self.section), self.name)
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every setting by its key, in the order of the schema."""
+    return {one.key: one for one in _settings()}
+
+
+def _settings() -> Iterator[Setting]:
+    default = Config()
+    for section in dataclasses.fields(Config):
+        values = getattr(default, section.name)
+        kinds = typing.get_type_hints(type(values))
+        for one in dataclasses.fields(values):
+            value = getattr(values, one.name)
+            yield Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"])
