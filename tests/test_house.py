@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A checkout to plant things in."""
-    for package in ("system", "actors"):
+    for package in ("system", "actors", "examples"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -41,13 +43,21 @@ def test_the_house_is_in_order() -> None:
     assert import_linter(ROOT)[0] == 0
 
 
+def test_the_architecture_shows_the_floors_that_are_enforced() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (floors,) = (c["layers"] for c in settings["tool"]["importlinter"]["contracts"] if c["id"] == "floors")
+    lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    shown = [line.split("  ")[0] for line in lines if "   " in line and re.match("[a-z]+ [| a-z]*  ", line)]
+    assert shown == [floor.replace("(", "").replace(")", "") for floor in floors]
+
+
 def test_imports_that_climb_cross_or_turn_in_a_circle_are_found(copy: Path) -> None:
     plant(copy, "system/tree/record.py", "from system.learn import credit  # upward\n")
     plant(
         copy, "system/tasks/jsonl.py", "def late():\n    from actors import train  # not at the top either\n"
     )
     plant(copy, "system/observe/show.py", "import ray\n")
-    plant(copy, "system/tools/metrics.py", "import system.tools.service  # which imports metrics\n")
+    plant(copy, "system/tools/breaker.py", "import system.tools.service  # which imports breaker\n")
     plant(copy, "system/flow/admission.py", "import torch\n")
     code, said = import_linter(copy)
     assert code == 1

@@ -42,11 +42,6 @@ class TreeMask:
         own = torch.arange(exit.numel(), device=exit.device) + 1
         self.exit = torch.maximum(exit.long(), own)
 
-    def dense(self) -> torch.Tensor:
-        """[N, N] bool: may query (row) attend to key (column)?  The definition, for tests: N² memory."""
-        index = torch.arange(self.exit.numel(), device=self.exit.device)
-        return (index[None, :] <= index[:, None]) & (index[:, None] < self.exit[None, :])
-
     @cached_property
     def query_blocks(self) -> QueryBlocks:
         """The mask for the CPU path: short runs of queries, each with the only keys it can reach."""

@@ -31,11 +31,17 @@ _GRID = "#E6E6E6"
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One picture: its file name, its title, and what draws it (false when there is nothing to draw)."""
+    """One picture: its file name, its title, and what draws it (false when there is nothing to draw).
+
+    ``draw`` is a function, or the lines: each (key, label, colour) or with a style.  ``top``: of the y axis,
+    which begins at 0; 0: above the highest point.
+    """
 
     name: str
     title: str
-    draw: Callable[[Axes, Records], bool]
+    draw: Callable[[Axes, Records], bool] | tuple[tuple[str, ...], ...]
+    unit: str = ""
+    top: float | None = None
 
 
 def draw(run_dir: RunDir) -> list[Path]:
@@ -73,7 +79,15 @@ def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
     ax.tick_params(labelsize=8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    drawn = curve.draw(ax, records)
+    if isinstance(curve.draw, tuple):
+        drawn = sum(_line(ax, records, *line) for line in curve.draw) > 0
+        _legend(ax)
+    else:
+        drawn = curve.draw(ax, records)
+    if curve.unit:
+        ax.set_ylabel(curve.unit, fontsize=9)
+    if curve.top is not None:
+        _from_zero(ax, curve.top)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return drawn
 
@@ -108,23 +122,16 @@ def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: 
     return True
 
 
-def _lines(ax: Axes, records: Records, *lines: tuple[str, ...]) -> bool:
-    """Each line is (key, label, colour), or with a style."""
-    drawn = [_line(ax, records, *line) for line in lines]
-    _legend(ax)
-    return any(drawn)
-
-
 def _legend(ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         ax.legend(handles, labels, fontsize=8, frameon=False, ncols=2 if len(labels) > 3 else 1)
 
 
-def _from_zero(ax: Axes) -> None:
-    """Show zero, and leave some air above the highest point."""
+def _from_zero(ax: Axes, top: float) -> None:
+    """Show zero, and up to ``top``, or 0: with some air above the highest point."""
     low, high = ax.dataLim.intervaly
-    ax.set_ylim(0, 1.15 * high if high > low or high > 0 else 1)
+    ax.set_ylim(0, top or (1.15 * high if high > low or high > 0 else 1))
 
 
 def _accuracy(ax: Axes, records: Records) -> bool:
@@ -149,12 +156,6 @@ def _accuracy(ax: Axes, records: Records) -> bool:
     return drawn or bool(points)
 
 
-def _reward(ax: Axes, records: Records) -> bool:
-    return _lines(
-        ax, records, ("rollout/reward", "closed trees", BLUE), ("train/reward", "trained on", ORANGE, "--")
-    )
-
-
 def _entropy(ax: Axes, records: Records) -> bool:
     drawn = _line(ax, records, "rollout/entropy", "token entropy (nats)", BLUE)
     low, high = list(series(records, "tree/delta_h_p10")), list(series(records, "tree/delta_h_p90"))
@@ -166,19 +167,6 @@ def _entropy(ax: Axes, records: Records) -> bool:
     drawn = _line(ax, records, "tree/delta_h", "ΔH after a tool result", ORANGE) or drawn
     ax.axhline(0, color=BLACK, linewidth=0.6)
     _legend(ax)
-    return drawn
-
-
-def _branching(ax: Axes, records: Records) -> bool:
-    drawn = _lines(
-        ax,
-        records,
-        ("tree/forks", "forks", BLUE),
-        ("tree/top_ups", "top-ups", ORANGE),
-        ("tree/decisions", "decisions", GREEN),
-        ("tree/fork_rate", "forks per decision", PURPLE),
-    )
-    _from_zero(ax)
     return drawn
 
 
@@ -195,23 +183,10 @@ def _staleness(ax: Axes, records: Records) -> bool:
     colours = [colormaps["YlGnBu"](0.2 + 0.7 * i / max(1, len(lags) - 1)) for i in range(len(lags))]
     ax.stackplot(steps, shares, labels=[f"{lag}" for lag in lags], colors=colours, alpha=0.8)
     ax.set_ylim(0, 1)
-    ax.set_ylabel("share of trained trees", fontsize=9)
     ax.legend(
         title="versions behind", title_fontsize=8, fontsize=8, ncols=4, loc="lower left", framealpha=0.8
     )
     return True
-
-
-def _throughput(ax: Axes, records: Records) -> bool:
-    drawn = _lines(
-        ax,
-        records,
-        ("time/generated_per_s", "generated", BLUE),
-        ("time/trained_per_s", "trained on", ORANGE, "--"),
-    )
-    ax.set_ylabel("model tokens/s", fontsize=9)
-    _from_zero(ax)
-    return drawn
 
 
 def _idle(ax: Axes, records: Records) -> bool:
@@ -222,44 +197,56 @@ def _idle(ax: Axes, records: Records) -> bool:
         # A record without the key is a window without that wait.
         filled = [{key: 0.0, **one} for one in records if "time/window_s" in one]
         drawn = _line(ax, filled, key, f"{actor}: {cause}", _CYCLE[i % 6], "-" if i < 6 else "--") or drawn
-    ax.set_ylabel("share of time", fontsize=9)
-    _from_zero(ax)
     _legend(ax)
-    return drawn
-
-
-def _tokens(ax: Axes, records: Records) -> bool:
-    drawn = _lines(
-        ax,
-        records,
-        ("tree/unique_flat_ratio", "unique / flattened tokens", BLUE),
-        ("flow/goodput", "trained / generated tokens", GREEN),
-        ("train/zero_variance_share", "trees without reward variance", RED),
-    )
-    ax.set_ylim(0, 1.15)
-    return drawn
-
-
-def _length(ax: Axes, records: Records) -> bool:
-    drawn = _lines(
-        ax,
-        records,
-        ("rollout/response_tokens", "generated", BLUE),
-        ("train/response_tokens", "trained on", ORANGE, "--"),
-    )
-    ax.set_ylabel("model tokens per branch", fontsize=9)
-    _from_zero(ax)
     return drawn
 
 
 CURVES = (
     Curve("accuracy", "Accuracy", _accuracy),
-    Curve("reward", "Reward", _reward),
+    Curve(
+        "reward",
+        "Reward",
+        (("rollout/reward", "closed trees", BLUE), ("train/reward", "trained on", ORANGE, "--")),
+    ),
     Curve("entropy", "Entropy, and its rise after tool results", _entropy),
-    Curve("branching", "Branching, per tree", _branching),
-    Curve("staleness", "Staleness of what was trained on", _staleness),
-    Curve("throughput", "Throughput", _throughput),
-    Curve("idle", "Idle time by cause", _idle),
-    Curve("tokens", "Use made of tokens and trees", _tokens),
-    Curve("length", "Response length", _length),
+    Curve(
+        "branching",
+        "Branching, per tree",
+        (
+            ("tree/forks", "forks", BLUE),
+            ("tree/top_ups", "top-ups", ORANGE),
+            ("tree/decisions", "decisions", GREEN),
+            ("tree/fork_rate", "forks per decision", PURPLE),
+        ),
+        top=0,
+    ),
+    Curve("staleness", "Staleness of what was trained on", _staleness, "share of trained trees"),
+    Curve(
+        "throughput",
+        "Throughput",
+        (("time/generated_per_s", "generated", BLUE), ("time/trained_per_s", "trained on", ORANGE, "--")),
+        "model tokens/s",
+        top=0,
+    ),
+    Curve("idle", "Idle time by cause", _idle, "share of time", top=0),
+    Curve(
+        "tokens",
+        "Use made of tokens and trees",
+        (
+            ("tree/unique_flat_ratio", "unique / flattened tokens", BLUE),
+            ("flow/goodput", "trained / generated tokens", GREEN),
+            ("train/zero_variance_share", "trees without reward variance", RED),
+        ),
+        top=1.15,
+    ),
+    Curve(
+        "length",
+        "Response length",
+        (
+            ("rollout/response_tokens", "generated", BLUE),
+            ("train/response_tokens", "trained on", ORANGE, "--"),
+        ),
+        "model tokens per branch",
+        top=0,
+    ),
 )

@@ -41,17 +41,21 @@ def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
         console.print(table(read_trees(run_dir.trees)))
         return 0
     tree = select(read_trees(run_dir.trees), args, run_dir)
+    console.print(outline(tree, view(run_dir, config, tree, full=args.full, entropy=args.entropy)))
+    return 0
+
+
+def view(run_dir: RunDir, config: Config, tree: Tree, *, full: bool = False, entropy: bool = False) -> View:
+    """How to show ``tree`` of a run: with the run's tokenizer and its credit."""
     credit = CREDITS.make(config.learn.credit.name, config.learn.credit.options)
     (advantage,) = assign(credit, [TreeStats.of(tree)])
-    view = View(
+    return View(
         decode=_decoder(run_dir, config),
         advantage=advantage if credit.per == "leaf" else advantage[tree.leaf],
         credit=config.learn.credit.name,
-        full=args.full,
-        entropy=args.entropy,
+        full=full,
+        entropy=entropy,
     )
-    console.print(outline(tree, view))
-    return 0
 
 
 class _Console(Console):

@@ -1,0 +1,41 @@
+"""The documents name files and settings that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from system.config import load
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+_FILE = re.compile(r"`((?:system|actors|configs|docs|examples|slurm|tests)/[\w./*{},-]*)`")
+_LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
+_SETTING = re.compile(
+    r"`((?:run|task|model|warmstart|rollout|branching|tools|reward|engine|flow|learn|eval|checkpoint|observe"
+    r"|cluster|slurm)\.[a-z_.]+)(?:=[^`]*)?`"
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_files_it_names_are_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for name in _FILE.findall(text):
+        pattern = re.sub(r"\{[^}]*\}", "*", name).rstrip("/")
+        assert list(ROOT.glob(pattern)), f"{document.name}: {name}"
+    for name in _LINK.findall(text):
+        assert (document.parent / name).exists(), f"{document.name}: {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_settings_it_names_are_there(document: Path) -> None:
+    config = load(None, [])
+    for name in _SETTING.findall(document.read_text(encoding="utf-8")):
+        if name.endswith((".py", ".json", ".yaml")):
+            continue
+        at: object = config
+        for word in name.split("."):
+            at = at.get(word, "an entry of a dictionary") if isinstance(at, dict) else getattr(at, word, None)
+        assert at is not None, f"{document.name}: {name}"

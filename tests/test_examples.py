@@ -1,0 +1,97 @@
+"""What stands in examples/ works: each part alone, and all of them in one small run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from system.config import load
+from system.rollout.reward import BranchView
+from system.rollout.rewards import make_reward
+from system.rollout.rewards.arpo import ArpoReward
+from system.tools.outcome import CallContext, ToolStatus
+from system.tools.service import build_tools
+from system.tree.prompt import Prompt
+from system.tree.record import Kind, Outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one's own are looked for in the current directory."""
+    monkeypatch.chdir(EXAMPLES)
+
+
+async def test_the_tool_behind_the_service(here: None) -> None:
+    config = load(None, ["tools.names=[weekday_tool:Weekday]"])
+    tools = build_tools(config.tools, {})
+    try:
+        await tools.check()
+        outcome = await tools.call("weekday", {"date": "2026-01-31"}, CallContext())
+        assert (outcome.status, outcome.text) == (ToolStatus.OK, "Saturday")
+        assert (await tools.call("weekday", {"date": "2026-01-31"}, CallContext())).cached
+        outcome = await tools.call("weekday", {"date": "tomorrow"}, CallContext())
+        assert outcome.status == ToolStatus.ERROR
+    finally:
+        await tools.close()
+
+
+def test_the_reward_prefers_the_shorter_of_two_right_answers(here: None) -> None:
+    short_reward = make_reward("short_answers:Short")
+    prompt = Prompt("q", ({"role": "user", "content": "6 * 7?"},), ("42",))
+    short = BranchView(
+        ((Kind.MODEL, r"<think> easy </think> <answer> \boxed{42} </answer>"),), Outcome.STOPPED
+    )
+    long = dataclasses.replace(
+        short, segments=((Kind.MODEL, r"<think> 40 + 2 </think> <answer> \boxed{42} </answer>"),)
+    )
+    assert ArpoReward().score(prompt, short).value == ArpoReward().score(prompt, long).value
+    assert short_reward.score(prompt, short).value > short_reward.score(prompt, long).value
+
+
+def test_the_readme_shows_what_is_run_here() -> None:
+    shown = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    lines = {line.split("  #")[0].strip() for path in EXAMPLES.glob("*.py") for line in path.open()}
+    for line in shown.splitlines():
+        assert line.split("  #")[0].strip() in lines, line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_a_run_with_all_of_them(tmp_path: Path) -> None:
+    """As a user starts it, from the directory where the parts lie."""
+    words = (
+        "reward=short_answers:Short",
+        "tools.names=[search,python,weekday_tool:Weekday]",
+        "learn.credit=treerl_credit:ParentMean",
+        "branching=treerl_credit:AtUnsureResults",
+        "branching.options.threshold=0.01",
+        "run.steps=2",
+        f"run.dir={tmp_path}",
+        "run.name=mine",
+        "warmstart.steps=40",
+        "warmstart.demos=400",
+        "eval.questions=8",
+        "observe.wandb=disabled",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "actors.cli.main", "train", str(ROOT / "configs" / "quickstart.yaml"), *words],
+        cwd=EXAMPLES,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
+    assert summary["versions"] == 2
+    assert summary["tokens"]["trained"] > 0
+    assert summary["config"]["learn"]["credit"]["name"] == "treerl_credit:ParentMean"
