@@ -15,6 +15,8 @@ from system.models.files import DTYPES
 
 log = logging.getLogger("system.engine.embedded")
 
+_SIZES = ("threads", "max_running", "max_context", "cache_slots", "chunk_tokens")  # fields of EngineConfig
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and serve."""
@@ -27,21 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
-    parser.add_argument("--threads", type=int, default=defaults.threads)
-    parser.add_argument("--max-running", type=int, default=defaults.max_running)
-    parser.add_argument("--max-context", type=int, default=defaults.max_context)
-    parser.add_argument("--cache-slots", type=int, default=defaults.cache_slots)
-    parser.add_argument("--chunk-tokens", type=int, default=defaults.chunk_tokens)
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args(arguments)
-    config = EngineConfig(
-        device=options.device,
-        threads=options.threads,
-        max_running=options.max_running,
-        max_context=options.max_context,
-        cache_slots=options.cache_slots,
-        chunk_tokens=options.chunk_tokens,
-    )
+    config = EngineConfig(device=options.device, **{name: getattr(options, name) for name in _SIZES})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     engine = EmbeddedEngine(config, options.model, dtype=options.dtype, seed=options.seed)
     asyncio.run(_serve(engine, options.host, options.port))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -66,67 +67,57 @@ def check_complete(shape: ModelShape, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+# What the fields of a layer hold: these Hugging Face tensors of it, stacked.
+_STACKED = {
+    "attention_norm": ("input_layernorm.weight",),
+    "qkv": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "qkv_bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
+    "out": ("self_attn.o_proj.weight",),
+    "out_bias": ("self_attn.o_proj.bias",),
+    "ffn_norm": ("post_attention_layernorm.weight",),
+    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "down": ("mlp.down_proj.weight",),
+}
+_Q_NORM, _K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
+
+
 def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device) -> Weights:
-    """Build the engine's weights from a complete, checked set of Hugging Face tensors."""
+    """Copy a complete, checked set of Hugging Face tensors into the engine's weights."""
 
-    def get(name: str) -> Tensor:
-        return tensors[name].to(device)
-
-    def stack(prefix: str, parts: tuple[str, ...], suffix: str) -> Tensor:
-        return torch.cat([get(prefix + part + suffix) for part in parts]).contiguous()
+    def stack(*names: str) -> Tensor:
+        return torch.cat([tensors[name].to(device) for name in names])
 
     layers = []
     for index in range(shape.layers):
         layer = f"model.layers.{index}."
-        attention = layer + "self_attn."
+        fields: dict[str, Any] = {
+            field: stack(*(layer + part for part in parts)) if layer + parts[0] in tensors else None
+            for field, parts in _STACKED.items()
+        }
         qk_norm = None
         if shape.qk_norm:
-            q_scale = get(attention + "q_norm.weight").expand(shape.heads, -1)
-            k_scale = get(attention + "k_norm.weight").expand(shape.kv_heads, -1)
-            qk_norm = torch.cat([q_scale, k_scale]).contiguous()
-        qkv = ("q", "k", "v")
-        layers.append(
-            LayerWeights(
-                attention_norm=get(layer + "input_layernorm.weight").clone(),
-                qkv=stack(attention, qkv, "_proj.weight"),
-                qkv_bias=stack(attention, qkv, "_proj.bias") if shape.qkv_bias else None,
-                qk_norm=qk_norm,
-                out=get(attention + "o_proj.weight").clone(),
-                out_bias=get(attention + "o_proj.bias").clone() if shape.o_bias else None,
-                ffn_norm=get(layer + "post_attention_layernorm.weight").clone(),
-                gate_up=stack(layer + "mlp.", ("gate", "up"), "_proj.weight"),
-                down=get(layer + "mlp.down_proj.weight").clone(),
-            )
-        )
-    embed = get("model.embed_tokens.weight").clone()
-    head = embed if shape.tied else get("lm_head.weight").clone()
-    return Weights(embed=embed, layers=tuple(layers), norm=get("model.norm.weight").clone(), head=head)
+            q_scale, k_scale = stack(layer + _Q_NORM), stack(layer + _K_NORM)
+            qk_norm = torch.cat([q_scale.expand(shape.heads, -1), k_scale.expand(shape.kv_heads, -1)])
+        layers.append(LayerWeights(**fields, qk_norm=qk_norm))
+    embed = stack("model.embed_tokens.weight")
+    head = embed if shape.tied else stack("lm_head.weight")
+    return Weights(embed=embed, layers=tuple(layers), norm=stack("model.norm.weight"), head=head)
 
 
 def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The held weights under their Hugging Face names (views, no copies): the inverse of :func:`fuse`."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = shape.tensors()
     yield "model.embed_tokens.weight", weights.embed
     for index, held in enumerate(weights.layers):
         layer = f"model.layers.{index}."
-        attention = layer + "self_attn."
-        yield layer + "input_layernorm.weight", held.attention_norm
-        for part, rows in zip(("q", "k", "v"), held.qkv.split([q, kv, kv]), strict=True):
-            yield f"{attention}{part}_proj.weight", rows
-        if held.qkv_bias is not None:
-            for part, rows in zip(("q", "k", "v"), held.qkv_bias.split([q, kv, kv]), strict=True):
-                yield f"{attention}{part}_proj.bias", rows
+        for field, parts in _STACKED.items():
+            stacked: Tensor | None = getattr(held, field)
+            if stacked is not None:
+                names = [layer + part for part in parts]
+                yield from zip(names, stacked.split([sizes[name][0] for name in names]), strict=True)
         if held.qk_norm is not None:
-            yield attention + "q_norm.weight", held.qk_norm[0]
-            yield attention + "k_norm.weight", held.qk_norm[shape.heads]
-        yield attention + "o_proj.weight", held.out
-        if held.out_bias is not None:
-            yield attention + "o_proj.bias", held.out_bias
-        yield layer + "post_attention_layernorm.weight", held.ffn_norm
-        gate, up = held.gate_up.split([shape.ffn, shape.ffn])
-        yield layer + "mlp.gate_proj.weight", gate
-        yield layer + "mlp.up_proj.weight", up
-        yield layer + "mlp.down_proj.weight", held.down
+            yield layer + _Q_NORM, held.qk_norm[0]
+            yield layer + _K_NORM, held.qk_norm[shape.heads]
     yield "model.norm.weight", weights.norm
     if not shape.tied:
         yield "lm_head.weight", weights.head
