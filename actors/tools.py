@@ -8,7 +8,7 @@ from aiohttp import web
 
 from actors.serving import LoopThread
 from system import config as configuration
-from system.tools.serving import serve
+from system.serving import serve
 
 START_DEADLINE_S = 120.0
 

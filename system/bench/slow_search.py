@@ -16,9 +16,9 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 from aiohttp import web
 
+from system.serving import serve_until_signal
 from system.tools.search_index import SearchIndex, read_corpus
 from system.tools.search_server import create_app
-from system.tools.serving import serve_until_signal
 from system.twin.dist import ToolLatency
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

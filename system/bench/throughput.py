@@ -25,11 +25,11 @@ from system.bench.baselines import WAYS, Way
 from system.bench.report import Report, against
 from system.bench.slow_search import slowed
 from system.observe.rundir import RunDir
+from system.serving import serve
 from system.tasks.base import HasCorpus
 from system.tasks.registry import make_task
 from system.tools.search_index import Document, SearchIndex
 from system.tools.search_server import create_app
-from system.tools.serving import serve
 from system.tree.record import Tree
 from system.tree.store import read_trees
 from system.twin.dist import ToolLatency

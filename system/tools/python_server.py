@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
+from system.serving import json_object, serve_until_signal
 from system.tools.sandbox.sandbox import PRELOADED, Sandbox, SandboxLimits, SandboxUnavailable
-from system.tools.serving import json_object, serve_until_signal
 
 SANDBOX = web.AppKey("sandbox", Sandbox)
 

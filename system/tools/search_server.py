@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
+from system.serving import json_object, serve_until_signal
 from system.tools.search_index import CorpusError, SearchIndex, read_corpus
-from system.tools.serving import json_object, serve_until_signal
 
 INDEX = web.AppKey("index", SearchIndex)
 _THREADS = web.AppKey("threads", ThreadPoolExecutor)

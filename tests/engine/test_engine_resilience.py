@@ -37,7 +37,7 @@ from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
 from system.engine.stream import CutGuard
-from system.tools.serving import serve as serve_app
+from system.serving import serve as serve_app
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.rewards import make_reward
 from system.rollout.syntax import make_syntax
+from system.serving import serve
 from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
 from system.tasks.quickstart import QuickstartTask, vocabulary
@@ -21,7 +22,6 @@ from system.tools import python_server, search_server
 from system.tools.sandbox.sandbox import SandboxUnavailable
 from system.tools.search_index import Document, SearchIndex
 from system.tools.service import build_tools
-from system.tools.serving import serve
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 

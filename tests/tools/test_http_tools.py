@@ -12,10 +12,10 @@ from aiohttp import web
 
 from system.config import ToolsConfig
 from system.http import HttpClient
+from system.serving import AppServer, serve
 from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
-from system.tools.serving import AppServer, serve
 
 FAST = ServiceLimits(deadline_s=20.0, backoff_s=0.02)
 ANY = CallContext()

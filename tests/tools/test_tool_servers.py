@@ -18,12 +18,12 @@ import pytest_asyncio
 from polling import eventually
 
 from system.config import ToolsConfig
+from system.serving import AppServer, serve
 from system.tools import python_server, search_server
 from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.search_index import Document, SearchIndex, write_corpus
 from system.tools.service import ToolService, build_tools
-from system.tools.serving import AppServer, serve
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [

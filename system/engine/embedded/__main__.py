@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 from collections.abc import Sequence
 
 from system.config import EngineConfig
 from system.engine.embedded.engine import EmbeddedEngine
 from system.http import is_loopback
 from system.models.files import DTYPES
+from system.serving import stop_signals
 
 log = logging.getLogger("system.engine.embedded")
 
@@ -40,10 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 async def _serve(engine: EmbeddedEngine, host: str | None, port: int) -> None:
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
+    stopped = stop_signals()
     url = await engine.start(host, port)
     if host is not None and not is_loopback(host):
         log.warning("listening on %s: anyone who reaches it can use and reload the model", host)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 
-from aiohttp import web
-
-from system.config import EngineConfig
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.server import application
+from system.serving import AppServer, serve
 
 # The decoding thread gives up and retakes the interpreter lock around every torch operation.  At Python's
 # default of 5 ms the HTTP thread would then hold it far longer than a whole decoding step of a small model
@@ -25,12 +22,8 @@ class EmbeddedEngine(EngineCore):
     ``await start()`` serves until ``await stop()``; both belong to one event loop.
     """
 
-    def __init__(
-        self, config: EngineConfig, model_path: str | Path, *, dtype: str = "float32", seed: int | None = None
-    ):
-        super().__init__(config, model_path, dtype=dtype, seed=seed)
-        self._runner: web.AppRunner | None = None
-        self._switch_interval = sys.getswitchinterval()
+    _server: AppServer | None = None
+    _switch_interval = sys.getswitchinterval()
 
     async def start(self, host: str | None = None, port: int = 0) -> str:
         """Start decoding and serving; returns the URL.  Port 0 picks a free one.
@@ -45,19 +38,12 @@ class EmbeddedEngine(EngineCore):
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.begin()
-        runner = web.AppRunner(
-            application(self), handler_cancellation=True, access_log=None, shutdown_timeout=2.0
-        )
-        self._runner = runner
-        await runner.setup()
-        site = web.TCPSite(runner, host, port)
         try:
-            await site.start()
+            self._server = await serve(application(self), host, port)
         except OSError:
             await self.stop()
             raise
-        bound = runner.addresses[0][1]
-        return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
+        return self._server.url
 
     async def stop(self) -> None:
         """Stop decoding (callers get an error) and serving."""
@@ -65,7 +51,7 @@ class EmbeddedEngine(EngineCore):
         try:
             await asyncio.to_thread(self.loop.stop, STOP_S)
         finally:
-            if self._runner is not None:
+            if self._server is not None:
                 async with asyncio.timeout(STOP_S):
-                    await self._runner.cleanup()
-                self._runner = None
+                    await self._server.close()
+                self._server = None

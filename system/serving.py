@@ -1,4 +1,4 @@
-"""Running an aiohttp application as a small tool server: embedded in a running loop, or as a program."""
+"""Running an aiohttp application as a small server: embedded in a running loop, or as a program."""
 
 from __future__ import annotations
 
@@ -44,15 +44,21 @@ async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) ->
 
 async def serve_until_signal(app: web.Application, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM; prints the address."""
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_signals()
     server = await serve(app, host, port)
     print(f"serving on {server.url}", flush=True)
     try:
         await stop.wait()
     finally:
         await server.close()
+
+
+def stop_signals() -> asyncio.Event:
+    """Set when SIGINT or SIGTERM comes."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 async def json_object(request: web.Request) -> dict[str, Any]:
