@@ -148,7 +148,7 @@ async def _push(
     deadline_s: float,
 ) -> Published:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
-    from system.engine.http import Http
+    from system.engine.control import Http
 
     async with asyncio.timeout(deadline_s), Http() as http:
         try:

@@ -17,9 +17,8 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from system.engine.control import info
+from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
-from system.engine.http import Http, Unreachable
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
 from system.engine.request import generate_body
 from system.engine.router import Assignment, Router
@@ -254,7 +253,7 @@ class EnginePool:
 
     async def _report_of(self, url: str) -> None:
         try:
-            report = await info(self._http, url, _REPORT_DEADLINE_S)
+            report = await EngineControl(url, self._http).info(_REPORT_DEADLINE_S)
         except Unreachable:
             self._router.lost(url, asyncio.get_running_loop().time())
         except EngineError as error:  # slow or starting: its requests will show
@@ -288,23 +287,23 @@ class EnginePool:
             raise self._broken(error, deadline, rid) from error
         try:
             if response.status != 200:
-                raise await _refusal(response, rid)
+                message = (await response.content.read(2000)).decode(errors="replace")
+                raise _refusal(response.status, message, rid)
             while not splitter.done:
                 data = await response.content.readany()
                 if not data:
                     raise _Broken("the stream ended without a finish")
                 for message in splitter.feed(data):
                     if "error" in message:
-                        raise _error_of(message["error"], rid)
-                    known, off = reader.estimated, reader.error
+                        raise _refusal(*_error_in(message), rid)
                     chunk, text = reader.read(message)
-                    self._counters["entropy_estimates"] += reader.estimated - known
-                    self._entropy_error += reader.error - off
                     complete = chunk.finish is not None
                     yield self._account(progress, place, chunk, text)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise self._broken(error, deadline, rid) from error
         finally:
+            self._counters["entropy_estimates"] += reader.estimated
+            self._entropy_error += reader.error
             if complete and not response.content.at_eof():
                 self._in_background(_read_out(response))
             else:
@@ -373,12 +372,17 @@ def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
     return Chunk(np.zeros(0, np.int32), numbers, numbers, np.zeros(0, np.int32), finish, cached_tokens)
 
 
-def _error_of(error: Any, rid: str) -> Exception:
-    """As :func:`_refusal`, for an error that a server reports inside a stream that has begun."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, int) and 400 <= code < 500:
-        return EngineError(f"request {rid!r} refused: {error.get('message')}")
-    return _Broken(str(error))
+def _error_in(message: dict[str, Any]) -> tuple[Any, str]:
+    """(status or None, text) of an error that a server reports inside a stream that has begun."""
+    error = message["error"]
+    return (error.get("code"), str(error.get("message"))) if isinstance(error, dict) else (None, str(error))
+
+
+def _refusal(status: int | None, message: str, rid: str) -> Exception:
+    """A 4xx is about the request and final; anything else is about the server."""
+    if status is not None and 400 <= status < 500:
+        return EngineError(f"request {rid!r} refused: {message}")
+    return _Broken(f"status {status}: {message}")
 
 
 async def _read_out(response: aiohttp.ClientResponse) -> None:
@@ -391,11 +395,3 @@ async def _read_out(response: aiohttp.ClientResponse) -> None:
         log.debug("a stream that finished did not end: %s", error)
     finally:
         response.close()
-
-
-async def _refusal(response: aiohttp.ClientResponse, rid: str) -> Exception:
-    """A 4xx is about the request and final; anything else is about the server."""
-    message = (await response.content.read(2000)).decode(errors="replace")
-    if 400 <= response.status < 500:
-        return EngineError(f"request {rid!r} refused: {message}")
-    return _Broken(f"status {response.status}: {message}")

@@ -23,35 +23,31 @@ def generate_body(
     many of the likeliest tokens to report, for estimates of the entropy.
     """
     asked = request.sampling
-    sampling: dict[str, Any] = {
+    truncated = asked.temperature > 0 and (asked.top_p < 1 or asked.top_k > 0)
+    sampling = {
         "max_new_tokens": asked.max_new_tokens - len(tokens),
         "temperature": asked.temperature,
         "top_p": asked.top_p,
-        "top_k": asked.top_k,
+        "top_k": _MOST_KEPT if truncated and asked.top_k <= 0 else asked.top_k,
         "ignore_eos": asked.ignore_eos,
         "no_stop_trim": True,
         "skip_special_tokens": False,
+        "stop": asked.stop or None,
+        "stop_token_ids": asked.stop_token_ids or None,
+        "sampling_seed": asked.seed,
+        "stream_interval": 1 if every_token else None,
     }
-    if asked.stop:
-        sampling["stop"] = asked.stop
-    if asked.stop_token_ids:
-        sampling["stop_token_ids"] = asked.stop_token_ids
-    if asked.seed is not None:
-        sampling["sampling_seed"] = asked.seed
-    if every_token:
-        sampling["stream_interval"] = 1
-    truncated = asked.temperature > 0 and (asked.top_p < 1 or asked.top_k > 0)
-    if truncated and asked.top_k <= 0:
-        sampling["top_k"] = _MOST_KEPT
-    body: dict[str, Any] = {
+    body = {
         "rid": wire_rid,
         "input_ids": np.concatenate([request.input_ids, np.array(tokens, np.int32)]),
-        "sampling_params": sampling,
+        "sampling_params": _given(sampling),
         "stream": True,
         "return_logprob": True,
+        "return_sampling_mask": truncated or None,
+        "top_logprobs_num": top_logprobs or None,
     }
-    if truncated:
-        body["return_sampling_mask"] = True
-    if top_logprobs:
-        body["top_logprobs_num"] = top_logprobs
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(_given(body), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}

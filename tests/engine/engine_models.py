@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from system.engine.control import info
+from system.engine.control import EngineControl
 from system.engine.embedded import EmbeddedEngine
 from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
@@ -123,7 +123,7 @@ class EngineClient(EnginePool):
         return await self.transport.push(self._http, self.urls, buckets, version, kv)
 
     async def infos(self) -> list[EngineInfo]:
-        return list(await asyncio.gather(*(info(self._http, url) for url in self.urls)))
+        return list(await asyncio.gather(*(EngineControl(url, self._http).info() for url in self.urls)))
 
     async def healthy(self, path: str = "/health") -> bool:
         try:

@@ -15,7 +15,7 @@ from aiohttp import web
 from safetensors.torch import load_file
 
 from system.config import ConfigError, EngineConfig, load
-from system.engine.http import Http
+from system.engine.control import Http
 from system.engine.weights import PushFailed, choose, make
 from system.engine.weights.base import Kv
 from system.engine.weights.digest import Digests, sha256_hash, word_hash

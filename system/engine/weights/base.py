@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
-from system.engine.http import Http
+from system.engine.control import Http
 from system.engine.protocol import EngineError
 from system.http import is_loopback
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save as save_safetensors
 
 from system.engine.checksum import combine, tensor_checksum
-from system.engine.http import Body, Http
+from system.engine.control import Body, Http
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, by_outcome, each, size
 

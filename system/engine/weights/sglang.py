@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from system.engine.control import Http
 from system.engine.embedded.weights import WeightsError, check, check_complete
-from system.engine.http import Http
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, by_outcome, each, size
 from system.engine.weights.digest import Digests
