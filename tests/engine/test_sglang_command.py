@@ -17,8 +17,7 @@ import pytest
 
 from system.config import ConfigError, EngineConfig, load
 from system.config.check import SET_BY
-from system.engine.sglang.command import Command, SglangMissing, interpreter, server_command
-from system.engine.sglang.flags import words
+from system.engine.sglang.command import Command, SglangMissing, interpreter, server_command, words
 from system.engine.sglang.server import ServerFailed, SglangServer
 
 

@@ -266,7 +266,7 @@ class FakeServer:
 
 async def push(tmp_path: Path, server: FakeServer, *others: str, kv: Kv = "recompute") -> None:
     model = ModelShape.from_directory(tmp_path)
-    transport = SGLangTransport(SharedTensors(), model, torch.float32)
+    transport = SGLangTransport(SharedTensors(), tmp_path, "float32")
     weights = counted(model)
     async with Http() as http:
         await transport.push(http, [server.url, *others], [{name: weights[name]} for name in weights], 3, kv)

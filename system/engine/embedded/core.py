@@ -8,7 +8,7 @@ import secrets
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,10 @@ from system.config import EngineConfig
 from system.engine.checksum import weights_checksum
 from system.engine.embedded import weights as weights_module
 from system.engine.embedded.loop import DecodeLoop
-from system.engine.embedded.scheduler import Emitted, Limits, Scheduler
+from system.engine.embedded.scheduler import Emitted, Scheduler
 from system.engine.embedded.stops import TokenBytes
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
-
-# Prompt tokens computed in one step at most: what still fits a processor's cache, or fills a GPU, without
-# keeping the running sequences waiting for long.
-_PREFILL = {"cpu": 1024, "cuda": 8192}
 
 # How long decoding waits at most for the HTTP side to send what it has just produced.
 _HANDOVER_S = 5e-3
@@ -50,15 +46,10 @@ class EngineCore:
         self.vocabulary = TokenBytes.from_directory(self.path, self.shape.vocab)
         self._seeds = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
         self._scheduler = Scheduler(
+            config,
             self.shape,
+            self.context,
             self.load(self.path),
-            Limits(
-                config.max_running,
-                config.cache_slots,
-                self.context,
-                config.chunk_tokens,
-                _PREFILL[self.device.type],
-            ),
             eos_tokens(self.path),
             self.dtype,
             self.device,
@@ -120,7 +111,7 @@ class EngineCore:
                 "dtype": str(self.dtype),
             },
             "counters": {
-                **scheduler.stats(),
+                **asdict(scheduler.counters),
                 "busy_s": loop.busy_s,
                 **{f"moment_{name}": value for name, value in asdict(loop.moments).items()},
                 **{f"idle_{cause}_s": seconds for cause, seconds in loop.idle_s.items()},
@@ -155,18 +146,6 @@ class EngineCore:
             raise weights_module.WeightsError("no weight update is open: call /begin_weight_update first")
         weights_module.check_complete(self.shape, staged)
         return weights_module.fuse(self.shape, staged, self.device)
-
-    async def swap(
-        self,
-        new: weights_module.Weights | None,
-        version: int,
-        kv: Literal["recompute", "keep"],
-        deadline_s: float,
-    ) -> None:
-        """Serve ``new`` (None: the same weights under a new number) from the next token on."""
-        future = self.loop.emit(lambda scheduler: scheduler.swap(new, version, kv), updating=True)
-        async with asyncio.timeout(deadline_s):
-            await asyncio.wrap_future(future)
 
     @torch.inference_mode()
     def checksum(self) -> tuple[int, int]:

@@ -52,13 +52,11 @@ class Job:
     stops: StopStrings | None = None
     retain: bool = True  # keep its KV for later requests
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
-    # Prompt and generated so far.
-    tokens: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    tokens: NDArray[np.int32] = field(init=False)  # prompt and generated so far
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
 
     def __post_init__(self) -> None:
-        if not self.tokens.size:
-            self.tokens = self.prompt
+        self.tokens = self.prompt
 
 
 _SAMPLING = {
@@ -93,6 +91,9 @@ def parse(
             f"input_ids and max_new_tokens: {len(prompt)} prompt tokens and {new} new ones exceed "
             f"the context length of {context}"
         )
+    top_k = _integer(sampling, "top_k", -1, -1, None)
+    if top_k == 0:
+        raise BadRequest("sampling_params.top_k: -1 (off) or at least 1")
     seed = sampling.get("sampling_seed")
     stop = sampling.get("stop") or []
     return Job(
@@ -101,7 +102,7 @@ def parse(
         max_new_tokens=new,
         temperature=_number(sampling, "temperature", 1.0, 0.0, 100.0),
         top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
-        top_k=_top_k(sampling),
+        top_k=top_k,
         seed=draw_seed()
         if seed is None
         else _integer(sampling, "sampling_seed", 0, -(2**63), 2**64 - 1) % 2**64,
@@ -130,13 +131,6 @@ def _token_ids(value: Any, name: str, vocab: int) -> list[int]:
     if value and not 0 <= min(value) <= max(value) < vocab:
         raise BadRequest(f"{name}: token ids must lie between 0 and {vocab - 1}")
     return value
-
-
-def _top_k(sampling: Mapping[str, Any]) -> int:
-    top_k = _integer(sampling, "top_k", -1, -1, None)
-    if top_k == 0:
-        raise BadRequest("sampling_params.top_k: -1 (off) or at least 1")
-    return top_k
 
 
 def _integer(source: Mapping[str, Any], name: str, default: int, low: int, high: int | None) -> int:

@@ -8,38 +8,34 @@ I/O.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from system.config import EngineConfig
 from system.engine.embedded.batching import Batcher, Piece, similar_widths
 from system.engine.embedded.grouping import Regrouping
 from system.engine.embedded.job import Event, Job
 from system.engine.embedded.model import Batch, Decoder, KVStore
 from system.engine.embedded.rows import Rows
 from system.engine.embedded.sampler import sample
-from system.engine.embedded.slots import MIXED, SlotTable, prefix_lengths
+from system.engine.embedded.slots import SlotTable, prefix_lengths
 from system.engine.embedded.weights import Weights
 from system.engine.protocol import Finish
 from system.models.shape import ModelShape
 
 Emitted = tuple[Job, Event]
 
+# Prompt tokens computed in one step at most: what still fits a processor's cache, or fills a GPU, without
+# keeping the running sequences waiting for long.
+_PREFILL = {"cpu": 1024, "cuda": 8192}
+
 # A prompt waits one step for a neighbour that is about to compute its prefix, if that saves at least so many
 # tokens.
 _WORTH_WAITING = 16
-
-
-@dataclass(slots=True)
-class Limits:
-    rows: int  # sequences decoded together
-    cached: int  # finished sequences kept
-    context: int  # tokens per sequence
-    chunk: int  # tokens per streamed event
-    prefill: int  # prompt tokens computed in one step at most
 
 
 @dataclass(slots=True)
@@ -68,29 +64,30 @@ class _Admitted:
 
 
 class Scheduler:
-    """The engine's state machine."""
+    """The engine's state machine; sequences of at most ``context`` tokens."""
 
     def __init__(
         self,
+        config: EngineConfig,
         shape: ModelShape,
+        context: int,
         weights: Weights,
-        limits: Limits,
         eos: Iterable[int],
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.shape, self.weights, self.limits, self.device = shape, weights, limits, device
+        self.weights = weights
         self.version = 0
         self.counters = Counters()
-        self._decoder = Decoder(shape, limits.context, dtype, device)
-        self._slots = SlotTable(limits.rows, limits.cached, limits.context)
-        self._batcher = Batcher(limits.context, dtype, device)
-        self._kv = KVStore(shape, self._slots.total, limits.context, dtype, device)
-        self._rows = Rows(limits.rows, limits.chunk, shape.vocab, device)
+        self._decoder = Decoder(shape, context, dtype, device)
+        self._slots = SlotTable(config.max_running, config.cache_slots, context)
+        self._batcher = Batcher(context, dtype, device)
+        self._kv = KVStore(shape, self._slots.total, context, dtype, device)
+        self._rows = Rows(config.max_running, config.chunk_tokens, shape.vocab, device)
         self._regrouping = Regrouping()
         self._waiting: deque[Job] = deque()
-        self._rids: set[str] = set()
-        self._draft = np.full((limits.rows, limits.context), -1, np.int32)
+        self._draft = np.full((config.max_running, context), -1, np.int32)
+        self._max_running, self._max_prefill = config.max_running, _PREFILL[device.type]
         self._eos = np.zeros(shape.vocab, bool)
         self._eos[[token for token in eos if token < shape.vocab]] = True
 
@@ -106,18 +103,14 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self._rows.jobs or self._waiting)
 
-    def stats(self) -> dict[str, float]:
-        return asdict(self.counters)
-
     def jobs(self) -> list[Job]:
         """Everything that runs or waits."""
         return [*self._rows.jobs, *self._waiting]
 
     def submit(self, job: Job) -> bool:
         """Queue a job; False when its request id is in use."""
-        if job.rid in self._rids:
+        if any(job.rid == other.rid for other in self.jobs()):
             return False
-        self._rids.add(job.rid)
         self._waiting.append(job)
         self.counters.requests += 1
         return True
@@ -128,10 +121,8 @@ class Scheduler:
         emitted: list[Emitted] = []
         for job in [job for job in self._waiting if which(job)]:
             self._waiting.remove(job)
-            self._rids.discard(job.rid)
             emitted.append((job, Event([], [], [], [], self.version, finish, max(job.cached_tokens, 0))))
-        rows = [row for row, job in enumerate(self._rows.jobs) if which(job)]
-        return emitted + self._finish([(row, finish) for row in rows])
+        return emitted + self._finish({row: finish for row, job in enumerate(self._rows.jobs) if which(job)})
 
     def retract(self) -> list[Emitted]:
         """Put every running sequence back to the head of the queue, to be recomputed."""
@@ -149,13 +140,8 @@ class Scheduler:
         self, weights: Weights | None, version: int, kv: Literal["recompute", "keep"] = "recompute"
     ) -> list[Emitted]:
         """New weights (None: only a new version number) from the next token on."""
-        if weights is None:
-            emitted = self._flush(range(len(self._rows)))
-        elif kv == "recompute":
-            emitted = self.retract()
-        else:
-            emitted = self._flush(range(len(self._rows)))
-            self._slots.epoch[: len(self._rows)] = MIXED
+        recompute = weights is not None and kv == "recompute"
+        emitted = self.retract() if recompute else self._flush(range(len(self._rows)))
         if weights is not None:
             self.weights = weights
             self._slots.invalidate()
@@ -187,12 +173,11 @@ class Scheduler:
         self.counters.steps += 1
         self.counters.row_steps += count
         self.counters.generated_tokens += count
-        finished = []
-        for row in rows.stop_candidates(sampled.tokens, self._eos):
-            if finish := self._finish_reason(int(row), int(sampled.tokens[row])):
-                finished.append((int(row), finish))
-        ended = {row for row, _ in finished}
-        emitted = self._flush(int(row) for row in rows.chunk_due() if row not in ended)
+        finished: dict[int, Finish] = {}
+        for row in rows.stop_candidates(sampled.tokens, self._eos).tolist():
+            if finish := self._finish_reason(row, int(sampled.tokens[row])):
+                finished[row] = finish
+        emitted = self._flush(row for row in rows.chunk_due().tolist() if row not in finished)
         return emitted + self._finish(finished)
 
     # Admission -----------------------------------------------------------------------------------
@@ -201,8 +186,8 @@ class Scheduler:
         """Give waiting jobs rows, the longest to compute first, each with the longest prefix a slot holds."""
         chosen: list[_Admitted] = []
         postponed: list[Job] = []
-        budget = self.limits.prefill
-        while self._waiting and len(self._rows) + len(chosen) < self.limits.rows and budget > 0:
+        budget = self._max_prefill
+        while self._waiting and len(self._rows) + len(chosen) < self._max_running and budget > 0:
             job = self._waiting.popleft()
             slot, cached = self._slots.longest_prefix(job.tokens[:-1])
             if self._neighbour_will_compute(job, cached, chosen):
@@ -239,8 +224,8 @@ class Scheduler:
         self.counters.cached_tokens += cached
         self.counters.prefill_tokens += admitted.suffix
         # A very long prompt: all but its last part in passes of its own.
-        while admitted.suffix > self.limits.prefill:
-            stop = admitted.cached + self.limits.prefill
+        while admitted.suffix > self._max_prefill:
+            stop = admitted.cached + self._max_prefill
             piece = Piece(row, np.array([admitted.cached]), np.array([stop]))
             nobody = np.zeros(0, np.int64)
             batch = self._batcher.pack(self._slots.tokens, nobody, [piece], logits=False)
@@ -279,7 +264,7 @@ class Scheduler:
                 return Finish("stop", matched=text)
         return Finish("length") if length >= job.prompt.size + job.max_new_tokens else None
 
-    def _flush(self, rows: Iterable[int], finishes: dict[int, Finish] | None = None) -> list[Emitted]:
+    def _flush(self, rows: Iterable[int], finishes: Mapping[int, Finish] | None = None) -> list[Emitted]:
         """Events with the unsent tokens of ``rows``."""
         table, emitted = self._slots.tokens, []
         for row in rows:
@@ -296,37 +281,28 @@ class Scheduler:
             self._rows.mark_sent(row)
         return emitted
 
-    def _finish(self, finished: list[tuple[int, Finish]]) -> list[Emitted]:
-        """Send the last events, keep the rows' KV for later prompts, and close the gaps."""
-        emitted = self._flush([row for row, _ in finished], dict(finished))
-        for row in sorted((row for row, _ in finished), reverse=True):
-            job = self._rows.jobs[row]
-            self._rids.discard(job.rid)
-            if job.retain:
+    def _finish(self, finished: Mapping[int, Finish]) -> list[Emitted]:
+        """Send the last events of rows, keep their KV for later prompts, and close the gaps."""
+        emitted = self._flush(finished, finished)
+        for row in sorted(finished, reverse=True):
+            if self._rows.jobs[row].retain:
                 self._keep(row)
             moved = self._rows.remove(row)
             if moved != row:
-                self._move(moved, row)
+                self._copy(moved, row, 0)
             self._slots.release(moved)
         return emitted
 
     def _keep(self, row: int) -> None:
-        slots = self._slots
-        slot, there = slots.place(row)
+        slot, there = self._slots.place(row)
         if slot < 0:
             return
-        size = int(slots.length[row])
-        if there < size:
-            self._kv.copy(row, slot, there, size)
-            slots.tokens[slot, :size] = slots.tokens[row, :size]
-            slots.length[slot] = size
-            slots.epoch[slot] = slots.epoch[row]
-        slots.touch(slot)
+        if there < self._slots.length[row]:
+            self._copy(row, slot, there)
+        self._slots.touch(slot)
 
-    def _move(self, source: int, target: int) -> None:
-        slots = self._slots
-        size = int(slots.length[source])
-        self._kv.copy(source, target, 0, size)
-        slots.tokens[target, : size + 1] = slots.tokens[source, : size + 1]
-        slots.length[target] = size
-        slots.epoch[target] = slots.epoch[source]
+    def _copy(self, source: int, target: int, there: int) -> None:
+        """Bring what slot ``source`` holds to ``target``, which has the first ``there`` tokens of it."""
+        size = int(self._slots.length[source])
+        self._kv.copy(source, target, there, size)
+        self._slots.copy(source, target)

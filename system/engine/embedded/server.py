@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import orjson
 from aiohttp import web
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from safetensors.torch import load as load_safetensors
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
-from system.engine.embedded.weights import WeightsError
+from system.engine.embedded.weights import Weights, WeightsError
 from system.engine.protocol import Finish
 from system.models.shape import UnsupportedModel
 
@@ -34,29 +35,27 @@ def application(engine: EngineCore) -> web.Application:
     """The server's routes, bound to one engine."""
     server = _Handlers(engine)
     app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
-    for path, handler in {
-        "/generate": server.generate,
-        "/abort_request": server.abort,
-        "/pause_generation": server.pause,
-        "/continue_generation": server.resume,
-        "/flush_cache": server.flush,
-        "/begin_weight_update": server.begin_update,
-        "/update_weights_from_tensor": server.stage,
-        "/end_weight_update": server.end_update,
-        "/update_weights_from_disk": server.update_from_disk,
-        "/update_weight_version": server.update_version,
-    }.items():
-        app.router.add_post(path, handler)
-    for path, handler in {
-        "/health": server.health,
-        "/health_generate": server.health_generate,
-        "/ready": server.ready,
-        "/v1/loads": server.loads,
-        "/model_info": server.model_info,
-        "/get_server_info": server.info,
-        "/get_model_info": server.model_info,
-    }.items():
-        app.router.add_get(path, handler)
+    app.add_routes(
+        [
+            web.post("/generate", server.generate),
+            web.post("/abort_request", server.abort),
+            web.post("/pause_generation", server.pause),
+            web.post("/continue_generation", server.resume),
+            web.post("/flush_cache", server.flush),
+            web.post("/begin_weight_update", server.begin_update),
+            web.post("/update_weights_from_tensor", server.stage),
+            web.post("/end_weight_update", server.end_update),
+            web.post("/update_weights_from_disk", server.update_from_disk),
+            web.post("/update_weight_version", server.update_version),
+            web.get("/health", server.health),
+            web.get("/health_generate", server.health_generate),
+            web.get("/ready", server.ready),
+            web.get("/v1/loads", server.loads),
+            web.get("/model_info", server.model_info),
+            web.get("/get_server_info", server.info),
+            web.get("/get_model_info", server.model_info),
+        ]
+    )
     return app
 
 
@@ -90,7 +89,14 @@ class _Handlers:
         body = await _json(request)
         stream = body.get("stream", False)
         details = bool(body.get("return_logprob", False))
-        job = self._parse(body)
+        engine = self._engine
+        job = parse(
+            body,
+            vocab=engine.shape.vocab,
+            context=engine.context,
+            vocabulary=engine.vocabulary,
+            draw_seed=engine.draw_seed,
+        )
         queue: asyncio.Queue[Event] = asyncio.Queue()
         try:
             await self._submit(job, queue)
@@ -99,19 +105,7 @@ class _Handlers:
             return await self._stream(request, job, queue, details)
         finally:
             # After a finished job this finds nothing; after a broken connection it frees the row.
-            self._engine.loop.emit(
-                lambda scheduler: scheduler.abort(lambda it: it is job, "client went away")
-            )
-
-    def _parse(self, body: dict[str, Any]) -> Job:
-        engine = self._engine
-        return parse(
-            body,
-            vocab=engine.shape.vocab,
-            context=engine.context,
-            vocabulary=engine.vocabulary,
-            draw_seed=engine.draw_seed,
-        )
+            engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))
 
     async def _submit(self, job: Job, queue: asyncio.Queue[Event]) -> None:
         job.deliver = queue.put_nowait
@@ -224,38 +218,36 @@ class _Handlers:
             raise BadRequest(f"kv: {kv!r} is neither recompute nor keep")
         async with self._updates:
             weights = await asyncio.to_thread(self._engine.take_staged)
-            await self._engine.swap(weights, version, kv, CONTROL_DEADLINE_S)
-            return await self._held()
+            return await self._serve(weights, version, kv)
 
     async def update_from_disk(self, request: web.Request) -> web.Response:
         body = await _json(request)
         path = body.get("model_path")
         if not isinstance(path, str) or not path:
             raise BadRequest("model_path: expected a directory")
-        version = (
-            _version(body, "weight_version")
-            if "weight_version" in body
-            else self._engine.info()["weight_version"]
-        )
+        body.setdefault("weight_version", self._engine.info()["weight_version"])
+        version = _version(body, "weight_version")
         async with self._updates:
             weights = await asyncio.to_thread(self._engine.load, Path(path))
-            await self._engine.swap(weights, version, "recompute", CONTROL_DEADLINE_S)
-            return await self._held()
+            return await self._serve(weights, version, "recompute")
 
     async def update_version(self, request: web.Request) -> web.Response:
         body = await _json(request)
         version = _version(body, "new_version")
         async with self._updates:
             if body.get("abort_all_requests", True):
-                await _boundary(
-                    self._engine.loop.emit(
-                        lambda scheduler: scheduler.abort(lambda job: True, "version changed")
-                    )
-                )
-            await self._engine.swap(None, version, "keep", CONTROL_DEADLINE_S)
+                command = self._engine.loop.emit(lambda s: s.abort(lambda job: True, "version changed"))
+                await _boundary(command)
+            await self._swap(None, version, "keep")
         return web.json_response({"success": True, "new_version": str(version)})
 
-    async def _held(self) -> web.Response:
+    async def _swap(self, new: Weights | None, version: int, kv: Literal["recompute", "keep"]) -> None:
+        """Serve ``new`` (None: the same weights under a new number) from the next token on."""
+        await _boundary(self._engine.loop.emit(lambda s: s.swap(new, version, kv), updating=True))
+
+    async def _serve(self, new: Weights, version: int, kv: Literal["recompute", "keep"]) -> web.Response:
+        """Swap, and answer with the checksum of what is held then."""
+        await self._swap(new, version, kv)
         version, checksum = await asyncio.to_thread(self._engine.checksum)
         # A string: JSON numbers above 2^53 do not survive every parser.
         return web.json_response({"success": True, "weight_version": str(version), "checksum": str(checksum)})
@@ -271,14 +263,8 @@ class _Handlers:
         """Generate one token for real; 503 while paused, as SGLang."""
         if self._engine.loop.paused:
             return _error(503, "generation is paused")
-        job = self._parse(
-            {
-                "rid": f"health-{self._engine.draw_seed()}",
-                "input_ids": [0],
-                "sampling_params": {"max_new_tokens": 1},
-            }
-        )
-        job.retain = False
+        draw = self._engine.draw_seed
+        job = Job(f"health-{draw()}", np.zeros(1, np.int32), max_new_tokens=1, seed=draw(), retain=False)
         queue: asyncio.Queue[Event] = asyncio.Queue()
         await self._submit(job, queue)
         async with asyncio.timeout(HEALTH_DEADLINE_S):
@@ -355,13 +341,12 @@ def _version(body: dict[str, Any], name: str) -> int:
 def _finish_reason(finish: Finish | None, count: int) -> dict[str, Any] | None:
     if finish is None:
         return None
-    if finish.type == "stop":
-        return {"type": "stop", "matched": finish.matched}
-    return (
-        {"type": "length", "length": count}
-        if finish.type == "length"
-        else {"type": "abort", "message": finish.message}
-    )
+    detail = {
+        "stop": {"matched": finish.matched},
+        "length": {"length": count},
+        "abort": {"message": finish.message},
+    }
+    return {"type": finish.type, **detail[finish.type]}
 
 
 def _spans(events: list[Event], start: int) -> list[dict[str, Any]]:

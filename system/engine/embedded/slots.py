@@ -64,9 +64,13 @@ class SlotTable:
         self.length[row] = 0
 
     def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-        """Permute running rows: what was row ``sources[i]`` becomes ``targets[i]``."""
+        """What slot ``sources[i]`` held, ``targets[i]`` holds."""
         for array in (self.tokens, self.length, self.epoch):
             array[targets] = array[sources]
+
+    def copy(self, source: int, target: int) -> None:
+        """Slot ``target`` holds what ``source`` holds."""
+        self.move(np.array([source]), np.array([target]))
 
     def place(self, row: int) -> tuple[int, int]:
         """Cached slot that takes over finished ``row``, and how many of its tokens are there already.

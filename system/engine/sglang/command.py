@@ -8,16 +8,16 @@ again here: ``engine.sglang={mem_fraction_static: 0.8, enable_metrics: true}`` b
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from system.config import EngineConfig
 from system.engine.protocol import EngineError
-from system.engine.sglang.flags import words
 
 IN_SERVER = Path(__file__).parent / "in_server"
 CHECKOUT = Path(__file__).parents[3]
@@ -97,6 +97,25 @@ def server_command(
     }
     argv = [python, "-m", "sglang.launch_server", *words(fixed), *words(native)]
     return Command(argv, _environment(engine, cpu, cores, paused))
+
+
+def words(settings: Mapping[str, Any]) -> list[str]:
+    """``{"a_b": 1, "on": True, "off": False, "gone": None}`` -> ``["--a-b", "1", "--on"]``.
+
+    A list becomes several words after its flag, a mapping JSON.
+    """
+    line: list[str] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        line.append("--" + name.replace("_", "-"))
+        if value is True:
+            continue
+        if isinstance(value, list | tuple):
+            line += [str(item) for item in value]
+        else:
+            line.append(json.dumps(value) if isinstance(value, Mapping) else str(value))
+    return line
 
 
 def _cpu_defaults(engine: EngineConfig) -> dict[str, Any]:

@@ -54,4 +54,4 @@ def make(
             carrier = Distributed(address)
         case _:
             carrier = SharedTensors()
-    return SGLangTransport.of_model(carrier, model_path, dtype)
+    return SGLangTransport(carrier, model_path, dtype)

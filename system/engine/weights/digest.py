@@ -88,17 +88,10 @@ def _tiles(words: Tensor, start: int, count: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser, on 32-bit values held in int64."""
-    x = x ^ (x >> 16)
-    x = _multiply(x, 0x85EBCA6B)
-    x = x ^ (x >> 13)
-    x = _multiply(x, 0xC2B2AE35)
+    """MurmurHash3's 32-bit finaliser, on 32-bit values held in int64 (a product that overflows wraps)."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)
-
-
-def _multiply(x: Tensor, factor: int) -> Tensor:
-    """Low 32 bits of the product; in two halves, for 32 by 32 bits would overflow int64."""
-    return (x * (factor & 0xFFFF) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & 0xFFFFFFFF
 
 
 def _rotate(x: Tensor, bits: int) -> Tensor:

@@ -9,12 +9,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from system.engine.weights.base import Bucket, size
-from system.engine.weights.sglang import PushTarget
+from system.engine.weights.sglang import Carrier, PushTarget
 from system.models.files import INDEX, write_index
 
 
-class Disk:
-    """``/update_weights_from_disk``.  Implements :class:`~system.engine.weights.sglang.Carrier`.
+class Disk(Carrier):
+    """``/update_weights_from_disk``.
 
     Works between any two machines that share a file system, and is the slowest way.  Each update has a
     directory of its own under ``root``; the last one that was loaded stays, because SGLang goes back to it
@@ -23,6 +23,7 @@ class Disk:
 
     def __init__(self, root: Path | None = None) -> None:
         """``root``: None takes a temporary directory of this machine, for servers on it."""
+        super().__init__()
         self._temporary = None if root else tempfile.TemporaryDirectory(prefix="espalier-weights-")
         self._root = root or Path(str(self._temporary.name if self._temporary else ""))
         self._root.mkdir(parents=True, exist_ok=True)
@@ -54,9 +55,6 @@ class Disk:
         await server.post(
             "/update_weights_from_disk", model_path=str(self.directory), flush_cache=flush_cache
         )
-
-    def disconnect(self, url: str) -> None:
-        pass
 
     def clear(self) -> None:
         if self._files:

@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Bucket, on_this_host
-from system.engine.weights.sglang import PushTarget, session
+from system.engine.weights.sglang import Carrier, PushTarget
 
 JOIN_DEADLINE = timedelta(seconds=60)  # for all members of a group to come together
 _numbers = count()
@@ -40,8 +40,8 @@ class _Group:
     device: torch.device
 
 
-class Distributed:
-    """``/update_weights_from_distributed``.  Implements :class:`~system.engine.weights.sglang.Carrier`.
+class Distributed(Carrier):
+    """``/update_weights_from_distributed``.
 
     A group lasts from update to update.  It is built anew with a server that was restarted, and after any
     failure.
@@ -49,12 +49,9 @@ class Distributed:
 
     def __init__(self, address: str) -> None:
         """``address`` of this process, for servers on other machines; those on this one use loopback."""
+        super().__init__()
         self._address = address
-        self._staged: list[Bucket] = []
         self._groups: dict[str, _Group] = {}  # by URL
-
-    def stage(self, bucket: Bucket) -> None:
-        self._staged.append(bucket)
 
     async def connect(self, server: PushTarget) -> None:
         group = self._groups.get(server.url)
@@ -83,28 +80,22 @@ class Distributed:
         )
         self._groups[server.url] = _Group(name, server.incarnation, joined, device)
 
-    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
+    async def load(self, server: PushTarget, bucket: Bucket, flush_cache: bool) -> None:
         group = self._groups[server.url]
-        await session(server)
-        for number, bucket in enumerate(self._staged, 1):
-            announcement = server.post(
-                "/update_weights_from_distributed",
-                names=list(bucket),
-                dtypes=[str(t.dtype).removeprefix("torch.") for t in bucket.values()],
-                shapes=[list(t.shape) for t in bucket.values()],
-                group_name=group.name,
-                load_format="flattened_bucket",
-                flush_cache=flush_cache and number == len(self._staged),
-            )
-            await _together(server, lambda b=bucket: _broadcast(b, group), announcement)
-        await server.post("/end_weight_update")
+        announcement = server.post(
+            "/update_weights_from_distributed",
+            names=list(bucket),
+            dtypes=[str(t.dtype).removeprefix("torch.") for t in bucket.values()],
+            shapes=[list(t.shape) for t in bucket.values()],
+            group_name=group.name,
+            load_format="flattened_bucket",
+            flush_cache=flush_cache,
+        )
+        await _together(server, lambda: _broadcast(bucket, group), announcement)
 
     def disconnect(self, url: str) -> None:
         if group := self._groups.pop(url, None):
             dist.destroy_process_group(group.process_group)
-
-    def clear(self) -> None:
-        self._staged = []
 
     def close(self) -> None:
         for url in list(self._groups):

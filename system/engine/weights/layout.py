@@ -17,11 +17,12 @@ from system.errors import EspalierError
 from system.models.shape import ModelShape
 
 _FUSED = {
-    "q_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "k_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "v_proj": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "gate_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
-    "up_proj": ("gate_up_proj", ("gate_proj", "up_proj")),
+    part: (fused, parts)
+    for fused, parts in (
+        ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("gate_up_proj", ("gate_proj", "up_proj")),
+    )
+    for part in parts
 }
 VOCABULARY_PADDING = 64  # rows of the embedding and of the output head are padded to a multiple of this
 CPU_FFN_PADDING = 32  # on a CPU, each rank's share of the feed-forward size is padded to a multiple of this

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -47,16 +47,21 @@ class PushTarget:
         return answer
 
 
-class Carrier(Protocol):
-    """What differs between the ways: how staged tensors get from this process into a server."""
+class Carrier:
+    """How staged tensors get from this process into servers: what differs between the ways.
+
+    Here: bucket after bucket, within one of SGLang's weight update sessions.
+    """
+
+    def __init__(self) -> None:
+        self._staged: list[Any] = []
 
     def stage(self, bucket: Bucket) -> None:
         """Keep a bucket until :meth:`clear`.  Runs in a worker thread, while generation goes on."""
-        ...
+        self._staged.append(bucket)
 
     async def connect(self, server: PushTarget) -> None:
         """Whatever must stand before tensors can flow; all buckets are staged, the server still generates."""
-        ...
 
     async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
         """Load everything staged into a paused server.
@@ -64,17 +69,28 @@ class Carrier(Protocol):
         Cached prefixes are dropped with the last bucket where ``flush_cache`` says so.  Raises
         :class:`EngineError`; the server may then hold a part of the new weights.
         """
-        ...
+        try:
+            await server.post("/begin_weight_update")
+        except EngineError:  # a push that failed has left a session open
+            await server.post("/end_weight_update")
+            await server.post("/begin_weight_update")
+        for number, bucket in enumerate(self._staged, 1):
+            await self.load(server, bucket, flush_cache and number == len(self._staged))
+        await server.post("/end_weight_update")
+
+    async def load(self, server: PushTarget, bucket: Any, flush_cache: bool) -> None:
+        """Load one bucket, as :meth:`stage` kept it."""
+        raise NotImplementedError
 
     def disconnect(self, url: str) -> None:
         """Forget a server that failed: the next push begins anew with it."""
-        ...
 
     def clear(self) -> None:
         """Drop what is staged."""
-        ...
+        self._staged = []
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.clear()
 
 
 class SGLangTransport:
@@ -84,13 +100,10 @@ class SGLangTransport:
     proof: a server never stamps tokens with a version whose weights it does not hold.
     """
 
-    def __init__(self, carrier: Carrier, shape: ModelShape, dtype: torch.dtype) -> None:
-        self.carrier, self._shape, self._dtype = carrier, shape, dtype
-
-    @classmethod
-    def of_model(cls, carrier: Carrier, model_path: str | Path, dtype: str) -> SGLangTransport:
+    def __init__(self, carrier: Carrier, model_path: str | Path, dtype: str) -> None:
         """For servers of the model in ``model_path`` that hold it in ``dtype``."""
-        return cls(carrier, ModelShape.from_directory(model_path), DTYPES[dtype])
+        self.carrier = carrier
+        self._shape, self._dtype = ModelShape.from_directory(model_path), DTYPES[dtype]
 
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
@@ -236,12 +249,3 @@ def _first_difference(held: Mapping[str, str], sent: Mapping[str, str]) -> str:
         if held.get(name) != sent.get(name):
             return f"{name} has checksum {held.get(name, 'none')}, sent {sent.get(name, 'none')}"
     return ""
-
-
-async def session(server: PushTarget) -> None:
-    """Open a weight update session; one that was left open by a push that failed is closed first."""
-    try:
-        await server.post("/begin_weight_update")
-    except EngineError:
-        await server.post("/end_weight_update")
-        await server.post("/begin_weight_update")

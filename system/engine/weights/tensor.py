@@ -22,54 +22,38 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from system.engine.weights.base import Bucket
-from system.engine.weights.sglang import PushTarget, session
+from system.engine.weights.sglang import Carrier, PushTarget
 
 _ALIGNMENT = 64  # bytes; every tensor of a bucket begins at a multiple
 _CUDA_DEVICE = 6  # index of the device among reduce_tensor's arguments for a CUDA tensor
 _strategy = threading.Lock()
 
 
-class SharedTensors:
-    """``/update_weights_from_tensor``.  Implements :class:`~system.engine.weights.sglang.Carrier`.
+class SharedTensors(Carrier):
+    """``/update_weights_from_tensor``.
 
     A bucket is one flat buffer, so that it costs one segment or one handle; its tensors are views of it.  On
     a GPU the buffers are filled one at a time inside the pause, for a second copy of the model would not fit.
     """
 
-    def __init__(self) -> None:
-        self._staged: list[dict[str, Tensor]] = []
-
     def stage(self, bucket: Bucket) -> None:
         with _by_name():
-            self._staged.append(flatten(bucket, torch.device("cpu"), shared=True))
+            super().stage(flatten(bucket, torch.device("cpu"), shared=True))
 
-    async def connect(self, server: PushTarget) -> None:
-        pass
-
-    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
-        await session(server)
-        for number, bucket in enumerate(self._staged, 1):
-            tensors = bucket
-            if server.device == "cuda":
-                tensors = flatten(bucket, torch.device("cuda", torch.cuda.current_device()))
-                torch.cuda.synchronize()  # the handle may be opened before the copy has ended
-            await server.post(
-                "/update_weights_from_tensor",
-                serialized_named_tensors=[handles(tensors) for _ in range(server.tp)],
-                flush_cache=flush_cache and number == len(self._staged),
-            )
-        await server.post("/end_weight_update")
-
-    def disconnect(self, url: str) -> None:
-        pass
+    async def load(self, server: PushTarget, bucket: dict[str, Tensor], flush_cache: bool) -> None:
+        if server.device == "cuda":
+            bucket = flatten(bucket, torch.device("cuda", torch.cuda.current_device()))
+            torch.cuda.synchronize()  # the handle may be opened before the copy has ended
+        await server.post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[handles(bucket) for _ in range(server.tp)],
+            flush_cache=flush_cache,
+        )
 
     def clear(self) -> None:
-        self._staged = []
+        super().clear()
         if torch.cuda.is_available():
             torch.cuda.ipc_collect()
-
-    def close(self) -> None:
-        self.clear()
 
 
 def flatten(bucket: Bucket, device: torch.device, shared: bool = False) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """A stub of torchvision, for models that see no images."""
 
 import enum
+import importlib
 
 import _stub_modules
 
@@ -21,15 +22,5 @@ class InterpolationMode(enum.Enum):
     LANCZOS = "lanczos"
 
 
-import torchvision.transforms  # noqa: E402 (made by the line above)
-import torchvision.transforms.functional  # noqa: E402
-import torchvision.transforms.v2  # noqa: E402
-import torchvision.transforms.v2.functional  # noqa: E402
-
-for _module in (
-    torchvision.transforms,
-    torchvision.transforms.functional,
-    torchvision.transforms.v2,
-    torchvision.transforms.v2.functional,
-):
-    _module.InterpolationMode = InterpolationMode
+for _name in ("transforms", "transforms.functional", "transforms.v2", "transforms.v2.functional"):
+    importlib.import_module(f"{__name__}.{_name}").InterpolationMode = InterpolationMode
