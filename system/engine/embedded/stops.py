@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +56,7 @@ class TokenBytes:
     def __init__(self, data: Sequence[bytes]):
         self.bytes = list(data)
         self._sorted = sorted((token, index) for index, token in enumerate(self.bytes) if token)
-        self.stop_strings = lru_cache(maxsize=64)(self._stop_strings)
-
-    def _stop_strings(self, strings: tuple[str, ...]) -> StopStrings:
-        return StopStrings(strings, self)
+        self.stop_strings = lru_cache(maxsize=64)(partial(StopStrings, vocabulary=self))
 
     def text(self, tokens: Sequence[int]) -> str:
         """Text of a run of tokens; bytes of a character cut at its edge come out as U+FFFD."""
@@ -89,13 +86,12 @@ class TokenBytes:
         added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
         decoder = str(tokenizer.decoder)
         level = _byte_level_alphabet() if "ByteLevel" in decoder else None
-        pieces = []
-        for index in range(vocab):
-            if index in added:
-                pieces.append(added[index].encode())
-            else:
-                pieces.append(_piece_bytes(tokenizer.id_to_token(index), level))
-        return cls(pieces)
+        return cls(
+            [
+                added[index].encode() if index in added else _piece_bytes(tokenizer.id_to_token(index), level)
+                for index in range(vocab)
+            ]
+        )
 
 
 def _piece_bytes(piece: str | None, level: dict[str, int] | None) -> bytes:

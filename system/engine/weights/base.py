@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
@@ -69,13 +70,14 @@ async def each(buckets: Buckets) -> AsyncIterator[Bucket]:
             yield bucket
 
 
-def by_outcome(
-    urls: Sequence[str], outcomes: Sequence[Outcome | BaseException]
+async def outcomes(
+    calls: Mapping[str, Awaitable[Outcome]],
 ) -> tuple[dict[str, Outcome], dict[str, EngineError]]:
-    """(results, failures) by URL, of one call to each of ``urls``; raises what is no :class:`EngineError`."""
+    """(results, failures) by URL, of one call to each; raises what is no :class:`EngineError`."""
     results: dict[str, Outcome] = {}
     failures: dict[str, EngineError] = {}
-    for url, outcome in zip(urls, outcomes, strict=True):
+    done = await asyncio.gather(*calls.values(), return_exceptions=True)
+    for url, outcome in zip(calls, done, strict=True):
         if isinstance(outcome, EngineError):
             failures[url] = outcome
         elif isinstance(outcome, BaseException):

@@ -11,10 +11,10 @@ from typing import Any
 
 from safetensors.torch import save as save_safetensors
 
-from system.engine.checksum import combine, tensor_checksum
+from system.engine.checksum import combine, weights_checksum
 from system.engine.control import Body, Http
 from system.engine.protocol import EngineError
-from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, by_outcome, each, size
+from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, outcomes, size
 
 
 class SafetensorsHttp:
@@ -27,8 +27,7 @@ class SafetensorsHttp:
 
         async def call(path: str, body: Body) -> dict[str, dict[str, Any]]:
             left = [url for url in urls if url not in failures]
-            calls = (http.post(url, path, body) for url in left)
-            answers, failed = by_outcome(left, await asyncio.gather(*calls, return_exceptions=True))
+            answers, failed = await outcomes({url: http.post(url, path, body) for url in left})
             failures.update(failed)
             return answers
 
@@ -57,6 +56,4 @@ class SafetensorsHttp:
 
 def _pack(bucket: Bucket) -> tuple[bytes, int]:
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in bucket.items()}
-    return save_safetensors(tensors), combine(
-        tensor_checksum(name, tensor) for name, tensor in tensors.items()
-    )
+    return save_safetensors(tensors), weights_checksum(tensors.items())

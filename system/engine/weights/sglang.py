@@ -19,7 +19,7 @@ import torch
 from system.engine.control import Http
 from system.engine.embedded.weights import WeightsError, check, check_complete
 from system.engine.protocol import EngineError
-from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, by_outcome, each, size
+from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, outcomes, size
 from system.engine.weights.digest import Digests
 from system.engine.weights.layout import ShardError
 from system.models.files import DTYPES
@@ -118,11 +118,11 @@ class SGLangTransport:
             if refused is not None:
                 failures |= {url: EngineError(f"{url}: not sent: {refused}") for url in urls}
             left = [server for server in servers if server.url not in failures]
-            updates = (self._update(s, version, kv, digests[s.tp, s.device]) for s in left)
-            outcomes = await asyncio.gather(*updates, return_exceptions=True)
+            pauses, failed = await outcomes(
+                {s.url: self._update(s, version, kv, digests[s.tp, s.device]) for s in left}
+            )
         finally:
             await asyncio.to_thread(self.carrier.clear)
-        pauses, failed = by_outcome([server.url for server in left], outcomes)
         for url in failed:
             self.carrier.disconnect(url)
         failures |= failed
@@ -161,7 +161,7 @@ class SGLangTransport:
                 )
             return server
 
-        found, failures = by_outcome(urls, await asyncio.gather(*map(look, urls), return_exceptions=True))
+        found, failures = await outcomes({url: look(url) for url in urls})
         return list(found.values()), failures
 
     def _expected(
