@@ -150,14 +150,11 @@ async def _push(
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
     from system.engine.http import Http
 
-    async with asyncio.timeout(deadline_s):
-        http = Http()
+    async with asyncio.timeout(deadline_s), Http() as http:
         try:
             return Published({}, await transport.push(http, urls, buckets, version, kv))
         except PushFailed as error:
             return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
-        finally:
-            await http.close()
 
 
 def _meet_on_the_interface_of(address: str) -> None:
@@ -201,19 +198,16 @@ class LearnerGroup:
 
     async def start(self, config: dict[str, Any], hf_path: str) -> None:
         address = await answer(self._ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
-        calls = [rank.setup.remote(config, hf_path, address) for rank in self._ranks]
-        self.warnings = (await self._answers("setup", calls))[0]
+        self.warnings = (await self._all("setup", config, hf_path, address))[0]
 
     async def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
         """One supervised step of the warm start."""
         shared = ray.put(trees)  # once for all ranks
-        return (
-            await self._answers("supervise", [rank.supervise.remote(shared, lr) for rank in self._ranks])
-        )[0]
+        return (await self._all("supervise", shared, lr))[0]
 
     async def reset_optimizer(self) -> None:
         """Where reinforcement learning begins."""
-        await self._answers("reset_optimizer", [rank.reset_optimizer.remote() for rank in self._ranks])
+        await self._all("reset_optimizer")
 
     async def train(self, version: int, trees: Sequence[TreeInFlight[Any]]) -> dict[str, float]:
         """One training batch; ``version`` is the weight version being trained.
@@ -223,28 +217,28 @@ class LearnerGroup:
         """
         # In a list, lest Ray resolve the references.
         batch = [(tree.reference, tree.stats) for tree in trees]
-        prepared = await self._answers("prepare", [rank.prepare.remote(batch) for rank in self._ranks])
+        prepared = await self._all("prepare", batch)
         if lost := {index: reason for one in prepared for index, reason in one.items()}:
-            await self._answers("discard", [rank.discard.remote() for rank in self._ranks])
+            await self._all("discard")
             raise TreesLost(lost)
-        return (await self._answers("step", [rank.step.remote(version) for rank in self._ranks]))[0]
+        return (await self._all("step", version))[0]
 
     async def publish(self, urls: Sequence[str], version: int) -> Published:
         """Stream the current weights into the engines at ``urls``."""
-        calls = [rank.publish.remote([*urls], version, LEARNER_DEADLINE_S) for rank in self._ranks]
-        return (await self._answers("publish", calls))[0]
+        return (await self._all("publish", [*urls], version, LEARNER_DEADLINE_S))[0]
 
     async def save(self, path: str, extra: dict[str, Any]) -> None:
         """Write a checkpoint."""
-        await self._answers("save", [rank.save.remote(path, extra) for rank in self._ranks])
+        await self._all("save", path, extra)
 
     async def load(self, path: str) -> dict[str, Any]:
         """Go on from a checkpoint; returns its ``extra``."""
-        return (await self._answers("load", [rank.load.remote(path) for rank in self._ranks]))[0]
+        return (await self._all("load", path))[0]
 
     async def save_hf(self, path: str) -> None:
         """Write the model in Hugging Face format."""
-        await self._answers("save_hf", [rank.save_hf.remote(path) for rank in self._ranks])
+        await self._all("save_hf", path)
 
-    async def _answers(self, method: str, calls: Sequence[Any]) -> list[Any]:
+    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
         return await answers(calls, LEARNER_DEADLINE_S, f"learner.{method}")

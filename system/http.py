@@ -6,13 +6,14 @@ import asyncio
 import ipaddress
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
 from system.errors import EspalierError
 
 MAX_ANSWER_BYTES = 64 << 20
+CONNECT_S = 5.0  # to open a connection
 _PASSING = (408, 425, 429)  # refusals that a later attempt may not meet
 
 
@@ -26,12 +27,21 @@ class HttpError(EspalierError):
 
 
 class HttpClient:
-    """A pool of connections to any number of servers, opened at the first call and kept for the next."""
+    """A pool of connections to any number of servers, opened at the first call and kept for the next.
 
-    def __init__(self, connections: int = 0, connect_s: float = 5.0) -> None:
+    An async context manager, or :meth:`close` it.
+    """
+
+    def __init__(self, connections: int = 0) -> None:
         """``connections``: at most so many at once, to all servers together; 0: the caller bounds them."""
         self._session: aiohttp.ClientSession | None = None
-        self._connections, self.connect_s = connections, connect_s
+        self._connections = connections
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     @property
     def session(self) -> aiohttp.ClientSession:
@@ -39,7 +49,7 @@ class HttpClient:
         if self._session is None or self._session.closed:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._connections),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_s),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
             )
         return self._session
 

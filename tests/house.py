@@ -44,7 +44,6 @@ ALIVE = {
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
     "counted for /get_server_info, whole": "requests recomputed_sequences",
-    "what a program took, in its result": "peak_rss_mb",
     "how often a simulated run was resumed": "sessions",
     "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "

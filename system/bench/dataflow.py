@@ -28,78 +28,72 @@ from system.tree.stats import TreeStats
 RANKS = 8  # data-parallel
 LEAVES = 16
 PROMPT, THOUGHT, RESULT, ANSWER, TURNS = 500, 300, 200, 500, 10  # tokens of each: 6,000 on every path
+RESPONSE = TURNS * (THOUGHT + RESULT) + ANSWER
 MICRO_TOKENS = (32_768, 131_072)  # rows in which these trees are cut into two or three parts, or whole
 
 
 @dataclass(frozen=True)
 class BatchCost:
-    """Ranges are over the ranks."""
+    """Of one batch; pairs are the least and the most over the ranks."""
 
     way: str
     micro_tokens: int
-    driver_mb: float  # what the batch takes in the driver's memory
-    fetched_mb: tuple[float, float]  # least and most that a rank receives
+    driver_mb: float  # in the driver's memory
+    fetched_mb: tuple[float, float]  # received by a rank
     plan_s: float  # credit, weights and plan of the whole batch, on every rank
-    pack_s: tuple[float, float]  # least and most that a rank packs
+    pack_s: tuple[float, float]  # rows made by a rank
 
 
 def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     """Measure, print a table, and write ``dataflow.json`` and ``.html`` to ``out_dir``."""
     rng = np.random.default_rng(0)
     trees = [grown(number, rng) for number in range(8 if quick else 64)]
-    results = [result for micro_tokens in MICRO_TOKENS for result in measure(trees, micro_tokens)]
-    report = {
-        "prompts": len(trees),
-        "leaves": LEAVES,
-        "path_tokens": PROMPT + TURNS * (THOUGHT + RESULT) + ANSWER,
-        "tree_tokens": sum(tree.n_tokens for tree in trees),
-        "ranks": RANKS,
-        "results": [asdict(result) for result in results],
-    }
-    _write(out_dir, report, results)
+    costs = [cost for micro_tokens in MICRO_TOKENS for cost in measure(trees, micro_tokens)]
+    page = Report(
+        out_dir,
+        "dataflow",
+        "A training batch on its way to the learner",
+        f"{len(trees)} prompts × {LEAVES} leaves × {PROMPT + RESPONSE} tokens, "
+        f"{sum(tree.n_tokens for tree in trees):,} tokens in trees, {RANKS} simulated data-parallel ranks.",
+    )
+    page.table(
+        "One batch; fetched, planned and packed by each rank",
+        ["", "row tokens", "driver MB", "fetched MB", "plan CPU s", "pack CPU s"],
+        [
+            [c.way, c.micro_tokens, c.driver_mb, _spread(c.fetched_mb), c.plan_s, _spread(c.pack_s)]
+            for c in costs
+        ],
+    )
+    report = {"prompts": len(trees), "ranks": RANKS, "costs": [asdict(cost) for cost in costs]}
+    page.finish(report)
     return report
 
 
 def measure(trees: Sequence[Tree], micro_tokens: int) -> tuple[BatchCost, BatchCost]:
     """Everything everywhere, and each rank its own."""
     config = Config()
-    config.learn.micro_tokens = micro_tokens
-    config.rollout.max_response_tokens = TURNS * (THOUGHT + RESULT) + ANSWER
-    planner = BatchPlanner(config, flat=False, dp=RANKS, pad_to=1)
-    tree_pickles = [pickle.dumps(tree, 5) for tree in trees]
-    stats_pickles = [pickle.dumps(TreeStats.of(tree), 5) for tree in trees]
+    config.learn.micro_tokens, config.rollout.max_response_tokens = micro_tokens, RESPONSE
+    planner = BatchPlanner(config, flat=False, dp=RANKS)
     stats = [TreeStats.of(tree) for tree in trees]
+    tree_pickles, stats_pickles = ([pickle.dumps(one, 5) for one in many] for many in (trees, stats))
     began = time.process_time()
     plan = planner.plan(stats)
     plan_s = time.process_time() - began
-    by_index = dict(enumerate(trees))
     pack_s: list[float] = []
     for rank in range(RANKS):
         began = time.process_time()
-        pack_share(plan, rank, by_index)
+        pack_share(plan, rank, dict(enumerate(trees)))
         pack_s.append(time.process_time() - began)
-    statistics = sum(map(len, stats_pickles)) / 1e6
-    own = [statistics + sum(len(tree_pickles[i]) for i in plan.trees(rank)) / 1e6 for rank in range(RANKS)]
+    told = sum(map(len, stats_pickles)) / 1e6
+    own = [told + sum(len(tree_pickles[i]) for i in plan.trees(rank)) / 1e6 for rank in range(RANKS)]
     whole = sum(map(len, tree_pickles)) / 1e6
-    everything, each_own = sum(pack_s), (min(pack_s), max(pack_s))
+    # Every rank used to pack the rows of all ranks and to keep its own.
+    rows = sum(pack_s)
+    before = (_held_mb(tree_pickles), (whole, whole), plan_s, (rows, rows))
+    after = (_held_mb(stats_pickles), (min(own), max(own)), plan_s, (min(pack_s), max(pack_s)))
     return (
-        # Every rank used to pack the rows of all ranks and to keep its own.
-        BatchCost(
-            "all trees to all",
-            micro_tokens,
-            _held_mb(tree_pickles),
-            (whole, whole),
-            plan_s,
-            (everything, everything),
-        ),
-        BatchCost(
-            "each tree to its ranks",
-            micro_tokens,
-            _held_mb(stats_pickles),
-            (min(own), max(own)),
-            plan_s,
-            each_own,
-        ),
+        BatchCost("all trees to all", micro_tokens, *before),
+        BatchCost("each tree to its ranks", micro_tokens, *after),
     )
 
 
@@ -141,24 +135,5 @@ def _held_mb(pickles: Sequence[bytes]) -> float:
     return current / 1e6
 
 
-def _write(out_dir: Path, data: dict[str, Any], results: Sequence[BatchCost]) -> None:
-    page = Report(
-        out_dir,
-        "dataflow",
-        "A training batch on its way to the learner",
-        f"{data['prompts']} prompts × {LEAVES} leaves × {data['path_tokens']} tokens, "
-        f"{data['tree_tokens']:,} tokens in trees, {RANKS} simulated data-parallel ranks.",
-    )
-
-    def spread(least: float, most: float) -> str:
-        return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
-
-    page.table(
-        "One batch; fetched, planned and packed by each rank",
-        ["", "row tokens", "driver MB", "fetched MB", "plan CPU s", "pack CPU s"],
-        [
-            [r.way, r.micro_tokens, r.driver_mb, spread(*r.fetched_mb), r.plan_s, spread(*r.pack_s)]
-            for r in results
-        ],
-    )
-    page.finish(data)
+def _spread(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.3g}" if pair[0] == pair[1] else f"{pair[0]:.3g} to {pair[1]:.3g}"

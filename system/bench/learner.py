@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import Config
+from system.tree.builder import TreeBuilder
 from system.tree.pack import flatten, pack_share
-from system.tree.record import Kind, Outcome, Tree
+from system.tree.record import Kind, Origin, Outcome, Tree, token_node
 from system.tree.stats import TreeStats
 
 PATH_TOKENS = 256  # per leaf, prompt included
@@ -122,34 +123,21 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
 def grown(case: Case, rng: np.random.Generator) -> Tree:
     """A random tree: a prompt, a shared MODEL turn as long, then one MODEL branch per leaf."""
     shared = round(PATH_TOKENS * case.prefix)
-    lengths = [shared - shared // 2, shared // 2, *[PATH_TOKENS - shared] * case.leaves]
-    kind = np.array([Kind.PROMPT] + [Kind.MODEL] * (case.leaves + 1), np.int8)
-    total, n = sum(lengths), case.leaves
-    model = np.repeat(kind == Kind.MODEL, lengths)
-    return Tree(
-        prompt_id="bench",
-        task="bench",
-        tokens=rng.integers(0, VOCAB, total).astype(np.int32),
-        logprob=np.where(model, -6.0, 0.0).astype(np.float32),
-        entropy=np.full(total, np.nan, np.float32),
-        version=np.where(model, 0, -1).astype(np.int32),
-        start=np.cumsum([0, *lengths[:-1]]).astype(np.int32),
-        parent=np.array([-1, 0] + [1] * n, np.int32),
-        kind=kind,
-        leaf=np.arange(2, n + 2, dtype=np.int32),
-        reward=np.arange(n, dtype=np.float32),
-        correct=np.zeros(n, np.int8),
-        outcome=np.full(n, int(Outcome.STOPPED), np.int8),
-        origin=np.zeros(n, np.int8),
-        budget=n,
-    )
+    growth = TreeBuilder("bench", "bench", rng.integers(0, VOCAB, shared - shared // 2), budget=case.leaves)
+    turn = growth.node(growth.prompt, Kind.MODEL)
+    growth.extend(turn, rng.integers(0, VOCAB, shared // 2), -6.0, None, 0)
+    for number in range(case.leaves):
+        node = growth.node(turn, Kind.MODEL)
+        growth.extend(node, rng.integers(0, VOCAB, PATH_TOKENS - shared), -6.0, None, 0)
+        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.FORK), float(number), False)
+    return growth.close(0.0)
 
 
 def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.ndarray]) -> float:
     worst, number = 0.0, 0
     for tree, values in zip(trees, packed, strict=True):
         for leaf in range(tree.n_leaves):
-            index = np.concatenate([np.arange(tree.start[j], tree.end[j]) for j in tree.path(leaf)])
+            index = np.flatnonzero(np.isin(token_node(tree), tree.path(leaf)))
             worst = max(worst, float(np.abs(values[index][1:] - flat[number][1:]).max()))
             number += 1
     return worst

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
+from typing import Self
 
 from system.engine.http import CONTROL_DEADLINE_S, Http
 from system.engine.protocol import EngineError, EngineInfo
 from system.engine.stream import version_number
+
+HEALTH_DEADLINE_S = 5.0  # of an answer that costs the server nothing
 
 
 class EngineControl:
@@ -16,12 +18,10 @@ class EngineControl:
     def __init__(self, url: str) -> None:
         self.url, self._http = url.rstrip("/"), Http()
 
-    async def __aenter__(self) -> EngineControl:
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -33,7 +33,7 @@ class EngineControl:
 
     async def healthy(self) -> bool:
         """Whether the server answers, paused or not."""
-        return await _answers(self._http, self.url, "/health", self._http.connect_s)
+        return await _answers(self._http, self.url, "/health", HEALTH_DEADLINE_S)
 
     async def wait_ready(self, deadline_s: float) -> None:
         """Return once the server is healthy.  Raises :class:`EngineError` at the deadline."""

@@ -24,6 +24,7 @@ from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
 from system.engine.request import generate_body
 from system.engine.router import Assignment, Router
 from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader
+from system.http import CONNECT_S
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +332,7 @@ class EnginePool:
     def _patience(self, deadline: float) -> aiohttp.ClientTimeout:
         """Deadlines of one HTTP call: to connect, between two reads, and altogether."""
         left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        return aiohttp.ClientTimeout(total=left, sock_connect=self._http.connect_s, sock_read=self._stall_s)
+        return aiohttp.ClientTimeout(total=left, sock_connect=CONNECT_S, sock_read=self._stall_s)
 
     def _broken(self, error: Exception, deadline: float, rid: str) -> Exception:
         if asyncio.get_running_loop().time() >= deadline:

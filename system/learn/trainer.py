@@ -62,9 +62,7 @@ class _MicroBatch:
 
 
 class Trainer:
-    """One rank of the learner.  Every public method is collective: all ranks call it
-    alike.
-    """
+    """One rank of the learner.  Every public method is collective: all ranks call it alike."""
 
     def __init__(self, config: Config, hf_path: str, *, rank: int, world: int, init_method: str) -> None:
         """Join the other ranks at ``init_method`` (``tcp://host:port``) and load the model from ``hf_path``.
@@ -111,7 +109,7 @@ class Trainer:
                 [self.ddp],
             )
         checkpoint.fill_optimizer_state(self.optimizer)
-        self.step_count = 0  # optimizer steps since the start or the last reset
+        self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
 
     # ------------------------------------------------------------------ training
 

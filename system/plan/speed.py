@@ -72,6 +72,6 @@ class LearnerRoofline:
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 
 
-def publish_s(shape: ModelShape, gpu: Gpu, width: int = 2) -> float:
+def publish_s(shape: ModelShape, gpu: Gpu) -> float:
     """Streaming all weights from rank 0 into the engines, in buckets down a pipeline of receivers."""
-    return shape.parameters * width / (gpu.network * gpu.network_share)
+    return shape.parameters * WIDTH["bfloat16"] / (gpu.network * gpu.network_share)

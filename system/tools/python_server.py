@@ -3,7 +3,7 @@
     python -m system.tools.python_server --port 8102
 
 A reply to /run is {"status": "ok" | "error" | "timeout", "text", "stdout", "stderr", "exit_code", "wall_s",
-"cpu_s", "truncated"}; 400 for a malformed request, 503 when the sandbox itself is broken.
+"cpu_s", "peak_rss_mb", "truncated"}; 400 for a malformed request, 503 when the sandbox itself is broken.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ async def _run(request: web.Request) -> web.Response:
             "exit_code": result.exit_code,
             "wall_s": result.wall_s,
             "cpu_s": result.cpu_s,
+            "peak_rss_mb": result.peak_rss_mb,
             "truncated": result.truncated,
         }
     )

@@ -122,17 +122,12 @@ class ToolService:
 def build_tools(
     config: ToolsConfig,
     urls: Mapping[str, str],
-    *,
-    passage: str = "{title}: {text}",
-    separator: str = "\n",
-    seed: int = 0,
 ) -> ToolService:
     """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
     ``config.options``.
 
     ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
-    ``urls["search"]``.  ``passage`` and ``separator`` format search results (see :class:`SearchTool`).
-    Raises :class:`ToolStartError` for a name that cannot be made into a tool.
+    ``urls["search"]``.  Raises :class:`ToolStartError` for a name that cannot be made into a tool.
     """
     http = HttpClient(connections=256)
     known = {"search": config.search_url or urls.get("search", ""), "python": urls.get("python", "")}
@@ -149,8 +144,6 @@ def build_tools(
                 config.options.get(name, {}),
                 url=known.get(name),
                 top_k=config.search_top_k,
-                passage=passage,
-                separator=separator,
                 http=http,
             )
         except PluginError as error:
@@ -162,7 +155,7 @@ def build_tools(
                 f"tool {name!r}: not a tool: it needs spec, run and check (system.tools.tool.Tool)"
             )
         tools.append(tool)
-    return ToolService(tools, ServiceLimits.from_config(config), http=http, seed=seed)
+    return ToolService(tools, ServiceLimits.from_config(config), http=http)
 
 
 class _Guarded:

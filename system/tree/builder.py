@@ -304,16 +304,9 @@ class TreeBuilder:
         entropy: ArrayLike | None,
         version: ArrayLike | None,
     ) -> None:
-        rows = (
-            np.zeros(size, np.float32) if logprob is None else _row(logprob, size, np.float32, "logprob"),
-            np.full(size, np.nan, np.float32)
-            if entropy is None
-            else _row(entropy, size, np.float32, "entropy"),
-            np.full(size, -1, np.int32) if version is None else _row(version, size, np.int32, "version"),
-        )
-        node.logprob.append(rows[0])
-        node.entropy.append(rows[1])
-        node.version.append(rows[2])
+        node.logprob.append(_row(0.0 if logprob is None else logprob, size, np.float32, "logprob"))
+        node.entropy.append(_row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
+        node.version.append(_row(-1 if version is None else version, size, np.int32, "version"))
 
     def _preorder(self) -> list[int]:
         """Handles of the non-empty nodes in depth-first pre-order."""

@@ -148,6 +148,23 @@ class Tree:
         return int((self.origin == origin).sum())
 
 
+# The types of a tree's arrays, by what there is one of.
+TOKEN_ARRAYS: dict[str, type] = {
+    "tokens": np.int32,
+    "logprob": np.float32,
+    "entropy": np.float32,
+    "version": np.int32,
+}
+NODE_ARRAYS: dict[str, type] = {"start": np.int32, "parent": np.int32, "kind": np.int8}
+LEAF_ARRAYS: dict[str, type] = {
+    "leaf": np.int32,
+    "reward": np.float32,
+    "correct": np.int8,
+    "outcome": np.int8,
+    "origin": np.int8,
+}
+
+
 def token_node(tree: Tree) -> Int32:
     """[T] the node each token belongs to."""
     return np.repeat(np.arange(tree.n_nodes, dtype=np.int32), np.diff(tree.start, append=tree.n_tokens))
@@ -218,23 +235,7 @@ def validate(tree: Tree) -> None:
 
 
 def _check_arrays(tree: Tree) -> None:
-    groups = (
-        (
-            tree.n_tokens,
-            {"tokens": np.int32, "logprob": np.float32, "entropy": np.float32, "version": np.int32},
-        ),
-        (tree.n_nodes, {"start": np.int32, "parent": np.int32, "kind": np.int8}),
-        (
-            tree.n_leaves,
-            {
-                "leaf": np.int32,
-                "reward": np.float32,
-                "correct": np.int8,
-                "outcome": np.int8,
-                "origin": np.int8,
-            },
-        ),
-    )
+    groups = ((tree.n_tokens, TOKEN_ARRAYS), (tree.n_nodes, NODE_ARRAYS), (tree.n_leaves, LEAF_ARRAYS))
     for size, arrays in groups:
         for name, dtype in arrays.items():
             array = getattr(tree, name)

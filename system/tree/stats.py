@@ -27,7 +27,6 @@ from system.tree.record import (
     path,
     path_sum,
     scored,
-    subtree_sum,
 )
 
 
@@ -152,11 +151,3 @@ class TreeStats:
     def path(self, leaf: int) -> Int64:
         """Nodes from the root to leaf number ``leaf``, in order."""
         return path(self.parent, int(self.leaf[leaf]))
-
-    def path_sum(self, values: Float64) -> Float64:
-        """[J, ...] sum of ``values`` [J, ...] along each node's path from the root, itself included."""
-        return path_sum(self.parent, values)
-
-    def subtree_sum(self, values: Float64) -> Float64:
-        """[J, ...] sum of ``values`` [J, ...] over each node's subtree, itself included."""
-        return subtree_sum(self.parent, values)

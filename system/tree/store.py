@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,45 +26,27 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from system.errors import EspalierError
-from system.tree.record import ForkDecision, ToolCall, Tree
+from system.tree.record import LEAF_ARRAYS, NODE_ARRAYS, TOKEN_ARRAYS, ForkDecision, ToolCall, Tree
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
 _NAME = re.compile(r"trees-(\d{9})\.parquet")
 
-_ARRAYS: dict[str, pa.DataType] = {
-    "tokens": pa.int32(),
-    "logprob": pa.float32(),
-    "entropy": pa.float32(),
-    "version": pa.int32(),
-    "start": pa.int32(),
-    "parent": pa.int32(),
-    "kind": pa.int8(),
-    "leaf": pa.int32(),
-    "reward": pa.float32(),
-    "correct": pa.int8(),
-    "outcome": pa.int8(),
-    "origin": pa.int8(),
+_ARRAYS = {
+    name: pa.from_numpy_dtype(dtype)
+    for arrays in (TOKEN_ARRAYS, NODE_ARRAYS, LEAF_ARRAYS)
+    for name, dtype in arrays.items()
 }
-_CALL = pa.struct(
-    [
-        ("node", pa.int32()),
-        ("tool", pa.string()),
-        ("arguments", pa.string()),
-        ("status", pa.string()),
-        ("latency_s", pa.float64()),
-        ("cached", pa.bool_()),
-        ("attempts", pa.int32()),
-    ]
-)
-_FORK = pa.struct(
-    [
-        ("node", pa.int32()),
-        ("delta_h", pa.float64()),
-        ("probability", pa.float64()),
-        ("draw", pa.float64()),
-        ("forks", pa.int32()),
-    ]
+_FIELDS = {  # of a call or a fork, by the annotation
+    "int": pa.int32(),
+    "float": pa.float64(),
+    "bool": pa.bool_(),
+    "str": pa.string(),
+    "dict[str, Any]": pa.string(),
+}
+_CALL, _FORK = (
+    pa.struct([(field.name, _FIELDS[str(field.type)]) for field in fields(record)])
+    for record in (ToolCall, ForkDecision)
 )
 SCHEMA = pa.schema(
     [
@@ -173,8 +156,8 @@ def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
         "prompt_id": [_text(tree.prompt_id) for tree in trees],
         "task": [_text(tree.task) for tree in trees],
         **{name: _lists([getattr(tree, name) for tree in trees], kind) for name, kind in _ARRAYS.items()},
-        "calls": [[_call_row(call) for call in tree.calls] for tree in trees],
-        "forks": [[_fork_row(fork) for fork in tree.forks] for tree in trees],
+        "calls": [[_row(call) for call in tree.calls] for tree in trees],
+        "forks": [[_row(fork) for fork in tree.forks] for tree in trees],
         "budget": [tree.budget for tree in trees],
         "started_s": [tree.started_s for tree in trees],
         "closed_s": [tree.closed_s for tree in trees],
@@ -195,14 +178,14 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
     arrays = {name: _arrays(table.column(name)) for name in _ARRAYS}
     rows = table.drop_columns(list(_ARRAYS)).to_pylist()
     for i, row in enumerate(rows):
-        fields: dict[str, Any] = {name: array[i] for name, array in arrays.items()}
-        for name in ("prompt_id", "task", "budget", "started_s", "closed_s"):
-            fields[name] = row[name]
-        fields["calls"] = tuple(
-            ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"]
+        calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
+        yield Tree(
+            **{name: array[i] for name, array in arrays.items()},
+            **{name: row[name] for name in ("prompt_id", "task", "budget", "started_s", "closed_s")},
+            calls=tuple(calls),
+            forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
+            meta=json.loads(row["meta"]),
         )
-        fields["forks"] = tuple(ForkDecision(**fork) for fork in row["forks"])
-        yield Tree(**fields, meta=json.loads(row["meta"]))
 
 
 def _files(directory: Path) -> list[Path]:
@@ -221,20 +204,11 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _call_row(call: ToolCall) -> dict[str, Any]:
-    return {
-        "node": call.node,
-        "tool": _text(call.tool),
-        "arguments": json.dumps(call.arguments),
-        "status": str(call.status),
-        "latency_s": call.latency_s,
-        "cached": call.cached,
-        "attempts": call.attempts,
-    }
-
-
-def _fork_row(fork: ForkDecision) -> dict[str, Any]:
-    return {name: getattr(fork, name) for name in ("node", "delta_h", "probability", "draw", "forks")}
+def _row(record: ToolCall | ForkDecision) -> dict[str, Any]:
+    row = {field.name: getattr(record, field.name) for field in fields(record)}
+    if isinstance(record, ToolCall):
+        row |= {"tool": _text(record.tool), "arguments": json.dumps(record.arguments)}
+    return row
 
 
 def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:

@@ -21,7 +21,7 @@ def test_a_rank_fetches_and_packs_its_share_only(tmp_path: Path) -> None:
     report = run(tmp_path, quick=True)
     written = json.loads((tmp_path / "dataflow.json").read_text())
     assert {key: written[key] for key in report} == json.loads(json.dumps(report))
-    *_, before, after = report["results"]  # rows that hold whole trees
+    *_, before, after = report["costs"]  # rows that hold whole trees
     assert after["driver_mb"] < before["driver_mb"] / 10
     assert after["fetched_mb"][1] < before["fetched_mb"][0] / (RANKS / 2)
     assert after["pack_s"][1] < before["pack_s"][0]

@@ -87,6 +87,8 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     assert len({int(v) for tree in trees for v in tree.version if v >= 0}) > 1
     assert (run.directory / "model" / "model.safetensors").is_file()
     assert (run.directory / "curves" / "overview.png").stat().st_size > 10_000
+    logs = {path.name for path in (run.directory / "logs").iterdir()}
+    assert logs >= {f"{name}.log" for name in ("learner-0", "engine-0", "rollout-0", "tool-search")}
     steps = [record for record in read_jsonl(run.directory / "metrics.jsonl") if "train/loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     assert all(math.isfinite(record["train/loss"]) for record in steps)

@@ -267,12 +267,9 @@ class FakeServer:
 async def push(tmp_path: Path, server: FakeServer, *others: str, kv: Kv = "recompute") -> None:
     model = ModelShape.from_directory(tmp_path)
     transport = SGLangTransport(SharedTensors(), model, torch.float32)
-    http = Http(connect_s=1)
     weights = counted(model)
-    try:
+    async with Http() as http:
         await transport.push(http, [server.url, *others], [{name: weights[name]} for name in weights], 3, kv)
-    finally:
-        await http.close()
 
 
 def held(model: ModelShape, tp: int = 1) -> Digests:

@@ -155,7 +155,7 @@ class _PerNode(_Wrong):
     ],
 )
 def test_a_credit_that_answers_wrongly_is_named(credit: Credit, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PluginError, match=message):
         assign(credit, [group([1.0, 0.0])])
 
 
@@ -166,5 +166,5 @@ def test_what_does_not_count_may_be_nan() -> None:
 
 
 def test_state_for_a_credit_that_keeps_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="Grpo has none"):
+    with pytest.raises(PluginError, match="Grpo has none"):
         CREDITS.make("grpo", {}).load_state_dict({"mean": 1.0})

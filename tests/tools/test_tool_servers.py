@@ -19,9 +19,10 @@ from polling import eventually
 
 from system.config import ToolsConfig
 from system.tools import python_server, search_server
+from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.search_index import Document, SearchIndex, write_corpus
-from system.tools.service import build_tools
+from system.tools.service import ToolService, build_tools
 from system.tools.serving import AppServer, serve
 
 ROOT = Path(__file__).parents[2]
@@ -134,8 +135,7 @@ async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) 
 
 
 async def test_search_results_as_bare_text(search: AppServer) -> None:
-    config = ToolsConfig(names=["search"], search_top_k=2)
-    tools = build_tools(config, {"search": search.url}, passage="{text}", separator=" ")
+    tools = ToolService([SearchTool(search.url, 2, passage="{text}", separator=" ")])
     try:
         found = await tools.call("search", {"query": "capital of France"}, CallContext())
     finally:

@@ -16,6 +16,7 @@ from system.engine.embedded.server import application
 # default of 5 ms the HTTP thread would then hold it far longer than a whole decoding step of a small model
 # takes.
 _SWITCH_INTERVAL_S = 1e-4
+STOP_S = 30.0  # for the decoding thread to end its step, and again for the server to close
 
 
 class EmbeddedEngine(EngineCore):
@@ -58,13 +59,13 @@ class EmbeddedEngine(EngineCore):
         bound = runner.addresses[0][1]
         return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
-    async def stop(self, timeout_s: float = 30.0) -> None:
+    async def stop(self) -> None:
         """Stop decoding (callers get an error) and serving."""
         sys.setswitchinterval(self._switch_interval)
         try:
-            await asyncio.to_thread(self.loop.stop, timeout_s)
+            await asyncio.to_thread(self.loop.stop, STOP_S)
         finally:
             if self._runner is not None:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(STOP_S):
                     await self._runner.cleanup()
                 self._runner = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from system.engine.http import Http
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # whoever only generates does without PyTorch
 
 Bucket: TypeAlias = "Mapping[str, torch.Tensor]"  # full tensors on CPU under their Hugging Face names
 Buckets: TypeAlias = "Iterable[Bucket] | AsyncIterable[Bucket]"
+Outcome = TypeVar("Outcome")
 Kv = Literal["recompute", "keep"]  # what running requests do with the keys and values of the old weights
 
 
@@ -66,6 +67,22 @@ async def each(buckets: Buckets) -> AsyncIterator[Bucket]:
     else:
         for bucket in buckets:
             yield bucket
+
+
+def by_outcome(
+    urls: Sequence[str], outcomes: Sequence[Outcome | BaseException]
+) -> tuple[dict[str, Outcome], dict[str, EngineError]]:
+    """(results, failures) by URL, of one call to each of ``urls``; raises what is no :class:`EngineError`."""
+    results: dict[str, Outcome] = {}
+    failures: dict[str, EngineError] = {}
+    for url, outcome in zip(urls, outcomes, strict=True):
+        if isinstance(outcome, EngineError):
+            failures[url] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            results[url] = outcome
+    return results, failures
 
 
 def size(bucket: Bucket) -> int:

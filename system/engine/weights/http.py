@@ -14,7 +14,7 @@ from safetensors.torch import save as save_safetensors
 from system.engine.checksum import combine, tensor_checksum
 from system.engine.http import Body, Http
 from system.engine.protocol import EngineError
-from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, size
+from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, by_outcome, each, size
 
 
 class SafetensorsHttp:
@@ -28,13 +28,9 @@ class SafetensorsHttp:
         async def call(path: str, body: Body) -> dict[str, dict[str, Any]]:
             left = [url for url in urls if url not in failures]
             calls = (http.post(url, path, body) for url in left)
-            answers = dict(zip(left, await asyncio.gather(*calls, return_exceptions=True), strict=True))
-            for url, answer in answers.items():
-                if isinstance(answer, EngineError):
-                    failures[url] = answer
-                elif isinstance(answer, BaseException):
-                    raise answer
-            return {url: answer for url, answer in answers.items() if isinstance(answer, dict)}
+            answers, failed = by_outcome(left, await asyncio.gather(*calls, return_exceptions=True))
+            failures.update(failed)
+            return answers
 
         began = time.perf_counter()
         await call("/begin_weight_update", {})

@@ -19,7 +19,7 @@ import torch
 from system.engine.embedded.weights import WeightsError, check, check_complete
 from system.engine.http import Http
 from system.engine.protocol import EngineError
-from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, size
+from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, by_outcome, each, size
 from system.engine.weights.digest import Digests
 from system.engine.weights.layout import ShardError
 from system.models.files import DTYPES
@@ -109,15 +109,10 @@ class SGLangTransport:
             outcomes = await asyncio.gather(*updates, return_exceptions=True)
         finally:
             await asyncio.to_thread(self.carrier.clear)
-        pauses: dict[str, float] = {}
-        for server, outcome in zip(left, outcomes, strict=True):
-            if isinstance(outcome, EngineError):
-                failures[server.url] = outcome
-                self.carrier.disconnect(server.url)
-            elif isinstance(outcome, BaseException):
-                raise outcome
-            else:
-                pauses[server.url] = outcome
+        pauses, failed = by_outcome([server.url for server in left], outcomes)
+        for url in failed:
+            self.carrier.disconnect(url)
+        failures |= failed
         report = PushReport(sent_bytes, staged_s, pauses)
         if failures:
             raise PushFailed(failures, report)
@@ -153,18 +148,8 @@ class SGLangTransport:
                 )
             return server
 
-        servers: list[PushTarget] = []
-        failures: dict[str, EngineError] = {}
-        for url, found in zip(
-            urls, await asyncio.gather(*map(look, urls), return_exceptions=True), strict=True
-        ):
-            if isinstance(found, PushTarget):
-                servers.append(found)
-            elif isinstance(found, EngineError):
-                failures[url] = found
-            else:
-                raise found
-        return servers, failures
+        found, failures = by_outcome(urls, await asyncio.gather(*map(look, urls), return_exceptions=True))
+        return list(found.values()), failures
 
     def _expected(
         self, servers: Sequence[PushTarget]

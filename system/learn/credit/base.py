@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from system.plugins import PluginError
 from system.tree.plan import Floats, Per
 from system.tree.stats import TreeStats
 
@@ -41,30 +42,31 @@ class Credit(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned; not called without."""
-        raise ValueError(f"the checkpoint holds the state of another credit: {type(self).__name__} has none")
+        raise PluginError(f"the checkpoint holds the state of another credit: {type(self).__name__} has none")
 
 
 def assign(credit: Credit, batch: Sequence[TreeStats]) -> list[NDArray[np.float32]]:
     """The credit's advantages over a batch, checked; 0 where they do not count.
 
-    Raises ValueError for an infinite reward and for arrays of the wrong number or shape, or not finite.
+    Raises ValueError for an infinite reward, and :class:`PluginError` for arrays of the wrong number or
+    shape, or not finite.
     """
     if any(np.isinf(tree.reward).any() for tree in batch):
         raise ValueError("a reward is infinite")
     name, given = type(credit).__name__, credit.advantages(batch)
     if len(given) != len(batch):
-        raise ValueError(f"credit {name}: {len(given)} arrays of advantages for {len(batch)} trees")
+        raise PluginError(f"credit {name}: {len(given)} arrays of advantages for {len(batch)} trees")
     result: list[NDArray[np.float32]] = []
     for tree, values in zip(batch, given, strict=True):
         counts = tree.scored if credit.per == "leaf" else tree.scored_below > 0
         where = f"credit {name}, tree of prompt {tree.prompt_id!r}"
         values = np.asarray(values)
         if values.shape != counts.shape:
-            raise ValueError(
+            raise PluginError(
                 f"{where}: advantages of shape {values.shape}, not {counts.shape}: one per {credit.per}"
             )
         values = np.where(counts, values, 0).astype(np.float32)
         if not np.isfinite(values).all():
-            raise ValueError(f"{where}: an advantage is not finite")
+            raise PluginError(f"{where}: an advantage is not finite")
         result.append(values)
     return result
