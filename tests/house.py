@@ -45,7 +45,7 @@ ALIVE = {
     "q_layernorm k_layernorm",
     "counted for /get_server_info, whole": "requests recomputed_sequences",
     "how often a simulated run was resumed": "sessions",
-    "there for a credit of one's own": "entropy_sum",
+    "there for a credit of one's own": "entropy_sum mean_reward_below",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "
     "goodput packed_per_step staleness_max",
 }

@@ -108,7 +108,6 @@ def run(
     """
     if quick:
         rounds, new_tokens = 2, 32
-    out_dir.mkdir(parents=True, exist_ok=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -289,23 +288,14 @@ def _write(out_dir: Path, result: dict[str, Any]) -> None:
     page.table(
         "Generated tokens",
         ["engine", "per second", "per CPU second"],
-        [
-            [label, *(result[k][name] for k in ("tokens_per_s", "tokens_per_cpu_s"))]
-            for name, label in _LABELS.items()
-        ],
+        [[label, result["tokens_per_s"][n], result["tokens_per_cpu_s"][n]] for n, label in _LABELS.items()],
     )
     page.table(
         "Ratios",
         ["against", "within a round (median)", "of the best rounds", "required", "verdict (median)"],
         [
-            [
-                name,
-                result["ratio"][name],
-                result["ratio_of_best"][name],
-                least,
-                "holds" if result["ratio"][name] >= least else "MISSED",
-            ]
-            for name, least in REQUIRED.items()
+            [name, ratio, result["ratio_of_best"][name], least, "holds" if ratio >= least else "MISSED"]
+            for (name, least), ratio in zip(REQUIRED.items(), result["ratio"].values(), strict=True)
         ],
     )
     page.figure("engine", _plot(result))

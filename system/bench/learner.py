@@ -60,7 +60,6 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
 
     One rank (TP = DP = 1) on the default model shape; must be the only learner in its process.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
     config = Config()
     config.learn.tp = config.learn.dp = 1
     config.learn.lr = 0.0  # every step sees the same weights
@@ -156,15 +155,8 @@ def _write(out_dir: Path, data: dict[str, Any], results: list[Timing]) -> None:
         ["prefix", "leaves", "flat tok", "tree tok", "flat s", "tree s", "speed-up", "ideal", "of it"],
         [
             [
-                f"{r.prefix:.0%}",
-                r.leaves,
-                r.flat_tokens,
-                r.tree_tokens,
-                r.flat_s,
-                r.tree_s,
-                r.speedup,
-                r.ideal,
-                f"{r.speedup / r.ideal:.0%}",
+                *(f"{r.prefix:.0%}", r.leaves, r.flat_tokens, r.tree_tokens, r.flat_s, r.tree_s),
+                *(r.speedup, r.ideal, f"{r.speedup / r.ideal:.0%}"),
             ]
             for r in results
         ],

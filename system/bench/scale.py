@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from system.bench.report import Report
+from system.bench.report import Cell, Report
 from system.bench.splits import (
     GRAIN,
     PROFILES,
@@ -36,39 +36,25 @@ from system.plan.memory import learner_memory
 from system.plan.speed import publish_s
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_COLUMNS = (
-    "GPUs",
-    "learner",
-    "engines",
-    "tp",
-    "step s",
-    "trained tok/s",
-    "per GPU",
-    "engines idle",
-    "learner idle",
-    "decoding per engine",
-    "tree s, p50",
-    "p99",
-    "bottleneck",
-)
+_COLUMNS: dict[str, Callable[[Split], Cell]] = {
+    "GPUs": lambda one: one.gpus,
+    "learner": lambda one: one.learner_gpus,
+    "engines": lambda one: one.engines,
+    "tp": lambda one: one.profile.engine.tp,
+    "step s": lambda one: one.result.step_s,
+    "trained tok/s": lambda one: one.trained_per_s,
+    "per GPU": lambda one: one.per_gpu,
+    "engines idle": lambda one: f"{one.engine_idle:.0%}",
+    "learner idle": lambda one: f"{one.learner_idle:.0%}",
+    "decoding per engine": lambda one: one.result.running,
+    "tree s, p50": lambda one: one.result.tree_s["p50"],
+    "p99": lambda one: one.result.tree_s["p99"],
+    "bottleneck": lambda one: one.bottleneck,
+}
 
 
-def _row(point: Split) -> list[Any]:
-    return [
-        point.gpus,
-        point.learner_gpus,
-        point.engines,
-        point.profile.engine.tp,
-        point.result.step_s,
-        point.trained_per_s,
-        point.per_gpu,
-        f"{point.engine_idle:.0%}",
-        f"{point.learner_idle:.0%}",
-        point.result.running,
-        point.result.tree_s["p50"],
-        point.result.tree_s["p99"],
-        point.bottleneck,
-    ]
+def _row(point: Split) -> list[Cell]:
+    return [column(point) for column in _COLUMNS.values()]
 
 
 def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -100,7 +86,9 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
         }
         for name in names:
             report.section(name)
-            report.table(f"{name}: best split by number of GPUs", _COLUMNS, [_row(p) for p in curves[name]])
+            report.table(
+                f"{name}: best split by number of GPUs", list(_COLUMNS), [_row(p) for p in curves[name]]
+            )
             report.text(_bend(curves[name]))
         report.figure("throughput", _plot_curves(curves), "Trained tokens per second at the best split")
         splits = [point for search in searched if search for point in search]
@@ -156,7 +144,7 @@ def _sweeps(
         jobs = [(one, base.gpus, base.replicas, workload) for _, one, workload in points]
         found[name] = list(pool.map(simulate_split, *zip(*jobs, strict=True)))
         rows = [[value, *_row(point)[2:]] for (value, _, _), point in zip(points, found[name], strict=True)]
-        report.table(f"{name}, at {base.learner_gpus} learner GPUs", [name, *_COLUMNS[2:]], rows)
+        report.table(f"{name}, at {base.learner_gpus} learner GPUs", [name, *list(_COLUMNS)[2:]], rows)
     return found
 
 

@@ -125,14 +125,16 @@ def fit_engine(records: Records) -> LinearEngine:
     """
 
     steps, rows, prefill, busy = _engine_sums(records, "steps", "row_steps", "prefill_tokens", "busy_s")
-    rr, rp, pp, rt, pt = _engine_sums(records, *(f"moment_{two}" for two in ("rr", "rp", "pp", "rt", "pt")))
-    gram = np.array([[steps, rows, prefill], [rows, rr, rp], [prefill, rp, pp]])
+    moment = {name: total(records, f"engine/server/moment_{name}") for name in ("rr", "rp", "pp", "rt", "pt")}
+    gram = np.array(
+        [[steps, rows, prefill], [rows, moment["rr"], moment["rp"]], [prefill, moment["rp"], moment["pp"]]]
+    )
     if not gram[1, 1]:
         raise ConfigError(
             "the run's metrics hold no sums over the engine's steps (engine/server/moment_…): only runs with "
             "the embedded engine of this version can be calibrated on"
         )
-    fixed, row, token = nonnegative(gram, np.array([busy, rt, pt]))
+    fixed, row, token = nonnegative(gram, np.array([busy, moment["rt"], moment["pt"]]))
     return LinearEngine(step_fixed_s=fixed, per_sequence_s=row, per_prefill_s=token)
 
 
