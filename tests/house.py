@@ -43,9 +43,9 @@ ALIVE = {
     "attention_dropout attention_mask packed_seq_params",
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
-    "counted for /get_server_info, whole": "requests recomputed_sequences",
+    "counted for /get_server_info, whole": "rr rp rt pt requests recomputed_sequences",
     "how often a simulated run was resumed": "sessions",
-    "there for a credit of one's own": "entropy_sum mean_reward_below",
+    "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "
     "goodput packed_per_step staleness_max",
 }
