@@ -43,7 +43,8 @@ ALIVE = {
     "attention_dropout attention_mask packed_seq_params",
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
-    "counted for /get_server_info, whole": "rr rp rt pt requests recomputed_sequences",
+    "counted for /get_server_info, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
+    "requests recomputed_sequences",
     "how often a simulated run was resumed": "sessions",
     "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "

@@ -121,7 +121,7 @@ class Drift:
 def fit_engine(records: Records) -> LinearEngine:
     """A step's seconds = fixed + per row + per prefilled token, by least squares over every step of the run.
 
-    The normal equations come from the engine's own sums (``system.engine.embedded.loop.StepMoments``).
+    The normal equations come from the engine's own sums (``system.engine.embedded.scheduler.Counters``).
     """
 
     steps, rows, prefill, busy = _engine_sums(records, "steps", "row_steps", "prefill_tokens", "busy_s")

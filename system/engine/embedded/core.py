@@ -112,8 +112,6 @@ class EngineCore:
             },
             "counters": {
                 **asdict(scheduler.counters),
-                "busy_s": loop.busy_s,
-                **{f"moment_{name}": value for name, value in asdict(loop.moments).items()},
                 **{f"idle_{cause}_s": seconds for cause, seconds in loop.idle_s.items()},
             },
         }

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -35,28 +34,6 @@ class EngineFailed(EspalierError, RuntimeError):
     """The decoding thread died; the message says why."""
 
 
-@dataclass(slots=True)
-class StepMoments:
-    """Sums over steps of products of rows r, prefilled tokens p and seconds t.
-
-    With the plain sums (steps, row_steps, prefill_tokens, busy_s) they are all that least squares of t on
-    (1, r, p) needs: whoever reads the counters can tell what a step, a row and a prefilled token cost.
-    """
-
-    rr: float = 0.0
-    rp: float = 0.0
-    pp: float = 0.0
-    rt: float = 0.0
-    pt: float = 0.0
-
-    def add(self, rows: int, prefill: int, seconds: float) -> None:
-        self.rr += rows * rows
-        self.rp += rows * prefill
-        self.pp += prefill * prefill
-        self.rt += rows * seconds
-        self.pt += prefill * seconds
-
-
 class DecodeLoop:
     """Owner of the scheduler and of the thread it runs in."""
 
@@ -71,11 +48,9 @@ class DecodeLoop:
         self._held: list[Emitted] = []  # events not yet handed over
         self.paused = False
         self.failure = ""
-        self.busy_s = 0.0
         self._idle_s = {"waiting": 0.0, "paused": 0.0, "updating": 0.0}
         self._wait: tuple[str, float] | None = None  # the wait under way: its cause and when it began
         self._accounts = threading.Lock()  # of the two above
-        self.moments = StepMoments()
 
     def start(self) -> None:
         self._thread.start()
@@ -196,9 +171,9 @@ class DecodeLoop:
         self._held += emitted
         if counters.steps % HANDOVER_STEPS == 0 or not self._scheduler.running:
             self._hand_over()
-        elapsed = time.perf_counter() - began
-        self.busy_s += elapsed
-        self.moments.add(counters.row_steps - rows, counters.prefill_tokens - prefill, elapsed)
+        counters.timed(
+            counters.row_steps - rows, counters.prefill_tokens - prefill, time.perf_counter() - began
+        )
 
     def _hand_over(self) -> None:
         """Give the events gathered since the last time to the threads that wait for them."""

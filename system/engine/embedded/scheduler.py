@@ -50,6 +50,23 @@ class Counters:
     steps: int = 0
     row_steps: int = 0  # sum over steps of the rows in the batch
     updates: int = 0
+    busy_s: float = 0.0
+    # Sums over steps of products of rows r, prefilled tokens p and seconds t.  With the plain sums they are
+    # all that least squares of t on (1, r, p) needs: what a step, a row and a prefilled token cost.
+    moment_rr: float = 0.0
+    moment_rp: float = 0.0
+    moment_pp: float = 0.0
+    moment_rt: float = 0.0
+    moment_pt: float = 0.0
+
+    def timed(self, rows: int, prefill: int, seconds: float) -> None:
+        """One step has taken ``seconds``."""
+        self.busy_s += seconds
+        self.moment_rr += rows * rows
+        self.moment_rp += rows * prefill
+        self.moment_pp += prefill * prefill
+        self.moment_rt += rows * seconds
+        self.moment_pt += prefill * seconds
 
 
 @dataclass(slots=True)
