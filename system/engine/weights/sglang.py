@@ -109,15 +109,13 @@ class SGLangTransport:
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:
         began = time.perf_counter()
-        servers, failures = await self._look(http, urls, kv)
-        digests, unfit = self._expected(servers)
-        failures |= unfit
+        servers, digests, failures = await self._look(http, urls, kv)
         refused, sent_bytes = await self._stage(buckets, list(digests.values()))
         try:
             staged_s = time.perf_counter() - began
             if refused is not None:
                 failures |= {url: EngineError(f"{url}: not sent: {refused}") for url in urls}
-            left = [server for server in servers if server.url not in failures]
+            left = [] if refused else servers
             pauses, failed = await outcomes(
                 {s.url: self._update(s, version, kv, digests[s.tp, s.device]) for s in left}
             )
@@ -138,8 +136,11 @@ class SGLangTransport:
 
     async def _look(
         self, http: Http, urls: Sequence[str], kv: Kv
-    ) -> tuple[list[PushTarget], dict[str, EngineError]]:
-        """What the servers are, and why some cannot be updated at all."""
+    ) -> tuple[list[PushTarget], dict[tuple[int, str], Digests], dict[str, EngineError]]:
+        """What the servers are, empty digests for every kind (ranks, device) of them, and why some cannot be
+        updated at all.
+        """
+        digests: dict[tuple[int, str], Digests] = {}
 
         async def look(url: str) -> PushTarget:
             info = await http.get(url, "/server_info")
@@ -159,24 +160,15 @@ class SGLangTransport:
                     f"{url}: engine.kv_after_update=keep needs Espalier's plug-in in the server, without "
                     "which prefixes of the old weights would be served as new ones"
                 )
-            return server
-
-        found, failures = await outcomes({url: look(url) for url in urls})
-        return list(found.values()), failures
-
-    def _expected(
-        self, servers: Sequence[PushTarget]
-    ) -> tuple[dict[tuple[int, str], Digests], dict[str, EngineError]]:
-        """Empty digests for every kind of server, and the servers that the model does not fit."""
-        digests: dict[tuple[int, str], Digests] = {}
-        failures: dict[str, EngineError] = {}
-        for server in servers:
             kind = (server.tp, server.device)
             try:
                 digests.setdefault(kind, Digests(self._shape, *kind))
             except ShardError as error:
-                failures[server.url] = EngineError(f"{server.url}: {error}")
-        return digests, failures
+                raise EngineError(f"{url}: {error}") from error
+            return server
+
+        found, failures = await outcomes({url: look(url) for url in urls})
+        return list(found.values()), digests, failures
 
     async def _stage(self, buckets: Buckets, digests: Sequence[Digests]) -> tuple[WeightsError | None, int]:
         """Read all buckets; (why they must not be sent, bytes).

@@ -72,9 +72,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     @classmethod
     def exec_module(cls, module):
-        parent, _, child = module.__name__.rpartition(".")
-        if parent in sys.modules:
-            setattr(sys.modules[parent], child, module)
+        """Nothing: its names come to be when they are asked for."""
 
 
 def install(name):
