@@ -44,7 +44,7 @@ ALIVE = {
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
     "counted for /get_server_info, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
-    "requests recomputed_sequences",
+    "requests recomputed_sequences idle_updating_s",
     "how often a simulated run was resumed": "sessions",
     "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "

@@ -373,14 +373,14 @@ def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
 
 
 def _error_in(message: dict[str, Any]) -> tuple[Any, str]:
-    """(status or None, text) of an error that a server reports inside a stream that has begun."""
+    """(status, if it gives one, and text) of an error that a server reports inside a stream that has begun."""
     error = message["error"]
     return (error.get("code"), str(error.get("message"))) if isinstance(error, dict) else (None, str(error))
 
 
-def _refusal(status: int | None, message: str, rid: str) -> Exception:
+def _refusal(status: Any, message: str, rid: str) -> Exception:
     """A 4xx is about the request and final; anything else is about the server."""
-    if status is not None and 400 <= status < 500:
+    if isinstance(status, int) and 400 <= status < 500:
         return EngineError(f"request {rid!r} refused: {message}")
     return _Broken(f"status {status}: {message}")
 

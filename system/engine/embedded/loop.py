@@ -41,14 +41,14 @@ class DecodeLoop:
         self._scheduler = scheduler
         self._deliver = deliver
         self._threads = threads
-        self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._commands: deque[tuple[Callable[[Scheduler], Any], Future[Any]]] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
         self._held: list[Emitted] = []  # events not yet handed over
         self.paused = False
         self.failure = ""
-        self._idle_s = {"waiting": 0.0, "paused": 0.0, "updating": 0.0}
+        self._idle_s = {"waiting": 0.0, "paused": 0.0}
         self._wait: tuple[str, float] | None = None  # the wait under way: its cause and when it began
         self._accounts = threading.Lock()  # of the two above
 
@@ -79,27 +79,18 @@ class DecodeLoop:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self.failure
 
-    def call(self, command: Callable[[Scheduler], Any], updating: bool = False) -> Future[Any]:
+    def call(self, command: Callable[[Scheduler], Any]) -> Future[Any]:
         """Run ``command`` at the next token boundary; events it returns in a list are not delivered (see
         `emit`).
         """
         future: Future[Any] = Future()
-
-        def run() -> Any:
-            began = time.perf_counter()
-            try:
-                return command(self._scheduler)
-            finally:
-                if updating:
-                    self._idle_s["updating"] += time.perf_counter() - began
-
-        self._commands.append((run, future))
+        self._commands.append((command, future))
         self._wake.set()
         if not self.alive:
             self._fail_commands()
         return future
 
-    def emit(self, command: Callable[[Scheduler], list[Emitted]], updating: bool = False) -> Future[int]:
+    def emit(self, command: Callable[[Scheduler], list[Emitted]]) -> Future[int]:
         """Like :meth:`call` for a command that ends or flushes sequences: its events go to their callers."""
 
         def run(scheduler: Scheduler) -> int:
@@ -108,7 +99,7 @@ class DecodeLoop:
             self._hand_over()
             return len(emitted)
 
-        return self.call(run, updating)
+        return self.call(run)
 
     def pause(self, mode: PauseMode) -> Future[int]:
         """Stop at the next token boundary: ``abort`` ends what runs, ``retract`` drops its KV, ``in_place``
@@ -149,7 +140,7 @@ class DecodeLoop:
             command, future = self._commands.popleft()
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(command())
+                    future.set_result(command(self._scheduler))
                 except Exception as error:
                     future.set_exception(error)
         if self._stopping:

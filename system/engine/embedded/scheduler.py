@@ -7,6 +7,7 @@ I/O.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Counters:
     steps: int = 0
     row_steps: int = 0  # sum over steps of the rows in the batch
     updates: int = 0
+    idle_updating_s: float = 0.0
     busy_s: float = 0.0
     # Sums over steps of products of rows r, prefilled tokens p and seconds t.  With the plain sums they are
     # all that least squares of t on (1, r, p) needs: what a step, a row and a prefilled token cost.
@@ -157,6 +159,7 @@ class Scheduler:
         self, weights: Weights | None, version: int, kv: Literal["recompute", "keep"] = "recompute"
     ) -> list[Emitted]:
         """New weights (None: only a new version number) from the next token on."""
+        began = time.perf_counter()
         recompute = weights is not None and kv == "recompute"
         emitted = self.retract() if recompute else self._flush(range(len(self._rows)))
         if weights is not None:
@@ -164,6 +167,7 @@ class Scheduler:
             self._slots.invalidate()
         self.version = version
         self.counters.updates += 1
+        self.counters.idle_updating_s += time.perf_counter() - began
         return emitted
 
     def drop_cache(self) -> bool:

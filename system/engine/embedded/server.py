@@ -243,7 +243,7 @@ class _Handlers:
 
     async def _swap(self, new: Weights | None, version: int, kv: Literal["recompute", "keep"]) -> None:
         """Serve ``new`` (None: the same weights under a new number) from the next token on."""
-        await _boundary(self._engine.loop.emit(lambda s: s.swap(new, version, kv), updating=True))
+        await _boundary(self._engine.loop.emit(lambda s: s.swap(new, version, kv)))
 
     async def _serve(self, new: Weights, version: int, kv: Literal["recompute", "keep"]) -> web.Response:
         """Swap, and answer with the checksum of what is held then."""
