@@ -373,7 +373,7 @@ def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
 
 
 def _error_in(message: dict[str, Any]) -> tuple[Any, str]:
-    """(status, if it gives one, and text) of an error that a server reports inside a stream that has begun."""
+    """(status or None, text) of an error that a server reports inside a stream that has begun."""
     error = message["error"]
     return (error.get("code"), str(error.get("message"))) if isinstance(error, dict) else (None, str(error))
 
