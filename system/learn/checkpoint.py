@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,10 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -102,8 +104,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    boxes = list(_written(layout, model, optimizer, reference))
     writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+    boxes = _written(layout, model, optimizer, reference)
     write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
     dist.barrier()
     files = sorted(file.name for file in partial.iterdir())
@@ -134,9 +136,10 @@ def load(
     manifest = _verified(path, layout)
     fill_optimizer_state(optimizer)
     rng = torch.get_rng_state()
-    planner = _BoxLoader([_whole("rng", rng), *_read(layout, model, optimizer, reference)])
     reader = FileSystemReader(path)
-    _agree(path, planner.missing(reader.read_metadata()))
+    boxes = [_whole("rng", rng), *_read(layout, model, optimizer, reference)]
+    planner = _BoxLoader(boxes, reader.read_metadata())
+    _agree(path, planner.problems)
     read_boxes({}, storage_reader=reader, planner=planner)
     for parameter in model.parameters():
         for held in _slices(optimizer, parameter):
@@ -263,14 +266,12 @@ def _whole(name: str, tensor: torch.Tensor) -> Box:
 # ---------------------------------------------------------------------- torch's planners
 
 
-class _BoxSaver(SavePlanner):
+class _BoxSaver(DefaultSavePlanner):
     """Writes this rank's boxes."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        super().__init__()
         self._boxes = {(box.name, box.offsets): box for box in boxes}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to do: the boxes are known."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(
@@ -296,73 +297,42 @@ class _BoxSaver(SavePlanner):
             assert written == math.prod(tensor.size), f"{name}: {written} elements written of {tensor.size}"
         return plans, metadata
 
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        index = write_item.index
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
         return self._boxes[index.fqn, tuple(index.offset)].data
 
 
-class _BoxLoader(LoadPlanner):
-    """Fills this rank's boxes from whatever boxes were written."""
+class _BoxLoader(DefaultLoadPlanner):
+    """Fills this rank's boxes from whatever boxes were written; ``problems`` says why it cannot, if so."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Iterable[Box], metadata: Metadata) -> None:
+        super().__init__()
+        self.problems: list[str] = []
+        self._items: list[ReadItem] = []
         self._boxes: dict[str, list[Box]] = {}
         for box in boxes:
             self._boxes.setdefault(box.name, []).append(box)
-        self._metadata: Metadata | None = None
-
-    def missing(self, metadata: Metadata) -> str:
-        """Why the checkpoint cannot fill the boxes; empty if it can."""
-        self._metadata = metadata
-        for name, boxes in self._boxes.items():
+        for name, own in self._boxes.items():
             found = metadata.state_dict_metadata.get(name)
             if not isinstance(found, TensorStorageMetadata):
-                return f"it does not hold {name}"
-            if tuple(found.size) != boxes[0].shape:
-                return f"{name} has shape {tuple(found.size)}, not {boxes[0].shape}: another model's"
-            wanted = sum(box.data.numel() for box in boxes)
-            if sum(math.prod(item.lengths) for item in self._items(name, found)) != wanted:
-                return f"parts of {name} are missing"
-        return ""
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to do: the boxes and the metadata are known."""
+                self.problems.append(f"it does not hold {name}")
+            elif tuple(found.size) != own[0].shape:
+                self.problems.append(
+                    f"{name} has shape {tuple(found.size)}, not {own[0].shape}: another model's"
+                )
+            else:
+                items = create_read_items_for_chunk_list(name, found, [box.chunk for box in own])
+                wanted = sum(box.data.numel() for box in own)
+                if sum(math.prod(item.lengths) for item in items) != wanted:
+                    self.problems.append(f"parts of {name} are missing")
+                self._items += items
 
     def create_local_plan(self) -> LoadPlan:
-        assert self._metadata is not None
-        held = self._metadata.state_dict_metadata
-        items = []
-        for name in self._boxes:
-            tensor = held[name]
-            assert isinstance(tensor, TensorStorageMetadata)
-            items += self._items(name, tensor)
-        return LoadPlan(items)
+        return LoadPlan(self._items)
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise AssertionError("a learner checkpoint holds tensors only")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        index = read_item.dest_index
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         assert index.index is not None
-        target = self._boxes[index.fqn][index.index].data
-        for axis, (first, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(axis, first, size)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: the reader has copied into our own memory."""
-
-    def _items(self, name: str, tensor: TensorStorageMetadata) -> list[ReadItem]:
-        return create_read_items_for_chunk_list(name, tensor, [box.chunk for box in self._boxes[name]])
+        return self._boxes[index.fqn][index.index].data
 
 
 # ---------------------------------------------------------------------- verification
@@ -371,25 +341,24 @@ class _BoxLoader(LoadPlanner):
 def _verified(path: Path, layout: Layout) -> dict[str, Any]:
     """The manifest, once the ranks have compared every file with it."""
     manifest: dict[str, Any] = {"files": {}}
-    problem = ""
+    problems: list[str] = []
     if (path / MANIFEST).is_file():
         manifest = json.loads((path / MANIFEST).read_text())
     else:
-        problem = f"it is not a learner checkpoint ({MANIFEST} is missing)"
+        problems.append(f"it is not a learner checkpoint ({MANIFEST} is missing)")
     for name in sorted(manifest["files"])[layout.rank :: dist.get_world_size()]:
         if not (path / name).is_file():
-            problem = f"{name} is missing"
+            problems.append(f"{name} is missing")
         elif _digest(path / name) != manifest["files"][name]:
-            problem = f"{name} is damaged: its digest is not the manifest's"
-    _agree(path, problem)
+            problems.append(f"{name} is damaged: its digest is not the manifest's")
+    _agree(path, problems)
     return manifest
 
 
-def _agree(path: Path, problem: str) -> None:
-    """Raise on every rank what any of them found."""
-    problems = [found for found in _from_all(problem) if found]
-    if problems:
-        raise CheckpointError(f"{path}: {problems[0]}")
+def _agree(path: Path, problems: list[str]) -> None:
+    """Raise on every rank the first that any of them found."""
+    for found in filter(None, _from_all(problems)):
+        raise CheckpointError(f"{path}: {found[0]}")
 
 
 def _from_all(value: Any) -> list[Any]:

@@ -42,7 +42,7 @@ from system.learn.rows import (
     row_padding,
     score_row,
 )
-from system.learn.weights import Export, HuggingFaceFiles
+from system.learn.weights import Export
 from system.models.files import DTYPES
 from system.tree.pack import pack
 from system.tree.packed import PackedBatch
@@ -81,8 +81,7 @@ class Trainer:
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer)
-        with HuggingFaceFiles(hf_path) as files:
-            weights.load(self.model, self.layout, files.read)
+        weights.load(self.model, self.layout, hf_path)
         self.reference: TreeGPTModel | None = None
         if learn.kl_coef:
             self.reference = build(shape, transformer)

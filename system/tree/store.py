@@ -16,14 +16,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from system.errors import EspalierError
 from system.tree.record import LEAF_ARRAYS, NODE_ARRAYS, TOKEN_ARRAYS, ForkDecision, ToolCall, Tree
@@ -151,11 +149,11 @@ def read_trees(directory: str | Path) -> Iterator[Tree]:
 
 def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
     """An Arrow table of :data:`SCHEMA`, one row per tree."""
-    columns: dict[str, Any] = {
+    columns = {
         "number": np.arange(first_number, first_number + len(trees)),
         "prompt_id": [_text(tree.prompt_id) for tree in trees],
         "task": [_text(tree.task) for tree in trees],
-        **{name: _lists([getattr(tree, name) for tree in trees], kind) for name, kind in _ARRAYS.items()},
+        **{name: [getattr(tree, name) for tree in trees] for name in _ARRAYS},
         "calls": [[_row(call) for call in tree.calls] for tree in trees],
         "forks": [[_row(fork) for fork in tree.forks] for tree in trees],
         "budget": [tree.budget for tree in trees],
@@ -163,11 +161,7 @@ def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
         "closed_s": [tree.closed_s for tree in trees],
         "meta": [json.dumps(tree.meta) for tree in trees],
     }
-    arrays = [
-        column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, field.type)
-        for field in SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    return pa.Table.from_pydict(columns, SCHEMA)
 
 
 def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
@@ -175,7 +169,8 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
     version = (table.schema.metadata or {}).get(_VERSION_KEY, b"").decode()
     if version != SCHEMA_VERSION:
         raise StoreError(f"{source}: tree schema {version or 'missing'}; this version reads {SCHEMA_VERSION}")
-    arrays = {name: _arrays(table.column(name)) for name in _ARRAYS}
+    # Each array in its own memory, lest one tree keep the whole table alive.
+    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in _ARRAYS}
     rows = table.drop_columns(list(_ARRAYS)).to_pylist()
     for i, row in enumerate(rows):
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
@@ -209,19 +204,3 @@ def _row(record: ToolCall | ForkDecision) -> dict[str, Any]:
     if isinstance(record, ToolCall):
         row |= {"tool": _text(record.tool), "arguments": json.dumps(record.arguments)}
     return row
-
-
-def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
-    offsets = np.cumsum([0, *(row.size for row in rows)]).astype(np.int32)
-    values = np.concatenate(rows) if rows else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
-
-
-def _arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
-    """One array per row, each its own memory."""
-    rows = []
-    for chunk in column.chunks:
-        offsets = chunk.offsets.to_numpy()
-        values = chunk.values.to_numpy()
-        rows += [values[start:stop].copy() for start, stop in pairwise(offsets)]
-    return rows

@@ -194,8 +194,7 @@ def sharded_files_case(place: Place, model: str, path: str) -> None:
     try:
         weights.save_hf(trainer.model, trainer.layout, Path(path), model, file_bytes=40_000)
         before = weights_of(trainer)
-        with weights.HuggingFaceFiles(path) as files:
-            weights.load(trainer.model, trainer.layout, files.read)
+        weights.load(trainer.model, trainer.layout, path)
         for name, value in weights_of(trainer).items():
             np.testing.assert_array_equal(value, before[name])
     finally:
