@@ -84,68 +84,115 @@ class Slice:
     step: torch.Tensor  # [] steps taken
 
 
-def save(
-    path: Path,
-    layout: Layout,
-    model: TreeGPTModel,
-    optimizer: MegatronOptimizer,
-    reference: TreeGPTModel | None,
-    *,
-    step: int,
-    extra: dict[str, Any],
-) -> None:
-    """Write a checkpoint; collective over all ranks, which must share the file system.
+class TrainingState:
+    """What a checkpoint holds of a learner rank: model, optimizer, reference model, and torch's generator."""
 
-    The directory appears under its name only when complete, with a manifest of its files' digests, and
-    replaces an older one.
-    """
-    partial = path.with_name(path.name + ".partial")
-    if layout.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-    boxes = _written(layout, model, optimizer, reference)
-    write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
-    dist.barrier()
-    files = sorted(file.name for file in partial.iterdir())
-    mine = {name: _digest(partial / name) for name in files[layout.rank :: dist.get_world_size()]}
-    digests = {name: digest for part in _from_all(mine) for name, digest in part.items()}
-    if layout.rank == 0:
-        with (partial / MANIFEST).open("w") as file:
-            json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(partial, path)
-    dist.barrier()
+    def __init__(
+        self,
+        layout: Layout,
+        model: TreeGPTModel,
+        optimizer: MegatronOptimizer,
+        reference: TreeGPTModel | None,
+    ) -> None:
+        self._layout, self._model, self._optimizer = layout, model, optimizer
+        self._frozen = dict(reference.named_parameters()) if reference is not None else {}
+        self._where = WeightMap.of(model)
 
+    def save(self, path: Path, *, step: int, extra: dict[str, Any]) -> None:
+        """Write a checkpoint; collective over all ranks, which must share the file system.
 
-@torch.no_grad()
-def load(
-    path: Path,
-    layout: Layout,
-    model: TreeGPTModel,
-    optimizer: MegatronOptimizer,
-    reference: TreeGPTModel | None,
-) -> tuple[int, dict[str, Any]]:
-    """Restore everything :func:`save` wrote, whatever layout wrote it; returns (step, extra).
+        The directory appears under its name only when complete, with a manifest of its files' digests, and
+        replaces an older one.
+        """
+        rank, world = self._layout.rank, dist.get_world_size()
+        partial = path.with_name(path.name + ".partial")
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        boxes = [_whole("rng", torch.get_rng_state())] if rank == 0 else []
+        boxes += self._held(writing=True)
+        write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
+        dist.barrier()
+        files = sorted(file.name for file in partial.iterdir())
+        mine = {name: _digest(partial / name) for name in files[rank::world]}
+        digests = {name: digest for part in _from_all(mine) for name, digest in part.items()}
+        if rank == 0:
+            with (partial / MANIFEST).open("w") as file:
+                json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            replace(partial, path)
+        dist.barrier()
 
-    Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is changed,
-    when the checkpoint is missing, incomplete, damaged, or of another model.
-    """
-    manifest = _verified(path, layout)
-    fill_optimizer_state(optimizer)
-    rng = torch.get_rng_state()
-    reader = FileSystemReader(path)
-    boxes = [_whole("rng", rng), *_read(layout, model, optimizer, reference)]
-    planner = _BoxLoader(boxes, reader.read_metadata())
-    _agree(path, planner.problems)
-    read_boxes({}, storage_reader=reader, planner=planner)
-    for parameter in model.parameters():
-        for held in _slices(optimizer, parameter):
-            held.step.fill_(float(manifest["step"]))
-    torch.set_rng_state(rng)
-    return int(manifest["step"]), manifest["extra"]
+    @torch.no_grad()
+    def load(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Restore everything :meth:`save` wrote, whatever layout wrote it; returns (step, extra).
+
+        Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is
+        changed, when the checkpoint is missing, incomplete, damaged, or of another model.
+        """
+        manifest = _verified(path, self._layout)
+        fill_optimizer_state(self._optimizer)
+        rng = torch.get_rng_state()
+        reader = FileSystemReader(path)
+        planner = _BoxLoader([_whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
+        _agree(path, planner.problems)
+        read_boxes({}, storage_reader=reader, planner=planner)
+        for parameter in self._model.parameters():
+            for held in _slices(self._optimizer, parameter):
+                held.step.fill_(float(manifest["step"]))
+        torch.set_rng_state(rng)
+        return int(manifest["step"]), manifest["extra"]
+
+    def _held(self, *, writing: bool) -> Iterator[Box]:
+        """The boxes that this rank reads: its parameters whole, and what its optimizer holds of them.
+
+        ``writing``: the boxes that it writes; all ranks together write every element once.
+        """
+        layout = self._layout
+        distributed = any(
+            isinstance(inner, DistributedOptimizer)
+            for inner in self._optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        for number, (key, parameter) in enumerate(self._model.named_parameters()):
+            mapped = self._where.parameter(layout.pp_rank, key)
+            if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
+                continue
+            mine = not writing or number % layout.dp == layout.dp_rank  # data-parallel copies share the work
+            parts = [] if writing else [("parameter", parameter.detach(), 0)]
+            if mine or distributed:
+                for held in _slices(self._optimizer, parameter):
+                    parts += [(kind, tensor, held.start) for kind, tensor in held.tensors.items()]
+            if mine and key in self._frozen:
+                parts.append(("reference", self._frozen[key].detach(), 0))
+            for kind, tensor, start in parts:
+                yield from self._boxes(mapped, parameter.shape, kind, tensor, start)
+
+    def _boxes(
+        self, mapped: MappedParameter, shape: torch.Size, kind: str, tensor: torch.Tensor, start: int
+    ) -> Iterator[Box]:
+        """The boxes of Hugging Face tensors that ``tensor`` is: a parameter's elements from ``start`` on.
+
+        ``shape`` is the parameter's.  A slice may begin and end inside a row: each block of rows then gives
+        up to three boxes, a part of a row, whole rows, and a part of a row.
+        """
+        flat = tensor.view(-1)
+        stop = start + flat.numel()
+        width = shape[1] if len(shape) == 2 else 1
+        for block in self._where.blocks(mapped, self._layout.tp_rank):
+            a, b = max(start, block.start * width), min(stop, (block.start + block.rows) * width)
+            while a < b:
+                row, column = divmod(a, width)
+                rows = max(1, (b - a) // width) if column == 0 else 1
+                end = min(b, (row + rows) * width)
+                data = flat[a - start : end - start]
+                offsets = (block.row + row - block.start,)
+                if len(shape) == 2:
+                    offsets, data = (*offsets, block.column + column), data.view(rows, -1)
+                yield Box(f"{kind}/{block.name}", mapped.shapes[block.name], offsets, data)
+                a = end
 
 
 def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -> None:
@@ -167,9 +214,6 @@ def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -
                         state[moment] = torch.zeros_like(parameter)
 
 
-# ---------------------------------------------------------------------- what a rank holds
-
-
 def _slices(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iterator[Slice]:
     """This rank's optimizer state of a parameter: all, or its share (perhaps none) where it is split."""
     for inner in optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
@@ -185,78 +229,6 @@ def _slices(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iter
         state = inner.optimizer.state[main]
         tensors = {"parameter": main.detach(), **{name: state[name] for name in MOMENTS}}
         yield Slice(start, tensors, state["step"])
-
-
-def _written(
-    layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
-) -> Iterator[Box]:
-    """The boxes that this rank writes; all ranks together write every element once."""
-    where = WeightMap.of(model)
-    frozen = dict(reference.named_parameters()) if reference is not None else {}
-    distributed = any(
-        isinstance(inner, DistributedOptimizer)
-        for inner in optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
-    )
-    if layout.rank == 0:
-        yield _whole("rng", torch.get_rng_state())
-    for number, (key, parameter) in enumerate(model.named_parameters()):
-        mapped = where.parameter(layout.pp_rank, key)
-        if (mapped.replicated and layout.tp_rank) or where.is_copy(key):
-            continue
-        my_turn = number % layout.dp == layout.dp_rank  # data-parallel copies share the work
-        if distributed or my_turn:
-            for held in _slices(optimizer, parameter):
-                for kind, tensor in held.tensors.items():
-                    yield from _boxes(where, mapped, layout, parameter.shape, kind, tensor, held.start)
-        if my_turn and key in frozen:
-            yield from _boxes(where, mapped, layout, parameter.shape, "reference", frozen[key].detach())
-
-
-def _read(
-    layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
-) -> Iterator[Box]:
-    """The boxes that this rank needs: its parameters whole, and what its optimizer holds of them."""
-    where = WeightMap.of(model)
-    frozen = dict(reference.named_parameters()) if reference is not None else {}
-    for key, parameter in model.named_parameters():
-        mapped, shape = where.parameter(layout.pp_rank, key), parameter.shape
-        yield from _boxes(where, mapped, layout, shape, "parameter", parameter.detach())
-        for held in _slices(optimizer, parameter):
-            for kind, tensor in held.tensors.items():
-                yield from _boxes(where, mapped, layout, shape, kind, tensor, held.start)
-        if key in frozen:
-            yield from _boxes(where, mapped, layout, shape, "reference", frozen[key].detach())
-
-
-def _boxes(
-    where: WeightMap,
-    mapped: MappedParameter,
-    layout: Layout,
-    shape: torch.Size,
-    kind: str,
-    tensor: torch.Tensor,
-    start: int = 0,
-) -> Iterator[Box]:
-    """The boxes of Hugging Face tensors that ``tensor`` is: the elements from ``start`` on of a parameter.
-
-    ``shape`` is the parameter's.  A slice may begin and end inside a row: each block of rows then gives up to
-    three boxes, a part of a row, whole rows, and a part of a row.
-    """
-    flat = tensor.view(-1)
-    stop = start + flat.numel()
-    width = shape[1] if len(shape) == 2 else 1
-    for block in where.blocks(mapped, layout.tp_rank):
-        a, b = max(start, block.start * width), min(stop, (block.start + block.rows) * width)
-        while a < b:
-            row, column = divmod(a, width)
-            rows = max(1, (b - a) // width) if column == 0 else 1
-            end = min(b, (row + rows) * width)
-            data = flat[a - start : end - start]
-            offsets = (block.row + row - block.start,)
-            if len(shape) == 2:
-                offsets, data = (*offsets, block.column + column), data.view(rows, -1)
-            yield Box(f"{kind}/{block.name}", mapped.shapes[block.name], offsets, data)
-            a = end
 
 
 def _whole(name: str, tensor: torch.Tensor) -> Box:

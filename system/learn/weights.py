@@ -28,40 +28,27 @@ from system.models.files import INDEX, SINGLE, weight_files, write_index
 Bucket = dict[str, torch.Tensor]
 
 
-class HuggingFaceFiles:
-    """Boxes of the tensors in a Hugging Face directory's safetensors files, read without the rest.
-
-    The files are memory-mapped while it lives.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._path, self._where = Path(path), weight_files(path)
-        self._files: dict[str, Any] = {
-            name: safe_open(self._path / name, framework="pt") for name in set(self._where.values())
-        }
-
-    def read(self, name: str, shape: tuple[int, ...], box: tuple[slice, ...]) -> torch.Tensor:
-        """A box of tensor ``name``.  Raises ``ConfigError`` when it is missing or not of ``shape``."""
-        if name not in self._where:
-            raise ConfigError(f"{self._path}: the weights lack {name}")
-        tensor = self._files[self._where[name]].get_slice(name)
-        found = tuple(tensor.get_shape())
-        if found != shape:
-            raise ConfigError(f"{self._path}: {name} has shape {found}; the configuration makes it {shape}")
-        return tensor[box]
-
-
 @torch.no_grad()
 def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
-    """Fill this rank's shard of every parameter from a Hugging Face directory."""
-    where, files = WeightMap.of(model), HuggingFaceFiles(path)
+    """Fill this rank's shard of every parameter from a Hugging Face directory.
+
+    Raises ``ConfigError`` when a tensor is missing or of another shape.
+    """
+    where, file_of = WeightMap.of(model), weight_files(path)
+    files = {name: safe_open(Path(path) / name, framework="pt") for name in set(file_of.values())}
     for key, parameter in model.named_parameters():
         mapped = where.parameter(layout.pp_rank, key)
         assert tuple(parameter.shape) == where.shard_shape(mapped), key
         filled = 0
         for block in where.blocks(mapped, layout.tp_rank):
-            box = files.read(block.name, mapped.shapes[block.name], block.box(parameter))
-            parameter[block.start : block.start + block.rows].copy_(box)
+            name, shape = block.name, mapped.shapes[block.name]
+            if name not in file_of:
+                raise ConfigError(f"{path}: the weights lack {name}")
+            tensor = files[file_of[name]].get_slice(name)
+            found = tuple(tensor.get_shape())
+            if found != shape:
+                raise ConfigError(f"{path}: {name} has shape {found}; the configuration makes it {shape}")
+            parameter[block.start : block.start + block.rows].copy_(tensor[block.box(parameter)])
             filled += block.rows
         parameter[filled:].zero_()  # rows that pad the vocabulary
 
@@ -155,7 +142,10 @@ def save_hf(
     for file in Path(source).iterdir():
         if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
             shutil.copy(file, partial)
-    _state_dtype(partial / "config.json", model.config.params_dtype)
+    config: dict[str, Any] = json.loads((partial / "config.json").read_text())
+    config.pop("torch_dtype", None)  # an older name of it
+    config["dtype"] = str(model.config.params_dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     where: dict[str, str] = {}
     total, count = 0, len(export.plan)
     for number, bucket in enumerate(export.buckets(), 1):
@@ -177,10 +167,3 @@ def replace(partial: Path, path: Path) -> None:
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config: dict[str, Any] = json.loads(config_file.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2) + "\n")

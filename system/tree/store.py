@@ -28,13 +28,14 @@ from system.tree.record import LEAF_ARRAYS, NODE_ARRAYS, TOKEN_ARRAYS, ForkDecis
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
-_NAME = re.compile(r"trees-(\d{9})\.parquet")
+_NAME = re.compile(r"trees-\d{9}\.parquet")
 
 _ARRAYS = {
     name: pa.from_numpy_dtype(dtype)
     for arrays in (TOKEN_ARRAYS, NODE_ARRAYS, LEAF_ARRAYS)
     for name, dtype in arrays.items()
 }
+_NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64()}
 _FIELDS = {  # of a call or a fork, by the annotation
     "int": pa.int32(),
     "float": pa.float64(),
@@ -54,9 +55,7 @@ SCHEMA = pa.schema(
         *((name, pa.list_(kind)) for name, kind in _ARRAYS.items()),
         ("calls", pa.list_(_CALL)),
         ("forks", pa.list_(_FORK)),
-        ("budget", pa.int32()),
-        ("started_s", pa.float64()),
-        ("closed_s", pa.float64()),
+        *_NUMBERS.items(),
         ("meta", pa.string()),
     ],
     metadata={_VERSION_KEY: SCHEMA_VERSION.encode()},
@@ -88,7 +87,7 @@ class TreeWriter:
             partial.unlink()
         self._files = {path: pq.read_metadata(path).num_rows for path in _files(self.directory)}
         newest = next(reversed(self._files), None)
-        self._next = 0 if newest is None else _number(newest) + self._files[newest]
+        self._next = 0 if newest is None else int(newest.stem.removeprefix("trees-")) + self._files[newest]
         self._waiting: list[Tree] = []
 
     def append(self, tree: Tree) -> None:
@@ -153,12 +152,9 @@ def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
         "number": np.arange(first_number, first_number + len(trees)),
         "prompt_id": [_text(tree.prompt_id) for tree in trees],
         "task": [_text(tree.task) for tree in trees],
-        **{name: [getattr(tree, name) for tree in trees] for name in _ARRAYS},
+        **{name: [getattr(tree, name) for tree in trees] for name in (*_ARRAYS, *_NUMBERS)},
         "calls": [[_row(call) for call in tree.calls] for tree in trees],
         "forks": [[_row(fork) for fork in tree.forks] for tree in trees],
-        "budget": [tree.budget for tree in trees],
-        "started_s": [tree.started_s for tree in trees],
-        "closed_s": [tree.closed_s for tree in trees],
         "meta": [json.dumps(tree.meta) for tree in trees],
     }
     return pa.Table.from_pydict(columns, SCHEMA)
@@ -176,7 +172,7 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
         yield Tree(
             **{name: array[i] for name, array in arrays.items()},
-            **{name: row[name] for name in ("prompt_id", "task", "budget", "started_s", "closed_s")},
+            **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS)},
             calls=tuple(calls),
             forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
             meta=json.loads(row["meta"]),
@@ -186,12 +182,6 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
 def _files(directory: Path) -> list[Path]:
     """Complete files, oldest first."""
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _number(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
 
 
 def _text(text: str) -> str:
