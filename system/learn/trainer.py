@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,6 @@ class Trainer:
             )
         fill_optimizer_state(self.optimizer)
         self._state = TrainingState(self.layout, self.model, self.optimizer, self.reference)
-        self._loss = partial(row_loss, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
         self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
 
     # ------------------------------------------------------------------ training
@@ -221,6 +219,10 @@ class Trainer:
         stats["time_compute_s"] = computed - started
         stats["time_optimizer_s"] = time.perf_counter() - computed
         return stats
+
+    def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        learn = self.learn
+        return row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
 
     def _optimizer_step(self, lr: float) -> tuple[float, bool]:
         """Clip and step; returns (gradient norm, whether the step was taken).  A non-finite gradient is not
