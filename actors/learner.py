@@ -25,8 +25,7 @@ from system import config as configuration
 from system.engine.weights.base import PushFailed, PushReport, Transport
 from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
-from system.tree.pack import pack_share
-from system.tree.packed import PackedBatch
+from system.tree.pack import PackedBatch, pack_share
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 

@@ -36,9 +36,8 @@ ALIVE = {
     "Python reads it": "dont_write_bytecode __stdout__ __stderr__",
     "tokenizers read it": "pre_tokenizer",
     "transformers saves it with the model": "generation_config",
-    "torch's checkpoint calls a planner's methods": "set_up_planner create_local_plan create_global_plan "
-    "finish_plan resolve_data resolve_tensor load_bytes commit_tensor is_coordinator storage_meta",
-    "torch passes it to a random state": "graph_safe",
+    "torch's checkpoint calls a planner's methods": "create_local_plan create_global_plan lookup_object "
+    "lookup_tensor",
     "Megatron passes it to an attention module": "layer_number attn_mask_type attention_type "
     "attention_dropout attention_mask packed_seq_params",
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -54,7 +54,6 @@ class _Record:
     attempt: int = 0  # of its latest ticket
     start_version: int | None = None  # of its latest tree, once that has started
     version: int = -1  # weight version that its update makes, once TRAINING
-    reasons: list[str] = field(default_factory=list)  # why a tree of it was thrown away, one per time
 
 
 _IN_FLIGHT = (State.GROWING, State.QUEUED, State.TRAINING)
@@ -143,15 +142,13 @@ class Ledger:
         if self.ticket(number).attempt >= self.max_attempts:
             self.abandon(number, reason)
             return False
-        record = self._move(number, _IN_FLIGHT, State.PENDING)
-        record.reasons.append(reason)
+        self._move(number, _IN_FLIGHT, State.PENDING)
         self._log("retry", number=number, reason=reason)
         return True
 
     def abandon(self, number: int, reason: str) -> None:
         """Give the prompt up for this epoch."""
-        record = self._move(number, _IN_FLIGHT, State.ABANDONED)
-        record.reasons.append(reason)
+        self._move(number, _IN_FLIGHT, State.ABANDONED)
         self._log("abandon", number=number, reason=reason)
 
     def ticket(self, number: int) -> Ticket:
@@ -169,16 +166,6 @@ class Ledger:
     def numbers(self, state: State) -> list[int]:
         """Tickets in flight in ``state``, oldest first."""
         return sorted(n for n, key in self._tickets.items() if self._records[key].state == state)
-
-    def counts(self) -> dict[State, int]:
-        """Prompts in each state, over all epochs begun."""
-        tally = Counter(record.state for record in self._records.values())
-        tally[State.PENDING] += len(self._order) - self._cursor
-        return {state: tally[state] for state in State}
-
-    def reasons(self) -> dict[str, int]:
-        """Why trees were thrown away or prompts abandoned: how often each reason was given."""
-        return dict(Counter(reason for record in self._records.values() for reason in record.reasons))
 
     def drain(self) -> list[Event]:
         """The events since the last call, in order."""
@@ -219,27 +206,20 @@ class Ledger:
 
     def _apply(self, event: Event) -> None:
         """Repeat a logged event.  Fields are checked against what the ledger would do itself."""
-        match event["event"]:
-            case "issue":
+        match event:
+            case {"event": "issue"}:
                 ticket = self.next()
                 logged = Ticket(event["number"], event["epoch"], event["prompt"], event["attempt"])
                 if ticket != logged:
                     raise LedgerError(f"the log issues {logged} where this run would issue {ticket}")
-            case "queue":
-                self.queue(event["number"])
-            case "train":
-                self.train(event["numbers"], event["version"])
-            case "trained":
-                self.trained(event["numbers"])
-            case "retry":
-                record = self._move(event["number"], _IN_FLIGHT, State.PENDING)
-                record.reasons.append(event["reason"])
-            case "abandon":
-                self.abandon(event["number"], event["reason"])
-            case "restore":
-                self._restore(event["trained_through"])
-            case unknown:
-                raise LedgerError(f"unknown event {unknown!r} in the log")
+            case {"event": "queue" | "train" | "trained" | "abandon" as method, **fields}:
+                getattr(self, method)(**fields)
+            case {"event": "retry"}:
+                self._move(event["number"], _IN_FLIGHT, State.PENDING)
+            case {"event": "restore", **fields}:
+                self._restore(**fields)
+            case _:
+                raise LedgerError(f"unknown event {event['event']!r} in the log")
 
     def _restore(self, trained_through: int) -> None:
         lost = []

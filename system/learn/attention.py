@@ -9,7 +9,7 @@ Neither needs N² memory, and neither pays for pairs in different trees or branc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -126,20 +126,15 @@ def flex_attend(
     return out
 
 
-_compiled: Any = None
-
-
+@cache
 def _compiled_flex() -> Any:
     """``flex_attend`` compiled once per process; one specialisation per packed length, which the trainer
     keeps few.
     """
-    global _compiled
-    if _compiled is None:
-        import torch._dynamo.config as torch_compile  # a second's import, needed on a GPU only
+    import torch._dynamo.config as torch_compile  # a second's import, needed on a GPU only
 
-        torch_compile.recompile_limit = max(torch_compile.recompile_limit, 64)
-        _compiled = torch.compile(flex_attend, dynamic=False, fullgraph=True)
-    return _compiled
+    torch_compile.recompile_limit = max(torch_compile.recompile_limit, 64)
+    return torch.compile(flex_attend, dynamic=False, fullgraph=True)
 
 
 class TreeAttention(torch.nn.Module):

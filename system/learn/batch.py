@@ -54,7 +54,7 @@ class BatchPlanner:
                     some,
                     gains[first:end],
                     w,
-                    budget=self._budget(some),
+                    budget=self._budget(some, self.flat),
                     dp=self.dp,
                     per=self.credit.per,
                     hard=self.credit.hard,
@@ -71,13 +71,12 @@ class BatchPlanner:
         total = max(sum(int(tree.response_tokens.sum()) for tree in trees), 1)
         w = [(tree.response_tokens > 0).astype(np.float32) / np.float32(total) for tree in trees]
         zero: list[Floats] = [np.zeros_like(x) for x in w]
-        budget = row_budget([int(tree.length.sum()) for tree in trees], self.learn.micro_tokens, self.dp)
-        return BatchPlan(
-            [plan_update(trees, zero, w, budget=budget, dp=self.dp, pad_to=self.pad_to)], self.pad_to
-        )
+        budget = self._budget(trees, flat=False)
+        update = plan_update(trees, zero, w, budget=budget, dp=self.dp, pad_to=self.pad_to)
+        return BatchPlan([update], self.pad_to)
 
-    def _budget(self, trees: Sequence[TreeStats]) -> int:
+    def _budget(self, trees: Sequence[TreeStats], flat: bool) -> int:
         sizes = [int(tree.length.sum()) for tree in trees]
-        if self.flat:
+        if flat:
             sizes = [int(n) for tree in trees for n in path_sum(tree.parent, tree.length)[tree.leaf]]
         return row_budget(sizes, self.learn.micro_tokens, self.dp)

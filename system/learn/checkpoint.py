@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,10 +37,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -82,67 +84,115 @@ class Slice:
     step: torch.Tensor  # [] steps taken
 
 
-def save(
-    path: Path,
-    layout: Layout,
-    model: TreeGPTModel,
-    optimizer: MegatronOptimizer,
-    reference: TreeGPTModel | None,
-    *,
-    step: int,
-    extra: dict[str, Any],
-) -> None:
-    """Write a checkpoint; collective over all ranks, which must share the file system.
+class TrainingState:
+    """What a checkpoint holds of a learner rank: model, optimizer, reference model, and torch's generator."""
 
-    The directory appears under its name only when complete, with a manifest of its files' digests, and
-    replaces an older one.
-    """
-    partial = path.with_name(path.name + ".partial")
-    if layout.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    boxes = list(_written(layout, model, optimizer, reference))
-    writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
-    write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
-    dist.barrier()
-    files = sorted(file.name for file in partial.iterdir())
-    mine = {name: _digest(partial / name) for name in files[layout.rank :: dist.get_world_size()]}
-    digests = {name: digest for part in _from_all(mine) for name, digest in part.items()}
-    if layout.rank == 0:
-        with (partial / MANIFEST).open("w") as file:
-            json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(partial, path)
-    dist.barrier()
+    def __init__(
+        self,
+        layout: Layout,
+        model: TreeGPTModel,
+        optimizer: MegatronOptimizer,
+        reference: TreeGPTModel | None,
+    ) -> None:
+        self._layout, self._model, self._optimizer = layout, model, optimizer
+        self._frozen = dict(reference.named_parameters()) if reference is not None else {}
+        self._where = WeightMap.of(model)
 
+    def save(self, path: Path, *, step: int, extra: dict[str, Any]) -> None:
+        """Write a checkpoint; collective over all ranks, which must share the file system.
 
-@torch.no_grad()
-def load(
-    path: Path,
-    layout: Layout,
-    model: TreeGPTModel,
-    optimizer: MegatronOptimizer,
-    reference: TreeGPTModel | None,
-) -> tuple[int, dict[str, Any]]:
-    """Restore everything :func:`save` wrote, whatever layout wrote it; returns (step, extra).
+        The directory appears under its name only when complete, with a manifest of its files' digests, and
+        replaces an older one.
+        """
+        rank, world = self._layout.rank, dist.get_world_size()
+        partial = path.with_name(path.name + ".partial")
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        boxes = [_whole("rng", torch.get_rng_state())] if rank == 0 else []
+        boxes += self._held(writing=True)
+        write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
+        dist.barrier()
+        files = sorted(file.name for file in partial.iterdir())
+        mine = {name: _digest(partial / name) for name in files[rank::world]}
+        digests = {name: digest for part in _from_all(mine) for name, digest in part.items()}
+        if rank == 0:
+            with (partial / MANIFEST).open("w") as file:
+                json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            replace(partial, path)
+        dist.barrier()
 
-    Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is changed,
-    when the checkpoint is missing, incomplete, damaged, or of another model.
-    """
-    manifest = _verified(path, layout)
-    fill_optimizer_state(optimizer)
-    rng = torch.get_rng_state()
-    planner = _BoxLoader([_whole("rng", rng), *_read(layout, model, optimizer, reference)])
-    reader = FileSystemReader(path)
-    _agree(path, planner.missing(reader.read_metadata()))
-    read_boxes({}, storage_reader=reader, planner=planner)
-    for parameter in model.parameters():
-        for held in _slices(optimizer, parameter):
-            held.step.fill_(float(manifest["step"]))
-    torch.set_rng_state(rng)
-    return int(manifest["step"]), manifest["extra"]
+    @torch.no_grad()
+    def load(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Restore everything :meth:`save` wrote, whatever layout wrote it; returns (step, extra).
+
+        Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is
+        changed, when the checkpoint is missing, incomplete, damaged, or of another model.
+        """
+        manifest = _verified(path, self._layout)
+        fill_optimizer_state(self._optimizer)
+        rng = torch.get_rng_state()
+        reader = FileSystemReader(path)
+        planner = _BoxLoader([_whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
+        _agree(path, planner.problems)
+        read_boxes({}, storage_reader=reader, planner=planner)
+        for parameter in self._model.parameters():
+            for held in _slices(self._optimizer, parameter):
+                held.step.fill_(float(manifest["step"]))
+        torch.set_rng_state(rng)
+        return int(manifest["step"]), manifest["extra"]
+
+    def _held(self, *, writing: bool) -> Iterator[Box]:
+        """The boxes that this rank reads: its parameters whole, and what its optimizer holds of them.
+
+        ``writing``: the boxes that it writes; all ranks together write every element once.
+        """
+        layout = self._layout
+        distributed = any(
+            isinstance(inner, DistributedOptimizer)
+            for inner in self._optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        for number, (key, parameter) in enumerate(self._model.named_parameters()):
+            mapped = self._where.parameter(layout.pp_rank, key)
+            if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
+                continue
+            mine = not writing or number % layout.dp == layout.dp_rank  # data-parallel copies share the work
+            parts = [] if writing else [("parameter", parameter.detach(), 0)]
+            if mine or distributed:
+                for held in _slices(self._optimizer, parameter):
+                    parts += [(kind, tensor, held.start) for kind, tensor in held.tensors.items()]
+            if mine and key in self._frozen:
+                parts.append(("reference", self._frozen[key].detach(), 0))
+            for kind, tensor, start in parts:
+                yield from self._boxes(mapped, parameter.shape, kind, tensor, start)
+
+    def _boxes(
+        self, mapped: MappedParameter, shape: torch.Size, kind: str, tensor: torch.Tensor, start: int
+    ) -> Iterator[Box]:
+        """The boxes of Hugging Face tensors that ``tensor`` is: a parameter's elements from ``start`` on.
+
+        ``shape`` is the parameter's.  A slice may begin and end inside a row: each block of rows then gives
+        up to three boxes, a part of a row, whole rows, and a part of a row.
+        """
+        flat = tensor.view(-1)
+        stop = start + flat.numel()
+        width = shape[1] if len(shape) == 2 else 1
+        for block in self._where.blocks(mapped, self._layout.tp_rank):
+            a, b = max(start, block.start * width), min(stop, (block.start + block.rows) * width)
+            while a < b:
+                row, column = divmod(a, width)
+                rows = max(1, (b - a) // width) if column == 0 else 1
+                end = min(b, (row + rows) * width)
+                data = flat[a - start : end - start]
+                offsets = (block.row + row - block.start,)
+                if len(shape) == 2:
+                    offsets, data = (*offsets, block.column + column), data.view(rows, -1)
+                yield Box(f"{kind}/{block.name}", mapped.shapes[block.name], offsets, data)
+                a = end
 
 
 def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -> None:
@@ -164,9 +214,6 @@ def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -
                         state[moment] = torch.zeros_like(parameter)
 
 
-# ---------------------------------------------------------------------- what a rank holds
-
-
 def _slices(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iterator[Slice]:
     """This rank's optimizer state of a parameter: all, or its share (perhaps none) where it is split."""
     for inner in optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
@@ -184,78 +231,6 @@ def _slices(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iter
         yield Slice(start, tensors, state["step"])
 
 
-def _written(
-    layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
-) -> Iterator[Box]:
-    """The boxes that this rank writes; all ranks together write every element once."""
-    where = WeightMap.of(model)
-    frozen = dict(reference.named_parameters()) if reference is not None else {}
-    distributed = any(
-        isinstance(inner, DistributedOptimizer)
-        for inner in optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
-    )
-    if layout.rank == 0:
-        yield _whole("rng", torch.get_rng_state())
-    for number, (key, parameter) in enumerate(model.named_parameters()):
-        mapped = where.parameter(layout.pp_rank, key)
-        if (mapped.replicated and layout.tp_rank) or where.is_copy(key):
-            continue
-        my_turn = number % layout.dp == layout.dp_rank  # data-parallel copies share the work
-        if distributed or my_turn:
-            for held in _slices(optimizer, parameter):
-                for kind, tensor in held.tensors.items():
-                    yield from _boxes(where, mapped, layout, parameter.shape, kind, tensor, held.start)
-        if my_turn and key in frozen:
-            yield from _boxes(where, mapped, layout, parameter.shape, "reference", frozen[key].detach())
-
-
-def _read(
-    layout: Layout, model: TreeGPTModel, optimizer: MegatronOptimizer, reference: TreeGPTModel | None
-) -> Iterator[Box]:
-    """The boxes that this rank needs: its parameters whole, and what its optimizer holds of them."""
-    where = WeightMap.of(model)
-    frozen = dict(reference.named_parameters()) if reference is not None else {}
-    for key, parameter in model.named_parameters():
-        mapped, shape = where.parameter(layout.pp_rank, key), parameter.shape
-        yield from _boxes(where, mapped, layout, shape, "parameter", parameter.detach())
-        for held in _slices(optimizer, parameter):
-            for kind, tensor in held.tensors.items():
-                yield from _boxes(where, mapped, layout, shape, kind, tensor, held.start)
-        if key in frozen:
-            yield from _boxes(where, mapped, layout, shape, "reference", frozen[key].detach())
-
-
-def _boxes(
-    where: WeightMap,
-    mapped: MappedParameter,
-    layout: Layout,
-    shape: torch.Size,
-    kind: str,
-    tensor: torch.Tensor,
-    start: int = 0,
-) -> Iterator[Box]:
-    """The boxes of Hugging Face tensors that ``tensor`` is: the elements from ``start`` on of a parameter.
-
-    ``shape`` is the parameter's.  A slice may begin and end inside a row: each block of rows then gives up to
-    three boxes, a part of a row, whole rows, and a part of a row.
-    """
-    flat = tensor.view(-1)
-    stop = start + flat.numel()
-    width = shape[1] if len(shape) == 2 else 1
-    for block in where.blocks(mapped, layout.tp_rank):
-        a, b = max(start, block.start * width), min(stop, (block.start + block.rows) * width)
-        while a < b:
-            row, column = divmod(a, width)
-            rows = max(1, (b - a) // width) if column == 0 else 1
-            end = min(b, (row + rows) * width)
-            data = flat[a - start : end - start]
-            offsets = (block.row + row - block.start,)
-            if len(shape) == 2:
-                offsets, data = (*offsets, block.column + column), data.view(rows, -1)
-            yield Box(f"{kind}/{block.name}", mapped.shapes[block.name], offsets, data)
-            a = end
-
-
 def _whole(name: str, tensor: torch.Tensor) -> Box:
     return Box(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
@@ -263,14 +238,12 @@ def _whole(name: str, tensor: torch.Tensor) -> Box:
 # ---------------------------------------------------------------------- torch's planners
 
 
-class _BoxSaver(SavePlanner):
+class _BoxSaver(DefaultSavePlanner):
     """Writes this rank's boxes."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        super().__init__()
         self._boxes = {(box.name, box.offsets): box for box in boxes}
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to do: the boxes are known."""
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(
@@ -296,73 +269,42 @@ class _BoxSaver(SavePlanner):
             assert written == math.prod(tensor.size), f"{name}: {written} elements written of {tensor.size}"
         return plans, metadata
 
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        index = write_item.index
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
         return self._boxes[index.fqn, tuple(index.offset)].data
 
 
-class _BoxLoader(LoadPlanner):
-    """Fills this rank's boxes from whatever boxes were written."""
+class _BoxLoader(DefaultLoadPlanner):
+    """Fills this rank's boxes from whatever boxes were written; ``problems`` says why it cannot, if so."""
 
-    def __init__(self, boxes: Sequence[Box]) -> None:
+    def __init__(self, boxes: Iterable[Box], metadata: Metadata) -> None:
+        super().__init__()
+        self.problems: list[str] = []
+        self._items: list[ReadItem] = []
         self._boxes: dict[str, list[Box]] = {}
         for box in boxes:
             self._boxes.setdefault(box.name, []).append(box)
-        self._metadata: Metadata | None = None
-
-    def missing(self, metadata: Metadata) -> str:
-        """Why the checkpoint cannot fill the boxes; empty if it can."""
-        self._metadata = metadata
-        for name, boxes in self._boxes.items():
+        for name, own in self._boxes.items():
             found = metadata.state_dict_metadata.get(name)
             if not isinstance(found, TensorStorageMetadata):
-                return f"it does not hold {name}"
-            if tuple(found.size) != boxes[0].shape:
-                return f"{name} has shape {tuple(found.size)}, not {boxes[0].shape}: another model's"
-            wanted = sum(box.data.numel() for box in boxes)
-            if sum(math.prod(item.lengths) for item in self._items(name, found)) != wanted:
-                return f"parts of {name} are missing"
-        return ""
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        """Nothing to do: the boxes and the metadata are known."""
+                self.problems.append(f"it does not hold {name}")
+            elif tuple(found.size) != own[0].shape:
+                self.problems.append(
+                    f"{name} has shape {tuple(found.size)}, not {own[0].shape}: another model's"
+                )
+            else:
+                items = create_read_items_for_chunk_list(name, found, [box.chunk for box in own])
+                wanted = sum(box.data.numel() for box in own)
+                if sum(math.prod(item.lengths) for item in items) != wanted:
+                    self.problems.append(f"parts of {name} are missing")
+                self._items += items
 
     def create_local_plan(self) -> LoadPlan:
-        assert self._metadata is not None
-        held = self._metadata.state_dict_metadata
-        items = []
-        for name in self._boxes:
-            tensor = held[name]
-            assert isinstance(tensor, TensorStorageMetadata)
-            items += self._items(name, tensor)
-        return LoadPlan(items)
+        return LoadPlan(self._items)
 
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise AssertionError("a learner checkpoint holds tensors only")
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        index = read_item.dest_index
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         assert index.index is not None
-        target = self._boxes[index.fqn][index.index].data
-        for axis, (first, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            target = target.narrow(axis, first, size)
-        return target
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: the reader has copied into our own memory."""
-
-    def _items(self, name: str, tensor: TensorStorageMetadata) -> list[ReadItem]:
-        return create_read_items_for_chunk_list(name, tensor, [box.chunk for box in self._boxes[name]])
+        return self._boxes[index.fqn][index.index].data
 
 
 # ---------------------------------------------------------------------- verification
@@ -371,25 +313,24 @@ class _BoxLoader(LoadPlanner):
 def _verified(path: Path, layout: Layout) -> dict[str, Any]:
     """The manifest, once the ranks have compared every file with it."""
     manifest: dict[str, Any] = {"files": {}}
-    problem = ""
+    problems: list[str] = []
     if (path / MANIFEST).is_file():
         manifest = json.loads((path / MANIFEST).read_text())
     else:
-        problem = f"it is not a learner checkpoint ({MANIFEST} is missing)"
+        problems.append(f"it is not a learner checkpoint ({MANIFEST} is missing)")
     for name in sorted(manifest["files"])[layout.rank :: dist.get_world_size()]:
         if not (path / name).is_file():
-            problem = f"{name} is missing"
+            problems.append(f"{name} is missing")
         elif _digest(path / name) != manifest["files"][name]:
-            problem = f"{name} is damaged: its digest is not the manifest's"
-    _agree(path, problem)
+            problems.append(f"{name} is damaged: its digest is not the manifest's")
+    _agree(path, problems)
     return manifest
 
 
-def _agree(path: Path, problem: str) -> None:
-    """Raise on every rank what any of them found."""
-    problems = [found for found in _from_all(problem) if found]
-    if problems:
-        raise CheckpointError(f"{path}: {problems[0]}")
+def _agree(path: Path, problems: list[str]) -> None:
+    """Raise on every rank the first that any of them found."""
+    for found in filter(None, _from_all(problems)):
+        raise CheckpointError(f"{path}: {found[0]}")
 
 
 def _from_all(value: Any) -> list[Any]:

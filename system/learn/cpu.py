@@ -63,25 +63,11 @@ def install() -> None:
         return
     from megatron.core.tensor_parallel import random as megatron_random
 
-    cpu = torch.device("cpu")
-
-    def current_device() -> torch.device:
-        return cpu
-
-    def synchronize(device: Any = None) -> None:
-        return None
-
-    def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
-
     replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-        (torch.cuda, "current_device", current_device),
-        (torch.cuda, "synchronize", synchronize),
-        (megatron_random, "_get_cuda_rng_state", get_rng_state),
-        (megatron_random, "_set_cuda_rng_state", set_rng_state),
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (megatron_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (megatron_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
     )
     for module, name, replacement in replacements:
         setattr(module, name, replacement)

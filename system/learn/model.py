@@ -47,7 +47,6 @@ class TreeGPTModel(GPTModel):
     def __init__(self, *, shape: ModelShape, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
         self.shape = shape
-        self.rope_theta = shape.rope_theta
         if self.post_process:
             # The head sees chosen rows, which are not spread over the ranks as the hidden states are: each
             # rank computes its vocabulary share for all of them, and their gradients are summed here.
@@ -87,7 +86,7 @@ class TreeGPTModel(GPTModel):
         d = self.config.kv_channels
         assert d is not None
         exponent = torch.arange(0, d, 2, dtype=torch.float32, device=position.device) / d
-        angles = position.float()[:, None] * (1.0 / self.rope_theta**exponent)
+        angles = position.float()[:, None] * (1.0 / self.shape.rope_theta**exponent)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 

@@ -45,9 +45,7 @@ class LossTokens:
     s_minus: torch.Tensor
     mult: torch.Tensor  # Σ w over the scored leaves below
     staleness: torch.Tensor  # versions between the sampling policy and the trained one
-    proximal: torch.Tensor | None = (
-        None  # under the policy at the start of the batch; None: that is the current one
-    )
+    proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
 
 
@@ -105,7 +103,7 @@ class Objective(ABC):
 
     # Which ratio it clips: π_θ/μ, or π_θ/π_proximal with the policy at the start of the batch as the latter,
     # which the trainer then computes for every update but the first.
-    ratio: ClassVar[Literal["behaviour", "proximal"]]
+    ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
     flat: ClassVar[bool] = False  # train root-to-leaf paths instead of trees
     supervised: ClassVar[bool] = False  # the model as it is: no temperature, no regularisers
 
@@ -180,8 +178,6 @@ def clipped_surrogate(
 class Ppo(Objective):
     """PPO-clip (Schulman et al., arXiv 1707.06347) with dual clip, on r = π_θ/μ."""
 
-    ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
-
     def __init__(self, clip_low: float, clip_high: float, dual_clip: float) -> None:
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
 
@@ -233,7 +229,6 @@ class Decoupled(Ppo):
 class NegativeLogLikelihood(Objective):
     """The warm start's Σ -mult·log π_θ."""
 
-    ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
     supervised: ClassVar[bool] = True
 
     def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:

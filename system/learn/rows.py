@@ -13,95 +13,75 @@ from system.learn.logprob import vocab_parallel_logprob_entropy
 from system.learn.model import TreeGPTModel
 from system.learn.objective import LossTokens
 from system.learn.parallel import Layout
-from system.tree.packed import PackedBatch
+from system.tree.pack import PackedBatch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One packed row of N tokens on this rank's device, and the M tokens of it to score."""
 
+    batch: PackedBatch
+    scored: np.ndarray  # [M] int64 index of each target in the row
     tokens: torch.Tensor  # [N] int64
     position: torch.Tensor  # [N] int64
     mask: TreeMask
     predictor: torch.Tensor  # [M] int64 rows whose logits are needed
     target: torch.Tensor  # [M] int64 the tokens they predict
-    scored: np.ndarray  # [M] int64 index of each target in the row
-    n_tokens: int  # without padding
+    proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
 
     @staticmethod
-    def of(batch: PackedBatch, scored: np.ndarray, device: torch.device) -> Row:
+    def of(batch: PackedBatch, device: torch.device, *, trained: bool) -> Row:
+        """``trained``: score the tokens that are trained on, not every one that has a predecessor."""
+
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array.astype(np.int64)).to(device)
 
+        scored = np.flatnonzero((batch.predictor >= 0) & ((batch.mult > 0) | (not trained)))
         return Row(
+            batch=batch,
+            scored=scored,
             tokens=put(batch.tokens),
             position=put(batch.position),
             mask=TreeMask(put(batch.exit)),
             predictor=put(batch.predictor[scored]),
             target=put(batch.tokens[scored]),
-            scored=scored,
-            n_tokens=int((batch.tree >= 0).sum()),
         )
-
-    @property
-    def length(self) -> int:
-        """N: tokens with padding."""
-        return self.tokens.numel()
 
     def run(self, model: TreeGPTModel) -> torch.Tensor:
         """The forward pass of this rank's stage: logits of the targets on the last, hidden states before."""
         return model(self.tokens, self.position, self.mask, self.predictor)
 
+    def logprob_entropy(
+        self, logits: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[M] log-probability and [M] entropy of the targets under the policy softmax(logits / temperature).
 
-def loss_row(batch: PackedBatch, device: torch.device) -> Row:
-    """The row of a micro-batch with its trained tokens."""
-    return Row.of(batch, np.flatnonzero((batch.mult > 0) & (batch.predictor >= 0)), device)
+        ``logits`` ``[M, V/tp]``: what :meth:`run` returns on the last pipeline stage.
+        """
+        if temperature != 1.0:
+            logits = logits / temperature
+        return vocab_parallel_logprob_entropy(logits, self.target, model.shape.vocab, layout.tp_group)
 
+    def loss_tokens(
+        self, logprob: torch.Tensor, entropy: torch.Tensor, version: int, reference: torch.Tensor | None
+    ) -> LossTokens:
+        """The objective's view of the row.  ``version``: the weight version that is being trained."""
 
-def score_row(batch: PackedBatch, device: torch.device) -> Row:
-    """The row with every token that has a predecessor, whoever wrote it."""
-    return Row.of(batch, np.flatnonzero(batch.predictor >= 0), device)
+        def pick(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array[self.scored].astype(np.float32)).to(logprob.device)
 
-
-def logprob_entropy(
-    logits: torch.Tensor, row: Row, model: TreeGPTModel, layout: Layout, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[M] log-probability and [M] entropy of the row's targets under the policy softmax(logits /
-    temperature).
-
-    ``logits`` ``[M, V/tp]``: what ``row.run(model)`` returns on the last pipeline stage.
-    """
-    if temperature != 1.0:
-        logits = logits / temperature
-    return vocab_parallel_logprob_entropy(logits, row.target, model.shape.vocab, layout.tp_group)
-
-
-def loss_tokens(
-    batch: PackedBatch,
-    row: Row,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    *,
-    version: int,
-    proximal: torch.Tensor | None = None,
-    reference: torch.Tensor | None = None,
-) -> LossTokens:
-    """The objective's view of a row.  ``version``: the weight version that is being trained."""
-
-    def pick(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array[row.scored].astype(np.float32)).to(logprob.device)
-
-    return LossTokens(
-        logprob=logprob,
-        entropy=entropy,
-        behaviour=pick(batch.logprob),
-        s_plus=pick(batch.s_plus),
-        s_minus=pick(batch.s_minus),
-        mult=pick(batch.mult),
-        staleness=pick(version - batch.version),
-        proximal=proximal,
-        reference=reference,
-    )
+        batch = self.batch
+        return LossTokens(
+            logprob=logprob,
+            entropy=entropy,
+            behaviour=pick(batch.logprob),
+            s_plus=pick(batch.s_plus),
+            s_minus=pick(batch.s_minus),
+            mult=pick(batch.mult),
+            staleness=pick(version - batch.version),
+            proximal=self.proximal,
+            reference=reference,
+        )
 
 
 def row_padding(micro_tokens: int, device: torch.device, spread: int = 1) -> int:

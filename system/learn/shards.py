@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from system.learn.model import TreeGPTModel, padded_vocab_size
 from system.models.shape import ModelShape
 
@@ -45,6 +47,11 @@ class RowBlock:
     row: int  # first row in it
     column: int = 0  # first column in it; the box is as wide as the parameter
 
+    def box(self, shard: torch.Tensor) -> tuple[slice, ...]:
+        """The box, as an index of the tensor; ``shard`` is the parameter."""
+        rows = slice(self.row, self.row + self.rows)
+        return (rows,) if shard.dim() == 1 else (rows, slice(self.column, self.column + shard.size(1)))
+
 
 @dataclass(frozen=True)
 class MappedParameter:
@@ -76,7 +83,6 @@ class WeightMap:
     def __init__(self, shape: ModelShape, tp: int, pp: int) -> None:
         self.tp, self.pp, self.tied = tp, pp, shape.tied
         self._layers, self._groups = shape.layers, shape.kv_heads
-        self._qkv_bias, self._qk_norm = shape.qkv_bias, shape.qk_norm
         self._shapes = shape.tensors()
 
     def parameters(self) -> list[MappedParameter]:
@@ -86,7 +92,11 @@ class WeightMap:
         per_stage = self._layers // self.pp
         for layer in range(self._layers):
             stage, local = divmod(layer, per_stage)
-            names += [(stage, f"decoder.layers.{local}.{suffix}") for suffix in _LAYER if self._has(suffix)]
+            names += [
+                (stage, f"decoder.layers.{local}.{suffix}")
+                for suffix, (_, short) in _LAYER.items()
+                if f"model.layers.{layer}.{short[0]}" in self._shapes
+            ]
         names += [(self.pp - 1, name) for name in (top[1:2] if self.tied else top[1:])]
         return [self.parameter(stage, name) for stage, name in names]
 
@@ -131,10 +141,7 @@ class WeightMap:
                 here = self._groups // self.tp
                 return [
                     RowBlock(
-                        local * sum(sizes) + sum(sizes[:i]),
-                        sizes[i],
-                        name,
-                        (rank * here + local) * sizes[i],
+                        local * sum(sizes) + sum(sizes[:i]), sizes[i], name, (rank * here + local) * sizes[i]
                     )
                     for local in range(here)
                     for i, name in enumerate(names)
@@ -153,8 +160,3 @@ class WeightMap:
                 return (padded_vocab_size(rows, self.tp) // self.tp, shapes[0][1])
             case "gate-up" | "query-groups":
                 return (rows // self.tp, *shapes[0][1:])
-
-    def _has(self, suffix: str) -> bool:
-        if suffix.endswith("linear_qkv.bias"):
-            return self._qkv_bias
-        return self._qk_norm or not suffix.endswith(("q_layernorm.weight", "k_layernorm.weight"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from numpy.typing import NDArray
 
 from system.config import Config
-from system.learn import checkpoint, cpu, parallel, weights
+from system.learn import cpu, parallel, weights
 from system.learn.batch import BatchPlanner
+from system.learn.checkpoint import TrainingState, fill_optimizer_state
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -34,31 +34,16 @@ from system.learn.objective import (
     row_loss,
 )
 from system.learn.pipeline import Pipeline
-from system.learn.rows import (
-    Row,
-    logprob_entropy,
-    loss_row,
-    loss_tokens,
-    row_padding,
-    score_row,
-)
-from system.learn.weights import Export, HuggingFaceFiles
+from system.learn.rows import Row, row_padding
+from system.learn.weights import Export
 from system.models.files import DTYPES
-from system.tree.pack import pack
-from system.tree.packed import PackedBatch
+from system.tree.pack import PackedBatch, pack
 from system.tree.plan import Part
 from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
 
 _CREDIT = "credit"  # the credit's state among what a checkpoint keeps besides tensors
-
-
-@dataclass
-class _MicroBatch:
-    batch: PackedBatch
-    row: Row
-    proximal: torch.Tensor | None = None
 
 
 class Trainer:
@@ -81,8 +66,7 @@ class Trainer:
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer)
-        with HuggingFaceFiles(hf_path) as files:
-            weights.load(self.model, self.layout, files.read)
+        weights.load(self.model, self.layout, hf_path)
         self.reference: TreeGPTModel | None = None
         if learn.kl_coef:
             self.reference = build(shape, transformer)
@@ -108,7 +92,8 @@ class Trainer:
                 ),
                 [self.ddp],
             )
-        checkpoint.fill_optimizer_state(self.optimizer)
+        fill_optimizer_state(self.optimizer)
+        self._state = TrainingState(self.layout, self.model, self.optimizer, self.reference)
         self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
 
     # ------------------------------------------------------------------ training
@@ -123,9 +108,9 @@ class Trainer:
         if self.objective.ratio == "proximal":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
             # pass.
-            later = [micro for step in steps[1:] for micro in step]
-            for micro, scores in zip(later, self._score(self.model, [m.row for m in later]), strict=True):
-                micro.proximal = scores
+            later = [row for step in steps[1:] for row in step]
+            for row, scores in zip(later, self._score(self.model, later), strict=True):
+                row.proximal = scores
         return _combine([self._update(self.objective, step, version, self._lr()) for step in steps])
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
@@ -139,12 +124,16 @@ class Trainer:
         rows = []
         for tree in trees:
             whole = Part(0, np.arange(tree.n_nodes), np.zeros((tree.n_nodes, 3)), tree.n_tokens)
-            rows.append(score_row(pack([whole], {0: tree}, self._padding), self.layout.device))
+            packed = pack([whole], {0: tree}, self._padding)
+            rows.append(Row.of(packed, self.layout.device, trained=False))
         results = []
         for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
             if scores is None:
                 scores = torch.empty(row.target.numel(), device=self.layout.device)
-            self._tell_all_stages(scores)
+            # From the last stage to the others.
+            layout = self.layout
+            last = layout.global_rank(tp_rank=layout.tp_rank, dp_rank=layout.dp_rank, pp_rank=layout.pp - 1)
+            torch.distributed.broadcast(scores, src=last, group=layout.pp_group)
             values = np.full(tree.n_tokens, np.nan, np.float32)
             values[row.scored] = scores.cpu().numpy()
             results.append(values)
@@ -154,7 +143,7 @@ class Trainer:
         """Where reinforcement learning begins: zero moments and step count, reference model := current
         policy.
         """
-        checkpoint.fill_optimizer_state(self.optimizer, reset=True)
+        fill_optimizer_state(self.optimizer, reset=True)
         self.step_count = 0
         self._freeze_reference()
 
@@ -179,21 +168,11 @@ class Trainer:
         """
         if state := self.planner.credit.state_dict():
             extra = {**extra, _CREDIT: state}
-        checkpoint.save(
-            Path(path),
-            self.layout,
-            self.model,
-            self.optimizer,
-            self.reference,
-            step=self.step_count,
-            extra=extra,
-        )
+        self._state.save(Path(path), step=self.step_count, extra=extra)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint, whatever layout wrote it; returns its ``extra``."""
-        self.step_count, extra = checkpoint.load(
-            Path(path), self.layout, self.model, self.optimizer, self.reference
-        )
+        self.step_count, extra = self._state.load(Path(path))
         if state := extra.pop(_CREDIT, None):
             self.planner.credit.load_state_dict(state)
         return extra
@@ -204,16 +183,13 @@ class Trainer:
 
     # ------------------------------------------------------------------ inside one step
 
-    def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[_MicroBatch]:
-        return [_MicroBatch(batch, loss_row(batch, self.layout.device)) for batch in micro_batches]
+    def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
+        return [Row.of(batch, self.layout.device, trained=True) for batch in micro_batches]
 
-    def _update(
-        self, objective: Objective, micro_batches: Sequence[_MicroBatch], version: int, lr: float
-    ) -> dict[str, float]:
+    def _update(self, objective: Objective, rows: Sequence[Row], version: int, lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""
         temperature = 1.0 if objective.supervised else self.config.rollout.temperature
         started = time.perf_counter()
-        rows = [micro.row for micro in micro_batches]
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
             references = self._score(self.reference, rows)
@@ -222,26 +198,17 @@ class Trainer:
         statistics = Statistics()
 
         def compute(i: int) -> torch.Tensor:
-            micro, row = micro_batches[i], rows[i]
+            row = rows[i]
             output = row.run(self.model)
             if not self.layout.last_stage:
                 return output
-            logprob, entropy = logprob_entropy(output, row, self.model, self.layout, temperature)
-            tokens = loss_tokens(
-                micro.batch,
-                row,
-                logprob,
-                entropy,
-                version=version,
-                proximal=micro.proximal,
-                reference=references[i],
-            )
-            loss, measured = self._loss(objective, tokens)
-            measured.sums["tokens_computed"] = loss.new_tensor(row.n_tokens).detach()
+            logprob, entropy = row.logprob_entropy(output, self.model, self.layout, temperature)
+            loss, measured = self._loss(objective, row.loss_tokens(logprob, entropy, version, references[i]))
+            measured.sums["tokens_computed"] = loss.new_tensor(int((row.batch.tree >= 0).sum())).detach()
             statistics.add(measured)
             return loss
 
-        Pipeline(self.model, self.layout).train([row.length for row in rows], compute)
+        Pipeline(self.model, self.layout).train([row.tokens.numel() for row in rows], compute)
         # A rank without micro-batches still joins the reduction, with zeros.
         finalize_model_grads([self.ddp])
         computed = time.perf_counter()
@@ -290,17 +257,10 @@ class Trainer:
             if not self.layout.last_stage:
                 return output
             temperature = self.config.rollout.temperature
-            return logprob_entropy(output, rows[i], model, self.layout, temperature)[0]
+            return rows[i].logprob_entropy(output, model, self.layout, temperature)[0]
 
-        scores = Pipeline(model, self.layout).score([row.length for row in rows], compute)
+        scores = Pipeline(model, self.layout).score([row.tokens.numel() for row in rows], compute)
         return [*scores] if self.layout.last_stage else [None] * len(rows)
-
-    def _tell_all_stages(self, values: torch.Tensor) -> None:
-        """Give the last stage's values to the others, in place."""
-        source = self.layout.global_rank(
-            tp_rank=self.layout.tp_rank, dp_rank=self.layout.dp_rank, pp_rank=self.layout.pp - 1
-        )
-        torch.distributed.broadcast(values, src=source, group=self.layout.pp_group)
 
     def _freeze_reference(self) -> None:
         if self.reference is not None:

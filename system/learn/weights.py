@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,74 +22,33 @@ from safetensors.torch import save_file
 from system.config import ConfigError
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
-from system.learn.shards import MappedParameter, RowBlock, WeightMap
+from system.learn.shards import MappedParameter, WeightMap
 from system.models.files import INDEX, SINGLE, weight_files, write_index
 
 Bucket = dict[str, torch.Tensor]
 
-# (tensor name, its expected shape, (first row, rows), (first column, columns)) -> the box; columns are None
-# for vectors.
-Reader = Callable[[str, tuple[int, ...], tuple[int, int], tuple[int, int] | None], torch.Tensor]
-
-
-class HuggingFaceFiles:
-    """Boxes of the tensors in a Hugging Face directory's safetensors files, read without the rest.
-
-    A context manager: files stay open (memory-mapped) inside it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._open = ExitStack()
-        self._handles: dict[str, Any] = {}
-        self._where = weight_files(path)
-
-    def __enter__(self) -> HuggingFaceFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handles.clear()
-        self._open.close()
-
-    def read(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        rows: tuple[int, int],
-        columns: tuple[int, int] | None,
-    ) -> torch.Tensor:
-        """The box of tensor ``name`` from ``rows`` = (first, number) and ``columns``.
-
-        Raises ``ConfigError`` when the tensor is missing or not of ``shape``.
-        """
-        if name not in self._where:
-            raise ConfigError(f"{self._path}: the weights lack {name}")
-        tensor = self._file(self._where[name]).get_slice(name)
-        found = tuple(tensor.get_shape())
-        if found != shape:
-            raise ConfigError(f"{self._path}: {name} has shape {found}; the configuration makes it {shape}")
-        chosen = slice(rows[0], sum(rows))
-        return tensor[chosen] if columns is None else tensor[chosen, columns[0] : sum(columns)]
-
-    def _file(self, name: str) -> Any:
-        if name not in self._handles:
-            file = safe_open(self._path / name, framework="pt")
-            self._handles[name] = self._open.enter_context(file)
-        return self._handles[name]
-
 
 @torch.no_grad()
-def load(model: TreeGPTModel, layout: Layout, read: Reader) -> None:
-    """Fill this rank's shard of every parameter, box by box (:meth:`HuggingFaceFiles.read`)."""
-    where = WeightMap.of(model)
+def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
+    """Fill this rank's shard of every parameter from a Hugging Face directory.
+
+    Raises ``ConfigError`` when a tensor is missing or of another shape.
+    """
+    where, file_of = WeightMap.of(model), weight_files(path)
+    files = {name: safe_open(Path(path) / name, framework="pt") for name in set(file_of.values())}
     for key, parameter in model.named_parameters():
         mapped = where.parameter(layout.pp_rank, key)
         assert tuple(parameter.shape) == where.shard_shape(mapped), key
         filled = 0
         for block in where.blocks(mapped, layout.tp_rank):
-            columns = (block.column, parameter.size(1)) if parameter.dim() == 2 else None
-            box = read(block.name, mapped.shapes[block.name], (block.row, block.rows), columns)
-            parameter[block.start : block.start + block.rows].copy_(box)
+            name, shape = block.name, mapped.shapes[block.name]
+            if name not in file_of:
+                raise ConfigError(f"{path}: the weights lack {name}")
+            tensor = files[file_of[name]].get_slice(name)
+            found = tuple(tensor.get_shape())
+            if found != shape:
+                raise ConfigError(f"{path}: {name} has shape {found}; the configuration makes it {shape}")
+            parameter[block.start : block.start + block.rows].copy_(tensor[block.box(parameter)])
             filled += block.rows
         parameter[filled:].zero_()  # rows that pad the vocabulary
 
@@ -160,13 +118,9 @@ class Export:
                 part = received
             assert part is not None
             for block in self._map.blocks(mapped, tp_rank):
-                _box(full[block.name], block, part).copy_(part[block.start : block.start + block.rows])
+                rows = part[block.start : block.start + block.rows]
+                full[block.name][block.box(part)].copy_(rows)
         return {name: tensor.cpu() for name, tensor in full.items()}
-
-
-def _box(full: torch.Tensor, block: RowBlock, shard: torch.Tensor) -> torch.Tensor:
-    rows = full[block.row : block.row + block.rows]
-    return rows if full.dim() == 1 else rows[:, block.column : block.column + shard.size(1)]
 
 
 def save_hf(
@@ -188,7 +142,10 @@ def save_hf(
     for file in Path(source).iterdir():
         if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
             shutil.copy(file, partial)
-    _state_dtype(partial / "config.json", model.config.params_dtype)
+    config: dict[str, Any] = json.loads((partial / "config.json").read_text())
+    config.pop("torch_dtype", None)  # an older name of it
+    config["dtype"] = str(model.config.params_dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     where: dict[str, str] = {}
     total, count = 0, len(export.plan)
     for number, bucket in enumerate(export.buckets(), 1):
@@ -210,10 +167,3 @@ def replace(partial: Path, path: Path) -> None:
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config: dict[str, Any] = json.loads(config_file.read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2) + "\n")

@@ -206,10 +206,7 @@ class TreeBuilder:
         tree = Tree(
             prompt_id=self.prompt_id,
             task=self.task,
-            tokens=np.concatenate([n.path.view(n.begin, n.end) for n in kept]),
-            logprob=np.concatenate([chunk for n in kept for chunk in n.logprob]),
-            entropy=np.concatenate([chunk for n in kept for chunk in n.entropy]),
-            version=np.concatenate([chunk for n in kept for chunk in n.version]),
+            **_token_arrays(kept),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
             parent=np.array([-1 if n.parent < 0 else index[n.parent] for n in kept], np.int32),
             kind=np.array([n.kind for n in kept], np.int8),
@@ -244,10 +241,7 @@ class TreeBuilder:
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
-            "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
-            "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
-            "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
-            "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
+            **_token_arrays(nodes),
             "parent": np.array([n.parent for n in nodes], np.int32),
             "kind": np.array([n.kind for n in nodes], np.int8),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
@@ -328,6 +322,16 @@ class TreeBuilder:
             if index[handle] < 0:
                 index[handle] = index[node.parent]
         return index
+
+
+def _token_arrays(nodes: Sequence[_Node]) -> dict[str, NDArray[Any]]:
+    """The arrays [T] of the tokens of ``nodes``, one node after the other."""
+    return {
+        "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
+        "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
+        "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
+        "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
+    }
 
 
 def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:

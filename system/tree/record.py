@@ -53,9 +53,6 @@ class Outcome(IntEnum):
         return self in (Outcome.STOPPED, Outcome.LENGTH, Outcome.CALL_LIMIT)
 
 
-_SCORED = np.array([outcome for outcome in Outcome if outcome.scored], np.int8)
-
-
 class Origin(IntEnum):
     """Where a leaf's branch came from; over a tree, roots + forks + top_ups == n."""
 
@@ -134,11 +131,6 @@ class Tree:
         """[J] one past each node's last own token."""
         return np.append(self.start[1:], np.int32(self.n_tokens)).astype(np.int32)
 
-    @property
-    def scored(self) -> NDArray[np.bool_]:
-        """[L] leaves that may teach: they have a reward, and an outcome that counts (``Outcome.scored``)."""
-        return scored(self.reward, self.outcome)
-
     def path(self, leaf: int) -> list[int]:
         """Nodes from the root to leaf number ``leaf``, in order."""
         return path(self.parent, int(self.leaf[leaf])).tolist()
@@ -172,16 +164,8 @@ def token_node(tree: Tree) -> Int32:
 
 def subtree_end(tree: Tree) -> Int32:
     """[J] one past each node's subtree: u descends from v, or is v, iff v <= u < subtree_end[v]."""
-    end = np.arange(1, tree.n_nodes + 1, dtype=np.int32)
-    for node in range(tree.n_nodes - 1, 0, -1):  # children before parents
-        above = tree.parent[node]
-        end[above] = max(end[above], end[node])
-    return end
-
-
-def scored(reward: Float32, outcome: Int8) -> NDArray[np.bool_]:
-    """[L] leaves that have a reward, and an outcome that counts (``Outcome.scored``)."""
-    return np.isfinite(reward) & np.isin(outcome, _SCORED)
+    size = subtree_sum(tree.parent, np.ones(tree.n_nodes, np.int64))
+    return (np.arange(tree.n_nodes) + size).astype(np.int32)
 
 
 def path(parent: Int32, node: int) -> Int64:
@@ -229,7 +213,7 @@ def validate(tree: Tree) -> None:
         (tree.logprob[~sampled] == 0, "a log-probability on a token that was not sampled"),
         (tree.tokens >= 0, "a negative token id"),
     ):
-        _require(bool(np.all(ok)), tree, defect)
+        _require(ok, tree, defect)
     for record in (*tree.calls, *tree.forks):
         _require(0 <= record.node < tree.n_nodes, tree, f"{type(record).__name__} names node {record.node}")
 
@@ -246,43 +230,33 @@ def _check_arrays(tree: Tree) -> None:
 def _check_nodes(tree: Tree) -> None:
     _require(tree.n_nodes > 0, tree, "it has no nodes")
     _require(tree.start[0] == 0, tree, "its first node does not start at token 0")
-    _require(bool(np.all(np.diff(tree.start, append=tree.n_tokens) > 0)), tree, "an empty node")
+    _require(np.diff(tree.start, append=tree.n_tokens) > 0, tree, "an empty node")
     _require(tree.parent[0] == -1, tree, "its first node is not a root")
     _require(tree.kind[0] == Kind.PROMPT, tree, "its root is not a PROMPT")
-    _require(
-        bool(np.all(np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL)))),
-        tree,
-        "a node below the root of no known kind",
-    )
+    below = np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL))
+    _require(below, tree, "a node below the root of no known kind")
     parent, node = tree.parent[1:], np.arange(1, tree.n_nodes, dtype=np.int32)
-    _require(
-        bool(np.all((parent >= 0) & (parent < node))), tree, "a node that does not come after its parent"
-    )
-    # Pre-order iff every subtree is contiguous: as many nodes as lie between its head and its last
-    # descendant.
+    _require((parent >= 0) & (parent < node), tree, "a node that does not come after its parent")
+    # A subtree of n nodes ends n behind its head.  Pre-order iff each ends within its parent's: then the
+    # n descendants of a node lie in the n places from it on.
     end = subtree_end(tree)
-    sizes = np.ones(tree.n_nodes, np.int64)
-    for child in node[::-1]:
-        sizes[tree.parent[child]] += sizes[child]
-    _require(bool(np.all(end - np.arange(tree.n_nodes) == sizes)), tree, "nodes out of depth-first pre-order")
+    _require(end[1:] <= end[parent], tree, "nodes out of depth-first pre-order")
 
 
 def _check_leaves(tree: Tree) -> None:
-    _require(bool(np.all((tree.leaf >= 0) & (tree.leaf < tree.n_nodes))), tree, "a leaf that names no node")
+    _require((tree.leaf >= 0) & (tree.leaf < tree.n_nodes), tree, "a leaf that names no node")
     childless = np.setdiff1d(np.arange(tree.n_nodes), tree.parent)
     bare = np.setdiff1d(childless, tree.leaf)
     _require(bare.size == 0, tree, f"node {bare[:1]} ends a branch, but no leaf says why it ended")
-    _require(bool(np.all(np.isin(tree.outcome, list(Outcome)))), tree, "an unknown outcome")
-    _require(bool(np.all(np.isin(tree.origin, list(Origin)))), tree, "an unknown origin")
-    _require(not bool(np.any(np.isinf(tree.reward))), tree, "an infinite reward")
-    _require(bool(np.all((tree.correct >= -1) & (tree.correct <= 1))), tree, "`correct` outside -1, 0, 1")
-    _require(
-        bool(np.all((tree.correct >= 0) == np.isfinite(tree.reward))),
-        tree,
-        "`correct` and reward disagree on which leaves are scored",
-    )
+    _require(np.isin(tree.outcome, list(Outcome)), tree, "an unknown outcome")
+    _require(np.isin(tree.origin, list(Origin)), tree, "an unknown origin")
+    _require(~np.isinf(tree.reward), tree, "an infinite reward")
+    _require((tree.correct >= -1) & (tree.correct <= 1), tree, "`correct` outside -1, 0, 1")
+    agree = (tree.correct >= 0) == np.isfinite(tree.reward)
+    _require(agree, tree, "`correct` and reward disagree on which leaves are scored")
 
 
-def _require(ok: bool, tree: Tree, defect: str) -> None:
-    if not ok:
+def _require(ok: bool | np.bool_ | NDArray[np.bool_], tree: Tree, defect: str) -> None:
+    """``defect`` is what the tree has unless ``ok``, or all of it, holds."""
+    if not np.all(ok):
         raise TreeError(f"tree of prompt {tree.prompt_id!r}: {defect}")

@@ -26,8 +26,9 @@ from system.tree.record import (
     leaf_sum,
     path,
     path_sum,
-    scored,
 )
+
+_SCORED = np.array([outcome for outcome in Outcome if outcome.scored], np.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,11 @@ class TreeStats:
 
     @property
     def scored(self) -> NDArray[np.bool_]:
-        """[L] leaves that may teach (:attr:`Tree.scored`): the others have weight 0 whatever their credit."""
-        return scored(self.reward, self.outcome)
+        """[L] leaves that may teach: they have a reward, and an outcome that counts (``Outcome.scored``).
+
+        The others have weight 0 whatever their credit.
+        """
+        return np.isfinite(self.reward) & np.isin(self.outcome, _SCORED)
 
     @property
     def scored_below(self) -> Int64:

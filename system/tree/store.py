@@ -16,27 +16,26 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from system.errors import EspalierError
 from system.tree.record import LEAF_ARRAYS, NODE_ARRAYS, TOKEN_ARRAYS, ForkDecision, ToolCall, Tree
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
-_NAME = re.compile(r"trees-(\d{9})\.parquet")
+_NAME = re.compile(r"trees-\d{9}\.parquet")
 
 _ARRAYS = {
     name: pa.from_numpy_dtype(dtype)
     for arrays in (TOKEN_ARRAYS, NODE_ARRAYS, LEAF_ARRAYS)
     for name, dtype in arrays.items()
 }
+_NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64()}
 _FIELDS = {  # of a call or a fork, by the annotation
     "int": pa.int32(),
     "float": pa.float64(),
@@ -56,9 +55,7 @@ SCHEMA = pa.schema(
         *((name, pa.list_(kind)) for name, kind in _ARRAYS.items()),
         ("calls", pa.list_(_CALL)),
         ("forks", pa.list_(_FORK)),
-        ("budget", pa.int32()),
-        ("started_s", pa.float64()),
-        ("closed_s", pa.float64()),
+        *_NUMBERS.items(),
         ("meta", pa.string()),
     ],
     metadata={_VERSION_KEY: SCHEMA_VERSION.encode()},
@@ -90,7 +87,7 @@ class TreeWriter:
             partial.unlink()
         self._files = {path: pq.read_metadata(path).num_rows for path in _files(self.directory)}
         newest = next(reversed(self._files), None)
-        self._next = 0 if newest is None else _number(newest) + self._files[newest]
+        self._next = 0 if newest is None else int(newest.stem.removeprefix("trees-")) + self._files[newest]
         self._waiting: list[Tree] = []
 
     def append(self, tree: Tree) -> None:
@@ -151,23 +148,16 @@ def read_trees(directory: str | Path) -> Iterator[Tree]:
 
 def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
     """An Arrow table of :data:`SCHEMA`, one row per tree."""
-    columns: dict[str, Any] = {
+    columns = {
         "number": np.arange(first_number, first_number + len(trees)),
         "prompt_id": [_text(tree.prompt_id) for tree in trees],
         "task": [_text(tree.task) for tree in trees],
-        **{name: _lists([getattr(tree, name) for tree in trees], kind) for name, kind in _ARRAYS.items()},
+        **{name: [getattr(tree, name) for tree in trees] for name in (*_ARRAYS, *_NUMBERS)},
         "calls": [[_row(call) for call in tree.calls] for tree in trees],
         "forks": [[_row(fork) for fork in tree.forks] for tree in trees],
-        "budget": [tree.budget for tree in trees],
-        "started_s": [tree.started_s for tree in trees],
-        "closed_s": [tree.closed_s for tree in trees],
         "meta": [json.dumps(tree.meta) for tree in trees],
     }
-    arrays = [
-        column if isinstance(column := columns[field.name], pa.Array) else pa.array(column, field.type)
-        for field in SCHEMA
-    ]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    return pa.Table.from_pydict(columns, SCHEMA)
 
 
 def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
@@ -175,13 +165,14 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
     version = (table.schema.metadata or {}).get(_VERSION_KEY, b"").decode()
     if version != SCHEMA_VERSION:
         raise StoreError(f"{source}: tree schema {version or 'missing'}; this version reads {SCHEMA_VERSION}")
-    arrays = {name: _arrays(table.column(name)) for name in _ARRAYS}
+    # Each array in its own memory, lest one tree keep the whole table alive.
+    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in _ARRAYS}
     rows = table.drop_columns(list(_ARRAYS)).to_pylist()
     for i, row in enumerate(rows):
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
         yield Tree(
             **{name: array[i] for name, array in arrays.items()},
-            **{name: row[name] for name in ("prompt_id", "task", "budget", "started_s", "closed_s")},
+            **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS)},
             calls=tuple(calls),
             forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
             meta=json.loads(row["meta"]),
@@ -191,12 +182,6 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
 def _files(directory: Path) -> list[Path]:
     """Complete files, oldest first."""
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _number(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
 
 
 def _text(text: str) -> str:
@@ -209,19 +194,3 @@ def _row(record: ToolCall | ForkDecision) -> dict[str, Any]:
     if isinstance(record, ToolCall):
         row |= {"tool": _text(record.tool), "arguments": json.dumps(record.arguments)}
     return row
-
-
-def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
-    offsets = np.cumsum([0, *(row.size for row in rows)]).astype(np.int32)
-    values = np.concatenate(rows) if rows else np.zeros(0)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, kind))
-
-
-def _arrays(column: pa.ChunkedArray) -> list[NDArray[Any]]:
-    """One array per row, each its own memory."""
-    rows = []
-    for chunk in column.chunks:
-        offsets = chunk.offsets.to_numpy()
-        values = chunk.values.to_numpy()
-        rows += [values[start:stop].copy() for start, stop in pairwise(offsets)]
-    return rows

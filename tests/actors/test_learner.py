@@ -15,7 +15,7 @@ from system.config import Config, PartConfig
 from system.learn.batch import BatchPlanner
 from system.learn.credit.base import Credit
 from system.tree.builder import TreeBuilder
-from system.tree.packed import PackedBatch
+from system.tree.pack import PackedBatch
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.stats import TreeStats
 

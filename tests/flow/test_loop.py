@@ -118,7 +118,6 @@ def test_stale_trees_are_evicted_with_a_reason_and_grown_again() -> None:
     strict = World(settings("flow.staleness=1", "flow.window=4", "flow.max_staleness=2"), slow)
     run(strict.run(10))
     assert strict.dropped == {"stale": 1}
-    assert strict.ledger.reasons() == {"stale": 1}
     assert max(strict.lag) <= 2
     trained = [strict.tickets[number] for batch in strict.batches for number in batch]
     again = [ticket for ticket in trained if ticket.prompt_id == strict.tickets[0].prompt_id]

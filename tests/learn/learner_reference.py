@@ -13,8 +13,7 @@ from system.config import Config, LearnConfig, PartConfig
 from system.learn.aggregate import leaf_weights
 from system.learn.batch import BatchPlanner
 from system.learn.credit.base import assign
-from system.tree.pack import pack, pack_share
-from system.tree.packed import PackedBatch
+from system.tree.pack import PackedBatch, pack, pack_share
 from system.tree.plan import plan_update
 from system.tree.record import Kind, Outcome, Tree, validate
 from system.tree.stats import TreeStats

@@ -339,8 +339,7 @@ def memory_case(place: Place, model: str, out: str, bucket: int) -> dict[str, in
         mapped = {file.stat().st_size for file in Path(model).glob("*.safetensors")}
 
         def read() -> None:
-            with weights.HuggingFaceFiles(model) as files:
-                weights.load(trainer.model, layout, files.read)
+            weights.load(trainer.model, layout, model)
 
         def export() -> None:
             for tensors in weights.Export(trainer.model, layout, bucket).buckets():

@@ -194,8 +194,7 @@ def sharded_files_case(place: Place, model: str, path: str) -> None:
     try:
         weights.save_hf(trainer.model, trainer.layout, Path(path), model, file_bytes=40_000)
         before = weights_of(trainer)
-        with weights.HuggingFaceFiles(path) as files:
-            weights.load(trainer.model, trainer.layout, files.read)
+        weights.load(trainer.model, trainer.layout, path)
         for name, value in weights_of(trainer).items():
             np.testing.assert_array_equal(value, before[name])
     finally:
@@ -213,7 +212,7 @@ def test_weights_in_several_files(ranks: Ranks, tiny_model: Callable[..., str], 
 
 def sight_case(place: Place, model: str) -> dict[str, float]:
     """Change one token and see whose log-probabilities move; then shift the positions."""
-    from system.learn.rows import logprob_entropy, score_row
+    from system.learn.rows import Row
 
     trainer = open_trainer(place, learner_config(), model)
     try:
@@ -230,14 +229,14 @@ def sight_case(place: Place, model: str) -> dict[str, float]:
         tree.tokens[:] %= 100
         (before,) = trainer.logprobs([tree])
         sibling, ancestor = changed(8), changed(2)
-        row = score_row(pack_whole([tree]), trainer.layout.device)
+        row = Row.of(pack_whole([tree]), trainer.layout.device, trained=False)
         by_index = row.position.clone().copy_(torch.arange(21))
         from dataclasses import replace
 
         with torch.no_grad():
             numbered_row = replace(row, position=by_index)
             logits = numbered_row.run(trainer.model)
-            numbered, _ = logprob_entropy(logits, numbered_row, trainer.model, trainer.layout, 1.0)
+            numbered, _ = numbered_row.logprob_entropy(logits, trainer.model, trainer.layout, 1.0)
         trap = np.abs(numbered.numpy() - before[1:])
         return {
             "second branch after a change in the first": float(sibling[14:].max()),

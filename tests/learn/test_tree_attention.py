@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from system.learn import attention
 from system.learn.attention import TreeMask, attend, flex_attend
-from system.tree.packed import PackedBatch
+from system.tree.pack import PackedBatch
 
 
 def packed(seed: int, repeats: int = 6, pad_to: int = 1) -> PackedBatch:
@@ -22,7 +22,7 @@ def packed(seed: int, repeats: int = 6, pad_to: int = 1) -> PackedBatch:
 
 def ancestors(batch: PackedBatch) -> np.ndarray:
     """[N, N] bool by walking predictors up: the paths' own definition of what a token may see."""
-    n = batch.n_tokens
+    n = batch.tokens.size
     seen = np.eye(n, dtype=bool)
     for i in range(n):
         if batch.predictor[i] >= 0:
@@ -50,7 +50,7 @@ def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: np.nd
 
 def test_the_mask_is_ancestry() -> None:
     batch = packed(0, pad_to=50)
-    assert batch.n_tokens > (batch.tree >= 0).sum()  # there is padding
+    assert batch.tokens.size > (batch.tree >= 0).sum()  # there is padding
     mask = TreeMask(torch.from_numpy(batch.exit))
     np.testing.assert_array_equal(dense(mask.exit).numpy(), ancestors(batch))
 
@@ -60,8 +60,8 @@ def test_cpu_attention_and_its_gradient(monkeypatch: pytest.MonkeyPatch, run: in
     monkeypatch.setattr(attention, "QUERY_BLOCK", run)
     batch = packed(1, pad_to=50)
     mask = TreeMask(torch.from_numpy(batch.exit))
-    mine, reference = qkv(batch.n_tokens), qkv(batch.n_tokens)
-    weight = torch.randn(1, 4, batch.n_tokens, 16, generator=torch.Generator().manual_seed(1))
+    mine, reference = qkv(batch.tokens.size), qkv(batch.tokens.size)
+    weight = torch.randn(1, 4, batch.tokens.size, 16, generator=torch.Generator().manual_seed(1))
     out = attend(*mine, mask, 0.25)
     expected = by_definition(*reference, ancestors(batch))
     (out * weight).sum().backward()
@@ -75,17 +75,17 @@ def test_queries_reach_few_keys() -> None:
     """The point of the runs: cost follows root paths, not the row."""
     batch = packed(2, repeats=12)
     reached = sum(TreeMask(torch.from_numpy(batch.exit)).query_blocks.key_sizes)
-    runs = -(-batch.n_tokens // attention.QUERY_BLOCK)
+    runs = -(-batch.tokens.size // attention.QUERY_BLOCK)
     longest_path = int(batch.position.max()) + 1
     assert reached <= runs * (attention.QUERY_BLOCK + 3 * longest_path)
-    assert reached < runs * batch.n_tokens / 4
+    assert reached < runs * batch.tokens.size / 4
 
 
 @pytest.mark.parametrize("pad_to", [1, 128])
 def test_flex_attention_equals_the_definition(pad_to: int) -> None:
     """FlexAttention's forward pass (all it has on CPU) with the mask that GPUs use."""
     batch = packed(3, pad_to=pad_to)
-    q, k, v = (t.detach() for t in qkv(batch.n_tokens))
+    q, k, v = (t.detach() for t in qkv(batch.tokens.size))
     out = flex_attend(q, k, v, TreeMask(torch.from_numpy(batch.exit)).block_mask, 0.25)
     torch.testing.assert_close(out, by_definition(q, k, v, ancestors(batch)), rtol=1e-5, atol=1e-5)
 
@@ -94,7 +94,7 @@ def test_flex_attention_equals_the_definition(pad_to: int) -> None:
 def test_block_mask_names_exactly_the_needed_blocks(pad_to: int) -> None:
     """Compiled FlexAttention skips blocks that are not listed and tests no element of a full block."""
     batch = packed(4, repeats=14, pad_to=pad_to)
-    n, size = batch.n_tokens, attention.BLOCK
+    n, size = batch.tokens.size, attention.BLOCK
     block_mask = TreeMask(torch.from_numpy(batch.exit)).block_mask
     count = -(-n // size)
     seen = np.zeros((count * size, count * size), bool)

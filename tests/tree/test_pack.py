@@ -15,9 +15,8 @@ from tree_strategies import forests
 
 from system.learn.aggregate import counts
 from system.tree.builder import TreeBuilder
-from system.tree.pack import flatten
+from system.tree.pack import PackedBatch, flatten
 from system.tree.pack import pack as pack_row
-from system.tree.packed import PackedBatch
 from system.tree.plan import plan_update
 from system.tree.record import Kind, Origin, Outcome, Tree, TreeError, token_node, validate
 from system.tree.stats import TreeStats
@@ -141,19 +140,19 @@ def test_every_part_is_whole_and_no_weight_is_repeated(
     seen: set[int] = set()
     capacity = max(budget // pad_to, 1) * pad_to
     for batch in batches:
-        assert batch.n_tokens % pad_to == 0
+        assert batch.tokens.size % pad_to == 0
         real = np.flatnonzero(batch.tree >= 0)
         assert real.tolist() == list(range(real.size))  # padding only at the end
-        if batch.n_tokens > capacity:  # only a single path may exceed the budget
+        if batch.tokens.size > capacity:  # only a single path may exceed the budget
             assert len(set(batch.tree[real])) == 1
             assert batch.position[real].tolist() == list(range(real.size))
         chains: list[list[int]] = []
-        for i in range(batch.n_tokens):
+        for i in range(batch.tokens.size):
             before = int(batch.predictor[i])
             assert before < i
             chains.append([*(chains[before] if before >= 0 else []), i])
             # The interval mask is exactly the chain of predictors, and as long as the position says.
-            allowed = [j for j in range(batch.n_tokens) if j <= i < batch.exit[j]]
+            allowed = [j for j in range(batch.tokens.size) if j <= i < batch.exit[j]]
             assert allowed == chains[i]
             if batch.tree[i] < 0:
                 assert (batch.position[i], batch.mult[i], batch.predictor[i]) == (0, 0, -1)
@@ -199,7 +198,10 @@ def test_flat_paths_are_valid_trees_of_the_same_tokens(trees: list[Tree]) -> Non
 
 @given(forests())
 def test_token_counts(trees: list[Tree]) -> None:
-    credit = ([np.ones(t.n_leaves) for t in trees], [t.scored.astype(np.float64) for t in trees])
+    credit = (
+        [np.ones(t.n_leaves) for t in trees],
+        [TreeStats.of(t).scored.astype(np.float64) for t in trees],
+    )
     through = _naive(trees, credit, hard=False)
     assert counts([TreeStats.of(tree) for tree in trees]) == (
         len(through),
@@ -226,12 +228,12 @@ def test_a_tree_over_the_budget_repeats_its_ancestors_without_weight() -> None:
     tree = _fork((20, 20, 20))
     ones = [np.ones(3, np.float32)]
     batches = pack([tree], ones, ones, budget=60)
-    assert [b.n_tokens for b in batches] == [54, 34]  # two branches share the first part
+    assert [b.tokens.size for b in batches] == [54, 34]  # two branches share the first part
     assert batches[0].mult[10:14].tolist() == [3] * 4
     assert batches[1].mult[:14].tolist() == [0] * 14
     assert batches[1].tokens[10:14].tolist() == [100, 101, 102, 103]
     long = pack([_fork((200, 20))], [np.ones(2)], [np.ones(2)], budget=60)
-    assert sorted(b.n_tokens for b in long) == [34, 214]
+    assert sorted(b.tokens.size for b in long) == [34, 214]
 
 
 def test_siblings_share_the_predictor_at_the_fork() -> None:
@@ -243,7 +245,7 @@ def test_siblings_share_the_predictor_at_the_fork() -> None:
 def test_branches_without_weight_and_trees_without_signal_are_left_out() -> None:
     tree = _fork((5, 50))
     (batch,) = pack([tree], [np.array([1.0, np.nan])], [np.array([1.0, 0.0])], budget=100)
-    assert batch.n_tokens == 10 + 4 + 5
+    assert batch.tokens.size == 10 + 4 + 5
     assert pack([tree], [np.ones(2)], [np.zeros(2)], budget=100) == []
     flat, signal = (np.zeros(2), np.array([1.0, -1.0]))
     weights = [np.ones(2)] * 2

@@ -20,6 +20,7 @@ from system.tree.record import (
     token_node,
     validate,
 )
+from system.tree.stats import TreeStats
 
 
 def _descends(tree: Tree, node: int, from_: int) -> bool:
@@ -58,7 +59,7 @@ def test_scored_leaves_have_a_reward_and_a_fair_outcome(trees: list[Tree]) -> No
         expected = [
             bool(np.isfinite(r)) and Outcome(o).scored for r, o in zip(tree.reward, tree.outcome, strict=True)
         ]
-        assert tree.scored.tolist() == expected
+        assert TreeStats.of(tree).scored.tolist() == expected
 
 
 def _tree() -> Tree:
