@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from system.config import load
-    from system.config.parts import check_parts
+    from system.config.check import check_parts
     from system.errors import ConfigError
     from system.observe.jsonl import jsonable
     from system.observe.rundir import RunDir, write_atomic

@@ -13,7 +13,7 @@ from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
 from system.cluster.script import queue_options, render
 from system.config import Config, ConfigError, load, to_dict
-from system.config.parts import check_parts
+from system.config.check import check_parts
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 
 SUBMISSION = "slurm/submission.json"

@@ -11,13 +11,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from system import plugins
-from system.plugins import Registry
+from system.plugins import (
+    AGGREGATES,
+    CREDITS,
+    OBJECTIVES,
+    POLICIES,
+    REWARDS,
+    SYNTAXES,
+    TASKS,
+    TOOLS,
+    Registry,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class ModelConfig:
 class TaskConfig:
     """The questions that are trained on, and those that are held out."""
 
-    name: str = setting("quickstart", "which task", registry=plugins.TASKS)
+    name: str = setting("quickstart", "which task", registry=TASKS)
     path: str = setting("", "data file for `jsonl` (JSONL or Parquet)")
     eval_path: str = setting("", "held-out questions for `jsonl`; empty: none")
     dataset: str = setting("", "name of a reasoning-gym data set")
@@ -130,9 +138,7 @@ class RolloutConfig:
     roots: int = setting(4, "N: branches that start together; forks draw on n - N", least=1)
     workers: int = setting(1, "processes that grow trees", least=1, safe_on_resume=True)
     concurrency: int = setting(32, "trees growing at once, over all workers", least=1, safe_on_resume=True)
-    syntax: PartConfig = setting(
-        PartConfig("tags"), "how the model writes a tool call", registry=plugins.SYNTAXES
-    )
+    syntax: PartConfig = setting(PartConfig("tags"), "how the model writes a tool call", registry=SYNTAXES)
     max_response_tokens: int = setting(256, "per branch, tool results included", least=1)
     max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=0)
     call_limit: int = setting(4, "tool calls per branch", least=0)
@@ -148,7 +154,7 @@ class RolloutConfig:
 class BranchingConfig:
     """The policy that decides whether a tree forks after a tool result."""
 
-    name: str = setting("arpo", "which policy", registry=plugins.POLICIES)
+    name: str = setting("arpo", "which policy", registry=POLICIES)
     alpha: float = setting(0.5, "fork probability at an unchanged entropy")
     beta: float = setting(0.2, "weight of the rise in entropy")
     tau: float = setting(0.5, "threshold of arpo-paper")
@@ -160,7 +166,7 @@ class BranchingConfig:
 class RewardConfig:
     """What a finished branch is worth."""
 
-    name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=plugins.REWARDS)
+    name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=REWARDS)
     options: dict[str, Any] = setting({}, "the rule's own options")
 
 
@@ -168,7 +174,7 @@ class RewardConfig:
 class ToolsConfig:
     """The tools an agent may call, and the limits around every call."""
 
-    names: list[str] = setting(["search", "python"], "which tools", registry=plugins.TOOLS)
+    names: list[str] = setting(["search", "python"], "which tools", registry=TOOLS)
     options: dict[str, dict[str, Any]] = setting({}, "options by tool: {search: {top_k: 5}}")
     corpus: str = setting("", 'JSONL of {"id", "title", "text"} for search; empty: the task\'s own corpus')
     search_top_k: int = setting(3, "documents per search", least=1)
@@ -268,12 +274,10 @@ class LearnConfig:
         choices=("none", "selective", "full"),
     )
     threads: int = setting(1, "CPU threads of one rank", least=1, safe_on_resume=True)
-    credit: PartConfig = setting(
-        PartConfig("arpo-soft"), "from rewards to advantages", registry=plugins.CREDITS
-    )
-    objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=plugins.OBJECTIVES)
+    credit: PartConfig = setting(PartConfig("arpo-soft"), "from rewards to advantages", registry=CREDITS)
+    objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=OBJECTIVES)
     aggregate: PartConfig = setting(
-        PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=plugins.AGGREGATES
+        PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=AGGREGATES
     )
     updates: int = setting(1, "optimizer steps per training batch", least=1)
     micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
@@ -427,14 +431,11 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """Every setting by its key, in the order of the schema."""
-    return {one.key: one for one in _settings()}
-
-
-def _settings() -> Iterator[Setting]:
-    default = Config()
+    found: list[Setting] = []
     for section in dataclasses.fields(Config):
-        values = getattr(default, section.name)
+        values = getattr(Config(), section.name)
         kinds = typing.get_type_hints(type(values))
         for one in dataclasses.fields(values):
             value = getattr(values, one.name)
-            yield Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"])
+            found.append(Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"]))
+    return {one.key: one for one in found}

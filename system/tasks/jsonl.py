@@ -196,7 +196,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
