@@ -14,7 +14,7 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Command:
+class CliCommand:
     """A function whose docstring is the help: its first line what it does, the rest what follows the options.
 
     A list among the ``arguments`` holds options of which one may be given.
@@ -44,9 +44,9 @@ class Command:
 
 def command(
     *arguments: Argument | list[Argument], name: str = ""
-) -> Callable[[Callable[[argparse.Namespace], int]], Command]:
+) -> Callable[[Callable[[argparse.Namespace], int]], CliCommand]:
     """Make a function a command, by default of its own name."""
-    return lambda run: Command(name or run.__name__, run, arguments)
+    return lambda run: CliCommand(name or run.__name__, run, arguments)
 
 
 def argument(*names: str, **options: Any) -> Argument:
