@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from actors.cli.command import RECIPE, argument, command, split
+from actors.cli.command import RECIPE, argument, command, configured, split
 
 
 @command(
@@ -33,24 +33,20 @@ def submit(args: argparse.Namespace) -> int:
     `espalier status RUN`. Every setting is a key of the sections `cluster` and `slurm`.
     """
     from system.cluster.submit import submit_run, submit_sweep
-    from system.config import ConfigError, load
-    from system.observe.rundir import RunDir
+    from system.config import ConfigError
 
-    new = args.resume is None
-    path, overrides = split(args.words, "espalier submit configs/quickstart.yaml --dry-run" if new else "")
-    overrides += [f"cluster.nodes={args.nodes}"] if args.nodes is not None else []
-    overrides += [f"slurm.time='{args.time}'"] if args.time is not None else []
-    if args.resume is not None:
-        if path or args.sweep:
-            raise ConfigError(
-                "--resume takes its configuration from the run directory: no recipe, no --sweep"
-            )
-        config = RunDir.open(args.resume).config(tuple(overrides))
-        return submit_run(config, args.resume.name, resume=args.resume, dry_run=args.dry_run)
+    example = "espalier submit configs/quickstart.yaml --dry-run"
+    words = [*args.words]
+    words += [f"cluster.nodes={args.nodes}"] if args.nodes is not None else []
+    words += [f"slurm.time='{args.time}'"] if args.time is not None else []
+    if not args.sweep:
+        config, name = configured(words, args.resume, example)
+        return submit_run(config, name, resume=args.resume, dry_run=args.dry_run)
+    if args.resume:
+        raise ConfigError("--resume takes its configuration from the run directory: no --sweep")
+    path, overrides = split(words, example)
     assert path is not None
-    if args.sweep:
-        return submit_sweep(path, overrides, args.sweep, at_once=args.at_once, dry_run=args.dry_run)
-    return submit_run(load(path, overrides), path.stem, resume=None, dry_run=args.dry_run)
+    return submit_sweep(path, overrides, args.sweep, at_once=args.at_once, dry_run=args.dry_run)
 
 
 @command(

@@ -8,7 +8,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from system.config import Config
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -72,3 +75,21 @@ def split(words: Sequence[str], example: str = "") -> tuple[Path | None, list[st
     if example and not paths:
         raise ConfigError(f"name a recipe, for example: {example}")
     return (Path(paths[0]) if paths else None), [word for word in words if word not in paths]
+
+
+def configured(words: Sequence[str], resume: Path | None, example: str) -> tuple[Config, str]:
+    """A run's configuration and name: those of a recipe, or of the run in the directory ``resume``.
+
+    Raises ConfigError where there is neither (it then shows the ``example``), or both.
+    """
+    from system.config import ConfigError, load
+    from system.observe.rundir import RunDir
+
+    path, overrides = split(words, "" if resume else example)
+    if resume is None:
+        assert path is not None
+        return load(path, overrides), path.stem
+    if path is not None:
+        raise ConfigError(f"--resume takes its configuration from {resume}/config.yaml; leave {path} out")
+    run = RunDir.open(resume)
+    return run.config(tuple(overrides)), run.name

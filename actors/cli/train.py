@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.cli.command import RECIPE, argument, command, split
+from actors.cli.command import RECIPE, argument, command, configured, split
 
 
 @command(
@@ -29,32 +29,19 @@ def train(args: argparse.Namespace) -> int:
     Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
     `espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
     """
-    from system.config import load
     from system.config.check import check_parts
-    from system.errors import ConfigError
-    from system.observe.rundir import RunDir
 
-    new = args.resume is None
-    path, overrides = split(args.words, "espalier train configs/quickstart.yaml" if new else "")
-    if path is not None and not new:
-        raise ConfigError(
-            f"--resume takes its configuration from {args.resume}/config.yaml; leave {path} out"
+    config, name = configured(args.words, args.resume, "espalier train configs/quickstart.yaml")
+    for key in unsafe_on_resume(args.words) if args.resume else ():
+        print(
+            f"WARNING: {key} changes in the middle of a run: results before and after do not compare, "
+            "and the checkpoint may not fit",
+            file=sys.stderr,
         )
-    if path is not None:
-        config, name, resume = load(path, overrides), path.stem, None
-    else:
-        run_dir = RunDir.open(args.resume)
-        for key in unsafe_on_resume(overrides):
-            print(
-                f"WARNING: {key} changes in the middle of a run: results before and after do not compare, "
-                "and the checkpoint may not fit",
-                file=sys.stderr,
-            )
-        config, name, resume = run_dir.config(tuple(overrides)), run_dir.name, run_dir.root
     check_parts(config)
     from actors.train import train  # slow imports
 
-    return train(config, config_name=name, resume=resume)
+    return train(config, config_name=name, resume=args.resume)
 
 
 @command(

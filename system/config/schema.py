@@ -89,9 +89,7 @@ class RunConfig:
 class ModelConfig:
     """The model that is trained: a given one, or the shape of a tiny one that is made for the task."""
 
-    path: str = setting(
-        "", "Hugging Face directory; empty: a tiny model of the shape below is made for the task"
-    )
+    path: str = setting("", "Hugging Face directory; empty: a tiny model of the shape below is made")
     dtype: str = setting("float32", "of the weights in engines and learner", choices=("float32", "bfloat16"))
     hidden_size: int = setting(96, "width of the residual stream of a model made here", least=1)
     layers: int = setting(2, "its layers", least=1)
@@ -201,9 +199,7 @@ class EngineConfig:
     host: str = setting("127.0.0.1", "address that servers listen on")
     max_running: int = setting(64, "sequences decoded together", least=1, safe_on_resume=True)
     max_context: int = setting(1024, "tokens per sequence, prompt included", least=1)
-    cache_slots: int = setting(
-        128, "finished sequences whose KV is kept for reuse", least=0, safe_on_resume=True
-    )
+    cache_slots: int = setting(128, "finished sequences with KV kept for reuse", least=0, safe_on_resume=True)
     chunk_tokens: int = setting(4, "tokens per streamed chunk", least=1)
     in_flight: int = setting(
         256, "requests a rollout worker keeps open at one engine; more wait their turn in it", least=1
@@ -225,9 +221,7 @@ class EngineConfig:
     entropy_top_k: int = setting(
         0, "attached servers without our plug-in: estimate entropies from so many top tokens", least=0
     )
-    python: str = setting(
-        "", "runs SGLang; empty: .venv-sglang/bin/python if it exists, else this interpreter"
-    )
+    python: str = setting("", "runs SGLang; empty: .venv-sglang/bin/python if there, else this interpreter")
     sglang: dict[str, Any] = setting({}, "SGLang's own flags: {mem_fraction_static: 0.8}")
 
 
@@ -264,9 +258,7 @@ class LearnConfig:
     tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
     pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
-    sequence_parallel: bool = setting(
-        False, "split the activations between attention and MLP over the TP ranks too"
-    )
+    sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
     distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
     recompute: str = setting(
         "none",
@@ -291,9 +283,7 @@ class LearnConfig:
     clip_low: float = setting(0.2, "ε below: the ratio is clipped at 1 - ε", least=0, most=1)
     clip_high: float = setting(0.2, "ε above: the ratio is clipped at 1 + ε", least=0)
     dual_clip: float = setting(3.0, "bound on the ratio where the advantage is negative; 0: off", least=0)
-    tis_cap: float = setting(
-        2.0, "cap of the proximal/behaviour ratio (truncated importance sampling)", least=0
-    )
+    tis_cap: float = setting(2.0, "cap of proximal/behaviour ratio (truncated importance sampling)", least=0)
     kl_coef: float = setting(0.0, "KL to the reference model; 0: no reference model is built", least=0)
     entropy_coef: float = setting(0.0, "entropy bonus")
     bucket_mb: int = setting(64, "weight export bucket", least=1)
@@ -340,7 +330,7 @@ class ClusterConfig:
         0, "the first nodes, for the learner alone; 0: learner and rollout share all nodes", least=0
     )
     join_deadline_s: float = setting(
-        300.0, "for all nodes to be there and all actors to have their place", least=1
+        300.0, "for all nodes to be there and all actors in their place", least=1
     )
     on_node_loss: str = setting(
         "end",
@@ -362,9 +352,7 @@ class SlurmConfig:
     )
     requeue: bool = setting(True, "go on in a further attempt")
     max_restarts: int = setting(50, "attempts after the first, for any reason", least=0)
-    max_failures: int = setting(
-        3, "infrastructure failures in a row without a training step between them", least=0
-    )
+    max_failures: int = setting(3, "infrastructure failures in a row, with no training step between", least=0)
     exclusive: bool = setting(True, "whole nodes")
     cpus_per_node: int = setting(0, "0: all of an exclusive node, else the site's default", least=0)
     mem: str = setting("", "per node, as sbatch takes it; empty: all of an exclusive node")
