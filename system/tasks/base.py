@@ -24,9 +24,11 @@ class Task(Protocol):
 
     def train(self) -> Sequence[Prompt]:
         """Training prompts; the run shuffles them by its own seed, epoch by epoch."""
+        ...
 
     def eval(self) -> Sequence[Prompt]:
         """Held-out prompts."""
+        ...
 
 
 # What a task may bring besides its prompts.
@@ -36,15 +38,18 @@ class Task(Protocol):
 class HasCorpus(Protocol):
     def corpus(self) -> list[dict[str, str]]:
         """Documents {"id", "title", "text"} for the search tool."""
+        ...
 
 
 @runtime_checkable
 class HasTokenizer(Protocol):
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer made for this task, for a new tiny model."""
+        ...
 
 
 @runtime_checkable
 class HasDemonstrations(Protocol):
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         """Supervised trajectories for a warm start."""
+        ...
