@@ -358,6 +358,9 @@ def test_a_closed_pipe_is_no_error(run_with_trees: RunDir):
         (["config", "--explain", "flow.stalenes"], "did you mean flow.staleness?"),
         (["train", "plain.yaml", "run.dir=plain.yaml"], "run.dir=plain.yaml"),
         (["train", "plain.yaml", "run.dir=/proc/here"], "run.dir=/proc/here"),
+        (["train", "plain.yaml", "run.dir=/sys/kernel"], "run.dir=/sys/kernel"),  # nobody can write there
+        (["plan", "plain.yaml", "model.path=torn"], "torn/config.json: not the config.json of a model"),
+        (["plan", "plain.yaml", "model.path=list"], "list/config.json: not the config.json of a model"),
         (
             ["train", "plain.yaml", "reward=nowhere:Reward"],
             "reward.name='nowhere:Reward': ModuleNotFoundError",
@@ -380,8 +383,9 @@ def test_what_a_user_can_break_is_one_line(
     (tmp_path / "broken.yaml").write_text("run: {name: [")
     (tmp_path / "deep.yaml").write_text("run: " + "[" * 5000)
     (tmp_path / "plain.yaml").write_text("run: {seed: 1}\n")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    for name, text in (("model", "{}"), ("torn", '{"model_type": '), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     monkeypatch.setattr(
         launched, "train", lambda config, config_name, resume: RunDir.create(config, config_name) and 0
     )

@@ -13,23 +13,12 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from actors.cli import bench, cancel, config, doctor, evaluate, logs, plan, status, submit, train, tree
+from actors.cli.cluster import cancel, logs, status, submit
+from actors.cli.reports import bench, config, doctor, plan, tree
+from actors.cli.train import evaluate, train
 from system import errors
 
-# A command is a module with WHAT, EPILOG, arguments(parser) and run(args).
-COMMANDS = {
-    "train": train,
-    "eval": evaluate,
-    "tree": tree,
-    "bench": bench,
-    "plan": plan,
-    "submit": submit,
-    "status": status,
-    "cancel": cancel,
-    "logs": logs,
-    "doctor": doctor,
-    "config": config,
-}
+COMMANDS = (train, evaluate, tree, bench, plan, submit, status, cancel, logs, doctor, config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,18 +70,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     parser.add_argument("--version", action=_Version, help="print the version")
     adder = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    commands: dict[str, argparse.ArgumentParser] = {}
-    for name, module in COMMANDS.items():
-        commands[name] = adder.add_parser(
-            name,
-            help=module.WHAT,
-            description=module.WHAT[0].upper() + module.WHAT[1:] + ".",
-            epilog=module.EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        commands[name].set_defaults(run_command=module.run)
-        module.arguments(commands[name])
-    return parser, commands
+    return parser, {command.name: command.parser(adder) for command in COMMANDS}
 
 
 class _Version(argparse.Action):

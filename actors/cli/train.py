@@ -1,61 +1,94 @@
-"""``espalier train``: a new run, or one that goes on."""
+"""``espalier train`` and ``espalier eval``: what starts processes that compute."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.cli.words import split, takes_recipe
-
-WHAT = "train an agent"
-EPILOG = """\
-examples:
-  espalier train configs/quickstart.yaml
-  espalier train configs/quickstart.yaml run.seed=1 branching=none flow.staleness=0
-  espalier train configs/quickstart.yaml 'task.options=!replace {}'      an inherited dictionary, emptied
-  espalier train --resume runs/quickstart-s0
-  espalier train --resume runs/quickstart-s0 run.steps=200
-
-A run writes into runs/<name>: metrics, trees, curves, checkpoints, the model and summary.json.
-Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
-`espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
-"""
+from actors.cli.command import RECIPE, argument, command, configured, split
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    takes_recipe(parser)
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with the run in this directory")
+@command(
+    RECIPE,
+    argument("--resume", metavar="RUN", type=Path, help="go on with the run in this directory"),
+)
+def train(args: argparse.Namespace) -> int:
+    """Train an agent.
 
+    examples:
+      espalier train configs/quickstart.yaml
+      espalier train configs/quickstart.yaml run.seed=1 branching=none flow.staleness=0
+      espalier train configs/quickstart.yaml 'task.options=!replace {}'      an inherited dictionary, emptied
+      espalier train --resume runs/quickstart-s0
+      espalier train --resume runs/quickstart-s0 run.steps=200
 
-def run(args: argparse.Namespace) -> int:
-    from system.config import load
-    from system.config.parts import check_parts
-    from system.errors import ConfigError
-    from system.observe.rundir import RunDir
+    A run writes into runs/<name>: metrics, trees, curves, checkpoints, the model and summary.json.
+    Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
+    `espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
+    """
+    from system.config.check import check_parts
 
-    new = args.resume is None
-    path, overrides = split(args.words, "espalier train configs/quickstart.yaml" if new else "")
-    if path is not None and not new:
-        raise ConfigError(
-            f"--resume takes its configuration from {args.resume}/config.yaml; leave {path} out"
+    config, name = configured(args.words, args.resume, "espalier train configs/quickstart.yaml")
+    for key in unsafe_on_resume(args.words) if args.resume else ():
+        print(
+            f"WARNING: {key} changes in the middle of a run: results before and after do not compare, "
+            "and the checkpoint may not fit",
+            file=sys.stderr,
         )
-    if path is not None:
-        config, name, resume = load(path, overrides), path.stem, None
-    else:
-        run_dir = RunDir.open(args.resume)
-        for key in unsafe_on_resume(overrides):
-            print(
-                f"WARNING: {key} changes in the middle of a run: results before and after do not compare, "
-                "and the checkpoint may not fit",
-                file=sys.stderr,
-            )
-        config, name, resume = run_dir.config(tuple(overrides)), run_dir.name, run_dir.root
     check_parts(config)
     from actors.train import train  # slow imports
 
-    return train(config, config_name=name, resume=resume)
+    return train(config, config_name=name, resume=args.resume)
+
+
+@command(
+    argument("words", nargs="+", metavar="RUN|MODEL_DIR | KEY=VALUE", help="what to evaluate, and overrides"),
+    argument("--config", type=Path, help="the recipe; needed for a model directory, which has none"),
+    argument("--out", type=Path, metavar="FILE", help="write the result as JSON"),
+    name="eval",
+)
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a trained model on held-out questions.
+
+    examples:
+      espalier eval runs/quickstart-s0
+      espalier eval runs/quickstart-s0 eval.questions=500 --out result.json
+      espalier eval path/to/hf-model --config configs/quickstart.yaml
+    """
+    from system.config import load
+    from system.config.check import check_parts
+    from system.errors import ConfigError
+    from system.observe.jsonl import jsonable
+    from system.observe.rundir import RunDir, write_atomic
+
+    target, overrides = split(args.words)
+    if target is None:
+        raise ConfigError("name what to evaluate: a run directory, or a model in Hugging Face format")
+    if (target / "config.yaml").is_file():
+        run_dir = RunDir.open(target)
+        config = load(args.config, overrides) if args.config else run_dir.config(tuple(overrides))
+        model = run_dir.model
+    elif args.config is None:
+        raise ConfigError(
+            f"{target} is no run directory (no config.yaml); for a model directory give a recipe: "
+            f"espalier eval {target} --config configs/quickstart.yaml"
+        )
+    else:
+        config, model = load(args.config, overrides), target
+    if not (model / "config.json").is_file():
+        raise ConfigError(f"{model} holds no model in Hugging Face format (no config.json)")
+    check_parts(config)
+    from actors.evaluate import evaluate  # slow imports
+
+    result = evaluate(config, model)
+    text = json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False)
+    if args.out:
+        write_atomic(args.out, text + "\n")
+    print(text)
+    return 0
 
 
 def unsafe_on_resume(overrides: Sequence[str]) -> list[str]:

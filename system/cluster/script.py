@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,27 +16,19 @@ from system.config import Config, ConfigError, SlurmConfig
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Where the job will find things, as the submitting process knows them."""
-
-    directory: str  # relative paths of the configuration start here
-    venv: str  # its `bin` comes first in PATH; empty: the image's python
-
-
-def render(
-    config: Config, *, name: str, run: Path, site: Site, points: Sequence[Path] = (), limit: int = 0
-) -> str:
+def render(config: Config, run: Path, points: Sequence[Path] = (), limit: int = 0) -> str:
     """The script of one run, or of a job array over ``points``: run directories within ``run``.
 
-    ``limit``: points that may run at once; 0: all.  Raises ConfigError for what cannot stand in a script.
+    The job starts in this process's directory and, if nothing else is configured, with its virtual
+    environment.  ``limit``: points that may run at once; 0: all.  Raises ConfigError for what cannot stand
+    in a script.
     """
     slurm, cluster = config.slurm, config.cluster
     if not re.fullmatch(r"/[\w./+=,:@-]*", str(run)):
         raise ConfigError(f"{run}: a path in a job script may have letters, digits and . _ + = , : @ - only")
-    for line in (name, *slurm.sbatch, *slurm.rollout_sbatch, *slurm.setup):
+    for line in (*slurm.sbatch, *slurm.rollout_sbatch, *slurm.setup):
         if "\n" in line:
-            raise ConfigError(f"{line!r}: one line each, please (slurm.sbatch, slurm.setup, run.name)")
+            raise ConfigError(f"{line!r}: one line each, please (slurm.sbatch, slurm.setup)")
     split = cluster.learner_nodes if slurm.heterogeneous else 0
     template = Environment(
         loader=FileSystemLoader(SCRIPTS),
@@ -45,8 +38,9 @@ def render(
         keep_trailing_newline=True,
     )
     template.filters["quote"] = lambda value: shlex.quote(str(value))
+    here = sys.prefix if sys.prefix != sys.base_prefix and slurm.container == "none" else ""
     return template.get_template("job.sh.j2").render(
-        name=name,
+        name=f"espalier-{run.name}",
         options=[*_job_options(config, run, len(points), limit), *slurm.sbatch],
         first=_component(config, split or cluster.nodes),
         second=_second(config, cluster.nodes - split) if split else [],
@@ -64,72 +58,80 @@ def render(
             # Seconds from one task's end to the end of all; 0: for ever, as the run goes on without a node.
             "WAIT_S": 0 if cluster.on_node_loss == "continue" else 60,
             "SCRATCH": slurm.scratch,
-            "SRUN_OPTIONS": _srun_options(config, split),
+            "SRUN_OPTIONS": " ".join(_srun_options(config, split)),
         },
         launch=_container(config, run),
-        directory=site.directory,
+        directory=os.getcwd(),
         setup=slurm.setup,
-        venv=slurm.venv or ("" if slurm.container != "none" else site.venv),
+        venv=slurm.venv or here,  # its `bin` comes first in PATH; empty: the image's python
     )
+
+
+def _chosen(*options: tuple[str, object]) -> list[str]:
+    """The options whose condition, beside them, is true."""
+    return [option for option, condition in options if condition]
 
 
 def _job_options(config: Config, run: Path, points: int, limit: int) -> list[str]:
     """What counts for the whole job.  (Slurm reads these once, from before the first `hetjob` line.)"""
     slurm = config.slurm
-    options = [*queue_options(slurm), *_time(slurm)]
-    options += [f"--output={run}/slurm/job-%{'A_%a' if points else 'j'}.log", "--open-mode=append"]
-    if slurm.signal_s:
-        options.append(f"--signal=B:USR1@{slurm.signal_s}")
-    options.append("--requeue" if slurm.requeue else "--no-requeue")
-    if config.cluster.on_node_loss == "continue":
-        options.append("--no-kill")
-    if points:
-        options.append(f"--array=0-{points - 1}{f'%{limit}' if limit else ''}")
-    return options
+    return [
+        *queue_options(slurm),
+        f"--time={slurm.time}",
+        f"--output={run}/slurm/job-%{'A_%a' if points else 'j'}.log",
+        "--open-mode=append",
+        *_chosen(
+            (f"--signal=B:USR1@{slurm.signal_s}", slurm.signal_s),
+            ("--requeue" if slurm.requeue else "--no-requeue", True),
+            ("--no-kill", config.cluster.on_node_loss == "continue"),
+            (f"--array=0-{points - 1}{f'%{limit}' if limit else ''}", points),
+        ),
+    ]
 
 
 def _second(config: Config, nodes: int) -> list[str]:
     """The rollout component of a heterogeneous job; it inherits nothing from the first."""
     slurm = config.slurm
-    return [*queue_options(slurm), *_time(slurm), *_component(config, nodes), *slurm.rollout_sbatch]
+    return [
+        *queue_options(slurm),
+        f"--time={slurm.time}",
+        *_component(config, nodes),
+        *slurm.rollout_sbatch,
+    ]
 
 
 def queue_options(slurm: SlurmConfig) -> list[str]:
     """Where a job waits, and on whose account, as far as that is configured."""
-    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
-    return [f"--{key}={value}" for key, value in named.items() if value]
+    return _chosen(
+        (f"--partition={slurm.partition}", slurm.partition),
+        (f"--account={slurm.account}", slurm.account),
+        (f"--qos={slurm.qos}", slurm.qos),
+    )
 
 
-def _time(slurm: SlurmConfig) -> list[str]:
-    return [f"--time={slurm.time}"] if slurm.time else []
+def _tasks(nodes: int) -> list[str]:
+    """So many nodes with one task each."""
+    return [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
 
 
 def _component(config: Config, nodes: int) -> list[str]:
-    """Options of one component: so many nodes with one task each."""
+    """Options of one component."""
     slurm, gpus = config.slurm, config.cluster.gpus_per_node
-    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    if gpus:
-        options.append(f"--gpus-per-node={gpus}")
-    if slurm.exclusive:
-        options.append("--exclusive")
-    if slurm.cpus_per_node:
-        options.append(f"--cpus-per-task={slurm.cpus_per_node}")
-    if slurm.mem or slurm.exclusive:
-        options.append(f"--mem={slurm.mem or 0}")  # 0: all of the node
-    return options
-
-
-def _srun_options(config: Config, split: int) -> str:
-    nodes = config.cluster.nodes
-    options = (
-        ["--het-group=0,1"] if split else [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    return _tasks(nodes) + _chosen(
+        (f"--gpus-per-node={gpus}", gpus),
+        ("--exclusive", slurm.exclusive),
+        (f"--cpus-per-task={slurm.cpus_per_node}", slurm.cpus_per_node),
+        (f"--mem={slurm.mem or 0}", slurm.mem or slurm.exclusive),  # 0: all of the node
     )
-    options.append("--cpu-bind=none")  # one task per node, with all of its cores
-    if config.cluster.on_node_loss == "continue":
-        options.append("--no-kill")
-    if config.slurm.cpus_per_node and not split:
-        options.append(f"--cpus-per-task={config.slurm.cpus_per_node}")  # srun does not take it from sbatch
-    return " ".join(options)
+
+
+def _srun_options(config: Config, split: int) -> list[str]:
+    cpus = config.slurm.cpus_per_node
+    return (["--het-group=0,1"] if split else _tasks(config.cluster.nodes)) + _chosen(
+        ("--cpu-bind=none", True),  # one task per node, with all of its cores
+        ("--no-kill", config.cluster.on_node_loss == "continue"),
+        (f"--cpus-per-task={cpus}", cpus and not split),  # srun does not take it from sbatch
+    )
 
 
 def _container(config: Config, run: Path) -> list[str]:

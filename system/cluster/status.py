@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ FOLLOW_S = 1.0
 
 def attempts(root: Path) -> list[dict[str, Any]]:
     """The chain of attempts, oldest first: each start with, if it was recorded, its end."""
-    path = root / "attempts.jsonl"
     chain: list[dict[str, Any]] = []
-    for event in read_jsonl(path) if path.is_file() else ():
+    for event in read_jsonl(root / "attempts.jsonl"):
         if event["event"] == "start":
             chain.append({**event, "end": None})
         elif chain and chain[-1]["attempt"] == event["attempt"]:
@@ -40,10 +38,11 @@ def status(root: Path) -> str:
         lines += [f"job {job}: no longer known to Slurm" for job in jobs if not known]
     except ConfigError as error:
         lines.append(f"jobs: {error}")
-    finished = ", finished" if _finished(root) else ""
-    lines.append(f"step {_trained(run)} of {run.config().run.steps}{finished}")
-    lines += [_attempt_line(attempt) for attempt in attempts(root)]
-    return "\n".join(lines)
+    steps = [int(record["step"]) for record in read_jsonl(run.metrics_path) if "step" in record]
+    chain = attempts(root)
+    finished = ", finished" if chain and chain[-1]["end"] and chain[-1]["end"]["exit"] == 0 else ""
+    lines.append(f"step {max(steps, default=0)} of {run.config().run.steps}{finished}")
+    return "\n".join([*lines, *map(_attempt_line, chain)])
 
 
 def cancel(root: Path, *, now: bool) -> str:
@@ -110,20 +109,6 @@ def _follow(path: Path) -> None:
                 time.sleep(FOLLOW_S)
 
 
-def _trained(run: RunDir) -> int:
-    """The last training step recorded."""
-    if not run.metrics_path.is_file():
-        return 0
-    return max(
-        (int(record["step"]) for record in read_jsonl(run.metrics_path) if "step" in record), default=0
-    )
-
-
-def _finished(root: Path) -> bool:
-    chain = attempts(root)
-    return bool(chain and chain[-1]["end"] and chain[-1]["end"]["exit"] == 0)
-
-
 def _attempt_line(attempt: dict[str, Any]) -> str:
     began = datetime.fromtimestamp(attempt["time"]).isoformat(" ", "seconds")
     head = f"attempt {attempt['attempt']}: job {attempt['job']} on {attempt['nodes']} since {began}"
@@ -133,11 +118,3 @@ def _attempt_line(attempt: dict[str, Any]) -> str:
     steps = f"step {attempt['trained']} to {end['trained']} in {end['time'] - attempt['time']} s"
     cause = f" ({end['cause']})" if end["cause"] else ""
     return f"{head}: {steps}, exit {end['exit']}{cause}: {end['next']}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Text columns, as wide as they must be."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ from pathlib import Path
 
 from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
-from system.cluster.script import Site, queue_options, render
+from system.cluster.script import queue_options, render
 from system.config import Config, ConfigError, load, to_dict
-from system.config.parts import check_parts
+from system.config.check import check_parts
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 
 SUBMISSION = "slurm/submission.json"
@@ -26,14 +24,13 @@ ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEU
 class SweepPoint:
     """One run of a sweep."""
 
-    number: int
+    name: str
     values: dict[str, str]  # swept key -> its value here
     config: Config
 
-
-def site() -> Site:
-    """This process's directory and virtual environment."""
-    return Site(os.getcwd(), sys.prefix if sys.prefix != sys.base_prefix else "")
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
 
 
 def describe(config: Config) -> str:
@@ -64,7 +61,7 @@ def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run
     print(describe(config))
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
-        print(f"\n{_job_script(config, root.resolve())}", end="")
+        print(f"\n{render(config, root.resolve())}", end="")
         print(f"\n# dry run: nothing was submitted; the run directory would be {root}")
         return 0
     run = RunDir.open(resume) if resume else RunDir.create(config, config_name)
@@ -72,8 +69,7 @@ def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run
     if resume:
         _refuse_twice(root)
         run.write_config(config)
-    script = _write_script(root, _job_script(config, root))
-    job = slurm.sbatch(script)
+    job = slurm.sbatch(_write_script(root, render(config, root)))
     _record(root, [job])
     print(f"\nrun directory: {run.root}\nsubmitted as job {job}; see: espalier status {run.root}")
     return 0
@@ -89,29 +85,46 @@ def submit_sweep(
     if not dry_run:
         root = _claim(root)
     root = root.resolve()
-    groups = list(_groups(points))
-    for group in groups:
-        names = ", ".join(point_name(point.number) for point in group)
-        print(f"{len(group)} point(s) alike in their job ({names}):\n{describe(group[0].config)}\n")
+    runs = {point.name: root / "points" / point.name for point in points}
+    groups: dict[str, list[SweepPoint]] = {}  # alike in all that Slurm is asked for: an array cannot vary it
     for point in points:
-        print(f"{point_name(point.number)}  {_label(point.values)}")
+        shape = to_dict(point.config)
+        groups.setdefault(json.dumps([shape["cluster"], shape["slurm"]]), []).append(point)
+    scripts: dict[str, str] = {}
+    for group in groups.values():
+        names = [point.name for point in group]
+        print(f"{len(group)} point(s) alike in their job ({', '.join(names)}):")
+        print(f"{describe(group[0].config)}\n")
+        scripts[names[0]] = render(group[0].config, root, [runs[name] for name in names], at_once)
+    for point in points:
+        print(f"{point.name}  {point.label}")
     if dry_run:
-        for group in groups:
-            print(f"\n{_array_script(group, root, at_once)}", end="")
+        print("", *scripts.values(), sep="\n", end="")
         print(f"\n# dry run: nothing was submitted; the sweep's directory would be {root}")
         return 0
     for point in points:
-        point.config.run.dir, point.config.run.name = str(root / "points"), point_name(point.number)
+        point.config.run.dir, point.config.run.name = str(root / "points"), point.name
         RunDir.create(point.config)
-    table = [{"name": point_name(point.number), "values": point.values} for point in points]
+    table = [{"name": point.name, "values": point.values} for point in points]
     write_atomic(root / "sweep.json", json.dumps({"recipe": str(path), "points": table}, indent=2) + "\n")
     jobs: list[str] = []
-    for group in groups:
-        script = _write_script(root, _array_script(group, root, at_once), f"job-{group[0].number:03d}.sh")
-        jobs.append(slurm.sbatch(script))
+    for first, script in scripts.items():
+        jobs.append(slurm.sbatch(_write_script(root, script, f"job-{first}.sh")))
         _record(root, jobs)
-    summary = _write_script(root, _array_script(points, root, at_once))
-    closing = slurm.sbatch(_closing(root, summary), _closing_options(base, root, jobs))
+    summary = _write_script(root, render(base, root, list(runs.values()), at_once))
+    # The job that runs after the last point, however that ended.
+    closing = slurm.sbatch(
+        _write_script(root, f'#!/bin/bash\nexec bash "{summary}" summary\n', "summary.sh"),
+        [
+            f"--dependency=afterany:{':'.join(jobs)}",
+            "--nodes=1",
+            "--ntasks=1",
+            "--time=00:10:00",
+            "--job-name=espalier-summary",
+            f"--output={root}/slurm/summary-%j.log",
+            *queue_options(base.slurm),
+        ],
+    )
     _record(root, [*jobs, closing])
     print(f"\nsubmitted as jobs {', '.join(jobs)}; job {closing} draws the table and plot in {root}")
     return 0
@@ -128,60 +141,13 @@ def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) ->
     for number, chosen in enumerate(product(*(values for _, values in axes))):
         values = dict(zip((key for key, _ in axes), chosen, strict=True))
         config = load(path, [*overrides, *(f"{key}={value}" for key, value in values.items())])
+        point = SweepPoint(f"{number:03d}", values, config)
         try:
             check_parts(config)
             place(config, paper_nodes(config))
         except ConfigError as error:
-            raise ConfigError(f"point {_label(values)}: {error}") from error
-        yield SweepPoint(number, values, config)
-
-
-def point_name(number: int) -> str:
-    return f"{number:03d}"
-
-
-def _label(values: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items())
-
-
-def _groups(points: Sequence[SweepPoint]) -> Iterator[list[SweepPoint]]:
-    """Points whose jobs are alike: an array cannot vary its nodes, or anything else Slurm is asked for."""
-    groups: dict[str, list[SweepPoint]] = {}
-    for point in points:
-        shape = to_dict(point.config)
-        groups.setdefault(json.dumps([shape["cluster"], shape["slurm"]]), []).append(point)
-    yield from groups.values()
-
-
-def _job_script(config: Config, root: Path) -> str:
-    return render(config, name=f"espalier-{root.name}", run=root, site=site())
-
-
-def _array_script(group: Sequence[SweepPoint], root: Path, at_once: int) -> str:
-    runs = [root / "points" / point_name(point.number) for point in group]
-    name = f"espalier-{root.name}"
-    return render(group[0].config, name=name, run=root, site=site(), points=runs, limit=at_once)
-
-
-def _closing(root: Path, script: Path) -> Path:
-    """The job that runs after the last point, however that ended."""
-    path = root / "slurm" / "summary.sh"
-    write_atomic(path, f'#!/bin/bash\nexec bash "{script}" summary\n')
-    return path
-
-
-def _closing_options(config: Config, root: Path, jobs: Sequence[str]) -> list[str]:
-    after = f"--dependency=afterany:{':'.join(jobs)}"
-    output = f"--output={root}/slurm/summary-%j.log"
-    return [
-        after,
-        "--nodes=1",
-        "--ntasks=1",
-        "--time=00:10:00",
-        "--job-name=espalier-summary",
-        output,
-        *queue_options(config.slurm),
-    ]
+            raise ConfigError(f"point {point.label}: {error}") from error
+        yield point
 
 
 def _write_script(root: Path, text: str, name: str = "job.sh") -> Path:

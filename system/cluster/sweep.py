@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from system.cluster.status import attempts, table
+from system.cluster.status import attempts
 from system.observe.plots import BLUE, RED
 from system.observe.rundir import RunDirError, write_atomic
 
@@ -58,43 +58,36 @@ def summarise(root: Path) -> str:
         + [str(one.attempts), one.cause]
         for one in found
     ]
-    lines = [head, ["---"] * len(head), *rows]
-    write_atomic(root / "summary.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    ruled = (head, ["---"] * len(head), *rows)
+    write_atomic(root / "summary.md", "".join(f"| {' | '.join(line)} |\n" for line in ruled))
     plain = [
         {"point": one.name, "values": one.values, "state": one.state, "cause": one.cause, **one.measures}
         for one in found
     ]
     write_atomic(root / "summary.json", json.dumps(plain, indent=2) + "\n")
     _plot(root / "summary.png", root.name, keys, found)
-    return table([head, *rows])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (head, *rows)]
+    return "\n".join(lines)
 
 
 def _result(run: Path, point: dict[str, Any]) -> SweepResult:
     chain = attempts(run)
     end = chain[-1]["end"] if chain else None
-    state, cause = "waiting", ""
+    state, cause = "running" if chain else "waiting", ""
     if end is not None:
         state = {0: "finished", 3: "stopped"}.get(end["exit"], "failed")
         cause = end["cause"] if end["exit"] else ""
         if end["next"] == "requeue":
             state = "waiting"
-    elif chain:
-        state = "running"
     measures: dict[str, float] = {}
     if state == "finished":
-        measures = _measures(json.loads((run / "summary.json").read_text(encoding="utf-8")))
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        measures["steps_per_hour"] = summary["versions"] / summary["wall_s"] * 3600
+        measures["tokens_per_s"] = summary["tokens"]["generated"] / summary["wall_s"]
+        if after := summary["eval"].get("after"):
+            measures |= {name: after[name] for name in ("accuracy", "reward")}
     return SweepResult(point["name"], point["values"], state, cause, len(chain), measures)
-
-
-def _measures(summary: dict[str, Any]) -> dict[str, float]:
-    hours = summary["wall_s"] / 3600
-    found = {
-        "steps_per_hour": summary["versions"] / hours,
-        "tokens_per_s": summary["tokens"]["generated"] / summary["wall_s"],
-    }
-    if after := summary["eval"].get("after"):
-        found |= {"accuracy": after["accuracy"], "reward": after["reward"]}
-    return found
 
 
 def _plot(path: Path, title: str, keys: Sequence[str], found: Sequence[SweepResult]) -> None:
@@ -119,10 +112,9 @@ def _panel(axes: Axes, measure: str, keys: Sequence[str], found: Sequence[SweepR
             label = " ".join(f"{key}={one.values[key]}" for key in keys[1:])
             lines.setdefault(label, []).append((x, one.measures[measure]))
         else:
-            axes.plot([x], [0.04], "x", color=RED, markersize=9, transform=axes.get_xaxis_transform())
-            axes.text(
-                x, 0.08, one.state, color=RED, fontsize=8, ha="center", transform=axes.get_xaxis_transform()
-            )
+            bottom = axes.get_xaxis_transform()
+            axes.plot([x], [0.04], "x", color=RED, markersize=9, transform=bottom)
+            axes.text(x, 0.08, one.state, color=RED, fontsize=8, ha="center", transform=bottom)
     for label, points in lines.items():
         color = BLUE if len(lines) == 1 else None
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, color=color)

@@ -7,55 +7,19 @@ that name: ``branching=none`` is ``branching.name=none``.  A dictionary is merge
 with the tag ``!replace`` it replaces it: ``task.options: !replace {}``.
 """
 
-from system.config.check import validate
-from system.config.load import from_dict, load, to_dict, to_yaml
-from system.config.schema import (
-    BranchingConfig,
-    CheckpointConfig,
-    ClusterConfig,
-    Config,
-    EngineConfig,
-    EvalConfig,
-    FlowConfig,
-    LearnConfig,
-    ModelConfig,
-    ObserveConfig,
-    PartConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    SlurmConfig,
-    TaskConfig,
-    ToolsConfig,
-    WarmStartConfig,
-    settings,
-)
-from system.errors import ConfigError
-
-__all__ = [
-    "BranchingConfig",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "Config",
-    "ConfigError",
-    "EngineConfig",
-    "EvalConfig",
-    "FlowConfig",
-    "LearnConfig",
-    "ModelConfig",
-    "ObserveConfig",
-    "PartConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SlurmConfig",
-    "TaskConfig",
-    "ToolsConfig",
-    "WarmStartConfig",
-    "from_dict",
-    "load",
-    "settings",
-    "to_dict",
-    "to_yaml",
-    "validate",
-]
+from system.config.check import validate as validate
+from system.config.load import from_dict as from_dict
+from system.config.load import load as load
+from system.config.load import to_dict as to_dict
+from system.config.load import to_yaml as to_yaml
+from system.config.schema import BranchingConfig as BranchingConfig
+from system.config.schema import Config as Config
+from system.config.schema import EngineConfig as EngineConfig
+from system.config.schema import LearnConfig as LearnConfig
+from system.config.schema import ModelConfig as ModelConfig
+from system.config.schema import PartConfig as PartConfig
+from system.config.schema import RolloutConfig as RolloutConfig
+from system.config.schema import SlurmConfig as SlurmConfig
+from system.config.schema import ToolsConfig as ToolsConfig
+from system.config.schema import settings as settings
+from system.errors import ConfigError as ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 
 from system.config.schema import Config, ModelConfig, PartConfig, Setting, settings
 from system.errors import ConfigError
-from system.plugins import nearest
+from system.plugins import PluginError, nearest
 
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
 SET_BY: dict[str, str] = {
@@ -31,7 +31,7 @@ SET_BY: dict[str, str] = {
 def validate(config: Config) -> None:
     """Check every rule of the schema, and fields that must agree.  Raises :class:`ConfigError`."""
     for one in settings().values():
-        _check(one, one.of(config))
+        _check_rule(one, one.of(config))
     for checked in (_sizes, _engine, _cluster):
         for problem in checked(config):
             raise ConfigError(problem)
@@ -40,7 +40,7 @@ def validate(config: Config) -> None:
             raise ConfigError(problem)
 
 
-def _check(one: Setting, value: Any) -> None:
+def _check_rule(one: Setting, value: Any) -> None:
     """``value`` against the setting's own rule."""
     key, rule = one.key, one.rule
     if isinstance(value, list | dict) and typing.get_args(one.kind)[-1] is str:
@@ -67,6 +67,35 @@ def names_of(value: Any) -> list[str]:
     if isinstance(value, PartConfig):
         return [value.name]
     return [value] if isinstance(value, str) else value
+
+
+def check_parts(config: Config) -> None:
+    """Import every configured part and check its options, before a run directory or any process is made.
+
+    Raises :class:`ConfigError` with one line per problem.
+    """
+    if problems := part_problems(config):
+        raise ConfigError("\n".join(problems))
+
+
+def part_problems(config: Config) -> list[str]:
+    """What is wrong with the configured parts, all of it: each with the key and a remedy."""
+    problems: list[str] = []
+    for one in settings().values():
+        if (registry := one.rule.registry) is None:
+            continue
+        value = one.of(config)
+        options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
+        for name in names_of(value):
+            try:
+                registry.check(name, options.get(name, {}) if isinstance(value, list) else options)
+            except PluginError as error:
+                problems.append(str(error))
+    for name in config.tools.options:
+        if name not in config.tools.names:
+            names = ", ".join(config.tools.names)
+            problems.append(f"tools.options.{name}: no such tool in tools.names ({names}): correct either")
+    return problems
 
 
 def _sizes(config: Config) -> Iterator[str]:

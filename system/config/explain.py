@@ -45,7 +45,7 @@ def text(wanted: str = "") -> str:
         if wanted != one.key and (number == 0 or chosen[number - 1].section != one.section):
             lines.append(f"{one.section}: {_about(one.section)}\n")
         safe = ["safe on resume"] if one.safe_on_resume else []
-        facts = "; ".join([f"{kind(one)}, default {default(one)}", *filter(None, [allowed(one)]), *safe])
+        facts = "; ".join([f"{kind(one.kind)}, default {default(one)}", *filter(None, [allowed(one)]), *safe])
         told = (textwrap.fill(part, 96) for part in (facts, one.rule.text))
         lines += [one.key, *(textwrap.indent(part, "    ") for part in told), ""]
     return "\n".join(lines)
@@ -60,7 +60,13 @@ def markdown() -> str:
         for one in settings().values():
             if one.section == section.name:
                 safe = " ↻" if one.safe_on_resume else ""
-                cells = (f"`{one.name}`{safe}", kind(one), f"`{default(one)}`", allowed(one), one.rule.text)
+                cells = (
+                    f"`{one.name}`{safe}",
+                    kind(one.kind),
+                    f"`{default(one)}`",
+                    allowed(one),
+                    one.rule.text,
+                )
                 lines.append(
                     "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
                 )
@@ -68,17 +74,13 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def kind(one: Setting) -> str:
-    """Its type in words."""
-    return _kind(one.kind)
-
-
-def _kind(wanted: Any) -> str:
+def kind(wanted: Any) -> str:
+    """A type in words."""
     if wanted is PartConfig:
         return "part"
     inner = typing.get_args(wanted)
     if typing.get_origin(wanted) is list:
-        return f"list of {_kind(inner[0])}"
+        return f"list of {kind(inner[0])}"
     if typing.get_origin(wanted) is dict:
         return "dictionary"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[wanted]

@@ -11,13 +11,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from system import plugins
-from system.plugins import Registry
+from system.plugins import (
+    AGGREGATES,
+    CREDITS,
+    OBJECTIVES,
+    POLICIES,
+    REWARDS,
+    SYNTAXES,
+    TASKS,
+    TOOLS,
+    Registry,
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,7 @@ class RunConfig:
 class ModelConfig:
     """The model that is trained: a given one, or the shape of a tiny one that is made for the task."""
 
-    path: str = setting(
-        "", "Hugging Face directory; empty: a tiny model of the shape below is made for the task"
-    )
+    path: str = setting("", "Hugging Face directory; empty: a tiny model of the shape below is made")
     dtype: str = setting("float32", "of the weights in engines and learner", choices=("float32", "bfloat16"))
     hidden_size: int = setting(96, "width of the residual stream of a model made here", least=1)
     layers: int = setting(2, "its layers", least=1)
@@ -96,7 +102,7 @@ class ModelConfig:
 class TaskConfig:
     """The questions that are trained on, and those that are held out."""
 
-    name: str = setting("quickstart", "which task", registry=plugins.TASKS)
+    name: str = setting("quickstart", "which task", registry=TASKS)
     path: str = setting("", "data file for `jsonl` (JSONL or Parquet)")
     eval_path: str = setting("", "held-out questions for `jsonl`; empty: none")
     dataset: str = setting("", "name of a reasoning-gym data set")
@@ -130,9 +136,7 @@ class RolloutConfig:
     roots: int = setting(4, "N: branches that start together; forks draw on n - N", least=1)
     workers: int = setting(1, "processes that grow trees", least=1, safe_on_resume=True)
     concurrency: int = setting(32, "trees growing at once, over all workers", least=1, safe_on_resume=True)
-    syntax: PartConfig = setting(
-        PartConfig("tags"), "how the model writes a tool call", registry=plugins.SYNTAXES
-    )
+    syntax: PartConfig = setting(PartConfig("tags"), "how the model writes a tool call", registry=SYNTAXES)
     max_response_tokens: int = setting(256, "per branch, tool results included", least=1)
     max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=0)
     call_limit: int = setting(4, "tool calls per branch", least=0)
@@ -148,7 +152,7 @@ class RolloutConfig:
 class BranchingConfig:
     """The policy that decides whether a tree forks after a tool result."""
 
-    name: str = setting("arpo", "which policy", registry=plugins.POLICIES)
+    name: str = setting("arpo", "which policy", registry=POLICIES)
     alpha: float = setting(0.5, "fork probability at an unchanged entropy")
     beta: float = setting(0.2, "weight of the rise in entropy")
     tau: float = setting(0.5, "threshold of arpo-paper")
@@ -160,7 +164,7 @@ class BranchingConfig:
 class RewardConfig:
     """What a finished branch is worth."""
 
-    name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=plugins.REWARDS)
+    name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=REWARDS)
     options: dict[str, Any] = setting({}, "the rule's own options")
 
 
@@ -168,7 +172,7 @@ class RewardConfig:
 class ToolsConfig:
     """The tools an agent may call, and the limits around every call."""
 
-    names: list[str] = setting(["search", "python"], "which tools", registry=plugins.TOOLS)
+    names: list[str] = setting(["search", "python"], "which tools", registry=TOOLS)
     options: dict[str, dict[str, Any]] = setting({}, "options by tool: {search: {top_k: 5}}")
     corpus: str = setting("", 'JSONL of {"id", "title", "text"} for search; empty: the task\'s own corpus')
     search_top_k: int = setting(3, "documents per search", least=1)
@@ -195,9 +199,7 @@ class EngineConfig:
     host: str = setting("127.0.0.1", "address that servers listen on")
     max_running: int = setting(64, "sequences decoded together", least=1, safe_on_resume=True)
     max_context: int = setting(1024, "tokens per sequence, prompt included", least=1)
-    cache_slots: int = setting(
-        128, "finished sequences whose KV is kept for reuse", least=0, safe_on_resume=True
-    )
+    cache_slots: int = setting(128, "finished sequences with KV kept for reuse", least=0, safe_on_resume=True)
     chunk_tokens: int = setting(4, "tokens per streamed chunk", least=1)
     in_flight: int = setting(
         256, "requests a rollout worker keeps open at one engine; more wait their turn in it", least=1
@@ -219,9 +221,7 @@ class EngineConfig:
     entropy_top_k: int = setting(
         0, "attached servers without our plug-in: estimate entropies from so many top tokens", least=0
     )
-    python: str = setting(
-        "", "runs SGLang; empty: .venv-sglang/bin/python if it exists, else this interpreter"
-    )
+    python: str = setting("", "runs SGLang; empty: .venv-sglang/bin/python if there, else this interpreter")
     sglang: dict[str, Any] = setting({}, "SGLang's own flags: {mem_fraction_static: 0.8}")
 
 
@@ -258,9 +258,7 @@ class LearnConfig:
     tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
     pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
-    sequence_parallel: bool = setting(
-        False, "split the activations between attention and MLP over the TP ranks too"
-    )
+    sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
     distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
     recompute: str = setting(
         "none",
@@ -268,12 +266,10 @@ class LearnConfig:
         choices=("none", "selective", "full"),
     )
     threads: int = setting(1, "CPU threads of one rank", least=1, safe_on_resume=True)
-    credit: PartConfig = setting(
-        PartConfig("arpo-soft"), "from rewards to advantages", registry=plugins.CREDITS
-    )
-    objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=plugins.OBJECTIVES)
+    credit: PartConfig = setting(PartConfig("arpo-soft"), "from rewards to advantages", registry=CREDITS)
+    objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=OBJECTIVES)
     aggregate: PartConfig = setting(
-        PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=plugins.AGGREGATES
+        PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=AGGREGATES
     )
     updates: int = setting(1, "optimizer steps per training batch", least=1)
     micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
@@ -287,9 +283,7 @@ class LearnConfig:
     clip_low: float = setting(0.2, "ε below: the ratio is clipped at 1 - ε", least=0, most=1)
     clip_high: float = setting(0.2, "ε above: the ratio is clipped at 1 + ε", least=0)
     dual_clip: float = setting(3.0, "bound on the ratio where the advantage is negative; 0: off", least=0)
-    tis_cap: float = setting(
-        2.0, "cap of the proximal/behaviour ratio (truncated importance sampling)", least=0
-    )
+    tis_cap: float = setting(2.0, "cap of proximal/behaviour ratio (truncated importance sampling)", least=0)
     kl_coef: float = setting(0.0, "KL to the reference model; 0: no reference model is built", least=0)
     entropy_coef: float = setting(0.0, "entropy bonus")
     bucket_mb: int = setting(64, "weight export bucket", least=1)
@@ -336,7 +330,7 @@ class ClusterConfig:
         0, "the first nodes, for the learner alone; 0: learner and rollout share all nodes", least=0
     )
     join_deadline_s: float = setting(
-        300.0, "for all nodes to be there and all actors to have their place", least=1
+        300.0, "for all nodes to be there and all actors in their place", least=1
     )
     on_node_loss: str = setting(
         "end",
@@ -358,9 +352,7 @@ class SlurmConfig:
     )
     requeue: bool = setting(True, "go on in a further attempt")
     max_restarts: int = setting(50, "attempts after the first, for any reason", least=0)
-    max_failures: int = setting(
-        3, "infrastructure failures in a row without a training step between them", least=0
-    )
+    max_failures: int = setting(3, "infrastructure failures in a row, with no training step between", least=0)
     exclusive: bool = setting(True, "whole nodes")
     cpus_per_node: int = setting(0, "0: all of an exclusive node, else the site's default", least=0)
     mem: str = setting("", "per node, as sbatch takes it; empty: all of an exclusive node")
@@ -427,14 +419,11 @@ class Setting:
 @cache
 def settings() -> dict[str, Setting]:
     """Every setting by its key, in the order of the schema."""
-    return {one.key: one for one in _settings()}
-
-
-def _settings() -> Iterator[Setting]:
-    default = Config()
+    found: list[Setting] = []
     for section in dataclasses.fields(Config):
-        values = getattr(default, section.name)
+        values = getattr(Config(), section.name)
         kinds = typing.get_type_hints(type(values))
         for one in dataclasses.fields(values):
             value = getattr(values, one.name)
-            yield Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"])
+            found.append(Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"]))
+    return {one.key: one for one in found}

@@ -47,12 +47,9 @@ def _finding(bad: bool, level: Level, topic: str, found: str, remedy: str) -> Fi
     return Finding(level, topic, found, remedy) if bad else Finding(Level.OK, topic, found)
 
 
-def python(facts: Facts, config: Config) -> Iterator[Finding]:
+def software(facts: Facts, config: Config) -> Iterator[Finding]:
     found = f"{'.'.join(map(str, facts.python))} on {facts.system}"
     yield _finding(facts.python < (3, 11, 0), Level.PROBLEM, "python", found, "use Python 3.11 or newer")
-
-
-def packages(facts: Facts, config: Config) -> Iterator[Finding]:
     for name, version in facts.packages.items():
         pin = facts.pins.get(name)
         if version is None:
@@ -116,7 +113,7 @@ def sglang(facts: Facts, config: Config) -> Iterator[Finding]:
         yield Finding(Level.OK, "sglang", facts.sglang)
 
 
-def collectives(facts: Facts, config: Config) -> Iterator[Finding]:
+def network(facts: Facts, config: Config) -> Iterator[Finding]:
     for backend, error in facts.collectives.items():
         needed = backend == ("nccl" if config.cluster.gpus_per_node else "gloo")
         remedy = (
@@ -126,64 +123,36 @@ def collectives(facts: Facts, config: Config) -> Iterator[Finding]:
         )
         level = Level.PROBLEM if needed else Level.WARNING
         yield _finding(bool(error), level, backend, error or "all-reduce on this machine works", remedy)
+    host, name = config.engine.host, facts.hostname
+    found = facts.port_error or f"servers can listen on {host}"
+    remedy = f"set engine.host to an address of this machine (now {host})"
+    yield _finding(bool(facts.port_error), Level.PROBLEM, "ports", found, remedy)
+    found = f"{name}: {facts.hostname_error or 'resolves'}"
+    remedy = f"add {name} to /etc/hosts or to the site's DNS: other nodes look it up"
+    level = Level.PROBLEM if config.cluster.nodes > 1 else Level.WARNING
+    yield _finding(bool(facts.hostname_error), level, "hostname", found, remedy)
 
 
-def network(facts: Facts, config: Config) -> Iterator[Finding]:
-    host = config.engine.host
-    yield _finding(
-        bool(facts.port_error),
-        Level.PROBLEM,
-        "ports",
-        facts.port_error or f"servers can listen on {host}",
-        f"set engine.host to an address of this machine (now {host})",
-    )
-    yield _finding(
-        bool(facts.hostname_error),
-        Level.PROBLEM if config.cluster.nodes > 1 else Level.WARNING,
-        "hostname",
-        f"{facts.hostname}: {facts.hostname_error or 'resolves'}",
-        f"add {facts.hostname} to /etc/hosts or to the site's DNS: other nodes look it up",
-    )
-
-
-def shared_memory(facts: Facts, config: Config) -> Iterator[Finding]:
-    yield _finding(
-        facts.shm_bytes < 2 * GIB,
-        Level.WARNING,
-        "/dev/shm",
-        f"{_gib(facts.shm_bytes)} free",
-        "Ray's object store and NCCL use it; in a container start with --shm-size=8g",
-    )
-
-
-def disk(facts: Facts, config: Config) -> Iterator[Finding]:
+def room(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Shared memory, disk and memory, and open files."""
+    remedy = "Ray's object store and NCCL use it; in a container start with --shm-size=8g"
+    found = f"{_gib(facts.shm_bytes)} free"
+    yield _finding(facts.shm_bytes < 2 * GIB, Level.WARNING, "/dev/shm", found, remedy)
     found = f"{_gib(facts.disk_bytes)} free in {facts.disk_path}"
     remedy = "make room, or set run.dir to a larger file system; checkpoint.keep bounds what a run keeps"
     level = Level.PROBLEM if facts.disk_bytes < GIB else Level.WARNING
     yield _finding(facts.disk_bytes < 10 * GIB, level, "disk", found, remedy)
-
-
-def memory(facts: Facts, config: Config) -> Iterator[Finding]:
-    found = f"{_gib(facts.memory_bytes)} available"
     remedy = "end other programs, or use fewer learner ranks, engine replicas and rollout workers"
     level = Level.PROBLEM if facts.memory_bytes < GIB else Level.WARNING
+    found = f"{_gib(facts.memory_bytes)} available"
     yield _finding(facts.memory_bytes < 4 * GIB, level, "memory", found, remedy)
-
-
-def open_files(facts: Facts, config: Config) -> Iterator[Finding]:
-    """A rollout worker holds a connection per branch; Ray and the libraries need some hundreds."""
+    # A rollout worker holds a connection per branch; Ray and the libraries need some hundreds.
     branches = config.rollout.concurrency * config.rollout.leaves // config.rollout.workers
-    wanted = 512 + branches
-    hard = (
-        "" if facts.open_files_hard >= wanted else f", whose hard limit ({facts.open_files_hard}) must rise"
-    )
-    yield _finding(
-        facts.open_files < wanted,
-        Level.PROBLEM,
-        "open files",
-        f"limit {facts.open_files}; {branches} branches per rollout worker",
-        f"ulimit -n {wanted}{hard}; or set rollout.concurrency lower, or rollout.workers higher",
-    )
+    wanted, hard = 512 + branches, facts.open_files_hard
+    raised = "" if hard >= wanted else f", whose hard limit ({hard}) must rise"
+    found = f"limit {facts.open_files}; {branches} branches per rollout worker"
+    remedy = f"ulimit -n {wanted}{raised}; or set rollout.concurrency lower, or rollout.workers higher"
+    yield _finding(facts.open_files < wanted, Level.PROBLEM, "open files", found, remedy)
 
 
 def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -194,22 +163,13 @@ def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
     yield _finding(bool(facts.sandbox_error), level, "sandbox", found, remedy)
 
 
-def inputs(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Files that the recipe names."""
-    named = (
-        ("model.path", config.model.path),
-        ("task.path", config.task.path),
-        ("tools.corpus", config.tools.corpus),
-    )
-    for key, path in named:
+def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
+    """What the recipe names: are the files there, can the parts be imported, do their options fit?"""
+    named = {"model.path": config.model.path, "task.path": config.task.path}
+    for key, path in {**named, "tools.corpus": config.tools.corpus}.items():
         if path:
-            yield _finding(
-                not Path(path).exists(), Level.PROBLEM, key, path, f"there is no {path}: correct {key}"
-            )
-
-
-def parts(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Tasks, rewards, tools, …: can they be imported, and do their options fit?"""
+            missing = not Path(path).exists()
+            yield _finding(missing, Level.PROBLEM, key, path, f"there is no {path}: correct {key}")
     for problem in facts.parts:
         yield Finding(Level.PROBLEM, "parts", problem, "correct it in the recipe, or what it names")
 
@@ -219,41 +179,19 @@ def slurm(facts: Facts, config: Config) -> Iterator[Finding]:
     if "SLURM_JOB_ID" not in told:
         return
     nodes, wanted = told.get("SLURM_JOB_NUM_NODES", "1"), config.cluster.nodes
-    yield _finding(
-        nodes != str(wanted),
-        Level.PROBLEM,
-        "slurm nodes",
-        f"job {told['SLURM_JOB_ID']} has {nodes}, the recipe wants {wanted}",
-        f"ask for --nodes={wanted} (espalier submit does), or set cluster.nodes={nodes}",
-    )
-    granted = told.get("SLURM_GPUS_ON_NODE")
-    if granted is not None and granted.isdigit():
-        yield _finding(
-            int(granted) != len(facts.gpus),
-            Level.WARNING,
-            "slurm gpus",
-            f"{granted} granted on this node, {len(facts.gpus)} usable",
-            "the grant and CUDA_VISIBLE_DEVICES disagree: ask for --gpus-per-node; see the site's gres.conf",
+    found = f"job {told['SLURM_JOB_ID']} has {nodes}, the recipe wants {wanted}"
+    remedy = f"ask for --nodes={wanted} (espalier submit does), or set cluster.nodes={nodes}"
+    yield _finding(nodes != str(wanted), Level.PROBLEM, "slurm nodes", found, remedy)
+    granted = told.get("SLURM_GPUS_ON_NODE", "")
+    if granted.isdigit():
+        found = f"{granted} granted on this node, {len(facts.gpus)} usable"
+        remedy = (
+            "the grant and CUDA_VISIBLE_DEVICES disagree: ask for --gpus-per-node; see the site's gres.conf"
         )
+        yield _finding(int(granted) != len(facts.gpus), Level.WARNING, "slurm gpus", found, remedy)
 
 
-CHECKS: tuple[Check, ...] = (
-    python,
-    packages,
-    gpus,
-    layout,
-    sglang,
-    collectives,
-    network,
-    shared_memory,
-    disk,
-    memory,
-    open_files,
-    sandbox,
-    inputs,
-    parts,
-    slurm,
-)
+CHECKS: tuple[Check, ...] = (software, gpus, layout, sglang, network, room, sandbox, recipe, slurm)
 
 
 def _gib(size: int) -> str:

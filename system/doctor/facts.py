@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -20,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from system.config import Config, ToolsConfig
-from system.config.parts import part_problems
+from system.config.check import part_problems
 from system.engine.sglang.command import SglangMissing, interpreter
 
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "aiohttp", "safetensors")
@@ -192,13 +193,9 @@ async def _sandbox(tools: ToolsConfig) -> tuple[tuple[str, ...], str]:
 
 def _ports(host: str) -> str:
     try:
-        sockets = [socket.socket() for _ in range(16)]
-        try:
-            for one in sockets:
-                one.bind((host, 0))
-        finally:
-            for one in sockets:
-                one.close()
+        with contextlib.ExitStack() as sockets:
+            for _ in range(16):
+                sockets.enter_context(socket.socket()).bind((host, 0))
     except OSError as error:
         return str(error)
     return ""

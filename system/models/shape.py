@@ -50,11 +50,13 @@ class ModelShape:
         if not file.is_file():
             raise UnsupportedModel(f"no model in Hugging Face format in {path}: config.json is missing")
         try:
-            return cls.from_config(json.loads(file.read_text()), file.parent.name)
+            return cls.from_config(json.loads(file.read_text(encoding="utf-8")), file.parent.name)
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{file}: {error}") from None
         except KeyError as error:
             raise UnsupportedModel(f"{file}: {error} is missing") from None
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise UnsupportedModel(f"{file}: not the config.json of a model: {error}") from error
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "") -> ModelShape:

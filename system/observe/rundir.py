@@ -55,27 +55,23 @@ class RunDir:
         hand and is taken raises :class:`RunDirError`.
         """
         name, parent = config.run.name, Path(config.run.dir)
+        if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise RunDirError(f"run.name={name!r} must be a plain directory name; run.dir sets where it lies")
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            stem = name or f"{config_name}-s{config.run.seed}"
+            root, number = parent / stem, 2
+            while not _claim(root):
+                if name:
+                    raise RunDirError(
+                        f"{root} exists: continue it with `espalier train --resume {root}` or choose another "
+                        "name"
+                    )
+                root, number = parent / f"{stem}-{number}", number + 1
         except OSError as error:
             raise RunDirError(
                 f"run.dir={parent}: {error.strerror}: name a directory that can be written"
             ) from error
-        if name:
-            if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-                raise RunDirError(
-                    f"run.name={name!r} must be a plain directory name; run.dir sets where it lies"
-                )
-            root = parent / name
-            if not _claim(root):
-                raise RunDirError(
-                    f"{root} exists: continue it with `espalier train --resume {root}` or choose another name"
-                )
-        else:
-            stem = f"{config_name}-s{config.run.seed}"
-            root, number = parent / stem, 2
-            while not _claim(root):
-                root, number = parent / f"{stem}-{number}", number + 1
         run = cls(root)
         run._make_parts()
         run.write_config(config)

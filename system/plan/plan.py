@@ -8,6 +8,7 @@ plan`` prints.  The memory model is in ``memory.py``, the speed model in ``speed
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from system.config import Config, ConfigError
 from system.models.known import shape_of
@@ -60,57 +61,175 @@ class AgentWorkload:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One training step in seconds, and what limits it."""
+    """One training step in mean values: no tail, no queueing (``espalier bench scale`` simulates those)."""
 
     generate_s: float  # engines alone, for one batch
     train_s: float  # learner alone, for one batch
     publish_s: float
-    step_s: float  # both together, as the staleness allows
-    branches: float  # branches in flight over all engines
-    running: float  # of them decoding at once on one engine
+    staleness: int  # 0: engines and learner take turns
+    branches: float  # in flight over all engines
+    ready: float  # of them those that do not wait for a tool
+    held: float  # branches whose context the KV caches hold
+    running: float  # branches decoding at once on one engine
     decode_per_s: float  # tokens per second, all engines
-    bottleneck: str
-    because: str
+    decode_s: float  # of one branch
+    tools_s: float  # of one branch
 
     @property
-    def engine_idle(self) -> float:
-        """Share of time in which the engines have nothing to generate."""
-        return max(0.0, 1 - self.generate_s / self.step_s)
+    def learn_s(self) -> float:
+        return self.train_s + self.publish_s
 
     @property
-    def learner_idle(self) -> float:
-        return max(0.0, 1 - self.train_s / self.step_s)
+    def step_s(self) -> float:
+        """Engines and learner together, as the staleness allows."""
+        if self.staleness == 0:
+            return self.generate_s + self.learn_s
+        return max(self.generate_s, self.learn_s)
+
+    @property
+    def bottleneck(self) -> str:
+        """What limits a step."""
+        if self.learn_s > self.generate_s:
+            return TRAINING
+        if self.ready > self.held:
+            return KV
+        return TOOLS if self.tools_s > self.decode_s else GENERATION
+
+    @property
+    def because(self) -> str:
+        """Why that limits a step, and what would mend it."""
+        if self.bottleneck == TRAINING:
+            return (
+                f"a batch takes {self.learn_s:.1f} s to train and publish, {self.generate_s:.1f} s to "
+                "generate: give the learner more GPUs"
+            )
+        if self.bottleneck == KV:
+            return (
+                f"{self.ready:,.0f} branches want to decode, the engines' KV cache holds {self.held:,.0f}: "
+                "more engine GPUs, or more of them per engine"
+            )
+        if self.bottleneck == TOOLS:
+            return (
+                f"a branch waits {self.tools_s:.1f} s for tools and decodes {self.decode_s:.1f} s: "
+                "raise rollout.concurrency and flow.staleness, so that others decode meanwhile"
+            )
+        why, remedy = f"{self.running:,.0f} sequences decode per engine", "give the engines more GPUs"
+        if self.running < 16:
+            why = (
+                f"only {self.running:.1f} sequences decode per engine, so each step reads all weights for "
+                "few tokens"
+            )
+            remedy = "raise flow.batch_leaves, flow.staleness or rollout.concurrency, or use fewer engines"
+        mode = " (η = 0: engines and learner take turns)" if self.staleness == 0 else ""
+        times = f"{self.generate_s:.1f} s to generate, {self.learn_s:.1f} s to train and publish"
+        return f"{why}; a batch takes {times}{mode}: {remedy}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GpuPlan:
-    """How ``gpus`` are used."""
+    """How ``gpus`` are used: memory, speed, and what is wrong with it."""
 
-    shape: ModelShape
-    gpu: Gpu
+    config: Config
     gpus: int
+    gpu: Gpu
+    workload: AgentWorkload
+    shape: ModelShape
     learner: LearnerLayout
     engine: EngineLayout
     engines: int
-    learner_memory: Memory
-    engine_memory: Memory
-    kv_tokens: int  # per engine
-    workload: AgentWorkload
-    forecast: Forecast
-    problems: tuple[str, ...] = ()  # why it would fail, with the remedy; empty: it fits
-    notes: tuple[str, ...] = ()  # settings that do not use these GPUs well
+
+    @cached_property
+    def learner_memory(self) -> Memory:
+        return learner_memory(self.shape, self.learner, self.gpu.reserved)
+
+    @cached_property
+    def engine_memory(self) -> Memory:
+        return engine_memory(self.shape, self.engine, self.gpu.memory)
+
+    @cached_property
+    def kv_tokens(self) -> int:
+        """Per engine."""
+        return kv_capacity(self.shape, self.engine, self.gpu.memory)
 
     @property
     def fits(self) -> bool:
         return not self.problems
 
+    @cached_property
+    def problems(self) -> list[str]:
+        """Why it would fail, each with the remedy."""
+        shape, learner, rank = self.shape, self.learner, self.learner_memory
+        problems = [
+            f"learn.tp={learner.tp} does not divide the model's {name}={getattr(shape, name)}"
+            for name in ("heads", "kv_heads", "ffn")
+            if getattr(shape, name) % learner.tp
+        ]
+        if shape.layers % learner.pp:
+            problems.append(f"learn.pp={learner.pp} does not divide the model's {shape.layers} layers")
+        if rank.total > self.gpu.memory:
+            relief = (  # the cheapest first
+                ("learn.distributed_optimizer=true", learner.dp > 1 and not learner.distributed_optimizer),
+                ("learn.sequence_parallel=true", learner.tp > 1 and not learner.sequence_parallel),
+                ("learn.recompute=full", learner.recompute != "full"),
+                ("a higher learn.tp or learn.pp", True),
+            )
+            problems.append(
+                f"a learner rank needs {rank.total / GIB:.0f} GiB and has {self.gpu.memory / GIB:.0f}: "
+                f"{' or '.join(name for name, helps in relief if helps)} or a lower learn.micro_tokens"
+            )
+        if self.kv_tokens < self.config.engine.max_context:
+            problems.append(
+                f"an engine of {self.engine.tp} GPU(s) holds {self.kv_tokens:,} tokens of KV, less than one "
+                f"context of engine.max_context={self.config.engine.max_context:,}: raise engine.tp"
+            )
+        return problems
+
+    @property
+    def notes(self) -> list[str]:
+        """Settings that do not use these GPUs well."""
+        engines, replicas = self.engines, self.config.engine.replicas
+        if replicas == engines:
+            return []
+        return [f"{engines} engines fit: set engine.replicas={engines} (it is {replicas})"]
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        flow, rollout, work, engines = self.config.flow, self.config.rollout, self.workload, self.engines
+        roof = EngineRoofline(self.shape, self.engine, self.gpu)
+        wanted = min(rollout.concurrency * rollout.leaves, (flow.staleness + 1) * flow.batch_leaves)
+        context = work.prompt_tokens + work.response_tokens / 2
+        held = max(1.0, self.kv_tokens / context) * engines
+        # Little's law: of the branches in flight those decode that do not wait for a tool.
+        ready, tools_s = float(wanted), work.calls * work.tool_s
+        tokens = work.response_tokens * (1 - work.tool_share)
+        decode_s = 0.0
+        for _ in range(50):  # to the fixed point: the more decode, the slower each step
+            each = max(1.0, min(ready, held) / engines)
+            decode_s = tokens * roof.step_s(each, each * context)
+            ready = 0.5 * ready + 0.5 * wanted * decode_s / (decode_s + tools_s)
+        decoding = min(ready, held)
+        each = max(decoding / engines, 1.0)
+        rate = decoding / roof.step_s(each, each * context)
+        trees = flow.batch_leaves / rollout.leaves
+        fresh = trees * work.prompt_tokens + flow.batch_leaves * work.response_tokens * work.tool_share
+        packed = flow.batch_leaves * work.packed + trees * work.prompt_tokens
+        return Forecast(
+            generate_s=flow.batch_leaves * work.generated / rate + roof.prefill_s(fresh) / engines,
+            train_s=LearnerRoofline(self.shape, self.learner, self.gpu).train_s(packed),
+            publish_s=publish_s(self.shape, self.gpu),
+            staleness=flow.staleness,
+            branches=wanted,
+            ready=ready,
+            held=held,
+            running=decoding / engines,
+            decode_per_s=rate,
+            decode_s=decode_s,
+            tools_s=tools_s,
+        )
+
 
 def plan(
-    config: Config,
-    gpus: int | None = None,
-    *,
-    gpu: str = "h100",
-    workload: AgentWorkload | None = None,
+    config: Config, gpus: int | None = None, *, gpu: str = "h100", workload: AgentWorkload | None = None
 ) -> GpuPlan:
     """Lay ``config`` out over ``gpus`` GPUs (None: as many as the configuration names).
 
@@ -120,8 +239,18 @@ def plan(
     """
     if gpu not in GPUS:
         raise ConfigError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
-    card, shape = GPUS[gpu], shape_of(config.model)
-    learner = learner_layout(config)
+    shape, learn = shape_of(config.model), config.learn
+    learner = LearnerLayout(
+        tp=learn.tp,
+        pp=learn.pp,
+        dp=learn.dp,
+        micro_tokens=learn.micro_tokens,
+        dtype=config.model.dtype,
+        sequence_parallel=learn.sequence_parallel,
+        recompute=learn.recompute,
+        distributed_optimizer=learn.distributed_optimizer,
+        reference=learn.kl_coef > 0,
+    )
     engine = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
     if gpus is None:
         on_cluster = config.cluster.nodes * config.cluster.gpus_per_node
@@ -133,170 +262,13 @@ def plan(
             "give more GPUs or a smaller learner"
         )
     workload = workload or AgentWorkload.guess(config)
-    rank = learner_memory(shape, learner, card.reserved)
-    forecast = _forecast(config, card, shape, learner, engine, engines, workload)
-    return GpuPlan(
-        shape=shape,
-        gpu=card,
-        gpus=gpus,
-        learner=learner,
-        engine=engine,
-        engines=engines,
-        learner_memory=rank,
-        engine_memory=engine_memory(shape, engine, card.memory),
-        kv_tokens=kv_capacity(shape, engine, card.memory),
-        workload=workload,
-        forecast=forecast,
-        problems=tuple(_problems(config, shape, card, learner, engine, rank)),
-        notes=tuple(_notes(config, engines)),
-    )
-
-
-def learner_layout(config: Config) -> LearnerLayout:
-    learn = config.learn
-    return LearnerLayout(
-        tp=learn.tp,
-        pp=learn.pp,
-        dp=learn.dp,
-        micro_tokens=learn.micro_tokens,
-        dtype=config.model.dtype,
-        sequence_parallel=learn.sequence_parallel,
-        recompute=learn.recompute,
-        distributed_optimizer=learn.distributed_optimizer,
-        reference=learn.kl_coef > 0,
-    )
-
-
-def _problems(
-    config: Config, shape: ModelShape, gpu: Gpu, learner: LearnerLayout, engine: EngineLayout, rank: Memory
-) -> list[str]:
-    problems: list[str] = []
-    for name in ("heads", "kv_heads", "ffn"):
-        if getattr(shape, name) % learner.tp:
-            problems.append(
-                f"learn.tp={learner.tp} does not divide the model's {name}={getattr(shape, name)}"
-            )
-    if shape.layers % learner.pp:
-        problems.append(f"learn.pp={learner.pp} does not divide the model's {shape.layers} layers")
-    if rank.total > gpu.memory:
-        problems.append(
-            f"a learner rank needs {rank.total / GIB:.0f} GiB and has {gpu.memory / GIB:.0f}: "
-            + _relief(learner)
-        )
-    held, longest = kv_capacity(shape, engine, gpu.memory), config.engine.max_context
-    if held < longest:
-        problems.append(
-            f"an engine of {engine.tp} GPU(s) holds {held:,} tokens of KV, less than one context of "
-            f"engine.max_context={longest:,}: raise engine.tp"
-        )
-    return problems
-
-
-def _relief(learner: LearnerLayout) -> str:
-    """What would make a learner rank smaller, the cheapest first."""
-    unused = (
-        ("learn.distributed_optimizer=true", learner.dp > 1 and not learner.distributed_optimizer),
-        ("learn.sequence_parallel=true", learner.tp > 1 and not learner.sequence_parallel),
-        ("learn.recompute=full", learner.recompute != "full"),
-    )
-    switches = [name for name, helps in unused if helps]
-    return f"{' or '.join([*switches, 'a higher learn.tp or learn.pp'])} or a lower learn.micro_tokens"
-
-
-def _notes(config: Config, engines: int) -> list[str]:
-    if config.engine.replicas == engines:
-        return []
-    return [f"{engines} engines fit: set engine.replicas={engines} (it is {config.engine.replicas})"]
-
-
-def _forecast(
-    config: Config,
-    gpu: Gpu,
-    shape: ModelShape,
-    learner: LearnerLayout,
-    engine: EngineLayout,
-    engines: int,
-    work: AgentWorkload,
-) -> Forecast:
-    """Mean values only: no tail, no queueing.  ``espalier bench scale`` simulates those."""
-    flow, rollout = config.flow, config.rollout
-    roof = EngineRoofline(shape, engine, gpu)
-    admitted = (flow.staleness + 1) * flow.batch_leaves
-    wanted = min(rollout.concurrency * rollout.leaves, admitted)
-    context = work.prompt_tokens + work.response_tokens / 2
-    by_memory = max(1.0, roof.kv_tokens / context) * engines
-    # Little's law: of the branches in flight those decode that do not wait for a tool.
-    running, tools_s = float(wanted), work.calls * work.tool_s
-    tokens = work.response_tokens * (1 - work.tool_share)
-    decoding_s = 0.0
-    for _ in range(50):  # to the fixed point: the more decode, the slower each step
-        each = max(1.0, min(running, by_memory) / engines)
-        decoding_s = tokens * roof.step_s(each, each * context)
-        running = 0.5 * running + 0.5 * wanted * decoding_s / (decoding_s + tools_s)
-    decoding = min(running, by_memory)
-    each = decoding / engines
-    rate = decoding / roof.step_s(max(each, 1.0), max(each, 1.0) * context)
-    trees = flow.batch_leaves / rollout.leaves
-    fresh = trees * work.prompt_tokens + flow.batch_leaves * work.response_tokens * work.tool_share
-    prefill_s = roof.prefill_s(fresh) / engines
-    generate_s = flow.batch_leaves * work.generated / rate + prefill_s
-    train_s = LearnerRoofline(shape, learner, gpu).train_s(
-        flow.batch_leaves * work.packed + trees * work.prompt_tokens
-    )
-    pushing_s = publish_s(shape, gpu)
-    learning_s = train_s + pushing_s
-    step_s = generate_s + learning_s if flow.staleness == 0 else max(generate_s, learning_s)
-    bottleneck, because = _bottleneck(
-        generate_s, learning_s, running, by_memory, tools_s, decoding_s, each, flow.staleness
-    )
-    return Forecast(generate_s, train_s, pushing_s, step_s, wanted, each, rate, bottleneck, because)
-
-
-def _bottleneck(
-    generate_s: float,
-    learning_s: float,
-    running: float,
-    by_memory: float,
-    tools_s: float,
-    decoding_s: float,
-    each: float,
-    staleness: int,
-) -> tuple[str, str]:
-    if learning_s > generate_s:
-        return TRAINING, (
-            f"a batch takes {learning_s:.1f} s to train and publish, {generate_s:.1f} s to generate: "
-            "give the learner more GPUs"
-        )
-    if running > by_memory:
-        return KV, (
-            f"{running:,.0f} branches want to decode, the engines' KV cache holds {by_memory:,.0f}: "
-            "more engine GPUs, or more of them per engine"
-        )
-    if tools_s > decoding_s:
-        return TOOLS, (
-            f"a branch waits {tools_s:.1f} s for tools and decodes {decoding_s:.1f} s: "
-            "raise rollout.concurrency and flow.staleness, so that others decode meanwhile"
-        )
-    few = each < 16
-    remedy = (
-        "raise flow.batch_leaves, flow.staleness or rollout.concurrency, or use fewer engines"
-        if few
-        else "give the engines more GPUs"
-    )
-    why = (
-        f"only {each:.1f} sequences decode per engine, so each step reads all weights for few tokens"
-        if few
-        else f"{each:,.0f} sequences decode per engine"
-    )
-    mode = " (η = 0: engines and learner take turns)" if staleness == 0 else ""
-    times = f"a batch takes {generate_s:.1f} s to generate, {learning_s:.1f} s to train and publish"
-    return GENERATION, f"{why}; {times}{mode}: {remedy}"
+    return GpuPlan(config, gpus, GPUS[gpu], workload, shape, learner, engine, engines)
 
 
 def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
-    p, forecast, work = plan, plan.forecast, plan.workload
-    learner = p.learner
+    p, learner, work = plan, plan.learner, plan.workload
+    forecast, step_s = p.forecast, p.forecast.step_s
     split = f"tp {learner.tp} · pp {learner.pp} · cp {learner.cp} · dp {learner.dp}"
     lines = [
         f"{p.shape.name}: {p.shape.parameters / 1e9:.3g} billion parameters, on {p.gpus} x {p.gpu.name} "
@@ -319,8 +291,8 @@ def text(plan: GpuPlan) -> str:
         f"  generating a batch {forecast.generate_s:.1f} s ({forecast.decode_per_s:,.0f} tokens/s, "
         f"{forecast.running:.1f} sequences per engine)",
         f"  training on it {forecast.train_s:.1f} s, publishing weights {forecast.publish_s:.1f} s",
-        f"  a step every {forecast.step_s:.1f} s; engines idle {forecast.engine_idle:.0%}, "
-        f"learner idle {forecast.learner_idle:.0%}",
+        f"  a step every {step_s:.1f} s; engines idle {1 - forecast.generate_s / step_s:.0%}, "
+        f"learner idle {1 - forecast.train_s / step_s:.0%}",
         f"  bottleneck: {forecast.bottleneck}: {forecast.because}",
     ]
     lines += ["", *(f"PROBLEM: {problem}" for problem in p.problems)] if p.problems else []

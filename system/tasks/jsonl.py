@@ -180,7 +180,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(row number from 1, row); of JSON lines the line number."""
     if path.suffix == ".parquet":
         try:
-            yield from enumerate(_parquet(path), 1)
+            with pq.ParquetFile(path) as file:
+                batches = file.iter_batches(batch_size=1024)
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
         except pa.ArrowException as error:
             raise DataError(f"{path}: not readable as Parquet: {error}") from error
     elif path.suffix in (".jsonl", ".json"):
@@ -189,14 +191,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
         raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -41,7 +41,7 @@ def read_corpus(path: str | Path) -> list[Document]:
     if not path.is_file():
         raise CorpusError(f"no such corpus: {path}")
     documents: list[Document] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 documents.append(_document(line, f"{path}:{number}"))
@@ -122,7 +122,7 @@ def _tokenize(texts: list[str]) -> list[list[str]]:
     return tokens
 
 
-def _document(line: str, where: str) -> Document:
+def _document(line: bytes, where: str) -> Document:
     try:
         record = json.loads(line)
         text: Any = record["text"]

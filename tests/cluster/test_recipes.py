@@ -9,7 +9,7 @@ import pytest
 
 from actors.cli.main import main
 from system.cluster.placement import paper_nodes, place, spare_gpus
-from system.cluster.script import Site, render
+from system.cluster.script import render
 from system.config import Config, load
 from system.models.known import shape_of
 from system.plan import plan
@@ -105,7 +105,7 @@ VARIANTS: dict[str, list[str]] = {
 
 def script(*overrides: str, config: Config | None = None, **more: object) -> str:
     config = config or load(CONFIGS / "qwen3-14b-4x8.yaml", overrides)
-    return render(config, name="job", run=Path("/runs/job"), site=Site("/home/me", "/venv"), **more)  # type: ignore
+    return render(config, Path("/runs/job"), **more)  # type: ignore
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import SlurmCluster, espalier
 
-from system.cluster.script import Site, render
+from system.cluster.script import render
 from system.cluster.status import attempts
 from system.config import load
 
@@ -75,7 +75,7 @@ def test_all_recipes_are_accepted_on_paper_nodes(cluster: SlurmCluster, tmp_path
     for path in recipes:
         for both in (False, True) if load(path).cluster.learner_nodes else (False,):
             config = load(path, ["slurm.partition=paper", f"slurm.heterogeneous={both}"])
-            script.write_text(render(config, name="job", run=tmp_path, site=Site("/", "/venv")))
+            script.write_text(render(config, tmp_path))
             said = cluster.judge("sbatch", "--test-only", str(script))
             assert said.returncode == 0, f"{path.name} heterogeneous={both}: {said.stderr}"
     script.write_text(script.read_text().replace("--gpus-per-node=8", "--gpus-per-node=9"))

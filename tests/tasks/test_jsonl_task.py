@@ -117,6 +117,9 @@ def test_unusable_files(tmp_path: Path):
     broken.write_text('{"question": "x", "answer": "y"}\n{"quest\n')
     with pytest.raises(DataError, match="row 2: not JSON"):
         read_prompts(broken)
+    broken.write_bytes('{"question": "Où?", "answer": "x"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"broken\.jsonl, row 1: not JSON: 'utf-8' codec can't decode"):
+        read_prompts(broken)
     (tmp_path / "bad.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match="not readable as Parquet"):
         read_prompts(tmp_path / "bad.parquet")

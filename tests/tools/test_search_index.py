@@ -92,11 +92,13 @@ def test_corpus_round_trip(tmp_path: Path) -> None:
         ('{"id": "1"}', "'text'"),
         ('{"id": 1, "text": 5}', "not a string"),
         ("[]", "2: exp"),
+        ('{"id": "1", "text": "\udce9"}', r"corpus\.jsonl:2: expected .*UnicodeDecodeError"),  # latin-1
     ],
 )
 def test_bad_corpora_are_named_by_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "corpus.jsonl"
-    path.write_text(json.dumps({"id": "0", "title": "", "text": "fine"}) + "\n" + line + "\n")
+    text = json.dumps({"id": "0", "title": "", "text": "fine"}) + "\n" + line + "\n"
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CorpusError, match=message):
         read_corpus(path)
 

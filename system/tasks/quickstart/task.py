@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from functools import cache, cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -16,10 +15,6 @@ from system.tasks.quickstart.expert import Skill, demonstrate
 from system.tasks.quickstart.world import GeneratedWorld, generate
 from system.tools.search_index import Document, SearchIndex
 from system.tree.prompt import Prompt
-
-PASSAGE = "{title}: {text}"
-"""One search result as the search tool shows it, and ``SEPARATOR`` between two: the tool's own defaults."""
-SEPARATOR = "\n"
 
 
 class QuickstartTask:
@@ -77,15 +72,12 @@ class QuickstartTask:
         return frozenset(question.text for question in self._held_out)
 
     def _search_tool(self) -> Callable[[str], str]:
-        """Query -> text of the search tool, by the index that the search server uses."""
+        """Query -> text of the search tool, by the search server's index and in the tool's default form."""
         index = SearchIndex.build(Document(**row) for row in self.corpus())
 
         @cache
         def search(query: str) -> str:
-            found: list[dict[str, Any]] = [
-                {"title": hit.document.title, "text": hit.document.text}
-                for hit in index.search(query, self.search_top_k)
-            ]
-            return SEPARATOR.join(PASSAGE.format(**result) for result in found)
+            hits = index.search(query, self.search_top_k)
+            return "\n".join(f"{hit.document.title}: {hit.document.text}" for hit in hits)
 
         return search

@@ -1,0 +1,178 @@
+"""``espalier tree``, ``bench``, ``plan``, ``doctor`` and ``config``: what looks, measures and explains."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from actors.cli.command import RECIPE, argument, command, split
+
+BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow")
+
+
+@command(
+    argument("run", metavar="RUN", type=Path, help="a run directory"),
+    [
+        argument("--list", action="store_true", help="a table of all trees"),
+        argument(
+            "--index", type=int, default=-1, metavar="I", help="tree number I of the table; -1 is the newest"
+        ),
+        argument("--best", action="store_true", help="the tree of the highest mean reward"),
+        argument("--worst", action="store_true", help="the tree of the lowest mean reward"),
+        argument("--prompt", metavar="ID", help="the newest tree of this prompt"),
+    ],
+    argument("--entropy", action="store_true", help="show the entropy of every token"),
+    argument("--full", action="store_true", help="whole texts with their line breaks"),
+)
+def tree(args: argparse.Namespace) -> int:
+    """Print a trajectory tree of a run.
+
+    examples:
+      espalier tree runs/quickstart-s0                    the newest tree
+      espalier tree runs/quickstart-s0 --list             a table of all trees kept
+      espalier tree runs/quickstart-s0 --index 17         one of them
+      espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
+      espalier tree runs/quickstart-s0 --worst --full | less
+
+    How to read it: a tree goes one level deeper where it forks. `fork?` is a decision of the branching
+    policy after a tool result: the rise in entropy (ΔH), the fork probability P and the draw. A leaf shows
+    its reward, its advantage A over its siblings, why it ended, and whether it began as root, fork or top-up.
+    """
+    from system.observe import show
+
+    return show.run(args)
+
+
+@command(
+    argument("what", choices=BENCHMARKS),
+    argument("words", nargs="*", metavar="ARGUMENT", help="what some benchmarks need; see examples"),
+    argument("--out", type=Path, metavar="DIR", help="where the report goes (default: runs/bench-…)"),
+    argument("--quick", action="store_true", help="a smaller measurement, for a first look"),
+)
+def bench(args: argparse.Namespace) -> int:
+    """Measure a part of the system on this machine.
+
+    examples:
+      espalier bench engine            our engine against transformers' batching, tokens per second
+      espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
+      espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
+      espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
+      espalier bench throughput        whole runs: sync and async, linear and trees, by spread of tool latency
+      espalier bench twin RUN OTHER    the digital twin, calibrated on RUN, predicts OTHER
+      espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN
+                                       the twin at the speeds that these benchmarks measured predicts RUN
+      espalier bench scale 7B          the twin from 8 to 4096 GPUs: best split, and where throughput bends
+      espalier bench scale 14B 32 64   the same for these numbers of GPUs only
+      espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
+
+    Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
+    """
+    from system import plugins
+    from system.errors import ConfigError
+
+    measure = plugins.load(f"system.bench.{args.what}:run")
+    takes = "words" in inspect.signature(measure).parameters
+    if args.words and not takes:
+        raise ConfigError(f"bench {args.what} takes no arguments, found: {' '.join(args.words)}")
+    out = args.out or Path("runs") / f"bench-{args.what}"
+    out.mkdir(parents=True, exist_ok=True)
+    measure(out, quick=args.quick, **({"words": args.words} if takes else {}))
+    return 0
+
+
+@command(
+    RECIPE,
+    argument("--gpus", type=int, metavar="N", help="default: what the configuration names"),
+    argument("--gpu", default="h100", help="h100 (default), h200 or a100"),
+    argument("--prompt", type=float, metavar="TOKENS", help="mean tokens of a prompt"),
+    argument("--response", type=float, metavar="TOKENS", help="mean tokens of a response"),
+    argument("--calls", type=float, help="mean tool calls of a branch"),
+    argument("--tool-s", type=float, metavar="SECONDS", help="mean seconds of a tool call"),
+)
+def plan(args: argparse.Namespace) -> int:
+    """Say how a configuration would use N GPUs, and what would limit it.
+
+    examples:
+      espalier plan configs/quickstart.yaml --gpus 8 model.path=Qwen2.5-7B model.dtype=bfloat16 learn.tp=4
+      espalier plan my.yaml --gpus 64 --gpu h200 --response 6000 --calls 4 --tool-s 2.5
+
+    Nothing is started or downloaded: a model is known by its directory (config.json) or its name. Speeds are
+    a roofline with the assumptions of system/plan/hardware.py; the memory model is that of Korthikanti et al.
+    (2022). Exit code 1: it would not fit. `espalier bench scale` simulates the run itself.
+    """
+    from system.config import load
+    from system.plan import AgentWorkload, plan, text
+
+    config = load(*split(args.words, "espalier plan configs/quickstart.yaml --gpus 8"))
+    given = {
+        "prompt_tokens": args.prompt,
+        "response_tokens": args.response,
+        "calls": args.calls,
+        "tool_s": args.tool_s,
+    }
+    workload = replace(AgentWorkload.guess(config), **{k: v for k, v in given.items() if v is not None})
+    made = plan(config, args.gpus, gpu=args.gpu, workload=workload)
+    print(text(made))
+    return 0 if made.fits else 1
+
+
+@command(
+    RECIPE,
+    argument("--json", action="store_true", help="print the findings as JSON"),
+)
+def doctor(args: argparse.Namespace) -> int:
+    """Check this machine, or the allocation it runs in, against a recipe.
+
+    examples:
+      espalier doctor                                      against the defaults
+      espalier doctor configs/quickstart.yaml engine=sglang
+      srun --ntasks-per-node=1 espalier doctor recipe.yaml --json     on every node of an allocation
+
+    Exit code 1: a problem stops the recipe from running here.  Warnings do not.
+    """
+    from system.config import load
+    from system.doctor.checks import examine, stops
+    from system.doctor.facts import gather
+
+    config = load(*split(args.words))
+    findings = examine(gather(config), config)
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        return int(stops(findings))
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        print(f"{finding.level:8} {finding.topic:{width}}  {finding.found}")
+        if finding.remedy:
+            print(f"{'':8} {'':{width}}  → {finding.remedy}")
+    problems = sum(finding.level == "problem" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    print(f"\n{problems} problems, {warnings} warnings")
+    return int(stops(findings))
+
+
+@command(
+    RECIPE,
+    argument("--explain", nargs="?", const="", metavar="KEY|SECTION", help="the settings reference"),
+    argument("--markdown", action="store_true", help="with --explain: as docs/settings.md"),
+)
+def config(args: argparse.Namespace) -> int:
+    """Print the merged configuration, or say what the settings mean.
+
+    examples:
+      espalier config configs/quickstart.yaml
+      espalier config configs/quickstart.yaml flow.staleness=0 > my.yaml
+      espalier config --explain                    every setting: type, default, what it may be, what it is
+      espalier config --explain flow.staleness     one of them, or a section
+    """
+    if args.explain is not None:
+        from system.config.explain import markdown, text
+
+        print(markdown() if args.markdown else text(args.explain), end="")
+        return 0
+    from system.config import load, to_yaml
+
+    print(to_yaml(load(*split(args.words))), end="")
+    return 0
