@@ -26,7 +26,7 @@ from system.rollout.entropy_probe import EntropyProbe
 from system.rollout.parts import RolloutParts
 from system.rollout.reward import BranchView
 from system.rollout.schedule import Schedule
-from system.rollout.syntax import MalformedCall, ParsedCall
+from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt

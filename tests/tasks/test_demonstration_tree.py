@@ -12,8 +12,8 @@ from system.config import RolloutConfig, ToolsConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
-from system.rollout.rewards import make_reward
-from system.rollout.syntax import make_syntax
+from system.rollout.rewards.arpo import ArpoReward
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
 from system.tasks.quickstart import QuickstartTask, vocabulary
@@ -70,9 +70,9 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
             context = RolloutContext(
                 engine=Replay(demo, tokenizer),
                 tools=tools,
-                syntax=make_syntax("tags", tools.specs),
+                syntax=TagSyntax(tools.specs),
                 policy=Never(probe_tokens=8),
-                reward=make_reward("arpo"),
+                reward=ArpoReward(),
                 tokenizer=tokenizer,
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
