@@ -202,25 +202,21 @@ class TreeRollout:
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
-        if branch.calling:  # a resumed run makes the call again
+        while True:
+            if not branch.calling:  # else a resumed run makes the call again
+                match await self._generate(branch):
+                    case Finish("abort"):
+                        return Outcome.CANCELLED
+                    case Finish("length"):
+                        return Outcome.LENGTH
+                    case Finish("stop", str()):
+                        if branch.calls >= self.call_limit:
+                            return Outcome.CALL_LIMIT
+                    case _:
+                        return Outcome.STOPPED
             await self._call(branch)
             if self._room(branch) == 0:
                 return Outcome.LENGTH
-        while True:
-            finish = await self._generate(branch)
-            match finish:
-                case Finish("abort"):
-                    return Outcome.CANCELLED
-                case Finish("length"):
-                    return Outcome.LENGTH
-                case Finish("stop", str()):
-                    if branch.calls >= self.call_limit:
-                        return Outcome.CALL_LIMIT
-                    await self._call(branch)
-                    if self._room(branch) == 0:
-                        return Outcome.LENGTH
-                case _:
-                    return Outcome.STOPPED
 
     async def _wait(self, barrier: Coroutine[Any, Any, None]) -> None:
         clock = Stopwatch(self.seconds, "barrier")
@@ -341,7 +337,7 @@ class TreeRollout:
         decision = self.policy.decide(Probe(branch.entropy, branch.baseline), state, branch.rng)
         forks = min(decision.forks, self._remaining)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
-        branch.answer, branch.undecided = None, False
+        branch.answer = None
         for _ in range(forks):
             self._start_fork(branch, node)
         self._top_up()
@@ -352,7 +348,7 @@ class TreeRollout:
         """Make the call that the newest segment ends with and append what came of it, whatever it is."""
         if not branch.calling:
             branch.calls += 1
-            branch.calling = branch.undecided = True
+            branch.calling = True
         call = self.parts.syntax.parse(branch.segments[-1][1])
         match call:
             case ParsedCall(tool, arguments):
