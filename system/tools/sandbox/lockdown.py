@@ -87,10 +87,10 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
     It must be single-threaded.  Its descriptors above 2 are closed, all but ``leash``, a socket whose other
     end its parent holds: the process dies with its parent, even when that died before it could ask for this.
     """
-    settings = confinement.settings
-    _limit(resource.RLIMIT_CPU, math.ceil(settings.cpu_s))
-    _limit(resource.RLIMIT_NOFILE, settings.open_files)
-    _limit(resource.RLIMIT_NPROC, settings.threads + _foreign_tasks(confinement, uid))
+    limits = confinement.settings.limits
+    _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
+    _limit(resource.RLIMIT_NOFILE, limits.open_files)
+    _limit(resource.RLIMIT_NPROC, limits.threads + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
     kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
@@ -135,8 +135,8 @@ def _limit_all(settings: Settings) -> None:
     """Limits that the fork server and the wardens can live under, too, and that every program inherits."""
     with open("/proc/self/statm") as file:
         idle = int(file.read().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, idle + settings.memory)
-    _limit(resource.RLIMIT_FSIZE, settings.file_size)
+    _limit(resource.RLIMIT_AS, idle + (settings.limits.memory_mb << 20))
+    _limit(resource.RLIMIT_FSIZE, settings.limits.file_mb << 20)
     _limit(resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
     _limit(resource.RLIMIT_STACK, 8 << 20)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):
