@@ -217,7 +217,7 @@ async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load
 
     async def one(number: int) -> None:
         prompt = Prompt(f"p{number}", ({"role": "user", "content": "Q: Bob Stone 's home ?"},), ())
-        _count(counts, await context.grow(prompt, seed=number))
+        _count(counts, await context.plant(prompt, seed=number).run())
 
     async with asyncio.TaskGroup() as trees:
         while True:

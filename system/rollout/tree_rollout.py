@@ -12,7 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -67,30 +67,29 @@ class Begun:
     spent_s: float  # of the tree's deadline
 
 
+@dataclass(eq=False, kw_only=True)
 class TreeRollout:
-    """One tree, from its planting to its close in :meth:`run`, once."""
+    """One tree, from its planting to its close in :meth:`run`, once.
 
-    def __init__(
-        self,
-        *,
-        parts: RolloutParts,
-        prompt: Prompt,
-        policy: Policy,
-        schedule: Schedule,
-        budget: int,
-        temperature: float,
-        seed: int,
-        ticket: int | str,
-        begun: Begun | None = None,
-    ) -> None:
-        """As :meth:`system.rollout.context.RolloutContext.plant` makes it."""
-        self.parts, self.config, self.prompt = parts, parts.config, prompt
-        self.policy, self.schedule, self.budget = policy, schedule, budget
-        self.temperature, self.seed, self.ticket = temperature, seed, ticket
-        self.resumed = begun is not None
+    :meth:`system.rollout.context.RolloutContext.plant` makes it.
+    """
+
+    parts: RolloutParts
+    prompt: Prompt
+    policy: Policy
+    schedule: Schedule
+    budget: int
+    temperature: float
+    seed: int
+    ticket: int | str
+    begun: InitVar[Begun | None] = None
+
+    def __post_init__(self, begun: Begun | None) -> None:
+        parts, prompt = self.parts, self.prompt
+        self.config, self.resumed = parts.config, begun is not None
         if begun is None:
             tokens = encode_prompt(parts.tokenizer, prompt.messages)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, budget, started_s=parts.now())
+            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=parts.now())
             begun = Begun(growth, Counter(), {}, [], dict.fromkeys(CAUSES, 0.0), [], 0.0)
         self.growth = begun.growth
         self.started, self.live = begun.started, begun.live
@@ -102,6 +101,12 @@ class TreeRollout:
         self.group = asyncio.TaskGroup()
 
     async def run(self) -> Tree:
+        """Grow, score and close the tree.
+
+        Raises :class:`RolloutFailed` when fewer than min(2, budget) leaves are scored, ``EntropyUnknown``
+        when the policy needs entropies that the engine does not give.  Cancelling it cancels every branch and
+        aborts its request.
+        """
         self.began_s = asyncio.get_running_loop().time()
         cut, deadline = False, asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
         try:

@@ -199,7 +199,7 @@ class Twin:
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
-            tree = await self.context.grow(prompt, ticket=ticket.number, seed=seed)
+            tree = await self.context.plant(prompt, ticket=ticket.number, seed=seed).run()
         except RolloutFailed as failure:
             raise TreeLost(failure.reason) from failure
         finally:

@@ -77,7 +77,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
             )
-            grown = await context.grow(demo.prompt, seed=0, greedy=True)
+            grown = await context.plant(demo.prompt, seed=0, greedy=True).run()
             tree = demonstration_tree(demo, tokenizer)
             for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
                 np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)

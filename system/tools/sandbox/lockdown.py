@@ -19,21 +19,16 @@ MAX_DESCRIPTORS = 256  # of the fork server and its wardens
 # Access rights of Landlock (linux/landlock.h); the ABI version in which each group appeared decides what is
 # handled.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_ALL_FS = {
-    1: (1 << 13) - 1,
-    2: (1 << 14) - 1,
-    3: (1 << 15) - 1,
-    5: (1 << 16) - 1,
-}  # + REFER, TRUNCATE, IOCTL_DEV
+# All rights to files by ABI version: 2 adds REFER, 3 TRUNCATE, 5 IOCTL_DEV.
+_ALL_FS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _NET_TCP = 0b11  # bind, connect (ABI 4)
 _SCOPES = 0b11  # abstract UNIX sockets, signals (ABI 6)
 _READ = _READ_FILE | _READ_DIR | _EXECUTE
 
 _OWN_UIDS, _OWN_UIDS_SPAN = 0x70000000, 1 << 22  # beyond what anyone assigns; a process id is below 2^22
 _NOBODY = 65534
-_ANY_PID = (
-    0x7F0A1B2C  # stands for the program's own process id in the prepared filter; no real one is as large
-)
+# Stands for the program's own process id in the prepared filter; no real one is as large.
+_ANY_PID = 0x7F0A1B2C
 
 
 @dataclass(frozen=True)
