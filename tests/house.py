@@ -27,7 +27,7 @@ DYNAMIC = {
 # What vulture takes for dead, and who uses it: the names of methods, attributes, parameters and fields.
 ALIVE = {
     "asyncio calls a protocol's methods": "connection_made connection_lost exc data_received",
-    "asyncio calls a selector's and a loop's": "get_map executor",
+    "asyncio calls a selector's and a loop's": "get_map executor run_in_executor",
     "a signal handler is given a frame": "frame",
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",
@@ -44,6 +44,7 @@ ALIVE = {
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
     "counted for /get_server_info, whole": "rr rp rt pt requests recomputed_sequences",
+    "the python server replies with its result, whole": "peak_rss_mb",
     "how often a simulated run was resumed": "sessions",
     "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "
