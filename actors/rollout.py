@@ -71,4 +71,6 @@ class RolloutWorker:
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks."""
-        return TreeStats.of(await self._context.grow(prompt, seed=seed, greedy=True, temperature=temperature))
+        return TreeStats.of(
+            await self._context.plant(prompt, seed=seed, greedy=True, temperature=temperature).run()
+        )

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from system.config import load
+from system.plugins import REWARDS
 from system.rollout.reward import BranchView
-from system.rollout.rewards import make_reward
 from system.rollout.rewards.arpo import ArpoReward
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.service import build_tools
@@ -45,7 +45,7 @@ async def test_the_tool_behind_the_service(here: None) -> None:
 
 
 def test_the_reward_prefers_the_shorter_of_two_right_answers(here: None) -> None:
-    short_reward = make_reward("short_answers:Short")
+    short_reward = REWARDS.make("short_answers:Short", {})
     prompt = Prompt("q", ({"role": "user", "content": "6 * 7?"},), ("42",))
     short = BranchView(
         ((Kind.MODEL, r"<think> easy </think> <answer> \boxed{42} </answer>"),), Outcome.STOPPED

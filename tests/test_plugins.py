@@ -11,9 +11,8 @@ import pytest
 
 from system import plugins
 from system.config import Config, settings
-from system.plugins import PluginError, Registry
+from system.plugins import REWARDS, PluginError, Registry
 from system.rollout.reward import BranchView, Score
-from system.rollout.rewards import make_reward
 from system.tree.prompt import Prompt
 
 NOT_CALLABLE = 3
@@ -72,7 +71,7 @@ def test_a_part_of_ours_and_ones_own_are_made_alike() -> None:
     assert KIND.make(f"{__name__}:function", {"needed": 3, "offered": 1}, "x", offered=7) == ("x", 3, 1)
     assert KIND.make(f"{__name__}:function", {"needed": 3}, "x", offered=None, unknown=1) == ("x", 3, 0)
     assert KIND.make(f"{__name__}:anything", {"a": [1], "b": "${x}"}, "x") == {"a": [1], "b": "${x}"}
-    assert isinstance(make_reward(f"{__name__}:AlwaysRight"), AlwaysRight)
+    assert isinstance(REWARDS.make(f"{__name__}:AlwaysRight", {}), AlwaysRight)
 
 
 def test_options_are_converted_to_their_types() -> None:

@@ -35,7 +35,7 @@ from system.rollout import process
 from system.rollout.branching import Arpo
 from system.rollout.context import RolloutContext
 from system.rollout.schedule import BarrierFree
-from system.rollout.syntax import make_syntax
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
@@ -200,7 +200,7 @@ def _context(load: Load, engine: _CountedEngine, tools: ToolService, live: _Live
     context = RolloutContext(
         engine=engine,
         tools=tools,
-        syntax=make_syntax("tags", tools.specs),
+        syntax=TagSyntax(tools.specs),
         policy=Arpo(8, 0.5, 0.2),
         reward=AnswerReward(),
         tokenizer=tokenizer,
@@ -217,7 +217,7 @@ async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load
 
     async def one(number: int) -> None:
         prompt = Prompt(f"p{number}", ({"role": "user", "content": "Q: Bob Stone 's home ?"},), ())
-        _count(counts, await context.grow(prompt, seed=number))
+        _count(counts, await context.plant(prompt, seed=number).run())
 
     async with asyncio.TaskGroup() as trees:
         while True:

@@ -31,14 +31,18 @@ class Branch:
     entropy: float = math.nan  # H of its newest measured segment
     baseline: float = math.nan  # H_init
     has_baseline: bool = False
-    undecided: bool = False  # a tool call is under way or its answer has not been decided upon
     seed: int = 0  # of the segment being written
     finish: Finish | None = None  # of that segment, once it is there
     calling: bool = False  # the call that its newest segment ends with is under way
     began_s: float = math.nan  # on the event loop's clock; NaN: not yet
     spent_s: float = 0.0  # of its deadline, before the run was resumed
-    answer: int | None = None  # the TOOL node whose probe is being collected
+    answer: int | None = None  # the TOOL node that the policy has not decided upon
     forked: int = 0
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a tool call is under way or its answer has not been decided upon."""
+        return self.calling or self.answer is not None
 
 
 class Stopwatch:

@@ -9,10 +9,9 @@ from transformers import AutoTokenizer
 from system.config import Config
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
+from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
-from system.rollout.rewards import make_reward
-from system.rollout.syntax import make_syntax
 from system.tools.service import ToolService, build_tools
 
 
@@ -36,9 +35,9 @@ def build_context(
     context = RolloutContext(
         engine=engine,
         tools=service,
-        syntax=make_syntax(syntax.name, service.specs, syntax.options),
+        syntax=SYNTAXES.make(syntax.name, syntax.options, service.specs),
         policy=make_policy(config.branching),
-        reward=make_reward(config.reward.name, config.reward.options, config),
+        reward=REWARDS.make(config.reward.name, config.reward.options, config=config),
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),

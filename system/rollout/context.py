@@ -19,37 +19,12 @@ from system.rollout.parts import RolloutParts
 from system.rollout.schedule import BarrierFree
 from system.rollout.tree_rollout import Begun, RolloutFailed, TreeRollout
 from system.tree.prompt import Prompt
-from system.tree.record import Tree
 
 __all__ = ["RolloutContext", "RolloutFailed"]
 
 
 class RolloutContext(RolloutParts):
     """Grows trees, any number at once."""
-
-    async def grow(
-        self,
-        prompt: Prompt,
-        *,
-        seed: int,
-        ticket: int | str = "",
-        n: int | None = None,
-        greedy: bool = False,
-        temperature: float | None = None,
-    ) -> Tree:
-        """Grow one tree from ``prompt`` and score its leaves.
-
-        ``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch draws
-        does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
-        engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
-        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.
-
-        Raises :class:`RolloutFailed` when fewer than min(2, n) leaves are scored, ``EntropyUnknown`` when
-        the policy needs entropies that the engine does not give.  Cancelling it cancels every branch and
-        aborts its request.
-        """
-        tree = self.plant(prompt, seed=seed, ticket=ticket, n=n, greedy=greedy, temperature=temperature)
-        return await tree.run()
 
     def plant(
         self,
@@ -62,9 +37,13 @@ class RolloutContext(RolloutParts):
         temperature: float | None = None,
         begun: Begun | None = None,
     ) -> TreeRollout:
-        """A tree that grows in its ``run()``: a new one, or ``begun`` (see :mod:`system.rollout.snapshot`).
+        """A tree of ``prompt`` that grows, and has its leaves scored, in its ``run()``.
 
-        The other arguments are :meth:`grow`'s.
+        ``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch draws
+        does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
+        engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``begun``: what it has come
+        to already (see :mod:`system.rollout.snapshot`); None for a new one.
         """
         if temperature is None:
             temperature = 0.0 if greedy else self.config.temperature

@@ -15,7 +15,7 @@ from system.rollout.branching import Policy
 from system.rollout.encode import Tokenizer, encode_text
 from system.rollout.reward import Reward
 from system.rollout.schedule import Schedule, make_schedule
-from system.rollout.syntax import Syntax
+from system.rollout.syntax.base import Syntax
 from system.tools.outcome import Tools
 from system.tree.record import Int32
 

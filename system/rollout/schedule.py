@@ -20,21 +20,22 @@ class Schedule(ABC):
 
     Every branch calls :meth:`join` once, then, as often as it writes a segment, :meth:`meet` when the segment
     is there and, if it called a tool, again when the result is there; at its end it calls :meth:`leave`.
+    By default nobody waits.
     """
 
     streaming: ClassVar[bool]  # a branch may fork while its segment is still being written
 
-    @abstractmethod
     async def join(self, branch: Hashable) -> None:
         """Return when ``branch`` may begin to generate."""
+        return
 
-    @abstractmethod
     async def meet(self, branch: Hashable) -> None:
         """``branch`` has done its part of the phase; return when the next one begins."""
+        return
 
-    @abstractmethod
     def leave(self, branch: Hashable) -> None:
         """``branch`` has ended, however that came about.  Nobody waits for it any more."""
+        return
 
     @abstractmethod
     def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
@@ -45,15 +46,6 @@ class BarrierFree(Schedule):
     """Nobody waits.  What can no longer be forked is topped up by fresh roots at once."""
 
     streaming: ClassVar[bool] = True
-
-    async def join(self, branch: Hashable) -> None:
-        pass
-
-    async def meet(self, branch: Hashable) -> None:
-        pass
-
-    def leave(self, branch: Hashable) -> None:
-        pass
 
     def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
         """The rest of the budget, unless a live branch may still bring a fork."""

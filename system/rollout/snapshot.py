@@ -14,7 +14,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -32,19 +32,12 @@ from system.tree.prompt import Prompt
 from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1
-_PLAIN = (
-    "node",
-    "number",
-    "calls",
-    "entropy",
-    "baseline",
-    "has_baseline",
-    "undecided",
-    "seed",
-    "calling",
-    "answer",
-    "forked",
-)
+_CLOCKS = ("began_s", "spent_s")
+_PLAIN = [  # the fields of a branch that JSON takes as they are
+    field.name
+    for field in fields(Branch)
+    if field.type in ("int", "float", "bool", "int | None") and field.name not in _CLOCKS
+]
 
 
 class SnapshotError(EspalierError, ValueError):

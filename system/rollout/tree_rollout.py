@@ -12,7 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +26,7 @@ from system.rollout.entropy_probe import EntropyProbe
 from system.rollout.parts import RolloutParts
 from system.rollout.reward import BranchView
 from system.rollout.schedule import Schedule
-from system.rollout.syntax import MalformedCall, ParsedCall
+from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
@@ -67,30 +67,29 @@ class Begun:
     spent_s: float  # of the tree's deadline
 
 
+@dataclass(eq=False, kw_only=True)
 class TreeRollout:
-    """One tree, from its planting to its close in :meth:`run`, once."""
+    """One tree, from its planting to its close in :meth:`run`, once.
 
-    def __init__(
-        self,
-        *,
-        parts: RolloutParts,
-        prompt: Prompt,
-        policy: Policy,
-        schedule: Schedule,
-        budget: int,
-        temperature: float,
-        seed: int,
-        ticket: int | str,
-        begun: Begun | None = None,
-    ) -> None:
-        """As :meth:`system.rollout.context.RolloutContext.plant` makes it."""
-        self.parts, self.config, self.prompt = parts, parts.config, prompt
-        self.policy, self.schedule, self.budget = policy, schedule, budget
-        self.temperature, self.seed, self.ticket = temperature, seed, ticket
-        self.resumed = begun is not None
+    :meth:`system.rollout.context.RolloutContext.plant` makes it.
+    """
+
+    parts: RolloutParts
+    prompt: Prompt
+    policy: Policy
+    schedule: Schedule
+    budget: int
+    temperature: float
+    seed: int
+    ticket: int | str
+    begun: InitVar[Begun | None] = None
+
+    def __post_init__(self, begun: Begun | None) -> None:
+        parts, prompt = self.parts, self.prompt
+        self.config, self.resumed = parts.config, begun is not None
         if begun is None:
             tokens = encode_prompt(parts.tokenizer, prompt.messages)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, budget, started_s=parts.now())
+            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=parts.now())
             begun = Begun(growth, Counter(), {}, [], dict.fromkeys(CAUSES, 0.0), [], 0.0)
         self.growth = begun.growth
         self.started, self.live = begun.started, begun.live
@@ -102,6 +101,12 @@ class TreeRollout:
         self.group = asyncio.TaskGroup()
 
     async def run(self) -> Tree:
+        """Grow, score and close the tree.
+
+        Raises :class:`RolloutFailed` when fewer than min(2, budget) leaves are scored, ``EntropyUnknown``
+        when the policy needs entropies that the engine does not give.  Cancelling it cancels every branch and
+        aborts its request.
+        """
         self.began_s = asyncio.get_running_loop().time()
         cut, deadline = False, asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
         try:
@@ -202,25 +207,21 @@ class TreeRollout:
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
-        if branch.calling:  # a resumed run makes the call again
+        while True:
+            if not branch.calling:  # else a resumed run makes the call again
+                match await self._generate(branch):
+                    case Finish("abort"):
+                        return Outcome.CANCELLED
+                    case Finish("length"):
+                        return Outcome.LENGTH
+                    case Finish("stop", str()):
+                        if branch.calls >= self.call_limit:
+                            return Outcome.CALL_LIMIT
+                    case _:
+                        return Outcome.STOPPED
             await self._call(branch)
             if self._room(branch) == 0:
                 return Outcome.LENGTH
-        while True:
-            finish = await self._generate(branch)
-            match finish:
-                case Finish("abort"):
-                    return Outcome.CANCELLED
-                case Finish("length"):
-                    return Outcome.LENGTH
-                case Finish("stop", str()):
-                    if branch.calls >= self.call_limit:
-                        return Outcome.CALL_LIMIT
-                    await self._call(branch)
-                    if self._room(branch) == 0:
-                        return Outcome.LENGTH
-                case _:
-                    return Outcome.STOPPED
 
     async def _wait(self, barrier: Coroutine[Any, Any, None]) -> None:
         clock = Stopwatch(self.seconds, "barrier")
@@ -341,7 +342,7 @@ class TreeRollout:
         decision = self.policy.decide(Probe(branch.entropy, branch.baseline), state, branch.rng)
         forks = min(decision.forks, self._remaining)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
-        branch.answer, branch.undecided = None, False
+        branch.answer = None
         for _ in range(forks):
             self._start_fork(branch, node)
         self._top_up()
@@ -352,7 +353,7 @@ class TreeRollout:
         """Make the call that the newest segment ends with and append what came of it, whatever it is."""
         if not branch.calling:
             branch.calls += 1
-            branch.calling = branch.undecided = True
+            branch.calling = True
         call = self.parts.syntax.parse(branch.segments[-1][1])
         match call:
             case ParsedCall(tool, arguments):

@@ -30,7 +30,8 @@ class CircuitBreaker:
         self._until = 0.0
 
     def allow(self) -> bool:
-        """Whether a call may go ahead.  Each allowed call must be followed by success, failure or abandon."""
+        """Whether a call may go ahead.  Each allowed call ends with abandon, after success or failure if
+        it told whether the tool works."""
         if self.state is BreakerState.OPEN and self._clock() >= self._until:
             self.state = BreakerState.HALF_OPEN
             return True
@@ -51,6 +52,6 @@ class CircuitBreaker:
             self.openings += 1
 
     def abandon(self) -> None:
-        """The call ended without telling anything about the tool (cancelled, say): another may try."""
+        """The call has ended.  If it told nothing about the tool (cancelled, say), another may try."""
         if self.state is BreakerState.HALF_OPEN:
             self.state = BreakerState.OPEN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -41,12 +41,11 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """Who calls: for logs, metrics and sandboxes with state."""
+    """Who calls, and until when."""
 
     prompt_id: str = ""
     branch: int = 0
     deadline_s: float | None = None  # seconds this call may take at most; the tool's own limit still holds
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Tools(Protocol):

@@ -2,8 +2,9 @@
 
     python -m system.tools.python_server --port 8102
 
-A reply to /run is {"status": "ok" | "error" | "timeout", "text", "stdout", "stderr", "exit_code", "wall_s",
-"cpu_s", "peak_rss_mb", "truncated"}; 400 for a malformed request, 503 when the sandbox itself is broken.
+A reply to /run is {"status": "ok" | "error" | "timeout", "text"} and the other fields of
+:class:`system.tools.sandbox.result.SandboxResult`; 400 for a malformed request, 503 when the sandbox itself
+is broken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 
 from aiohttp import web
 
@@ -53,19 +55,7 @@ async def _run(request: web.Request) -> web.Response:
         result = await request.app[SANDBOX].run(code, deadline_s=deadline_s)
     except SandboxUnavailable as error:
         raise web.HTTPServiceUnavailable(text=str(error)) from error
-    return web.json_response(
-        {
-            "status": result.status.value,
-            "text": result.text,
-            "stdout": result.stdout,
-            "stderr": result.stderr,
-            "exit_code": result.exit_code,
-            "wall_s": result.wall_s,
-            "cpu_s": result.cpu_s,
-            "peak_rss_mb": result.peak_rss_mb,
-            "truncated": result.truncated,
-        }
-    )
+    return web.json_response(asdict(result) | {"text": result.text})
 
 
 async def _health(request: web.Request) -> web.Response:

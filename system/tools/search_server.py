@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 from aiohttp import web
 
@@ -19,25 +18,15 @@ from system.serving import json_object, serve_until_signal
 from system.tools.search_index import CorpusError, SearchIndex, read_corpus
 
 INDEX = web.AppKey("index", SearchIndex)
-_THREADS = web.AppKey("threads", ThreadPoolExecutor)
 DEFAULT_TOP_K, MAX_TOP_K = 3, 100
 
 
-def create_app(index: SearchIndex, *, threads: int = 2) -> web.Application:
-    """The application.  Queries run on ``threads`` worker threads, so that a slow one does not hold up
-    /health."""
+def create_app(index: SearchIndex) -> web.Application:
     app = web.Application()
     app[INDEX] = index
-    app[_THREADS] = ThreadPoolExecutor(threads, thread_name_prefix="search")
-    app.cleanup_ctx.append(_threads_running)
     app.router.add_post("/search", _search)
     app.router.add_get("/health", _health)
     return app
-
-
-async def _threads_running(app: web.Application) -> AsyncIterator[None]:
-    yield
-    app[_THREADS].shutdown(wait=False, cancel_futures=True)
 
 
 async def _search(request: web.Request) -> web.Response:
@@ -47,13 +36,8 @@ async def _search(request: web.Request) -> web.Response:
         raise web.HTTPBadRequest(text="'query' must be a string")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
         raise web.HTTPBadRequest(text=f"'top_k' must be a whole number from 1 to {MAX_TOP_K}")
-    loop = asyncio.get_running_loop()
-    hits = await loop.run_in_executor(request.app[_THREADS], request.app[INDEX].search, query, top_k)
-    results = [
-        {"id": h.document.id, "title": h.document.title, "text": h.document.text, "score": h.score}
-        for h in hits
-    ]
-    return web.json_response({"results": results})
+    hits = await asyncio.to_thread(request.app[INDEX].search, query, top_k)  # a slow one holds up no other
+    return web.json_response({"results": [asdict(hit.document) | {"score": hit.score} for hit in hits]})
 
 
 async def _health(request: web.Request) -> web.Response:

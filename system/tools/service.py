@@ -279,7 +279,6 @@ class _Guarded:
         if not self.breaker.allow():
             text = f"The tool {name!r} is not available at the moment."
             return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=0, detail="circuit open")
-        settled = False
         try:
             for attempt in range(1, self._limits.retries + 2):
                 if self._throttle is not None:
@@ -293,11 +292,9 @@ class _Guarded:
                         await asyncio.sleep(self._backoff(attempt))
                         continue
                     self.breaker.failure()
-                    settled = True
                     text = f"The tool {name!r} is not available at the moment."
                     return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=attempt, detail=str(error))
                 self.breaker.success()
-                settled = True
                 return replace(outcome, attempts=attempt)
         except TimeoutError:
             raise
@@ -306,8 +303,7 @@ class _Guarded:
             text = f"The tool {name!r} failed: {type(error).__name__}: {error}"
             return ToolOutcome(ToolStatus.ERROR, text, detail=detail)
         finally:
-            if not settled:
-                self.breaker.abandon()
+            self.breaker.abandon()
         raise AssertionError("unreachable: the last attempt returns")
 
     def _backoff(self, attempt: int) -> float:

@@ -21,6 +21,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 from system.errors import EspalierError
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 
@@ -50,41 +53,12 @@ class Tool(Protocol):
         ...
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list, tuple),
-    "object": (dict,),
-    "null": (type(None),),
-}
-
-
 def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing).
-
-    Checks ``required``, ``additionalProperties: false``, and each property's ``type`` and ``enum``.
-    """
-    properties = schema.get("properties", {})
-    for name in schema.get("required", ()):
-        if name not in arguments:
-            return f"the argument {name!r} is missing"
-    for name, value in arguments.items():
-        if name not in properties:
-            if schema.get("additionalProperties", True) is False:
-                return f"unknown argument {name!r}; known: {', '.join(properties)}"
-            continue
-        kind = properties[name].get("type")
-        kinds = [kind] if isinstance(kind, str) else kind or []
-        if kinds and not any(_is(value, k) for k in kinds):
-            return f"the argument {name!r} must be of type {' or '.join(kinds)}, not {type(value).__name__}"
-        if "enum" in properties[name] and value not in properties[name]["enum"]:
-            return f"the argument {name!r} must be one of {', '.join(map(str, properties[name]['enum']))}"
-    return ""
-
-
-def _is(value: object, kind: str) -> bool:
-    if isinstance(value, bool) and kind != "boolean":
-        return False
-    return isinstance(value, _TYPES[kind])
+    """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing)."""
+    error = best_match(Draft202012Validator(schema).iter_errors(arguments))
+    if error is None:
+        return ""
+    message = ": ".join([*map(str, error.path), error.message])
+    if error.validator == "additionalProperties":
+        message += f"; known: {', '.join(error.schema.get('properties', ()))}"
+    return message

@@ -19,7 +19,7 @@ from system.flow.loop import TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext, RolloutFailed
-from system.rollout.syntax import make_syntax
+from system.rollout.syntax.tags import TagSyntax
 from system.tools.service import ServiceLimits
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
@@ -101,7 +101,7 @@ class Twin:
         limits = ServiceLimits.from_config(config.tools)
         together = replace(limits, concurrency=limits.concurrency * config.rollout.workers)
         self.tools = TwinTools(known, together, config.run.seed, self.trace)
-        syntax = make_syntax("tags", self.tools.specs)
+        syntax = TagSyntax(self.tools.specs)
         policy = make_policy(config.branching)
         chunk = config.engine.chunk_tokens
         self.engines = [
@@ -199,7 +199,7 @@ class Twin:
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
-            tree = await self.context.grow(prompt, ticket=ticket.number, seed=seed)
+            tree = await self.context.plant(prompt, ticket=ticket.number, seed=seed).run()
         except RolloutFailed as failure:
             raise TreeLost(failure.reason) from failure
         finally:

@@ -15,7 +15,7 @@ from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score
 from system.rollout.snapshot import freeze, thaw
-from system.rollout.syntax import make_syntax
+from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 from system.tree.prompt import Prompt
@@ -41,7 +41,7 @@ def context(client: EngineClient) -> RolloutContext:
     return RolloutContext(
         engine=client,
         tools=NoTools(),
-        syntax=make_syntax("tags", {}),
+        syntax=TagSyntax({}),
         policy=Never(4),
         reward=NoReward(),
         tokenizer=make_tokenizer(),

@@ -12,10 +12,10 @@ import numpy as np
 
 from system.config import RolloutConfig
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
+from system.plugins import SYNTAXES
 from system.rollout.branching import Arpo, Policy
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Reward, Score
-from system.rollout.syntax import make_syntax
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tree.prompt import Prompt
 
@@ -191,7 +191,7 @@ def make_world(
     context = RolloutContext(
         engine=engine,
         tools=tools,
-        syntax=make_syntax(syntax, tools.specs),
+        syntax=SYNTAXES.make(syntax, {}, tools.specs),
         policy=policy or Arpo(4, 0.5, 0.2),
         reward=reward or CountWords(),
         tokenizer=tokenizer,

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from system.plugins import REWARDS
 from system.rollout.reward import BranchView, Score
-from system.rollout.rewards import make_reward
 from system.rollout.rewards.equality import equal, is_mathematical, parse_number
 from system.rollout.rewards.words import last_boxed, normalize, token_f1
 from system.tree.prompt import Prompt
@@ -36,11 +36,11 @@ def view(*texts: str, tools: tuple[tuple[str, str], ...] = ()) -> BranchView:
 
 
 def release(branch: BranchView, *golds: str) -> Score:
-    return make_reward("arpo-release").score(prompt(*golds), branch)
+    return REWARDS.make("arpo-release", {}).score(prompt(*golds), branch)
 
 
 def mended(branch: BranchView, *golds: str) -> Score:
-    return make_reward("arpo").score(prompt(*golds), branch)
+    return REWARDS.make("arpo", {}).score(prompt(*golds), branch)
 
 
 BOTH = (("search", "ok"), ("python", "ok"))
@@ -232,4 +232,4 @@ def test_words() -> None:
 
 def test_unknown_reward() -> None:
     with pytest.raises(ValueError, match=r"reward\.name='vibes': choose one of arpo"):
-        make_reward("vibes")
+        REWARDS.make("vibes", {})

@@ -16,7 +16,7 @@ from system.twin.clock import run
 
 def closed_tree() -> Tree:
     world = make_world(lambda text, rng: Segment("<answer> x </answer>"), policy=Never(4), leaves=3, roots=3)
-    return run(world.context.grow(PROMPT, seed=1))
+    return run(world.context.plant(PROMPT, seed=1).run())
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def grow_all(world: World, count: int) -> tuple[list[Tree], float]:
     """``count`` trees at once on one rollout, and the seconds until the last has closed."""
 
     async def main() -> tuple[list[Tree], float]:
-        growing = (world.context.grow(prompt, seed=i) for i, prompt in enumerate(prompts(count)))
+        growing = (world.context.plant(prompt, seed=i).run() for i, prompt in enumerate(prompts(count)))
         trees = await asyncio.gather(*growing)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return trees, asyncio.get_running_loop().time()
@@ -123,7 +123,7 @@ def test_a_cancelled_tree_holds_nobody_up() -> None:
     )
 
     async def main() -> float:
-        first, second = (asyncio.ensure_future(world.context.grow(p, seed=1)) for p in prompts(2))
+        first, second = (asyncio.ensure_future(world.context.plant(p, seed=1).run()) for p in prompts(2))
         await asyncio.sleep(10.0)  # both are at their tools
         first.cancel()
         await second

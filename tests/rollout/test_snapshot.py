@@ -149,7 +149,7 @@ def test_frozen_and_thawed_is_the_same_tree(seed: int, pauses: list[float], poli
     """n is so large that forks never fill it: which branch forks first cannot matter."""
     sizes = {"leaves": 40, "roots": 4, "call_limit": 3}
     whole, cut = world(policy, **sizes), world(policy, **sizes)
-    expected = run(whole.context.grow(PROMPT, seed=seed))
+    expected = run(whole.context.plant(PROMPT, seed=seed).run())
     found, _ = run(interrupted(cut, seed, pauses))
     assert leaves_of(found) == leaves_of(expected)
     assert found.n_tokens == expected.n_tokens

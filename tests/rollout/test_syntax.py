@@ -8,10 +8,12 @@ import pytest
 from rollout_fakes import SPECS
 
 from system import plugins
-from system.rollout.syntax import MalformedCall, ParsedCall, make_syntax
+from system.rollout.syntax.base import MalformedCall, ParsedCall
+from system.rollout.syntax.hermes import HermesSyntax
+from system.rollout.syntax.tags import TagSyntax
 
-tags = make_syntax("tags", SPECS)
-hermes = make_syntax("hermes", SPECS)
+tags = TagSyntax(SPECS)
+hermes = HermesSyntax(SPECS)
 
 
 def test_tags_stop_at_every_tools_closing_tag() -> None:
@@ -116,6 +118,6 @@ def test_system_prompts_name_every_tool() -> None:
 
 def test_every_configured_syntax_exists() -> None:
     for name in plugins.SYNTAXES.names:
-        assert make_syntax(name, SPECS).stops
+        assert plugins.SYNTAXES.make(name, {}, SPECS).stops
     with pytest.raises(ValueError, match=r"rollout\.syntax='xml': choose one of tags, hermes"):
-        make_syntax("xml", SPECS)
+        plugins.SYNTAXES.make("xml", {}, SPECS)

@@ -12,8 +12,8 @@ from system.config import RolloutConfig, ToolsConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
-from system.rollout.rewards import make_reward
-from system.rollout.syntax import make_syntax
+from system.rollout.rewards.arpo import ArpoReward
+from system.rollout.syntax.tags import TagSyntax
 from system.serving import serve
 from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
@@ -70,14 +70,14 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
             context = RolloutContext(
                 engine=Replay(demo, tokenizer),
                 tools=tools,
-                syntax=make_syntax("tags", tools.specs),
+                syntax=TagSyntax(tools.specs),
                 policy=Never(probe_tokens=8),
-                reward=make_reward("arpo"),
+                reward=ArpoReward(),
                 tokenizer=tokenizer,
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
             )
-            grown = await context.grow(demo.prompt, seed=0, greedy=True)
+            grown = await context.plant(demo.prompt, seed=0, greedy=True).run()
             tree = demonstration_tree(demo, tokenizer)
             for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
                 np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)

@@ -18,6 +18,7 @@ import pytest_asyncio
 from polling import eventually
 
 from system.config import ToolsConfig
+from system.http import HttpClient
 from system.serving import AppServer, serve
 from system.tools import python_server, search_server
 from system.tools.http_tools import SearchTool
@@ -135,7 +136,9 @@ async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) 
 
 
 async def test_search_results_as_bare_text(search: AppServer) -> None:
-    tools = ToolService([SearchTool(search.url, 2, passage="{text}", separator=" ")])
+    client = HttpClient()
+    tool = SearchTool(search.url, 2, passage="{text}", separator=" ", http=client)
+    tools = ToolService([tool], http=client)
     try:
         found = await tools.call("search", {"query": "capital of France"}, CallContext())
     finally:

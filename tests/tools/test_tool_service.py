@@ -127,7 +127,7 @@ async def test_malformed_calls_are_rejected_without_a_run() -> None:
     missing = await tools.call("scripted", {}, ANY)
     assert (missing.status, missing.text) == (
         ToolStatus.REJECTED,
-        "scripted: the argument 'x' is missing.",
+        "scripted: 'x' is a required property.",
     )
     assert tool.runs == 0
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import re
 
 from system.rollout.reward import BranchView, Score
+from system.rollout.rewards.arpo_release import FORMAT_ERROR, MULTI_TOOL_BONUS
 from system.rollout.rewards.equality import equal, is_mathematical, parse_number
-from system.rollout.rewards.words import last_boxed, normalize, overlap
+from system.rollout.rewards.words import answer_span, last_boxed, normalize, overlap
 from system.tools.outcome import ToolStatus
 from system.tree.prompt import Prompt
 from system.tree.record import Kind
 
-FORMAT_ERROR = -1.0
-MULTI_TOOL_BONUS = 0.1
 CALL_TAGS = ("search", "python", "tool_call")
 
 _OPENERS = re.compile("|".join(f"<({tag})>" for tag in CALL_TAGS))
@@ -53,17 +52,8 @@ def extract_answer(branch: BranchView) -> str | None:
     segment and followed by a result; one ``<answer>`` with its ``</answer>``; a ``\\boxed{…}`` between
     them.
     """
-    text = branch.model_text
-    thinks = text.count("<think>")
-    if thinks == 0 or thinks != text.count("</think>"):
-        return None
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
-    if not _calls_answered(branch):
-        return None
-    _, _, after = text.partition("<answer>")
-    span, closed, _ = after.partition("</answer>")
-    boxed = last_boxed(span) if closed else None
+    span = answer_span(branch.model_text)
+    boxed = last_boxed(span) if span is not None and _calls_answered(branch) else None
     return boxed.strip() if boxed is not None else None
 
 

@@ -7,7 +7,7 @@ response as one text, what the tools wrote included.
 from __future__ import annotations
 
 from system.rollout.reward import BranchView, Score
-from system.rollout.rewards.words import last_boxed, token_f1
+from system.rollout.rewards.words import answer_span, last_boxed, token_f1
 from system.tree.prompt import Prompt
 
 FORMAT_ERROR = -1.0
@@ -31,15 +31,10 @@ class ArpoReleaseReward:
 
 def _answer(text: str) -> str | None:
     """The boxed answer; None when any of the format rules is broken."""
-    thinks = text.count("<think>")
-    if thinks == 0 or thinks != text.count("</think>"):
-        return None
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
     if not (_answered(text, "search") and _answered(text, "python")):
         return None
-    span = text[text.index("<answer>") :].partition("</answer>")
-    return last_boxed(span[0]) if span[1] else None
+    span = answer_span(text)
+    return last_boxed(span) if span is not None else None
 
 
 def _answered(text: str, tool: str) -> bool:

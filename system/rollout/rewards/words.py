@@ -32,6 +32,19 @@ def overlap(said: Sequence[str], meant: Sequence[str]) -> float:
     return 2 * common / (len(said) + len(meant)) if common else 0.0
 
 
+def answer_span(text: str) -> str | None:
+    """What stands between the only ``<answer>`` and its ``</answer>``, in a text with as many ``<think>`` as
+    ``</think>``, at least one; None when it is not so.
+    """
+    thinks = text.count("<think>")
+    if thinks == 0 or thinks != text.count("</think>"):
+        return None
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    span, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    return span if closed else None
+
+
 def last_boxed(text: str) -> str | None:
     """What stands in the last ``\\boxed{…}``, braces balanced; None when there is none or it never closes."""
     begin = text.rfind("\\boxed{")

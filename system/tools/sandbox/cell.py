@@ -61,8 +61,8 @@ def enter_call(settings: Settings, uid: int | None, proc: int) -> str:
     else:
         kernel.unshare(flags)
         owner = f",uid={uid},gid={uid}"
-    inodes = max(64, settings.disk >> 12)
-    options = f"mode=0700,size={settings.disk},nr_inodes={inodes}{owner}"
+    size = settings.limits.disk_mb << 20
+    options = f"mode=0700,size={size},nr_inodes={max(64, size >> 12)}{owner}"
     kernel.mount("scratch", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
     return SCRATCH
 

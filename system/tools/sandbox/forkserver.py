@@ -6,8 +6,8 @@ Three kinds of process::
           └────────────────── a socket per call ───────────┘
 
 The control channel (SOCK_SEQPACKET) carries one message per call: a byte with the call's socket attached.
-Over that socket go one request and one reply, each a 4-byte big-endian length and JSON: ``{code, wall_s}``
-and either ``{failed}`` or ``{exit_code, timed_out, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr,
+Over that socket go one request and one reply, each a line of JSON: ``{code, wall_s}`` and either
+``{failed}`` or ``{exit_code, timed_out, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr,
 stderr_bytes}``.  The warden stands outside the confinement: it enforces the wall deadline, keeps the output,
 removes the scratch directory, and kills the program when the call's socket closes (the caller gave up, or
 died).  When the control channel closes, the fork server ends.
@@ -111,14 +111,13 @@ class _Warden:
         os.setsid()
         kernel.set_name("sandbox-warden")
         self._channel.settimeout(_REQUEST_DEADLINE_S)
-        request = json.loads(_receive(self._channel))
+        request = json.loads(self._channel.makefile("rb").readline())
         try:
             reply = self._call(request)
         except OSError as error:
             reply = {"failed": f"{type(error).__name__}: {error}"}
         if reply is not None:
-            data = json.dumps(reply).encode()
-            self._channel.sendall(len(data).to_bytes(4, "big") + data)
+            self._channel.sendall(json.dumps(reply).encode() + b"\n")
 
     def _call(self, request: dict[str, Any]) -> dict[str, Any] | None:
         settings, uid = self._confinement.settings, self._confinement.uid()
@@ -147,10 +146,8 @@ class _Warden:
             os.close(end)
         leash.close()
         child = os.pidfd_open(pid)
-        stdout, stderr = (
-            _Capture(self._confinement.settings.output),
-            _Capture(self._confinement.settings.output),
-        )
+        kept = 4 * self._confinement.settings.limits.output_chars  # UTF-8: at most four bytes a character
+        stdout, stderr = _Capture(kept), _Capture(kept)
         try:
             ending = self._watch(child, {out[0]: stdout, err[0]: stderr}, started + request["wall_s"])
         finally:
@@ -231,18 +228,3 @@ class _Capture:
         self.head += data[: max(0, self._limit - len(self.head))]
         self.tail = (self.tail + data)[-self._limit :]
         return bool(data)
-
-
-def _receive(channel: socket.socket) -> bytes:
-    size = int.from_bytes(_exactly(channel, 4), "big")
-    return _exactly(channel, size)
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = channel.recv(min(_READ_SIZE, size - len(data)))
-        if not chunk:
-            raise ConnectionError("the caller went away before its request was complete")
-        data += chunk
-    return bytes(data)

@@ -19,21 +19,16 @@ MAX_DESCRIPTORS = 256  # of the fork server and its wardens
 # Access rights of Landlock (linux/landlock.h); the ABI version in which each group appeared decides what is
 # handled.
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_ALL_FS = {
-    1: (1 << 13) - 1,
-    2: (1 << 14) - 1,
-    3: (1 << 15) - 1,
-    5: (1 << 16) - 1,
-}  # + REFER, TRUNCATE, IOCTL_DEV
+# All rights to files by ABI version: 2 adds REFER, 3 TRUNCATE, 5 IOCTL_DEV.
+_ALL_FS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _NET_TCP = 0b11  # bind, connect (ABI 4)
 _SCOPES = 0b11  # abstract UNIX sockets, signals (ABI 6)
 _READ = _READ_FILE | _READ_DIR | _EXECUTE
 
 _OWN_UIDS, _OWN_UIDS_SPAN = 0x70000000, 1 << 22  # beyond what anyone assigns; a process id is below 2^22
 _NOBODY = 65534
-_ANY_PID = (
-    0x7F0A1B2C  # stands for the program's own process id in the prepared filter; no real one is as large
-)
+# Stands for the program's own process id in the prepared filter; no real one is as large.
+_ANY_PID = 0x7F0A1B2C
 
 
 @dataclass(frozen=True)
@@ -87,10 +82,10 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
     It must be single-threaded.  Its descriptors above 2 are closed, all but ``leash``, a socket whose other
     end its parent holds: the process dies with its parent, even when that died before it could ask for this.
     """
-    settings = confinement.settings
-    _limit(resource.RLIMIT_CPU, math.ceil(settings.cpu_s))
-    _limit(resource.RLIMIT_NOFILE, settings.open_files)
-    _limit(resource.RLIMIT_NPROC, settings.threads + _foreign_tasks(confinement, uid))
+    limits = confinement.settings.limits
+    _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
+    _limit(resource.RLIMIT_NOFILE, limits.open_files)
+    _limit(resource.RLIMIT_NPROC, limits.threads + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
     kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
@@ -135,8 +130,8 @@ def _limit_all(settings: Settings) -> None:
     """Limits that the fork server and the wardens can live under, too, and that every program inherits."""
     with open("/proc/self/statm") as file:
         idle = int(file.read().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, idle + settings.memory)
-    _limit(resource.RLIMIT_FSIZE, settings.file_size)
+    _limit(resource.RLIMIT_AS, idle + (settings.limits.memory_mb << 20))
+    _limit(resource.RLIMIT_FSIZE, settings.limits.file_mb << 20)
     _limit(resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
     _limit(resource.RLIMIT_STACK, 8 << 20)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE):

@@ -25,17 +25,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from system.config import ToolsConfig
 from system.errors import EspalierError
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox import escape_test
 from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.scratch import remove_tree
-from system.tools.sandbox.settings import Settings
+from system.tools.sandbox.settings import SandboxLimits, Settings
 
 log = logging.getLogger(__name__)
 
@@ -77,29 +75,6 @@ class SandboxUnavailable(EspalierError, RuntimeError):
 
 class _Lost(Exception):
     """The fork server, or a call's warden, died."""
-
-
-@dataclass(frozen=True, slots=True)
-class SandboxLimits:
-    """Limits of one call."""
-
-    wall_s: float = 10.0
-    cpu_s: float = 5.0  # whole seconds, rounded up
-    memory_mb: int = 256  # address space beyond the idle interpreter's (which includes what is preloaded)
-    output_chars: int = 2000  # of each of stdout and stderr
-    file_mb: int = 16  # largest file
-    disk_mb: int = 64  # all files together (enforced where namespaces are permitted)
-    open_files: int = 64
-    threads: int = 16  # a call is one process
-
-    @classmethod
-    def from_config(cls, tools: ToolsConfig) -> SandboxLimits:
-        return cls(
-            wall_s=tools.python_wall_s,
-            cpu_s=tools.python_cpu_s,
-            memory_mb=tools.python_memory_mb,
-            output_chars=tools.python_output_chars,
-        )
 
 
 class Sandbox:
@@ -202,7 +177,7 @@ class Sandbox:
         async with self._starting:
             if self._server is None:
                 raise SandboxUnavailable("the sandbox has not been started")
-            if self._server.lost:
+            if self._server.dead:
                 self._dying.append(self._server)
                 self._server = await self._start_server()
             return self._server
@@ -214,21 +189,7 @@ class Sandbox:
             await server.stop()
 
     async def _start_server(self) -> _ForkServer:
-        limits = self.limits
-        settings = Settings(
-            base=_scratch_base(),
-            namespaces=self._way,
-            cpu_s=limits.cpu_s,
-            memory=limits.memory_mb << 20,
-            file_size=limits.file_mb << 20,
-            disk=limits.disk_mb << 20,
-            open_files=limits.open_files,
-            threads=limits.threads,
-            output=4 * limits.output_chars,  # UTF-8 takes at most four bytes a character
-            paths=self._paths,
-            preload=self._preload,
-        )
-        server = _ForkServer(settings)
+        server = _ForkServer(Settings(_scratch_base(), self._way, self.limits, self._paths, self._preload))
         try:
             self.mechanisms = await server.greet()
         except BaseException:
@@ -287,7 +248,6 @@ class _ForkServer:
                 start_new_session=True,
             )
         self._calls: set[socket.socket] = set()
-        self.lost = False
 
     @property
     def pid(self) -> int:
@@ -337,14 +297,12 @@ class _ForkServer:
         self._calls.add(ours)
         try:
             ours.setblocking(False)
-            data = json.dumps(request).encode()
             try:
                 async with asyncio.timeout(deadline_s):
                     with theirs:
                         await self._pass_on(theirs)
-                    await loop.sock_sendall(ours, len(data).to_bytes(4, "big") + data)
-                    size = int.from_bytes(await _exactly(ours, 4), "big")
-                    return json.loads(await _exactly(ours, size))
+                    await loop.sock_sendall(ours, json.dumps(request).encode() + b"\n")
+                    return json.loads(await _line(ours))
             except TimeoutError:
                 raise _Lost from None
             except OSError as error:
@@ -360,9 +318,6 @@ class _ForkServer:
                 return
             except BlockingIOError:  # its queue is full; it forks about a thousand times a second
                 await asyncio.sleep(0.005)
-            except OSError as error:
-                self.lost = True
-                raise _Lost from error
 
     async def stop(self) -> None:
         """End every call, then the server, then remove what they wrote."""
@@ -392,10 +347,10 @@ def _scratch_base() -> str:
     return os.path.realpath(tempfile.mkdtemp(prefix="espalier-sandbox-"))
 
 
-async def _exactly(channel: socket.socket, size: int) -> bytes:
+async def _line(channel: socket.socket) -> bytes:
     loop, data = asyncio.get_running_loop(), bytearray()
-    while len(data) < size:
-        chunk = await loop.sock_recv(channel, size - len(data))
+    while not data.endswith(b"\n"):
+        chunk = await loop.sock_recv(channel, 1 << 16)
         if not chunk:
             raise ConnectionResetError("closed before the reply was complete")
         data += chunk

@@ -5,36 +5,58 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the fork server imports nothing but the standard library
+    from system.config import ToolsConfig
 
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """Limits of one call."""
+
+    wall_s: float = 10.0
+    cpu_s: float = 5.0  # whole seconds, rounded up
+    memory_mb: int = 256  # address space beyond the idle interpreter's (which includes what is preloaded)
+    output_chars: int = 2000  # of each of stdout and stderr
+    file_mb: int = 16  # largest file
+    disk_mb: int = 64  # all files together (enforced where namespaces are permitted)
+    open_files: int = 64
+    threads: int = 16  # a call is one process
+
+    @classmethod
+    def from_config(cls, tools: ToolsConfig) -> SandboxLimits:
+        return cls(
+            wall_s=tools.python_wall_s,
+            cpu_s=tools.python_cpu_s,
+            memory_mb=tools.python_memory_mb,
+            output_chars=tools.python_output_chars,
+        )
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Limits are per call; sizes in bytes unless the name says otherwise."""
+    """Where and how programs run; the same for every call."""
 
     base: str  # an empty directory of ours: scratch directories, or the mount point of the cell's root
     namespaces: bool  # build a cell of namespaces; otherwise confine with Landlock and seccomp alone
-    cpu_s: float
-    memory: int  # address space beyond what the idle interpreter maps
-    file_size: int  # largest file
-    disk: int  # all files in the scratch directory (only a namespace cell can enforce it)
-    open_files: int
-    threads: int
-    output: int  # bytes kept of each of stdout and stderr
-    paths: tuple[str, ...] = ()  # directories for sys.path, readable inside
-    preload: tuple[str, ...] = ()  # modules imported once, before any call
+    limits: SandboxLimits
+    paths: Sequence[str] = ()  # directories for sys.path, readable inside
+    preload: Sequence[str] = ()  # modules imported once, before any call
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        settings = cls(**json.loads(text))
-        return replace(settings, paths=tuple(settings.paths), preload=tuple(settings.preload))
+        values = json.loads(text)
+        return cls(**values | {"limits": SandboxLimits(**values["limits"])})
 
 
 def readable_directories(settings: Settings) -> list[str]:
