@@ -16,11 +16,11 @@ from actors.ray_support import StartFailed, ray_session
 from actors.rollout_pool import RunActors
 from system.config import Config, ConfigError
 from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError, exit_code, leaves
+from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.report import report
 from system.observe.rundir import RunDir
-from system.observe.sinks import JsonlSink
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task
 from system.tasks.registry import make_task
@@ -63,7 +63,7 @@ def _failed(errors: BaseException, run_dir: RunDir) -> int:
 
 async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
-    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path), WandbSink(run_dir, config)])
+    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path), WandbSink(run_dir, config)])
     try:
         with Progress(
             recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
