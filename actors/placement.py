@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,7 +82,10 @@ class Placement:
         Raises PlacementError where the nodes cannot hold the run, ActorLost where they are not there, or not
         free, by ``cluster.join_deadline_s``.
         """
-        nodes = await _joined_nodes(config) if joined else [_this_machine(config)]
+        if joined:
+            nodes = await _joined_nodes(config)
+        else:
+            nodes = [Node(LOOPBACK, config.cluster.gpus_per_node, os.uname().nodename)]
         seats = place(config, nodes)
         if not joined and not config.cluster.gpus_per_node:
             hosts = {seat.actor: config.engine.host for seat in seats if seat.actor.startswith("engine-")}
@@ -108,9 +111,9 @@ class Placement:
         }
         return cls(nodes, seats, places, joined)
 
-    def on(self, node: int) -> list[str]:
-        """The actors of a node."""
-        return [seat.actor for seat in self.seats if seat.node == node]
+    async def ports(self, actors: Iterable[str]) -> list[int]:
+        """A free port for each of ``actors`` at its place."""
+        return await asyncio.gather(*(self.places[actor].port() for actor in actors))
 
     async def watch(self) -> None:
         """Until cancelled.  Raises NodeLost when Ray knows that a node we cannot spare is gone."""
@@ -119,7 +122,7 @@ class Placement:
             for number, node in enumerate(self.nodes):
                 if node.address in alive or number in self.gone:
                     continue
-                actors = self.on(number)
+                actors = [seat.actor for seat in self.seats if seat.node == number]
                 if number == 0 or not self.spare(node.name, actors):
                     what = ", ".join(actors) or "no actors"
                     raise NodeLost(f"node {node.name} ({node.address}) was lost with {what}")
@@ -146,10 +149,6 @@ class Placement:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXPLAIN_S):
                 await self.watch()
-
-
-def _this_machine(config: Config) -> Node:
-    return Node(LOOPBACK, config.cluster.gpus_per_node, os.uname().nodename)
 
 
 async def _joined_nodes(config: Config) -> list[Node]:
