@@ -10,8 +10,10 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
+from typing import TYPE_CHECKING
 
-from actors.conductor import Conductor
+if TYPE_CHECKING:
+    from actors.conductor import Conductor
 
 EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
 

@@ -54,10 +54,6 @@ class Place:
         return int(await answer(reference, PORT_DEADLINE_S, f"a free port at {self.host}"))
 
 
-def _end(_node: str, _actors: Sequence[str]) -> bool:
-    return False
-
-
 @dataclass(slots=True)
 class Placement:
     """Every actor's place, by the actor's name.
@@ -69,7 +65,7 @@ class Placement:
     seats: Sequence[Seat]
     places: dict[str, Place]
     joined: bool  # the nodes are those of a cluster, which may be lost one by one
-    spare: Callable[[str, Sequence[str]], bool] = _end
+    spare: Callable[[str, Sequence[str]], bool] = lambda _node, _actors: False
     gone: set[int] = field(default_factory=set)
 
     def __getitem__(self, actor: str) -> Place:
@@ -172,11 +168,12 @@ async def _joined_nodes(config: Config) -> list[Node]:
             raise ActorLost(
                 f"node {node['NodeManagerHostname']} has {has} GPUs, not cluster.gpus_per_node={gpus}"
             )
-    return [Node(node["NodeManagerAddress"], gpus, _name(node)) for node in found]
-
-
-def _name(node: dict[str, Any]) -> str:
-    return str(node["Labels"].get("espalier-name", node["NodeManagerHostname"]))
+    return [
+        Node(
+            node["NodeManagerAddress"], gpus, node["Labels"].get("espalier-name", node["NodeManagerHostname"])
+        )
+        for node in found
+    ]
 
 
 async def _ray_nodes() -> list[dict[str, Any]]:

@@ -90,8 +90,8 @@ def _best(trees: Iterable[Tree], sign: int) -> Tree | None:
     """
     ranked = (
         (sign * float(stats.rewards.mean()), stats.forks, tree)
-        for tree, stats in ((tree, TreeStats.of(tree)) for tree in trees)
-        if stats.rewards.size
+        for tree in trees
+        if (stats := TreeStats.of(tree)).rewards.size
     )
     best = max(ranked, key=itemgetter(0, 1), default=None)
     return best[2] if best else None

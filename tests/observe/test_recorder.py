@@ -191,7 +191,7 @@ def test_status_for_the_progress_display(recorder: Recorder, clock: Clock):
     recorder.gauge(QUEUE_DEPTH, 2)
     run_two_steps(recorder, clock)
     status = recorder.status()
-    assert (status.step, status.version, status.trees, status.dropped) == (2, 2, 4, 2)
+    assert (status.step, status.version, status.dropped) == (2, 2, 2)
     assert (status.growing, status.queue_depth) == (5, 2)
     assert status.reward == 0.5
     assert status.accuracy == pytest.approx(1 / 3)
