@@ -134,6 +134,3 @@ class RunActors:
                 RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve())
             )
         return cls(growing.result(), learner)
-
-    async def close(self) -> None:
-        await self.pool.close()

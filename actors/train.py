@@ -112,4 +112,4 @@ async def _train(
             await actors.learner.save_hf(str(run_dir.model))
             return DONE
     finally:
-        await actors.close()
+        await actors.pool.close()
