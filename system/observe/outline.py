@@ -95,13 +95,10 @@ def outline(tree: Tree, view: View) -> RenderableType:
 def table(trees: Iterable[Tree]) -> Table:
     """One row per tree, in the order given; the first column is what ``--index`` takes."""
     grid = Table(box=None, header_style="bold", padding=(0, 1))
-    grid.add_column("#", justify="right", overflow="fold")
-    for name in ("prompt", "kind"):
-        grid.add_column(name, overflow="fold")
-    for name in (
-        *("leaves", "nodes", "forks", "top-ups", "calls", "tokens", "uniq/flat", "reward", "correct"),
-        "version",
-    ):
+    for name in ("#", "prompt", "kind"):
+        grid.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
+    numbers = ("leaves", "nodes", "forks", "top-ups", "calls", "tokens", "uniq/flat", "reward", "correct")
+    for name in (*numbers, "version"):
         grid.add_column(name, justify="right")
     for index, tree in enumerate(trees):
         stats = TreeStats.of(tree)
