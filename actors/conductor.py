@@ -208,12 +208,12 @@ class Conductor:
 
     async def _read_counters(self) -> None:
         """The workers' running totals; one that is being restarted is asked again next time."""
-        named = {k: v for k, v in self.actors.pool.names.items() if v in self.actors.pool.workers}
+        workers = dict(self.actors.pool.workers)
         calls = (
-            answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in named.values()
+            answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in workers.values()
         )
         answers = await asyncio.gather(*calls, return_exceptions=True)
-        for worker, totals in zip(named, answers, strict=True):
+        for worker, totals in zip(workers, answers, strict=True):
             if isinstance(totals, ActorLost):
                 continue
             if isinstance(totals, BaseException):

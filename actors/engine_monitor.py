@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -24,12 +24,12 @@ IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle secon
 class Publisher:
     """Sends the learner's weights to the engines."""
 
-    def __init__(self, learner: LearnerGroup, engines: Sequence[str], recorder: Recorder) -> None:
+    def __init__(self, learner: LearnerGroup, engines: Mapping[str, str], recorder: Recorder) -> None:
         self._learner, self._engines, self._recorder = learner, engines, recorder
 
     async def push(self, version: int, urls: Sequence[str] = ()) -> dict[str, str]:
         """To the engines at ``urls``, to all without; returns those that did not take them, and why."""
-        published = await self._learner.publish(urls or self._engines, version)
+        published = await self._learner.publish(urls or [*self._engines.values()], version)
         report = published.report
         self._recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
         return published.failures
@@ -38,57 +38,58 @@ class Publisher:
 class EngineMonitor:
     """Keeps engines at the training loop's version; a restarted one stands paused until it has its weights.
 
-    ``urls`` may lose members while the run goes on: engines whose node is gone.
+    ``engines`` (URLs by name) may lose members while the run goes on: those whose node is gone.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        engines: Mapping[str, str],
         loop: TrainingLoop[Any],
         publisher: Publisher,
         recorder: Recorder,
         start_deadline_s: float,
     ) -> None:
         """``start_deadline_s``: for a restarted engine to answer."""
-        self.urls, self._loop, self._publisher, self._recorder = urls, loop, publisher, recorder
+        self._engines, self._loop, self._publisher, self._recorder = engines, loop, publisher, recorder
         self._deadline_s = start_deadline_s + PUSH_DEADLINE_S
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
         async with AsyncExitStack() as stack:
-            controls = [await stack.enter_async_context(EngineControl(url)) for url in self.urls]
-            good = [time.monotonic()] * len(controls)
+            controls = {
+                name: await stack.enter_async_context(EngineControl(url))
+                for name, url in list(self._engines.items())
+            }
+            good = dict.fromkeys(controls, time.monotonic())
             while True:
-                for number, control in enumerate(controls):
-                    if control.url not in self.urls or await self._tend(number, control):
-                        good[number] = time.monotonic()
-                    elif time.monotonic() - good[number] > self._deadline_s:
+                for name, control in controls.items():
+                    if name not in self._engines or await self._tend(name, control):
+                        good[name] = time.monotonic()
+                    elif time.monotonic() - good[name] > self._deadline_s:
                         raise ActorLost(self._not_back(control.url))
                 await asyncio.sleep(LOOK_S)
 
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
-        for number, url in enumerate(list(self.urls)):
+        for name, url in list(self._engines.items()):
             async with EngineControl(url) as control:
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        while url in self.urls and not await self._tend(number, control):  # noqa: ASYNC110
+                        while name in self._engines and not await self._tend(name, control):  # noqa: ASYNC110
                             await asyncio.sleep(LOOK_S)
                 except TimeoutError as error:
                     raise ActorLost(self._not_back(url)) from error
 
-    async def _tend(self, number: int, control: EngineControl) -> bool:
+    async def _tend(self, name: str, control: EngineControl) -> bool:
         """Account an engine's idle time; send it the current weights if it lacks them.  True: it has them."""
         try:
             info = await control.info()
             for counter, seconds in info.counters.items():
                 if cause := IDLE_COUNTER.fullmatch(counter):
-                    self._recorder.idle_total(f"engine-{number}", cause[1], seconds)
+                    self._recorder.idle_total(name, cause[1], seconds)
             for counter in SPEED_COUNTERS:
                 if counter in info.counters:
-                    self._recorder.running_total(
-                        f"engine-{number}", f"server/{counter}", info.counters[counter]
-                    )
+                    self._recorder.running_total(name, f"server/{counter}", info.counters[counter])
             if self._current(info):
                 return True
             async with self._loop.weights:

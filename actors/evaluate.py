@@ -58,19 +58,20 @@ async def answer_questions(
 
     async def ask(number: int, question: Prompt) -> TreeStats:
         for attempt in range(1, ATTEMPTS + 1):
-            worker = pool.workers[(number + attempt) % len(pool.workers)]
+            name = [*pool.workers][(number + attempt) % len(pool.workers)]
+            worker = pool.workers[name]
             async with limit:
                 try:
                     stats = await answer(
                         worker.answer.remote(question, number, config.eval.temperature),
                         deadline,
-                        f"rollout worker answering {question.id}",
+                        f"{name} answering {question.id}",
                     )
                 except (ActorLost, RolloutFailed) as failure:
                     if attempt == ATTEMPTS:
                         raise
                     if isinstance(failure, ActorLost):
-                        await returned(worker, "rollout worker", lambda it=worker: it not in pool.workers)
+                        await returned(worker, name, lambda it=name: it not in pool.workers)
                 else:
                     answered()
                     return stats

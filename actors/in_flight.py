@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class InFlightCheckpoint:
         self,
         config: Config,
         ledger: Ledger,
-        workers: Sequence[Any],
+        workers: Mapping[str, Any],
         recorder: Recorder,
         put: Callable[[Any], Any] = ray.put,
         fetch: Callable[[Any], Tree | bytes | None] = fetch,
@@ -76,8 +76,8 @@ class InFlightCheckpoint:
         asked = set(self._ledger.numbers(State.GROWING))
         snapshots: dict[int, bytes] = {}
         calls = (
-            answer(worker.snapshots.remote(), SNAPSHOTS_DEADLINE_S, f"snapshots of rollout worker {number}")
-            for number, worker in enumerate(self._workers)
+            answer(worker.snapshots.remote(), SNAPSHOTS_DEADLINE_S, f"snapshots of {name}")
+            for name, worker in self._workers.items()
         )
         for found in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(found, dict):

@@ -55,13 +55,14 @@ class ActorParts:
         if kept is not None and kept.stats is not None:
             return TreeInFlight(ticket, kept.reference, kept.stats)
         workers = self._actors.pool.workers
-        worker = workers[ticket.number % len(workers)]
+        name = [*workers][ticket.number % len(workers)]
+        worker = workers[name]
         tree, stats = worker.grow.options(num_returns=2).remote(
             self._prompts[ticket.prompt_id], ticket.number, seed, kept and kept.reference
         )
         deadline = self._config.rollout.tree_deadline_s + CLOSE_MARGIN_S
         try:
-            told = await answer(stats, deadline, f"rollout worker growing tree {ticket.number}")
+            told = await answer(stats, deadline, f"{name} growing tree {ticket.number}")
             return TreeInFlight(ticket, tree, told)
         except RolloutFailed as failure:
             raise TreeLost(failure.reason) from failure
@@ -69,7 +70,7 @@ class ActorParts:
             self._progress.note(f"tree {ticket.number} cannot go on from its snapshot: {failure}")
             raise TreeLost("snapshot") from failure
         except ActorLost as failure:  # keep the place until its worker is back, or it is lost again
-            await returned(worker, f"rollout worker of tree {ticket.number}", lambda: worker not in workers)
+            await returned(worker, f"{name}, which grew tree {ticket.number}", lambda: name not in workers)
             raise TreeLost("worker lost") from failure
         except asyncio.CancelledError:
             ray.cancel(stats)

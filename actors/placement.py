@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -54,10 +54,6 @@ class Place:
         return int(await answer(reference, PORT_DEADLINE_S, f"a free port at {self.host}"))
 
 
-def _end(_node: str, _actors: Sequence[str]) -> bool:
-    return False
-
-
 @dataclass(slots=True)
 class Placement:
     """Every actor's place, by the actor's name.
@@ -69,7 +65,7 @@ class Placement:
     seats: Sequence[Seat]
     places: dict[str, Place]
     joined: bool  # the nodes are those of a cluster, which may be lost one by one
-    spare: Callable[[str, Sequence[str]], bool] = _end
+    spare: Callable[[str, Sequence[str]], bool] = lambda _node, _actors: False
     gone: set[int] = field(default_factory=set)
 
     def __getitem__(self, actor: str) -> Place:
@@ -82,7 +78,10 @@ class Placement:
         Raises PlacementError where the nodes cannot hold the run, ActorLost where they are not there, or not
         free, by ``cluster.join_deadline_s``.
         """
-        nodes = await _joined_nodes(config) if joined else [_this_machine(config)]
+        if joined:
+            nodes = await _joined_nodes(config)
+        else:
+            nodes = [Node(LOOPBACK, config.cluster.gpus_per_node, os.uname().nodename)]
         seats = place(config, nodes)
         if not joined and not config.cluster.gpus_per_node:
             hosts = {seat.actor: config.engine.host for seat in seats if seat.actor.startswith("engine-")}
@@ -108,9 +107,9 @@ class Placement:
         }
         return cls(nodes, seats, places, joined)
 
-    def on(self, node: int) -> list[str]:
-        """The actors of a node."""
-        return [seat.actor for seat in self.seats if seat.node == node]
+    async def ports(self, actors: Iterable[str]) -> list[int]:
+        """A free port for each of ``actors`` at its place."""
+        return await asyncio.gather(*(self.places[actor].port() for actor in actors))
 
     async def watch(self) -> None:
         """Until cancelled.  Raises NodeLost when Ray knows that a node we cannot spare is gone."""
@@ -119,7 +118,7 @@ class Placement:
             for number, node in enumerate(self.nodes):
                 if node.address in alive or number in self.gone:
                     continue
-                actors = self.on(number)
+                actors = [seat.actor for seat in self.seats if seat.node == number]
                 if number == 0 or not self.spare(node.name, actors):
                     what = ", ".join(actors) or "no actors"
                     raise NodeLost(f"node {node.name} ({node.address}) was lost with {what}")
@@ -148,10 +147,6 @@ class Placement:
                 await self.watch()
 
 
-def _this_machine(config: Config) -> Node:
-    return Node(LOOPBACK, config.cluster.gpus_per_node, os.uname().nodename)
-
-
 async def _joined_nodes(config: Config) -> list[Node]:
     """The cluster's nodes in the job's order, once ``cluster.nodes`` of them are there."""
     deadline = time.monotonic() + config.cluster.join_deadline_s
@@ -173,11 +168,12 @@ async def _joined_nodes(config: Config) -> list[Node]:
             raise ActorLost(
                 f"node {node['NodeManagerHostname']} has {has} GPUs, not cluster.gpus_per_node={gpus}"
             )
-    return [Node(node["NodeManagerAddress"], gpus, _name(node)) for node in found]
-
-
-def _name(node: dict[str, Any]) -> str:
-    return str(node["Labels"].get("espalier-name", node["NodeManagerHostname"]))
+    return [
+        Node(
+            node["NodeManagerAddress"], gpus, node["Labels"].get("espalier-name", node["NodeManagerHostname"])
+        )
+        for node in found
+    ]
 
 
 async def _ray_nodes() -> list[dict[str, Any]]:

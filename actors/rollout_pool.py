@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from system.config import Config, to_dict
 from system.observe.rundir import RunDir
 from system.tasks.base import Task
 
-CLOSE_DEADLINE_S = 10.0
-ENGINE_CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
+CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
 TREES_PER_WORKER = (
     4096  # calls a rollout worker takes at once; admission and evaluation bound them long before
 )
@@ -31,14 +30,14 @@ TREES_PER_WORKER = (
 
 @dataclass(frozen=True, slots=True)
 class RolloutPool:
-    """What grows trees: rollout workers, the engines they generate with, the tools they call."""
+    """What grows trees: rollout workers, the engines they generate with, the tools they call.
 
-    workers: list[Any]
-    engines: list[str]  # URLs
-    hosts: list[Any]  # the engines' actors, which live as long as somebody holds them
-    servers: list[Any]  # the tools' actors
-    tools: dict[str, str]  # their URLs, by the tool's name
-    names: dict[str, Any] = field(default_factory=dict)  # workers, and URLs by their engines' names
+    Workers and engines stand under their actors' names; those of a lost node are taken out.
+    """
+
+    workers: dict[str, Any]
+    engines: dict[str, str]  # URLs
+    servers: list[Any]  # the actors of engines and tools, which live as long as somebody holds them
 
     @classmethod
     async def start(
@@ -51,98 +50,64 @@ class RolloutPool:
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
         settings = to_dict(config)
-        engines, hosts, waiting = await _engines(config, model_path, places, logs)
-        servers, urls = [], {}
-        tools = {f"tool-{name}": name for name in served_tools(config)}
-        ports = await asyncio.gather(*(places[server_name].port() for server_name in tools))
-        for (server_name, name), port in zip(tools.items(), ports, strict=True):
-            place = places[server_name]
-            urls[name] = f"http://{place.host}:{port}"
-            server = spawn(
-                ToolActor,
-                server_name,
-                name,
-                settings,
-                str(corpus or ""),
-                place.host,
-                port,
-                options=place.options,
+        engines, servers, waiting = await _engines(config, model_path, places, logs)
+        tools = {}
+        names = {f"tool-{tool}": tool for tool in served_tools(config)}
+        for (name, tool), port in zip(names.items(), await places.ports(names), strict=True):
+            host, options = places[name].host, places[name].options
+            tools[tool] = f"http://{host}:{port}"
+            arguments = (tool, settings, str(corpus or ""), host, port)
+            servers.append(spawn(ToolActor, name, *arguments, options=options))
+            waiting.append(answer(servers[-1].ready.remote(), START_DEADLINE_S, f"tool {tool}"))
+        arguments = (settings, model_path, [*engines.values()], tools)
+        workers = {
+            name: spawn(
+                RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=places[name].options
             )
-            servers.append(server)
-            waiting.append(answer(server.ready.remote(), START_DEADLINE_S, f"tool {name}"))
-        workers = [
-            rollout_worker(config, name, model_path, engines, urls, places[name].options)
             for name in (f"rollout-{number}" for number in range(config.rollout.workers))
-        ]
+        }
         await asyncio.gather(*waiting)
-        await check_tools(workers)
-        names: dict[str, Any] = {f"engine-{number}": url for number, url in enumerate(engines)}
-        names |= {f"rollout-{number}": worker for number, worker in enumerate(workers)}
-        return cls(workers, engines, hosts, servers, urls, names)
+        calls = (worker.check_tools.remote() for worker in workers.values())
+        await asyncio.gather(*(answer(call, START_DEADLINE_S, "rollout worker") for call in calls))
+        return cls(workers, engines, servers)
 
     def lose(self, actors: Sequence[str]) -> bool:
         """Do without ``actors``, whose node is gone; false, and nothing is done, if one cannot be spared."""
-        lost: list[Any] = [self.names.get(actor) for actor in actors]
-        workers = [worker for worker in self.workers if worker not in lost]
-        engines = [url for url in self.engines if url not in lost]
-        if None in lost or not workers or not engines:
+        lost, workers, engines = {*actors}, self.workers.keys(), self.engines.keys()
+        if not lost <= workers | engines or lost >= workers or lost >= engines:
             return False
-        for worker in self.workers:
-            if worker in lost:
-                ray.kill(worker)  # else Ray would look for room to restart it, for ever
-        self.workers[:], self.engines[:] = workers, engines
+        for name in lost & workers:
+            ray.kill(self.workers.pop(name))  # else Ray would look for room to restart it, for ever
+        for name in lost & engines:
+            del self.engines[name]
         return True
 
     async def close(self) -> None:
         """Let the servers stop what they started; Ray ends the rest with the session."""
-        closing = [answer(server.close.remote(), CLOSE_DEADLINE_S, "tool server") for server in self.servers]
-        closing += [answer(engine.close.remote(), ENGINE_CLOSE_DEADLINE_S, "engine") for engine in self.hosts]
+        closing = (answer(server.close.remote(), CLOSE_DEADLINE_S, "server") for server in self.servers)
         await asyncio.gather(*closing, return_exceptions=True)
-
-
-def rollout_worker(
-    config: Config,
-    name: str,
-    model_path: str,
-    engines: Sequence[str],
-    tools: Mapping[str, str],
-    options: Mapping[str, Any] | None = None,
-) -> Any:
-    """Start a rollout worker.  ``engines``: URLs.  ``tools``: URLs by the tool's name."""
-    arguments = (to_dict(config), model_path, list(engines), dict(tools))
-    return spawn(RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=options)
-
-
-async def check_tools(workers: Iterable[Any]) -> None:
-    """Raise ToolStartError if a tool of one of the rollout ``workers`` cannot work."""
-    calls = [worker.check_tools.remote() for worker in workers]
-    await asyncio.gather(*(answer(call, START_DEADLINE_S, "rollout worker") for call in calls))
 
 
 async def _engines(
     config: Config, model_path: str, places: Placement, logs: Path
-) -> tuple[list[str], list[Any], list[Coroutine[Any, Any, Any]]]:
-    """URLs of the engines, the actors started for them, and what to wait for.
+) -> tuple[dict[str, str], list[Any], list[Coroutine[Any, Any, Any]]]:
+    """The engines' URLs, the actors started for them, and what to wait for.
 
     Servers that run already (``engine.urls``) get no actor: nobody here starts, restarts or stops them.
     """
     engine = config.engine
     if engine.urls:
-        return (
-            list(engine.urls),
-            [],
-            [attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)],
-        )
+        ready = attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)
+        return {f"engine-{number}": url for number, url in enumerate(engine.urls)}, [], [ready]
     deadline = engine.start_deadline_s + START_DEADLINE_S  # of the server; of the actor's own process
-    seats = [places[f"engine-{number}"] for number in range(engine.replicas)]
-    ports = await asyncio.gather(*(seat.port() for seat in seats))
-    urls, hosts, waiting = [], [], []
-    for number, (seat, port) in enumerate(zip(seats, ports, strict=True)):
-        urls.append(f"http://{seat.host}:{port}")
-        log = str(logs / f"sglang-{number}.log")
-        arguments = (to_dict(config), model_path, seat.host, port, number, log)
-        hosts.append(spawn(EngineActor, f"engine-{number}", *arguments, options=seat.options))
-        waiting.append(answer(hosts[-1].ready.remote(), deadline, f"engine-{number}"))
+    names = [f"engine-{number}" for number in range(engine.replicas)]
+    urls, hosts, waiting = {}, [], []
+    for number, (name, port) in enumerate(zip(names, await places.ports(names), strict=True)):
+        host, options = places[name].host, places[name].options
+        urls[name] = f"http://{host}:{port}"
+        arguments = (to_dict(config), model_path, host, port, number, str(logs / f"sglang-{number}.log"))
+        hosts.append(spawn(EngineActor, name, *arguments, options=options))
+        waiting.append(answer(hosts[-1].ready.remote(), deadline, name))
     return urls, hosts, waiting
 
 
@@ -169,6 +134,3 @@ class RunActors:
                 RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve())
             )
         return cls(growing.result(), learner)
-
-    async def close(self) -> None:
-        await self.pool.close()

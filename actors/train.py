@@ -9,18 +9,18 @@ from pathlib import Path
 from ray.exceptions import RayError
 
 from actors.conductor import Conductor, checkpoints
+from actors.ending import EXIT_DEADLINE_S, exit_within, stops_on_signals
 from actors.inputs import check_engine, check_model, demonstrations, start_weights
 from actors.placement import Placement
-from actors.ray_support import ray_session
+from actors.ray_support import StartFailed, ray_session
 from actors.rollout_pool import RunActors
-from actors.signals import stops_on_signals
 from system.config import Config, ConfigError
-from system.errors import DONE, STOPPED, EspalierError, exit_code, leaves, worth_another_try
+from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError, exit_code, leaves
+from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.report import report
 from system.observe.rundir import RunDir
-from system.observe.sinks import JsonlSink
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task
 from system.tasks.registry import make_task
@@ -34,24 +34,36 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     run_dir.write_config(config)
     print(f"run directory: {run_dir.root}", flush=True)
+    code = FAILED
     try:
         with ray_session(config, run_dir.logs) as joined:
-            return asyncio.run(_run(config, run_dir, task, joined))
-    except* ConfigError as errors:
-        raise next(leaves(errors)) from None
-    except* (EspalierError, RayError) as errors:
-        for error in leaves(errors):
-            print(f"espalier: {error}", file=sys.stderr)
-        when = "" if worth_another_try(errors, lost=(RayError,)) else "once that is mended, "
-        again = f"espalier train --resume {run_dir.root}"
-        print(f"espalier: the run failed; {when}go on with {again}", file=sys.stderr)
-        code = exit_code(errors, lost=(RayError,))
+            try:
+                code = asyncio.run(_run(config, run_dir, task, joined))
+            except* ConfigError as errors:
+                raise next(leaves(errors)) from None
+            except* (EspalierError, RayError) as errors:
+                code = _failed(errors, run_dir)
+            finally:
+                exit_within(EXIT_DEADLINE_S, code)
+    except StartFailed as error:
+        code = _failed(error, run_dir)
+    return code
+
+
+def _failed(errors: BaseException, run_dir: RunDir) -> int:
+    """Say why the run failed and how to go on; returns the exit code."""
+    for error in leaves(errors):
+        print(f"espalier: {error}", file=sys.stderr)
+    code = exit_code(errors, lost=(RayError,))
+    when = "" if code == LOST else "once that is mended, "
+    again = f"espalier train --resume {run_dir.root}"
+    print(f"espalier: the run failed; {when}go on with {again}", file=sys.stderr)
     return code
 
 
 async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
-    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path), WandbSink(run_dir, config)])
+    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path), WandbSink(run_dir, config)])
     try:
         with Progress(
             recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
@@ -100,4 +112,4 @@ async def _train(
             await actors.learner.save_hf(str(run_dir.model))
             return DONE
     finally:
-        await actors.close()
+        await actors.pool.close()

@@ -56,11 +56,6 @@ def exit_code(error: BaseException, lost: tuple[type[BaseException], ...] = ()) 
     return next(code for code in (USAGE, FAILED, INTERRUPTED, LOST) if code in codes)
 
 
-def worth_another_try(error: BaseException, lost: tuple[type[BaseException], ...] = ()) -> bool:
-    """Whether every part that failed may be there again next time."""
-    return exit_code(error, lost) == LOST
-
-
 def leaves(error: BaseException) -> Iterator[BaseException]:
     """The errors of a group, of any depth; an error that is no group is its own leaf."""
     if isinstance(error, BaseExceptionGroup):

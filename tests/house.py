@@ -48,7 +48,7 @@ ALIVE = {
     "how often a simulated run was resumed": "sessions",
     "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "learner_no_batch learner_publishing engine_waiting rollout_bound "
-    "goodput packed_per_step staleness_max",
+    "goodput packed_per_step staleness_max unscored",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from actors.ray_support import ActorLost, StartFailed
 from system import errors
-from system.errors import ConfigError, exit_code, told, worth_another_try
+from system.errors import ConfigError, exit_code, told
 from system.tools.service import ToolStartError
 
 
@@ -40,7 +40,6 @@ def test_an_error_ends_a_process_with_its_code(error: object, code: int) -> None
         error = caught.value
     assert isinstance(error, BaseException)
     assert exit_code(error, lost=(FromRay,)) == code
-    assert worth_another_try(error, lost=(FromRay,)) == (code == errors.LOST)
 
 
 def test_words_for_people() -> None:

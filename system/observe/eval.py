@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,6 @@ class EvalScores:
             unscored=sum(one.leaves - one.correct.size for one in stats),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "questions": self.questions,
-            "accuracy": self.accuracy,
-            "reward": self.reward,
-            "tool_calls": self.tool_calls,
-            "response_tokens": self.response_tokens,
-            "unscored": self.unscored,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
@@ -75,11 +65,9 @@ class EvalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``summary.json`` under ``eval.before`` and ``eval.after``."""
-        return {**self.total.to_dict(), "kinds": {kind: one.to_dict() for kind, one in self.kinds.items()}}
+        return {**asdict(self.total), "kinds": {kind: asdict(one) for kind, one in self.kinds.items()}}
 
     def metrics(self) -> dict[str, float]:
         """Flat, under ``eval/``."""
-        flat = {f"eval/{key}": value for key, value in self.total.to_dict().items()}
-        for kind, scores in self.kinds.items():
-            flat |= {f"eval/{kind}/{key}": value for key, value in scores.to_dict().items()}
-        return flat
+        groups = {"eval": self.total} | {f"eval/{kind}": scores for kind, scores in self.kinds.items()}
+        return {f"{at}/{key}": value for at, one in groups.items() for key, value in asdict(one).items()}

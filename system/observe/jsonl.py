@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -48,17 +48,7 @@ class JsonlWriter:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> JsonlWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        os.close(self._fd)
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -104,14 +94,8 @@ def jsonable(value: Any) -> Any:
 def _cut_torn_tail(fd: int) -> None:
     """Truncate an open file after its last newline."""
     size = os.fstat(fd).st_size
-    end, step = size, 1 << 16
-    while end > 0:
-        begin = max(0, end - step)
-        block = os.pread(fd, end - begin, begin)
-        newline = block.rfind(b"\n")
-        if newline >= 0:
-            end = begin + newline + 1
-            break
-        end = begin
-    if end < size:
-        os.ftruncate(fd, end)
+    if size:
+        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as text:
+            end = text.rfind(b"\n") + 1
+        if end < size:
+            os.ftruncate(fd, end)

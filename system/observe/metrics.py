@@ -66,13 +66,8 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     return metrics
 
 
-def engine_metrics(counts: Mapping[str, float]) -> Metrics:
-    """``engine/…`` of what the clients counted in the window."""
-    return {f"engine/{name}": value for name, value in sorted(engine_totals(counts).items())}
-
-
 def engine_totals(counts: Mapping[str, float]) -> Metrics:
-    """The clients' counts, and the share of prompt tokens that the servers had in their caches."""
+    """The engine clients' counts, and the share of prompt tokens that the servers had in their caches."""
     totals = dict(counts)
     if totals.get("prompt_tokens"):
         totals["cache_hit_share"] = totals.get("cached_tokens", 0.0) / totals["prompt_tokens"]
@@ -151,11 +146,9 @@ def tool_metrics(calls: Iterable[ToolCall], known: Sequence[str]) -> Metrics:
         metrics[f"{key}/attempts"] = mean(call.attempts for call in group)
         for status in sorted({call.status for call in group}):
             latency = np.array([call.latency_s for call in group if call.status == status], dtype=np.float64)
-            p50, p95, p99 = np.percentile(latency, [50, 95, 99])
             metrics[f"{key}/{status}/share"] = latency.size / len(group)
-            metrics[f"{key}/{status}/p50_s"] = float(p50)
-            metrics[f"{key}/{status}/p95_s"] = float(p95)
-            metrics[f"{key}/{status}/p99_s"] = float(p99)
+            for percent in (50, 95, 99):
+                metrics[f"{key}/{status}/p{percent}_s"] = float(np.percentile(latency, percent))
             metrics[f"{key}/{status}/max_s"] = float(latency.max())
     return metrics
 

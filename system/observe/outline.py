@@ -97,16 +97,11 @@ def table(trees: Iterable[Tree]) -> Table:
     grid = Table(box=None, header_style="bold", padding=(0, 1))
     for name in ("#", "prompt", "kind"):
         grid.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    for name in ("leaves", "nodes", "forks", "top-ups", "calls", "tokens", "uniq/flat", "reward", "correct"):
+    numbers = ("leaves", "nodes", "forks", "top-ups", "calls", "tokens", "uniq/flat", "reward", "correct")
+    for name in (*numbers, "version"):
         grid.add_column(name, justify="right")
-    grid.add_column("version", justify="right")
     for index, tree in enumerate(trees):
         stats = TreeStats.of(tree)
-        versions = (
-            f"{stats.version_min}–{stats.version_max}"
-            if stats.version_min != stats.version_max
-            else str(stats.version_min)
-        )
         grid.add_row(
             str(index),
             visible(tree.prompt_id),
@@ -120,7 +115,7 @@ def table(trees: Iterable[Tree]) -> Table:
             f"{stats.unique / stats.flat:.2f}" if stats.flat else "–",
             f"{stats.rewards.mean():.2f}±{stats.rewards.std():.2f}" if stats.rewards.size else "–",
             f"{int(stats.correct.sum())}/{stats.correct.size}",
-            versions,
+            _span(stats.version_min, stats.version_max),
         )
     return grid
 
@@ -183,10 +178,10 @@ def _node_line(tree: Tree, node: int, calls: Sequence[ToolCall], view: View) -> 
     begin, end = int(tree.start[node]), int(tree.end[node])
     line = Text.assemble((f"{kind.name.lower():<6}", "bold"), (f"{end - begin:>4} tok", "dim"))
     if kind == Kind.MODEL and end > begin:
-        versions = sorted({int(v) for v in tree.version[begin:end]})
+        versions = tree.version[begin:end]
         entropy = tree.entropy[begin:end]
         known = entropy[np.isfinite(entropy)]
-        line.append(f"  v{versions[0]}" + (f"–{versions[-1]}" if len(versions) > 1 else ""), "magenta")
+        line.append(f"  v{_span(versions.min(), versions.max())}", "magenta")
         line.append(f"  H {known.mean():.2f}" if known.size else "  H ?", "dim")
     for call in calls:
         status = visible(str(call.status))
@@ -218,8 +213,7 @@ def _body(tree: Tree, node: int, kind: Kind, view: View) -> Text:
 
 def _entropy_line(tree: Tree, node: int) -> Text:
     entropy = tree.entropy[int(tree.start[node]) : int(tree.end[node])]
-    known = tree.entropy[np.isfinite(tree.entropy)]
-    top = float(known.max(initial=0.0))
+    top = float(np.nanmax(tree.entropy, initial=0.0))
     here = entropy[np.isfinite(entropy)]
     peak = f"  peak {here.max():.2f} nats" if here.size else ""
     return Text.assemble(
@@ -229,7 +223,7 @@ def _entropy_line(tree: Tree, node: int) -> Text:
 
 def _fork_line(fork: ForkDecision) -> Text:
     line = Text.assemble(
-        ("       fork?  ", "dim"), f"ΔH {_signed(fork.delta_h)}  P {_number(fork.probability)}"
+        ("       fork?  ", "dim"), f"ΔH {_number(fork.delta_h, '+.3f')}  P {_number(fork.probability)}"
     )
     if math.isfinite(fork.draw):
         line.append(f"  draw {fork.draw:.3f}")
@@ -242,7 +236,7 @@ def _leaf_line(tree: Tree, leaf: int, view: View) -> Text:
     mark, style = {1: ("✓", "bold green"), 0: ("✗", "bold red")}.get(correct, ("?", "bold yellow"))
     line = Text.assemble((f"{mark} leaf {leaf}", style))
     line.append(f"  reward {reward:.3f}" if math.isfinite(reward) else "  not scored")
-    line.append(f"  A {_signed(float(view.advantage[leaf]))}", "bold")
+    line.append(f"  A {_number(float(view.advantage[leaf]), '+.3f')}", "bold")
     outcome, origin = Outcome(int(tree.outcome[leaf])), Origin(int(tree.origin[leaf]))
     return line.append(f"  {_words(outcome.name)}, {_words(origin.name)}", "dim")
 
@@ -274,13 +268,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}–{last}"
+
+
 def _words(name: str) -> str:
     return name.lower().replace("_", " ")
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3f}" if math.isfinite(value) else "?"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "?"
+def _number(value: float, style: str = ".3f") -> str:
+    return format(value, style) if math.isfinite(value) else "?"

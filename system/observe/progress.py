@@ -133,10 +133,10 @@ class Progress:
             figures = _figures(status)
             grid = Table.grid(padding=(0, 2))
             for begin in range(0, len(figures), 5):
-                cells = []
-                for label, value in figures[begin : begin + 5]:
-                    cells.append(Text.assemble((f"{label} ", "dim"), (value, "bold")))
-                grid.add_row(*cells)
+                cells = figures[begin : begin + 5]
+                grid.add_row(
+                    *(Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in cells)
+                )
             rows.append(grid)
             if idle := _idle(status):
                 rows.append(Text.assemble(("idle ", "dim"), idle))

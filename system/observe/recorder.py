@@ -15,7 +15,7 @@ from typing import Any, Literal
 from system.config import Config, to_dict
 from system.observe.eval import EvalResult
 from system.observe.metrics import (
-    engine_metrics,
+    engine_totals,
     idle_metrics,
     mean,
     rollout_metrics,
@@ -55,7 +55,6 @@ class Status:
     generated_per_s: float = 0.0  # MODEL tokens of closed trees
     trained_per_s: float = 0.0
     steps_per_s: float = 0.0
-    trees: int = 0
     dropped: int = 0  # trees
     idle: Mapping[str, float] = field(default_factory=dict)  # actor -> share of the time since training began
     evals: Mapping[str, float] = field(default_factory=dict)  # "before", "during", "after" -> accuracy
@@ -126,7 +125,7 @@ class Recorder:
         totals.top_ups += tree.top_ups
         totals.tool_calls += len(tree.calls)
         totals.generated += tree.generated
-        self._tick(tree.generated, 0)
+        self._ticks.append((self._clock(), tree.generated, 0))
 
     def tree_dropped(self, reason: str, leaves: int, tokens: int = 0) -> None:
         """A tree, or part of one, will never be trained on.
@@ -139,7 +138,7 @@ class Recorder:
         entry["leaves"] += leaves
         self._totals.generated += tokens
         self._dropped[reason] += 1
-        self._tick(tokens, 0)
+        self._ticks.append((self._clock(), tokens, 0))
 
     def train_step(
         self,
@@ -170,7 +169,7 @@ class Recorder:
             kl, engine_kl = stats["mismatch_kl"], stats["engine_kl"] * fresh
             add(totals.mismatch, steps=1, kl=kl, fresh=fresh, engine_kl=engine_kl)
             highest(totals.mismatch, engine_logprob_diff_max=worst)
-        self._tick(0, tokens)
+        self._ticks.append((self._clock(), 0, tokens))
         self._steps.append((self._clock(), step))
 
     def evaluated(self, step: int, result: EvalResult, which: Which) -> None:
@@ -244,7 +243,7 @@ class Recorder:
         if totals.generated:
             record["flow/goodput"] = totals.trained / totals.generated
         record |= {name: mean(values) for name, values in self._gauges.items()}
-        record |= engine_metrics(self._engine)
+        record |= {f"engine/{name}": value for name, value in sorted(engine_totals(self._engine).items())}
         record |= self._tool_counts
         record |= idle_metrics(self._idle.seconds, self._idle.spans)
         record["time/wall_s"] = self.wall_s
@@ -305,7 +304,6 @@ class Recorder:
             generated_per_s=generated,
             trained_per_s=trained,
             steps_per_s=self._steps_per_s(),
-            trees=self._totals.trees,
             dropped=sum(entry["trees"] for entry in self._totals.dropped.values()),
             idle=self._idle_session.shares(),
             evals=dict(self._eval_accuracy),
@@ -339,20 +337,15 @@ class Recorder:
         for sink in self._sinks:
             sink.write(record)
 
-    def _tick(self, generated: int, trained: int) -> None:
-        now = self._clock()
-        self._ticks.append((now, generated, trained))
-        while self._ticks and self._ticks[0][0] < now - _RATE_WINDOW_S:
-            self._ticks.popleft()
-
     def _rates(self) -> tuple[float, float]:
         """Generated and trained tokens per second over the last minute, or since training began."""
         now = self._clock()
+        while self._ticks and self._ticks[0][0] < now - _RATE_WINDOW_S:
+            self._ticks.popleft()
         span = min(_RATE_WINDOW_S, now - self._began)
         if span <= 0:
             return 0.0, 0.0
-        recent = [tick for tick in self._ticks if tick[0] >= now - _RATE_WINDOW_S]
-        return sum(t[1] for t in recent) / span, sum(t[2] for t in recent) / span
+        return sum(tick[1] for tick in self._ticks) / span, sum(tick[2] for tick in self._ticks) / span
 
     def _steps_per_s(self) -> float:
         if len(self._steps) < 2:

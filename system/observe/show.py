@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +29,16 @@ _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not 
 def run(args: argparse.Namespace) -> int:
     """Print one tree, or the table of all."""
     run_dir = RunDir.open(args.run)
+    config, trees = run_dir.config(), read_trees(run_dir.trees)
+    console = _Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     try:
-        return _show(args, run_dir, run_dir.config())
+        if args.list:
+            console.print(table(trees))
+        else:
+            tree = select(trees, args, run_dir)
+            console.print(outline(tree, view(run_dir, config, tree, full=args.full, entropy=args.entropy)))
     except StoreError as error:
         raise ConfigError(str(error)) from error
-
-
-def _show(args: argparse.Namespace, run_dir: RunDir, config: Config) -> int:
-    console = _Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
-    if args.list:
-        console.print(table(read_trees(run_dir.trees)))
-        return 0
-    tree = select(read_trees(run_dir.trees), args, run_dir)
-    console.print(outline(tree, view(run_dir, config, tree, full=args.full, entropy=args.entropy)))
     return 0
 
 
@@ -69,35 +66,35 @@ def select(trees: Iterator[Tree], args: argparse.Namespace, run_dir: RunDir) -> 
     """The tree the options name; the newest without any.  Raises :class:`ConfigError` for none."""
     if args.prompt is not None:
         wanted = f"of prompt {args.prompt!r}"
-        found = deque((tree for tree in trees if tree.prompt_id == args.prompt), maxlen=1)
+        found = next(iter(deque((tree for tree in trees if tree.prompt_id == args.prompt), maxlen=1)), None)
     elif args.best or args.worst:
         wanted = "with a scored leaf"
-        found = _extreme(trees, max if args.best else min)
+        found = _best(trees, 1 if args.best else -1)
     elif args.index >= 0:
         wanted = f"number {args.index}"
-        found = deque(islice(trees, args.index, args.index + 1))
+        found = next(islice(trees, args.index, None), None)
     else:
         wanted = f"number {args.index}" if args.index != -1 else "yet"
         last = deque(trees, maxlen=-args.index)
-        found = deque(islice(last, 1)) if len(last) == -args.index else deque()
-    if not found:
+        found = last[0] if len(last) == -args.index else None
+    if found is None:
         raise ConfigError(
             f"{run_dir.root} keeps no tree {wanted}; `espalier tree {run_dir.root} --list` shows all"
         )
-    return found[0]
+    return found
 
 
-def _extreme(trees: Iterable[Tree], choose: Callable[..., Any]) -> deque[Tree]:
-    """The tree of the highest or lowest mean reward; of equals, for a better view, one that forked most."""
-    best: tuple[tuple[float, int], Tree] | None = None
-    sign = 1 if choose is max else -1
-    for tree in trees:
-        stats = TreeStats.of(tree)
-        if stats.rewards.size:
-            rank = (sign * float(stats.rewards.mean()), stats.forks)
-            if best is None or rank > best[0]:
-                best = (rank, tree)
-    return deque([best[1]] if best else [])
+def _best(trees: Iterable[Tree], sign: int) -> Tree | None:
+    """The tree of the highest (``sign`` 1) or lowest (-1) mean reward; of equals, for a better view, one that
+    forked most.
+    """
+    ranked = (
+        (sign * float(stats.rewards.mean()), stats.forks, tree)
+        for tree in trees
+        if (stats := TreeStats.of(tree)).rewards.size
+    )
+    best = max(ranked, key=itemgetter(0, 1), default=None)
+    return best[2] if best else None
 
 
 def _decoder(run_dir: RunDir, config: Config) -> Decode:

@@ -6,30 +6,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from system.observe.jsonl import JsonlWriter, read_jsonl
+from system.observe.jsonl import read_jsonl
 
 RESUMED = "resumed_from"  # a record {RESUMED: step}: the run went back to its checkpoint after this step
 
 
 class Sink(Protocol):
+    """``JsonlWriter`` is one: failing to write ``metrics.jsonl`` is an error of the run, for these are its
+    results.
+    """
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Take one flat record; it has an integer ``step``, or is the mark of a resume."""
         ...
 
     def close(self) -> None: ...
-
-
-class JsonlSink:
-    """``metrics.jsonl``.  Failing to write here is an error of the run, for these are its results."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._writer = JsonlWriter(path)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._writer.write(record)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def history(path: str | Path) -> list[dict[str, Any]]:

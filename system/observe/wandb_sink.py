@@ -64,10 +64,6 @@ class WandbSink:
         except (Exception, SystemExit) as error:  # a missing login ends in SystemExit in some versions
             self._give_up("did not start", error)
 
-    @property
-    def active(self) -> bool:
-        return self._run is not None
-
     def write(self, record: Mapping[str, Any]) -> None:
         if self._run is None or RESUMED in record:
             return

@@ -79,7 +79,8 @@ def checkpoint_of(
 ) -> tuple[InFlightCheckpoint, Store, RunEvents]:
     store, events = Store(), RunEvents()
     recorder: Any = events
-    made = InFlightCheckpoint(config or Config(), ledger, workers, recorder, store.put, store.objects.get)
+    named = {f"rollout-{number}": one for number, one in enumerate(workers)}
+    made = InFlightCheckpoint(config or Config(), ledger, named, recorder, store.put, store.objects.get)
     return made, store, events
 
 

@@ -74,7 +74,7 @@ def notes() -> list[str]:
 
 
 def parts(tmp_path: Path, notes: list[str], worker: Worker, kept: KeptTree | None = None) -> ActorParts:
-    pool = SimpleNamespace(workers=[worker], engines=["http://engine"])
+    pool = SimpleNamespace(workers={"rollout-0": worker}, engines={"engine-0": "http://engine"})
     recorder = SimpleNamespace(weights_pushed=lambda *_: None)
     actors: Any = SimpleNamespace(pool=pool, learner=Learner())
     prompt: Any = "the prompt"

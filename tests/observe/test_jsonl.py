@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def test_values_come_back_as_plain_json(tmp_path: Path):
         "d": float("inf"),
         "e": "é",
     }
-    with JsonlWriter(path) as writer:
+    with closing(JsonlWriter(path)) as writer:
         writer.write(record)
     assert list(read_jsonl(path)) == [{"a": 0.5, "b": [0, 1, 2], "c": [2, None], "d": None, "e": "é"}]
 
@@ -32,7 +33,7 @@ def test_a_torn_tail_is_skipped_and_cut_off_before_the_next_record(tmp_path: Pat
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + torn)
     assert [one["step"] for one in read_jsonl(path)] == [1, 2]
-    with JsonlWriter(path) as writer:
+    with closing(JsonlWriter(path)) as writer:
         writer.write({"step": 4})
     assert [one["step"] for one in read_jsonl(path)] == [1, 2, 4]
 
@@ -40,7 +41,7 @@ def test_a_torn_tail_is_skipped_and_cut_off_before_the_next_record(tmp_path: Pat
 def test_a_file_that_is_all_torn_starts_anew(tmp_path: Path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step"')
-    with JsonlWriter(path) as writer:
+    with closing(JsonlWriter(path)) as writer:
         writer.write({"step": 1})
     assert list(read_jsonl(path)) == [{"step": 1}]
 
@@ -76,7 +77,7 @@ def test_kill_nine_loses_nothing_that_was_written(tmp_path: Path):
     finally:
         process.kill()
         process.wait(timeout=10)
-    with JsonlWriter(path) as writer:
+    with closing(JsonlWriter(path)) as writer:
         writer.write({"step": -1})
     steps = [one["step"] for one in read_jsonl(path)]
     assert len(steps) - 1 >= acknowledged >= 50

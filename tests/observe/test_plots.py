@@ -10,14 +10,14 @@ from observe_trees import make_tree, single
 from system.config import Config
 from system.observe import plots
 from system.observe.eval import EvalResult
+from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import JsonlSink
 from system.tree.stats import TreeStats
 
 
 def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
-    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
+    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
     recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
     for step in range(1, steps + 1):
         tree = TreeStats.of(make_tree(str(step), (1.0, 0.0, 0.5), version=step))
@@ -39,7 +39,7 @@ def test_every_curve_is_drawn_and_not_blank(run_dir: RunDir, config: Config, ste
 
 
 def test_only_what_has_data_is_drawn(run_dir: RunDir, config: Config):
-    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
+    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
     recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
     assert {file.stem for file in plots.draw(run_dir)} == {"overview", "accuracy"}
 

@@ -10,9 +10,10 @@ from observe_trees import NAN, make_tree, single
 
 from system.config import Config
 from system.observe.eval import EvalResult
+from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import JsonlSink, history, series
+from system.observe.sinks import history, series
 from system.tree.stats import TreeStats
 
 
@@ -170,13 +171,13 @@ def test_totals_survive_a_resume_through_json(
 
 
 def test_a_resume_takes_back_records_past_the_checkpoint(run_dir: RunDir, config: Config, clock: Clock):
-    first = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)], clock=clock)
+    first = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)], clock=clock)
     for step in (1, 2, 3):
         first.train_step(step, step, [], {"loss": float(step)}, [])
         first.flush(step)
         if step == 2:
             state = first.state()
-    second = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)], clock=clock)
+    second = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)], clock=clock)
     second.restore(state)
     second.train_step(3, 3, [], {"loss": 30.0}, [])
     second.flush(3)
@@ -190,7 +191,7 @@ def test_status_for_the_progress_display(recorder: Recorder, clock: Clock):
     recorder.gauge(QUEUE_DEPTH, 2)
     run_two_steps(recorder, clock)
     status = recorder.status()
-    assert (status.step, status.version, status.trees, status.dropped) == (2, 2, 4, 2)
+    assert (status.step, status.version, status.dropped) == (2, 2, 2)
     assert (status.growing, status.queue_depth) == (5, 2)
     assert status.reward == 0.5
     assert status.accuracy == pytest.approx(1 / 3)

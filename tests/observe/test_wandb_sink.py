@@ -22,12 +22,12 @@ from system.observe.wandb_sink import WandbSink
 config = Config()
 config.task.options = {"api_key": "hunter2"}
 sink = WandbSink(RunDir(Path(sys.argv[1])), config)
-assert sink.active
+assert sink._run is not None
 for step in range(3):
     sink.write({"step": step, "time": 1.0, "train/loss": 1.0 / (step + 1), "eval/which": "before"})
 sink.write({"resumed_from": 1})
 sink.close()
-assert not sink.active
+assert sink._run is None
 """
 
 
@@ -56,7 +56,7 @@ def test_disabled_does_nothing(run_dir: RunDir, config: Config):
     sink = WandbSink(run_dir, config)
     sink.write({"step": 1})
     sink.close()
-    assert not sink.active
+    assert sink._run is None
     assert not run_dir.wandb.exists()
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from system.config import Config, ToolsConfig
+from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import JsonlSink
 from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
@@ -438,7 +438,7 @@ async def test_what_the_service_does_unseen_reaches_record_and_summary(tmp_path:
     config = Config()
     config.run.dir = str(tmp_path)
     run_dir = RunDir.create(config, "tools")
-    recorder = Recorder(run_dir, config, [JsonlSink(run_dir.metrics_path)])
+    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
 
     def tell(worker: str, tools: ToolService) -> None:
         for name, total in tools.counters.items():

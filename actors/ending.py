@@ -1,0 +1,59 @@
+"""How a run's process ends: on a signal after the step under way, and soon after its report in any case."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from actors.conductor import Conductor
+
+EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
+
+
+@contextlib.contextmanager
+def stops_on_signals(conductor: Conductor) -> Generator[None]:
+    """The first SIGINT or SIGTERM saves and stops; the second ends at once."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def handle() -> None:
+        if conductor.stopping:
+            task.cancel()
+        else:
+            conductor.progress.note("stopping: finishing the step and saving (again to stop at once)")
+            conductor.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def exit_within(deadline_s: float, code: int) -> None:
+    """End this process with ``code`` after ``deadline_s`` seconds, should it still be there.
+
+    It then prints what each thread waited for.  What it started ends with it: Ray's processes and W&B's
+    service watch for that.
+    """
+
+    def end() -> None:
+        print(f"espalier: the process did not end within {deadline_s:g} s of its run: ended", file=sys.stderr)
+        faulthandler.dump_traceback(sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    timer = threading.Timer(deadline_s, end)
+    timer.daemon = True
+    timer.start()

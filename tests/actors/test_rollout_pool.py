@@ -1,0 +1,53 @@
+"""Which actors grow trees, under which names and where; Ray itself is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors import rollout_pool as module
+from actors.placement import Place, Placement
+from actors.rollout_pool import RolloutPool
+from system.cluster.placement import Node, Seat
+from system.config import load
+
+NAMES = ("engine-0", "engine-1", "tool-python", "rollout-0", "rollout-1")
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
+    """The arguments of every actor that was started, by its name."""
+    made: dict[str, tuple[Any, ...]] = {}
+
+    def spawn(actor: type, name: str, *arguments: Any, **options: Any) -> Any:
+        async def done() -> None: ...
+
+        made[name] = arguments
+        call = SimpleNamespace(remote=done)
+        return SimpleNamespace(name=name, ready=call, check_tools=call, close=call)
+
+    monkeypatch.setattr(module, "spawn", spawn)
+    return made
+
+
+async def test_workers_engines_and_tools_find_each_other(started: dict[str, tuple[Any, ...]]) -> None:
+    config = load(None, ["tools.names=[python]", "engine.replicas=2", "rollout.workers=2"])
+    seats = [Seat(name, 0) for name in NAMES]
+    places = Placement([Node("127.0.0.1")], seats, {name: Place("127.0.0.1") for name in NAMES}, False)
+    pool = await RolloutPool.start(config, "model", None, places, Path("logs"))
+    assert started.keys() == {*NAMES}
+    assert [*pool.workers] == ["rollout-0", "rollout-1"]
+    assert [*pool.engines] == ["engine-0", "engine-1"]
+    assert [server.name for server in pool.servers] == ["engine-0", "engine-1", "tool-python"]
+    _, model, host, port, number, log = started["engine-1"]
+    assert (model, host, number, log) == ("model", "127.0.0.1", 1, "logs/sglang-1.log")
+    assert pool.engines["engine-1"] == f"http://127.0.0.1:{port}"
+    tool, _, corpus, host, port = started["tool-python"]
+    assert (tool, corpus, host) == ("python", "", "127.0.0.1")
+    _, model, engines, tools = started["rollout-1"]
+    assert (model, engines) == ("model", [*pool.engines.values()])
+    assert tools == {"python": f"http://127.0.0.1:{port}"}
+    await pool.close()
