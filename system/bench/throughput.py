@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from system.bench.baselines import WAYS, Way
+from system.bench.processes import stop
 from system.bench.report import Report, against
 from system.bench.slow_search import slowed
 from system.observe.rundir import RunDir
@@ -123,9 +124,7 @@ async def _train(runs: Path, name: str, way: Way, settings: Sequence[str]) -> Ru
         try:
             code = await asyncio.wait_for(process.wait(), RUN_S)
         finally:
-            if process.returncode is None:
-                process.terminate()
-                await process.wait()
+            await stop(process)
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {log}")
     return RunDir.open(runs / name)
