@@ -16,6 +16,7 @@ from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
 from system.twin.dist import Constant, Lognormal, ToolLatency
 from system.twin.events import TwinResult
+from system.twin.records import mean_over_engines
 from system.twin.tools import ToolModel
 from system.twin.world import UNLIMITED, Models, simulate
 
@@ -107,8 +108,7 @@ class Split:
 
     @property
     def engine_idle(self) -> float:
-        shares = [sum(c.values()) for name, c in self.result.idle.items() if name.startswith("engine-")]
-        return sum(shares) / len(shares)
+        return mean_over_engines(self.result.idle)
 
     @property
     def learner_idle(self) -> float:

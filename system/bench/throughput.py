@@ -34,7 +34,7 @@ from system.tools.serving import serve
 from system.tree.record import Tree
 from system.tree.store import read_trees
 from system.twin.dist import ToolLatency
-from system.twin.records import Records, idle_s, steps_of, total
+from system.twin.records import Records, idle_shares, steps_of, total
 
 MEAN_S = 0.1  # of a tool call without stragglers; everything else is as small as the model
 SKIP = 1  # training steps at the start that are not measured
@@ -136,10 +136,7 @@ def figures(records: Records, summary: Mapping[str, Any], trees: Sequence[Tree])
     seconds = np.array([tree.closed_s - tree.started_s for tree in trees])
     sampled = sum(int((tree.version >= 0).sum()) for tree in trees)
     dropped = summary["tokens"]["generated"] - sampled if summary["dropped"] else 0
-    idle = {
-        actor: {cause: waited / span for cause, waited in causes.items()}
-        for actor, causes in idle_s(records).items()
-    }
+    idle = idle_shares(records)
     return {
         "trained_per_s": total(records, "train/tokens") / span,
         "trees_per_h": total(records, "train/trees") / span * 3600,

@@ -70,6 +70,11 @@ class _Sequence:
     reader: asyncio.Future[None] | None = None
     closed: bool = False
 
+    @property
+    def length(self) -> int:
+        """Tokens of its prompt."""
+        return int(self.request.input_ids.size)
+
     def wake(self) -> None:
         if self.reader is not None and not self.reader.done():
             self.reader.set_result(None)
@@ -100,7 +105,7 @@ class EngineModel:
         self._kv = speed.kv_tokens
         self.version = 0
         self.busy_s, self.idle_s = 0.0, {"waiting": 0.0, "updating": 0.0, "down": 0.0}
-        self.steps = self.generated = self.prefilled = self.reused = self.retracted = 0
+        self.steps = self.generated = self.retracted = 0
         self._first, self._max_running, self._stops = first_tokens, max_running, stops
         self._request_s, self._prefill_tokens, self._mixed = request_s, prefill_tokens, mixed
         self._cache = PrefixCache()
@@ -233,8 +238,7 @@ class EngineModel:
             count = len(self._running)
             self._state = _State.DECODING
             self._step_s = self.speed.step_s(count, self._context)
-            room = self._kv - self._cache.held - self._grown
-            steps = min(self._next_due() - self.steps, max(1, room // count), _LONGEST_JUMP)
+            steps = min(self._next_due() - self.steps, max(1, self._room // count), _LONGEST_JUMP)
             self._set_timer(now + steps * self._step_s)
         else:
             self._state = _State.IDLE
@@ -314,7 +318,7 @@ class EngineModel:
         sequence.running = False
         sequence.done = max(sequence.done, min(self.steps - sequence.joined, sequence.limit))
         self._grown -= self.steps - sequence.joined
-        self._context -= _length(sequence) + self.steps - sequence.joined
+        self._context -= sequence.length + self.steps - sequence.joined
         self._cache.unpin(sequence.path)
 
     def _drop_closed(self) -> None:
@@ -345,15 +349,11 @@ class EngineModel:
         total = 0
         while self._waiting and len(self._running) + len(self._admitted) < self._max_running:
             sequence = self._waiting[0]
-            reused = self._cache.match(sequence.path)
-            needed = _length(sequence) - reused + sequence.done + 1
-            free = self._kv - self._cache.held - self._grown
-            if needed > free:
-                self._cache.evict(needed - free)
-                reused = self._cache.match(sequence.path)  # its own prefix may have been evicted
-                needed = _length(sequence) - reused + sequence.done + 1
-                free = self._kv - self._cache.held - self._grown
-                if needed > free and (self._running or self._admitted):
+            reused, needed, short = self._fit(sequence)
+            if short > 0:
+                self._cache.evict(short)
+                reused, needed, short = self._fit(sequence)  # its own prefix may have been evicted
+                if short > 0 and (self._running or self._admitted):
                     break  # a request that fits an empty engine never waits for ever
             if total and total + needed > self._prefill_tokens:
                 break
@@ -362,10 +362,19 @@ class EngineModel:
             self._grown += sequence.done
             self._admitted.append(sequence)
             sequence.cached = reused if sequence.cached < 0 else sequence.cached
-            self.reused += reused
-            self.prefilled += needed - 1
             total += needed - 1
         return total
+
+    def _fit(self, sequence: _Sequence) -> tuple[int, int, int]:
+        """Tokens of its path that are held, that it needs beside them, and of these the ones without room."""
+        reused = self._cache.match(sequence.path)
+        needed = sequence.length - reused + sequence.done + 1
+        return reused, needed, needed - self._room
+
+    @property
+    def _room(self) -> int:
+        """Tokens for which the KV cache is free."""
+        return self._kv - self._cache.held - self._grown
 
     def _join(self) -> None:
         """A prefill gives every admitted sequence its next token."""
@@ -377,7 +386,7 @@ class EngineModel:
             self._running[sequence] = None
             self._grown += 1
             self.generated += 1
-            self._context += _length(sequence) + sequence.done + 1
+            self._context += sequence.length + sequence.done + 1
             if sequence.done + 1 >= sequence.milestones[-1]:
                 self._reach(sequence)
             else:
@@ -386,13 +395,10 @@ class EngineModel:
 
     def _make_room(self) -> None:
         """If the next step does not fit: forget what is not in use, then retract the newest sequences."""
-        count = len(self._running)
-        short = self._cache.held + self._grown + count - self._kv
-        if short > 0:
-            self._cache.evict(short)
-        while len(self._running) > 1 and (self._cache.held + self._grown + len(self._running) > self._kv):
+        self._cache.evict(len(self._running) - self._room)
+        while len(self._running) > max(1, self._room):
             self._retract(next(reversed(self._running)))
-            self._cache.evict(self._cache.held + self._grown + len(self._running) - self._kv)
+            self._cache.evict(len(self._running) - self._room)
 
     def _retract(self, sequence: _Sequence) -> None:
         """Back to the head of the queue, to be computed again with what it has said so far."""
@@ -430,7 +436,3 @@ class EngineModel:
 
     def _note(self, *event: object) -> None:
         self._trace.note(self.name, *event)
-
-
-def _length(sequence: _Sequence) -> int:
-    return int(sequence.request.input_ids.size)
