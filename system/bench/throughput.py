@@ -184,7 +184,7 @@ def write_report(result: dict[str, Any], out_dir: Path) -> None:
                 for spread in spreads
             ],
         )
-    report.figure("throughput", _plot(found, spreads, ways, "trees_per_h"), "Trees trained on per hour")
+    report.figure("throughput", _plot(found, spreads, ways), "Trees trained on per hour")
     report.section("Where the time goes")
     for actor in ("engine", "learner"):
         causes = sorted({cause for row in rows for cause in row[f"{actor}_idle"]})
@@ -219,15 +219,13 @@ def write_report(result: dict[str, Any], out_dir: Path) -> None:
     report.finish(result)
 
 
-def _plot(
-    found: dict[tuple[str, str], dict[str, Any]], spreads: list[str], ways: list[str], key: str
-) -> Figure:
+def _plot(found: dict[tuple[str, str], dict[str, Any]], spreads: list[str], ways: list[str]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(ways)
     for number, way in enumerate(ways):
         places = np.arange(len(spreads)) + number * width
-        axes.bar(places, [found[spread, way][key] for spread in spreads], width, label=way)
+        axes.bar(places, [found[spread, way]["trees_per_h"] for spread in spreads], width, label=way)
     axes.set_xticks(np.arange(len(spreads)) + 0.4 - width / 2, spreads)
     axes.set_ylabel("trees per hour")
     axes.legend(fontsize="x-small")

@@ -182,42 +182,33 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
             "tools, mean s": {name: round(tool.latency.mean, 4) for name, tool in models.tools.items()},
         }
     )
-    data: dict[str, Any] = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": {}}
-    drawn: list[tuple[str, Figures, Figures]] = []
+    found: dict[str, dict[str, Any]] = {}
     for number, one in enumerate(runs):
         measured, drift = measured_in(one), Drift.between(calibration, one)
         twin, slowed = predict(calibration, one), predict(calibration, one, drift)
-        kind = "prediction" if number or files else "fit"
-        verdicts = {"holds": holds(twin, measured), "holds_at_its_speed": holds(slowed, measured)}
-        _table(report, one, kind, measured, twin, slowed, drift)
-        data["runs"][one.name] = {
-            "kind": kind,
+        found[one.name] = {
+            "kind": "prediction" if number or files else "fit",
             "measured": measured,
             "twin": twin,
             "twin_at_its_speed": slowed,
             "drift": asdict(drift),
-            **verdicts,
+            "holds": holds(twin, measured),
+            "holds_at_its_speed": holds(slowed, measured),
         }
-        drawn.append((f"{one.name} ({kind})", measured, twin))
-    report.figure("twin", _plot(drawn), "Measured (full) and twin (light)")
+        _table(report, one, found[one.name])
+    report.figure("twin", _plot(found), "Measured (full) and twin (light)")
+    data = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": found}
     report.finish(data)
     return data
 
 
-def _table(
-    report: Report,
-    run: RunDir,
-    kind: str,
-    measured: Figures,
-    twin: Figures,
-    slowed: Figures,
-    drift: Drift,
-) -> None:
-    config, verdict = run.config(), {True: "holds", False: "does not hold"}
-    at_speed = verdict[holds(slowed, measured)]
-    report.section(f"{run.name} ({kind})")
+def _table(report: Report, run: RunDir, found: Mapping[str, Any]) -> None:
+    config, verdict, drift = run.config(), {True: "holds", False: "does not hold"}, found["drift"]
+    measured, twin, slowed = found["measured"], found["twin"], found["twin_at_its_speed"]
+    report.section(f"{run.name} ({found['kind']})")
     report.table(
-        f"{run.name}, {kind}: {verdict[holds(twin, measured)]}; at its speed: {at_speed}",
+        f"{run.name}, {found['kind']}: {verdict[found['holds']]}; "
+        f"at its speed: {verdict[found['holds_at_its_speed']]}",
         ["", "measured", "twin", "error", "at its speed", "error "],
         [
             [
@@ -229,7 +220,7 @@ def _table(
         ],
         f"η={config.flow.staleness}, n={config.rollout.leaves}, concurrency={config.rollout.concurrency}; "
         f"{len(steps_of(run))} training steps, {_SEEDS} simulations. In this run the engine took "
-        f"{drift.engine:.2f} and the learner {drift.learner:.2f} times as long for the same work.",
+        f"{drift['engine']:.2f} and the learner {drift['learner']:.2f} times as long for the same work.",
     )
 
 
@@ -240,13 +231,14 @@ def _percent(name: str, predicted: Figures, measured: Figures) -> str:
     return f"{off * 100:+.1f} {'points' if name in SHARES else '%'}"
 
 
-def _plot(drawn: Sequence[tuple[str, Figures, Figures]]) -> Figure:
+def _plot(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     names = {"step_s": "seconds per step", **SHARES}
+    titles = [f"{name} ({one['kind']})" for name, one in found.items()]
     figure = Figure(figsize=(2.6 * len(names), 3.4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
-        places = np.arange(len(drawn))
-        axes.bar(places - 0.2, [m[name] for _, m, _ in drawn], 0.4, color="tab:blue")
-        axes.bar(places + 0.2, [t[name] for _, _, t in drawn], 0.4, color="lightblue")
-        axes.set_xticks(places, [title for title, *_ in drawn], rotation=30, ha="right", fontsize=8)
+        places = np.arange(len(found))
+        for key, shift, color in (("measured", -0.2, "tab:blue"), ("twin", 0.2, "lightblue")):
+            axes.bar(places + shift, [one[key][name] for one in found.values()], 0.4, color=color)
+        axes.set_xticks(places, titles, rotation=30, ha="right", fontsize=8)
         axes.set_title(label, fontsize=9)
     return figure

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from system.errors import EspalierError
@@ -21,23 +21,12 @@ class Deadlock(EspalierError, RuntimeError):
     """Every task waits for another one: nothing is ready and no timer is pending."""
 
 
-class _NeverBlocks(selectors.BaseSelector):
+class _NeverBlocks(selectors.SelectSelector):
     """A selector that spends its timeout in virtual time and never reports I/O, of which there is none."""
 
     def __init__(self, advance: Callable[[float | None], None]) -> None:
+        super().__init__()
         self._advance = advance
-        self._keys: dict[int, selectors.SelectorKey] = {}
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        return self._keys[fd]
-
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
-
-    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        return self._keys
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._advance(timeout)

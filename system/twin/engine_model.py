@@ -24,6 +24,7 @@ from system.twin.agent import CALL, SEGMENT, SEGMENTS, Agent, Utterance, tool_of
 from system.twin.prefix import Path, PrefixCache
 from system.twin.trace import Trace
 
+_PREFILL_TOKENS = 16_384  # computed together at most, unless one request alone is longer
 _LONGEST_JUMP = 256  # steps for which a step's time is taken as constant
 
 
@@ -62,7 +63,6 @@ class _Sequence:
     done: int = 0
     sent: int = 0
     joined: int = 0  # engine steps when it (last) began to decode, less the tokens it had then
-    running: bool = False
     cached: int = -1
     versions: list[tuple[int, int]] = field(default_factory=list)  # (first token, weight version)
     chunks: deque[Chunk] = field(default_factory=deque)
@@ -93,7 +93,6 @@ class EngineModel:
         max_running: int,
         stops: dict[int, str],
         request_s: float = 0.0,
-        prefill_tokens: int = 16_384,
         mixed: bool = False,
         trace: Trace | None = None,
     ) -> None:
@@ -107,7 +106,7 @@ class EngineModel:
         self.busy_s, self.idle_s = 0.0, {"waiting": 0.0, "updating": 0.0, "down": 0.0}
         self.steps = self.generated = self.retracted = 0
         self._first, self._max_running, self._stops = first_tokens, max_running, stops
-        self._request_s, self._prefill_tokens, self._mixed = request_s, prefill_tokens, mixed
+        self._request_s, self._mixed = request_s, mixed
         self._cache = PrefixCache()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[_Sequence, None] = {}  # in order of admission
@@ -242,7 +241,6 @@ class EngineModel:
             self._set_timer(now + steps * self._step_s)
         else:
             self._state = _State.IDLE
-            self._cancel_timer()
 
     def _account(self, now: float) -> None:
         elapsed, self._since = now - self._since, now
@@ -266,7 +264,7 @@ class EngineModel:
         self._context += steps * count
         while self._due and self._due[0][0] <= self.steps:
             _, _, sequence = heapq.heappop(self._due)
-            if sequence.running and self.steps - sequence.joined >= sequence.milestones[-1]:
+            if sequence in self._running and self.steps - sequence.joined >= sequence.milestones[-1]:
                 self._reach(sequence)
 
     def _reach(self, sequence: _Sequence) -> None:
@@ -288,7 +286,7 @@ class EngineModel:
     def _next_due(self) -> int:
         while True:
             step, _, sequence = self._due[0]
-            if sequence.running and step == sequence.joined + sequence.milestones[-1]:
+            if sequence in self._running and step == sequence.joined + sequence.milestones[-1]:
                 return step
             heapq.heappop(self._due)
 
@@ -315,7 +313,6 @@ class EngineModel:
     def _leave(self, sequence: _Sequence) -> None:
         """It no longer runs; what it has generated is no longer held."""
         del self._running[sequence]
-        sequence.running = False
         sequence.done = max(sequence.done, min(self.steps - sequence.joined, sequence.limit))
         self._grown -= self.steps - sequence.joined
         self._context -= sequence.length + self.steps - sequence.joined
@@ -355,7 +352,7 @@ class EngineModel:
                 reused, needed, short = self._fit(sequence)  # its own prefix may have been evicted
                 if short > 0 and (self._running or self._admitted):
                     break  # a request that fits an empty engine never waits for ever
-            if total and total + needed > self._prefill_tokens:
+            if total and total + needed > _PREFILL_TOKENS:
                 break
             self._waiting.popleft()
             self._cache.pin(sequence.path)
@@ -381,7 +378,6 @@ class EngineModel:
         for sequence in self._admitted:
             if not sequence.versions or sequence.versions[-1][1] != self.version:
                 sequence.versions.append((sequence.done, self.version))
-            sequence.running = True
             sequence.joined = self.steps - sequence.done - 1
             self._running[sequence] = None
             self._grown += 1
