@@ -21,8 +21,8 @@ import numpy as np
 
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
 from system.twin.agent import CALL, SEGMENT, SEGMENTS, Agent, Utterance, tool_of, written
-from system.twin.prefix import Path, PrefixCache
-from system.twin.trace import Trace
+from system.twin.clock import Trace
+from system.twin.prefix import Path, PrefixCache, path_of
 
 _PREFILL_TOKENS = 16_384  # computed together at most, unless one request alone is longer
 _LONGEST_JUMP = 256  # steps for which a step's time is taken as constant
@@ -338,7 +338,7 @@ class EngineModel:
         self._segments += 1
         first = min(self._first, limit)
         milestones = [limit, first] if first < limit else [limit]
-        path = Path.of(tokens, request.route)
+        path = path_of(tokens, request.route)
         return _Sequence(request, segment, self._segments, path, limit, finish, milestones)
 
     def _admit(self) -> int:

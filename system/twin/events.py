@@ -12,8 +12,8 @@ import numpy as np
 
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
+from system.twin.clock import Trace
 from system.twin.engine_model import EngineModel
-from system.twin.trace import Trace
 
 
 @dataclass
