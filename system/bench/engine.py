@@ -116,8 +116,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "model": asdict(ModelConfig()),
     }
-    _write(out_dir, result)
-    return result
+    return _write(out_dir, result)
 
 
 def summary(samples: list[dict[str, Speed]]) -> dict[str, Any]:
@@ -234,7 +233,7 @@ _LABELS = {
 }
 
 
-def _write(out_dir: Path, result: dict[str, Any]) -> None:
+def _write(out_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
     page = Report(
         out_dir,
         "engine",
@@ -256,7 +255,7 @@ def _write(out_dir: Path, result: dict[str, Any]) -> None:
         ],
     )
     page.figure("engine", _plot(result))
-    page.finish(result)
+    return page.finish(result)
 
 
 def _plot(result: dict[str, Any]) -> Figure:

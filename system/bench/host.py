@@ -240,9 +240,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         note="late: how long after its time a timer of the event loop fired; a busy machine is late, too",
     )
     report.figure("host", _plot(rows), "CPU per streamed chunk and per streamed token")
-    result = {"cases": rows}
-    report.finish(result)
-    return result
+    return report.finish({"cases": rows})
 
 
 _COLUMNS = {
@@ -266,15 +264,12 @@ _COLUMNS = {
 def _plot(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 3), layout="constrained")
     labels = [f"{row['branches']:,} branches,\n{row['chunk_tokens']} tokens per chunk" for row in rows]
-    for number, (key, title) in enumerate(
-        (("cpu_us_per_chunk", "CPU µs per chunk"), ("cpu_us_per_token", "CPU µs per token"))
-    ):
-        axes = figure.add_subplot(1, 2, number + 1)
-        axes.barh(labels, [row[key] for row in rows])
-        axes.set_title(title)
+    left, right = figure.subplots(1, 2)
+    for axes, part in ((left, "chunk"), (right, "token")):
+        axes.barh(labels, [row[f"cpu_us_per_{part}"] for row in rows])
+        axes.set_title(f"CPU µs per {part}")
         axes.invert_yaxis()
-        if number:
-            axes.set_yticks([])
+    right.set_yticks([])
     return figure
 
 

@@ -112,8 +112,8 @@ class Report:
             f"<figcaption>{words}</figcaption></figure>"
         )
 
-    def finish(self, data: Mapping[str, Any]) -> Path:
-        """Write ``data`` (with the machine's description) and the page; returns the page."""
+    def finish(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Write ``data`` (with the machine's description) and the page; returns ``data``."""
         where = machine()
         record = jsonable({**data, "machine": where})
         write_atomic(self.out_dir / f"{self.name}.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
@@ -128,7 +128,7 @@ class Report:
             + f"\n<h2>Measured on</h2>\n{_definitions(where)}\n</body></html>\n",
         )
         self._console.print(f"report: {page}")
-        return page
+        return data
 
 
 def machine() -> dict[str, str]:

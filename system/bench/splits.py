@@ -32,13 +32,9 @@ class Profile:
     """A model size, and how its ranks and engines are laid out."""
 
     name: str
-    shape: str
+    model: ModelShape
     learner: LearnerLayout  # of one replica (dp = 1)
     engine: EngineLayout
-
-    @property
-    def model(self) -> ModelShape:
-        return KNOWN[self.shape]
 
 
 def _replica(tp: int, pp: int = 1) -> LearnerLayout:
@@ -55,9 +51,9 @@ def _replica(tp: int, pp: int = 1) -> LearnerLayout:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("7B", "qwen2.5-7b", _replica(4), EngineLayout(tp=1)),
-        Profile("14B", "qwen2.5-14b", _replica(8), EngineLayout(tp=1)),
-        Profile("32B", "qwen2.5-32b", _replica(8, 2), EngineLayout(tp=2)),
+        Profile("7B", KNOWN["qwen2.5-7b"], _replica(4), EngineLayout(tp=1)),
+        Profile("14B", KNOWN["qwen2.5-14b"], _replica(8), EngineLayout(tp=1)),
+        Profile("32B", KNOWN["qwen2.5-32b"], _replica(8, 2), EngineLayout(tp=2)),
     )
 }
 

@@ -77,9 +77,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
 
     ``quick`` makes two runs.  The runs' directories are left in ``out_dir``.
     """
-    result = asyncio.run(_measure(out_dir, quick))
-    write_report(result, out_dir)
-    return result
+    return write_report(asyncio.run(_measure(out_dir, quick)), out_dir)
 
 
 def latencies(quick: bool) -> list[ToolLatency]:
@@ -154,7 +152,7 @@ def figures(records: Records, summary: Mapping[str, Any], trees: Sequence[Tree])
     }
 
 
-def write_report(result: dict[str, Any], out_dir: Path) -> None:
+def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     """``result``: ``runs``, the figures of each; ``ways``, how they were started; ``settings`` of all."""
     rows = result["runs"]
     ways = list(dict.fromkeys(row["way"] for row in rows))
@@ -216,7 +214,7 @@ def write_report(result: dict[str, Any], out_dir: Path) -> None:
     report.section("Settings")
     report.facts({way: " ".join(words) for way, words in result["ways"].items()})
     report.facts({"all": " ".join(result["settings"])})
-    report.finish(result)
+    return report.finish(result)
 
 
 def _plot(found: dict[tuple[str, str], dict[str, Any]], spreads: list[str], ways: list[str]) -> Figure:

@@ -198,8 +198,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
         _table(report, one, found[one.name])
     report.figure("twin", _plot(found), "Measured (full) and twin (light)")
     data = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": found}
-    report.finish(data)
-    return data
+    return report.finish(data)
 
 
 def _table(report: Report, run: RunDir, found: Mapping[str, Any]) -> None:

@@ -65,19 +65,13 @@ class _Sequence:
     joined: int = 0  # engine steps when it (last) began to decode, less the tokens it had then
     cached: int = -1
     versions: list[tuple[int, int]] = field(default_factory=list)  # (first token, weight version)
-    chunks: deque[Chunk] = field(default_factory=deque)
-    error: EngineError | None = None
-    reader: asyncio.Future[None] | None = None
+    chunks: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)  # for its reader
     closed: bool = False
 
     @property
     def length(self) -> int:
         """Tokens of its prompt."""
         return int(self.request.input_ids.size)
-
-    def wake(self) -> None:
-        if self.reader is not None and not self.reader.done():
-            self.reader.set_result(None)
 
 
 class EngineModel:
@@ -129,12 +123,9 @@ class EngineModel:
         self._interrupt()
         try:
             while True:
-                while not sequence.chunks:
-                    if sequence.error is not None:
-                        raise sequence.error
-                    sequence.reader = asyncio.get_running_loop().create_future()
-                    await sequence.reader
-                chunk = sequence.chunks.popleft()
+                chunk = await sequence.chunks.get()
+                if isinstance(chunk, EngineError):
+                    raise chunk
                 yield chunk
                 if chunk.finish is not None:
                     return
@@ -171,9 +162,8 @@ class EngineModel:
         self._cancel_timer()
         self._state = _State.DOWN
         for sequence in (*self._running, *self._admitted, *self._waiting):
-            sequence.error = EngineError(f"{self.name}: connection lost")
+            sequence.chunks.put_nowait(EngineError(f"{self.name}: connection lost"))
             sequence.closed = True
-            sequence.wake()
         self._running.clear()
         self._waiting.clear()
         self._admitted.clear()
@@ -298,17 +288,16 @@ class EngineModel:
             version[max(0, first - begin) :] = value
         finish = None if sequence.milestones else sequence.finish
         sequence.sent = end
-        sequence.chunks.append(
+        sequence.chunks.put_nowait(
             Chunk(
                 tokens=tokens,
                 logprob=np.full(end - begin, -1.0, np.float32),
                 entropy=np.full(end - begin, sequence.segment.entropy, np.float32),
                 version=version,
                 finish=finish,
-                cached_tokens=max(sequence.cached, 0) if finish else 0,
+                cached_tokens=sequence.cached if finish else 0,
             )
         )
-        sequence.wake()
 
     def _leave(self, sequence: _Sequence) -> None:
         """It no longer runs; what it has generated is no longer held."""
