@@ -26,8 +26,7 @@ DYNAMIC = {
 
 # What vulture takes for dead, and who uses it: the names of methods, attributes, parameters and fields.
 ALIVE = {
-    "asyncio calls a protocol's methods": "connection_made connection_lost exc data_received",
-    "asyncio calls a selector's and a loop's": "get_map executor",
+    "asyncio calls a loop's methods": "executor",
     "a signal handler is given a frame": "frame",
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",
@@ -46,7 +45,7 @@ ALIVE = {
     "counted for /get_server_info, whole": "rr rp rt pt requests recomputed_sequences",
     "how often a simulated run was resumed": "sessions",
     "there for a credit of one's own": "entropy_sum",
-    "a figure of a report, read by name": "staleness_max",
+    "a figure of a report, read by name": "staleness_max trees_per_hour",
 }
 
 

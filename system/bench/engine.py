@@ -24,9 +24,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +147,13 @@ async def _measure(
         client = EnginePool([url])
 
         async def one_round(mixed: Requests, equal: Requests, tag: str) -> dict[str, Speed]:
-            contests: dict[str, tuple[Requests, Callable[[Requests], Awaitable[int]]]] = {
-                "ours_mixed": (mixed, partial(_ours, client, control, tag + "m")),
-                "generate_batch": (mixed, partial(asyncio.to_thread, _generate_batch, model)),
-                "ours_equal": (equal, partial(_ours, client, control, tag + "e")),
-                "static": (equal, partial(asyncio.to_thread, _static, model)),
-            }
             return {
-                name: await _timed(contest(work), work, process) for name, (work, contest) in contests.items()
+                "ours_mixed": await _timed(_ours(client, control, mixed, tag + "m"), mixed, process),
+                "generate_batch": await _timed(
+                    asyncio.to_thread(_generate_batch, model, mixed), mixed, process
+                ),
+                "ours_equal": await _timed(_ours(client, control, equal, tag + "e"), equal, process),
+                "static": await _timed(asyncio.to_thread(_static, model, equal), equal, process),
             }
 
         try:
@@ -179,7 +177,7 @@ async def _timed(contest: Awaitable[int], work: Requests, engine: psutil.Process
     return Speed(count / elapsed, count / used)
 
 
-async def _ours(client: EnginePool, control: EngineControl, tag: str, work: Requests) -> int:
+async def _ours(client: EnginePool, control: EngineControl, work: Requests, tag: str) -> int:
     """All requests at once; the prefix cache starts empty."""
     await control.post("/flush_cache")
 
