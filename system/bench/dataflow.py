@@ -64,9 +64,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
             for c in costs
         ],
     )
-    report = {"prompts": len(trees), "ranks": RANKS, "costs": [asdict(cost) for cost in costs]}
-    page.finish(report)
-    return report
+    return page.finish({"prompts": len(trees), "ranks": RANKS, "costs": [asdict(cost) for cost in costs]})
 
 
 def measure(trees: Sequence[Tree], micro_tokens: int) -> tuple[BatchCost, BatchCost]:

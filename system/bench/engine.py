@@ -21,14 +21,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +36,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
 
+from system.bench.processes import cpu_s, server
 from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import ModelConfig
@@ -49,13 +46,13 @@ from system.engine.protocol import SPEED_COUNTERS, GenerateRequest, Sampling
 
 VOCAB = 512
 REQUESTS = 64
+THREADS = 1  # torch threads of every contestant
 RIVALS = {"generate_batch": "ours_mixed", "static": "ours_equal"}  # and our run on the same work
 REQUIRED = {"generate_batch": 5.0, "static": 1.0}
 # The best settings we found for transformers' batching here: small pages, and a cache of the size needed.
 TUNED = ContinuousBatchingConfig(
     page_size=32, num_blocks=1024, max_batch_tokens=1024, use_async_batching=False
 )
-_START_DEADLINE_S = 120.0
 _RESULT_DEADLINE_S = 120.0
 
 
@@ -93,27 +90,18 @@ def workloads(seed: int, new_tokens: int) -> tuple[Requests, Requests]:
     return Requests("mixed", prompts, outputs), Requests("equal", equal, (new_tokens,) * REQUESTS)
 
 
-def run(
-    out_dir: Path,
-    quick: bool = False,
-    *,
-    rounds: int = 5,
-    new_tokens: int = 128,
-    threads: int = 1,
-    seed: int = 0,
-) -> dict[str, Any]:
+def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     """Measure, print a table, write ``engine.json``, ``.png`` and ``.html``; returns what the JSON holds.
 
     ``quick`` makes two short rounds, enough to see that it works and not to quote.
     """
-    if quick:
-        rounds, new_tokens = 2, 32
+    rounds, new_tokens = (2, 32) if quick else (5, 128)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            model = random_qwen3(Path(scratch), ModelConfig(), VOCAB, seed)
-            samples, sums = asyncio.run(_measure(model, Path(scratch), rounds, new_tokens, threads, seed))
+            model = random_qwen3(Path(scratch), ModelConfig(), VOCAB, seed=0)
+            samples, sums = asyncio.run(_measure(model, scratch, rounds, new_tokens))
     finally:
         torch.set_num_threads(before)
     result = {
@@ -123,12 +111,11 @@ def run(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "requests": REQUESTS,
         "new_tokens": new_tokens,
-        "threads": threads,
+        "threads": THREADS,
         "cores": os.cpu_count(),
         "model": asdict(ModelConfig()),
     }
-    _write(out_dir, result)
-    return result
+    return _write(out_dir, result)
 
 
 def summary(samples: list[dict[str, Speed]]) -> dict[str, Any]:
@@ -151,81 +138,48 @@ def summary(samples: list[dict[str, Speed]]) -> dict[str, Any]:
 
 
 async def _measure(
-    model: Qwen3ForCausalLM, path: Path, rounds: int, new_tokens: int, threads: int, seed: int
+    model: Qwen3ForCausalLM, path: str, rounds: int, new_tokens: int
 ) -> tuple[list[dict[str, Speed]], dict[str, float]]:
     """The rounds, and the sums that our engine's server counted meanwhile."""
-    async with _server(path, threads) as (client, server):
+    command = ("system.engine.embedded", "--model", path, "--port", "0")
+    command += ("--device", "cpu", "--threads", str(THREADS))
+    async with server(*command, threads=THREADS) as (url, process), EngineControl(url) as control:
+        client = EnginePool([url])
 
         async def one_round(mixed: Requests, equal: Requests, tag: str) -> dict[str, Speed]:
             return {
-                "ours_mixed": await _timed(_ours(client, mixed, tag + "m"), mixed, server),
+                "ours_mixed": await _timed(_ours(client, control, mixed, tag + "m"), mixed, process),
                 "generate_batch": await _timed(
-                    asyncio.to_thread(_generate_batch, model, mixed, threads), mixed, server
+                    asyncio.to_thread(_generate_batch, model, mixed), mixed, process
                 ),
-                "ours_equal": await _timed(_ours(client, equal, tag + "e"), equal, server),
-                "static": await _timed(asyncio.to_thread(_static, model, equal, threads), equal, server),
+                "ours_equal": await _timed(_ours(client, control, equal, tag + "e"), equal, process),
+                "static": await _timed(asyncio.to_thread(_static, model, equal), equal, process),
             }
 
-        await one_round(*workloads(seed + 1, 8), tag="warm")
-        mixed, equal = workloads(seed, new_tokens)
-        before = await _counters(client)
-        samples = [await one_round(mixed, equal, tag=str(number)) for number in range(rounds)]
-        after = await _counters(client)
-        return samples, {name: after[name] - before[name] for name in SPEED_COUNTERS}
+        try:
+            await one_round(*workloads(1, 8), tag="warm")
+            mixed, equal = workloads(0, new_tokens)
+            before = (await control.info()).counters
+            samples = [await one_round(mixed, equal, tag=str(number)) for number in range(rounds)]
+            after = (await control.info()).counters
+        finally:
+            await client.close()
+    return samples, {name: after[name] - before[name] for name in SPEED_COUNTERS}
 
 
-async def _counters(client: EnginePool) -> dict[str, float]:
-    async with EngineControl(client.urls[0]) as control:
-        return (await control.info()).counters
-
-
-async def _timed(contest: Awaitable[int], work: Requests, server: psutil.Process) -> Speed:
+async def _timed(contest: Awaitable[int], work: Requests, engine: psutil.Process) -> Speed:
     """Speed of something that generates all of ``work`` and returns how many tokens that were."""
-    cpu, began = _cpu_s(server), time.perf_counter()
+    cpu, began = time.process_time() + cpu_s(engine), time.perf_counter()
     count = await contest
-    elapsed, used = time.perf_counter() - began, _cpu_s(server) - cpu
+    elapsed, used = time.perf_counter() - began, time.process_time() + cpu_s(engine) - cpu
     if count != work.tokens:
         raise RuntimeError(f"{work.name}: {count} tokens generated, {work.tokens} expected")
     return Speed(count / elapsed, count / used)
 
 
-def _cpu_s(server: psutil.Process) -> float:
-    """CPU seconds that this process and the server have used."""
-    times = server.cpu_times()
-    return time.process_time() + times.user + times.system
-
-
-@asynccontextmanager
-async def _server(path: Path, threads: int) -> AsyncGenerator[tuple[EnginePool, psutil.Process]]:
-    """Our engine in a process of its own, as in a training run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "system.engine.embedded", "--model", str(path), "--port", str(port)]
-    process = await asyncio.create_subprocess_exec(
-        *(*command, "--device", "cpu", "--threads", str(threads)),
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.DEVNULL,
-    )
-    client = EnginePool([f"http://127.0.0.1:{port}"])
-    try:
-        async with EngineControl(client.urls[0]) as control:
-            await control.wait_ready(_START_DEADLINE_S)
-        yield client, psutil.Process(process.pid)
-    finally:
-        await client.close()
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), 30)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-
-
-async def _ours(client: EnginePool, work: Requests, tag: str) -> int:
+async def _ours(client: EnginePool, control: EngineControl, work: Requests, tag: str) -> int:
     """All requests at once; the prefix cache starts empty."""
-    async with EngineControl(client.urls[0]) as control:
-        await control.post("/flush_cache")
+    await control.post("/flush_cache")
 
     async def one(number: int) -> int:
         sampling = Sampling(work.new_tokens[number], ignore_eos=True)
@@ -235,8 +189,8 @@ async def _ours(client: EnginePool, work: Requests, tag: str) -> int:
     return sum(await asyncio.gather(*(one(number) for number in range(REQUESTS))))
 
 
-def _generate_batch(model: Qwen3ForCausalLM, work: Requests, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _generate_batch(model: Qwen3ForCausalLM, work: Requests) -> int:
+    torch.set_num_threads(THREADS)
     count = 0
     with model.continuous_batching_context_manager(
         generation_config=_sampling(max(work.new_tokens), eos=-1),  # -1: no token ends a sequence
@@ -253,8 +207,8 @@ def _generate_batch(model: Qwen3ForCausalLM, work: Requests, threads: int) -> in
     return count
 
 
-def _static(model: Qwen3ForCausalLM, work: Requests, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _static(model: Qwen3ForCausalLM, work: Requests) -> int:
+    torch.set_num_threads(THREADS)
     prompts = torch.from_numpy(np.stack(work.prompts).astype(np.int64))
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         prompts, _sampling(work.new_tokens[0], eos=None), attention_mask=torch.ones_like(prompts)
@@ -277,7 +231,7 @@ _LABELS = {
 }
 
 
-def _write(out_dir: Path, result: dict[str, Any]) -> None:
+def _write(out_dir: Path, result: dict[str, Any]) -> dict[str, Any]:
     page = Report(
         out_dir,
         "engine",
@@ -299,7 +253,7 @@ def _write(out_dir: Path, result: dict[str, Any]) -> None:
         ],
     )
     page.figure("engine", _plot(result))
-    page.finish(result)
+    return page.finish(result)
 
 
 def _plot(result: dict[str, Any]) -> Figure:

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
-import tempfile
 from collections.abc import AsyncGenerator, Hashable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import psutil
 from matplotlib.figure import Figure
 
+from system.bench.processes import cpu_s, server
 from system.bench.report import Report
-from system.bench.stub_engine import Script, write_script
+from system.bench.stub_engine import Script
 from system.config import RolloutConfig
 from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
@@ -40,12 +40,9 @@ from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
 from system.tree.prompt import Prompt
-from system.tree.record import Tree
 from system.twin.agent import AnswerReward
 from system.twin.dist import ToolLatency
 
-_START_S = 30.0
-_STOP_S = 10.0
 _TICK_S = 0.02  # of the loop's lateness
 
 
@@ -132,9 +129,9 @@ class _Search:
         return None
 
 
-def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Script:
+def make_plan(load: Load) -> Script:
     """64 segments of 64 to 256 tokens, of words that the quickstart's tokenizer knows."""
-    tokenizer, rng = vocabulary.build(), np.random.default_rng(seed)
+    tokenizer, rng = vocabulary.build(), np.random.default_rng(0)
     words = [
         i for i, piece in enumerate(vocabulary.pieces()) if piece.startswith(" ") and piece[1:].isalpha()
     ]
@@ -142,7 +139,7 @@ def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Script:
     segments: list[list[int]] = []
     matched: list[str] = []
     for _ in range(64):
-        calls = rng.random() < p_call
+        calls = rng.random() < 0.6
         end: list[Any] = call if calls else [tokenizer.eos_token_id]
         segments.append([*rng.choice(words, int(rng.integers(64, 257))).tolist(), *end])
         matched.append("</search>" if calls else "")
@@ -150,32 +147,15 @@ def make_plan(load: Load, seed: int = 0, p_call: float = 0.6) -> Script:
     return Script(segments, texts, matched, load.chunk_tokens, load.tokens_per_s, first_s=0.2)
 
 
-@asynccontextmanager
-async def stub(plan: Script) -> AsyncGenerator[tuple[str, psutil.Process]]:
+def stub(plan: Script) -> AbstractAsyncContextManager[tuple[str, psutil.Process]]:
     """The stub engine in a process of its own: its URL, and the process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "plan.json"
-        write_script(plan, path)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "system.bench.stub_engine", str(path)), stdout=asyncio.subprocess.PIPE
-        )
-        assert process.stdout is not None
-        try:
-            port = int(await asyncio.wait_for(process.stdout.readline(), _START_S))
-            yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
-        finally:
-            process.kill()
-            await asyncio.wait_for(process.wait(), _STOP_S)
+    return server("system.bench.stub_engine", standard_input=orjson.dumps(plan))
 
 
-def measure(load: Load) -> dict[str, Any]:
+async def measure(load: Load) -> dict[str, Any]:
     """Carry ``load`` in this process for a while; see the keys of what it returns."""
-    return asyncio.run(_measure(load))
-
-
-async def _measure(load: Load) -> dict[str, Any]:
     counts = Counts()
-    async with stub(make_plan(load)) as (url, server):
+    async with stub(make_plan(load)) as (url, engine):
         tools = ToolService(
             [_Search(ToolLatency(load.tool_s, 1.0), counts)],
             ServiceLimits(concurrency=load.branches, deadline_s=60),
@@ -187,7 +167,7 @@ async def _measure(load: Load) -> dict[str, Any]:
         growing = asyncio.create_task(_keep_growing(context, live, load, counts))
         try:
             await asyncio.sleep(load.warm_s)
-            return await _watch(load, live, counts, server, growing, rss)
+            return await _watch(load, live, counts, engine, growing, rss)
         finally:
             growing.cancel()
             await asyncio.gather(growing, return_exceptions=True)
@@ -217,7 +197,9 @@ async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load
 
     async def one(number: int) -> None:
         prompt = Prompt(f"p{number}", ({"role": "user", "content": "Q: Bob Stone 's home ?"},), ())
-        _count(counts, await context.plant(prompt, seed=number).run())
+        tree = await context.plant(prompt, seed=number).run()
+        counts.trees += 1
+        counts.forks += sum(decision.forks for decision in tree.forks)
 
     async with asyncio.TaskGroup() as trees:
         while True:
@@ -225,11 +207,6 @@ async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load
                 trees.create_task(one(number))
                 number += 1
             await asyncio.sleep(_TICK_S)
-
-
-def _count(counts: Counts, tree: Tree) -> None:
-    counts.trees += 1
-    counts.forks += sum(decision.forks for decision in tree.forks)
 
 
 def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
@@ -247,7 +224,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "The real rollouts, tool service, engine client and HTTP against a stub engine that streams prepared "
         "tokens at a fixed pace.",
     )
-    rows = [{**asdict(load), **measure(load)} for load in cases]
+    rows = [{**asdict(load), **asyncio.run(measure(load))} for load in cases]
     report.section(
         "What one process carries",
         f"Every branch streams at {cases[0].tokens_per_s:g} tokens per second; segments of 64 to 256 tokens, "
@@ -263,9 +240,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         note="late: how long after its time a timer of the event loop fired; a busy machine is late, too",
     )
     report.figure("host", _plot(rows), "CPU per streamed chunk and per streamed token")
-    result = {"cases": rows}
-    report.finish(result)
-    return result
+    return report.finish({"cases": rows})
 
 
 _COLUMNS = {
@@ -289,15 +264,12 @@ _COLUMNS = {
 def _plot(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(8, 3), layout="constrained")
     labels = [f"{row['branches']:,} branches,\n{row['chunk_tokens']} tokens per chunk" for row in rows]
-    for number, (key, title) in enumerate(
-        (("cpu_us_per_chunk", "CPU µs per chunk"), ("cpu_us_per_token", "CPU µs per token"))
-    ):
-        axes = figure.add_subplot(1, 2, number + 1)
-        axes.barh(labels, [row[key] for row in rows])
-        axes.set_title(title)
+    left, right = figure.subplots(1, 2)
+    for axes, part in ((left, "chunk"), (right, "token")):
+        axes.barh(labels, [row[f"cpu_us_per_{part}"] for row in rows])
+        axes.set_title(f"CPU µs per {part}")
         axes.invert_yaxis()
-        if number:
-            axes.set_yticks([])
+    right.set_yticks([])
     return figure
 
 
@@ -305,12 +277,12 @@ async def _watch(
     load: Load,
     live: _LiveBranches,
     counts: Counts,
-    server: psutil.Process,
+    engine: psutil.Process,
     growing: asyncio.Task[None],
     rss_before: int,
 ) -> dict[str, Any]:
     loop = asyncio.get_running_loop()
-    before, began, used_before, stub_before = replace(counts), loop.time(), os.times(), _cpu(server)
+    before, began, used_before, stub_before = replace(counts), loop.time(), os.times(), cpu_s(engine)
     alive: list[int] = []
     late: list[float] = []
     while loop.time() - began < load.measured_s and not growing.done():
@@ -335,7 +307,7 @@ async def _watch(
         "cpu_s": used,
         "kernel_share": kernel / used,
         "cpu_share": used / wall,
-        "stub_cpu_share": (_cpu(server) - stub_before) / wall,
+        "stub_cpu_share": (cpu_s(engine) - stub_before) / wall,
         "cpu_us_per_chunk": used / done.chunks * 1e6,
         "user_us_per_chunk": user / done.chunks * 1e6,
         "cpu_us_per_token": used / done.tokens * 1e6,
@@ -348,8 +320,3 @@ async def _watch(
         "rss_mb": memory / 2**20,
         "kb_per_branch": (memory - rss_before) / load.branches / 1024,
     }
-
-
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system

@@ -73,8 +73,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "model": asdict(config.model),
         "results": [asdict(r) for r in results],
     }
-    _write(out_dir, report, results)
-    return report
+    return _write(out_dir, report, results)
 
 
 def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) -> list[Timing]:
@@ -142,7 +141,7 @@ def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.nda
     return worst
 
 
-def _write(out_dir: Path, data: dict[str, Any], results: list[Timing]) -> None:
+def _write(out_dir: Path, data: dict[str, Any], results: list[Timing]) -> dict[str, Any]:
     page = Report(
         out_dir,
         "learner",
@@ -164,7 +163,7 @@ def _write(out_dir: Path, data: dict[str, Any], results: list[Timing]) -> None:
     worst = max(r.logprob_error for r in results)
     page.text(f"Largest log-probability difference between the two: {worst:.1e} nats.")
     page.figure("learner", _plot(results), "Speed-up over the ratio of token counts; dashed: ideal")
-    page.finish(data)
+    return page.finish(data)
 
 
 def _plot(results: list[Timing]) -> Figure:

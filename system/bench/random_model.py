@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import Qwen3ForCausalLM
 
 from system.config import ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import Qwen3ForCausalLM
+from system.tasks.tiny_model import qwen3_config
 
 
 def random_qwen3(path: Path, shape: ModelConfig, vocab: int, seed: int) -> Qwen3ForCausalLM:
     """A Qwen3 of ``shape`` with random float32 weights, saved to ``path`` in Hugging Face format."""
-    import torch
-    from transformers import Qwen3ForCausalLM
-
-    from system.tasks.tiny_model import qwen3_config
-
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(qwen3_config(shape, vocab, eos_token_id=0))
     model.save_pretrained(path)

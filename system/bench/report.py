@@ -67,11 +67,7 @@ class Report:
 
     def facts(self, values: Mapping[str, Any]) -> None:
         """Names and values, one under the other (settings, assumptions)."""
-        rows = "".join(
-            f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(_cell(value))}</dd>"
-            for name, value in values.items()
-        )
-        self._body.append(f"<dl>{rows}</dl>")
+        self._body.append(_definitions(values))
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = ""
@@ -104,32 +100,23 @@ class Report:
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{foot}"
         )
 
-    def figure(self, name: str, figure: Figure, caption: str = "") -> Path:
-        """Save ``figure`` as ``<name>.png`` and show it here; returns the file."""
+    def figure(self, name: str, figure: Figure, caption: str = "") -> None:
+        """Save ``figure`` as ``<name>.png`` and show it here."""
         buffer = BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
-        path = self.out_dir / f"{name}.png"
-        path.write_bytes(buffer.getvalue())
-        self.picture(path, caption)
-        return path
-
-    def picture(self, path: Path, caption: str = "") -> None:
-        """Show a PNG file that is there already."""
-        data = base64.b64encode(path.read_bytes()).decode()
+        (self.out_dir / f"{name}.png").write_bytes(buffer.getvalue())
+        data = base64.b64encode(buffer.getvalue()).decode()
         words = html.escape(caption)
         self._body.append(
-            f'<figure><img alt="{words or html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+            f'<figure><img alt="{words or html.escape(name)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{words}</figcaption></figure>"
         )
 
-    def finish(self, data: Mapping[str, Any]) -> Path:
-        """Write ``data`` (with the machine's description) and the page; returns the page."""
+    def finish(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Write ``data`` (with the machine's description) and the page; returns ``data``."""
         where = machine()
         record = jsonable({**data, "machine": where})
         write_atomic(self.out_dir / f"{self.name}.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
-        body, self._body = self._body, []
-        self.facts(where)
-        footer, self._body = self._body, body
         page = self.out_dir / f"{self.name}.html"
         write_atomic(
             page,
@@ -137,13 +124,11 @@ class Report:
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>\n"
             f'<h1>{html.escape(self.title)}</h1>\n<p class="lead">{html.escape(self.lead)}</p>\n'
-            + "\n".join(body)
-            + "\n<h2>Measured on</h2>\n"
-            + "\n".join(footer)
-            + "\n</body></html>\n",
+            + "\n".join(self._body)
+            + f"\n<h2>Measured on</h2>\n{_definitions(where)}\n</body></html>\n",
         )
         self._console.print(f"report: {page}")
-        return page
+        return data
 
 
 def machine() -> dict[str, str]:
@@ -201,3 +186,8 @@ def _side_by_side(widths: Sequence[int], room: int) -> list[list[int]]:
 def _html_cell(value: Cell) -> str:
     kind = ' class="text"' if isinstance(value, str) else ""
     return f"<td{kind}>{html.escape(_cell(value))}</td>"
+
+
+def _definitions(values: Mapping[str, Any]) -> str:
+    pairs = [(html.escape(str(name)), html.escape(_cell(value))) for name, value in values.items()]
+    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in pairs)}</dl>"

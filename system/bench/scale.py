@@ -103,8 +103,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
         "splits": [_record(point) for point in splits],
         "sweeps": {name: [_record(point) for point in points] for name, points in sweeps.items()},
     }
-    report.finish(data)
-    return data
+    return report.finish(data)
 
 
 def _progress(

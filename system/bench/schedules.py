@@ -142,8 +142,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "rules": _rules(report, 50 if quick else 200),
         "world": {"batches": batches, "trees": trees, "slots": scenario.slots},
     }
-    report.finish(result)
-    return result
+    return report.finish(result)
 
 
 def latencies() -> list[ToolLatency]:

@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import numpy as np
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from system.serving import serve_until_signal
 from system.tools.search_index import SearchIndex, read_corpus
 from system.tools.search_server import create_app
 from system.twin.dist import ToolLatency
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def slowed(app: web.Application, seconds: Callable[[bytes], float]) -> web.Application:

@@ -16,6 +16,7 @@ from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
 from system.twin.dist import Constant, Lognormal, ToolLatency
 from system.twin.events import TwinResult
+from system.twin.records import mean_over_engines
 from system.twin.tools import ToolModel
 from system.twin.world import UNLIMITED, Models, simulate
 
@@ -31,13 +32,9 @@ class Profile:
     """A model size, and how its ranks and engines are laid out."""
 
     name: str
-    shape: str
+    model: ModelShape
     learner: LearnerLayout  # of one replica (dp = 1)
     engine: EngineLayout
-
-    @property
-    def model(self) -> ModelShape:
-        return KNOWN[self.shape]
 
 
 def _replica(tp: int, pp: int = 1) -> LearnerLayout:
@@ -54,9 +51,9 @@ def _replica(tp: int, pp: int = 1) -> LearnerLayout:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("7B", "qwen2.5-7b", _replica(4), EngineLayout(tp=1)),
-        Profile("14B", "qwen2.5-14b", _replica(8), EngineLayout(tp=1)),
-        Profile("32B", "qwen2.5-32b", _replica(8, 2), EngineLayout(tp=2)),
+        Profile("7B", KNOWN["qwen2.5-7b"], _replica(4), EngineLayout(tp=1)),
+        Profile("14B", KNOWN["qwen2.5-14b"], _replica(8), EngineLayout(tp=1)),
+        Profile("32B", KNOWN["qwen2.5-32b"], _replica(8, 2), EngineLayout(tp=2)),
     )
 }
 
@@ -107,8 +104,7 @@ class Split:
 
     @property
     def engine_idle(self) -> float:
-        shares = [sum(c.values()) for name, c in self.result.idle.items() if name.startswith("engine-")]
-        return sum(shares) / len(shares)
+        return mean_over_engines(self.result.idle)
 
     @property
     def learner_idle(self) -> float:

@@ -4,29 +4,21 @@ It speaks the part of the protocol that generation needs and computes nothing: m
 start, and a chunk costs one ``write``, so one process outpaces any client.  Which of its segments a request
 gets follows from the request's sampling seed.
 
-Run as ``python -m system.bench.stub_engine FILE`` with a JSON file of :class:`Script`; it prints its port.
+Run as ``python -m system.bench.stub_engine`` with a :class:`Script` as JSON on standard input; it prints its
+address.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import json
-import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
+from aiohttp import web
 
-_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
-_SEED = re.compile(rb'"sampling_seed": *(\d+)')
-_STREAM = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
-)
-_DONE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+from system.tools.serving import serve_until_signal
 
 
 @dataclass(frozen=True)
@@ -41,101 +33,56 @@ class Script:
     first_s: float  # seconds until the first chunk
 
 
-class Segments:
-    """The plan's segments as byte strings ready to send, one per chunk."""
+def application(plan: Script) -> web.Application:
+    """The stub engine.  Every path but /generate answers with an empty object."""
+    messages = [_encoded(plan, number) for number in range(len(plan.segments))]
 
-    def __init__(self, plan: Script) -> None:
-        self.plan = plan
-        self._wire = [self._encode(number) for number in range(len(plan.segments))]
+    async def generate(request: web.Request) -> web.StreamResponse:
+        seed = orjson.loads(await request.read())["sampling_params"]["sampling_seed"]
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + plan.first_s
+        for message in messages[seed % len(messages)]:
+            await asyncio.sleep(due - loop.time())
+            await response.write(message)
+            due += plan.chunk_tokens / plan.tokens_per_s  # the pace holds on average, however late this was
+        return response
 
-    def __getitem__(self, seed: int) -> list[bytes]:
-        return self._wire[seed % len(self._wire)]
+    async def anything_else(_: web.Request) -> web.Response:
+        return web.json_response({})
 
-    def _encode(self, number: int) -> list[bytes]:
-        tokens, texts, size = self.plan.segments[number], self.plan.texts[number], self.plan.chunk_tokens
-        wire: list[bytes] = []
-        for begin in range(0, len(tokens), size):
-            end = min(begin + size, len(tokens))
-            part = tokens[begin:end]
-            finish = {"type": "stop", "matched": self.plan.matched[number] or part[-1]}
-            meta: dict[str, Any] = {
-                "id": "stub",
-                "finish_reason": finish if end == len(tokens) else None,
-                "prompt_tokens": 64,
-                "completion_tokens": end,
-                "cached_tokens": 0,
-                "weight_version": "1",
-                "weight_versions": [{"version": "1", "start": 0, "end": end}],
-                "output_token_logprobs": [[-1.2345678 - 0.01 * i, t, None] for i, t in enumerate(part)],
-                "entropy": [1.0 + 0.1 * ((number + begin + i) % 7) for i in range(len(part))],
-            }
-            message = {"text": "".join(texts[begin:end]), "output_ids": part, "meta_info": meta}
-            body = b"data: " + orjson.dumps(message) + b"\n\n"
-            if end == len(tokens):
-                body += b"data: [DONE]\n\n"
-            framed = b"%x\r\n%b\r\n" % (len(body), body)
-            wire.append(framed + b"0\r\n\r\n" if end == len(tokens) else framed)
-        return wire
+    app = web.Application()
+    app.router.add_post("/generate", generate)
+    app.router.add_route("*", "/{path:.*}", anything_else)
+    return app
 
 
-class _Connection(asyncio.Protocol):
-    """One client connection, one request at a time."""
-
-    def __init__(self, segments: Segments) -> None:
-        self._segments, self._buffer = segments, b""
-        self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        head, found, body = self._buffer.partition(b"\r\n\r\n")
-        if not found:
-            return
-        length = _LENGTH.search(head)
-        size = int(length[1]) if length else 0
-        if len(body) < size:
-            return
-        self._buffer = body[size:]
-        assert self._transport is not None
-        if b"/generate" not in head.partition(b"\r\n")[0]:
-            self._transport.write(_DONE)
-            return
-        seed = _SEED.search(body)
-        plan = self._segments.plan
-        self._transport.write(_STREAM)
-        due = asyncio.get_running_loop().time() + plan.first_s
-        self._send_later(self._segments[int(seed[1]) if seed else 0], 0, due)
-
-    def _send_later(self, wire: list[bytes], number: int, due: float) -> None:
-        self._timer = asyncio.get_running_loop().call_at(due, self._send, wire, number, due)
-
-    def _send(self, wire: list[bytes], number: int, due: float) -> None:
-        assert self._transport is not None
-        self._transport.write(wire[number])
-        if number + 1 < len(wire):  # the pace holds on average, however late this one was
-            plan = self._segments.plan
-            self._send_later(wire, number + 1, due + plan.chunk_tokens / plan.tokens_per_s)
-
-
-async def _serve(plan: Script) -> None:
-    segments = Segments(plan)
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: _Connection(segments), "127.0.0.1", 0, backlog=4096)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
-def write_script(plan: Script, path: Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(plan)))
+def _encoded(plan: Script, number: int) -> list[bytes]:
+    """Segment ``number`` as messages ready to send, one per chunk."""
+    tokens, texts, size = plan.segments[number], plan.texts[number], plan.chunk_tokens
+    wire: list[bytes] = []
+    for begin in range(0, len(tokens), size):
+        end = min(begin + size, len(tokens))
+        part = tokens[begin:end]
+        finish = {"type": "stop", "matched": plan.matched[number] or part[-1]}
+        meta: dict[str, Any] = {
+            "id": "stub",
+            "finish_reason": finish if end == len(tokens) else None,
+            "prompt_tokens": 64,
+            "completion_tokens": end,
+            "cached_tokens": 0,
+            "weight_version": "1",
+            "weight_versions": [{"version": "1", "start": 0, "end": end}],
+            "output_token_logprobs": [[-1.2345678 - 0.01 * i, t, None] for i, t in enumerate(part)],
+            "entropy": [1.0 + 0.1 * ((number + begin + i) % 7) for i in range(len(part))],
+        }
+        message = {"text": "".join(texts[begin:end]), "output_ids": part, "meta_info": meta}
+        wire.append(b"data: " + orjson.dumps(message) + b"\n\n")
+    wire[-1] += b"data: [DONE]\n\n"
+    return wire
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(Script(**json.loads(Path(sys.argv[1]).read_text()))))
+    script = Script(**orjson.loads(sys.stdin.buffer.read()))
+    asyncio.run(serve_until_signal(application(script), "127.0.0.1", 0))

@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from system.bench.baselines import WAYS, Way
+from system.bench.processes import stop
 from system.bench.report import Report, against
 from system.bench.slow_search import slowed
 from system.observe.rundir import RunDir
@@ -33,7 +34,7 @@ from system.tools.search_server import create_app
 from system.tree.record import Tree
 from system.tree.store import read_trees
 from system.twin.dist import ToolLatency
-from system.twin.records import Records, idle_s, steps_of, total
+from system.twin.records import Records, idle_shares, steps_of, total
 
 MEAN_S = 0.1  # of a tool call without stragglers; everything else is as small as the model
 SKIP = 1  # training steps at the start that are not measured
@@ -76,9 +77,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
 
     ``quick`` makes two runs.  The runs' directories are left in ``out_dir``.
     """
-    result = asyncio.run(_measure(out_dir, quick))
-    write_report(result, out_dir)
-    return result
+    return write_report(asyncio.run(_measure(out_dir, quick)), out_dir)
 
 
 def latencies(quick: bool) -> list[ToolLatency]:
@@ -123,9 +122,7 @@ async def _train(runs: Path, name: str, way: Way, settings: Sequence[str]) -> Ru
         try:
             code = await asyncio.wait_for(process.wait(), RUN_S)
         finally:
-            if process.returncode is None:
-                process.terminate()
-                await process.wait()
+            await stop(process)
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {log}")
     return RunDir.open(runs / name)
@@ -137,10 +134,7 @@ def figures(records: Records, summary: Mapping[str, Any], trees: Sequence[Tree])
     seconds = np.array([tree.closed_s - tree.started_s for tree in trees])
     sampled = sum(int((tree.version >= 0).sum()) for tree in trees)
     dropped = summary["tokens"]["generated"] - sampled if summary["dropped"] else 0
-    idle = {
-        actor: {cause: waited / span for cause, waited in causes.items()}
-        for actor, causes in idle_s(records).items()
-    }
+    idle = idle_shares(records)
     return {
         "trained_per_s": total(records, "train/tokens") / span,
         "trees_per_h": total(records, "train/trees") / span * 3600,
@@ -158,7 +152,7 @@ def figures(records: Records, summary: Mapping[str, Any], trees: Sequence[Tree])
     }
 
 
-def write_report(result: dict[str, Any], out_dir: Path) -> None:
+def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     """``result``: ``runs``, the figures of each; ``ways``, how they were started; ``settings`` of all."""
     rows = result["runs"]
     ways = list(dict.fromkeys(row["way"] for row in rows))
@@ -188,7 +182,7 @@ def write_report(result: dict[str, Any], out_dir: Path) -> None:
                 for spread in spreads
             ],
         )
-    report.figure("throughput", _plot(found, spreads, ways, "trees_per_h"), "Trees trained on per hour")
+    report.figure("throughput", _plot(found, spreads, ways), "Trees trained on per hour")
     report.section("Where the time goes")
     for actor in ("engine", "learner"):
         causes = sorted({cause for row in rows for cause in row[f"{actor}_idle"]})
@@ -220,18 +214,16 @@ def write_report(result: dict[str, Any], out_dir: Path) -> None:
     report.section("Settings")
     report.facts({way: " ".join(words) for way, words in result["ways"].items()})
     report.facts({"all": " ".join(result["settings"])})
-    report.finish(result)
+    return report.finish(result)
 
 
-def _plot(
-    found: dict[tuple[str, str], dict[str, Any]], spreads: list[str], ways: list[str], key: str
-) -> Figure:
+def _plot(found: dict[tuple[str, str], dict[str, Any]], spreads: list[str], ways: list[str]) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(ways)
     for number, way in enumerate(ways):
         places = np.arange(len(spreads)) + number * width
-        axes.bar(places, [found[spread, way][key] for spread in spreads], width, label=way)
+        axes.bar(places, [found[spread, way]["trees_per_h"] for spread in spreads], width, label=way)
     axes.set_xticks(np.arange(len(spreads)) + 0.4 - width / 2, spreads)
     axes.set_ylabel("trees per hour")
     axes.legend(fontsize="x-small")

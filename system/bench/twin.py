@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,68 +27,61 @@ from system.bench.report import Report
 from system.config import ConfigError
 from system.observe.rundir import RunDir
 from system.tree.store import read_trees
-from system.twin.calibrate import Calibration, Drift, fit_engine, fit_line, fit_tools
+from system.twin.calibrate import SAME_SPEED, Calibration, Drift, fit_engine, fit_line, fit_tools
 from system.twin.events import TwinResult
-from system.twin.records import SKIP, idle_s, mean_over_engines, steps_of, total
+from system.twin.records import SKIP, idle_shares, mean_over_engines, steps_of, total
 from system.twin.world import simulate
 
 WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
 _SEEDS = 3  # simulations per run, averaged
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What is compared.  Shares are of all time."""
+# What is compared, and what it is called.
+THROUGHPUT = {
+    "step_s": "seconds per training step",
+    "trees_per_hour": "trees per hour",
+    "trained_per_s": "trained tokens per second",
+    "generated_per_s": "generated tokens per second",
+}
+SHARES = {  # of all time
+    "learner_no_batch": "learner idle: no batch",
+    "learner_publishing": "learner idle: publishing weights",
+    "engine_waiting": "engine idle: waiting for requests",
+    "rollout_bound": "rollout idle: staleness bound",
+}
+LABELS = {**THROUGHPUT, "tree_s": "seconds per tree, mean", "staleness": "staleness, mean", **SHARES}
 
-    step_s: float
-    trees_per_hour: float
-    trained_per_s: float
-    generated_per_s: float
-    tree_s: float
-    staleness: float
-    learner_no_batch: float
-    learner_publishing: float
-    engine_waiting: float
-    rollout_bound: float
-
-    @classmethod
-    def of_run(cls, run: RunDir) -> Figures:
-        """From the records of the run's training steps, without the first ones."""
-        records = steps_of(run)
-        if not records:
-            raise ConfigError(f"{run.root}: not enough training steps to measure anything")
-        span, trees = total(records, "time/window_s"), max(total(records, "rollout/trees"), 1.0)
-        idle = {
-            actor: {cause: waited / span for cause, waited in causes.items()}
-            for actor, causes in idle_s(records).items()
-        }
-        durations = sum(
-            float(o.get("rollout/tree_s") or 0) * float(o.get("rollout/trees") or 0) for o in records
-        )
-        return cls(
-            step_s=span / len(records),
-            trees_per_hour=3600 * trees / span,
-            trained_per_s=total(records, "train/tokens") / span,
-            generated_per_s=total(records, "rollout/tokens") / span,
-            tree_s=durations / trees,
-            staleness=total(records, "flow/staleness") / len(records),
-            **_waits(idle),
-        )
-
-    @classmethod
-    def of_twin(cls, result: TwinResult) -> Figures:
-        return cls(
-            step_s=result.step_s,
-            trees_per_hour=result.trees_per_hour,
-            trained_per_s=result.trained_per_s,
-            generated_per_s=result.generated_per_s,
-            tree_s=result.tree_s["mean"],
-            staleness=result.staleness_mean,
-            **_waits(result.idle),
-        )
+Figures = Mapping[str, float]  # the keys are those of LABELS
 
 
-def _waits(idle: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def measured_in(run: RunDir) -> Figures:
+    """From the records of the run's training steps, without the first ones."""
+    records = steps_of(run)
+    if not records:
+        raise ConfigError(f"{run.root}: not enough training steps to measure anything")
+    span, trees = total(records, "time/window_s"), max(total(records, "rollout/trees"), 1.0)
+    durations = sum(float(o.get("rollout/tree_s") or 0) * float(o.get("rollout/trees") or 0) for o in records)
+    return {
+        "step_s": span / len(records),
+        "trees_per_hour": 3600 * trees / span,
+        "trained_per_s": total(records, "train/tokens") / span,
+        "generated_per_s": total(records, "rollout/tokens") / span,
+        "tree_s": durations / trees,
+        "staleness": total(records, "flow/staleness") / len(records),
+        **_waits(idle_shares(records)),
+    }
+
+
+def simulated(result: TwinResult) -> Figures:
+    return {
+        **{name: getattr(result, name) for name in THROUGHPUT},
+        "tree_s": result.tree_s["mean"],
+        "staleness": result.staleness_mean,
+        **_waits(result.idle),
+    }
+
+
+def _waits(idle: Mapping[str, Mapping[str, float]]) -> Figures:
     """The shares of time that are compared, of shares by actor and cause."""
     learner, rollout = idle.get("learner", {}), idle.get("rollout", {})
     return {
@@ -99,25 +92,9 @@ def _waits(idle: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-_LABELS = {
-    "step_s": "seconds per training step",
-    "trees_per_hour": "trees per hour",
-    "trained_per_s": "trained tokens per second",
-    "generated_per_s": "generated tokens per second",
-    "tree_s": "seconds per tree, mean",
-    "staleness": "staleness, mean",
-    "learner_no_batch": "learner idle: no batch",
-    "learner_publishing": "learner idle: publishing weights",
-    "engine_waiting": "engine idle: waiting for requests",
-    "rollout_bound": "rollout idle: staleness bound",
-}
-THROUGHPUT = ("step_s", "trees_per_hour", "trained_per_s", "generated_per_s")
-SHARES = ("learner_no_batch", "learner_publishing", "engine_waiting", "rollout_bound")
-
-
 def error(name: str, predicted: Figures, measured: Figures) -> float:
     """How far off: in points for a share of time, in versions for staleness, else relative."""
-    ours, theirs = getattr(predicted, name), getattr(measured, name)
+    ours, theirs = predicted[name], measured[name]
     if name in SHARES or name == "staleness":
         return ours - theirs
     return ours / theirs - 1 if theirs else float("nan")
@@ -128,26 +105,24 @@ def holds(predicted: Figures, measured: Figures) -> bool:
     return all(abs(error(name, predicted, measured)) <= WITHIN for name in (*THROUGHPUT, *SHARES))
 
 
-def predict(calibration: Calibration, run: RunDir, drift: Drift | None = None) -> TwinResult:
+def predict(calibration: Calibration, run: RunDir, drift: Drift = SAME_SPEED) -> Figures:
     """``run`` as the calibrated twin sees it: its configuration and its tools, all else as calibrated.
 
     ``drift``: with engine and learner slowed by that much.
     """
     config = run.config()
-    tools = fit_tools(list(read_trees(run.trees)), calibration.models.agent.tools)
-    models = replace(calibration.models, tools=tools)
-    if drift is not None:
-        models = replace(
-            models,
-            engine=calibration.engine.slowed(drift.engine),
-            learner=calibration.learner.slowed(drift.learner),
-        )
+    models = replace(
+        calibration.models,
+        tools=fit_tools(list(read_trees(run.trees)), calibration.models.agent.tools),
+        engine=calibration.engine.slowed(drift.engine),
+        learner=calibration.learner.slowed(drift.learner),
+    )
     steps = len(steps_of(run)) + SKIP
-    results: list[TwinResult] = []
+    results: list[Figures] = []
     for seed in range(_SEEDS):
         config.run.seed = seed
-        results.append(simulate(config, models, steps=steps, skip=SKIP))
-    return _mean(results)
+        results.append(simulated(simulate(config, models, steps=steps, skip=SKIP)))
+    return {name: float(np.mean([one[name] for one in results])) for name in LABELS}
 
 
 def with_figures(calibration: Calibration, files: Sequence[Path]) -> Calibration:
@@ -207,58 +182,44 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
             "tools, mean s": {name: round(tool.latency.mean, 4) for name, tool in models.tools.items()},
         }
     )
-    data: dict[str, Any] = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": {}}
-    drawn: list[tuple[str, Figures, Figures]] = []
+    found: dict[str, dict[str, Any]] = {}
     for number, one in enumerate(runs):
-        measured, drift = Figures.of_run(one), Drift.between(calibration, one)
-        twin = Figures.of_twin(predict(calibration, one))
-        slowed = Figures.of_twin(predict(calibration, one, drift))
-        kind = "prediction" if number or files else "fit"
-        verdicts = {"holds": holds(twin, measured), "holds_at_its_speed": holds(slowed, measured)}
-        _table(report, one, kind, measured, twin, slowed, drift)
-        data["runs"][one.name] = {
-            "kind": kind,
-            "measured": asdict(measured),
-            "twin": asdict(twin),
-            "twin_at_its_speed": asdict(slowed),
+        measured, drift = measured_in(one), Drift.between(calibration, one)
+        twin, slowed = predict(calibration, one), predict(calibration, one, drift)
+        found[one.name] = {
+            "kind": "prediction" if number or files else "fit",
+            "measured": measured,
+            "twin": twin,
+            "twin_at_its_speed": slowed,
             "drift": asdict(drift),
-            **verdicts,
+            "holds": holds(twin, measured),
+            "holds_at_its_speed": holds(slowed, measured),
         }
-        drawn.append((f"{one.name} ({kind})", measured, twin))
-    report.figure("twin", _plot(drawn), "Measured (full) and twin (light)")
-    report.finish(data)
-    return data
+        _table(report, one, found[one.name])
+    report.figure("twin", _plot(found), "Measured (full) and twin (light)")
+    data = {"calibrated_on": [str(runs[0].root), *map(str, files)], "runs": found}
+    return report.finish(data)
 
 
-def _table(
-    report: Report,
-    run: RunDir,
-    kind: str,
-    measured: Figures,
-    twin: Figures,
-    slowed: Figures,
-    drift: Drift,
-) -> None:
-    config, verdict = run.config(), {True: "holds", False: "does not hold"}
-    at_speed = verdict[holds(slowed, measured)]
-    report.section(f"{run.name} ({kind})")
+def _table(report: Report, run: RunDir, found: Mapping[str, Any]) -> None:
+    config, verdict, drift = run.config(), {True: "holds", False: "does not hold"}, found["drift"]
+    measured, twin, slowed = found["measured"], found["twin"], found["twin_at_its_speed"]
+    report.section(f"{run.name} ({found['kind']})")
     report.table(
-        f"{run.name}, {kind}: {verdict[holds(twin, measured)]}; at its speed: {at_speed}",
+        f"{run.name}, {found['kind']}: {verdict[found['holds']]}; "
+        f"at its speed: {verdict[found['holds_at_its_speed']]}",
         ["", "measured", "twin", "error", "at its speed", "error "],
         [
             [
-                _LABELS[name],
-                getattr(measured, name),
-                getattr(twin, name),
-                _percent(name, twin, measured),
-                getattr(slowed, name),
-                _percent(name, slowed, measured),
+                *(label, measured[name]),
+                *(twin[name], _percent(name, twin, measured)),
+                *(slowed[name], _percent(name, slowed, measured)),
             ]
-            for name in _LABELS
+            for name, label in LABELS.items()
         ],
         f"η={config.flow.staleness}, n={config.rollout.leaves}, concurrency={config.rollout.concurrency}; "
         f"{len(steps_of(run))} training steps, {_SEEDS} simulations. In this run the engine took "
-        f"{drift.engine:.2f} and the learner {drift.learner:.2f} times as long for the same work.",
+        f"{drift['engine']:.2f} and the learner {drift['learner']:.2f} times as long for the same work.",
     )
 
 
@@ -269,29 +230,14 @@ def _percent(name: str, predicted: Figures, measured: Figures) -> str:
     return f"{off * 100:+.1f} {'points' if name in SHARES else '%'}"
 
 
-def _mean(results: Sequence[TwinResult]) -> TwinResult:
-    """Figures averaged over simulations; counts and digests are the first's."""
-    numbers: Mapping[str, Any] = {
-        name: float(np.mean([getattr(one, name) for one in results]))
-        for name in ("step_s", "trees_per_hour", "trained_per_s", "generated_per_s", "staleness_mean")
-    }
-    idle = {
-        actor: {
-            cause: float(np.mean([one.idle[actor].get(cause, 0.0) for one in results])) for cause in causes
-        }
-        for actor, causes in results[0].idle.items()
-    }
-    durations = {key: float(np.mean([one.tree_s[key] for one in results])) for key in results[0].tree_s}
-    return replace(results[0], **numbers, idle=idle, tree_s=durations)
-
-
-def _plot(drawn: Sequence[tuple[str, Figures, Figures]]) -> Figure:
-    names = [("step_s", "seconds per step"), *((name, _LABELS[name]) for name in SHARES)]
+def _plot(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    names = {"step_s": "seconds per step", **SHARES}
+    titles = [f"{name} ({one['kind']})" for name, one in found.items()]
     figure = Figure(figsize=(2.6 * len(names), 3.4), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(1, len(names)), names, strict=True):
-        places = np.arange(len(drawn))
-        axes.bar(places - 0.2, [getattr(m, name) for _, m, _ in drawn], 0.4, color="tab:blue")
-        axes.bar(places + 0.2, [getattr(t, name) for _, _, t in drawn], 0.4, color="lightblue")
-        axes.set_xticks(places, [title for title, *_ in drawn], rotation=30, ha="right", fontsize=8)
+    for axes, (name, label) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
+        places = np.arange(len(found))
+        for key, shift, color in (("measured", -0.2, "tab:blue"), ("twin", 0.2, "lightblue")):
+            axes.bar(places + shift, [one[key][name] for one in found.values()], 0.4, color=color)
+        axes.set_xticks(places, titles, rotation=30, ha="right", fontsize=8)
         axes.set_title(label, fontsize=9)
     return figure

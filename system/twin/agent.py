@@ -8,9 +8,10 @@ segment ends.
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,40 +38,46 @@ class Utterance:
     entropy: float  # nats, of the first tokens after a tool result (or of the root's first)
 
 
-class Agent(Protocol):
+class Agent(ABC):
     """What stands in for the model and the tasks."""
 
     @property
+    @abstractmethod
     def tools(self) -> Sequence[str]:
         """Tool names; a segment's call names one by its place here."""
-        ...
 
+    @abstractmethod
     def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
         """The segment that a request with this ``seed`` gets.
 
         ``tree``: its route, "prompt:ticket"; ``calls``: the call tokens on the branch so far, in order.
         """
-        ...
+
+    @abstractmethod
+    def prompt_length(self, prompt_id: str) -> Dist:
+        """Tokens of a prompt."""
 
     def forget(self, tree: str) -> None:
         """The tree is closed."""
-        ...
+        return
 
     def afresh(self) -> Agent:
         """The same agent for another simulation, knowing nothing of this one."""
-        ...
+        return self
 
     def query(self, call: int) -> int:
         """What the call of token ``call`` asks: two calls of one tree that ask the same have the same."""
-        ...
+        return number_of(call)
 
     def prompt(self, prompt_id: str, seed: int) -> Prompt:
         """A prompt whose text is its length."""
-        ...
+        rng = np.random.default_rng([seed, *prompt_id.encode()])
+        length = max(1, round(self.prompt_length(prompt_id).draw(rng)))
+        return Prompt(prompt_id, ({"role": "user", "content": str(length)},), ())
 
 
 @dataclass(frozen=True)
-class AgentModel:
+class AgentModel(Agent):
     """An agent's habits.  Every draw comes from the request's own seed: the order of events is no matter."""
 
     prompt_tokens: Dist = field(default_factory=lambda: Constant(256))
@@ -98,17 +105,8 @@ class AgentModel:
             call = call_token(min(tool, shares.size - 1), int(rng.integers(1 << _BITS)))
         return Utterance(length, call, bool(rng.random() < self.p_right), entropy)
 
-    def forget(self, tree: str) -> None:
-        pass
-
-    def afresh(self) -> AgentModel:
-        return self
-
-    def query(self, call: int) -> int:
-        return number_of(call)
-
-    def prompt(self, prompt_id: str, seed: int) -> Prompt:
-        return _prompt(prompt_id, seed, self.prompt_tokens)
+    def prompt_length(self, prompt_id: str) -> Dist:
+        return self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,7 @@ class RecordedTree:
     levels: Sequence[Sequence[int]]  # numbers of its segments, by the calls before them
 
 
-class RecordedAgent:
+class RecordedAgent(Agent):
     """Says again what was said in a run: every tree retells a recorded one.
 
     A prompt gets one of the recorded trees.  Its branches begin with first segments of that tree and go on
@@ -158,16 +156,22 @@ class RecordedAgent:
             raise ValueError(
                 f"{len(trees)} trees, {len(segments)} segments: 1 to {MOST_RECORDED:,} can be told"
             )
-        self.trees, self.segments, self.tools, self.variety = trees, segments, tools, variety
+        self.trees, self.segments, self._tools, self.variety = trees, segments, tools, variety
         self.levels = [  # numbers of all trees' segments, by the calls before them
             [number for tree in trees for level in tree.levels[calls : calls + 1] for number in level]
             for calls in range(max(len(tree.levels) for tree in trees))
         ]
         self._said: dict[str, set[int]] = {}  # by each tree that grows
 
+    @property
+    def tools(self) -> Sequence[str]:
+        return self._tools
+
     def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
         said = self._said.setdefault(tree, set())
-        number = self._choose(np.random.default_rng(seed), said, self._recorded(tree), calls)
+        number = self._choose(
+            np.random.default_rng(seed), said, self._recorded(tree.rpartition(":")[0]), calls
+        )
         said.add(number)
         segment = self.segments[number]
         call = call_token(segment.tool, number) if segment.tool >= 0 else 0
@@ -195,18 +199,11 @@ class RecordedAgent:
     def query(self, call: int) -> int:
         return self.segments[number_of(call)].query
 
-    def prompt(self, prompt_id: str, seed: int) -> Prompt:
-        return _prompt(prompt_id, seed, Constant(self._recorded(f"{prompt_id}:").prompt_tokens))
+    def prompt_length(self, prompt_id: str) -> Dist:
+        return Constant(self._recorded(prompt_id).prompt_tokens)
 
-    def _recorded(self, tree: str) -> RecordedTree:
-        prompt_id = tree.rpartition(":")[0]
+    def _recorded(self, prompt_id: str) -> RecordedTree:
         return self.trees[zlib.crc32(prompt_id.encode()) % len(self.trees)]
-
-
-def _prompt(prompt_id: str, seed: int, tokens: Dist) -> Prompt:
-    rng = np.random.default_rng([seed, *prompt_id.encode()])
-    length = max(1, round(tokens.draw(rng)))
-    return Prompt(prompt_id, ({"role": "user", "content": str(length)},), ())
 
 
 def call_token(tool: int, number: int) -> int:

@@ -118,6 +118,9 @@ class Drift:
         )
 
 
+SAME_SPEED = Drift(1.0, 1.0)
+
+
 def fit_engine(records: Records) -> LinearEngine:
     """A step's seconds = fixed + per row + per prefilled token, by least squares over every step of the run.
 

@@ -1,4 +1,5 @@
-"""Virtual time for asyncio: the same coroutines, deadlines and sleeps, without waiting for any of them.
+"""Virtual time for asyncio: the same coroutines, deadlines and sleeps, without waiting for any of them; and a
+trace of what happened in it.
 
 A discrete-event simulation in the textbook sense: whenever no callback is ready, the clock jumps to the next
 scheduled timer.  The digital twin and the tests of the rollouts run on it, so a 120 s tool call costs nothing
@@ -8,8 +9,9 @@ and the order of events depends on the program alone, never on the machine.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import selectors
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from system.errors import EspalierError
@@ -21,23 +23,12 @@ class Deadlock(EspalierError, RuntimeError):
     """Every task waits for another one: nothing is ready and no timer is pending."""
 
 
-class _NeverBlocks(selectors.BaseSelector):
+class _NeverBlocks(selectors.SelectSelector):
     """A selector that spends its timeout in virtual time and never reports I/O, of which there is none."""
 
     def __init__(self, advance: Callable[[float | None], None]) -> None:
+        super().__init__()
         self._advance = advance
-        self._keys: dict[int, selectors.SelectorKey] = {}
-
-    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        fd = fileobj if isinstance(fileobj, int) else fileobj.fileno()
-        self._keys[fd] = selectors.SelectorKey(fileobj, fd, events, data)
-        return self._keys[fd]
-
-    def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        return self._keys.pop(fileobj if isinstance(fileobj, int) else fileobj.fileno())
-
-    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
-        return self._keys
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._advance(timeout)
@@ -82,3 +73,22 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """``asyncio.run`` in virtual time: run ``main`` to its end, cancel what it left, return its result."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
+
+
+class Trace:
+    """A running hash of events and their virtual times, in order.  Equal digests mean the same events at the
+    same times, so two simulations can be compared event by event."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def note(self, *event: Any) -> None:
+        """``event``: a kind, and what identifies it; anything with a stable ``repr``."""
+        now = asyncio.get_running_loop().time()
+        self._hash.update(f"{now!r} {event!r}\n".encode())
+        self.events += 1
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()

@@ -21,14 +21,10 @@ class Dist(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    value: float
-
-    @property
-    def mean(self) -> float:
-        return self.value
+    mean: float
 
     def draw(self, rng: np.random.Generator) -> float:
-        return self.value
+        return self.mean
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,10 @@ import numpy as np
 
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
 from system.twin.agent import CALL, SEGMENT, SEGMENTS, Agent, Utterance, tool_of, written
-from system.twin.prefix import Path, PrefixCache
-from system.twin.trace import Trace
+from system.twin.clock import Trace
+from system.twin.prefix import Path, PrefixCache, path_of
 
+_PREFILL_TOKENS = 16_384  # computed together at most, unless one request alone is longer
 _LONGEST_JUMP = 256  # steps for which a step's time is taken as constant
 
 
@@ -62,17 +63,15 @@ class _Sequence:
     done: int = 0
     sent: int = 0
     joined: int = 0  # engine steps when it (last) began to decode, less the tokens it had then
-    running: bool = False
     cached: int = -1
     versions: list[tuple[int, int]] = field(default_factory=list)  # (first token, weight version)
-    chunks: deque[Chunk] = field(default_factory=deque)
-    error: EngineError | None = None
-    reader: asyncio.Future[None] | None = None
+    chunks: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)  # for its reader
     closed: bool = False
 
-    def wake(self) -> None:
-        if self.reader is not None and not self.reader.done():
-            self.reader.set_result(None)
+    @property
+    def length(self) -> int:
+        """Tokens of its prompt."""
+        return int(self.request.input_ids.size)
 
 
 class EngineModel:
@@ -88,7 +87,6 @@ class EngineModel:
         max_running: int,
         stops: dict[int, str],
         request_s: float = 0.0,
-        prefill_tokens: int = 16_384,
         mixed: bool = False,
         trace: Trace | None = None,
     ) -> None:
@@ -100,9 +98,9 @@ class EngineModel:
         self._kv = speed.kv_tokens
         self.version = 0
         self.busy_s, self.idle_s = 0.0, {"waiting": 0.0, "updating": 0.0, "down": 0.0}
-        self.steps = self.generated = self.prefilled = self.reused = self.retracted = 0
+        self.steps = self.generated = self.retracted = 0
         self._first, self._max_running, self._stops = first_tokens, max_running, stops
-        self._request_s, self._prefill_tokens, self._mixed = request_s, prefill_tokens, mixed
+        self._request_s, self._mixed = request_s, mixed
         self._cache = PrefixCache()
         self._waiting: deque[_Sequence] = deque()
         self._running: dict[_Sequence, None] = {}  # in order of admission
@@ -125,12 +123,9 @@ class EngineModel:
         self._interrupt()
         try:
             while True:
-                while not sequence.chunks:
-                    if sequence.error is not None:
-                        raise sequence.error
-                    sequence.reader = asyncio.get_running_loop().create_future()
-                    await sequence.reader
-                chunk = sequence.chunks.popleft()
+                chunk = await sequence.chunks.get()
+                if isinstance(chunk, EngineError):
+                    raise chunk
                 yield chunk
                 if chunk.finish is not None:
                     return
@@ -167,9 +162,8 @@ class EngineModel:
         self._cancel_timer()
         self._state = _State.DOWN
         for sequence in (*self._running, *self._admitted, *self._waiting):
-            sequence.error = EngineError(f"{self.name}: connection lost")
+            sequence.chunks.put_nowait(EngineError(f"{self.name}: connection lost"))
             sequence.closed = True
-            sequence.wake()
         self._running.clear()
         self._waiting.clear()
         self._admitted.clear()
@@ -233,12 +227,10 @@ class EngineModel:
             count = len(self._running)
             self._state = _State.DECODING
             self._step_s = self.speed.step_s(count, self._context)
-            room = self._kv - self._cache.held - self._grown
-            steps = min(self._next_due() - self.steps, max(1, room // count), _LONGEST_JUMP)
+            steps = min(self._next_due() - self.steps, max(1, self._room // count), _LONGEST_JUMP)
             self._set_timer(now + steps * self._step_s)
         else:
             self._state = _State.IDLE
-            self._cancel_timer()
 
     def _account(self, now: float) -> None:
         elapsed, self._since = now - self._since, now
@@ -262,7 +254,7 @@ class EngineModel:
         self._context += steps * count
         while self._due and self._due[0][0] <= self.steps:
             _, _, sequence = heapq.heappop(self._due)
-            if sequence.running and self.steps - sequence.joined >= sequence.milestones[-1]:
+            if sequence in self._running and self.steps - sequence.joined >= sequence.milestones[-1]:
                 self._reach(sequence)
 
     def _reach(self, sequence: _Sequence) -> None:
@@ -284,7 +276,7 @@ class EngineModel:
     def _next_due(self) -> int:
         while True:
             step, _, sequence = self._due[0]
-            if sequence.running and step == sequence.joined + sequence.milestones[-1]:
+            if sequence in self._running and step == sequence.joined + sequence.milestones[-1]:
                 return step
             heapq.heappop(self._due)
 
@@ -296,25 +288,23 @@ class EngineModel:
             version[max(0, first - begin) :] = value
         finish = None if sequence.milestones else sequence.finish
         sequence.sent = end
-        sequence.chunks.append(
+        sequence.chunks.put_nowait(
             Chunk(
                 tokens=tokens,
                 logprob=np.full(end - begin, -1.0, np.float32),
                 entropy=np.full(end - begin, sequence.segment.entropy, np.float32),
                 version=version,
                 finish=finish,
-                cached_tokens=max(sequence.cached, 0) if finish else 0,
+                cached_tokens=sequence.cached if finish else 0,
             )
         )
-        sequence.wake()
 
     def _leave(self, sequence: _Sequence) -> None:
         """It no longer runs; what it has generated is no longer held."""
         del self._running[sequence]
-        sequence.running = False
         sequence.done = max(sequence.done, min(self.steps - sequence.joined, sequence.limit))
         self._grown -= self.steps - sequence.joined
-        self._context -= _length(sequence) + self.steps - sequence.joined
+        self._context -= sequence.length + self.steps - sequence.joined
         self._cache.unpin(sequence.path)
 
     def _drop_closed(self) -> None:
@@ -337,7 +327,7 @@ class EngineModel:
         self._segments += 1
         first = min(self._first, limit)
         milestones = [limit, first] if first < limit else [limit]
-        path = Path.of(tokens, request.route)
+        path = path_of(tokens, request.route)
         return _Sequence(request, segment, self._segments, path, limit, finish, milestones)
 
     def _admit(self) -> int:
@@ -345,39 +335,43 @@ class EngineModel:
         total = 0
         while self._waiting and len(self._running) + len(self._admitted) < self._max_running:
             sequence = self._waiting[0]
-            reused = self._cache.match(sequence.path)
-            needed = _length(sequence) - reused + sequence.done + 1
-            free = self._kv - self._cache.held - self._grown
-            if needed > free:
-                self._cache.evict(needed - free)
-                reused = self._cache.match(sequence.path)  # its own prefix may have been evicted
-                needed = _length(sequence) - reused + sequence.done + 1
-                free = self._kv - self._cache.held - self._grown
-                if needed > free and (self._running or self._admitted):
+            reused, needed, short = self._fit(sequence)
+            if short > 0:
+                self._cache.evict(short)
+                reused, needed, short = self._fit(sequence)  # its own prefix may have been evicted
+                if short > 0 and (self._running or self._admitted):
                     break  # a request that fits an empty engine never waits for ever
-            if total and total + needed > self._prefill_tokens:
+            if total and total + needed > _PREFILL_TOKENS:
                 break
             self._waiting.popleft()
             self._cache.pin(sequence.path)
             self._grown += sequence.done
             self._admitted.append(sequence)
             sequence.cached = reused if sequence.cached < 0 else sequence.cached
-            self.reused += reused
-            self.prefilled += needed - 1
             total += needed - 1
         return total
+
+    def _fit(self, sequence: _Sequence) -> tuple[int, int, int]:
+        """Tokens of its path that are held, that it needs beside them, and of these the ones without room."""
+        reused = self._cache.match(sequence.path)
+        needed = sequence.length - reused + sequence.done + 1
+        return reused, needed, needed - self._room
+
+    @property
+    def _room(self) -> int:
+        """Tokens for which the KV cache is free."""
+        return self._kv - self._cache.held - self._grown
 
     def _join(self) -> None:
         """A prefill gives every admitted sequence its next token."""
         for sequence in self._admitted:
             if not sequence.versions or sequence.versions[-1][1] != self.version:
                 sequence.versions.append((sequence.done, self.version))
-            sequence.running = True
             sequence.joined = self.steps - sequence.done - 1
             self._running[sequence] = None
             self._grown += 1
             self.generated += 1
-            self._context += _length(sequence) + sequence.done + 1
+            self._context += sequence.length + sequence.done + 1
             if sequence.done + 1 >= sequence.milestones[-1]:
                 self._reach(sequence)
             else:
@@ -386,13 +380,10 @@ class EngineModel:
 
     def _make_room(self) -> None:
         """If the next step does not fit: forget what is not in use, then retract the newest sequences."""
-        count = len(self._running)
-        short = self._cache.held + self._grown + count - self._kv
-        if short > 0:
-            self._cache.evict(short)
-        while len(self._running) > 1 and (self._cache.held + self._grown + len(self._running) > self._kv):
+        self._cache.evict(len(self._running) - self._room)
+        while len(self._running) > max(1, self._room):
             self._retract(next(reversed(self._running)))
-            self._cache.evict(self._cache.held + self._grown + len(self._running) - self._kv)
+            self._cache.evict(len(self._running) - self._room)
 
     def _retract(self, sequence: _Sequence) -> None:
         """Back to the head of the queue, to be computed again with what it has said so far."""
@@ -430,7 +421,3 @@ class EngineModel:
 
     def _note(self, *event: object) -> None:
         self._trace.note(self.name, *event)
-
-
-def _length(sequence: _Sequence) -> int:
-    return int(sequence.request.input_ids.size)

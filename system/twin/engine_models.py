@@ -15,9 +15,8 @@ class EngineModels:
     New trees go to the less loaded of two engines in rotation (the power of two choices).
     """
 
-    def __init__(self, engines: list[EngineModel], spill: float = 2.0, slack: int = 8) -> None:
-        """A branch leaves home when the load there exceeds ``spill`` times another's plus ``slack``."""
-        self.engines, self._spill, self._slack = engines, spill, slack
+    def __init__(self, engines: list[EngineModel]) -> None:
+        self.engines = engines
         self._home: dict[str, EngineModel] = {}
         self._turn = 0
 
@@ -30,7 +29,7 @@ class EngineModels:
 
     def _choose(self, route: str) -> EngineModel:
         home, other = self._home.get(route), self._candidate()
-        if home is None or not home.alive or home.load > self._spill * other.load + self._slack:
+        if home is None or not home.alive or home.load > 2 * other.load + 8:
             home = self._home[route] = other
         return home
 

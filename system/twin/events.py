@@ -12,8 +12,8 @@ import numpy as np
 
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
+from system.twin.clock import Trace
 from system.twin.engine_model import EngineModel
-from system.twin.trace import Trace
 
 
 @dataclass
@@ -22,7 +22,6 @@ class TwinEvents:
 
     steps: list[float] = field(default_factory=list)  # when each training step was finished
     trained: list[int] = field(default_factory=list)  # MODEL tokens of each step
-    packed: list[int] = field(default_factory=list)  # unique tokens of each step
     closed: list[tuple[float, float, int]] = field(default_factory=list)  # (when, its duration, tokens)
     staleness: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -57,7 +56,6 @@ class TwinEvents:
         now = asyncio.get_running_loop().time()
         self.steps.append(now)
         self.trained.append(sum(tree.trainable for tree in trees))
-        self.packed.append(sum(tree.unique for tree in trees))
         self.staleness.update(staleness)
         self.marks.append({actor: dict(causes) for actor, causes in self.idle.items()})
 
@@ -77,8 +75,6 @@ class TwinResult:
     trees_per_hour: float  # closed
     trained_per_s: float  # MODEL tokens
     generated_per_s: float
-    goodput: float  # trained / generated over the whole run
-    packed_per_step: float
     idle: dict[str, dict[str, float]]  # actor -> cause -> share of time
     staleness_mean: float
     staleness_max: int
@@ -88,7 +84,6 @@ class TwinResult:
     calls_per_tree: float
     dropped: dict[str, int]
     running: float  # sequences that an engine decodes at once, mean over its steps
-    reused: float  # share of prompt tokens served from the prefix caches
     retracted: int  # sequences thrown out for want of KV, or computed again after an update
     events: int
     digest: str
@@ -96,22 +91,18 @@ class TwinResult:
     @classmethod
     def of(cls, events: TwinEvents, engines: Sequence[EngineModel], trace: Trace, skipped: int) -> TwinResult:
         begin, end = events.steps[skipped - 1] if skipped else 0.0, events.steps[-1]
-        span, count = end - begin, len(events.steps) - skipped
+        span = end - begin
         within = [one for one in events.closed if begin < one[0] <= end]
-        generated = sum(tokens for *_, tokens in within)
         durations = np.array([seconds for _, seconds, _ in within] or [np.nan])
         lags = sum(events.staleness.values())
         trees = max(len(events.closed), 1)
-        reused = sum(one.reused for one in engines)
         return cls(
             steps=len(events.steps),
             seconds=end,
-            step_s=span / count,
+            step_s=span / (len(events.steps) - skipped),
             trees_per_hour=3600 * len(within) / span,
             trained_per_s=sum(events.trained[skipped:]) / span,
-            generated_per_s=generated / span,
-            goodput=sum(events.trained) / max(sum(tokens for *_, tokens in events.closed), 1),
-            packed_per_step=sum(events.packed[skipped:]) / count,
+            generated_per_s=sum(tokens for *_, tokens in within) / span,
             idle=_shares(events.marks, skipped, span),
             staleness_mean=sum(lag * n for lag, n in events.staleness.items()) / max(lags, 1),
             staleness_max=max(events.staleness, default=0),
@@ -124,7 +115,6 @@ class TwinResult:
             calls_per_tree=events.tool_calls / trees,
             dropped=dict(events.dropped),
             running=sum(one.generated for one in engines) / max(sum(one.steps for one in engines), 1),
-            reused=reused / max(reused + sum(one.prefilled for one in engines), 1),
             retracted=sum(one.retracted for one in engines),
             events=trace.events,
             digest=trace.digest,

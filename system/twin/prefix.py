@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,22 +16,15 @@ from numpy.typing import NDArray
 from system.twin.agent import SEGMENT
 
 Unit = Hashable
+Path = tuple[tuple[Unit, int], ...]  # from the root: units, and the tokens of each on this path
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
-    """A path from the root in units: [(unit, its tokens on this path)], in order."""
-
-    units: tuple[tuple[Unit, int], ...]
-
-    @classmethod
-    def of(cls, tokens: NDArray[np.int32], prompt: Unit) -> Path:
-        """``tokens`` [P] as the synthetic agent and the rollout wrote them."""
-        sampled = np.concatenate([[False], tokens >= SEGMENT])
-        starts = np.flatnonzero(sampled[1:] & ~sampled[:-1]).tolist()
-        bounds = [*starts, tokens.size]
-        segments = [(int(tokens[a]), b - a) for a, b in pairwise(bounds)]
-        return cls(((prompt, bounds[0]), *segments))
+def path_of(tokens: NDArray[np.int32], prompt: Unit) -> Path:
+    """``tokens`` [P], as the synthetic agent and the rollout wrote them, in units."""
+    sampled = np.concatenate([[False], tokens >= SEGMENT])
+    starts = np.flatnonzero(sampled[1:] & ~sampled[:-1]).tolist()
+    bounds = [*starts, tokens.size]
+    return ((prompt, bounds[0]), *((int(tokens[a]), b - a) for a, b in pairwise(bounds)))
 
 
 class PrefixCache:
@@ -47,7 +39,7 @@ class PrefixCache:
     def match(self, path: Path) -> int:
         """Leading tokens of ``path`` that are held; the last token is never served from the cache."""
         found = total = 0
-        for unit, tokens in path.units:
+        for unit, tokens in path:
             total += tokens
             if found < total - tokens:
                 continue
@@ -57,7 +49,7 @@ class PrefixCache:
     def pin(self, path: Path) -> int:
         """Hold all of ``path`` until :meth:`unpin`; returns the tokens that it adds to what is held."""
         before = self.held
-        for unit, tokens in path.units:
+        for unit, tokens in path:
             have = self._tokens.get(unit, 0)
             if tokens > have:
                 self._tokens[unit] = tokens
@@ -68,7 +60,7 @@ class PrefixCache:
 
     def unpin(self, path: Path) -> None:
         """Children first, so that they are forgotten before their ancestors."""
-        for unit, _ in reversed(path.units):
+        for unit, _ in reversed(path):
             self._pins[unit] -= 1
             if self._pins[unit] == 0:
                 del self._pins[unit]

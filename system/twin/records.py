@@ -33,6 +33,15 @@ def idle_s(records: Records) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
+def idle_shares(records: Records) -> dict[str, dict[str, float]]:
+    """The same as shares of all time."""
+    span = total(records, "time/window_s")
+    return {
+        actor: {cause: waited / span for cause, waited in causes.items()}
+        for actor, causes in idle_s(records).items()
+    }
+
+
 def mean_over_engines(idle: Mapping[str, Mapping[str, float]], *causes: str) -> float:
     """Seconds (or shares) of ``causes``, of all causes where none is named, mean over the engines in
     ``idle``."""

@@ -16,8 +16,8 @@ import numpy as np
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
 from system.tools.tool import ToolUnavailable
+from system.twin.clock import Trace
 from system.twin.dist import Constant, Dist
-from system.twin.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from system.tools.service import ServiceLimits
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
+from system.twin.clock import Trace
 from system.twin.clock import run as run_virtually
 from system.twin.engine_model import EngineModel, EngineSpeed
 from system.twin.engine_models import EngineModels
 from system.twin.events import TwinEvents, TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools
-from system.twin.trace import Trace
 
 # Settings under which no deadline, no limit of the tools and no cache of theirs plays a part.
 UNLIMITED = (
@@ -39,6 +39,9 @@ UNLIMITED = (
     "tools.concurrency=1000000",
     "tools.cache_size=0",
 )
+
+
+_PROMPTS = 4096
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,6 @@ class Twin:
     models: Models
     steps: int  # training steps
     failures: Sequence[Failure] = ()
-    prompts: int = 4096
     checkpoint_every: int = 0  # for resuming; 0: only the start
     patience_s: float = 1e7  # virtual
     events: TwinEvents = field(default_factory=TwinEvents)
@@ -96,7 +98,7 @@ class Twin:
         config, models = self.config, self.models
         self.trace = Trace()
         self.agent = models.agent.afresh()
-        self.prompt_ids = [f"q{number}" for number in range(self.prompts)]
+        self.prompt_ids = [f"q{number}" for number in range(_PROMPTS)]
         known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
         limits = ServiceLimits.from_config(config.tools)
         together = replace(limits, concurrency=limits.concurrency * config.rollout.workers)

@@ -37,8 +37,8 @@ async def test_the_client_reads_from_the_stub_what_its_plan_says() -> None:
             await client.close()
 
 
-def test_a_small_load_is_carried_and_accounted_for() -> None:
-    figures = measure(LOAD)
+async def test_a_small_load_is_carried_and_accounted_for() -> None:
+    figures = await measure(LOAD)
     assert figures["segments"] > 20
     assert figures["calls"] > 0
     assert figures["trees"] > 0

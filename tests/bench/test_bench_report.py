@@ -33,7 +33,8 @@ def build(out: Path) -> tuple[Path, str]:
     figure.subplots().plot([0, 1], [1, 0])
     report.figure("curve", figure, "A curve")
     report.facts({"η": 1})
-    page = report.finish({"rate": 3.0, "missing": float("nan")})
+    report.finish({"rate": 3.0, "missing": float("nan")})
+    page = out / "speed.html"
     return page, page.read_text()
 
 

@@ -93,7 +93,7 @@ class RecordingEvents(TwinEvents):
                 "step": step,
                 "time/window_s": now - self.since,
                 "train/seconds": stats["seconds"],
-                "train/unique_tokens": self.packed[-1],
+                "train/unique_tokens": stats["unique_tokens"],
                 "train/tokens": self.trained[-1],
                 "rollout/trees": len(inside),
                 "rollout/tokens": sum(tokens for *_, tokens in inside),

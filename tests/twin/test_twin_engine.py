@@ -14,7 +14,7 @@ from system.twin.agent import TEXT, AgentModel
 from system.twin.clock import run
 from system.twin.dist import Constant
 from system.twin.engine_model import EngineModel
-from system.twin.prefix import Path, PrefixCache
+from system.twin.prefix import PrefixCache
 from system.twin.speeds import LinearEngine
 
 PROMPT = np.full(100, TEXT, np.int32)
@@ -190,7 +190,7 @@ def test_closing_a_stream_frees_its_place() -> None:
 
 def test_cache_accounts_for_every_token() -> None:
     cache = PrefixCache()
-    short, long = Path((("p", 10), (1, 5))), Path((("p", 10), (1, 8), (2, 4)))
+    short, long = (("p", 10), (1, 5)), (("p", 10), (1, 8), (2, 4))
     assert cache.pin(short) == 15
     assert cache.match(long) == 15  # unit 1 is held in part: nothing behind it counts
     assert cache.pin(long) == 7
