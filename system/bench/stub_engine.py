@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from system.tools.serving import serve_until_signal
+from system.serving import serve_until_signal
 
 
 @dataclass(frozen=True)
