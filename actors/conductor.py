@@ -118,6 +118,8 @@ class Conductor:
             batch = await self.loop.step()
             if batch is None:
                 break
+            if self.version >= self.config.run.steps:
+                self.loop.start_no_more()
             await self._trees.add([tree.reference for tree in batch])
             self.recorder.flush(self.version)
             if every and self.version % every == 0:

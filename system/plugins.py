@@ -211,7 +211,7 @@ SYNTAXES = Registry(
 TOOLS = Registry(
     "tools.names",
     {"search": "system.tools.http_tools:SearchTool", "python": "system.tools.http_tools:PythonTool"},
-    offered=("url", "top_k", "passage", "separator", "http"),
+    offered=("url", "top_k", "http"),
     options_key="tools.options",
 )
 CREDITS = Registry(

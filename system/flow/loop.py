@@ -128,6 +128,10 @@ class TrainingLoop(Generic[Reference]):
         self._room.set()
         self._arrival.set()
 
+    def start_no_more(self) -> None:
+        """No tree starts from here on, those that grow go on: nothing will be trained on any more."""
+        self._draining = True
+
     # Growing
 
     async def admit(self, tasks: asyncio.TaskGroup) -> None:

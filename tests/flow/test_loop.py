@@ -155,6 +155,23 @@ def test_a_tree_that_fails_is_not_waited_for() -> None:
     assert world.dropped == {"engine": 1}
 
 
+def test_no_tree_starts_after_the_last_step_has_said_so() -> None:
+    """Synchronous training grows nothing ahead of the learner, however long the end of the run takes."""
+    world = World(settings("flow.staleness=0"))
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            admitting = tasks.create_task(world.loop.admit(tasks))
+            assert await world.loop.step() is not None
+            world.loop.start_no_more()
+            await asyncio.sleep(10)
+            admitting.cancel()
+
+    run(main())
+    assert world.batches == [[0, 1]]
+    assert world.closed == 2
+
+
 def test_who_waits_for_a_batch_can_be_stopped() -> None:
     world = World(settings(), slow=dict.fromkeys(range(100), 1000000.0))
 
