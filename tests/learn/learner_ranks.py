@@ -26,6 +26,8 @@ class Place:
 
 
 def _serve(connection: Connection) -> None:
+    import gc
+
     import torch
 
     torch.set_num_threads(1)
@@ -35,6 +37,9 @@ def _serve(connection: Connection) -> None:
             connection.send((True, function(place, **kwargs)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        # A trainer stands in reference circles, and each of its process groups keeps a polling thread: hundreds
+        # of them would take the machine from the tests that follow.
+        gc.collect()
 
 
 class Ranks:
