@@ -37,8 +37,8 @@ def _serve(connection: Connection) -> None:
             connection.send((True, function(place, **kwargs)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
-        # A trainer stands in reference circles, and each of its process groups keeps a polling thread: hundreds
-        # of them would take the machine from the tests that follow.
+        # A trainer stands in reference circles, and its process groups keep polling threads: hundreds of them
+        # would take the machine from the tests that follow.
         gc.collect()
 
 
