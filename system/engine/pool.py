@@ -362,7 +362,7 @@ class EnginePool:
 
     async def _abort_quietly(self, url: str, wire_rid: str) -> None:
         try:
-            await self._http.post(url, "/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
+            await self._http.call(f"{url}/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
         except EngineError as error:  # the server is gone, and with it the request
             log.debug("abort of %s: %s", wire_rid, error)
 

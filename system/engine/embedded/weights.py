@@ -4,7 +4,7 @@ outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ def check(shape: ModelShape, dtype: torch.dtype, tensors: Mapping[str, Tensor]) 
             raise WeightsError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
 
 
-def check_complete(shape: ModelShape, tensors: Mapping[str, Tensor]) -> None:
+def check_complete(shape: ModelShape, names: Container[str]) -> None:
     """Every tensor of the model must be there: a forgotten one would go on serving old values unnoticed."""
-    missing = [name for name in shape.tensors() if name not in tensors]
+    missing = [name for name in shape.tensors() if name not in names]
     if missing:
         raise WeightsError(
             f"{missing[0]}: missing from the update ({len(missing)} of {len(shape.tensors())} tensors)"

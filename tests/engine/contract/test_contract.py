@@ -163,7 +163,7 @@ async def test_top_tokens_bound_the_entropy(sglang_url: str) -> None:
         "return_logprob": True,
         "top_logprobs_num": 20,
     }
-    meta = (await client._http.post(sglang_url, "/generate", body, 60))["meta_info"]
+    meta = (await client._http.call(f"{sglang_url}/generate", body, 60))["meta_info"]
     await client.close()
     top = [[entry[0] for entry in row] for row in meta["output_top_logprobs"]]
     low, high = entropy_bounds(top, VOCAB)
