@@ -342,7 +342,6 @@ async def test_bad_requests_are_named(one: Served) -> None:
             ("/pause_generation", b'{"mode":"hard"}', "mode"),
             ("/abort_request", b"{}", "rid"),
             ("/end_weight_update", b'{"weight_version":"x"}', "weight_version"),
-            ("/update_weights_from_disk", b'{"model_path":"/nonexistent","weight_version":1}', "nonexistent"),
             ("/update_weights_from_tensor", b"\x80\x04pickle", "octet-stream"),
         ):
             async with session.post(

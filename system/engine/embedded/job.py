@@ -50,7 +50,6 @@ class Job:
     ignore_eos: bool = False
     stop_ids: frozenset[int] = frozenset()
     stops: StopStrings | None = None
-    retain: bool = True  # keep its KV for later requests
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
     tokens: NDArray[np.int32] = field(init=False)  # prompt and generated so far
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet

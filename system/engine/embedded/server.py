@@ -1,4 +1,4 @@
-"""SGLang's HTTP protocol over an :class:`EngineCore`.
+"""SGLang's HTTP protocol over an :class:`EngineCore`, as far as this system and its benchmarks speak it.
 
 Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
 service must not), and ``/end_weight_update`` performs the swap and answers with the checksum of what is held.
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import orjson
 from aiohttp import web
 from safetensors import SafetensorError
@@ -21,14 +19,12 @@ from safetensors.torch import load as load_safetensors
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
-from system.engine.embedded.weights import Weights, WeightsError
+from system.engine.embedded.weights import WeightsError
 from system.engine.protocol import Finish
-from system.models.shape import UnsupportedModel
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30
 CONTROL_DEADLINE_S = 60.0  # a control call waits for one step at most, which may take seconds
-HEALTH_DEADLINE_S = 20.0
 
 
 def application(engine: EngineCore) -> web.Application:
@@ -45,15 +41,10 @@ def application(engine: EngineCore) -> web.Application:
             web.post("/begin_weight_update", server.begin_update),
             web.post("/update_weights_from_tensor", server.stage),
             web.post("/end_weight_update", server.end_update),
-            web.post("/update_weights_from_disk", server.update_from_disk),
-            web.post("/update_weight_version", server.update_version),
             web.get("/health", server.health),
-            web.get("/health_generate", server.health_generate),
             web.get("/ready", server.ready),
             web.get("/v1/loads", server.loads),
             web.get("/model_info", server.model_info),
-            web.get("/get_server_info", server.info),
-            web.get("/get_model_info", server.model_info),
         ]
     )
     return app
@@ -66,7 +57,7 @@ async def _errors(
     """Say in JSON what was wrong: 400 for the caller's mistakes, 503 for ours."""
     try:
         return await handler(request)
-    except (BadRequest, WeightsError, UnsupportedModel) as error:
+    except (BadRequest, WeightsError) as error:
         return _error(400, str(error))
     except EngineFailed as error:
         return _error(503, f"engine failed: {error}")
@@ -98,19 +89,16 @@ class _Handlers:
             draw_seed=engine.draw_seed,
         )
         queue: asyncio.Queue[Event] = asyncio.Queue()
+        job.deliver = queue.put_nowait
         try:
-            await self._submit(job, queue)
+            if not await _boundary(engine.loop.call(lambda scheduler: scheduler.submit(job))):
+                raise BadRequest(f"rid: {job.rid!r} is already being generated")
             if not stream:
                 return web.json_response(await self._collect(job, queue, details))
             return await self._stream(request, job, queue, details)
         finally:
             # After a finished job this finds nothing; after a broken connection it frees the row.
             engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))
-
-    async def _submit(self, job: Job, queue: asyncio.Queue[Event]) -> None:
-        job.deliver = queue.put_nowait
-        if not await _boundary(self._engine.loop.call(lambda scheduler: scheduler.submit(job))):
-            raise BadRequest(f"rid: {job.rid!r} is already being generated")
 
     async def _stream(
         self, request: web.Request, job: Job, queue: asyncio.Queue[Event], details: bool
@@ -166,13 +154,10 @@ class _Handlers:
     # Control -------------------------------------------------------------------------------------
 
     async def abort(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        rid = body.get("rid")
-        if not body.get("abort_all") and not (isinstance(rid, str) and rid):
-            raise BadRequest("rid: expected a request id, or abort_all: true")
-        everything = bool(body.get("abort_all"))
-        command = self._engine.loop.emit(lambda s: s.abort(lambda job: everything or job.rid == rid))
-        ended = await _boundary(command)
+        rid = (await _json(request)).get("rid")
+        if not (isinstance(rid, str) and rid):
+            raise BadRequest("rid: expected a request id")
+        ended = await _boundary(self._engine.loop.emit(lambda s: s.abort(lambda job: job.rid == rid)))
         return web.json_response({"success": True, "aborted": ended})
 
     async def pause(self, request: web.Request) -> web.Response:
@@ -211,44 +196,16 @@ class _Handlers:
         return web.json_response({"success": True, "tensors": len(tensors)})
 
     async def end_update(self, request: web.Request) -> web.Response:
+        """Serve the staged weights from the next token on; answers with the checksum of what is held then."""
         body = await _json(request)
-        version = _version(body, "weight_version")
+        version = _version(body)
         kv = body.get("kv", self._engine.config.kv_after_update)
         if kv not in ("recompute", "keep"):
             raise BadRequest(f"kv: {kv!r} is neither recompute nor keep")
         async with self._updates:
             weights = await asyncio.to_thread(self._engine.take_staged)
-            return await self._serve(weights, version, kv)
-
-    async def update_from_disk(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        path = body.get("model_path")
-        if not isinstance(path, str) or not path:
-            raise BadRequest("model_path: expected a directory")
-        body.setdefault("weight_version", self._engine.info()["weight_version"])
-        version = _version(body, "weight_version")
-        async with self._updates:
-            weights = await asyncio.to_thread(self._engine.load, Path(path))
-            return await self._serve(weights, version, "recompute")
-
-    async def update_version(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        version = _version(body, "new_version")
-        async with self._updates:
-            if body.get("abort_all_requests", True):
-                command = self._engine.loop.emit(lambda s: s.abort(lambda job: True, "version changed"))
-                await _boundary(command)
-            await self._swap(None, version, "keep")
-        return web.json_response({"success": True, "new_version": str(version)})
-
-    async def _swap(self, new: Weights | None, version: int, kv: Literal["recompute", "keep"]) -> None:
-        """Serve ``new`` (None: the same weights under a new number) from the next token on."""
-        await _boundary(self._engine.loop.emit(lambda s: s.swap(new, version, kv)))
-
-    async def _serve(self, new: Weights, version: int, kv: Literal["recompute", "keep"]) -> web.Response:
-        """Swap, and answer with the checksum of what is held then."""
-        await self._swap(new, version, kv)
-        version, checksum = await asyncio.to_thread(self._engine.checksum)
+            await _boundary(self._engine.loop.emit(lambda s: s.swap(weights, version, kv)))
+            version, checksum = await asyncio.to_thread(self._engine.checksum)
         # A string: JSON numbers above 2^53 do not survive every parser.
         return web.json_response({"success": True, "weight_version": str(version), "checksum": str(checksum)})
 
@@ -259,20 +216,6 @@ class _Handlers:
             return _error(503, f"engine failed: {self._engine.loop.failure}")
         return web.json_response({"status": "ok"})
 
-    async def health_generate(self, request: web.Request) -> web.Response:
-        """Generate one token for real; 503 while paused, as SGLang."""
-        if self._engine.loop.paused:
-            return _error(503, "generation is paused")
-        draw = self._engine.draw_seed
-        job = Job(f"health-{draw()}", np.zeros(1, np.int32), max_new_tokens=1, seed=draw(), retain=False)
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        await self._submit(job, queue)
-        async with asyncio.timeout(HEALTH_DEADLINE_S):
-            async for event in _events(queue):
-                if event.error:
-                    raise EngineFailed(event.error)
-        return web.json_response({"status": "ok"})
-
     async def ready(self, request: web.Request) -> web.Response:
         """503 while paused, as SGLang."""
         if self._engine.loop.paused:
@@ -280,24 +223,11 @@ class _Handlers:
         return await self.health(request)
 
     async def loads(self, request: web.Request) -> web.Response:
-        """SGLang's load report of its one data-parallel rank; our counters come with it."""
-        info = self._engine.info()
-        load = {"dp_rank": 0, "num_running_reqs": info["running"], "num_waiting_reqs": info["waiting"]}
-        load["max_running_requests"] = info["max_running"]
-        return web.json_response({"loads": [{**load, **info["counters"]}]})
-
-    async def info(self, request: web.Request) -> web.Response:
-        return web.json_response(self._engine.info())
+        return web.json_response({"loads": [self._engine.load_report()]})
 
     async def model_info(self, request: web.Request) -> web.Response:
-        info = self._engine.info()
-        return web.json_response(
-            {
-                "model_path": info["model"]["path"],
-                "is_generation": True,
-                "weight_version": str(info["weight_version"]),
-            }
-        )
+        path, version = str(self._engine.path), str(self._engine.version)
+        return web.json_response({"model_path": path, "is_generation": True, "weight_version": version})
 
 
 async def _boundary(future: Any) -> Any:
@@ -328,13 +258,13 @@ async def _json(request: web.Request) -> dict[str, Any]:
     return body
 
 
-def _version(body: dict[str, Any], name: str) -> int:
+def _version(body: dict[str, Any]) -> int:
     try:
-        version = int(body[name])
+        version = int(body["weight_version"])
     except (KeyError, TypeError, ValueError) as error:
-        raise BadRequest(f"{name}: expected an integer") from error
+        raise BadRequest("weight_version: expected an integer") from error
     if not 0 <= version < 2**31:
-        raise BadRequest(f"{name}: expected an integer from 0 to 2^31 - 1")
+        raise BadRequest("weight_version: expected an integer from 0 to 2^31 - 1")
     return version
 
 

@@ -123,15 +123,16 @@ def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head.weight", weights.head
 
 
-def read_directory(path: str | Path, shape: ModelShape, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of a Hugging Face directory's safetensors files, cast to ``dtype`` and checked."""
+@torch.inference_mode()
+def load(path: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Weights:
+    """What a Hugging Face directory's safetensors files hold, cast to ``dtype`` and checked."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_files(path).values())):
-        with safe_open(Path(path) / file, framework="pt") as reader:
+        with safe_open(path / file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (the reader is not a mapping)
                 if name == "lm_head.weight" and shape.tied:
                     continue  # some exporters write the tied head a second time
                 tensors[name] = reader.get_tensor(name).to(dtype)
     check(shape, dtype, tensors)
     check_complete(shape, tensors)
-    return tensors
+    return fuse(shape, tensors, device)
