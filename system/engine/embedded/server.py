@@ -1,4 +1,4 @@
-"""SGLang's HTTP protocol over an :class:`EngineCore`, as far as this system and its benchmarks speak it.
+"""The embedded engine behind SGLang's HTTP protocol, as far as this system and its benchmarks speak it.
 
 Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
 service must not), and ``/end_weight_update`` performs the swap and answers with the checksum of what is held.
@@ -8,6 +8,7 @@ Streams are always incremental (disjoint), as SGLang's are with ``--incremental-
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -21,13 +22,61 @@ from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
 from system.engine.protocol import Finish
+from system.serving import AppServer, serve
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30
 CONTROL_DEADLINE_S = 60.0  # a control call waits for one step at most, which may take seconds
+STOP_S = 30.0  # for the decoding thread to end its step, and again for the server to close
+
+# The decoding thread gives up and retakes the interpreter lock around every torch operation.  At Python's
+# default of 5 ms the HTTP thread would then hold it far longer than a whole decoding step of a small model
+# takes.
+_SWITCH_INTERVAL_S = 1e-4
 
 
-def application(engine: EngineCore) -> web.Application:
+class EmbeddedEngine(EngineCore):
+    """Qwen2/Qwen3-class dense models behind SGLang's HTTP protocol, in this process.
+
+    ``await start()`` serves until ``await stop()``; both belong to one event loop.
+    """
+
+    _server: AppServer | None = None
+    _switch_interval = sys.getswitchinterval()
+
+    async def start(self, host: str | None = None, port: int = 0) -> str:
+        """Start decoding and serving; returns the URL.  Port 0 picks a free one.
+
+        Without a host it binds to loopback; any other address must be asked for by name.
+        """
+        host = "127.0.0.1" if host is None else host
+        if not host:
+            raise ValueError(
+                "an empty host would listen on every interface; name the address (0.0.0.0 if you mean it)"
+            )
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self.begin()
+        try:
+            self._server = await serve(_application(self), host, port)
+        except OSError:
+            await self.stop()
+            raise
+        return self._server.url
+
+    async def stop(self) -> None:
+        """Stop decoding (callers get an error) and serving."""
+        sys.setswitchinterval(self._switch_interval)
+        try:
+            await asyncio.to_thread(self.loop.stop, STOP_S)
+        finally:
+            if self._server is not None:
+                async with asyncio.timeout(STOP_S):
+                    await self._server.close()
+                self._server = None
+
+
+def _application(engine: EngineCore) -> web.Application:
     """The server's routes, bound to one engine."""
     server = _Handlers(engine)
     app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
