@@ -151,7 +151,6 @@ def test_the_way_follows_the_configuration(tmp_path: Path) -> None:
         transport = make(EngineConfig(name="sglang", weights=way), here, tmp_path, "float32")
         assert isinstance(transport, SGLangTransport)
         assert isinstance(transport.carrier, carrier)
-        transport.close()
     with pytest.raises(ConfigError, match=r"engine\.weights_dir"):
         make(EngineConfig(name="sglang", weights="disk"), there, tmp_path, "float32")
     with pytest.raises(ConfigError, match=r"engine\.weights=http: the sglang engine takes"):
@@ -225,7 +224,6 @@ async def test_disk_leaves_a_complete_directory_and_no_older_one(tmp_path: Path)
         read = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
         assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
         assert list((tmp_path / "out").iterdir()) == [directory]
-    disk.close()
 
 
 # Servers that misbehave --------------------------------------------------------------------------

@@ -62,7 +62,7 @@ async def connect(sglang_url: str, old: TinyModel, tmp_path: Path) -> AsyncItera
 
     yield start
     for client in clients:
-        client.transport.close()
+        client.transport.carrier.disconnect(client.urls[0])
         await client.close()
 
 

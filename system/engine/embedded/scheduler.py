@@ -321,4 +321,4 @@ class Scheduler:
         """Bring what slot ``source`` holds to ``target``, which has the first ``there`` tokens of it."""
         size = int(self._slots.length[source])
         self._kv.copy(source, target, there, size)
-        self._slots.copy(source, target)
+        self._slots.move([source], [target])

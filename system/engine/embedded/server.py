@@ -2,14 +2,15 @@
 
 Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
 service must not), and ``/end_weight_update`` performs the swap and answers with the checksum of what is held.
-Streams are always incremental (disjoint), as SGLang's are with ``--incremental-streaming-output``.
+Answers are always streams, and incremental (disjoint): SGLang's are with ``--incremental-streaming-output``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -21,7 +22,6 @@ from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
-from system.engine.protocol import Finish
 from system.serving import AppServer, serve
 
 MAX_JSON_BYTES = 16 << 20
@@ -126,12 +126,10 @@ class _Handlers:
     # Generation ----------------------------------------------------------------------------------
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        body = await _json(request)
-        stream = body.get("stream", False)
-        details = bool(body.get("return_logprob", False))
+        """A stream of tokens.  How long it may take to begin is its client's decision: it hangs up."""
         engine = self._engine
         job = parse(
-            body,
+            await _json(request),
             vocab=engine.shape.vocab,
             context=engine.context,
             vocabulary=engine.vocabulary,
@@ -139,60 +137,47 @@ class _Handlers:
         )
         queue: asyncio.Queue[Event] = asyncio.Queue()
         job.deliver = queue.put_nowait
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
         try:
             if not await _boundary(engine.loop.call(lambda scheduler: scheduler.submit(job))):
                 raise BadRequest(f"rid: {job.rid!r} is already being generated")
-            if not stream:
-                return web.json_response(await self._collect(job, queue, details))
-            return await self._stream(request, job, queue, details)
+            await response.prepare(request)
+            count, last = 0, False
+            while not last:
+                event = await queue.get()
+                count += len(event.tokens)
+                last = bool(event.finish or event.error)
+                body = orjson.dumps(self._message(job, event, count))
+                await response.write(
+                    b"data: " + body + b"\n\n" + (b"data: [DONE]\n\n" if event.finish else b"")
+                )
+            return response
         finally:
             # After a finished job this finds nothing; after a broken connection it frees the row.
             engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))
 
-    async def _stream(
-        self, request: web.Request, job: Job, queue: asyncio.Queue[Event], details: bool
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
-        await response.prepare(request)
-        count = 0
-        async for event in _events(queue):
-            count += len(event.tokens)
-            if event.error:
-                await response.write(_sse({"error": {"message": event.error, "code": 503}}))
-                return response
-            message = self._message(job, [event], count, details)
-            await response.write(_sse(message) + (b"data: [DONE]\n\n" if event.finish else b""))
-        await response.write_eof()
-        return response
-
-    async def _collect(self, job: Job, queue: asyncio.Queue[Event], details: bool) -> dict[str, Any]:
-        events = [event async for event in _events(queue)]
-        if events[-1].error:
-            raise EngineFailed(events[-1].error)
-        return self._message(job, events, sum(len(event.tokens) for event in events), details)
-
-    def _message(self, job: Job, events: list[Event], count: int, details: bool) -> dict[str, Any]:
-        """SGLang's result of the tokens in ``events``; spans and counts are over the whole output so far."""
-        tokens = [token for event in events for token in event.tokens]
+    def _message(self, job: Job, event: Event, count: int) -> dict[str, Any]:
+        """What SGLang says of the new tokens in ``event``, which bring the output to ``count``."""
+        if event.error:
+            return {"error": {"message": event.error, "code": 503}}
+        tokens, version = event.tokens, str(event.version)
         meta: dict[str, Any] = {
             "id": job.rid,
-            "finish_reason": _finish_reason(events[-1].finish, count),
+            "finish_reason": {**asdict(event.finish), "length": count} if event.finish else None,
             "prompt_tokens": job.prompt.size,
             "completion_tokens": count,
-            "cached_tokens": events[-1].cached_tokens,
-            "weight_version": str(events[-1].version),
-            "weight_versions": _spans(events, count - len(tokens)),
+            "cached_tokens": event.cached_tokens,
+            "weight_version": version,
+            "weight_versions": [{"version": version, "start": count - len(tokens), "end": count}],
+            "output_token_logprobs": [
+                [value, token, None] for value, token in zip(event.logprob, tokens, strict=True)
+            ],
+            "entropy": event.entropy,
         }
-        if details:
-            logprob = [value for event in events for value in event.logprob]
-            meta["output_token_logprobs"] = [
-                [value, token, None] for value, token in zip(logprob, tokens, strict=True)
-            ]
-            if job.top_p < 1 or job.top_k > 0:
-                meta["output_token_sampling_logprobs"] = [v for event in events for v in event.kept_logprob]
-            meta["entropy"] = [value for event in events for value in event.entropy]
+        if job.top_p < 1 or job.top_k > 0:
+            meta["output_token_sampling_logprobs"] = event.kept_logprob
         vocabulary = self._engine.vocabulary
         return {
             "text": vocabulary.text(tokens) if vocabulary else "",
@@ -285,15 +270,6 @@ async def _boundary(future: Any) -> Any:
         return await asyncio.wrap_future(future)
 
 
-async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-    """Events up to the last one.  How long a request may wait is its client's decision: it hangs up."""
-    while True:
-        event = await queue.get()
-        yield event
-        if event.finish or event.error:
-            return
-
-
 async def _json(request: web.Request) -> dict[str, Any]:
     if (request.content_length or 0) > MAX_JSON_BYTES:
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_JSON_BYTES, actual_size=request.content_length or 0)
@@ -315,30 +291,3 @@ def _version(body: dict[str, Any]) -> int:
     if not 0 <= version < 2**31:
         raise BadRequest("weight_version: expected an integer from 0 to 2^31 - 1")
     return version
-
-
-def _finish_reason(finish: Finish | None, count: int) -> dict[str, Any] | None:
-    if finish is None:
-        return None
-    detail = {
-        "stop": {"matched": finish.matched},
-        "length": {"length": count},
-        "abort": {"message": finish.message},
-    }
-    return {"type": finish.type, **detail[finish.type]}
-
-
-def _spans(events: list[Event], start: int) -> list[dict[str, Any]]:
-    spans: list[dict[str, Any]] = []
-    for event in events:
-        stop = start + len(event.tokens)
-        if spans and spans[-1]["version"] == str(event.version):
-            spans[-1]["end"] = stop
-        elif stop > start:
-            spans.append({"version": str(event.version), "start": start, "end": stop})
-        start = stop
-    return spans
-
-
-def _sse(message: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(message) + b"\n\n"

@@ -47,10 +47,6 @@ class Transport(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Leave process groups and remove files."""
-        ...
-
 
 async def each(buckets: Buckets) -> AsyncIterator[Bucket]:
     """Iterate over either kind of buckets."""

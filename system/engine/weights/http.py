@@ -45,9 +45,6 @@ class SafetensorsHttp:
                 failures[url] = f"{url}: holds weights with checksum {held}, sent {checksum}"
         return PushReport(sent_bytes, staged_s, failures=failures)
 
-    def close(self) -> None:
-        pass
-
 
 def _pack(bucket: Bucket, checksum: int) -> tuple[bytes, int]:
     """The bucket as safetensors, and the checksum of it and all before it, which was ``checksum``."""

@@ -78,9 +78,6 @@ class Carrier:
         """Drop what is staged."""
         self._staged = []
 
-    def close(self) -> None:
-        self.clear()
-
 
 class SGLangTransport:
     """The order of one update, by whatever :class:`Carrier`.
@@ -113,9 +110,6 @@ class SGLangTransport:
         for url in failed:
             self.carrier.disconnect(url)
         return PushReport(sent_bytes, staged_s, pauses, failures | failed)
-
-    def close(self) -> None:
-        self.carrier.close()
 
     # Before the pause ----------------------------------------------------------------------------
 
@@ -216,13 +210,10 @@ async def _prove(server: PushTarget, expected: Digests) -> None:
     if len(held) != server.tp:
         raise EngineError(f"{server.url}: {len(held)} ranks reported checksums, expected {server.tp}")
     for rank, (theirs, ours) in enumerate(zip(held, expected.ranks, strict=True)):
-        if wrong := _first_difference(theirs["checksums"], ours):
-            raise EngineError(f"{server.url}: rank {rank} does not hold what was sent: {wrong}")
-
-
-def _first_difference(held: Mapping[str, str], sent: Mapping[str, str]) -> str:
-    """Names the first parameter that differs; empty when none does."""
-    for name in sorted({*held, *sent}):
-        if held.get(name) != sent.get(name):
-            return f"{name} has checksum {held.get(name, 'none')}, sent {sent.get(name, 'none')}"
-    return ""
+        for name in sorted({*theirs["checksums"], *ours}):
+            has, sent = theirs["checksums"].get(name, "none"), ours.get(name, "none")
+            if has != sent:
+                raise EngineError(
+                    f"{server.url}: rank {rank} does not hold what was sent: {name} has checksum {has}, "
+                    f"sent {sent}"
+                )
