@@ -232,13 +232,15 @@ class _Handlers:
     async def end_update(self, request: web.Request) -> web.Response:
         """Serve the staged weights from the next token on; answers with the checksum of what is held then."""
         body = await _json(request)
-        version = _version(body)
+        number = str(body.get("weight_version"))
+        if not number.isdecimal() or int(number) >= 2**31:
+            raise BadRequest("weight_version: expected an integer from 0 to 2^31 - 1")
         kv = body.get("kv", self._engine.config.kv_after_update)
         if kv not in ("recompute", "keep"):
             raise BadRequest(f"kv: {kv!r} is neither recompute nor keep")
         async with self._updates:
             weights = await asyncio.to_thread(self._engine.take_staged)
-            await _boundary(self._engine.loop.emit(lambda s: s.swap(weights, version, kv)))
+            await _boundary(self._engine.loop.emit(lambda s: s.swap(weights, int(number), kv)))
             version, checksum = await asyncio.to_thread(self._engine.checksum)
         # A string: JSON numbers above 2^53 do not survive every parser.
         return web.json_response({"success": True, "weight_version": str(version), "checksum": str(checksum)})
@@ -281,13 +283,3 @@ async def _json(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("body: expected a JSON object")
     return body
-
-
-def _version(body: dict[str, Any]) -> int:
-    try:
-        version = int(body["weight_version"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadRequest("weight_version: expected an integer") from error
-    if not 0 <= version < 2**31:
-        raise BadRequest("weight_version: expected an integer from 0 to 2^31 - 1")
-    return version
