@@ -60,8 +60,7 @@ class EngineActor:
 
         engine = settings.engine
         self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
-        if restarted:
-            self._server.loop.pause("retract")
+        self._server.loop.paused = restarted
         self._http = LoopThread("engine-http")
         return self._http.run(self._server.start(host, port), engine.start_deadline_s)
 

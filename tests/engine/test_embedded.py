@@ -242,6 +242,23 @@ async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
     assert await one.client.healthy("/ready")
 
 
+async def test_one_that_begins_paused_generates_nothing_before_it_is_told(
+    tiny: Callable[..., TinyModel],
+) -> None:
+    """As an engine actor that Ray has restarted: it knows only the first weights."""
+    engine = EmbeddedEngine(EngineConfig(device="cpu", max_running=2, cache_slots=0), tiny().path)
+    engine.loop.paused = True
+    client = EngineClient([await engine.start()], deadline_s=30)
+    waiting = asyncio.create_task(collect(client, request("a", prompt(5), 3)))
+    await asyncio.sleep(0.3)
+    assert (await client.infos())[0].paused
+    assert not waiting.done()
+    await client.resume()
+    assert len(joined(await waiting).tokens) == 3
+    await client.close()
+    await engine.stop()
+
+
 @pytest.mark.parametrize("paused", [False, True])
 async def test_update_in_flight_recomputes(
     served: Served, tiny: Callable[..., TinyModel], paused: bool
