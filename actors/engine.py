@@ -17,7 +17,7 @@ from actors.ray_support import StartFailed
 from actors.serving import LoopThread
 from system import config as configuration
 from system.config import Config
-from system.engine.control import EngineControl
+from system.engine.control import EngineControl, Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import EngineError, GenerateRequest, Sampling
 from system.engine.sglang.command import IN_SERVER, interpreter, server_command
@@ -60,8 +60,7 @@ class EngineActor:
 
         engine = settings.engine
         self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
-        if restarted:
-            self._server.loop.pause("retract")
+        self._server.loop.paused = restarted
         self._http = LoopThread("engine-http")
         return self._http.run(self._server.start(host, port), engine.start_deadline_s)
 
@@ -126,8 +125,8 @@ async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> N
 async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
     """Raise EngineError for a server that does not answer, or gives no entropies."""
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
-    async with EngineControl(url) as control:
-        await control.wait_ready(deadline_s)
+    async with Http() as http:
+        await EngineControl(url, http).wait_ready(deadline_s)
     pool = EnginePool([url], deadline_s=deadline_s)
     try:
         chunks = [chunk async for chunk in pool.generate(asked)]

@@ -6,12 +6,11 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
 from typing import Any
 
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
-from system.engine.control import EngineControl
+from system.engine.control import EngineControl, Http
 from system.engine.protocol import SPEED_COUNTERS, EngineError, EngineInfo
 from system.flow.loop import TrainingLoop
 from system.observe.recorder import Recorder
@@ -27,12 +26,11 @@ class Publisher:
     def __init__(self, learner: LearnerGroup, engines: Mapping[str, str], recorder: Recorder) -> None:
         self._learner, self._engines, self._recorder = learner, engines, recorder
 
-    async def push(self, version: int, urls: Sequence[str] = ()) -> dict[str, str]:
+    async def push(self, version: int, urls: Sequence[str] = ()) -> Mapping[str, str]:
         """To the engines at ``urls``, to all without; returns those that did not take them, and why."""
-        published = await self._learner.publish(urls or [*self._engines.values()], version)
-        report = published.report
+        report = await self._learner.publish(urls or [*self._engines.values()], version)
         self._recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
-        return published.failures
+        return report.failures
 
 
 class EngineMonitor:
@@ -55,11 +53,8 @@ class EngineMonitor:
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
-        async with AsyncExitStack() as stack:
-            controls = {
-                name: await stack.enter_async_context(EngineControl(url))
-                for name, url in list(self._engines.items())
-            }
+        async with Http() as http:
+            controls = {name: EngineControl(url, http) for name, url in self._engines.items()}
             good = dict.fromkeys(controls, time.monotonic())
             while True:
                 for name, control in controls.items():
@@ -71,8 +66,9 @@ class EngineMonitor:
 
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
-        for name, url in list(self._engines.items()):
-            async with EngineControl(url) as control:
+        async with Http() as http:
+            for name, url in list(self._engines.items()):
+                control = EngineControl(url, http)
                 try:
                     async with asyncio.timeout(self._deadline_s):
                         while name in self._engines and not await self._tend(name, control):  # noqa: ASYNC110
@@ -97,7 +93,7 @@ class EngineMonitor:
                 if not self._current(info):  # no training step was just pushing them
                     if await self._publisher.push(self._loop.version, [control.url]):
                         return False
-                    await control.resume()
+                    await control.post("/continue_generation")
         except EngineError:  # it is being restarted
             return False
         return True

@@ -10,7 +10,6 @@ import importlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from actors.placement import Placement
 from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
-from system.engine.weights.base import PushFailed, PushReport, Transport
+from system.engine.weights.base import PushReport, Transport
 from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
 from system.tree.pack import PackedBatch, pack_share
@@ -31,14 +30,6 @@ from system.tree.stats import TreeStats
 
 LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
 FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What became of one push."""
-
-    failures: dict[str, str]  # the engines that did not take the weights, and why
-    report: PushReport
 
 
 class LearnerRank:
@@ -113,7 +104,7 @@ class LearnerRank:
         seconds = time.monotonic() - began + stats["time_fetch_s"] + stats["time_pack_s"]
         return stats | {"seconds": seconds}
 
-    def publish(self, urls: list[str], version: int, deadline_s: float) -> Published:
+    def publish(self, urls: list[str], version: int, deadline_s: float) -> PushReport:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
         buckets = self._trainer.export()
         if self._rank == 0:
@@ -126,7 +117,7 @@ class LearnerRank:
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
         for _ in buckets:  # the gather is collective: every rank walks through it
             pass
-        return Published({}, PushReport())
+        return PushReport()
 
     def save(self, path: str, extra: dict[str, Any]) -> None:
         self._trainer.save(Path(path), extra)
@@ -145,15 +136,12 @@ async def _push(
     version: int,
     kv: Literal["recompute", "keep"],
     deadline_s: float,
-) -> Published:
+) -> PushReport:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
     from system.engine.control import Http
 
     async with asyncio.timeout(deadline_s), Http() as http:
-        try:
-            return Published({}, await transport.push(http, urls, buckets, version, kv))
-        except PushFailed as error:
-            return Published({url: str(failure) for url, failure in error.failures.items()}, error.report)
+        return await transport.push(http, urls, buckets, version, kv)
 
 
 def _meet_on_the_interface_of(address: str) -> None:
@@ -222,7 +210,7 @@ class LearnerGroup:
             raise TreesLost(lost)
         return (await self._all("step", version))[0]
 
-    async def publish(self, urls: Sequence[str], version: int) -> Published:
+    async def publish(self, urls: Sequence[str], version: int) -> PushReport:
         """Stream the current weights into the engines at ``urls``."""
         return (await self._all("publish", [*urls], version, LEARNER_DEADLINE_S))[0]
 

@@ -10,7 +10,7 @@
     │   ├── DataError          a data file with a bad row
     │   └── UnsupportedModel   a model that is not computed here
     ├── EngineError            an inference engine, or its answer, is at fault
-    │   └── Unreachable, MalformedStream, PushFailed, SglangMissing, ServerFailed
+    │   └── Unreachable, MalformedStream, SglangMissing, ServerFailed
     ├── ActorLost              a process or a machine is gone                             75
     │   └── StartFailed        … before it ever worked                                     1
     ├── ToolStartError         a configured tool cannot work

@@ -41,7 +41,7 @@ ALIVE = {
     "attention_dropout attention_mask packed_seq_params",
     "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
-    "counted for /get_server_info, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
+    "counted for /v1/loads, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
     "requests recomputed_sequences idle_updating_s",
     "the python server replies with its result, whole": "peak_rss_mb",
     "how often a simulated run was resumed": "sessions",

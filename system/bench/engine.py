@@ -40,7 +40,7 @@ from system.bench.processes import cpu_s, server
 from system.bench.random_model import random_qwen3
 from system.bench.report import Report
 from system.config import ModelConfig
-from system.engine.control import EngineControl
+from system.engine.control import EngineControl, Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import SPEED_COUNTERS, GenerateRequest, Sampling
 
@@ -143,8 +143,8 @@ async def _measure(
     """The rounds, and the sums that our engine's server counted meanwhile."""
     command = ("system.engine.embedded", "--model", path, "--port", "0")
     command += ("--device", "cpu", "--threads", str(THREADS))
-    async with server(*command, threads=THREADS) as (url, process), EngineControl(url) as control:
-        client = EnginePool([url])
+    async with server(*command, threads=THREADS) as (url, process), Http() as http:
+        client, control = EnginePool([url]), EngineControl(url, http)
 
         async def one_round(mixed: Requests, equal: Requests, tag: str) -> dict[str, Speed]:
             return {

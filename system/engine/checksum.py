@@ -12,23 +12,19 @@ from collections.abc import Iterable
 
 import torch
 
-_MODULUS = 1 << 64
+
+def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]], before: int = 0) -> int:
+    """Checksum of a set of named tensors, together with those whose checksum was ``before``."""
+    total = before
+    for name, tensor in tensors:
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor_bytes(tensor))
+        total += int.from_bytes(digest.digest(), "little")
+    return total % (1 << 64)
 
 
-def tensor_checksum(name: str, tensor: torch.Tensor) -> int:
-    """64-bit digest of one named tensor: name, dtype, shape and contents."""
-    digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """What a tensor holds, on any device, in its own number format."""
     data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    digest.update(memoryview(data.numpy()))  # pyright: ignore[reportArgumentType]
-    return int.from_bytes(digest.digest(), "little")
-
-
-def combine(checksums: Iterable[int]) -> int:
-    """Order-free combination of tensor checksums."""
-    return sum(checksums) % _MODULUS
-
-
-def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-    """Checksum of a whole set of named tensors."""
-    return combine(tensor_checksum(name, tensor) for name, tensor in tensors)
+    return memoryview(data.numpy())  # pyright: ignore[reportArgumentType]

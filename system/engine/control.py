@@ -1,9 +1,10 @@
-"""Control of generation servers over HTTP: what one says about itself, whether it is up, that it go on."""
+"""Control of generation servers over HTTP: what one says about itself, whether it is up, any other call."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 from system.engine.protocol import EngineError, EngineInfo
 from system.engine.stream import version_number
@@ -21,44 +22,38 @@ class Unreachable(EngineError):
 class Http(HttpClient):
     """Connections to any number of generation servers; how many there may be is the caller's to bound."""
 
-    async def post(
-        self, url: str, path: str, body: Body, limit_s: float = CONTROL_DEADLINE_S
+    async def call(
+        self, url: str, body: Body | None = None, limit_s: float = CONTROL_DEADLINE_S
     ) -> dict[str, Any]:
-        """The answer's JSON object.  Raises :class:`EngineError` for any failure, and after ``limit_s``."""
-        return await self._call("POST", url + path, body, limit_s)
+        """The JSON object that answers a POST of ``body``, or a GET without one.
 
-    async def get(self, url: str, path: str, limit_s: float = CONTROL_DEADLINE_S) -> dict[str, Any]:
-        """As :meth:`post`."""
-        return await self._call("GET", url + path, None, limit_s)
-
-    async def _call(self, method: str, url: str, body: Body | None, limit_s: float) -> dict[str, Any]:
+        Raises :class:`EngineError` for any failure, also where SGLang reports it with status 200, and after
+        ``limit_s``.
+        """
         try:
-            return await self.request(method, url, body, limit_s)
+            answer = await self.request("GET" if body is None else "POST", url, body, limit_s)
         except HttpError as error:
             raise (Unreachable if error.refused else EngineError)(str(error)) from error
+        if answer.get("success") is False:
+            raise EngineError(f"{url}: {answer.get('message')}")
+        return answer
 
 
+@dataclass(slots=True)
 class EngineControl:
-    """One server's control calls.  An async context manager, or :meth:`close` it."""
+    """One server's control calls."""
 
-    def __init__(self, url: str, http: Http | None = None) -> None:
-        """``http``: connections that the caller closes; None: its own."""
-        self.url, self._http = url.rstrip("/"), http or Http()
+    url: str
+    http: Http
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        await self._http.close()
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
 
     async def info(self, limit_s: float = CONTROL_DEADLINE_S) -> EngineInfo:
         """What the server says about itself.  Raises :class:`EngineError`, as every call here."""
         model, loads, ready = await asyncio.gather(
-            self._http.get(self.url, "/model_info", limit_s),
-            self._http.get(self.url, "/v1/loads", limit_s),
+            self.http.call(f"{self.url}/model_info", None, limit_s),
+            self.http.call(f"{self.url}/v1/loads", None, limit_s),
             self._answers("/ready", limit_s),  # SGLang's is 503 while it is paused
         )
         try:
@@ -74,29 +69,22 @@ class EngineControl:
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"{self.url}: unexpected /model_info or /v1/loads: {error!r}") from error
 
-    async def healthy(self) -> bool:
-        """Whether the server answers, paused or not."""
-        return await self._answers("/health", HEALTH_DEADLINE_S)
-
     async def wait_ready(self, deadline_s: float) -> None:
-        """Return once the server is healthy.  Raises :class:`EngineError` at the deadline."""
-        until = asyncio.get_running_loop().time() + deadline_s
-        while not await self.healthy():
-            if asyncio.get_running_loop().time() >= until:
-                raise EngineError(f"{self.url}: not ready within {deadline_s} s")
-            await asyncio.sleep(0.1)
+        """Return once the server answers, paused or not.  Raises :class:`EngineError` at the deadline."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not await self._answers("/health", HEALTH_DEADLINE_S):  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+        except TimeoutError as error:
+            raise EngineError(f"{self.url}: not ready within {deadline_s} s") from error
 
-    async def resume(self) -> None:
-        """Go on generating after a pause."""
-        await self.post("/continue_generation")
-
-    async def post(self, path: str, **body: object) -> None:
-        """Any other control call of SGLang's protocol."""
-        await self._http.post(self.url, path, body)
+    async def post(self, path: str, **body: Any) -> dict[str, Any]:
+        """Any other call of SGLang's protocol."""
+        return await self.http.call(self.url + path, body)
 
     async def _answers(self, path: str, limit_s: float) -> bool:
         try:
-            await self._http.get(self.url, path, limit_s)
+            await self.http.call(self.url + path, None, limit_s)
         except EngineError:
             return False
         return True

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import secrets
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -98,8 +98,7 @@ class EnginePool:
         self._reporter: asyncio.Task[None] | None = None
         self._reported = asyncio.Event()  # once every server has been asked
         self._estimate = estimate
-        self._counters: Counter[str] = Counter()
-        self._waited_s = self._entropy_error = 0.0
+        self._counters = defaultdict[str, float](float, turn_wait_s=0.0)
 
     @property
     def counters(self) -> dict[str, float]:
@@ -107,12 +106,8 @@ class EnginePool:
         of them the servers had in their caches, streams that broke and went on, waits for a turn.
         Where entropies are estimates: how many, and the sum of what each may be off.
         """
-        return {
-            **{f"route/{kind}": float(count) for kind, count in self._router.counts.items()},
-            **{name: float(count) for name, count in self._counters.items()},
-            "turn_wait_s": self._waited_s,
-            **({"entropy_error_nats": self._entropy_error} if self._estimate else {}),
-        }
+        routes = {f"route/{kind}": float(count) for kind, count in self._router.counts.items()}
+        return {**routes, **self._counters}
 
     async def close(self) -> None:
         """Stop asking for reports, finish pending aborts, close the connections."""
@@ -216,7 +211,7 @@ class EnginePool:
             finally:
                 if waits:
                     self._counters["turn_waits"] += 1
-                    self._waited_s += loop.time() - began
+                    self._counters["turn_wait_s"] += loop.time() - began
             progress.place = place
             if not waits or self._router.usable(place.url, loop.time()) or len(self.urls) == 1:
                 self._router.sent(place, loop.time())
@@ -303,7 +298,8 @@ class EnginePool:
             raise self._broken(error, deadline, rid) from error
         finally:
             self._counters["entropy_estimates"] += reader.estimated
-            self._entropy_error += reader.error
+            if self._estimate:
+                self._counters["entropy_error_nats"] += reader.error
             if complete and not response.content.at_eof():
                 self._in_background(_read_out(response))
             else:
@@ -362,7 +358,7 @@ class EnginePool:
 
     async def _abort_quietly(self, url: str, wire_rid: str) -> None:
         try:
-            await self._http.post(url, "/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
+            await self._http.call(f"{url}/abort_request", {"rid": wire_rid}, _ABORT_DEADLINE_S)
         except EngineError as error:  # the server is gone, and with it the request
             log.debug("abort of %s: %s", wire_rid, error)
 

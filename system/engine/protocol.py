@@ -95,7 +95,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """A server's answer to ``/get_server_info``-like questions."""
+    """What a server says about itself."""
 
     weight_version: int
     running: int = 0

@@ -122,11 +122,8 @@ class StreamReader:
 
 def versions(meta: dict[str, Any], start: int, stop: int) -> np.ndarray:
     """[stop - start] weight version of each output token, from the spans where the server gives them."""
-    spans = meta.get("weight_versions") or []
-    if len(spans) == 1 and int(spans[0]["start"]) <= start and stop <= int(spans[0]["end"]):
-        return np.full(stop - start, version_number(spans[0]["version"]), np.int32)
     found = np.full(stop - start, version_number(meta["weight_version"]), np.int32)
-    for span in spans:
+    for span in meta.get("weight_versions") or []:
         low, high = max(int(span["start"]), start), min(int(span["end"]), stop)
         if low < high:
             found[low - start : high - start] = version_number(span["version"])

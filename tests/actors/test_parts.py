@@ -10,9 +10,9 @@ import pytest
 
 from actors.engine_monitor import Publisher
 from actors.in_flight import KeptTree
-from actors.learner import Published
 from actors.parts import ActorParts
 from system.config import Config
+from system.engine.weights.base import PushReport
 from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
@@ -63,9 +63,8 @@ class Learner:
     async def train(self, version: int, trees: Any) -> dict[str, float]:
         raise TreesLost({1: "its node died"})
 
-    async def publish(self, urls: Any, version: int) -> Published:
-        report: Any = SimpleNamespace(stage_s=1.0, pause_s={}, bytes=7)
-        return Published({urls[0]: "it is starting"}, report)
+    async def publish(self, urls: Any, version: int) -> PushReport:
+        return PushReport(bytes=7, stage_s=1.0, failures={urls[0]: "it is starting"})
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ class EngineClient(EnginePool):
         self.transport = transport or SafetensorsHttp()
 
     async def post(self, path: str, **body: Any) -> None:
-        await asyncio.gather(*(self._http.post(url, path, body) for url in self.urls))
+        await asyncio.gather(*(EngineControl(url, self._http).post(path, **body) for url in self.urls))
 
     async def pause(self, mode: str = "retract") -> None:
         await self.post("/pause_generation", mode=mode)
@@ -120,14 +120,17 @@ class EngineClient(EnginePool):
         await self.post("/update_weights_from_disk", model_path=path, weight_version=str(version), **more)
 
     async def push_weights(self, buckets: Buckets, version: int, kv: Kv = "recompute") -> PushReport:
-        return await self.transport.push(self._http, self.urls, buckets, version, kv)
+        report = await self.transport.push(self._http, self.urls, buckets, version, kv)
+        if report.failures:
+            raise EngineError("; ".join(report.failures.values()))
+        return report
 
     async def infos(self) -> list[EngineInfo]:
         return list(await asyncio.gather(*(EngineControl(url, self._http).info() for url in self.urls)))
 
     async def healthy(self, path: str = "/health") -> bool:
         try:
-            await asyncio.gather(*(self._http.get(url, path, 20) for url in self.urls))
+            await asyncio.gather(*(self._http.call(url + path, limit_s=20) for url in self.urls))
         except EngineError:
             return False
         return True

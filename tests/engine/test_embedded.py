@@ -232,14 +232,31 @@ async def test_pause_stops_and_continue_goes_on(one: Served, mode: Any) -> None:
     assert before.paused
     late = asyncio.create_task(collect(one.client, request("late", ids, 5)))
     await asyncio.sleep(0.1)
-    assert not await one.client.healthy("/health_generate")
+    assert not await one.client.healthy("/ready")
     assert await one.client.healthy()
     after = (await one.client.infos())[0]
     assert after.counters["generated_tokens"] == before.counters["generated_tokens"] < 200
     await one.client.resume()
     assert_exact(one.model, ids, joined(await task))
     assert len(joined(await late).tokens) == 5
-    assert await one.client.healthy("/health_generate")
+    assert await one.client.healthy("/ready")
+
+
+async def test_one_that_begins_paused_generates_nothing_before_it_is_told(
+    tiny: Callable[..., TinyModel],
+) -> None:
+    """As an engine actor that Ray has restarted: it knows only the first weights."""
+    engine = EmbeddedEngine(EngineConfig(device="cpu", max_running=2, cache_slots=0), tiny().path)
+    engine.loop.paused = True
+    client = EngineClient([await engine.start()], deadline_s=30)
+    waiting = asyncio.create_task(collect(client, request("a", prompt(5), 3)))
+    await asyncio.sleep(0.3)
+    assert (await client.infos())[0].paused
+    assert not waiting.done()
+    await client.resume()
+    assert len(joined(await waiting).tokens) == 3
+    await client.close()
+    await engine.stop()
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -298,10 +315,10 @@ async def test_keep_never_serves_old_keys_as_new(one: Served, tiny: Callable[...
     assert_exact(new, extended, child)
 
 
-async def test_update_from_disk_and_checksum(one: Served, tiny: Callable[..., TinyModel]) -> None:
+async def test_the_checksum_is_of_what_is_held(one: Served, tiny: Callable[..., TinyModel]) -> None:
     new = tiny("qwen3", True, 1)
     before = await one.checksum()
-    await one.client.update_weights_from_disk(str(new.path), 4)
+    await one.client.push_weights([new.weights()], 4)
     after = await one.checksum()
     assert (before[0], after[0]) == (0, 4)
     assert before[1] != after[1]

@@ -98,13 +98,13 @@ async def test_a_paused_server_is_avoided_and_comes_back(pair: tuple[Served, Ser
     await first.client.pause("retract")
     for i in range(6):
         await collect(client, replace(request(f"p{i}", prompt(5, i), 2), route=f"p{i}"))
-    assert second.engine.info()["counters"]["requests"] == 6
+    assert second.engine.load_report()["requests"] == 6
     await first.client.resume()
-    before = first.engine.info()["counters"]["requests"]
+    before = first.engine.load_report()["requests"]
     await asyncio.sleep(1.5)
     for i in range(6):
         await collect(client, replace(request(f"q{i}", prompt(5, i), 2), route=f"q{i}"))
-    assert first.engine.info()["counters"]["requests"] > before
+    assert first.engine.load_report()["requests"] > before
     await client.close()
 
 
@@ -119,7 +119,7 @@ async def test_children_find_their_parents_keys(pair: tuple[Served, Served]) -> 
         for child in range(2):
             asked = replace(request(f"{number}/{child}", longer, 4), route=f"t{number}", parent=root.rid)
             assert joined(await collect(client, asked)).cached_tokens >= 30 + 12 - 1
-    assert [served.engine.info()["counters"]["requests"] for served in pair] == [12, 12]
+    assert [served.engine.load_report()["requests"] for served in pair] == [12, 12]
     counters = client.counters
     assert (counters["route/new"], counters["route/affinity"]) == (8, 16)
     assert counters["cached_tokens"] >= 16 * 41
@@ -137,8 +137,8 @@ async def test_turns_are_bounded_fair_and_counted(serve: Callable[..., Any]) -> 
         async for _ in client.generate(request(str(number), prompt(5), 30)):
             if number not in began:
                 began.append(number)
-            info = one.engine.info()
-            most = max(most, info["running"] + info["waiting"])
+            load = one.engine.load_report()
+            most = max(most, load["num_running_reqs"] + load["num_waiting_reqs"])
 
     tasks = []
     for number in range(8):

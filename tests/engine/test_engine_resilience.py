@@ -36,7 +36,7 @@ from engine_models import (
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
-from system.engine.stream import CutGuard
+from system.engine.stream import CutGuard, EventSplitter
 from system.serving import serve as serve_app
 
 
@@ -308,6 +308,7 @@ async def test_cumulative_and_incremental_streams_read_alike(incremental: bool) 
 
 
 BAD = [
+    ({"stream": False}, "stream"),
     ({"input_ids": []}, "input_ids"),
     ({"input_ids": [1, "x"]}, "input_ids"),
     ({"input_ids": [1, 10**6]}, "input_ids"),
@@ -330,7 +331,7 @@ BAD = [
 
 
 async def test_bad_requests_are_named(one: Served) -> None:
-    good = {"rid": "r", "input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}}
+    good = {"rid": "r", "stream": True, "input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}}
     async with aiohttp.ClientSession() as session:
         for change, field in BAD:
             async with session.post(f"{one.url}/generate", json={**good, **change}) as answer:
@@ -342,7 +343,6 @@ async def test_bad_requests_are_named(one: Served) -> None:
             ("/pause_generation", b'{"mode":"hard"}', "mode"),
             ("/abort_request", b"{}", "rid"),
             ("/end_weight_update", b'{"weight_version":"x"}', "weight_version"),
-            ("/update_weights_from_disk", b'{"model_path":"/nonexistent","weight_version":1}', "nonexistent"),
             ("/update_weights_from_tensor", b"\x80\x04pickle", "octet-stream"),
         ):
             async with session.post(
@@ -359,7 +359,7 @@ async def test_bad_requests_are_named(one: Served) -> None:
             assert "safetensors" in await answer.text()
         async with session.post(f"{one.url}/generate", json=good) as answer:  # all of that broke nothing
             assert answer.status == 200
-            result = await answer.json()
+            (result,) = EventSplitter().feed(await answer.read())
     assert len(result["output_ids"]) == 4
     assert result["meta_info"]["weight_versions"] == [{"version": "0", "start": 0, "end": 4}]
 
@@ -367,6 +367,7 @@ async def test_bad_requests_are_named(one: Served) -> None:
 async def test_a_duplicate_request_id_is_refused(one: Served) -> None:
     body = {
         "rid": "twice",
+        "stream": True,
         "input_ids": [1, 2],
         "sampling_params": {"max_new_tokens": 200, "ignore_eos": True},
     }
@@ -380,7 +381,8 @@ async def test_a_duplicate_request_id_is_refused(one: Served) -> None:
             assert "twice" in await second.text()
         answer = await first
         assert answer.status == 200, "the first one must not suffer"
-        assert len((await answer.json())["output_ids"]) == 200
+        results = list(EventSplitter().feed(await answer.read()))
+        assert sum(len(result["output_ids"]) for result in results) == 200
 
 
 async def test_an_update_without_begin_is_refused(one: Served) -> None:

@@ -77,8 +77,9 @@ def test_only_a_cpu_server_gets_the_shim() -> None:
     assert "--sleep-on-idle" in cpu.argv, "or an idle server takes a core from everybody else"
     assert "cpu_shim" not in gpu.env["PYTHONPATH"]
     assert not {"--attention-backend", "--sampling-backend", "--mem-fraction-static"} & set(gpu.argv)
-    for folder in cpu.env["PYTHONPATH"].split(":"):
-        assert list(Path(folder).glob("*.dist-info/entry_points.txt")), "SGLang finds plug-ins by entry point"
+    plugin = gpu.env["PYTHONPATH"]
+    assert list(Path(plugin).glob("*.dist-info/entry_points.txt")), "SGLang finds plug-ins by entry point"
+    assert cpu.env["PYTHONPATH"].startswith(f"{plugin}:")
 
 
 def test_a_restarted_server_is_paused_and_not_warmed_up() -> None:
@@ -174,7 +175,7 @@ def settled(pid: int, count: int) -> list[psutil.Process]:
 def test_ready_then_stopped_with_all_it_started(start: Callable[..., SglangServer]) -> None:
     server = start()
     assert server.wait_ready(20) == server.url
-    processes = settled(server.pid, 2)
+    processes = settled(server._supervisor.pid, 2)
     assert server.exited() is None
     server.stop()
     assert server.exited() == 128 + signal.SIGTERM
@@ -192,7 +193,7 @@ def test_an_early_end_and_a_missed_deadline_carry_the_log(start: Callable[..., S
 def test_waiting_tells_why_a_server_ended(start: Callable[..., SglangServer]) -> None:
     server = start()
     server.wait_ready(20)
-    settled(server.pid, 2)[0].kill()
+    settled(server._supervisor.pid, 2)[0].kill()
     assert re.search(r"ended with status 137(?s:.*)fake server", str(server.wait()))
 
 
@@ -202,7 +203,7 @@ def test_a_server_that_hangs_is_killed(
     monkeypatch.setattr("system.engine.sglang.server.WATCH_S", 0.1)
     server = start()
     server.wait_ready(20)
-    processes = settled(server.pid, 2)
+    processes = settled(server._supervisor.pid, 2)
     next(p for p in processes if len(p.cmdline()) > 3).suspend()
     assert "no answer for 0.5 s, killed" in str(server.wait(hung_s=0.5))
     assert gone(processes, 3)
@@ -213,7 +214,7 @@ def test_a_server_that_ignores_sigterm_is_killed_at_once_on_demand(
 ) -> None:
     server = start("stubborn")
     server.wait_ready(20)
-    processes = settled(server.pid, 2)
+    processes = settled(server._supervisor.pid, 2)
     server.kill()
     assert gone(processes, 3)
 
@@ -232,7 +233,7 @@ def test_no_orphan_is_left_when_the_owner_or_the_warden_is_killed(
     line = Command([sys.executable, str(fake), "{port}", "stubborn"], {{}})
     server = SglangServer(line, "http://127.0.0.1:{port}", Path({str(tmp_path / "log")!r}))
     server.wait_ready(30)
-    print(server.pid, flush=True)
+    print(server._supervisor.pid, flush=True)
     time.sleep(600)
     """
     (tmp_path / "fake.py").write_text(FAKE)

@@ -24,8 +24,8 @@ from engine_models import (
 )
 
 from system.config import EngineConfig
-from system.engine.protocol import Chunk
-from system.engine.weights import PushFailed, make
+from system.engine.protocol import Chunk, EngineError
+from system.engine.weights import make
 from system.engine.weights.base import Bucket
 from system.engine.weights.sglang import SGLangTransport
 from system.engine.weights.tensor import SharedTensors
@@ -62,7 +62,7 @@ async def connect(sglang_url: str, old: TinyModel, tmp_path: Path) -> AsyncItera
 
     yield start
     for client in clients:
-        client.transport.close()
+        client.transport.carrier.disconnect(client.urls[0])
         await client.close()
 
 
@@ -141,7 +141,7 @@ async def test_what_does_not_fit_is_not_sent(connect: Callable[..., Any], old: T
         "model.norm.weight: missing": {k: v for k, v in good.items() if k != "model.norm.weight"},
     }
     for message, tensors in bad.items():
-        with pytest.raises(PushFailed, match=message):
+        with pytest.raises(EngineError, match=message):
             await client.push_weights([{k: v} for k, v in tensors.items()], next(_versions))
     assert (await client.infos())[0].weight_version == version
     assert_exact(old, prompt(9), joined(await collect(client, request(f"{way}-still", prompt(9)))))
@@ -165,7 +165,7 @@ async def test_a_server_that_holds_something_else_stays_paused(
     late = None
     broken = EngineClient(client.urls, transport=SGLangTransport(Corrupting(), old.path, "float32"))
     try:
-        with pytest.raises(PushFailed, match=r"layers\.1\.self_attn\.qkv_proj\.weight has checksum"):
+        with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.qkv_proj\.weight has checksum"):
             await broken.push_weights([new.weights()], next(_versions))
         assert (await client.infos())[0].weight_version == version, "no token may carry the new one"
         late = asyncio.create_task(collect(client, request("late", prompt(9))))

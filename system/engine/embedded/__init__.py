@@ -2,6 +2,6 @@
 protocol.
 """
 
-from system.engine.embedded.engine import EmbeddedEngine
+from system.engine.embedded.server import EmbeddedEngine
 
 __all__ = ["EmbeddedEngine"]

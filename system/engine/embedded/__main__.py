@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from system.config import EngineConfig
-from system.engine.embedded.engine import EmbeddedEngine
+from system.engine.embedded import EmbeddedEngine
 from system.http import is_loopback
 from system.models.files import DTYPES
 from system.serving import stop_signals

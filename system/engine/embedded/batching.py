@@ -20,14 +20,14 @@ _FREE_PADDING = 256
 class Piece:
     """Positions ``start[i] .. stop[i]`` of row i in a contiguous range of rows, computed together."""
 
-    __slots__ = ("even", "keys", "padded", "positions", "row_of", "rows", "start", "widths")
+    __slots__ = ("even", "keys", "padded", "positions", "row_of", "rows", "start", "width", "widths")
 
     def __init__(self, first_row: int, start: NDArray[np.int64], stop: NDArray[np.int64]):
         self.rows = np.arange(first_row, first_row + start.size)
         self.start = start
         self.keys = int(stop.max())
         self.widths = widths = stop - start
-        width = self.width
+        self.width = width = int(widths.max())
         self.even = bool((widths == width).all())
         if width == 1:
             self.positions, self.row_of, self.padded = start, self.rows, self.rows
@@ -36,10 +36,6 @@ class Piece:
         self.positions = np.repeat(start, widths) + offsets
         self.row_of = np.repeat(self.rows, widths)
         self.padded = np.repeat(np.arange(self.rows.size) * width, widths) + offsets
-
-    @property
-    def width(self) -> int:
-        return int(self.widths.max())
 
 
 class Batcher:

@@ -8,7 +8,6 @@ import secrets
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from system.config import EngineConfig
 from system.engine.checksum import weights_checksum
-from system.engine.embedded import weights as weights_module
 from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Scheduler
 from system.engine.embedded.stops import TokenBytes
+from system.engine.embedded.weights import Weights, WeightsError, check, check_complete, fuse, load, unfuse
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
 
@@ -49,7 +48,7 @@ class EngineCore:
             config,
             self.shape,
             self.context,
-            self.load(self.path),
+            load(self.path, self.shape, self.dtype, self.device),
             eos_tokens(self.path),
             self.dtype,
             self.device,
@@ -90,39 +89,27 @@ class EngineCore:
     def draw_seed(self) -> int:
         return int(self._seeds.integers(2**63))
 
-    def info(self) -> dict[str, Any]:
-        """What ``/get_server_info`` says.  Reads counters only; never waits for the decoding thread."""
-        scheduler, loop = self._scheduler, self.loop
-        shape = self.shape
+    @property
+    def version(self) -> int:
+        """Of the weights that are served."""
+        return self._scheduler.version
+
+    def load_report(self) -> dict[str, float]:
+        """SGLang's load report of its one data-parallel rank, and our counters.
+
+        Reads them only; never waits for the decoding thread.
+        """
+        scheduler = self._scheduler
         return {
-            "engine": "embedded",
-            "weight_version": scheduler.version,
-            "running": scheduler.running,
-            "waiting": scheduler.waiting,
-            "paused": loop.paused,
-            "failure": loop.failure,
-            "incremental_streaming_output": True,
-            "max_running": self.config.max_running,
-            "max_context": self.context,
-            "model": {
-                "path": str(self.path),
-                "type": shape.family,
-                "vocab": shape.vocab,
-                "dtype": str(self.dtype),
-            },
-            "counters": {
-                **asdict(scheduler.counters),
-                **{f"idle_{cause}_s": seconds for cause, seconds in loop.idle_s.items()},
-            },
+            "dp_rank": 0,
+            "num_running_reqs": scheduler.running,
+            "num_waiting_reqs": scheduler.waiting,
+            "max_running_requests": self.config.max_running,
+            **asdict(scheduler.counters),
+            **{f"idle_{cause}_s": seconds for cause, seconds in self.loop.idle_s.items()},
         }
 
     # Weights -------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def load(self, path: Path) -> weights_module.Weights:
-        """Weights of a Hugging Face directory of this engine's shape."""
-        tensors = weights_module.read_directory(path, self.shape, self.dtype)
-        return weights_module.fuse(self.shape, tensors, self.device)
 
     def begin_update(self) -> None:
         """Open an update; one that was left open is discarded."""
@@ -132,18 +119,18 @@ class EngineCore:
     def stage(self, tensors: dict[str, Tensor]) -> None:
         """Check and keep some tensors beside the serving weights.  Raises ``WeightsError``."""
         if self._staged is None:
-            raise weights_module.WeightsError("no weight update is open: call /begin_weight_update first")
-        weights_module.check(self.shape, self.dtype, tensors)
+            raise WeightsError("no weight update is open: call /begin_weight_update first")
+        check(self.shape, self.dtype, tensors)
         self._staged.update(tensors)
 
     @torch.inference_mode()
-    def take_staged(self) -> weights_module.Weights:
+    def take_staged(self) -> Weights:
         """Close the update: the complete new weights, fused and on the device."""
         staged, self._staged = self._staged, None
         if staged is None:
-            raise weights_module.WeightsError("no weight update is open: call /begin_weight_update first")
-        weights_module.check_complete(self.shape, staged)
-        return weights_module.fuse(self.shape, staged, self.device)
+            raise WeightsError("no weight update is open: call /begin_weight_update first")
+        check_complete(self.shape, staged)
+        return fuse(self.shape, staged, self.device)
 
     @torch.inference_mode()
     def checksum(self) -> tuple[int, int]:
@@ -151,7 +138,7 @@ class EngineCore:
         version, held = self.loop.call(lambda scheduler: (scheduler.version, scheduler.weights)).result(
             timeout=60
         )
-        return version, weights_checksum(weights_module.unfuse(self.shape, held))
+        return version, weights_checksum(unfuse(self.shape, held))
 
 
 def eos_tokens(path: Path) -> set[int]:

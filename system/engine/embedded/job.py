@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from system.engine.protocol import Finish
 from system.errors import EspalierError
 
 MAX_STOPS, MAX_STOP_BYTES = 32, 256
+N = TypeVar("N", int, float)
 
 
 class BadRequest(EspalierError, ValueError):
@@ -50,7 +51,6 @@ class Job:
     ignore_eos: bool = False
     stop_ids: frozenset[int] = frozenset()
     stops: StopStrings | None = None
-    retain: bool = True  # keep its KV for later requests
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
     tokens: NDArray[np.int32] = field(init=False)  # prompt and generated so far
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
@@ -68,11 +68,16 @@ _SAMPLING = {
 
 
 def parse(
-    body: Any, *, vocab: int, context: int, vocabulary: TokenBytes | None, draw_seed: Callable[[], int]
+    body: Mapping[str, Any],
+    *,
+    vocab: int,
+    context: int,
+    vocabulary: TokenBytes | None,
+    draw_seed: Callable[[], int],
 ) -> Job:
     """Check a ``/generate`` body (SGLang's fields) and make a job of it.  Raises :class:`BadRequest`."""
-    if not isinstance(body, Mapping):
-        raise BadRequest("body: expected a JSON object")
+    if body.get("stream") is not True:
+        raise BadRequest("stream: expected true, for answers come as streams only")
     rid = body.get("rid")
     if not isinstance(rid, str) or not 0 < len(rid) <= 512:
         raise BadRequest("rid: expected a string of 1 to 512 characters")
@@ -85,28 +90,31 @@ def parse(
     if unknown := sorted(set(sampling) - _SAMPLING):
         raise BadRequest(f"sampling_params.{unknown[0]}: not supported by the embedded engine")
     longest = context - len(prompt)
-    new = _integer(sampling, "max_new_tokens", 128, 1, None)
+    new = _number(sampling, "max_new_tokens", 128, 1)
     if longest < 1 or new > longest:
         raise BadRequest(
             f"input_ids and max_new_tokens: {len(prompt)} prompt tokens and {new} new ones exceed "
             f"the context length of {context}"
         )
-    top_k = _integer(sampling, "top_k", -1, -1, None)
+    top_k, top_p = _number(sampling, "top_k", -1, -1), _number(sampling, "top_p", 1.0, 0.0, 1.0)
     if top_k == 0:
         raise BadRequest("sampling_params.top_k: -1 (off) or at least 1")
-    seed = sampling.get("sampling_seed")
+    if top_p == 0:
+        raise BadRequest("sampling_params.top_p: expected a number above 0")
+    if sampling.get("sampling_seed") is None:
+        seed = draw_seed()
+    else:
+        seed = _number(sampling, "sampling_seed", 0, -(2**63), 2**64 - 1) % 2**64
     stop = sampling.get("stop") or []
     return Job(
         rid=rid,
         prompt=np.asarray(prompt, np.int32),
         max_new_tokens=new,
         temperature=_number(sampling, "temperature", 1.0, 0.0, 100.0),
-        top_p=_number(sampling, "top_p", 1.0, 0.0, 1.0, above=True),
+        top_p=top_p,
         top_k=top_k,
-        seed=draw_seed()
-        if seed is None
-        else _integer(sampling, "sampling_seed", 0, -(2**63), 2**64 - 1) % 2**64,
-        chunk=_integer(sampling, "stream_interval", 1, 1, None) if "stream_interval" in sampling else None,
+        seed=seed,
+        chunk=_number(sampling, "stream_interval", 1, 1) if "stream_interval" in sampling else None,
         ignore_eos=bool(sampling.get("ignore_eos", False)),
         stop_ids=frozenset(_token_ids(sampling.get("stop_token_ids") or [], "stop_token_ids", vocab)),
         stops=_stop_strings([stop] if isinstance(stop, str) else stop, vocabulary),
@@ -133,26 +141,11 @@ def _token_ids(value: Any, name: str, vocab: int) -> list[int]:
     return value
 
 
-def _integer(source: Mapping[str, Any], name: str, default: int, low: int, high: int | None) -> int:
-    value = source.get(name, default)
-    if type(value) is not int or value < low or (high is not None and value > high):
-        bound = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise BadRequest(f"sampling_params.{name}: expected an integer {bound}")
-    return value
-
-
-def _number(
-    source: Mapping[str, Any], name: str, default: float, low: float, high: float, above: bool = False
-) -> float:
-    value = source.get(name, default)
-    ok = (
-        type(value) in (int, float)
-        and math.isfinite(value)
-        and low <= value <= high
-        and not (above and value == low)
-    )
-    if not ok:
-        raise BadRequest(
-            f"sampling_params.{name}: expected a number {'above' if above else 'from'} {low:g} to {high:g}"
-        )
-    return float(value)
+def _number(source: Mapping[str, Any], name: str, default: N, low: float, high: float = math.inf) -> N:
+    """Within the bounds, both included (and so no NaN); an integer where the default is one."""
+    value, whole = source.get(name, default), isinstance(default, int)
+    if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+        kind = "an integer" if whole else "a number"
+        bound = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise BadRequest(f"sampling_params.{name}: expected {kind} {bound}")
+    return type(default)(value)

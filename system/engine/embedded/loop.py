@@ -46,7 +46,7 @@ class DecodeLoop:
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
         self._held: list[Emitted] = []  # events not yet handed over
-        self.paused = False
+        self.paused = False  # set before the start, it begins in pause
         self.failure = ""
         self._idle_s = {"waiting": 0.0, "paused": 0.0}
         self._wait: tuple[str, float] | None = None  # the wait under way: its cause and when it began

@@ -32,9 +32,8 @@ class KVSegment:
     rows: int
     width: int  # queries per row, padded to the longest
     keys: int  # context length to attend over
-    scatter: (
-        Tensor | None
-    )  # [stop - start] each packed token's place in the padded [rows·width]; None: no padding
+    # [stop - start] each packed token's place in the padded [rows·width]; None: no padding
+    scatter: Tensor | None
     mask: Tensor  # [rows, 1, width, keys] additive, 0 or -inf
 
 

@@ -9,6 +9,7 @@ import torch
 
 from system.engine.embedded.job import Job
 from system.engine.embedded.sampler import Sampled, SamplingBatch, scrambled, uniforms
+from system.engine.embedded.slots import Indices
 from system.engine.embedded.stops import StopStrings
 
 _GROWTH = 8  # the largest chunk, in units of the configured one
@@ -66,16 +67,12 @@ class Rows:
         moved).
         """
         last = len(self.jobs) - 1
-        if row != last:
-            self.jobs[row] = self.jobs[last]
-            for array in self._arrays:
-                array[row] = array[last]
+        self.move([last], [row])
         self.jobs.pop()
-        self._groups = None
         return last
 
-    def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        """Permute rows: what was row ``sources[i]`` becomes ``targets[i]``."""
+    def move(self, sources: Indices, targets: Indices) -> None:
+        """What was row ``sources[i]`` becomes ``targets[i]``."""
         jobs = [self.jobs[source] for source in sources]
         for target, job in zip(targets, jobs, strict=True):
             self.jobs[target] = job

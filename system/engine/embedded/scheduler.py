@@ -155,16 +155,12 @@ class Scheduler:
             self._rows.remove(row)
         return emitted
 
-    def swap(
-        self, weights: Weights | None, version: int, kv: Literal["recompute", "keep"] = "recompute"
-    ) -> list[Emitted]:
-        """New weights (None: only a new version number) from the next token on."""
+    def swap(self, weights: Weights, version: int, kv: Literal["recompute", "keep"]) -> list[Emitted]:
+        """New weights from the next token on."""
         began = time.perf_counter()
-        recompute = weights is not None and kv == "recompute"
-        emitted = self.retract() if recompute else self._flush(range(len(self._rows)))
-        if weights is not None:
-            self.weights = weights
-            self._slots.invalidate()
+        emitted = self.retract() if kv == "recompute" else self._flush(range(len(self._rows)))
+        self.weights = weights
+        self._slots.invalidate()
         self.version = version
         self.counters.updates += 1
         self.counters.idle_updating_s += time.perf_counter() - began
@@ -306,8 +302,7 @@ class Scheduler:
         """Send the last events of rows, keep their KV for later prompts, and close the gaps."""
         emitted = self._flush(finished, finished)
         for row in sorted(finished, reverse=True):
-            if self._rows.jobs[row].retain:
-                self._keep(row)
+            self._keep(row)
             moved = self._rows.remove(row)
             if moved != row:
                 self._copy(moved, row, 0)
@@ -326,4 +321,4 @@ class Scheduler:
         """Bring what slot ``source`` holds to ``target``, which has the first ``there`` tokens of it."""
         size = int(self._slots.length[source])
         self._kv.copy(source, target, there, size)
-        self._slots.copy(source, target)
+        self._slots.move([source], [target])

@@ -1,18 +1,18 @@
-"""SGLang's HTTP protocol over an :class:`EngineCore`.
+"""The embedded engine behind SGLang's HTTP protocol, as far as this system and its benchmarks speak it.
 
 Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
 service must not), and ``/end_weight_update`` performs the swap and answers with the checksum of what is held.
-Streams are always incremental (disjoint), as SGLang's are with ``--incremental-streaming-output``.
+Answers are always streams, and incremental (disjoint): SGLang's are with ``--incremental-streaming-output``.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import Any, Literal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
 
-import numpy as np
 import orjson
 from aiohttp import web
 from safetensors import SafetensorError
@@ -21,17 +21,62 @@ from safetensors.torch import load as load_safetensors
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
-from system.engine.embedded.weights import Weights, WeightsError
-from system.engine.protocol import Finish
-from system.models.shape import UnsupportedModel
+from system.engine.embedded.weights import WeightsError
+from system.serving import AppServer, serve
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30
 CONTROL_DEADLINE_S = 60.0  # a control call waits for one step at most, which may take seconds
-HEALTH_DEADLINE_S = 20.0
+STOP_S = 30.0  # for the decoding thread to end its step, and again for the server to close
+
+# The decoding thread gives up and retakes the interpreter lock around every torch operation.  At Python's
+# default of 5 ms the HTTP thread would then hold it far longer than a whole decoding step of a small model
+# takes.
+_SWITCH_INTERVAL_S = 1e-4
 
 
-def application(engine: EngineCore) -> web.Application:
+class EmbeddedEngine(EngineCore):
+    """Qwen2/Qwen3-class dense models behind SGLang's HTTP protocol, in this process.
+
+    ``await start()`` serves until ``await stop()``; both belong to one event loop.
+    """
+
+    _server: AppServer | None = None
+    _switch_interval = sys.getswitchinterval()
+
+    async def start(self, host: str | None = None, port: int = 0) -> str:
+        """Start decoding and serving; returns the URL.  Port 0 picks a free one.
+
+        Without a host it binds to loopback; any other address must be asked for by name.
+        """
+        host = "127.0.0.1" if host is None else host
+        if not host:
+            raise ValueError(
+                "an empty host would listen on every interface; name the address (0.0.0.0 if you mean it)"
+            )
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self.begin()
+        try:
+            self._server = await serve(_application(self), host, port)
+        except OSError:
+            await self.stop()
+            raise
+        return self._server.url
+
+    async def stop(self) -> None:
+        """Stop decoding (callers get an error) and serving."""
+        sys.setswitchinterval(self._switch_interval)
+        try:
+            await asyncio.to_thread(self.loop.stop, STOP_S)
+        finally:
+            if self._server is not None:
+                async with asyncio.timeout(STOP_S):
+                    await self._server.close()
+                self._server = None
+
+
+def _application(engine: EngineCore) -> web.Application:
     """The server's routes, bound to one engine."""
     server = _Handlers(engine)
     app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
@@ -45,15 +90,10 @@ def application(engine: EngineCore) -> web.Application:
             web.post("/begin_weight_update", server.begin_update),
             web.post("/update_weights_from_tensor", server.stage),
             web.post("/end_weight_update", server.end_update),
-            web.post("/update_weights_from_disk", server.update_from_disk),
-            web.post("/update_weight_version", server.update_version),
             web.get("/health", server.health),
-            web.get("/health_generate", server.health_generate),
             web.get("/ready", server.ready),
             web.get("/v1/loads", server.loads),
             web.get("/model_info", server.model_info),
-            web.get("/get_server_info", server.info),
-            web.get("/get_model_info", server.model_info),
         ]
     )
     return app
@@ -66,7 +106,7 @@ async def _errors(
     """Say in JSON what was wrong: 400 for the caller's mistakes, 503 for ours."""
     try:
         return await handler(request)
-    except (BadRequest, WeightsError, UnsupportedModel) as error:
+    except (BadRequest, WeightsError) as error:
         return _error(400, str(error))
     except EngineFailed as error:
         return _error(503, f"engine failed: {error}")
@@ -86,76 +126,58 @@ class _Handlers:
     # Generation ----------------------------------------------------------------------------------
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        body = await _json(request)
-        stream = body.get("stream", False)
-        details = bool(body.get("return_logprob", False))
+        """A stream of tokens.  How long it may take to begin is its client's decision: it hangs up."""
         engine = self._engine
         job = parse(
-            body,
+            await _json(request),
             vocab=engine.shape.vocab,
             context=engine.context,
             vocabulary=engine.vocabulary,
             draw_seed=engine.draw_seed,
         )
         queue: asyncio.Queue[Event] = asyncio.Queue()
+        job.deliver = queue.put_nowait
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        )
         try:
-            await self._submit(job, queue)
-            if not stream:
-                return web.json_response(await self._collect(job, queue, details))
-            return await self._stream(request, job, queue, details)
+            if not await _boundary(engine.loop.call(lambda scheduler: scheduler.submit(job))):
+                raise BadRequest(f"rid: {job.rid!r} is already being generated")
+            await response.prepare(request)
+            count, last = 0, False
+            while not last:
+                event = await queue.get()
+                count += len(event.tokens)
+                last = bool(event.finish or event.error)
+                body = orjson.dumps(self._message(job, event, count))
+                await response.write(
+                    b"data: " + body + b"\n\n" + (b"data: [DONE]\n\n" if event.finish else b"")
+                )
+            return response
         finally:
             # After a finished job this finds nothing; after a broken connection it frees the row.
             engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))
 
-    async def _submit(self, job: Job, queue: asyncio.Queue[Event]) -> None:
-        job.deliver = queue.put_nowait
-        if not await _boundary(self._engine.loop.call(lambda scheduler: scheduler.submit(job))):
-            raise BadRequest(f"rid: {job.rid!r} is already being generated")
-
-    async def _stream(
-        self, request: web.Request, job: Job, queue: asyncio.Queue[Event], details: bool
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        )
-        await response.prepare(request)
-        count = 0
-        async for event in _events(queue):
-            count += len(event.tokens)
-            if event.error:
-                await response.write(_sse({"error": {"message": event.error, "code": 503}}))
-                return response
-            message = self._message(job, [event], count, details)
-            await response.write(_sse(message) + (b"data: [DONE]\n\n" if event.finish else b""))
-        await response.write_eof()
-        return response
-
-    async def _collect(self, job: Job, queue: asyncio.Queue[Event], details: bool) -> dict[str, Any]:
-        events = [event async for event in _events(queue)]
-        if events[-1].error:
-            raise EngineFailed(events[-1].error)
-        return self._message(job, events, sum(len(event.tokens) for event in events), details)
-
-    def _message(self, job: Job, events: list[Event], count: int, details: bool) -> dict[str, Any]:
-        """SGLang's result of the tokens in ``events``; spans and counts are over the whole output so far."""
-        tokens = [token for event in events for token in event.tokens]
+    def _message(self, job: Job, event: Event, count: int) -> dict[str, Any]:
+        """What SGLang says of the new tokens in ``event``, which bring the output to ``count``."""
+        if event.error:
+            return {"error": {"message": event.error, "code": 503}}
+        tokens, version = event.tokens, str(event.version)
         meta: dict[str, Any] = {
             "id": job.rid,
-            "finish_reason": _finish_reason(events[-1].finish, count),
+            "finish_reason": {**asdict(event.finish), "length": count} if event.finish else None,
             "prompt_tokens": job.prompt.size,
             "completion_tokens": count,
-            "cached_tokens": events[-1].cached_tokens,
-            "weight_version": str(events[-1].version),
-            "weight_versions": _spans(events, count - len(tokens)),
+            "cached_tokens": event.cached_tokens,
+            "weight_version": version,
+            "weight_versions": [{"version": version, "start": count - len(tokens), "end": count}],
+            "output_token_logprobs": [
+                [value, token, None] for value, token in zip(event.logprob, tokens, strict=True)
+            ],
+            "entropy": event.entropy,
         }
-        if details:
-            logprob = [value for event in events for value in event.logprob]
-            meta["output_token_logprobs"] = [
-                [value, token, None] for value, token in zip(logprob, tokens, strict=True)
-            ]
-            if job.top_p < 1 or job.top_k > 0:
-                meta["output_token_sampling_logprobs"] = [v for event in events for v in event.kept_logprob]
-            meta["entropy"] = [value for event in events for value in event.entropy]
+        if job.top_p < 1 or job.top_k > 0:
+            meta["output_token_sampling_logprobs"] = event.kept_logprob
         vocabulary = self._engine.vocabulary
         return {
             "text": vocabulary.text(tokens) if vocabulary else "",
@@ -166,13 +188,10 @@ class _Handlers:
     # Control -------------------------------------------------------------------------------------
 
     async def abort(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        rid = body.get("rid")
-        if not body.get("abort_all") and not (isinstance(rid, str) and rid):
-            raise BadRequest("rid: expected a request id, or abort_all: true")
-        everything = bool(body.get("abort_all"))
-        command = self._engine.loop.emit(lambda s: s.abort(lambda job: everything or job.rid == rid))
-        ended = await _boundary(command)
+        rid = (await _json(request)).get("rid")
+        if not (isinstance(rid, str) and rid):
+            raise BadRequest("rid: expected a request id")
+        ended = await _boundary(self._engine.loop.emit(lambda s: s.abort(lambda job: job.rid == rid)))
         return web.json_response({"success": True, "aborted": ended})
 
     async def pause(self, request: web.Request) -> web.Response:
@@ -211,44 +230,18 @@ class _Handlers:
         return web.json_response({"success": True, "tensors": len(tensors)})
 
     async def end_update(self, request: web.Request) -> web.Response:
+        """Serve the staged weights from the next token on; answers with the checksum of what is held then."""
         body = await _json(request)
-        version = _version(body, "weight_version")
+        number = str(body.get("weight_version"))
+        if not number.isdecimal() or int(number) >= 2**31:
+            raise BadRequest("weight_version: expected an integer from 0 to 2^31 - 1")
         kv = body.get("kv", self._engine.config.kv_after_update)
         if kv not in ("recompute", "keep"):
             raise BadRequest(f"kv: {kv!r} is neither recompute nor keep")
         async with self._updates:
             weights = await asyncio.to_thread(self._engine.take_staged)
-            return await self._serve(weights, version, kv)
-
-    async def update_from_disk(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        path = body.get("model_path")
-        if not isinstance(path, str) or not path:
-            raise BadRequest("model_path: expected a directory")
-        body.setdefault("weight_version", self._engine.info()["weight_version"])
-        version = _version(body, "weight_version")
-        async with self._updates:
-            weights = await asyncio.to_thread(self._engine.load, Path(path))
-            return await self._serve(weights, version, "recompute")
-
-    async def update_version(self, request: web.Request) -> web.Response:
-        body = await _json(request)
-        version = _version(body, "new_version")
-        async with self._updates:
-            if body.get("abort_all_requests", True):
-                command = self._engine.loop.emit(lambda s: s.abort(lambda job: True, "version changed"))
-                await _boundary(command)
-            await self._swap(None, version, "keep")
-        return web.json_response({"success": True, "new_version": str(version)})
-
-    async def _swap(self, new: Weights | None, version: int, kv: Literal["recompute", "keep"]) -> None:
-        """Serve ``new`` (None: the same weights under a new number) from the next token on."""
-        await _boundary(self._engine.loop.emit(lambda s: s.swap(new, version, kv)))
-
-    async def _serve(self, new: Weights, version: int, kv: Literal["recompute", "keep"]) -> web.Response:
-        """Swap, and answer with the checksum of what is held then."""
-        await self._swap(new, version, kv)
-        version, checksum = await asyncio.to_thread(self._engine.checksum)
+            await _boundary(self._engine.loop.emit(lambda s: s.swap(weights, int(number), kv)))
+            version, checksum = await asyncio.to_thread(self._engine.checksum)
         # A string: JSON numbers above 2^53 do not survive every parser.
         return web.json_response({"success": True, "weight_version": str(version), "checksum": str(checksum)})
 
@@ -259,20 +252,6 @@ class _Handlers:
             return _error(503, f"engine failed: {self._engine.loop.failure}")
         return web.json_response({"status": "ok"})
 
-    async def health_generate(self, request: web.Request) -> web.Response:
-        """Generate one token for real; 503 while paused, as SGLang."""
-        if self._engine.loop.paused:
-            return _error(503, "generation is paused")
-        draw = self._engine.draw_seed
-        job = Job(f"health-{draw()}", np.zeros(1, np.int32), max_new_tokens=1, seed=draw(), retain=False)
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        await self._submit(job, queue)
-        async with asyncio.timeout(HEALTH_DEADLINE_S):
-            async for event in _events(queue):
-                if event.error:
-                    raise EngineFailed(event.error)
-        return web.json_response({"status": "ok"})
-
     async def ready(self, request: web.Request) -> web.Response:
         """503 while paused, as SGLang."""
         if self._engine.loop.paused:
@@ -280,39 +259,17 @@ class _Handlers:
         return await self.health(request)
 
     async def loads(self, request: web.Request) -> web.Response:
-        """SGLang's load report of its one data-parallel rank; our counters come with it."""
-        info = self._engine.info()
-        load = {"dp_rank": 0, "num_running_reqs": info["running"], "num_waiting_reqs": info["waiting"]}
-        load["max_running_requests"] = info["max_running"]
-        return web.json_response({"loads": [{**load, **info["counters"]}]})
-
-    async def info(self, request: web.Request) -> web.Response:
-        return web.json_response(self._engine.info())
+        return web.json_response({"loads": [self._engine.load_report()]})
 
     async def model_info(self, request: web.Request) -> web.Response:
-        info = self._engine.info()
-        return web.json_response(
-            {
-                "model_path": info["model"]["path"],
-                "is_generation": True,
-                "weight_version": str(info["weight_version"]),
-            }
-        )
+        path, version = str(self._engine.path), str(self._engine.version)
+        return web.json_response({"model_path": path, "is_generation": True, "weight_version": version})
 
 
 async def _boundary(future: Any) -> Any:
     """Wait for a command that the decoding thread runs at its next token boundary."""
     async with asyncio.timeout(CONTROL_DEADLINE_S):
         return await asyncio.wrap_future(future)
-
-
-async def _events(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
-    """Events up to the last one.  How long a request may wait is its client's decision: it hangs up."""
-    while True:
-        event = await queue.get()
-        yield event
-        if event.finish or event.error:
-            return
 
 
 async def _json(request: web.Request) -> dict[str, Any]:
@@ -326,40 +283,3 @@ async def _json(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("body: expected a JSON object")
     return body
-
-
-def _version(body: dict[str, Any], name: str) -> int:
-    try:
-        version = int(body[name])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadRequest(f"{name}: expected an integer") from error
-    if not 0 <= version < 2**31:
-        raise BadRequest(f"{name}: expected an integer from 0 to 2^31 - 1")
-    return version
-
-
-def _finish_reason(finish: Finish | None, count: int) -> dict[str, Any] | None:
-    if finish is None:
-        return None
-    detail = {
-        "stop": {"matched": finish.matched},
-        "length": {"length": count},
-        "abort": {"message": finish.message},
-    }
-    return {"type": finish.type, **detail[finish.type]}
-
-
-def _spans(events: list[Event], start: int) -> list[dict[str, Any]]:
-    spans: list[dict[str, Any]] = []
-    for event in events:
-        stop = start + len(event.tokens)
-        if spans and spans[-1]["version"] == str(event.version):
-            spans[-1]["end"] = stop
-        elif stop > start:
-            spans.append({"version": str(event.version), "start": start, "end": stop})
-        start = stop
-    return spans
-
-
-def _sse(message: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(message) + b"\n\n"

@@ -7,9 +7,12 @@ when all of it was computed under the current weights (its *epoch*).
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
+Indices: TypeAlias = NDArray[np.int64] | list[int]
 MIXED = -1  # epoch of a slot that is empty, or whose KV belongs to no single set of weights
 
 
@@ -63,14 +66,10 @@ class SlotTable:
         self.epoch[row] = MIXED
         self.length[row] = 0
 
-    def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+    def move(self, sources: Indices, targets: Indices) -> None:
         """What slot ``sources[i]`` held, ``targets[i]`` holds."""
         for array in (self.tokens, self.length, self.epoch):
             array[targets] = array[sources]
-
-    def copy(self, source: int, target: int) -> None:
-        """Slot ``target`` holds what ``source`` holds."""
-        self.move(np.array([source]), np.array([target]))
 
     def place(self, row: int) -> tuple[int, int]:
         """Cached slot that takes over finished ``row``, and how many of its tokens are there already.

@@ -105,15 +105,13 @@ def _piece_bytes(piece: str | None, level: dict[str, int] | None) -> bytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's reversible map from printable characters to bytes (Radford et al. 2019,
-    ``bytes_to_unicode``).
+    """GPT-2's reversible map from printable characters to bytes (Radford et al. 2019, ``bytes_to_unicode``).
+
+    A byte that is printable in Latin-1 is its own character; the others follow in order from U+0100 on.
     """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    alphabet = {chr(byte): byte for byte in printable}
-    for offset, byte in enumerate(byte for byte in range(256) if byte not in printable):
-        alphabet[chr(256 + offset)] = byte
-    return alphabet
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    characters = sorted(ByteLevel.alphabet())
+    printable = [ord(character) for character in characters if ord(character) < 256]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(characters, [*printable, *others], strict=True))

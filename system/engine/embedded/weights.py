@@ -4,7 +4,7 @@ outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ def check(shape: ModelShape, dtype: torch.dtype, tensors: Mapping[str, Tensor]) 
             raise WeightsError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
 
 
-def check_complete(shape: ModelShape, tensors: Mapping[str, Tensor]) -> None:
+def check_complete(shape: ModelShape, names: Container[str]) -> None:
     """Every tensor of the model must be there: a forgotten one would go on serving old values unnoticed."""
-    missing = [name for name in shape.tensors() if name not in tensors]
+    missing = [name for name in shape.tensors() if name not in names]
     if missing:
         raise WeightsError(
             f"{missing[0]}: missing from the update ({len(missing)} of {len(shape.tensors())} tensors)"
@@ -123,15 +123,16 @@ def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head.weight", weights.head
 
 
-def read_directory(path: str | Path, shape: ModelShape, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of a Hugging Face directory's safetensors files, cast to ``dtype`` and checked."""
+@torch.inference_mode()
+def load(path: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Weights:
+    """What a Hugging Face directory's safetensors files hold, cast to ``dtype`` and checked."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(weight_files(path).values())):
-        with safe_open(Path(path) / file, framework="pt") as reader:
+        with safe_open(path / file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (the reader is not a mapping)
                 if name == "lm_head.weight" and shape.tied:
                     continue  # some exporters write the tied head a second time
                 tensors[name] = reader.get_tensor(name).to(dtype)
     check(shape, dtype, tensors)
     check_complete(shape, tensors)
-    return tensors
+    return fuse(shape, tensors, device)

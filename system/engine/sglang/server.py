@@ -63,11 +63,6 @@ class SglangServer:
             time.sleep(LOOK_S)
         return self.url
 
-    @property
-    def pid(self) -> int:
-        """The supervisor's process; the server is its child."""
-        return self._supervisor.pid
-
     def exited(self) -> int | None:
         """The exit status of a server that has ended, None while it runs."""
         return self._supervisor.poll()

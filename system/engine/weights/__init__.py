@@ -9,9 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from system.config import ConfigError, EngineConfig
-from system.engine.weights.base import Bucket, Buckets, PushFailed, PushReport, Transport, on_this_host
-
-__all__ = ["Bucket", "Buckets", "PushFailed", "PushReport", "Transport", "choose", "make"]
+from system.engine.weights.base import Transport, on_this_host
 
 
 def choose(engine: EngineConfig, urls: list[str]) -> str:

@@ -21,24 +21,17 @@ Outcome = TypeVar("Outcome")
 Kv = Literal["recompute", "keep"]  # what running requests do with the keys and values of the old weights
 
 
-class PushFailed(EngineError):
-    """Some servers did not take new weights; ``failures`` says why, by URL.  The others serve them."""
-
-    def __init__(self, failures: Mapping[str, EngineError], report: PushReport | None = None) -> None:
-        super().__init__("; ".join(str(error) for error in failures.values()))
-        self.failures = dict(failures)
-        self.report = report or PushReport()
-
-
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What one push cost."""
+    """What became of one push, and what it cost."""
 
     bytes: int = 0  # of weights, as the learner sent them
     stage_s: float = 0.0  # gathering, checking and staging, while generation went on
     # URL -> seconds in which it generated nothing, from the call to pause to the answer that it goes on;
     # empty where the server stages by itself and swaps at a token boundary.
     pause_s: Mapping[str, float] = field(default_factory=dict)
+    # URL -> why the server did not take the weights; all others serve them
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 class Transport(Protocol):
@@ -49,14 +42,9 @@ class Transport(Protocol):
 
         The buckets together must hold every tensor of the model, and are read to their end in any case: the
         gather behind them is collective.  Returns once every server has proved by checksum that it holds what
-        was sent, and goes on generating.  Raises :class:`PushFailed` for servers that do not; one that
-        refused the weights by name or shape goes on with its old ones, one that may hold a part of the new
-        ones stands paused.
+        was sent, and goes on generating, or has failed: one that refused the weights by name or shape goes on
+        with its old ones, one that may hold a part of the new ones stands paused.
         """
-        ...
-
-    def close(self) -> None:
-        """Leave process groups and remove files."""
         ...
 
 
@@ -72,14 +60,14 @@ async def each(buckets: Buckets) -> AsyncIterator[Bucket]:
 
 async def outcomes(
     calls: Mapping[str, Awaitable[Outcome]],
-) -> tuple[dict[str, Outcome], dict[str, EngineError]]:
+) -> tuple[dict[str, Outcome], dict[str, str]]:
     """(results, failures) by URL, of one call to each; raises what is no :class:`EngineError`."""
     results: dict[str, Outcome] = {}
-    failures: dict[str, EngineError] = {}
+    failures: dict[str, str] = {}
     done = await asyncio.gather(*calls.values(), return_exceptions=True)
     for url, outcome in zip(calls, done, strict=True):
         if isinstance(outcome, EngineError):
-            failures[url] = outcome
+            failures[url] = str(outcome)
         elif isinstance(outcome, BaseException):
             raise outcome
         else:

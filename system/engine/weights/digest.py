@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from system.engine.checksum import tensor_bytes
 from system.engine.weights.layout import Fuser
 from system.models.shape import ModelShape
 
@@ -42,9 +43,7 @@ class Digests:
 
 def sha256_hash(tensor: Tensor) -> int:
     """First 64 bits of SHA-256 over the tensor's bytes."""
-    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    digest = hashlib.sha256(memoryview(data.numpy())).digest()  # pyright: ignore[reportArgumentType]
-    return int.from_bytes(digest[:8], "big")
+    return int.from_bytes(hashlib.sha256(tensor_bytes(tensor)).digest()[:8], "big")
 
 
 def _gpu_hash(tensor: Tensor) -> int:

@@ -63,7 +63,3 @@ class Disk(Carrier):
                     shutil.rmtree(old)
             self._number += 1
         self._files, self._bytes = {}, 0
-
-    def close(self) -> None:
-        if self._temporary:
-            self._temporary.cleanup()

@@ -97,10 +97,6 @@ class Distributed(Carrier):
         if group := self._groups.pop(url, None):
             dist.destroy_process_group(group.process_group)
 
-    def close(self) -> None:
-        for url in list(self._groups):
-            self.disconnect(url)
-
 
 async def _together(server: PushTarget, ours: Callable[[], Any], theirs: Any) -> Any:
     """Both sides of a collective: ``ours`` in a thread, ``theirs`` asked for by HTTP; returns ours."""

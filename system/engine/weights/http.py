@@ -11,10 +11,9 @@ from typing import Any
 
 from safetensors.torch import save as save_safetensors
 
-from system.engine.checksum import combine, weights_checksum
+from system.engine.checksum import weights_checksum
 from system.engine.control import Body, Http
-from system.engine.protocol import EngineError
-from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, outcomes, size
+from system.engine.weights.base import Bucket, Buckets, Kv, PushReport, each, outcomes, size
 
 
 class SafetensorsHttp:
@@ -23,37 +22,31 @@ class SafetensorsHttp:
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:
-        failures: dict[str, EngineError] = {}
+        failures: dict[str, str] = {}
 
         async def call(path: str, body: Body) -> dict[str, dict[str, Any]]:
             left = [url for url in urls if url not in failures]
-            answers, failed = await outcomes({url: http.post(url, path, body) for url in left})
+            answers, failed = await outcomes({url: http.call(url + path, body) for url in left})
             failures.update(failed)
             return answers
 
         began = time.perf_counter()
         await call("/begin_weight_update", {})
-        sums, sent_bytes = [], 0
+        checksum, sent_bytes = 0, 0
         async for bucket in each(buckets):
-            data, checksum = await asyncio.to_thread(_pack, bucket)
-            sums.append(checksum)
+            data, checksum = await asyncio.to_thread(_pack, bucket, checksum)
             sent_bytes += size(bucket)
             await call("/update_weights_from_tensor", data)
-        report = PushReport(sent_bytes, time.perf_counter() - began)
-        sent = str(combine(sums))
+        staged_s = time.perf_counter() - began
         answers = await call("/end_weight_update", {"weight_version": str(version), "kv": kv})
         for url, answer in answers.items():
             held = answer.get("checksum")
-            if held != sent:
-                failures[url] = EngineError(f"{url}: holds weights with checksum {held}, sent {sent}")
-        if failures:
-            raise PushFailed(failures, report)
-        return report
-
-    def close(self) -> None:
-        pass
+            if held != str(checksum):
+                failures[url] = f"{url}: holds weights with checksum {held}, sent {checksum}"
+        return PushReport(sent_bytes, staged_s, failures=failures)
 
 
-def _pack(bucket: Bucket) -> tuple[bytes, int]:
+def _pack(bucket: Bucket, checksum: int) -> tuple[bytes, int]:
+    """The bucket as safetensors, and the checksum of it and all before it, which was ``checksum``."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in bucket.items()}
-    return save_safetensors(tensors), weights_checksum(tensors.items())
+    return save_safetensors(tensors), weights_checksum(tensors.items(), checksum)

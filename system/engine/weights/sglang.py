@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from system.engine.control import Http
+from system.engine.control import EngineControl, Http
 from system.engine.embedded.weights import WeightsError, check, check_complete
 from system.engine.protocol import EngineError
-from system.engine.weights.base import Bucket, Buckets, Kv, PushFailed, PushReport, each, outcomes, size
+from system.engine.weights.base import Bucket, Buckets, Kv, PushReport, each, outcomes, size
 from system.engine.weights.digest import Digests
 from system.engine.weights.layout import ShardError
 from system.models.files import DTYPES
@@ -29,22 +27,13 @@ from system.models.shape import ModelShape
 _PAUSE_MODES: dict[Kv, str] = {"recompute": "retract", "keep": "in_place"}
 
 
-@dataclass(frozen=True, slots=True)
-class PushTarget:
+@dataclass(slots=True)
+class PushTarget(EngineControl):
     """One SGLang server as a transport sees it."""
 
-    url: str
     tp: int
     device: str  # cpu | cuda
     incarnation: str  # another one after each start of the server
-    http: Http
-
-    async def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """Raises :class:`EngineError`, also where SGLang reports a failure with status 200."""
-        answer = await self.http.post(self.url, path, body)
-        if answer.get("success") is False:
-            raise EngineError(f"{self.url}{path}: {answer.get('message')}")
-        return answer
 
 
 class Carrier:
@@ -89,9 +78,6 @@ class Carrier:
         """Drop what is staged."""
         self._staged = []
 
-    def close(self) -> None:
-        self.clear()
-
 
 class SGLangTransport:
     """The order of one update, by whatever :class:`Carrier`.
@@ -114,7 +100,7 @@ class SGLangTransport:
         try:
             staged_s = time.perf_counter() - began
             if refused is not None:
-                failures |= {url: EngineError(f"{url}: not sent: {refused}") for url in urls}
+                failures |= {url: f"{url}: not sent: {refused}" for url in urls}
             left = [] if refused else servers
             pauses, failed = await outcomes(
                 {s.url: self._update(s, version, kv, digests[s.tp, s.device]) for s in left}
@@ -123,30 +109,23 @@ class SGLangTransport:
             await asyncio.to_thread(self.carrier.clear)
         for url in failed:
             self.carrier.disconnect(url)
-        failures |= failed
-        report = PushReport(sent_bytes, staged_s, pauses)
-        if failures:
-            raise PushFailed(failures, report)
-        return report
-
-    def close(self) -> None:
-        self.carrier.close()
+        return PushReport(sent_bytes, staged_s, pauses, failures | failed)
 
     # Before the pause ----------------------------------------------------------------------------
 
     async def _look(
         self, http: Http, urls: Sequence[str], kv: Kv
-    ) -> tuple[list[PushTarget], dict[tuple[int, str], Digests], dict[str, EngineError]]:
+    ) -> tuple[list[PushTarget], dict[tuple[int, str], Digests], dict[str, str]]:
         """What the servers are, empty digests for every kind (ranks, device) of them, and why some cannot be
         updated at all.
         """
         digests: dict[tuple[int, str], Digests] = {}
 
         async def look(url: str) -> PushTarget:
-            info = await http.get(url, "/server_info")
+            info = await http.call(f"{url}/server_info")
             try:
                 about = int(info["tp_size"]), str(info["device"]), str(info["startup_time"])
-                server = PushTarget(url, *about, http)
+                server = PushTarget(url, http, *about)
                 dp = int(info.get("dp_size") or 1)
             except (KeyError, TypeError, ValueError) as error:
                 raise EngineError(f"{url}/server_info: not as SGLang answers: {error!r}") from error
@@ -177,7 +156,7 @@ class SGLangTransport:
         are looked at here.
         """
         refused: WeightsError | None = None
-        seen: dict[str, torch.Tensor] = {}
+        seen: set[str] = set()
         sent_bytes = 0
 
         def take(bucket: Bucket) -> None:
@@ -188,7 +167,7 @@ class SGLangTransport:
 
         async for bucket in each(buckets):
             sent_bytes += size(bucket)
-            seen.update((name, tensor.new_empty(0)) for name, tensor in bucket.items())
+            seen.update(bucket)
             if refused is None and bucket:
                 try:
                     await asyncio.to_thread(take, bucket)
@@ -231,13 +210,10 @@ async def _prove(server: PushTarget, expected: Digests) -> None:
     if len(held) != server.tp:
         raise EngineError(f"{server.url}: {len(held)} ranks reported checksums, expected {server.tp}")
     for rank, (theirs, ours) in enumerate(zip(held, expected.ranks, strict=True)):
-        if wrong := _first_difference(theirs["checksums"], ours):
-            raise EngineError(f"{server.url}: rank {rank} does not hold what was sent: {wrong}")
-
-
-def _first_difference(held: Mapping[str, str], sent: Mapping[str, str]) -> str:
-    """Names the first parameter that differs; empty when none does."""
-    for name in sorted({*held, *sent}):
-        if held.get(name) != sent.get(name):
-            return f"{name} has checksum {held.get(name, 'none')}, sent {sent.get(name, 'none')}"
-    return ""
+        for name in sorted({*theirs["checksums"], *ours}):
+            has, sent = theirs["checksums"].get(name, "none"), ours.get(name, "none")
+            if has != sent:
+                raise EngineError(
+                    f"{server.url}: rank {rank} does not hold what was sent: {name} has checksum {has}, "
+                    f"sent {sent}"
+                )

@@ -47,6 +47,13 @@ class Subject:
     async def info(self) -> EngineInfo:
         return (await self.client.infos())[0]
 
+    async def load(self, model: TinyModel, version: int, **more: Any) -> None:
+        """Bring the server to other weights: by a push, or as only SGLang does by their directory."""
+        if self.name == "embedded":
+            await self.client.push_weights([model.weights()], version)
+        else:
+            await self.client.update_weights_from_disk(str(model.path), version, **more)
+
 
 @pytest.fixture(params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
 async def subject(
@@ -163,7 +170,7 @@ async def test_top_tokens_bound_the_entropy(sglang_url: str) -> None:
         "return_logprob": True,
         "top_logprobs_num": 20,
     }
-    meta = (await client._http.post(sglang_url, "/generate", body, 60))["meta_info"]
+    meta = (await client._http.call(f"{sglang_url}/generate", body, 60))["meta_info"]
     await client.close()
     top = [[entry[0] for entry in row] for row in meta["output_top_logprobs"]]
     low, high = entropy_bounds(top, VOCAB)
@@ -302,7 +309,7 @@ async def test_pause_abort_ends_everything(subject: Subject) -> None:
 async def test_every_token_carries_the_version_that_made_it(
     subject: Subject, tiny: Callable[..., TinyModel]
 ) -> None:
-    """Weights from disk in the middle of generation: each token equals the model of its version."""
+    """New weights in the middle of generation: each token equals the model of its version."""
     new = tiny("qwen3", False, 1)
     prompts = [prompt(20 + i, i) for i in range(4)]
     growing = [Growing(subject.client, request(f"u{i}", p, 300)) for i, p in enumerate(prompts)]
@@ -310,7 +317,7 @@ async def test_every_token_carries_the_version_that_made_it(
         await each.begun()
     await subject.client.pause("retract")
     try:
-        await subject.client.update_weights_from_disk(str(new.path), 7)
+        await subject.load(new, 7)
     finally:
         await subject.client.resume()
     assert (await subject.info()).weight_version == 7
@@ -338,7 +345,7 @@ async def test_a_prefix_of_old_weights_is_never_served_as_new(
     assert again.cached_tokens == len(ids) - 1
     await subject.client.pause("in_place")
     try:
-        await subject.client.update_weights_from_disk(str(new.path), 8, flush_cache=False)
+        await subject.load(new, 8, flush_cache=False)
     finally:
         await subject.client.resume()
     fresh = joined(await collect(subject.client, request("fresh", ids, 30)))
