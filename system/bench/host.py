@@ -36,6 +36,7 @@ from system.rollout.branching import Arpo
 from system.rollout.context import RolloutContext
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.tags import TagSyntax
+from system.rollout.tree_rollout import TreeRollout
 from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ServiceLimits, ToolService
@@ -197,7 +198,7 @@ async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load
 
     async def one(number: int) -> None:
         prompt = Prompt(f"p{number}", ({"role": "user", "content": "Q: Bob Stone 's home ?"},), ())
-        tree = await context.plant(prompt, seed=number).run()
+        tree = await TreeRollout(context, prompt, seed=number).run()
         counts.trees += 1
         counts.forks += sum(decision.forks for decision in tree.forks)
 

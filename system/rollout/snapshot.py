@@ -101,8 +101,8 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
             spent_s=fields["spent_s"],
         )
         temperature, seed = fields["temperature"], fields["seed"]
-        return context.plant(
-            prompt, seed=seed, ticket=ticket, n=growth.budget, temperature=temperature, begun=begun
+        return TreeRollout(
+            context, prompt, seed=seed, ticket=ticket, n=growth.budget, temperature=temperature, begun=begun
         )
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error

@@ -1,6 +1,15 @@
-"""One tree while it grows: its budget, its branches as tasks, their segments, forks and tool calls.
+"""The rollout: one tree from a prompt, one asyncio task per live branch.
 
-Planted by :class:`system.rollout.context.RolloutContext`, which says what the budget is.
+A branch generates until it stops; if it stopped at a tool call the tool runs, its answer is appended, and
+the branch generates on.  Tokens stream in with their entropies, so once the k-th token after a tool's answer
+is there the policy decides; a fork is a new task at the end of that TOOL node, while the parent's
+generation, which no one stopped, goes on.
+
+The budget is exact: roots + forks + top-ups == n at every normal close.  N roots start together, forks draw
+on n - N, and as soon as no live branch can bring another fork the rest starts as fresh roots, all at once.
+
+That is the barrier-free schedule, in which nobody waits for anybody; ``rollout.schedule: lockstep`` is the
+baseline (:mod:`system.rollout.schedule`).
 """
 
 from __future__ import annotations
@@ -12,7 +21,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -20,12 +29,12 @@ import numpy as np
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
 from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
-from system.rollout.branching import Policy, Probe, TreeState
+from system.rollout.branching import Never, Probe, TreeState
+from system.rollout.context import RolloutContext
 from system.rollout.encode import decode, encode_prompt
 from system.rollout.entropy_probe import EntropyProbe
-from system.rollout.parts import RolloutParts
 from system.rollout.reward import BranchView
-from system.rollout.schedule import Schedule
+from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
@@ -67,37 +76,47 @@ class Begun:
     spent_s: float  # of the tree's deadline
 
 
-@dataclass(eq=False, kw_only=True)
 class TreeRollout:
-    """One tree, from its planting to its close in :meth:`run`, once.
+    """One tree, from its planting to its close in :meth:`run`, once."""
 
-    :meth:`system.rollout.context.RolloutContext.plant` makes it.
-    """
-
-    parts: RolloutParts
-    prompt: Prompt
-    policy: Policy
-    schedule: Schedule
-    budget: int
-    temperature: float
-    seed: int
-    ticket: int | str
-    begun: InitVar[Begun | None] = None
-
-    def __post_init__(self, begun: Begun | None) -> None:
-        parts, prompt = self.parts, self.prompt
-        self.config, self.resumed = parts.config, begun is not None
+    def __init__(
+        self,
+        context: RolloutContext,
+        prompt: Prompt,
+        *,
+        seed: int,
+        ticket: int | str = "",
+        n: int | None = None,
+        greedy: bool = False,
+        temperature: float | None = None,
+        begun: Begun | None = None,
+    ) -> None:
+        """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
+        draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
+        engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``begun``: what it has come
+        to already (see :mod:`system.rollout.snapshot`); None for a new one.
+        """
+        config = context.config
+        self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
+        self.policy = Never(context.policy.probe_tokens) if greedy else context.policy
+        self.schedule = BarrierFree() if greedy else context.schedule
+        self.budget = n if n is not None else 1 if greedy else config.leaves
+        if temperature is None:
+            temperature = 0.0 if greedy else config.temperature
+        self.temperature = temperature
+        self.resumed = begun is not None
         if begun is None:
-            tokens = encode_prompt(parts.tokenizer, prompt.messages)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=parts.now())
+            tokens = encode_prompt(context.tokenizer, prompt.messages)
+            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
             begun = Begun(growth, Counter(), {}, [], dict.fromkeys(CAUSES, 0.0), [], 0.0)
         self.growth = begun.growth
         self.started, self.live = begun.started, begun.live
         self.ended = begun.ended  # in the order of the growth's leaves
         self.seconds, self.errors, self.spent_s = begun.seconds, begun.errors, begun.spent_s
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
-        self.log_vocab = math.log(parts.vocab_size)
-        self.call_limit = self.config.call_limit if parts.tools.specs else 0
+        self.log_vocab = math.log(context.vocab_size)
+        self.call_limit = config.call_limit if context.tools.specs else 0
         self.group = asyncio.TaskGroup()
 
     async def run(self) -> Tree:
@@ -276,19 +295,19 @@ class TreeRollout:
                 temperature=self.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
-                stop=self.parts.syntax.stops,
+                stop=self.context.syntax.stops,
                 seed=branch.seed,
             ),
             route=f"{self.prompt.id}:{self.ticket}",
             parent=branch.request,
-            said=decode(self.parts.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
+            said=decode(self.context.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
         )
         branch.request = request.rid
         clock = Stopwatch(self.seconds, "waiting")
         deadline = asyncio.timeout(config.generate_deadline_s)
         try:
             async with deadline:
-                stream = cast(AsyncGenerator[Chunk, None], self.parts.engine.generate(request))
+                stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
                 async with aclosing(stream):
                     async for chunk in stream:
                         clock.switch("engine")
@@ -309,7 +328,7 @@ class TreeRollout:
 
     def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
         """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
-        text = decode(self.parts.tokenizer, self.growth.path_tokens(branch.node)[begin:])
+        text = decode(self.context.tokenizer, self.growth.path_tokens(branch.node)[begin:])
         branch.segments = (*branch.segments, (kind, text))
 
     # Forks
@@ -354,7 +373,7 @@ class TreeRollout:
         if not branch.calling:
             branch.calls += 1
             branch.calling = True
-        call = self.parts.syntax.parse(branch.segments[-1][1])
+        call = self.context.syntax.parse(branch.segments[-1][1])
         match call:
             case ParsedCall(tool, arguments):
                 outcome = await self._run_tool(branch, tool, arguments)
@@ -365,7 +384,7 @@ class TreeRollout:
         begin = self.growth.depth(branch.node)
         await self._wait(self.schedule.meet(branch))
         node = self.growth.node(branch.node, Kind.TOOL)
-        self.growth.extend(node, self.parts.encode_result(outcome.text, self._room(branch)))
+        self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
         self.growth.call(
             ToolCall(
                 node,
@@ -388,7 +407,7 @@ class TreeRollout:
         clock = Stopwatch(self.seconds, "tool")
         context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
         try:
-            return await self.parts.tools.call(tool, arguments, context)
+            return await self.context.tools.call(tool, arguments, context)
         except Exception as error:  # the service promises not to raise; if it does, the agent still goes on
             log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
             return ToolOutcome(
@@ -406,7 +425,7 @@ class TreeRollout:
                 parts.append(None)
                 continue
             view = BranchView(branch.segments, outcome, branch.tools)
-            score = self.parts.reward.score(self.prompt, view)
+            score = self.context.reward.score(self.prompt, view)
             self.growth.score(leaf, score.value, score.correct)
             parts.append(score.parts)
         self.growth.meta.update(
@@ -418,4 +437,4 @@ class TreeRollout:
             parts=parts,
             errors=self.errors,
         )
-        return self.growth.close(self.parts.now())
+        return self.growth.close(self.context.now())

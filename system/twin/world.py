@@ -18,8 +18,9 @@ from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
 from system.rollout.branching import make_policy
-from system.rollout.context import RolloutContext, RolloutFailed
+from system.rollout.context import RolloutContext
 from system.rollout.syntax.tags import TagSyntax
+from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tools.service import ServiceLimits
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
@@ -201,7 +202,7 @@ class Twin:
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
-            tree = await self.context.plant(prompt, ticket=ticket.number, seed=seed).run()
+            tree = await TreeRollout(self.context, prompt, ticket=ticket.number, seed=seed).run()
         except RolloutFailed as failure:
             raise TreeLost(failure.reason) from failure
         finally:

@@ -12,7 +12,7 @@ import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, EntropyUnknown, Never, Random
-from system.rollout.context import RolloutFailed
+from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.twin.clock import run
@@ -22,7 +22,7 @@ ANSWER = "<think> so </think> <answer> \\boxed{ me } </answer>"
 
 
 def grow(world: World, **options: Any) -> Tree:
-    return run(world.context.plant(PROMPT, **({"seed": 1} | options)).run())
+    return run(TreeRollout(world.context, PROMPT, **({"seed": 1} | options)).run())
 
 
 def one_call(text: str, rng: np.random.Generator) -> Segment:
@@ -68,13 +68,13 @@ def test_without_forks_the_rest_is_topped_up_at_once() -> None:
     assert len(world.tools.calls) == 16
 
     async def duration() -> float:
-        await world.context.plant(PROMPT, seed=1).run()
+        await TreeRollout(world.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time()
 
     alone = make_world(one_call, policy=Random(4, 0.0), leaves=4, roots=4)
 
     async def duration_alone() -> float:
-        await alone.context.plant(PROMPT, seed=1).run()
+        await TreeRollout(alone.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time()
 
     assert run(duration()) < 2 * run(duration_alone()) + 1e-6
@@ -92,7 +92,7 @@ def test_top_ups_start_while_unforkable_branches_still_write() -> None:
     )
 
     async def main() -> tuple[float, Tree]:
-        tree = await world.context.plant(PROMPT, seed=1).run()
+        tree = await TreeRollout(world.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time(), tree
 
     seconds, tree = run(main())
@@ -104,7 +104,7 @@ def test_no_tools_means_no_waiting_for_forks() -> None:
     world = make_world(never_calls, leaves=6, roots=2, call_limit=0)
 
     async def main() -> tuple[float, Tree]:
-        tree = await world.context.plant(PROMPT, seed=1).run()
+        tree = await TreeRollout(world.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time(), tree
 
     seconds, tree = run(main())
@@ -403,7 +403,7 @@ def test_cancellation_at_any_time_leaves_no_task_behind(seed: int) -> None:
     )
 
     async def main() -> None:
-        growing = asyncio.ensure_future(world.context.plant(PROMPT, seed=seed).run())
+        growing = asyncio.ensure_future(TreeRollout(world.context, PROMPT, seed=seed).run())
         await asyncio.sleep(float(rng.random() * 6))
         growing.cancel()
         await asyncio.gather(growing, return_exceptions=True)
@@ -423,7 +423,7 @@ def test_a_bug_in_one_branch_ends_the_tree_and_every_task() -> None:
 
     async def main() -> None:
         with pytest.raises(ZeroDivisionError, match="a bug"):
-            await world.context.plant(PROMPT, seed=1).run()
+            await TreeRollout(world.context, PROMPT, seed=1).run()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run(main())

@@ -14,6 +14,7 @@ from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.rewards.arpo import ArpoReward
 from system.rollout.syntax.tags import TagSyntax
+from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
 from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
@@ -77,7 +78,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
             )
-            grown = await context.plant(demo.prompt, seed=0, greedy=True).run()
+            grown = await TreeRollout(context, demo.prompt, seed=0, greedy=True).run()
             tree = demonstration_tree(demo, tokenizer)
             for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
                 np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)
