@@ -188,9 +188,9 @@ def escape(value: Any) -> Any:
 TASKS = Registry(
     "task.name",
     {
-        "quickstart": "system.tasks.registry:quickstart",
-        "jsonl": "system.tasks.jsonl:JsonlTask.from_config",
-        "reasoning-gym": "system.tasks.reasoning:ReasoningTask.from_config",
+        "quickstart": "system.tasks.quickstart:QuickstartTask",
+        "jsonl": "system.tasks.jsonl:JsonlTask",
+        "reasoning-gym": "system.tasks.reasoning:ReasoningTask",
     },
     given=("config",),
 )

@@ -25,24 +25,3 @@ def task_reward(config: Config) -> Reward:
     if not hasattr(task, "score"):
         raise ConfigError(f"reward.name=task, but the task {task.name!r} has no score(prompt, branch)")
     return cast(Reward, task)
-
-
-def quickstart(config: Config, right: float = 0.4, slip: float = 0.45) -> Task:
-    """``right``, ``slip``: the chances of the expert whose demonstrations warm the model up."""
-    from system.tasks.quickstart import QuickstartTask  # slow imports
-    from system.tasks.quickstart.expert import Skill
-
-    try:
-        skill = Skill(right, slip)
-    except ValueError as error:
-        raise ConfigError(f"task.options: {error}") from error
-    try:
-        return QuickstartTask(
-            seed=config.run.seed,
-            train_size=config.task.train_size,
-            eval_size=config.task.eval_size,
-            search_top_k=config.tools.search_top_k,
-            skill=skill,
-        )
-    except ValueError as error:
-        raise ConfigError(f"task.train_size, task.eval_size: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from system.config import RolloutConfig, ToolsConfig
+from system.config import Config, RolloutConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
@@ -52,7 +52,9 @@ class Replay:
 
 async def test_demonstrations_are_token_for_token_what_the_grower_makes():
     """Real search server, real sandbox, real syntax: every demonstration replayed comes out as its tree."""
-    task = QuickstartTask(seed=0, train_size=10, eval_size=50)
+    config = Config()
+    config.task.train_size, config.task.eval_size, config.tools.search_top_k = 10, 50, 2
+    task = QuickstartTask(config)
     tokenizer = task.tokenizer()
     search = await serve(search_server.create_app(SearchIndex.build(Document(**d) for d in task.corpus())))
     try:
@@ -60,9 +62,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
     except SandboxUnavailable as error:
         await search.close()
         pytest.skip(str(error))
-    tools = build_tools(
-        ToolsConfig(search_top_k=task.search_top_k), {"search": search.url, "python": python.url}
-    )
+    tools = build_tools(config.tools, {"search": search.url, "python": python.url})
     right = 0
     try:
         demos = task.demonstrations(24, 0)

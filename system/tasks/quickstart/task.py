@@ -8,6 +8,7 @@ from functools import cache, cached_property
 
 from transformers import PreTrainedTokenizerFast
 
+from system.config import Config
 from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import questions, vocabulary
@@ -22,14 +23,13 @@ class QuickstartTask:
 
     name = "quickstart"
 
-    def __init__(
-        self, seed: int, train_size: int, eval_size: int, search_top_k: int = 2, skill: Skill | None = None
-    ) -> None:
-        """``search_top_k``: results per search, as the search tool is configured (for demonstrations)."""
-        self.seed, self.train_size, self.eval_size = seed, train_size, eval_size
-        self.search_top_k = search_top_k
-        self.skill = skill or Skill()
-        self.world: GeneratedWorld = generate(seed)
+    def __init__(self, config: Config, right: float = 0.4, slip: float = 0.45) -> None:
+        """``right``, ``slip``: the chances of the expert whose demonstrations warm the model up."""
+        self.seed = config.run.seed
+        self.train_size, self.eval_size = config.task.train_size, config.task.eval_size
+        self.search_top_k = config.tools.search_top_k  # for demonstrations
+        self.skill = Skill(right, slip)
+        self.world: GeneratedWorld = generate(self.seed)
 
     @cached_property
     def _held_out(self) -> list[questions.Question]:
