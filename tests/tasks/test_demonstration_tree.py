@@ -20,7 +20,7 @@ from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
 from system.tasks.quickstart import QuickstartTask, vocabulary
 from system.tools import python_server, search_server
-from system.tools.sandbox.sandbox import SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 from system.tools.search_index import Document, SearchIndex
 from system.tools.service import build_tools
 from system.tree.prompt import Prompt
@@ -58,7 +58,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
     tokenizer = task.tokenizer()
     search = await serve(search_server.create_app(SearchIndex.build(Document(**d) for d in task.corpus())))
     try:
-        python = await serve(python_server.create_app())
+        python = await serve(python_server.create_app(Sandbox()))
     except SandboxUnavailable as error:
         await search.close()
         pytest.skip(str(error))
