@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from system.bench.processes import cpu_s, server
 from system.bench.report import Report
 from system.bench.stub_engine import Script
-from system.config import RolloutConfig
+from system.config import RolloutConfig, ToolsConfig
 from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
 from system.rollout import process
@@ -39,7 +39,7 @@ from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
 from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.service import ServiceLimits, ToolService
+from system.tools.service import ToolService
 from system.tree.prompt import Prompt
 from system.twin.agent import AnswerReward
 from system.twin.dist import ToolLatency
@@ -159,7 +159,7 @@ async def measure(load: Load) -> dict[str, Any]:
     async with stub(make_plan(load)) as (url, engine):
         tools = ToolService(
             [_Search(ToolLatency(load.tool_s, 1.0), counts)],
-            ServiceLimits(concurrency=load.branches, deadline_s=60),
+            ToolsConfig(concurrency=load.branches, deadline_s=60),
         )
         client = EnginePool([url], deadline_s=120, in_flight=load.branches)
         live = _LiveBranches()
