@@ -26,7 +26,7 @@ from system.tree.stats import TreeStats
 Decode = Callable[[NDArray[np.int32]], str]
 """Token ids [k] to text, special tokens included."""
 
-_T = TypeVar("_T", ToolCall, ForkDecision)
+T = TypeVar("T")
 
 _STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
 _STATUS_STYLE = {"ok": "green"}  # any other status is red
@@ -53,13 +53,10 @@ class View:
 
 def outline(tree: Tree, view: View) -> RenderableType:
     """The tree, ready for ``rich.console.Console.print``."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for node, parent in enumerate(tree.parent.tolist()):
-        children[parent].append(node)
-    leaves: dict[int, list[int]] = defaultdict(list)
-    for number, node in enumerate(tree.leaf.tolist()):
-        leaves[node].append(number)
-    calls, forks = _by_node(tree.calls), _by_node(tree.forks)
+    children = _by_node((parent, node) for node, parent in enumerate(tree.parent.tolist()))
+    leaves = _by_node((node, leaf) for leaf, node in enumerate(tree.leaf.tolist()))
+    calls = _by_node((call.node, call) for call in tree.calls)
+    forks = _by_node((fork.node, fork) for fork in tree.forks)
 
     def lines(node: int) -> list[Text]:
         shown = [_node_line(tree, node, calls[node], view)]
@@ -249,10 +246,10 @@ def _shorten(text: str, view: View) -> str:
     return f"{text[: view.text_limit - tail].rstrip()} … {text[-tail:].lstrip()}"
 
 
-def _by_node(items: Iterable[_T]) -> dict[int, list[_T]]:
-    found: dict[int, list[_T]] = defaultdict(list)
-    for item in items:
-        found[item.node].append(item)
+def _by_node(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
+    found: dict[int, list[T]] = defaultdict(list)
+    for node, item in pairs:
+        found[node].append(item)
     return found
 
 

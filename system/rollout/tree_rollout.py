@@ -133,7 +133,8 @@ class TreeRollout:
                 for branch in self.live.values():
                     self._spawn(branch)
                 if not self.resumed:
-                    self._start_roots()
+                    roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
+                    self._start_roots(roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -157,14 +158,10 @@ class TreeRollout:
     def _remaining(self) -> int:
         return self.budget - self.started.total()
 
-    def _start_roots(self) -> None:
-        roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
-        for _ in range(roots):
-            self._start_root(Origin.ROOT)
-
-    def _start_root(self, origin: Origin) -> None:
-        key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-        self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
+    def _start_roots(self, count: int, origin: Origin) -> None:
+        for _ in range(count):
+            key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
+            self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
 
     def _start_fork(self, parent: Branch, node: int) -> None:
         """A sibling of what ``parent`` has written since ``node``."""
@@ -192,8 +189,8 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what the schedule lets start of the rest of the budget as fresh roots."""
-        for _ in range(self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)):
-            self._start_root(Origin.TOP_UP)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)
+        self._start_roots(count, Origin.TOP_UP)
 
     # One branch
 
@@ -373,14 +370,11 @@ class TreeRollout:
         if not branch.calling:
             branch.calls += 1
             branch.calling = True
-        call = self.context.syntax.parse(branch.segments[-1][1])
-        match call:
+        match self.context.syntax.parse(branch.segments[-1][1]) or MalformedCall("no tool call"):
             case ParsedCall(tool, arguments):
                 outcome = await self._run_tool(branch, tool, arguments)
             case MalformedCall(reason):
                 tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, f"Error: {reason}")
-            case None:
-                tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, "Error: no tool call")
         begin = self.growth.depth(branch.node)
         await self._wait(self.schedule.meet(branch))
         node = self.growth.node(branch.node, Kind.TOOL)
