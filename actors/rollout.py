@@ -6,6 +6,8 @@ import asyncio
 from typing import Any
 
 from system import config as configuration
+from system.rollout import process
+from system.rollout.context import build_context
 from system.rollout.snapshot import can_freeze, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.prompt import Prompt
@@ -17,9 +19,6 @@ class RolloutWorker:
     """Restarted by Ray when it dies; the trees it was growing go back to pending and are grown again."""
 
     def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
-        from system.rollout import process
-        from system.rollout.build import build_context
-
         process.prepare()
         settings = configuration.from_dict(config)
         self._context, self._tools, self._engine = build_context(settings, model, engines, tools)

@@ -188,7 +188,7 @@ def escape(value: Any) -> Any:
 TASKS = Registry(
     "task.name",
     {
-        "quickstart": "system.tasks.quickstart:QuickstartTask",
+        "quickstart": "system.tasks.quickstart.task:QuickstartTask",
         "jsonl": "system.tasks.jsonl:JsonlTask",
         "reasoning-gym": "system.tasks.reasoning:ReasoningTask",
     },
@@ -199,7 +199,7 @@ REWARDS = Registry(
     {
         "arpo": "system.rollout.rewards.arpo:ArpoReward",
         "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
-        "task": "system.tasks.registry:task_reward",
+        "task": "system.tasks.base:task_reward",
     },
     offered=("config",),
 )

@@ -49,11 +49,6 @@ class TreeState:
     calls: int  # tool calls on this branch's path
     call_limit: int
 
-    @property
-    def remaining(self) -> int:
-        """Branches that may still be started."""
-        return self.budget - self.started
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:

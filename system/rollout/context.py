@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from system.config import RolloutConfig
+from system.config import Config, RolloutConfig
+from system.engine.entropy import TopEntropy
+from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
-from system.rollout.branching import Policy
+from system.plugins import REWARDS, SYNTAXES
+from system.rollout.branching import Policy, make_policy
 from system.rollout.encode import Tokenizer, encode_text
 from system.rollout.reward import Reward
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.syntax.base import Syntax
 from system.tools.outcome import Tools
+from system.tools.service import ToolService, build_tools
 from system.tree.record import Int32
 
 CHARS_PER_TOKEN = 32  # a tool's answer is cut to this many characters per allowed token before it is encoded
@@ -58,3 +62,35 @@ class RolloutContext:
         before, after = self._wrapping
         inner = encode_text(self.tokenizer, text[: limit * CHARS_PER_TOKEN], trusted=False)
         return np.concatenate([before, inner[: limit - before.size - after.size], after])[:room]
+
+
+def build_context(
+    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
+) -> tuple[RolloutContext, ToolService, EnginePool]:
+    """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
+    ``tools`` (tool -> URL).
+
+    ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
+    """
+    from transformers import AutoTokenizer  # slow import
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
+    syntax = config.rollout.syntax
+    engine = EnginePool(
+        list(engines),
+        deadline_s=config.rollout.generate_deadline_s,
+        in_flight=config.engine.in_flight,
+        estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
+    )
+    context = RolloutContext(
+        engine=engine,
+        tools=service,
+        syntax=SYNTAXES.make(syntax.name, syntax.options, service.specs),
+        policy=make_policy(config.branching),
+        reward=REWARDS.make(config.reward.name, config.reward.options, config=config),
+        tokenizer=tokenizer,
+        config=config.rollout,
+        vocab_size=len(tokenizer),
+    )
+    return context, service, engine

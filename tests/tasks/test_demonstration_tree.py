@@ -18,7 +18,8 @@ from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
 from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
-from system.tasks.quickstart import QuickstartTask, vocabulary
+from system.tasks.quickstart import vocabulary
+from system.tasks.quickstart.task import QuickstartTask
 from system.tools import python_server, search_server
 from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 from system.tools.search_index import Document, SearchIndex

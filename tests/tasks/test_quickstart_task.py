@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from system.config import Config
-from system.tasks.quickstart import QuickstartTask, questions, vocabulary
+from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill
+from system.tasks.quickstart.task import QuickstartTask
 from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, generate
 from system.tools.search_index import Document, SearchIndex
 
