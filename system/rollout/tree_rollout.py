@@ -21,7 +21,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -63,19 +62,6 @@ class RolloutFailed(EspalierError, RuntimeError):
         return f"tree of prompt {self.prompt_id!r}: {self.reason}: {self.detail}"
 
 
-@dataclass
-class Begun:
-    """What a tree has come to before the run was resumed.  Its live branches go on."""
-
-    growth: TreeBuilder
-    started: Counter[Origin]
-    live: dict[tuple[int, ...], Branch]
-    ended: list[tuple[Branch, Outcome]]
-    seconds: dict[str, float]
-    errors: list[str]
-    spent_s: float  # of the tree's deadline
-
-
 class TreeRollout:
     """One tree, from its planting to its close in :meth:`run`, once."""
 
@@ -89,13 +75,13 @@ class TreeRollout:
         n: int | None = None,
         greedy: bool = False,
         temperature: float | None = None,
-        begun: Begun | None = None,
+        growth: TreeBuilder | None = None,
     ) -> None:
         """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
         draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
         engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
-        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``begun``: what it has come
-        to already (see :mod:`system.rollout.snapshot`); None for a new one.
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``growth``: what was built
+        before the run was resumed (see :mod:`system.rollout.snapshot`); None for a new tree.
         """
         config = context.config
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
@@ -105,15 +91,16 @@ class TreeRollout:
         if temperature is None:
             temperature = 0.0 if greedy else config.temperature
         self.temperature = temperature
-        self.resumed = begun is not None
-        if begun is None:
+        self.resumed = growth is not None
+        if growth is None:
             tokens = encode_prompt(context.tokenizer, prompt.messages)
             growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
-            begun = Begun(growth, Counter(), {}, [], dict.fromkeys(CAUSES, 0.0), [], 0.0)
-        self.growth = begun.growth
-        self.started, self.live = begun.started, begun.live
-        self.ended = begun.ended  # in the order of the growth's leaves
-        self.seconds, self.errors, self.spent_s = begun.seconds, begun.errors, begun.spent_s
+        self.growth = growth
+        self.started: Counter[Origin] = Counter()
+        self.live: dict[tuple[int, ...], Branch] = {}
+        self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
+        self.seconds, self.errors = dict.fromkeys(CAUSES, 0.0), list[str]()
+        self.spent_s = 0.0  # of the deadline, before the run was resumed
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
         self.log_vocab = math.log(context.vocab_size)
         self.call_limit = config.call_limit if context.tools.specs else 0
