@@ -32,9 +32,7 @@ class Totals:
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
-    weights: dict[str, float] = field(
-        default_factory=dict
-    )  # of pushes to engines: see ``Recorder.weights_pushed``
+    weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
     wall_s: float = 0.0  # of earlier sessions
 
     def summary(self) -> dict[str, Any]:

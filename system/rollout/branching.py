@@ -73,9 +73,7 @@ class Policy(ABC):
 
     name: ClassVar[str] = ""  # in errors; empty: the class's
     lag: ClassVar[bool] = False  # decide by the segment before the result (at once), not by the one after it
-    inherits: ClassVar[bool] = (
-        True  # a fork keeps its parent's baseline; else its first own segment gives one
-    )
+    inherits: ClassVar[bool] = True  # a fork keeps its parent's baseline, or its own first segment gives one
     can_fork: ClassVar[bool] = True  # if not, all n roots start together
 
     def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:

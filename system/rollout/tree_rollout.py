@@ -227,11 +227,8 @@ class TreeRollout:
                 return Outcome.LENGTH
 
     async def _wait(self, barrier: Coroutine[Any, Any, None]) -> None:
-        clock = Stopwatch(self.seconds, "barrier")
-        try:
+        with Stopwatch(self.seconds, "barrier"):
             await barrier
-        finally:
-            clock.stop()
 
     def _room(self, branch: Branch) -> int:
         """Tokens the branch may still take, the model's and the tools' alike."""
@@ -287,12 +284,11 @@ class TreeRollout:
             said=decode(self.context.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
         )
         branch.request = request.rid
-        clock = Stopwatch(self.seconds, "waiting")
+        stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
         deadline = asyncio.timeout(config.generate_deadline_s)
         try:
-            async with deadline:
-                stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
-                async with aclosing(stream):
+            with Stopwatch(self.seconds, "waiting") as clock:
+                async with deadline, aclosing(stream):
                     async for chunk in stream:
                         clock.switch("engine")
                         self.growth.extend(
@@ -307,8 +303,6 @@ class TreeRollout:
             if not deadline.expired():
                 raise
             raise EngineError(f"no end of generation within {config.generate_deadline_s:g} s") from None
-        finally:
-            clock.stop()
 
     def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
         """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
@@ -385,17 +379,14 @@ class TreeRollout:
             self._decide(branch, node)
 
     async def _run_tool(self, branch: Branch, tool: str, arguments: dict[str, Any]) -> ToolOutcome:
-        clock = Stopwatch(self.seconds, "tool")
         context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
-        try:
-            return await self.context.tools.call(tool, arguments, context)
-        except Exception as error:  # the service promises not to raise; if it does, the agent still goes on
-            log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
-            return ToolOutcome(
-                ToolStatus.UNAVAILABLE, "Error: the tool is unavailable", clock.lap(), detail=repr(error)
-            )
-        finally:
-            clock.stop()
+        with Stopwatch(self.seconds, "tool") as clock:
+            try:
+                return await self.context.tools.call(tool, arguments, context)
+            except Exception as error:  # the service promises not to raise; if it does, the agent goes on
+                log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
+                text = "Error: the tool is unavailable"
+                return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=repr(error))
 
     # The close
 

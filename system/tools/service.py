@@ -105,10 +105,7 @@ class ToolService:
             await self._http.close()
 
 
-def build_tools(
-    config: ToolsConfig,
-    urls: Mapping[str, str],
-) -> ToolService:
+def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
     """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
     ``config.options``.
 
