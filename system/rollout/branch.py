@@ -10,7 +10,6 @@ from typing import Self
 import numpy as np
 
 from system.engine.protocol import Finish
-from system.rollout.entropy_probe import EntropyProbe
 from system.tree.record import Kind, Origin
 
 
@@ -28,7 +27,7 @@ class Branch:
     calls: int = 0  # on its path
     tools: tuple[tuple[str, str], ...] = ()  # (tool, status) of each call on its path
     segments: tuple[tuple[Kind, str], ...] = ()  # its path as text, after the prompt
-    probe: EntropyProbe | None = None  # of the segment being written, until it has been measured
+    measured: bool = False  # the start of its newest segment has been looked at
     entropy: float = math.nan  # H of its newest measured segment
     baseline: float = math.nan  # H_init
     has_baseline: bool = False

@@ -31,11 +31,11 @@ from system.tree.prompt import Prompt
 from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1
-_CLOCKS = ("began_s", "spent_s")
+_NOT_KEPT_SO = ("began_s", "spent_s", "measured")  # clocks, and what the tokens there tell
 _PLAIN = [  # the fields of a branch that JSON takes as they are
     field.name
     for field in fields(Branch)
-    if field.type in ("int", "float", "bool", "int | None") and field.name not in _CLOCKS
+    if field.type in ("int", "float", "bool", "int | None") and field.name not in _NOT_KEPT_SO
 ]
 
 

@@ -31,7 +31,6 @@ from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, Probe, TreeState
 from system.rollout.context import RolloutContext
 from system.rollout.encode import decode, encode_prompt
-from system.rollout.entropy_probe import EntropyProbe
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.base import MalformedCall, ParsedCall
@@ -246,24 +245,26 @@ class TreeRollout:
         await self._wait(self.schedule.meet(branch))
         branch.finish = None
         if finish.type != "abort":
-            self._measured(branch)
+            self._measure(branch)
         self._read(branch, Kind.MODEL, begin)
         return finish
 
     def _open(self, branch: Branch) -> int:
         """A MODEL node to write in; returns the number of tokens before its first one."""
-        above, branch.probe = branch.node, EntropyProbe(self.policy.probe_tokens)
+        above, branch.measured = branch.node, False
         if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
-            branch.probe.add(self.growth.entropies(above))
-            if branch.probe.full and self.schedule.streaming:  # and looked at, too
-                branch.probe = None
+            branch.measured = self._measurable(branch)
             return self.growth.depth(above) - self.growth.n_tokens(above)
         branch.seed = int(branch.seeds.integers(2**31))
         branch.node = self.growth.node(above, Kind.MODEL)
         return self.growth.depth(above)
 
+    def _measurable(self, branch: Branch) -> bool:
+        """Whether enough of the segment is there to look at, while it is still being written."""
+        return self.schedule.streaming and self.growth.n_tokens(branch.node) >= self.policy.probe_tokens
+
     async def _stream(self, branch: Branch, begin: int) -> None:
-        """Tokens into the newest node and through the entropy probe, until ``branch.finish`` is there."""
+        """Tokens into the newest node until ``branch.finish`` is there; the first k are looked at at once."""
         config, path = self.config, self.growth.path_tokens(branch.node)
         if self._room(branch) == 0:  # a resumed run has all of it but the message that says so
             branch.finish = Finish("length")
@@ -294,10 +295,8 @@ class TreeRollout:
                         self.growth.extend(
                             branch.node, chunk.tokens, chunk.logprob, chunk.entropy, chunk.version
                         )
-                        if branch.probe is not None and not branch.probe.full:
-                            branch.probe.add(chunk.entropy)
-                            if self.schedule.streaming and branch.probe.full:
-                                self._measured(branch)
+                        if self._measurable(branch):
+                            self._measure(branch)
                         branch.finish = chunk.finish  # read on to the end: closing early is an abort
         except TimeoutError:
             if not deadline.expired():
@@ -311,12 +310,18 @@ class TreeRollout:
 
     # Forks
 
-    def _measured(self, branch: Branch) -> None:
-        """The start of a segment is there, k tokens of it or all of it if it is shorter: look at it once."""
-        probe, branch.probe = branch.probe, None
-        if probe is None or probe.values.size == 0:
+    def _measure(self, branch: Branch) -> None:
+        """The start of a segment is there, k tokens of it or all of it if it is shorter: look at it once.
+
+        That costs no token and no forward pass: sampled tokens carry their entropies.
+        """
+        if branch.measured:
             return
-        branch.entropy = self.policy.measure(probe.values, self.log_vocab)
+        branch.measured = True
+        entropies = self.growth.entropies(branch.node)[: self.policy.probe_tokens]
+        if entropies.size == 0:
+            return
+        branch.entropy = self.policy.measure(entropies, self.log_vocab)
         if not branch.has_baseline:
             branch.baseline, branch.has_baseline = branch.entropy, True
         if branch.answer is not None:

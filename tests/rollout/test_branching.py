@@ -21,7 +21,6 @@ from system.rollout.branching import (
     TreeState,
     make_policy,
 )
-from system.rollout.entropy_probe import EntropyProbe
 
 STATE = TreeState(budget=16, started=8, live=8, forks=0, calls=1, call_limit=3)
 DRAWS = 20_000
@@ -112,23 +111,3 @@ def test_every_configured_name_makes_its_policy() -> None:
         make_policy(BranchingConfig(name="oracle"))
     eager = make_policy(BranchingConfig(name="random", options={"alpha": "0.9", "probe_tokens": 2}))
     assert eager == Random(2, 0.9)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 9, [9], [3, 3, 3], [0, 5, 0, 4], [4, 5]])
-def test_probe_keeps_exactly_the_first_k(sizes: list[int]) -> None:
-    probe, position = EntropyProbe(5), 0
-    full_at = None
-    for size in sizes:
-        probe.add(np.arange(position, position + size, dtype=np.float32))
-        position += size
-        if probe.full and full_at is None:
-            full_at = position
-    assert probe.values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert full_at == min(p for p in np.cumsum(sizes) if p >= 5)
-
-
-def test_probe_of_a_short_segment_has_what_there_is() -> None:
-    probe = EntropyProbe(5)
-    probe.add(np.array([1.0, 2.0], np.float32))
-    assert not probe.full
-    assert probe.values.tolist() == [1.0, 2.0]

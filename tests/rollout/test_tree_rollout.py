@@ -117,6 +117,25 @@ def test_policy_none_is_plain_grpo_sampling() -> None:
     assert counts(tree) == (8, 0, 0)
 
 
+@pytest.mark.parametrize("schedule", ["barrier-free", "lockstep"])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 7, 20])
+@pytest.mark.parametrize(("text", "expected"), [("a", [0, 1]), ("a b c d e f", [0, 1, 2, 3, 4])])
+def test_exactly_the_first_k_entropies_are_measured(
+    text: str, expected: list[float], chunk: int, schedule: str
+) -> None:
+    """Whatever the chunks; of a short segment, what there is (the token that ends it included)."""
+    seen: list[list[float]] = []
+
+    class Seeing(Never):
+        def measure(self, entropies: np.ndarray, log_vocab: float) -> float:
+            seen.append(entropies.tolist())
+            return super().measure(entropies, log_vocab)
+
+    said = Segment(text, entropy=list(range(12)), chunk=chunk)
+    grow(make_world(lambda *_: said, policy=Seeing(5), leaves=1, roots=1, schedule=schedule))
+    assert seen == [expected]
+
+
 def test_fork_starts_at_the_results_boundary_while_the_parent_goes_on() -> None:
     """With k = 4 and three tokens per chunk the fork's request leaves when the sixth token is there."""
     times: list[float] = []
