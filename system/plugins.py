@@ -249,7 +249,7 @@ POLICIES = Registry(
     {
         "arpo": "system.rollout.branching:Arpo",
         "arpo-paper": "system.rollout.branching:ArpoPaper",
-        "arpo-release": "system.rollout.branching:arpo_release",
+        "arpo-release": "system.rollout.branching:ArpoRelease",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },

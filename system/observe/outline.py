@@ -29,7 +29,6 @@ Decode = Callable[[NDArray[np.int32]], str]
 T = TypeVar("T")
 
 _STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
-_STATUS_STYLE = {"ok": "green"}  # any other status is red
 _HEAT = ("", "yellow", "dark_orange", "bold red")  # token entropy up to 0.5, 1, 2 nats, and above
 _BARS = "▁▂▃▄▅▆▇█"
 _REPLACED = {
@@ -165,8 +164,10 @@ def _head(tree: Tree, view: View) -> Text:
     head = Text.assemble(("  ·  ".join(first), "bold"), "\n", ("  ·  ".join(second), "dim"))
     for key in ("question", "answer", "answers", "gold"):
         if key in tree.meta:
+            value: Any = tree.meta[key]
+            value = " | ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             head.append(f"\n{key}: ", "dim")
-            head.append(visible(_plain(tree.meta[key])))
+            head.append(visible(value))
     return head
 
 
@@ -183,7 +184,7 @@ def _node_line(tree: Tree, node: int, calls: Sequence[ToolCall], view: View) -> 
     for call in calls:
         status = visible(str(call.status))
         line.append(f"  {visible(call.tool)} ", "bold cyan")
-        line.append(status, _STATUS_STYLE.get(status, "bold red"))
+        line.append(status, "green" if status == "ok" else "bold red")
         line.append(f" {latency(call.latency_s)}", "dim")
         line.append(" cached" if call.cached else "", "dim")
         line.append(f" {call.attempts} attempts" if call.attempts > 1 else "", "yellow")
@@ -255,10 +256,6 @@ def _by_node(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
 
 def latency(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _plain(value: Any) -> str:
-    return " | ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -152,6 +152,7 @@ class ArpoRelease(Policy):
     Left out: the released table of baselines was never cleared between prompts.
     """
 
+    probe_tokens: int = field(default=20, init=False)
     alpha: float
     beta: float
     name: ClassVar[str] = "arpo-release"
@@ -191,11 +192,6 @@ class Never(Policy):
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         return Decision(0, 0.0, math.nan, probe.delta_h)
-
-
-def arpo_release(alpha: float, beta: float) -> ArpoRelease:
-    """As released: 20 tokens per segment are measured."""
-    return ArpoRelease(20, alpha, beta)
 
 
 def make_policy(config: BranchingConfig) -> Policy:

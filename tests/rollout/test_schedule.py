@@ -97,7 +97,7 @@ def test_a_fork_begins_with_the_next_round() -> None:
     assert len(child) == 2
 
 
-@pytest.mark.parametrize("policy", [Arpo(4, 0.5, 0.9), ArpoRelease(20, 0.5, 0.2)])
+@pytest.mark.parametrize("policy", [Arpo(4, 0.5, 0.9), ArpoRelease(0.5, 0.2)])
 def test_nobody_waits_for_a_branch_that_failed(policy: Any) -> None:
     """One engine call breaks in each round; the others' round ends without it."""
     failed: list[bool] = []

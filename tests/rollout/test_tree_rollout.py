@@ -207,7 +207,7 @@ def test_release_decides_by_the_segment_before_the_result() -> None:
         done = text.count("</result>")
         return Segment(CALL if done < 2 else ANSWER, entropy=[0.5, 1.0, 2.0][done])
 
-    world = make_world(script, policy=ArpoRelease(20, 1.0, 0.2), leaves=2, roots=1, vocab_size=100)
+    world = make_world(script, policy=ArpoRelease(1.0, 0.2), leaves=2, roots=1, vocab_size=100)
     tree = grow(world)
     tokens = len(world.tokenizer.encode(CALL))
     assert tree.forks[0].delta_h == 0.0  # at its first call a slot is its own baseline
@@ -251,7 +251,7 @@ def test_long_results_are_cut_inside_their_tags() -> None:
     assert text.endswith("\n</result>")
 
 
-@pytest.mark.parametrize("policy", [Random(4, 1.0), ArpoRelease(20, 0.5, 0.2)])
+@pytest.mark.parametrize("policy", [Random(4, 1.0), ArpoRelease(0.5, 0.2)])
 def test_a_result_may_not_exceed_the_response_budget(policy: Any) -> None:
     world = make_world(
         one_call,
@@ -467,9 +467,7 @@ def random_model(text: str, rng: np.random.Generator) -> Segment:
     )
 
 
-@pytest.mark.parametrize(
-    "policy", [Arpo(4, 0.5, 0.9), ArpoPaper(4, 0.5, 0.2, 0.5), ArpoRelease(20, 0.5, 0.2)]
-)
+@pytest.mark.parametrize("policy", [Arpo(4, 0.5, 0.9), ArpoPaper(4, 0.5, 0.2, 0.5), ArpoRelease(0.5, 0.2)])
 def test_the_same_seed_grows_the_same_tree(policy: Any) -> None:
     def tree(seed: int) -> Tree:
         return grow(make_world(random_model, policy=policy, leaves=8, roots=3), seed=seed)

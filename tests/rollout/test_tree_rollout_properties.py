@@ -20,7 +20,7 @@ from system.twin.clock import run
 POLICIES: list[Policy] = [
     Arpo(4, 0.5, 0.9),
     ArpoPaper(3, 0.5, 0.2, 0.5),
-    ArpoRelease(20, 0.5, 0.2),
+    ArpoRelease(0.5, 0.2),
     Random(2, 0.8),
     Never(4),
 ]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from system.config import ConfigError
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
 from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld
@@ -55,15 +56,14 @@ def demonstrate(
     prompt: Prompt,
     world: GeneratedWorld,
     search: Callable[[str], str],
-    render_result: Callable[[str], str],
     skill: Skill,
     rng: random.Random,
 ) -> Demonstration:
     """Answer a question as the expert would, with the texts the real tools would return.
 
-    ``search`` maps a query to the text of the search tool; ``render_result`` wraps a tool's text as the
-    rollout does.
+    ``search`` maps a query to the text of the search tool.
     """
+    render_result = TagSyntax({}).render_result
     segments: list[tuple[str, str]] = []
     said = " <think>"
     value = question.start

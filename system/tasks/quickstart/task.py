@@ -9,7 +9,6 @@ from functools import cache, cached_property
 from transformers import PreTrainedTokenizerFast
 
 from system.config import Config
-from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
@@ -53,18 +52,9 @@ class QuickstartTask:
         """``n`` trajectories of the imperfect expert on questions that are not held out."""
         drawn = questions.sample(f"demonstrations-{self.seed}-{seed}", n, self._held_out_texts())
         rng = random.Random(f"expert-{self.seed}-{seed}")
-        search = self._search_tool()
-        render = TagSyntax({}).render_result
+        world, search, split = self.world, self._search_tool(), f"demonstration-{seed}"
         return [
-            demonstrate(
-                question,
-                questions.prompt(question, self.world, f"demonstration-{seed}", i),
-                self.world,
-                search,
-                render,
-                self.skill,
-                rng,
-            )
+            demonstrate(question, questions.prompt(question, world, split, i), world, search, self.skill, rng)
             for i, question in enumerate(drawn)
         ]
 
