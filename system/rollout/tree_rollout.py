@@ -98,7 +98,8 @@ class TreeRollout:
         self.started: Counter[Origin] = Counter()
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
-        self.seconds, self.errors = dict.fromkeys(CAUSES, 0.0), list[str]()
+        self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+        self.errors: list[str] = []
         self.spent_s = 0.0  # of the deadline, before the run was resumed
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
         self.log_vocab = math.log(context.vocab_size)

@@ -140,7 +140,7 @@ async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) 
 async def test_search_results_as_bare_text(search: AppServer) -> None:
     client = HttpClient()
     tool = SearchTool(search.url, 2, passage="{text}", separator=" ", http=client)
-    tools = ToolService([tool], http=client)
+    tools = ToolService([tool], ToolsConfig(), http=client)
     try:
         found = await tools.call("search", {"query": "capital of France"}, CallContext())
     finally:
