@@ -163,7 +163,7 @@ class Conductor:
         await self._monitor.ready()
         result = await answer_questions(self.config, self.actors.pool, questions, self.progress.advance)
         self.recorder.evaluated(self.version, result, which)
-        self.progress.note(f"held-out accuracy {which} training: {result.accuracy:.3f}")
+        self.progress.note(f"held-out accuracy {which} training: {result.total.accuracy:.3f}")
         self.progress.phase(TRAINING)
         return result
 

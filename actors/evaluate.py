@@ -14,9 +14,8 @@ from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.observe.eval import EvalResult
-from system.rollout.context import RolloutFailed
-from system.tasks.base import Task
-from system.tasks.registry import make_task
+from system.rollout.tree_rollout import RolloutFailed
+from system.tasks.base import Task, make_task
 from system.tree.prompt import Prompt
 from system.tree.stats import TreeStats
 

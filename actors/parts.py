@@ -19,8 +19,8 @@ from system.flow.loop import TreeLost
 from system.flow.replay import TreeInFlight
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
-from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
+from system.rollout.tree_rollout import RolloutFailed
 from system.tree.prompt import Prompt
 
 

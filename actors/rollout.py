@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from system import config as configuration
+from system.rollout import process
+from system.rollout.context import build_context
+from system.rollout.snapshot import can_freeze, freeze, thaw
+from system.rollout.tree_rollout import TreeRollout
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
-
-if TYPE_CHECKING:
-    from system.rollout.tree_rollout import TreeRollout
 
 
 class RolloutWorker:
     """Restarted by Ray when it dies; the trees it was growing go back to pending and are grown again."""
 
     def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
-        from system.rollout import process
-        from system.rollout.build import build_context
-
         process.prepare()
         settings = configuration.from_dict(config)
         self._context, self._tools, self._engine = build_context(settings, model, engines, tools)
@@ -44,10 +42,8 @@ class RolloutWorker:
 
         ``start``: a snapshot to go on from.  Raises SnapshotError if it is none.
         """
-        from system.rollout.snapshot import thaw
-
         growing = (
-            self._context.plant(prompt, seed=seed, ticket=ticket)
+            TreeRollout(self._context, prompt, seed=seed, ticket=ticket)
             if start is None
             else thaw(self._context, prompt, start, ticket)
         )
@@ -60,8 +56,6 @@ class RolloutWorker:
 
     async def snapshots(self) -> dict[int, bytes]:
         """Every growing tree that can be frozen, by ticket."""
-        from system.rollout.snapshot import can_freeze, freeze
-
         found: dict[int, bytes] = {}
         for ticket in list(self._growing):
             if (growing := self._growing.get(ticket)) and can_freeze(growing):
@@ -72,5 +66,5 @@ class RolloutWorker:
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks."""
         return TreeStats.of(
-            await self._context.plant(prompt, seed=seed, greedy=True, temperature=temperature).run()
+            await TreeRollout(self._context, prompt, seed=seed, greedy=True, temperature=temperature).run()
         )

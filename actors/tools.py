@@ -37,6 +37,6 @@ def _application(name: str, tools: configuration.ToolsConfig, corpus: str) -> we
 
         return search_app(SearchIndex.build(read_corpus(corpus)))
     from system.tools.python_server import create_app as python_app
-    from system.tools.sandbox.sandbox import SandboxLimits
+    from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
 
-    return python_app(SandboxLimits.from_config(tools), concurrency=tools.concurrency)
+    return python_app(Sandbox(SandboxLimits.from_config(tools), concurrency=tools.concurrency))

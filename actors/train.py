@@ -19,11 +19,10 @@ from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError, exit_code,
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
-from system.observe.report import report
 from system.observe.rundir import RunDir
+from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
-from system.tasks.base import Task
-from system.tasks.registry import make_task
+from system.tasks.base import Task, make_task
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:

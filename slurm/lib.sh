@@ -45,8 +45,9 @@ batch() {
   tell start
   (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$ATTEMPT_DIR/token")
   STEPS_BEFORE=$(trained_steps)
+  local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
   printf '{"event": "start", "attempt": %d, "job": "%s", "restart": %d, "nodes": "%s", "trained": %d, "time": %d}\n' \
-    "$ATTEMPT" "$(job_name)" "${SLURM_RESTART_COUNT:-0}" "$(all_nodes)" "${STEPS_BEFORE:-0}" "$(date +%s)" \
+    "$ATTEMPT" "$job" "${SLURM_RESTART_COUNT:-0}" "$(all_nodes)" "${STEPS_BEFORE:-0}" "$(date +%s)" \
     >> "$RUN/attempts.jsonl"
   say "attempt $ATTEMPT of $RUN on $(all_nodes)"
 
@@ -63,10 +64,6 @@ batch() {
   LATE=$!
   while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done    # a trap interrupts the wait
   finish
-}
-
-job_name() {
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; else echo "$SLURM_JOB_ID"; fi
 }
 
 all_nodes() {   # SLURM_JOB_NODELIST has the first component of a heterogeneous job only

@@ -188,9 +188,9 @@ def escape(value: Any) -> Any:
 TASKS = Registry(
     "task.name",
     {
-        "quickstart": "system.tasks.registry:quickstart",
-        "jsonl": "system.tasks.jsonl:JsonlTask.from_config",
-        "reasoning-gym": "system.tasks.reasoning:ReasoningTask.from_config",
+        "quickstart": "system.tasks.quickstart.task:QuickstartTask",
+        "jsonl": "system.tasks.jsonl:JsonlTask",
+        "reasoning-gym": "system.tasks.reasoning:ReasoningTask",
     },
     given=("config",),
 )
@@ -199,7 +199,7 @@ REWARDS = Registry(
     {
         "arpo": "system.rollout.rewards.arpo:ArpoReward",
         "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
-        "task": "system.tasks.registry:task_reward",
+        "task": "system.tasks.base:task_reward",
     },
     offered=("config",),
 )
@@ -249,7 +249,7 @@ POLICIES = Registry(
     {
         "arpo": "system.rollout.branching:Arpo",
         "arpo-paper": "system.rollout.branching:ArpoPaper",
-        "arpo-release": "system.rollout.branching:arpo_release",
+        "arpo-release": "system.rollout.branching:ArpoRelease",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from system.bench.processes import cpu_s, server
 from system.bench.report import Report
 from system.bench.stub_engine import Script
-from system.config import RolloutConfig
+from system.config import RolloutConfig, ToolsConfig
 from system.engine.pool import EnginePool
 from system.engine.protocol import Chunk, GenerateRequest
 from system.rollout import process
@@ -36,9 +36,10 @@ from system.rollout.branching import Arpo
 from system.rollout.context import RolloutContext
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.tags import TagSyntax
+from system.rollout.tree_rollout import TreeRollout
 from system.tasks.quickstart import vocabulary
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.service import ServiceLimits, ToolService
+from system.tools.service import ToolService
 from system.tree.prompt import Prompt
 from system.twin.agent import AnswerReward
 from system.twin.dist import ToolLatency
@@ -158,7 +159,7 @@ async def measure(load: Load) -> dict[str, Any]:
     async with stub(make_plan(load)) as (url, engine):
         tools = ToolService(
             [_Search(ToolLatency(load.tool_s, 1.0), counts)],
-            ServiceLimits(concurrency=load.branches, deadline_s=60),
+            ToolsConfig(concurrency=load.branches, deadline_s=60),
         )
         client = EnginePool([url], deadline_s=120, in_flight=load.branches)
         live = _LiveBranches()
@@ -197,7 +198,7 @@ async def _keep_growing(context: RolloutContext, live: _LiveBranches, load: Load
 
     async def one(number: int) -> None:
         prompt = Prompt(f"p{number}", ({"role": "user", "content": "Q: Bob Stone 's home ?"},), ())
-        tree = await context.plant(prompt, seed=number).run()
+        tree = await TreeRollout(context, prompt, seed=number).run()
         counts.trees += 1
         counts.forks += sum(decision.forks for decision in tree.forks)
 

@@ -27,8 +27,7 @@ from system.bench.report import Report, against
 from system.bench.slow_search import slowed
 from system.observe.rundir import RunDir
 from system.serving import serve
-from system.tasks.base import HasCorpus
-from system.tasks.registry import make_task
+from system.tasks.base import HasCorpus, make_task
 from system.tools.search_index import Document, SearchIndex
 from system.tools.search_server import create_app
 from system.tree.record import Tree

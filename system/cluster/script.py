@@ -30,6 +30,9 @@ def render(config: Config, run: Path, points: Sequence[Path] = (), limit: int = 
         if "\n" in line:
             raise ConfigError(f"{line!r}: one line each, please (slurm.sbatch, slurm.setup)")
     split = cluster.learner_nodes if slurm.heterogeneous else 0
+    queue = [*queue_options(slurm), f"--time={slurm.time}"]
+    # The second component is the rollout's; it inherits nothing from the first.
+    second = [*queue, *_component(config, cluster.nodes - split), *slurm.rollout_sbatch] if split else []
     template = Environment(
         loader=FileSystemLoader(SCRIPTS),
         undefined=StrictUndefined,
@@ -41,9 +44,13 @@ def render(config: Config, run: Path, points: Sequence[Path] = (), limit: int = 
     here = sys.prefix if sys.prefix != sys.base_prefix and slurm.container == "none" else ""
     return template.get_template("job.sh.j2").render(
         name=f"espalier-{run.name}",
-        options=[*_job_options(config, run, len(points), limit), *slurm.sbatch],
-        first=_component(config, split or cluster.nodes),
-        second=_second(config, cluster.nodes - split) if split else [],
+        options=[
+            *queue,
+            *_job_options(config, run, len(points), limit),
+            *slurm.sbatch,
+            *_component(config, split or cluster.nodes),
+        ],
+        second=second,
         points=points,
         run=run,
         job=run / "slurm",
@@ -75,29 +82,14 @@ def _chosen(*options: tuple[str, object]) -> list[str]:
 def _job_options(config: Config, run: Path, points: int, limit: int) -> list[str]:
     """What counts for the whole job.  (Slurm reads these once, from before the first `hetjob` line.)"""
     slurm = config.slurm
-    return [
-        *queue_options(slurm),
-        f"--time={slurm.time}",
-        f"--output={run}/slurm/job-%{'A_%a' if points else 'j'}.log",
-        "--open-mode=append",
-        *_chosen(
-            (f"--signal=B:USR1@{slurm.signal_s}", slurm.signal_s),
-            ("--requeue" if slurm.requeue else "--no-requeue", True),
-            ("--no-kill", config.cluster.on_node_loss == "continue"),
-            (f"--array=0-{points - 1}{f'%{limit}' if limit else ''}", points),
-        ),
-    ]
-
-
-def _second(config: Config, nodes: int) -> list[str]:
-    """The rollout component of a heterogeneous job; it inherits nothing from the first."""
-    slurm = config.slurm
-    return [
-        *queue_options(slurm),
-        f"--time={slurm.time}",
-        *_component(config, nodes),
-        *slurm.rollout_sbatch,
-    ]
+    return _chosen(
+        (f"--output={run}/slurm/job-%{'A_%a' if points else 'j'}.log", True),
+        ("--open-mode=append", True),
+        (f"--signal=B:USR1@{slurm.signal_s}", slurm.signal_s),
+        ("--requeue" if slurm.requeue else "--no-requeue", True),
+        ("--no-kill", config.cluster.on_node_loss == "continue"),
+        (f"--array=0-{points - 1}{f'%{limit}' if limit else ''}", points),
+    )
 
 
 def queue_options(slurm: SlurmConfig) -> list[str]:

@@ -12,9 +12,9 @@ from system.config import ConfigError
 DEADLINE_S = 60.0
 
 
-def sbatch(script: Path, options: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
+def sbatch(script: Path, options: Sequence[str] = ()) -> str:
     """Submit ``script``; returns the job's number.  Raises ConfigError with Slurm's own words."""
-    answer = command("sbatch", "--parsable", *options, str(script), *arguments)
+    answer = command("sbatch", "--parsable", *options, str(script))
     return answer.strip().splitlines()[-1].split(";")[0]
 
 
@@ -38,10 +38,6 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
                 name = f"{array}_{task}" if array else words["JobId"]
                 found[name] = f"PENDING ({reason})" if waits else words["JobState"]
     return found
-
-
-def cancel(jobs: Sequence[str], options: Sequence[str] = ()) -> None:
-    command("scancel", *options, *jobs)
 
 
 def command(*words: str) -> str:

@@ -53,9 +53,9 @@ def cancel(root: Path, *, now: bool) -> str:
     running = [job for job, state in known.items() if state == "RUNNING"]
     waiting = [job for job, state in known.items() if state.startswith("PENDING")]
     if waiting or (now and running):
-        slurm.cancel([*waiting, *(running if now else ())])
+        slurm.command("scancel", *waiting, *(running if now else ()))
     if running and not now:
-        slurm.cancel(running, ("--batch", "--signal=USR1"))
+        slurm.command("scancel", "--batch", "--signal=USR1", *running)
         return (
             f"asked {', '.join(running)} to save and stop; cancelled {', '.join(waiting) or 'no waiting job'}"
         )

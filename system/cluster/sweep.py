@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from system.cluster.status import attempts
 from system.observe.plots import BLUE, RED
-from system.observe.rundir import RunDirError, write_atomic
+from system.observe.rundir import write_atomic
 
 MEASURES = {
     "accuracy": "held-out accuracy after training",
@@ -40,9 +40,7 @@ def is_sweep(root: Path) -> bool:
 
 
 def results(root: Path) -> list[SweepResult]:
-    """Every point of the sweep in ``root``; raises RunDirError if it is none."""
-    if not is_sweep(root):
-        raise RunDirError(f"{root} is not a sweep: it has no sweep.json")
+    """Every point of the sweep in ``root``."""
     points = json.loads((root / "sweep.json").read_text(encoding="utf-8"))["points"]
     return [_result(root / "points" / point["name"], point) for point in points]
 

@@ -59,10 +59,6 @@ class EvalResult:
             kinds={kind: EvalScores.of([one for one in stats if one.task == kind]) for kind in kinds},
         )
 
-    @property
-    def accuracy(self) -> float:
-        return self.total.accuracy
-
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``summary.json`` under ``eval.before`` and ``eval.after``."""
         return {**asdict(self.total), "kinds": {kind: asdict(one) for kind, one in self.kinds.items()}}

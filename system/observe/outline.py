@@ -26,10 +26,9 @@ from system.tree.stats import TreeStats
 Decode = Callable[[NDArray[np.int32]], str]
 """Token ids [k] to text, special tokens included."""
 
-_T = TypeVar("_T", ToolCall, ForkDecision)
+T = TypeVar("T")
 
 _STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
-_STATUS_STYLE = {"ok": "green"}  # any other status is red
 _HEAT = ("", "yellow", "dark_orange", "bold red")  # token entropy up to 0.5, 1, 2 nats, and above
 _BARS = "▁▂▃▄▅▆▇█"
 _REPLACED = {
@@ -53,13 +52,10 @@ class View:
 
 def outline(tree: Tree, view: View) -> RenderableType:
     """The tree, ready for ``rich.console.Console.print``."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for node, parent in enumerate(tree.parent.tolist()):
-        children[parent].append(node)
-    leaves: dict[int, list[int]] = defaultdict(list)
-    for number, node in enumerate(tree.leaf.tolist()):
-        leaves[node].append(number)
-    calls, forks = _by_node(tree.calls), _by_node(tree.forks)
+    children = _by_node((parent, node) for node, parent in enumerate(tree.parent.tolist()))
+    leaves = _by_node((node, leaf) for leaf, node in enumerate(tree.leaf.tolist()))
+    calls = _by_node((call.node, call) for call in tree.calls)
+    forks = _by_node((fork.node, fork) for fork in tree.forks)
 
     def lines(node: int) -> list[Text]:
         shown = [_node_line(tree, node, calls[node], view)]
@@ -168,8 +164,10 @@ def _head(tree: Tree, view: View) -> Text:
     head = Text.assemble(("  ·  ".join(first), "bold"), "\n", ("  ·  ".join(second), "dim"))
     for key in ("question", "answer", "answers", "gold"):
         if key in tree.meta:
+            value: Any = tree.meta[key]
+            value = " | ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             head.append(f"\n{key}: ", "dim")
-            head.append(visible(_plain(tree.meta[key])))
+            head.append(visible(value))
     return head
 
 
@@ -186,7 +184,7 @@ def _node_line(tree: Tree, node: int, calls: Sequence[ToolCall], view: View) -> 
     for call in calls:
         status = visible(str(call.status))
         line.append(f"  {visible(call.tool)} ", "bold cyan")
-        line.append(status, _STATUS_STYLE.get(status, "bold red"))
+        line.append(status, "green" if status == "ok" else "bold red")
         line.append(f" {latency(call.latency_s)}", "dim")
         line.append(" cached" if call.cached else "", "dim")
         line.append(f" {call.attempts} attempts" if call.attempts > 1 else "", "yellow")
@@ -249,19 +247,15 @@ def _shorten(text: str, view: View) -> str:
     return f"{text[: view.text_limit - tail].rstrip()} … {text[-tail:].lstrip()}"
 
 
-def _by_node(items: Iterable[_T]) -> dict[int, list[_T]]:
-    found: dict[int, list[_T]] = defaultdict(list)
-    for item in items:
-        found[item.node].append(item)
+def _by_node(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
+    found: dict[int, list[T]] = defaultdict(list)
+    for node, item in pairs:
+        found[node].append(item)
     return found
 
 
 def latency(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _plain(value: Any) -> str:
-    return " | ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _count(number: int, noun: str) -> str:

@@ -31,7 +31,7 @@ _GRID = "#E6E6E6"
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One picture: its file name, its title, and what draws it (false when there is nothing to draw).
+    """One picture: its file name, its title, and what draws it, if there is something to draw.
 
     ``draw`` is a function, or the lines: each (key, label, colour) or with a style.  ``top``: of the y axis,
     which begins at 0; 0: above the highest point.
@@ -39,7 +39,7 @@ class Curve:
 
     name: str
     title: str
-    draw: Callable[[Axes, Records], bool] | tuple[tuple[str, ...], ...]
+    draw: Callable[[Axes, Records], None] | tuple[tuple[str, ...], ...]
     unit: str = ""
     top: float | None = None
 
@@ -72,6 +72,7 @@ def draw(run_dir: RunDir) -> list[Path]:
 
 
 def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
+    """Whether there was something to draw."""
     ax.set_title(curve.title, fontsize=11, loc="left", color=BLACK)
     ax.set_xlabel("training step", fontsize=9)
     ax.grid(True, color=_GRID, linewidth=0.8)
@@ -80,16 +81,20 @@ def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     if isinstance(curve.draw, tuple):
-        drawn = sum(_line(ax, records, *line) for line in curve.draw) > 0
-        _legend(ax)
+        for line in curve.draw:
+            _line(ax, records, *line)
     else:
-        drawn = curve.draw(ax, records)
+        curve.draw(ax, records)
+    handles, labels = ax.get_legend_handles_labels()
+    if handles and ax.get_legend() is None:
+        ax.legend(handles, labels, fontsize=8, frameon=False, ncols=2 if len(labels) > 3 else 1)
     if curve.unit:
         ax.set_ylabel(curve.unit, fontsize=9)
     if curve.top is not None:
-        _from_zero(ax, curve.top)
+        low, high = ax.dataLim.intervaly
+        ax.set_ylim(0, curve.top or (1.15 * high if high > low or high > 0 else 1))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return drawn
+    return ax.has_data()
 
 
 def smooth(values: Sequence[float], span: int, weights: Sequence[float] | None = None) -> list[float]:
@@ -101,7 +106,7 @@ def smooth(values: Sequence[float], span: int, weights: Sequence[float] | None =
     return ((total[stop] - total[start]) / (mass[stop] - mass[start])).tolist()
 
 
-def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: str = "-") -> bool:
+def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: str = "-") -> None:
     """A smoothed line over the faint raw one.
 
     Rates and shares of a step's time are smoothed by that time, so that a line through them is the rate over
@@ -109,7 +114,7 @@ def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: 
     """
     points = list(series(records, key))
     if not points:
-        return False
+        return
     steps, values = zip(*points, strict=True)
     span = max(1, len(values) // 20)
     seconds = dict(series(records, "time/window_s")) if key.startswith("time/") else {}
@@ -119,23 +124,10 @@ def _line(ax: Axes, records: Records, key: str, label: str, colour: str, style: 
     ax.plot(steps, smooth(values, span, weights), style, color=colour, linewidth=1.8, label=label)
     if len(values) == 1:
         ax.plot(steps, values, "o", color=colour, markersize=4)
-    return True
 
 
-def _legend(ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        ax.legend(handles, labels, fontsize=8, frameon=False, ncols=2 if len(labels) > 3 else 1)
-
-
-def _from_zero(ax: Axes, top: float) -> None:
-    """Show zero, and up to ``top``, or 0: with some air above the highest point."""
-    low, high = ax.dataLim.intervaly
-    ax.set_ylim(0, top or (1.15 * high if high > low or high > 0 else 1))
-
-
-def _accuracy(ax: Axes, records: Records) -> bool:
-    drawn = _line(ax, records, "rollout/accuracy", "training, sampled", BLUE)
+def _accuracy(ax: Axes, records: Records) -> None:
+    _line(ax, records, "rollout/accuracy", "training, sampled", BLUE)
     points = list(series(records, "eval/accuracy"))
     if points:
         steps, values = zip(*points, strict=True)
@@ -152,31 +144,28 @@ def _accuracy(ax: Axes, records: Records) -> bool:
             )
     ax.set_ylim(-0.02, 1.1)
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    _legend(ax)
-    return drawn or bool(points)
 
 
-def _entropy(ax: Axes, records: Records) -> bool:
-    drawn = _line(ax, records, "rollout/entropy", "token entropy (nats)", BLUE)
+def _entropy(ax: Axes, records: Records) -> None:
+    _line(ax, records, "rollout/entropy", "token entropy (nats)", BLUE)
     low, high = list(series(records, "tree/delta_h_p10")), list(series(records, "tree/delta_h_p90"))
     if low and len(low) == len(high):
         steps = [step for step, _ in low]
         span = max(1, len(steps) // 20)
         bottom, top = smooth([v for _, v in low], span), smooth([v for _, v in high], span)
         ax.fill_between(steps, bottom, top, color=ORANGE, alpha=0.2, linewidth=0, label="ΔH, 10–90 %")
-    drawn = _line(ax, records, "tree/delta_h", "ΔH after a tool result", ORANGE) or drawn
-    ax.axhline(0, color=BLACK, linewidth=0.6)
-    _legend(ax)
-    return drawn
+    _line(ax, records, "tree/delta_h", "ΔH after a tool result", ORANGE)
+    if ax.has_data():
+        ax.axhline(0, color=BLACK, linewidth=0.6)
 
 
-def _staleness(ax: Axes, records: Records) -> bool:
+def _staleness(ax: Axes, records: Records) -> None:
     """Stacked shares of trained trees by how many versions they lagged."""
     keys = {key for one in records for key in one if re.match(r"flow/staleness_share/\d+$", key)}
     lags = sorted(int(key.rsplit("/", 1)[1]) for key in keys)
     trained = [one for one in records if "flow/staleness" in one]
     if not trained:
-        return False
+        return
     steps = [one["step"] for one in trained]
     span = max(1, len(steps) // 20)
     shares = [smooth([one.get(f"flow/staleness_share/{lag}", 0.0) for one in trained], span) for lag in lags]
@@ -186,19 +175,15 @@ def _staleness(ax: Axes, records: Records) -> bool:
     ax.legend(
         title="versions behind", title_fontsize=8, fontsize=8, ncols=4, loc="lower left", framealpha=0.8
     )
-    return True
 
 
-def _idle(ax: Axes, records: Records) -> bool:
+def _idle(ax: Axes, records: Records) -> None:
     keys = sorted({key for one in records for key in one if key.startswith("time/idle_share/")})
-    drawn = False
     for i, key in enumerate(keys[: 2 * len(_CYCLE)]):
         _, _, actor, cause = key.split("/", 3)
         # A record without the key is a window without that wait.
         filled = [{key: 0.0, **one} for one in records if "time/window_s" in one]
-        drawn = _line(ax, filled, key, f"{actor}: {cause}", _CYCLE[i % 6], "-" if i < 6 else "--") or drawn
-    _legend(ax)
-    return drawn
+        _line(ax, filled, key, f"{actor}: {cause}", _CYCLE[i % 6], "-" if i < 6 else "--")
 
 
 CURVES = (

@@ -6,7 +6,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -57,9 +56,7 @@ class Progress:
         self.refresh()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.refresh(force=True)
         if self._live is not None:
             self._live.stop()
@@ -103,18 +100,12 @@ class Progress:
         """The state in one line of plain text."""
         status = self._source()
         done, total, eta = self._position(status)
-        parts = [f"[{duration(status.wall_s)}] {self._phase}"]
-        if total:
-            parts[0] += f" {done}/{total}"
-        if math.isfinite(eta):
-            parts.append(f"eta {duration(eta)}")
-        if self._detail:
-            parts.append(self._detail)
+        count = f" {done}/{total}" if total else ""
+        parts = [f"[{duration(status.wall_s)}] {self._phase}{count}", eta, self._detail]
         if self._phase == TRAINING:
             parts += [f"{label} {value}" for label, value in _figures(status)]
-            idle = _idle(status)
-            parts += [f"idle {idle}"] if idle else []
-        return "  ".join(parts)
+            parts += [f"idle {idle}"] if (idle := _idle(status)) else []
+        return "  ".join(filter(None, parts))
 
     def panel(self) -> RenderableType:
         """The state as a few short lines: a bar, then labelled figures."""
@@ -122,9 +113,8 @@ class Progress:
         done, total, eta = self._position(status)
         head = Table.grid(padding=(0, 2))
         bar = ProgressBar(total=total, completed=done, width=32) if total else Text("")
-        left = f"{done}/{total}" if total else ""
-        times = duration(status.wall_s) + (f"  eta {duration(eta)}" if math.isfinite(eta) else "")
-        head.add_row(Text(self._phase, style="bold green"), bar, Text(left), Text(times, style="dim"))
+        count, times = f"{done}/{total}" if total else "", f"{duration(status.wall_s)}  {eta}".rstrip()
+        head.add_row(Text(self._phase, style="bold green"), bar, Text(count), Text(times, style="dim"))
         head.columns[0].min_width = 12
         rows: list[RenderableType] = [head]
         if self._detail:
@@ -145,8 +135,8 @@ class Progress:
             rows.append(Text.assemble(("held-out accuracy ", "dim"), (text, "bold cyan")))
         return Group(*rows)
 
-    def _position(self, status: Status) -> tuple[int, int, float]:
-        """(done, total, seconds left or NaN) of the phase."""
+    def _position(self, status: Status) -> tuple[int, int, str]:
+        """(done, total, "eta …" or nothing) of the phase."""
         if self._phase == TRAINING:
             done, total = status.step, self._total_steps
             rate = status.steps_per_s
@@ -154,7 +144,7 @@ class Progress:
             done, total = self._phase_done, self._phase_total
             spent = self._clock() - self._phase_started
             rate = done / spent if spent > 0 else 0.0
-        eta = (total - done) / rate if rate > 0 and done < total else math.nan
+        eta = f"eta {duration((total - done) / rate)}" if rate > 0 and done < total else ""
         return done, total, eta
 
 

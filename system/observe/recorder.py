@@ -127,18 +127,12 @@ class Recorder:
         totals.generated += tree.generated
         self._ticks.append((self._clock(), tree.generated, 0))
 
-    def tree_dropped(self, reason: str, leaves: int, tokens: int = 0) -> None:
-        """A tree, or part of one, will never be trained on.
-
-        ``tokens`` are MODEL tokens it had sampled, to be given only for a tree that never closed: those of a
-        closed one are counted already.
-        """
+    def tree_dropped(self, reason: str, leaves: int) -> None:
+        """A tree, or part of one, will never be trained on."""
         entry = self._totals.dropped.setdefault(reason, {"trees": 0, "leaves": 0})
         entry["trees"] += 1
         entry["leaves"] += leaves
-        self._totals.generated += tokens
         self._dropped[reason] += 1
-        self._ticks.append((self._clock(), tokens, 0))
 
     def train_step(
         self,
@@ -174,7 +168,7 @@ class Recorder:
 
     def evaluated(self, step: int, result: EvalResult, which: Which) -> None:
         """An evaluation ended; its record is written at once."""
-        self._eval_accuracy[which] = result.accuracy
+        self._eval_accuracy[which] = result.total.accuracy
         if which != "during":
             self._totals.evals[which] = result.to_dict()
         self._write({"step": step, "time": self._now(), "eval/which": which, **result.metrics()})

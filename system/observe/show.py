@@ -10,8 +10,6 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from system.config import Config, ConfigError
@@ -110,8 +108,4 @@ def _decoder(run_dir: RunDir, config: Config) -> Decode:
             )
     looked = " or ".join(map(str, places))
     print(f"WARNING: no tokenizer in {looked}: showing token ids instead of text", file=sys.stderr)
-    return _ids
-
-
-def _ids(tokens: NDArray[np.int32]) -> str:
-    return "".join(f"⟨{token}⟩" for token in tokens.tolist())
+    return lambda tokens: "".join(f"⟨{token}⟩" for token in tokens.tolist())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from system.observe.metrics import engine_totals
+from system.observe.rundir import RunDir
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Totals:
     forks: int = 0
     top_ups: int = 0
     tool_calls: int = 0
-    generated: int = 0  # MODEL tokens of closed trees, and of dropped ones as far as they are known
+    generated: int = 0  # MODEL tokens of closed trees
     trained: int = 0  # MODEL tokens that the learner saw with a scored leaf below, each once per tree
     unique_trained: int = 0  # tokens of any kind in trained trees, shared prefixes once
     flat_trained: int = 0  # the same once per leaf, as flattened paths would cost
@@ -31,9 +32,7 @@ class Totals:
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
-    weights: dict[str, float] = field(
-        default_factory=dict
-    )  # of pushes to engines: see ``Recorder.weights_pushed``
+    weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
     wall_s: float = 0.0  # of earlier sessions
 
     def summary(self) -> dict[str, Any]:
@@ -75,6 +74,24 @@ class Totals:
         values = dict(state)
         values["staleness"] = Counter({int(lag): int(n) for lag, n in state["staleness"].items()})
         return cls(**values)
+
+
+def report(summary: Mapping[str, Any], run_dir: RunDir) -> list[str]:
+    """What a run says last, in lines for the console; ``summary`` is what ``summary.json`` holds."""
+    tokens = summary["tokens"]
+    lines = [
+        f"held-out questions, {which} training: accuracy {scores['accuracy']:.3f}, "
+        f"reward {scores['reward']:.3f}, {scores['tool_calls']:.2f} tool calls per question"
+        for which, scores in summary["eval"].items()
+    ]
+    sharing = tokens["flat_trained"] / max(tokens["unique_trained"], 1)
+    return [
+        *lines,
+        f"{summary['trees']} trees, {summary['leaves']} leaves, {summary['forks']} forks, "
+        f"{tokens['generated']} tokens generated, {tokens['trained']} trained on, "
+        f"{sharing:.2f} flat tokens per packed one, {summary['wall_s']:.0f} s",
+        f"see {run_dir.summary_path}, {run_dir.curves}/overview.png, and: espalier tree {run_dir.root}",
+    ]
 
 
 def add(totals: dict[str, float], /, **values: float) -> None:

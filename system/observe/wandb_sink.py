@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from system.config import Config, to_dict
@@ -21,15 +21,11 @@ INIT_DEADLINE_S = 30.0
 FINISH_DEADLINE_S = 60.0
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 class WandbSink:
     """Sends records to one W&B run.  ``step`` is the x axis of every metric."""
 
-    def __init__(self, run_dir: RunDir, config: Config, warn: Callable[[str], None] = say) -> None:
-        self._warn, self._run = warn, None
+    def __init__(self, run_dir: RunDir, config: Config) -> None:
+        self._run = None
         mode = config.observe.wandb
         if mode == "disabled":
             return
@@ -84,10 +80,12 @@ class WandbSink:
     def _give_up(self, what: str, error: BaseException) -> None:
         self._run = None
         reason = redact(str(error)).strip() or type(error).__name__
-        self._warn(
+        print(
             f"WARNING: Weights & Biases {what}: {reason}\n"
             "         The run goes on; its metrics are in metrics.jsonl. "
-            "Set observe.wandb=disabled to do without W&B."
+            "Set observe.wandb=disabled to do without W&B.",
+            file=sys.stderr,
+            flush=True,
         )
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from system.engine.protocol import Finish
-from system.rollout.entropy_probe import EntropyProbe
 from system.tree.record import Kind, Origin
 
 
@@ -27,7 +27,7 @@ class Branch:
     calls: int = 0  # on its path
     tools: tuple[tuple[str, str], ...] = ()  # (tool, status) of each call on its path
     segments: tuple[tuple[Kind, str], ...] = ()  # its path as text, after the prompt
-    probe: EntropyProbe | None = None  # of the segment being written, until it has been measured
+    measured: bool = False  # the start of its newest segment has been looked at
     entropy: float = math.nan  # H of its newest measured segment
     baseline: float = math.nan  # H_init
     has_baseline: bool = False
@@ -46,21 +46,23 @@ class Branch:
 
 
 class Stopwatch:
-    """Adds the time that passes (the event loop's, seconds) to one of several causes."""
+    """Adds the time that passes in a ``with`` (the event loop's, seconds) to one of several causes."""
 
     def __init__(self, seconds: dict[str, float], cause: str) -> None:
         self._seconds, self._cause = seconds, cause
         self._clock = asyncio.get_running_loop().time
         self._since = self._clock()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.switch(self._cause)
+
     def lap(self) -> float:
         return self._clock() - self._since
 
     def switch(self, cause: str) -> None:
-        self.stop()
-        self._cause = cause
-
-    def stop(self) -> None:
         now = self._clock()
         self._seconds[self._cause] += now - self._since
-        self._since = now
+        self._since, self._cause = now, cause

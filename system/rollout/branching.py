@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -49,11 +49,6 @@ class TreeState:
     calls: int  # tool calls on this branch's path
     call_limit: int
 
-    @property
-    def remaining(self) -> int:
-        """Branches that may still be started."""
-        return self.budget - self.started
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -78,9 +73,7 @@ class Policy(ABC):
 
     name: ClassVar[str] = ""  # in errors; empty: the class's
     lag: ClassVar[bool] = False  # decide by the segment before the result (at once), not by the one after it
-    inherits: ClassVar[bool] = (
-        True  # a fork keeps its parent's baseline; else its first own segment gives one
-    )
+    inherits: ClassVar[bool] = True  # a fork keeps its parent's baseline, or its own first segment gives one
     can_fork: ClassVar[bool] = True  # if not, all n roots start together
 
     def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:
@@ -159,6 +152,7 @@ class ArpoRelease(Policy):
     Left out: the released table of baselines was never cleared between prompts.
     """
 
+    probe_tokens: int = field(default=20, init=False)
     alpha: float
     beta: float
     name: ClassVar[str] = "arpo-release"
@@ -198,11 +192,6 @@ class Never(Policy):
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         return Decision(0, 0.0, math.nan, probe.delta_h)
-
-
-def arpo_release(alpha: float, beta: float) -> ArpoRelease:
-    """As released: 20 tokens per segment are measured."""
-    return ArpoRelease(20, alpha, beta)
 
 
 def make_policy(config: BranchingConfig) -> Policy:

@@ -1,60 +1,96 @@
-"""The rollout: one tree from a prompt, one asyncio task per live branch.
-
-A branch generates until it stops; if it stopped at a tool call the tool runs, its answer is appended, and
-the branch generates on.  Tokens stream in with their entropies, so once the k-th token after a tool's answer
-is there the policy decides; a fork is a new task at the end of that TOOL node, while the parent's
-generation, which no one stopped, goes on.
-
-The budget is exact: roots + forks + top-ups == n at every normal close.  N roots start together, forks draw
-on n - N, and as soon as no live branch can bring another fork the rest starts as fresh roots, all at once.
-
-That is the barrier-free schedule, in which nobody waits for anybody; ``rollout.schedule: lockstep`` is the
-baseline (:mod:`system.rollout.schedule`).  The growing itself stands in :mod:`system.rollout.tree_rollout`.
-"""
+"""What rollouts are made with: the engine, the tools, the policy and the rest, the same for all trees."""
 
 from __future__ import annotations
 
-from system.rollout.branching import Never
-from system.rollout.parts import RolloutParts
-from system.rollout.schedule import BarrierFree
-from system.rollout.tree_rollout import Begun, RolloutFailed, TreeRollout
-from system.tree.prompt import Prompt
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
-__all__ = ["RolloutContext", "RolloutFailed"]
+import numpy as np
+
+from system.config import Config, RolloutConfig
+from system.engine.entropy import TopEntropy
+from system.engine.pool import EnginePool
+from system.engine.protocol import Engine
+from system.plugins import REWARDS, SYNTAXES
+from system.rollout.branching import Policy, make_policy
+from system.rollout.encode import Tokenizer, encode_text
+from system.rollout.reward import Reward
+from system.rollout.schedule import Schedule, make_schedule
+from system.rollout.syntax.base import Syntax
+from system.tools.outcome import Tools
+from system.tools.service import ToolService, build_tools
+from system.tree.record import Int32
+
+CHARS_PER_TOKEN = 32  # a tool's answer is cut to this many characters per allowed token before it is encoded
 
 
-class RolloutContext(RolloutParts):
-    """Grows trees, any number at once."""
+@dataclass(frozen=True)
+class RolloutContext:
+    """Serves any number of growing trees; of these it knows only where their schedule stands."""
 
-    def plant(
-        self,
-        prompt: Prompt,
-        *,
-        seed: int,
-        ticket: int | str = "",
-        n: int | None = None,
-        greedy: bool = False,
-        temperature: float | None = None,
-        begun: Begun | None = None,
-    ) -> TreeRollout:
-        """A tree of ``prompt`` that grows, and has its leaves scored, in its ``run()``.
+    engine: Engine
+    tools: Tools
+    syntax: Syntax
+    policy: Policy
+    reward: Reward
+    tokenizer: Tokenizer
+    config: RolloutConfig
+    vocab_size: int  # V, of which ln V is the unit of entropy
+    now: Callable[[], float] = time.time  # unix time, for the record
+    schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
-        ``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch draws
-        does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
-        engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
-        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``begun``: what it has come
-        to already (see :mod:`system.rollout.snapshot`); None for a new one.
-        """
-        if temperature is None:
-            temperature = 0.0 if greedy else self.config.temperature
-        return TreeRollout(
-            parts=self,
-            prompt=prompt,
-            policy=Never(self.policy.probe_tokens) if greedy else self.policy,
-            schedule=BarrierFree() if greedy else self.schedule,
-            budget=n if n is not None else 1 if greedy else self.config.leaves,
-            temperature=temperature,
-            seed=seed,
-            ticket=ticket,
-            begun=begun,
-        )
+    def __post_init__(self) -> None:
+        wrapping = sum(tokens.size for tokens in self._wrapping)
+        if self.config.max_tool_result_tokens <= wrapping:
+            raise ValueError(
+                f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
+                f"the result's own tags take {wrapping} tokens"
+            )
+        object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
+
+    @cached_property
+    def _wrapping(self) -> tuple[Int32, Int32]:
+        """Tokens before and after a tool's answer."""
+        before, after = self.syntax.result_open, self.syntax.result_close
+        return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
+
+    def encode_result(self, text: str, room: int) -> Int32:
+        """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
+        limit = self.config.max_tool_result_tokens
+        before, after = self._wrapping
+        inner = encode_text(self.tokenizer, text[: limit * CHARS_PER_TOKEN], trusted=False)
+        return np.concatenate([before, inner[: limit - before.size - after.size], after])[:room]
+
+
+def build_context(
+    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
+) -> tuple[RolloutContext, ToolService, EnginePool]:
+    """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
+    ``tools`` (tool -> URL).
+
+    ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
+    """
+    from transformers import AutoTokenizer  # slow import
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
+    syntax = config.rollout.syntax
+    engine = EnginePool(
+        list(engines),
+        deadline_s=config.rollout.generate_deadline_s,
+        in_flight=config.engine.in_flight,
+        estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
+    )
+    context = RolloutContext(
+        engine=engine,
+        tools=service,
+        syntax=SYNTAXES.make(syntax.name, syntax.options, service.specs),
+        policy=make_policy(config.branching),
+        reward=REWARDS.make(config.reward.name, config.reward.options, config=config),
+        tokenizer=tokenizer,
+        config=config.rollout,
+        vocab_size=len(tokenizer),
+    )
+    return context, service, engine

@@ -38,10 +38,6 @@ class SavedTree:
     start_version: int  # the learner's version when the tree started
     tree: Tree | bytes  # closed, or growing (a snapshot)
 
-    @property
-    def closed(self) -> bool:
-        return isinstance(self.tree, Tree)
-
 
 @dataclass(frozen=True, slots=True)
 class SavedTrees:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -26,17 +25,17 @@ from system.engine.protocol import Finish
 from system.errors import EspalierError
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
-from system.rollout.tree_rollout import Begun, TreeRollout
+from system.rollout.tree_rollout import TreeRollout
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Origin, Outcome, TreeError
 
 FORMAT = 1
-_CLOCKS = ("began_s", "spent_s")
+_NOT_KEPT_SO = ("began_s", "spent_s", "measured")  # clocks, and what the tokens there tell
 _PLAIN = [  # the fields of a branch that JSON takes as they are
     field.name
     for field in fields(Branch)
-    if field.type in ("int", "float", "bool", "int | None") and field.name not in _CLOCKS
+    if field.type in ("int", "float", "bool", "int | None") and field.name not in _NOT_KEPT_SO
 ]
 
 
@@ -90,20 +89,16 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         growth = TreeBuilder.restore(load(data), fields["growth"])
         if growth.prompt_id != prompt.id:
             raise SnapshotError(f"a tree of prompt {growth.prompt_id!r}, not of {prompt.id!r}")
-        live = [_restored(values) for values in fields["live"]]
-        begun = Begun(
-            growth=growth,
-            started=Counter({Origin(int(origin)): n for origin, n in fields["started"].items()}),
-            live={branch.key: branch for branch in live},
-            ended=[(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]],
-            seconds=fields["seconds"],
-            errors=fields["errors"],
-            spent_s=fields["spent_s"],
-        )
         temperature, seed = fields["temperature"], fields["seed"]
-        return context.plant(
-            prompt, seed=seed, ticket=ticket, n=growth.budget, temperature=temperature, begun=begun
+        tree = TreeRollout(
+            context, prompt, seed=seed, ticket=ticket, n=growth.budget, temperature=temperature, growth=growth
         )
+        tree.started.update({Origin(int(origin)): n for origin, n in fields["started"].items()})
+        live = [_restored(values) for values in fields["live"]]
+        tree.live.update((branch.key, branch) for branch in live)
+        tree.ended += [(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
+        tree.seconds, tree.errors, tree.spent_s = fields["seconds"], fields["errors"], fields["spent_s"]
+        return tree
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error
 

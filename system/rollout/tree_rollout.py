@@ -1,6 +1,15 @@
-"""One tree while it grows: its budget, its branches as tasks, their segments, forks and tool calls.
+"""The rollout: one tree from a prompt, one asyncio task per live branch.
 
-Planted by :class:`system.rollout.context.RolloutContext`, which says what the budget is.
+A branch generates until it stops; if it stopped at a tool call the tool runs, its answer is appended, and
+the branch generates on.  Tokens stream in with their entropies, so once the k-th token after a tool's answer
+is there the policy decides; a fork is a new task at the end of that TOOL node, while the parent's
+generation, which no one stopped, goes on.
+
+The budget is exact: roots + forks + top-ups == n at every normal close.  N roots start together, forks draw
+on n - N, and as soon as no live branch can bring another fork the rest starts as fresh roots, all at once.
+
+That is the barrier-free schedule, in which nobody waits for anybody; ``rollout.schedule: lockstep`` is the
+baseline (:mod:`system.rollout.schedule`).
 """
 
 from __future__ import annotations
@@ -12,7 +21,6 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import InitVar, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -20,12 +28,11 @@ import numpy as np
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
 from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
-from system.rollout.branching import Policy, Probe, TreeState
+from system.rollout.branching import Never, Probe, TreeState
+from system.rollout.context import RolloutContext
 from system.rollout.encode import decode, encode_prompt
-from system.rollout.entropy_probe import EntropyProbe
-from system.rollout.parts import RolloutParts
 from system.rollout.reward import BranchView
-from system.rollout.schedule import Schedule
+from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
@@ -54,50 +61,49 @@ class RolloutFailed(EspalierError, RuntimeError):
         return f"tree of prompt {self.prompt_id!r}: {self.reason}: {self.detail}"
 
 
-@dataclass
-class Begun:
-    """What a tree has come to before the run was resumed.  Its live branches go on."""
-
-    growth: TreeBuilder
-    started: Counter[Origin]
-    live: dict[tuple[int, ...], Branch]
-    ended: list[tuple[Branch, Outcome]]
-    seconds: dict[str, float]
-    errors: list[str]
-    spent_s: float  # of the tree's deadline
-
-
-@dataclass(eq=False, kw_only=True)
 class TreeRollout:
-    """One tree, from its planting to its close in :meth:`run`, once.
+    """One tree, from its planting to its close in :meth:`run`, once."""
 
-    :meth:`system.rollout.context.RolloutContext.plant` makes it.
-    """
-
-    parts: RolloutParts
-    prompt: Prompt
-    policy: Policy
-    schedule: Schedule
-    budget: int
-    temperature: float
-    seed: int
-    ticket: int | str
-    begun: InitVar[Begun | None] = None
-
-    def __post_init__(self, begun: Begun | None) -> None:
-        parts, prompt = self.parts, self.prompt
-        self.config, self.resumed = parts.config, begun is not None
-        if begun is None:
-            tokens = encode_prompt(parts.tokenizer, prompt.messages)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=parts.now())
-            begun = Begun(growth, Counter(), {}, [], dict.fromkeys(CAUSES, 0.0), [], 0.0)
-        self.growth = begun.growth
-        self.started, self.live = begun.started, begun.live
-        self.ended = begun.ended  # in the order of the growth's leaves
-        self.seconds, self.errors, self.spent_s = begun.seconds, begun.errors, begun.spent_s
+    def __init__(
+        self,
+        context: RolloutContext,
+        prompt: Prompt,
+        *,
+        seed: int,
+        ticket: int | str = "",
+        n: int | None = None,
+        greedy: bool = False,
+        temperature: float | None = None,
+        growth: TreeBuilder | None = None,
+    ) -> None:
+        """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
+        draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
+        engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``growth``: what was built
+        before the run was resumed (see :mod:`system.rollout.snapshot`); None for a new tree.
+        """
+        config = context.config
+        self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
+        self.policy = Never(context.policy.probe_tokens) if greedy else context.policy
+        self.schedule = BarrierFree() if greedy else context.schedule
+        self.budget = n if n is not None else 1 if greedy else config.leaves
+        if temperature is None:
+            temperature = 0.0 if greedy else config.temperature
+        self.temperature = temperature
+        self.resumed = growth is not None
+        if growth is None:
+            tokens = encode_prompt(context.tokenizer, prompt.messages)
+            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
+        self.growth = growth
+        self.started: Counter[Origin] = Counter()
+        self.live: dict[tuple[int, ...], Branch] = {}
+        self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
+        self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
+        self.errors: list[str] = []
+        self.spent_s = 0.0  # of the deadline, before the run was resumed
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
-        self.log_vocab = math.log(parts.vocab_size)
-        self.call_limit = self.config.call_limit if parts.tools.specs else 0
+        self.log_vocab = math.log(context.vocab_size)
+        self.call_limit = config.call_limit if context.tools.specs else 0
         self.group = asyncio.TaskGroup()
 
     async def run(self) -> Tree:
@@ -114,7 +120,8 @@ class TreeRollout:
                 for branch in self.live.values():
                     self._spawn(branch)
                 if not self.resumed:
-                    self._start_roots()
+                    roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
+                    self._start_roots(roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -138,14 +145,10 @@ class TreeRollout:
     def _remaining(self) -> int:
         return self.budget - self.started.total()
 
-    def _start_roots(self) -> None:
-        roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
-        for _ in range(roots):
-            self._start_root(Origin.ROOT)
-
-    def _start_root(self, origin: Origin) -> None:
-        key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-        self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
+    def _start_roots(self, count: int, origin: Origin) -> None:
+        for _ in range(count):
+            key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
+            self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
 
     def _start_fork(self, parent: Branch, node: int) -> None:
         """A sibling of what ``parent`` has written since ``node``."""
@@ -173,8 +176,8 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what the schedule lets start of the rest of the budget as fresh roots."""
-        for _ in range(self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)):
-            self._start_root(Origin.TOP_UP)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)
+        self._start_roots(count, Origin.TOP_UP)
 
     # One branch
 
@@ -224,11 +227,8 @@ class TreeRollout:
                 return Outcome.LENGTH
 
     async def _wait(self, barrier: Coroutine[Any, Any, None]) -> None:
-        clock = Stopwatch(self.seconds, "barrier")
-        try:
+        with Stopwatch(self.seconds, "barrier"):
             await barrier
-        finally:
-            clock.stop()
 
     def _room(self, branch: Branch) -> int:
         """Tokens the branch may still take, the model's and the tools' alike."""
@@ -246,24 +246,26 @@ class TreeRollout:
         await self._wait(self.schedule.meet(branch))
         branch.finish = None
         if finish.type != "abort":
-            self._measured(branch)
+            self._measure(branch)
         self._read(branch, Kind.MODEL, begin)
         return finish
 
     def _open(self, branch: Branch) -> int:
         """A MODEL node to write in; returns the number of tokens before its first one."""
-        above, branch.probe = branch.node, EntropyProbe(self.policy.probe_tokens)
+        above, branch.measured = branch.node, False
         if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
-            branch.probe.add(self.growth.entropies(above))
-            if branch.probe.full and self.schedule.streaming:  # and looked at, too
-                branch.probe = None
+            branch.measured = self._measurable(branch)
             return self.growth.depth(above) - self.growth.n_tokens(above)
         branch.seed = int(branch.seeds.integers(2**31))
         branch.node = self.growth.node(above, Kind.MODEL)
         return self.growth.depth(above)
 
+    def _measurable(self, branch: Branch) -> bool:
+        """Whether enough of the segment is there to look at, while it is still being written."""
+        return self.schedule.streaming and self.growth.n_tokens(branch.node) >= self.policy.probe_tokens
+
     async def _stream(self, branch: Branch, begin: int) -> None:
-        """Tokens into the newest node and through the entropy probe, until ``branch.finish`` is there."""
+        """Tokens into the newest node until ``branch.finish`` is there; the first k are looked at at once."""
         config, path = self.config, self.growth.path_tokens(branch.node)
         if self._room(branch) == 0:  # a resumed run has all of it but the message that says so
             branch.finish = Finish("length")
@@ -276,50 +278,51 @@ class TreeRollout:
                 temperature=self.temperature,
                 top_p=config.top_p,
                 top_k=config.top_k,
-                stop=self.parts.syntax.stops,
+                stop=self.context.syntax.stops,
                 seed=branch.seed,
             ),
             route=f"{self.prompt.id}:{self.ticket}",
             parent=branch.request,
-            said=decode(self.parts.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
+            said=decode(self.context.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
         )
         branch.request = request.rid
-        clock = Stopwatch(self.seconds, "waiting")
+        stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
         deadline = asyncio.timeout(config.generate_deadline_s)
         try:
-            async with deadline:
-                stream = cast(AsyncGenerator[Chunk, None], self.parts.engine.generate(request))
-                async with aclosing(stream):
+            with Stopwatch(self.seconds, "waiting") as clock:
+                async with deadline, aclosing(stream):
                     async for chunk in stream:
                         clock.switch("engine")
                         self.growth.extend(
                             branch.node, chunk.tokens, chunk.logprob, chunk.entropy, chunk.version
                         )
-                        if branch.probe is not None and not branch.probe.full:
-                            branch.probe.add(chunk.entropy)
-                            if self.schedule.streaming and branch.probe.full:
-                                self._measured(branch)
+                        if self._measurable(branch):
+                            self._measure(branch)
                         branch.finish = chunk.finish  # read on to the end: closing early is an abort
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise EngineError(f"no end of generation within {config.generate_deadline_s:g} s") from None
-        finally:
-            clock.stop()
 
     def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
         """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
-        text = decode(self.parts.tokenizer, self.growth.path_tokens(branch.node)[begin:])
+        text = decode(self.context.tokenizer, self.growth.path_tokens(branch.node)[begin:])
         branch.segments = (*branch.segments, (kind, text))
 
     # Forks
 
-    def _measured(self, branch: Branch) -> None:
-        """The start of a segment is there, k tokens of it or all of it if it is shorter: look at it once."""
-        probe, branch.probe = branch.probe, None
-        if probe is None or probe.values.size == 0:
+    def _measure(self, branch: Branch) -> None:
+        """The start of a segment is there, k tokens of it or all of it if it is shorter: look at it once.
+
+        That costs no token and no forward pass: sampled tokens carry their entropies.
+        """
+        if branch.measured:
             return
-        branch.entropy = self.policy.measure(probe.values, self.log_vocab)
+        branch.measured = True
+        entropies = self.growth.entropies(branch.node)[: self.policy.probe_tokens]
+        if entropies.size == 0:
+            return
+        branch.entropy = self.policy.measure(entropies, self.log_vocab)
         if not branch.has_baseline:
             branch.baseline, branch.has_baseline = branch.entropy, True
         if branch.answer is not None:
@@ -354,18 +357,15 @@ class TreeRollout:
         if not branch.calling:
             branch.calls += 1
             branch.calling = True
-        call = self.parts.syntax.parse(branch.segments[-1][1])
-        match call:
+        match self.context.syntax.parse(branch.segments[-1][1]) or MalformedCall("no tool call"):
             case ParsedCall(tool, arguments):
                 outcome = await self._run_tool(branch, tool, arguments)
             case MalformedCall(reason):
                 tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, f"Error: {reason}")
-            case None:
-                tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, "Error: no tool call")
         begin = self.growth.depth(branch.node)
         await self._wait(self.schedule.meet(branch))
         node = self.growth.node(branch.node, Kind.TOOL)
-        self.growth.extend(node, self.parts.encode_result(outcome.text, self._room(branch)))
+        self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
         self.growth.call(
             ToolCall(
                 node,
@@ -385,17 +385,14 @@ class TreeRollout:
             self._decide(branch, node)
 
     async def _run_tool(self, branch: Branch, tool: str, arguments: dict[str, Any]) -> ToolOutcome:
-        clock = Stopwatch(self.seconds, "tool")
         context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
-        try:
-            return await self.parts.tools.call(tool, arguments, context)
-        except Exception as error:  # the service promises not to raise; if it does, the agent still goes on
-            log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
-            return ToolOutcome(
-                ToolStatus.UNAVAILABLE, "Error: the tool is unavailable", clock.lap(), detail=repr(error)
-            )
-        finally:
-            clock.stop()
+        with Stopwatch(self.seconds, "tool") as clock:
+            try:
+                return await self.context.tools.call(tool, arguments, context)
+            except Exception as error:  # the service promises not to raise; if it does, the agent goes on
+                log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
+                text = "Error: the tool is unavailable"
+                return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=repr(error))
 
     # The close
 
@@ -406,7 +403,7 @@ class TreeRollout:
                 parts.append(None)
                 continue
             view = BranchView(branch.segments, outcome, branch.tools)
-            score = self.parts.reward.score(self.prompt, view)
+            score = self.context.reward.score(self.prompt, view)
             self.growth.score(leaf, score.value, score.correct)
             parts.append(score.parts)
         self.growth.meta.update(
@@ -418,4 +415,4 @@ class TreeRollout:
             parts=parts,
             errors=self.errors,
         )
-        return self.growth.close(self.parts.now())
+        return self.growth.close(self.context.now())

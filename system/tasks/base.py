@@ -1,11 +1,14 @@
-"""What a task gives the system: prompts with verifiable answers, in a fixed order for a seed."""
+"""What a task gives the system, prompts with verifiable answers in a fixed order for a seed; and by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
+from system import plugins
+from system.config import Config, ConfigError
+from system.rollout.reward import Reward
 from system.tree.prompt import Prompt
 
 
@@ -29,6 +32,23 @@ class Task(Protocol):
     def eval(self) -> Sequence[Prompt]:
         """Held-out prompts."""
         ...
+
+
+def make_task(config: Config) -> Task:
+    """The configured task, one of :data:`plugins.TASKS` or one's own as ``package.module:Name``.
+
+    One's own is any callable that takes the :class:`Config`, and ``task.options`` as keywords, and returns a
+    :class:`Task`.  Raises :class:`ConfigError` naming the key and the remedy.
+    """
+    return cast(Task, plugins.TASKS.make(config.task.name, config.task.options, config))
+
+
+def task_reward(config: Config) -> Reward:
+    """``reward.name=task``: the task scores its own answers."""
+    task = make_task(config)
+    if not hasattr(task, "score"):
+        raise ConfigError(f"reward.name=task, but the task {task.name!r} has no score(prompt, branch)")
+    return cast(Reward, task)
 
 
 # What a task may bring besides its prompts.

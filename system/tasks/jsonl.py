@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ class JsonlTask:
 
     name = "jsonl"
 
-    def __init__(self, train: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
-        self._train, self._held_out = list(train), list(held_out)
-
-    @classmethod
-    def from_config(cls, config: Config) -> JsonlTask:
+    def __init__(self, config: Config) -> None:
         """``task.path``, ``task.eval_path`` (empty: no held-out questions) and ``task.system_prompt``.
 
         At most ``task.train_size`` and ``task.eval_size`` rows are taken, the first ones.  Raises DataError
@@ -45,17 +41,16 @@ class JsonlTask:
         if not config.task.path:
             raise ConfigError("task.name=jsonl needs task.path=<a .jsonl or .parquet file>")
         system = config.task.system_prompt
-        train = read_prompts(Path(config.task.path), system, config.task.train_size)
-        held_out: list[Prompt] = []
+        self._train = read_prompts(Path(config.task.path), system, config.task.train_size)
+        self._held_out: list[Prompt] = []
         if config.task.eval_path:
-            held_out = read_prompts(Path(config.task.eval_path), system, config.task.eval_size)
-            known = {_text(prompt) for prompt in train}
-            for prompt in held_out:
+            self._held_out = read_prompts(Path(config.task.eval_path), system, config.task.eval_size)
+            known = {_text(prompt) for prompt in self._train}
+            for prompt in self._held_out:
                 if _text(prompt) in known:
                     raise DataError(
                         f"{config.task.eval_path}: question {prompt.id!r} is in {config.task.path} too"
                     )
-        return cls(train, held_out)
 
     def train(self) -> list[Prompt]:
         return self._train

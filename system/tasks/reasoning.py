@@ -27,37 +27,17 @@ class ReasoningTask:
 
     name = "reasoning-gym"
 
-    def __init__(
-        self,
-        dataset: str,
-        train_size: int,
-        eval_size: int,
-        seed: int,
-        options: dict[str, Any],
-        system_prompt: str = SYSTEM_PROMPT,
-    ) -> None:
+    def __init__(self, config: Config, **options: Any) -> None:
         """``options`` go to the data set.  Raises ConfigError for an unknown data set or option."""
+        task, seed, dataset = config.task, config.run.seed, config.task.dataset
+        if not dataset:
+            raise ConfigError("task.name=reasoning-gym needs task.dataset=<name>, for example chain_sum")
         if dataset not in DATASETS:
             close = nearest(dataset, DATASETS) or f"; there are {len(DATASETS)}, for example chain_sum"
             raise ConfigError(f"task.dataset={dataset!r}: no such reasoning-gym data set{close}")
-        self.dataset, self.system_prompt = dataset, system_prompt
-        self._train = _create(dataset, train_size, seed, options)
-        self._eval = _create(dataset, eval_size, seed + EVAL_SEED_OFFSET, options)
-
-    @classmethod
-    def from_config(cls, config: Config, **options: Any) -> ReasoningTask:
-        """``task.dataset`` with ``task.options``."""
-        if not config.task.dataset:
-            raise ConfigError("task.name=reasoning-gym needs task.dataset=<name>, for example chain_sum")
-        task = config.task
-        return cls(
-            task.dataset,
-            task.train_size,
-            task.eval_size,
-            config.run.seed,
-            options,
-            task.system_prompt or SYSTEM_PROMPT,
-        )
+        self.dataset, self.system_prompt = dataset, task.system_prompt or SYSTEM_PROMPT
+        self._train = _create(dataset, task.train_size, seed, options)
+        self._eval = _create(dataset, task.eval_size, seed + EVAL_SEED_OFFSET, options)
 
     def train(self) -> list[Prompt]:
         """Training questions.  One that the small space of a data set also drew for evaluation is left

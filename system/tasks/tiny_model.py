@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from system.config import ModelConfig
@@ -36,7 +35,10 @@ def create_model(path: Path, tokenizer: PreTrainedTokenizerBase, config: ModelCo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(shape)
-        initialize(model, config.hidden_size**-0.5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:  # the norms' weights stay at 1
+                    parameter.normal_(0.0, config.hidden_size**-0.5)
     model.to(getattr(torch, config.dtype))
     model.generation_config = GenerationConfig(bos_token_id=None, eos_token_id=eos, pad_token_id=pad)
     path.mkdir(parents=True, exist_ok=True)
@@ -60,11 +62,3 @@ def qwen3_config(config: ModelConfig, vocab: int, **tokens: Any) -> Qwen3Config:
         dtype=config.dtype,
         **tokens,
     )
-
-
-def initialize(model: nn.Module, std: float) -> None:
-    """Draw every matrix from N(0, std²), in the order of the parameters; norm weights stay at 1."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, std)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 
 from aiohttp import web
@@ -22,16 +22,10 @@ from system.tools.sandbox.sandbox import PRELOADED, Sandbox, SandboxLimits, Sand
 SANDBOX = web.AppKey("sandbox", Sandbox)
 
 
-def create_app(
-    limits: SandboxLimits | None = None,
-    *,
-    concurrency: int = 16,
-    paths: Sequence[str] = (),
-    preload: Sequence[str] = PRELOADED,
-) -> web.Application:
-    """The application.  Its start-up raises SandboxUnavailable where programs cannot be confined."""
+def create_app(sandbox: Sandbox) -> web.Application:
+    """It starts ``sandbox``, which raises SandboxUnavailable where programs cannot be confined."""
     app = web.Application(client_max_size=2 << 20)
-    app[SANDBOX] = Sandbox(limits, concurrency=concurrency, paths=paths, preload=preload)
+    app[SANDBOX] = sandbox
     app.cleanup_ctx.append(_sandbox_running)
     app.router.add_post("/run", _run)
     app.router.add_get("/health", _health)
@@ -79,11 +73,10 @@ def main() -> None:
     parser.add_argument("--preload", action="append", default=[], help="module to import only once")
     args = parser.parse_args()
     limits = SandboxLimits(args.wall_s, args.cpu_s, args.memory_mb, args.output_chars)
-    app = create_app(
-        limits, concurrency=args.concurrency, paths=args.path, preload=(*PRELOADED, *args.preload)
-    )
+    preload = (*PRELOADED, *args.preload)
+    sandbox = Sandbox(limits, concurrency=args.concurrency, paths=args.path, preload=preload)
     try:
-        asyncio.run(serve_until_signal(app, args.host, args.port))
+        asyncio.run(serve_until_signal(create_app(sandbox), args.host, args.port))
     except SandboxUnavailable as error:
         raise SystemExit(f"python_server: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from system.errors import EspalierError
 
-_DOCUMENTS, _MANIFEST, _SCORES = "documents.jsonl", "manifest.json", "bm25"
 _TOKENS = r"(?u)\b\w+\b"  # unlike the usual pattern it keeps one-letter words and digits
 
 
@@ -48,13 +47,6 @@ def read_corpus(path: str | Path) -> list[Document]:
     return documents
 
 
-def write_corpus(path: str | Path, documents: Iterable[Document]) -> None:
-    """The inverse of :func:`read_corpus`."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps(asdict(document), ensure_ascii=False) + "\n")
-
-
 class SearchIndex:
     """Ranked retrieval.  Equal scores rank by place in the corpus, so results are the same on any machine."""
 
@@ -74,30 +66,19 @@ class SearchIndex:
         return cls(documents, scorer)
 
     @classmethod
-    def load(cls, directory: str | Path) -> SearchIndex:
-        """What :meth:`save` wrote."""
-        directory = Path(directory)
-        scorer = bm25s.BM25.load(str(directory / _SCORES), load_corpus=False, mmap=True)
-        return cls(read_corpus(directory / _DOCUMENTS), scorer)
-
-    def save(self, directory: str | Path) -> None:
-        """Write the documents, the scores (NumPy arrays, JSON) and, last, the digest of the corpus."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _MANIFEST).unlink(missing_ok=True)
-        write_corpus(directory / _DOCUMENTS, self.documents)
-        self._scorer.save(str(directory / _SCORES), show_progress=False)
-        (directory / _MANIFEST).write_text(json.dumps({"corpus": _digest(self.documents)}))
-
-    @classmethod
     def cached(cls, documents: Sequence[Document], directory: str | Path) -> SearchIndex:
-        """The index of ``documents`` saved in ``directory``, built and saved there if it is missing or
-        another's."""
-        manifest = Path(directory) / _MANIFEST
-        if manifest.is_file() and json.loads(manifest.read_text()).get("corpus") == _digest(documents):
-            return cls.load(directory)
+        """The index of ``documents`` whose scores (NumPy arrays, JSON) are kept in ``directory``; built and
+        saved there if it is missing or another's."""
+        directory = Path(directory)
+        manifest, scores = directory / "manifest.json", str(directory / "bm25")
+        digest = _digest(documents)
+        if manifest.is_file() and json.loads(manifest.read_text()).get("corpus") == digest:
+            return cls(documents, bm25s.BM25.load(scores, load_corpus=False, mmap=True))
         index = cls.build(documents)
-        index.save(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        manifest.unlink(missing_ok=True)
+        index._scorer.save(scores, show_progress=False)
+        manifest.write_text(json.dumps({"corpus": digest}))  # last: it says that the rest is whole
         return index
 
     def search(self, query: str, top_k: int) -> list[Hit]:

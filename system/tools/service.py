@@ -34,28 +34,13 @@ class ToolStartError(EspalierError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    """The same for each tool; times in seconds."""
+class Patience:
+    """With a tool that does not work, the same for each; times in seconds."""
 
-    deadline_s: float = 20.0  # one call, waiting and retries included
-    concurrency: int = 16
-    rate_per_s: float = 0.0  # attempts; 0: unlimited
-    retries: int = 2
-    cache_size: int = 4096
     backoff_s: float = 0.5  # before the first retry, doubling; the actual wait is uniform in [half, whole]
     breaker_threshold: int = 5
     breaker_pause_s: float = 1.0
     breaker_max_pause_s: float = 30.0
-
-    @classmethod
-    def from_config(cls, tools: ToolsConfig) -> ServiceLimits:
-        return cls(
-            deadline_s=tools.deadline_s,
-            concurrency=tools.concurrency,
-            rate_per_s=tools.rate_per_s,
-            retries=tools.retries,
-            cache_size=tools.cache_size,
-        )
 
 
 class ToolService:
@@ -64,20 +49,21 @@ class ToolService:
     def __init__(
         self,
         tools: Iterable[Tool],
-        limits: ServiceLimits | None = None,
+        limits: ToolsConfig,
         *,
+        patience: Patience | None = None,
         http: HttpClient | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """``http``: a client to close with the service; ``seed``: of the back-off's jitter."""
-        limits = limits or ServiceLimits()
-        rng = random.Random(seed)
+        """``limits``: deadline, concurrency, rate, retries and cache size, for each tool; ``http``: a client
+        to close with the service; ``seed``: of the back-off's jitter."""
+        patience, rng = patience or Patience(), random.Random(seed)
         self._guarded: dict[str, _Guarded] = {}
         for tool in tools:
             if tool.spec.name in self._guarded:
                 raise ToolStartError(f"tool {tool.spec.name!r}: configured twice")
-            self._guarded[tool.spec.name] = _Guarded(tool, limits, rng, clock)
+            self._guarded[tool.spec.name] = _Guarded(tool, limits, patience, rng, clock)
         self._http = http
 
     @property
@@ -119,10 +105,7 @@ class ToolService:
             await self._http.close()
 
 
-def build_tools(
-    config: ToolsConfig,
-    urls: Mapping[str, str],
-) -> ToolService:
+def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
     """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
     ``config.options``.
 
@@ -155,20 +138,27 @@ def build_tools(
                 f"tool {name!r}: not a tool: it needs spec, run and check (system.tools.tool.Tool)"
             )
         tools.append(tool)
-    return ToolService(tools, ServiceLimits.from_config(config), http=http)
+    return ToolService(tools, config, http=http)
 
 
 class _Guarded:
     """One tool with everything around it."""
 
-    def __init__(self, tool: Tool, limits: ServiceLimits, rng: random.Random, clock: Callable[[], float]):
+    def __init__(
+        self,
+        tool: Tool,
+        limits: ToolsConfig,
+        patience: Patience,
+        rng: random.Random,
+        clock: Callable[[], float],
+    ):
         self.tool = tool
-        self._limits, self._rng, self._clock = limits, rng, clock
+        self._limits, self._backoff_s, self._rng, self._clock = limits, patience.backoff_s, rng, clock
         self._retries = self._joins = self._cache_hits = 0
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._throttle = _throttler(limits.rate_per_s)
         self.breaker = CircuitBreaker(
-            limits.breaker_threshold, limits.breaker_pause_s, limits.breaker_max_pause_s, clock
+            patience.breaker_threshold, patience.breaker_pause_s, patience.breaker_max_pause_s, clock
         )
         self._cache: OrderedDict[str, ToolOutcome] = OrderedDict()
         self._flights: dict[str, _Flight] = {}
@@ -307,7 +297,7 @@ class _Guarded:
         raise AssertionError("unreachable: the last attempt returns")
 
     def _backoff(self, attempt: int) -> float:
-        whole = self._limits.backoff_s * 2 ** (attempt - 1)
+        whole = self._backoff_s * 2 ** (attempt - 1)
         return whole * self._rng.uniform(0.5, 1.0)
 
     def _timed_out(self, deadline_s: float) -> ToolOutcome:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from system.config import ToolsConfig
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.service import ServiceLimits, ToolService
+from system.tools.service import ToolService
 from system.tools.tool import ToolUnavailable
 from system.twin.clock import Trace
 from system.twin.dist import Constant, Dist
@@ -33,9 +34,7 @@ class ToolModel:
 class TwinTools:
     """Every model behind one service."""
 
-    def __init__(
-        self, models: Mapping[str, ToolModel], limits: ServiceLimits, seed: int, trace: Trace
-    ) -> None:
+    def __init__(self, models: Mapping[str, ToolModel], limits: ToolsConfig, seed: int, trace: Trace) -> None:
         self._tools = [_SimulatedTool(name, model, seed) for name, model in models.items()]
         self._service = ToolService(
             self._tools,

@@ -18,9 +18,9 @@ from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
 from system.rollout.branching import make_policy
-from system.rollout.context import RolloutContext, RolloutFailed
+from system.rollout.context import RolloutContext
 from system.rollout.syntax.tags import TagSyntax
-from system.tools.service import ServiceLimits
+from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
@@ -100,8 +100,7 @@ class Twin:
         self.agent = models.agent.afresh()
         self.prompt_ids = [f"q{number}" for number in range(_PROMPTS)]
         known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
-        limits = ServiceLimits.from_config(config.tools)
-        together = replace(limits, concurrency=limits.concurrency * config.rollout.workers)
+        together = replace(config.tools, concurrency=config.tools.concurrency * config.rollout.workers)
         self.tools = TwinTools(known, together, config.run.seed, self.trace)
         syntax = TagSyntax(self.tools.specs)
         policy = make_policy(config.branching)
@@ -201,7 +200,7 @@ class Twin:
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
-            tree = await self.context.plant(prompt, ticket=ticket.number, seed=seed).run()
+            tree = await TreeRollout(self.context, prompt, ticket=ticket.number, seed=seed).run()
         except RolloutFailed as failure:
             raise TreeLost(failure.reason) from failure
         finally:

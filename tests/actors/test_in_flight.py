@@ -108,7 +108,8 @@ async def test_every_tree_in_flight_is_collected_once() -> None:
     state = {k.prompt_id: k for k in trees}
     assert len(trees) == 5
     assert state.keys() == {ticket.prompt_id for ticket in tickets}
-    assert [state[tickets[i].prompt_id].closed for i in range(5)] == [False, True, True, False, True]
+    found_trees = [state[tickets[i].prompt_id].tree for i in range(5)]
+    assert [isinstance(one, Tree) for one in found_trees] == [False, True, True, False, True]
     assert state[tickets[3].prompt_id] == SavedTree(0, tickets[3].prompt_id, 3, b"three")
     assert [state[tickets[i].prompt_id].start_version for i in range(5)] == [1, 2, 2, 3, 3]
     assert found.books == {"step": 3}
@@ -165,7 +166,7 @@ async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) 
     assert one.take(again.epoch, again.prompt_id) is None
     # A checkpoint that comes before the second one's turn must not lose it.
     still = await one.collect([])
-    assert [(k.prompt_id, k.closed, k.start_version) for k in still.trees] == [
+    assert [(k.prompt_id, isinstance(k.tree, Tree), k.start_version) for k in still.trees] == [
         (tickets[1].prompt_id, True, 1)
     ]
     assert ledger.state(0, tickets[1].prompt_id) == State.PENDING

@@ -17,8 +17,8 @@ from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
 from system.observe.jsonl import JsonlWriter, read_jsonl
-from system.rollout.context import RolloutFailed
 from system.rollout.snapshot import SnapshotError
+from system.rollout.tree_rollout import RolloutFailed
 
 TICKET = Ticket(3, 0, "p", 1, 5)
 STATS: Any = object()

@@ -15,7 +15,7 @@ from system.bench.baselines import BASELINES, WAYS
 from system.bench.throughput import SETTINGS, TEACH, SlowSearch, figures, write_report
 from system.config import load
 from system.serving import serve
-from system.tasks.registry import make_task
+from system.tasks.base import make_task
 from system.twin.clock import run as virtually
 from system.twin.dist import ToolLatency
 from system.twin.speeds import LinearEngine, LinearLearner

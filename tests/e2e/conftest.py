@@ -19,8 +19,7 @@ from system.bench.slow_search import slowed
 from system.config import load
 from system.observe.jsonl import read_jsonl
 from system.serving import serve
-from system.tasks.base import HasCorpus
-from system.tasks.registry import make_task
+from system.tasks.base import HasCorpus, make_task
 from system.tools.search_index import Document, SearchIndex
 from system.tools.search_server import create_app
 

@@ -82,7 +82,7 @@ async def test_a_tree_survives_new_weights_a_killed_engine_and_a_restart(
     async with server_process(models[0]) as first, server_process(models[0]) as second:
         client = EngineClient([first.url, second.url], deadline_s=120)
         await client.wait_ready(60)
-        growing = context(client).plant(PROMPT, seed=5)
+        growing = TreeRollout(context(client), PROMPT, seed=5)
         task = asyncio.create_task(growing.run())
         await grown(growing, 20, task)
         await client.push_weights([models[1].weights()], 1)

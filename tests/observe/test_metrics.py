@@ -151,7 +151,7 @@ def test_evaluation_by_kind_counts_the_unanswered_as_wrong():
     stats = [single("a", 1), single("b", 0), single("c", -1), TreeStats.of(make_tree("d", (1.0, 0.0, NAN)))]
     result = EvalResult.of(stats)
     assert result.total.questions == 4
-    assert result.accuracy == pytest.approx((1 + 0 + 0 + 1 / 3) / 4)
+    assert result.total.accuracy == pytest.approx((1 + 0 + 0 + 1 / 3) / 4)
     assert result.kinds["calc"].accuracy == pytest.approx(1 / 3)
     assert result.kinds["calc"].reward == 0.5  # of the two that were scored
     assert result.kinds["lookup"].tool_calls == pytest.approx(2 / 3)
@@ -161,4 +161,4 @@ def test_evaluation_by_kind_counts_the_unanswered_as_wrong():
 
 
 def test_an_evaluation_of_nothing_is_not_a_number():
-    assert math.isnan(EvalResult.of([]).accuracy)
+    assert math.isnan(EvalResult.of([]).total.accuracy)

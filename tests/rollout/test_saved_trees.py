@@ -10,13 +10,14 @@ from rollout_fakes import PROMPT, Segment, make_world
 
 from system.rollout.branching import Never
 from system.rollout.in_flight import SavedTree, SavedTrees, SavedTreesError, read, write
+from system.rollout.tree_rollout import TreeRollout
 from system.tree.record import Tree
 from system.twin.clock import run
 
 
 def closed_tree() -> Tree:
     world = make_world(lambda text, rng: Segment("<answer> x </answer>"), policy=Never(4), leaves=3, roots=3)
-    return run(world.context.plant(PROMPT, seed=1).run())
+    return run(TreeRollout(world.context, PROMPT, seed=1).run())
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -31,7 +32,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         write(path, SavedTrees({"rollout": {"leaves": 3}}, {"step": 6}, trees))
     found = read(path)
     assert (found.fingerprint, found.books) == ({"rollout": {"leaves": 3}}, {"step": 6})
-    assert [(one.epoch, one.prompt_id, one.start_version, one.closed) for one in found.trees] == [
+    saved = [(one.epoch, one.prompt_id, one.start_version, isinstance(one.tree, Tree)) for one in found.trees]
+    assert saved == [
         (0, "p1", 4, True),
         (0, "p3", 6, True),
         (2, "q \udc80", 5, False),

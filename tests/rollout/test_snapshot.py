@@ -19,6 +19,7 @@ from system.config import Config
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Arpo, Never, Policy, Random
 from system.rollout.snapshot import SnapshotError, can_freeze, fingerprint, freeze, thaw
+from system.rollout.tree_rollout import TreeRollout
 from system.tree.record import Tree
 from system.twin.clock import run
 
@@ -126,7 +127,7 @@ def leaves_of(tree: Tree) -> Counter[Any]:
 
 async def interrupted(made: World, seed: int, pauses: list[float]) -> tuple[Tree, int]:
     """Grow, freeze and drop at each pause, thaw and go on; also says how often that happened."""
-    growing, cuts = made.context.plant(PROMPT, seed=seed, ticket=1), 0
+    growing, cuts = TreeRollout(made.context, PROMPT, seed=seed, ticket=1), 0
     for pause in pauses:
         task = asyncio.ensure_future(growing.run())
         done, _ = await asyncio.wait([task], timeout=pause)
@@ -149,7 +150,7 @@ def test_frozen_and_thawed_is_the_same_tree(seed: int, pauses: list[float], poli
     """n is so large that forks never fill it: which branch forks first cannot matter."""
     sizes = {"leaves": 40, "roots": 4, "call_limit": 3}
     whole, cut = world(policy, **sizes), world(policy, **sizes)
-    expected = run(whole.context.plant(PROMPT, seed=seed).run())
+    expected = run(TreeRollout(whole.context, PROMPT, seed=seed).run())
     found, _ = run(interrupted(cut, seed, pauses))
     assert leaves_of(found) == leaves_of(expected)
     assert found.n_tokens == expected.n_tokens
@@ -163,7 +164,7 @@ def test_new_tokens_carry_the_new_version_and_old_ones_theirs() -> None:
     made = world(Never(4), leaves=4, roots=4, call=0.0, end=0.0)
 
     async def main() -> Tree:
-        growing = made.context.plant(PROMPT, seed=3)
+        growing = TreeRollout(made.context, PROMPT, seed=3)
         task = asyncio.ensure_future(growing.run())
         await asyncio.sleep(0.9)
         data = freeze(growing)
@@ -188,7 +189,7 @@ def test_deadlines_go_on_where_they_were() -> None:
     )
 
     async def main() -> float:
-        growing = made.context.plant(PROMPT, seed=0)
+        growing = TreeRollout(made.context, PROMPT, seed=0)
         task = asyncio.ensure_future(growing.run())
         await asyncio.sleep(6.0)
         data = freeze(growing)
@@ -212,7 +213,7 @@ def test_what_is_no_snapshot_is_refused() -> None:
     made = world(Never(4), leaves=2, roots=2)
 
     async def main() -> bytes:
-        growing = made.context.plant(PROMPT, seed=0)
+        growing = TreeRollout(made.context, PROMPT, seed=0)
         task = asyncio.ensure_future(growing.run())
         await asyncio.sleep(0.5)
         task.cancel()
@@ -229,7 +230,7 @@ def test_what_is_no_snapshot_is_refused() -> None:
 
 def test_lockstep_trees_are_not_frozen() -> None:
     made = world(Never(4), leaves=2, roots=2, schedule="lockstep")
-    assert not can_freeze(made.context.plant(PROMPT, seed=0))
+    assert not can_freeze(TreeRollout(made.context, PROMPT, seed=0))
 
 
 def test_the_fingerprint_knows_what_matters() -> None:

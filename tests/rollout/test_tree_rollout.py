@@ -12,7 +12,7 @@ import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, EntropyUnknown, Never, Random
-from system.rollout.context import RolloutFailed
+from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.twin.clock import run
@@ -22,7 +22,7 @@ ANSWER = "<think> so </think> <answer> \\boxed{ me } </answer>"
 
 
 def grow(world: World, **options: Any) -> Tree:
-    return run(world.context.plant(PROMPT, **({"seed": 1} | options)).run())
+    return run(TreeRollout(world.context, PROMPT, **({"seed": 1} | options)).run())
 
 
 def one_call(text: str, rng: np.random.Generator) -> Segment:
@@ -68,13 +68,13 @@ def test_without_forks_the_rest_is_topped_up_at_once() -> None:
     assert len(world.tools.calls) == 16
 
     async def duration() -> float:
-        await world.context.plant(PROMPT, seed=1).run()
+        await TreeRollout(world.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time()
 
     alone = make_world(one_call, policy=Random(4, 0.0), leaves=4, roots=4)
 
     async def duration_alone() -> float:
-        await alone.context.plant(PROMPT, seed=1).run()
+        await TreeRollout(alone.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time()
 
     assert run(duration()) < 2 * run(duration_alone()) + 1e-6
@@ -92,7 +92,7 @@ def test_top_ups_start_while_unforkable_branches_still_write() -> None:
     )
 
     async def main() -> tuple[float, Tree]:
-        tree = await world.context.plant(PROMPT, seed=1).run()
+        tree = await TreeRollout(world.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time(), tree
 
     seconds, tree = run(main())
@@ -104,7 +104,7 @@ def test_no_tools_means_no_waiting_for_forks() -> None:
     world = make_world(never_calls, leaves=6, roots=2, call_limit=0)
 
     async def main() -> tuple[float, Tree]:
-        tree = await world.context.plant(PROMPT, seed=1).run()
+        tree = await TreeRollout(world.context, PROMPT, seed=1).run()
         return asyncio.get_running_loop().time(), tree
 
     seconds, tree = run(main())
@@ -115,6 +115,25 @@ def test_no_tools_means_no_waiting_for_forks() -> None:
 def test_policy_none_is_plain_grpo_sampling() -> None:
     tree = grow(make_world(one_call, policy=Never(4), leaves=8, roots=2))
     assert counts(tree) == (8, 0, 0)
+
+
+@pytest.mark.parametrize("schedule", ["barrier-free", "lockstep"])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 7, 20])
+@pytest.mark.parametrize(("text", "expected"), [("a", [0, 1]), ("a b c d e f", [0, 1, 2, 3, 4])])
+def test_exactly_the_first_k_entropies_are_measured(
+    text: str, expected: list[float], chunk: int, schedule: str
+) -> None:
+    """Whatever the chunks; of a short segment, what there is (the token that ends it included)."""
+    seen: list[list[float]] = []
+
+    class Seeing(Never):
+        def measure(self, entropies: np.ndarray, log_vocab: float) -> float:
+            seen.append(entropies.tolist())
+            return super().measure(entropies, log_vocab)
+
+    said = Segment(text, entropy=list(range(12)), chunk=chunk)
+    grow(make_world(lambda *_: said, policy=Seeing(5), leaves=1, roots=1, schedule=schedule))
+    assert seen == [expected]
 
 
 def test_fork_starts_at_the_results_boundary_while_the_parent_goes_on() -> None:
@@ -188,7 +207,7 @@ def test_release_decides_by_the_segment_before_the_result() -> None:
         done = text.count("</result>")
         return Segment(CALL if done < 2 else ANSWER, entropy=[0.5, 1.0, 2.0][done])
 
-    world = make_world(script, policy=ArpoRelease(20, 1.0, 0.2), leaves=2, roots=1, vocab_size=100)
+    world = make_world(script, policy=ArpoRelease(1.0, 0.2), leaves=2, roots=1, vocab_size=100)
     tree = grow(world)
     tokens = len(world.tokenizer.encode(CALL))
     assert tree.forks[0].delta_h == 0.0  # at its first call a slot is its own baseline
@@ -232,7 +251,7 @@ def test_long_results_are_cut_inside_their_tags() -> None:
     assert text.endswith("\n</result>")
 
 
-@pytest.mark.parametrize("policy", [Random(4, 1.0), ArpoRelease(20, 0.5, 0.2)])
+@pytest.mark.parametrize("policy", [Random(4, 1.0), ArpoRelease(0.5, 0.2)])
 def test_a_result_may_not_exceed_the_response_budget(policy: Any) -> None:
     world = make_world(
         one_call,
@@ -403,7 +422,7 @@ def test_cancellation_at_any_time_leaves_no_task_behind(seed: int) -> None:
     )
 
     async def main() -> None:
-        growing = asyncio.ensure_future(world.context.plant(PROMPT, seed=seed).run())
+        growing = asyncio.ensure_future(TreeRollout(world.context, PROMPT, seed=seed).run())
         await asyncio.sleep(float(rng.random() * 6))
         growing.cancel()
         await asyncio.gather(growing, return_exceptions=True)
@@ -423,7 +442,7 @@ def test_a_bug_in_one_branch_ends_the_tree_and_every_task() -> None:
 
     async def main() -> None:
         with pytest.raises(ZeroDivisionError, match="a bug"):
-            await world.context.plant(PROMPT, seed=1).run()
+            await TreeRollout(world.context, PROMPT, seed=1).run()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run(main())
@@ -448,9 +467,7 @@ def random_model(text: str, rng: np.random.Generator) -> Segment:
     )
 
 
-@pytest.mark.parametrize(
-    "policy", [Arpo(4, 0.5, 0.9), ArpoPaper(4, 0.5, 0.2, 0.5), ArpoRelease(20, 0.5, 0.2)]
-)
+@pytest.mark.parametrize("policy", [Arpo(4, 0.5, 0.9), ArpoPaper(4, 0.5, 0.2, 0.5), ArpoRelease(0.5, 0.2)])
 def test_the_same_seed_grows_the_same_tree(policy: Any) -> None:
     def tree(seed: int) -> Tree:
         return grow(make_world(random_model, policy=policy, leaves=8, roots=3), seed=seed)

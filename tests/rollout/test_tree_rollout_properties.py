@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world, ok
 
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, Never, Policy, Random
-from system.rollout.context import RolloutFailed
+from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.twin.clock import run
@@ -20,7 +20,7 @@ from system.twin.clock import run
 POLICIES: list[Policy] = [
     Arpo(4, 0.5, 0.9),
     ArpoPaper(3, 0.5, 0.2, 0.5),
-    ArpoRelease(20, 0.5, 0.2),
+    ArpoRelease(0.5, 0.2),
     Random(2, 0.8),
     Never(4),
 ]
@@ -89,7 +89,7 @@ def test_budget_identity_under_random_tools_failures_and_deadlines(data: st.Data
 
     async def main() -> Tree | RolloutFailed:
         try:
-            return await world.context.plant(PROMPT, seed=seed).run()
+            return await TreeRollout(world.context, PROMPT, seed=seed).run()
         except RolloutFailed as failure:
             return failure
         finally:
@@ -132,7 +132,7 @@ def test_number_of_forks_follows_the_rules_of_the_paper(p_call: float) -> None:
         roots=8,
         call_limit=3,
     )
-    grown = [run(world.context.plant(PROMPT, seed=s).run()).origins(Origin.FORK) for s in range(trees)]
+    grown = [run(TreeRollout(world.context, PROMPT, seed=s).run()).origins(Origin.FORK) for s in range(trees)]
     rng = np.random.default_rng(0)
     expected = [lockstep_forks(rng, p_call, 16, 8, 3) for _ in range(5_000)]
     error = np.std(expected) / np.sqrt(trees)

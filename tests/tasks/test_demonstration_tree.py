@@ -8,18 +8,20 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from system.config import RolloutConfig, ToolsConfig
+from system.config import Config, RolloutConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.rewards.arpo import ArpoReward
 from system.rollout.syntax.tags import TagSyntax
+from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
 from system.tasks.base import Demonstration
 from system.tasks.demos import demonstration_tree
-from system.tasks.quickstart import QuickstartTask, vocabulary
+from system.tasks.quickstart import vocabulary
+from system.tasks.quickstart.task import QuickstartTask
 from system.tools import python_server, search_server
-from system.tools.sandbox.sandbox import SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 from system.tools.search_index import Document, SearchIndex
 from system.tools.service import build_tools
 from system.tree.prompt import Prompt
@@ -51,17 +53,17 @@ class Replay:
 
 async def test_demonstrations_are_token_for_token_what_the_grower_makes():
     """Real search server, real sandbox, real syntax: every demonstration replayed comes out as its tree."""
-    task = QuickstartTask(seed=0, train_size=10, eval_size=50)
+    config = Config()
+    config.task.train_size, config.task.eval_size, config.tools.search_top_k = 10, 50, 2
+    task = QuickstartTask(config)
     tokenizer = task.tokenizer()
     search = await serve(search_server.create_app(SearchIndex.build(Document(**d) for d in task.corpus())))
     try:
-        python = await serve(python_server.create_app())
+        python = await serve(python_server.create_app(Sandbox()))
     except SandboxUnavailable as error:
         await search.close()
         pytest.skip(str(error))
-    tools = build_tools(
-        ToolsConfig(search_top_k=task.search_top_k), {"search": search.url, "python": python.url}
-    )
+    tools = build_tools(config.tools, {"search": search.url, "python": python.url})
     right = 0
     try:
         demos = task.demonstrations(24, 0)
@@ -77,7 +79,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
             )
-            grown = await context.plant(demo.prompt, seed=0, greedy=True).run()
+            grown = await TreeRollout(context, demo.prompt, seed=0, greedy=True).run()
             tree = demonstration_tree(demo, tokenizer)
             for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
                 np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)

@@ -141,12 +141,12 @@ def test_task_from_configuration(tmp_path: Path):
     config.task.path = str(write(tmp_path / "train.jsonl", rows[:6]))
     config.task.eval_path = str(write(tmp_path / "eval.jsonl", rows[6:]))
     config.task.train_size = 4
-    task = JsonlTask.from_config(config)
+    task = JsonlTask(config)
     assert [p.answers for p in task.train()] == [("1",), ("2",), ("3",), ("4",)]
     assert [p.answers for p in task.eval()] == [("7",), ("8",)]
     config.task.eval_path = str(write(tmp_path / "eval.jsonl", rows[3:5]))
     with pytest.raises(DataError, match=r"is in .*train\.jsonl too"):
-        JsonlTask.from_config(config)
+        JsonlTask(config)
     config.task.path = ""
     with pytest.raises(ConfigError, match=r"task\.path"):
-        JsonlTask.from_config(config)
+        JsonlTask(config)

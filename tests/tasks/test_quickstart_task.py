@@ -12,17 +12,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from system.tasks.quickstart import QuickstartTask, questions, vocabulary
+from system.config import Config
+from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill
+from system.tasks.quickstart.task import QuickstartTask
 from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, generate
 from system.tools.search_index import Document, SearchIndex
 
-SIZES = {"train_size": 1500, "eval_size": 200}
+
+def make(seed: int) -> QuickstartTask:
+    config = Config()
+    config.run.seed, config.tools.search_top_k = seed, 2
+    config.task.train_size, config.task.eval_size = 1500, 200
+    return QuickstartTask(config)
 
 
 @pytest.fixture(scope="module")
 def task() -> QuickstartTask:
-    return QuickstartTask(seed=3, **SIZES)
+    return make(seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def question(prompt) -> str:
 
 
 def test_same_seed_same_task_other_seed_another():
-    first, again, other = (QuickstartTask(seed=s, **SIZES) for s in (1, 1, 2))
+    first, again, other = (make(seed=s) for s in (1, 1, 2))
     assert first.train() == again.train()
     assert first.eval() == again.eval()
     assert first.corpus() == again.corpus()

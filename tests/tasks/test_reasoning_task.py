@@ -10,9 +10,11 @@ from system.tasks.reasoning import ReasoningTask
 from system.tree.record import Kind, Outcome
 
 
-def make(**changes) -> ReasoningTask:
-    settings = {"dataset": "chain_sum", "train_size": 20, "eval_size": 10, "seed": 1, "options": {}}
-    return ReasoningTask(**(settings | changes))
+def make(dataset: str = "chain_sum", train_size: int = 20, eval_size: int = 10, seed: int = 1, **options):
+    config = Config()
+    config.task.dataset, config.run.seed = dataset, seed
+    config.task.train_size, config.task.eval_size = train_size, eval_size
+    return ReasoningTask(config, **options)
 
 
 def said(answer: str) -> BranchView:
@@ -32,7 +34,7 @@ def test_prompts_are_reproducible_and_held_out():
 
 
 def test_a_small_space_of_questions_stays_disjoint():
-    task = make(dataset="chain_sum", train_size=300, eval_size=50, options={"max_terms": 2, "max_digits": 1})
+    task = make(dataset="chain_sum", train_size=300, eval_size=50, max_terms=2, max_digits=1)
     asked = {p.messages[-1]["content"] for p in task.train()}
     held_out = {p.messages[-1]["content"] for p in task.eval()}
     assert 0 < len(task.train()) < 300
@@ -53,7 +55,7 @@ def test_its_own_scorer_is_the_reward():
 
 
 def test_options_reach_the_data_set():
-    prompt = make(options={"min_terms": 6, "max_terms": 6}).train()[0]
+    prompt = make(min_terms=6, max_terms=6).train()[0]
     assert prompt.extra["metadata"]["num_terms"] == 6
 
 
@@ -61,6 +63,6 @@ def test_errors_name_the_key_and_the_remedy():
     with pytest.raises(ConfigError, match=r"task\.dataset='chain_sums'.*did you mean chain_sum\?"):
         make(dataset="chain_sums")
     with pytest.raises(ConfigError, match=r"task\.options"):
-        make(options={"no_such_option": 1})
+        make(no_such_option=1)
     with pytest.raises(ConfigError, match=r"task\.dataset"):
-        ReasoningTask.from_config(Config())
+        ReasoningTask(Config())

@@ -8,10 +8,9 @@ from types import ModuleType
 import pytest
 
 from system.config import Config, ConfigError
-from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer
-from system.tasks.quickstart import QuickstartTask
+from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, make_task
+from system.tasks.quickstart.task import QuickstartTask
 from system.tasks.reasoning import ReasoningTask
-from system.tasks.registry import make_task
 
 
 def config(name: str, **task) -> Config:

@@ -15,9 +15,9 @@ from system.http import HttpClient
 from system.serving import AppServer, serve
 from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
-from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
+from system.tools.service import Patience, ToolService, ToolStartError, build_tools
 
-FAST = ServiceLimits(deadline_s=20.0, backoff_s=0.02)
+FAST = Patience(backoff_s=0.02)
 ANY = CallContext()
 
 
@@ -65,7 +65,7 @@ async def http() -> AsyncIterator[Http]:
 @pytest_asyncio.fixture
 async def over_http(http: Http) -> AsyncIterator[ToolService]:
     client = HttpClient()
-    tools = ToolService([SearchTool(http.url, http=client)], FAST, http=client)
+    tools = ToolService([SearchTool(http.url, http=client)], ToolsConfig(), patience=FAST, http=client)
     yield tools
     await tools.close()
 
@@ -99,9 +99,9 @@ async def test_what_a_server_does(
 async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:
     first = await serve(http.app)
     port = int(first.url.rsplit(":", 1)[1])
-    limits = ServiceLimits(deadline_s=10, retries=6, backoff_s=0.05)
+    limits, patience = ToolsConfig(deadline_s=10, retries=6), Patience(backoff_s=0.05)
     client = HttpClient()
-    tools = ToolService([SearchTool(first.url, http=client)], limits, http=client)
+    tools = ToolService([SearchTool(first.url, http=client)], limits, patience=patience, http=client)
     second: AppServer | None = None
     try:
         assert (await tools.call("search", {"query": "a"}, ANY)).status is ToolStatus.OK

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from system.serving import AppServer, serve
 from system.tools import python_server, search_server
 from system.tools.http_tools import SearchTool
 from system.tools.outcome import CallContext, ToolStatus
-from system.tools.search_index import Document, SearchIndex, write_corpus
+from system.tools.sandbox.sandbox import Sandbox
+from system.tools.search_index import Document, SearchIndex
 from system.tools.service import ToolService, build_tools
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,7 @@ async def search() -> AsyncIterator[AppServer]:
 
 @pytest_asyncio.fixture
 async def python() -> AsyncIterator[AppServer]:
-    server = await serve(python_server.create_app())
+    server = await serve(python_server.create_app(Sandbox()))
     yield server
     await server.close()
 
@@ -138,7 +140,7 @@ async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) 
 async def test_search_results_as_bare_text(search: AppServer) -> None:
     client = HttpClient()
     tool = SearchTool(search.url, 2, passage="{text}", separator=" ", http=client)
-    tools = ToolService([tool], http=client)
+    tools = ToolService([tool], ToolsConfig(), http=client)
     try:
         found = await tools.call("search", {"query": "capital of France"}, CallContext())
     finally:
@@ -152,7 +154,8 @@ async def test_as_a_program(tool: str, tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     arguments = ["--port", str(port)]
     if tool == "search":
-        write_corpus(tmp_path / "corpus.jsonl", DOCUMENTS)
+        lines = [json.dumps(asdict(document)) + "\n" for document in DOCUMENTS]
+        (tmp_path / "corpus.jsonl").write_text("".join(lines))
         arguments += ["--corpus", str(tmp_path / "corpus.jsonl"), "--index", str(tmp_path / "index")]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", f"system.tools.{tool}_server", *arguments),

@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.service import ServiceLimits, ToolService, ToolStartError, build_tools
+from system.tools.service import Patience, ToolService, ToolStartError, build_tools
 from system.tools.tool import ToolUnavailable
 from system.twin.clock import run
 
-FAST = ServiceLimits(deadline_s=2.0, backoff_s=0.02, breaker_pause_s=0.1)
+FAST = Patience(backoff_s=0.02, breaker_pause_s=0.1)
 ANY = CallContext()
 Step = Callable[[Mapping[str, Any]], Awaitable[str]]
 
@@ -82,8 +83,9 @@ def failing(times: int, *, retryable: bool = True) -> Step:
 
 
 def service(tool: Scripted, **changes: Any) -> ToolService:
-    values = {name: getattr(FAST, name) for name in FAST.__dataclass_fields__}
-    return ToolService([tool], ServiceLimits(**{**values, **changes}), clock=now)
+    """``changes``: of settings and of what is not one."""
+    patience = replace(FAST, **{name: changes.pop(name) for name in [*changes] if hasattr(FAST, name)})
+    return ToolService([tool], ToolsConfig(**{"deadline_s": 2.0, **changes}), patience=patience, clock=now)
 
 
 def now() -> float:
@@ -260,7 +262,8 @@ async def test_what_will_not_pass_is_not_retried() -> None:
 @virtual
 async def test_back_off_grows_and_is_jittered_reproducibly() -> None:
     def waits(seed: int) -> list[float]:
-        guarded = ToolService([Scripted(failing(0))], FAST, seed=seed)._guarded["scripted"]
+        tools = ToolService([Scripted(failing(0))], ToolsConfig(), patience=FAST, seed=seed)
+        guarded = tools._guarded["scripted"]
         return [guarded._backoff(attempt) for attempt in (1, 2, 3)]
 
     for attempt, wait in enumerate(waits(0)):
@@ -490,7 +493,7 @@ async def test_a_check_that_hangs_or_breaks_is_named() -> None:
 
     tools = ToolService(
         [Hangs(sleeping(0), name="hangs"), Breaks(sleeping(0), name="breaks"), Scripted(sleeping(0))],
-        ServiceLimits(deadline_s=0.1),
+        ToolsConfig(deadline_s=0.1),
     )
     with pytest.raises(ToolStartError) as caught:
         await tools.check()

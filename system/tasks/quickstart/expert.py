@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from system.config import ConfigError
+from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
 from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld
@@ -30,12 +32,14 @@ _OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
 class Skill:
     """Chances of each way of choosing; the rest is a uniform draw."""
 
-    right: float = 0.4
-    slip: float = 0.45
+    right: float
+    slip: float
 
     def __post_init__(self) -> None:
         if min(self.right, self.slip) < 0 or self.right + self.slip > 1:
-            raise ValueError(f"right={self.right} and slip={self.slip} must be chances that sum to at most 1")
+            raise ConfigError(
+                f"task.options: right={self.right} and slip={self.slip} must be chances that sum to at most 1"
+            )
 
     def choose(self, right: T, options: Sequence[T], rng: random.Random) -> T:
         """Take the right option, the one after it (the first after the last), or any."""
@@ -52,15 +56,14 @@ def demonstrate(
     prompt: Prompt,
     world: GeneratedWorld,
     search: Callable[[str], str],
-    render_result: Callable[[str], str],
     skill: Skill,
     rng: random.Random,
 ) -> Demonstration:
     """Answer a question as the expert would, with the texts the real tools would return.
 
-    ``search`` maps a query to the text of the search tool; ``render_result`` wraps a tool's text as the
-    rollout does.
+    ``search`` maps a query to the text of the search tool.
     """
+    render_result = TagSyntax({}).render_result
     segments: list[tuple[str, str]] = []
     said = " <think>"
     value = question.start

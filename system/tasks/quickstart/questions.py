@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from system.config import ConfigError
 from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld, Relation
 from system.tree.prompt import Prompt
 
@@ -82,7 +83,7 @@ def draw(kind: str, rng: random.Random) -> Question:
 def sample(seed: str, n: int, exclude: frozenset[str] = frozenset()) -> list[Question]:
     """``n`` different questions in the shares of ``KINDS``, none of whose texts is in ``exclude``.
 
-    Raises ValueError when the world has too few questions.
+    Raises ConfigError when the world has too few questions.
     """
     rng = random.Random(seed)
     kinds, weights = list(KINDS), list(KINDS.values())
@@ -94,7 +95,10 @@ def sample(seed: str, n: int, exclude: frozenset[str] = frozenset()) -> list[Que
         if question.text in seen:
             misses += 1
             if misses == _MOST_MISSES:
-                raise ValueError(f"cannot draw {n} different questions: only {len(found)} found")
+                raise ConfigError(
+                    f"cannot draw {n} different questions, only {len(found)} found: lower task.train_size, "
+                    "task.eval_size or warmstart.demos"
+                )
             continue
         misses = 0
         seen.add(question.text)

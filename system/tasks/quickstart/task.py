@@ -8,7 +8,7 @@ from functools import cache, cached_property
 
 from transformers import PreTrainedTokenizerFast
 
-from system.rollout.syntax.tags import TagSyntax
+from system.config import Config
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
@@ -22,14 +22,13 @@ class QuickstartTask:
 
     name = "quickstart"
 
-    def __init__(
-        self, seed: int, train_size: int, eval_size: int, search_top_k: int = 2, skill: Skill | None = None
-    ) -> None:
-        """``search_top_k``: results per search, as the search tool is configured (for demonstrations)."""
-        self.seed, self.train_size, self.eval_size = seed, train_size, eval_size
-        self.search_top_k = search_top_k
-        self.skill = skill or Skill()
-        self.world: GeneratedWorld = generate(seed)
+    def __init__(self, config: Config, right: float = 0.4, slip: float = 0.45) -> None:
+        """``right``, ``slip``: the chances of the expert whose demonstrations warm the model up."""
+        self.seed = config.run.seed
+        self.train_size, self.eval_size = config.task.train_size, config.task.eval_size
+        self.search_top_k = config.tools.search_top_k  # for demonstrations
+        self.skill = Skill(right, slip)
+        self.world: GeneratedWorld = generate(self.seed)
 
     @cached_property
     def _held_out(self) -> list[questions.Question]:
@@ -53,18 +52,9 @@ class QuickstartTask:
         """``n`` trajectories of the imperfect expert on questions that are not held out."""
         drawn = questions.sample(f"demonstrations-{self.seed}-{seed}", n, self._held_out_texts())
         rng = random.Random(f"expert-{self.seed}-{seed}")
-        search = self._search_tool()
-        render = TagSyntax({}).render_result
+        world, search, split = self.world, self._search_tool(), f"demonstration-{seed}"
         return [
-            demonstrate(
-                question,
-                questions.prompt(question, self.world, f"demonstration-{seed}", i),
-                self.world,
-                search,
-                render,
-                self.skill,
-                rng,
-            )
+            demonstrate(question, questions.prompt(question, world, split, i), world, search, self.skill, rng)
             for i, question in enumerate(drawn)
         ]
 

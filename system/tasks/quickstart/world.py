@@ -10,6 +10,7 @@ mention it.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -66,47 +67,40 @@ type."""
 
 @dataclass(frozen=True)
 class GeneratedWorld:
-    """The facts.  ``links`` and ``numbers`` map (entity, field) to another entity's name or to a number."""
+    """The facts: (entity, field) -> another entity's name, or a number, as text."""
 
-    links: dict[tuple[str, str], str]
-    numbers: dict[tuple[str, str], int]
+    facts: dict[tuple[str, str], str]
 
     def value(self, entity: str, relation: Relation) -> str:
-        """What the documents say under ``relation`` about ``entity``, as text."""
-        key = (entity, relation.field)
-        return str(self.numbers[key]) if relation.numeric else self.links[key]
-
-    def profile(self, kind: str, entity: str) -> dict[str, str]:
-        """``person Alda: born: Tolmouth home: Karkeep tomb: Zandale``, as a document."""
-        fields = " ".join(f"{r.field}: {self.links[entity, r.field]}" for r in LINKS[kind])
-        return {"id": f"{kind}/{entity}", "title": f"{kind} {entity}", "text": fields}
-
-    def figures(self, kind: str, entity: str) -> dict[str, str]:
-        """``figures Alda: age:47 medals:22 debts:63``, as a document."""
-        fields = " ".join(f"{r.field}:{self.numbers[entity, r.field]}" for r in NUMBERS[kind])
-        return {"id": f"{FIGURES}/{entity}", "title": f"{FIGURES} {entity}", "text": fields}
+        """What the documents say under ``relation`` about ``entity``."""
+        return self.facts[entity, relation.field]
 
     def documents(self) -> list[dict[str, str]]:
         """The corpus of the search server: ``{"id", "title", "text"}``, shown to the model as
         ``{title}: {text}``."""
         return [
-            document
+            self._document(first_word, name, relations)
             for kind in TYPES
             for name in NAMES[kind]
-            for document in (self.profile(kind, name), self.figures(kind, name))
+            for first_word, relations in ((kind, LINKS[kind]), (FIGURES, NUMBERS[kind]))
         ]
+
+    def _document(self, first_word: str, entity: str, relations: Sequence[Relation]) -> dict[str, str]:
+        """``person Alda: born: Tolmouth home: Karkeep tomb: Zandale``, or
+        ``figures Alda: age:47 medals:22 debts:63``."""
+        fields = (f"{r.field}:{'' if r.numeric else ' '}{self.value(entity, r)}" for r in relations)
+        title = f"{first_word} {entity}"
+        return {"id": f"{first_word}/{entity}", "title": title, "text": " ".join(fields)}
 
 
 def generate(seed: int) -> GeneratedWorld:
     """Facts drawn from ``seed``; an entity's three links differ, and so do its three numbers (of
     FIGURE_RANGE)."""
     rng = random.Random(f"world-{seed}")
-    links: dict[tuple[str, str], str] = {}
-    numbers: dict[tuple[str, str], int] = {}
+    facts: dict[tuple[str, str], str] = {}
     for kind in TYPES:
         for name in NAMES[kind]:
-            for relation, value in zip(LINKS[kind], rng.sample(NAMES[_NEXT[kind]], 3), strict=True):
-                links[name, relation.field] = value
-            for relation, number in zip(NUMBERS[kind], rng.sample(FIGURE_RANGE, 3), strict=True):
-                numbers[name, relation.field] = number
-    return GeneratedWorld(links, numbers)
+            for relations, values in ((LINKS[kind], NAMES[_NEXT[kind]]), (NUMBERS[kind], FIGURE_RANGE)):
+                for relation, value in zip(relations, rng.sample(values, 3), strict=True):
+                    facts[name, relation.field] = str(value)
+    return GeneratedWorld(facts)

@@ -199,8 +199,8 @@ class Sandbox:
 
     def _result(self, reply: dict[str, Any], wall_s: float) -> SandboxResult:
         limit, code = self.limits.output_chars, reply["exit_code"]
-        stdout, cut_out = _head(reply["stdout"], reply["stdout_bytes"], limit)
-        stderr, cut_err = _tail(reply["stderr"], reply["stderr_bytes"], limit)
+        stdout, cut_out = _shortened(reply["stdout"], reply["stdout_bytes"], limit, head=True)
+        stderr, cut_err = _shortened(reply["stderr"], reply["stderr_bytes"], limit, head=False)
         status, reason = ToolStatus.OK if code == 0 else ToolStatus.ERROR, ""
         if reply["timed_out"]:
             status, reason = ToolStatus.TIMEOUT, f"Stopped: the program ran longer than {wall_s:g} s."
@@ -357,13 +357,10 @@ async def _line(channel: socket.socket) -> bytes:
     return bytes(data)
 
 
-def _head(text: str, total_bytes: int, limit: int) -> tuple[str, bool]:
+def _shortened(text: str, total_bytes: int, limit: int, *, head: bool) -> tuple[str, bool]:
+    """At most the first (``head``) or last ``limit`` characters, with a note of what is missing; whether it
+    is."""
     if len(text) <= limit and total_bytes <= len(text.encode()):
         return text, False
-    return f"{text[:limit]}\n… [output cut: {total_bytes} bytes in all]", True
-
-
-def _tail(text: str, total_bytes: int, limit: int) -> tuple[str, bool]:
-    if len(text) <= limit and total_bytes <= len(text.encode()):
-        return text, False
-    return f"[output cut: {total_bytes} bytes in all] …\n{text[-limit:]}", True
+    note = f"[output cut: {total_bytes} bytes in all]"
+    return f"{text[:limit]}\n… {note}" if head else f"{note} …\n{text[-limit:]}", True

@@ -83,13 +83,6 @@ _PLAIN: dict[str, tuple[int | None, int | None]] = {
     "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "getrandom": (318, 278),
 }  # fmt: skip
 
-# Calls that are allowed for some arguments only; `_conditions` says which.
-_CHECKED: dict[str, tuple[int | None, int | None]] = {
-    "open": (2, None), "openat": (257, 56), "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
-    "prlimit64": (302, 261), "kill": (62, 129), "tgkill": (234, 131), "clone": (56, 220),
-    "clone3": (435, 435), "socketpair": (53, 199),
-}  # fmt: skip
-
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # table column, AUDIT_ARCH_*
 
 _X32_BIT = 0x40000000  # the x32 calls of x86_64 would slip past a filter on plain numbers
@@ -129,45 +122,38 @@ def program(machine: str, pid: int) -> bytes:
     numbers = [pair[column] for pair in _PLAIN.values()]
     for low, high in _ranges(n for n in numbers if n is not None):
         code += [(_AT_LEAST, 0, 2, low), (_GREATER, 1, 0, high), (_RETURN, 0, 0, _ALLOW)]
-    for name, pair in _CHECKED.items():
-        number = pair[column]
-        if number is not None:
-            body = _conditions(name, pid)
+    for pair, body in _checked(pid).values():
+        if (number := pair[column]) is not None:
             code += [(_EQUAL, 0, len(body), number), *body]
     code.append((_RETURN, 0, 0, _ERRNO | errno.EPERM))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-def _conditions(name: str, pid: int) -> list[Instruction]:
-    """Instructions that decide a checked call; every path through them returns."""
-    match name:
-        case "open":
-            return _unless_masked(1, os.O_ACCMODE | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC)
-        case "openat":
-            return _unless_masked(2, os.O_ACCMODE | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC)
-        case "fcntl":
-            return _one_of(1, _FCNTLS)
-        case "ioctl":
-            return _one_of(1, _IOCTLS, errno.ENOTTY)
-        case "prctl":
-            return _one_of(0, _PRCTLS)
-        case "prlimit64":
-            return _one_of(0, (0, pid))
-        case "kill" | "tgkill":
-            return _one_of(0, (pid,))
-        case "clone":
-            return _unless_masked(0, _CLONE_THREAD, 0)
-        case "clone3":  # its flags lie in memory, out of a filter's sight; on ENOSYS the C library uses clone
-            return [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-        case "socketpair":  # a datagram socket could still send to an address
-            flags = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-            kinds = [
-                socket.SOCK_STREAM | extra for extra in (0, flags, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC)
-            ]
-            stream = _one_of(1, kinds)
-            return [_load_argument(0), (_EQUAL, 0, len(stream), socket.AF_UNIX), *stream, _refuse()]
-        case _:
-            raise AssertionError(name)
+def _checked(pid: int) -> dict[str, tuple[tuple[int | None, int | None], list[Instruction]]]:
+    """Calls that are allowed for some arguments only: their numbers, as in ``_PLAIN``, and instructions that
+    decide, each path of which returns."""
+    opening = (os.O_ACCMODE | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC)
+    return {
+        "open": ((2, None), _unless_masked(1, *opening)),
+        "openat": ((257, 56), _unless_masked(2, *opening)),
+        "fcntl": ((72, 25), _one_of(1, _FCNTLS)),
+        "ioctl": ((16, 29), _one_of(1, _IOCTLS, errno.ENOTTY)),
+        "prctl": ((157, 167), _one_of(0, _PRCTLS)),
+        "prlimit64": ((302, 261), _one_of(0, (0, pid))),
+        "kill": ((62, 129), _one_of(0, (pid,))),
+        "tgkill": ((234, 131), _one_of(0, (pid,))),
+        "clone": ((56, 220), _unless_masked(0, _CLONE_THREAD, 0)),
+        # Its flags lie in memory, out of a filter's sight; on ENOSYS the C library uses clone.
+        "clone3": ((435, 435), [_refuse(errno.ENOSYS)]),
+        "socketpair": ((53, 199), _local_stream()),
+    }
+
+
+def _local_stream() -> list[Instruction]:
+    """socketpair(AF_UNIX, SOCK_STREAM); a datagram socket could still send to an address."""
+    flags = (0, socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC)
+    stream = _one_of(1, [socket.SOCK_STREAM | extra for extra in flags])
+    return [_load_argument(0), (_EQUAL, 0, len(stream), socket.AF_UNIX), *stream, _refuse()]
 
 
 def _load_argument(index: int) -> Instruction:
