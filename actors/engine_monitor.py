@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
 
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
@@ -44,7 +43,7 @@ class EngineMonitor:
     def __init__(
         self,
         engines: Mapping[str, str],
-        loop: TrainingLoop[Any],
+        loop: TrainingLoop,
         publisher: Publisher,
         recorder: Recorder,
         start_deadline_s: float,
