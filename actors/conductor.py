@@ -164,7 +164,11 @@ class Conductor:
             extra = {"version": self.version, "recorder": self.recorder.state()}
             async with self.loop.weights:
                 await self.actors.learner.save(str(path), extra)
-        remove_old_checkpoints(self.run_dir, self.config.checkpoint.keep)
+        for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+        for old in self.run_dir.checkpoints.glob("*.trees"):
+            if not old.with_suffix("").exists():
+                old.unlink()
 
     async def restore(self, path: Path) -> None:
         """Go on from the checkpoint at ``path``; the ledger has been replayed up to it already."""
@@ -196,14 +200,6 @@ class Conductor:
         for worker, totals in (await answers_of_living(calls, COUNTERS_DEADLINE_S, "counters")).items():
             for name, total in totals.items():
                 self.recorder.running_total(worker, name, total)
-
-
-def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:
-    for path in checkpoints(run_dir)[: -max(keep, 1)]:
-        shutil.rmtree(path)
-    for path in run_dir.checkpoints.glob("*.trees"):
-        if not path.with_suffix("").exists():
-            path.unlink()
 
 
 def saved_trees_path(checkpoint: Path) -> Path:

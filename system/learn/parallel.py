@@ -38,10 +38,6 @@ class Layout:
     dp_group: dist.ProcessGroup
 
     @property
-    def first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 

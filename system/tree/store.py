@@ -109,11 +109,8 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
             self._waiting = []
         self._prune()
 
-    def close(self) -> None:
-        self.flush()
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.flush()
 
     def _prune(self) -> None:
         if self.keep < 0:

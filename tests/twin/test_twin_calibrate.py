@@ -109,7 +109,7 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)
     virtually(Twin(settings, WORLD, 64, events=RecordingEvents(log=log, trees_to=trees)).run())
     log.close()
-    trees.close()
+    trees.flush()
     return directory
 
 
