@@ -17,7 +17,7 @@ from actors.engine_monitor import EngineMonitor, Publisher
 from actors.evaluate import answer_questions
 from actors.in_flight import InFlightCheckpoint
 from actors.parts import ActorParts
-from actors.ray_support import ActorLost, answer
+from actors.ray_support import ActorLost, answers_of_living
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
@@ -55,16 +55,14 @@ class Conductor:
         prompts = {prompt.id: prompt for prompt in task.train()}
         saved = checkpoints(run_dir)
         version = int(saved[-1].name[1:]) if saved else 0
+        self._log, logged = JsonlWriter(run_dir.ledger_path), read_jsonl(run_dir.ledger_path)
         ledger = Ledger.replay(
-            list(prompts), config.run.seed, read_jsonl(run_dir.ledger_path), version, config.flow.max_attempts
+            [*prompts], config.run.seed, logged, version, config.flow.max_attempts, self._log.write
         )
-        self._log = JsonlWriter(run_dir.ledger_path)
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)
-        self._parts = ActorParts(
-            config, actors, prompts, self._in_flight, self._publisher, ledger, self._log, progress
-        )
-        self.loop = TrainingLoop(config, ledger, self._parts, recorder, version=version)
+        parts = ActorParts(config, actors, prompts, self._in_flight, self._publisher, progress)
+        self.loop = TrainingLoop(config, ledger, parts, recorder, version=version)
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
         self._trees = TreeSample(run_dir.trees, config.observe.trees)
@@ -73,15 +71,6 @@ class Conductor:
     def version(self) -> int:
         """The weights that the engines hold, or are about to."""
         return self.loop.version
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it was asked to stop."""
-        return self.loop.stopping.is_set()
-
-    def stop(self) -> None:
-        """Finish the training step under way, save, and return from ``run``."""
-        self.loop.stop()
 
     async def run(self) -> bool:
         """Train.  True at its end, False when it was asked to stop first (a checkpoint is saved).
@@ -95,29 +84,24 @@ class Conductor:
         self.recorder.training_began()
         async with asyncio.TaskGroup() as tasks:
             background = [
-                tasks.create_task(self.loop.admit(tasks), name="admission"),
+                tasks.create_task(self.loop.admit(), name="admission"),
                 tasks.create_task(self._monitor.watch(), name="engine watch"),
                 tasks.create_task(self._read_gauges(), name="gauges"),
             ]
             try:
                 await self._learn()
                 await self._read_counters()
-                finished = not self.stopping or self.version >= self.config.run.steps
+                finished = not self.loop.stopping.is_set() or self.version >= self.config.run.steps
             finally:
                 self.loop.stop()
-                self.loop.cancel_growing()
                 for task in background:
                     task.cancel()
         await self._trees.written()
-        self._parts.logged()
         return finished
 
     async def _learn(self) -> None:
         every = self.config.checkpoint.every
-        while self.version < self.config.run.steps and not self.stopping:
-            batch = await self.loop.step()
-            if batch is None:
-                break
+        while self.version < self.config.run.steps and (batch := await self.loop.step()) is not None:
             if self.version >= self.config.run.steps:
                 self.loop.start_no_more()
             await self._trees.add([tree.reference for tree in batch])
@@ -146,7 +130,7 @@ class Conductor:
         passes = -(-settings.steps * settings.batch // len(demonstrations))
         order = np.concatenate([rng.permutation(len(demonstrations)) for _ in range(passes)])
         for step in range(settings.steps):
-            if self.stopping:
+            if self.loop.stopping.is_set():
                 return
             rows = order[step * settings.batch : (step + 1) * settings.batch]
             lr = warm_start_lr(step, settings.steps, settings.lr)
@@ -173,7 +157,6 @@ class Conductor:
         The trees in flight are there before the learner's part appears: whoever finds that, finds them.
         """
         trees = await self._in_flight.collect(self.loop.replay)
-        self._parts.logged()
         self._log.sync()
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
         await asyncio.to_thread(in_flight.write, saved_trees_path(path), trees)
@@ -181,13 +164,16 @@ class Conductor:
             extra = {"version": self.version, "recorder": self.recorder.state()}
             async with self.loop.weights:
                 await self.actors.learner.save(str(path), extra)
-        remove_old_checkpoints(self.run_dir, self.config.checkpoint.keep)
+        for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+        for old in self.run_dir.checkpoints.glob("*.trees"):
+            if not old.with_suffix("").exists():
+                old.unlink()
 
     async def restore(self, path: Path) -> None:
         """Go on from the checkpoint at ``path``; the ledger has been replayed up to it already."""
         extra = await self.actors.learner.load(str(path))
         trees = self._in_flight.restore(saved_trees_path(path), extra["recorder"])
-        self.loop.counted = self._in_flight.closed
         self.progress.note(f"resumed at step {self.version} from {path}; {trees}")
         await self.bring_up()
 
@@ -204,32 +190,16 @@ class Conductor:
     async def _read_gauges(self) -> None:
         while True:
             self.recorder.gauge(QUEUE_DEPTH, len(self.loop.replay))
-            self.recorder.gauge(GROWING, self.loop.admission.running)
+            self.recorder.gauge(GROWING, len(self.loop.ledger.growing))
             await self._read_counters()
             await asyncio.sleep(GAUGE_S)
 
     async def _read_counters(self) -> None:
         """The workers' running totals; one that is being restarted is asked again next time."""
-        workers = dict(self.actors.pool.workers)
-        calls = (
-            answer(worker.counters.remote(), COUNTERS_DEADLINE_S, "counters") for worker in workers.values()
-        )
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for worker, totals in zip(workers, answers, strict=True):
-            if isinstance(totals, ActorLost):
-                continue
-            if isinstance(totals, BaseException):
-                raise totals
+        calls = {name: worker.counters.remote() for name, worker in self.actors.pool.workers.items()}
+        for worker, totals in (await answers_of_living(calls, COUNTERS_DEADLINE_S, "counters")).items():
             for name, total in totals.items():
                 self.recorder.running_total(worker, name, total)
-
-
-def remove_old_checkpoints(run_dir: RunDir, keep: int) -> None:
-    for path in checkpoints(run_dir)[: -max(keep, 1)]:
-        shutil.rmtree(path)
-    for path in run_dir.checkpoints.glob("*.trees"):
-        if not path.with_suffix("").exists():
-            path.unlink()
 
 
 def saved_trees_path(checkpoint: Path) -> Path:

@@ -10,26 +10,25 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from actors.conductor import Conductor
+from system.flow.loop import TrainingLoop
+from system.observe.progress import Progress
 
 EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
 
 
 @contextlib.contextmanager
-def stops_on_signals(conductor: Conductor) -> Generator[None]:
+def stops_on_signals(training: TrainingLoop, progress: Progress) -> Generator[None]:
     """The first SIGINT or SIGTERM saves and stops; the second ends at once."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
     def handle() -> None:
-        if conductor.stopping:
+        if training.stopping.is_set():
             task.cancel()
         else:
-            conductor.progress.note("stopping: finishing the step and saving (again to stop at once)")
-            conductor.stop()
+            progress.note("stopping: finishing the step and saving (again to stop at once)")
+            training.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, handle)

@@ -6,7 +6,6 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
@@ -42,7 +41,7 @@ class EngineMonitor:
     def __init__(
         self,
         engines: Mapping[str, str],
-        loop: TrainingLoop[Any],
+        loop: TrainingLoop,
         publisher: Publisher,
         recorder: Recorder,
         start_deadline_s: float,

@@ -8,7 +8,6 @@ from pathlib import Path
 from system.config import Config, ConfigError
 from system.engine.sglang.command import SglangMissing, interpreter
 from system.models.shape import ModelShape, UnsupportedModel
-from system.observe.rundir import RunDir
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.tree.record import Tree
@@ -33,13 +32,6 @@ def check_engine(config: Config) -> None:
             interpreter(engine)
         except SglangMissing as error:
             raise ConfigError(f"engine=sglang: {error}") from error
-
-
-def start_weights(config: Config, run_dir: RunDir) -> Path:
-    """The directory of the start weights: the configured model, or a tiny new one in the run directory, which
-    :func:`make_model` makes.
-    """
-    return Path(config.model.path) if config.model.path else run_dir.start
 
 
 def make_model(path: Path, config: Config, task: Task) -> None:

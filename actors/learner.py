@@ -196,7 +196,7 @@ class LearnerGroup:
         """Where reinforcement learning begins."""
         await self._all("reset_optimizer")
 
-    async def train(self, version: int, trees: Sequence[TreeInFlight[Any]]) -> dict[str, float]:
+    async def train(self, version: int, trees: Sequence[TreeInFlight]) -> dict[str, float]:
         """One training batch; ``version`` is the weight version being trained.
 
         Every rank gets all statistics, and fetches the trees that it trains on.  Raises :class:`TreesLost` if

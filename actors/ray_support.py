@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from system.config import Config
 from system.errors import FAILED, LOST, EspalierError
@@ -107,6 +107,14 @@ def _logging_to(path: Path, actor: type) -> type:
     return type(actor.__name__, (actor,), {"__init__": start})  # the name is in the process's title
 
 
+def fetch(reference: Any, deadline_s: float) -> Any:
+    """The object behind a reference; None if it cannot be had: its machine is gone."""
+    try:
+        return ray.get(reference, timeout=deadline_s)
+    except RayError:
+        return None
+
+
 async def answer(reference: Any, deadline_s: float, what: str) -> Any:
     """The value of an actor call.  Raises what the method raised, or ActorLost naming ``what``."""
     try:
@@ -128,8 +136,18 @@ async def answers(references: Sequence[Any], deadline_s: float, what: str) -> li
     """All values, in order; the first failure ends the wait (the ranks of a collective hang once one is
     gone).
     """
-    waits: list[Awaitable[Any]] = [answer(r, deadline_s, f"{what}[{i}]") for i, r in enumerate(references)]
-    return list(await asyncio.gather(*waits))
+    waits = (answer(call, deadline_s, f"{what}[{i}]") for i, call in enumerate(references))
+    return await asyncio.gather(*waits)
+
+
+async def answers_of_living(calls: Mapping[str, Any], deadline_s: float, what: str) -> dict[str, Any]:
+    """The values by actor, without those of actors that are gone or being restarted."""
+    waits = (answer(call, deadline_s, f"{what} of {name}") for name, call in calls.items())
+    values = dict(zip(calls, await asyncio.gather(*waits, return_exceptions=True), strict=True))
+    for value in values.values():
+        if isinstance(value, BaseException) and not isinstance(value, ActorLost):
+            raise value
+    return {name: value for name, value in values.items() if not isinstance(value, ActorLost)}
 
 
 async def returned(actor: Any, what: str, given_up: Callable[[], bool] = bool) -> None:

@@ -23,9 +23,7 @@ from system.observe.rundir import RunDir
 from system.tasks.base import Task
 
 CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
-TREES_PER_WORKER = (
-    4096  # calls a rollout worker takes at once; admission and evaluation bound them long before
-)
+TREES_PER_WORKER = 4096  # calls that it takes at once; admission and evaluation bound them long before
 
 
 @dataclass(frozen=True, slots=True)

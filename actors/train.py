@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from actors.conductor import Conductor, checkpoints
 from actors.ending import EXIT_DEADLINE_S, exit_within, stops_on_signals
-from actors.inputs import check_engine, check_model, demonstrations, start_weights
+from actors.inputs import check_engine, check_model, demonstrations
 from actors.placement import Placement
 from actors.ray_support import StartFailed, ray_session
 from actors.rollout_pool import RunActors
@@ -87,22 +87,22 @@ async def _train(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, places: Placement
 ) -> int:
     """Actors, start weights or the newest checkpoint, training, model."""
-    model = start_weights(config, run_dir)
+    model = Path(config.model.path) if config.model.path else run_dir.start  # where one is made
     actors = await RunActors.start(config, task, model, places, run_dir)
     try:
         conductor = Conductor(config, actors, task, run_dir, recorder, progress)
         places.spare = conductor.spare
-        with stops_on_signals(conductor):
+        with stops_on_signals(conductor.loop, progress):
             if saved := checkpoints(run_dir):
                 await conductor.restore(saved[-1])
             else:
                 if config.warmstart.steps:
                     await conductor.warm_start(demonstrations(config, task, model))
                 await conductor.bring_up()
-                if not conductor.stopping:
+                if not conductor.loop.stopping.is_set():
                     await conductor.evaluate("before")
                     await conductor.save()
-            if conductor.stopping or not await conductor.run():
+            if conductor.loop.stopping.is_set() or not await conductor.run():
                 where = f"step {conductor.version}: go on with espalier train --resume {run_dir.root}"
                 progress.note(f"stopped at {where}")
                 return STOPPED

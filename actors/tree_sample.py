@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.ray_support import answer
+from actors.ray_support import answer, fetch
 from system.tree.store import TreeWriter
 
 WRITE_DEADLINE_S = 600.0  # one batch; a process for it has to start at first
@@ -20,10 +19,8 @@ def write_trees(directory: str, keep: int, references: Sequence[Any]) -> None:
     """Append the trees to ``directory``, one after another; those that are lost meanwhile are left out."""
     with TreeWriter(directory, keep) as writer:
         for reference in references:
-            try:
-                writer.append(ray.get(reference, timeout=WRITE_DEADLINE_S))
-            except RayError:
-                continue
+            if (tree := fetch(reference, WRITE_DEADLINE_S)) is not None:
+                writer.append(tree)
 
 
 class TreeSample:

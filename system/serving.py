@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -11,16 +12,16 @@ from aiohttp import web
 SHUTDOWN_S = 2.0
 
 
+@dataclass(frozen=True)
 class AppServer:
-    """A started server; ``url`` says where.  ``await close()`` stops it and runs the application's
-    clean-up."""
+    """A started server."""
 
-    def __init__(self, runner: web.AppRunner, url: str):
-        self._runner = runner
-        self.url = url
+    runner: web.AppRunner
+    url: str
 
     async def close(self) -> None:
-        await self._runner.cleanup()
+        """Stop it and run the application's clean-up."""
+        await self.runner.cleanup()
 
 
 async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) -> AppServer:

@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from actors.cli.cluster import cancel, logs, status, submit
 from actors.cli.reports import bench, config, doctor, plan, tree
@@ -30,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return errors.USAGE
+    if argv[0] == "--version":
+        from importlib.metadata import version  # slow for a `--help`
+
+        print(f"espalier {version('espalier')}")
+        return errors.DONE
     try:
         if argv[0] in commands:  # intermixed: overrides may stand before and after options
             args = commands[argv[0]].parse_intermixed_args(argv[1:])
@@ -68,22 +72,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         description="Asynchronous reinforcement learning of tool-using agents on trajectory trees (ARPO).",
         epilog="start here: espalier train configs/quickstart.yaml",
     )
-    parser.add_argument("--version", action=_Version, help="print the version")
+    parser.add_argument("--version", action="store_true", help="print the version")
     adder = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     return parser, {command.name: command.parser(adder) for command in COMMANDS}
-
-
-class _Version(argparse.Action):
-    """Looks the version up only when asked."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        from importlib.metadata import version
-
-        print(f"espalier {version('espalier')}")
-        parser.exit()
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     for source, layer in layers:
         layer = _expand(layer, Config())
         _check_keys(layer, source)
-        for where in list(_take_replaced(layer)):
-            _clear(merged, where, source)
+        _make_room(merged, layer, source)
         try:
             merged = OmegaConf.merge(merged, layer)
         except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type
@@ -131,26 +130,18 @@ def _check_keys(layer: dict[str, Any], source: str) -> None:
                 raise ConfigError(f"{source}: unknown key {name}.{key}{_hint(str(key), known, f'{name}.')}")
 
 
-def _take_replaced(layer: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where the layer has dictionaries that are to replace others; the marks are taken off."""
+def _make_room(merged: Any, layer: dict[str, Any], source: str, where: str = "") -> None:
+    """Empty the dictionaries that are to be replaced by those of the ``layer``, and take its marks off."""
     for key, value in layer.items():
-        if isinstance(value, dict):
-            if value.pop(REPLACE, False):
-                yield (*path, key)
-            yield from _take_replaced(value, (*path, key))
-
-
-def _clear(merged: Any, path: tuple[str, ...], source: str) -> None:
-    """Empty the dictionary at ``path``; there need be none."""
-    for key in path[:-1]:
-        if key not in merged:
-            return
-        merged = merged[key]
-    if path[-1] in merged:
-        if OmegaConf.get_type(merged[path[-1]]) is not dict:
-            where = ".".join(map(str, path))
-            raise ConfigError(f"{source}: {where} is no dictionary: {REPLACE} is for one, as in task.options")
-        merged[path[-1]] = {}
+        if not isinstance(value, dict):
+            continue
+        path, there = f"{where}{key}", isinstance(merged, DictConfig) and key in merged
+        if value.pop(REPLACE, False) and there:
+            if OmegaConf.get_type(merged[key]) is not dict:
+                fault = f"{path} is no dictionary: {REPLACE} is for one, as in task.options"
+                raise ConfigError(f"{source}: {fault}")
+            merged[key] = {}
+        _make_room(merged[key] if there else None, value, source, f"{path}.")
 
 
 def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:

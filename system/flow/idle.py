@@ -1,8 +1,10 @@
-"""Where the time goes: what every actor was waiting for.  Pure accounting, fed with timestamps."""
+"""Where the time goes: what every actor was waiting for.  Pure accounting."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 BUSY = "busy"
@@ -21,28 +23,28 @@ class IdleClock:
     An actor is idle when it waits and does nothing else: while a ``BUSY`` interval is open, time counts as
     busy, whatever else is being waited for.  Otherwise the time is split evenly between the causes being
     waited for, so that an actor's causes add up to its wall time.  Time in no interval counts for nothing.
-    Timestamps are seconds of one monotonic clock per actor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """``clock``: monotonic seconds."""
+        self._clock = clock
         self._actors: dict[str, _Actor] = {}
 
-    def enter(self, actor: str, cause: str, now: float) -> None:
-        """``actor`` starts to wait for ``cause``, or to be ``BUSY``; intervals of one cause may overlap."""
-        self._advance(actor, now).open[cause] += 1
+    @contextlib.contextmanager
+    def during(self, actor: str, cause: str) -> Generator[None]:
+        """``actor`` waits for ``cause``, or is ``BUSY``, for the length of the block; blocks may overlap."""
+        self._advance(actor).open[cause] += 1
+        try:
+            yield
+        finally:
+            self._advance(actor).open[cause] -= 1
 
-    def leave(self, actor: str, cause: str, now: float) -> None:
-        """One of its intervals of ``cause`` ends; ValueError when none is open."""
-        state = self._advance(actor, now)
-        if state.open[cause] < 1:
-            raise ValueError(f"{actor} is not in {cause!r}")
-        state.open[cause] -= 1
-
-    def idle(self, now: float) -> dict[str, dict[str, float]]:
+    def idle(self) -> dict[str, dict[str, float]]:
         """Seconds by actor and cause, open intervals included; ``BUSY`` is one of the causes."""
-        return {actor: dict(self._advance(actor, now).spent) for actor in list(self._actors)}
+        return {actor: dict(self._advance(actor).spent) for actor in list(self._actors)}
 
-    def _advance(self, actor: str, now: float) -> _Actor:
+    def _advance(self, actor: str) -> _Actor:
+        now = self._clock()
         state = self._actors.setdefault(actor, _Actor(since=now))
         elapsed = now - state.since
         if elapsed < 0:

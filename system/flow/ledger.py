@@ -1,14 +1,15 @@
 """What became of every prompt.  A pure state machine with an append-only log, from which it can be rebuilt.
 
-Each (epoch, prompt id) is in exactly one state.  Every change is an event, a JSON-able dictionary; the caller
-appends the events to a file, and :meth:`Ledger.replay` rebuilds the ledger from them after a crash.
+Each (epoch, prompt id) is in exactly one state.  Every change is an event, a JSON-able dictionary, written to
+a log as it happens; :meth:`Ledger.replay` rebuilds the ledger from the log after a crash.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from system.errors import EspalierError
 
 Event = dict[str, Any]
-_Key = tuple[int, str]  # epoch, prompt id
+Key = tuple[int, str]  # epoch, prompt id
 
 
 class LedgerError(EspalierError, ValueError):
@@ -44,6 +45,10 @@ class Ticket:
     attempt: int  # 1 for the first
     start_version: int = 0  # the learner's version when the tree started
 
+    @property
+    def key(self) -> Key:
+        return self.epoch, self.prompt_id
+
 
 @dataclass(slots=True)
 class _Record:
@@ -52,7 +57,7 @@ class _Record:
     state: State = State.PENDING
     number: int = -1  # of its latest ticket
     attempt: int = 0  # of its latest ticket
-    start_version: int | None = None  # of its latest tree, once that has started
+    start_version: int | None = None  # of the tree that its next ticket goes on with, if there is one
     version: int = -1  # weight version that its update makes, once TRAINING
 
 
@@ -62,9 +67,7 @@ _IN_FLIGHT = (State.GROWING, State.QUEUED, State.TRAINING)
 class Ledger:
     """Hands out prompts, epoch by epoch, each epoch in its own seeded order, and follows each to its end.
 
-    A prompt that comes back (``retry``) goes before new ones.  ``drain`` returns the events since the last
-    call: append them to the log, and make them durable before a checkpoint is, so that a log is never behind
-    the weights.
+    A prompt that comes back (``retry``) goes before new ones.
     """
 
     def __init__(self, prompt_ids: Sequence[str], seed: int, max_attempts: int = 3) -> None:
@@ -77,42 +80,34 @@ class Ledger:
             raise LedgerError(f"prompt id {twice!r} is not unique")
         self._prompts = list(prompt_ids)
         self._seed, self.max_attempts = seed, max_attempts
-        self._records: dict[_Key, _Record] = {}
-        self._tickets: dict[int, _Key] = {}  # tickets in flight
-        self._returned: deque[_Key] = deque()  # pending again
-        self.epoch, self._cursor = 0, 0  # the next fresh prompt is number `cursor` of this epoch's order
-        self._order = self._shuffled(0)
+        self._records: dict[Key, _Record] = {}
+        self._tickets: dict[int, Ticket] = {}  # of trees that grow, wait for the learner, or are trained on
+        self.growing: set[int] = set()  # those of them whose trees have not closed
+        self._returned: deque[Key] = deque()  # pending again
+        self._fresh = self._in_order()
         self.next_number = 0
-        self._events: list[Event] = [self._opening()]
+        self._write: Callable[[Event], object] = lambda _: None
 
     def next(self, version: int = 0) -> Ticket:
         """Issue the next prompt: pending -> growing.  ``version``: the learner's."""
-        if self._returned:
-            key = self._returned.popleft()
-        else:
-            if self._cursor == len(self._order):
-                self.epoch, self._cursor = self.epoch + 1, 0
-                self._order = self._shuffled(self.epoch)
-            key = (self.epoch, self._order[self._cursor])
-            self._cursor += 1
-            self._records[key] = _Record()
-        record = self._records[key]
+        key = self._returned.popleft() if self._returned else next(self._fresh)
+        record = self._records.setdefault(key, _Record())
         record.state, record.number, record.attempt = State.GROWING, self.next_number, record.attempt + 1
-        if record.start_version is None:
-            record.start_version = version
-        self._tickets[record.number] = key
+        start = version if record.start_version is None else record.start_version
+        record.start_version = None
+        ticket = self._tickets[record.number] = Ticket(record.number, *key, record.attempt, start)
+        self.growing.add(record.number)
         self.next_number += 1
-        ticket = self.ticket(record.number)
         self._log(
             "issue", number=ticket.number, epoch=ticket.epoch, prompt=ticket.prompt_id, attempt=ticket.attempt
         )
         return ticket
 
-    def resume(self, epoch: int, prompt_id: str, start_version: int) -> bool:
+    def resume(self, key: Key, start_version: int) -> bool:
         """A checkpoint has a tree of this prompt, started at ``start_version``: the prompt's next ticket says
         so.  False, and nothing is done, unless the prompt has been issued and is pending again.
         """
-        record = self._records.get((epoch, prompt_id))
+        record = self._records.get(key)
         if record is None or record.state != State.PENDING:
             return False
         record.start_version = start_version
@@ -123,16 +118,14 @@ class Ledger:
         self._move(number, (State.GROWING,), State.QUEUED)
         self._log("queue", number=number)
 
-    def train(self, numbers: Iterable[int], version: int) -> None:
+    def train(self, numbers: Sequence[int], version: int) -> None:
         """The learner has made weight version ``version`` of these trees: queued -> training."""
-        numbers = list(numbers)
         for number in numbers:
             self._move(number, (State.QUEUED,), State.TRAINING).version = version
         self._log("train", numbers=numbers, version=version)
 
-    def trained(self, numbers: Iterable[int]) -> None:
+    def trained(self, numbers: Sequence[int]) -> None:
         """That version is out: training -> trained."""
-        numbers = list(numbers)
         for number in numbers:
             self._move(number, (State.TRAINING,), State.TRAINED)
         self._log("trained", numbers=numbers)
@@ -155,9 +148,7 @@ class Ledger:
         """The ticket of a tree in flight."""
         if number not in self._tickets:
             raise LedgerError(f"no tree in flight has number {number}")
-        key = self._tickets[number]
-        record = self._records[key]
-        return Ticket(number, *key, record.attempt, record.start_version or 0)
+        return self._tickets[number]
 
     def state(self, epoch: int, prompt_id: str) -> State:
         record = self._records.get((epoch, prompt_id))
@@ -165,12 +156,17 @@ class Ledger:
 
     def numbers(self, state: State) -> list[int]:
         """Tickets in flight in ``state``, oldest first."""
-        return sorted(n for n, key in self._tickets.items() if self._records[key].state == state)
+        return sorted(n for n, ticket in self._tickets.items() if self._records[ticket.key].state == state)
 
-    def drain(self) -> list[Event]:
-        """The events since the last call, in order."""
-        events, self._events = self._events, []
-        return events
+    @property
+    def in_flight(self) -> int:
+        """How many trees grow, wait for the learner, or are trained on now."""
+        return len(self._tickets)
+
+    @property
+    def oldest_growing(self) -> int:
+        """Number of the oldest tree that has not closed; the next one's, where all have."""
+        return min(self.growing, default=self.next_number)
 
     @classmethod
     def replay(
@@ -180,6 +176,7 @@ class Ledger:
         events: Iterable[Event],
         trained_through: int,
         max_attempts: int = 3,
+        write: Callable[[Event], object] = lambda _: None,
     ) -> Ledger:
         """The ledger after a restart from the checkpoint of weight version ``trained_through``.
 
@@ -187,21 +184,23 @@ class Ledger:
         prompts are pending again (which is no failed attempt), except those whose update the checkpoint
         contains.  The restore is itself an event, so the log stays valid through any number of restarts.
         Raises LedgerError for a log of another seed or data set.
+
+        ``write`` appends an event to the log, which must be durable before a checkpoint is: it is never
+        behind the weights.
         """
         ledger = cls(prompt_ids, seed, max_attempts)
-        (opening,) = ledger.drain()
-        log = iter(events)
+        opening, log = ledger._opening(), iter(events)
         first = next(log, None)
-        if first is None:  # killed before anything was written: this is a new run
-            ledger._events.append(opening)
-            return ledger
-        if first != opening:
+        if first is None:  # a new run, or one that was killed before anything was written
+            write(opening)
+        elif first != opening:
             raise LedgerError(f"this log belongs to another run: it opens with {first}, not {opening}")
-        for event in log:
-            ledger._apply(event)
-        ledger._events.clear()
-        ledger._restore(trained_through)
-        ledger._log("restore", trained_through=trained_through)
+        else:
+            for event in log:
+                ledger._apply(event)
+            ledger._restore(trained_through)
+            write({"event": "restore", "trained_through": trained_through})
+        ledger._write = write
         return ledger
 
     def _apply(self, event: Event) -> None:
@@ -228,34 +227,37 @@ class Ledger:
             if updated and record.version <= trained_through:
                 record.state = State.TRAINED
             elif updated or record.state in _IN_FLIGHT:
-                record.state, record.start_version, record.version = State.PENDING, None, -1
+                record.state, record.version = State.PENDING, -1
                 record.attempt -= 1
                 lost.append(key)
         self._tickets.clear()
+        self.growing.clear()
         self._returned.extendleft(sorted(lost, key=lambda key: self._records[key].number, reverse=True))
 
     def _move(self, number: int, allowed: tuple[State, ...], to: State) -> _Record:
-        key = self._tickets.get(number)
-        if key is None:
+        ticket = self._tickets.get(number)
+        if ticket is None:
             raise LedgerError(f"tree {number} is not in flight: it cannot become {to}")
-        record = self._records[key]
+        record = self._records[ticket.key]
         if record.state not in allowed:
             raise LedgerError(f"tree {number} is {record.state}: it cannot become {to}")
         record.state = to
+        self.growing.discard(number)  # none begins to grow but by `next`
         if to not in _IN_FLIGHT:
             del self._tickets[number]
         if to == State.PENDING:
-            record.start_version = None
-            self._returned.append(key)
+            self._returned.append(ticket.key)
         return record
 
-    def _shuffled(self, epoch: int) -> list[str]:
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-        return [self._prompts[i] for i in order]
+    def _in_order(self) -> Iterator[Key]:
+        """Every prompt of every epoch."""
+        for epoch in itertools.count():
+            for number in np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts)):
+                yield epoch, self._prompts[number]
 
     def _opening(self) -> Event:
         digest = hashlib.sha256("\0".join(self._prompts).encode("utf-8", "surrogatepass")).hexdigest()
         return {"event": "open", "seed": self._seed, "prompts": len(self._prompts), "digest": digest}
 
     def _log(self, kind: str, **fields: Any) -> None:
-        self._events.append({"event": kind, **fields})
+        self._write({"event": kind, **fields})

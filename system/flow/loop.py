@@ -8,29 +8,23 @@ It is asyncio without I/O: it waits for its parts and for nothing else.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from system.config import Config
-from system.flow.admission import Admission
+from system.flow.admission import may_start
 from system.flow.idle import BUSY, IdleClock
 from system.flow.ledger import Ledger, Ticket
 from system.flow.replay import ReplayQueue, TreeInFlight
 from system.tree.stats import TreeStats
 
-Reference = TypeVar("Reference")
-
 
 class TreeLost(RuntimeError):
-    """A tree will not come; ``reason`` is a word for counters."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    """A tree will not come; the message is a word for counters."""
 
 
 class TreesLost(RuntimeError):
@@ -42,14 +36,14 @@ class TreesLost(RuntimeError):
         self.reasons = dict(reasons)
 
 
-class Parts(Protocol[Reference]):
+class Parts(Protocol):
     """Where the work is done."""
 
-    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Reference]:
+    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight:
         """One tree, from its prompt to its close.  Raises :class:`TreeLost`."""
         ...
 
-    async def train(self, version: int, trees: Sequence[TreeInFlight[Reference]]) -> Mapping[str, float]:
+    async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         """One training batch with the weights ``version``; returns the learner's statistics.
 
         Raises :class:`TreesLost`, and trains on nothing, if some of ``trees`` cannot be had.
@@ -60,9 +54,15 @@ class Parts(Protocol[Reference]):
         """Send the learner's weights to the engines as ``version``."""
         ...
 
-    def logged(self) -> None:
-        """The ledger has new events: write them."""
-        ...
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A training step whose weights are on the engines."""
+
+    version: int  # of these weights; steps are counted by it
+    trees: Sequence[TreeStats]  # what was trained on
+    stats: Mapping[str, float]  # the learner's own numbers
+    staleness: Sequence[int]  # how many versions each of ``trees`` lagged behind
 
 
 class RunEvents(Protocol):
@@ -74,17 +74,10 @@ class RunEvents(Protocol):
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None: ...
 
-    def train_step(
-        self,
-        step: int,
-        version: int,
-        trees: Sequence[TreeStats],
-        stats: Mapping[str, float],
-        staleness: Sequence[int],
-    ) -> None: ...
+    def train_step(self, step: FinishedStep) -> None: ...
 
 
-class TrainingLoop(Generic[Reference]):
+class TrainingLoop:
     """Admission, growing and training around one ledger, one replay queue and one learner.
 
     The owner runs :meth:`admit` as a background task and calls :meth:`step` again and again.
@@ -94,7 +87,7 @@ class TrainingLoop(Generic[Reference]):
         self,
         config: Config,
         ledger: Ledger,
-        parts: Parts[Reference],
+        parts: Parts,
         events: RunEvents,
         *,
         version: int = 0,
@@ -103,24 +96,16 @@ class TrainingLoop(Generic[Reference]):
         """``version``: what the learner has been trained to (a checkpoint's, on resume)."""
         self.config, self.ledger, self.parts, self.events = config, ledger, parts, events
         self.version = version
-        flow, leaves = config.flow, config.rollout.leaves
-        self.admission = Admission(
-            flow.batch_leaves,
-            flow.staleness,
-            config.rollout.concurrency,
-            accepted=version * flow.batch_leaves,
+        flow = config.flow
+        self.replay = ReplayQueue(
+            flow.batch_leaves // config.rollout.leaves, flow.window, flow.max_staleness or None
         )
-        self.replay: ReplayQueue[Reference] = ReplayQueue(
-            flow.batch_leaves // leaves, flow.window, flow.max_staleness or None, first=ledger.next_number
-        )
-        self.counted: set[tuple[int, str]] = set()  # (epoch, prompt) of trees that closed before a resume
         self.stopping = asyncio.Event()
         self.weights = asyncio.Lock()  # whoever trains or publishes; keeps the ranks' calls in one order
         self._room = asyncio.Event()  # something changed that may let another tree start
         self._arrival = asyncio.Event()  # something changed that may make a batch ready
-        self._growing: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._idle, self._clock = IdleClock(), clock
+        self._idle = IdleClock(clock)
 
     def stop(self) -> None:
         """Let :meth:`admit` and :meth:`step` return; a training step under way goes on to its end."""
@@ -134,53 +119,47 @@ class TrainingLoop(Generic[Reference]):
 
     # Growing
 
-    async def admit(self, tasks: asyncio.TaskGroup) -> None:
-        """Start trees, as tasks of ``tasks``, whenever one may start, until asked to stop."""
-        while not self.stopping.is_set():
-            if self._draining or not self.admission.may_start(self.version):
-                self._room.clear()
-                with self._time("rollout", "staleness bound"):
-                    await self._room.wait()
-                continue
-            ticket = self.ledger.next(self.version)
-            self.admission.start(self.config.rollout.leaves)
-            growing = tasks.create_task(self._grow(ticket), name=f"grow-{ticket.number}")
-            self._growing.add(growing)
-            growing.add_done_callback(self._growing.discard)
+    async def admit(self) -> None:
+        """Start trees whenever one may start, until asked to stop; return when those that grow have ended.
 
-    def cancel_growing(self) -> None:
-        for task in self._growing:
-            task.cancel()
+        To cancel it is to cancel them.
+        """
+        async with asyncio.TaskGroup() as growing:
+            while not self.stopping.is_set():
+                if self._draining or not may_start(self.ledger, self.config):
+                    self._room.clear()
+                    with self._idle.during("rollout", "staleness bound"):
+                        await self._room.wait()
+                    continue
+                ticket = self.ledger.next(self.version)
+                growing.create_task(self._grow(ticket), name=f"grow-{ticket.number}")
 
     async def _grow(self, ticket: Ticket) -> None:
         """One tree, from its prompt to the replay queue or back to pending."""
-        leaves, key = self.config.rollout.leaves, (ticket.epoch, ticket.prompt_id)
         try:
-            with self._time("rollout", BUSY):
+            with self._idle.during("rollout", BUSY):
                 tree = await self.parts.grow(ticket, _seed(self.config.run.seed, ticket.number))
         except TreeLost as lost:
-            self._lose(ticket.number, lost.reason)
-            self.admission.finish(leaves, 0)
-            self.replay.skip(ticket.number)
+            self._lose([ticket], str(lost))
         else:
-            self.admission.finish(leaves, tree.stats.leaves)
             self.ledger.queue(ticket.number)
-            if key not in self.counted:
+            if not tree.counted:
                 self.events.tree_closed(tree.stats, self.version)
             self.replay.put(tree)
         finally:
-            self.counted.discard(key)
-            self.parts.logged()
             self._room.set()
             self._arrival.set()
 
-    def _lose(self, number: int, reason: str) -> None:
-        self.ledger.retry(number, reason)
-        self.events.tree_dropped(reason, self.config.rollout.leaves)
+    def _lose(self, tickets: Iterable[Ticket], reason: str) -> None:
+        """Trees that nobody will train on: their prompts are pending again, others may take their places."""
+        for ticket in tickets:
+            self.ledger.retry(ticket.number, reason)
+            self.events.tree_dropped(reason, self.config.rollout.leaves)
+            self._room.set()
 
     # Learning
 
-    async def step(self) -> Sequence[TreeInFlight[Reference]] | None:
+    async def step(self) -> Sequence[TreeInFlight] | None:
         """One training step, as soon as there is a batch; returns its trees, or None when asked to stop.
 
         Trees that are too stale (``flow.max_staleness``), or lost with the machine that held them, go back to
@@ -190,33 +169,23 @@ class TrainingLoop(Generic[Reference]):
             try:
                 await self._train(batch)
             except TreesLost as lost:
-                self.replay.put_back(tree for i, tree in enumerate(batch) if i not in lost.reasons)
-                self._drop([batch[i] for i in sorted(lost.reasons)], "lost after its close")
+                self.replay.put(*(tree for i, tree in enumerate(batch) if i not in lost.reasons))
+                self._lose((batch[i].ticket for i in sorted(lost.reasons)), "lost after its close")
             else:
                 return batch
         return None
 
-    async def _next_batch(self) -> list[TreeInFlight[Reference]] | None:
-        with self._time("learner", "no batch"):
+    async def _next_batch(self) -> list[TreeInFlight] | None:
+        with self._idle.during("learner", "no batch"):
             while not self.stopping.is_set():
-                self._drop(self.replay.evict(self.version), "stale")
-                batch = self.replay.take()
-                if batch is not None:
+                self._lose((tree.ticket for tree in self.replay.evict(self.version)), "stale")
+                if (batch := self.replay.take(self.ledger.oldest_growing)) is not None:
                     return batch
                 self._arrival.clear()
                 await self._arrival.wait()  # every tree has a deadline, and sets it at its end
         return None
 
-    def _drop(self, trees: Sequence[TreeInFlight[Reference]], reason: str) -> None:
-        """Closed trees that nobody will train on: others may take their places in the batches."""
-        for tree in trees:
-            self.admission.evict(self.config.rollout.leaves)
-            self._lose(tree.ticket.number, reason)
-        if trees:
-            self.parts.logged()
-            self._room.set()
-
-    async def _train(self, batch: Sequence[TreeInFlight[Reference]]) -> None:
+    async def _train(self, batch: Sequence[TreeInFlight]) -> None:
         """An update and its weights on the engines; only then may trees of the new version start."""
         numbers = [tree.ticket.number for tree in batch]
         trees = [tree.stats for tree in batch]
@@ -224,19 +193,17 @@ class TrainingLoop(Generic[Reference]):
         async with self.weights:
             stats = await self.parts.train(self.version, batch)
             self.ledger.train(numbers, version)
-            self.parts.logged()
             if self.config.flow.update == "drained":
-                with self._time("learner", "waiting for trees to close"):
+                with self._idle.during("learner", "waiting for trees to close"):
                     await self._drained()
-            with self._time("learner", "publishing weights"):
+            with self._idle.during("learner", "publishing weights"):
                 await self.parts.publish(version)
             lag = [self.version - max(tree.version_min, 0) for tree in trees]
             self.version, self._draining = version, False
         self.ledger.trained(numbers)
-        self.parts.logged()
         self._room.set()
         self._record_idle()
-        self.events.train_step(version, version, trees, stats, lag)
+        self.events.train_step(FinishedStep(version, trees, stats, lag))
 
     async def _drained(self) -> None:
         """Return when no tree grows, or at once when asked to stop.
@@ -244,24 +211,13 @@ class TrainingLoop(Generic[Reference]):
         No tree starts meanwhile, not even in the place of a lost one: an engine that died gets no weights
         before these are published, so trees that start now could be lost again and again.
         """
-        stopping = asyncio.ensure_future(self.stopping.wait())
         self._draining = True  # until the new weights are out
-        try:
-            while self._growing and not stopping.done():
-                await asyncio.wait({*self._growing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopping.cancel()
-
-    @contextlib.contextmanager
-    def _time(self, actor: str, cause: str) -> Generator[None]:
-        self._idle.enter(actor, cause, self._clock())
-        try:
-            yield
-        finally:
-            self._idle.leave(actor, cause, self._clock())
+        while self.ledger.growing and not self.stopping.is_set():
+            self._arrival.clear()
+            await self._arrival.wait()
 
     def _record_idle(self) -> None:
-        for actor, causes in self._idle.idle(self._clock()).items():
+        for actor, causes in self._idle.idle().items():
             for cause, seconds in causes.items():
                 if cause != BUSY:
                     self.events.idle_total(actor, cause, seconds)

@@ -8,7 +8,6 @@ Neither needs N² memory, and neither pays for pairs in different trees or branc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -18,16 +17,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # FlexAttention's default block edge; packed rows are padded to a multiple of it on GPU
 QUERY_BLOCK = 128  # queries per run on CPU: shorter reaches fewer useless keys, longer calls fewer kernels
-
-
-@dataclass(frozen=True)
-class QueryBlocks:
-    """A row cut into runs of queries; the lists have one entry per run."""
-
-    sizes: list[int]  # queries
-    keys: torch.Tensor  # [Σ key_sizes] int64: the keys each run can reach, run after run
-    key_sizes: list[int]
-    biases: list[torch.Tensor]  # [queries, keys] float32 additive mask
 
 
 class TreeMask:
@@ -43,20 +32,23 @@ class TreeMask:
         self.exit = torch.maximum(exit.long(), own)
 
     @cached_property
-    def query_blocks(self) -> QueryBlocks:
-        """The mask for the CPU path: short runs of queries, each with the only keys it can reach."""
+    def query_runs(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The mask for the CPU path: short runs of queries, each with the only keys it can reach.
+
+        Returns the keys, run after run, as one int64 index, and of each run its ``[queries, keys]`` float32
+        additive mask.
+        """
         exit = self.exit
         n = exit.numel()
-        sizes, keys, biases = [], [], []
+        keys, biases = [], []
         for a in range(0, n, QUERY_BLOCK):
             b = min(a + QUERY_BLOCK, n)
             reach = torch.nonzero(exit[:b] > a)[:, 0]
             query = torch.arange(a, b, device=exit.device)[:, None]
             allowed = (reach[None, :] <= query) & (query < exit[reach][None, :])
-            sizes.append(b - a)
             keys.append(reach)
             biases.append(torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf")))
-        return QueryBlocks(sizes, torch.cat(keys), [k.numel() for k in keys], biases)
+        return torch.cat(keys), biases
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -95,19 +87,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, sc
     """
     if q.is_cuda:
         return _compiled_flex()(q, k, v, mask.block_mask, scale)
-    blocks = mask.query_blocks
-    # One gather for all blocks, so that its backward pass is one scatter.
-    k, v = (t.index_select(2, blocks.keys) for t in (k, v))
+    keys, biases = mask.query_runs
+    queries_of, keys_of = ([bias.size(dim) for bias in biases] for dim in (0, 1))
+    # One gather for all runs, so that its backward pass is one scatter.
+    k, v = (t.index_select(2, keys) for t in (k, v))
     if k.size(1) != q.size(1):
         # The fused CPU kernel wants equal head counts.
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    runs = zip(
-        q.split(blocks.sizes, dim=2),
-        k.split(blocks.key_sizes, dim=2),
-        v.split(blocks.key_sizes, dim=2),
-        blocks.biases,
-        strict=True,
-    )
+    runs = zip(q.split(queries_of, 2), k.split(keys_of, 2), v.split(keys_of, 2), biases, strict=True)
     return torch.cat(
         [
             F.scaled_dot_product_attention(qb, kb, vb, attn_mask=bias.to(qb.dtype), scale=scale)

@@ -75,15 +75,6 @@ class Box:
         return ChunkStorageMetadata(torch.Size(self.offsets), self.data.shape)
 
 
-@dataclass(frozen=True)
-class Slice:
-    """What this rank's optimizer holds of one parameter: its elements from ``start`` on, flattened."""
-
-    start: int
-    tensors: dict[str, torch.Tensor]  # the float32 parameter and the two moments
-    step: torch.Tensor  # [] steps taken
-
-
 class TrainingState:
     """What a checkpoint holds of a learner rank: model, optimizer, reference model, and torch's generator."""
 
@@ -94,7 +85,8 @@ class TrainingState:
         optimizer: MegatronOptimizer,
         reference: TreeGPTModel | None,
     ) -> None:
-        self._layout, self._model, self._optimizer = layout, model, optimizer
+        self._layout, self._model = layout, model
+        self._optimizers = optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
         self._frozen = dict(reference.named_parameters()) if reference is not None else {}
         self._where = WeightMap.of(model)
 
@@ -134,15 +126,14 @@ class TrainingState:
         changed, when the checkpoint is missing, incomplete, damaged, or of another model.
         """
         manifest = _verified(path, self._layout)
-        fill_optimizer_state(self._optimizer)
         rng = torch.get_rng_state()
         reader = FileSystemReader(path)
         planner = _BoxLoader([_whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
         _agree(path, planner.problems)
         read_boxes({}, storage_reader=reader, planner=planner)
-        for parameter in self._model.parameters():
-            for held in _slices(self._optimizer, parameter):
-                held.step.fill_(float(manifest["step"]))
+        for inner in self._optimizers:
+            for state in inner.optimizer.state.values():
+                state["step"].fill_(float(manifest["step"]))
         torch.set_rng_state(rng)
         return int(manifest["step"]), manifest["extra"]
 
@@ -152,23 +143,42 @@ class TrainingState:
         ``writing``: the boxes that it writes; all ranks together write every element once.
         """
         layout = self._layout
-        distributed = any(
-            isinstance(inner, DistributedOptimizer)
-            for inner in self._optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
-        )
         for number, (key, parameter) in enumerate(self._model.named_parameters()):
             mapped = self._where.parameter(layout.pp_rank, key)
             if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
                 continue
             mine = not writing or number % layout.dp == layout.dp_rank  # data-parallel copies share the work
             parts = [] if writing else [("parameter", parameter.detach(), 0)]
-            if mine or distributed:
-                for held in _slices(self._optimizer, parameter):
-                    parts += [(kind, tensor, held.start) for kind, tensor in held.tensors.items()]
+            parts += self._optimizer_state(parameter, mine)
             if mine and key in self._frozen:
                 parts.append(("reference", self._frozen[key].detach(), 0))
             for kind, tensor, start in parts:
                 yield from self._boxes(mapped, parameter.shape, kind, tensor, start)
+
+    def _optimizer_state(
+        self, parameter: torch.nn.Parameter, mine: bool
+    ) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """The float32 parameter and its two moments, each with the first of the parameter's elements,
+        flattened, that it begins at.
+
+        An optimizer that is split over the ranks has a share (perhaps none) on each; another one has all, and
+        gives it where the parameter is ``mine``.
+        """
+        for inner in self._optimizers:
+            start = 0
+            if isinstance(inner, DistributedOptimizer):
+                if parameter not in inner.model_param_group_index_map:
+                    continue
+                group, index = inner.model_param_group_index_map[parameter]
+                main = inner.optimizer.param_groups[group]["params"][index]
+                start = inner._get_model_param_range_map(parameter)["param"].start  # pyright: ignore[reportPrivateUsage]
+            elif mine:
+                main = getattr(parameter, "main_param", parameter)  # float32 where the model is bfloat16
+            else:
+                continue
+            yield "parameter", main.detach(), start
+            for name in MOMENTS:
+                yield name, inner.optimizer.state[main][name], start
 
     def _boxes(
         self, mapped: MappedParameter, shape: torch.Size, kind: str, tensor: torch.Tensor, start: int
@@ -195,40 +205,17 @@ class TrainingState:
                 a = end
 
 
-def fill_optimizer_state(optimizer: MegatronOptimizer, *, reset: bool = False) -> None:
-    """Give every parameter its Adam state (zero moments, step 0) before the first step.
+def reset_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter the Adam state from before the first step: zero moments, step 0.
 
     Torch makes it lazily, but a checkpoint taken before the first step must have the same entries as any
     other.
     """
     for inner in optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
-        adam = inner.optimizer
-        if reset:
-            adam.state.clear()
-        for group in adam.param_groups:
+        for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
-                state = adam.state[parameter]
-                state.setdefault("step", torch.zeros((), dtype=torch.float32))
-                for moment in MOMENTS:
-                    if moment not in state:
-                        state[moment] = torch.zeros_like(parameter)
-
-
-def _slices(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> Iterator[Slice]:
-    """This rank's optimizer state of a parameter: all, or its share (perhaps none) where it is split."""
-    for inner in optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
-        start = 0
-        if isinstance(inner, DistributedOptimizer):
-            if parameter not in inner.model_param_group_index_map:
-                continue
-            group, index = inner.model_param_group_index_map[parameter]
-            main = inner.optimizer.param_groups[group]["params"][index]
-            start = inner._get_model_param_range_map(parameter)["param"].start  # pyright: ignore[reportPrivateUsage]
-        else:
-            main = getattr(parameter, "main_param", parameter)  # float32 where the model is bfloat16
-        state = inner.optimizer.state[main]
-        tensors = {"parameter": main.detach(), **{name: state[name] for name in MOMENTS}}
-        yield Slice(start, tensors, state["step"])
+                moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
+                inner.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
 
 def _whole(name: str, tensor: torch.Tensor) -> Box:

@@ -56,30 +56,32 @@ class Statistics:
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, other: Statistics) -> None:
-        for name, value in other.sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        for name, value in other.maxima.items():
-            self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+    def zeros(self) -> Statistics:
+        """The same statistics of nothing: none of them falls below zero."""
+        return Statistics(
+            {name: torch.zeros_like(value) for name, value in self.sums.items()},
+            {name: torch.zeros_like(value) for name, value in self.maxima.items()},
+        )
 
-    def reduce(
-        self, expected: Statistics, device: torch.device, groups: Sequence[dist.ProcessGroup]
-    ) -> dict[str, float]:
+    def add(self, other: Statistics) -> None:
+        """Of ``other`` what has a name here."""
+        for name, value in self.sums.items():
+            self.sums[name] = value + other.sums.get(name, 0)
+        for name, value in self.maxima.items():
+            self.maxima[name] = torch.maximum(value, other.maxima.get(name, value))
+
+    def reduce(self, groups: Sequence[dist.ProcessGroup]) -> dict[str, float]:
         """Totals over the ranks of all ``groups``, one after the other; collective.
 
-        ``expected`` names what there is, because a rank without micro-batches, or one that is not on the last
-        pipeline stage, has no statistics of its own.  Sums become means weighted by ``mult``, except the
-        ``TOTALS``.
+        Sums become means weighted by ``mult``, except the ``TOTALS``.
         """
-        zero = torch.zeros((), device=device)
-        names, tops = list(expected.sums), list(expected.maxima)
-        total = torch.stack([self.sums.get(n, zero).double() for n in names])
-        top = torch.stack([self.maxima.get(n, zero).double() for n in tops]) if tops else None
+        total = torch.stack([value.double() for value in self.sums.values()])
+        top = torch.stack([value.double() for value in self.maxima.values()]) if self.maxima else None
         for group in groups:
             dist.all_reduce(total, group=group)
             if top is not None:
                 dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        values = dict(zip(names, total.tolist(), strict=True))
+        values = dict(zip(self.sums, total.tolist(), strict=True))
         weight = values.pop("weight")
         out = {
             name: value if name in TOTALS else value / weight if weight > 0 else 0.0
@@ -89,7 +91,7 @@ class Statistics:
             if name in out:
                 out[name] = out[name] / out[part] if out[part] > 0 else 0.0
         if top is not None:
-            out |= dict(zip(tops, top.tolist(), strict=True))
+            out |= dict(zip(self.maxima, top.tolist(), strict=True))
         return out
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -41,10 +38,6 @@ class Layout:
     dp_group: dist.ProcessGroup
 
     @property
-    def first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
@@ -52,28 +45,22 @@ class Layout:
         return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
 
 
-def check(config: Config, world: int) -> None:
-    """Refuse layouts that this learner cannot run; raises ``ConfigError``."""
+def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
+    """Join the process group (NCCL on CUDA, gloo without), build Megatron's groups and seed the generators.
+
+    One per process; collective over all ``world`` ranks.  Raises ``ConfigError`` unless the layout has as
+    many.
+    """
     learn = config.learn
-    ranks = learn.tp * learn.pp * learn.dp
-    if ranks != world:
+    if (ranks := learn.tp * learn.pp * learn.dp) != world:
         raise ConfigError(
             f"learn.tp={learn.tp} times learn.pp={learn.pp} times learn.dp={learn.dp} needs {ranks} ranks, "
             f"not {world}"
         )
-
-
-def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
-    """Join the process group (NCCL on CUDA, gloo without), build Megatron's groups and seed the generators.
-
-    One per process; collective over all ``world`` ranks.
-    """
-    check(config, world)
     cpu.install()
-    torch.set_num_threads(config.learn.threads)
+    torch.set_num_threads(learn.threads)
     if cpu.needed():
         device = torch.device("cpu")
-        _use_loopback(init_method)
     else:
         # Under Ray each rank sees only its own GPU; under torchrun it sees all of its machine's.
         device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -87,8 +74,8 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
         device_id=None if cpu.needed() else device,
     )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.learn.tp,
-        pipeline_model_parallel_size=config.learn.pp,
+        tensor_model_parallel_size=learn.tp,
+        pipeline_model_parallel_size=learn.pp,
         distributed_timeout_minutes=int(COLLECTIVE_DEADLINE.total_seconds() // 60),
     )
     torch.manual_seed(config.run.seed)
@@ -97,9 +84,9 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
     return Layout(
         rank=rank,
         device=device,
-        tp=config.learn.tp,
-        pp=config.learn.pp,
-        dp=config.learn.dp,
+        tp=learn.tp,
+        pp=learn.pp,
+        dp=learn.dp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -120,11 +107,3 @@ def stop() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _use_loopback(init_method: str) -> None:
-    """Keep gloo on the loopback interface when the meeting point is there: host names need not resolve."""
-    host = urlsplit(init_method).hostname or ""
-    names = {name for _, name in socket.if_nameindex()}
-    if host in ("127.0.0.1", "localhost", "::1") and "lo" in names:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

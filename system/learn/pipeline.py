@@ -38,7 +38,7 @@ class Pipeline:
 
         Collective over the ranks of one model copy.
         """
-        link, first, last = self._link, self._layout.first_stage, self._layout.last_stage
+        link, first, last = self._link, self._layout.pp_rank == 0, self._layout.last_stage
         shapes, n = self._shapes(lengths), len(lengths)
         ahead = min(self._layout.pp - self._layout.pp_rank - 1, n)
         held: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
@@ -72,11 +72,12 @@ class Pipeline:
 
         Collective over the ranks of one model copy.
         """
+        first, last = self._layout.pp_rank == 0, self._layout.last_stage
         results = []
         for i, shape in enumerate(self._shapes(lengths)):
-            output = self._forward(i, _one(self._link.recv_forward(shape, self._layout.first_stage)), compute)
-            self._link.send_forward(output, self._layout.last_stage)
-            if self._layout.last_stage:
+            output = self._forward(i, _one(self._link.recv_forward(shape, first)), compute)
+            self._link.send_forward(output, last)
+            if last:
                 results.append(output)
         return results
 

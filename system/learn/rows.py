@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,36 +15,24 @@ from system.learn.parallel import Layout
 from system.tree.pack import PackedBatch
 
 
-@dataclass
 class Row:
     """One packed row of N tokens on this rank's device, and the M tokens of it to score."""
 
-    batch: PackedBatch
-    scored: np.ndarray  # [M] int64 index of each target in the row
-    tokens: torch.Tensor  # [N] int64
-    position: torch.Tensor  # [N] int64
-    mask: TreeMask
-    predictor: torch.Tensor  # [M] int64 rows whose logits are needed
-    target: torch.Tensor  # [M] int64 the tokens they predict
-    proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
-
-    @staticmethod
-    def of(batch: PackedBatch, device: torch.device, *, trained: bool) -> Row:
+    def __init__(self, batch: PackedBatch, device: torch.device, *, trained: bool) -> None:
         """``trained``: score the tokens that are trained on, not every one that has a predecessor."""
 
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array.astype(np.int64)).to(device)
 
-        scored = np.flatnonzero((batch.predictor >= 0) & ((batch.mult > 0) | (not trained)))
-        return Row(
-            batch=batch,
-            scored=scored,
-            tokens=put(batch.tokens),
-            position=put(batch.position),
-            mask=TreeMask(put(batch.exit)),
-            predictor=put(batch.predictor[scored]),
-            target=put(batch.tokens[scored]),
-        )
+        self.batch = batch
+        # [M] index of each target in the row
+        self.scored = np.flatnonzero((batch.predictor >= 0) & ((batch.mult > 0) | (not trained)))
+        self.tokens = put(batch.tokens)  # [N] int64
+        self.position = put(batch.position)  # [N] int64
+        self.mask = TreeMask(put(batch.exit))
+        self.predictor = put(batch.predictor[self.scored])  # [M] int64 rows whose logits are needed
+        self.target = put(batch.tokens[self.scored])  # [M] int64 the tokens they predict
+        self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
 
     def run(self, model: TreeGPTModel) -> torch.Tensor:
         """The forward pass of this rank's stage: logits of the targets on the last, hidden states before."""

@@ -149,14 +149,8 @@ class WeightMap:
 
     def shard_shape(self, mapped: MappedParameter) -> tuple[int, ...]:
         """Shape of one rank's parameter."""
-        shapes = list(mapped.shapes.values())
-        rows = sum(shape[0] for shape in shapes)
-        match mapped.split:
-            case "replicated":
-                return shapes[0]
-            case "columns":
-                return (rows, shapes[0][1] // self.tp)
-            case "vocabulary":
-                return (padded_vocab_size(rows, self.tp) // self.tp, shapes[0][1])
-            case "gate-up" | "query-groups":
-                return (rows // self.tp, *shapes[0][1:])
+        rows = sum(
+            block.rows for block in self.blocks(mapped, 0)
+        )  # only the last ranks' vocabulary is padded
+        _, *width = next(iter(mapped.shapes.values()))
+        return (rows, *(n // self.tp if mapped.split == "columns" else n for n in width))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from system.config import Config
 from system.learn import cpu, parallel, weights
 from system.learn.batch import BatchPlanner
-from system.learn.checkpoint import TrainingState, fill_optimizer_state
+from system.learn.checkpoint import TrainingState, reset_optimizer_state
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -92,7 +92,7 @@ class Trainer:
                 ),
                 [self.ddp],
             )
-        fill_optimizer_state(self.optimizer)
+        reset_optimizer_state(self.optimizer)
         self._state = TrainingState(self.layout, self.model, self.optimizer, self.reference)
         self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
 
@@ -125,7 +125,7 @@ class Trainer:
         for tree in trees:
             whole = Part(0, np.arange(tree.n_nodes), np.zeros((tree.n_nodes, 3)), tree.n_tokens)
             packed = pack([whole], {0: tree}, self._padding)
-            rows.append(Row.of(packed, self.layout.device, trained=False))
+            rows.append(Row(packed, self.layout.device, trained=False))
         results = []
         for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
             if scores is None:
@@ -143,7 +143,7 @@ class Trainer:
         """Where reinforcement learning begins: zero moments and step count, reference model := current
         policy.
         """
-        fill_optimizer_state(self.optimizer, reset=True)
+        reset_optimizer_state(self.optimizer)
         self.step_count = 0
         self._freeze_reference()
 
@@ -184,7 +184,7 @@ class Trainer:
     # ------------------------------------------------------------------ inside one step
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
-        return [Row.of(batch, self.layout.device, trained=True) for batch in micro_batches]
+        return [Row(batch, self.layout.device, trained=True) for batch in micro_batches]
 
     def _update(self, objective: Objective, rows: Sequence[Row], version: int, lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""
@@ -195,7 +195,7 @@ class Trainer:
             references = self._score(self.reference, rows)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        statistics = Statistics()
+        statistics = self._no_statistics(objective)
 
         def compute(i: int) -> torch.Tensor:
             row = rows[i]
@@ -214,7 +214,7 @@ class Trainer:
         computed = time.perf_counter()
         grad_norm, applied = self._optimizer_step(lr)
         groups = (self.layout.dp_group, self.layout.pp_group)
-        stats = statistics.reduce(self._expected(objective), self.layout.device, groups)
+        stats = statistics.reduce(groups)
         stats |= {"grad_norm": grad_norm, "lr": lr, "skipped_steps": 0.0 if applied else 1.0}
         stats["time_compute_s"] = computed - started
         stats["time_optimizer_s"] = time.perf_counter() - computed
@@ -266,16 +266,16 @@ class Trainer:
         if self.reference is not None:
             self.reference.load_state_dict(self.model.state_dict())
 
-    def _expected(self, objective: Objective) -> Statistics:
-        """The statistics an objective leaves, for ranks that computed none: measured on one token of weight
-        zero.
+    def _no_statistics(self, objective: Objective) -> Statistics:
+        """What every rank begins with: one without micro-batches, or not on the last pipeline stage, measures
+        nothing.  The names are those that an objective leaves at a token.
         """
         zero = torch.zeros(1, device=self.layout.device)
         reference = zero if self.reference and not objective.supervised else None
         token = LossTokens(zero, zero, zero, zero, zero, zero, zero, None, reference)
         _, statistics = self._loss(objective, token)
-        statistics.sums["tokens_computed"] = zero[0]
-        return statistics
+        statistics.sums["tokens_computed"] = zero.new_tensor(0)
+        return statistics.zeros()
 
 
 def _combine(results: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from system.config import Config, to_dict
+from system.flow.loop import FinishedStep
 from system.observe.eval import EvalResult
 from system.observe.metrics import (
     engine_totals,
@@ -134,37 +135,25 @@ class Recorder:
         entry["leaves"] += leaves
         self._dropped[reason] += 1
 
-    def train_step(
-        self,
-        step: int,
-        version: int,
-        trees: Sequence[TreeStats],
-        stats: Mapping[str, float],
-        staleness: Sequence[int],
-    ) -> None:
-        """The learner finished ``step`` and weights ``version`` exist.
-
-        ``stats`` are its own numbers, ``staleness`` how many versions each of ``trees`` lagged behind.
-        """
-        self._trained += trees
-        self._learner.append(dict(stats))
-        self._staleness += [int(lag) for lag in staleness]
-        self._recent_lag.extend(int(lag) for lag in staleness)
-        self._step = step
-        totals = self._totals
-        totals.version = max(totals.version, version)
-        totals.staleness.update(int(lag) for lag in staleness)
-        tokens = sum(tree.trainable for tree in trees)
+    def train_step(self, step: FinishedStep) -> None:
+        """The learner has finished a step, and its weights exist."""
+        self._finished.append(step)
+        self._recent_lag.extend(step.staleness)
+        self._step = step.version
+        totals, stats = self._totals, step.stats
+        totals.version = max(totals.version, step.version)
+        totals.staleness.update(step.staleness)
+        tokens = sum(tree.trainable for tree in step.trees)
         totals.trained += tokens
-        totals.unique_trained += sum(tree.unique for tree in trees)
-        totals.flat_trained += sum(tree.flat for tree in trees)
+        totals.unique_trained += sum(tree.unique for tree in step.trees)
+        totals.flat_trained += sum(tree.flat for tree in step.trees)
         if "mismatch_kl" in stats:
             fresh, worst = stats["fresh"], stats["engine_logprob_diff_max"]
             kl, engine_kl = stats["mismatch_kl"], stats["engine_kl"] * fresh
             add(totals.mismatch, steps=1, kl=kl, fresh=fresh, engine_kl=engine_kl)
             highest(totals.mismatch, engine_logprob_diff_max=worst)
         self._ticks.append((self._clock(), 0, tokens))
-        self._steps.append((self._clock(), step))
+        self._steps.append((self._clock(), step.version))
 
     def evaluated(self, step: int, result: EvalResult, which: Which) -> None:
         """An evaluation ended; its record is written at once."""
@@ -230,7 +219,9 @@ class Recorder:
         record |= rollout_metrics(self._closed)
         record |= tree_metrics(self._closed)
         record |= tool_metrics((call for one in self._closed for call in one.calls), self._config.tools.names)
-        record |= train_metrics(self._trained, _mean_by_key(self._learner), self._staleness)
+        trained = [tree for one in self._finished for tree in one.trees]
+        lag = [versions for one in self._finished for versions in one.staleness]
+        record |= train_metrics(trained, _mean_by_key([one.stats for one in self._finished]), lag)
         if self._lag_at_close:
             record["flow/lag_at_close"] = mean(self._lag_at_close)
         record |= {f"flow/dropped/{reason}": float(n) for reason, n in sorted(self._dropped.items())}
@@ -244,7 +235,7 @@ class Recorder:
         record["time/window_s"] = elapsed
         if elapsed > 0:
             record["time/generated_per_s"] = sum(one.generated for one in self._closed) / elapsed
-            record["time/trained_per_s"] = sum(one.trainable for one in self._trained) / elapsed
+            record["time/trained_per_s"] = sum(one.trainable for one in trained) / elapsed
             record["time/trees_per_s"] = len(self._closed) / elapsed
         self._flushed = clock
         self._reset_window()
@@ -317,9 +308,7 @@ class Recorder:
 
     def _reset_window(self) -> None:
         self._closed: list[TreeStats] = []
-        self._trained: list[TreeStats] = []
-        self._learner: list[dict[str, float]] = []
-        self._staleness: list[int] = []
+        self._finished: list[FinishedStep] = []
         self._lag_at_close: list[int] = []
         self._dropped: Counter[str] = Counter()
         self._idle = _Idle()

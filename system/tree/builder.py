@@ -92,8 +92,14 @@ class TreeBuilder:
         tokens = np.asarray(prompt_tokens, np.int32)
         if tokens.ndim != 1 or tokens.size == 0:
             raise TreeError(f"prompt {prompt_id!r} has no tokens")
-        self.prompt_id, self.task, self.budget, self.started_s = prompt_id, task, budget, started_s
+        self.prompt_id, self.budget = prompt_id, budget
         self.meta: dict[str, Any] = dict(meta or {})
+        self._about: dict[str, Any] = {
+            "prompt_id": prompt_id,
+            "task": task,
+            "budget": budget,
+            "started_s": started_s,
+        }
         root = _Node(parent=-1, kind=Kind.PROMPT, path=_Path(tokens), begin=0, end=int(tokens.size))
         self._nodes = [root]
         self._leaves: list[_Leaf] = []
@@ -105,10 +111,6 @@ class TreeBuilder:
     def prompt(self) -> int:
         """Handle of the PROMPT node."""
         return 0
-
-    @property
-    def n_leaves(self) -> int:
-        return len(self._leaves)
 
     def n_tokens(self, node: int) -> int:
         """Own tokens of ``node`` so far."""
@@ -204,8 +206,7 @@ class TreeBuilder:
         kept = [self._nodes[h] for h in order]
         lengths = np.array([n.end - n.begin for n in kept], np.int32)
         tree = Tree(
-            prompt_id=self.prompt_id,
-            task=self.task,
+            **self._about,
             **_token_arrays(kept),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
             parent=np.array([-1 if n.parent < 0 else index[n.parent] for n in kept], np.int32),
@@ -217,8 +218,6 @@ class TreeBuilder:
             origin=np.array([x.origin for x in self._leaves], np.int8),
             calls=tuple(replace(c, node=index[c.node]) for c in self._calls),
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
-            budget=self.budget,
-            started_s=self.started_s,
             closed_s=now,
             meta=dict(self.meta),
         )
@@ -247,10 +246,7 @@ class TreeBuilder:
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
         }
         fields = {
-            "prompt_id": self.prompt_id,
-            "task": self.task,
-            "budget": self.budget,
-            "started_s": self.started_s,
+            **self._about,
             "meta": self.meta,
             "leaves": [[leaf.node, int(leaf.outcome), int(leaf.origin)] for leaf in self._leaves],
             "calls": [asdict(call) for call in self._calls],
@@ -262,15 +258,8 @@ class TreeBuilder:
     def restore(cls, arrays: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> TreeBuilder:
         """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
         ends = np.cumsum(arrays["length"])
-        prompt = arrays["tokens"][: ends[0]]
-        growth = cls(
-            fields["prompt_id"],
-            fields["task"],
-            prompt,
-            fields["budget"],
-            fields["meta"],
-            fields["started_s"],
-        )
+        about = {name: fields[name] for name in ("prompt_id", "task", "budget", "started_s", "meta")}
+        growth = cls(prompt_tokens=arrays["tokens"][: ends[0]], **about)
         for start, end, parent, kind in zip(
             ends[:-1], ends[1:], arrays["parent"][1:], arrays["kind"][1:], strict=True
         ):
@@ -315,16 +304,14 @@ class TreeBuilder:
 
     def _new_index(self, order: list[int]) -> list[int]:
         """Pre-order index of every handle; an empty node has its nearest non-empty ancestor's."""
-        index = [-1] * len(self._nodes)
-        for new, handle in enumerate(order):
-            index[handle] = new
+        place = {handle: new for new, handle in enumerate(order)}
+        index: list[int] = []
         for handle, node in enumerate(self._nodes):  # a parent is always older than its children
-            if index[handle] < 0:
-                index[handle] = index[node.parent]
+            index.append(place[handle] if handle in place else index[node.parent])
         return index
 
 
-def _token_arrays(nodes: Sequence[_Node]) -> dict[str, NDArray[Any]]:
+def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
     return {
         "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),

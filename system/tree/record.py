@@ -8,7 +8,7 @@ into an interval test.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -140,21 +140,9 @@ class Tree:
         return int((self.origin == origin).sum())
 
 
-# The types of a tree's arrays, by what there is one of.
-TOKEN_ARRAYS: dict[str, type] = {
-    "tokens": np.int32,
-    "logprob": np.float32,
-    "entropy": np.float32,
-    "version": np.int32,
-}
-NODE_ARRAYS: dict[str, type] = {"start": np.int32, "parent": np.int32, "kind": np.int8}
-LEAF_ARRAYS: dict[str, type] = {
-    "leaf": np.int32,
-    "reward": np.float32,
-    "correct": np.int8,
-    "outcome": np.int8,
-    "origin": np.int8,
-}
+_TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.int8}
+# A tree's arrays and their types, as annotated.
+ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
 
 
 def token_node(tree: Tree) -> Int32:
@@ -219,12 +207,12 @@ def validate(tree: Tree) -> None:
 
 
 def _check_arrays(tree: Tree) -> None:
-    groups = ((tree.n_tokens, TOKEN_ARRAYS), (tree.n_nodes, NODE_ARRAYS), (tree.n_leaves, LEAF_ARRAYS))
-    for size, arrays in groups:
-        for name, dtype in arrays.items():
-            array = getattr(tree, name)
-            _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
-            _require(array.shape == (size,), tree, f"{name} has shape {array.shape}, not ({size},)")
+    sizes: dict[str, int] = dict.fromkeys(("tokens", "logprob", "entropy", "version"), tree.n_tokens)
+    sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
+    for name, dtype in ARRAYS.items():
+        array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)
+        _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
+        _require(array.shape == shape, tree, f"{name} has shape {array.shape}, not {shape}")
 
 
 def _check_nodes(tree: Tree) -> None:

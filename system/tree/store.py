@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.errors import EspalierError
-from system.tree.record import LEAF_ARRAYS, NODE_ARRAYS, TOKEN_ARRAYS, ForkDecision, ToolCall, Tree
+from system.tree.record import ARRAYS, ForkDecision, ToolCall, Tree
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
 _NAME = re.compile(r"trees-\d{9}\.parquet")
 
-_ARRAYS = {
-    name: pa.from_numpy_dtype(dtype)
-    for arrays in (TOKEN_ARRAYS, NODE_ARRAYS, LEAF_ARRAYS)
-    for name, dtype in arrays.items()
-}
 _NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64()}
 _FIELDS = {  # of a call or a fork, by the annotation
     "int": pa.int32(),
@@ -52,7 +48,7 @@ SCHEMA = pa.schema(
         ("number", pa.int64()),
         ("prompt_id", pa.string()),
         ("task", pa.string()),
-        *((name, pa.list_(kind)) for name, kind in _ARRAYS.items()),
+        *((name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in ARRAYS.items()),
         ("calls", pa.list_(_CALL)),
         ("forks", pa.list_(_FORK)),
         *_NUMBERS.items(),
@@ -66,7 +62,7 @@ class StoreError(EspalierError, ValueError):
     """A file that is not one of ours, or of a schema this version does not read."""
 
 
-class TreeWriter:
+class TreeWriter(AbstractContextManager["TreeWriter"]):
     """Appends closed trees to a directory, in small files that appear whole or not at all.
 
     A file is written under a hidden name, flushed to disk and renamed, so readers may read at any time and a
@@ -113,14 +109,8 @@ class TreeWriter:
             self._waiting = []
         self._prune()
 
-    def close(self) -> None:
-        self.flush()
-
-    def __enter__(self) -> TreeWriter:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.flush()
 
     def _prune(self) -> None:
         if self.keep < 0:
@@ -152,7 +142,7 @@ def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
         "number": np.arange(first_number, first_number + len(trees)),
         "prompt_id": [_text(tree.prompt_id) for tree in trees],
         "task": [_text(tree.task) for tree in trees],
-        **{name: [getattr(tree, name) for tree in trees] for name in (*_ARRAYS, *_NUMBERS)},
+        **{name: [getattr(tree, name) for tree in trees] for name in (*ARRAYS, *_NUMBERS)},
         "calls": [[_row(call) for call in tree.calls] for tree in trees],
         "forks": [[_row(fork) for fork in tree.forks] for tree in trees],
         "meta": [json.dumps(tree.meta) for tree in trees],
@@ -166,8 +156,8 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
     if version != SCHEMA_VERSION:
         raise StoreError(f"{source}: tree schema {version or 'missing'}; this version reads {SCHEMA_VERSION}")
     # Each array in its own memory, lest one tree keep the whole table alive.
-    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in _ARRAYS}
-    rows = table.drop_columns(list(_ARRAYS)).to_pylist()
+    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in ARRAYS}
+    rows = table.drop_columns(list(ARRAYS)).to_pylist()
     for i, row in enumerate(rows):
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
         yield Tree(

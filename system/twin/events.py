@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from system.flow.loop import FinishedStep
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.clock import Trace
@@ -45,18 +46,11 @@ class TwinEvents:
     def idle_total(self, actor: str, cause: str, total_s: float) -> None:
         self.idle[actor][cause] = total_s
 
-    def train_step(
-        self,
-        step: int,
-        version: int,
-        trees: Sequence[TreeStats],
-        stats: Mapping[str, float],
-        staleness: Sequence[int],
-    ) -> None:
+    def train_step(self, step: FinishedStep) -> None:
         now = asyncio.get_running_loop().time()
         self.steps.append(now)
-        self.trained.append(sum(tree.trainable for tree in trees))
-        self.staleness.update(staleness)
+        self.trained.append(sum(tree.trainable for tree in step.trees))
+        self.staleness.update(step.staleness)
         self.marks.append({actor: dict(causes) for actor, causes in self.idle.items()})
 
     def batch(self, trees: Sequence[Tree]) -> None:

@@ -21,7 +21,6 @@ from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import RolloutFailed, TreeRollout
-from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.twin.clock import Trace
@@ -154,7 +153,9 @@ class Twin:
     async def _session(self) -> bool:
         """From the last checkpoint to the end of the run (True) or to the learner's death."""
         config, version = self.config, self._checkpoint
-        ledger = Ledger.replay(self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts)
+        ledger = Ledger.replay(
+            self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts, self._logged
+        )
         self.sessions += 1
         self._died = asyncio.get_running_loop().create_future()
         self.loop = loop = TrainingLoop(
@@ -166,7 +167,7 @@ class Twin:
         died = False
         try:
             async with asyncio.TaskGroup() as tasks:
-                admitting = tasks.create_task(loop.admit(tasks), name="admission")
+                admitting = tasks.create_task(loop.admit(), name="admission")
                 try:
                     while loop.version < self.steps:
                         await self._step(loop)
@@ -174,14 +175,12 @@ class Twin:
                             self._checkpoint = loop.version
                 finally:
                     loop.stop()
-                    loop.cancel_growing()
                     admitting.cancel()
         except* _LearnerDied:
             died = True
-        self.logged()
         return not died
 
-    async def _step(self, loop: TrainingLoop[Tree]) -> None:
+    async def _step(self, loop: TrainingLoop) -> None:
         patience = asyncio.timeout(self.patience_s)
         try:
             async with patience:
@@ -191,13 +190,13 @@ class Twin:
                 raise
             load = {engine.name: engine.load for engine in self.engines}
             raise Stuck(
-                f"step {loop.version + 1}: {loop.admission.running} trees grow, {len(loop.replay)} closed, "
+                f"step {loop.version + 1}: {len(loop.ledger.growing)} trees grow, {len(loop.replay)} closed, "
                 f"{self.tools.running} tools run, requests at the engines: {load}"
             ) from None
 
     # What the loop asks for (system.flow.loop.Parts)
 
-    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Tree]:
+    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
             tree = await TreeRollout(self.context, prompt, ticket=ticket.number, seed=seed).run()
@@ -209,7 +208,7 @@ class Twin:
             self.agent.forget(tree_id)
         return TreeInFlight(ticket, tree, TreeStats.of(tree))
 
-    async def train(self, version: int, trees: Sequence[TreeInFlight[Tree]]) -> Mapping[str, float]:
+    async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         tokens = sum(tree.stats.unique for tree in trees)
         seconds = self.models.learner.train_s(tokens)
         assert self._died is not None
@@ -230,10 +229,9 @@ class Twin:
             for cause, seconds in engine.idle_s.items():
                 self.events.idle_total(engine.name, cause, seconds)
 
-    def logged(self) -> None:
-        for event in self.loop.ledger.drain():
-            self.log.append(event)
-            self.trace.note("ledger", *event.items())
+    def _logged(self, event: Event) -> None:
+        self.log.append(event)
+        self.trace.note("ledger", *event.items())
 
     # Failures
 

@@ -73,6 +73,9 @@ class Store:
         self.objects[reference] = value
         return reference
 
+    def fetch(self, reference: str, _: float) -> Any:
+        return self.objects.get(reference)
+
 
 def checkpoint_of(
     ledger: Ledger, *workers: Any, config: Config | None = None
@@ -80,11 +83,11 @@ def checkpoint_of(
     store, events = Store(), RunEvents()
     recorder: Any = events
     named = {f"rollout-{number}": one for number, one in enumerate(workers)}
-    made = InFlightCheckpoint(config or Config(), ledger, named, recorder, store.put, store.objects.get)
+    made = InFlightCheckpoint(config or Config(), ledger, named, recorder, store.put, store.fetch)
     return made, store, events
 
 
-def waiting(store: Store, ledger: Ledger, number: int) -> TreeInFlight[Any]:
+def waiting(store: Store, ledger: Ledger, number: int) -> TreeInFlight:
     ticket = ledger.ticket(number)
     closed = tree(ticket.prompt_id)
     return TreeInFlight(ticket, store.put(closed), TreeStats.of(closed))
@@ -94,7 +97,7 @@ async def test_every_tree_in_flight_is_collected_once() -> None:
     ledger = Ledger(PROMPTS, 0)
     tickets = [ledger.next(version) for version in (1, 2, 2, 3, 3)]
     one, store, _ = checkpoint_of(ledger, worker({0: b"zero", 2: b"two"}), worker({3: b"three"}))
-    queue: list[TreeInFlight[Any]] = []
+    queue: list[TreeInFlight] = []
 
     def close(number: int) -> None:
         queue.append(waiting(store, ledger, number))
@@ -141,11 +144,12 @@ async def test_a_lost_worker_costs_its_own_trees_only(monkeypatch: pytest.Monkey
 
 async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) -> None:
     """Each prompt is issued again once; what was kept of it is handed out then, and kept until then."""
-    before = Ledger(PROMPTS, 0)
+    log: list[dict[str, Any]] = []
+    before = Ledger.replay(PROMPTS, 0, [], 0, write=log.append)
     tickets = [before.next() for _ in range(4)]
     before.queue(1)
     before.abandon(3, "given up after the checkpoint")
-    ledger = Ledger.replay(PROMPTS, 0, before.drain(), 0)
+    ledger = Ledger.replay(PROMPTS, 0, log, 0)
     path = tmp_path / "v000003.trees"
     versions = {0: 2, 1: 1, 3: 3}
     trees = tuple(
@@ -157,19 +161,21 @@ async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) 
     assert one.restore(path, {"step": 2}) == "1 trees go on growing, 1 wait to be trained on"
     assert books.restored == {"step": 3}
     assert books.dropped == ["kept, but its prompt is not pending"]
-    assert one.closed == {(0, tickets[1].prompt_id)}
     again = ledger.next(9)
     assert (again.prompt_id, again.start_version) == (tickets[0].prompt_id, 2)
-    taken = one.take(again.epoch, again.prompt_id)
+    taken = one.take(again.key)
     assert taken is not None
     assert (store.objects[taken.reference], taken.stats) == (b"x", None)
-    assert one.take(again.epoch, again.prompt_id) is None
+    assert one.take(again.key) is None
     # A checkpoint that comes before the second one's turn must not lose it.
     still = await one.collect([])
     assert [(k.prompt_id, isinstance(k.tree, Tree), k.start_version) for k in still.trees] == [
         (tickets[1].prompt_id, True, 1)
     ]
     assert ledger.state(0, tickets[1].prompt_id) == State.PENDING
+    closed = one.take((0, tickets[1].prompt_id))
+    assert closed is not None
+    assert closed.stats is not None
 
 
 def test_other_settings_drop_everything_with_a_reason(tmp_path: Path) -> None:
@@ -183,7 +189,7 @@ def test_other_settings_drop_everything_with_a_reason(tmp_path: Path) -> None:
     one, _, books = checkpoint_of(Ledger(PROMPTS, 0), config=config)
     assert one.restore(path, {}) == "the trees in flight are grown anew: rollout, branching changed"
     assert books.dropped == ["kept under other settings"] * 2
-    assert one.closed == set()
+    assert all(one.take((0, prompt)) is None for prompt in PROMPTS[:2])
 
 
 def test_without_a_usable_file_the_checkpoints_own_books_count(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +12,9 @@ from actors.in_flight import KeptTree
 from actors.parts import ActorParts
 from system.config import Config
 from system.engine.weights.base import PushReport
-from system.flow.ledger import Ledger, Ticket
+from system.flow.ledger import Ticket
 from system.flow.loop import TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
-from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.rollout.snapshot import SnapshotError
 from system.rollout.tree_rollout import RolloutFailed
 
@@ -54,8 +52,8 @@ class Kept:
     def __init__(self, tree: KeptTree | None = None) -> None:
         self.tree = tree
 
-    def take(self, epoch: int, prompt_id: str) -> KeptTree | None:
-        assert (epoch, prompt_id) == (0, "p")
+    def take(self, key: tuple[int, str]) -> KeptTree | None:
+        assert key == (0, "p")
         return self.tree
 
 
@@ -72,62 +70,48 @@ def notes() -> list[str]:
     return []
 
 
-def parts(tmp_path: Path, notes: list[str], worker: Worker, kept: KeptTree | None = None) -> ActorParts:
+def parts(notes: list[str], worker: Worker, kept: KeptTree | None = None) -> ActorParts:
     pool = SimpleNamespace(workers={"rollout-0": worker}, engines={"engine-0": "http://engine"})
     recorder = SimpleNamespace(weights_pushed=lambda *_: None)
     actors: Any = SimpleNamespace(pool=pool, learner=Learner())
     prompt: Any = "the prompt"
     publisher = Publisher(actors.learner, pool.engines, recorder)  # type: ignore[arg-type]
-    log = JsonlWriter(tmp_path / "ledger.jsonl")
     progress, trees = SimpleNamespace(note=notes.append), Kept(kept)
-    ledger = Ledger(["p"], 0)
-    return ActorParts(
-        Config(),
-        actors,
-        {"p": prompt},
-        trees,
-        publisher,
-        ledger,
-        log,
-        progress,  # type: ignore[arg-type]
-    )
+    return ActorParts(Config(), actors, {"p": prompt}, trees, publisher, progress)  # type: ignore[arg-type]
 
 
-async def test_a_tree_stays_where_it_is(tmp_path: Path, notes: list[str]) -> None:
+async def test_a_tree_stays_where_it_is(notes: list[str]) -> None:
     worker = Worker()
-    grown = await parts(tmp_path, notes, worker).grow(TICKET, seed=9)
+    grown = await parts(notes, worker).grow(TICKET, seed=9)
     assert (grown.ticket, grown.reference, grown.stats) == (TICKET, "a tree", STATS)
     assert worker.asked == ("the prompt", 3, 9, None)
 
 
-async def test_a_kept_tree_goes_on_or_is_there_already(tmp_path: Path, notes: list[str]) -> None:
+async def test_a_kept_tree_goes_on_or_is_there_already(notes: list[str]) -> None:
     worker = Worker()
-    await parts(tmp_path, notes, worker, KeptTree(5, "a snapshot", None)).grow(TICKET, seed=9)
+    await parts(notes, worker, KeptTree(5, "a snapshot", None)).grow(TICKET, seed=9)
     assert worker.asked[-1] == "a snapshot"
     idle = Worker()
-    grown = await parts(tmp_path, notes, idle, KeptTree(5, "closed long ago", STATS)).grow(TICKET, seed=9)
+    grown = await parts(notes, idle, KeptTree(5, "closed long ago", STATS)).grow(TICKET, seed=9)
     assert (grown.reference, grown.stats, idle.asked) == ("closed long ago", STATS, ())
+    assert grown.counted
 
 
 @pytest.mark.parametrize(
     ("failure", "reason"),
     [(RolloutFailed("p", "deadline", "slow"), "deadline"), (SnapshotError("torn"), "snapshot")],
 )
-async def test_what_fails_has_a_word(
-    tmp_path: Path, notes: list[str], failure: Exception, reason: str
-) -> None:
+async def test_what_fails_has_a_word(notes: list[str], failure: Exception, reason: str) -> None:
     with pytest.raises(TreeLost) as lost:
-        await parts(tmp_path, notes, Worker(failure)).grow(TICKET, seed=9)
-    assert lost.value.reason == reason
+        await parts(notes, Worker(failure)).grow(TICKET, seed=9)
+    assert str(lost.value) == reason
 
 
-async def test_trees_that_no_rank_can_fetch_are_named(tmp_path: Path, notes: list[str]) -> None:
-    one = parts(tmp_path, notes, Worker())
+async def test_trees_that_no_rank_can_fetch_are_named(notes: list[str]) -> None:
+    one = parts(notes, Worker())
     trees = [TreeInFlight(TICKET, "gone", STATS) for _ in range(2)]
     with pytest.raises(TreesLost) as lost:
         await one.train(5, trees)
     assert lost.value.reasons.keys() == {1}
     await one.publish(6)
     assert notes == ["weights 6 not taken yet: it is starting"]
-    one.logged()
-    assert [event["event"] for event in read_jsonl(tmp_path / "ledger.jsonl")] == ["open"]

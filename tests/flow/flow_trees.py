@@ -23,9 +23,9 @@ def stats(version: int = 0, leaves: int = 1) -> TreeStats:
 STATS = stats()
 
 
-def in_flight(ticket: Ticket) -> TreeInFlight[None]:
+def in_flight(ticket: Ticket) -> TreeInFlight:
     return TreeInFlight(ticket, None, STATS)
 
 
-def tree(number: int, start_version: int = 0) -> TreeInFlight[None]:
+def tree(number: int, start_version: int = 0) -> TreeInFlight:
     return in_flight(Ticket(number, 0, f"q{number}", 1, start_version))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from flow_trees import tree as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system.flow.admission import Admission
-from system.flow.ledger import Ledger, State, Ticket
+from system.config import Config
+from system.flow.admission import may_start
+from system.flow.ledger import Ledger, LedgerError, State, Ticket
 from system.flow.replay import ReplayQueue, TreeInFlight
 
 LEAVES = 4  # n: leaves per tree
@@ -23,6 +25,14 @@ LEAVES = 4  # n: leaves per tree
 class Growing:
     ticket: Ticket
     ahead: int  # trees not yet trained on when it started
+
+
+def config(batch: int, staleness: int, concurrency: int) -> Config:
+    """``batch``: trees per training step."""
+    made = Config()
+    made.rollout.leaves, made.rollout.concurrency = LEAVES, concurrency
+    made.flow.batch_leaves, made.flow.staleness = batch * LEAVES, staleness
+    return made
 
 
 class Loop:
@@ -38,9 +48,10 @@ class Loop:
     ) -> None:
         self.rng = np.random.default_rng(seed)
         self.fail = fail
-        self.admission = Admission(batch * LEAVES, staleness, concurrency)
-        self.replay: ReplayQueue[None] = ReplayQueue(batch, window, max_staleness)
-        self.ledger = Ledger([f"q{i}" for i in range(50)], seed=0, max_attempts=3)
+        self.config = config(batch, staleness, concurrency)
+        self.replay = ReplayQueue(batch, window, max_staleness)
+        self.log: list[dict[str, Any]] = []
+        self.ledger = Ledger.replay([f"q{i}" for i in range(50)], 0, [], 0, write=self.log.append)
         self.growing: list[Growing] = []
         self.training: tuple[int, ...] | None = None
         self.version = 0
@@ -51,9 +62,8 @@ class Loop:
         self.starts: dict[int, int] = {}
 
     def start(self) -> bool:
-        if not self.admission.may_start(self.version):
+        if not may_start(self.ledger, self.config):
             return False
-        self.admission.start(LEAVES)
         ticket = self.ledger.next(self.version)
         outstanding = len(self.growing) + len(self.replay) + len(self.training or ())
         self.growing.append(Growing(ticket, outstanding))
@@ -63,13 +73,8 @@ class Loop:
     def close(self, which: int) -> None:
         tree = self.growing.pop(which)
         if self.rng.random() < self.fail:
-            self.admission.finish(LEAVES, kept_leaves=0)
-            self.replay.skip(tree.ticket.number)
             self.ledger.retry(tree.ticket.number, "engine")
             return
-        self.admission.finish(
-            LEAVES, kept_leaves=int(self.rng.integers(2, LEAVES + 1))
-        )  # some leaves unscored
         self.replay.put(in_flight(tree.ticket))
         self.ledger.queue(tree.ticket.number)
 
@@ -82,9 +87,8 @@ class Loop:
             assert self.replay.max_staleness is not None
             assert self.version - tree.ticket.start_version > self.replay.max_staleness
             self.evicted += 1
-            self.admission.evict(LEAVES)
             self.ledger.retry(tree.ticket.number, "stale")
-        batch = self.replay.take()
+        batch = self.replay.take(self.ledger.oldest_growing)
         if batch is None:
             return bool(evicted)
         numbers = [tree.ticket.number for tree in batch]
@@ -153,10 +157,11 @@ def test_the_loop_never_deadlocks_and_staleness_is_bounded(
     loop = Loop(seed, staleness, window, batch, concurrency, limit, fail)
     for _ in range(400):
         loop.step(cruel)
-        assert loop.admission.reserved == LEAVES * len(loop.growing)
-        assert loop.admission.running <= concurrency
-        in_system = loop.admission.reserved + loop.admission.accepted
-        assert in_system <= (staleness + loop.version + 1) * batch * LEAVES
+        assert loop.ledger.growing == {tree.ticket.number for tree in loop.growing}
+        assert len(loop.growing) <= concurrency
+        in_system = loop.version * batch + len(loop.growing) + len(loop.replay) + len(loop.training or ())
+        assert in_system == loop.version * batch + loop.ledger.in_flight
+        assert in_system <= (staleness + loop.version + 1) * batch
         queued = len(loop.ledger.numbers(State.QUEUED))
         assert queued == len(loop.replay)
     assert loop.version > 0
@@ -185,7 +190,7 @@ def test_a_tighter_limit_evicts_with_a_reason_and_still_makes_progress(
         loop.step(cruel)
     assert loop.version > 0
     assert max(loop.lag) <= limit
-    assert [e["reason"] for e in loop.ledger.drain() if "reason" in e].count("stale") == loop.evicted
+    assert [e["reason"] for e in loop.log if "reason" in e].count("stale") == loop.evicted
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0.0, 0.3]))
@@ -212,83 +217,74 @@ def test_in_order_closing_keeps_staleness_within_eta() -> None:
     assert max(loop.lag) == 2  # the bound is met, not merely kept
 
 
-def numbers(batch: Sequence[TreeInFlight[None]] | None) -> list[int] | None:
+def numbers(batch: Sequence[TreeInFlight] | None) -> list[int] | None:
     return None if batch is None else [tree.ticket.number for tree in batch]
 
 
 def test_a_straggler_is_overtaken_by_a_window_of_batches_and_then_waited_for() -> None:
-    queue: ReplayQueue[None] = ReplayQueue(batch_trees=2, window=2)
+    queue = ReplayQueue(batch_trees=2, window=2)
     for number in range(1, 9):  # number 0 is still growing
         queue.put(make(number))
-    assert queue.ready == 3  # numbers 1, 2, 3 of the four in the window
-    assert numbers(queue.take()) == [1, 2]
-    assert queue.take() is None
-    assert (queue.oldest_growing, len(queue)) == (0, 6)
+    assert numbers(queue.take(0)) == [1, 2]  # of 1, 2, 3 in the window of four
+    assert queue.take(0) is None
+    assert len(queue) == 6
     queue.put(make(0))
-    assert numbers(queue.take()) == [0, 3]
-    assert queue.oldest_growing == 9
+    assert numbers(queue.take(9)) == [0, 3]
 
 
 def test_a_failed_tree_is_not_waited_for() -> None:
-    queue: ReplayQueue[None] = ReplayQueue(batch_trees=2, window=1, first=10)
+    queue = ReplayQueue(batch_trees=2, window=1)
     for number in (11, 12, 13):
         queue.put(make(number))
-    assert queue.take() is None
-    queue.skip(10)
-    assert numbers(queue.take()) == [11, 12]
+    assert queue.take(10) is None
+    assert numbers(queue.take(14)) == [11, 12]
 
 
 def test_stale_trees_are_evicted_even_without_a_batch() -> None:
-    queue: ReplayQueue[None] = ReplayQueue(batch_trees=3, window=1, max_staleness=1)
+    queue = ReplayQueue(batch_trees=3, window=1, max_staleness=1)
     for number, version in ((1, 0), (2, 2), (0, 0)):
         queue.put(make(number, version))
     assert numbers(queue.evict(1)) == []
     assert numbers(queue.evict(2)) == [0, 1]
-    assert queue.take() is None
+    assert queue.take(3) is None
     assert numbers(list(queue)) == [2]
 
 
 def test_a_batch_can_be_put_back() -> None:
-    queue: ReplayQueue[None] = ReplayQueue(batch_trees=2, window=1)
+    queue = ReplayQueue(batch_trees=2, window=1)
     for number in range(3):
         queue.put(make(number))
-    batch = queue.take()
+    batch = queue.take(3)
     assert batch is not None
-    queue.put_back(batch[1:])  # the first is gone
-    assert numbers(queue.take()) == [1, 2]
+    queue.put(*batch[1:])  # the first is gone
+    assert numbers(queue.take(3)) == [1, 2]
 
 
-def test_a_number_arrives_once() -> None:
-    queue: ReplayQueue[None] = ReplayQueue(1, 1)
-    queue.put(make(1))
-    queue.skip(0)
+def test_a_tree_arrives_once() -> None:
+    ledger = Ledger(["q0", "q1"], seed=0)
+    for _ in range(2):
+        ledger.next()
+    ledger.queue(1)
+    ledger.retry(0, "engine")
     for number in (0, 1):
-        with pytest.raises(ValueError, match="already"):
-            queue.skip(number)
-
-
-def test_admission_refuses_impossible_accounts() -> None:
-    admission = Admission(8, 0, 4)
-    with pytest.raises(ValueError, match="at least one"):
-        admission.start(0)
-    with pytest.raises(ValueError, match="no running tree"):
-        admission.finish(4, 4)
-    admission.start(4)
-    with pytest.raises(ValueError, match="no running tree"):
-        admission.finish(8, 8)
-    admission.finish(4, 1)
-    with pytest.raises(ValueError, match="give back"):
-        admission.evict(8)
-    admission.evict(4)
-    assert (admission.accepted, admission.reserved, admission.running) == (0, 0, 0)
-    with pytest.raises(ValueError, match="staleness=-1"):
-        Admission(8, -1, 4)
+        with pytest.raises(LedgerError):
+            ledger.queue(number)
+    assert (ledger.in_flight, ledger.oldest_growing) == (1, 2)
 
 
 def test_admission_resumes_where_the_checkpoint_was() -> None:
-    admission = Admission(8, staleness=1, concurrency=99, accepted=5 * 8)
+    log = []
+    ledger = Ledger.replay([f"q{i}" for i in range(50)], 0, [], 0, write=log.append)
+    for version in range(1, 6):
+        numbers = [ledger.next().number for _ in range(2)]
+        for number in numbers:
+            ledger.queue(number)
+        ledger.train(numbers, version)
+        ledger.trained(numbers)
+    ledger.next()  # lost with the process
+    restored = Ledger.replay([f"q{i}" for i in range(50)], 0, log, 5)
     started = 0
-    while admission.may_start(version=5):
-        admission.start(4)
+    while may_start(restored, config(batch=2, staleness=1, concurrency=99)):
+        restored.next(5)
         started += 1
     assert started == 2 * 8 // 4

@@ -13,6 +13,12 @@ from system.flow.ledger import Ledger, LedgerError, State, Ticket
 PROMPTS = [f"q{i}" for i in range(7)]
 
 
+def logged() -> tuple[Ledger, list[dict[str, Any]]]:
+    """A new run's ledger, and its log."""
+    log: list[dict[str, Any]] = []
+    return Ledger.replay(PROMPTS, 0, [], 0, max_attempts=2, write=log.append), log
+
+
 def test_epochs_are_shuffled_by_the_seed_and_cover_every_prompt() -> None:
     ledger = Ledger(PROMPTS, seed=3)
     tickets = [ledger.next() for _ in range(21)]
@@ -26,7 +32,7 @@ def test_epochs_are_shuffled_by_the_seed_and_cover_every_prompt() -> None:
 
 
 def test_a_prompt_that_comes_back_goes_first_and_is_abandoned_in_the_end() -> None:
-    ledger = Ledger(PROMPTS, seed=0, max_attempts=2)
+    ledger, log = logged()
     first = ledger.next()
     second = ledger.next()
     assert ledger.retry(first.number, "engine")
@@ -37,7 +43,7 @@ def test_a_prompt_that_comes_back_goes_first_and_is_abandoned_in_the_end() -> No
     assert not ledger.retry(retried.number, "stale")
     assert ledger.state(0, first.prompt_id) == State.ABANDONED
     ledger.abandon(second.number, "too long")
-    assert [e["reason"] for e in ledger.drain() if "reason" in e] == ["engine", "stale", "too long"]
+    assert [e["reason"] for e in log if "reason" in e] == ["engine", "stale", "too long"]
     states = [ledger.state(0, p) for p in PROMPTS]
     assert states.count(State.ABANDONED) == 2
     assert states.count(State.PENDING) == len(PROMPTS) - 2
@@ -57,25 +63,24 @@ def test_a_prompt_that_comes_back_goes_first_and_is_abandoned_in_the_end() -> No
     ],
 )
 def test_illegal_transitions_are_refused_and_change_nothing(act) -> None:
-    ledger = Ledger(PROMPTS, seed=0)
+    ledger, log = logged()
     for _ in range(3):
         ledger.next()
     ledger.queue(1)
     ledger.queue(2)
     ledger.train([2], 1)
     ledger.trained([2])
-    ledger.drain()
-    before = [ledger.state(0, p) for p in PROMPTS]
+    before, written = [ledger.state(0, p) for p in PROMPTS], len(log)
     with pytest.raises(LedgerError):
         act(ledger)
     assert [ledger.state(0, p) for p in PROMPTS] == before
-    assert ledger.drain() == []
+    assert len(log) == written
+    assert ledger.growing == {0}
 
 
 def test_a_log_of_another_run_is_refused() -> None:
-    ledger = Ledger(PROMPTS, seed=0)
+    ledger, log = logged()
     ledger.next()
-    log = ledger.drain()
     for prompts, seed in ((PROMPTS, 1), (PROMPTS[:-1], 0), ([*PROMPTS[:-1], "other"], 0)):
         with pytest.raises(LedgerError, match="another run"):
             Ledger.replay(prompts, seed, log, trained_through=0)
@@ -88,13 +93,13 @@ def test_a_log_of_another_run_is_refused() -> None:
 
 
 def test_an_empty_log_is_a_new_run() -> None:
-    ledger = Ledger.replay(PROMPTS, 0, [], trained_through=0)
-    assert ledger.drain() == Ledger(PROMPTS, 0).drain()
+    ledger, log = logged()
+    assert [(event["event"], event["seed"], event["prompts"]) for event in log] == [("open", 0, len(PROMPTS))]
     assert ledger.next().number == 0
 
 
 def test_a_crash_rolls_back_to_the_checkpoint() -> None:
-    ledger = Ledger(PROMPTS, seed=0)
+    ledger, log = logged()
     tickets = [ledger.next() for _ in range(6)]
     for ticket in tickets[:5]:
         ledger.queue(ticket.number)
@@ -102,9 +107,10 @@ def test_a_crash_rolls_back_to_the_checkpoint() -> None:
     ledger.trained([0, 1])
     ledger.train([2], version=2)  # the checkpoint of version 2 was written before "trained" was logged
     ledger.train([3], version=3)
-    restored = Ledger.replay(PROMPTS, 0, ledger.drain(), trained_through=2)
+    restored = Ledger.replay(PROMPTS, 0, log, trained_through=2)
     states = [restored.state(0, t.prompt_id) for t in tickets]
     assert states == [State.TRAINED] * 3 + [State.PENDING] * 3
+    assert (restored.in_flight, restored.oldest_growing) == (0, 6)
     again = [restored.next() for _ in range(4)]
     assert [t.prompt_id for t in again[:3]] == [
         t.prompt_id for t in tickets[3:]
@@ -119,19 +125,28 @@ class _Run:
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.ledger = Ledger(PROMPTS, seed=5, max_attempts=3)
         self.log: list[dict[str, Any]] = []  # what is on disk
+        self.pending: list[dict[str, Any]] = []  # what is on its way there
+        self.ledger = Ledger.replay(PROMPTS, 5, [], 0, max_attempts=3, write=self.pending.append)
         self.version = self.checkpoint = 0
         self.history: dict[int, list[tuple[int, str]]] = {}  # surviving updates
         self.abandoned: set[tuple[int, str]] = set()
 
+    @property
+    def epoch(self) -> int:
+        """The newest of which a prompt was issued."""
+        return max((e["epoch"] for e in self.log + self.pending if e["event"] == "issue"), default=0)
+
     def write(self) -> None:
-        self.log += json.loads(json.dumps(self.ledger.drain()))
+        self.log += json.loads(json.dumps(self.pending))
+        self.pending.clear()
 
     def step(self, fresh: bool = True) -> None:
         """One random legal thing; without ``fresh`` only what brings trees in flight to an end."""
         ledger, rng = self.ledger, self.rng
         growing, queued, training = (ledger.numbers(s) for s in (State.GROWING, State.QUEUED, State.TRAINING))
+        assert ledger.growing == set(growing)
+        assert ledger.in_flight == len(growing + queued + training)
         act = rng.integers(0, 10)
         if act < 3 and fresh:
             ticket = ledger.next()
@@ -157,9 +172,11 @@ class _Run:
     def crash(self) -> None:
         if self.rng.random() < 0.5:
             self.write()
+        self.pending.clear()
         self.version = self.checkpoint
         self.history = {v: keys for v, keys in self.history.items() if v <= self.version}
-        self.ledger = Ledger.replay(PROMPTS, 5, self.log, self.version, max_attempts=3)
+        write = self.pending.append
+        self.ledger = Ledger.replay(PROMPTS, 5, self.log, self.version, max_attempts=3, write=write)
         kept = {key for key in self.abandoned if self.ledger.state(*key) == State.ABANDONED}
         self.abandoned = (
             kept  # an abandonment that was not yet on disk is forgotten: the prompt is grown again
@@ -169,7 +186,7 @@ class _Run:
         ledger = self.ledger
         survived = [key for keys in self.history.values() for key in keys]
         assert len(survived) == len(set(survived)), "trained twice"
-        everything = [(e, p) for e in range(ledger.epoch + 1) for p in PROMPTS]
+        everything = [(e, p) for e in range(self.epoch + 1) for p in PROMPTS]
         states = {key: ledger.state(*key) for key in everything}
         assert {k for k, s in states.items() if s == State.TRAINED} == set(survived)
         assert {k for k, s in states.items() if s == State.ABANDONED} == self.abandoned
@@ -185,8 +202,8 @@ def test_nothing_is_lost_or_trained_twice_through_any_crashes(seed: int, lives: 
             run.check()
         run.crash()
         run.check()
-    goal = run.ledger.epoch + 2
-    while run.ledger.epoch < goal:  # on to a later epoch: every older prompt must come to an end
+    goal = run.epoch + 2
+    while run.epoch < goal:  # on to a later epoch: every older prompt must come to an end
         run.step()
     for _ in range(10_000):
         left = [
@@ -208,8 +225,9 @@ def test_replaying_the_log_rebuilds_the_same_ledger(seed: int, steps: int) -> No
     for _ in range(steps):
         run.step()
     run.write()
-    twins = [Ledger.replay(PROMPTS, 5, run.log, run.version, max_attempts=3) for _ in range(2)]
-    restored = Ledger.replay(PROMPTS, 5, run.log + twins[0].drain(), run.version, max_attempts=3)
-    everything = [(e, p) for e in range(restored.epoch + 1) for p in PROMPTS]
-    assert [twins[1].state(*key) for key in everything] == [restored.state(*key) for key in everything]
-    assert [twins[1].next() for _ in range(20)] == [restored.next() for _ in range(20)]
+    log = [*run.log]
+    twin = Ledger.replay(PROMPTS, 5, run.log, run.version, max_attempts=3, write=log.append)
+    restored = Ledger.replay(PROMPTS, 5, log, run.version, max_attempts=3)
+    everything = [(e, p) for e in range(run.epoch + 1) for p in PROMPTS]
+    assert [twin.state(*key) for key in everything] == [restored.state(*key) for key in everything]
+    assert [twin.next() for _ in range(20)] == [restored.next() for _ in range(20)]

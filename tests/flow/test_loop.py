@@ -12,7 +12,7 @@ from flow_trees import stats
 
 from system.config import Config, ConfigError, load
 from system.flow.ledger import Ledger, State, Ticket
-from system.flow.loop import TrainingLoop, TreeLost, TreesLost
+from system.flow.loop import FinishedStep, TrainingLoop, TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
 from system.tree.stats import TreeStats
 from system.twin.clock import run
@@ -35,7 +35,8 @@ class World:
 
     def __init__(self, config: Config, slow: Mapping[int, float] | None = None, train_s: float = 1.0) -> None:
         self.config, self.slow, self.train_s = config, slow or {}, train_s
-        self.ledger = Ledger([f"q{i}" for i in range(200)], seed=0, max_attempts=3)
+        self.log: list[dict[str, Any]] = []
+        self.ledger = Ledger.replay([f"q{i}" for i in range(200)], 0, [], 0, 3, self.log.append)
         self.loop = TrainingLoop(config, self.ledger, self, self, clock=self.now)
         self.failing: set[int] = set()  # tickets whose trees do not come
         self.gone: set[int] = set()  # tickets whose trees are lost after their close
@@ -43,21 +44,22 @@ class World:
         self.batches: list[list[int]] = []
         self.lag: list[int] = []  # versions between start and training
         self.closed = 0
+        self.counted: set[tuple[int, str]] = set()  # (epoch, prompt) of trees that closed before a resume
         self.dropped: Counter[str] = Counter()
-        self.log: list[dict[str, Any]] = []
 
     @staticmethod
     def now() -> float:
         return asyncio.get_running_loop().time()
 
-    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight[Opaque]:
+    async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight:
         self.tickets[ticket.number] = ticket
         await asyncio.sleep(self.slow.get(ticket.number, 1.0))
         if ticket.number in self.failing:
             raise TreeLost("engine")
-        return TreeInFlight(ticket, Opaque(ticket.number), stats(ticket.start_version))
+        counted = ticket.key in self.counted
+        return TreeInFlight(ticket, Opaque(ticket.number), stats(ticket.start_version), counted)
 
-    async def train(self, version: int, trees: Sequence[TreeInFlight[Opaque]]) -> Mapping[str, float]:
+    async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         numbers = [tree.ticket.number for tree in trees]
         if lost := {index: "gone" for index, number in enumerate(numbers) if number in self.gone}:
             raise TreesLost(lost)
@@ -69,9 +71,6 @@ class World:
     async def publish(self, version: int) -> None:
         await asyncio.sleep(0.1)
 
-    def logged(self) -> None:
-        self.log += self.ledger.drain()
-
     def tree_closed(self, tree: TreeStats, version_now: int) -> None:
         self.closed += 1
 
@@ -80,17 +79,16 @@ class World:
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None: ...
 
-    def train_step(self, step: int, version: int, trees: Sequence[TreeStats], *_: Any) -> None:
-        assert all(isinstance(tree, TreeStats) for tree in trees)
+    def train_step(self, step: FinishedStep) -> None:
+        assert all(isinstance(tree, TreeStats) for tree in step.trees)
 
     async def run(self, steps: int) -> None:
         async with asyncio.TaskGroup() as tasks:
-            admitting = tasks.create_task(self.loop.admit(tasks))
+            admitting = tasks.create_task(self.loop.admit())
             async with asyncio.timeout(10_000):
                 for _ in range(steps):
                     await self.loop.step()
             self.loop.stop()
-            self.loop.cancel_growing()
             admitting.cancel()
 
 
@@ -144,7 +142,7 @@ def test_trees_lost_after_their_close_are_grown_again_and_the_run_goes_on() -> N
     prompts = [world.tickets[number].prompt_id for number in trained]
     assert {world.tickets[number].prompt_id for number in world.gone} <= set(prompts)
     assert [event["version"] for event in world.log if event["event"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert world.loop.admission.accepted >= 6 * 8
+    assert world.ledger.in_flight == len(world.ledger.growing) + len(world.loop.replay)
 
 
 def test_a_tree_that_fails_is_not_waited_for() -> None:
@@ -161,7 +159,7 @@ def test_no_tree_starts_after_the_last_step_has_said_so() -> None:
 
     async def main() -> None:
         async with asyncio.TaskGroup() as tasks:
-            admitting = tasks.create_task(world.loop.admit(tasks))
+            admitting = tasks.create_task(world.loop.admit())
             assert await world.loop.step() is not None
             world.loop.start_no_more()
             await asyncio.sleep(10)
@@ -188,15 +186,14 @@ def test_a_tree_that_closed_before_a_resume_is_not_counted_again() -> None:
     world = World(settings("flow.staleness=0"))
     for _ in range(3):
         world.ledger.next(0)
-    world.logged()
     world.ledger = Ledger.replay([f"q{i}" for i in range(200)], 0, world.log, 0)
     again = world.tickets
     world.loop = TrainingLoop(world.config, world.ledger, world, world, clock=world.now)
     first = world.log[1]["prompt"]
-    assert world.ledger.resume(0, first, 7)
-    world.loop.counted = {(0, first)}
+    assert world.ledger.resume((0, first), 7)
+    world.counted = {(0, first)}
     run(world.run(1))
     assert world.closed == 1
     assert world.batches == [[3, 4]]
     assert [again[number].start_version for number in (3, 4)] == [7, 0]
-    assert not world.ledger.resume(0, first, 7), "it is not pending any more"
+    assert not world.ledger.resume((0, first), 7), "it is not pending any more"

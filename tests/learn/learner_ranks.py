@@ -7,6 +7,7 @@ results in rank order.  Functions must be module-level (they travel by name) and
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import time
 import traceback
@@ -30,6 +31,7 @@ def _serve(connection: Connection) -> None:
 
     import torch
 
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
         function, place, kwargs = job

@@ -83,7 +83,7 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
         worst = {"logits": 0.0, "logprob": 0.0, "nan": 0.0, "entropy": 0.0}
         for tree, values in zip(trees, trainer.logprobs(trees), strict=True):
             worst["nan"] += float(np.isnan(values[1:]).any()) + float(not np.isnan(values[0]))
-            row = Row.of(pack_whole([tree]), trainer.layout.device, trained=False)
+            row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
             with torch.no_grad():
                 logits = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
             first = logits.size(1) * (place.rank if tp > 1 else 0)

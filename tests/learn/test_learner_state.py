@@ -25,7 +25,7 @@ from learner_reference import (
 from test_learner_equality import open_trainer
 
 from system.config import ConfigError, PartConfig
-from system.learn.parallel import check
+from system.learn.parallel import start
 from system.tree.record import Kind
 
 # A large eps: Adam divides by the gradient, and where that is rounding noise a small eps makes it ±lr.
@@ -229,7 +229,7 @@ def sight_case(place: Place, model: str) -> dict[str, float]:
         tree.tokens[:] %= 100
         (before,) = trainer.logprobs([tree])
         sibling, ancestor = changed(8), changed(2)
-        row = Row.of(pack_whole([tree]), trainer.layout.device, trained=False)
+        row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
         by_index = row.position.clone().copy_(torch.arange(21))
         from dataclasses import replace
 
@@ -327,7 +327,7 @@ def test_what_cannot_run_is_refused_by_name(
     ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="needs 4 ranks, not 3"):
-        check(learner_config(tp=2, pp=2), 3)
+        start(learner_config(tp=2, pp=2), rank=0, world=3, init_method="")
     hard = {"objective": "grpo-flat", "credit": "arpo-hard"}
     assert "arpo-hard" in ranks.run(refusal_case, world=1, model=tiny_model(), learn=hard)[0]
     rope = tmp_path / "yarn"

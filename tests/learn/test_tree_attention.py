@@ -74,7 +74,7 @@ def test_cpu_attention_and_its_gradient(monkeypatch: pytest.MonkeyPatch, run: in
 def test_queries_reach_few_keys() -> None:
     """The point of the runs: cost follows root paths, not the row."""
     batch = packed(2, repeats=12)
-    reached = sum(TreeMask(torch.from_numpy(batch.exit)).query_blocks.key_sizes)
+    reached = TreeMask(torch.from_numpy(batch.exit)).query_runs[0].numel()
     runs = -(-batch.tokens.size // attention.QUERY_BLOCK)
     longest_path = int(batch.position.max()) + 1
     assert reached <= runs * (attention.QUERY_BLOCK + 3 * longest_path)

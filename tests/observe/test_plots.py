@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from observe_trees import make_tree, single
 
 from system.config import Config
+from system.flow.loop import FinishedStep
 from system.observe import plots
 from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter
@@ -23,7 +24,9 @@ def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
         tree = TreeStats.of(make_tree(str(step), (1.0, 0.0, 0.5), version=step))
         recorder.tree_closed(tree, step)
         recorder.idle_total("learner", "trees", 0.1 * step)
-        recorder.train_step(step, step, [tree], {"loss": float("nan") if step == 2 else 1.0}, [step % 3])
+        recorder.train_step(
+            FinishedStep(step, [tree], {"loss": float("nan") if step == 2 else 1.0}, [step % 3])
+        )
         recorder.flush(step)
     recorder.finish()
 

@@ -9,6 +9,7 @@ import pytest
 from observe_trees import NAN, make_tree, single
 
 from system.config import Config
+from system.flow.loop import FinishedStep
 from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
@@ -63,7 +64,7 @@ def run_two_steps(recorder: Recorder, clock: Clock) -> None:
         clock.now += 10
         recorder.idle_total("learner", "trees", 1.5 * step)
         recorder.idle_total("engine", "weights", 0.5 * step)
-        recorder.train_step(step, step, trees, {"loss": 1.0 / step}, [0, step])
+        recorder.train_step(FinishedStep(step, trees, {"loss": 1.0 / step}, [0, step]))
         recorder.flush(step)
     for client, prompt, cached in (("rollout-0", 100, 20), ("rollout-1", 100, 60), ("rollout-0", 150, 70)):
         recorder.running_total(client, "prompt_tokens", prompt)  # running totals, over both clients
@@ -113,11 +114,11 @@ def test_engine_mismatch_and_pauses_add_up_over_a_resume(
         {"mismatch_kl": 0.4, "fresh": 0.25, "engine_kl": 6e-9, "engine_logprob_diff_max": 3e-6},
     ]
     recorder.weights_pushed(0.5, [0.1, 0.3], 100)
-    recorder.train_step(1, 1, [], steps[0], [])
+    recorder.train_step(FinishedStep(1, [], steps[0], []))
     second = Recorder(run_dir, config, [sink], clock=clock, now=lambda: 6.0)
     second.restore(json.loads(json.dumps(recorder.state())))
     second.weights_pushed(0.7, [0.2, 0.2], 100)
-    second.train_step(2, 2, [], steps[1], [])
+    second.train_step(FinishedStep(2, [], steps[1], []))
     record = second.flush(2)
     assert (record["weights/stage_s"], record["weights/pause_s"]) == (0.7, 0.2)
     summary = second.summary()
@@ -148,8 +149,8 @@ def test_one_record_per_flush_holds_only_its_window(recorder: Recorder, clock: C
 
 
 def test_two_training_steps_in_one_record_are_averaged(recorder: Recorder):
-    recorder.train_step(1, 1, [], {"loss": 1.0, "first": 7.0}, [])
-    recorder.train_step(2, 2, [], {"loss": 3.0}, [])
+    recorder.train_step(FinishedStep(1, [], {"loss": 1.0, "first": 7.0}, []))
+    recorder.train_step(FinishedStep(2, [], {"loss": 3.0}, []))
     record = recorder.flush(2)
     assert (record["train/loss"], record["train/first"]) == (2.0, 7.0)
 
@@ -163,7 +164,7 @@ def test_totals_survive_a_resume_through_json(
     second.restore(state)
     assert second.summary() == recorder.summary()
     clock.now += 5
-    second.train_step(3, 3, [TreeStats.of(make_tree(reward=(1.0, 0.0, 0.5)))], {}, [4])
+    second.train_step(FinishedStep(3, [TreeStats.of(make_tree(reward=(1.0, 0.0, 0.5)))], {}, [4]))
     summary = second.summary()
     assert (summary["wall_s"], summary["versions"], summary["staleness"]["max"]) == (25, 3, 4)
     assert summary["tokens"]["trained"] == 5 * 16
@@ -173,13 +174,13 @@ def test_totals_survive_a_resume_through_json(
 def test_a_resume_takes_back_records_past_the_checkpoint(run_dir: RunDir, config: Config, clock: Clock):
     first = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)], clock=clock)
     for step in (1, 2, 3):
-        first.train_step(step, step, [], {"loss": float(step)}, [])
+        first.train_step(FinishedStep(step, [], {"loss": float(step)}, []))
         first.flush(step)
         if step == 2:
             state = first.state()
     second = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)], clock=clock)
     second.restore(state)
-    second.train_step(3, 3, [], {"loss": 30.0}, [])
+    second.train_step(FinishedStep(3, [], {"loss": 30.0}, []))
     second.flush(3)
     records = history(run_dir.metrics_path)
     assert list(series(records, "train/loss")) == [(1, 1.0), (2, 2.0), (3, 30.0)]

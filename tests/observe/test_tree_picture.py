@@ -57,7 +57,7 @@ def test_hostile_text_stays_text(tree: Tree) -> None:
 def test_the_command_draws_a_tree_of_a_run(run_dir: RunDir, tree: Tree) -> None:
     writer = TreeWriter(run_dir.trees, keep=10)
     writer.append(tree)
-    writer.close()
+    writer.flush()
     command = [sys.executable, str(EXAMPLES / "tree_picture.py"), str(run_dir.root), "0"]
     done = subprocess.run(command, env={"PYTHONPATH": str(EXAMPLES.parent)}, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from twin_worlds import config, models
 
 from system.bench.twin import run
 from system.config import ConfigError
+from system.flow.loop import FinishedStep
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
 from system.tasks.tiny_model import qwen3_config
 from system.tree.record import Tree
-from system.tree.stats import TreeStats
 from system.tree.store import TreeWriter
 from system.twin.agent import AgentModel
 from system.twin.calibrate import Calibration, fit_agent, fit_engine, fit_tools, nonnegative
@@ -70,15 +70,8 @@ class RecordingEvents(TwinEvents):
         for tree in trees:
             self.trees_to.append(tree)
 
-    def train_step(
-        self,
-        step: int,
-        version: int,
-        trees: Sequence[TreeStats],
-        stats: Mapping[str, float],
-        staleness: Sequence[int],
-    ) -> None:
-        super().train_step(step, version, trees, stats, staleness)
+    def train_step(self, step: FinishedStep) -> None:
+        super().train_step(step)
         now = asyncio.get_running_loop().time()
         inside = [one for one in self.closed if self.since < one[0] <= now]
         before, after = self.last or {}, self.marks[-1]
@@ -90,17 +83,17 @@ class RecordingEvents(TwinEvents):
         assert self.log is not None
         self.log.write(
             {
-                "step": step,
+                "step": step.version,
                 "time/window_s": now - self.since,
-                "train/seconds": stats["seconds"],
-                "train/unique_tokens": stats["unique_tokens"],
+                "train/seconds": step.stats["seconds"],
+                "train/unique_tokens": step.stats["unique_tokens"],
                 "train/tokens": self.trained[-1],
                 "rollout/trees": len(inside),
                 "rollout/tokens": sum(tokens for *_, tokens in inside),
                 "rollout/tree_s": float(np.mean([s for _, s, _ in inside])) if inside else None,
-                "flow/staleness": float(np.mean(staleness)),
+                "flow/staleness": float(np.mean(step.staleness)),
                 **idle,
-                **engine_sums(np.random.default_rng(step)),
+                **engine_sums(np.random.default_rng(step.version)),
             }
         )
         self.since, self.last = now, after
@@ -116,7 +109,7 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)
     virtually(Twin(settings, WORLD, 64, events=RecordingEvents(log=log, trees_to=trees)).run())
     log.close()
-    trees.close()
+    trees.flush()
     return directory
 
 
