@@ -82,9 +82,9 @@ def gather(config: Config) -> Facts:
     return Facts(
         python=sys.version_info[:3],
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version_of(name) for name in PACKAGES},
         pins=_pins(),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=usable_cpus(),
         gpus=gpus,
         gpus_listed=listed,
         driver=driver,
@@ -209,7 +209,12 @@ def _resolves(hostname: str) -> str:
     return ""
 
 
-def _version(name: str) -> str | None:
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version_of(name: str) -> str | None:
+    """Of an installed package; None: it is not."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
