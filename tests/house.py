@@ -45,6 +45,7 @@ ALIVE = {
     "requests recomputed_sequences idle_updating_s",
     "the python server replies with its result, whole": "peak_rss_mb",
     "how often a simulated run was resumed": "sessions",
+    "failures that a test injects in a simulated run": "kill_learner set_down",
     "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "staleness_max trees_per_hour unscored",
 }
