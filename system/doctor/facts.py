@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,9 +95,9 @@ def gather(config: Config) -> Facts:
             "gloo": all_reduce("gloo", 2),
             **({"nccl": all_reduce("nccl", min(len(gpus), 2))} if gpus else {}),
         },
-        port_error=_ports(config.engine.host),
+        port_error=_error(lambda: _listen(config.engine.host)),
         hostname=hostname,
-        hostname_error=_resolves(hostname),
+        hostname_error=_error(lambda: socket.getaddrinfo(hostname, None)),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         disk_bytes=shutil.disk_usage(place).free,
         disk_path=str(place),
@@ -191,22 +191,19 @@ async def _sandbox(tools: ToolsConfig) -> tuple[tuple[str, ...], str]:
         await sandbox.close()
 
 
-def _ports(host: str) -> str:
+def _error(attempt: Callable[[], object]) -> str:
+    """What the system has against ``attempt``."""
     try:
-        with contextlib.ExitStack() as sockets:
-            for _ in range(16):
-                sockets.enter_context(socket.socket()).bind((host, 0))
+        attempt()
     except OSError as error:
         return str(error)
     return ""
 
 
-def _resolves(hostname: str) -> str:
-    try:
-        socket.getaddrinfo(hostname, None)
-    except OSError as error:
-        return str(error)
-    return ""
+def _listen(host: str) -> None:
+    with contextlib.ExitStack() as sockets:
+        for _ in range(16):
+            sockets.enter_context(socket.socket()).bind((host, 0))
 
 
 def usable_cpus() -> int:
