@@ -68,10 +68,6 @@ class Stuck(EspalierError, RuntimeError):
     """No training step was finished for ``Twin.patience_s`` virtual seconds: somebody waits for ever."""
 
 
-class _LearnerDied(RuntimeError):
-    pass
-
-
 @dataclass
 class Twin:
     """One run under ``config`` with ``models``, to be simulated once by :meth:`run`."""
@@ -79,9 +75,8 @@ class Twin:
     config: Config
     models: Models
     steps: int  # training steps
-    checkpoint_every: int = 0  # for resuming; 0: only the start
     patience_s: float = 1e7  # virtual
-    log: list[Event] = field(default_factory=list)  # the ledger's, over all sessions
+    log: list[Event] = field(default_factory=list)  # the ledger's
     records: list[dict[str, Any]] = field(default_factory=list)  # one per training step, as in metrics.jsonl
     closed: list[tuple[float, float]] = field(default_factory=list)  # (when, duration) of each tree
 
@@ -123,16 +118,12 @@ class Twin:
             vocab_size=models.vocab,
             now=lambda: asyncio.get_running_loop().time(),
         )
-        self.sessions = 0
-        self._checkpoint = 0
-        self._died: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
-        """Simulate to the end, through every death of the learner."""
+        """Simulate to the end."""
         time = asyncio.get_running_loop().time
         self.recorder = Recorder(RunDir(Path()), self.config, (), clock=time, now=time)  # it writes no file
-        while not await self._session():
-            pass
+        await self.session()
         self.totals = self.recorder.summary()
 
     def result(self, skip: int = 0) -> TwinResult:
@@ -152,37 +143,28 @@ class Twin:
             digest=self.trace.digest,
         )
 
-    async def _session(self) -> bool:
-        """From the last checkpoint to the end of the run (True) or to the learner's death."""
-        config, version = self.config, self._checkpoint
+    async def session(self, version: int = 0) -> None:
+        """From weights ``version``, and what ``log`` says of them, to the end of the run."""
+        config = self.config
         ledger = Ledger.replay(self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts)
-        self.sessions += 1
-        self._died = asyncio.get_running_loop().create_future()
         self.loop = loop = TrainingLoop(
             config, ledger, self, self.recorder, version=version, clock=asyncio.get_running_loop().time
         )
         for engine in self.engines:
             if engine.alive:
                 await engine.update(version, 0.0)
-        died = False
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                admitting = tasks.create_task(loop.admit(tasks), name="admission")
-                try:
-                    while loop.version < self.steps:
-                        await self._step(loop)
-                        if self.checkpoint_every and loop.version % self.checkpoint_every == 0:
-                            self._checkpoint = loop.version
-                finally:
-                    loop.stop()
-                    loop.cancel_growing()
-                    admitting.cancel()
-        except* _LearnerDied:
-            died = True
+        async with asyncio.TaskGroup() as tasks:
+            admitting = tasks.create_task(loop.admit(tasks), name="admission")
+            try:
+                while loop.version < self.steps:
+                    await self.step(loop)
+            finally:
+                loop.stop()
+                loop.cancel_growing()
+                admitting.cancel()
         self.logged()
-        return not died
 
-    async def _step(self, loop: TrainingLoop[Tree]) -> None:
+    async def step(self, loop: TrainingLoop[Tree]) -> None:
         patience = asyncio.timeout(self.patience_s)
         try:
             async with patience:
@@ -215,10 +197,8 @@ class Twin:
 
     async def train(self, version: int, trees: Sequence[TreeInFlight[Tree]]) -> Mapping[str, float]:
         seconds = self.models.learner.train_s(sum(tree.stats.unique for tree in trees))
-        assert self._died is not None
-        done, _ = await asyncio.wait({self._died}, timeout=seconds)
-        if done:
-            raise _LearnerDied
+        # A timer even for 0 s, unlike sleep(0): what else is due at this moment comes first.
+        await asyncio.wait({asyncio.get_running_loop().create_future()}, timeout=seconds)
         return {"seconds": seconds}
 
     async def publish(self, version: int) -> None:
@@ -236,12 +216,6 @@ class Twin:
         for event in self.loop.ledger.drain():
             self.log.append(event)
             self.trace.note("ledger", *event.items())
-
-    def kill_learner(self) -> None:
-        """Inject a failure: the session ends in this or the next training step, and resumes from the last
-        checkpoint.  (Engines and tools have failures of their own.)"""
-        if self._died is not None and not self._died.done():
-            self._died.set_result(None)
 
 
 def simulate(config: Config, models: Models, *, steps: int, skip: int = 0) -> TwinResult:

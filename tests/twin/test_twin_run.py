@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twin_worlds import Failure, KeepingTwin, config, models, run_through, surviving
+from twin_worlds import FailingTwin, Failure, config, models, surviving
 
 from system.tree.record import Origin
 from system.twin.agent import AgentModel
@@ -119,7 +119,7 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
     staleness, window = int(rng.integers(0, 3)), int(rng.integers(1, 4))
     update = ["in-flight", "drained"][int(rng.integers(2))]
     lockstep = seed % 4 == 3
-    twin = KeepingTwin(
+    twin = FailingTwin(
         config(
             f"run.seed={seed}",
             f"flow.staleness={0 if lockstep else staleness}",
@@ -134,13 +134,14 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
         ),
         NOISY,
         steps=8,
-        checkpoint_every=3,
         patience_s=20_000.0,
+        failures=[Failure(f.at_s + float(rng.uniform(-6, 6)), f.what, f.which, f.for_s) for f in CHAOS]
+        if chaos
+        else (),
     )
-    failures = [Failure(f.at_s + float(rng.uniform(-6, 6)), f.what, f.which, f.for_s) for f in CHAOS]
 
     async def main() -> None:
-        await run_through(twin, failures if chaos else ())
+        await twin.run()
         assert asyncio.all_tasks() == {asyncio.current_task()}  # no orphan
         assert twin.tools.running == 0
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from system.config import Config, load
+from system.flow.loop import TrainingLoop
 from system.flow.replay import TreeInFlight
 from system.tree.record import Tree
 from system.twin.agent import AgentModel
@@ -66,7 +67,8 @@ class KeepingTwin(Twin):
 class Failure:
     """``what`` fails at ``at_s`` and is back ``for_s`` later (virtual seconds).
 
-    ``engine`` names one by ``which``; ``learner`` ends the session, which resumes from the last checkpoint.
+    ``engine`` names one by ``which``; ``learner`` ends the session in this or the next training step, and the
+    run resumes from the last checkpoint.
     """
 
     at_s: float
@@ -74,11 +76,12 @@ class Failure:
     which: int = 0
     for_s: float = 30.0
 
-    async def strike(self, twin: Twin) -> None:
+    async def strike(self, twin: FailingTwin) -> None:
         await asyncio.sleep(self.at_s)
         match self.what:
             case "learner":
-                twin.kill_learner()
+                if not twin.died.done():
+                    twin.died.set_result(None)
             case "tool":
                 twin.tools.set_down(True)
                 await asyncio.sleep(self.for_s)
@@ -94,14 +97,50 @@ class Failure:
                     engine.restart(twin.loop.version)
 
 
-async def run_through(twin: Twin, failures: Sequence[Failure]) -> None:
-    pending = [asyncio.create_task(one.strike(twin), name=f"{one}") for one in failures]
-    try:
-        await twin.run()
-    finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+class LearnerDied(RuntimeError):
+    pass
+
+
+@dataclass
+class FailingTwin(KeepingTwin):
+    """Runs to its end through every failure; a checkpoint is made every three steps."""
+
+    failures: Sequence[Failure] = ()
+    checkpoint: int = 0  # the weights that the next session begins with
+    sessions: int = 0
+
+    async def run(self) -> None:
+        pending = [asyncio.create_task(one.strike(self), name=f"{one}") for one in self.failures]
+        try:
+            await super().run()
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def session(self, version: int = 0) -> None:
+        ended = False
+        while not ended:
+            self.sessions += 1
+            self.died = asyncio.get_running_loop().create_future()
+            try:
+                await super().session(self.checkpoint)
+                ended = True
+            except* LearnerDied:
+                self.logged()
+
+    async def step(self, loop: TrainingLoop[Tree]) -> None:
+        await super().step(loop)
+        if loop.version % 3 == 0:
+            self.checkpoint = loop.version
+
+    async def train(self, version: int, trees: Sequence[TreeInFlight[Tree]]) -> Mapping[str, float]:
+        training = asyncio.ensure_future(super().train(version, trees))
+        await asyncio.wait({training, self.died}, return_when=asyncio.FIRST_COMPLETED)
+        if self.died.done():
+            training.cancel()
+            raise LearnerDied
+        return training.result()
 
 
 def surviving(events: Sequence[dict[str, Any]]) -> list[tuple[int, tuple[int, str]]]:
