@@ -44,9 +44,9 @@ ALIVE = {
     "counted for /v1/loads, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
     "requests recomputed_sequences idle_updating_s",
     "the python server replies with its result, whole": "peak_rss_mb",
-    "how often a simulated run was resumed": "sessions",
+    "what a test does to a simulated run, or sees of it": "set_down retracted",
     "there for a credit of one's own": "entropy_sum",
-    "a figure of a report, read by name": "staleness_max trees_per_hour unscored",
+    "a figure of a report, read by name": "trees_per_hour unscored",
 }
 
 

@@ -42,7 +42,7 @@ from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import ToolService
 from system.tree.prompt import Prompt
 from system.twin.agent import AnswerReward
-from system.twin.dist import ToolLatency
+from system.twin.dist import Lognormal
 
 _TICK_S = 0.02  # of the loop's lateness
 
@@ -117,7 +117,7 @@ class _Search:
         "query",
     )
 
-    def __init__(self, latency: ToolLatency, counts: Counts) -> None:
+    def __init__(self, latency: Lognormal, counts: Counts) -> None:
         self._latency, self._counts, self._seed = latency, counts, 0
 
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
@@ -158,7 +158,7 @@ async def measure(load: Load) -> dict[str, Any]:
     counts = Counts()
     async with stub(make_plan(load)) as (url, engine):
         tools = ToolService(
-            [_Search(ToolLatency(load.tool_s, 1.0), counts)],
+            [_Search(Lognormal(load.tool_s, 1.0), counts)],
             ToolsConfig(concurrency=load.branches, deadline_s=60),
         )
         client = EnginePool([url], deadline_s=120, in_flight=load.branches)

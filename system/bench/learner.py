@@ -39,9 +39,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Timing:
-    prefix: float
-    leaves: int
+class Timing(Case):
     tree_tokens: int
     flat_tokens: int
     tree_s: float  # median seconds of one training step
@@ -102,8 +100,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
                 pairs = list(zip(*seconds.values(), strict=True))  # taken one after the other
                 results.append(
                     Timing(
-                        prefix=case.prefix,
-                        leaves=case.leaves,
+                        **asdict(case),
                         tree_tokens=tree_tokens,
                         flat_tokens=flat_tokens,
                         tree_s=statistics.median(tree for tree, _ in pairs),

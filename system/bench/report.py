@@ -14,7 +14,6 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from system.doctor.facts import usable_cpus, version_of
 from system.observe.jsonl import jsonable
 from system.observe.rundir import write_atomic
 
@@ -133,17 +133,12 @@ class Report:
 
 def machine() -> dict[str, str]:
     """What a figure depends on besides the program: when, what machine, and how busy it was."""
-    try:
-        ours = version("espalier")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        ours = "from source"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "espalier": ours,
+        "espalier": version_of("espalier") or "from source",  # of a tree that is not installed
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
-        "cores": str(cores),
+        "cores": str(usable_cpus()),
         "load (1, 5, 15 min)": ", ".join(f"{one:.1f}" for one in os.getloadavg()),
     }
 

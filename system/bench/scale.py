@@ -8,7 +8,6 @@ here was measured on a GPU.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +30,7 @@ from system.bench.splits import (
     simulate_split,
 )
 from system.config import ConfigError
+from system.doctor.facts import usable_cpus
 from system.plan.hardware import GIB, GPUS
 from system.plan.memory import learner_memory
 from system.plan.speed import publish_s
@@ -76,8 +76,7 @@ def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[s
         "not a measurement. The batch stays the same while GPUs are added (strong scaling).",
     )
     _assumptions(report, names, work)
-    workers = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(usable_cpus()) as pool:
         tasks = [(PROFILES[name], gpus, work) for name in names for gpus in sorted(counts, reverse=True)]
         searched = list(_progress(pool.map(best_split, *zip(*tasks, strict=True)), tasks))
         curves = {
@@ -176,11 +175,11 @@ def _assumptions(report: Report, names: Sequence[str], work: TrainingLoad) -> No
         "Hardware: peak figures from the vendor's data sheet; shares of them (MFU, HBM) and overheads are "
         "assumed."
     )
-    report.facts(gpu.assumptions())
+    report.facts(asdict(gpu))
     rows: list[list[Any]] = []
     for name in names:
         profile, shape = PROFILES[name], PROFILES[name].model
-        memory = learner_memory(shape, replace(profile.learner, dp=4), gpu.reserved)
+        memory = learner_memory(shape, replace(profile.learner, dp=4), reserved=gpu.reserved)
         roof = roofline(profile, work.gpu)
         rows.append(
             [

@@ -21,14 +21,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from system.bench.baselines import WAYS, Way
-from system.bench.critical_path import CriticalPath, MeasuredEngine, MeasuredTools
+from system.bench.critical_path import CriticalPath
 from system.bench.report import Report, against
 from system.config import Config
 from system.rollout.schedule import Lockstep
 from system.twin.agent import AgentModel
 from system.twin.clock import run as run_virtually
-from system.twin.dist import Constant, Lognormal, ToolLatency
-from system.twin.events import TwinResult
+from system.twin.dist import Constant, Lognormal
+from system.twin.records import TwinResult
 from system.twin.speeds import LinearEngine, LinearLearner
 from system.twin.tools import ToolModel
 from system.twin.world import UNLIMITED, Models, Twin
@@ -42,7 +42,7 @@ class Scenario:
     """The workload, and what serves it."""
 
     agent: AgentModel
-    latency: ToolLatency
+    latency: Lognormal
     leaves: int = 16  # n; this and the next two as in ARPO's released 7B recipe
     roots: int = 8  # N
     call_limit: int = 3
@@ -108,12 +108,8 @@ def grow(scenario: Scenario, way: Way, batches: int, seed: int = 0, skip: int = 
         mixed=True,
     )
     twin = Twin(scenario.config(way, seed), models, skip + batches)
-    path = CriticalPath()
-    twin.context = replace(
-        twin.context,
-        engine=MeasuredEngine(twin.context.engine, scenario.token_s, path),
-        tools=MeasuredTools(twin.context.tools, path),
-    )
+    path = CriticalPath(twin.context.engine, scenario.token_s, twin.context.tools)
+    twin.context = replace(twin.context, engine=path, tools=path)
     run_virtually(twin.run())
     schedule = twin.context.schedule
     return Grown(
@@ -134,7 +130,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "Rollout schedules on the virtual clock",
         "The released ARPO rounds against barrier-free growth: the same rollouts, seeds, engine and tools.",
     )
-    scenario = Scenario(agent(), ToolLatency(2.0), trees=trees)
+    scenario = Scenario(agent(), Lognormal(2.0), trees=trees)
     result = {
         "throughput": _throughput(report, scenario, batches),
         "makespan": _makespan(report, replace(scenario, trees=scenario.trees * 4)),
@@ -145,9 +141,9 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     return report.finish(result)
 
 
-def latencies() -> list[ToolLatency]:
+def latencies() -> list[Lognormal]:
     """Every σ, without stragglers and with."""
-    return [ToolLatency(2.0, sigma, share) for share in (0.0, STRAGGLERS) for sigma in SIGMAS]
+    return [Lognormal(2.0, sigma, share) for share in (0.0, STRAGGLERS) for sigma in SIGMAS]
 
 
 def _throughput(report: Report, scenario: Scenario, batches: int) -> list[dict[str, Any]]:
@@ -252,7 +248,7 @@ def _makespan(report: Report, scenario: Scenario) -> list[dict[str, Any]]:
 
 def _equality(report: Report, scenario: Scenario) -> dict[str, float]:
     """Take the causes of difference away one by one at σ = 0."""
-    still = replace(scenario, latency=ToolLatency(2.0), slots=2**20)
+    still = replace(scenario, latency=Lognormal(2.0), slots=2**20)
     even = replace(still, agent=agent(sigma=0.0))
     cases = {
         "trees, segments of varied length": (still, "lockstep", "tree sync"),
@@ -290,35 +286,29 @@ RELEASED = {
 }
 
 
-def rules(p_call: float, trees: int, seed: int = 0) -> tuple[float, float, float, float, float]:
-    """The figures of ``RELEASED`` for one ``p_call``, by the real rollout on ``trees`` trees, one at a time.
+def _rules(report: Report, trees: int) -> dict[str, list[float]]:
+    """The figures of ``RELEASED`` by the real rollout, one tree at a time.
 
     One round's entropies are like any other's (ΔH = 0), so a fork is a coin's throw.
     """
-    scenario = Scenario(agent(p_call, tokens=20, sigma=0.0), ToolLatency(), trees=1)
-    ours, plain = (grow(scenario, WAYS[name], trees, seed) for name in ("lockstep", "linear lockstep"))
-    return (
-        ours.result.forks_per_tree,
-        ours.result.top_ups_per_tree,
-        ours.rounds / trees,
-        plain.rounds / trees,
-        ours.result.calls_per_tree / plain.result.calls_per_tree,
-    )
-
-
-def _rules(report: Report, trees: int) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    for p_call in RELEASED:
+        scenario = Scenario(agent(p_call, tokens=20, sigma=0.0), Lognormal(1.0), trees=1)
+        ours, plain = (grow(scenario, WAYS[name], trees) for name in ("lockstep", "linear lockstep"))
+        branches = [ours.result.per_tree(what) for what in ("forks", "top_ups")]
+        calls = ours.result.per_tree("tool_calls") / plain.result.per_tree("tool_calls")
+        found[str(p_call)] = [*branches, ours.rounds / trees, plain.rounds / trees, calls]
     report.section(
         "The released rules in figures",
         "One prompt at a time, n = 16, N = 8, at most 3 calls, branching=arpo-release with ΔH = 0, "
         "rollout.schedule=lockstep; in brackets, a simulation of the released rules over 20,000 trees.",
     )
-    found = {p_call: rules(p_call, trees) for p_call in RELEASED}
     report.table(
         f"Means over {trees} trees",
         ["chance of a call", "forks", "top-ups", "rounds", "rounds, plain", "tool calls / plain"],
         [
-            [p, *(f"{ours:.2f} ({known:.2f})" for ours, known in zip(found[p], RELEASED[p], strict=True))]
-            for p in RELEASED
+            [p, *(f"{ours:.2f} ({theirs:.2f})" for ours, theirs in zip(found[str(p)], known, strict=True))]
+            for p, known in RELEASED.items()
         ],
     )
-    return {str(p_call): list(values) for p_call, values in found.items()}
+    return found

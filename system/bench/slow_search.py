@@ -20,7 +20,7 @@ from aiohttp.typedefs import Handler
 from system.serving import serve_until_signal
 from system.tools.search_index import SearchIndex, read_corpus
 from system.tools.search_server import create_app
-from system.twin.dist import ToolLatency
+from system.twin.dist import Lognormal
 
 
 def slowed(app: web.Application, seconds: Callable[[bytes], float]) -> web.Application:
@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    latency = ToolLatency(args.mean_s, args.sigma, args.stragglers)
+    latency = Lognormal(args.mean_s, args.sigma, args.stragglers)
     draws = itertools.count(args.seed * 1_000_003 + 1)
     app = create_app(SearchIndex.build(read_corpus(args.corpus)))
     slowed(app, lambda _: latency.draw(np.random.default_rng(next(draws))))

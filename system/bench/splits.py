@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from system.config import Config, ConfigError, load
+from system.config import Config, ConfigError, LearnConfig, load
 from system.models.known import KNOWN
 from system.models.shape import ModelShape
 from system.plan.hardware import GPUS
-from system.plan.memory import EngineLayout, LearnerLayout
+from system.plan.memory import EngineLayout, learner_gpus
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
-from system.twin.dist import Constant, Lognormal, ToolLatency
-from system.twin.events import TwinResult
-from system.twin.records import mean_over_engines
+from system.twin.dist import Constant, Lognormal
+from system.twin.records import TwinResult, mean_over_engines
 from system.twin.tools import ToolModel
 from system.twin.world import UNLIMITED, Models, simulate
 
@@ -33,12 +32,12 @@ class Profile:
 
     name: str
     model: ModelShape
-    learner: LearnerLayout  # of one replica (dp = 1)
+    learner: LearnConfig  # of one replica (dp = 1)
     engine: EngineLayout
 
 
-def _replica(tp: int, pp: int = 1) -> LearnerLayout:
-    return LearnerLayout(
+def _replica(tp: int, pp: int = 1) -> LearnConfig:
+    return LearnConfig(
         tp=tp,
         pp=pp,
         micro_tokens=16_384,
@@ -90,7 +89,7 @@ class Split:
     @property
     def replicas(self) -> int:
         """Of the learner."""
-        return self.learner_gpus // self.profile.learner.gpus
+        return self.learner_gpus // learner_gpus(self.profile.learner)
 
     @property
     def trained_per_s(self) -> float:
@@ -166,18 +165,17 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: TrainingLoa
     """``gpus`` GPUs of which ``replicas`` learner replicas take theirs and engines the rest."""
     gpu, shape = GPUS[work.gpu], profile.model
     learner = replace(profile.learner, dp=replicas)
-    engines = (gpus - learner.gpus) // profile.engine.tp
+    taken = learner_gpus(learner)
+    engines = (gpus - taken) // profile.engine.tp
     if engines < 1:
-        raise ConfigError(
-            f"{profile.name}: {gpus} GPUs leave none for engines beside the learner's {learner.gpus}"
-        )
+        raise ConfigError(f"{profile.name}: {gpus} GPUs leave none for engines beside the learner's {taken}")
     speed = _Grains(roofline(profile, work.gpu), LearnerRoofline(shape, learner, gpu))
     agent = AgentModel(
         prompt_tokens=Constant(work.prompt_tokens / GRAIN),
         segment_tokens=Lognormal(work.segment_tokens / GRAIN, 0.7),
         p_call=(work.p_call,),
     )
-    tool = ToolModel(ToolLatency(work.tool_s, 1.0, 0.05), Constant(work.result_tokens / GRAIN))
+    tool = ToolModel(Lognormal(work.tool_s, 1.0, 0.05), Constant(work.result_tokens / GRAIN))
     models = Models(
         engine=speed,
         learner=speed,
@@ -189,7 +187,7 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: TrainingLoa
     )
     skip = SKIP + work.staleness  # all trees that η permits begin at once; a period later they are spread
     result = simulate(_config(work, engines), models, steps=skip + CYCLES * (work.staleness + 1), skip=skip)
-    return Split(profile, gpus, learner.gpus, engines, work, result)
+    return Split(profile, gpus, taken, engines, work, result)
 
 
 def _config(work: TrainingLoad, engines: int) -> Config:
@@ -247,7 +245,7 @@ def _climb(profile: Profile, gpus: int, work: TrainingLoad, near: int = 0) -> li
     Throughput rises with replicas while training is the bottleneck and falls when engines get too few, so
     going uphill by steps that are halved finds the top.  Less than ``GAIN`` more is no step uphill.
     """
-    most = (gpus - profile.engine.tp) // profile.learner.gpus
+    most = (gpus - profile.engine.tp) // learner_gpus(profile.learner)
     if most < 1:
         return []
     seen: dict[int, Split] = {}

@@ -32,8 +32,8 @@ from system.tools.search_index import Document, SearchIndex
 from system.tools.search_server import create_app
 from system.tree.record import Tree
 from system.tree.store import read_trees
-from system.twin.dist import ToolLatency
-from system.twin.records import Records, idle_shares, steps_of, total
+from system.twin.dist import Lognormal
+from system.twin.records import Figures, Records, steps_of, total
 
 MEAN_S = 0.1  # of a tool call without stragglers; everything else is as small as the model
 SKIP = 1  # training steps at the start that are not measured
@@ -63,7 +63,7 @@ class SlowSearch:
     """The search server, whose answers come after a latency that can be changed between runs."""
 
     def __init__(self, task: HasCorpus) -> None:
-        self.latency = ToolLatency(MEAN_S)
+        self.latency = Lognormal(MEAN_S)
         index = SearchIndex.build(Document(**row) for row in task.corpus())
         self.app = slowed(create_app(index), self._seconds)
 
@@ -79,9 +79,9 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     return write_report(asyncio.run(_measure(out_dir, quick)), out_dir)
 
 
-def latencies(quick: bool) -> list[ToolLatency]:
-    late = ToolLatency(MEAN_S, 1.0, 0.05)
-    return [late] if quick else [*(ToolLatency(MEAN_S, sigma) for sigma in (0.0, 0.5, 1.0, 1.5)), late]
+def latencies(quick: bool) -> list[Lognormal]:
+    late = Lognormal(MEAN_S, 1.0, 0.05)
+    return [late] if quick else [*(Lognormal(MEAN_S, sigma) for sigma in (0.0, 0.5, 1.0, 1.5)), late]
 
 
 async def _measure(out_dir: Path, quick: bool) -> dict[str, Any]:
@@ -129,18 +129,17 @@ async def _train(runs: Path, name: str, way: Way, settings: Sequence[str]) -> Ru
 
 def figures(records: Records, summary: Mapping[str, Any], trees: Sequence[Tree]) -> dict[str, Any]:
     """``records``: of the steps measured; ``trees``: all that the run trained on."""
-    span = total(records, "time/window_s")
+    found, span = Figures.of(records), total(records, "time/window_s")
     seconds = np.array([tree.closed_s - tree.started_s for tree in trees])
     sampled = sum(int((tree.version >= 0).sum()) for tree in trees)
     dropped = summary["tokens"]["generated"] - sampled if summary["dropped"] else 0
-    idle = idle_shares(records)
     return {
-        "trained_per_s": total(records, "train/tokens") / span,
+        "trained_per_s": found.trained_per_s,
         "trees_per_h": total(records, "train/trees") / span * 3600,
         "goodput": summary["tokens"]["trained"] / max(sampled + dropped, 1),
-        "engine_idle": idle.get("engine-0", {}),
-        "learner_idle": idle.get("learner", {}),
-        "staleness_mean": total(records, "flow/staleness") / len(records),
+        "engine_idle": found.idle.get("engine-0", {}),
+        "learner_idle": found.idle.get("learner", {}),
+        "staleness_mean": found.staleness_mean,
         "staleness_max": max(one["flow/staleness_max"] for one in records),
         "tree_s_median": float(np.median(seconds)),
         "tree_s_p95": float(np.quantile(seconds, 0.95)),

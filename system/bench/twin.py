@@ -28,8 +28,7 @@ from system.config import ConfigError
 from system.observe.rundir import RunDir
 from system.tree.store import read_trees
 from system.twin.calibrate import SAME_SPEED, Calibration, Drift, fit_engine, fit_line, fit_tools
-from system.twin.events import TwinResult
-from system.twin.records import SKIP, idle_shares, mean_over_engines, steps_of, total
+from system.twin.records import SKIP, Figures, mean_over_engines, steps_of
 from system.twin.world import simulate
 
 WITHIN = 0.10  # of a throughput, relative; of an idle share, in points
@@ -51,48 +50,31 @@ SHARES = {  # of all time
 }
 LABELS = {**THROUGHPUT, "tree_s": "seconds per tree, mean", "staleness": "staleness, mean", **SHARES}
 
-Figures = Mapping[str, float]  # the keys are those of LABELS
+Compared = Mapping[str, float]  # the keys are those of LABELS
 
 
-def measured_in(run: RunDir) -> Figures:
-    """From the records of the run's training steps, without the first ones."""
-    records = steps_of(run)
-    if not records:
-        raise ConfigError(f"{run.root}: not enough training steps to measure anything")
-    span, trees = total(records, "time/window_s"), max(total(records, "rollout/trees"), 1.0)
-    durations = sum(float(o.get("rollout/tree_s") or 0) * float(o.get("rollout/trees") or 0) for o in records)
+def compared(figures: Figures) -> Compared:
+    learner, rollout = figures.idle.get("learner", {}), figures.idle.get("rollout", {})
     return {
-        "step_s": span / len(records),
-        "trees_per_hour": 3600 * trees / span,
-        "trained_per_s": total(records, "train/tokens") / span,
-        "generated_per_s": total(records, "rollout/tokens") / span,
-        "tree_s": durations / trees,
-        "staleness": total(records, "flow/staleness") / len(records),
-        **_waits(idle_shares(records)),
-    }
-
-
-def simulated(result: TwinResult) -> Figures:
-    return {
-        **{name: getattr(result, name) for name in THROUGHPUT},
-        "tree_s": result.tree_s["mean"],
-        "staleness": result.staleness_mean,
-        **_waits(result.idle),
-    }
-
-
-def _waits(idle: Mapping[str, Mapping[str, float]]) -> Figures:
-    """The shares of time that are compared, of shares by actor and cause."""
-    learner, rollout = idle.get("learner", {}), idle.get("rollout", {})
-    return {
+        **{name: getattr(figures, name) for name in THROUGHPUT},
+        "tree_s": figures.tree_mean_s,
+        "staleness": figures.staleness_mean,
         "learner_no_batch": learner.get("no batch", 0.0),
         "learner_publishing": learner.get("publishing weights", 0.0),
-        "engine_waiting": mean_over_engines(idle, "waiting"),
+        "engine_waiting": mean_over_engines(figures.idle, "waiting"),
         "rollout_bound": rollout.get("staleness bound", 0.0),
     }
 
 
-def error(name: str, predicted: Figures, measured: Figures) -> float:
+def measured_in(run: RunDir) -> Compared:
+    """From the records of the run's training steps, without the first ones."""
+    records = steps_of(run)
+    if not records:
+        raise ConfigError(f"{run.root}: not enough training steps to measure anything")
+    return compared(Figures.of(records))
+
+
+def error(name: str, predicted: Compared, measured: Compared) -> float:
     """How far off: in points for a share of time, in versions for staleness, else relative."""
     ours, theirs = predicted[name], measured[name]
     if name in SHARES or name == "staleness":
@@ -100,12 +82,12 @@ def error(name: str, predicted: Figures, measured: Figures) -> float:
     return ours / theirs - 1 if theirs else float("nan")
 
 
-def holds(predicted: Figures, measured: Figures) -> bool:
+def holds(predicted: Compared, measured: Compared) -> bool:
     """Throughput within 10 % and idle shares within 10 points of the measured ones."""
     return all(abs(error(name, predicted, measured)) <= WITHIN for name in (*THROUGHPUT, *SHARES))
 
 
-def predict(calibration: Calibration, run: RunDir, drift: Drift = SAME_SPEED) -> Figures:
+def predict(calibration: Calibration, run: RunDir, drift: Drift = SAME_SPEED) -> Compared:
     """``run`` as the calibrated twin sees it: its configuration and its tools, all else as calibrated.
 
     ``drift``: with engine and learner slowed by that much.
@@ -118,10 +100,10 @@ def predict(calibration: Calibration, run: RunDir, drift: Drift = SAME_SPEED) ->
         learner=calibration.learner.slowed(drift.learner),
     )
     steps = len(steps_of(run)) + SKIP
-    results: list[Figures] = []
+    results: list[Compared] = []
     for seed in range(_SEEDS):
         config.run.seed = seed
-        results.append(simulated(simulate(config, models, steps=steps, skip=SKIP)))
+        results.append(compared(simulate(config, models, steps=steps, skip=SKIP)))
     return {name: float(np.mean([one[name] for one in results])) for name in LABELS}
 
 
@@ -223,7 +205,7 @@ def _table(report: Report, run: RunDir, found: Mapping[str, Any]) -> None:
     )
 
 
-def _percent(name: str, predicted: Figures, measured: Figures) -> str:
+def _percent(name: str, predicted: Compared, measured: Compared) -> str:
     off = error(name, predicted, measured)
     if name == "staleness":
         return f"{off:+.2f}"

@@ -43,23 +43,28 @@ def stops(findings: Sequence[Finding]) -> bool:
     return any(finding.level is Level.PROBLEM for finding in findings)
 
 
-def _finding(bad: bool, level: Level, topic: str, found: str, remedy: str) -> Finding:
+def _finding(bad: bool, topic: str, found: str, remedy: str, *, stops: bool) -> Finding:
+    """``stops``: what is bad is a problem, not only a warning."""
+    level = Level.PROBLEM if stops else Level.WARNING
     return Finding(level, topic, found, remedy) if bad else Finding(Level.OK, topic, found)
 
 
 def software(facts: Facts, config: Config) -> Iterator[Finding]:
     found = f"{'.'.join(map(str, facts.python))} on {facts.system}"
-    yield _finding(facts.python < (3, 11, 0), Level.PROBLEM, "python", found, "use Python 3.11 or newer")
+    yield _finding(facts.python < (3, 11, 0), "python", found, "use Python 3.11 or newer", stops=True)
     for name, version in facts.packages.items():
-        pin = facts.pins.get(name)
         if version is None:
             yield Finding(Level.PROBLEM, name, "not installed", "make install (or pip install -e .)")
-        elif pin and version.split("+")[0] != pin:
-            yield Finding(
-                Level.WARNING, name, f"{version}, tested with {pin}", f"pip install '{name}=={pin}'"
-            )
         else:
-            yield Finding(Level.OK, name, version)
+            yield _installed(facts, name, version)
+
+
+def _installed(facts: Facts, name: str, version: str) -> Finding:
+    """Is it the version that Espalier is tested with?"""
+    pin = facts.pins.get(name, "")
+    if pin in ("", version.split("+")[0]):
+        return Finding(Level.OK, name, version)
+    return Finding(Level.WARNING, name, f"{version}, tested with {pin}", f"pip install '{name}=={pin}'")
 
 
 def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -73,16 +78,13 @@ def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
         found = f"{facts.gpus_listed} listed by driver {facts.driver}, none usable by torch ({build})"
     else:
         found = "none"
-    short = len(facts.gpus) < wanted
+    short, unusable = len(facts.gpus) < wanted, facts.gpus_listed > len(facts.gpus)
     remedy = f"this recipe wants {wanted} per node (cluster.gpus_per_node, engine.device): "
-    if facts.gpus_listed > len(facts.gpus):
+    if unusable:
         remedy += "install a CUDA build of torch that this driver supports, or look at CUDA_VISIBLE_DEVICES"
-        if not short:
-            yield Finding(Level.WARNING, "gpu", found, remedy)
-            return
     else:
         remedy += "run it where they are, or set cluster.gpus_per_node=0 and engine.device=cpu"
-    yield _finding(short, Level.PROBLEM, "gpu", found, remedy)
+    yield _finding(short or unusable, "gpu", found, remedy, stops=short)
 
 
 def layout(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -96,21 +98,16 @@ def layout(facts: Facts, config: Config) -> Iterator[Finding]:
         return
     crowded = config.cluster.gpus_per_node == 0 and world + config.engine.replicas > 2 * facts.cpus
     remedy = f"only {facts.cpus} CPUs: fewer ranks or replicas would be faster"
-    yield _finding(crowded, Level.WARNING, "layout", found, remedy)
+    yield _finding(crowded, "layout", found, remedy, stops=False)
 
 
 def sglang(facts: Facts, config: Config) -> Iterator[Finding]:
+    if facts.sglang is not None:
+        yield _installed(facts, "sglang", facts.sglang)
+        return
     needed = config.engine.name == "sglang" and not config.engine.urls
-    pin = facts.pins.get("sglang")
-    if facts.sglang is None:
-        found = "not installed" + ("" if needed else " (only engine=sglang needs it)")
-        yield _finding(needed, Level.PROBLEM, "sglang", found, facts.sglang_error)
-    elif pin and facts.sglang != pin:
-        yield Finding(
-            Level.WARNING, "sglang", f"{facts.sglang}, tested with {pin}", f"pip install 'sglang=={pin}'"
-        )
-    else:
-        yield Finding(Level.OK, "sglang", facts.sglang)
+    found = "not installed" + ("" if needed else " (only engine=sglang needs it)")
+    yield _finding(needed, "sglang", found, facts.sglang_error, stops=True)
 
 
 def network(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -121,46 +118,42 @@ def network(facts: Facts, config: Config) -> Iterator[Finding]:
             if backend == "nccl"
             else "check that the loopback interface is up (ip addr) and GLOO_SOCKET_IFNAME"
         )
-        level = Level.PROBLEM if needed else Level.WARNING
-        yield _finding(bool(error), level, backend, error or "all-reduce on this machine works", remedy)
+        found = error or "all-reduce on this machine works"
+        yield _finding(bool(error), backend, found, remedy, stops=needed)
     host, name = config.engine.host, facts.hostname
     found = facts.port_error or f"servers can listen on {host}"
     remedy = f"set engine.host to an address of this machine (now {host})"
-    yield _finding(bool(facts.port_error), Level.PROBLEM, "ports", found, remedy)
+    yield _finding(bool(facts.port_error), "ports", found, remedy, stops=True)
     found = f"{name}: {facts.hostname_error or 'resolves'}"
     remedy = f"add {name} to /etc/hosts or to the site's DNS: other nodes look it up"
-    level = Level.PROBLEM if config.cluster.nodes > 1 else Level.WARNING
-    yield _finding(bool(facts.hostname_error), level, "hostname", found, remedy)
+    yield _finding(bool(facts.hostname_error), "hostname", found, remedy, stops=config.cluster.nodes > 1)
 
 
 def room(facts: Facts, config: Config) -> Iterator[Finding]:
     """Shared memory, disk and memory, and open files."""
     remedy = "Ray's object store and NCCL use it; in a container start with --shm-size=8g"
     found = f"{_gib(facts.shm_bytes)} free"
-    yield _finding(facts.shm_bytes < 2 * GIB, Level.WARNING, "/dev/shm", found, remedy)
+    yield _finding(facts.shm_bytes < 2 * GIB, "/dev/shm", found, remedy, stops=False)
     found = f"{_gib(facts.disk_bytes)} free in {facts.disk_path}"
     remedy = "make room, or set run.dir to a larger file system; checkpoint.keep bounds what a run keeps"
-    level = Level.PROBLEM if facts.disk_bytes < GIB else Level.WARNING
-    yield _finding(facts.disk_bytes < 10 * GIB, level, "disk", found, remedy)
+    yield _finding(facts.disk_bytes < 10 * GIB, "disk", found, remedy, stops=facts.disk_bytes < GIB)
     remedy = "end other programs, or use fewer learner ranks, engine replicas and rollout workers"
-    level = Level.PROBLEM if facts.memory_bytes < GIB else Level.WARNING
     found = f"{_gib(facts.memory_bytes)} available"
-    yield _finding(facts.memory_bytes < 4 * GIB, level, "memory", found, remedy)
+    yield _finding(facts.memory_bytes < 4 * GIB, "memory", found, remedy, stops=facts.memory_bytes < GIB)
     # A rollout worker holds a connection per branch; Ray and the libraries need some hundreds.
     branches = config.rollout.concurrency * config.rollout.leaves // config.rollout.workers
     wanted, hard = 512 + branches, facts.open_files_hard
     raised = "" if hard >= wanted else f", whose hard limit ({hard}) must rise"
     found = f"limit {facts.open_files}; {branches} branches per rollout worker"
     remedy = f"ulimit -n {wanted}{raised}; or set rollout.concurrency lower, or rollout.workers higher"
-    yield _finding(facts.open_files < wanted, Level.PROBLEM, "open files", found, remedy)
+    yield _finding(facts.open_files < wanted, "open files", found, remedy, stops=True)
 
 
 def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
-    needed = "python" in config.tools.names
     found = facts.sandbox_error or f"programs are confined by {', '.join(facts.sandbox)}"
-    level = Level.PROBLEM if needed else Level.WARNING
     remedy = "allow user namespaces, seccomp or Landlock here, or take python out of tools.names"
-    yield _finding(bool(facts.sandbox_error), level, "sandbox", found, remedy)
+    needed = "python" in config.tools.names
+    yield _finding(bool(facts.sandbox_error), "sandbox", found, remedy, stops=needed)
 
 
 def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -169,7 +162,7 @@ def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
     for key, path in {**named, "tools.corpus": config.tools.corpus}.items():
         if path:
             missing = not Path(path).exists()
-            yield _finding(missing, Level.PROBLEM, key, path, f"there is no {path}: correct {key}")
+            yield _finding(missing, key, path, f"there is no {path}: correct {key}", stops=True)
     for problem in facts.parts:
         yield Finding(Level.PROBLEM, "parts", problem, "correct it in the recipe, or what it names")
 
@@ -181,14 +174,14 @@ def slurm(facts: Facts, config: Config) -> Iterator[Finding]:
     nodes, wanted = told.get("SLURM_JOB_NUM_NODES", "1"), config.cluster.nodes
     found = f"job {told['SLURM_JOB_ID']} has {nodes}, the recipe wants {wanted}"
     remedy = f"ask for --nodes={wanted} (espalier submit does), or set cluster.nodes={nodes}"
-    yield _finding(nodes != str(wanted), Level.PROBLEM, "slurm nodes", found, remedy)
+    yield _finding(nodes != str(wanted), "slurm nodes", found, remedy, stops=True)
     granted = told.get("SLURM_GPUS_ON_NODE", "")
     if granted.isdigit():
         found = f"{granted} granted on this node, {len(facts.gpus)} usable"
         remedy = (
             "the grant and CUDA_VISIBLE_DEVICES disagree: ask for --gpus-per-node; see the site's gres.conf"
         )
-        yield _finding(int(granted) != len(facts.gpus), Level.WARNING, "slurm gpus", found, remedy)
+        yield _finding(int(granted) != len(facts.gpus), "slurm gpus", found, remedy, stops=False)
 
 
 CHECKS: tuple[Check, ...] = (software, gpus, layout, sglang, network, room, sandbox, recipe, slurm)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,9 +82,9 @@ def gather(config: Config) -> Facts:
     return Facts(
         python=sys.version_info[:3],
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version_of(name) for name in PACKAGES},
         pins=_pins(),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=usable_cpus(),
         gpus=gpus,
         gpus_listed=listed,
         driver=driver,
@@ -95,9 +95,9 @@ def gather(config: Config) -> Facts:
             "gloo": all_reduce("gloo", 2),
             **({"nccl": all_reduce("nccl", min(len(gpus), 2))} if gpus else {}),
         },
-        port_error=_ports(config.engine.host),
+        port_error=_error(lambda: _listen(config.engine.host)),
         hostname=hostname,
-        hostname_error=_resolves(hostname),
+        hostname_error=_error(lambda: socket.getaddrinfo(hostname, None)),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         disk_bytes=shutil.disk_usage(place).free,
         disk_path=str(place),
@@ -191,25 +191,27 @@ async def _sandbox(tools: ToolsConfig) -> tuple[tuple[str, ...], str]:
         await sandbox.close()
 
 
-def _ports(host: str) -> str:
+def _error(attempt: Callable[[], object]) -> str:
+    """What the system has against ``attempt``."""
     try:
-        with contextlib.ExitStack() as sockets:
-            for _ in range(16):
-                sockets.enter_context(socket.socket()).bind((host, 0))
+        attempt()
     except OSError as error:
         return str(error)
     return ""
 
 
-def _resolves(hostname: str) -> str:
-    try:
-        socket.getaddrinfo(hostname, None)
-    except OSError as error:
-        return str(error)
-    return ""
+def _listen(host: str) -> None:
+    with contextlib.ExitStack() as sockets:
+        for _ in range(16):
+            sockets.enter_context(socket.socket()).bind((host, 0))
 
 
-def _version(name: str) -> str | None:
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version_of(name: str) -> str | None:
+    """Of an installed package; None: it is not."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 GB = 1e9  # vendors count in powers of ten
 GIB = 2.0**30
@@ -27,10 +27,6 @@ class Gpu:
     sequence_overhead_s: float = 1e-5  # of one sequence in a decode step: sampling and streaming on the host
     allreduce_s: float = 1.5e-5  # latency of one all-reduce of a decode step (two per layer under TP)
     reserved: float = 3 * GIB  # CUDA context, NCCL buffers, allocator's fragments
-
-    def assumptions(self) -> dict[str, float | str]:
-        """Every figure by name, for a report."""
-        return asdict(self)
 
 
 GPUS: dict[str, Gpu] = {

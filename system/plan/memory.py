@@ -9,32 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from system.config import LearnConfig
 from system.models.shape import ModelShape
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes per number
 _GRADIENT = 4  # gradients are accumulated and reduced in fp32
 _ADAM = 8  # two fp32 moments
 _MASTER = 4  # fp32 copy of bf16 weights
-
-
-@dataclass(frozen=True, slots=True)
-class LearnerLayout:
-    """How the learner's ranks share the work; GPUs = tp · pp · cp · dp."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    dp: int = 1
-    micro_tokens: int = 4096  # packed tokens per micro-batch
-    dtype: str = "bfloat16"
-    sequence_parallel: bool = False
-    recompute: str = "none"  # none | selective | full
-    distributed_optimizer: bool = False
-    reference: bool = False  # a reference model is kept (KL term)
-
-    @property
-    def gpus(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +38,15 @@ class Memory:
         return sum(self.parts.values())
 
 
-def learner_memory(shape: ModelShape, layout: LearnerLayout, reserved: float = 0.0) -> Memory:
+def learner_gpus(learn: LearnConfig) -> int:
+    return learn.tp * learn.pp * learn.dp
+
+
+def learner_memory(
+    shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16", reserved: float = 0.0
+) -> Memory:
     """The fullest pipeline stage: the first holds most activations, the last the logits."""
-    stages = {stage: _stage(shape, layout, stage) for stage in {0, layout.pp - 1}}
+    stages = {stage: _stage(shape, learn, dtype, stage) for stage in {0, learn.pp - 1}}
     worst = max(stages.values(), key=lambda parts: sum(parts.values()))
     return Memory({**worst, "reserved": reserved})
 
@@ -82,51 +69,46 @@ def kv_capacity(shape: ModelShape, layout: EngineLayout, memory: float) -> int:
     return max(0, int(room / per_gpu))
 
 
-def activation_bytes_per_token(shape: ModelShape, layout: LearnerLayout) -> tuple[float, float]:
+def activation_bytes_per_token(
+    shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16"
+) -> tuple[float, float]:
     """Bytes that one token keeps for the backward pass per layer: (whole layer, what recomputation keeps).
 
     Whole layer, in numbers per token: the inputs and outputs of both norms (4h, divided only by sequence
     parallelism); q, k, v and the attention's output; gate, up, their activation and product.
     """
-    width, tp = WIDTH[layout.dtype], layout.tp
-    split = tp if layout.sequence_parallel else 1
+    width, tp = WIDTH[dtype], learn.tp
+    split = tp if learn.sequence_parallel else 1
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim / tp
     whole = width * (4 * shape.hidden / split + attention + 4 * shape.ffn / tp)
     kept = {
         "none": whole,
         "selective": whole - width * attention,  # core attention is computed again from its input
         "full": width * shape.hidden / split,
-    }[layout.recompute]
+    }[learn.recompute]
     return whole, kept
 
 
-def logits_bytes(shape: ModelShape, layout: LearnerLayout) -> float:
-    """Peak of the output layer: the logits, and three fp32 arrays of their size in the loss."""
-    per_token = (WIDTH[layout.dtype] + 3 * 4) * shape.vocab / layout.tp
-    return per_token * layout.micro_tokens / layout.cp
-
-
-def _stage(shape: ModelShape, layout: LearnerLayout, stage: int) -> dict[str, float]:
-    layers = -(-shape.layers // layout.pp)
-    parameters = layers * (shape.matrices_per_layer / layout.tp + shape.norms_per_layer)
-    first, last = stage == 0, stage == layout.pp - 1
+def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
+    layers = -(-shape.layers // learn.pp)
+    parameters = layers * (shape.matrices_per_layer / learn.tp + shape.norms_per_layer)
+    first, last = stage == 0, stage == learn.pp - 1
     tables = first + (last and not (shape.tied and first))  # a tied head is a second copy on another stage
-    parameters += tables * shape.embedding / layout.tp
-    width = WIDTH[layout.dtype]
-    states = _ADAM + (_MASTER if layout.dtype != "float32" else 0)
-    shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
-    tokens = layout.micro_tokens / layout.cp
-    whole, kept = activation_bytes_per_token(shape, layout)
-    in_flight = layout.pp - stage  # micro-batches that 1F1B keeps on this stage
-    recomputing = whole - kept if layout.recompute != "none" else 0.0
+    parameters += tables * shape.embedding / learn.tp
+    width = WIDTH[dtype]
+    states = _ADAM + (_MASTER if dtype != "float32" else 0)
+    shards = learn.dp if learn.distributed_optimizer else 1
+    whole, kept = activation_bytes_per_token(shape, learn, dtype)
+    in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
+    recomputing = whole - kept if learn.recompute != "none" else 0.0
     parts = {
         "weights": width * parameters,
         "gradients": _GRADIENT * parameters,
         "optimizer": states * parameters / shards,
-        "activations": tokens * (in_flight * layers * kept + recomputing),
+        "activations": learn.micro_tokens * (in_flight * layers * kept + recomputing),
     }
-    if last:
-        parts["logits"] = logits_bytes(shape, layout)
-    if layout.reference:
+    if last:  # at their peak: the logits, and three fp32 arrays of their size in the loss
+        parts["logits"] = (width + 3 * 4) * shape.vocab / learn.tp * learn.micro_tokens
+    if learn.kl_coef > 0:
         parts["reference"] = width * parameters
     return parts

@@ -16,10 +16,10 @@ from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS, Gpu
 from system.plan.memory import (
     EngineLayout,
-    LearnerLayout,
     Memory,
     engine_memory,
     kv_capacity,
+    learner_gpus,
     learner_memory,
 )
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
@@ -134,13 +134,12 @@ class GpuPlan:
     gpu: Gpu
     workload: AgentWorkload
     shape: ModelShape
-    learner: LearnerLayout
     engine: EngineLayout
     engines: int
 
     @cached_property
     def learner_memory(self) -> Memory:
-        return learner_memory(self.shape, self.learner, self.gpu.reserved)
+        return learner_memory(self.shape, self.config.learn, self.config.model.dtype, self.gpu.reserved)
 
     @cached_property
     def engine_memory(self) -> Memory:
@@ -158,19 +157,19 @@ class GpuPlan:
     @cached_property
     def problems(self) -> list[str]:
         """Why it would fail, each with the remedy."""
-        shape, learner, rank = self.shape, self.learner, self.learner_memory
+        shape, learn, rank = self.shape, self.config.learn, self.learner_memory
         problems = [
-            f"learn.tp={learner.tp} does not divide the model's {name}={getattr(shape, name)}"
+            f"learn.tp={learn.tp} does not divide the model's {name}={getattr(shape, name)}"
             for name in ("heads", "kv_heads", "ffn")
-            if getattr(shape, name) % learner.tp
+            if getattr(shape, name) % learn.tp
         ]
-        if shape.layers % learner.pp:
-            problems.append(f"learn.pp={learner.pp} does not divide the model's {shape.layers} layers")
+        if shape.layers % learn.pp:
+            problems.append(f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers")
         if rank.total > self.gpu.memory:
             relief = (  # the cheapest first
-                ("learn.distributed_optimizer=true", learner.dp > 1 and not learner.distributed_optimizer),
-                ("learn.sequence_parallel=true", learner.tp > 1 and not learner.sequence_parallel),
-                ("learn.recompute=full", learner.recompute != "full"),
+                ("learn.distributed_optimizer=true", learn.dp > 1 and not learn.distributed_optimizer),
+                ("learn.sequence_parallel=true", learn.tp > 1 and not learn.sequence_parallel),
+                ("learn.recompute=full", learn.recompute != "full"),
                 ("a higher learn.tp or learn.pp", True),
             )
             problems.append(
@@ -215,7 +214,7 @@ class GpuPlan:
         packed = flow.batch_leaves * work.packed + trees * work.prompt_tokens
         return Forecast(
             generate_s=flow.batch_leaves * work.generated / rate + roof.prefill_s(fresh) / engines,
-            train_s=LearnerRoofline(self.shape, self.learner, self.gpu).train_s(packed),
+            train_s=LearnerRoofline(self.shape, self.config.learn, self.gpu).train_s(packed),
             publish_s=publish_s(self.shape, self.gpu),
             staleness=flow.staleness,
             branches=wanted,
@@ -233,56 +232,44 @@ def plan(
 ) -> GpuPlan:
     """Lay ``config`` out over ``gpus`` GPUs (None: as many as the configuration names).
 
-    The learner takes tp · pp · cp · dp of them, engines of ``engine.tp`` GPUs the rest.  Raises
+    The learner takes tp · pp · dp of them, engines of ``engine.tp`` GPUs the rest.  Raises
     :class:`ConfigError` for an unknown model or GPU, and when there are too few GPUs for a learner and one
     engine.
     """
     if gpu not in GPUS:
         raise ConfigError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
-    shape, learn = shape_of(config.model), config.learn
-    learner = LearnerLayout(
-        tp=learn.tp,
-        pp=learn.pp,
-        dp=learn.dp,
-        micro_tokens=learn.micro_tokens,
-        dtype=config.model.dtype,
-        sequence_parallel=learn.sequence_parallel,
-        recompute=learn.recompute,
-        distributed_optimizer=learn.distributed_optimizer,
-        reference=learn.kl_coef > 0,
-    )
+    shape, taken = shape_of(config.model), learner_gpus(config.learn)
     engine = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
     if gpus is None:
         on_cluster = config.cluster.nodes * config.cluster.gpus_per_node
-        gpus = on_cluster or learner.gpus + config.engine.replicas * engine.tp
-    engines = (gpus - learner.gpus) // engine.tp
+        gpus = on_cluster or taken + config.engine.replicas * engine.tp
+    engines = (gpus - taken) // engine.tp
     if engines < 1:
         raise ConfigError(
-            f"{gpus} GPUs: the learner takes {learner.gpus} (learn.tp · pp · dp) and an engine {engine.tp}; "
+            f"{gpus} GPUs: the learner takes {taken} (learn.tp · pp · dp) and an engine {engine.tp}; "
             "give more GPUs or a smaller learner"
         )
     workload = workload or AgentWorkload.guess(config)
-    return GpuPlan(config, gpus, GPUS[gpu], workload, shape, learner, engine, engines)
+    return GpuPlan(config, gpus, GPUS[gpu], workload, shape, engine, engines)
 
 
 def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
-    p, learner, work = plan, plan.learner, plan.workload
+    p, learn, work = plan, plan.config.learn, plan.workload
     forecast, step_s = p.forecast, p.forecast.step_s
-    split = f"tp {learner.tp} · pp {learner.pp} · cp {learner.cp} · dp {learner.dp}"
+    split = f"tp {learn.tp} · pp {learn.pp} · dp {learn.dp}, {p.config.model.dtype}"
     lines = [
         f"{p.shape.name}: {p.shape.parameters / 1e9:.3g} billion parameters, on {p.gpus} x {p.gpu.name} "
         f"({p.gpu.memory / GIB:.0f} GiB)",
         "",
-        f"learner  {learner.gpus} GPU(s): {split}, {learner.dtype}, micro-batches of {learner.micro_tokens} "
-        "tokens"
-        + (f", recompute {learner.recompute}" if learner.recompute != "none" else "")
-        + (", sequence parallel" if learner.sequence_parallel else "")
-        + (", distributed optimizer" if learner.distributed_optimizer else ""),
-        *_memory_lines(p.learner_memory, p.gpu.memory),
+        f"learner  {learner_gpus(learn)} GPU(s): {split}, micro-batches of {learn.micro_tokens} tokens"
+        + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
+        + (", sequence parallel" if learn.sequence_parallel else "")
+        + (", distributed optimizer" if learn.distributed_optimizer else ""),
+        _filled(p.learner_memory, p.gpu.memory),
         "",
         f"engines  {p.engines} of {p.engine.tp} GPU(s) each",
-        *_memory_lines(p.engine_memory, p.gpu.memory),
+        _filled(p.engine_memory, p.gpu.memory),
         f"  {p.kv_tokens:,} tokens of KV cache per engine",
         "",
         f"forecast, with {forecast.branches:,.0f} branches in flight",
@@ -300,6 +287,6 @@ def text(plan: GpuPlan) -> str:
     return "\n".join(lines)
 
 
-def _memory_lines(memory: Memory, available: float) -> list[str]:
+def _filled(memory: Memory, available: float) -> str:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.parts.items())
-    return [f"  {memory.total / GIB:.1f} of {available / GIB:.1f} GiB per GPU: {parts}"]
+    return f"  {memory.total / GIB:.1f} of {available / GIB:.1f} GiB per GPU: {parts}"

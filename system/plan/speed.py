@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from system.config import LearnConfig
 from system.models.shape import ModelShape
 from system.plan.hardware import Gpu
-from system.plan.memory import WIDTH, EngineLayout, LearnerLayout, kv_capacity
+from system.plan.memory import WIDTH, EngineLayout, kv_capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +48,27 @@ class LearnerRoofline:
     """All ranks of the learner together."""
 
     shape: ModelShape
-    layout: LearnerLayout
+    learn: LearnConfig
     gpu: Gpu
 
     def train_s(self, tokens: float) -> float:
         """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state."""
-        layout, gpu = self.layout, self.gpu
-        passes = 8 if layout.recompute == "full" else 6
+        learn, gpu = self.learn, self.gpu
+        passes = 8 if learn.recompute == "full" else 6
         # A pipeline idles (pp - 1) / micro-batches of the time (Narayanan et al., 2021, section 2.2).
-        micros = max(1.0, tokens / (layout.micro_tokens * layout.dp))
-        bubble = 1 + (layout.pp - 1) / micros
+        micros = max(1.0, tokens / (learn.micro_tokens * learn.dp))
+        bubble = 1 + (learn.pp - 1) / micros
         # Less than a micro-batch per replica leaves replicas without work.
-        replicas = min(layout.dp, max(1.0, tokens / layout.micro_tokens))
+        replicas = min(learn.dp, max(1.0, tokens / learn.micro_tokens))
         work = passes * self.shape.active * tokens / replicas
-        gpus = layout.tp * layout.pp * layout.cp
-        return work / (gpus * gpu.flops * gpu.train_mfu) * bubble + self._optimizer_s()
+        return work / (learn.tp * learn.pp * gpu.flops * gpu.train_mfu) * bubble + self._optimizer_s()
 
     def _optimizer_s(self) -> float:
         """Gradient all-reduce over DP (ring, fp32) and one pass over weights, gradients and moments."""
-        layout, gpu = self.layout, self.gpu
-        held = self.shape.parameters / (layout.tp * layout.pp)
-        ring = 2 * (layout.dp - 1) / layout.dp * 4 * held / (gpu.network * gpu.network_share)
-        shards = layout.dp if layout.distributed_optimizer else 1
+        learn, gpu = self.learn, self.gpu
+        held = self.shape.parameters / (learn.tp * learn.pp)
+        ring = 2 * (learn.dp - 1) / learn.dp * 4 * held / (gpu.network * gpu.network_share)
+        shards = learn.dp if learn.distributed_optimizer else 1
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 
 

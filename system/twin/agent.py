@@ -58,12 +58,8 @@ class Agent(ABC):
         """Tokens of a prompt."""
 
     def forget(self, tree: str) -> None:
-        """The tree is closed."""
+        """The tree is closed, or will never be."""
         return
-
-    def afresh(self) -> Agent:
-        """The same agent for another simulation, knowing nothing of this one."""
-        return self
 
     def query(self, call: int) -> int:
         """What the call of token ``call`` asks: two calls of one tree that ask the same have the same."""
@@ -161,7 +157,7 @@ class RecordedAgent(Agent):
             [number for tree in trees for level in tree.levels[calls : calls + 1] for number in level]
             for calls in range(max(len(tree.levels) for tree in trees))
         ]
-        self._said: dict[str, set[int]] = {}  # by each tree that grows
+        self._said: dict[str, set[int]] = {}  # by each tree that grows; nothing when a simulation is over
 
     @property
     def tools(self) -> Sequence[str]:
@@ -192,9 +188,6 @@ class RecordedAgent(Agent):
 
     def forget(self, tree: str) -> None:
         self._said.pop(tree, None)
-
-    def afresh(self) -> RecordedAgent:
-        return RecordedAgent(self.trees, self.segments, self.tools, self.variety)
 
     def query(self, call: int) -> int:
         return self.segments[number_of(call)].query

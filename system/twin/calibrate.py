@@ -56,7 +56,9 @@ class Calibration:
                 "a calibration needs at least 8 of each"
             )
         agent = fit_agent(trees, config.branching.probe_tokens)
-        publishing, update = _publishing(records)
+        idle = idle_s(records)  # of it the learner's while it publishes, and the engines' as they take over
+        publishing = idle.get("learner", {}).get("publishing weights", 0.0) / len(records)
+        update = mean_over_engines(idle, "updating", "paused") / len(records)
         engine, learner = fit_engine(records), fit_learner(records)
         models = Models(
             engine=engine,
@@ -273,14 +275,6 @@ def nonnegative(gram: NDArray[np.float64], right: NDArray[np.float64]) -> list[f
             break
         kept.pop(int(solution.argmin()))
     return result
-
-
-def _publishing(records: Records) -> tuple[float, float]:
-    """Seconds per step of publishing weights, and of them those in which the engines stood still."""
-    idle = idle_s(records)
-    publishing = idle.get("learner", {}).get("publishing weights", 0.0)
-    still = mean_over_engines(idle, "updating", "paused")
-    return publishing / len(records), still / len(records)
 
 
 def _vocab(run: RunDir) -> int:

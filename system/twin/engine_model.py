@@ -168,7 +168,7 @@ class EngineModel:
         self._waiting.clear()
         self._admitted.clear()
         self._due.clear()
-        self._cache.clear()
+        self._cache = PrefixCache()
         self._grown = self._context = 0
         if self._update is not None:
             self._update[3].set_result(None)
@@ -404,7 +404,7 @@ class EngineModel:
         else:
             for sequence in reversed(list(self._running)):
                 self._retract(sequence)
-            self._cache.clear()
+            self._cache = PrefixCache()  # what the old weights have computed is of no use
         self._note("version", version)
         done.set_result(None)
 

@@ -81,10 +81,3 @@ class PrefixCache:
             freed = self._tokens.pop(unit)
             self.held -= freed
             tokens -= freed
-
-    def clear(self) -> None:
-        """New weights, or a new process: nothing held is of use.  Nothing may be pinned."""
-        self.held = 0
-        self._tokens.clear()
-        self._pins.clear()
-        self._free.clear()

@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from system.config import Config
 from system.errors import EspalierError
 from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
+from system.observe.recorder import Recorder
+from system.observe.rundir import RunDir
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
 from system.rollout.syntax.tags import TagSyntax
@@ -27,7 +32,7 @@ from system.twin.clock import Trace
 from system.twin.clock import run as run_virtually
 from system.twin.engine_model import EngineModel, EngineSpeed
 from system.twin.engine_models import EngineModels
-from system.twin.events import TwinEvents, TwinResult
+from system.twin.records import TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools
 
@@ -58,26 +63,8 @@ class Models:
     mixed: bool = False  # a prefill is part of a decode step
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """``what`` fails at ``at_s`` and is back ``for_s`` later (virtual seconds).
-
-    ``engine`` and ``tool`` name one by ``which``; ``learner`` ends the session, which resumes from the last
-    checkpoint.
-    """
-
-    at_s: float
-    what: Literal["engine", "tool", "learner"]
-    which: int = 0
-    for_s: float = 30.0
-
-
 class Stuck(EspalierError, RuntimeError):
     """No training step was finished for ``Twin.patience_s`` virtual seconds: somebody waits for ever."""
-
-
-class _LearnerDied(RuntimeError):
-    pass
 
 
 @dataclass
@@ -87,16 +74,15 @@ class Twin:
     config: Config
     models: Models
     steps: int  # training steps
-    failures: Sequence[Failure] = ()
-    checkpoint_every: int = 0  # for resuming; 0: only the start
     patience_s: float = 1e7  # virtual
-    events: TwinEvents = field(default_factory=TwinEvents)
-    log: list[Event] = field(default_factory=list)  # the ledger's, over all sessions
+    log: list[Event] = field(default_factory=list)  # the ledger's
+    records: list[dict[str, Any]] = field(default_factory=list)  # one per training step, as in metrics.jsonl
+    closed: list[tuple[float, float]] = field(default_factory=list)  # (when, duration) of each tree
 
     def __post_init__(self) -> None:
         config, models = self.config, self.models
         self.trace = Trace()
-        self.agent = models.agent.afresh()
+        self.agent = models.agent
         self.prompt_ids = [f"q{number}" for number in range(_PROMPTS)]
         known = {name: models.tools[name] for name in self.agent.tools}  # in the agent's order
         together = replace(config.tools, concurrency=config.tools.concurrency * config.rollout.workers)
@@ -130,61 +116,58 @@ class Twin:
             vocab_size=models.vocab,
             now=lambda: asyncio.get_running_loop().time(),
         )
-        self.sessions = 0
-        self._checkpoint = 0
-        self._died: asyncio.Future[None] | None = None
 
-    async def run(self) -> TwinEvents:
-        """Simulate to the end, through every injected failure."""
-        pending = [asyncio.create_task(self._fail(one), name=f"{one}") for one in self.failures]
-        try:
-            while not await self._session():
-                pass
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-        return self.events
+    async def run(self) -> None:
+        """Simulate to the end."""
+        time = asyncio.get_running_loop().time
+        self.recorder = Recorder(RunDir(Path()), self.config, (), clock=time, now=time)  # it writes no file
+        await self.session()
+        self.totals = self.recorder.summary()
 
     def result(self, skip: int = 0) -> TwinResult:
         """The finished simulation in figures, without its first ``skip`` training steps."""
-        return TwinResult.of(self.events, self.engines, self.trace, skip)
+        ends = [0.0, *(record["time/wall_s"] for record in self.records)]
+        durations = np.array([took for at, took in self.closed if ends[skip] < at <= ends[-1]] or [np.nan])
+        engines = self.engines
+        percentiles = {f"p{q}": float(np.percentile(durations, q)) for q in (50, 90, 99, 100)}
+        return TwinResult.of(
+            self.records[skip:],
+            steps=len(self.records),
+            seconds=ends[-1],
+            tree_s={"mean": float(durations.mean()), **percentiles},
+            totals=self.totals,
+            running=sum(one.generated for one in engines) / max(sum(one.steps for one in engines), 1),
+            events=self.trace.events,
+            digest=self.trace.digest,
+        )
 
-    async def _session(self) -> bool:
-        """From the last checkpoint to the end of the run (True) or to the learner's death."""
-        config, version = self.config, self._checkpoint
+    async def session(self, version: int = 0) -> None:
+        """From weights ``version``, and what ``log`` says of them, to the end of the run."""
+        config = self.config
         ledger = Ledger.replay(
             self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts, self._logged
         )
-        self.sessions += 1
-        self._died = asyncio.get_running_loop().create_future()
         self.loop = loop = TrainingLoop(
-            config, ledger, self, self.events, version=version, clock=asyncio.get_running_loop().time
+            config, ledger, self, self.recorder, version=version, clock=asyncio.get_running_loop().time
         )
         for engine in self.engines:
             if engine.alive:
                 await engine.update(version, 0.0)
-        died = False
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                admitting = tasks.create_task(loop.admit(), name="admission")
-                try:
-                    while loop.version < self.steps:
-                        await self._step(loop)
-                        if self.checkpoint_every and loop.version % self.checkpoint_every == 0:
-                            self._checkpoint = loop.version
-                finally:
-                    loop.stop()
-                    admitting.cancel()
-        except* _LearnerDied:
-            died = True
-        return not died
+        async with asyncio.TaskGroup() as tasks:
+            admitting = tasks.create_task(loop.admit(), name="admission")
+            try:
+                while loop.version < self.steps:
+                    await self.step(loop)
+            finally:
+                loop.stop()
+                admitting.cancel()
 
-    async def _step(self, loop: TrainingLoop) -> None:
+    async def step(self, loop: TrainingLoop) -> None:
         patience = asyncio.timeout(self.patience_s)
         try:
             async with patience:
                 await loop.step()
+                self.records.append(self.recorder.flush(loop.version))
         except TimeoutError:
             if not patience.expired():
                 raise
@@ -206,17 +189,15 @@ class Twin:
             tree_id = f"{prompt.id}:{ticket.number}"
             self.fleet.forget(tree_id)
             self.agent.forget(tree_id)
-        return TreeInFlight(ticket, tree, TreeStats.of(tree))
+        stats = TreeStats.of(tree)
+        self.closed.append((asyncio.get_running_loop().time(), stats.seconds))
+        return TreeInFlight(ticket, tree, stats)
 
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
-        tokens = sum(tree.stats.unique for tree in trees)
-        seconds = self.models.learner.train_s(tokens)
-        assert self._died is not None
-        done, _ = await asyncio.wait({self._died}, timeout=seconds)
-        if done:
-            raise _LearnerDied
-        self.events.batch([tree.reference for tree in trees])
-        return {"seconds": seconds, "unique_tokens": float(tokens)}
+        seconds = self.models.learner.train_s(sum(tree.stats.unique for tree in trees))
+        # A timer even for 0 s, unlike sleep(0): what else is due at this moment comes first.
+        await asyncio.wait({asyncio.get_running_loop().create_future()}, timeout=seconds)
+        return {"seconds": seconds}
 
     async def publish(self, version: int) -> None:
         await asyncio.sleep(self.models.publish_s)
@@ -227,42 +208,18 @@ class Twin:
         for engine in self.engines:
             engine.settle()
             for cause, seconds in engine.idle_s.items():
-                self.events.idle_total(engine.name, cause, seconds)
+                self.recorder.idle_total(engine.name, cause, seconds)
 
     def _logged(self, event: Event) -> None:
         self.log.append(event)
         self.trace.note("ledger", *event.items())
 
-    # Failures
 
-    async def _fail(self, failure: Failure) -> None:
-        await asyncio.sleep(failure.at_s)
-        match failure.what:
-            case "learner":
-                if self._died is not None and not self._died.done():
-                    self._died.set_result(None)
-            case "tool":
-                self.tools.set_down(True)
-                await asyncio.sleep(failure.for_s)
-                self.tools.set_down(False)
-            case "engine":
-                engine = self.engines[failure.which % len(self.engines)]
-                if not engine.alive:
-                    return
-                engine.kill()
-                await asyncio.sleep(failure.for_s)
-                async with self.loop.weights:  # the fleet's watch sends it the current weights
-                    await asyncio.sleep(self.models.publish_s)
-                    engine.restart(self.loop.version)
-
-
-def simulate(
-    config: Config, models: Models, *, steps: int, skip: int = 0, failures: Sequence[Failure] = ()
-) -> TwinResult:
+def simulate(config: Config, models: Models, *, steps: int, skip: int = 0) -> TwinResult:
     """Simulate ``steps`` training steps and sum up all but the first ``skip``.
 
     Deterministic in ``config.run.seed``.  Starts an event loop of its own.
     """
-    twin = Twin(config, models, steps, failures=failures)
+    twin = Twin(config, models, steps)
     run_virtually(twin.run())
     return twin.result(skip)

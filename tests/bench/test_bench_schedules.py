@@ -8,14 +8,14 @@ import pytest
 
 from system.bench.baselines import WAYS
 from system.bench.schedules import Scenario, agent, grow
-from system.twin.dist import ToolLatency
+from system.twin.dist import Lognormal
 
-SCENARIO = Scenario(agent(), ToolLatency(2.0), trees=8)
+SCENARIO = Scenario(agent(), Lognormal(2.0), trees=8)
 
 
 def test_three_times_the_trees_per_hour_at_sigma_1_with_stragglers() -> None:
     """Barrier-free growth as it is by default, with η = 1; even in synchronous training it is twice."""
-    case = replace(SCENARIO, latency=ToolLatency(2.0, 1.0, 0.05), trees=16)
+    case = replace(SCENARIO, latency=Lognormal(2.0, 1.0, 0.05), trees=16)
     ways = ("lockstep", "tree sync", "tree async η=1")
     rounds, synchronous, free = (grow(case, WAYS[way], 4).result for way in ways)
     assert free.steps == rounds.steps == 4
@@ -25,7 +25,7 @@ def test_three_times_the_trees_per_hour_at_sigma_1_with_stragglers() -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 def test_with_room_in_the_engine_a_batch_takes_as_long_as_its_longest_chain(sigma: float) -> None:
-    one = grow(replace(SCENARIO, latency=ToolLatency(2.0, sigma, 0.05)), WAYS["tree sync"], 1)
+    one = grow(replace(SCENARIO, latency=Lognormal(2.0, sigma, 0.05)), WAYS["tree sync"], 1)
     assert 1.0 - 1e-9 <= one.result.seconds / one.bound_s <= 1.05
 
 
@@ -43,7 +43,7 @@ def test_when_nothing_spreads_linear_rollouts_lose_nothing_in_rounds() -> None:
 
 
 def test_drained_updates_make_every_tree_of_one_batch_start_after_the_one_before() -> None:
-    case = replace(SCENARIO, latency=ToolLatency(2.0, 1.0, 0.05), trees=4)
+    case = replace(SCENARIO, latency=Lognormal(2.0, 1.0, 0.05), trees=4)
     drained = WAYS["linear one-step-off"]
     free = replace(drained, overrides=("flow.update=in-flight",))
     assert grow(case, free, 4).result.seconds < grow(case, drained, 4).result.seconds

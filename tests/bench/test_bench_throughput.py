@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pytest
 from system.bench.baselines import BASELINES, WAYS
 from system.bench.throughput import SETTINGS, TEACH, SlowSearch, figures, write_report
 from system.config import load
+from system.flow.replay import TreeInFlight
 from system.serving import serve
 from system.tasks.base import make_task
+from system.tree.record import Tree
 from system.twin.clock import run as virtually
-from system.twin.dist import ToolLatency
+from system.twin.dist import Lognormal
 from system.twin.speeds import LinearEngine, LinearLearner
 from system.twin.world import Models, Twin
 
@@ -51,9 +54,9 @@ async def test_the_slow_search_takes_as_long_as_its_query_draws() -> None:
                     assert "results" in await answer.json()
                 return time.monotonic() - began
 
-            search.latency = ToolLatency(0.4)
+            search.latency = Lognormal(0.4)
             assert await seconds() >= 0.4
-            search.latency = ToolLatency(0.01, stragglers=1.0, straggler_factor=50.0)
+            search.latency = Lognormal(0.01, stragglers=1.0, straggler_factor=50.0)
             assert await seconds() >= 0.5
     finally:
         await server.close()
@@ -65,8 +68,15 @@ def test_figures_of_a_run() -> None:
         Models(LinearEngine(0.01, 0.0), LinearLearner(1.0, 0.0)),
         1,
     )
-    twin.events.keep_trees = True
-    trees = virtually(twin.run()).trees
+    trees: list[Tree] = []
+    train = twin.train
+
+    async def keeping(version: int, batch: Sequence[TreeInFlight]) -> Mapping[str, float]:
+        trees.extend(tree.reference for tree in batch)
+        return await train(version, batch)
+
+    twin.train = keeping
+    virtually(twin.run())
     late = [replace(tree, started_s=0.0, closed_s=2.0 + 8.0 * i) for i, tree in enumerate(trees)]
     sampled = sum(int(np.count_nonzero(tree.version >= 0)) for tree in trees)
     summary = {"tokens": {"trained": sampled // 2, "generated": sampled + 7}, "dropped": {}}

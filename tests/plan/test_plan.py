@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from actors.cli.main import main
-from system.config import Config, ConfigError, ModelConfig, load
+from system.config import Config, ConfigError, LearnConfig, ModelConfig, load
 from system.models.known import KNOWN, shape_of
 from system.plan import AgentWorkload, plan, text
 from system.plan.hardware import GIB, GPUS
 from system.plan.memory import (
     EngineLayout,
-    LearnerLayout,
     activation_bytes_per_token,
     engine_memory,
     kv_capacity,
+    learner_gpus,
     learner_memory,
 )
 from system.plan.speed import EngineRoofline, LearnerRoofline
@@ -70,7 +70,7 @@ def test_fine_tunes_are_known_by_their_base_and_strangers_are_refused() -> None:
 
 
 def test_states_of_a_rank_are_18_bytes_per_parameter_in_bf16() -> None:
-    layout = LearnerLayout(tp=1, dp=4)
+    layout = LearnConfig(tp=1, dp=4)
     parts = learner_memory(SEVEN, layout).parts
     states = parts["weights"] + parts["gradients"] + parts["optimizer"]
     assert states == pytest.approx(18 * SEVEN.parameters, rel=1e-3)
@@ -80,21 +80,21 @@ def test_states_of_a_rank_are_18_bytes_per_parameter_in_bf16() -> None:
 
 
 def test_tensor_and_pipeline_parallelism_divide_the_states() -> None:
-    whole = learner_memory(SEVEN, LearnerLayout()).parts["weights"]
-    assert learner_memory(SEVEN, LearnerLayout(tp=4)).parts["weights"] == pytest.approx(whole / 4, rel=1e-3)
-    staged = learner_memory(SEVEN, LearnerLayout(pp=4)).parts["weights"]
+    whole = learner_memory(SEVEN, LearnConfig(tp=1)).parts["weights"]
+    assert learner_memory(SEVEN, LearnConfig(tp=4)).parts["weights"] == pytest.approx(whole / 4, rel=1e-3)
+    staged = learner_memory(SEVEN, LearnConfig(tp=1, pp=4)).parts["weights"]
     table = 2 * SEVEN.embedding  # bytes; a stage holds at most one of the two tables
     assert staged == pytest.approx((whole - 2 * table) / 4 + table, rel=1e-3)
 
 
 def test_activations_by_hand_and_by_switch() -> None:
     # Qwen2.5-7B in bf16: 4·3584 norms, (2·28 + 2·4)·128 attention, 4·18944 MLP numbers per token and layer.
-    whole, kept = activation_bytes_per_token(SEVEN, LearnerLayout())
+    whole, kept = activation_bytes_per_token(SEVEN, LearnConfig(tp=1))
     assert whole == kept == 2 * (4 * 3584 + 64 * 128 + 4 * 18_944)
-    sequence = activation_bytes_per_token(SEVEN, LearnerLayout(tp=4, sequence_parallel=True))
+    sequence = activation_bytes_per_token(SEVEN, LearnConfig(tp=4, sequence_parallel=True))
     assert sequence[0] == whole / 4
     order = [
-        activation_bytes_per_token(SEVEN, LearnerLayout(recompute=name))[1]
+        activation_bytes_per_token(SEVEN, LearnConfig(tp=1, recompute=name))[1]
         for name in ("none", "selective", "full")
     ]
     assert order[0] > order[1] > order[2] == 2 * 3584
@@ -121,7 +121,7 @@ def test_a_decode_step_reads_the_weights_once_however_many_share_it() -> None:
 
 def test_training_time_falls_with_ranks_until_a_batch_has_no_more_micro_batches() -> None:
     def seconds(dp: int) -> float:
-        return LearnerRoofline(SEVEN, LearnerLayout(tp=4, dp=dp), H100).train_s(64 * 4096)
+        return LearnerRoofline(SEVEN, LearnConfig(tp=4, dp=dp), H100).train_s(64 * 4096)
 
     assert seconds(1) > 1.8 * seconds(2)
     assert seconds(128) > 0.95 * seconds(64)
@@ -149,7 +149,7 @@ def config(*overrides: str) -> Config:
 def test_a_sensible_layout_fits_and_uses_every_gpu() -> None:
     made = plan(config("learn.recompute=full", "learn.micro_tokens=8192"), gpus=8)
     assert made.fits, made.problems
-    assert made.learner.gpus + made.engines * made.engine.tp == 8
+    assert learner_gpus(made.config.learn) + made.engines * made.engine.tp == 8
     assert made.learner_memory.total < H100.memory
     assert "bottleneck" in text(made)
     assert any("engine.replicas=4" in note for note in made.notes)

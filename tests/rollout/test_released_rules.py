@@ -15,7 +15,7 @@ import pytest
 
 from system.bench.baselines import WAYS
 from system.bench.schedules import RELEASED, Scenario, agent, grow
-from system.twin.dist import ToolLatency
+from system.twin.dist import Lognormal
 
 LEAVES, ROOTS, LIMIT = 16, 8, 3
 Key = tuple[int, ...]
@@ -63,7 +63,7 @@ def released_rules(calls: Callable[[Key], bool], forks: Callable[[Key], bool], r
 def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
     """Every tree, on the same draws: the same forks, top-ups, rounds and calls."""
     habits = agent(p_call, tokens=20, sigma=0.0)
-    scenario = Scenario(habits, ToolLatency(1.0, 1.0), LEAVES, ROOTS, LIMIT, trees=1)
+    scenario = Scenario(habits, Lognormal(1.0, 1.0), LEAVES, ROOTS, LIMIT, trees=1)
     for seed in range(15):
         tree_seed = int(np.random.SeedSequence((seed, 0)).generate_state(1)[0])  # as the training loop does
         streams: dict[Key, tuple[np.random.Generator, np.random.Generator]] = {}
@@ -80,10 +80,11 @@ def test_the_grower_in_rounds_does_what_the_rules_do(p_call: float) -> None:
             forks=lambda key: draws(key)[0].random() <= 0.5,
         )
         ours = grow(scenario, WAYS["lockstep"], 1, seed)
-        tree = ours.result  # its only one
-        assert expected == Tally(
-            int(tree.forks_per_tree), int(tree.top_ups_per_tree), ours.rounds, int(tree.calls_per_tree)
+        forks, top_ups, calls = (
+            int(ours.result.per_tree(what))  # its only one
+            for what in ("forks", "top_ups", "tool_calls")
         )
+        assert expected == Tally(forks, top_ups, ours.rounds, calls)
 
 
 @pytest.mark.parametrize("p_call", RELEASED)

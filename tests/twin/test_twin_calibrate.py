@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from twin_worlds import config, models
+from twin_worlds import KeepingTwin, config, models
 
 from system.bench.twin import run
 from system.config import ConfigError
-from system.flow.loop import FinishedStep
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
 from system.tasks.tiny_model import qwen3_config
-from system.tree.record import Tree
 from system.tree.store import TreeWriter
 from system.twin.agent import AgentModel
 from system.twin.calibrate import Calibration, fit_agent, fit_engine, fit_tools, nonnegative
 from system.twin.clock import run as virtually
 from system.twin.dist import Lognormal
-from system.twin.events import TwinEvents
 from system.twin.speeds import LinearEngine, LinearLearner
 from system.twin.tools import ToolModel
-from system.twin.world import Twin
+from system.twin.world import simulate
 
 ENGINE = LinearEngine(0.008, 0.0005, per_prefill_s=2e-5)
 WORLD = models(
@@ -56,49 +51,6 @@ def engine_sums(rng: np.random.Generator) -> dict[str, float]:
     return {f"engine/server/{name}": float(value) for name, value in sums.items()}
 
 
-@dataclass
-class RecordingEvents(TwinEvents):
-    """Writes a run directory as the recorder would."""
-
-    log: JsonlWriter | None = None
-    trees_to: TreeWriter | None = None
-    since: float = 0.0
-    last: dict[str, dict[str, float]] | None = None
-
-    def batch(self, trees: Sequence[Tree]) -> None:
-        assert self.trees_to is not None
-        for tree in trees:
-            self.trees_to.append(tree)
-
-    def train_step(self, step: FinishedStep) -> None:
-        super().train_step(step)
-        now = asyncio.get_running_loop().time()
-        inside = [one for one in self.closed if self.since < one[0] <= now]
-        before, after = self.last or {}, self.marks[-1]
-        idle = {
-            f"time/idle_s/{actor}/{cause}": seconds - before.get(actor, {}).get(cause, 0.0)
-            for actor, causes in after.items()
-            for cause, seconds in causes.items()
-        }
-        assert self.log is not None
-        self.log.write(
-            {
-                "step": step.version,
-                "time/window_s": now - self.since,
-                "train/seconds": step.stats["seconds"],
-                "train/unique_tokens": step.stats["unique_tokens"],
-                "train/tokens": self.trained[-1],
-                "rollout/trees": len(inside),
-                "rollout/tokens": sum(tokens for *_, tokens in inside),
-                "rollout/tree_s": float(np.mean([s for _, s, _ in inside])) if inside else None,
-                "flow/staleness": float(np.mean(step.staleness)),
-                **idle,
-                **engine_sums(np.random.default_rng(step.version)),
-            }
-        )
-        self.since, self.last = now, after
-
-
 def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     """A run directory of the known world under ``overrides``."""
     settings = config(f"run.dir={tmp_path}", f"run.name={name}", "observe.trees=-1", *overrides)
@@ -106,8 +58,13 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     directory.write_config(settings)
     directory.start.mkdir(exist_ok=True)
     qwen3_config(settings.model, WORLD.vocab).save_pretrained(directory.start)
+    twin = KeepingTwin(settings, WORLD, 64)
+    virtually(twin.run())
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)
-    virtually(Twin(settings, WORLD, 64, events=RecordingEvents(log=log, trees_to=trees)).run())
+    for one in twin.records:
+        log.write({**one, **engine_sums(np.random.default_rng(one["step"]))})
+    for tree in twin.trees:
+        trees.append(tree)
     log.close()
     trees.flush()
     return directory
@@ -133,9 +90,9 @@ def test_no_coefficient_is_negative_and_the_rest_is_still_least_squares() -> Non
 
 
 def test_habits_and_tools_come_back_from_trees() -> None:
-    events = TwinEvents(keep_trees=True)
-    virtually(Twin(config("branching=none"), WORLD, 15, events=events).run())
-    agent = fit_agent(events.trees, window=8)
+    twin = KeepingTwin(config("branching=none"), WORLD, 15)
+    virtually(twin.run())
+    agent = fit_agent(twin.trees, window=8)
     assert agent.tools == ["search"]
     for calls, p_call in enumerate((0.9, 0.6, 0.3)):
         heard = [agent.segments[number] for number in agent.levels[calls]]
@@ -143,7 +100,7 @@ def test_habits_and_tools_come_back_from_trees() -> None:
     assert agent.variety > 5  # branches are independent here
     lengths = [agent.segments[number].tokens for number in agent.levels[0]]
     assert np.mean(lengths) == pytest.approx(30, rel=0.15)
-    tool = fit_tools(events.trees, agent.tools)["search"]
+    tool = fit_tools(twin.trees, agent.tools)["search"]
     assert tool.latency.mean == pytest.approx(0.8, rel=0.2)
     assert tool.result_tokens.mean == pytest.approx(64, abs=1)
 
@@ -184,5 +141,5 @@ def test_speeds_can_come_from_benchmark_figures(tmp_path: Path) -> None:
 def test_slower_tools_are_an_input_to_a_prediction(tmp_path: Path) -> None:
     settings = config()
     slow = replace(WORLD, tools={"search": ToolModel(Lognormal(4.0, 0.7))})
-    quick, waiting = (virtually(Twin(settings, world, 6).run()).steps[-1] for world in (WORLD, slow))
+    quick, waiting = (simulate(settings, world, steps=6).seconds for world in (WORLD, slow))
     assert waiting > 1.5 * quick

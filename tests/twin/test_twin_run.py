@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twin_worlds import config, models, surviving
+from twin_worlds import FailingTwin, Failure, config, models, surviving
 
 from system.tree.record import Origin
 from system.twin.agent import AgentModel
 from system.twin.clock import run
-from system.twin.dist import Constant, Lognormal, ToolLatency
+from system.twin.dist import Constant, Lognormal
 from system.twin.speeds import LinearLearner
 from system.twin.tools import ToolModel
-from system.twin.world import Failure, Twin, simulate
+from system.twin.world import Twin, simulate
 
 NOISY = models(
     agent=AgentModel(segment_tokens=Lognormal(50, 0.8)),
-    tools={"search": ToolModel(ToolLatency(1.0, 1.0, 0.05), failures=0.1)},
+    tools={"search": ToolModel(Lognormal(1.0, 1.0, 0.05), failures=0.1)},
 )
 
 
@@ -69,7 +69,7 @@ def test_without_staleness_generation_and_training_take_turns() -> None:
     flows = simulate(config("flow.staleness=1"), lazy, steps=6, skip=1)
     training = 10.0 + 0.5 + 0.1
     assert waits.step_s * (1 - waits.idle["learner"]["no batch"]) == pytest.approx(training, abs=0.2)
-    assert waits.staleness_max == 0
+    assert waits.totals["staleness"]["max"] == 0
     assert flows.step_s < waits.step_s - 0.5
     assert waits.idle["rollout"]["staleness bound"] > flows.idle["rollout"]["staleness bound"]
 
@@ -100,7 +100,7 @@ def test_thousands_of_branches_and_a_day_are_simulated_at_once() -> None:
     twin = Twin(large, patient, steps=1)
     run(main(twin))
     assert live == 128 * 16
-    assert twin.events.steps[-1] > 20_000
+    assert twin.records[-1]["time/wall_s"] > 20_000
 
 
 CHAOS = [
@@ -119,7 +119,7 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
     staleness, window = int(rng.integers(0, 3)), int(rng.integers(1, 4))
     update = ["in-flight", "drained"][int(rng.integers(2))]
     lockstep = seed % 4 == 3
-    twin = Twin(
+    twin = FailingTwin(
         config(
             f"run.seed={seed}",
             f"flow.staleness={0 if lockstep else staleness}",
@@ -134,13 +134,11 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
         ),
         NOISY,
         steps=8,
+        patience_s=20_000.0,
         failures=[Failure(f.at_s + float(rng.uniform(-6, 6)), f.what, f.which, f.for_s) for f in CHAOS]
         if chaos
         else (),
-        checkpoint_every=3,
-        patience_s=20_000.0,
     )
-    twin.events.keep_trees = True
 
     async def main() -> None:
         await twin.run()
@@ -150,10 +148,10 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
     run(main())
     if chaos:
         assert twin.sessions > 1
-    for tree in twin.events.trees:  # the budget identity
+    for tree in twin.trees:  # the budget identity
         assert sum(tree.origins(origin) for origin in Origin) == tree.n_leaves == tree.budget
     settings = twin.config.flow
-    assert max(twin.events.staleness) <= settings.staleness + settings.window  # the staleness bound
+    assert twin.totals["staleness"]["max"] <= settings.staleness + settings.window  # the staleness bound
     history = surviving(twin.log)
     assert [version for version, _ in history] == sorted(v for v in range(1, 9) for _ in range(4))
     assert max(Counter(prompt for _, prompt in history).values()) == 1  # none twice
@@ -165,11 +163,11 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
 
 
 def test_a_limit_on_staleness_evicts_trees_in_a_simulation_too() -> None:
-    tail = models(tools={"search": ToolModel(ToolLatency(1.0, 1.0, 0.02, 100.0))})
+    tail = models(tools={"search": ToolModel(Lognormal(1.0, 1.0, 0.02, 100.0))})
     overtaking = ("flow.staleness=1", "flow.window=4")
     free = simulate(config(*overtaking), tail, steps=12)
     limited = simulate(config(*overtaking, "flow.max_staleness=1"), tail, steps=12)
-    assert free.dropped == {}
-    assert free.staleness_max > 1
-    assert limited.dropped["stale"] > 0
-    assert limited.staleness_max <= 1
+    assert free.totals["dropped"] == {}
+    assert free.totals["staleness"]["max"] > 1
+    assert limited.totals["dropped"]["stale"]["trees"] > 0
+    assert limited.totals["staleness"]["max"] <= 1

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from system.config import Config, load
+from system.flow.loop import TrainingLoop
+from system.flow.replay import TreeInFlight
+from system.tree.record import Tree
 from system.twin.agent import AgentModel
 from system.twin.dist import Constant
 from system.twin.speeds import LinearEngine, LinearLearner
 from system.twin.tools import ToolModel
-from system.twin.world import Models
+from system.twin.world import Models, Twin
 
 FAR = ("generate", "branch", "tree")
 
@@ -43,6 +48,99 @@ def models(**changes: Any) -> Models:
         "update_s": 0.1,
     }
     return Models(**(plain | changes))
+
+
+class KeepingTwin(Twin):
+    """Keeps the trees that it has trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.trees: list[Tree] = []
+
+    async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
+        stats = await super().train(version, trees)
+        self.trees += [tree.reference for tree in trees]
+        return stats
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """``what`` fails at ``at_s`` and is back ``for_s`` later (virtual seconds).
+
+    ``engine`` names one by ``which``; ``learner`` ends the session in this or the next training step, and the
+    run resumes from the last checkpoint.
+    """
+
+    at_s: float
+    what: Literal["engine", "tool", "learner"]
+    which: int = 0
+    for_s: float = 30.0
+
+    async def strike(self, twin: FailingTwin) -> None:
+        await asyncio.sleep(self.at_s)
+        match self.what:
+            case "learner":
+                if not twin.died.done():
+                    twin.died.set_result(None)
+            case "tool":
+                twin.tools.set_down(True)
+                await asyncio.sleep(self.for_s)
+                twin.tools.set_down(False)
+            case "engine":
+                engine = twin.engines[self.which % len(twin.engines)]
+                if not engine.alive:
+                    return
+                engine.kill()
+                await asyncio.sleep(self.for_s)
+                async with twin.loop.weights:  # the fleet's watch sends it the current weights
+                    await asyncio.sleep(twin.models.publish_s)
+                    engine.restart(twin.loop.version)
+
+
+class LearnerDied(RuntimeError):
+    pass
+
+
+@dataclass
+class FailingTwin(KeepingTwin):
+    """Runs to its end through every failure; a checkpoint is made every three steps."""
+
+    failures: Sequence[Failure] = ()
+    checkpoint: int = 0  # the weights that the next session begins with
+    sessions: int = 0
+
+    async def run(self) -> None:
+        pending = [asyncio.create_task(one.strike(self), name=f"{one}") for one in self.failures]
+        try:
+            await super().run()
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def session(self, version: int = 0) -> None:
+        ended = False
+        while not ended:
+            self.sessions += 1
+            self.died = asyncio.get_running_loop().create_future()
+            try:
+                await super().session(self.checkpoint)
+                ended = True
+            except* LearnerDied:
+                continue
+
+    async def step(self, loop: TrainingLoop) -> None:
+        await super().step(loop)
+        if loop.version % 3 == 0:
+            self.checkpoint = loop.version
+
+    async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
+        training = asyncio.ensure_future(super().train(version, trees))
+        await asyncio.wait({training, self.died}, return_when=asyncio.FIRST_COMPLETED)
+        if self.died.done():
+            training.cancel()
+            raise LearnerDied
+        return training.result()
 
 
 def surviving(events: Sequence[dict[str, Any]]) -> list[tuple[int, tuple[int, str]]]:
