@@ -114,7 +114,9 @@ def test_a_calibrated_twin_predicts_runs_it_has_not_seen(tmp_path: Path) -> None
     calibration = Calibration.from_run(shown)
     assert calibration.models.publish_s == pytest.approx(WORLD.publish_s, abs=0.02)
     assert calibration.models.update_s == pytest.approx(WORLD.update_s, abs=0.01)
-    data: dict[str, Any] = run(tmp_path / "out", words=[str(one.root) for one in (shown, *others)])
+    data: dict[str, Any] = run(
+        tmp_path / "out", quick=True, words=[str(one.root) for one in (shown, *others)]
+    )
     assert (tmp_path / "out" / "twin.html").is_file()
     assert [one["kind"] for one in data["runs"].values()] == ["fit", "prediction", "prediction"]
     for name, one in data["runs"].items():
@@ -129,7 +131,9 @@ def test_speeds_can_come_from_benchmark_figures(tmp_path: Path) -> None:
     engine, learner = tmp_path / "engine.json", tmp_path / "learner.json"
     engine.write_text(json.dumps({"engine_sums": sums}))
     learner.write_text(json.dumps({"results": steps}))
-    data: dict[str, Any] = run(tmp_path / "out", words=[str(engine), str(learner), str(shown.root)])
+    data: dict[str, Any] = run(
+        tmp_path / "out", quick=True, words=[str(engine), str(learner), str(shown.root)]
+    )
     (one,) = data["runs"].values()
     assert one["kind"] == "prediction"
     assert one["holds"], one

@@ -127,7 +127,7 @@ class FailingTwin(KeepingTwin):
                 await super().session(self.checkpoint)
                 ended = True
             except* LearnerDied:
-                continue
+                pass
 
     async def step(self, loop: TrainingLoop) -> None:
         await super().step(loop)
