@@ -13,6 +13,7 @@ from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config
+from system.models.shape import ModelShape
 from system.observe.eval import EvalResult
 from system.rollout.tree_rollout import RolloutFailed
 from system.tasks.base import Task, make_task
@@ -26,6 +27,8 @@ CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadli
 def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     """Greedy answers of the model in ``model_dir`` to the held-out questions."""
     check_engine(config)
+    if config.engine.name == "embedded":  # SGLang serves other families, too
+        ModelShape.from_directory(model_dir)
     task = make_task(config)
     with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
         return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))

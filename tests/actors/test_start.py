@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from actors.evaluate import evaluate
 from actors.train import train
 from system.config import ConfigError, load
 
+ROOT = Path(__file__).parents[2]
 SLOW = ("torch", "transformers", "megatron", "matplotlib", "wandb")
 
 
@@ -34,6 +36,12 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_made(
     with pytest.raises(ConfigError, match=named):
         train(load(None, [f"model.path={tmp_path}", f"run.dir={tmp_path}/runs"]), config_name="", resume=None)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_torn_model_is_not_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "hid')
+    with pytest.raises(ConfigError, match=r"config\.json: not the config\.json of a model"):
+        evaluate(load(ROOT / "configs" / "quickstart.yaml"), tmp_path)
 
 
 def test_a_task_without_a_tokenizer_needs_a_model(tmp_path: Path) -> None:
