@@ -230,13 +230,10 @@ def sight_case(place: Place, model: str) -> dict[str, float]:
         (before,) = trainer.logprobs([tree])
         sibling, ancestor = changed(8), changed(2)
         row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
-        by_index = row.position.clone().copy_(torch.arange(21))
-        from dataclasses import replace
-
+        row.position = row.position.clone().copy_(torch.arange(21))
         with torch.no_grad():
-            numbered_row = replace(row, position=by_index)
-            logits = numbered_row.run(trainer.model)
-            numbered, _ = numbered_row.logprob_entropy(logits, trainer.model, trainer.layout, 1.0)
+            logits = row.run(trainer.model)
+            numbered, _ = row.logprob_entropy(logits, trainer.model, trainer.layout, 1.0)
         trap = np.abs(numbered.numpy() - before[1:])
         return {
             "second branch after a change in the first": float(sibling[14:].max()),
