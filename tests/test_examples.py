@@ -69,7 +69,7 @@ def test_the_readme_shows_what_is_run_here() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_run_with_all_of_them(tmp_path: Path) -> None:
-    """As a user starts it, from the directory where the parts lie, which is not ours."""
+    """As a user starts it, from the directory where the parts lie, which is not ours; and synchronously."""
     for path in EXAMPLES.glob("*.py"):
         shutil.copy(path, tmp_path)
     words = (
@@ -78,7 +78,8 @@ def test_a_run_with_all_of_them(tmp_path: Path) -> None:
         "learn.credit=treerl_credit:ParentMean",
         "branching=treerl_credit:AtUnsureResults",
         "branching.options.threshold=0.05",
-        "run.steps=2",
+        "flow.staleness=0",
+        "run.steps=3",
         "run.name=mine",
         "warmstart.steps=30",
         "warmstart.demos=300",
@@ -96,8 +97,11 @@ def test_a_run_with_all_of_them(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "mine"
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["versions"] == 2
+    assert summary["versions"] == 3
     assert summary["tokens"]["trained"] > 0
     assert summary["config"]["learn"]["credit"]["name"] == "treerl_credit:ParentMean"
-    decisions = [fork for tree in read_trees(run / "trees") for fork in tree.forks]
-    assert {fork.probability for fork in decisions} == {0.0, 1.0}  # our own policies state chances
+    trees = list(read_trees(run / "trees"))
+    assert {fork.probability for tree in trees for fork in tree.forks} == {0.0, 1.0}  # our own states chances
+    assert summary["staleness"]["max"] == 0
+    assert summary["trees"] == len(trees)  # nothing was grown ahead of the learner
+    assert all(len({int(version) for version in tree.version if version >= 0}) == 1 for tree in trees)

@@ -1,4 +1,7 @@
-"""Whole small runs: asynchronous, synchronous, with parts of them killed, stopped and resumed."""
+"""Whole small runs: asynchronous, with parts of them killed, stopped and resumed.
+
+A synchronous one, with parts of one's own, is in tests/test_examples.py.
+"""
 
 import math
 import os
@@ -97,21 +100,8 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     assert_nothing_lost(run.directory, summary)
 
 
-def test_synchronous_grpo_through_the_same_code(start: Callable[..., Any]) -> None:
-    run = start("run.steps=3", "branching=none", "flow.staleness=0")
-    assert run.wait(WAIT_S) == 0, run.output()
-    summary = run.summary()
-    assert summary["staleness"]["max"] == 0
-    assert summary["forks"] == 0
-    assert summary["top_ups"] == 0
-    trees = list(read_trees(run.directory / "trees"))
-    assert summary["trees"] == len(trees)  # nothing was grown ahead of the learner
-    for tree in trees:
-        assert len({int(v) for v in tree.version if v >= 0}) == 1
-
-
 def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any]) -> None:
-    run = start("run.steps=12", "checkpoint.every=0")
+    run = start("run.steps=9", "checkpoint.every=0")
     victims: list[tuple[str, Callable[[psutil.Process], bool]]] = [
         ("rollout worker", lambda process: is_actor(process, "RolloutWorker")),
         # The python server has its sandbox below it, the search server nothing.
@@ -121,11 +111,11 @@ def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any])
     ]
     for count, (name, wanted) in enumerate(victims):
         if count != 1:  # the worker comes back while its search server is away
-            run.wait_for(lambda done=count: run.steps() > 2 * done, WAIT_S, f"step {2 * count + 1}")
+            run.wait_for(lambda done=count: run.steps() > 1.5 * done, WAIT_S, f"a step after {1.5 * count}")
         run.find(wanted).kill()
         print("killed", name)
     assert run.wait(WAIT_S) == 0, run.output()
-    assert run.summary()["versions"] == 12
+    assert run.summary()["versions"] == 9
     assert_nothing_lost(run.directory, run.summary())
 
 

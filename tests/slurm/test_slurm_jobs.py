@@ -161,12 +161,12 @@ def test_a_run_goes_on_without_a_node_that_it_can_spare(cluster: SlurmCluster) -
 
 
 def test_a_sweep_ends_in_a_table_and_a_plot(cluster: SlurmCluster) -> None:
-    """Four points, of which one cannot work: a sandbox without memory."""
+    """Three points, of which one cannot work: a sandbox without memory."""
     done = espalier(
         cluster, "submit", "configs/quickstart.yaml", f"run.dir={cluster.shared}", "run.name=sweep", *TINY,
         "run.steps=1", "learn.tp=1", "observe.wandb=disabled", "warmstart.steps=0", "slurm.time=10",
         "tools.names=[python]", "eval.questions=2",
-        "--sweep", "tools.python_memory_mb=256,128,1,192",
+        "--sweep", "tools.python_memory_mb=256,128,1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     root = cluster.shared / "sweep"
@@ -178,7 +178,7 @@ def test_a_sweep_ends_in_a_table_and_a_plot(cluster: SlurmCluster) -> None:
 
     assert cluster.wait_end(closing, 400, evidence) == "COMPLETED", evidence()
     rows = json.loads((root / "summary.json").read_text())
-    assert [row["state"] for row in rows] == ["finished", "finished", "failed", "finished"], evidence()
+    assert [row["state"] for row in rows] == ["finished", "finished", "failed"], evidence()
     assert "python" in rows[2]["cause"]
     assert all(row["steps_per_hour"] > 0 for row in rows if row["state"] == "finished")
     assert (root / "summary.png").stat().st_size > 10_000
