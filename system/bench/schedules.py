@@ -151,8 +151,10 @@ def _throughput(report: Report, scenario: Scenario, batches: int) -> list[dict[s
     for latency in latencies():
         case, runs = replace(scenario, latency=latency), dict[str, Grown]()
         for name, way in WAYS.items():
-            # All trees that η permits begin at once; a period later they are spread.
-            runs[name] = grow(case, way, batches, skip=way.config().flow.staleness + 1)
+            # All trees that η permits begin at once, and batches come in bursts after a slow tree: whole
+            # periods are counted, after one that is left out.
+            period = way.config().flow.staleness + 1
+            runs[name] = grow(case, way, batches * period, skip=period)
         rows.append(
             {
                 "latency": str(latency),
@@ -165,7 +167,7 @@ def _throughput(report: Report, scenario: Scenario, batches: int) -> list[dict[s
         )
     report.section(
         "Trained trees per hour",
-        f"{batches} batches of {scenario.trees} trees once the pipeline is full, n = {scenario.leaves}, "
+        f"{batches} (η + 1) batches of {scenario.trees} trees after the first η + 1; n = {scenario.leaves}, "
         f"N = {scenario.roots}, at most {scenario.call_limit} calls per branch; segments of "
         f"{scenario.agent.segment_tokens.mean:g} tokens on average, {scenario.slots} sequences decoded at "
         "once; tool calls of 2 s on average. Training takes no time here, so this is what the schedules do "
