@@ -103,8 +103,9 @@ async def _train(
                     await conductor.evaluate("before")
                     await conductor.save()
             if conductor.loop.stopping.is_set() or not await conductor.run():
-                where = f"step {conductor.version}: go on with espalier train --resume {run_dir.root}"
-                progress.note(f"stopped at {where}")
+                saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
+                how = f"go on with espalier train --resume {run_dir.root}"
+                progress.note(f"stopped at step {conductor.version}{saved}: {how}")
                 return STOPPED
             await conductor.evaluate("after")
             progress.phase("saving")

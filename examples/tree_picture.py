@@ -127,6 +127,10 @@ def _safe(text: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/tree_picture.py RUN NUMBER > tree.svg")
     run, number = RunDir.open(sys.argv[1]), int(sys.argv[2])
-    (tree,) = islice(read_trees(run.trees), number, number + 1)
-    print(picture(tree, view(run, run.config(), tree)), end="")
+    for tree in islice(read_trees(run.trees), number, number + 1):
+        print(picture(tree, view(run, run.config(), tree)), end="")
+        sys.exit()
+    sys.exit(f"{sys.argv[1]} keeps no tree of number {number}")

@@ -43,12 +43,13 @@ def is_path(name: str) -> bool:
 def load(path: str) -> Callable[..., Any]:
     """The class or function at ``package.module:Name``.  Raises :class:`PluginError`."""
     module, _, attribute = path.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     try:
-        if (here := os.getcwd()) not in sys.path:
-            sys.path.append(here)
         found = operator.attrgetter(attribute)(importlib.import_module(module))
     except Exception as error:  # importing runs the user's own code
-        raise PluginError(f"{type(error).__name__}: {error}") from error
+        where = f" (looked in {here} and on PYTHONPATH)" if isinstance(error, ModuleNotFoundError) else ""
+        raise PluginError(f"{type(error).__name__}: {error}{where}") from error
     if not callable(found):
         raise PluginError(f"{attribute} is not callable")
     return found
@@ -60,7 +61,8 @@ class Registry:
 
     ``key``: the setting that picks it; ``table``: built-in name -> ``module:Name``; ``given``: what a part is
     called with, by position, as words for an error; ``offered``: keywords that it gets if it has parameters
-    of these names; ``options_key``: the setting that holds the options, if not beside ``key``.
+    of these names; ``options_key``: the setting that holds the options, if not beside ``key``; ``base``: the
+    class (``module:Name``) that a part is derived from, if there is one.
     """
 
     key: str
@@ -68,6 +70,7 @@ class Registry:
     given: tuple[str, ...] = ()
     offered: tuple[str, ...] = ()
     options_key: str = ""
+    base: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,11 +94,13 @@ class Registry:
         factory = self.find(name)
         keywords = self._keywords(name, factory, options, len(given), offered)
         try:
-            return factory(*given, **keywords)
+            made = factory(*given, **keywords)
         except EspalierError:
             raise
         except Exception as error:  # the user's own code, or options that do not agree
             raise PluginError(f"{self.key}={name!r}: {type(error).__name__}: {error}") from error
+        self._check_kind(name, type(made))
+        return made
 
     def check_name(self, name: str) -> None:
         """Raises :class:`PluginError` for a word that is no part of ours.  Imports nothing."""
@@ -111,8 +116,16 @@ class Registry:
         A part of ours without options is not imported: there is nothing to check.
         """
         if options or name not in self.table:
-            offered = dict.fromkeys(self.offered, True)
-            self._keywords(name, self.find(name), options, len(self.given), offered)
+            offered, factory = dict.fromkeys(self.offered, True), self.find(name)
+            self._keywords(name, factory, options, len(self.given), offered)
+            if inspect.isclass(factory):
+                self._check_kind(name, factory)
+
+    def _check_kind(self, name: str, made: type) -> None:
+        """Raises :class:`PluginError` for a part of another kind."""
+        if self.base and name not in self.table and not issubclass(made, typing.cast(type, load(self.base))):
+            base = self.base.replace(":", ".")
+            raise PluginError(f"{self.key}={name!r}: {made.__name__} is not derived from {base}")
 
     def _keywords(
         self,
@@ -225,6 +238,7 @@ CREDITS = Registry(
         "reinforce++": "system.learn.credit.reinforce:ReinforcePlusPlus",
         "reinforce++-baseline": "system.learn.credit.reinforce:ReinforcePlusPlusBaseline",
     },
+    base="system.learn.credit.base:Credit",
 )
 OBJECTIVES = Registry(
     "learn.objective",
@@ -234,6 +248,7 @@ OBJECTIVES = Registry(
         "grpo-flat": "system.learn.objective:FlatPpo",
     },
     offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),
+    base="system.learn.objective:Objective",
 )
 AGGREGATES = Registry(
     "learn.aggregate",
@@ -243,6 +258,7 @@ AGGREGATES = Registry(
         "constant": "system.learn.aggregate:ConstantLength",
     },
     offered=("length_cap",),
+    base="system.learn.aggregate:Aggregate",
 )
 POLICIES = Registry(
     "branching.name",
@@ -254,4 +270,5 @@ POLICIES = Registry(
         "none": "system.rollout.branching:Never",
     },
     offered=("probe_tokens", "alpha", "beta", "tau"),
+    base="system.rollout.branching:Policy",
 )

@@ -162,3 +162,22 @@ def test_a_dictionary_is_merged_and_can_be_replaced(tmp_path: Path):
 def test_only_a_dictionary_can_be_replaced(key: str):
     with pytest.raises(ConfigError, match=f"{key} is no dictionary"):
         load(None, [f"{key}=!replace {{}}"])
+
+
+def test_a_dictionary_inherited_as_an_interpolation_can_be_overridden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_TEXT", "text")
+    for old in ("${oc.env:NOT_SET_ANYWHERE}", "${oc.env:SOME_TEXT}"):
+        for new in ("{x: 1}", "!replace {x: 1}"):
+            assert load(None, [f"task.options={old}", f"task.options={new}"]).task.options == {"x": 1}
+    # The section that an interpolation points to stays as it is.
+    shared = ("reward.options={a: {b: 1}}", "learn.credit.options=${reward.options}")
+    assert load(None, [*shared, "learn.credit.options={a: !replace {c: 2}}"]).reward.options == {
+        "a": {"b": 1}
+    }
+
+
+def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
+    with pytest.raises(ConfigError, match=r"task\.options\.x is a list"):
+        load(None, ["task.options={x: [!replace {a: 1}]}"])

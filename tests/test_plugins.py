@@ -172,3 +172,11 @@ def test_the_defaults_are_parts_of_ours() -> None:
         if one.rule.registry and key != "tools.names":
             value = one.of(config)
             assert getattr(value, "name", value) in one.rule.registry.names
+
+
+def test_a_part_of_another_kind_is_refused_before_anything_starts() -> None:
+    for registry, path in ((plugins.CREDITS, "builtins:dict"), (plugins.POLICIES, "fractions:Fraction")):
+        with pytest.raises(PluginError, match=rf"{registry.key}='{path}': .* is not derived from system\."):
+            registry.check(path, {})
+        with pytest.raises(PluginError, match="is not derived from"):
+            registry.make(path, {})

@@ -68,7 +68,7 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench scale 14B 32 64   the same for these numbers of GPUs only
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
 
-    Each writes <name>.json, PNG plots and <name>.html, one page that opens offline.
+    Each writes <name>.json, most of them PNG plots, and <name>.html, one page that opens offline.
     """
     from system import plugins
     from system.errors import ConfigError
@@ -86,7 +86,7 @@ def bench(args: argparse.Namespace) -> int:
 @command(
     RECIPE,
     argument("--gpus", type=int, metavar="N", help="default: what the configuration names"),
-    argument("--gpu", default="h100", help="h100 (default), h200 or a100"),
+    argument("--gpu", default="", help="h100, h200 or a100; default: cluster.gpu"),
     argument("--prompt", type=float, metavar="TOKENS", help="mean tokens of a prompt"),
     argument("--response", type=float, metavar="TOKENS", help="mean tokens of a response"),
     argument("--calls", type=float, help="mean tool calls of a branch"),
@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace) -> int:
         "tool_s": args.tool_s,
     }
     workload = replace(AgentWorkload.guess(config), **{k: v for k, v in given.items() if v is not None})
-    made = plan(config, args.gpus, gpu=args.gpu, workload=workload)
+    made = plan(config, args.gpus, gpu=args.gpu or config.cluster.gpu, workload=workload)
     print(text(made))
     return 0 if made.fits else 1
 

@@ -133,15 +133,24 @@ def _check_keys(layer: dict[str, Any], source: str) -> None:
 def _make_room(merged: Any, layer: dict[str, Any], source: str, where: str = "") -> None:
     """Empty the dictionaries that are to be replaced by those of the ``layer``, and take its marks off."""
     for key, value in layer.items():
+        path = f"{where}{key}"
+        if isinstance(value, list) and REPLACE in str(value):
+            raise ConfigError(
+                f"{source}: {path} is a list, which replaces the old one anyway: no {REPLACE} in it"
+            )
         if not isinstance(value, dict):
             continue
-        path, there = f"{where}{key}", isinstance(merged, DictConfig) and key in merged
-        if value.pop(REPLACE, False) and there:
-            if OmegaConf.get_type(merged[key]) is not dict:
+        # What stands there as an interpolation is not looked into: it is the dictionary of another key.
+        named = isinstance(merged, DictConfig) and OmegaConf.is_interpolation(merged, key)
+        there = None if named or not isinstance(merged, DictConfig) else merged.get(key)
+        if value.pop(REPLACE, False) and (named or there is not None):
+            if not named and OmegaConf.get_type(there) is not dict:
                 fault = f"{path} is no dictionary: {REPLACE} is for one, as in task.options"
                 raise ConfigError(f"{source}: {fault}")
-            merged[key] = {}
-        _make_room(merged[key] if there else None, value, source, f"{path}.")
+            merged[key], there = {}, None
+        elif named:
+            merged[key] = {}  # text cannot be merged with what is given now
+        _make_room(there, value, source, f"{path}.")
 
 
 def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:

@@ -231,7 +231,10 @@ class FlowConfig:
 
     batch_leaves: int = setting(64, "B: leaves per training step", least=1)
     staleness: int = setting(
-        1, "η: versions a tree may lag behind the policy that trains on it; 0 is synchronous", least=0
+        1,
+        "η: versions a tree may lag behind the policy that trains on it (one that is overtaken, up to window "
+        "more); 0 is synchronous",
+        least=0,
     )
     window: int = setting(
         4, "training batches from the head of the queue within which a closed tree may overtake", least=1

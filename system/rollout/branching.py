@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from system.config import BranchingConfig
 from system.errors import EspalierError
-from system.plugins import POLICIES
+from system.plugins import POLICIES, PluginError
 
 
 class EntropyUnknown(EspalierError, RuntimeError):
@@ -204,6 +204,15 @@ def make_policy(config: BranchingConfig) -> Policy:
         beta=config.beta,
         tau=config.tau,
     )
+
+
+def decided(policy: Policy, given: Any) -> Decision:
+    """What the policy's ``decide`` returned.  Raises :class:`system.plugins.PluginError` unless it is a
+    :class:`Decision` to fork so many times, or not at all.
+    """
+    if isinstance(given, Decision) and isinstance(given.forks, int | np.integer) and given.forks >= 0:
+        return given
+    raise PluginError(f"branching={type(policy).__name__}: decide() returned {given!r}: no number of forks")
 
 
 def _clip(value: float) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
 from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
-from system.rollout.branching import Never, Probe, TreeState
+from system.rollout.branching import Never, Probe, TreeState, decided
 from system.rollout.context import RolloutContext
 from system.rollout.encode import decode, encode_prompt
 from system.rollout.reward import BranchView
@@ -342,7 +342,8 @@ class TreeRollout:
             calls=branch.calls,
             call_limit=self.call_limit,
         )
-        decision = self.policy.decide(Probe(branch.entropy, branch.baseline), state, branch.rng)
+        probe = Probe(branch.entropy, branch.baseline)
+        decision = decided(self.policy, self.policy.decide(probe, state, branch.rng))
         forks = min(decision.forks, self._remaining)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
         branch.answer = None

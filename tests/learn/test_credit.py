@@ -145,6 +145,10 @@ class _PerNode(_Wrong):
     per = "node"
 
 
+class _PerToken(_Wrong):
+    per = "token"  # pyright: ignore[reportAssignmentType]
+
+
 @pytest.mark.parametrize(
     ("credit", "message"),
     [
@@ -152,6 +156,8 @@ class _PerNode(_Wrong):
         (_Wrong(np.zeros(3)), r"shape \(3,\), not \(2,\): one per leaf"),
         (_PerNode(np.zeros(2)), r"shape \(2,\), not \(3,\): one per node"),
         (_Wrong(np.array([NAN, 0.0])), "not finite"),
+        (_Wrong(np.array(["a", "b"])), "credit _Wrong: ValueError: could not convert string to float"),
+        (_PerToken(np.zeros(3)), "per = 'token' is none of leaf, node"),
     ],
 )
 def test_a_credit_that_answers_wrongly_is_named(credit: Credit, message: str) -> None:

@@ -15,12 +15,14 @@ from system.rollout.branching import (
     Arpo,
     ArpoPaper,
     ArpoRelease,
+    Decision,
     EntropyUnknown,
     Never,
     Policy,
     Probe,
     Random,
     TreeState,
+    decided,
     make_policy,
 )
 
@@ -111,3 +113,9 @@ def test_every_configured_name_makes_its_policy() -> None:
         make_policy(BranchingConfig(name="oracle"))
     eager = make_policy(BranchingConfig(name="random", options={"alpha": "0.9", "probe_tokens": 2}))
     assert eager == Random(2, 0.9)
+
+
+@pytest.mark.parametrize("given", [1, None, Decision(-1, 0.5, 0.1, 0.0), Decision(1.5, 0.5, 0.1, 0.0)])  # pyright: ignore[reportArgumentType]
+def test_a_decision_that_is_none_is_refused_by_name(given: Any) -> None:
+    with pytest.raises(PluginError, match=r"branching=Never: decide\(\) returned .*: no number of forks"):
+        decided(Never(0), given)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from system.errors import EspalierError
 from system.plugins import PluginError
 from system.tree.plan import Floats, Per
 from system.tree.stats import TreeStats
@@ -48,24 +49,31 @@ class Credit(ABC):
 def assign(credit: Credit, batch: Sequence[TreeStats]) -> list[NDArray[np.float32]]:
     """The credit's advantages over a batch, checked; 0 where they do not count.
 
-    Raises ValueError for an infinite reward, and :class:`PluginError` for arrays of the wrong number or
-    shape, or not finite.
+    Raises ValueError for an infinite reward, and :class:`PluginError` for a credit that fails, and for arrays
+    of the wrong number or shape, or not finite.
     """
     if any(np.isinf(tree.reward).any() for tree in batch):
         raise ValueError("a reward is infinite")
-    name, given = type(credit).__name__, credit.advantages(batch)
+    name = type(credit).__name__
+    if credit.per not in get_args(Per):
+        raise PluginError(f"credit {name}: per = {credit.per!r} is none of {', '.join(get_args(Per))}")
+    try:
+        given = [np.asarray(values, np.float32) for values in credit.advantages(batch)]
+    except EspalierError:
+        raise
+    except Exception as error:  # the user's own code
+        raise PluginError(f"credit {name}: {type(error).__name__}: {error}") from error
     if len(given) != len(batch):
         raise PluginError(f"credit {name}: {len(given)} arrays of advantages for {len(batch)} trees")
     result: list[NDArray[np.float32]] = []
     for tree, values in zip(batch, given, strict=True):
         counts = tree.scored if credit.per == "leaf" else tree.scored_below > 0
         where = f"credit {name}, tree of prompt {tree.prompt_id!r}"
-        values = np.asarray(values)
         if values.shape != counts.shape:
             raise PluginError(
                 f"{where}: advantages of shape {values.shape}, not {counts.shape}: one per {credit.per}"
             )
-        values = np.where(counts, values, 0).astype(np.float32)
+        values = np.where(counts, values, np.float32(0))
         if not np.isfinite(values).all():
             raise PluginError(f"{where}: an advantage is not finite")
         result.append(values)
