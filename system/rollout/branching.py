@@ -210,7 +210,8 @@ def decided(policy: Policy, given: Any) -> Decision:
     """What the policy's ``decide`` returned.  Raises :class:`system.plugins.PluginError` unless it is a
     :class:`Decision` to fork so many times, or not at all.
     """
-    if isinstance(given, Decision) and isinstance(given.forks, int | np.integer) and given.forks >= 0:
+    forks: Any = getattr(given, "forks", None)
+    if isinstance(given, Decision) and isinstance(forks, int | np.integer) and forks >= 0:
         return given
     raise PluginError(f"branching={type(policy).__name__}: decide() returned {given!r}: no number of forks")
 
