@@ -58,7 +58,7 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     directory.write_config(settings)
     directory.start.mkdir(exist_ok=True)
     qwen3_config(settings.model, WORLD.vocab).save_pretrained(directory.start)
-    twin = KeepingTwin(settings, WORLD, 48)
+    twin = KeepingTwin(settings, WORLD, 64)
     virtually(twin.run())
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)
     for one in twin.records:
