@@ -265,7 +265,7 @@ class LearnConfig:
     distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
     recompute: str = setting(
         "none",
-        "in the backward pass: selective (attention), full (every layer)",
+        "in the backward pass: selective (norms and MLP), full (every layer)",
         choices=("none", "selective", "full"),
     )
     threads: int = setting(1, "CPU threads of one rank", least=1, safe_on_resume=True)

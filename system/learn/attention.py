@@ -8,6 +8,7 @@ Neither needs N² memory, and neither pays for pairs in different trees or branc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any
 
@@ -73,20 +74,47 @@ class TreeMask:
             index = torch.argsort(mask.to(torch.int32), dim=1, descending=True, stable=True).to(torch.int32)
             return count[None, None], index[None, None].contiguous()
 
-        def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-            return (j <= i) & (i < exit[j])
-
         return BlockMask.from_kv_blocks(
-            *ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n, n)
+            *ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=_open(exit), seq_lengths=(n, n)
         )
+
+    @cached_property
+    def block_lists(self) -> dict[str, torch.Tensor]:
+        """The tensors of :attr:`block_mask` by the names of its constructor: a compiled function that builds
+        it from them serves any number of blocks, one that is given it whole a single one.
+        """
+        lists = {name: getattr(self.block_mask, name) for name in _BLOCK_LISTS}
+        for tensor in lists.values():
+            for dim in range(2, tensor.dim()):
+                _varies(tensor, dim)
+        return lists
+
+
+_BLOCK_LISTS = tuple(
+    f"{whole}{side}_{what}"
+    for whole in ("", "full_")
+    for side in ("kv", "q")
+    for what in ("num_blocks", "indices")
+)
+
+
+def _open(exit: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """FlexAttention's per-element test: may query i attend to key j?"""
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return (j <= i) & (i < exit[j])
+
+    return mask_mod
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float) -> torch.Tensor:
     """Softmax attention ``[1, heads, N, d]`` under a tree mask; k and v may have fewer heads (grouped
-    queries).
+    queries).  On GPU, BLOCK divides N.
     """
     if q.is_cuda:
-        return _compiled_flex()(q, k, v, mask.block_mask, scale)
+        _varies(mask.exit, 0)
+        blocks = (in_blocks(t) for t in (q, k, v))
+        return _compiled_flex()(*blocks, mask.exit, mask.block_lists, scale)
     keys, biases = mask.query_runs
     queries_of, keys_of = ([bias.size(dim) for bias in biases] for dim in (0, 1))
     # One gather for all runs, so that its backward pass is one scatter.
@@ -104,23 +132,44 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, sc
     )
 
 
+def in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """``[1, heads, N, d]`` to ``[1, heads, N / BLOCK, BLOCK, d]``, whose number of blocks alone varies."""
+    x = x.unflatten(2, (-1, BLOCK))
+    _varies(x, 2)
+    return x
+
+
+def _varies(x: torch.Tensor, dim: int) -> None:
+    """Tell the compiler that dimension ``dim`` differs from call to call."""
+    import torch._dynamo as dynamo  # two seconds' import, needed on a GPU only
+
+    dynamo.maybe_mark_dynamic(x, dim)
+
+
 def flex_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    exit: torch.Tensor,
+    block_lists: dict[str, torch.Tensor],
+    scale: float,
 ) -> torch.Tensor:
-    """The GPU branch of :func:`attend`, before compilation."""
-    out = flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
+    """The GPU branch of :func:`attend`, before compilation.  q, k and v come in blocks."""
+    q, k, v = (t.flatten(2, 3) for t in (q, k, v))
+    n = q.size(2)
+    given: dict[str, Any] = {**block_lists, "BLOCK_SIZE": (BLOCK, BLOCK), "mask_mod": _open(exit)}
+    mask = BlockMask((n, n), **given)
+    out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
     assert isinstance(out, torch.Tensor)
     return out
 
 
 @cache
 def _compiled_flex() -> Any:
-    """``flex_attend`` compiled once per process; one specialisation per packed length, which the trainer
-    keeps few.
-    """
-    import torch._dynamo.config as torch_compile  # a second's import, needed on a GPU only
+    """``flex_attend`` compiled once per process for rows of any length.
 
-    torch_compile.recompile_limit = max(torch_compile.recompile_limit, 64)
+    The length is a number of blocks times BLOCK, which the compiler sees, so that the kernel tests no bounds.
+    """
     return torch.compile(flex_attend, dynamic=False, fullgraph=True)
 
 

@@ -7,14 +7,16 @@ and the layers attend through :class:`~system.learn.attention.TreeAttention`.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import random
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -116,7 +118,7 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
     on_cpu = cpu.needed()
     checkpointing: dict[str, dict[str, Any]] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(
@@ -149,12 +151,12 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
         # Packed weights are normalised over the whole step: gradients are summed over DP ranks, never
         # averaged.
         calculate_per_token_loss=True,
-        # Fused kernels need Apex or TransformerEngine.
+        # SwiGLU in one compiled kernel; the other fused kernels need Apex or TransformerEngine.
+        bias_activation_fusion=not on_cpu,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         apply_rope_fusion=False,
         **checkpointing[learn.recompute],
     )
@@ -172,6 +174,9 @@ def build(shape: ModelShape, config: TransformerConfig) -> TreeGPTModel:
     attention = parts.self_attention.submodules
     attention.core_attention = TreeAttention
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    # By default megatron-core 0.16.1 takes FP8 to be in use here (`False is not None`), and then needs
+    # TransformerEngine: no norm could be recomputed without it.
+    tensor_parallel.CheckpointWithoutOutput = partial(random.CheckpointWithoutOutput, fp8=None)  # pyright: ignore
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm  # Megatron takes a class here, whatever its annotation says

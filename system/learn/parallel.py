@@ -71,7 +71,8 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
         rank=rank,
         world_size=world,
         timeout=COLLECTIVE_DEADLINE,
-        device_id=None if cpu.needed() else device,
+        # No `device_id`: with it every later group is split off this one (ncclCommSplit), which takes all
+        # ranks, and the group that carries weights to the engines is rank 0's alone.
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=learn.tp,

@@ -45,9 +45,8 @@ class Row:
 
         ``logits`` ``[M, V/tp]``: what :meth:`run` returns on the last pipeline stage.
         """
-        if temperature != 1.0:
-            logits = logits / temperature
-        return vocab_parallel_logprob_entropy(logits, self.target, model.shape.vocab, layout.tp_group)
+        vocab, group = model.shape.vocab, layout.tp_group
+        return vocab_parallel_logprob_entropy(logits, self.target, vocab, group, temperature)
 
     def loss_tokens(
         self, logprob: torch.Tensor, entropy: torch.Tensor, version: int, reference: torch.Tensor | None
@@ -71,12 +70,10 @@ class Row:
         )
 
 
-def row_padding(micro_tokens: int, device: torch.device, spread: int = 1) -> int:
+def row_padding(device: torch.device, spread: int = 1) -> int:
     """What row lengths are padded to a multiple of.
 
-    On GPU attention is compiled per length: whole blocks, and at most 16 lengths.  On CPU padding is pure
-    waste.  ``spread``: ranks that a row is divided over (sequence parallelism).
+    On GPU attention works on whole blocks.  On CPU padding is pure waste.  ``spread``: ranks that a row is
+    divided over (sequence parallelism).
     """
-    if device.type == "cpu":
-        return spread
-    return math.lcm(max(1, micro_tokens // (16 * BLOCK)) * BLOCK, spread)
+    return spread if device.type == "cpu" else math.lcm(BLOCK, spread)

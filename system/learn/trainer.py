@@ -58,7 +58,7 @@ class Trainer:
         self.config, self.learn, self.hf_path = config, learn, hf_path
         self.layout = parallel.start(config, rank=rank, world=world, init_method=init_method)
         spread = learn.tp if learn.sequence_parallel and learn.tp > 1 else 1
-        self._padding = row_padding(learn.micro_tokens, self.layout.device, spread)
+        self._padding = row_padding(self.layout.device, spread)
         self.objective = make_objective(learn)
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
         warning = inert_clip(self.objective, learn.updates)
@@ -211,6 +211,8 @@ class Trainer:
         Pipeline(self.model, self.layout).train([row.tokens.numel() for row in rows], compute)
         # A rank without micro-batches still joins the reduction, with zeros.
         finalize_model_grads([self.ddp])
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize()  # kernels are only launched so far: the optimizer would wait for them
         computed = time.perf_counter()
         grad_norm, applied = self._optimizer_step(lr)
         groups = (self.layout.dp_group, self.layout.pp_group)

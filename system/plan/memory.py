@@ -75,15 +75,17 @@ def activation_bytes_per_token(
     """Bytes that one token keeps for the backward pass per layer: (whole layer, what recomputation keeps).
 
     Whole layer, in numbers per token: the inputs and outputs of both norms (4h, divided only by sequence
-    parallelism); q, k, v and the attention's output; gate, up, their activation and product.
+    parallelism); q, k and v before rotation and q and k after it, the attention's output in the kernel's
+    layout and in the projection's; gate and up, and their product.
     """
     width, tp = WIDTH[dtype], learn.tp
     split = tp if learn.sequence_parallel else 1
-    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim / tp
-    whole = width * (4 * shape.hidden / split + attention + 4 * shape.ffn / tp)
+    attention = (4 * shape.heads + 3 * shape.kv_heads) * shape.head_dim / tp
+    whole = width * (4 * shape.hidden / split + attention + 3 * shape.ffn / tp)
     kept = {
         "none": whole,
-        "selective": whole - width * attention,  # core attention is computed again from its input
+        # The inputs of both norms stay; what they give and the MLP are computed again.
+        "selective": width * (2 * shape.hidden / split + attention),
         "full": width * shape.hidden / split,
     }[learn.recompute]
     return whole, kept
@@ -100,15 +102,17 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     shards = learn.dp if learn.distributed_optimizer else 1
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
     in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
-    recomputing = whole - kept if learn.recompute != "none" else 0.0
+    # What one layer has beside it: what is computed again, or else the gradients that pass through it.
+    passing = width * (2 * shape.hidden + 3 * shape.ffn / learn.tp)
+    beside = whole - kept if learn.recompute != "none" else passing
     parts = {
         "weights": width * parameters,
         "gradients": _GRADIENT * parameters,
         "optimizer": states * parameters / shards,
-        "activations": learn.micro_tokens * (in_flight * layers * kept + recomputing),
+        "activations": learn.micro_tokens * (in_flight * layers * kept + beside),
     }
-    if last:  # at their peak: the logits, and three fp32 arrays of their size in the loss
-        parts["logits"] = (width + 3 * 4) * shape.vocab / learn.tp * learn.micro_tokens
+    if last:  # the hidden states of scored tokens, their logits, and the gradients of both
+        parts["logits"] = 2 * width * (shape.hidden + shape.vocab / learn.tp) * learn.micro_tokens
     if learn.kl_coef > 0:
         parts["reference"] = width * parameters
     return parts

@@ -65,7 +65,7 @@ def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
     named: dict[str, np.ndarray] = {}
     for mapped in (mapped for bucket in export.plan for mapped in bucket):
         full = export.gather(mapped, gradients.get(mapped.key))
-        named |= {name: tensor.numpy() for name, tensor in full.items()}
+        named |= {name: tensor.cpu().numpy() for name, tensor in full.items()}
     return named
 
 
@@ -154,7 +154,7 @@ def gradient_case(
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)
             flat, dp = trainer.objective.flat, trainer.layout.dp
-            trainer.planner = BatchPlanner(config, flat=flat, dp=dp)
+            trainer.planner = BatchPlanner(config, flat=flat, dp=dp, pad_to=trainer.planner.pad_to)
             stats = train(trainer, trees)
             trainer.reference = frozen
             mine = hf_gradients(trainer)

@@ -88,9 +88,9 @@ def test_tensor_and_pipeline_parallelism_divide_the_states() -> None:
 
 
 def test_activations_by_hand_and_by_switch() -> None:
-    # Qwen2.5-7B in bf16: 4·3584 norms, (2·28 + 2·4)·128 attention, 4·18944 MLP numbers per token and layer.
+    # Qwen2.5-7B in bf16: 4·3584 norms, (4·28 + 3·4)·128 attention, 3·18944 MLP numbers per token and layer.
     whole, kept = activation_bytes_per_token(SEVEN, LearnConfig(tp=1))
-    assert whole == kept == 2 * (4 * 3584 + 64 * 128 + 4 * 18_944)
+    assert whole == kept == 2 * (4 * 3584 + 124 * 128 + 3 * 18_944)
     sequence = activation_bytes_per_token(SEVEN, LearnConfig(tp=4, sequence_parallel=True))
     assert sequence[0] == whole / 4
     order = [
@@ -98,6 +98,14 @@ def test_activations_by_hand_and_by_switch() -> None:
         for name in ("none", "selective", "full")
     ]
     assert order[0] > order[1] > order[2] == 2 * 3584
+
+
+def test_the_plan_is_what_an_h100_measured() -> None:
+    """`espalier bench gpu`: half of a Qwen3-14B tp=4 shard, rows of 18,432 tokens (docs/results/gpu.md)."""
+    shard = replace(KNOWN["qwen3-14b"], layers=20, heads=10, kv_heads=2, ffn=4352, vocab=37_984)
+    for recompute, peak_gib in (("full", 42.0), ("selective", 49.1), ("none", 65.2)):
+        learn = LearnConfig(tp=1, micro_tokens=18_432, recompute=recompute)
+        assert learner_memory(shard, learn).total / 2**30 == pytest.approx(peak_gib, rel=0.01)
 
 
 def test_kv_cache_takes_what_the_weights_leave() -> None:
