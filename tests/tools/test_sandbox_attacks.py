@@ -49,7 +49,7 @@ async def attempt(sandbox: Sandbox, *actions: str, setup: str = "") -> list[str]
 
 @pytest.fixture(scope="module", autouse=True)
 def ours() -> Iterator[None]:
-    """Our temporary files lie in a directory of their own: what runs beside this module has sandboxes, too."""
+    """Our temporary files lie in a directory of their own: other tests have sandboxes, too."""
     with tempfile.TemporaryDirectory(prefix="sandbox-test-") as name, pytest.MonkeyPatch.context() as patch:
         Path(name).chmod(0o1777)  # as /tmp is
         patch.setenv("TMPDIR", name)
