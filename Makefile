@@ -3,6 +3,7 @@ PYTHON ?= python3
 SEED ?= 0
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
@@ -46,8 +47,11 @@ sglang: $(SGLANG)/.installed
 train: install
 	$(BIN)/espalier train $(CONFIG) run.seed=$(SEED) $(ARGS)
 
+# Whole files go to JOBS processes at once, in the order in which they are collected: a whole run of tests/e2e, which
+# partly waits, beside everything else.  ARGS="-n 0" runs them in one process, as pytest alone does.
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not sglang and not slurm" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  -m "not gpu and not sglang and not slurm" $(ARGS)
 
 # Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.
 test-sglang: install

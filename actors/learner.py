@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +40,11 @@ class LearnerRank:
     """
 
     def __init__(self, rank: int, world: int) -> None:
-        importlib.import_module("system.learn.trainer")  # takes seconds, in which the others start
+        from system.learn import cpu
+
+        with cpu.quick_import():  # takes seconds all the same, in which the others start
+            from system.learn.trainer import Trainer
+        self._make: Any = Trainer
         self._rank, self._world = rank, world
         self._trainer: Any = None
         self._transport: Any = None  # on rank 0, from the first push on
@@ -55,11 +58,9 @@ class LearnerRank:
 
     def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> list[str]:
         """Load the model; returns warnings about the settings."""
-        from system.learn.trainer import Trainer
-
         _meet_on_the_interface_of(ray.util.get_node_ip_address())
         self._config, self._model = configuration.from_dict(config), hf_path
-        self._trainer = Trainer(
+        self._trainer = self._make(
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
         )
         return self._trainer.warnings

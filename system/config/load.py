@@ -18,6 +18,7 @@ from system.plugins import escape, nearest
 
 REPLACE = "!replace"
 """YAML tag of a dictionary that replaces an inherited one, where others are merged into it."""
+_SCHEMA = OmegaConf.structured(Config)  # takes longer than all the rest: once, and copied
 
 
 def _replacing(loader: Any, node: Any) -> dict[str, Any]:
@@ -34,13 +35,13 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     """
     layers = list(_files(Path(path), ())) if path is not None else []
     layers += [(f"override {text!r}", _override(text)) for text in overrides]
-    merged = OmegaConf.structured(Config)
+    merged = OmegaConf.merge(_SCHEMA)
     for source, layer in layers:
         layer = _expand(layer, Config())
         _check_keys(layer, source)
         _make_room(merged, layer, source)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged.merge_with(layer)
         except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type
             raise ConfigError(f"{source}: {_reason(error)}") from error
     config = _resolve(merged)
@@ -51,7 +52,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of :func:`to_dict`.  Raises :class:`ConfigError` for keys this version does not know."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), escape(values))
+        merged = OmegaConf.merge(_SCHEMA, escape(values))
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from error
     return _resolve(merged)

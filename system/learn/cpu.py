@@ -17,7 +17,8 @@ processes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,24 @@ def needed() -> bool:
 def scope() -> contextlib.AbstractContextManager[Any]:
     """Enter around Megatron calls that name CUDA (build, DDP, optimizer, clipping, checkpoint)."""
     return _CudaLiterals() if needed() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def quick_import() -> Generator[None]:
+    """Around the first import of Megatron, of which this saves more than half.
+
+    Megatron decorates fused kernels, which we have off (``system/learn/model.py``), with ``torch.compile``,
+    which loads TorchInductor at once; and its inference engine imports W&B, to report there.
+    """
+    modules: dict[str, Any] = sys.modules
+    compiler = torch.compile
+    if needed():
+        torch.compile = lambda model=None, **_: model or (lambda function: function)
+        modules.setdefault("wandb", None)  # "there is no such module"
+    yield
+    torch.compile = compiler
+    if modules.get("wandb", "") is None:
+        del modules["wandb"]
 
 
 def install() -> None:

@@ -14,14 +14,7 @@ from system.config import Config, ConfigError
 from system.models.known import shape_of
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS, Gpu
-from system.plan.memory import (
-    EngineLayout,
-    Memory,
-    engine_memory,
-    kv_capacity,
-    learner_gpus,
-    learner_memory,
-)
+from system.plan.memory import EngineLayout, Memory, engine_memory, kv_capacity, learner_gpus, learner_memory
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "KV cache"

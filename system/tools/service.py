@@ -123,11 +123,7 @@ def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
             )
         try:
             tool = TOOLS.make(
-                name,
-                config.options.get(name, {}),
-                url=known.get(name),
-                top_k=config.search_top_k,
-                http=http,
+                name, config.options.get(name, {}), url=known.get(name), top_k=config.search_top_k, http=http
             )
         except PluginError as error:
             what = "cannot be made" if is_path(name) else "unknown"

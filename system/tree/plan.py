@@ -126,12 +126,7 @@ def whole_tree(
 
 
 def flat_paths(
-    index: int,
-    tree: TreeStats,
-    advantage: Floats,
-    weight: Floats,
-    per: Per,
-    drop_zero: bool = False,
+    index: int, tree: TreeStats, advantage: Floats, weight: Floats, per: Per, drop_zero: bool = False
 ) -> list[Part]:
     """A part for every weighted leaf: its root path with its own weight, as if nothing were shared.
 

@@ -37,10 +37,7 @@ class TwinTools:
     def __init__(self, models: Mapping[str, ToolModel], limits: ToolsConfig, seed: int, trace: Trace) -> None:
         self._tools = [_SimulatedTool(name, model, seed) for name, model in models.items()]
         self._service = ToolService(
-            self._tools,
-            limits,
-            seed=seed,
-            clock=lambda: asyncio.get_running_loop().time(),
+            self._tools, limits, seed=seed, clock=lambda: asyncio.get_running_loop().time()
         )
         self._trace = trace
 

@@ -6,6 +6,7 @@ results in rank order.  Functions must be module-level (they travel by name) and
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -31,6 +32,10 @@ def _serve(connection: Connection) -> None:
 
     import torch
 
+    from system.learn import cpu
+
+    with cpu.quick_import():
+        importlib.import_module("system.learn.trainer")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,31 @@ async def attempt(sandbox: Sandbox, *actions: str, setup: str = "") -> list[str]
     return answers
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ours() -> Iterator[None]:
+    """Our temporary files lie in a directory of their own: other tests have sandboxes, too."""
+    with tempfile.TemporaryDirectory(prefix="sandbox-test-") as name, pytest.MonkeyPatch.context() as patch:
+        Path(name).chmod(0o1777)  # as /tmp is
+        patch.setenv("TMPDIR", name)
+        patch.setattr(tempfile, "tempdir", name)
+        yield
+
+
+def bases() -> set[Path]:
+    """Directories of our sandboxes."""
+    return set(Path(tempfile.gettempdir()).glob("espalier-*"))
+
+
 def processes(mark: str) -> list[int]:
-    """Processes of this machine whose name begins with ``mark``."""
+    """Processes of our sandboxes whose name begins with ``mark``; all of one have its directory among the
+    arguments that its fork server was started with.
+    """
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if (entry / "comm").read_text().startswith(mark):
+                name, words = (entry / "comm").read_text(), (entry / "cmdline").read_text()
+                if name.startswith(mark) and tempfile.gettempdir() in words:
                     found.append(int(entry.name))
             except OSError:
                 continue
@@ -425,7 +444,7 @@ async def test_a_cancelled_call_is_killed(sandbox: Sandbox) -> None:
 
 async def test_nothing_is_left_of_a_closed_sandbox() -> None:
     before = processes("sandbox")
-    bases = set(Path("/tmp").glob("espalier-*"))
+    there = bases()
     box = Sandbox(namespaces=False)
     await box.start()
     calls = [asyncio.ensure_future(box.run("open('f', 'w')\nimport time\ntime.sleep(600)")) for _ in range(3)]
@@ -436,12 +455,12 @@ async def test_nothing_is_left_of_a_closed_sandbox() -> None:
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert not any(isinstance(result, SandboxResult) for result in results)
     assert await gone("sandbox", before)
-    assert set(Path("/tmp").glob("espalier-*")) <= bases
+    assert bases() <= there
 
 
 async def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
     before = processes("sandbox")
-    bases = set(Path("/tmp").glob("espalier-*"))
+    there = bases()
     script = """
 import asyncio
 from system.tools.sandbox.sandbox import Sandbox
@@ -461,4 +480,4 @@ asyncio.run(main())
         parent.kill()
     assert await gone("sandbox", before)
     left = "its directory is still there"
-    await eventually(lambda: set(Path("/tmp").glob("espalier-sandbox-*")) <= bases, 2, left)
+    await eventually(lambda: bases() <= there, 2, left)

@@ -70,6 +70,12 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     return directory
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The record that a twin is calibrated on, or compared with."""
+    return record(tmp_path_factory.mktemp("twin"), "shown")
+
+
 def test_least_squares_recovers_an_engine_exactly() -> None:
     records = [engine_sums(np.random.default_rng(seed)) for seed in range(5)]
     fitted = fit_engine(records)
@@ -105,8 +111,7 @@ def test_habits_and_tools_come_back_from_trees() -> None:
     assert tool.result_tokens.mean == pytest.approx(64, abs=1)
 
 
-def test_a_calibrated_twin_predicts_runs_it_has_not_seen(tmp_path: Path) -> None:
-    shown = record(tmp_path, "shown")
+def test_a_calibrated_twin_predicts_runs_it_has_not_seen(tmp_path: Path, shown: RunDir) -> None:
     others = [
         record(tmp_path, "synchronous", "flow.staleness=0"),
         record(tmp_path, "wide", "rollout.leaves=8", "rollout.roots=3", "flow.batch_leaves=32"),
@@ -124,8 +129,7 @@ def test_a_calibrated_twin_predicts_runs_it_has_not_seen(tmp_path: Path) -> None
         assert one["twin"]["step_s"] == pytest.approx(one["measured"]["step_s"], rel=0.1)
 
 
-def test_speeds_can_come_from_benchmark_figures(tmp_path: Path) -> None:
-    shown = record(tmp_path, "shown")
+def test_speeds_can_come_from_benchmark_figures(tmp_path: Path, shown: RunDir) -> None:
     sums = {key.rpartition("/")[2]: value for key, value in engine_sums(np.random.default_rng(0)).items()}
     steps = [{"tree_tokens": n, "tree_s": 0.4 + 2e-4 * n} for n in (1_000, 5_000, 20_000)]
     engine, learner = tmp_path / "engine.json", tmp_path / "learner.json"

@@ -130,14 +130,7 @@ class Decoder:
         return F.linear(rms_norm(x, weights.norm, eps), weights.head).float()
 
     def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        kv: KVStore,
-        batch: Batch,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        self, index: int, layer: LayerWeights, kv: KVStore, batch: Batch, x: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         shape = self.shape
         heads, groups, size = shape.heads, shape.kv_heads, shape.head_dim
