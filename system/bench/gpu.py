@@ -15,16 +15,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from system.bench.report import Report
+from system.bench.shard import (
+    LARGE,
+    TOY,
+    Scale,
+    attended_pairs,
+    even_mask,
+    grown,
+    qwen3,
+    random_heads,
+    random_shard,
+)
 from system.config import Config, ConfigError
 from system.doctor.facts import version_of
 from system.learn.attention import TreeMask, attend
@@ -32,34 +42,10 @@ from system.learn.logprob import vocab_parallel_logprob_entropy
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB
 from system.plan.memory import learner_memory
-from system.tree.builder import TreeBuilder
 from system.tree.pack import pack_share
-from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.stats import TreeStats
 
 PROBE_DEADLINE_S = 240.0
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """What a probe measures with: one rank's share of a model, and a packed row of ``tokens``."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    tokens: int
-    leaves: int  # of a tree that fills the row
-    matmul: int  # edge of the square matrix product
-    copy_mb: int
-    repeats: int
-
-
-LARGE = Scale(5120, 20, 10, 2, 128, 4352, 37_984, 18_432, 16, 8192, 1024, 10)
-TOY = Scale(64, 2, 4, 2, 16, 128, 256, 256, 4, 128, 1, 2)
 
 
 def run(out_dir: Path, words: list[str], quick: bool = False) -> dict[str, Any]:
@@ -133,16 +119,16 @@ def attention(scale: Scale, device: torch.device) -> dict[str, Any]:
     TFLOP/s count the pairs that may attend: 4 operations per pair, head and dimension forward, 10 backward.
     """
     n = scale.tokens
-    few = _mask(n, 1, scale.leaves)
-    masks = {"path": torch.full((n,), n), "one tree": few, "many trees": _mask(n, 16, 4)}
+    few = even_mask(n, 1, scale.leaves)
+    masks = {"path": torch.full((n,), n), "one tree": few, "many trees": even_mask(n, 16, 4)}
     scaling = scale.head_dim**-0.5
     rows = {}
     for name, exit in masks.items():
-        q, k, v = _heads(scale, device)
+        q, k, v = random_heads(scale, device)
         mask = TreeMask(exit.to(device))
         work = partial(attend, q, k, v, mask, scaling)
         rows[name] = _attention_figures(work, (q, k, v), exit, scale, device)
-    q, k, v = _heads(scale, device)
+    q, k, v = random_heads(scale, device)
     flash = torch.nn.functional.scaled_dot_product_attention
     work = partial(flash, q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     rows["path, PyTorch's flash"] = _attention_figures(work, (q, k, v), masks["path"], scale, device)
@@ -225,7 +211,7 @@ def learner(scale: Scale, device: torch.device, recompute: str = "full") -> dict
         steps = [step() for _ in range(3)]
         seconds = statistics.median(one["time_compute_s"] for one in steps)
         shape, tokens = trainer.model.shape, sum(tree.n_tokens for tree in trees)
-        pairs = sum(_pairs(tree) for tree in trees) * shape.heads * shape.head_dim * shape.layers
+        pairs = sum(attended_pairs(tree) for tree in trees) * shape.heads * shape.head_dim * shape.layers
         figures = {
             "first_step_s": first,
             "row_s": seconds / sum(len(update) for update in share),
@@ -245,7 +231,7 @@ def baseline(scale: Scale, device: torch.device) -> dict[str, Any]:
     """The same number of tokens, as one path, through transformers' model with gradient checkpointing."""
     from transformers import Qwen3ForCausalLM
 
-    model: Any = Qwen3ForCausalLM(_qwen3(scale))
+    model: Any = Qwen3ForCausalLM(qwen3(scale))
     model.to(device, torch.bfloat16)
     model.gradient_checkpointing_enable()
     model.train()
@@ -301,37 +287,7 @@ PROBES: dict[str, Callable[[Scale, torch.device], dict[str, Any]]] = {
 }
 
 
-# ---------------------------------------------------------------------- what the probes work on
-
-
-def random_shard(path: Path, scale: Scale, device: torch.device) -> None:
-    """A bfloat16 Qwen3 with random weights, as large as one rank's share, in Hugging Face format."""
-    from transformers import Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            Qwen3ForCausalLM(_qwen3(scale)).save_pretrained(path)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _qwen3(scale: Scale) -> Any:
-    from transformers import Qwen3Config
-
-    return Qwen3Config(
-        vocab_size=scale.vocab,
-        hidden_size=scale.hidden,
-        intermediate_size=scale.ffn,
-        num_hidden_layers=scale.layers,
-        num_attention_heads=scale.heads,
-        num_key_value_heads=scale.kv_heads,
-        head_dim=scale.head_dim,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
+# ---------------------------------------------------------------------- the learner
 
 
 def _config(scale: Scale, recompute: str) -> Config:
@@ -350,63 +306,6 @@ def _trainer(config: Config, directory: str) -> Any:
 
     meeting = tempfile.mkdtemp(dir=directory)
     return Trainer(config, directory, rank=0, world=1, init_method=f"file://{meeting}/point")
-
-
-def grown(scale: Scale, seed: int) -> Tree:
-    """A tree that fills a row: half of it shared by all leaves, the rest one MODEL branch for each."""
-    rng = np.random.default_rng(seed)
-    shared = scale.tokens // 2
-    each = (scale.tokens - shared) // scale.leaves
-
-    def some(count: int) -> np.ndarray:
-        return rng.integers(0, scale.vocab, count)
-
-    growth = TreeBuilder("bench", "bench", some(shared // 2), budget=scale.leaves)
-    turn = growth.node(growth.prompt, Kind.MODEL)
-    growth.extend(turn, some(shared - shared // 2), -6.0, None, 0)
-    for number in range(scale.leaves):
-        node = growth.node(turn, Kind.MODEL)
-        growth.extend(node, some(each), -6.0, None, 0)
-        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.FORK), float(number), False)
-    return growth.close(0.0)
-
-
-def _pairs(tree: Tree) -> int:
-    """Pairs of tokens that may attend: each token to itself and to all before it on its root path."""
-    stats = TreeStats.of(tree)
-    return int(sum(n * before + n * (n + 1) // 2 for n, before in _nodes(stats)))
-
-
-def _nodes(stats: TreeStats) -> list[tuple[int, int]]:
-    """Of each node (its tokens, the tokens before it on its root path)."""
-    before: list[int] = []
-    for parent in stats.parent.tolist():
-        before.append(before[parent] + int(stats.length[parent]) if parent >= 0 else 0)
-    return list(zip(stats.length.tolist(), before, strict=True))
-
-
-def _mask(n: int, trees: int, leaves: int) -> torch.Tensor:
-    """``exit`` ``[n]`` of ``trees`` equal trees, half of each shared by its ``leaves``."""
-    size = n // trees
-    shared = size // 2
-    exit = torch.empty(n, dtype=torch.int64)
-    for tree in range(trees):
-        first, end = tree * size, n if tree == trees - 1 else (tree + 1) * size
-        exit[first : first + shared] = end
-        each = (end - first - shared) // leaves
-        for leaf in range(leaves):
-            a = first + shared + leaf * each
-            b = end if leaf == leaves - 1 else a + each
-            exit[a:b] = b
-    return exit
-
-
-def _heads(scale: Scale, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    def one(heads: int) -> torch.Tensor:
-        shape = (1, heads, scale.tokens, scale.head_dim)
-        return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-
-    return one(scale.heads), one(scale.kv_heads), one(scale.kv_heads)
 
 
 # ---------------------------------------------------------------------- clocks and memory

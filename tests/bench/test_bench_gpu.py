@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from system.bench.gpu import TOY, grown, run
+from system.bench.gpu import run
+from system.bench.shard import TOY, grown
 from system.errors import ConfigError
 from system.tree.record import validate
 

@@ -1,0 +1,123 @@
+"""What ``espalier bench gpu`` measures with: one rank's share of a large model, and rows of trees for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from system.tree.builder import TreeBuilder
+from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.stats import TreeStats
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What a probe measures with: one rank's share of a model, and a packed row of ``tokens``."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tokens: int
+    leaves: int  # of a tree that fills the row
+    matmul: int  # edge of the square matrix product
+    copy_mb: int
+    repeats: int
+
+
+LARGE = Scale(5120, 20, 10, 2, 128, 4352, 37_984, 18_432, 16, 8192, 1024, 10)
+TOY = Scale(64, 2, 4, 2, 16, 128, 256, 256, 4, 128, 1, 2)
+
+
+def random_shard(path: Path, scale: Scale, device: torch.device) -> None:
+    """A bfloat16 Qwen3 with random weights, as large as one rank's share, in Hugging Face format."""
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            Qwen3ForCausalLM(qwen3(scale)).save_pretrained(path)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def qwen3(scale: Scale) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=scale.vocab,
+        hidden_size=scale.hidden,
+        intermediate_size=scale.ffn,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=scale.heads,
+        num_key_value_heads=scale.kv_heads,
+        head_dim=scale.head_dim,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def grown(scale: Scale, seed: int) -> Tree:
+    """A tree that fills a row: half of it shared by all leaves, the rest one MODEL branch for each."""
+    rng = np.random.default_rng(seed)
+    shared = scale.tokens // 2
+    each = (scale.tokens - shared) // scale.leaves
+
+    def some(count: int) -> np.ndarray:
+        return rng.integers(0, scale.vocab, count)
+
+    growth = TreeBuilder("bench", "bench", some(shared // 2), budget=scale.leaves)
+    turn = growth.node(growth.prompt, Kind.MODEL)
+    growth.extend(turn, some(shared - shared // 2), -6.0, None, 0)
+    for number in range(scale.leaves):
+        node = growth.node(turn, Kind.MODEL)
+        growth.extend(node, some(each), -6.0, None, 0)
+        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.FORK), float(number), False)
+    return growth.close(0.0)
+
+
+def attended_pairs(tree: Tree) -> int:
+    """Pairs of tokens that may attend: each token to itself and to all before it on its root path."""
+    stats = TreeStats.of(tree)
+    return int(sum(n * before + n * (n + 1) // 2 for n, before in _nodes(stats)))
+
+
+def _nodes(stats: TreeStats) -> list[tuple[int, int]]:
+    """Of each node (its tokens, the tokens before it on its root path)."""
+    before: list[int] = []
+    for parent in stats.parent.tolist():
+        before.append(before[parent] + int(stats.length[parent]) if parent >= 0 else 0)
+    return list(zip(stats.length.tolist(), before, strict=True))
+
+
+def even_mask(n: int, trees: int, leaves: int) -> torch.Tensor:
+    """``exit`` ``[n]`` of ``trees`` equal trees, half of each shared by its ``leaves``."""
+    size = n // trees
+    shared = size // 2
+    exit = torch.empty(n, dtype=torch.int64)
+    for tree in range(trees):
+        first, end = tree * size, n if tree == trees - 1 else (tree + 1) * size
+        exit[first : first + shared] = end
+        each = (end - first - shared) // leaves
+        for leaf in range(leaves):
+            a = first + shared + leaf * each
+            b = end if leaf == leaves - 1 else a + each
+            exit[a:b] = b
+    return exit
+
+
+def random_heads(scale: Scale, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def one(heads: int) -> torch.Tensor:
+        shape = (1, heads, scale.tokens, scale.head_dim)
+        return torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    return one(scale.heads), one(scale.kv_heads), one(scale.kv_heads)
