@@ -43,6 +43,7 @@ from system.config import ModelConfig
 from system.engine.control import EngineControl, Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import SPEED_COUNTERS, GenerateRequest, Sampling
+from system.tasks.tiny_model import qwen3_config
 
 VOCAB = 512
 REQUESTS = 64
@@ -100,7 +101,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            model = random_qwen3(Path(scratch), ModelConfig(), VOCAB, seed=0)
+            model = random_qwen3(Path(scratch), qwen3_config(ModelConfig(), VOCAB, eos_token_id=0), seed=0)
             samples, sums = asyncio.run(_measure(model, scratch, rounds, new_tokens))
     finally:
         torch.set_num_threads(before)

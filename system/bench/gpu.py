@@ -20,9 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import Qwen3ForCausalLM
 
+from system.bench.random_model import forked_tree, random_qwen3
 from system.bench.report import Report
 from system.bench.shard import (
     LARGE,
@@ -30,10 +33,8 @@ from system.bench.shard import (
     Scale,
     attended_pairs,
     even_mask,
-    grown,
     qwen3,
     random_heads,
-    random_shard,
 )
 from system.config import Config, ConfigError
 from system.doctor.facts import version_of
@@ -192,12 +193,15 @@ def learner(scale: Scale, device: torch.device, recompute: str = "full") -> dict
     device's time goes.
     """
     with tempfile.TemporaryDirectory() as directory:
-        random_shard(Path(directory), scale, device)
+        random_qwen3(Path(directory), qwen3(scale), 0, device.type)
         config = _config(scale, recompute)
         plan = learner_memory(ModelShape.from_directory(directory), config.learn, "bfloat16")
-        trees = [grown(scale, seed) for seed in range(2)]
+        shared, rng = scale.tokens // 2, np.random.default_rng(0)
+        own = (scale.tokens - shared) // scale.leaves
+        trees = [forked_tree(shared, own, scale.leaves, scale.vocab, rng) for _ in range(2)]
+        stats = [TreeStats.of(tree) for tree in trees]
         trainer = _trainer(config, directory)
-        packed = trainer.planner.plan([TreeStats.of(tree) for tree in trees])
+        packed = trainer.planner.plan(stats)
         share = pack_share(packed, 0, dict(enumerate(trees)))
 
         def step() -> dict[str, float]:
@@ -211,7 +215,7 @@ def learner(scale: Scale, device: torch.device, recompute: str = "full") -> dict
         steps = [step() for _ in range(3)]
         seconds = statistics.median(one["time_compute_s"] for one in steps)
         shape, tokens = trainer.model.shape, sum(tree.n_tokens for tree in trees)
-        pairs = sum(attended_pairs(tree) for tree in trees) * shape.heads * shape.head_dim * shape.layers
+        pairs = sum(attended_pairs(tree) for tree in stats) * shape.heads * shape.head_dim * shape.layers
         figures = {
             "first_step_s": first,
             "row_s": seconds / sum(len(update) for update in share),
@@ -229,8 +233,6 @@ def learner(scale: Scale, device: torch.device, recompute: str = "full") -> dict
 
 def baseline(scale: Scale, device: torch.device) -> dict[str, Any]:
     """The same number of tokens, as one path, through transformers' model with gradient checkpointing."""
-    from transformers import Qwen3ForCausalLM
-
     model: Any = Qwen3ForCausalLM(qwen3(scale))
     model.to(device, torch.bfloat16)
     model.gradient_checkpointing_enable()
@@ -257,7 +259,7 @@ def weights(scale: Scale, device: torch.device) -> dict[str, Any]:
     """Four layers: the export that engines are fed from, and a checkpoint, in GB/s."""
     few = replace(scale, layers=min(4, scale.layers))
     with tempfile.TemporaryDirectory() as directory:
-        random_shard(Path(directory), few, device)
+        random_qwen3(Path(directory), qwen3(few), 0, device.type)
         trainer = _trainer(_config(few, "full"), directory)
         figures: dict[str, Any] = {}
         for turn in ("first", "second"):

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from system.bench.random_model import random_qwen3
+from system.bench.random_model import forked_tree, random_qwen3
 from system.bench.report import Report
 from system.config import Config
-from system.tree.builder import TreeBuilder
+from system.tasks.tiny_model import qwen3_config
 from system.tree.pack import flatten, pack_share
-from system.tree.record import Kind, Origin, Outcome, Tree, token_node
+from system.tree.record import Tree, token_node
 from system.tree.stats import TreeStats
 
 PATH_TOKENS = 256  # per leaf, prompt included
@@ -79,13 +79,17 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
     from system.learn.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as directory:
-        random_qwen3(Path(directory), config.model, VOCAB, seed=0)
+        random_qwen3(Path(directory), qwen3_config(config.model, VOCAB, eos_token_id=0), seed=0)
         trainer = Trainer(config, directory, rank=0, world=1, init_method=f"file://{directory}/meeting-point")
         try:
             results = []
             for case in cases:
                 rng = np.random.default_rng(0)
-                trees = [grown(case, rng) for _ in range(max(1, leaves // case.leaves))]
+                shared = round(PATH_TOKENS * case.prefix)
+                trees = [
+                    forked_tree(shared, PATH_TOKENS - shared, case.leaves, VOCAB, rng)
+                    for _ in range(max(1, leaves // case.leaves))
+                ]
                 paths = [path for tree in trees for path in flatten(tree)]
                 error = _disagreement(trees, trainer.logprobs(trees), trainer.logprobs(paths))
                 seconds: dict[bool, list[float]] = {False: [], True: []}  # by whether the paths are flat
@@ -113,19 +117,6 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
             return results
         finally:
             trainer.close()
-
-
-def grown(case: Case, rng: np.random.Generator) -> Tree:
-    """A random tree: a prompt, a shared MODEL turn as long, then one MODEL branch per leaf."""
-    shared = round(PATH_TOKENS * case.prefix)
-    growth = TreeBuilder("bench", "bench", rng.integers(0, VOCAB, shared - shared // 2), budget=case.leaves)
-    turn = growth.node(growth.prompt, Kind.MODEL)
-    growth.extend(turn, rng.integers(0, VOCAB, shared // 2), -6.0, None, 0)
-    for number in range(case.leaves):
-        node = growth.node(turn, Kind.MODEL)
-        growth.extend(node, rng.integers(0, VOCAB, PATH_TOKENS - shared), -6.0, None, 0)
-        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.FORK), float(number), False)
-    return growth.close(0.0)
 
 
 def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.ndarray]) -> float:

@@ -1,19 +1,36 @@
-"""Models with random weights: speed does not ask what a model knows."""
+"""Models with random weights and trees with random tokens: speed does not ask what a model knows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from system.config import ModelConfig
-from system.tasks.tiny_model import qwen3_config
+from system.tree.builder import TreeBuilder
+from system.tree.record import Kind, Origin, Outcome, Tree
 
 
-def random_qwen3(path: Path, shape: ModelConfig, vocab: int, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of ``shape`` with random float32 weights, saved to ``path`` in Hugging Face format."""
+def random_qwen3(path: Path, config: Qwen3Config, seed: int, device: str = "cpu") -> Qwen3ForCausalLM:
+    """A Qwen3 of ``config``'s shape and dtype with random weights, saved to ``path`` as Hugging Face does."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(qwen3_config(shape, vocab, eos_token_id=0))
+    with torch.device(device):
+        model = Qwen3ForCausalLM._from_config(
+            config
+        )  # in the config's dtype, which the constructor overlooks
     model.save_pretrained(path)
     return model.eval()
+
+
+def forked_tree(shared: int, own: int, leaves: int, vocab: int, rng: np.random.Generator) -> Tree:
+    """A prompt and a MODEL turn, ``shared`` tokens together, then a branch of ``own`` tokens per leaf."""
+    prompt = shared - shared // 2
+    growth = TreeBuilder("bench", "bench", rng.integers(0, vocab, prompt), budget=leaves)
+    turn = growth.node(growth.prompt, Kind.MODEL)
+    growth.extend(turn, rng.integers(0, vocab, shared - prompt), -6.0, None, 0)
+    for number in range(leaves):
+        node = growth.node(turn, Kind.MODEL)
+        growth.extend(node, rng.integers(0, vocab, own), -6.0, None, 0)
+        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.FORK), float(number), False)
+    return growth.close(0.0)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from transformers import Qwen3Config
 
-from system.tree.builder import TreeBuilder
-from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.record import path_sum
 from system.tree.stats import TreeStats
 
 
@@ -36,23 +33,7 @@ LARGE = Scale(5120, 20, 10, 2, 128, 4352, 37_984, 18_432, 16, 8192, 1024, 10)
 TOY = Scale(64, 2, 4, 2, 16, 128, 256, 256, 4, 128, 1, 2)
 
 
-def random_shard(path: Path, scale: Scale, device: torch.device) -> None:
-    """A bfloat16 Qwen3 with random weights, as large as one rank's share, in Hugging Face format."""
-    from transformers import Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            Qwen3ForCausalLM(qwen3(scale)).save_pretrained(path)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def qwen3(scale: Scale) -> Any:
-    from transformers import Qwen3Config
-
+def qwen3(scale: Scale) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=scale.vocab,
         hidden_size=scale.hidden,
@@ -66,37 +47,11 @@ def qwen3(scale: Scale) -> Any:
     )
 
 
-def grown(scale: Scale, seed: int) -> Tree:
-    """A tree that fills a row: half of it shared by all leaves, the rest one MODEL branch for each."""
-    rng = np.random.default_rng(seed)
-    shared = scale.tokens // 2
-    each = (scale.tokens - shared) // scale.leaves
-
-    def some(count: int) -> np.ndarray:
-        return rng.integers(0, scale.vocab, count)
-
-    growth = TreeBuilder("bench", "bench", some(shared // 2), budget=scale.leaves)
-    turn = growth.node(growth.prompt, Kind.MODEL)
-    growth.extend(turn, some(shared - shared // 2), -6.0, None, 0)
-    for number in range(scale.leaves):
-        node = growth.node(turn, Kind.MODEL)
-        growth.extend(node, some(each), -6.0, None, 0)
-        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.FORK), float(number), False)
-    return growth.close(0.0)
-
-
-def attended_pairs(tree: Tree) -> int:
+def attended_pairs(stats: TreeStats) -> int:
     """Pairs of tokens that may attend: each token to itself and to all before it on its root path."""
-    stats = TreeStats.of(tree)
-    return int(sum(n * before + n * (n + 1) // 2 for n, before in _nodes(stats)))
-
-
-def _nodes(stats: TreeStats) -> list[tuple[int, int]]:
-    """Of each node (its tokens, the tokens before it on its root path)."""
-    before: list[int] = []
-    for parent in stats.parent.tolist():
-        before.append(before[parent] + int(stats.length[parent]) if parent >= 0 else 0)
-    return list(zip(stats.length.tolist(), before, strict=True))
+    n = stats.length
+    before = path_sum(stats.parent, n) - n
+    return int((n * before + n * (n + 1) // 2).sum())
 
 
 def even_mask(n: int, trees: int, leaves: int) -> torch.Tensor:
