@@ -72,7 +72,7 @@ def equal(answer: str, gold: str) -> bool:
         return _choices(a, b) or (bool(words(a)) and words(a) == words(b))
     if _choices(a, b) or _ratio(a, b) or _ratio(b, a):
         return True
-    x, y = (_read(_NUMERALS.get(text.lower(), text)) for text in (a, b))
+    x, y = (_alone(_read(_NUMERALS.get(text.lower(), text))) for text in (a, b))
     return x is not None and y is not None and _same(x, y)
 
 
@@ -104,7 +104,7 @@ def is_strict(text: str) -> bool:
 def _canonical(text: str) -> str:
     """Without spaces that do not separate, without case in words of four letters and more."""
     if is_strict(text):  # but "1, 234" is not 1,234
-        text = re.sub(r"(?<=[^\w,;:.]) | (?=\W)|(?<=[,;:.]) (?!\d)", "", text)
+        text = re.sub(r"(?<=[^\w,;:.]) | (?=[^\w.])|(?<=[,;:.]) (?!\d)", "", text)
     short = r"|[A-Z]?[a-z]{2,}" if re.fullmatch(r"[\w ,.:;'-]*", text) else ""
     return re.sub(
         rf"(?<!\\)\b(?:[^\W\d_]{{4,}}|[AaPp][Mm]{short})\b", lambda word: word.group().casefold(), text
@@ -179,6 +179,11 @@ def _all(kind: str, texts: Sequence[str], depth: int) -> _Part | None:
     return _Part(kind, parts) if 0 < len(parts) == len(texts) <= MAX_PARTS else None
 
 
+def _alone(part: _Part | None) -> _Part | None:
+    """5 for {5}."""
+    return part.parts[0] if part and part.kind == "set" and len(part.parts) == 1 and not part.label else part
+
+
 def _list(part: _Part | None) -> _Part | None:
     if part is None or not part.parts[0].label or any(other.label for other in part.parts[1:]):
         return part
@@ -238,9 +243,7 @@ def _same(a: _Part, b: _Part) -> bool:
     kinds = {a.kind, b.kind}
     if kinds == {"value"}:
         return _same_value(a, b)
-    if kinds == {"set", "value"}:
-        a, b = (replace(part, kind="set", parts=part.parts or (part,)) for part in (a, b))
-    if kinds <= {"set", "list", "value", "union"} and kinds != {"list"} and kinds != {"union", "list"}:
+    if kinds in ({"set"}, {"set", "list"}, {"union"}):
         return len(a.parts) == len(b.parts) and _cover(a.parts, b.parts) and _cover(b.parts, a.parts)
     x, y = (sorted(part.parts, key=lambda p: p.label) if _named(part) else part.parts for part in (a, b))
     # "2, 5" is not (2, 5), which may be an interval; three parts or names leave no doubt

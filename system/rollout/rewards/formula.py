@@ -48,7 +48,7 @@ def is_formula(text: str) -> bool:
     if _SYMBOL.fullmatch(text):
         return True
     bare = _COMMAND.sub(r" \\\\ ", text)  # \\ stands for a command
-    if len(text) > MAX_CHARS or not _ALLOWED.fullmatch(text) or re.search(r"\\[A-Za-z]", bare):
+    if len(text) > MAX_CHARS or not _ALLOWED.fullmatch(text) or re.search(r"\\[A-Za-z{}]", bare):
         return False
     if _NEVER.search(bare) or not _OPERATION.search(bare) or not _OPERAND.search(bare):
         return False
