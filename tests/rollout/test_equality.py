@@ -55,7 +55,7 @@ PIECES = re.findall(
 TEXTS = st.lists(st.sampled_from([*PIECES, " ", "  "]), max_size=12).map("".join) | st.text(max_size=30)
 
 
-@settings(max_examples=1000, derandomize=True, deadline=2000, database=None)
+@settings(max_examples=3000, derandomize=True, deadline=2000, database=None)
 @given(TEXTS, TEXTS)
 def test_equality_holds_its_promises_for_any_two_texts(a: str, b: str) -> None:
     assert equal(a, a)

@@ -41,7 +41,7 @@ _AND = r"(?:[,;] ?)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
 _COMMA = re.compile(rf"{_AND}|[,;]")
 _THOUSANDS = re.compile(rf"{_AND}|;|(?<!\d),|,(?!\d{{3}}(?!\d))")  # 12,345 is one number
 _INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![A-Za-z])")
-_BRACKETED = re.compile(r"(\\\{|[(\[{])(.*?)(\\\}|[)\]}])")
+_BRACKETED = re.compile(r"(\\?\{(?=.*\}$)|[(\[](?!.*\}$))(.*?)(\\?\}|[)\]])")
 MAX_DEPTH = 6
 MAX_PARTS = 40
 
@@ -106,9 +106,8 @@ def _canonical(text: str) -> str:
     if is_strict(text):  # but "1, 234" is not 1,234
         text = re.sub(r"(?<=[^\w,;:.]) | (?=[^\w.])|(?<=[,;:.]) (?!\d)", "", text)
     short = r"|[A-Z]?[a-z]{2,}" if re.fullmatch(r"[\w ,.:;'-]*", text) else ""
-    return re.sub(
-        rf"(?<!\\)\b(?:[^\W\d_]{{4,}}|[AaPp][Mm]{short})\b", lambda word: word.group().casefold(), text
-    )
+    caseless = rf"(?<!\\)\b(?:[^\W\d_]{{4,}}|[AaPp][Mm]{short})\b"
+    return re.sub(caseless, lambda word: word[0].casefold(), text)
 
 
 def words(text: str) -> list[str]:
@@ -154,11 +153,7 @@ def _read(text: str, depth: int = 0) -> _Part | None:
         return _list(_all("list", pieces, depth))
     if len(pieces := _split(text, _UNION)) > 1:
         return _all("union", pieces, depth)
-    if (
-        (match := _BRACKETED.fullmatch(text))
-        and (match[1][-1] == "{") == (match[3][-1] == "}")
-        and _balanced(match[2])
-    ):
+    if (match := _BRACKETED.fullmatch(text)) and _balanced(match[2]):
         pieces = _split(match[2], _COMMA)
         if match[1] + match[3] == "()" and len(pieces) == 1:
             return _read(match[2], depth + 1)
@@ -205,10 +200,10 @@ def _relation(text: str, depth: int) -> _Part | None:
         return _all("=", sides, depth)
     if not set(signs) <= {"<", "\\le"}:
         return None
-    if len(sides) == 2:  # x < 5 and 5 < x
-        sides, signs = (
-            (["-\\infty", *sides], ["<", *signs]) if named else ([*sides, "\\infty"], [*signs, "<"])
-        )
+    if len(sides) == 2 and named:  # x < 5
+        sides, signs = ["-\\infty", *sides], ["<", *signs]
+    elif len(sides) == 2:  # 5 < x
+        sides, signs = [*sides, "\\infty"], [*signs, "<"]
     if len(sides) != 3 or not _LABEL.fullmatch(sides[1]):
         return None
     kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
