@@ -42,6 +42,7 @@ _COMMA = re.compile(rf"{_AND}|[,;]")
 _THOUSANDS = re.compile(rf"{_AND}|;|(?<!\d),|,(?!\d{{3}}(?!\d))")  # 12,345 is one number
 _INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![A-Za-z])")
 _BRACKETED = re.compile(r"(\\?\{(?=.*\}$)|[(\[](?!.*\}$))(.*?)(\\?\}|[)\]])")
+MAX_FORMULAS = 250  # characters of an answer with formulas: to parse one takes up to 0.1 s
 MAX_DEPTH = 6
 MAX_PARTS = 40
 
@@ -140,6 +141,8 @@ def _read(text: str, depth: int = 0) -> _Part | None:
     """The structure of a cleaned text; None when it has none that is understood."""
     text = text.strip()
     if not text or depth > MAX_DEPTH or not _balanced(text):
+        return None
+    if len(text) > MAX_FORMULAS and re.search("[A-Za-z]", text):
         return None
     body, unit = split_unit(text)
     if number(body) is not None:
