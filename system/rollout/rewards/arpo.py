@@ -15,8 +15,8 @@ import re
 
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo_release import FORMAT_ERROR, MULTI_TOOL_BONUS
-from system.rollout.rewards.equality import equal, is_mathematical, parse_number
-from system.rollout.rewards.words import answer_span, last_boxed, normalize, overlap
+from system.rollout.rewards.equality import equal, is_mathematical, is_strict, parse_number, words
+from system.rollout.rewards.words import answer_span, last_boxed, overlap
 from system.tools.outcome import ToolStatus
 from system.tree.prompt import Prompt
 from system.tree.record import Kind
@@ -73,20 +73,27 @@ def _calls_answered(branch: BranchView) -> bool:
 
 def _compare(answer: str, gold: str) -> tuple[float, bool]:
     """(score in [0, 1], equal?)"""
-    if answer == gold:
+    if equal(answer, gold):
         return 1.0, True
     if is_mathematical(answer) and is_mathematical(gold):
-        same = equal(answer, gold)
-        return float(same), same
-    said, meant = _words(answer), _words(gold)
+        return 0.0, False
+    said, meant = _tokens(answer), _tokens(gold)
     score = overlap(said, meant)
-    return score, score > 0 and said == meant
+    # the words in another order, or with other marks between digits, are not paid in full
+    return (0.0 if score == 1 and (is_strict(answer) or is_strict(gold)) else score), False
 
 
-def _words(text: str) -> list[str]:
-    """Normalised words in which numbers stay numbers: "-5 km" and "5 km" share only the unit."""
-    words = []
+def _tokens(text: str) -> list[str]:
+    """Normalised words in which numbers stay numbers and formulas formulas: "-5 km" and "5 km" share only
+    the unit.
+    """
+    if not is_strict(text):
+        return words(text)
+    tokens: list[str] = []
     for word in text.split():
         number = parse_number(word.strip(",;:!?()"))
-        words += [str(number)] if number is not None else normalize(word).split()
-    return words
+        if number is not None:
+            tokens.append(str(number))
+        else:
+            tokens += [word] if is_strict(word) else words(word)
+    return tokens

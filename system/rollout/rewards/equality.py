@@ -1,194 +1,282 @@
-"""Are two mathematical answers equal?  Exact arithmetic for numbers, ``math-verify``'s parser for formulas.
+"""Are two answers equal?  Decided part by part; a false "equal" is worse than a false "not equal".
 
-Answers are written by a model, and this runs on a rollout's event loop, so it must come back whatever it is
-given. Two things would not: sympy evaluates eagerly (``9^{9^{9^9}}``), hence only short formulas with small
-exponents and no sums, factorials or integrals are parsed at all; and sympy's simplification, by which
-``math_verify.verify`` decides, can take minutes even on those (and its time limit needs signals, hence a
-main thread).  Formulas are therefore compared by value: equal at random points (the Schwartz-Zippel test) is
-equal.  What cannot be parsed here is equal only when it is written alike.
+:func:`equal` is symmetric and reflexive.  In order: identical; words, where neither side has a digit, an
+operator or LaTeX (only there may punctuation, case, accents and articles go); choices; structures (sets,
+lists, intervals and their unions, matrices, equations, inequalities), whose parts are compared in turn;
+numbers with units, exactly; formulas, by value (:mod:`system.rollout.rewards.formula`).  What is none of
+these (a date, a version, a time of day) is equal only when it is written alike.  ``docs/limits.md`` says
+what cannot be decided.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
-import sympy
-from math_verify import parse
+from system.rollout.rewards.formula import close, equal_values, is_formula, proportional
+from system.rollout.rewards.notation import MAX_CHARS, clean, number, split_unit
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off: see above
-
-MAX_CHARS = 80
-DIGITS = 30  # to which formulas are evaluated
-_POINTS = [sympy.Rational(p, q) for p, q in ((618, 1000), (1732, 1000), (2236, 1000))]
-TOLERANCE = Fraction(1, 10**6)  # between numbers not both whole: so that 0.333333 is 1/3
-
-_DECIMAL = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:[eE][+-]?\d{1,2})?"
-_NUMBER = re.compile(_DECIMAL)
-_FRACTION = re.compile(
-    rf"([+-]?)\\[dt]?frac(?:\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}|(\d)(\d))"  # \frac{1}{2} or \frac12
+# an operator, LaTeX, a sign; but not the hyphen of "New-York", the apostrophe of "boys'"
+_OPERATOR = re.compile(
+    r"[\\*/_#@%{}\[\]]|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_](?:-[^\W\d_]\b|'(?!\w)|\((?!\W?s\)))"
 )
-_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[,!;: ]|\\?\$|\s+")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}")
-_APART = re.compile(r"\w\s+\d|\d\s+[^\W\d]")  # "3 4", "5 km": words, not one number
-_DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
-
-_COMMAND = re.compile(r"\\([A-Za-z]+)")
-_CHEAP = frozenset(
-    re.findall(
-        r"\w+",
-        "frac dfrac tfrac sqrt pi cdot times div pm infty circ sin cos tan cot sec csc arcsin arccos arctan "
-        "log ln exp alpha beta gamma theta lambda mu phi omega leq geq le ge lt gt neq",
-    )
+_ARTICLE = re.compile(r"(?:^(?:the|an?)|\b(?:the|an))\s+(?=\w{2})", re.IGNORECASE)
+_NUMERALS = {
+    "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
+    "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
+}  # fmt: skip
+_CHOICE = re.compile(r"\(?([A-J])(?:[).:]|\))?")
+_CHOSEN = re.compile(r"(?:\(([A-J])\)|([A-J])[).:]) .*")
+_MATRIX = re.compile(r"\\begin ?\{([pbB]?matrix)\}(.*)\\end ?\{\1\}")
+_LABEL = re.compile(
+    r"[A-Za-z](?:_\w|_\{\w{1,4}\})?(?:\([A-Za-z](?:, ?[A-Za-z])*\))?|\\(?:alpha|beta|theta|lambda|mu|phi)"
 )
-_FUNCTIONS = re.compile(r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp)")
-_ALLOWED = re.compile(r"[0-9A-Za-z\\{}()\[\]+\-*/^_=<>.,|%°]*")
-_EXPONENT = re.compile(r"(?:\^|\*\*)(\{[^{}^]*\}|\([^()^]*\)|[+-]?\w|\\[A-Za-z]+)")
+_RELATION = re.compile(r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\in(?![A-Za-z])|[=<>]")
+_UNION = re.compile(r"\\cup(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])")
+_AND = r"(?:[,;] ?)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
+_COMMA = re.compile(rf"{_AND}|[,;]")
+_THOUSANDS = re.compile(rf"{_AND}|;|(?<!\d),|,(?!\d{{3}}(?!\d))")  # 12,345 is one number
+_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![A-Za-z])")
+_BRACKETED = re.compile(r"(\\?\{(?=.*\}$)|[(\[](?!.*\}$))(.*?)(\\?\}|[)\]])")
+MAX_FORMULAS = 250  # characters of an answer with formulas: to parse one takes up to 0.1 s
+MAX_DEPTH = 6
+MAX_PARTS = 40
 
 
-def is_mathematical(text: str) -> bool:
-    """A number or a formula, rather than words."""
-    return parse_number(text) is not None or _formula(text) is not None
+@dataclass(frozen=True)
+class _Part:
+    """What an answer is.  ``kind``: "value" (``text``, ``unit``), "=" (two parts), "union", "matrix", "list",
+    "set", or an opening and a closing bracket.  ``label``: x of "x = …" and of "x < 5".
+    """
+
+    kind: str
+    parts: tuple[_Part, ...] = ()
+    text: str = ""
+    unit: str = ""
+    label: str = ""
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Equality of two mathematical answers; False when it cannot be decided cheaply and they are written
-    apart.
-    """
-    a, b = parse_number(answer), parse_number(gold)
-    if a is None or b is None:
-        return _clean(answer) == _clean(gold) or _equal_formulas(answer, gold)
-    if _close(a, b):
+    """Are these two answers the same?"""
+    if answer == gold:
         return True
-    percent_a, percent_b = _percent(answer), _percent(gold)
-    return percent_a != percent_b and _close(a * 100 if percent_a else a, b * 100 if percent_b else b)
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return False
+    a, b = clean(answer), clean(gold)
+    if _canonical(a) == _canonical(b):
+        return True
+    if not is_strict(a) and not is_strict(b):
+        return _choices(a, b) or (bool(words(a)) and words(a) == words(b))
+    if _choices(a, b) or _ratio(a, b) or _ratio(b, a):
+        return True
+    x, y = (_alone(_read(_NUMERALS.get(text.lower(), text))) for text in (a, b))
+    return x is not None and y is not None and _same(x, y)
 
 
-@lru_cache(4096)
+def is_mathematical(text: str) -> bool:
+    """A number, a formula or a structure of them, rather than words or a quantity."""
+    text = clean(text) if len(text) <= MAX_CHARS else ""
+    part = _read(text)
+    if part is None or _CHOICE.fullmatch(text) or part.unit.isalpha():
+        return False
+    return part.kind != "value" or len(part.text) > 1 or part.text.isdigit()
+
+
 def parse_number(text: str) -> Fraction | None:
-    """The value of an integer, decimal, percentage or plain fraction, ASCII or LaTeX; None for anything
-    else.
+    """The value of an integer, decimal, percentage, mixed number or plain fraction, ASCII or LaTeX; None for
+    anything else.
     """
-    if len(text) > MAX_CHARS or _APART.search(text):
+    if len(text) > MAX_CHARS:
         return None
-    text = _clean(text)
-    scale = Fraction(1)
-    if _percent(text):
-        text, scale = text.removesuffix("%").removesuffix("\\"), Fraction(1, 100)
-    if match := _FRACTION.fullmatch(text):
-        sign, a, b, c, d = match.groups()
-        numerator, denominator = _decimal(a or c), _decimal(b or d)
-        scale = -scale if sign == "-" else scale
-    else:
-        above, slash, below = text.partition("/")
-        numerator, denominator = _decimal(above), _decimal(below) if slash else Fraction(1)
-    if numerator is None or not denominator:
-        return None
-    return scale * numerator / denominator
+    body, unit = split_unit(clean(text))
+    value = number(body) if unit in ("", "%", "$", "°") else None
+    return value / 100 if value is not None and unit == "%" else value
 
 
-def _decimal(text: str | None) -> Fraction | None:
-    if not text or not _NUMBER.fullmatch(text) or not any(c.isdigit() for c in text):
-        return None
-    return Fraction(text.replace(",", "").removesuffix("."))
+def is_strict(text: str) -> bool:
+    """Has it digits, operators or LaTeX, so that no mark in it may be dropped?"""
+    return _OPERATOR.search(text) is not None or any(unicodedata.category(c)[0] in "NS" for c in text)
 
 
-def _clean(text: str) -> str:
-    return _NOISE.sub("", _TEXT.sub(r"\1", text)).removesuffix(".")
+def _canonical(text: str) -> str:
+    """Without spaces that do not separate, without case in words of four letters and more."""
+    if is_strict(text):  # but "1, 234" is not 1,234
+        text = re.sub(r"(?<=[^\w,;:.]) | (?=[^\w.])|(?<=[,;:.]) (?!\d)", "", text)
+    short = r"|[A-Z]?[a-z]{2,}" if re.fullmatch(r"[\w ,.:;'-]*", text) else ""
+    caseless = rf"(?<!\\)\b(?:[^\W\d_]{{4,}}|[AaPp][Mm]{short})\b"
+    return re.sub(caseless, lambda word: word[0].casefold(), text)
 
 
-def _percent(text: str) -> bool:
-    return text.rstrip().endswith("%")
+def words(text: str) -> list[str]:
+    """Without case, accents of Latin letters, articles and punctuation (unless there is nothing else)."""
+    text = unicodedata.normalize("NFKD", text.replace("&", " and ").casefold())
+    text = re.sub(r"(?<=[a-z])[\u0300-\u036f]+", "", text)
+    if any(c.isalpha() for c in text):
+        text = re.sub(r"[.'\-]", "", text)
+        text = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text)
+    return _ARTICLE.sub("", " ".join(text.split())).split()
 
 
-def _close(a: Fraction, b: Fraction) -> bool:
-    """Equal; or, unless both are whole, within 1e-6 both relatively and absolutely."""
-    if a == b:
-        return True
-    if a.denominator == 1 and b.denominator == 1:
-        return False
-    return abs(a - b) <= TOLERANCE * min(max(abs(a), abs(b)), Fraction(1))
+def _choices(a: str, b: str) -> bool:
+    """(A), "A)" and "A" are one; so is "A. what it says", when the other side is the letter alone."""
+    x, y = _CHOICE.fullmatch(a), _CHOICE.fullmatch(b)
+    if x and y:
+        return x[1] == y[1]
+    letter, chosen = (x, _CHOSEN.fullmatch(b)) if x else (y, _CHOSEN.fullmatch(a))
+    return letter is not None and chosen is not None and letter[1] in chosen.groups()
 
 
-def _formula(text: str) -> str | None:
-    """``text`` cleaned, when it reads as a formula that is cheap to evaluate; None otherwise."""
-    if len(text) > MAX_CHARS or _APART.search(text) or _DATE.fullmatch(text.strip()):
-        return None
-    text = _clean(text)
-    if not _ALLOWED.fullmatch(text) or not set(_COMMAND.findall(text)) <= _CHEAP:
-        return None
-    letters = re.findall(r"[A-Za-z]+", _COMMAND.sub(" ", text))
-    if any(len(run) > 3 for run in letters) or len(set("".join(letters))) > 4:
-        return None
-    # a number with "-" or "/" alone is a range or a reference as often as a difference
-    if not re.search(r"\\[A-Za-z]|[\^+*=(\[<>]|\d[A-Za-z]|[A-Za-z][-/]|[-/][A-Za-z]", text) or not re.search(
-        r"\d|\\|[A-Za-z]\W+[A-Za-z]", text
-    ):
-        return None
-    if len(_FUNCTIONS.findall(text)) > 4 or not _small_powers(text, bool(letters)):
-        return None
-    return text
-
-
-def _small_powers(text: str, symbolic: bool) -> bool:
-    """The product of all numbers in exponents bounds the size of what sympy would expand."""
-    exponents = _EXPONENT.findall(text)
-    if len(exponents) != text.count("^") + text.count("**"):  # a tower, or one this module cannot read
-        return False
-    product = math.prod(max(int(number), 1) for part in exponents for number in re.findall(r"\d+", part))
-    return product <= (12 if symbolic else 1000)
+def _ratio(a: str, b: str) -> bool:
+    """3:4 is the fraction 3/4 of the same terms (but not 6:8, which may be a time)."""
+    terms = re.fullmatch(r"(\d+) ?: ?(\d+)", a)
+    return terms is not None and b in (f"{terms[1]}/{terms[2]}", rf"\frac{{{terms[1]}}}{{{terms[2]}}}")
 
 
 @lru_cache(4096)
-def _equal_formulas(answer: str, gold: str) -> bool:
-    a, b = _parse(answer), _parse(gold)
-    if a is None or b is None:
-        return False
-    if isinstance(a, sympy.Eq) and isinstance(a.lhs, sympy.Symbol) and isinstance(b, sympy.Expr):
-        a = a.rhs  # "x = 5" answers "5"
-    try:
-        return _same(a, b)
-    except (ArithmeticError, ValueError, TypeError, RecursionError):  # sympy, on what has no value
-        return False
-
-
-@lru_cache(4096)
-def _parse(text: str) -> sympy.Basic | None:
-    cheap = _formula(text) or (_clean(text) if parse_number(text) is not None else None)
-    if cheap is None:
+def _read(text: str, depth: int = 0) -> _Part | None:
+    """The structure of a cleaned text; None when it has none that is understood."""
+    text = text.strip()
+    if not text or depth > MAX_DEPTH or not _balanced(text):
         return None
-    parsed = parse(f"${cheap}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]  # None: no limit
-    return parsed[0] if parsed and isinstance(parsed[0], sympy.Basic) else None
+    if len(text) > MAX_FORMULAS and re.search("[A-Za-z]", text):
+        return None
+    body, unit = split_unit(text)
+    if number(body) is not None:
+        return _Part("value", text=body, unit=unit)
+    if match := _MATRIX.fullmatch(text):
+        rows = [f"[{row.replace('&', ';')}]" for row in re.split(r"\\\\", match[2]) if row.strip()]
+        return _all("matrix", rows, depth)
+    if _INEQUALITY.search(text) and (len(pieces := _split(text, _UNION)) > 1 or _COMMA.search(text)):
+        return _all("union", pieces, depth) if len(pieces) > 1 else None
+    if len(pieces := _split(text, _THOUSANDS)) > 1:
+        return _list(_all("list", pieces, depth))
+    if len(pieces := _split(text, _UNION)) > 1:
+        return _all("union", pieces, depth)
+    if (match := _BRACKETED.fullmatch(text)) and _balanced(match[2]):
+        pieces = _split(match[2], _COMMA)
+        if match[1] + match[3] == "()" and len(pieces) == 1:
+            return _read(match[2], depth + 1)
+        return _all("set" if match[1][-1] == "{" else match[1] + match[3], pieces, depth)
+    if _RELATION.search(text):
+        return _relation(text, depth)
+    if text.count("\\pm") == 1:
+        left, _, right = text.partition("\\pm")
+        return _all("set", [f"{left}{sign}{right.strip()}".removeprefix("+") for sign in "+-"], depth)
+    if not is_formula(body):
+        body, unit = text, ""
+    known = is_formula(body) or body in ("\\infty", "-\\infty", "+\\infty")
+    return _Part("value", text=body.removeprefix("+"), unit=unit) if known else None
 
 
-def _same(a: sympy.Basic, b: sympy.Basic) -> bool:
-    """Equal as expressions; tuples, intervals and equations part by part, sets in any order."""
-    if a == b:
-        return True
-    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+def _all(kind: str, texts: Sequence[str], depth: int) -> _Part | None:
+    parts = tuple(part for text in texts[: MAX_PARTS + 1] if (part := _read(text, depth + 1)) is not None)
+    return _Part(kind, parts) if 0 < len(parts) == len(texts) <= MAX_PARTS else None
+
+
+def _alone(part: _Part | None) -> _Part | None:
+    """5 for {5}."""
+    return part.parts[0] if part and part.kind == "set" and len(part.parts) == 1 and not part.label else part
+
+
+def _list(part: _Part | None) -> _Part | None:
+    if part is None or not part.parts[0].label or any(other.label for other in part.parts[1:]):
+        return part
+    first, *others = part.parts  # n = 1, 2, 3
+    return replace(part, parts=(replace(first, label=""), *others), label=first.label)
+
+
+def _relation(text: str, depth: int) -> _Part | None:
+    signs = [match[0] for match in _RELATION.finditer(text)]
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if signs[0] in (">", "\\ge") or (signs == ["="] and not _LABEL.fullmatch(sides[0])):
+        sides.reverse()  # written with < from here on, and with the name on the left
+        signs = [{">": "<", "\\ge": "\\le", "=": "="}.get(sign, "?") for sign in reversed(signs)]
+    named = _LABEL.fullmatch(sides[0]) is not None
+    if signs in (["="], ["\\in"]) and named:
+        part = _read(sides[1], depth + 1)
+        return replace(part, label=sides[0].replace(" ", "")) if part is not None and not part.label else None
+    if signs == ["="]:
+        return _all("=", sides, depth)
+    if not set(signs) <= {"<", "\\le"}:
+        return None
+    if len(sides) == 2 and named:  # x < 5
+        sides, signs = ["-\\infty", *sides], ["<", *signs]
+    elif len(sides) == 2:  # 5 < x
+        sides, signs = [*sides, "\\infty"], [*signs, "<"]
+    if len(sides) != 3 or not _LABEL.fullmatch(sides[1]):
+        return None
+    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
+    part = _all(kind, sides[::2], depth)
+    return replace(part, label=sides[1]) if part is not None else None
+
+
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """At the separators outside of brackets; [text] when there is none."""
+    pieces, begin = list[str](), 0
+    for match in separator.finditer(text):
+        if _balanced(text[begin : match.start()]):
+            pieces.append(text[begin : match.start()])
+            begin = match.end()
+    return [*pieces, text[begin:]]
+
+
+def _balanced(text: str) -> bool:
+    """Every bracket closes, by a round or a square one for either: [0, 1)."""
+    level = 0
+    for char in text:
+        level += (char in "([{") - (char in ")]}")
+        if level < 0:
+            return False
+    return level == 0
+
+
+def _same(a: _Part, b: _Part) -> bool:
+    if (a.label and b.label and a.label != b.label) or "=" in (a.kind, b.kind):
+        x, y = _difference(a), _difference(b)
+        return bool(x and y) and proportional(x, y)
+    kinds = {a.kind, b.kind}
+    if kinds == {"value"}:
         return _same_value(a, b)
-    if type(a) is not type(b) or len(a.args) != len(b.args):
+    if kinds in ({"set"}, {"set", "list"}, {"union"}):
+        return len(a.parts) == len(b.parts) and _cover(a.parts, b.parts) and _cover(b.parts, a.parts)
+    x, y = (sorted(part.parts, key=lambda p: p.label) if _named(part) else part.parts for part in (a, b))
+    # "2, 5" is not (2, 5), which may be an interval; three parts or names leave no doubt
+    if len(x) != len(y) or (len(kinds) > 1 and kinds != {"list", "()"}):
         return False
-    if isinstance(a, sympy.FiniteSet):
-        return all(any(_same(x, y) for y in b.args) for x in a.args) and all(
-            any(_same(x, y) for x in a.args) for y in b.args
-        )
-    return bool(a.args) and all(_same(x, y) for x, y in zip(a.args, b.args, strict=True))
+    if len(kinds) > 1 and len(x) < 3 and not (_named(a) or _named(b)):
+        return False
+    return all(_same(p, q) for p, q in zip(x, y, strict=True))
 
 
-def _same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    for point in _POINTS if symbols else _POINTS[:1]:
-        values = [(symbol, point + sympy.Rational(i, 7)) for i, symbol in enumerate(symbols)]
-        x, y = a.subs(values).doit().evalf(DIGITS), b.subs(values).doit().evalf(DIGITS)
-        for left, right in zip(x.as_real_imag(), y.as_real_imag(), strict=True):
-            if not (left.is_finite and right.is_finite and _close(_exact(left), _exact(right))):
-                return False
-    return True
+def _named(part: _Part) -> bool:
+    labels = [p.label for p in part.parts]
+    return all(labels) and len(set(labels)) == len(labels)
 
 
-def _exact(value: sympy.Basic) -> Fraction:
-    return Fraction(str(sympy.Rational(value)))
+def _cover(a: Sequence[_Part], b: Sequence[_Part]) -> bool:
+    return all(any(_same(x, y) for y in b) for x in a)
+
+
+def _difference(part: _Part) -> str:
+    """What an equation says is zero; "" when it is none between two formulas."""
+    if part.kind == "value" and part.label and not part.unit:
+        return f"{part.label}-({part.text})"
+    if part.kind == "=" and all(p.kind == "value" and not p.unit for p in part.parts):
+        return f"{part.parts[0].text}-({part.parts[1].text})"
+    return ""
+
+
+def _same_value(a: _Part, b: _Part) -> bool:
+    """A missing unit is forgiven, another one is not; 5% is 5 and is 0.05."""
+    if a.unit != b.unit and a.unit and b.unit:
+        return False
+    x, y, rounded = number(a.text), number(b.text), "." in a.text + b.text
+    if x is None or y is None:  # a number goes to the parser as an exact fraction
+        one, other = sorted((a.text if x is None else str(x), b.text if y is None else str(y)))
+        return one == other or equal_values(one, other, rounded)
+    p, q = (x / 100 if a.unit == "%" else x), (y / 100 if b.unit == "%" else y)
+    return close(x, y, rounded) or (a.unit != b.unit and close(p, q, True))
