@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, Tree
@@ -16,9 +16,7 @@ def random_qwen3(path: Path, config: Qwen3Config, seed: int, device: str = "cpu"
     """A Qwen3 of ``config``'s shape and dtype with random weights, saved to ``path`` as Hugging Face does."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = Qwen3ForCausalLM._from_config(
-            config
-        )  # in the config's dtype, which the constructor overlooks
+        model = AutoModelForCausalLM.from_config(config)  # in its dtype, which a constructor overlooks
     model.save_pretrained(path)
     return model.eval()
 
