@@ -21,5 +21,5 @@ from system.config.schema import PartConfig as PartConfig
 from system.config.schema import RolloutConfig as RolloutConfig
 from system.config.schema import SlurmConfig as SlurmConfig
 from system.config.schema import ToolsConfig as ToolsConfig
-from system.config.schema import settings as settings
+from system.config.settings import settings as settings
 from system.errors import ConfigError as ConfigError

@@ -8,7 +8,8 @@ import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from system.config.schema import Config, ModelConfig, PartConfig, Setting, settings
+from system.config.schema import Config, ModelConfig, PartConfig
+from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import PluginError, nearest
 

@@ -7,7 +7,8 @@ import textwrap
 import typing
 from typing import Any
 
-from system.config.schema import Config, PartConfig, Setting, settings
+from system.config.schema import Config, PartConfig
+from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import nearest
 

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from system.config.check import validate
-from system.config.schema import Config, settings
+from system.config.schema import Config
+from system.config.settings import settings
 from system.errors import ConfigError
 from system.plugins import escape, nearest
 

@@ -8,13 +8,10 @@ change), by snapshots of growing trees (what their growth depends on) and by the
 # ruff: noqa: RUF009 -- `setting` makes a dataclass field
 from __future__ import annotations
 
-import copy
-import dataclasses
-import typing
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
+from system.config.rule import setting
 from system.plugins import (
     AGGREGATES,
     CREDITS,
@@ -24,39 +21,7 @@ from system.plugins import (
     SYNTAXES,
     TASKS,
     TOOLS,
-    Registry,
 )
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting is, and which values it takes; every number has to be finite as well."""
-
-    text: str
-    least: float | None = None  # the smallest value allowed
-    above: float | None = None  # smaller or equal values are refused
-    most: float | None = None
-    choices: tuple[str, ...] = ()
-    registry: Registry | None = None  # or a name of this registry, or one's own as package.module:Name
-    safe_on_resume: bool = False  # a resumed run may change it without becoming a different experiment
-
-    @property
-    def bounds(self) -> str:
-        """``1 or more``, ``above 0``, ``in (0, 1]``; empty where there are none."""
-        if self.most is not None:
-            low = f"({self.above:g}" if self.least is None else f"[{self.least:g}"
-            return f"in {low}, {self.most:g}]"
-        if self.above is not None:
-            return f"above {self.above:g}"
-        return "" if self.least is None else f"{self.least:g} or more"
-
-
-def setting(default: Any, text: str, **rule: Any) -> Any:
-    """A field of a section: its default, what it is, and keywords of :class:`Rule`."""
-    metadata = {"rule": Rule(text, **rule)}
-    if isinstance(default, str | int | float):
-        return field(default=default, metadata=metadata)
-    return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
 
 @dataclass
@@ -391,42 +356,3 @@ class Config:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
-
-
-SAFE_SECTIONS = ("eval", "checkpoint", "observe", "cluster", "slurm")  # all of them is safe on resume
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of a section, as the rules and the settings reference see it."""
-
-    section: str
-    name: str
-    kind: Any  # its type
-    default: Any
-    rule: Rule
-
-    @property
-    def key(self) -> str:
-        return f"{self.section}.{self.name}"
-
-    @property
-    def safe_on_resume(self) -> bool:
-        return self.rule.safe_on_resume or self.section in SAFE_SECTIONS
-
-    def of(self, config: Config) -> Any:
-        """Its value in ``config``."""
-        return getattr(getattr(config, self.section), self.name)
-
-
-@cache
-def settings() -> dict[str, Setting]:
-    """Every setting by its key, in the order of the schema."""
-    found: list[Setting] = []
-    for section in dataclasses.fields(Config):
-        values = getattr(Config(), section.name)
-        kinds = typing.get_type_hints(type(values))
-        for one in dataclasses.fields(values):
-            value = getattr(values, one.name)
-            found.append(Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"]))
-    return {one.key: one for one in found}
