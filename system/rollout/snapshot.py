@@ -28,9 +28,9 @@ from system.rollout.context import RolloutContext
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
-from system.tree.record import Kind, Origin, Outcome, TreeError
+from system.tree.record import Kind, Mishap, Origin, Outcome, TreeError
 
-FORMAT = 1
+FORMAT = 2
 _NOT_KEPT_SO = ("began_s", "spent_s", "measured")  # clocks, and what the tokens there tell
 _PLAIN = [  # the fields of a branch that JSON takes as they are
     field.name
@@ -74,7 +74,7 @@ def freeze(tree: TreeRollout) -> bytes:
         "live": [_branch(branch, now) for branch in tree.live.values()],
         "ended": [[_branch(branch, now), int(outcome)] for branch, outcome in tree.ended],
         "seconds": tree.seconds,
-        "errors": tree.errors,
+        "mishaps": tree.mishaps,
         "spent_s": _spent(tree.spent_s, tree.began_s, now),
     }
     return save(arrays, {"tree": json.dumps(fields)})
@@ -97,7 +97,8 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         live = [_restored(values) for values in fields["live"]]
         tree.live.update((branch.key, branch) for branch in live)
         tree.ended += [(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
-        tree.seconds, tree.errors, tree.spent_s = fields["seconds"], fields["errors"], fields["spent_s"]
+        tree.seconds, tree.spent_s = fields["seconds"], fields["spent_s"]
+        tree.mishaps = [Mishap(*one) for one in fields["mishaps"]]
         return tree
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error

@@ -37,7 +37,7 @@ from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
-from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
+from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, ToolCall, Tree
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class TreeRollout:
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
-        self.errors: list[str] = []
+        self.mishaps: list[Mishap] = []
         self.spent_s = 0.0  # of the deadline, before the run was resumed
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
         self.log_vocab = math.log(context.vocab_size)
@@ -135,7 +135,9 @@ class TreeRollout:
         if scored < min(2, self.budget):
             commonest = Counter(outcome for _, outcome in self.ended).most_common(1)[0][0]
             reason = "deadline" if cut else commonest.name.lower()
-            detail = "; ".join([f"{scored} of {self.budget} leaves scored", *self.errors[:1]])
+            detail = "; ".join(
+                [f"{scored} of {self.budget} leaves scored", *(m.text for m in self.mishaps[:1])]
+            )
             raise RolloutFailed(self.prompt.id, reason, detail)
         return self._close()
 
@@ -194,7 +196,7 @@ class TreeRollout:
             outcome = Outcome.DEADLINE
         except EngineError as error:
             log.warning("prompt %s, branch %s: %s", self.prompt.id, branch.key, error)
-            self.errors.append(str(error))
+            self.mishaps.append(Mishap("engine", str(error)))
             outcome = Outcome.ENGINE_ERROR
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
@@ -392,6 +394,7 @@ class TreeRollout:
                 return await self.context.tools.call(tool, arguments, context)
             except Exception as error:  # the service promises not to raise; if it does, the agent goes on
                 log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
+                self.mishaps.append(Mishap("tool", f"{tool}: {error!r}"))
                 text = "Error: the tool is unavailable"
                 return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=repr(error))
 
@@ -414,6 +417,6 @@ class TreeRollout:
             ticket=self.ticket,
             seconds={cause: round(value, 6) for cause, value in self.seconds.items()},
             parts=parts,
-            errors=self.errors,
+            mishaps=self.mishaps,
         )
         return self.growth.close(self.context.now())

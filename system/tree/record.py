@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,13 @@ class Origin(IntEnum):
     ROOT = 0
     FORK = 1
     TOP_UP = 2
+
+
+class Mishap(NamedTuple):
+    """What went wrong in a tree and did not end it: counted, and the first of a kind is told."""
+
+    kind: str  # a word for counters: "engine", "tool", "reward"
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

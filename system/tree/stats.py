@@ -19,6 +19,7 @@ from system.tree.record import (
     Int32,
     Int64,
     Kind,
+    Mishap,
     Origin,
     Outcome,
     ToolCall,
@@ -46,6 +47,7 @@ class TreeStats:
     reward: Float32  # [L] score; NaN when the leaf was not scored
     outcome: Int8  # [L] an ``Outcome``
     calls: tuple[ToolCall, ...]  # without their arguments
+    mishaps: tuple[Mishap, ...]
     nodes: int
     depth: int  # nodes on the longest root-to-leaf path
     leaves: int
@@ -93,6 +95,7 @@ class TreeStats:
             reward=tree.reward,
             outcome=tree.outcome,
             calls=tuple(replace(call, arguments={}) for call in tree.calls),
+            mishaps=tuple(Mishap(*one) for one in tree.meta.get("mishaps", ())),
             nodes=tree.n_nodes,
             depth=int(depth[tree.leaf].max(initial=0)),
             leaves=tree.n_leaves,
