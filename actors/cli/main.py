@@ -12,12 +12,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from actors.cli.chaos import chaos
 from actors.cli.cluster import cancel, logs, status, submit
 from actors.cli.reports import bench, config, doctor, plan, tree
 from actors.cli.train import evaluate, train
 from system import errors
 
-COMMANDS = (train, evaluate, tree, bench, plan, submit, status, cancel, logs, doctor, config)
+COMMANDS = (train, evaluate, tree, bench, plan, submit, status, cancel, logs, doctor, config, chaos)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

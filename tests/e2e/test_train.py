@@ -15,6 +15,7 @@ import psutil
 import pytest
 from safetensors.numpy import load
 
+from system.chaos.account import account
 from system.observe.jsonl import read_jsonl
 from system.rollout import in_flight
 from system.rollout.in_flight import SavedTree
@@ -25,42 +26,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 WAIT_S = 240.0
 
 
-def prompts_of(events: list[dict[str, Any]], numbers: list[int]) -> list[tuple[int, str]]:
-    """(epoch, prompt) of ticket numbers."""
-    issued = {
-        event["number"]: (event["epoch"], event["prompt"]) for event in events if event["event"] == "issue"
-    }
-    return [issued[number] for number in numbers]
-
-
-def surviving_history(events: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    """The prompts that the final weights were trained on, in order, without updates that were taken back."""
-    updates: list[tuple[int, list[int]]] = []
-    for event in events:
-        if event["event"] == "train":
-            updates.append((event["version"], event["numbers"]))
-        elif event["event"] == "restore":
-            updates = [update for update in updates if update[0] <= event["trained_through"]]
-    versions = [version for version, _ in updates]
-    assert versions == list(range(1, len(versions) + 1))
-    return [prompt for _, numbers in updates for prompt in prompts_of(events, numbers)]
-
-
 def assert_nothing_lost(directory: Path, summary: dict[str, Any]) -> None:
     """The final weights were trained on each prompt once; what else was issued was in flight at the end."""
     flow, leaves = summary["config"]["flow"], summary["config"]["rollout"]["leaves"]
     batch_trees = flow["batch_leaves"] // leaves
-    events = list(read_jsonl(directory / "ledger.jsonl"))
-    trained = surviving_history(events)
-    assert len(trained) == summary["versions"] * batch_trees
-    assert max(Counter(trained).values()) == 1
-    assert not [event for event in events if event["event"] == "abandon"]
-    issued = list(dict.fromkeys((e["epoch"], e["prompt"]) for e in events if e["event"] == "issue"))
-    left = [prompt for prompt in issued if prompt not in set(trained)]
-    assert len(left) <= (flow["staleness"] + 1) * batch_trees
-    # A prompt that was left behind could only be overtaken by as much as the window allows.
-    if left:
-        assert issued.index(left[0]) >= len(trained) - flow["window"] * batch_trees
+    found = account(
+        list(read_jsonl(directory / "ledger.jsonl")), batch_trees, flow["staleness"], flow["window"]
+    )
+    assert found.versions == summary["versions"]
+    assert found.trained == summary["versions"] * batch_trees
+    assert (found.twice, found.lost) == (0, 0)
 
 
 def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> None:

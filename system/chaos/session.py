@@ -1,0 +1,117 @@
+"""One session of a run: an ``espalier train`` process and everything below it, seen from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+GONE_S = 60.0  # Ray's own agents notice the end of their cluster by themselves, later than the others
+
+
+class Session:
+    """Started at once.  ``directory``: of the run; what the process prints is appended to ``log``."""
+
+    def __init__(self, words: Sequence[str], directory: Path, log: Path) -> None:
+        self.directory, self.log = directory, log
+        self._seen: set[psutil.Process] = set()
+        self._log_begin = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "actors.cli.main", "train", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self.process.poll()
+
+    def steps(self) -> int:
+        """Training steps in the run's ledger, those of earlier sessions and those taken back included."""
+        try:
+            return (self.directory / "ledger.jsonl").read_bytes().count(b'"event": "trained"')
+        except FileNotFoundError:
+            return 0
+
+    def printed(self) -> str:
+        """What this session has printed so far."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_begin)
+            return file.read().decode(errors="replace")
+
+    def below(self) -> list[psutil.Process]:
+        """Every process below it; they are remembered, so that those that outlive it are found."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        self._seen.update(found)
+        return found
+
+    def find(self, target: str) -> psutil.Process | None:
+        """The first process that plays ``target`` (a word of :data:`system.chaos.faults.PROCESSES`)."""
+        if target == "driver":
+            return psutil.Process(self.process.pid) if self.process.poll() is None else None
+        for process in self.below():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if _plays(process, target):
+                    return process
+        return None
+
+    def interrupt(self) -> None:
+        """As Ctrl-C does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGINT)
+
+    def clear(self) -> int:
+        """Kill it if it still runs; returns how many processes outlived it by ``GONE_S``, and ends them."""
+        self.below()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        _, alive = psutil.wait_procs(list(self._seen), timeout=GONE_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return len(alive)
+
+
+def _plays(process: psutil.Process, target: str) -> bool:
+    words = process.cmdline()
+    title = words[0] if words else ""
+    match target:
+        case "engine":
+            return title.startswith("ray::EngineActor")
+        case "rollout":
+            return title.startswith("ray::RolloutWorker")
+        case "learner":
+            return title.startswith("ray::LearnerRank")
+        case "search":  # the python server has its sandbox below it, the search server nothing
+            return title.startswith("ray::ToolActor") and not process.children()
+        case "python":
+            return title.startswith("ray::ToolActor") and bool(process.children())
+        case "raylet":
+            return process.name() == "raylet"
+        case unknown:
+            raise ValueError(f"no such process: {unknown}")
+
+
+def stop_and_go(process: psutil.Process, seconds: float) -> None:
+    """SIGSTOP; after ``seconds``, SIGCONT to whatever is left of it.  Returns then, or once it is gone."""
+    process.suspend()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.is_running():
+        time.sleep(0.1)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.resume()
