@@ -6,13 +6,12 @@ The loop itself stands in ``system/flow/loop.py``, what it asks of the actors in
 from __future__ import annotations
 
 import asyncio
-import re
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from actors.checkpoints import Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, Publisher
 from actors.evaluate import answer_questions
 from actors.in_flight import InFlightCheckpoint
@@ -35,7 +34,6 @@ from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges
 COUNTERS_DEADLINE_S = 10.0
-CHECKPOINT = re.compile(r"v\d{6}")
 
 
 class Conductor:
@@ -49,12 +47,12 @@ class Conductor:
         run_dir: RunDir,
         recorder: Recorder,
         progress: Progress,
+        version: int,
     ) -> None:
+        """``version``: of the checkpoint that the learner holds, 0 without one."""
         self.config, self.actors, self.recorder = config, actors, recorder
         self.run_dir, self.progress, self.questions = run_dir, progress, task.eval()
         prompts = {prompt.id: prompt for prompt in task.train()}
-        saved = checkpoints(run_dir)
-        version = int(saved[-1].name[1:]) if saved else 0
         self._log, logged = JsonlWriter(run_dir.ledger_path), read_jsonl(run_dir.ledger_path)
         ledger = Ledger.replay(
             [*prompts], config.run.seed, logged, version, config.flow.max_attempts, self._log.write
@@ -170,11 +168,10 @@ class Conductor:
             if not old.with_suffix("").exists():
                 old.unlink()
 
-    async def restore(self, path: Path) -> None:
-        """Go on from the checkpoint at ``path``; the ledger has been replayed up to it already."""
-        extra = await self.actors.learner.load(str(path))
-        trees = self._in_flight.restore(saved_trees_path(path), extra["recorder"])
-        self.progress.note(f"resumed at step {self.version} from {path}; {trees}")
+    async def restore(self, found: Restored) -> None:
+        """Go on from a checkpoint; the ledger has been replayed up to it already."""
+        trees = self._in_flight.restore(saved_trees_path(found.path), found.extra["recorder"])
+        self.progress.note(f"resumed at step {self.version} from {found.path}; {trees}")
         await self.bring_up()
 
     def spare(self, node: str, actors: Sequence[str]) -> bool:
@@ -200,13 +197,3 @@ class Conductor:
         for worker, totals in (await answers_of_living(calls, COUNTERS_DEADLINE_S, "counters")).items():
             for name, total in totals.items():
                 self.recorder.running_total(worker, name, total)
-
-
-def saved_trees_path(checkpoint: Path) -> Path:
-    """The trees in flight at a checkpoint, beside it."""
-    return checkpoint.with_suffix(".trees")
-
-
-def checkpoints(run_dir: RunDir) -> list[Path]:
-    """Complete checkpoints, oldest first (a checkpoint is renamed into place when it is whole)."""
-    return sorted(path for path in run_dir.checkpoints.iterdir() if CHECKPOINT.fullmatch(path.name))

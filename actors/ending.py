@@ -11,9 +11,11 @@ import sys
 import threading
 from collections.abc import Generator
 
+from system.errors import INTERRUPTED
 from system.flow.loop import TrainingLoop
 from system.observe.progress import Progress
 
+AT_ONCE_S = 4.0  # after a second signal
 EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
 
 
@@ -26,6 +28,7 @@ def stops_on_signals(training: TrainingLoop, progress: Progress) -> Generator[No
     def handle() -> None:
         if training.stopping.is_set():
             task.cancel()
+            exit_within(AT_ONCE_S, INTERRUPTED, explain=False)
         else:
             progress.note("stopping: finishing the step and saving (again to stop at once)")
             training.stop()
@@ -39,16 +42,17 @@ def stops_on_signals(training: TrainingLoop, progress: Progress) -> Generator[No
             loop.remove_signal_handler(number)
 
 
-def exit_within(deadline_s: float, code: int) -> None:
+def exit_within(deadline_s: float, code: int, explain: bool = True) -> None:
     """End this process with ``code`` after ``deadline_s`` seconds, should it still be there.
 
-    It then prints what each thread waited for.  What it started ends with it: Ray's processes and W&B's
-    service watch for that.
+    ``explain``: it then prints what each thread waited for.  What it started ends with it: Ray's processes
+    and W&B's service watch for that.
     """
 
     def end() -> None:
-        print(f"espalier: the process did not end within {deadline_s:g} s of its run: ended", file=sys.stderr)
-        faulthandler.dump_traceback(sys.stderr)
+        if explain:
+            print(f"espalier: the process did not end within {deadline_s:g} s: ended", file=sys.stderr)
+            faulthandler.dump_traceback(sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

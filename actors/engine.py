@@ -47,6 +47,11 @@ class EngineActor:
         """The URL it serves at; answers once it does."""
         return self._url
 
+    def alive(self) -> None:
+        """Return if the embedded server's loop turns; an SGLang server is watched by a thread of its own."""
+        if self._sglang is None:
+            self._http.look()
+
     def close(self) -> None:
         """Stop an SGLang server with all its processes; the embedded one ends with this process."""
         self._closing.set()
@@ -93,12 +98,13 @@ class EngineActor:
             _give_up(failure)  # an actor whose __init__ raises is never started again
         if not restarted:  # that one generates nothing yet
             asyncio.run(_check(url, engine.start_deadline_s))
-        threading.Thread(target=self._watch, args=(server,), name="sglang-watch", daemon=True).start()
+        watched = (server, settings.cluster.silent_s)
+        threading.Thread(target=self._watch, args=watched, name="sglang-watch", daemon=True).start()
         return url
 
-    def _watch(self, server: SglangServer) -> None:
+    def _watch(self, server: SglangServer, silent_s: float) -> None:
         """A server that ends takes its actor along; Ray then starts both again."""
-        failure = server.wait()
+        failure = server.wait(silent_s)
         if not self._closing.is_set():
             _give_up(failure)
 

@@ -56,7 +56,7 @@ async def answer_questions(
     ``answered`` is called after each.  Raises what the last attempt at a question raised.
     """
     limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
-    deadline = config.rollout.tree_deadline_s + CLOSE_MARGIN_S
+    deadline, back_s = config.rollout.tree_deadline_s + CLOSE_MARGIN_S, config.cluster.start_deadline_s
 
     async def ask(number: int, question: Prompt) -> TreeStats:
         for attempt in range(1, ATTEMPTS + 1):
@@ -73,7 +73,7 @@ async def answer_questions(
                     if attempt == ATTEMPTS:
                         raise
                     if isinstance(failure, ActorLost):
-                        await returned(worker, name, lambda it=name: it not in pool.workers)
+                        await returned(worker, back_s, name, lambda it=name: it not in pool.workers)
                 else:
                     answered()
                     return stats

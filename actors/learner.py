@@ -17,9 +17,10 @@ import ray
 from ray.exceptions import RayError
 
 from actors.placement import Placement
-from actors.ray_support import START_DEADLINE_S, answer, answers, spawn
+from actors.ray_support import answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
+from system.config import ClusterConfig
 from system.engine.weights.base import PushReport, Transport
 from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
@@ -27,7 +28,6 @@ from system.tree.pack import PackedBatch, pack_share
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 
-LEARNER_DEADLINE_S = 1800.0  # one training step, export or checkpoint
 FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
 
 
@@ -174,18 +174,20 @@ def _fetch(references: Mapping[int, Any]) -> tuple[dict[int, Tree], dict[int, st
 class LearnerGroup:
     """All ranks as one: a method is called on every rank, in one order, and answered by every rank.
 
-    The first failure is raised; ActorLost after ``LEARNER_DEADLINE_S``.
+    The first failure is raised; ActorLost after ``cluster.call_deadline_s``.
     """
 
-    def __init__(self, world: int, places: Placement) -> None:
+    def __init__(self, world: int, places: Placement, deadlines: ClusterConfig) -> None:
         self.warnings: list[str] = []  # about the settings, once started
-        self._ranks = [
-            spawn(LearnerRank, name, rank, world, restart=False, options=places[name].options)
+        self._deadlines = deadlines
+        self.ranks = {
+            name: spawn(LearnerRank, name, rank, world, restart=False, options=places[name].options)
             for rank, name in enumerate(f"learner-{rank}" for rank in range(world))
-        ]
+        }
 
     async def start(self, config: dict[str, Any], hf_path: str) -> None:
-        address = await answer(self._ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
+        first, deadline_s = next(iter(self.ranks.values())), self._deadlines.start_deadline_s
+        address = await answer(first.address.remote(), deadline_s, "learner rank 0")
         self.warnings = (await self._all("setup", config, hf_path, address))[0]
 
     async def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
@@ -213,7 +215,7 @@ class LearnerGroup:
 
     async def publish(self, urls: Sequence[str], version: int) -> PushReport:
         """Stream the current weights into the engines at ``urls``."""
-        return (await self._all("publish", [*urls], version, LEARNER_DEADLINE_S))[0]
+        return (await self._all("publish", [*urls], version, self._deadlines.call_deadline_s))[0]
 
     async def save(self, path: str, extra: dict[str, Any]) -> None:
         """Write a checkpoint."""
@@ -228,5 +230,5 @@ class LearnerGroup:
         await self._all("save_hf", path)
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
-        calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
-        return await answers(calls, LEARNER_DEADLINE_S, f"learner.{method}")
+        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks.values()]
+        return await answers(calls, self._deadlines.call_deadline_s, f"learner.{method}")

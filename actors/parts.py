@@ -61,8 +61,10 @@ class ActorParts:
         except SnapshotError as failure:
             self.progress.note(f"tree {ticket.number} cannot go on from its snapshot: {failure}")
             raise TreeLost("snapshot") from failure
-        except ActorLost as failure:  # keep the place until its worker is back, or it is lost again
-            await returned(worker, f"{name}, which grew tree {ticket.number}", lambda: name not in workers)
+        except ActorLost as failure:
+            what = f"{name}, which grew tree {ticket.number}"
+            # keep the place until its worker is back, or it is lost again
+            await returned(worker, self.config.cluster.start_deadline_s, what, lambda: name not in workers)
             raise TreeLost("worker lost") from failure
         except asyncio.CancelledError:
             ray.cancel(stats)

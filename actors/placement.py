@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.ray_support import ActorLost, answer
+from actors.ray_support import ActorLost, answer, watched
 from actors.serving import free_port
 from system.cluster.placement import Node, Seat, place
 from system.config import Config
@@ -131,14 +131,10 @@ class Placement:
         Raises NodeLost where that is what its failure comes from.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:  # whichever fails first ends the other
-                watching = tasks.create_task(self.watch(), name="node watch")
-                working = tasks.create_task(work)
-                working.add_done_callback(lambda _: watching.cancel())
+            return await watched(work, self.watch())
         except* (ActorLost, RayError):
             await self.explain()
             raise
-        return working.result()
 
     async def explain(self) -> None:
         """After an actor was lost: raise NodeLost if its node is gone, of which Ray tells later."""

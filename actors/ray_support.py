@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -16,9 +16,11 @@ from ray.exceptions import RayActorError, RayError
 from system.config import Config
 from system.errors import FAILED, LOST, EspalierError
 
-START_DEADLINE_S = 180.0  # for an actor to come up
-RETURN_DEADLINE_S = 180.0  # for a killed actor to be restarted
+T = TypeVar("T")
+
 LOOK_S = 0.5
+STALL_S = 1.0  # for an answer that came while this process stood still, to be read
+HEARTBEAT = "heartbeat"  # the concurrency group of an actor's heartbeat: a thread of its own
 LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own
 
 
@@ -89,22 +91,33 @@ def spawn(
     if concurrency is not None:
         chosen["max_concurrency"] = concurrency
     directory = os.environ.get(LOGS)
-    remote: Any = ray.remote(_logging_to(Path(directory) / f"{name}.log", actor) if directory else actor)
+    made = _as_process(actor, Path(directory) / f"{name}.log" if directory else None)
+    remote: Any = cast(Any, ray.remote)(concurrency_groups={HEARTBEAT: 1})(made)
     return remote.options(**chosen, **(options or {})).remote(*arguments)
 
 
-def _logging_to(path: Path, actor: type) -> type:
-    """``actor``, whose process appends what it prints to the file at ``path``."""
+def _as_process(actor: type, log: Path | None) -> type:
+    """``actor`` with a heartbeat; its process appends what it prints to the file ``log``."""
 
     def start(self: Any, *arguments: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for stream in (1, 2):
-            os.dup2(file, stream)
-        os.close(file)
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for stream in (1, 2):
+                os.dup2(file, stream)
+            os.close(file)
         actor.__init__(self, *arguments)
 
-    return type(actor.__name__, (actor,), {"__init__": start})  # the name is in the process's title
+    def beat(self: Any) -> int:
+        """The process's number, once whatever must be alive in it has answered."""
+        if alive := getattr(self, "alive", None):
+            alive()
+        return os.getpid()
+
+    added: dict[str, Any] = {"__init__": start}
+    if not hasattr(actor, "beat"):
+        added["beat"] = ray.method(concurrency_group=HEARTBEAT)(beat)
+    return type(actor.__name__, (actor,), added)  # the name is in the process's title
 
 
 def fetch(reference: Any, deadline_s: float) -> Any:
@@ -116,20 +129,41 @@ def fetch(reference: Any, deadline_s: float) -> Any:
 
 
 async def answer(reference: Any, deadline_s: float, what: str) -> Any:
-    """The value of an actor call.  Raises what the method raised, or ActorLost naming ``what``."""
+    """The value of an actor call.  Raises what the method raised, or ActorLost naming ``what``.
+
+    An answer that has come counts, however late this process, which may have stood still, reads it.
+    """
+    waiting = asyncio.ensure_future(_value(reference))
     try:
-        async with asyncio.timeout(deadline_s):
-            return await reference
-    except TimeoutError as error:
-        raise ActorLost(f"{what}: no answer within {deadline_s:.0f} s") from error
+        await asyncio.wait([waiting], timeout=deadline_s)
+        if not waiting.done():
+            await asyncio.wait([waiting], timeout=STALL_S)
+        if not waiting.done():
+            raise ActorLost(f"{what}: no answer within {deadline_s:.0f} s")
+        return waiting.result()
     except RayActorError as error:
         kind = StartFailed if error.actor_init_failed else ActorLost
         raise kind(f"{what}: the actor died: {_last_line(error)}") from error
+    finally:
+        waiting.cancel()
+
+
+async def _value(reference: Any) -> Any:
+    return await reference
 
 
 def _last_line(error: RayActorError) -> str:
     """Of an actor whose ``__init__`` failed, Ray reports a traceback: its last line says what was wrong."""
     return [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+
+
+async def watched(work: Coroutine[Any, Any, T], watch: Coroutine[Any, Any, None]) -> T:
+    """The value of ``work``, during which ``watch`` runs: whichever fails first ends the other."""
+    async with asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(watch)
+        working = tasks.create_task(work)
+        working.add_done_callback(lambda _: watching.cancel())
+    return working.result()
 
 
 async def answers(references: Sequence[Any], deadline_s: float, what: str) -> list[Any]:
@@ -150,16 +184,16 @@ async def answers_of_living(calls: Mapping[str, Any], deadline_s: float, what: s
     return {name: value for name, value in values.items() if not isinstance(value, ActorLost)}
 
 
-async def returned(actor: Any, what: str, given_up: Callable[[], bool] = bool) -> None:
+async def returned(actor: Any, deadline_s: float, what: str, given_up: Callable[[], bool] = bool) -> None:
     """Return once a restarted ``actor`` answers its ``check``, or once it is ``given_up``.
 
     ActorLost if it does not come back.
     """
     try:
-        async with asyncio.timeout(RETURN_DEADLINE_S):
+        async with asyncio.timeout(deadline_s):
             while True:
                 try:
-                    await answer(actor.check.remote(), RETURN_DEADLINE_S, what)
+                    await answer(actor.check.remote(), deadline_s, what)
                 except ActorLost:
                     if given_up():
                         return
@@ -167,4 +201,4 @@ async def returned(actor: Any, what: str, given_up: Callable[[], bool] = bool) -
                 else:
                     return
     except TimeoutError as error:
-        raise ActorLost(f"{what}: not back within {RETURN_DEADLINE_S:.0f} s") from error
+        raise ActorLost(f"{what}: not back within {deadline_s:.0f} s (cluster.start_deadline_s)") from error

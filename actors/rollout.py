@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from system import config as configuration
@@ -23,6 +24,10 @@ class RolloutWorker:
         settings = configuration.from_dict(config)
         self._context, self._tools, self._engine = build_context(settings, model, engines, tools)
         self._growing: dict[int, TreeRollout] = {}
+
+    async def beat(self) -> int:
+        """The process's number, if its event loop turns: trees grow on it, so here it is the heart."""
+        return os.getpid()
 
     async def check(self) -> None:
         """Return: this process is there.  Its tools may still be on their way back."""

@@ -11,10 +11,11 @@ from typing import Any
 import ray
 
 from actors.engine import EngineActor, attached
+from actors.heartbeat import Watched
 from actors.inputs import corpus_file, make_model
 from actors.learner import LearnerGroup
 from actors.placement import Placement
-from actors.ray_support import START_DEADLINE_S, answer, spawn
+from actors.ray_support import answer, spawn
 from actors.rollout import RolloutWorker
 from actors.tools import ToolActor
 from system.cluster.placement import learner_world, served_tools
@@ -35,7 +36,7 @@ class RolloutPool:
 
     workers: dict[str, Any]
     engines: dict[str, str]  # URLs
-    servers: list[Any]  # the actors of engines and tools, which live as long as somebody holds them
+    servers: dict[str, Any]  # the actors of engines and tools, which live as long as somebody holds them
 
     @classmethod
     async def start(
@@ -47,7 +48,7 @@ class RolloutPool:
 
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
-        settings = to_dict(config)
+        settings, deadline_s = to_dict(config), config.cluster.start_deadline_s
         engines, servers, waiting = await _engines(config, model_path, places, logs)
         tools = {}
         names = {f"tool-{tool}": tool for tool in served_tools(config)}
@@ -55,8 +56,8 @@ class RolloutPool:
             host, options = places[name].host, places[name].options
             tools[tool] = f"http://{host}:{port}"
             arguments = (tool, settings, str(corpus or ""), host, port)
-            servers.append(spawn(ToolActor, name, *arguments, options=options))
-            waiting.append(answer(servers[-1].ready.remote(), START_DEADLINE_S, f"tool {tool}"))
+            servers[name] = spawn(ToolActor, name, *arguments, options=options)
+            waiting.append(answer(servers[name].ready.remote(), deadline_s, f"tool {tool}"))
         arguments = (settings, model_path, [*engines.values()], tools)
         workers = {
             name: spawn(
@@ -66,7 +67,7 @@ class RolloutPool:
         }
         await asyncio.gather(*waiting)
         calls = (worker.check_tools.remote() for worker in workers.values())
-        await asyncio.gather(*(answer(call, START_DEADLINE_S, "rollout worker") for call in calls))
+        await asyncio.gather(*(answer(call, deadline_s, "rollout worker") for call in calls))
         return cls(workers, engines, servers)
 
     def lose(self, actors: Sequence[str]) -> bool:
@@ -78,17 +79,20 @@ class RolloutPool:
             ray.kill(self.workers.pop(name))  # else Ray would look for room to restart it, for ever
         for name in lost & engines:
             del self.engines[name]
+            if name in self.servers:
+                ray.kill(self.servers.pop(name))
         return True
 
     async def close(self) -> None:
         """Let the servers stop what they started; Ray ends the rest with the session."""
-        closing = (answer(server.close.remote(), CLOSE_DEADLINE_S, "server") for server in self.servers)
+        calls = [server.close.remote() for server in self.servers.values()]
+        closing = (answer(call, CLOSE_DEADLINE_S, "server") for call in calls)
         await asyncio.gather(*closing, return_exceptions=True)
 
 
 async def _engines(
     config: Config, model_path: str, places: Placement, logs: Path
-) -> tuple[dict[str, str], list[Any], list[Coroutine[Any, Any, Any]]]:
+) -> tuple[dict[str, str], dict[str, Any], list[Coroutine[Any, Any, Any]]]:
     """The engines' URLs, the actors started for them, and what to wait for.
 
     Servers that run already (``engine.urls``) get no actor: nobody here starts, restarts or stops them.
@@ -96,16 +100,17 @@ async def _engines(
     engine = config.engine
     if engine.urls:
         ready = attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)
-        return {f"engine-{number}": url for number, url in enumerate(engine.urls)}, [], [ready]
-    deadline = engine.start_deadline_s + START_DEADLINE_S  # of the server; of the actor's own process
+        return {f"engine-{number}": url for number, url in enumerate(engine.urls)}, {}, [ready]
+    # Of the server, and of the actor's own process.
+    deadline = engine.start_deadline_s + config.cluster.start_deadline_s
     names = [f"engine-{number}" for number in range(engine.replicas)]
-    urls, hosts, waiting = {}, [], []
+    urls, hosts, waiting = {}, {}, []
     for number, (name, port) in enumerate(zip(names, await places.ports(names), strict=True)):
         host, options = places[name].host, places[name].options
         urls[name] = f"http://{host}:{port}"
         arguments = (to_dict(config), model_path, host, port, number, str(logs / f"sglang-{number}.log"))
-        hosts.append(spawn(EngineActor, name, *arguments, options=options))
-        waiting.append(answer(hosts[-1].ready.remote(), deadline, name))
+        hosts[name] = spawn(EngineActor, name, *arguments, options=options)
+        waiting.append(answer(hosts[name].ready.remote(), deadline, name))
     return urls, hosts, waiting
 
 
@@ -115,6 +120,7 @@ class RunActors:
 
     pool: RolloutPool
     learner: LearnerGroup
+    places: Placement
 
     @classmethod
     async def start(
@@ -124,11 +130,19 @@ class RunActors:
         processes load Megatron.
         """
         corpus = corpus_file(config, task, run_dir.root)
-        learner = LearnerGroup(learner_world(config), places)
+        learner = LearnerGroup(learner_world(config), places, config.cluster)
         await asyncio.to_thread(make_model, model, config, task)
         async with asyncio.TaskGroup() as starting:
             starting.create_task(learner.start(to_dict(config), str(model)))
             growing = starting.create_task(
                 RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve())
             )
-        return cls(growing.result(), learner)
+        return cls(growing.result(), learner, places)
+
+    def watched(self) -> dict[str, Watched]:
+        """Every actor that has to answer heartbeats; a learner rank that is lost ends the run."""
+        back = self.pool.workers | self.pool.servers
+        return {
+            name: Watched(actor, self.places[name].options, name in back)
+            for name, actor in (back | self.learner.ranks).items()
+        }

@@ -27,6 +27,12 @@ class LoopThread:
         """Run to completion from another thread.  Raises what it raises, or TimeoutError."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(deadline_s)
 
+    def look(self) -> None:
+        """Return once the loop has turned; blocks as long as it does not."""
+        turned = threading.Event()
+        self._loop.call_soon_threadsafe(turned.set)
+        turned.wait()
+
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port nobody listens on now.  Fixed for a run, so that a restarted server is found where it was."""

@@ -10,7 +10,7 @@ from actors.serving import LoopThread
 from system import config as configuration
 from system.serving import serve
 
-START_DEADLINE_S = 120.0
+START_DEADLINE_S = 120.0  # for a server in this process to listen
 
 
 class ToolActor:
@@ -24,6 +24,10 @@ class ToolActor:
     def ready(self) -> str:
         """The URL it serves at; answers once it does."""
         return self._server.url
+
+    def alive(self) -> None:
+        """Return if the server's loop turns."""
+        self._loop.look()
 
     def close(self) -> None:
         """Stop serving and whatever the server has started."""

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from actors.conductor import Conductor, checkpoints
+from actors.checkpoints import checkpoints, restore_newest
+from actors.conductor import Conductor
 from actors.ending import EXIT_DEADLINE_S, exit_within, stops_on_signals
+from actors.heartbeat import Heartbeats
 from actors.inputs import check_engine, check_model, demonstrations
 from actors.placement import Placement
-from actors.ray_support import StartFailed, ray_session
+from actors.ray_support import StartFailed, ray_session, watched
 from actors.rollout_pool import RunActors
 from system.config import Config, ConfigError
 from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError, exit_code, leaves
@@ -86,30 +88,54 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
 async def _train(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, places: Placement
 ) -> int:
-    """Actors, start weights or the newest checkpoint, training, model."""
-    model = Path(config.model.path) if config.model.path else run_dir.start  # where one is made
-    actors = await RunActors.start(config, task, model, places, run_dir)
+    """The actors of a run, from their start to their end."""
+    actors = await RunActors.start(config, task, _model(config, run_dir), places, run_dir)
+    beats = Heartbeats(
+        actors.watched, config.cluster.silent_s, config.cluster.start_deadline_s, progress.note
+    )
     try:
-        conductor = Conductor(config, actors, task, run_dir, recorder, progress)
-        places.spare = conductor.spare
-        with stops_on_signals(conductor.loop, progress):
-            if saved := checkpoints(run_dir):
-                await conductor.restore(saved[-1])
-            else:
-                if config.warmstart.steps:
-                    await conductor.warm_start(demonstrations(config, task, model))
-                await conductor.bring_up()
-                if not conductor.loop.stopping.is_set():
-                    await conductor.evaluate("before")
-                    await conductor.save()
-            if conductor.loop.stopping.is_set() or not await conductor.run():
-                saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
-                how = f"go on with espalier train --resume {run_dir.root}"
-                progress.note(f"stopped at step {conductor.version}{saved}: {how}")
-                return STOPPED
-            await conductor.evaluate("after")
-            progress.phase("saving")
-            await actors.learner.save_hf(str(run_dir.model))
-            return DONE
+        conducted = _conduct(config, actors, run_dir, task, recorder, progress, places)
+        return await watched(conducted, beats.watch())
     finally:
         await actors.pool.close()
+
+
+async def _conduct(
+    config: Config,
+    actors: RunActors,
+    run_dir: RunDir,
+    task: Task,
+    recorder: Recorder,
+    progress: Progress,
+    places: Placement,
+) -> int:
+    """Start weights or a checkpoint, training, model."""
+    found = await restore_newest(actors.learner, run_dir, progress.note)
+    conductor = Conductor(
+        config, actors, task, run_dir, recorder, progress, version=found.version if found else 0
+    )
+    places.spare = conductor.spare
+    with stops_on_signals(conductor.loop, progress):
+        if found:
+            await conductor.restore(found)
+        else:
+            if config.warmstart.steps:
+                await conductor.warm_start(demonstrations(config, task, _model(config, run_dir)))
+            await conductor.bring_up()
+            if not conductor.loop.stopping.is_set():
+                await conductor.evaluate("before")
+                await conductor.save()
+        if conductor.loop.stopping.is_set() or not await conductor.run():
+            saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
+            how = f"go on with espalier train --resume {run_dir.root}"
+            progress.note(f"stopped at step {conductor.version}{saved}: {how}")
+            return STOPPED
+        await conductor.evaluate("after")
+        progress.phase("saving")
+        await actors.learner.save_hf(str(run_dir.model))
+        return DONE
+
+
+def _model(config: Config, run_dir: RunDir) -> Path:
+    """The start model: given, or made for this run."""
+    return Path(config.model.path) if config.model.path else run_dir.start

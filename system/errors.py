@@ -43,6 +43,10 @@ class ConfigError(EspalierError, ValueError):
     exit_code = USAGE
 
 
+class CheckpointError(EspalierError, RuntimeError):
+    """A checkpoint that is missing, damaged, or of another model; the message names it."""
+
+
 EXPECTED = (EspalierError, OSError, UnicodeError)
 """What is told in a line: ours, and what the file system and text files of others bring about."""
 

@@ -85,11 +85,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
             results = []
             for case in cases:
                 rng = np.random.default_rng(0)
-                shared = round(PATH_TOKENS * case.prefix)
-                trees = [
-                    forked_tree(shared, PATH_TOKENS - shared, case.leaves, VOCAB, rng)
-                    for _ in range(max(1, leaves // case.leaves))
-                ]
+                trees = [grown(case, rng) for _ in range(max(1, leaves // case.leaves))]
                 paths = [path for tree in trees for path in flatten(tree)]
                 error = _disagreement(trees, trainer.logprobs(trees), trainer.logprobs(paths))
                 seconds: dict[bool, list[float]] = {False: [], True: []}  # by whether the paths are flat
@@ -117,6 +113,12 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
             return results
         finally:
             trainer.close()
+
+
+def grown(case: Case, rng: np.random.Generator) -> Tree:
+    """A random tree: a prompt, a shared MODEL turn as long, then one MODEL branch per leaf."""
+    shared = round(PATH_TOKENS * case.prefix)
+    return forked_tree(shared, PATH_TOKENS - shared, case.leaves, VOCAB, rng)
 
 
 def _disagreement(trees: list[Tree], packed: list[np.ndarray], flat: list[np.ndarray]) -> float:

@@ -13,6 +13,7 @@ from system.config.load import load as load
 from system.config.load import to_dict as to_dict
 from system.config.load import to_yaml as to_yaml
 from system.config.schema import BranchingConfig as BranchingConfig
+from system.config.schema import ClusterConfig as ClusterConfig
 from system.config.schema import Config as Config
 from system.config.schema import EngineConfig as EngineConfig
 from system.config.schema import LearnConfig as LearnConfig

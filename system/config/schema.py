@@ -300,6 +300,17 @@ class ClusterConfig:
     join_deadline_s: float = setting(
         300.0, "for all nodes to be there and all actors in their place", least=1
     )
+    start_deadline_s: float = setting(
+        180.0,
+        "for an actor to come up, or back after it was lost (engines: engine.start_deadline_s)",
+        least=1,
+    )
+    call_deadline_s: float = setting(
+        1800.0, "of one call of the learner: a training step, an export, a checkpoint", least=1
+    )
+    silent_s: float = setting(
+        60.0, "an actor that answers no heartbeat for so long is killed and started again", least=2
+    )
     on_node_loss: str = setting(
         "end",
         "end: stop, so that the job requeues; continue: as long as an engine is left",

@@ -26,6 +26,27 @@ class LedgerError(EspalierError, ValueError):
     """An illegal transition, or a log that does not belong to this run."""
 
 
+def surviving_updates(events: Iterable[Event]) -> list[tuple[int, list[int]]]:
+    """(weight version, ticket numbers) of every update that no return to a checkpoint took back, in order."""
+    updates: list[tuple[int, list[int]]] = []
+    for event in events:
+        if event["event"] == "train":
+            updates.append((event["version"], event["numbers"]))
+        elif event["event"] == "restore":
+            updates = [update for update in updates if update[0] <= event["trained_through"]]
+    return updates
+
+
+def accounted(events: Iterable[Event]) -> int:
+    """The weight version up to which a log knows what every version was trained on."""
+    known = 0
+    for version, _ in surviving_updates(events):
+        if version != known + 1:
+            break
+        known = version
+    return known
+
+
 class State(StrEnum):
     PENDING = "pending"  # to be grown
     GROWING = "growing"
@@ -183,13 +204,19 @@ class Ledger:
         Trees in flight were lost with the process and updates after the checkpoint with the weights: their
         prompts are pending again (which is no failed attempt), except those whose update the checkpoint
         contains.  The restore is itself an event, so the log stays valid through any number of restarts.
-        Raises LedgerError for a log of another seed or data set.
+        Raises LedgerError for a log of another seed or data set, and for one that does not account for every
+        version that was trained.
 
         ``write`` appends an event to the log, which must be durable before a checkpoint is: it is never
         behind the weights.
         """
         ledger = cls(prompt_ids, seed, max_attempts)
-        opening, log = ledger._opening(), iter(events)
+        opening, events = ledger._opening(), list(events)
+        if (known := accounted(events)) < trained_through:
+            raise LedgerError(
+                f"the log accounts for steps up to {known}, the checkpoint for {trained_through}"
+            )
+        log = iter(events)
         first = next(log, None)
         if first is None:  # a new run, or one that was killed before anything was written
             write(opening)

@@ -47,7 +47,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
 from torch.distributed.checkpoint.state_dict_saver import save as write_boxes
 
-from system.errors import EspalierError
+from system.errors import CheckpointError
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
@@ -55,10 +55,6 @@ from system.learn.weights import replace
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class CheckpointError(EspalierError, RuntimeError):
-    """A checkpoint that is missing, damaged, or of another model; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from actors import learner
 from actors.learner import LearnerGroup, LearnerRank, TreesLost
-from system.config import Config, PartConfig
+from system.config import ClusterConfig, Config, PartConfig
 from system.learn.batch import BatchPlanner
 from system.learn.credit.base import Credit
 from system.tree.builder import TreeBuilder
@@ -91,10 +91,13 @@ def group(
     for number, rank in enumerate(ranks):
         rank._trainer = FakeTrainer(2, number)
     made_group = object.__new__(LearnerGroup)
-    made_group._ranks = [
-        SimpleNamespace(**{name: Called(getattr(rank, name)) for name in ("prepare", "discard", "step")})
-        for rank in ranks
-    ]
+    made_group._deadlines = ClusterConfig()
+    made_group.ranks = {
+        f"learner-{number}": SimpleNamespace(
+            **{name: Called(getattr(rank, name)) for name in ("prepare", "discard", "step")}
+        )
+        for number, rank in enumerate(ranks)
+    }
     return made_group, [rank._trainer for rank in ranks], fetched
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors.heartbeat import Heartbeats, Watched
 from actors.ray_support import LOGS, ActorLost, answer, answers, ray_session, returned, spawn
 from actors.tree_sample import TreeSample
 from system.config import Config
@@ -98,8 +99,60 @@ async def test_a_killed_actor_is_lost_once_and_then_back_if_it_may_restart() -> 
             await nap
     with pytest.raises(ActorLost):
         await answer(mortal.pid.remote(), 60, "pid")
-    await returned(phoenix, "phoenix")
+    await returned(phoenix, 60, "phoenix")
     assert await answer(phoenix.pid.remote(), 60, "pid") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_a_frozen_actor_is_killed_and_comes_back_and_a_busy_one_is_left_alone() -> None:
+    frozen, busy = spawn(Sleeper, "frozen"), spawn(Sleeper, "busy", restart=False)
+    said: list[str] = []
+    watched = {"frozen": Watched(frozen, {}, True), "busy": Watched(busy, {}, False)}
+    beats = Heartbeats(lambda: watched, 2, 60, said.append)
+    watch = asyncio.create_task(beats.watch())
+    first = await answer(frozen.pid.remote(), 60, "pid")
+    nap = asyncio.ensure_future(answer(busy.sleep.remote(5.0), 60, "longer than silence may be"))
+    await asyncio.sleep(1.0)  # heard once
+    os.kill(first, signal.SIGSTOP)
+    began = time.monotonic()
+    while not said and not watch.done():  # noqa: ASYNC110
+        await asyncio.sleep(0.1)
+    assert time.monotonic() - began < 10
+    await returned(frozen, 60, "frozen")
+    assert await answer(frozen.pid.remote(), 60, "pid") != first
+    assert await nap == 5.0
+    assert [line.partition(" for")[0] for line in said] == ["frozen has been silent"]
+    watch.cancel()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_an_actor_that_does_not_return_ends_the_run_by_its_silence() -> None:
+    rank = spawn(Sleeper, "learner-3", restart=False)
+    beats = Heartbeats(lambda: {"learner-3": Watched(rank, {}, False)}, 2, 60, print)
+    watch = asyncio.create_task(beats.watch())
+    os.kill(await answer(rank.pid.remote(), 60, "pid"), signal.SIGSTOP)
+    with pytest.raises(ActorLost, match=r"learner-3"):
+        await asyncio.wait_for(watch, 70)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_nobody_is_dead_because_this_process_stood_still() -> None:
+    actor, said = spawn(Sleeper, "patient"), list[str]()
+    pid = await answer(actor.pid.remote(), 60, "pid")
+    watch = asyncio.create_task(
+        Heartbeats(lambda: {"a": Watched(actor, {}, True)}, 2, 60, said.append).watch()
+    )
+    nap = asyncio.ensure_future(answer(actor.sleep.remote(0.3), 1.0, "a short nap"))
+    await asyncio.sleep(0.5)
+    time.sleep(5)  # noqa: ASYNC251 -- as a suspended process does
+    assert await nap == 0.3
+    await asyncio.sleep(1.0)
+    assert await answer(actor.pid.remote(), 60, "pid") == pid
+    assert not said
+    watch.cancel()
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ async def test_workers_engines_and_tools_find_each_other(started: dict[str, tupl
     assert started.keys() == {*NAMES}
     assert [*pool.workers] == ["rollout-0", "rollout-1"]
     assert [*pool.engines] == ["engine-0", "engine-1"]
-    assert [server.name for server in pool.servers] == ["engine-0", "engine-1", "tool-python"]
+    assert [server.name for server in pool.servers.values()] == ["engine-0", "engine-1", "tool-python"]
     _, model, host, port, number, log = started["engine-1"]
     assert (model, host, number, log) == ("model", "127.0.0.1", 1, "logs/sglang-1.log")
     assert pool.engines["engine-1"] == f"http://127.0.0.1:{port}"
