@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from system.flow.ledger import surviving_updates
+
 Prompt = tuple[int, str]  # epoch, prompt id
 
 
@@ -35,7 +37,7 @@ def account(events: Sequence[dict[str, Any]], batch_trees: int, staleness: int, 
     lost += sum(place < len(trained) - window * batch_trees for place in left)
     lost += max(0, len(left) - (staleness + 1) * batch_trees)
     return Account(
-        versions=len(_updates(events)),
+        versions=len(surviving_updates(events)),
         trained=len(done),
         twice=sum(count - 1 for count in Counter(trained).values()),
         lost=lost,
@@ -46,15 +48,4 @@ def account(events: Sequence[dict[str, Any]], batch_trees: int, staleness: int, 
 def surviving_history(events: Sequence[dict[str, Any]]) -> list[Prompt]:
     """The prompts that the final weights were trained on, in order, without updates that were taken back."""
     issued = {e["number"]: (e["epoch"], e["prompt"]) for e in events if e["event"] == "issue"}
-    return [issued[number] for _, numbers in _updates(events) for number in numbers]
-
-
-def _updates(events: Sequence[dict[str, Any]]) -> list[tuple[int, list[int]]]:
-    """(version, ticket numbers) of every update that no return to a checkpoint took back."""
-    updates: list[tuple[int, list[int]]] = []
-    for event in events:
-        if event["event"] == "train":
-            updates.append((event["version"], event["numbers"]))
-        elif event["event"] == "restore":
-            updates = [update for update in updates if update[0] <= event["trained_through"]]
-    return updates
+    return [issued[number] for _, numbers in surviving_updates(events) for number in numbers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 DISK_MB = 400
@@ -49,7 +49,7 @@ def fill(disk: Path, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(at: Path) -> Iterator[Path | None]:
+def small_disk(at: Path) -> Generator[Path | None]:
     """A file system in memory, mounted at ``at``; None where that is not allowed."""
     at.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(at)]
