@@ -21,7 +21,7 @@ class Recovery:
     resumed: bool  # the session ended, and another one made that step
     exit_code: int | None  # of the session that ended
     hung: bool  # neither a step nor the session's end came within HUNG_S
-    orphans: int  # processes that outlived the session that ended
+    orphans: list[str]  # processes that outlived the session that ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def in_words(recovery: Recovery | None) -> str:
     parts = [f"{how} after {recovery.seconds:.1f} s"]
     if recovery.exit_code is not None:
         parts.append(f"exit code {recovery.exit_code}")
-    parts += ["HUNG"] * recovery.hung + [f"{recovery.orphans} orphans"] * bool(recovery.orphans)
+    parts += ["HUNG"] * recovery.hung + [f"orphan {name}" for name in recovery.orphans]
     return ", ".join(parts)
 
 
@@ -65,7 +65,7 @@ def text(findings: Findings) -> str:
         resumed, middle = sum(one.resumed for one in ones), statistics.median(seconds)
         lines.append(f"{name:{width}}  {len(ones):5}  {resumed:7}  {middle:8.1f} {max(seconds):8.1f}")
     made, hung = findings.account, sum(one.hung for one in findings.recoveries)
-    orphans = sum(one.orphans for one in findings.recoveries)
+    orphans = sum(len(one.orphans) for one in findings.recoveries)
     lines += [
         "",
         f"{len(findings.recoveries)} faults, {made.versions} steps, {made.trained} prompts trained: "

@@ -190,11 +190,13 @@ class _Trial:
         return None
 
     def _recover(self, fault: Fault, before: int, since: float) -> Recovery:
-        """Wait for the next step, over as many sessions as that takes."""
-        orphans, code, hung, sessions = 0, None, False, 0
+        """Wait for the step after the next, which may have been about to end anyway, over as many sessions as
+        that takes.
+        """
+        orphans, code, hung, sessions = list[str](), None, False, 0
         ends = fault.kind == "damage" or fault.moment == "shutdown"  # a step of this session proves nothing
         limit = since + HUNG_S
-        while self.session.steps() <= before or (ends and not sessions):
+        while self.session.steps() <= before + 1 or (ends and not sessions):
             if (ended := self.session.exit_code) is not None:
                 code, sessions = ended, sessions + 1
                 if sessions > MOST_SESSIONS:
@@ -202,7 +204,7 @@ class _Trial:
                 if ended not in GOES_ON and fault.kind != "fill":
                     self.unexpected.append(f"{fault}: exit code {ended}")
                 orphans += self.session.clear()
-                before = self.session.steps()
+                before = self.session.steps() - 1
                 self._resume()
                 limit = time.monotonic() + START_S
             elif time.monotonic() > limit:
@@ -234,7 +236,8 @@ class _Trial:
         before = self.session.steps()
         self._wait(lambda: self.session.steps() > before or self.session.exit_code is not None, "a step")
         if self.session.exit_code is not None:
-            self.unexpected.append(f"between two faults: exit code {self.session.exit_code}")
+            if self.session.exit_code not in GOES_ON:
+                self.unexpected.append(f"between two faults: exit code {self.session.exit_code}")
             self._step()
 
     def _saving(self) -> bool:

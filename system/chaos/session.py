@@ -74,17 +74,19 @@ class Session:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGINT)
 
-    def clear(self) -> int:
-        """Kill it if it still runs; returns how many processes outlived it by ``GONE_S``, and ends them."""
+    def clear(self) -> list[str]:
+        """Kill it if it still runs; returns the processes that outlived it by ``GONE_S``, and ends them."""
         self.below()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         _, alive = psutil.wait_procs(list(self._seen), timeout=GONE_S)
+        names: list[str] = []
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
+                names.append(" ".join(process.cmdline())[:120] or process.name())
                 process.kill()
-        return len(alive)
+        return names
 
 
 def _plays(process: psutil.Process, target: str) -> bool:

@@ -93,8 +93,8 @@ def test_only_what_a_crash_can_harm_is_harmed(tmp_path: Path) -> None:
 def test_findings_are_sound_only_without_a_loss() -> None:
     log: list[dict[str, Any]] = []
     history(3, log)
-    good = Recovery(Fault("kill", "engine"), 3.0, False, None, False, 0)
-    hung = Recovery(Fault("freeze", "engine"), 95.0, True, 75, True, 1)
+    good = Recovery(Fault("kill", "engine"), 3.0, False, None, False, [])
+    hung = Recovery(Fault("freeze", "engine"), 95.0, True, 75, True, ["raylet"])
     whole = account(log, BATCH, 1, 1)
     assert Findings(0, [good], [], [], [], whole).sound
     found = Findings(0, [good, hung], [], [], [], whole)
