@@ -113,9 +113,11 @@ class Placement:
 
     async def watch(self) -> None:
         """Until cancelled.  Raises NodeLost when Ray knows that a node we cannot spare is gone."""
-        while self.joined:
+        while True:
             alive = {node["NodeManagerAddress"] for node in await _ray_nodes()}
-            for number, node in enumerate(self.nodes):
+            if not self.joined and not alive:
+                raise NodeLost("Ray's daemon on this machine (raylet) has ended")
+            for number, node in enumerate(self.nodes if self.joined else ()):
                 if node.address in alive or number in self.gone:
                     continue
                 actors = [seat.actor for seat in self.seats if seat.node == number]
@@ -139,7 +141,7 @@ class Placement:
     async def explain(self) -> None:
         """After an actor was lost: raise NodeLost if its node is gone, of which Ray tells later."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(EXPLAIN_S):
+            async with asyncio.timeout(EXPLAIN_S if self.joined else 2 * LOOK_S):
                 await self.watch()
 
 

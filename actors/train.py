@@ -18,6 +18,7 @@ from actors.ray_support import StartFailed, ray_session, watched
 from actors.rollout_pool import RunActors
 from system.config import Config, ConfigError
 from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError, exit_code, leaves
+from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
@@ -33,8 +34,14 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     task = make_task(config)
     check_model(config, task)
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
-    run_dir.write_config(config)
-    print(f"run directory: {run_dir.root}", flush=True)
+    with lease.held(run_dir.root):
+        run_dir.write_config(config)
+        print(f"run directory: {run_dir.root}", flush=True)
+        return _in_session(config, run_dir, task)
+
+
+def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
+    """The run while Ray is there; returns the process's exit code."""
     code = FAILED
     try:
         with ray_session(config, run_dir.logs) as joined:

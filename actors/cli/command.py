@@ -92,4 +92,5 @@ def configured(words: Sequence[str], resume: Path | None, example: str) -> tuple
     if path is not None:
         raise ConfigError(f"--resume takes its configuration from {resume}/config.yaml; leave {path} out")
     run = RunDir.open(resume)
+    run.check_config()
     return run.config(tuple(overrides)), run.name

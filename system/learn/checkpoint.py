@@ -298,7 +298,10 @@ def _verified(path: Path, layout: Layout) -> dict[str, Any]:
     manifest: dict[str, Any] = {"files": {}}
     problems: list[str] = []
     if (path / MANIFEST).is_file():
-        manifest = json.loads((path / MANIFEST).read_text())
+        try:
+            manifest = _manifest(path / MANIFEST)
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{MANIFEST} is damaged: {error!r}")
     else:
         problems.append(f"it is not a learner checkpoint ({MANIFEST} is missing)")
     for name in sorted(manifest["files"])[layout.rank :: dist.get_world_size()]:
@@ -308,6 +311,11 @@ def _verified(path: Path, layout: Layout) -> dict[str, Any]:
             problems.append(f"{name} is damaged: its digest is not the manifest's")
     _agree(path, problems)
     return manifest
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    manifest = json.loads(file.read_text())
+    return {"step": int(manifest["step"]), "extra": manifest["extra"], "files": dict(manifest["files"])}
 
 
 def _agree(path: Path, problems: list[str]) -> None:

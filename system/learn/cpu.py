@@ -63,13 +63,14 @@ def quick_import() -> Generator[None]:
     """Around the first import of Megatron, of which this saves more than half.
 
     Megatron decorates fused kernels, which we have off (``system/learn/model.py``), with ``torch.compile``,
-    which loads TorchInductor at once; and its inference engine imports W&B, to report there.
+    which loads TorchInductor at once: without CUDA it is kept from that.  And its inference engine imports
+    W&B, which leaves temporary directories behind when its process is killed.
     """
     modules: dict[str, Any] = sys.modules
     compiler = torch.compile
+    modules.setdefault("wandb", None)  # "there is no such module"
     if needed():
         torch.compile = lambda model=None, **_: model or (lambda function: function)
-        modules.setdefault("wandb", None)  # "there is no such module"
     yield
     torch.compile = compiler
     if modules.get("wandb", "") is None:

@@ -4,6 +4,7 @@
 
     runs/quickstart-s0/
       config.yaml      the merged configuration; `--resume` reads it
+      lease            who writes here now
       metrics.jsonl    one record per training step and per evaluation
       ledger.jsonl     what happened to every prompt
       trees/           the newest closed trees
@@ -21,6 +22,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -29,6 +31,9 @@ from typing import Any
 
 from system.config import Config, ConfigError, load, to_yaml
 from system.observe.jsonl import jsonable
+
+_SEAL = "# sha256 of the lines above: "
+_LAST_SECTION = "\nslurm:"
 
 
 class RunDirError(ConfigError):
@@ -92,9 +97,24 @@ class RunDir:
         """The configuration the run was started with, with overrides applied."""
         return load(self.config_path, overrides)
 
+    def check_config(self) -> None:
+        """Raise :class:`RunDirError` for a ``config.yaml`` that is not what this run wrote.
+
+        A part of it would be read as the defaults for the rest.
+        """
+        whole = self.config_path.read_text(encoding="utf-8")
+        text, sealed, seal = whole.rpartition(_SEAL)
+        if seal.strip() != _digest(text) if sealed else _LAST_SECTION not in whole:
+            raise RunDirError(
+                f"{self.config_path} was edited or is damaged: a resumed run is changed by overrides "
+                f"(espalier train --resume {self.root} key=value); if the file is right and whole, remove "
+                "its last line"
+            )
+
     def write_config(self, config: Config) -> None:
         """Write ``config.yaml``; a different earlier one stays as ``logs/config-<n>.yaml``."""
         text = to_yaml(config)
+        text += f"{_SEAL}{_digest(text)}\n"
         if self.config_path.is_file():
             before = self.config_path.read_text(encoding="utf-8")
             if before == text:
@@ -112,6 +132,10 @@ class RunDir:
     def _make_parts(self) -> None:
         for part in (self.trees, self.checkpoints, self.curves, self.logs):
             part.mkdir(exist_ok=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from system.config import Config, to_dict
@@ -31,8 +34,7 @@ class WandbSink:
             return
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
-            import wandb
-
+            wandb = _imported(run_dir.wandb / "tmp")
             self._run = wandb.init(
                 project=config.observe.project,
                 name=run_dir.name,
@@ -87,6 +89,20 @@ class WandbSink:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _imported(scratch: Path) -> Any:
+    """W&B, which makes temporary directories when it is imported and leaves them when its process is killed:
+    in ``scratch``, where the run's next session removes them.
+    """
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    try:
+        import wandb
+    finally:
+        tempfile.tempdir = before
+    return wandb
 
 
 def _run_id(run_dir: RunDir) -> str:

@@ -81,7 +81,7 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob(".trees-*.partial"):  # a killed writer's last breath
             partial.unlink()
-        self._files = {path: pq.read_metadata(path).num_rows for path in _files(self.directory)}
+        self._files = {path: rows for path in _files(self.directory) if (rows := _rows(path))}
         newest = next(reversed(self._files), None)
         self._next = 0 if newest is None else int(newest.stem.removeprefix("trees-")) + self._files[newest]
         self._waiting: list[Tree] = []
@@ -167,6 +167,15 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
             forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
             meta=json.loads(row["meta"]),
         )
+
+
+def _rows(path: Path) -> int:
+    """How many trees a file holds; one that is damaged is set aside, as these files are for looking only."""
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowInvalid, OSError):
+        path.rename(path.with_name(f"{path.name}.damaged"))
+        return 0
 
 
 def _files(directory: Path) -> list[Path]:

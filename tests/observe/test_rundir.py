@@ -75,3 +75,16 @@ def test_the_summary_is_strict_json(run_dir: RunDir):
     run_dir.write_summary({"a": float("nan"), "b": {"c": 1}})
     assert json.loads(run_dir.summary_path.read_text()) == {"a": None, "b": {"c": 1}}
     assert [path.name for path in run_dir.root.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_configuration_that_was_emptied_cut_or_edited_is_not_resumed_with_defaults(run_dir: RunDir):
+    run_dir.check_config()
+    whole = run_dir.config_path.read_text()
+    edited = whole.replace("seed: 0", "seed: 1")
+    for text in ("", whole[: len(whole) // 2], edited):
+        run_dir.config_path.write_text(text)
+        with pytest.raises(RunDirError, match=r"config\.yaml was edited or is damaged.*--resume"):
+            run_dir.check_config()
+    run_dir.config_path.write_text("\n".join(edited.splitlines()[:-1]))
+    run_dir.check_config()
+    assert run_dir.config().run.seed == 1

@@ -109,6 +109,18 @@ def test_a_write_that_fails_shows_nothing_and_loses_nothing(
     assert [tree.prompt_id for tree in read_trees(tmp_path)] == ["prompt-0", "prompt-1"]
 
 
+def test_a_torn_file_is_set_aside_by_the_next_writer(tmp_path: Path) -> None:
+    with TreeWriter(tmp_path, flush_trees=1) as writer:
+        for number in range(3):
+            writer.append(grow(number, 5)[0].close(1.0))
+    newest = sorted(tmp_path.glob("*.parquet"))[-1]
+    newest.write_bytes(newest.read_bytes()[:100])
+    with TreeWriter(tmp_path, flush_trees=1) as writer:
+        writer.append(grow(7, 5)[0].close(1.0))
+    assert len(list(read_trees(tmp_path))) == 3
+    assert newest.with_name(f"{newest.name}.damaged").is_file()
+
+
 def test_keeping_none_writes_nothing(tmp_path: Path) -> None:
     with TreeWriter(tmp_path, keep=0, flush_trees=1) as writer:
         writer.append(_trees(1)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+import weakref
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from system.engine.weights.base import Bucket, size
 from system.engine.weights.sglang import Carrier, PushTarget
 from system.models.files import INDEX, write_index
+from system.scratch import Scratch
 
 
 class Disk(Carrier):
@@ -24,8 +25,7 @@ class Disk(Carrier):
     def __init__(self, root: Path | None = None) -> None:
         """``root``: None takes a temporary directory of this machine, for servers on it."""
         super().__init__()
-        self._temporary = None if root else tempfile.TemporaryDirectory(prefix="espalier-weights-")
-        self._root = root or Path(str(self._temporary.name if self._temporary else ""))
+        self._root = root or _own(self)
         self._root.mkdir(parents=True, exist_ok=True)
         self._number = 0
         self._files: dict[str, str] = {}
@@ -63,3 +63,10 @@ class Disk(Carrier):
                     shutil.rmtree(old)
             self._number += 1
         self._files, self._bytes = {}, 0
+
+
+def _own(owner: Disk) -> Path:
+    """A temporary directory that goes with ``owner``."""
+    scratch = Scratch.make("weights")
+    weakref.finalize(owner, shutil.rmtree, scratch.path, ignore_errors=True)
+    return scratch.path

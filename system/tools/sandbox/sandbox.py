@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from system.errors import EspalierError
+from system.scratch import Scratch
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox import escape_test
 from system.tools.sandbox.result import SandboxResult
@@ -189,7 +189,9 @@ class Sandbox:
             await server.stop()
 
     async def _start_server(self) -> _ForkServer:
-        server = _ForkServer(Settings(_scratch_base(), self._way, self.limits, self._paths, self._preload))
+        scratch = await asyncio.to_thread(Scratch.make, "sandbox")
+        base = str(scratch.path)
+        server = _ForkServer(scratch, Settings(base, self._way, self.limits, self._paths, self._preload))
         try:
             self.mechanisms = await server.greet()
         except BaseException:
@@ -229,8 +231,8 @@ class Sandbox:
 class _ForkServer:
     """The parent's end of :mod:`system.tools.sandbox.forkserver`."""
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
+    def __init__(self, scratch: Scratch, settings: Settings):
+        self._scratch, self._settings = scratch, settings
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         flags = ("-s", "-S", "-P")  # no user or site packages, no current directory on the path
@@ -335,16 +337,15 @@ class _ForkServer:
 
     async def _remove_base(self) -> None:
         """A warden that has lost its fork server may still be removing its own scratch directory."""
-        for _ in range(int(_STOP_DEADLINE_S / _STOP_PAUSE_S)):
-            try:
-                return await asyncio.to_thread(remove_tree, self._settings.base)
-            except OSError:
-                await asyncio.sleep(_STOP_PAUSE_S)
-        log.warning("the sandbox's directory %s could not be removed", self._settings.base)
-
-
-def _scratch_base() -> str:
-    return os.path.realpath(tempfile.mkdtemp(prefix="espalier-sandbox-"))
+        try:
+            for _ in range(int(_STOP_DEADLINE_S / _STOP_PAUSE_S)):
+                try:
+                    return await asyncio.to_thread(remove_tree, self._settings.base)
+                except OSError:
+                    await asyncio.sleep(_STOP_PAUSE_S)
+            log.warning("the sandbox's directory %s could not be removed", self._settings.base)
+        finally:
+            self._scratch.release()
 
 
 async def _line(channel: socket.socket) -> bytes:
