@@ -21,7 +21,6 @@ class Recovery:
     resumed: bool  # the session ended, and another one made that step
     exit_code: int | None  # of the session that ended
     hung: bool  # neither a step nor the session's end came within HUNG_S
-    orphans: list[str]  # processes that outlived the session that ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +31,15 @@ class Findings:
     recoveries: list[Recovery]
     left_out: list[str]  # faults that could not be made here
     unexpected: list[str]  # sessions that ended with a code that forbids going on
+    orphans: list[str]  # processes that outlived their session
     leftovers: list[str]  # temporary directories that nobody swept
     account: Account
 
     @property
     def sound(self) -> bool:
         """Nothing lost, trained twice, hung or left behind."""
-        bad = self.account.lost or self.account.twice or self.leftovers or self.unexpected
-        return not bad and not any(one.hung or one.orphans for one in self.recoveries)
+        bad = self.account.lost or self.account.twice or self.orphans or self.leftovers or self.unexpected
+        return not bad and not any(one.hung for one in self.recoveries)
 
 
 def in_words(recovery: Recovery | None) -> str:
@@ -49,7 +49,7 @@ def in_words(recovery: Recovery | None) -> str:
     parts = [f"{how} after {recovery.seconds:.1f} s"]
     if recovery.exit_code is not None:
         parts.append(f"exit code {recovery.exit_code}")
-    parts += ["HUNG"] * recovery.hung + [f"orphan {name}" for name in recovery.orphans]
+    parts += ["HUNG"] * recovery.hung
     return ", ".join(parts)
 
 
@@ -65,13 +65,13 @@ def text(findings: Findings) -> str:
         resumed, middle = sum(one.resumed for one in ones), statistics.median(seconds)
         lines.append(f"{name:{width}}  {len(ones):5}  {resumed:7}  {middle:8.1f} {max(seconds):8.1f}")
     made, hung = findings.account, sum(one.hung for one in findings.recoveries)
-    orphans = sum(len(one.orphans) for one in findings.recoveries)
     lines += [
         "",
         f"{len(findings.recoveries)} faults, {made.versions} steps, {made.trained} prompts trained: "
-        f"{made.lost} lost, {made.twice} trained twice, {hung} hung beyond {HUNG_S:g} s, {orphans} orphans, "
+        f"{made.lost} lost, {made.twice} trained twice, {hung} hung beyond {HUNG_S:g} s, {len(findings.orphans)} orphans, "
         f"{len(findings.leftovers)} directories left behind",
         *findings.unexpected,
+        *(f"orphan: {name}" for name in findings.orphans),
         *findings.left_out,
     ]
     return "\n".join(lines)

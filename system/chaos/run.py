@@ -23,7 +23,7 @@ from system.chaos.account import account
 from system.chaos.faults import KINDS, Fault, draw
 from system.chaos.findings import HUNG_S, Findings, Recovery, in_words, text
 from system.chaos.harm import damage, fill, small_disk
-from system.chaos.session import Session, stop_and_go
+from system.chaos.session import Session, ended, stop_and_go
 from system.config import ConfigError, load
 from system.errors import DONE, LOST, STOPPED, EspalierError
 from system.observe.jsonl import jsonable, read_jsonl
@@ -32,6 +32,7 @@ from system.observe.rundir import write_atomic
 LOG = "run.log"
 EVALUATING = "] evaluating"  # in the line that the run prints when an evaluation begins
 START_S = 180.0  # for the first step of a session
+LATE_S = 60.0  # after the last session, for whatever outlived its own
 BACK_S = 30.0  # for a process to be back from the fault before
 SILENT_S = 8.0  # cluster.silent_s of the run
 MOST_SESSIONS = 4  # for the step after a fault
@@ -97,6 +98,7 @@ class _Trial:
         self.recoveries: list[Recovery] = []
         self.left_out: list[str] = []
         self.unexpected: list[str] = []
+        self.late: list[psutil.Process] = []  # outlived their session, so far
 
     def make(self, faults: Sequence[Fault], seed: int) -> Findings:
         self._step()
@@ -111,12 +113,13 @@ class _Trial:
         self._wait(lambda: self.session.exit_code is not None, "the end of the run")
         if self.session.exit_code != DONE:
             self.unexpected.append(f"the last session: exit code {self.session.exit_code}")
-        self.session.clear()
+        self._clear()
         findings = Findings(
             seed=seed,
             recoveries=self.recoveries,
             left_out=self.left_out,
             unexpected=self.unexpected,
+            orphans=ended(self.late, LATE_S),
             leftovers=sorted(set(_temporary()) - self.before),
             account=account(self._events(), *self._batch),
         )
@@ -193,26 +196,26 @@ class _Trial:
         """Wait for the step after the next, which may have been about to end anyway, over as many sessions as
         that takes.
         """
-        orphans, code, hung, sessions = list[str](), None, False, 0
+        code, hung, sessions = None, False, 0
         ends = fault.kind == "damage" or fault.moment == "shutdown"  # a step of this session proves nothing
         limit = since + HUNG_S
         while self.session.steps() <= before + 1 or (ends and not sessions):
-            if (ended := self.session.exit_code) is not None:
-                code, sessions = ended, sessions + 1
+            if (end := self.session.exit_code) is not None:
+                code, sessions = end, sessions + 1
                 if sessions > MOST_SESSIONS:
                     raise ChaosError(f"{fault}: the run does not go on; see {self.out / LOG}")
-                if ended not in GOES_ON and fault.kind != "fill":
-                    self.unexpected.append(f"{fault}: exit code {ended}")
-                orphans += self.session.clear()
+                if end not in GOES_ON and fault.kind != "fill":
+                    self.unexpected.append(f"{fault}: exit code {end}")
+                self._clear()
                 before = self.session.steps() - 1
                 self._resume()
                 limit = time.monotonic() + START_S
             elif time.monotonic() > limit:
                 hung = True
-                orphans += self.session.clear()
+                self._clear()
             self.session.below()
             time.sleep(0.2)
-        return Recovery(fault, time.monotonic() - since, sessions > 0, code, hung, orphans)
+        return Recovery(fault, time.monotonic() - since, sessions > 0, code, hung)
 
     # The run
 
@@ -226,12 +229,15 @@ class _Trial:
         """End the session as Ctrl-C does."""
         self.session.interrupt()
         self._wait(lambda: self.session.exit_code is not None, "the end after Ctrl-C")
-        self.session.clear()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.late += self.session.clear()
 
     def _step(self) -> None:
         """Wait for a training step from now on; a session that ended late for an earlier fault is resumed."""
         if self.session.exit_code is not None:
-            self.session.clear()
+            self._clear()
             self._resume()
         before = self.session.steps()
         self._wait(lambda: self.session.steps() > before or self.session.exit_code is not None, "a step")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-GONE_S = 60.0  # Ray's own agents notice the end of their cluster by themselves, later than the others
+GONE_S = 30.0  # for what a session started to end with it
 
 
 class Session:
@@ -74,19 +74,17 @@ class Session:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGINT)
 
-    def clear(self) -> list[str]:
-        """Kill it if it still runs; returns the processes that outlived it by ``GONE_S``, and ends them."""
+    def clear(self) -> list[psutil.Process]:
+        """Kill it if it still runs; returns Ray's agents, which notice the end of their cluster by themselves,
+        but later, and what else has outlived it by ``GONE_S``.
+        """
         self.below()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        _, alive = psutil.wait_procs(list(self._seen), timeout=GONE_S)
-        names: list[str] = []
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                names.append(" ".join(process.cmdline())[:120] or process.name())
-                process.kill()
-        return names
+        agents = [process for process in self._seen if process.name().endswith("Agent")]
+        _, alive = psutil.wait_procs(list(self._seen.difference(agents)), timeout=GONE_S)
+        return agents + alive
 
 
 def _plays(process: psutil.Process, target: str) -> bool:
@@ -107,6 +105,17 @@ def _plays(process: psutil.Process, target: str) -> bool:
             return process.name() == "raylet"
         case unknown:
             raise ValueError(f"no such process: {unknown}")
+
+
+def ended(processes: Sequence[psutil.Process], seconds: float) -> list[str]:
+    """Wait for their end; kills those that are left, and returns what they were."""
+    _, alive = psutil.wait_procs(list(processes), timeout=seconds)
+    names: list[str] = []
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            names.append(" ".join(process.cmdline()).strip()[:120] or process.name())
+            process.kill()
+    return names
 
 
 def stop_and_go(process: psutil.Process, seconds: float) -> None:

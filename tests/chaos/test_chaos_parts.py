@@ -93,14 +93,14 @@ def test_only_what_a_crash_can_harm_is_harmed(tmp_path: Path) -> None:
 def test_findings_are_sound_only_without_a_loss() -> None:
     log: list[dict[str, Any]] = []
     history(3, log)
-    good = Recovery(Fault("kill", "engine"), 3.0, False, None, False, [])
-    hung = Recovery(Fault("freeze", "engine"), 95.0, True, 75, True, ["raylet"])
+    good = Recovery(Fault("kill", "engine"), 3.0, False, None, False)
+    hung = Recovery(Fault("freeze", "engine"), 95.0, True, 75, True)
     whole = account(log, BATCH, 1, 1)
-    assert Findings(0, [good], [], [], [], whole).sound
-    found = Findings(0, [good, hung], [], [], [], whole)
+    assert Findings(0, [good], [], [], [], [], whole).sound
+    found = Findings(0, [good, hung], [], [], [], [], whole)
     assert not found.sound
     assert "2 faults, 3 steps, 6 prompts trained: 0 lost, 0 trained twice, 1 hung" in text(found)
-    assert not Findings(0, [good], [], [], ["espalier-sandbox-x"], whole).sound
+    assert not Findings(0, [good], [], [], ["raylet"], [], whole).sound
 
 
 def test_wrong_words_are_refused_before_anything_starts(tmp_path: Path) -> None:
