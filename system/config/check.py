@@ -190,10 +190,10 @@ def undivided(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     """Sizes of a model, by name, that the learner's layout does not divide: tensor parallelism divides heads
     and widths, pipeline parallelism the layers.
     """
-    for name, size in sizes.items():
-        ranks = "pp" if name.endswith("layers") else "tp"
-        if size % (into := getattr(config.learn, ranks)):
-            yield f"learn.{ranks}={into} must divide {name}={size}"
+    for ranks, into in (("tp", config.learn.tp), ("pp", config.learn.pp)):
+        divided = {name: size for name, size in sizes.items() if name.endswith("layers") == (ranks == "pp")}
+        if wrong := [f"{name}={size}" for name, size in divided.items() if size % into]:
+            yield f"learn.{ranks}={into} must divide {', '.join(wrong)}"
 
 
 def _void(config: Config) -> Iterator[str]:
