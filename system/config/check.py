@@ -133,7 +133,7 @@ def _sizes(config: Config) -> Iterator[str]:
 
 
 def _engine(config: Config) -> Iterator[str]:
-    """What goes with the kind of engine."""
+    """What goes with the kind of engine; and the addresses of servers."""
     engine = config.engine
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
@@ -141,9 +141,11 @@ def _engine(config: Config) -> Iterator[str]:
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"
-    for url in engine.urls:
-        if not url.startswith(("http://", "https://")):
-            yield f"engine.urls: {url!r} must begin with http:// or https://"
+    search = config.tools.search_url
+    for key, urls in (("engine.urls", engine.urls), ("tools.search_url", [search] if search else [])):
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                yield f"{key}: {url!r} must begin with http:// or https://"
     if engine.urls and engine.name != "sglang":
         yield "engine.urls attaches to SGLang servers: set engine=sglang, or take engine.urls out"
 

@@ -12,16 +12,16 @@ import os
 import re
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from glob import glob
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from shutil import disk_usage
 from socket import create_connection, socket
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError
@@ -318,26 +318,17 @@ def _ask(asked: Mapping[str, str]) -> dict[str, str]:
     return {field: fault for field, fault in faults.items() if fault}
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer, and is not followed."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 def _fault(address: str) -> str:
-    """Why nobody answers at a URL or HOST:PORT; any status of HTTP is an answer."""
+    """Why nobody answers at a URL or HOST:PORT.  Any answer of HTTP will do; a redirect is not followed."""
     try:
-        if "://" not in address:
-            host, _, port = address.rpartition(":")
-            create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        url = urlsplit(address if "://" in address else f"//{address}")
+        if not url.scheme:
+            create_connection((url.hostname or "", url.port), timeout=ANSWER_S).close()
             return ""
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay())
-        opener.open(f"{address.rstrip('/')}/health", timeout=ANSWER_S).close()
-    except urllib.error.HTTPError:
-        return ""
-    except urllib.error.URLError as error:
-        return str(error.reason)
+        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+        with closing(kind(url.hostname or "", url.port, timeout=ANSWER_S)) as connection:
+            connection.request("GET", f"{url.path.rstrip('/')}/health")
+            connection.getresponse()
     except (OSError, ValueError, OverflowError, HTTPException) as error:
         return str(error) or type(error).__name__
     return ""

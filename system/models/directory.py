@@ -132,7 +132,7 @@ def _index(path: Path) -> dict[str, str]:
         where: Any = json.loads(path.read_bytes())["weight_map"]
         sound = isinstance(where, Mapping) and all(_plain(name) for name in where.values())
     except (ValueError, TypeError, KeyError, RecursionError):
-        sound = False
+        where, sound = {}, False
     if not sound or not where:
         raise UnsupportedModel(f"{path} is damaged: not an index of weight files; download it again")
     return dict(where)
