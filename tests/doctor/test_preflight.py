@@ -251,7 +251,7 @@ def test_any_answer_of_a_server_will_do_and_no_redirect_is_followed(place: Path)
             self.send_header("Location", "/elsewhere")
             self.end_headers()
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Elsewhere)
