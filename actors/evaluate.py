@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.inputs import check_engine, corpus_file
+from actors.inputs import corpus_file
 from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
@@ -26,7 +26,6 @@ CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadli
 
 def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     """Greedy answers of the model in ``model_dir`` to the held-out questions."""
-    check_engine(config)
     if config.engine.name == "embedded":  # SGLang serves other families, too
         ModelShape.from_directory(model_dir)
     task = make_task(config)

@@ -1,37 +1,17 @@
-"""What a run starts from: model, documents, demonstrations; and what is refused before anything starts."""
+"""What a run starts from: model, documents, demonstrations.
+
+Whether they are to be had has been asked before (:mod:`system.doctor.preflight`).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from system.config import Config, ConfigError
-from system.engine.sglang.command import SglangMissing, interpreter
-from system.models.shape import ModelShape, UnsupportedModel
+from system.config import Config
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.tree.record import Tree
-
-
-def check_model(config: Config, task: Task) -> None:
-    """Refuse a model that cannot be trained, or cannot be made.  Raises ConfigError."""
-    if config.model.path:
-        try:
-            ModelShape.from_directory(config.model.path)
-        except UnsupportedModel as error:
-            raise ConfigError(f"model.path={config.model.path}: {error}") from error
-    elif not isinstance(task, HasTokenizer):
-        raise ConfigError(f"model.path is empty, and task {task.name!r} brings no tokenizer for a new model")
-
-
-def check_engine(config: Config) -> None:
-    """Refuse an engine that cannot start here, before anything else does.  Raises ConfigError."""
-    engine = config.engine
-    if engine.name == "sglang" and not engine.urls:
-        try:
-            interpreter(engine)
-        except SglangMissing as error:
-            raise ConfigError(f"engine=sglang: {error}") from error
 
 
 def make_model(path: Path, config: Config, task: Task) -> None:
@@ -42,7 +22,7 @@ def make_model(path: Path, config: Config, task: Task) -> None:
 
     from system.tasks.tiny_model import create_model  # slow imports
 
-    assert isinstance(task, HasTokenizer), "see check_model"
+    assert isinstance(task, HasTokenizer)
     disable_progress_bar()  # of saving weights, which would break into our own
     partial = path.with_name(path.name + ".partial")  # a run killed meanwhile must not find half a model
     create_model(partial, task.tokenizer(), config.model, config.run.seed)
@@ -57,11 +37,7 @@ def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:
         return None
     if config.tools.corpus:
         return Path(config.tools.corpus)
-    if not isinstance(task, HasCorpus):
-        raise ConfigError(
-            f"tool 'search' has nothing to search: task {task.name!r} brings no corpus; set tools.corpus, or "
-            "tools.search_url, or take search out of tools.names"
-        )
+    assert isinstance(task, HasCorpus)
     path = directory / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for document in task.corpus():
@@ -71,10 +47,7 @@ def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:
 
 def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
     """The task's demonstrations as single-leaf trees."""
-    if not isinstance(task, HasDemonstrations):
-        raise ConfigError(
-            f"warmstart.steps={config.warmstart.steps}, but task {task.name!r} has no demonstrations"
-        )
+    assert isinstance(task, HasDemonstrations)
     from transformers import AutoTokenizer  # slow import
 
     tokenizer = AutoTokenizer.from_pretrained(model)

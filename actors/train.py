@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from actors.checkpoints import checkpoints, restore_newest
 from actors.conductor import Conductor
 from actors.ending import EXIT_DEADLINE_S, exit_within, stops_on_signals
 from actors.heartbeat import Heartbeats
-from actors.inputs import check_engine, check_model, demonstrations
+from actors.inputs import demonstrations
 from actors.placement import Placement
 from actors.ray_support import StartFailed, ray_session, watched
 from actors.rollout_pool import RunActors
 from system.config import Config, ConfigError
-from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError, exit_code, leaves
+from system.errors import DONE, EXPECTED, FAILED, LOST, STOPPED, exit_code, leaves, told
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
@@ -29,39 +30,42 @@ from system.tasks.base import Task, make_task
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
-    """Start a training run, or go on with the one in ``resume``; returns the process's exit code."""
-    check_engine(config)
-    task = make_task(config)
-    check_model(config, task)
+    """Start a training run, or go on with the one in ``resume``; returns the process's exit code.
+
+    The configuration has passed :func:`system.doctor.preflight.require`.
+    """
+    task = make_task(config)  # which reads all its data: nothing is made before
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
         print(f"run directory: {run_dir.root}", flush=True)
-        return _in_session(config, run_dir, task)
+        try:
+            return _in_session(config, run_dir, task)
+        except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
+            if resume is None:
+                shutil.rmtree(run_dir.root, ignore_errors=True)
+            raise
 
 
 def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
     """The run while Ray is there; returns the process's exit code."""
     code = FAILED
-    try:
-        with ray_session(config, run_dir.logs) as joined:
-            try:
-                code = asyncio.run(_run(config, run_dir, task, joined))
-            except* ConfigError as errors:
-                raise next(leaves(errors)) from None
-            except* (EspalierError, RayError) as errors:
-                code = _failed(errors, run_dir)
-            finally:
-                exit_within(EXIT_DEADLINE_S, code)
-    except StartFailed as error:
-        code = _failed(error, run_dir)
+    with ray_session(config, run_dir.logs) as joined:
+        try:
+            code = asyncio.run(_run(config, run_dir, task, joined))
+        except* ConfigError as errors:
+            raise next(leaves(errors)) from None
+        except* (*EXPECTED, RayError) as errors:
+            code = _failed(errors, run_dir)
+        finally:
+            exit_within(EXIT_DEADLINE_S, code)
     return code
 
 
 def _failed(errors: BaseException, run_dir: RunDir) -> int:
     """Say why the run failed and how to go on; returns the exit code."""
     for error in leaves(errors):
-        print(f"espalier: {error}", file=sys.stderr)
+        print(f"espalier: {told(error)}", file=sys.stderr)
     code = exit_code(errors, lost=(RayError,))
     when = "" if code == LOST else "once that is mended, "
     again = f"espalier train --resume {run_dir.root}"

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from system.config import Config, ConfigError, from_dict, load, settings, to_dict, to_yaml, validate
+from system.config.check import part_problems
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
@@ -181,3 +184,98 @@ def test_a_dictionary_inherited_as_an_interpolation_can_be_overridden(
 def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
     with pytest.raises(ConfigError, match=r"task\.options\.x is a list"):
         load(None, ["task.options={x: [!replace {a: 1}]}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("rollout.top_p=0.5", "rollout.top_p=0.5, rollout.top_k=-1: training needs samples of the whole"),
+        ("rollout.top_k=20", "rollout.top_k=20: training needs samples of the whole distribution"),
+        ("learn.tis_cap=0", "learn.tis_cap=0.0 must be above 0"),
+        ("learn.dual_clip=0.5", "learn.dual_clip=0.5 must exceed 1 + learn.clip_high=1.2"),
+        ("learn.clip_low=-1", "learn.clip_low=-1.0 must be in [0, 1]"),
+        ("rollout.branch_deadline_s=.nan", "rollout.branch_deadline_s=nan must be a finite number"),
+        ("tools.deadline_s=-3", "tools.deadline_s=-3.0 must be above 0"),
+        ("run.stop_at_accuracy=90", "run.stop_at_accuracy=90.0 must be in [0, 1]"),
+        ("rollout.temperature=.inf", "rollout.temperature=inf must be a finite number"),
+        ("rollout.temperature=1e-9", "rollout.temperature=1e-09 must be 0.01 or more"),
+        ("learn.beta2=1", "learn.beta2=1 must be below 1"),
+        ("rollout.leaves=1 rollout.roots=1", "nothing to compare a leaf with"),
+        ("model.path=~/model", "model.path=~/model: `~` stands for nothing here"),
+        ("tools.corpus=~me/corpus.jsonl", "`~` stands for nothing here: write the whole path"),
+        (r'run.dir="a\0b"', "has a NUL character in it"),
+        ("tools.names=python", "tools.names: write a list: [python]"),
+        ("tools.names={}", "tools.names: write a list"),
+        ("engine.urls=[[[]]]", "engine.urls: [[]] must be a text"),
+    ],
+)
+def test_settings_that_make_training_void_or_nonsense_are_refused(words: str, says: str):
+    with pytest.raises(ConfigError) as caught:
+        load(None, words.split())
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_credit_over_the_batch_may_have_trees_of_one_leaf():
+    assert load(None, ["rollout.leaves=1", "rollout.roots=1", "learn.credit=reinforce++"]).rollout.leaves == 1
+
+
+def test_all_broken_rules_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load(None, ["learn.tis_cap=0", "run.stop_at_accuracy=90", "model.path=~/x"])
+    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == [
+        "run.stop_at_accuracy",
+        "model.path",
+        "learn.tis_cap",
+    ]
+
+
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["~", "${run.seed}", "${", "!replace", "cuda", "a:b", "none", "grpo", "auto", "http://"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@st.composite
+def any_settings(draw: st.DrawFn) -> dict[str, Any]:
+    """Values of some settings: of any type, or of the setting's own."""
+    chosen: dict[str, Any] = {}
+    for key in draw(st.lists(st.sampled_from(sorted(settings())), min_size=1, max_size=3, unique=True)):
+        one = settings()[key]
+        words = [*one.rule.choices, *(one.rule.registry.names if one.rule.registry else ()), "a:b", "~", ""]
+        own = {int: st.integers(-2, 300), float: st.floats(-1, 3), bool: st.booleans()}
+        chosen[key] = draw(own.get(one.kind, st.sampled_from(words)) | ANY_VALUE)
+    return chosen
+
+
+@hypothesis_settings(max_examples=500, deadline=None)
+@given(values=any_settings(), in_file=st.booleans())
+def test_any_values_make_a_configuration_or_a_clear_error(
+    values: dict[str, Any], in_file: bool, tmp_path_factory: pytest.TempPathFactory
+):
+    """500 random configurations, in a file or as overrides: nothing is raised but ConfigError."""
+    layer: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        layer.setdefault(section, {})[name] = value
+    try:
+        if in_file:
+            config = load(write(tmp_path_factory.getbasetemp(), yaml.safe_dump(layer)))
+        else:
+            config = load(None, [f"{key}={value}" for key, value in values.items()])
+        part_problems(config)
+    except ConfigError as error:
+        text = str(error)
+    else:
+        validate(config)
+        return
+    assert text.strip()
+    assert "object_type" not in text

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.cli.command import RECIPE, argument, command, configured, split
+
+if TYPE_CHECKING:
+    from system.config import Config
 
 
 @command(
@@ -29,24 +34,40 @@ def submit(args: argparse.Namespace) -> int:
       espalier submit configs/qwen3-14b.yaml --sweep cluster.nodes=2,4,8 --at-once 1
       espalier submit --resume runs/qwen3-14b-s0
 
+    What can be told in a second to be wrong is told first, all at once (exit code 2; a dry run goes on).
+    Whether the nodes have ports, GPUs and scratch space, and reach the servers, the job finds out.
     The job checkpoints and requeues itself before its time limit, and after the loss of a node; see
     `espalier status RUN`. Every setting is a key of the sections `cluster` and `slurm`.
     """
     from system.cluster.submit import submit_run, submit_sweep
     from system.config import ConfigError
+    from system.doctor.preflight import LATER, require
 
     example = "espalier submit configs/quickstart.yaml --dry-run"
+
+    def check(config: Config) -> None:
+        """A dry run, which may be for another machine, only warns."""
+        try:
+            require(config, login=True, resume=args.resume)
+            print(f"checked here; in the job, when it starts: {LATER}")
+        except ConfigError as error:
+            if not args.dry_run:
+                raise
+            for line in str(error).splitlines():
+                print(f"WARNING: {line}", file=sys.stderr)
+
     words = [*args.words]
     words += [f"cluster.nodes={args.nodes}"] if args.nodes is not None else []
     words += [f"slurm.time='{args.time}'"] if args.time is not None else []
     if not args.sweep:
         config, name = configured(words, args.resume, example)
+        check(config)
         return submit_run(config, name, resume=args.resume, dry_run=args.dry_run)
     if args.resume:
         raise ConfigError("--resume takes its configuration from the run directory: no --sweep")
     path, overrides = split(words, example)
     assert path is not None
-    return submit_sweep(path, overrides, args.sweep, at_once=args.at_once, dry_run=args.dry_run)
+    return submit_sweep(path, overrides, args.sweep, at_once=args.at_once, dry_run=args.dry_run, check=check)
 
 
 @command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ def train(args: argparse.Namespace) -> int:
 
     A run writes into runs/<name>: metrics, trees, curves, checkpoints, the model and summary.json.
     Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
+    What can be told in a second to be wrong is told before anything starts, all of it at once (exit code 2).
     `espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
     """
-    from system.config.check import check_parts
+    from system.doctor.preflight import require  # slow imports
 
     config, name = configured(args.words, args.resume, "espalier train configs/quickstart.yaml")
     for key in unsafe_on_resume(args.words) if args.resume else ():
@@ -38,8 +40,8 @@ def train(args: argparse.Namespace) -> int:
             "and the checkpoint may not fit",
             file=sys.stderr,
         )
-    check_parts(config)
-    from actors.train import train  # slow imports
+    require(config, resume=args.resume)
+    from actors.train import train  # Ray is imported when nothing stands against the run
 
     return train(config, config_name=name, resume=args.resume)
 
@@ -59,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> int:
       espalier eval path/to/hf-model --config configs/quickstart.yaml
     """
     from system.config import load
-    from system.config.check import check_parts
+    from system.doctor.preflight import require
     from system.errors import ConfigError
     from system.observe.jsonl import jsonable
     from system.observe.rundir import RunDir, write_atomic
@@ -80,7 +82,9 @@ def evaluate(args: argparse.Namespace) -> int:
         config, model = load(args.config, overrides), target
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model} holds no model in Hugging Face format (no config.json)")
-    check_parts(config)
+    checked = copy.deepcopy(config)
+    checked.model.path = str(model)
+    require(checked, without=("model", "run directory"))  # SGLang serves models that are not trained here
     from actors.evaluate import evaluate  # slow imports
 
     result = evaluate(config, model)

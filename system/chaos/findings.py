@@ -68,8 +68,8 @@ def text(findings: Findings) -> str:
     lines += [
         "",
         f"{len(findings.recoveries)} faults, {made.versions} steps, {made.trained} prompts trained: "
-        f"{made.lost} lost, {made.twice} trained twice, {hung} hung beyond {HUNG_S:g} s, {len(findings.orphans)} orphans, "
-        f"{len(findings.leftovers)} directories left behind",
+        f"{made.lost} lost, {made.twice} trained twice, {hung} hung beyond {HUNG_S:g} s, "
+        f"{len(findings.orphans)} orphans, {len(findings.leftovers)} directories left behind",
         *findings.unexpected,
         *(f"orphan: {name}" for name in findings.orphans),
         *findings.left_out,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
-DISK_MB = 400
+DISK_MB = 500
 
 
 def damage(directory: Path, target: str) -> bool:

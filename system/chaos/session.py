@@ -75,8 +75,8 @@ class Session:
             os.kill(self.process.pid, signal.SIGINT)
 
     def clear(self) -> list[psutil.Process]:
-        """Kill it if it still runs; returns Ray's agents, which notice the end of their cluster by themselves,
-        but later, and what else has outlived it by ``GONE_S``.
+        """Kill it if it still runs; returns Ray's agents, which notice the end of their cluster later, and
+        what else has outlived it by ``GONE_S``.
         """
         self.below()
         if self.process.poll() is None:

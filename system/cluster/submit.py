@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,6 @@ from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
 from system.cluster.script import queue_options, render
 from system.config import Config, ConfigError, load, to_dict
-from system.config.check import check_parts
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 
 SUBMISSION = "slurm/submission.json"
@@ -57,7 +56,6 @@ def describe(config: Config) -> str:
 
 def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run: bool) -> int:
     """Submit one run: a new one, or (``resume``) one whose run directory is there."""
-    check_parts(config)
     print(describe(config))
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
@@ -76,10 +74,19 @@ def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run
 
 
 def submit_sweep(
-    path: Path, overrides: Sequence[str], sweeps: Sequence[str], *, at_once: int, dry_run: bool
+    path: Path,
+    overrides: Sequence[str],
+    sweeps: Sequence[str],
+    *,
+    at_once: int,
+    dry_run: bool,
+    check: Callable[[Config], None],
 ) -> int:
-    """Submit every combination of the swept values: one job array per shape of job."""
-    points = list(sweep_points(path, overrides, sweeps))
+    """Submit every combination of the swept values: one job array per shape of job.
+
+    ``check`` raises ConfigError for a point that cannot be run.
+    """
+    points = list(sweep_points(path, overrides, sweeps, check))
     base = points[0].config
     root = Path(base.run.dir) / (base.run.name or f"{path.stem}-sweep")
     if not dry_run:
@@ -130,7 +137,9 @@ def submit_sweep(
     return 0
 
 
-def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) -> Iterator[SweepPoint]:
+def sweep_points(
+    path: Path, overrides: Sequence[str], sweeps: Sequence[str], check: Callable[[Config], None]
+) -> Iterator[SweepPoint]:
     """Every combination of ``key=a,b,c`` words, each a checked configuration."""
     axes: list[tuple[str, list[str]]] = []
     for word in sweeps:
@@ -143,7 +152,7 @@ def sweep_points(path: Path, overrides: Sequence[str], sweeps: Sequence[str]) ->
         config = load(path, [*overrides, *(f"{key}={value}" for key, value in values.items())])
         point = SweepPoint(f"{number:03d}", values, config)
         try:
-            check_parts(config)
+            check(config)
             place(config, paper_nodes(config))
         except ConfigError as error:
             raise ConfigError(f"point {point.label}: {error}") from error

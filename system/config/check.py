@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from system.config.schema import Config, ModelConfig, PartConfig
+from system.config.schema import Config, PartConfig
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import PluginError, nearest
@@ -28,39 +28,51 @@ SET_BY: dict[str, str] = {
     "random_seed": "run.seed",
 }
 
+# Credits that know a leaf's worth only beside others of its tree.
+WITHIN_A_TREE = ("grpo", "arpo-soft", "arpo-hard", "rloo", "dr-grpo", "reinforce++-baseline")
+
 
 def validate(config: Config) -> None:
-    """Check every rule of the schema, and fields that must agree.  Raises :class:`ConfigError`."""
-    for one in settings().values():
-        _check_rule(one, one.of(config))
-    for checked in (_sizes, _engine, _cluster):
-        for problem in checked(config):
-            raise ConfigError(problem)
-    if not config.model.path:
-        for problem in _shape(config.model, config.learn.tp, config.learn.pp):
-            raise ConfigError(problem)
+    """Check every rule of the schema, and fields that must agree.
+
+    Raises :class:`ConfigError` with one line per problem.  Whether fields agree is asked only where each is
+    in itself what it may be.
+    """
+    problems = [line for one in settings().values() for line in _broken_rules(one, one.of(config))]
+    if not problems:
+        problems = [line for check in AGREEMENTS for line in check(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
-def _check_rule(one: Setting, value: Any) -> None:
-    """``value`` against the setting's own rule."""
+def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
+    """What ``value`` breaks of the setting's own rule."""
     key, rule = one.key, one.rule
     if isinstance(value, list | dict) and typing.get_args(one.kind)[-1] is str:
         items: Iterable[Any] = value.values() if isinstance(value, dict) else value
         if wrong := [item for item in items if not isinstance(item, str)]:
-            raise ConfigError(f"{key}: {wrong[0]!r} must be a text: {rule.text}")
+            yield f"{key}: {wrong[0]!r} must be a text: {rule.text}"
+            return
+    if isinstance(value, str) and "\0" in value:
+        yield f"{key}={value!r} has a NUL character in it: no path and no name can"
+    if rule.path and isinstance(value, str) and value.startswith("~"):
+        yield f"{key}={value}: `~` stands for nothing here: write the whole path, or ${{oc.env:HOME}}"
     if rule.registry is not None:
         for name in names_of(value):
-            rule.registry.check_name(name)
+            try:
+                rule.registry.check_name(name)
+            except PluginError as error:
+                yield str(error)
     if rule.choices and value not in rule.choices:
         close = nearest(str(value), rule.choices)
-        raise ConfigError(f"{key}={value!r}: choose one of {', '.join(rule.choices)}{close}")
+        yield f"{key}={value!r}: choose one of {', '.join(rule.choices)}{close}"
     if isinstance(value, int | float):
         low = -math.inf if rule.least is None else rule.least
         high = math.inf if rule.most is None else rule.most
         if not math.isfinite(value):
-            raise ConfigError(f"{key}={value} must be a finite number: {rule.text}")
-        if not low <= value <= high or (rule.above is not None and value <= rule.above):
-            raise ConfigError(f"{key}={value} must be {rule.bounds}: {rule.text}")
+            yield f"{key}={value} must be a finite number: {rule.text}"
+        elif not low <= value <= high or (rule.above is not None and value <= rule.above):
+            yield f"{key}={value} must be {rule.bounds}: {rule.text}"
 
 
 def names_of(value: Any) -> list[str]:
@@ -68,15 +80,6 @@ def names_of(value: Any) -> list[str]:
     if isinstance(value, PartConfig):
         return [value.name]
     return [value] if isinstance(value, str) else value
-
-
-def check_parts(config: Config) -> None:
-    """Import every configured part and check its options, before a run directory or any process is made.
-
-    Raises :class:`ConfigError` with one line per problem.
-    """
-    if problems := part_problems(config):
-        raise ConfigError("\n".join(problems))
 
 
 def part_problems(config: Config) -> list[str]:
@@ -130,7 +133,7 @@ def _sizes(config: Config) -> Iterator[str]:
 
 
 def _engine(config: Config) -> Iterator[str]:
-    """What goes with the kind of engine."""
+    """What goes with the kind of engine; and the addresses of servers."""
     engine = config.engine
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
@@ -138,9 +141,11 @@ def _engine(config: Config) -> Iterator[str]:
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"
-    for url in engine.urls:
-        if not url.startswith(("http://", "https://")):
-            yield f"engine.urls: {url!r} must begin with http:// or https://"
+    search = config.tools.search_url
+    for key, urls in (("engine.urls", engine.urls), ("tools.search_url", [search] if search else [])):
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                yield f"{key}: {url!r} must begin with http:// or https://"
     if engine.urls and engine.name != "sglang":
         yield "engine.urls attaches to SGLang servers: set engine=sglang, or take engine.urls out"
 
@@ -169,21 +174,55 @@ def _cluster(config: Config) -> Iterator[str]:
         yield "slurm.image is set: choose slurm.container=pyxis or slurm.container=apptainer"
 
 
-def _shape(model: ModelConfig, tp: int, pp: int) -> Iterator[str]:
-    """A model made by us: its heads divide its width, tensor parallelism divides heads and widths, pipeline
-    parallelism the layers.
-    """
+def _shape(config: Config) -> Iterator[str]:
+    """A model made by us: its heads divide its width, and the learner's layout divides it."""
+    model = config.model
+    if model.path:
+        return
     if model.hidden_size % model.heads or model.heads % model.kv_heads:
         yield (
             f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "
             f"and that of model.kv_heads={model.kv_heads}"
         )
-    for name in ("heads", "kv_heads", "ffn_size"):
-        value = getattr(model, name)
-        if value % tp:
-            yield f"learn.tp={tp} must divide model.{name}={value}"
-    if model.layers % pp:
-        yield f"learn.pp={pp} must divide model.layers={model.layers}"
+    sizes = {name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_size", "layers")}
+    yield from undivided(config, {f"model.{name}": size for name, size in sizes.items()})
+
+
+def undivided(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Sizes of a model, by name, that the learner's layout does not divide: tensor parallelism divides heads
+    and widths, pipeline parallelism the layers.
+    """
+    for ranks, into in (("tp", config.learn.tp), ("pp", config.learn.pp)):
+        divided = {name: size for name, size in sizes.items() if name.endswith("layers") == (ranks == "pp")}
+        if wrong := [f"{name}={size}" for name, size in divided.items() if size % into]:
+            yield f"learn.{ranks}={into} must divide {', '.join(wrong)}"
+
+
+def _void(config: Config) -> Iterator[str]:
+    """Settings with which training would run, and teach nothing or something else."""
+    rollout, learn = config.rollout, config.learn
+    if rollout.top_p < 1 or rollout.top_k >= 0:
+        yield (
+            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: training needs samples of the "
+            "whole distribution, whose probabilities the learner computes: leave top_p at 1 and top_k at -1"
+        )
+    if 0 < learn.dual_clip <= 1 + learn.clip_high:
+        yield (
+            f"learn.dual_clip={learn.dual_clip} must exceed 1 + learn.clip_high={1 + learn.clip_high:g}: it "
+            "bounds a ratio that starts at 1; 3 is usual, 0 is off"
+        )
+    for name in ("beta1", "beta2"):
+        if getattr(learn, name) == 1:
+            yield f"learn.{name}=1 must be below 1: Adam's mean would never move"
+    credit = learn.credit.name
+    if rollout.leaves == 1 and credit in WITHIN_A_TREE and config.run.steps:
+        yield (
+            f"rollout.leaves=1 leaves learn.credit={credit} nothing to compare a leaf with: every advantage "
+            "would be 0; set rollout.leaves=2 or more, or learn.credit=reinforce++"
+        )
+
+
+AGREEMENTS = (_sizes, _engine, _cluster, _shape, _void)
 
 
 def seconds(limit: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,17 @@ def _check_keys(layer: dict[str, Any], source: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…")
         known = [one.name for one in settings().values() if one.section == name]
-        for key in values:
-            if key not in known and key != REPLACE:
+        for key, value in values.items():
+            if key == REPLACE:
+                continue
+            if key not in known:
                 raise ConfigError(f"{source}: unknown key {name}.{key}{_hint(str(key), known, f'{name}.')}")
+            named = isinstance(value, str) and "${" in value  # a list by the name of another key
+            if typing.get_origin(settings()[f"{name}.{key}"].kind) is list and not (
+                named or isinstance(value, list) or REPLACE in str(value)
+            ):
+                example = value if isinstance(value, str) and value else "a, b"
+                raise ConfigError(f"{source}: {name}.{key}: write a list: [{example}]")
 
 
 def _make_room(merged: Any, layer: dict[str, Any], source: str, where: str = "") -> None:

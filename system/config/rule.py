@@ -19,6 +19,7 @@ class Rule:
     most: float | None = None
     choices: tuple[str, ...] = ()
     registry: Registry | None = None  # or a name of this registry, or one's own as package.module:Name
+    path: bool = False  # of a file or directory
     safe_on_resume: bool = False  # a resumed run may change it without becoming a different experiment
 
     @property

@@ -37,15 +37,16 @@ class RunConfig:
     """The run directory, the seed, and when the run ends."""
 
     name: str = setting("", "run directory's name under run.dir; empty: <config file>-s<seed>")
-    dir: str = setting("runs", "where run directories lie")
+    dir: str = setting("runs", "where run directories lie", path=True)
     seed: int = setting(0, "of everything that is drawn at random", least=0)
     steps: int = setting(
         100, "training steps (weight versions after the warm start)", least=0, safe_on_resume=True
     )
     stop_at_accuracy: float = setting(
         0.0,
-        "end early once training accuracy (moving mean) reaches this; 0: never",
+        "end early once training accuracy (moving mean, 0 to 1) reaches this; 0: never",
         least=0,
+        most=1,
         safe_on_resume=True,
     )
 
@@ -54,7 +55,9 @@ class RunConfig:
 class ModelConfig:
     """The model that is trained: a given one, or the shape of a tiny one that is made for the task."""
 
-    path: str = setting("", "Hugging Face directory; empty: a tiny model of the shape below is made")
+    path: str = setting(
+        "", "Hugging Face directory; empty: a tiny model of the shape below is made", path=True
+    )
     dtype: str = setting("float32", "of the weights in engines and learner", choices=("float32", "bfloat16"))
     hidden_size: int = setting(96, "width of the residual stream of a model made here", least=1)
     layers: int = setting(2, "its layers", least=1)
@@ -68,8 +71,8 @@ class TaskConfig:
     """The questions that are trained on, and those that are held out."""
 
     name: str = setting("quickstart", "which task", registry=TASKS)
-    path: str = setting("", "data file for `jsonl` (JSONL or Parquet)")
-    eval_path: str = setting("", "held-out questions for `jsonl`; empty: none")
+    path: str = setting("", "data file for `jsonl` (JSONL or Parquet)", path=True)
+    eval_path: str = setting("", "held-out questions for `jsonl`; empty: none", path=True)
     dataset: str = setting("", "name of a reasoning-gym data set")
     train_size: int = setting(4096, "training questions, at most; jsonl: -1 takes all", least=-1)
     eval_size: int = setting(200, "held-out questions, at most; jsonl: -1 takes all", least=-1)
@@ -105,7 +108,7 @@ class RolloutConfig:
     max_response_tokens: int = setting(256, "per branch, tool results included", least=1)
     max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=0)
     call_limit: int = setting(4, "tool calls per branch", least=0)
-    temperature: float = setting(1.0, "of sampling: training needs samples", above=0)
+    temperature: float = setting(1.0, "of sampling: training needs samples", least=0.01)
     top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", above=0, most=1)
     top_k: int = setting(-1, "sample from so many likeliest tokens; -1: all", least=-1)
     generate_deadline_s: float = setting(120.0, "one engine call", above=0, safe_on_resume=True)
@@ -139,7 +142,9 @@ class ToolsConfig:
 
     names: list[str] = setting(["search", "python"], "which tools", registry=TOOLS)
     options: dict[str, dict[str, Any]] = setting({}, "options by tool: {search: {top_k: 5}}")
-    corpus: str = setting("", 'JSONL of {"id", "title", "text"} for search; empty: the task\'s own corpus')
+    corpus: str = setting(
+        "", 'JSONL of {"id", "title", "text"} for search; empty: the task\'s own corpus', path=True
+    )
     search_top_k: int = setting(3, "documents per search", least=1)
     search_url: str = setting("", "use a retrieval server that already runs")
     deadline_s: float = setting(20.0, "one call, retries included", above=0)
@@ -176,7 +181,7 @@ class EngineConfig:
         choices=("auto", "http", "disk", "tensor", "distributed"),
     )
     weights_dir: str = setting(
-        "", "for disk: read by every engine; empty: temporary, for engines on this machine"
+        "", "for disk: read by every engine; empty: temporary, for engines on this machine", path=True
     )
     kv_after_update: str = setting(
         "recompute", "what becomes of cached keys and values at new weights", choices=("recompute", "keep")
@@ -186,7 +191,9 @@ class EngineConfig:
     entropy_top_k: int = setting(
         0, "attached servers without our plug-in: estimate entropies from so many top tokens", least=0
     )
-    python: str = setting("", "runs SGLang; empty: .venv-sglang/bin/python if there, else this interpreter")
+    python: str = setting(
+        "", "runs SGLang; empty: .venv-sglang/bin/python if there, else this interpreter", path=True
+    )
     sglang: dict[str, Any] = setting({}, "SGLang's own flags: {mem_fraction_static: 0.8}")
 
 
@@ -251,7 +258,7 @@ class LearnConfig:
     clip_low: float = setting(0.2, "ε below: the ratio is clipped at 1 - ε", least=0, most=1)
     clip_high: float = setting(0.2, "ε above: the ratio is clipped at 1 + ε", least=0)
     dual_clip: float = setting(3.0, "bound on the ratio where the advantage is negative; 0: off", least=0)
-    tis_cap: float = setting(2.0, "cap of proximal/behaviour ratio (truncated importance sampling)", least=0)
+    tis_cap: float = setting(2.0, "cap of proximal/behaviour ratio (truncated importance sampling)", above=0)
     kl_coef: float = setting(0.0, "KL to the reference model; 0: no reference model is built", least=0)
     entropy_coef: float = setting(0.0, "entropy bonus")
     bucket_mb: int = setting(64, "weight export bucket", least=1)
@@ -338,13 +345,13 @@ class SlurmConfig:
     heterogeneous: bool = setting(False, "learner nodes and rollout nodes as two components of one job")
     sbatch: list[str] = setting([], 'further options, e.g. ["--reservation=trees"]')
     rollout_sbatch: list[str] = setting([], "of the rollout component, if heterogeneous")
-    venv: str = setting("", "virtual environment on every node; empty: the one that submits")
+    venv: str = setting("", "virtual environment on every node; empty: the one that submits", path=True)
     setup: list[str] = setting([], 'shell lines on every node first, e.g. "module load cuda"')
     env: dict[str, str] = setting({}, "environment variables of every process")
     container: str = setting("none", "what wraps every process", choices=("none", "pyxis", "apptainer"))
-    image: str = setting("", "container image; its python must have espalier")
+    image: str = setting("", "container image; its python must have espalier", path=True)
     mounts: list[str] = setting([], "SRC:DST; the run directory is mounted anyway")
-    scratch: str = setting("/tmp", "local to each node: Ray's session lives there")
+    scratch: str = setting("/tmp", "local to each node: Ray's session lives there", path=True)
 
 
 @dataclass

@@ -6,11 +6,10 @@ Pure: no I/O.  Each check looks at one thing and yields its findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 
-from system.cluster.placement import PlacementError, learner_world, paper_nodes, place
+from system.cluster.placement import learner_world
 from system.config import Config
 from system.doctor.facts import Facts
 
@@ -88,17 +87,12 @@ def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def layout(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Do the learner and the engines fit on what the recipe asks for?"""
+    """Are there CPUs for the learner and the engines?"""
     world = learner_world(config)
     found = f"learner {world} ranks (tp×pp×dp), engines {config.engine.replicas} × {config.engine.tp}"
-    try:
-        place(config, paper_nodes(config))
-    except PlacementError as error:
-        yield Finding(Level.PROBLEM, "layout", found, str(error))
-        return
     crowded = config.cluster.gpus_per_node == 0 and world + config.engine.replicas > 2 * facts.cpus
     remedy = f"only {facts.cpus} CPUs: fewer ranks or replicas would be faster"
-    yield _finding(crowded, "layout", found, remedy, stops=False)
+    yield _finding(crowded, "processes", found, remedy, stops=False)
 
 
 def sglang(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -120,10 +114,7 @@ def network(facts: Facts, config: Config) -> Iterator[Finding]:
         )
         found = error or "all-reduce on this machine works"
         yield _finding(bool(error), backend, found, remedy, stops=needed)
-    host, name = config.engine.host, facts.hostname
-    found = facts.port_error or f"servers can listen on {host}"
-    remedy = f"set engine.host to an address of this machine (now {host})"
-    yield _finding(bool(facts.port_error), "ports", found, remedy, stops=True)
+    name = facts.hostname
     found = f"{name}: {facts.hostname_error or 'resolves'}"
     remedy = f"add {name} to /etc/hosts or to the site's DNS: other nodes look it up"
     yield _finding(bool(facts.hostname_error), "hostname", found, remedy, stops=config.cluster.nodes > 1)
@@ -136,7 +127,7 @@ def room(facts: Facts, config: Config) -> Iterator[Finding]:
     yield _finding(facts.shm_bytes < 2 * GIB, "/dev/shm", found, remedy, stops=False)
     found = f"{_gib(facts.disk_bytes)} free in {facts.disk_path}"
     remedy = "make room, or set run.dir to a larger file system; checkpoint.keep bounds what a run keeps"
-    yield _finding(facts.disk_bytes < 10 * GIB, "disk", found, remedy, stops=facts.disk_bytes < GIB)
+    yield _finding(facts.disk_bytes < 10 * GIB, "disk", found, remedy, stops=False)
     remedy = "end other programs, or use fewer learner ranks, engine replicas and rollout workers"
     found = f"{_gib(facts.memory_bytes)} available"
     yield _finding(facts.memory_bytes < 4 * GIB, "memory", found, remedy, stops=facts.memory_bytes < GIB)
@@ -157,14 +148,13 @@ def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
-    """What the recipe names: are the files there, can the parts be imported, do their options fit?"""
-    named = {"model.path": config.model.path, "task.path": config.task.path}
-    for key, path in {**named, "tools.corpus": config.tools.corpus}.items():
-        if path:
-            missing = not Path(path).exists()
-            yield _finding(missing, key, path, f"there is no {path}: correct {key}", stops=True)
-    for problem in facts.parts:
-        yield Finding(Level.PROBLEM, "parts", problem, "correct it in the recipe, or what it names")
+    """What :mod:`system.doctor.preflight` has against the recipe."""
+    for topic, problems in facts.preflight.items():
+        if not problems:
+            yield Finding(Level.OK, topic, "nothing stands against the recipe")
+        for one in problems:
+            found = str(replace(one, remedy=""))
+            yield Finding(Level.PROBLEM, topic, found, one.remedy or "correct it in the recipe")
 
 
 def slurm(facts: Facts, config: Config) -> Iterator[Finding]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -14,14 +13,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from system.config import Config, ToolsConfig
-from system.config.check import part_problems
+from system.doctor.preflight import Problem, look
 from system.engine.sglang.command import SglangMissing, interpreter
 
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "aiohttp", "safetensors")
@@ -55,7 +54,6 @@ class Facts:
     sglang: str | None = None  # version, in whichever environment runs it
     sglang_error: str = ""
     collectives: Mapping[str, str] = field(default_factory=dict)  # backend -> error
-    port_error: str = ""
     hostname: str = ""
     hostname_error: str = ""
     shm_bytes: int = 0  # free
@@ -66,7 +64,7 @@ class Facts:
     memory_bytes: int = 0  # available
     sandbox: tuple[str, ...] = ()  # how programs are confined
     sandbox_error: str = ""
-    parts: tuple[str, ...] = ()  # what is wrong with the parts that the recipe names
+    preflight: Mapping[str, Sequence[Problem]] = field(default_factory=dict)  # topic -> what stops the recipe
     slurm: Mapping[str, str] = field(default_factory=dict)  # SLURM_* of the allocation this runs in
 
 
@@ -95,7 +93,6 @@ def gather(config: Config) -> Facts:
             "gloo": all_reduce("gloo", 2),
             **({"nccl": all_reduce("nccl", min(len(gpus), 2))} if gpus else {}),
         },
-        port_error=_error(lambda: _listen(config.engine.host)),
         hostname=hostname,
         hostname_error=_error(lambda: socket.getaddrinfo(hostname, None)),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
@@ -106,7 +103,7 @@ def gather(config: Config) -> Facts:
         memory_bytes=psutil.virtual_memory().available,
         sandbox=confined,
         sandbox_error=sandbox_error,
-        parts=tuple(part_problems(config)),
+        preflight=look(config, without=("engine", "gpus")),  # which are looked at more closely here
         slurm={key: value for key, value in os.environ.items() if key.startswith("SLURM_")},
     )
 
@@ -198,12 +195,6 @@ def _error(attempt: Callable[[], object]) -> str:
     except OSError as error:
         return str(error)
     return ""
-
-
-def _listen(host: str) -> None:
-    with contextlib.ExitStack() as sockets:
-        for _ in range(16):
-            sockets.enter_context(socket.socket()).bind((host, 0))
 
 
 def usable_cpus() -> int:

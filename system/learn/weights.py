@@ -23,7 +23,8 @@ from system.config import ConfigError
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
-from system.models.files import INDEX, SINGLE, weight_files, write_index
+from system.models.directory import INDEX, SINGLE, weight_files
+from system.models.files import write_index
 
 Bucket = dict[str, torch.Tensor]
 

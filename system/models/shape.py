@@ -55,7 +55,7 @@ class ModelShape:
             raise UnsupportedModel(f"{file}: {error}") from None
         except KeyError as error:
             raise UnsupportedModel(f"{file}: {error} is missing") from None
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
             raise UnsupportedModel(f"{file}: not the config.json of a model: {error}") from error
 
     @classmethod
@@ -68,6 +68,12 @@ class ModelShape:
             raise UnsupportedModel("use_sliding_window: sliding-window attention is not supported")
         if config.get("hidden_act", "silu") != "silu":
             raise UnsupportedModel(f"hidden_act {config['hidden_act']!r}; supported: silu")
+        if quantised := config.get("quantization_config"):
+            kind = quantised.get("quant_method", "of an unnamed method")
+            raise UnsupportedModel(
+                f"quantization_config ({kind}): the weights are codes, and training needs numbers; use the "
+                "model's float32 or bfloat16 weights"
+            )
         bias = bool(config.get("attention_bias", False))
         heads = int(config["num_attention_heads"])
         return cls(

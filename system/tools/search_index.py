@@ -34,14 +34,16 @@ class Hit:
     score: float
 
 
-def read_corpus(path: str | Path) -> list[Document]:
-    """Documents of a JSONL file of {"id", "title", "text"}; "title" may be missing."""
+def read_corpus(path: str | Path, most: int = -1) -> list[Document]:
+    """Documents of a JSONL file of {"id", "title", "text"}; "title" may be missing.  ``most`` < 0: all."""
     path = Path(path)
     if not path.is_file():
         raise CorpusError(f"no such corpus: {path}")
     documents: list[Document] = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if len(documents) == most:
+                break
             if line.strip():
                 documents.append(_document(line, f"{path}:{number}"))
     return documents

@@ -12,12 +12,13 @@ from system.cluster.submit import sweep_points
 from system.cluster.sweep import results, summarise
 from system.config import ConfigError
 from system.config.check import seconds
+from system.doctor.preflight import require
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def test_every_combination_is_a_point() -> None:
-    points = list(sweep_points(QUICKSTART, ["learn.tp=1"], ["flow.staleness=0,1", "run.seed=3,4"]))
+    points = list(sweep_points(QUICKSTART, ["learn.tp=1"], ["flow.staleness=0,1", "run.seed=3,4"], require))
     assert [point.values for point in points] == [
         {"flow.staleness": "0", "run.seed": "3"},
         {"flow.staleness": "0", "run.seed": "4"},
@@ -39,7 +40,7 @@ def test_every_combination_is_a_point() -> None:
 )
 def test_a_point_that_cannot_run_is_refused_before_any_is_submitted(sweep: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        list(sweep_points(QUICKSTART, [], [sweep]))
+        list(sweep_points(QUICKSTART, [], [sweep], require))
 
 
 def test_one_job_array_per_number_of_nodes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from system.config import Config, load
 from system.doctor.checks import GIB, Level, examine, stops
 from system.doctor.facts import Facts, all_reduce
+from system.doctor.preflight import Problem
 
 ROOT = Path(__file__).parents[2]
 WELL = Facts(
@@ -62,15 +63,24 @@ BROKEN: list[tuple[str, Level, str, Break]] = [
     ("sglang", Level.WARNING, "sglang==0.5.23", lambda f: replace(f, sglang="0.4.0")),
     ("nccl", Level.PROBLEM, "NCCL_DEBUG", lambda f: replace(f, collectives={"gloo": "", "nccl": "no"})),
     ("gloo", Level.WARNING, "loopback", lambda f: replace(f, collectives={"gloo": "refused", "nccl": ""})),
-    ("ports", Level.PROBLEM, "engine.host", lambda f: replace(f, port_error="cannot assign address")),
     ("hostname", Level.WARNING, "/etc/hosts", lambda f: replace(f, hostname_error="unknown")),
     ("/dev/shm", Level.WARNING, "--shm-size", lambda f: replace(f, shm_bytes=64 << 20)),
     ("disk", Level.WARNING, "run.dir", lambda f: replace(f, disk_bytes=5 * GIB)),
-    ("disk", Level.PROBLEM, "run.dir", lambda f: replace(f, disk_bytes=GIB // 2)),
     ("memory", Level.PROBLEM, "fewer", lambda f: replace(f, memory_bytes=GIB // 2)),
     ("open files", Level.PROBLEM, "ulimit -n", lambda f: replace(f, open_files=256)),
     ("sandbox", Level.PROBLEM, "tools.names", lambda f: replace(f, sandbox_error="no namespaces")),
-    ("parts", Level.PROBLEM, "recipe", lambda f: replace(f, parts=("reward.name='a:B': no module a",))),
+    (
+        "parts",
+        Level.PROBLEM,
+        "recipe",
+        lambda f: replace(f, preflight={"parts": (Problem("", "reward.name='a:B': no module a"),)}),
+    ),
+    (
+        "model",
+        Level.PROBLEM,
+        "copy it",
+        lambda f: replace(f, preflight={"task": (), "model": (Problem("model.path", "no x", "copy it"),)}),
+    ),
     (
         "slurm nodes",
         Level.PROBLEM,
@@ -102,22 +112,6 @@ def test_what_the_recipe_does_not_need_does_not_stop_it() -> None:
     assert stops(examine(bare, load(None, ["tools.names=[search]", "engine=sglang"])))
     attached = load(None, ["tools.names=[search]", "engine=sglang", "engine.urls=[http://10.0.0.1:30000]"])
     assert not stops(examine(bare, attached))
-
-
-def test_a_layout_that_cannot_fit_is_refused_with_the_placements_words() -> None:
-    config = gpu_recipe()
-    config.engine.replicas = 3
-    (found,) = [finding for finding in examine(WELL, config) if finding.topic == "layout"]
-    assert found.level is Level.PROBLEM
-    assert found.remedy
-
-
-def test_missing_inputs_are_named(tmp_path: Path) -> None:
-    config = Config()
-    config.model.path = str(tmp_path / "no-model")
-    (found,) = [finding for finding in examine(WELL, config) if finding.topic == "model.path"]
-    assert found.level is Level.PROBLEM
-    assert "no-model" in found.remedy
 
 
 def test_a_collective_that_fails_says_why() -> None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoConfig, Qwen2Config, Qwen3Config
 
 from system.config import ConfigError
-from system.models.files import weight_files, write_index
+from system.models.directory import weight_files
+from system.models.files import write_index
 from system.models.shape import ModelShape, UnsupportedModel
 
 SIZES = {

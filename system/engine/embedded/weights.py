@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from system.errors import EspalierError
-from system.models.files import weight_files
+from system.models.directory import weight_files
 from system.models.shape import ModelShape
 
 

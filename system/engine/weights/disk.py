@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from system.engine.weights.base import Bucket, size
 from system.engine.weights.sglang import Carrier, PushTarget
-from system.models.files import INDEX, write_index
+from system.models.directory import INDEX
+from system.models.files import write_index
 from system.scratch import Scratch
 
 

@@ -1,0 +1,352 @@
+"""Everything about a run that can be told in a second, looked at before anything is started.
+
+``espalier train``, ``submit`` and ``doctor`` call it, and nothing else looks at the same things.  No check
+starts a process of the run, imports Ray, or leaves a file behind; each yields all that it finds.  On a login
+node only those of :data:`ANYWHERE` are asked: what concerns the machine the run is on waits for the job.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from glob import glob
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from shutil import disk_usage
+from socket import create_connection, socket
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from system.cluster.placement import paper_nodes, place
+from system.config import Config, ConfigError
+from system.config.check import part_problems, undivided
+from system.engine.sglang.command import interpreter
+from system.errors import EXPECTED, EspalierError, told
+from system.models import directory
+from system.models.shape import ModelShape, UnsupportedModel
+from system.plugins import POLICIES, REWARDS
+from system.rollout.branching import make_policy
+from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
+from system.tools.search_index import read_corpus
+from system.tree.prompt import Prompt
+
+ROWS = 8  # of the data, that are read
+ANSWER_S = 2.0  # a server, all of them asked at once
+MIB, GIB = 1 << 20, 1 << 30
+T = TypeVar("T")
+SLACK = 64 * MIB  # what a run writes besides checkpoints, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What would end the run.  ``field``: the setting at fault, where ``text`` does not begin with it."""
+
+    field: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.field}{': ' if self.field else ''}{self.text}{'; ' if self.remedy else ''}{self.remedy}"
+        )
+
+    @classmethod
+    def of(cls, error: BaseException, field: str = "") -> Problem:
+        """An error that names its field and the remedy itself, or one of the file system."""
+        named = isinstance(error, EspalierError)
+        return cls("" if named else field, " ".join(told(error).split()))
+
+
+Check = Callable[[Config], Iterator[Problem]]
+
+
+def look(
+    config: Config, *, login: bool = False, resume: Path | None = None, without: Collection[str] = ()
+) -> dict[str, list[Problem]]:
+    """The problems by topic; a topic without any has an empty list.
+
+    ``login``: this is not the machine that the run will be on.  ``resume``: the run directory of a run that
+    goes on.  ``without``: topics that are left out.
+    """
+    if resume is not None:
+        config = copy.deepcopy(config)
+        config.run.dir = str(resume)
+    asked = ANYWHERE if login else ANYWHERE | ON_THE_SPOT
+    if login and config.slurm.container != "none":
+        without = {*without, *IN_CONTAINER}
+    return {topic: _run(check, topic, config) for topic, check in asked.items() if topic not in without}
+
+
+def require(
+    config: Config, *, login: bool = False, resume: Path | None = None, without: Collection[str] = ()
+) -> None:
+    """Raises :class:`ConfigError` with a line for each problem that :func:`look` finds."""
+    found = look(config, login=login, resume=resume, without=without)
+    if lines := [str(problem) for problems in found.values() for problem in problems]:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+
+
+def _run(check: Check, topic: str, config: Config) -> list[Problem]:
+    found: list[Problem] = []
+    try:
+        found.extend(check(config))
+    except EXPECTED as error:
+        found.append(Problem.of(error, topic))
+    return found
+
+
+# --- what is the same on every machine that sees the same files ---------------------------------------------
+
+
+def parts(config: Config) -> Iterator[Problem]:
+    """The parts picked by name: can they be imported, do they take their options?"""
+    problems = part_problems(config)
+    yield from (Problem("", problem) for problem in problems)
+    if problems:
+        return
+    if config.branching.options or config.branching.name not in POLICIES.table:
+        make_policy(config.branching)
+
+
+def layout(config: Config) -> Iterator[Problem]:
+    """Would learner, engines and servers fit on the nodes that are asked for?"""
+    place(config, paper_nodes(config))
+    yield from ()
+
+
+def model(config: Config) -> Iterator[Problem]:
+    """The model's directory: configuration, every weight file, tokenizer; and the layout's sizes."""
+    path = config.model.path
+    if not path:
+        return
+    if not Path(path).is_dir():
+        remedy = "give a directory in Hugging Face format; a model's name on the hub is not downloaded"
+        yield Problem("model.path", f"there is no directory {path}", remedy)
+        return
+    for fault in directory.faults(path):
+        yield Problem("model.path", fault)
+    try:
+        shape = ModelShape.from_directory(path)
+    except UnsupportedModel:
+        return  # one of the faults
+    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
+    for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
+        yield Problem("", line)
+
+
+def task(config: Config) -> Iterator[Problem]:
+    """The task's first questions, what else it must bring, and the reward that is made for it."""
+    first = _first_rows(config)
+    made = _own("task.name", config.task.name, lambda: make_task(first))
+    for what, questions in (("training", made.train), ("held-out", made.eval)):
+        rows: Sequence[Any] = _own("task.name", config.task.name, questions)
+        if what == "training" and not len(rows):
+            yield Problem(
+                "task", f"{made.name} has no training questions", "correct task.path or its options"
+            )
+        if wrong := [row for row in rows[:ROWS] if not isinstance(row, Prompt)]:
+            kind = type(wrong[0]).__name__
+            yield Problem("task", f"a {what} question is a {kind}", "a task yields system.tree.prompt.Prompt")
+    yield from _brought(config, made)
+    reward = config.reward
+    _own("reward.name", reward.name, lambda: REWARDS.make(reward.name, reward.options, config=first))
+
+
+def _brought(config: Config, made: Task) -> Iterator[Problem]:
+    """What the run takes from its task besides questions."""
+    if not config.model.path and not isinstance(made, HasTokenizer):
+        remedy = "set model.path to a Hugging Face directory"
+        yield Problem(
+            "model.path", f"empty, and task {made.name!r} brings no tokenizer for a new model", remedy
+        )
+    if config.warmstart.steps and not isinstance(made, HasDemonstrations):
+        found = f"{config.warmstart.steps}, but task {made.name!r} has no demonstrations"
+        yield Problem("warmstart.steps", found, "set it to 0")
+    if "search" not in config.tools.names or config.tools.search_url:
+        return
+    if config.tools.corpus:
+        if next(iter(read_corpus(config.tools.corpus, ROWS)), None) is None:
+            yield Problem("tools.corpus", f"{config.tools.corpus} has no documents")
+    elif not isinstance(made, HasCorpus):
+        yield Problem(
+            "tools.names",
+            f"search has nothing to search: task {made.name!r} brings no corpus",
+            "set tools.corpus, or tools.search_url, or take search out",
+        )
+
+
+def _first_rows(config: Config) -> Config:
+    """The same run on the first few rows of its data."""
+    small = copy.deepcopy(config)
+    for name in ("train_size", "eval_size"):
+        size = getattr(small.task, name)
+        setattr(small.task, name, min(size, ROWS) if size > 0 else ROWS)
+    return small
+
+
+def _own(field: str, name: str, call: Callable[[], T]) -> T:
+    """``call``, which may be the user's own code.  Raises ConfigError for whatever it raises."""
+    try:
+        return call()
+    except EXPECTED as error:
+        ours = isinstance(error, EspalierError)
+        raise ConfigError(told(error) if ours else f"{field}={name!r}: {told(error)}") from error
+    except Exception as error:  # the user's own code
+        raise ConfigError(f"{field}={name!r}: {type(error).__name__}: {error}") from error
+
+
+def disk(config: Config) -> Iterator[Problem]:
+    """Can ``run.dir`` be written, and does it hold a checkpoint?"""
+    wanted, field = Path(config.run.dir).absolute(), f"run.dir={config.run.dir}"
+    there = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        yield Problem(field, f"{there} is no directory", "name one that can be written")
+    elif fault := _unwritable(there):
+        yield Problem(field, f"it cannot be written: {fault}", "name one that can")
+    else:
+        free, needed = disk_usage(there).free, SLACK + _checkpoint_bytes(config)
+        if free < needed:
+            found = f"{_gib(free)} are free there, one checkpoint takes {_gib(needed)}"
+            yield Problem(field, found, "make room, or name a larger file system")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Float32 weights and both of Adam's moments; of a model made here (a few megabytes) none."""
+    try:
+        return 12 * ModelShape.from_directory(config.model.path).parameters if config.model.path else 0
+    except UnsupportedModel:
+        return 0  # told by :func:`model`
+
+
+# --- what only the machine that the run is on can tell ------------------------------------------------------
+
+
+def engine(config: Config) -> Iterator[Problem]:
+    """The interpreter that runs SGLang."""
+    if config.engine.name == "sglang" and not config.engine.urls:
+        interpreter(config.engine)
+    yield from ()
+
+
+def servers(config: Config) -> Iterator[Problem]:
+    """Do the servers that are to be there already answer?"""
+    asked = {f"engine.urls={url}": url for url in config.engine.urls}
+    if "search" in config.tools.names and config.tools.search_url:
+        asked[f"tools.search_url={config.tools.search_url}"] = config.tools.search_url
+    address = config.cluster.address
+    if re.fullmatch(r"[^/]+:\d+", address):
+        asked[f"cluster.address={address}"] = address
+    for field, fault in _ask(asked).items():
+        yield Problem(field, f"does not answer ({fault})", "start it, or correct the address")
+    if config.cluster.nodes > 1 and not _joins(config):
+        found = "no Ray cluster is named, and this machine is one node"
+        yield Problem(f"cluster.nodes={config.cluster.nodes}", found, "use submit, or set cluster.address")
+
+
+def gpus(config: Config) -> Iterator[Problem]:
+    """Are there any, where some are wanted?"""
+    wanted = config.cluster.gpus_per_node
+    if wanted and not _joins(config) and not (glob("/dev/nvidia[0-9]*") or glob("/dev/dxg")):
+        remedy = "run it where there are, or set cluster.gpus_per_node=0"
+        yield Problem(f"cluster.gpus_per_node={wanted}", "this machine has no GPU", remedy)
+
+
+def ports(config: Config) -> Iterator[Problem]:
+    """Can servers listen where they are to?"""
+    if _joins(config):  # each node has its own address there
+        return
+    try:
+        with socket() as listening:
+            listening.bind((config.engine.host, 0))
+    except (OSError, UnicodeError) as error:
+        remedy = "set it to an address of this machine, such as 127.0.0.1"
+        yield Problem(f"engine.host={config.engine.host}", f"no server can listen there ({error})", remedy)
+
+
+def scratch(config: Config) -> Iterator[Problem]:
+    """The directory for temporary files: Ray's session, programs of the python tool."""
+    try:
+        place = Path(tempfile.gettempdir())
+    except OSError as error:
+        yield Problem("TMPDIR", str(error), "set TMPDIR to a directory that can be written")
+        return
+    if (free := disk_usage(place).free) < SLACK:
+        found = f"{free // MIB} MiB are free in {place}"
+        yield Problem("TMPDIR", found, "make room there, or set TMPDIR to another place")
+
+
+def _joins(config: Config) -> bool:
+    """Whether the run has the nodes of a Ray cluster, not this machine alone."""
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def _unwritable(place: Path) -> str:
+    """What the system has against a file in the directory ``place``: one without a name is written there."""
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _ask(asked: Mapping[str, str]) -> dict[str, str]:
+    """Field -> why it does not answer, of those that do not; all at once, and none for longer than
+    :data:`ANSWER_S`, looking up names included.
+    """
+    faults = dict.fromkeys(asked, f"nothing within {ANSWER_S:g} s")
+
+    def one(field: str, address: str) -> None:
+        faults[field] = _fault(address)
+
+    threads = [threading.Thread(target=one, args=item, daemon=True) for item in asked.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(ANSWER_S + 0.5)
+    return {field: fault for field, fault in faults.items() if fault}
+
+
+def _fault(address: str) -> str:
+    """Why nobody answers at a URL or HOST:PORT.  Any answer of HTTP will do; a redirect is not followed."""
+    try:
+        url = urlsplit(address if "://" in address else f"//{address}")
+        if not url.scheme:
+            create_connection((url.hostname or "", url.port), timeout=ANSWER_S).close()
+            return ""
+        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
+        with closing(kind(url.hostname or "", url.port, timeout=ANSWER_S)) as connection:
+            connection.request("GET", f"{url.path.rstrip('/')}/health")
+            connection.getresponse()
+    except (OSError, ValueError, OverflowError, HTTPException) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+ANYWHERE: dict[str, Check] = {
+    "parts": parts,
+    "layout": layout,
+    "model": model,
+    "task": task,
+    "run directory": disk,
+}
+ON_THE_SPOT: dict[str, Check] = {
+    "engine": engine,
+    "servers": servers,
+    "gpus": gpus,
+    "ports": ports,
+    "scratch": scratch,
+}
+LATER = ", ".join(ON_THE_SPOT)  # for people who submit
+IN_CONTAINER = ("model", "task")  # may lie elsewhere in one: paths are those of its mounts

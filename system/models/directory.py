@@ -1,0 +1,142 @@
+"""Whether a directory holds a whole model in Hugging Face format: its files, read by their headers alone.
+
+Needs neither torch nor transformers, so that a model of any size is looked at in well under a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from system.models.shape import ModelShape, UnsupportedModel
+
+INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
+SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names of the number formats that are no codes
+_POINTER = b"version https://git-lfs"
+_MOST_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+def weight_files(directory: str | Path) -> dict[str, str]:
+    """Tensor name -> name of the file that holds it.
+
+    Raises :class:`~system.models.shape.UnsupportedModel` when there are no safetensors weights, or not all.
+    """
+    root = Path(directory)
+    if (root / INDEX).is_file():
+        where = _index(root / INDEX)
+    elif (root / SINGLE).is_file():
+        where = dict.fromkeys(header(root / SINGLE), SINGLE)
+    else:
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in root.glob(pattern))
+        found = f"; {others[0]} is another format: save the model with safetensors" if others else ""
+        raise UnsupportedModel(f"{root}: no safetensors weights ({SINGLE} or {INDEX}){found}")
+    for name in sorted(set(where.values())):
+        if not (root / name).is_file():
+            raise UnsupportedModel(f"{root / name} is missing: {INDEX} names it; download it again")
+    return where
+
+
+def header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets} of a safetensors file that is as long as it says.
+
+    Raises :class:`~system.models.shape.UnsupportedModel` otherwise.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        if _POINTER.startswith(start) and start:
+            raise UnsupportedModel(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+        length = int.from_bytes(start, "little")
+        text = file.read(length) if len(start) == 8 and length <= _MOST_HEADER else b""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(text)
+        found.pop("__metadata__", None)
+        end = 8 + length + max((int(one["data_offsets"][1]) for one in found.values()), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise UnsupportedModel(f"{path} is damaged: not a safetensors file; download it again") from error
+    if (size := path.stat().st_size) < end:
+        raise UnsupportedModel(f"{path} is cut off: {size} of {end} bytes; download it again")
+    return found
+
+
+def faults(directory: str | Path) -> Iterator[str]:
+    """What keeps the model in ``directory`` from being trained here: each a line with its remedy.
+
+    Looks at the configuration, at every weight file's header and length, and at the tokenizer.
+    """
+    root = Path(directory)
+    try:
+        shape = ModelShape.from_directory(root)
+        yield from _weight_faults(root, shape)
+    except (UnsupportedModel, OSError) as error:
+        yield str(error)
+    yield from _tokenizer_faults(root)
+
+
+def _weight_faults(root: Path, shape: ModelShape) -> Iterator[str]:
+    where = weight_files(root)
+    held: dict[str, dict[str, Any]] = {}
+    for name in sorted(set(where.values())):
+        try:
+            held |= header(root / name)
+        except UnsupportedModel as error:
+            yield str(error)
+            return
+    if shape.layers > len(held):  # before a nonsensical number of names is made
+        yield f"{root}: config.json says {shape.layers} layers, the weights have {len(held)} tensors"
+        return
+    wanted = shape.tensors()
+    if missing := sorted(wanted.keys() - held.keys()):
+        yield f"{root}: {len(missing)} tensors are missing, first {missing[0]}; download the model again"
+        return
+    for name, size in wanted.items():
+        given, kind = tuple(held[name].get("shape", ())), held[name].get("dtype")
+        if kind not in FLOATS:
+            yield (
+                f"{root}: {name} holds {kind}: quantised weights cannot be trained; use the model's float32 "
+                "or bfloat16 weights"
+            )
+            return
+        if given != size:
+            yield f"{root}: {name} has shape {list(given)}, config.json says {list(size)}: correct either"
+            return
+
+
+def _tokenizer_faults(root: Path) -> Iterator[str]:
+    """A fast tokenizer is loaded (a tenth of a second); of a slow one the files must be there."""
+    remedy = "copy it from the model's source (tokenizer.json, tokenizer_config.json)"
+    whole = root / "tokenizer.json"
+    if whole.is_file():
+        from tokenizers import Tokenizer  # only here
+
+        try:
+            Tokenizer.from_file(str(whole))
+        except Exception as error:  # the library has no kind of its own
+            yield f"{whole} cannot be loaded ({error}); {remedy}"
+    elif not (root / "tokenizer.model").is_file() and not (
+        (root / "vocab.json").is_file() and (root / "merges.txt").is_file()
+    ):
+        yield f"{root} has no tokenizer; {remedy}"
+    if (settings := root / "tokenizer_config.json").is_file():
+        try:
+            json.loads(settings.read_bytes())
+        except (ValueError, RecursionError) as error:
+            yield f"{settings} is not JSON ({error}); {remedy}"
+
+
+def _index(path: Path) -> dict[str, str]:
+    """The index's tensors and files.  A file's name is a plain one: an index leads nowhere else."""
+    try:
+        where: Any = json.loads(path.read_bytes())["weight_map"]
+        sound = isinstance(where, Mapping) and all(_plain(name) for name in where.values())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        where, sound = {}, False
+    if not sound or not where:
+        raise UnsupportedModel(f"{path} is damaged: not an index of weight files; download it again")
+    return dict(where)
+
+
+def _plain(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name

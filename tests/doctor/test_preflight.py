@@ -1,0 +1,311 @@
+"""What is told before a run starts: each fault by name, with a remedy, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from actors.cli.main import main
+from system.config import load
+from system.doctor import preflight
+from system.doctor.preflight import look, require
+from system.models.directory import INDEX, SINGLE, faults
+from system.models.shape import ModelShape
+
+ROOT = Path(__file__).parents[2]
+DEAD = "http://127.0.0.1:9"
+SOUND = (
+    "{model: {path: model}, task: {name: jsonl, path: data.jsonl}, learn: {tp: 1}, tools: {names: [python]}}"
+)
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 8,
+    "tie_word_embeddings": True,
+}
+
+
+def make_model(path: Path) -> Path:
+    """A whole model in two weight files."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(SHAPE))
+    tensors = {n: np.zeros(s, np.float32) for n, s in ModelShape.from_config(SHAPE).tensors().items()}
+    names = sorted(tensors)
+    where = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in ("model-0.safetensors", "model-1.safetensors"):
+        save_file({name: tensors[name] for name in names if where[name] == file}, path / file)
+    (path / INDEX).write_text(json.dumps({"weight_map": where}))
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
+    return path
+
+
+def edited(name: str, **changes: Any) -> Callable[[Path], object]:
+    """Changes keys of a JSON file."""
+
+    def edit(model: Path) -> None:
+        (model / name).write_text(json.dumps({**json.loads((model / name).read_text()), **changes}))
+
+    return edit
+
+
+def only_bin(model: Path) -> None:
+    (model / INDEX).unlink()
+    for file in model.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+
+
+def cut(model: Path) -> None:
+    file = model / "model-0.safetensors"
+    os.truncate(file, file.stat().st_size - 4)
+
+
+def lfs(model: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (model / "model-1.safetensors").write_text(text)
+
+
+def codes(model: Path) -> None:
+    tensors = {n: np.zeros(s, np.int8) for n, s in ModelShape.from_config(SHAPE).tensors().items()}
+    (model / INDEX).unlink()
+    save_file(tensors, model / SINGLE)
+
+
+def fewer(model: Path) -> None:
+    (model / INDEX).unlink()
+    (model / "model-0.safetensors").rename(model / SINGLE)
+
+
+def quantised(method: str) -> Callable[[Path], object]:
+    return edited("config.json", quantization_config={"quant_method": method})
+
+
+MODELS: list[tuple[str, Callable[[Path], object]]] = [
+    (r"no safetensors weights .*model-0\.bin is another format: save .* safetensors", only_bin),
+    (r"model-1\.safetensors is missing.*download", lambda m: (m / "model-1.safetensors").unlink()),
+    (r"model-1\.safetensors is a Git LFS pointer.*git lfs pull", lfs),
+    (r"model-0\.safetensors is cut off", cut),
+    (r"model-0\.safetensors is damaged", lambda m: (m / "model-0.safetensors").write_bytes(b"x" * 99)),
+    (r"model-0\.safetensors is damaged", lambda m: (m / "model-0.safetensors").write_bytes(b"")),
+    (r"tensors are missing, first model\.", fewer),
+    (r"index\.json is damaged", lambda m: (m / INDEX).write_text("{")),
+    (r"index\.json is damaged", lambda m: (m / INDEX).write_text('{"weight_map": {"a": "../../secret"}}')),
+    (r"has no tokenizer; copy it", lambda m: (m / "tokenizer.json").unlink()),
+    (r"tokenizer\.json cannot be loaded", lambda m: (m / "tokenizer.json").write_text("{}")),
+    (r"tokenizer_config\.json is not JSON", lambda m: (m / "tokenizer_config.json").write_bytes(b"\xff")),
+    (r"model_type 'llama'; supported: qwen2, qwen3", edited("config.json", model_type="llama")),
+    (r"config\.json: not the config\.json of a model", lambda m: (m / "config.json").write_text("{")),
+    (r"config\.json: not the config\.json of a", lambda m: (m / "config.json").write_bytes(b'{"a": "\xe9"}')),
+    (r"config\.json: not the config\.json", lambda m: (m / "config.json").write_text("[" * 100_000)),
+    (r"quantization_config \(fp8\).*bfloat16 weights", quantised("fp8")),
+    (r"quantization_config \(gptq\).*bfloat16 weights", quantised("gptq")),
+    (r"holds I8: quantised weights cannot be trained", codes),
+    (r"has shape \[8, 8\], config\.json says \[9, 8\]", edited("config.json", vocab_size=9)),
+    (r"config\.json says 1000000000 layers", edited("config.json", num_hidden_layers=10**9)),
+]
+
+
+@pytest.mark.parametrize(("says", "harm"), MODELS)
+def test_a_model_that_cannot_be_trained_is_refused_by_name(
+    says: str, harm: Callable[[Path], object], tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model")
+    assert list(faults(model)) == []
+    harm(model)
+    (line,) = faults(model)
+    assert re.search(says, line), line
+
+
+RECIPES: list[tuple[str, str]] = [
+    ("model.path=nowhere", r"model\.path: there is no directory nowhere; give a directory"),
+    ("model.path=data.jsonl", r"model\.path: there is no directory data\.jsonl"),
+    ("model.path=", r"model\.path: empty, and task 'jsonl' brings no tokenizer"),
+    ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
+    ("task.path=none.jsonl", r"no such data file: none\.jsonl"),
+    ("task.path=latin.jsonl", r"latin\.jsonl"),
+    ("task.path=deep.jsonl", r"deep\.jsonl|task\.name='jsonl'"),
+    ("task.eval_path=latin.jsonl", r"latin\.jsonl"),
+    ("warmstart.steps=5", r"warmstart\.steps: 5, but task 'jsonl' has no demonstrations; set it to 0"),
+    ("task=plain:Raises", r"task\.name='plain:Raises': ZeroDivisionError"),
+    ("task=plain:Empty", r"task: empty has no training questions"),
+    ("task=plain:Texts", r"task: a training question is a str; a task yields"),
+    ("reward=foo:Bar", r"reward\.name='foo:Bar': ModuleNotFoundError"),
+    ("reward=task", r"reward\.name=task, but the task 'jsonl' has no score"),
+    ("learn.credit=foo:Bar", r"learn\.credit='foo:Bar'"),
+    ("learn.credit.options.x=1", r"learn\.credit\.options\.x: .* no such option"),
+    ("branching=foo:Bar", r"branching\.name='foo:Bar'"),
+    ("rollout.syntax=foo:Bar", r"rollout\.syntax='foo:Bar'"),
+    ("tools.options.python.colour=red", r"tools\.options\.python\.colour: python has no such option"),
+    ("tools.names=[search]", r"search has nothing to search: .* no corpus; set tools\.corpus"),
+    ("tools.names=[search] tools.corpus=none.jsonl", r"no such corpus: none\.jsonl"),
+    ("tools.names=[search] tools.corpus=data.jsonl", r"data\.jsonl:1: expected"),
+    (f"tools.names=[search] tools.search_url={DEAD}", r"tools\.search_url=.*:9: does not answer .*refused"),
+    (f"engine=sglang engine.urls=[{DEAD}]", r"engine\.urls=http://127\.0\.0\.1:9: does not answer"),
+    ("engine=sglang engine.urls=['http://[']", r"engine\.urls=http://\[: does not answer"),
+    ("engine=sglang engine.python=/none", r"no SGLang for /none: run `make sglang`"),
+    ("engine.host=1.2.3.4", r"engine\.host=1\.2\.3\.4: no server can listen there"),
+    ("cluster.nodes=2", r"cluster\.nodes=2: no Ray cluster is named.*submit"),
+    ("cluster.address=127.0.0.1:9", r"cluster\.address=127\.0\.0\.1:9: does not answer"),
+    ("run.dir=data.jsonl", r"run\.dir=data\.jsonl: .* is no directory; name"),
+    ("run.dir=/proc/here", r"run\.dir=/proc/here: it cannot be written"),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with a model, data and a user's module, which the process stands in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "plain", raising=False)
+    make_model(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "é", "answer": "2"}\n'.encode("latin-1"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    (tmp_path / "plain.yaml").write_text(SOUND)
+    (tmp_path / "plain.py").write_text(
+        "class Empty:\n    name = 'empty'\n    rows = []\n    def __init__(self, config): pass\n"
+        "    def train(self): return self.rows\n    def eval(self): return []\n"
+        "class Texts(Empty):\n    rows = ['x']\n"
+        "class Raises(Empty):\n    def train(self): return 1 / 0\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(("words", "says"), RECIPES)
+def test_a_recipe_that_cannot_run_is_one_line_and_leaves_nothing(
+    words: str, says: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(place.rglob("*"))
+    assert main(["train", "plain.yaml", *words.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("espalier: ")
+    assert re.search(says, line), line
+    assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in path.parts] == before
+
+
+def test_a_sound_recipe_has_no_problems(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    found = look(load("plain.yaml"))
+    assert list(found) == [*preflight.ANYWHERE, *preflight.ON_THE_SPOT]
+    assert not any(found.values())
+    assert sorted(place.rglob("*")) == before
+
+
+def test_all_problems_are_told_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.path=nowhere", "reward=foo:Bar", "run.dir=data.jsonl", "engine.host=1.2.3.4"]
+    assert main(["train", "plain.yaml", *words]) == 2
+    told = capsys.readouterr().err
+    lines = told.splitlines()
+    assert all(word.split("=")[0] in told for word in words)
+    assert len(lines) == len(set(lines)) == len(words)
+
+
+def test_doctor_says_the_same(place: Path) -> None:
+    config = load("plain.yaml", ["model.path=nowhere", "engine=sglang", f"engine.urls=[{DEAD}]"])
+    found = look(config)
+    assert [topic for topic, problems in found.items() if problems] == ["model", "servers"]
+    assert set(look(config, without=("model",))) == set(found) - {"model"}
+
+
+def test_a_login_node_is_not_asked_what_only_the_job_can_tell(place: Path) -> None:
+    config = load("plain.yaml", ["engine.host=1.2.3.4", "cluster.nodes=2", "model.path=nowhere"])
+    assert [topic for topic, problems in look(config, login=True).items() if problems] == ["model"]
+    config.slurm.container, config.slurm.image = "pyxis", "image"  # whose paths are its own
+    require(config, login=True)
+
+
+def test_a_submitted_run_is_looked_at_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "plain.yaml", "model.path=nowhere", "run.dir=runs"]
+    assert main(words) == 2
+    assert "there is no directory nowhere" in capsys.readouterr().err
+    assert main([*words, "--dry-run"]) == 0
+    assert "WARNING: model.path: there is no directory nowhere" in capsys.readouterr().err
+    assert not (place / "runs").exists()
+
+
+def test_any_answer_of_a_server_will_do_and_no_redirect_is_followed(place: Path) -> None:
+    asked: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(307)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        config = load(
+            "plain.yaml", ["tools.names=[search]", f"tools.search_url=http://127.0.0.1:{server.server_port}/"]
+        )
+        assert look(config)["servers"] == []
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == ["/health"]
+
+
+def test_a_silent_server_is_told_in_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ANSWER_S", 0.2)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # accepts, and never answers
+        config = load(
+            "plain.yaml", ["tools.names=[search]", f"tools.search_url=http://127.0.0.1:{server.server_port}"]
+        )
+        (problem,) = look(config)["servers"]
+    assert "timed out" in str(problem)
+
+
+def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def usage(_: object) -> Any:
+        return type("Usage", (), {"free": 1 << 20})
+
+    monkeypatch.setattr(preflight, "disk_usage", usage)
+    found = look(load("plain.yaml"))
+    assert "make room" in str(found["run directory"][0])
+    assert "TMPDIR" in str(found["scratch"][0])
+
+
+def test_a_resumed_run_needs_its_own_directory_only(place: Path) -> None:
+    config = load("plain.yaml")
+    config.run.dir = "/proc/gone"
+    assert look(config)["run directory"]
+    assert not look(config, resume=place)["run directory"]
+
+
+def test_ray_is_not_imported_before_problems_are_told(place: Path) -> None:
+    program = (
+        "import sys; from actors.cli.main import main; code = main(sys.argv[1:]); "
+        "print(code, [name for name in ('ray', 'torch') if name in sys.modules])"
+    )
+    words, environment = (
+        ["train", "plain.yaml", "model.path=nowhere"],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "2 []\n", done.stderr
+    assert "there is no directory nowhere" in done.stderr
+    assert not (place / "runs").exists()
