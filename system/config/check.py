@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import typing
@@ -27,12 +28,14 @@ SET_BY: dict[str, str] = {
     "stream_interval": "engine.chunk_tokens",
     "random_seed": "run.seed",
 }
+TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size")
 
 
 def validate(config: Config) -> None:
     """Check every rule of the schema, and fields that must agree.  Raises :class:`ConfigError`."""
     for one in settings().values():
         _check_rule(one, one.of(config))
+    _check_limits(config)
     for checked in (_sizes, _engine, _cluster):
         for problem in checked(config):
             raise ConfigError(problem)
@@ -61,6 +64,23 @@ def _check_rule(one: Setting, value: Any) -> None:
             raise ConfigError(f"{key}={value} must be a finite number: {rule.text}")
         if not low <= value <= high or (rule.above is not None and value <= rule.above):
             raise ConfigError(f"{key}={value} must be {rule.bounds}: {rule.text}")
+
+
+def _check_limits(config: Config) -> None:
+    """The limits of single tools, each against the rule of the setting that it stands in for."""
+    for name, limits in config.tools.limits.items():
+        where = f"tools.limits.{name}"
+        if name not in config.tools.names:
+            names = ", ".join(config.tools.names)
+            raise ConfigError(f"{where}: no such tool in tools.names ({names}): correct either")
+        for key, value in limits.items():
+            if key not in TOOL_LIMITS:
+                close = nearest(str(key), TOOL_LIMITS)
+                raise ConfigError(f"{where}.{key}: a tool's limits are {', '.join(TOOL_LIMITS)}{close}")
+            one = settings()[f"tools.{key}"]
+            if isinstance(value, bool) or not isinstance(value, int if one.kind is int else int | float):
+                raise ConfigError(f"{where}.{key}={value!r} must be {one.rule.bounds}: {one.rule.text}")
+            _check_rule(dataclasses.replace(one, section=where), value)
 
 
 def names_of(value: Any) -> list[str]:
