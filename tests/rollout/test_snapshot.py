@@ -190,7 +190,9 @@ def test_a_call_under_way_is_said_to_be_made_again() -> None:
     async def main() -> None:
         growing = TreeRollout(made.context, PROMPT, seed=3)
         task = asyncio.ensure_future(growing.run())
-        while not tools.running:
+        for _ in range(1000):
+            if tools.running:
+                break
             await asyncio.sleep(0.05)
         data = freeze(growing)
         task.cancel()
