@@ -26,7 +26,7 @@ def run(source: str) -> int:
     source = unfenced(source)
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which the site module, left out here, provides
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # which the site module, left out here, provides
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()  # imported before the fork: every call would draw the same
     sys.modules["__main__"] = module
