@@ -43,4 +43,5 @@ def _application(name: str, tools: configuration.ToolsConfig, corpus: str) -> we
     from system.tools.python_server import create_app as python_app
     from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
 
-    return python_app(Sandbox(SandboxLimits.from_config(tools), concurrency=tools.concurrency))
+    limits = SandboxLimits.from_config(tools)
+    return python_app(Sandbox(limits, concurrency=tools.concurrency, packages=tools.python_packages))

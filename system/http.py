@@ -20,10 +20,13 @@ _PASSING = (408, 425, 429)  # refusals that a later attempt may not meet
 class HttpError(EspalierError):
     """A call that brought no usable answer."""
 
-    def __init__(self, message: str, *, refused: bool = False, passing: bool = True) -> None:
-        """``refused``: nobody listens there; ``passing``: the same call may succeed later."""
+    def __init__(
+        self, message: str, *, refused: bool = False, passing: bool = True, status: int = 0, said: str = ""
+    ) -> None:
+        """``refused``: nobody listens there; ``passing``: the same call may succeed later; ``status``: of the
+        answer, 0 without one, and ``said``, its text."""
         super().__init__(message)
-        self.refused, self.passing = refused, passing
+        self.refused, self.passing, self.status, self.said = refused, passing, status, said
 
 
 class HttpClient:
@@ -85,7 +88,8 @@ class HttpClient:
         if response.status != 200:
             passing = response.status >= 500 or response.status in _PASSING
             message = data[:2000].decode(errors="replace").strip()
-            raise HttpError(f"HTTP {response.status} at {url}: {message}", passing=passing)
+            told = f"HTTP {response.status} at {url}: {message}"
+            raise HttpError(told, passing=passing, status=response.status, said=message)
         if "json" not in response.content_type:
             return {}
         try:

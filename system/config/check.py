@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import typing
@@ -27,6 +28,7 @@ SET_BY: dict[str, str] = {
     "stream_interval": "engine.chunk_tokens",
     "random_seed": "run.seed",
 }
+TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size")
 
 # Credits that know a leaf's worth only beside others of its tree.
 WITHIN_A_TREE = ("grpo", "arpo-soft", "arpo-hard", "rloo", "dr-grpo", "reinforce++-baseline")
@@ -73,6 +75,26 @@ def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
             yield f"{key}={value} must be a finite number: {rule.text}"
         elif not low <= value <= high or (rule.above is not None and value <= rule.above):
             yield f"{key}={value} must be {rule.bounds}: {rule.text}"
+
+
+def _limits(config: Config) -> Iterator[str]:
+    """The limits of single tools, each against the rule of the setting that it stands in for."""
+    for name, limits in config.tools.limits.items():
+        where = f"tools.limits.{name}"
+        if name not in config.tools.names:
+            names = ", ".join(config.tools.names)
+            yield f"{where}: no such tool in tools.names ({names}): correct either"
+            continue
+        for key, value in limits.items():
+            if key not in TOOL_LIMITS:
+                close = nearest(str(key), TOOL_LIMITS)
+                yield f"{where}.{key}: a tool's limits are {', '.join(TOOL_LIMITS)}{close}"
+                continue
+            one = settings()[f"tools.{key}"]
+            if isinstance(value, bool) or not isinstance(value, int if one.kind is int else int | float):
+                yield f"{where}.{key}={value!r} must be {one.rule.bounds}: {one.rule.text}"
+            else:
+                yield from _broken_rules(dataclasses.replace(one, section=where), value)
 
 
 def names_of(value: Any) -> list[str]:
@@ -222,7 +244,7 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
-AGREEMENTS = (_sizes, _engine, _cluster, _shape, _void)
+AGREEMENTS = (_limits, _sizes, _engine, _cluster, _shape, _void)
 
 
 def seconds(limit: str) -> int | None:

@@ -142,6 +142,11 @@ class ToolsConfig:
 
     names: list[str] = setting(["search", "python"], "which tools", registry=TOOLS)
     options: dict[str, dict[str, Any]] = setting({}, "options by tool: {search: {top_k: 5}}")
+    limits: dict[str, dict[str, Any]] = setting(
+        {},
+        "other limits for one tool (deadline_s, concurrency, rate_per_s, retries, cache_size): "
+        "{search: {deadline_s: 5, rate_per_s: 2}}",
+    )
     corpus: str = setting(
         "", 'JSONL of {"id", "title", "text"} for search; empty: the task\'s own corpus', path=True
     )
@@ -155,6 +160,9 @@ class ToolsConfig:
     python_cpu_s: float = setting(5.0, "CPU seconds of one program", above=0)
     python_wall_s: float = setting(10.0, "wall-clock seconds of one program", above=0)
     python_memory_mb: int = setting(256, "memory of one program", least=1)
+    python_packages: list[str] = setting(
+        ["numpy", "sympy"], "installed packages that programs may import, with what these need"
+    )
     python_output_chars: int = setting(2000, "of what a program prints, the rest is cut", least=1)
 
 

@@ -1,9 +1,9 @@
 """A growing tree as bytes, so that a resumed run goes on with it instead of growing it anew.
 
 ``freeze`` looks at a tree between two events of its loop: what its branches have written, what their random
-streams will draw next, whose tool call is under way (it is made again), how much of the deadlines is spent.
-``thaw`` makes a tree of it that goes on.  Sampled tokens keep their log-probabilities and weight versions;
-what comes after is sampled, and stamped, by the weights of then.
+streams will draw next, whose tool call is under way (made again, if that does no harm), how much of the
+deadlines is spent.  ``thaw`` makes a tree of it that goes on.  Sampled tokens keep their log-probabilities
+and weight versions; what comes after is sampled, and stamped, by the weights of then.
 
 The format is safetensors: arrays by name, everything else as JSON in the metadata.  No code is in it.
 """

@@ -357,12 +357,13 @@ class TreeRollout:
 
     async def _call(self, branch: Branch) -> None:
         """Make the call that the newest segment ends with and append what came of it, whatever it is."""
-        if not branch.calling:
+        again = branch.calling  # under way when the tree was saved
+        if not again:
             branch.calls += 1
             branch.calling = True
         match self.context.syntax.parse(branch.segments[-1][1]) or MalformedCall("no tool call"):
             case ParsedCall(tool, arguments):
-                outcome = await self._run_tool(branch, tool, arguments)
+                outcome = await self._run_tool(branch, tool, arguments, again)
             case MalformedCall(reason):
                 tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, f"Error: {reason}")
         begin = self.growth.depth(branch.node)
@@ -387,8 +388,10 @@ class TreeRollout:
         if self.policy.lag and self._room(branch) > 0:
             self._decide(branch, node)
 
-    async def _run_tool(self, branch: Branch, tool: str, arguments: dict[str, Any]) -> ToolOutcome:
-        context = CallContext(prompt_id=self.prompt.id, branch=branch.number)
+    async def _run_tool(
+        self, branch: Branch, tool: str, arguments: dict[str, Any], again: bool
+    ) -> ToolOutcome:
+        context = CallContext(prompt_id=self.prompt.id, branch=branch.number, again=again)
         with Stopwatch(self.seconds, "tool") as clock:
             try:
                 return await self.context.tools.call(tool, arguments, context)

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from system.errors import ConfigError
 from system.http import HttpClient, HttpError
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.tool import ToolUnavailable
+from system.tools.tool import CallRefused, ToolUnavailable
 
 _CHECK_DEADLINE_S = 10.0
+_REFUSALS = (400, 413, 414, 422)  # what a server answers to a request that it cannot take: not its own fault
+_MAX_REASON = 200  # characters of a server's reason that the model reads
+
+
+PROTOCOLS = ("espalier", "search-r1")
 
 
 class _ServerTool:
@@ -22,11 +28,15 @@ class _ServerTool:
         self._http = http
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object that the server answers; :class:`ToolUnavailable` when it does not."""
+        """The JSON object that the server answers; :class:`ToolUnavailable` when it does not, and
+        :class:`CallRefused` when it does not take this ``body``."""
         try:
             return await self._http.request("POST", self.url + path, body)
         except HttpError as error:
-            raise ToolUnavailable(str(error), retryable=error.passing) from error
+            if error.status in _REFUSALS:
+                raise CallRefused(error.said[:_MAX_REASON] or f"HTTP {error.status}") from error
+            delivered = not error.refused and error.status != 429
+            raise ToolUnavailable(str(error), retryable=error.passing, delivered=delivered) from error
 
     async def _health(self) -> dict[str, Any]:
         try:
@@ -39,7 +49,7 @@ class _ServerTool:
 
 
 class SearchTool(_ServerTool):
-    """A retrieval server (:mod:`.search_server`, or any that speaks its protocol)."""
+    """A retrieval server: :mod:`.search_server`, or any that speaks one of its two protocols."""
 
     spec = ToolSpec(
         name="search",
@@ -59,27 +69,48 @@ class SearchTool(_ServerTool):
         url: str,
         top_k: int = 3,
         *,
+        protocol: str = "espalier",
         passage: str = "{title}: {text}",
         separator: str = "\n",
         http: HttpClient,
     ):
-        """``passage`` formats one result (fields id, title, text, score); ``separator`` joins results."""
-        super().__init__(url, http=http)
+        """``protocol``: ``espalier`` (POST /search) or ``search-r1`` (POST /retrieve, as Search-R1's and
+        its descendants' servers have it); ``passage`` formats one result (fields id, title, text, score);
+        ``separator`` joins results.  Raises ConfigError for another protocol."""
+        if protocol not in PROTOCOLS:
+            raise ConfigError(
+                f"tools.options.search.protocol={protocol!r}: choose one of {', '.join(PROTOCOLS)}"
+            )
+        super().__init__(url.rstrip("/").removesuffix("/retrieve"), http=http)
+        self._find = self._retrieve if protocol == "search-r1" else self._search
+        self._protocol = protocol
         self._top_k, self._passage, self._separator = top_k, passage, separator
 
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         query = str(arguments["query"]).strip()
         if not query:
             return ToolOutcome(ToolStatus.REJECTED, "The search query is empty.")
-        body = {"query": query, "top_k": self._top_k}
-        answer = await self._post("/search", body)
         try:
-            passages = [self._format(result) for result in answer["results"]]
-        except (KeyError, TypeError) as error:
+            passages = [self._format(result) for result in await self._find(query)]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise self._unexpected(error) from error
         return ToolOutcome(ToolStatus.OK, self._separator.join(passages) or "No results.")
 
+    async def _search(self, query: str) -> list[Mapping[str, Any]]:
+        return (await self._post("/search", {"query": query, "top_k": self._top_k}))["results"]
+
+    async def _retrieve(self, query: str) -> list[Mapping[str, Any]]:
+        body = {"queries": [query], "topk": self._top_k, "return_scores": True}
+        answer = await self._post("/retrieve", body)
+        return [_retrieved(result) for result in answer["result"][0]]
+
     async def check(self) -> None:
+        if self._protocol == "search-r1":  # such a server has no other way to say that it works
+            try:
+                await self._retrieve("test")
+            except ToolUnavailable as error:
+                raise ToolUnavailable(f"{error}: {self.remedy}") from error
+            return
         if not (await self._health()).get("documents", 1):
             raise ToolUnavailable(f"the server at {self.url} has no documents: {self.remedy}")
 
@@ -88,6 +119,17 @@ class SearchTool(_ServerTool):
         fields = {"id": "", "title": "", "score": 0.0} | dict(result)
         form = self._passage if fields["title"] else "{text}"
         return form.format(**fields)
+
+
+def _retrieved(result: Mapping[str, Any]) -> dict[str, Any]:
+    """One result of /retrieve.  A document is its ``contents``, the title in quotation marks as first line,
+    or has title and text of their own; a server that gives no scores sends the bare document."""
+    document = result.get("document", result)
+    if "contents" not in document:
+        return {"score": result.get("score", 0.0)} | dict(document)
+    first, newline, rest = str(document["contents"]).partition("\n")
+    title, text = (first.strip().strip('"'), rest) if newline else ("", first)
+    return {"id": document.get("id", ""), "title": title, "text": text, "score": result.get("score", 0.0)}
 
 
 class PythonTool(_ServerTool):
@@ -104,6 +146,7 @@ class PythonTool(_ServerTool):
             "required": ["code"],
         },
         primary="code",
+        idempotent=True,
     )
     remedy = "start `python -m system.tools.python_server --port PORT`"
 

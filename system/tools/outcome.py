@@ -36,7 +36,13 @@ class ToolSpec:
     description: str
     parameters: dict[str, Any]  # JSON schema of the arguments
     primary: str  # the argument that tag syntax (``<search> … </search>``) fills
-    pure: bool = False  # same arguments, same answer: may be cached and de-duplicated
+    pure: bool = False  # same arguments, same answer: may be cached, de-duplicated, and sent again
+    idempotent: bool = False  # the answer may differ, but a call that is sent twice does no more than once
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a call that may have been delivered may be sent again."""
+        return self.pure or self.idempotent
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class CallContext:
     prompt_id: str = ""
     branch: int = 0
     deadline_s: float | None = None  # seconds this call may take at most; the tool's own limit still holds
+    again: bool = False  # a run that ended before the answer came may have sent it already
 
 
 class Tools(Protocol):

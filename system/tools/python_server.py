@@ -16,6 +16,7 @@ from dataclasses import asdict
 
 from aiohttp import web
 
+from system.config import ToolsConfig
 from system.serving import json_object, serve_until_signal
 from system.tools.sandbox.sandbox import PRELOADED, Sandbox, SandboxLimits, SandboxUnavailable
 
@@ -55,7 +56,13 @@ async def _run(request: web.Request) -> web.Response:
 async def _health(request: web.Request) -> web.Response:
     sandbox = request.app[SANDBOX]
     return web.json_response(
-        {"ok": True, "tool": "python", "pid": sandbox.pid, "confined_by": sandbox.mechanisms}
+        {
+            "ok": True,
+            "tool": "python",
+            "pid": sandbox.pid,
+            "confined_by": sandbox.mechanisms,
+            "modules": sorted(sandbox.packages.modules),
+        }
     )
 
 
@@ -69,12 +76,18 @@ def main() -> None:
     parser.add_argument("--cpu-s", type=float, default=defaults.cpu_s)
     parser.add_argument("--memory-mb", type=int, default=defaults.memory_mb)
     parser.add_argument("--output-chars", type=int, default=defaults.output_chars)
+    parser.add_argument(
+        "--package", action="append", help="installed package to offer (default: numpy, sympy)"
+    )
     parser.add_argument("--path", action="append", default=[], help="directory of packages to offer")
     parser.add_argument("--preload", action="append", default=[], help="module to import only once")
     args = parser.parse_args()
     limits = SandboxLimits(args.wall_s, args.cpu_s, args.memory_mb, args.output_chars)
     preload = (*PRELOADED, *args.preload)
-    sandbox = Sandbox(limits, concurrency=args.concurrency, paths=args.path, preload=preload)
+    packages = ToolsConfig().python_packages if args.package is None else args.package
+    sandbox = Sandbox(
+        limits, concurrency=args.concurrency, packages=packages, paths=args.path, preload=preload
+    )
     try:
         asyncio.run(serve_until_signal(create_app(sandbox), args.host, args.port))
     except SandboxUnavailable as error:

@@ -1,9 +1,13 @@
-"""A BM25 index over a corpus of short documents (library: bm25s, Lù 2024, arXiv 2407.03618)."""
+"""A BM25 index over a corpus of short documents (library: bm25s, Lù 2024, arXiv 2407.03618).
+
+Words are found by :func:`tokens` in any script, in documents and queries alike.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +15,23 @@ from typing import Any
 
 import bm25s
 import numpy as np
+import regex
+from bm25s.stopwords import STOPWORDS_EN
 
 from system.errors import EspalierError
 
-_TOKENS = r"(?u)\b\w+\b"  # unlike the usual pattern it keeps one-letter words and digits
+# Scripts that put no space between words, and Hangul, which puts particles behind them without one.
+_UNSPACED = "ー" + "".join(
+    rf"\p{{Script={script}}}"
+    for script in ("Han", "Hiragana", "Katakana", "Hangul", "Thai", "Lao", "Khmer", "Myanmar")
+)
+_RUNS = regex.compile(rf"(?V1)(?P<unspaced>[{_UNSPACED}]+)|[\w--[{_UNSPACED}]]+")
+_IDEOGRAPH = regex.compile(r"\p{Script=Han}")
+_ACCENTS = regex.compile(
+    "[\u0300-\u036f]"
+)  # of Latin, Greek, Cyrillic; other scripts' marks are letters' own
+_STOP_WORDS = frozenset(STOPWORDS_EN)
+_SCHEME = "runs-1"  # of tokens: an index kept on disk with another is made again
 
 
 class CorpusError(EspalierError, ValueError):
@@ -60,11 +77,11 @@ class SearchIndex:
     def build(cls, documents: Iterable[Document]) -> SearchIndex:
         """Index title and text together.  Raises CorpusError without a single word to index."""
         documents = list(documents)
-        tokens = _tokenize([f"{document.title} {document.text}" for document in documents])
-        if not any(tokens):
+        words = [tokens(f"{document.title} {document.text}") for document in documents]
+        if not any(words):
             raise CorpusError("the corpus has no document with a word in it")
         scorer = bm25s.BM25(backend="numpy")
-        scorer.index(tokens, show_progress=False)
+        scorer.index(words, show_progress=False)
         return cls(documents, scorer)
 
     @classmethod
@@ -86,7 +103,7 @@ class SearchIndex:
     def search(self, query: str, top_k: int) -> list[Hit]:
         """At most ``top_k`` documents that share a word with ``query``, best first."""
         known = self._scorer.vocab_dict
-        words = [word for word in _tokenize([query])[0] if word in known]
+        words = [word for word in tokens(query) if word in known]
         if not words or top_k <= 0:
             return []
         scores = self._scorer.get_scores(words)  # f32[documents]
@@ -97,12 +114,30 @@ class SearchIndex:
         return [Hit(self.documents[i], float(scores[i])) for i in best]
 
 
-def _tokenize(texts: list[str]) -> list[list[str]]:
-    tokens = bm25s.tokenize(
-        texts, stopwords="en", token_pattern=_TOKENS, return_ids=False, show_progress=False
-    )
-    assert isinstance(tokens, list)
-    return tokens
+def tokens(text: str) -> list[str]:
+    """The words of ``text`` by which it is found, lower-case, without English stop words.
+
+    Compatibility forms are one (NFKC: full-width letters, ligatures), case and accents do not count
+    (``Zürich`` is ``zurich``).  A run of a script without spaces between words becomes its pairs of
+    neighbours, as in Lucene's CJKAnalyzer, which needs no dictionary, and its ideographs: one of them may be
+    a word.
+    """
+    found: list[str] = []
+    for match in _RUNS.finditer(_folded(text)):
+        run = match.group()
+        if match["unspaced"] and len(run) > 1:
+            found += _IDEOGRAPH.findall(run)
+            found += (run[i : i + 2] for i in range(len(run) - 1))
+        elif run not in _STOP_WORDS:
+            found.append(run)
+    return found
+
+
+def _folded(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return unicodedata.normalize("NFKC", _ACCENTS.sub("", plain))
 
 
 def _document(line: bytes, where: str) -> Document:
@@ -118,7 +153,7 @@ def _document(line: bytes, where: str) -> Document:
 
 
 def _digest(documents: Iterable[Document]) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_SCHEME.encode())
     for document in documents:
         digest.update(json.dumps([document.id, document.title, document.text]).encode() + b"\n")
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
 from system.tools.breaker import CircuitBreaker
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.tool import Tool, ToolUnavailable, argument_error
+from system.tools.tool import CallRefused, Tool, ToolUnavailable, argument_error
 
 
 class ToolStartError(EspalierError, RuntimeError):
@@ -51,19 +51,21 @@ class ToolService:
         tools: Iterable[Tool],
         limits: ToolsConfig,
         *,
+        own: Mapping[str, ToolsConfig] | None = None,
         patience: Patience | None = None,
         http: HttpClient | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """``limits``: deadline, concurrency, rate, retries and cache size, for each tool; ``http``: a client
-        to close with the service; ``seed``: of the back-off's jitter."""
+        """``limits``: deadline, concurrency, rate, retries and cache size, for each tool that has none of its
+        ``own``; ``http``: a client to close with the service; ``seed``: of the back-off's jitter."""
         patience, rng = patience or Patience(), random.Random(seed)
         self._guarded: dict[str, _Guarded] = {}
         for tool in tools:
             if tool.spec.name in self._guarded:
                 raise ToolStartError(f"tool {tool.spec.name!r}: configured twice")
-            self._guarded[tool.spec.name] = _Guarded(tool, limits, patience, rng, clock)
+            its = (own or {}).get(tool.spec.name, limits)
+            self._guarded[tool.spec.name] = _Guarded(tool, its, patience, rng, clock)
         self._http = http
 
     @property
@@ -107,7 +109,7 @@ class ToolService:
 
 def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
     """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
-    ``config.options``.
+    ``config.options`` and ``config.limits``.
 
     ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
     ``urls["search"]``.  Raises :class:`ToolStartError` for a name that cannot be made into a tool.
@@ -115,6 +117,7 @@ def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
     http = HttpClient(connections=256)
     known = {"search": config.search_url or urls.get("search", ""), "python": urls.get("python", "")}
     tools: list[Tool] = []
+    own: dict[str, ToolsConfig] = {}
     for name in config.names:
         if known.get(name) == "":
             remedy = "set tools.search_url, or " if name == "search" else ""
@@ -134,7 +137,8 @@ def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
                 f"tool {name!r}: not a tool: it needs spec, run and check (system.tools.tool.Tool)"
             )
         tools.append(tool)
-    return ToolService(tools, config, http=http)
+        own[tool.spec.name] = replace(config, **config.limits.get(name, {}))
+    return ToolService(tools, config, own=own, http=http)
 
 
 class _Guarded:
@@ -199,6 +203,8 @@ class _Guarded:
         spec = self.tool.spec
         if problem := argument_error(spec.parameters, arguments):
             return ToolOutcome(ToolStatus.REJECTED, f"{spec.name}: {problem}.", attempts=0)
+        if context.again and not spec.repeatable:
+            return ToolOutcome(ToolStatus.UNAVAILABLE, self._sent_once("was interrupted"), attempts=0)
         limit = self._limits.deadline_s
         deadline_s = limit if context.deadline_s is None else min(limit, context.deadline_s)
         if not spec.pure:
@@ -272,13 +278,18 @@ class _Guarded:
                 left = replace(context, deadline_s=max(0.0, until - self._clock()))
                 try:
                     outcome = await self.tool.run(arguments, left)
+                except CallRefused as refusal:  # says nothing about whether the tool works for others
+                    text = f"The tool {name!r} refused the call: {refusal}"
+                    return ToolOutcome(ToolStatus.REJECTED, text, attempts=attempt)
                 except ToolUnavailable as error:
-                    if error.retryable and attempt <= self._limits.retries:
+                    once = error.delivered and not self.tool.spec.repeatable
+                    if error.retryable and not once and attempt <= self._limits.retries:
                         self._retries += 1
                         await asyncio.sleep(self._backoff(attempt))
                         continue
                     self.breaker.failure()
                     text = f"The tool {name!r} is not available at the moment."
+                    text = self._sent_once("failed") if once else text
                     return ToolOutcome(ToolStatus.UNAVAILABLE, text, attempts=attempt, detail=str(error))
                 self.breaker.success()
                 return replace(outcome, attempts=attempt)
@@ -296,8 +307,15 @@ class _Guarded:
         whole = self._backoff_s * 2 ** (attempt - 1)
         return whole * self._rng.uniform(0.5, 1.0)
 
+    def _sent_once(self, ended: str) -> str:
+        """For the model, of a call that may have had its effect: to send it again is its decision."""
+        name = self.tool.spec.name
+        return f"The call of the tool {name!r} {ended}. It may have taken effect; it was not sent again."
+
     def _timed_out(self, deadline_s: float) -> ToolOutcome:
         text = f"The tool {self.tool.spec.name!r} did not answer within {deadline_s:g} s."
+        if not self.tool.spec.repeatable:
+            text += " The call may have taken effect."
         return ToolOutcome(ToolStatus.TIMEOUT, text)
 
 

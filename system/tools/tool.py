@@ -29,11 +29,19 @@ from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 
 
 class ToolUnavailable(EspalierError):
-    """The tool cannot be reached or does not work now.  ``retryable``: another attempt may succeed soon."""
+    """The tool cannot be reached or does not work now.
 
-    def __init__(self, reason: str, *, retryable: bool = True):
+    ``retryable``: another attempt may succeed soon; ``delivered``: the tool may have got the call, and acted
+    on it, so that only a repeatable one (:attr:`.ToolSpec.repeatable`) is sent again.
+    """
+
+    def __init__(self, reason: str, *, retryable: bool = True, delivered: bool = True):
         super().__init__(reason)
-        self.retryable = retryable
+        self.retryable, self.delivered = retryable, delivered
+
+
+class CallRefused(EspalierError):
+    """The tool works, but not with these arguments; the message is for the model."""
 
 
 @runtime_checkable
@@ -45,7 +53,8 @@ class Tool(Protocol):
 
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         """Do the call.  ``arguments`` satisfy the spec.  Failures of the call itself are outcomes; raises
-        :class:`ToolUnavailable` when the tool does not work; any other exception becomes an ERROR outcome."""
+        :class:`ToolUnavailable` when the tool does not work and :class:`CallRefused` when it does not take
+        the call; any other exception becomes an ERROR outcome."""
         ...
 
     async def check(self) -> None:

@@ -75,7 +75,7 @@ class _SimulatedTool:
 
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         if self.down:
-            raise ToolUnavailable("its server is away")
+            raise ToolUnavailable("its server is away", delivered=False)
         model = self._model
         rng = np.random.default_rng([self._seed, context.branch, zlib.crc32(arguments["query"].encode())])
         latency, size = model.latency.draw(rng), round(model.result_tokens.draw(rng))

@@ -135,10 +135,12 @@ class ScriptedTools:
     answer: Answer
     specs: Mapping[str, ToolSpec] = field(default_factory=lambda: SPECS)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    contexts: list[CallContext] = field(default_factory=list)
     running: int = 0
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         self.calls.append((tool, dict(arguments)))
+        self.contexts.append(context)
         self.running += 1
         try:
             seconds, outcome = self.answer(tool, arguments)

@@ -181,6 +181,29 @@ def test_new_tokens_carry_the_new_version_and_old_ones_theirs() -> None:
         assert (np.diff(versions) >= 0).all()
 
 
+def test_a_call_under_way_is_said_to_be_made_again() -> None:
+    """The tool service then decides whether that does harm."""
+    made = world(Never(4), leaves=1, roots=1)
+    tools = ScriptedTools(lambda tool, arguments: ok("r r r", 0.7))
+    made.context = replace(made.context, tools=tools)
+
+    async def main() -> None:
+        growing = TreeRollout(made.context, PROMPT, seed=3)
+        task = asyncio.ensure_future(growing.run())
+        for _ in range(1000):
+            if tools.running:
+                break
+            await asyncio.sleep(0.05)
+        data = freeze(growing)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await thaw(made.context, PROMPT, data).run()
+
+    run(main())
+    assert [context.again for context in tools.contexts[:2]] == [False, True]
+    assert not any(context.again for context in tools.contexts[2:])
+
+
 def test_deadlines_go_on_where_they_were() -> None:
     """A branch of 10 s of life that was frozen at 6 s has 4 s left, however long nobody grew it."""
     made = world(Never(4), leaves=2, roots=2, branch_deadline_s=10.0, tree_deadline_s=100.0)

@@ -11,6 +11,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from system.config import ToolsConfig
+from system.errors import ConfigError
 from system.http import HttpClient
 from system.serving import AppServer, serve
 from system.tools.http_tools import SearchTool
@@ -79,6 +80,8 @@ async def over_http(http: Http) -> AsyncIterator[ToolService]:
         ([429, "ok"], ToolStatus.OK, 2),
         ([500, 500, 500], ToolStatus.UNAVAILABLE, 3),
         ([404], ToolStatus.UNAVAILABLE, 1),
+        ([400], ToolStatus.REJECTED, 1),
+        ([422], ToolStatus.REJECTED, 1),
         (["garbage"], ToolStatus.UNAVAILABLE, 1),
         (["list"], ToolStatus.UNAVAILABLE, 1),
         (["slow"], ToolStatus.TIMEOUT, 1),
@@ -94,6 +97,58 @@ async def test_what_a_server_does(
     assert (outcome.status, http.requests) == (status, requests)
     if status is ToolStatus.OK:
         assert outcome.text == "T: x"
+
+
+async def test_five_refused_queries_leave_the_tool_to_others(http: Http, over_http: ToolService) -> None:
+    http.script = [400] * 5
+    for i in range(5):
+        outcome = await over_http.call("search", {"query": f"bad {i}"}, ANY)
+        assert outcome.text == "The tool 'search' refused the call: no"
+    assert (await over_http.call("search", {"query": "good"}, ANY)).status is ToolStatus.OK
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (
+            {"document": {"contents": '"Paris"\nThe capital.\nOn the Seine.'}, "score": 0.5},
+            "Paris: The capital.\nOn the Seine.",
+        ),
+        ({"document": {"id": 3, "contents": "No title here."}, "score": 0.5}, "No title here."),
+        ({"document": {"title": "Rome", "text": "Italy."}, "score": 0.5}, "Rome: Italy."),
+        ({"contents": '"Paris"\nThe capital.'}, "Paris: The capital."),  # a server that gives no scores
+    ],
+)
+async def test_a_server_that_speaks_the_protocol_of_search_r1(result: dict[str, Any], text: str) -> None:
+    bodies: list[Any] = []
+
+    async def retrieve(request: web.Request) -> web.Response:
+        bodies.append(await request.json())
+        return web.json_response({"result": [[result, result]]})
+
+    app = web.Application()
+    app.router.add_post("/retrieve", retrieve)
+    server = await serve(app)
+    config = ToolsConfig(
+        names=["search"],
+        options={"search": {"protocol": "search-r1", "separator": " | "}},
+        search_url=f"{server.url}/retrieve",  # as its users write it
+    )
+    tools = build_tools(config, {})
+    try:
+        await tools.check()
+        outcome = await tools.call("search", {"query": "x"}, ANY)
+    finally:
+        await tools.close()
+        await server.close()
+    assert outcome.text == f"{text} | {text}"
+    assert bodies[-1] == {"queries": ["x"], "topk": 3, "return_scores": True}
+
+
+async def test_another_protocol_is_refused_by_name() -> None:
+    config = ToolsConfig(names=["search"], options={"search": {"protocol": "solr"}}, search_url="http://x")
+    with pytest.raises(ConfigError, match=r"tools\.options\.search\.protocol='solr': choose one of espalier"):
+        build_tools(config, {})
 
 
 async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:

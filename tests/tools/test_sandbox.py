@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from system.tools.outcome import ToolStatus
+from system.tools.sandbox.packages import find
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
 
+SITE_PACKAGES = Path(np.__file__).resolve().parents[1]
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -38,6 +41,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
         ("open('f', 'w').write('hi')\nprint(open('f').read())", "hi"),
         ("import tempfile\nwith tempfile.TemporaryFile() as f:\n    f.write(b'x')\n    print(f.tell())", "1"),
         ("import sys\nsys.exit(0)", ""),
+        ("print(1)\nexit()\nprint(2)", "1"),
+        ("print(1)\nquit(0)", "1"),
+        ("```python\n6 * 7\n```", "42"),
         ("import os\nprint('a', flush=True)\nos._exit(0)", "a"),
     ],
 )
@@ -167,6 +173,34 @@ async def test_packages_on_a_path_and_preloading(outside: Path) -> None:
         assert result.text == "True"
     finally:
         await box.close()
+
+
+@pytest.mark.parametrize("namespaces", [True, False])
+async def test_installed_packages_and_nothing_else_of_their_place(namespaces: bool) -> None:
+    box = Sandbox(packages=["numpy", "no-such-package"], namespaces=namespaces)
+    place = SITE_PACKAGES
+    try:
+        await box.start()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    try:
+        code = "import numpy as np\nimport numpy.ma\nprint(np.linalg.inv(np.eye(2) * 2)[0])\nnp.random.rand()"
+        first, second = [(await box.run(code)).text.splitlines() for _ in range(2)]
+        assert first[0] == "[0.5 0. ]"
+        assert first[1] != second[1]  # chance differs between calls
+        assert "No module named 'aiohttp'" in (await box.run("import aiohttp")).text
+        assert "Error" in (await box.run(f"open('{place}/aiohttp/__init__.py')")).text
+        assert "True" not in (await box.run(f"import os\n'aiohttp' in os.listdir('{place}')")).text
+    finally:
+        await box.close()
+    assert box.packages.missing == ("no-such-package",)
+
+
+def test_a_package_comes_with_what_it_requires() -> None:
+    found = find(["sympy"])
+    assert {"sympy", "mpmath"} <= found.modules.keys()
+    assert found.imported == ("sympy",)
+    assert find(["yaml"]).imported == ("yaml",)  # by its module's name
 
 
 async def test_a_preload_that_fails_stops_the_start_with_its_reason() -> None:

@@ -389,13 +389,22 @@ async def test_a_file_has_a_largest_size(sandbox: Sandbox) -> None:
     assert "File too large" in result.text
 
 
-async def test_all_files_together_are_limited_by_a_cell(sandbox: Sandbox) -> None:
-    if not any("namespaces" in m for m in sandbox.mechanisms):
-        pytest.skip("only a namespace cell limits the sum of all files")
-    code = "for i in range(64):\n    with open(str(i), 'wb') as f:\n        f.write(bytes(1 << 20))"
-    result = await sandbox.run(code)
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True:\n    n = len(os.listdir())\n    with open(str(n), 'wb') as f:\n        f.write(block)",
+        "f = []\nwhile True:\n    f.append(open('f', 'wb', 0))\n    os.unlink('f')\n    f[-1].write(block)",
+        "for n in range(10**6):\n    os.mkdir(str(n), 0o300)\n    open(f'{n}/f', 'wb').write(block)",
+        "for n in range(10**6):\n    open(str(n), 'w').close()",
+    ],
+    ids=["files", "unlinked", "closed directories", "many"],
+)
+async def test_all_files_together_are_limited(sandbox: Sandbox, code: str) -> None:
+    """A cell's file system is full; without one the program is stopped."""
+    result = await sandbox.run(f"import os\nblock = bytes(2 << 20)\n{code}")
     assert result.status is ToolStatus.ERROR
-    assert "No space left" in result.text
+    cell = any("namespaces" in m for m in sandbox.mechanisms)
+    assert ("No space left" if cell else "Stopped: the program") in result.text
 
 
 async def test_open_files_are_limited(sandbox: Sandbox) -> None:
@@ -429,7 +438,16 @@ open("bottom", "w").close()
     where = (await sandbox.run("import os\nprint(os.getcwd())")).text
     assert not Path(where).exists()
     if not any("namespaces" in m for m in sandbox.mechanisms):
-        assert os.listdir(Path(where).parent) == []
+        base = Path(where).parent  # what takes long to remove is removed after the call was answered
+        await eventually(lambda: os.listdir(base) == [], 20, "its directory is still there")
+
+
+async def test_a_slow_removal_holds_up_no_call(sandbox: Sandbox) -> None:
+    """Directories nested so deep that removing them takes seconds."""
+    code = "import os\nwhile True:\n    os.mkdir('d'); os.chdir('d')"
+    result = await sandbox.run(code, deadline_s=2.0)
+    assert result.status in (ToolStatus.ERROR, ToolStatus.TIMEOUT)
+    assert (await sandbox.run("6 * 7")).text == "42"
 
 
 async def test_a_cancelled_call_is_killed(sandbox: Sandbox) -> None:
@@ -458,7 +476,7 @@ async def test_nothing_is_left_of_a_closed_sandbox() -> None:
     assert bases() <= there
 
 
-async def test_a_killed_parent_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_killed_parent_leaves_nothing() -> None:
     before = processes("sandbox")
     there = bases()
     script = """

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
+import bm25s
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from system.tools.search_index import CorpusError, Document, SearchIndex, read_corpus
+from system.tools.search_index import CorpusError, Document, SearchIndex, read_corpus, tokens
 
 DOCUMENTS = [
     Document("1", "Paris", "Paris is the capital of France, on the Seine."),
@@ -61,6 +65,70 @@ def test_only_documents_that_share_a_word(index: SearchIndex) -> None:
     assert ids(index, "") == []
     assert ids(index, "the of is") == []
     assert ids(index, "italy", 0) == []
+
+
+SCRIPTS = [
+    Document("zh", "狐狸", "敏捷的棕色狐狸跳过懒狗。"),
+    Document("zh2", "城市", "北京是中国的首都。"),
+    Document("ja", "東京タワー", "東京タワーは日本の塔です。"),
+    Document("th", "กรุงเทพ", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"),
+    Document("ko", "서울", "서울은 대한민국의 수도이다."),
+    Document("hi", "दिल्ली", "दिल्ली भारत की राजधानी है।"),
+    Document("ar", "القاهرة", "القاهرة عاصمة مصر"),
+    Document("de", "Zürich", "Die größte Stadt der Schweiz; ein Café."),
+    Document("vi", "Hà Nội", "Thủ đô của Việt Nam."),
+    Document("ru", "Москва", "Столица России."),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("狐狸", "zh"),
+        ("狐", "zh"),
+        ("中国首都", "zh2"),
+        ("東京", "ja"),
+        ("タワー", "ja"),
+        ("ﾀﾜｰ", "ja"),  # half-width
+        ("เมืองหลวง", "th"),
+        ("대한민국", "ko"),
+        ("서울", "ko"),  # with a particle in the text
+        ("राजधानी", "hi"),
+        ("مصر", "ar"),
+        ("zurich", "de"),
+        ("ZÜRICH", "de"),
+        ("Zu\u0308rich", "de"),  # the accent as a character of its own
+        ("cafe", "de"),
+        ("GRÖSSTE", "de"),
+        ("Ｃａｆｅ", "de"),
+        ("Viet Nam", "vi"),
+        ("МОСКВА", "ru"),
+    ],
+)
+def test_any_script_is_found(query: str, found: str) -> None:
+    assert ids(SearchIndex.build(SCRIPTS), query, 1) == [found]
+
+
+def test_words_of_a_script_without_spaces() -> None:
+    assert tokens("棕色狐狸 fox") == ["棕", "色", "狐", "狸", "棕色", "色狐", "狐狸", "fox"]
+    assert tokens("ฟ") == ["ฟ"]
+
+
+def test_english_words_are_those_of_bm25s() -> None:
+    """Its own splitter with one-letter words kept, which this corpus' figures were made with."""
+    text = " ".join(f"{d.title} {d.text} It's 3.5 o'clock, e_mail A-b" for d in DOCUMENTS)
+    theirs = bm25s.tokenize(
+        [text], stopwords="en", token_pattern=r"(?u)\b\w+\b", return_ids=False, show_progress=False
+    )
+    assert tokens(text) == theirs[0]
+
+
+@given(st.text(st.characters()))
+def test_any_text_has_the_same_words_however_its_accents_are_encoded(text: str) -> None:
+    """Any text at all, lone surrogates included."""
+    words = tokens(unicodedata.normalize("NFC", text))
+    assert words == tokens(unicodedata.normalize("NFD", text))
+    assert all(words)
 
 
 def test_saved_and_loaded(index: SearchIndex, tmp_path: Path) -> None:

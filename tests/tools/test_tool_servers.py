@@ -22,7 +22,7 @@ from system.config import ToolsConfig
 from system.http import HttpClient
 from system.serving import AppServer, serve
 from system.tools import python_server, search_server
-from system.tools.http_tools import SearchTool
+from system.tools.http_tools import PROTOCOLS, SearchTool
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.sandbox.sandbox import Sandbox
 from system.tools.search_index import Document, SearchIndex
@@ -72,6 +72,43 @@ async def test_search(search: AppServer) -> None:
     }
     assert result["score"] > 0
     assert (await get(f"{search.url}/health"))["documents"] == 2
+
+
+async def test_retrieve_as_search_r1_asks(search: AppServer) -> None:
+    body = {"queries": ["France", "Italy", "nothing"], "topk": 2, "return_scores": True}
+    status, text = await post(f"{search.url}/retrieve", body)
+    (first,), (second,), none = json.loads(text)["result"]
+    assert (status, none) == (200, [])
+    assert first["document"]["contents"] == '"Paris"\nParis is the capital of France.'
+    assert first["score"] > 0
+    assert second["document"]["id"] == "2"
+    _, text = await post(f"{search.url}/retrieve", {"queries": ["France"]})
+    assert json.loads(text)["result"] == [[first["document"]]]
+
+
+async def test_our_client_and_server_agree_in_both_protocols(search: AppServer) -> None:
+    async with HttpClient() as http:
+        texts = [
+            (
+                await SearchTool(search.url, http=http, protocol=p).run({"query": "capital"}, CallContext())
+            ).text
+            for p in PROTOCOLS
+        ]
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"queries": "x"},
+        {"queries": [1]},
+        {"queries": ["x"], "topk": 0},
+        {"queries": [], "return_scores": 1},
+    ],
+)
+async def test_retrieve_refuses_malformed_requests(search: AppServer, body: dict) -> None:
+    assert (await post(f"{search.url}/retrieve", body))[0] == 400
 
 
 async def test_python(python: AppServer) -> None:

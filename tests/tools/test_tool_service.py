@@ -20,7 +20,7 @@ from system.observe.rundir import RunDir
 from system.tools.http_tools import PythonTool, SearchTool
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import Patience, ToolService, ToolStartError, build_tools
-from system.tools.tool import ToolUnavailable
+from system.tools.tool import CallRefused, ToolUnavailable
 from system.twin.clock import run
 
 FAST = Patience(backoff_s=0.02, breaker_pause_s=0.1)
@@ -68,7 +68,7 @@ def sleeping(seconds: float) -> Step:
     return step
 
 
-def failing(times: int, *, retryable: bool = True) -> Step:
+def failing(times: int, *, retryable: bool = True, delivered: bool = False) -> Step:
     """Unavailable ``times`` times, then fine."""
     left = times
 
@@ -76,7 +76,7 @@ def failing(times: int, *, retryable: bool = True) -> Step:
         nonlocal left
         if left > 0:
             left -= 1
-            raise ToolUnavailable("down", retryable=retryable)
+            raise ToolUnavailable("down", retryable=retryable, delivered=delivered)
         return "fine"
 
     return step
@@ -257,6 +257,65 @@ async def test_what_will_not_pass_is_not_retried() -> None:
     tool = Scripted(failing(1, retryable=False))
     outcome = await call(service(tool))
     assert (outcome.status, tool.runs) == (ToolStatus.UNAVAILABLE, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "runs"), [({}, 1), ({"idempotent": True}, 2), ({"pure": True}, 2)], ids=["acts", "again", "pure"]
+)
+@virtual
+async def test_what_may_have_been_delivered_is_sent_again_only_where_that_does_no_harm(
+    kind: dict[str, bool], runs: int
+) -> None:
+    tool = Scripted(failing(1, delivered=True))
+    tool.spec = replace(tool.spec, **kind)
+    outcome = await call(service(tool))
+    assert tool.runs == runs
+    if not kind:
+        assert outcome.status is ToolStatus.UNAVAILABLE
+        assert "may have taken effect; it was not sent again" in outcome.text
+
+
+@virtual
+async def test_a_call_that_was_under_way_when_a_run_ended_is_not_made_twice() -> None:
+    tool = Scripted(sleeping(0))
+    outcome = await call(service(tool), 0, CallContext(again=True))
+    assert (outcome.status, tool.runs) == (ToolStatus.UNAVAILABLE, 0)
+    assert "was interrupted. It may have taken effect" in outcome.text
+    tool.spec = replace(tool.spec, pure=True)
+    assert (await call(service(tool), 0, CallContext(again=True))).status is ToolStatus.OK
+
+
+@virtual
+async def test_a_timeout_says_that_a_call_may_have_taken_effect() -> None:
+    tool = Scripted(sleeping(60))
+    assert "may have taken effect" in (await call(service(tool, deadline_s=0.1))).text
+    tool.spec = replace(tool.spec, idempotent=True)
+    assert "may have taken effect" not in (await call(service(tool, deadline_s=0.1))).text
+
+
+@virtual
+async def test_refused_calls_are_the_calls_fault_and_open_no_circuit() -> None:
+    async def step(arguments: Mapping[str, Any]) -> str:
+        if arguments["x"] < 0:
+            raise CallRefused("too small")
+        return "fine"
+
+    tools = service(Scripted(step), breaker_threshold=2)
+    for _ in range(5):
+        outcome = await call(tools, -1)
+        assert (outcome.status, outcome.attempts) == (ToolStatus.REJECTED, 1)
+        assert outcome.text == "The tool 'scripted' refused the call: too small"
+    assert (await call(tools, 1)).text == "fine"
+    assert tools.counters["tools/scripted/breaker_opened"] == 0
+
+
+@virtual
+async def test_limits_of_ones_own() -> None:
+    slow, quick = Scripted(sleeping(1), name="slow"), Scripted(sleeping(1), name="quick")
+    limits = ToolsConfig(deadline_s=2.0)
+    tools = ToolService([slow, quick], limits, own={"quick": ToolsConfig(deadline_s=0.5)}, clock=now)
+    assert (await tools.call("slow", {"x": 1}, ANY)).status is ToolStatus.OK
+    assert (await tools.call("quick", {"x": 1}, ANY)).status is ToolStatus.TIMEOUT
 
 
 @virtual
@@ -534,3 +593,4 @@ async def test_names_that_cannot_be_made_into_tools(names: list[str], message: s
 def test_specs_tell_what_tag_syntax_fills() -> None:
     assert (SearchTool.spec.primary, SearchTool.spec.pure) == ("query", True)
     assert (PythonTool.spec.primary, PythonTool.spec.pure) == ("code", False)
+    assert PythonTool.spec.repeatable

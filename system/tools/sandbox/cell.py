@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from system.tools.sandbox import kernel
-from system.tools.sandbox.settings import DEVICES, SYSTEM_FILES, Settings, readable_directories
+from system.tools.sandbox.settings import DEVICES, Settings, readable_directories, readable_files
 
 SCRATCH = "/scratch"
 _READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
@@ -38,13 +38,14 @@ def build(settings: Settings) -> int:
         else:
             os.makedirs(_inside(root, directory), exist_ok=True)
             _bind(directory, _inside(root, directory), _READ_ONLY | kernel.ATTR_NODEV)
-    for file in (*SYSTEM_FILES, *DEVICES):
+    for file in (*readable_files(settings), *DEVICES):
         if os.path.exists(file):
             target = _inside(root, file)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(target, "x"):
                 pass
-            _bind(file, target, _READ_ONLY | kernel.ATTR_NOEXEC)
+            library = kernel.ATTR_NODEV if file in settings.readable else kernel.ATTR_NOEXEC
+            _bind(file, target, _READ_ONLY | library)
     os.mkdir(root + SCRATCH)
     kernel.pivot_root(root)
     kernel.mount_attributes("/", _READ_ONLY, recursive=False)
@@ -62,7 +63,7 @@ def enter_call(settings: Settings, uid: int | None, proc: int) -> str:
         kernel.unshare(flags)
         owner = f",uid={uid},gid={uid}"
     size = settings.limits.disk_mb << 20
-    options = f"mode=0700,size={size},nr_inodes={max(64, size >> 12)}{owner}"
+    options = f"mode=0700,size={size},nr_inodes={settings.limits.files}{owner}"
     kernel.mount("scratch", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
     return SCRATCH
 

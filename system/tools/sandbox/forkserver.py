@@ -7,10 +7,10 @@ Three kinds of process::
 
 The control channel (SOCK_SEQPACKET) carries one message per call: a byte with the call's socket attached.
 Over that socket go one request and one reply, each a line of JSON: ``{code, wall_s}`` and either
-``{failed}`` or ``{exit_code, timed_out, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr,
-stderr_bytes}``.  The warden stands outside the confinement: it enforces the wall deadline, keeps the output,
-removes the scratch directory, and kills the program when the call's socket closes (the caller gave up, or
-died).  When the control channel closes, the fork server ends.
+``{failed}`` or ``{exit_code, timed_out, excess, wall_s, cpu_s, peak_rss_mb, stdout, stdout_bytes, stderr,
+stderr_bytes}``.  The warden stands outside the confinement: it enforces the wall deadline and the quota of
+files, keeps the output, removes the scratch directory, and kills the program when the call's socket closes
+(the caller gave up, or died).  When the control channel closes, the fork server ends.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -27,12 +28,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from system.tools.sandbox import cell, kernel, lockdown, program
+from system.tools.sandbox import cell, kernel, lockdown, program, quota
+from system.tools.sandbox.packages import Finder
 from system.tools.sandbox.scratch import remove_tree
 from system.tools.sandbox.settings import Settings
 
 _READ_SIZE = 1 << 16
 _REQUEST_DEADLINE_S = 10.0
+_CLEAN_UP_S = 1.0  # that a caller waits for the removal of a scratch directory; the rest is done after it
+# Libraries that start threads when they are imported: the fork server has to stay single-threaded.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -59,7 +64,10 @@ def _prepare(settings: Settings) -> lockdown.Confinement:
     sys.argv = [""]
     os.environ.clear()  # the start of this process set more than the programs need to see
     os.environ.update(PATH="/usr/bin:/bin", LANG="C.UTF-8", TZ="UTC")
+    if settings.modules:
+        os.environ.update(_ONE_THREAD)
     sys.path += settings.paths
+    sys.meta_path.append(Finder(settings.modules))
     for name in settings.preload:
         importlib.import_module(name)
     confinement = lockdown.prepare(settings)
@@ -112,26 +120,28 @@ class _Warden:
         kernel.set_name("sandbox-warden")
         self._channel.settimeout(_REQUEST_DEADLINE_S)
         request = json.loads(self._channel.makefile("rb").readline())
+        own = os.path.join(self._confinement.settings.base, f"call-{os.getpid()}-{os.urandom(4).hex()}")
         try:
-            reply = self._call(request)
-        except OSError as error:
-            reply = {"failed": f"{type(error).__name__}: {error}"}
-        if reply is not None:
-            self._channel.sendall(json.dumps(reply).encode() + b"\n")
+            try:
+                reply = self._call(request, own)
+                remove_tree(own, _CLEAN_UP_S)
+            except OSError as error:
+                reply = {"failed": f"{type(error).__name__}: {error}"}
+            if reply is not None:
+                self._channel.sendall(json.dumps(reply).encode() + b"\n")
+        finally:
+            self._channel.close()
+            remove_tree(own)
 
-    def _call(self, request: dict[str, Any]) -> dict[str, Any] | None:
+    def _call(self, request: dict[str, Any], own: str) -> dict[str, Any] | None:
+        """``own``: a directory to make for it, where the cell has none; the caller removes it."""
         settings, uid = self._confinement.settings, self._confinement.uid()
         if settings.namespaces:
             return self._run(request, cell.enter_call(settings, uid, self._confinement.proc), uid)
-        scratch = os.path.join(settings.base, f"call-{os.getpid()}")
-        remove_tree(scratch)  # left by a warden that was killed and had the same process id
-        os.mkdir(scratch, 0o700)
-        try:
-            if uid:
-                os.chown(scratch, uid, uid)
-            return self._run(request, scratch, uid)
-        finally:
-            remove_tree(scratch)
+        os.mkdir(own, 0o700)
+        if uid:
+            os.chown(own, uid, uid)
+        return self._run(request, own, uid)
 
     def _run(self, request: dict[str, Any], scratch: str, uid: int | None) -> dict[str, Any] | None:
         """Run the program to its end or its deadline; None when the caller went away."""
@@ -148,8 +158,12 @@ class _Warden:
         child = os.pidfd_open(pid)
         kept = 4 * self._confinement.settings.limits.output_chars  # UTF-8: at most four bytes a character
         stdout, stderr = _Capture(kept), _Capture(kept)
+        watched = (
+            None if self._confinement.settings.namespaces else scratch
+        )  # a cell's tmpfs has its own size
         try:
-            ending = self._watch(child, {out[0]: stdout, err[0]: stderr}, started + request["wall_s"])
+            outputs, until = {out[0]: stdout, err[0]: stderr}, started + request["wall_s"]
+            ending, excess = self._watch(child, outputs, until, pid, watched)
         finally:
             os.kill(pid, signal.SIGKILL)  # the program is one process: with it, everything it started is gone
             _, status, usage = os.wait4(pid, 0)
@@ -164,6 +178,7 @@ class _Warden:
         return {
             "exit_code": os.waitstatus_to_exitcode(status),
             "timed_out": ending == "deadline",
+            "excess": excess,
             "wall_s": time.monotonic() - started,
             "cpu_s": usage.ru_utime + usage.ru_stime,
             "peak_rss_mb": usage.ru_maxrss / 1024,
@@ -173,20 +188,29 @@ class _Warden:
             "stderr_bytes": stderr.total,
         }
 
-    def _watch(self, child: int, outputs: dict[int, _Capture], deadline: float) -> str:
-        """Collect output until the program "exited", its "deadline" passed, or the caller "abandoned" it."""
+    def _watch(
+        self, child: int, outputs: dict[int, _Capture], deadline: float, pid: int, scratch: str | None
+    ) -> tuple[str, str]:
+        """Collect output until the program "exited", its "deadline" passed, the caller "abandoned" it, or it
+        has "filled" its directory ``scratch``: then, the second value says how."""
         poller = select.poll()
         for descriptor in (child, self._channel.fileno(), *outputs):
             poller.register(descriptor, select.POLLIN)
+        look = math.inf if scratch is None else time.monotonic() + quota.PAUSE_S
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return "deadline"
-            for descriptor, _ in poller.poll(left * 1000):
+            now = time.monotonic()
+            if now >= deadline:
+                return "deadline", ""
+            if scratch is not None and now >= look:
+                if excess := quota.excess(scratch, pid, self._confinement.settings.limits):
+                    return "filled", excess
+                looked = time.monotonic()
+                look = looked + max(quota.PAUSE_S, quota.SHARE * (looked - now))
+            for descriptor, _ in poller.poll(max(0.0, min(deadline, look) - time.monotonic()) * 1000):
                 if descriptor == self._channel.fileno():  # nothing more is ever sent: this is its end
-                    return "abandoned"
+                    return "abandoned", ""
                 if descriptor == child:
-                    return "exited"
+                    return "exited", ""
                 if not outputs[descriptor].read(descriptor):
                     poller.unregister(descriptor)
 

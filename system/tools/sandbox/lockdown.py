@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from system.tools.sandbox import cell, kernel, seccomp
-from system.tools.sandbox.settings import DEVICES, SYSTEM_FILES, Settings, readable_directories
+from system.tools.sandbox.settings import DEVICES, Settings, readable_directories, readable_files
 
 MAX_DESCRIPTORS = 256  # of the fork server and its wardens
 
@@ -71,7 +71,7 @@ def prepare(settings: Settings) -> Confinement:
         landlock=landlock,
         readable=tuple(_readable(settings)) if landlock else (),
         syscalls=seccomp.program(kernel.MACHINE, _ANY_PID),
-        first_uid=_unprivileged_uid(),
+        first_uid=_unprivileged_uid(settings),
         proc=proc,
     )
 
@@ -120,7 +120,9 @@ def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:
 
 def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
     rights = dict.fromkeys(readable_directories(settings), _READ)
-    rights |= dict.fromkeys(SYSTEM_FILES, _READ_FILE) | dict.fromkeys(DEVICES, _READ_FILE | _WRITE_FILE)
+    rights |= dict.fromkeys(readable_files(settings), _READ_FILE) | dict.fromkeys(
+        DEVICES, _READ_FILE | _WRITE_FILE
+    )
     for path, allowed in rights.items():
         if os.path.exists(path):
             yield os.open(path, os.O_PATH | os.O_CLOEXEC), allowed
@@ -156,7 +158,7 @@ def _foreign_tasks(confinement: Confinement, uid: int | None) -> int:
         return int(file.read().split()[3].split("/")[1])
 
 
-def _unprivileged_uid() -> int | None:
+def _unprivileged_uid(settings: Settings) -> int | None:
     """A user id to drop to, or None when we are not root.
 
     One of our own per call where such ids exist, else ``nobody``, else (0) our own without its capabilities:

@@ -1,4 +1,8 @@
-"""Running one program as a REPL would: its output as it comes, and the value of a last bare expression."""
+"""Running one program as a notebook's cell: its output as it comes, then the value of a last bare expression.
+
+The value is told whether or not something was printed, as its repr, unless it is None.  ``exit()``,
+``quit()`` and ``sys.exit()`` end a program well.  A Markdown fence around the program is not part of it.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,24 @@ import builtins
 import io
 import linecache
 import os
+import re
 import sys
 import traceback
 import types
 
 FILENAME = "<python>"
+_FENCED = re.compile(r"\s*(`{3,})[^\S\n]*[\w.+-]*[^\S\n]*\n(.*?)(?:\n?[^\S\n]*\1)?\s*", re.DOTALL)
 
 
 def run(source: str) -> int:
     """Execute ``source`` in a fresh ``__main__`` and print what it fails with.  Returns the exit code a
     script has."""
+    source = unfenced(source)
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
+    builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # which the site module, left out here, provides
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed()  # imported before the fork: every call would draw the same
     sys.modules["__main__"] = module
     linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
     try:
@@ -30,6 +40,12 @@ def run(source: str) -> int:
         _print_error(error)
         return 1
     return 0
+
+
+def unfenced(source: str) -> str:
+    """``source`` without the Markdown fence around all of it, if there is one, also one left open."""
+    found = _FENCED.fullmatch(source)
+    return found.group(2) if found else source
 
 
 def take_streams() -> None:

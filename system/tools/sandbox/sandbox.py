@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from system.errors import EspalierError
 from system.scratch import Scratch
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox import escape_test
+from system.tools.sandbox.packages import find
 from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.scratch import remove_tree
 from system.tools.sandbox.settings import SandboxLimits, Settings
@@ -61,7 +63,7 @@ _BOOT = (
     "del sys.path[0]; main()"
 )
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"}  # no secrets; one order of sets
-_START_DEADLINE_S = 20.0
+_START_DEADLINE_S = 60.0  # packages take seconds to import on a busy machine
 _GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
 _STOP_DEADLINE_S, _STOP_PAUSE_S = 5.0, 0.05
 _MAX_CODE_BYTES = 1 << 20
@@ -85,21 +87,25 @@ class Sandbox:
         limits: SandboxLimits | None = None,
         *,
         concurrency: int = 16,
+        packages: Sequence[str] = (),
         paths: Sequence[str] = (),
         preload: Sequence[str] = PRELOADED,
         namespaces: bool | None = None,
     ):
-        """``paths``: directories of packages the programs may import; ``preload``: modules imported once,
-        before any call, so that a call gets them free;
+        """``packages``: installed ones that programs may import, with what these require; nothing else of
+        site-packages is readable; ``paths``: further directories of packages; ``preload``: modules imported
+        once, before any call, so that a call gets them free;
         ``namespaces``: insist on the first way of confinement, or on the second (None: the first that works).
         """
         self.limits = limits or SandboxLimits()
         self.mechanisms: list[str] = []  # what confines a call here; filled by start
-        self._paths, self._preload = tuple(paths), tuple(preload)
+        self.packages = find(packages)
+        self._paths, self._preload = tuple(paths), (*preload, *self.packages.imported)
         self._slots = asyncio.Semaphore(concurrency)
         self._starting = asyncio.Lock()
         self._server: _ForkServer | None = None
         self._dying: list[_ForkServer] = []  # dead themselves, with calls that still run
+        self._burials: set[asyncio.Future[None]] = set()
         self._ways = (True, False) if namespaces is None else (namespaces,)
         self._way = self._ways[0]
 
@@ -110,6 +116,8 @@ class Sandbox:
         """
         if sys.platform != "linux":
             raise SandboxUnavailable("the python sandbox needs Linux")
+        if self.packages.missing:
+            log.warning("not installed, so not offered to programs: %s", ", ".join(self.packages.missing))
         missing: list[str] = []
         for way in self._ways:
             self._way = way
@@ -153,7 +161,7 @@ class Sandbox:
                         attempts += 1
                     continue
                 finally:
-                    await self._bury()
+                    self._bury()
                 if "failed" in reply:
                     raise SandboxUnavailable(f"a call could not be confined: {reply['failed']}")
                 return self._result(reply, wall_s)
@@ -167,6 +175,7 @@ class Sandbox:
         self._dying, self._server = [], None
         for server in servers:
             await server.stop()
+        await asyncio.gather(*self._burials)
 
     @property
     def pid(self) -> int | None:
@@ -182,16 +191,19 @@ class Sandbox:
                 self._server = await self._start_server()
             return self._server
 
-    async def _bury(self) -> None:
-        """Clean up after fork servers that died, once the calls that outlived them have ended."""
-        while (server := next((s for s in self._dying if not s.busy), None)) is not None:
+    def _bury(self) -> None:
+        """Clean up after fork servers that died, once the calls that outlived them have ended; no call waits
+        for it."""
+        for server in [server for server in self._dying if not server.busy]:
             self._dying.remove(server)
-            await server.stop()
+            burial = asyncio.ensure_future(server.stop())
+            self._burials.add(burial)
+            burial.add_done_callback(self._burials.discard)
 
     async def _start_server(self) -> _ForkServer:
         scratch = await asyncio.to_thread(Scratch.make, "sandbox")
-        base = str(scratch.path)
-        server = _ForkServer(scratch, Settings(base, self._way, self.limits, self._paths, self._preload))
+        offered = (self._paths, self.packages.modules, self.packages.readable, self._preload)
+        server = _ForkServer(scratch, Settings(str(scratch.path), self._way, self.limits, *offered))
         try:
             self.mechanisms = await server.greet()
         except BaseException:
@@ -204,7 +216,9 @@ class Sandbox:
         stdout, cut_out = _shortened(reply["stdout"], reply["stdout_bytes"], limit, head=True)
         stderr, cut_err = _shortened(reply["stderr"], reply["stderr_bytes"], limit, head=False)
         status, reason = ToolStatus.OK if code == 0 else ToolStatus.ERROR, ""
-        if reply["timed_out"]:
+        if reply["excess"]:
+            status, reason = ToolStatus.ERROR, f"Stopped: {reply['excess']}."
+        elif reply["timed_out"]:
             status, reason = ToolStatus.TIMEOUT, f"Stopped: the program ran longer than {wall_s:g} s."
         elif code == -signal.SIGKILL and reply["cpu_s"] >= self.limits.cpu_s - 0.5:
             status, reason = (
@@ -337,10 +351,12 @@ class _ForkServer:
 
     async def _remove_base(self) -> None:
         """A warden that has lost its fork server may still be removing its own scratch directory."""
+        until = time.monotonic() + _STOP_DEADLINE_S
         try:
-            for _ in range(int(_STOP_DEADLINE_S / _STOP_PAUSE_S)):
+            while (left := until - time.monotonic()) > 0:
                 try:
-                    return await asyncio.to_thread(remove_tree, self._settings.base)
+                    if await asyncio.to_thread(remove_tree, self._settings.base, left):
+                        return
                 except OSError:
                     await asyncio.sleep(_STOP_PAUSE_S)
             log.warning("the sandbox's directory %s could not be removed", self._settings.base)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the fork server imports nothing but the standard library
@@ -26,9 +26,14 @@ class SandboxLimits:
     memory_mb: int = 256  # address space beyond the idle interpreter's (which includes what is preloaded)
     output_chars: int = 2000  # of each of stdout and stderr
     file_mb: int = 16  # largest file
-    disk_mb: int = 64  # all files together (enforced where namespaces are permitted)
+    disk_mb: int = 64  # all files together
     open_files: int = 64
     threads: int = 16  # a call is one process
+
+    @property
+    def files(self) -> int:
+        """Most files and directories together: one for each block of the disk."""
+        return max(64, (self.disk_mb << 20) >> 12)
 
     @classmethod
     def from_config(cls, tools: ToolsConfig) -> SandboxLimits:
@@ -48,6 +53,8 @@ class Settings:
     namespaces: bool  # build a cell of namespaces; otherwise confine with Landlock and seccomp alone
     limits: SandboxLimits
     paths: Sequence[str] = ()  # directories for sys.path, readable inside
+    modules: Mapping[str, str] = field(default_factory=dict[str, str])  # installed ones by name: their places
+    readable: Sequence[str] = ()  # what these modules consist of: directories and files
     preload: Sequence[str] = ()  # modules imported once, before any call
 
     def to_json(self) -> str:
@@ -63,10 +70,15 @@ def readable_directories(settings: Settings) -> list[str]:
     """Directories a program may read: shared libraries and Python's own library, in the names sys.path
     uses."""
     library = os.path.join(sys.base_prefix, "lib")
-    candidates = [*SYSTEM_LIBRARIES, library, *sys.path, *settings.paths]
+    candidates = [*SYSTEM_LIBRARIES, library, *sys.path, *settings.paths, *settings.readable]
     kept: list[str] = []
     for path in candidates:
         inside = any(path == other or path.startswith(other + "/") for other in kept)
         if os.path.isdir(path) and not inside:
             kept.append(path)
     return kept
+
+
+def readable_files(settings: Settings) -> list[str]:
+    """Single files a program may read, beside those directories."""
+    return [*SYSTEM_FILES, *(path for path in settings.readable if os.path.isfile(path))]
