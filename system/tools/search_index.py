@@ -13,6 +13,7 @@ import bm25s
 import numpy as np
 
 from system.errors import EspalierError
+from system.text import as_text
 
 _TOKENS = r"(?u)\b\w+\b"  # unlike the usual pattern it keeps one-letter words and digits
 
@@ -26,6 +27,11 @@ class Document:
     id: str
     title: str
     text: str
+
+    def __post_init__(self) -> None:
+        """As an HTTP server can send it: a lone surrogate becomes U+FFFD."""
+        for name in ("id", "title", "text"):
+            object.__setattr__(self, name, as_text(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True)

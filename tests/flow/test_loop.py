@@ -74,7 +74,7 @@ class World:
     def tree_closed(self, tree: TreeStats, version_now: int) -> None:
         self.closed += 1
 
-    def tree_dropped(self, reason: str, leaves: int) -> None:
+    def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None:
         self.dropped[reason] += 1
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None: ...
