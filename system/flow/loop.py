@@ -153,7 +153,7 @@ class TrainingLoop:
         try:
             with self._idle.during("rollout", BUSY):
                 tree = await self.parts.grow(ticket, _seed(self.config.run.seed, ticket.number))
-                if tree.stats.version_max > self.version + 1:  # being published, at the newest
+                if not tree.counted and tree.stats.version_max > self.version + 1:  # being published
                     text = f"tokens of weights {tree.stats.version_max}, while {self.version} are trained"
                     raise TreeLost("weight_version", text)
         except TreeLost as lost:
