@@ -91,7 +91,7 @@ async def test_a_server_whose_engine_died_ends(
         body = {"rid": "r", "stream": True, "input_ids": [1], "sampling_params": {"max_new_tokens": 4}}
         async with aiohttp.ClientSession() as session:
             for code in (500, 503):
-                while not engine.loop.alive:  # noqa: ASYNC110
+                while engine._server is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 async with session.post(f"{engine._server.url}/generate", json=body) as answer:  # type: ignore[union-attr]
                     assert f'"code":{code}' in await answer.text()

@@ -68,7 +68,7 @@ class DecodeLoop:
     def wait(self) -> str:
         """Return once the thread has ended: why it died, or "" if it was stopped."""
         self._thread.join()
-        return "" if self._stopping else self.failure
+        return "" if self.failure == "stopped" else self.failure
 
     @property
     def idle_s(self) -> dict[str, float]:
