@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.checkpoints import Restored, checkpoints, saved_trees_path
-from actors.engine_monitor import EngineMonitor, Publisher
+from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
 from actors.evaluate import answer_questions
 from actors.in_flight import InFlightCheckpoint
 from actors.parts import ActorParts
@@ -21,7 +21,7 @@ from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
 from system.flow.ledger import Ledger
-from system.flow.loop import TrainingLoop
+from system.flow.loop import GaveUp, TrainingLoop
 from system.learn.schedule import warm_start_lr
 from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter, read_jsonl
@@ -59,11 +59,12 @@ class Conductor:
         )
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)
-        parts = ActorParts(config, actors, prompts, self._in_flight, self._publisher, progress)
+        outage = EngineOutage(config, actors.pool.engines)
+        parts = ActorParts(config, actors, prompts, self._in_flight, self._publisher, progress, outage)
         self.loop = TrainingLoop(config, ledger, parts, recorder, version=version)
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
-        self._trees = TreeSample(run_dir.trees, config.observe.trees)
+        self._trees = TreeSample(run_dir.trees, config.observe.trees, recorder.mishap)
 
     @property
     def version(self) -> int:
@@ -73,7 +74,8 @@ class Conductor:
     async def run(self) -> bool:
         """Train.  True at its end, False when it was asked to stop first (a checkpoint is saved).
 
-        The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.
+        The end is ``run.steps``, or earlier by ``run.stop_at_accuracy``.  Raises GaveUp when trees only fail;
+        a checkpoint is saved then, too.
         """
         for warning in self.actors.learner.warnings:
             self.progress.note(warning)
@@ -87,7 +89,11 @@ class Conductor:
                 tasks.create_task(self._read_gauges(), name="gauges"),
             ]
             try:
-                await self._learn()
+                try:
+                    await self._learn()
+                except GaveUp:
+                    await self.save()
+                    raise
                 await self._read_counters()
                 finished = not self.loop.stopping.is_set() or self.version >= self.config.run.steps
             finally:
@@ -143,7 +149,18 @@ class Conductor:
         questions = self.questions[: self.config.eval.questions]
         self.progress.phase("evaluating", total=len(questions))
         await self._monitor.ready()
-        result = await answer_questions(self.config, self.actors.pool, questions, self.progress.advance)
+
+        async def engines_back(cause: str) -> None:
+            await self._monitor.ready()  # sends a restarted engine the weights, too
+
+        result = await answer_questions(
+            self.config,
+            self.actors.pool,
+            questions,
+            self.progress.advance,
+            engines_back,
+            self.recorder.mishap,
+        )
         self.recorder.evaluated(self.version, result, which)
         self.progress.note(f"held-out accuracy {which} training: {result.total.accuracy:.3f}")
         self.progress.phase(TRAINING)

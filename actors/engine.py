@@ -67,7 +67,14 @@ class EngineActor:
         self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
         self._server.loop.paused = restarted
         self._http = LoopThread("engine-http")
-        return self._http.run(self._server.start(host, port), engine.start_deadline_s)
+        url = self._http.run(self._server.start(host, port), engine.start_deadline_s)
+        threading.Thread(target=self._watch_embedded, name="engine-watch", daemon=True).start()
+        return url
+
+    def _watch_embedded(self) -> None:
+        """A decoding thread that dies takes this process along; Ray then starts both again."""
+        if failure := self._server.loop.wait():
+            _give_up(failure)
 
     def _start_sglang(
         self, settings: Config, model_path: str, host: str, port: int, number: int, log: Path, restarted: bool
@@ -109,7 +116,7 @@ class EngineActor:
             _give_up(failure)
 
 
-def _give_up(failure: Exception) -> NoReturn:
+def _give_up(failure: Exception | str) -> NoReturn:
     """End this process; Ray starts the actor again, and the engine monitor has a deadline for that."""
     print(failure, file=sys.stderr, flush=True)
     os._exit(1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
+from system.config import Config
 from system.engine.control import EngineControl, Http
 from system.engine.protocol import SPEED_COUNTERS, EngineError, EngineInfo
 from system.flow.loop import TrainingLoop
@@ -30,6 +32,40 @@ class Publisher:
         report = await self._learner.publish(urls or [*self._engines.values()], version)
         self._recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
         return report.failures
+
+
+class EngineOutage:
+    """From the first tree that lost its engine to the next one that closes."""
+
+    def __init__(self, config: Config, engines: Mapping[str, str]) -> None:
+        # A tree that starts when the engines are back takes its time.
+        self._start_s = config.engine.start_deadline_s + PUSH_DEADLINE_S
+        self._deadline_s = self._start_s + config.rollout.tree_deadline_s
+        self._engines, self._began_s, self._look = engines, math.inf, asyncio.Lock()
+
+    def over(self) -> None:
+        """A tree has closed."""
+        self._began_s = math.inf
+
+    async def wait(self, cause: str) -> None:
+        """Return once an engine answers, if none has its weights yet.  Raises ActorLost if none answers in
+        time, or if trees have only lost their engines for so long.
+        """
+        began = self._began_s = min(self._began_s, time.monotonic())
+        if time.monotonic() - began > self._deadline_s:
+            raise ActorLost(f"no engine has served a tree for {self._deadline_s:.0f} s: {cause}")
+        async with self._look, Http() as http:  # one of the trees that wait looks for all
+            controls = [EngineControl(url, http) for url in self._engines.values()]
+            tasks = [asyncio.create_task(control.wait_ready(self._start_s)) for control in controls]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                answers = await asyncio.gather(*tasks, return_exceptions=True)
+        if all(isinstance(answer, EngineError) for answer in answers):
+            raise ActorLost(f"no engine has answered for {self._start_s:.0f} s: {cause}")
+        await asyncio.sleep(LOOK_S)
 
 
 class EngineMonitor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.engine_monitor import EngineOutage
 from actors.inputs import corpus_file
 from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
@@ -42,22 +44,38 @@ async def _evaluate(
     )
     try:
         questions = task.eval()[: config.eval.questions]
-        return (await answer_questions(config, pool, questions, lambda: None)).to_dict()
+        result = await answer_questions(
+            config, pool, questions, lambda: None, EngineOutage(config, pool.engines).wait, _tell
+        )
+        return result.to_dict()
     finally:
         await pool.close()
 
 
+def _tell(kind: str, text: str) -> None:
+    print(f"espalier: {kind}: {text}", file=sys.stderr)
+
+
 async def answer_questions(
-    config: Config, pool: RolloutPool, questions: Sequence[Prompt], answered: Callable[[], None]
+    config: Config,
+    pool: RolloutPool,
+    questions: Sequence[Prompt],
+    answered: Callable[[], None],
+    engines_back: Callable[[str], Awaitable[None]],
+    mishap: Callable[[str, str], None],
 ) -> EvalResult:
     """One branch per question with the engines' current weights, at ``eval.temperature``.
 
-    ``answered`` is called after each.  Raises what the last attempt at a question raised.
+    ``answered`` is called after each.  A question that no attempt answers counts as wrong, and ``mishap`` is
+    told why: a kind and a text.  When none is answered, raises what the last attempt at one raised.
+    ``engines_back`` is awaited, with the cause, before another attempt at one whose engine was lost.
     """
+    failures: list[RolloutFailed | ActorLost] = []
     limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
     deadline, back_s = config.rollout.tree_deadline_s + CLOSE_MARGIN_S, config.cluster.start_deadline_s
 
-    async def ask(number: int, question: Prompt) -> TreeStats:
+    async def ask(number: int, question: Prompt) -> TreeStats | Prompt:
+        failure: RolloutFailed | ActorLost = ActorLost(question.id)
         for attempt in range(1, ATTEMPTS + 1):
             name = [*pool.workers][(number + attempt) % len(pool.workers)]
             worker = pool.workers[name]
@@ -68,16 +86,25 @@ async def answer_questions(
                         deadline,
                         f"{name} answering {question.id}",
                     )
-                except (ActorLost, RolloutFailed) as failure:
-                    if attempt == ATTEMPTS:
-                        raise
-                    if isinstance(failure, ActorLost):
-                        await returned(worker, back_s, name, lambda it=name: it not in pool.workers)
-                else:
+                    for kind, text in stats.mishaps:
+                        mishap(kind, text)
                     answered()
                     return stats
-        raise AssertionError("unreachable")
+                except (ActorLost, RolloutFailed) as error:
+                    failure = error
+                if isinstance(failure, ActorLost):
+                    await returned(worker, back_s, name, lambda it=name: it not in pool.workers)
+                elif failure.blameless:
+                    await engines_back(failure.detail)
+        failures.append(failure)
+        mishap("question not answered", str(failure))
+        answered()
+        return question
 
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(ask(i, q)) for i, q in enumerate(questions)]
-    return EvalResult.of([task.result() for task in asked])
+    results = [task.result() for task in asked]
+    stats = [one for one in results if isinstance(one, TreeStats)]
+    if failures and not stats:
+        raise failures[-1]
+    return EvalResult.of(stats, [one.kind for one in results if isinstance(one, Prompt)])

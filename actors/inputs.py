@@ -11,6 +11,7 @@ from pathlib import Path
 from system.config import Config
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
+from system.text import as_text
 from system.tree.record import Tree
 
 
@@ -41,7 +42,7 @@ def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:
     path = directory / "corpus.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for document in task.corpus():
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+            file.write(as_text(json.dumps(document, ensure_ascii=False)) + "\n")
     return path
 
 

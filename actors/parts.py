@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
-from actors.engine_monitor import Publisher
+from actors.engine_monitor import EngineOutage, Publisher
 from actors.evaluate import CLOSE_MARGIN_S
 from actors.in_flight import InFlightCheckpoint
 from actors.ray_support import ActorLost, answer, returned
@@ -20,6 +21,7 @@ from system.flow.replay import TreeInFlight
 from system.observe.progress import Progress
 from system.rollout.snapshot import SnapshotError
 from system.rollout.tree_rollout import RolloutFailed
+from system.text import described
 from system.tree.prompt import Prompt
 
 
@@ -35,6 +37,7 @@ class ActorParts:
     in_flight: InFlightCheckpoint
     publisher: Publisher
     progress: Progress
+    outage: EngineOutage
 
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight:
         """Grow a tree on its rollout worker.
@@ -55,17 +58,21 @@ class ActorParts:
         deadline = self.config.rollout.tree_deadline_s + CLOSE_MARGIN_S
         try:
             told = await answer(stats, deadline, f"{name} growing tree {ticket.number}")
+            self.outage.over()
             return TreeInFlight(ticket, tree, told)
         except RolloutFailed as failure:
-            raise TreeLost(failure.reason) from failure
+            if failure.blameless:  # keep the place until an engine is back
+                await self.outage.wait(failure.detail)
+            raise TreeLost(failure.reason, str(failure), blameless=failure.blameless) from failure
         except SnapshotError as failure:
-            self.progress.note(f"tree {ticket.number} cannot go on from its snapshot: {failure}")
-            raise TreeLost("snapshot") from failure
-        except ActorLost as failure:
-            what = f"{name}, which grew tree {ticket.number}"
-            # keep the place until its worker is back, or it is lost again
-            await returned(worker, self.config.cluster.start_deadline_s, what, lambda: name not in workers)
-            raise TreeLost("worker lost") from failure
+            text = f"tree {ticket.number} cannot go on from its snapshot: {failure}"
+            raise TreeLost("snapshot", text, blameless=True) from failure
+        except RayTaskError as failure:  # the worker's answer could not be stored, or not be read
+            raise TreeLost("answer", described(failure.cause)) from failure
+        except (ActorLost, RayError) as failure:  # keep the place until its worker is back, or lost again
+            what, back_s = f"{name}, which grew tree {ticket.number}", self.config.cluster.start_deadline_s
+            await returned(worker, back_s, what, lambda: name not in workers)
+            raise TreeLost("worker lost", str(failure), blameless=True) from failure
         except asyncio.CancelledError:
             ray.cancel(stats)
             raise

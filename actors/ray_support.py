@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from system.config import Config
 from system.errors import FAILED, LOST, EspalierError
@@ -132,6 +132,7 @@ async def answer(reference: Any, deadline_s: float, what: str) -> Any:
     """The value of an actor call.  Raises what the method raised, or ActorLost naming ``what``.
 
     An answer that has come counts, however late this process, which may have stood still, reads it.
+    An error that nobody expected there comes as Ray's RayTaskError, with the traceback.
     """
     waiting = asyncio.ensure_future(_value(reference))
     try:
@@ -144,6 +145,10 @@ async def answer(reference: Any, deadline_s: float, what: str) -> Any:
     except RayActorError as error:
         kind = StartFailed if error.actor_init_failed else ActorLost
         raise kind(f"{what}: the actor died: {_last_line(error)}") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, EspalierError):  # it says by itself what is wrong, and its exit code
+            raise error.cause from None
+        raise
     finally:
         waiting.cancel()
 

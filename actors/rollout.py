@@ -9,10 +9,12 @@ from typing import Any
 from system import config as configuration
 from system.rollout import process
 from system.rollout.context import build_context
+from system.rollout.guard import one_tree
 from system.rollout.snapshot import can_freeze, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
+from system.text import described
 from system.tree.prompt import Prompt
-from system.tree.record import Tree
+from system.tree.record import Mishap, Tree
 from system.tree.stats import TreeStats
 
 
@@ -45,31 +47,36 @@ class RolloutWorker:
     ) -> tuple[Tree, TreeStats]:
         """A tree, which stays in the object store, and its statistics, computed here and only here.
 
-        ``start``: a snapshot to go on from.  Raises SnapshotError if it is none.
+        ``start``: a snapshot to go on from.  Raises SnapshotError if it is none, RolloutFailed for whatever
+        else goes wrong with this one tree, and ConfigError for what would with every tree.
         """
-        growing = (
-            TreeRollout(self._context, prompt, seed=seed, ticket=ticket)
-            if start is None
-            else thaw(self._context, prompt, start, ticket)
-        )
-        self._growing[ticket] = growing
-        try:
-            tree = await growing.run()
-        finally:
-            del self._growing[ticket]
-        return tree, TreeStats.of(tree)
+        with one_tree(prompt.id):
+            growing = (
+                TreeRollout(self._context, prompt, seed=seed, ticket=ticket)
+                if start is None
+                else thaw(self._context, prompt, start, ticket)
+            )
+            self._growing[ticket] = growing
+            try:
+                tree = await growing.run()
+            finally:
+                del self._growing[ticket]
+            return tree, TreeStats.of(tree)
 
     async def snapshots(self) -> dict[int, bytes]:
-        """Every growing tree that can be frozen, by ticket."""
+        """Every growing tree that can be frozen, by ticket.  One that fails to be: grown anew on a resume."""
         found: dict[int, bytes] = {}
         for ticket in list(self._growing):
             if (growing := self._growing.get(ticket)) and can_freeze(growing):
-                found[ticket] = freeze(growing)
+                try:
+                    found[ticket] = freeze(growing)
+                except Exception as error:
+                    growing.mishaps.append(Mishap("snapshot", described(error)))
             await asyncio.sleep(0)  # between two trees, the others go on
         return found
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
-        """One branch, no forks."""
-        return TreeStats.of(
-            await TreeRollout(self._context, prompt, seed=seed, greedy=True, temperature=temperature).run()
-        )
+        """One branch, no forks.  Raises as :meth:`grow` does."""
+        with one_tree(prompt.id):
+            one = TreeRollout(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
+            return TreeStats.of(await one.run())

@@ -80,6 +80,7 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
         with Progress(
             recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
         ) as progress:
+            recorder.tell = progress.note
             drawing = asyncio.create_task(progress.run())
             try:
                 places = await Placement.claim(config, joined=joined)

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.ray_support import answer, fetch
+from actors.ray_support import ActorLost, answer, fetch
+from system.text import described
 from system.tree.store import TreeWriter
 
 WRITE_DEADLINE_S = 600.0  # one batch; a process for it has to start at first
 
 
-def write_trees(directory: str, keep: int, references: Sequence[Any]) -> None:
-    """Append the trees to ``directory``, one after another; those that are lost meanwhile are left out."""
-    with TreeWriter(directory, keep) as writer:
-        for reference in references:
-            if (tree := fetch(reference, WRITE_DEADLINE_S)) is not None:
-                writer.append(tree)
+def write_trees(directory: str, keep: int, references: Sequence[Any]) -> list[str]:
+    """Append the trees to ``directory``, one after another; those that are lost meanwhile are left out, and
+    those that cannot be written: returns why.
+    """
+    failures: list[str] = []
+    try:
+        with TreeWriter(directory, keep) as writer:
+            for reference in references:
+                if (tree := fetch(reference, WRITE_DEADLINE_S)) is None:
+                    continue
+                try:
+                    writer.append(tree)
+                except Exception as error:
+                    failures.append(described(error))
+    except Exception as error:
+        failures.append(described(error))
+    return failures
 
 
 class TreeSample:
     """A task of its own on this machine fetches and writes the trees of a batch, while training goes on."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        """``keep``: the newest trees that stay; -1: all; 0: none."""
-        self._directory, self._keep = directory.resolve(), keep
+    def __init__(self, directory: Path, keep: int, failed: Callable[[str, str], object]) -> None:
+        """``keep``: the newest trees that stay; -1: all; 0: none.  ``failed`` is told what was not written, a
+        kind and a text: no reason to end a run.
+        """
+        self._directory, self._keep, self._failed = directory.resolve(), keep, failed
         self._writing: Any = None
 
     async def add(self, references: Sequence[Any]) -> None:
@@ -45,5 +60,10 @@ class TreeSample:
     async def written(self) -> None:
         """Return once everything is on disk."""
         if self._writing is not None:
-            await answer(self._writing, WRITE_DEADLINE_S, "writing trees")
+            try:
+                failures = await answer(self._writing, WRITE_DEADLINE_S, "writing trees")
+            except (ActorLost, RayError) as error:
+                failures = [described(error)]
             self._writing = None
+            for text in failures:
+                self._failed("trees/", text)

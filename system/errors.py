@@ -8,15 +8,17 @@
     │   ├── RunDirError        a run directory that cannot be used
     │   ├── PlacementError     too few nodes or GPUs for what is asked
     │   ├── DataError          a data file with a bad row
+    │   ├── EntropyUnknown     a policy needs entropies that the engine does not give
     │   └── UnsupportedModel   a model that is not computed here
     ├── EngineError            an inference engine, or its answer, is at fault
-    │   └── Unreachable, MalformedStream, SglangMissing, ServerFailed
+    │   └── EngineLost, Unreachable, MalformedStream, SglangMissing, ServerFailed
     ├── ActorLost              a process or a machine is gone                             75
     │   └── StartFailed        … before it ever worked                                     1
     ├── ToolStartError         a configured tool cannot work
     ├── CheckpointError, LedgerError, SavedTreesError, SnapshotError, JsonlError, StoreError, TreeError,
     │   WeightsError, ShardError, CorpusError     what was stored is damaged, or not what is expected
-    └── EntropyUnknown, RolloutFailed, EngineFailed, SandboxUnavailable, …        raised where they stand
+    ├── GaveUp                 a run that only fails: another try would, too             1
+    └── RolloutFailed, EngineFailed, SandboxUnavailable, …                        raised where they stand
 
 A message names the field or the file, and the remedy, in one line.
 """

@@ -226,6 +226,13 @@ class FlowConfig:
         least=0,
     )
     max_attempts: int = setting(3, "times a prompt is grown before it is abandoned with a reason", least=1)
+    give_up_after: int = setting(
+        1000,
+        "trees that may fail since the last training step before the run stops with the cause; those lost "
+        "with a machine or an engine do not count; 0: never",
+        least=0,
+        safe_on_resume=True,
+    )
     update: str = setting(
         "in-flight",
         "in-flight: engines take new weights at a token boundary, whatever grows; drained: once no tree "

@@ -66,7 +66,7 @@ class EngineControl:
                 paused=not ready,
                 counters={k: float(v) for k, v in load.items() if isinstance(v, int | float)},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineError(f"{self.url}: unexpected /model_info or /v1/loads: {error!r}") from error
 
     async def wait_ready(self, deadline_s: float) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
-from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest
+from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest
 from system.engine.request import generate_body
 from system.engine.router import Assignment, Router
 from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader
@@ -38,6 +38,7 @@ class _Broken(Exception):
     """The stream broke or never began, through no fault of the request; it may go on elsewhere."""
 
     unreachable = False  # nobody listens there
+    answered = False  # the server is there, and says that it failed at this request
 
 
 class _Progress:
@@ -73,7 +74,8 @@ class EnginePool:
     cannot duplicate a token is tried again: a request that never began, or the rest of one whose stream
     broke, with its tokens so far as part of the prompt.  ``in_flight`` bounds this pool's requests at one
     server; more wait for their turn, first come, first served.  ``estimate``: what to make of the top
-    log-probabilities of servers that give no entropies.
+    log-probabilities of servers that give no entropies.  ``vocab``: tokens that the model knows; others are
+    the server's error.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class EnginePool:
         retries: int = 4,
         in_flight: int = 256,
         estimate: TopEntropy | None = None,
+        vocab: int | None = None,
     ):
         if not urls:
             raise ValueError("a pool of engines needs at least one URL")
@@ -97,7 +100,7 @@ class EnginePool:
         self._endings: set[asyncio.Task[None]] = set()
         self._reporter: asyncio.Task[None] | None = None
         self._reported = asyncio.Event()  # once every server has been asked
-        self._estimate = estimate
+        self._estimate, self._vocab = estimate, vocab
         self._counters = defaultdict[str, float](float, turn_wait_s=0.0)
 
     @property
@@ -125,7 +128,7 @@ class EnginePool:
         """Stream chunks until one carries ``finish``.  Closing the iterator early aborts the request.
 
         Raises :class:`EngineError` when the request is refused, or cannot be served after all retries or
-        before the deadline.
+        before the deadline; :class:`EngineLost` when the servers were not there to serve it.
         """
         if request.rid in self._live:
             raise EngineError(f"request id {request.rid!r} is in use")
@@ -161,7 +164,7 @@ class EnginePool:
                     (self._router.lost if error.unreachable else self._router.failed)(place.url, loop.time())
                     avoid = (place.url,)
                     if failures > self._retries:
-                        raise EngineError(
+                        raise (EngineError if error.answered else EngineLost)(
                             f"request {request.rid!r}: gave up after {failures} failures in a row: {error}"
                         ) from error
                     self._counters["resumed" if progress.tokens else "retried"] += 1
@@ -264,7 +267,7 @@ class EnginePool:
         """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
-        reader, splitter, complete = StreamReader(self._estimate), EventSplitter(), False
+        reader, splitter, complete = StreamReader(self._estimate, self._vocab), EventSplitter(), False
         rid = progress.request.rid
         # With a cut behind it, a stop string across the cut must be noticed at its own token.
         every_token, top = progress.guard.watching, self._estimate.k if self._estimate else 0
@@ -375,10 +378,12 @@ def _error_in(message: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _refusal(status: Any, message: str, rid: str) -> Exception:
-    """A 4xx is about the request and final; anything else is about the server."""
+    """A 4xx is about the request and final; anything else is about the server, a 500 about both."""
     if isinstance(status, int) and 400 <= status < 500:
         return EngineError(f"request {rid!r} refused: {message}")
-    return _Broken(f"status {status}: {message}")
+    broken = _Broken(f"status {status}: {message}")
+    broken.answered = status == 500
+    return broken
 
 
 async def _read_out(response: aiohttp.ClientResponse) -> None:

@@ -85,6 +85,10 @@ class EngineError(EspalierError, RuntimeError):
     """The engine could not serve a request after the client's retries."""
 
 
+class EngineLost(EngineError):
+    """No server could be reached, or stayed, to serve a request: the fault is the servers', not its own."""
+
+
 class Engine(Protocol):
     """What a rollout needs.  Implemented by the HTTP client, by test fakes and by the digital twin."""
 

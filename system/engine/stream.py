@@ -14,6 +14,8 @@ from system.engine.entropy import TopEntropy, entropy_bounds
 from system.engine.protocol import Chunk, EngineError, Finish
 
 MAX_MESSAGE_BYTES = 64 << 20
+ROUNDING = 1e-2  # nats that a bound may be passed by: a server may compute in bfloat16
+FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class MalformedStream(EngineError):
@@ -55,18 +57,21 @@ class StreamReader:
     length of ``output_ids`` tells which it is.
     """
 
-    def __init__(self, estimate: TopEntropy | None = None) -> None:
-        """``estimate``: what to make of the top log-probabilities of a server that gives no entropies."""
+    def __init__(self, estimate: TopEntropy | None = None, vocab: int | None = None) -> None:
+        """``estimate``: what to make of the top log-probabilities of a server that gives no entropies.
+        ``vocab``: tokens that the model knows; None: not known here.
+        """
         self.count = 0  # output tokens of this call so far
         self.estimated, self.error = 0, 0.0  # entropies that are estimates; nats they may be off, summed
         self._text = 0  # characters of text so far, when cumulative
-        self._estimate = estimate
+        self._estimate, self._vocab = estimate, vocab
+        self._version = 0  # of the newest token so far
 
     def read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
         """The new tokens in ``message`` and their text.  Raises :class:`MalformedStream`."""
         try:
             return self._read(message)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
             raise MalformedStream(f"{type(error).__name__} in {str(message)[:200]}: {error}") from error
 
     def _read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
@@ -94,23 +99,42 @@ class StreamReader:
         text = str(message.get("text", ""))
         chunk = Chunk(
             tokens=tokens,
-            logprob=np.array(logprob, np.float32),
+            logprob=_numbers(logprob),
             entropy=self._entropy(meta, fresh, new),
             version=versions(meta, start, total),
             finish=_finish(meta.get("finish_reason")),
             cached_tokens=int(meta.get("cached_tokens") or 0),
         )
+        self._check(chunk, exact=meta.get("entropy") is not None)
         self.count = total
         if cumulative:
             text, self._text = text[self._text :], len(text)
         return chunk, text
+
+    def _check(self, chunk: Chunk, *, exact: bool) -> None:
+        """Every number within what it can be.  ``exact``: the entropies are the server's own.
+
+        Rounding may take a log-probability or an entropy past its bound by a little.
+        """
+        vocab = math.inf if self._vocab is None else self._vocab
+        _within("output_ids", chunk.tokens, 0, vocab - 1)
+        _within("output_token_logprobs", chunk.logprob, -FLOAT32, ROUNDING)
+        if exact:
+            _within("entropy", chunk.entropy, -ROUNDING, min(math.log(vocab) + ROUNDING, FLOAT32))
+        if not 0 <= chunk.cached_tokens < 2**31:
+            raise MalformedStream(f"cached_tokens: {chunk.cached_tokens} is out of range")
+        if chunk.version.size:
+            order = np.concatenate([[self._version], chunk.version])
+            if (np.diff(order) < 0).any():
+                raise MalformedStream(f"weight_version: falls within one answer: {order.tolist()}"[:200])
+            self._version = int(order[-1])
 
     def _entropy(
         self, meta: dict[str, Any], fresh: Callable[[list[Any]], list[Any]], new: int
     ) -> NDArray[np.float32]:
         """[new] the server's own; else the middle of the bounds that its top tokens set; else NaN."""
         if (exact := meta.get("entropy")) is not None:
-            return np.array(fresh(exact), np.float32)
+            return _numbers(fresh(exact))
         if self._estimate is None or not new:
             return np.full(new, math.nan, np.float32)
         top = [[entry[0] for entry in row] for row in fresh(meta["output_top_logprobs"])]
@@ -131,12 +155,33 @@ def versions(meta: dict[str, Any], start: int, stop: int) -> np.ndarray:
 
 
 def version_number(version: Any) -> int:
-    """SGLang's versions are text and begin as "default"; ours are numbers and begin at 0."""
-    return 0 if version == "default" else int(version)
+    """SGLang's versions are text and begin as "default"; ours are numbers and begin at 0.
+
+    Raises :class:`MalformedStream` for what is none.
+    """
+    if version == "default":
+        return 0
+    text = str(version)
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and int(text) < 2**31):
+        raise MalformedStream(f"weight_version: {text[:40]!r} is not a number from 0 to 2^31 - 1")
+    return int(text)
 
 
-def _number(value: Any) -> float:
-    return float(value[0] if isinstance(value, list) else value)
+def _number(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def _numbers(values: list[Any]) -> NDArray[np.float32]:
+    """[k] what is null is NaN, what is too large for the type infinite: neither passes :func:`_within`."""
+    with np.errstate(over="ignore"):
+        return np.array(values, np.float32)
+
+
+def _within(field: str, values: NDArray[Any], low: float, high: float) -> None:
+    """Raise :class:`MalformedStream` naming the field if a value is not a number from ``low`` to ``high``."""
+    wrong = values[~((values >= low) & (values <= high))]
+    if wrong.size:
+        raise MalformedStream(f"{field}: {wrong[0]} is not a number from {low:g} to {high:g}")
 
 
 def _finish(reason: dict[str, Any] | None) -> Finish | None:

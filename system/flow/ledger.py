@@ -151,13 +151,16 @@ class Ledger:
             self._move(number, (State.TRAINING,), State.TRAINED)
         self._log("trained", numbers=numbers)
 
-    def retry(self, number: int, reason: str) -> bool:
-        """Its tree is lost: back to pending, or abandoned if ``max_attempts`` are used up (then False)."""
-        if self.ticket(number).attempt >= self.max_attempts:
+    def retry(self, number: int, reason: str, *, blameless: bool = False) -> bool:
+        """Its tree is lost: back to pending, or abandoned if ``max_attempts`` are used up (then False).
+
+        ``blameless``: a machine or a server was lost, which is no failed attempt.
+        """
+        if not blameless and self.ticket(number).attempt >= self.max_attempts:
             self.abandon(number, reason)
             return False
-        self._move(number, _IN_FLIGHT, State.PENDING)
-        self._log("retry", number=number, reason=reason)
+        self._move(number, _IN_FLIGHT, State.PENDING).attempt -= blameless
+        self._log("retry", number=number, reason=reason, **({"blameless": True} if blameless else {}))
         return True
 
     def abandon(self, number: int, reason: str) -> None:
@@ -241,7 +244,8 @@ class Ledger:
             case {"event": "queue" | "train" | "trained" | "abandon" as method, **fields}:
                 getattr(self, method)(**fields)
             case {"event": "retry"}:
-                self._move(event["number"], _IN_FLIGHT, State.PENDING)
+                back = self._move(event["number"], _IN_FLIGHT, State.PENDING)
+                back.attempt -= event.get("blameless", False)
             case {"event": "restore", **fields}:
                 self._restore(**fields)
             case _:

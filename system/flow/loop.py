@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from system.config import Config
+from system.errors import EspalierError
 from system.flow.admission import may_start
 from system.flow.idle import BUSY, IdleClock
 from system.flow.ledger import Ledger, Ticket
@@ -23,8 +24,19 @@ from system.flow.replay import ReplayQueue, TreeInFlight
 from system.tree.stats import TreeStats
 
 
+class GaveUp(EspalierError):
+    """Trees only fail (``flow.give_up_after``): the message says why the last one did."""
+
+
 class TreeLost(RuntimeError):
     """A tree will not come; the message is a word for counters."""
+
+    def __init__(self, reason: str, text: str = "", *, blameless: bool = False) -> None:
+        """``text``: what happened, in a line.  ``blameless``: a machine or a server was lost, and no attempt
+        at the prompt has failed.
+        """
+        super().__init__(reason)
+        self.text, self.blameless = text, blameless
 
 
 class TreesLost(RuntimeError):
@@ -70,7 +82,7 @@ class RunEvents(Protocol):
 
     def tree_closed(self, tree: TreeStats, version_now: int) -> None: ...
 
-    def tree_dropped(self, reason: str, leaves: int) -> None: ...
+    def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None: ...
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None: ...
 
@@ -105,6 +117,8 @@ class TrainingLoop:
         self._room = asyncio.Event()  # something changed that may let another tree start
         self._arrival = asyncio.Event()  # something changed that may make a batch ready
         self._draining = False
+        self._failed = 0  # trees since the last training step
+        self._gave_up: GaveUp | None = None
         self._idle = IdleClock(clock)
 
     def stop(self) -> None:
@@ -139,8 +153,13 @@ class TrainingLoop:
         try:
             with self._idle.during("rollout", BUSY):
                 tree = await self.parts.grow(ticket, _seed(self.config.run.seed, ticket.number))
+                if not tree.counted and tree.stats.version_max > self.version + 1:  # being published
+                    text = f"tokens of weights {tree.stats.version_max}, while {self.version} are trained"
+                    raise TreeLost("weight_version", text)
         except TreeLost as lost:
-            self._lose([ticket], str(lost))
+            self._lose([ticket], str(lost), lost.text, blameless=lost.blameless)
+            if not lost.blameless:
+                self._count_failure(lost)
         else:
             self.ledger.queue(ticket.number)
             if not tree.counted:
@@ -150,12 +169,24 @@ class TrainingLoop:
             self._room.set()
             self._arrival.set()
 
-    def _lose(self, tickets: Iterable[Ticket], reason: str) -> None:
+    def _lose(
+        self, tickets: Iterable[Ticket], reason: str, text: str = "", *, blameless: bool = False
+    ) -> None:
         """Trees that nobody will train on: their prompts are pending again, others may take their places."""
         for ticket in tickets:
-            self.ledger.retry(ticket.number, reason)
-            self.events.tree_dropped(reason, self.config.rollout.leaves)
+            self.ledger.retry(ticket.number, reason, blameless=blameless)
+            self.events.tree_dropped(reason, self.config.rollout.leaves, text)
             self._room.set()
+
+    def _count_failure(self, lost: TreeLost) -> None:
+        """One more since the last training step; a run that only fails gives up."""
+        self._failed += 1
+        limit = self.config.flow.give_up_after
+        if limit and self._failed >= limit:
+            self._gave_up = GaveUp(
+                f"{self._failed} trees failed since the last training step (flow.give_up_after={limit}); "
+                f"the last one: {lost}: {lost.text}"
+            )
 
     # Learning
 
@@ -163,14 +194,15 @@ class TrainingLoop:
         """One training step, as soon as there is a batch; returns its trees, or None when asked to stop.
 
         Trees that are too stale (``flow.max_staleness``), or lost with the machine that held them, go back to
-        pending, and the step is made with others.
+        pending, and the step is made with others.  Raises :class:`GaveUp` when trees only fail.
         """
         while (batch := await self._next_batch()) is not None:
             try:
                 await self._train(batch)
             except TreesLost as lost:
                 self.replay.put(*(tree for i, tree in enumerate(batch) if i not in lost.reasons))
-                self._lose((batch[i].ticket for i in sorted(lost.reasons)), "lost after its close")
+                for i, text in sorted(lost.reasons.items()):
+                    self._lose([batch[i].ticket], "lost after its close", text, blameless=True)
             else:
                 return batch
         return None
@@ -181,6 +213,8 @@ class TrainingLoop:
                 self._lose((tree.ticket for tree in self.replay.evict(self.version)), "stale")
                 if (batch := self.replay.take(self.ledger.oldest_growing)) is not None:
                     return batch
+                if self._gave_up is not None:
+                    raise self._gave_up
                 self._arrival.clear()
                 await self._arrival.wait()  # every tree has a deadline, and sets it at its end
         return None
@@ -200,6 +234,7 @@ class TrainingLoop:
                 await self.parts.publish(version)
             lag = [self.version - max(tree.version_min, 0) for tree in trees]
             self.version, self._draining = version, False
+            self._failed, self._gave_up = 0, None
         self.ledger.trained(numbers)
         self._room.set()
         self._record_idle()

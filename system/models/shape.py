@@ -156,6 +156,15 @@ class ModelShape:
         return shapes
 
 
+def vocabulary(directory: str | Path) -> int:
+    """Tokens that the model in ``directory``, of any family, has scores for; 0: its ``config.json`` does not
+    say.  They may be more than its tokenizer names.
+    """
+    file = Path(directory) / "config.json"
+    config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)
+
+
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """Rotary base; transformers 5 keeps it in ``rope_parameters``, earlier files at the top level."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,18 +29,16 @@ class EvalScores:
     unscored: int = 0  # leaves without a verdict
 
     @classmethod
-    def of(cls, stats: Sequence[TreeStats]) -> EvalScores:
+    def of(cls, stats: Sequence[TreeStats], unanswered: int = 0) -> EvalScores:
+        """``unanswered``: questions without a tree, wrong as well."""
         stats = [one for one in stats if one.leaves]
-        if not stats:
-            return cls()
-        rewards = [float(one.rewards.mean(dtype=np.float64)) for one in stats if one.rewards.size]
         return cls(
-            questions=len(stats),
-            accuracy=float(np.mean([one.correct.sum() / one.leaves for one in stats])),
-            reward=float(np.mean(rewards)) if rewards else float("nan"),
-            tool_calls=float(np.mean([one.calls_per_leaf.mean() for one in stats])),
-            response_tokens=float(np.mean([one.response_tokens.mean() for one in stats])),
-            unscored=sum(one.leaves - one.correct.size for one in stats),
+            questions=len(stats) + unanswered,
+            accuracy=_mean([one.correct.sum() / one.leaves for one in stats] + [0.0] * unanswered),
+            reward=_mean([one.rewards.mean(dtype=np.float64) for one in stats if one.rewards.size]),
+            tool_calls=_mean([one.calls_per_leaf.mean() for one in stats]),
+            response_tokens=_mean([one.response_tokens.mean() for one in stats]),
+            unscored=sum(one.leaves - one.correct.size for one in stats) + unanswered,
         )
 
 
@@ -51,12 +50,14 @@ class EvalResult:
     kinds: Mapping[str, EvalScores] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, stats: Sequence[TreeStats]) -> EvalResult:
-        """``stats``: of one closed tree per question.  A question without one is the caller's to tell."""
-        kinds = sorted({one.task for one in stats})
+    def of(cls, stats: Sequence[TreeStats], unanswered: Sequence[str] = ()) -> EvalResult:
+        """``stats``: of one closed tree per question; ``unanswered``: the kinds of the questions without."""
+        missing, trees = Counter(unanswered), defaultdict[str, list[TreeStats]](list)
+        for one in stats:
+            trees[one.task].append(one)
         return cls(
-            total=EvalScores.of(stats),
-            kinds={kind: EvalScores.of([one for one in stats if one.task == kind]) for kind in kinds},
+            total=EvalScores.of(stats, missing.total()),
+            kinds={kind: EvalScores.of(trees[kind], missing[kind]) for kind in sorted({*trees, *missing})},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,3 +68,7 @@ class EvalResult:
         """Flat, under ``eval/``."""
         groups = {"eval": self.total} | {f"eval/{kind}": scores for kind, scores in self.kinds.items()}
         return {f"{at}/{key}": value for at, one in groups.items() for key, value in asdict(one).items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

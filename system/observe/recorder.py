@@ -29,6 +29,7 @@ from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
 from system.observe.totals import Totals, add, highest
+from system.text import one_line
 from system.tree.stats import TreeStats
 
 Which = Literal["before", "after", "during"]
@@ -102,6 +103,8 @@ class Recorder:
         self._ticks: deque[tuple[float, int, int]] = deque()  # (time, generated, trained), for rates
         self._steps: deque[tuple[float, int]] = deque(maxlen=20)  # (time, step), for the ETA
         self._gauges_last: dict[str, float] = {}
+        self.tell: Callable[[str], object] = lambda _: None  # people, in a line
+        self._told_causes: set[str] = set()  # in this session
         self._reset_window()
 
     # Events
@@ -127,9 +130,23 @@ class Recorder:
         totals.tool_calls += len(tree.calls)
         totals.generated += tree.generated
         self._ticks.append((self._clock(), tree.generated, 0))
+        for kind, text in tree.mishaps:
+            self.mishap(kind, text)
 
-    def tree_dropped(self, reason: str, leaves: int) -> None:
-        """A tree, or part of one, will never be trained on."""
+    def mishap(self, kind: str, text: str) -> None:
+        """Something went wrong that does not end the run.  The first of a kind is told."""
+        kind, text = one_line(kind), redact(one_line(text))
+        entry = self._totals.causes.setdefault(kind, {"count": 0, "first": text})
+        entry["count"] += 1
+        if kind not in self._told_causes:
+            self._told_causes.add(kind)
+            self.tell(f"{kind}: {text} (more of this kind are counted: causes in summary.json)")
+
+    def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None:
+        """A tree, or part of one, will never be trained on; ``text``: what happened."""
+        reason = one_line(reason)
+        if text:
+            self.mishap(reason, text)
         entry = self._totals.dropped.setdefault(reason, {"trees": 0, "leaves": 0})
         entry["trees"] += 1
         entry["leaves"] += leaves

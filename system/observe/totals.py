@@ -27,6 +27,7 @@ class Totals:
     version: int = 0
     staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
+    causes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind -> {"count", "first": its text}
     idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
@@ -61,6 +62,7 @@ class Totals:
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
+            "causes": {kind: dict(entry) for kind, entry in sorted(self.causes.items())},
             "idle_s": {actor: dict(causes) for actor, causes in sorted(self.idle.items())},
         }
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.config import BranchingConfig
-from system.errors import EspalierError
+from system.errors import ConfigError
 from system.plugins import POLICIES, PluginError
 
 
-class EntropyUnknown(EspalierError, RuntimeError):
-    """The engine reports no token entropies, and the configured policy needs them."""
+class EntropyUnknown(ConfigError):
+    """The engine reports no token entropies, and the configured policy needs them: so for every tree."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from system.config import Config, RolloutConfig
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
+from system.models.shape import vocabulary
 from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import Policy, make_policy
 from system.rollout.encode import Tokenizer, encode_text
@@ -82,6 +83,7 @@ def build_context(
         deadline_s=config.rollout.generate_deadline_s,
         in_flight=config.engine.in_flight,
         estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
+        vocab=max(len(tokenizer), vocabulary(model_path)),
     )
     context = RolloutContext(
         engine=engine,

@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from system.engine.protocol import Chunk, EngineError, Finish, GenerateRequest, Sampling
+from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest, Sampling
 from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, Probe, TreeState, decided
@@ -34,6 +34,7 @@ from system.rollout.encode import decode, encode_prompt
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.base import MalformedCall, ParsedCall
+from system.text import described
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
@@ -44,13 +45,15 @@ log = logging.getLogger(__name__)
 STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells of what it said before
 # Where a branch's time goes: tokens come, a tool runs, the first token is awaited, others are awaited.
 CAUSES = ("engine", "tool", "waiting", "barrier")
+ENGINE_LOST = "engine lost"  # why a branch ended, or a tree failed, without a fault of the prompt
 
 
 class RolloutFailed(EspalierError, RuntimeError):
     """Too few branches ended with a score for the tree to teach anything.
 
-    ``reason`` is a word for counters: "deadline" (the tree's), else the commonest outcome of its branches
-    in lower case ("engine_error", "deadline", "cancelled").
+    ``reason`` is a word for counters: "engine lost" if a server was, "deadline" (the tree's), else the
+    commonest outcome of its branches in lower case ("engine_error", "deadline", "cancelled"); of an error
+    that nobody expected, its class.
     """
 
     def __init__(self, prompt_id: str, reason: str, detail: str) -> None:
@@ -59,6 +62,11 @@ class RolloutFailed(EspalierError, RuntimeError):
 
     def __str__(self) -> str:
         return f"tree of prompt {self.prompt_id!r}: {self.reason}: {self.detail}"
+
+    @property
+    def blameless(self) -> bool:
+        """Whether no attempt at the prompt has failed: its engine was lost."""
+        return self.reason == ENGINE_LOST
 
 
 class TreeRollout:
@@ -135,6 +143,8 @@ class TreeRollout:
         if scored < min(2, self.budget):
             commonest = Counter(outcome for _, outcome in self.ended).most_common(1)[0][0]
             reason = "deadline" if cut else commonest.name.lower()
+            if any(mishap.kind == ENGINE_LOST for mishap in self.mishaps):
+                reason = ENGINE_LOST
             detail = "; ".join(
                 [f"{scored} of {self.budget} leaves scored", *(m.text for m in self.mishaps[:1])]
             )
@@ -196,7 +206,8 @@ class TreeRollout:
             outcome = Outcome.DEADLINE
         except EngineError as error:
             log.warning("prompt %s, branch %s: %s", self.prompt.id, branch.key, error)
-            self.mishaps.append(Mishap("engine", str(error)))
+            kind = ENGINE_LOST if isinstance(error, EngineLost) else "engine"
+            self.mishaps.append(Mishap(kind, str(error)))
             outcome = Outcome.ENGINE_ERROR
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
@@ -397,9 +408,10 @@ class TreeRollout:
                 return await self.context.tools.call(tool, arguments, context)
             except Exception as error:  # the service promises not to raise; if it does, the agent goes on
                 log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
-                self.mishaps.append(Mishap("tool", f"{tool}: {error!r}"))
+                detail = described(error)
+                self.mishaps.append(Mishap("tool", f"{tool}: {detail}"))
                 text = "Error: the tool is unavailable"
-                return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=repr(error))
+                return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=detail)
 
     # The close
 

@@ -19,6 +19,7 @@ import regex
 from bm25s.stopwords import STOPWORDS_EN
 
 from system.errors import EspalierError
+from system.text import as_text
 
 # Scripts that put no space between words, and Hangul, which puts particles behind them without one.
 _UNSPACED = "ー" + "".join(
@@ -43,6 +44,11 @@ class Document:
     id: str
     title: str
     text: str
+
+    def __post_init__(self) -> None:
+        """As an HTTP server can send it: a lone surrogate becomes U+FFFD."""
+        for name in ("id", "title", "text"):
+            object.__setattr__(self, name, as_text(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True)

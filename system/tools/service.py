@@ -24,6 +24,7 @@ from system.config import ToolsConfig
 from system.errors import EspalierError
 from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
+from system.text import as_text, named
 from system.tools.breaker import CircuitBreaker
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import CallRefused, Tool, ToolUnavailable, argument_error
@@ -165,8 +166,8 @@ class _Guarded:
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         started = self._clock()
-        outcome = await self._answer(arguments, context)
-        return replace(outcome, latency_s=self._clock() - started)
+        outcome = await self._answer(_cleaned(arguments), context)
+        return replace(outcome, text=as_text(outcome.text), latency_s=self._clock() - started)
 
     async def problem(self) -> str:
         """Why calls cannot work, "" if they can."""
@@ -277,7 +278,7 @@ class _Guarded:
                     await self._throttle.acquire()
                 left = replace(context, deadline_s=max(0.0, until - self._clock()))
                 try:
-                    outcome = await self.tool.run(arguments, left)
+                    outcome = _checked(await self.tool.run(arguments, left))
                 except CallRefused as refusal:  # says nothing about whether the tool works for others
                     text = f"The tool {name!r} refused the call: {refusal}"
                     return ToolOutcome(ToolStatus.REJECTED, text, attempts=attempt)
@@ -295,10 +296,9 @@ class _Guarded:
                 return replace(outcome, attempts=attempt)
         except TimeoutError:
             raise
-        except Exception as error:
-            detail = traceback.format_exc()
-            text = f"The tool {name!r} failed: {type(error).__name__}: {error}"
-            return ToolOutcome(ToolStatus.ERROR, text, detail=detail)
+        except (Exception, SystemExit) as error:
+            text = f"The tool {name!r} failed: {named(error)}"
+            return ToolOutcome(ToolStatus.ERROR, text, detail=traceback.format_exc())
         finally:
             self.breaker.abandon()
         raise AssertionError("unreachable: the last attempt returns")
@@ -325,6 +325,22 @@ class _Flight:
 
     task: asyncio.Task[ToolOutcome]
     waiting: int = 0
+
+
+def _checked(outcome: object) -> ToolOutcome:
+    """What a tool returned, as an outcome.  Raises TypeError or ValueError for what is none."""
+    if not isinstance(outcome, ToolOutcome):
+        raise TypeError(f"it returned a {type(outcome).__name__}, not a ToolOutcome")
+    return replace(outcome, status=ToolStatus(outcome.status), text=as_text(outcome.text))
+
+
+def _cleaned(arguments: Any) -> Any:
+    """``arguments``, JSON from a model, with texts that can be sent: JSON may spell lone surrogates."""
+    if isinstance(arguments, Mapping):
+        return {as_text(key): _cleaned(value) for key, value in arguments.items()}
+    if isinstance(arguments, list):
+        return [_cleaned(value) for value in arguments]
+    return as_text(arguments) if isinstance(arguments, str) else arguments
 
 
 def _throttler(rate_per_s: float) -> Throttler | None:

@@ -219,7 +219,7 @@ class TreeBuilder:
             calls=tuple(replace(c, node=index[c.node]) for c in self._calls),
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
-            meta=dict(self.meta),
+            meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
         )
         validate(tree)
         return tree
@@ -309,6 +309,19 @@ class TreeBuilder:
         for handle, node in enumerate(self._nodes):  # a parent is always older than its children
             index.append(place[handle] if handle in place else index[node.parent])
         return index
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as JSON has it, numpy's numbers as Python's.  TreeError names what is not JSON."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TreeError(f"{where}: {type(value).__name__} is not JSON")
 
 
 def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from system.text import as_text
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -16,3 +18,15 @@ class Prompt:
     answers: tuple[str, ...]  # accepted gold answers
     kind: str = "default"  # for metrics per task kind
     extra: dict[str, Any] = field(default_factory=dict)  # JSON-able
+
+    def __post_init__(self) -> None:
+        """What a tokenizer, a file and a server can take: a lone surrogate becomes U+FFFD."""
+        set_field = object.__setattr__
+        set_field(self, "id", as_text(self.id))
+        set_field(self, "kind", as_text(self.kind))
+        set_field(self, "answers", tuple(map(as_text, self.answers)))
+        set_field(self, "messages", tuple(map(_cleaned, self.messages)))
+
+
+def _cleaned(message: dict[str, str]) -> dict[str, str]:
+    return {key: as_text(value) if isinstance(value, str) else value for key, value in message.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from system.text import one_line
 from system.tree.record import (
     Float32,
     Float64,
@@ -95,7 +96,7 @@ class TreeStats:
             reward=tree.reward,
             outcome=tree.outcome,
             calls=tuple(replace(call, arguments={}) for call in tree.calls),
-            mishaps=tuple(Mishap(*one) for one in tree.meta.get("mishaps", ())),
+            mishaps=tuple(Mishap(*map(one_line, one)) for one in tree.meta.get("mishaps", ())),
             nodes=tree.n_nodes,
             depth=int(depth[tree.leaf].max(initial=0)),
             leaves=tree.n_leaves,

@@ -84,13 +84,16 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
         self._files = {path: rows for path in _files(self.directory) if (rows := _rows(path))}
         newest = next(reversed(self._files), None)
         self._next = 0 if newest is None else int(newest.stem.removeprefix("trees-")) + self._files[newest]
-        self._waiting: list[Tree] = []
+        self._waiting: list[pa.Table] = []  # of one tree each
 
     def append(self, tree: Tree) -> None:
-        """Take a tree; every ``flush_trees``-th call writes a file."""
+        """Take a tree; every ``flush_trees``-th call writes a file.
+
+        A tree that no table can hold raises Arrow's error here, and leaves the others alone.
+        """
         if self.keep == 0:
             return
-        self._waiting.append(tree)
+        self._waiting.append(to_table([tree], self._next + len(self._waiting)))
         if len(self._waiting) >= self.flush_trees:
             self.flush()
 
@@ -100,7 +103,7 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
             path = self.directory / f"trees-{self._next:09d}.parquet"
             partial = self.directory / f".{path.stem}.partial"
             with open(partial, "wb") as file:
-                pq.write_table(to_table(self._waiting, self._next), file, compression="zstd")
+                pq.write_table(pa.concat_tables(self._waiting).combine_chunks(), file, compression="zstd")
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)

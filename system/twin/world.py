@@ -184,7 +184,7 @@ class Twin:
         try:
             tree = await TreeRollout(self.context, prompt, ticket=ticket.number, seed=seed).run()
         except RolloutFailed as failure:
-            raise TreeLost(failure.reason) from failure
+            raise TreeLost(failure.reason, failure.detail, blameless=failure.blameless) from failure
         finally:
             tree_id = f"{prompt.id}:{ticket.number}"
             self.fleet.forget(tree_id)

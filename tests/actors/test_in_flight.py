@@ -40,7 +40,7 @@ class RunEvents:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.restored = state
 
-    def tree_dropped(self, reason: str, leaves: int) -> None:
+    def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None:
         self.dropped.append(reason)
 
 

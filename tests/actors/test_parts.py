@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from actors.engine_monitor import Publisher
+from actors import engine_monitor
+from actors.engine_monitor import EngineOutage, Publisher
 from actors.in_flight import KeptTree
 from actors.parts import ActorParts
-from system.config import Config
+from actors.ray_support import ActorLost
+from system.config import Config, ConfigError
+from system.engine.control import EngineControl
 from system.engine.weights.base import PushReport
+from system.errors import USAGE, exit_code
 from system.flow.ledger import Ticket
 from system.flow.loop import TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
+from system.rollout.branching import EntropyUnknown
 from system.rollout.snapshot import SnapshotError
 from system.rollout.tree_rollout import RolloutFailed
 
@@ -44,6 +51,12 @@ class Worker:
             return SimpleNamespace(remote=remote)
 
         return SimpleNamespace(options=options)
+
+    @property
+    def check(self) -> Any:
+        async def there() -> None: ...
+
+        return SimpleNamespace(remote=there)
 
 
 class Kept:
@@ -77,7 +90,8 @@ def parts(notes: list[str], worker: Worker, kept: KeptTree | None = None) -> Act
     prompt: Any = "the prompt"
     publisher = Publisher(actors.learner, pool.engines, recorder)  # type: ignore[arg-type]
     progress, trees = SimpleNamespace(note=notes.append), Kept(kept)
-    return ActorParts(Config(), actors, {"p": prompt}, trees, publisher, progress)  # type: ignore[arg-type]
+    outage = EngineOutage(Config(), pool.engines)
+    return ActorParts(Config(), actors, {"p": prompt}, trees, publisher, progress, outage)  # type: ignore[arg-type]
 
 
 async def test_a_tree_stays_where_it_is(notes: list[str]) -> None:
@@ -98,13 +112,81 @@ async def test_a_kept_tree_goes_on_or_is_there_already(notes: list[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("failure", "reason"),
-    [(RolloutFailed("p", "deadline", "slow"), "deadline"), (SnapshotError("torn"), "snapshot")],
+    ("failure", "reason", "text", "blameless"),
+    [
+        (RolloutFailed("p", "deadline", "slow"), "deadline", "tree of prompt 'p': deadline: slow", False),
+        (SnapshotError("torn"), "snapshot", "tree 3 cannot go on from its snapshot: torn", True),
+        (ActorLost("it died"), "worker lost", "it died", True),
+        (ObjectLostError("ab", "", ""), "worker lost", "ab", True),
+        (
+            RayTaskError("grow", "a traceback", TypeError("no pickle"), "", 1, ""),
+            "answer",
+            "no pickle",
+            False,
+        ),
+    ],
 )
-async def test_what_fails_has_a_word(notes: list[str], failure: Exception, reason: str) -> None:
+async def test_what_fails_has_a_word(
+    notes: list[str], failure: Exception, reason: str, text: str, blameless: bool
+) -> None:
     with pytest.raises(TreeLost) as lost:
         await parts(notes, Worker(failure)).grow(TICKET, seed=9)
-    assert str(lost.value) == reason
+    assert (str(lost.value), lost.value.blameless) == (reason, blameless)
+    assert text in lost.value.text
+
+
+@pytest.mark.parametrize("error", [EntropyUnknown("none"), ConfigError("reward")])
+async def test_what_is_the_same_for_every_tree_ends_the_run(notes: list[str], error: Exception) -> None:
+    """With its own message and exit code, whatever Ray wraps it in."""
+    wrapped = RayTaskError("grow", "a traceback", error, "", 1, "").as_instanceof_cause()
+    with pytest.raises(type(error)) as raised:
+        await parts(notes, Worker(wrapped)).grow(TICKET, seed=9)
+    assert raised.value is error
+    assert exit_code(raised.value, lost=(RayError,)) == USAGE
+
+
+async def test_a_tree_that_lost_its_engine_keeps_its_place_until_one_answers(
+    notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_monitor, "LOOK_S", 0.0)
+    answers = iter([False, False, True])
+    asked: list[str] = []
+
+    async def answers_now(self: EngineControl, path: str, limit_s: float) -> bool:
+        asked.append(self.url + path)
+        return next(answers)
+
+    monkeypatch.setattr(EngineControl, "_answers", answers_now)
+    one = parts(notes, Worker(RolloutFailed("p", "engine lost", "connection refused")))
+    with pytest.raises(TreeLost) as lost:
+        await one.grow(TICKET, seed=9)
+    assert lost.value.blameless
+    assert asked == ["http://engine/health"] * 3
+
+
+async def test_engines_that_serve_nobody_end_the_run(
+    notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they answer, and say that they are well."""
+    monkeypatch.setattr(engine_monitor, "LOOK_S", 0.0)
+
+    async def answers_now(self: EngineControl, path: str, limit_s: float) -> bool:
+        return True
+
+    monkeypatch.setattr(EngineControl, "_answers", answers_now)
+    worker = Worker(RolloutFailed("p", "engine lost", "connection refused"))
+    one, now = parts(notes, worker), time.monotonic()
+    monkeypatch.setattr(engine_monitor.time, "monotonic", lambda: now)
+    with pytest.raises(TreeLost):
+        await one.grow(TICKET, seed=9)
+    now += 10_000
+    with pytest.raises(ActorLost, match="no engine has served a tree for 1020 s: connection refused"):
+        await one.grow(TICKET, seed=9)
+    worker.outcome = STATS  # a tree closes: whatever comes now is another outage
+    await one.grow(TICKET, seed=9)
+    worker.outcome = RolloutFailed("p", "engine lost", "connection refused")
+    with pytest.raises(TreeLost):
+        await one.grow(TICKET, seed=9)
 
 
 async def test_trees_that_no_rank_can_fetch_are_named(notes: list[str]) -> None:

@@ -188,7 +188,7 @@ async def test_closed_trees_outlive_their_worker_and_are_written_aside(tmp_path:
     with pytest.raises(ActorLost):
         await answer(worker.pid.remote(), 60, "pid")
     for keep, kept in ((-1, ["p0", "p1"]), (1, ["p1"]), (0, [])):
-        sample = TreeSample(tmp_path / f"keep{keep}", keep)
+        sample = TreeSample(tmp_path / f"keep{keep}", keep, pytest.fail)  # type: ignore[arg-type]
         await sample.add([tree for tree, _ in grown])
         await sample.written()
         there = (tmp_path / f"keep{keep}").is_dir()

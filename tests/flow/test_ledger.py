@@ -231,3 +231,18 @@ def test_replaying_the_log_rebuilds_the_same_ledger(seed: int, steps: int) -> No
     everything = [(e, p) for e in range(run.epoch + 1) for p in PROMPTS]
     assert [twin.state(*key) for key in everything] == [restored.state(*key) for key in everything]
     assert [twin.next() for _ in range(20)] == [restored.next() for _ in range(20)]
+
+
+def test_a_machines_fault_is_no_attempt_also_after_a_restart() -> None:
+    ledger, log = logged()
+    for _ in range(5):  # max_attempts is 2
+        assert ledger.retry(ledger.next().number, "engine lost", blameless=True)
+    ticket = ledger.next()
+    assert (ticket.number, ticket.attempt) == (5, 1)
+    assert ledger.retry(ticket.number, "deadline")
+    again = Ledger.replay(PROMPTS, 0, list(log), 0, max_attempts=2)
+    for one in (ledger, again):
+        ticket = one.next()
+        assert (ticket.number, ticket.attempt) == (6, 2)
+        assert one.retry(ticket.number, "worker lost", blameless=True)
+        assert not one.retry(one.next().number, "deadline")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import pytest
 from flow_trees import stats
 
 from system.config import Config, ConfigError, load
+from system.errors import FAILED, exit_code
 from system.flow.ledger import Ledger, State, Ticket
-from system.flow.loop import FinishedStep, TrainingLoop, TreeLost, TreesLost
+from system.flow.loop import FinishedStep, GaveUp, TrainingLoop, TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
 from system.tree.stats import TreeStats
 from system.twin.clock import run
@@ -38,7 +39,8 @@ class World:
         self.log: list[dict[str, Any]] = []
         self.ledger = Ledger.replay([f"q{i}" for i in range(200)], 0, [], 0, 3, self.log.append)
         self.loop = TrainingLoop(config, self.ledger, self, self, clock=self.now)
-        self.failing: set[int] = set()  # tickets whose trees do not come
+        self.failing: Container[int] = set()  # tickets whose trees do not come ...
+        self.failure = TreeLost("engine")  # ... and why
         self.gone: set[int] = set()  # tickets whose trees are lost after their close
         self.tickets: dict[int, Ticket] = {}
         self.batches: list[list[int]] = []
@@ -46,6 +48,8 @@ class World:
         self.closed = 0
         self.counted: set[tuple[int, str]] = set()  # (epoch, prompt) of trees that closed before a resume
         self.dropped: Counter[str] = Counter()
+        self.texts: set[str] = set()
+        self.claimed: dict[int, int] = {}  # ticket -> the weights that its engine says it used
 
     @staticmethod
     def now() -> float:
@@ -55,9 +59,10 @@ class World:
         self.tickets[ticket.number] = ticket
         await asyncio.sleep(self.slow.get(ticket.number, 1.0))
         if ticket.number in self.failing:
-            raise TreeLost("engine")
+            raise self.failure
         counted = ticket.key in self.counted
-        return TreeInFlight(ticket, Opaque(ticket.number), stats(ticket.start_version), counted)
+        version = self.claimed.get(ticket.number, ticket.start_version)
+        return TreeInFlight(ticket, Opaque(ticket.number), stats(version), counted)
 
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         numbers = [tree.ticket.number for tree in trees]
@@ -74,8 +79,9 @@ class World:
     def tree_closed(self, tree: TreeStats, version_now: int) -> None:
         self.closed += 1
 
-    def tree_dropped(self, reason: str, leaves: int) -> None:
+    def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None:
         self.dropped[reason] += 1
+        self.texts |= {text} - {""}
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None: ...
 
@@ -197,3 +203,50 @@ def test_a_tree_that_closed_before_a_resume_is_not_counted_again() -> None:
     assert world.batches == [[3, 4]]
     assert [again[number].start_version for number in (3, 4)] == [7, 0]
     assert not world.ledger.resume((0, first), 7), "it is not pending any more"
+
+
+def test_a_run_that_only_fails_gives_up_with_the_cause() -> None:
+    world = World(settings("flow.give_up_after=7"))
+    world.failing, world.failure = range(1000), TreeLost("KeyError", "KeyError: 'gold' (mine.py:3)")
+    with pytest.raises(ExceptionGroup) as ended:
+        run(world.run(1))
+    (error,) = ended.value.exceptions
+    assert isinstance(error, GaveUp)
+    assert exit_code(error) == FAILED  # which nobody starts again
+    assert "flow.give_up_after=7" in str(error)
+    assert "KeyError: 'gold' (mine.py:3)" in str(error)
+    assert 7 <= world.dropped["KeyError"] < 20
+    assert world.texts == {"KeyError: 'gold' (mine.py:3)"}
+
+
+def test_failures_among_trees_that_close_give_nothing_up() -> None:
+    """They count from the last training step on."""
+    world = World(settings("flow.give_up_after=7", "flow.staleness=1"))
+    world.failing = range(0, 1000, 2)
+    run(world.run(12))
+    assert world.dropped["engine"] > 14
+
+
+@pytest.mark.parametrize("limit", [7, 0])
+def test_what_a_machine_or_an_engine_loses_is_no_failure(limit: int) -> None:
+    """Neither the prompt's nor the run's; without a limit a run that only fails goes on."""
+    world = World(settings(f"flow.give_up_after={limit}"))
+    world.failing, world.failure = range(100), TreeLost("engine lost", blameless=limit > 0)
+    run(world.run(1))
+    assert world.dropped == {"engine lost": 100}
+    abandoned = [event for event in world.log if event["event"] == "abandon"]
+    if limit:
+        assert not abandoned
+        assert {ticket.attempt for ticket in world.tickets.values()} == {1}
+    else:
+        assert abandoned
+
+
+def test_a_tree_of_weights_that_nobody_has_made_is_lost() -> None:
+    """What an engine says of its version goes into bounds and losses."""
+    world = World(settings())
+    world.claimed = {1: 2**31 - 1}
+    run(world.run(1))
+    assert world.dropped == {"weight_version": 1}
+    assert world.texts == {"tokens of weights 2147483647, while 0 are trained"}
+    assert max(world.lag) <= 1

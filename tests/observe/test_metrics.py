@@ -162,3 +162,13 @@ def test_evaluation_by_kind_counts_the_unanswered_as_wrong():
 
 def test_an_evaluation_of_nothing_is_not_a_number():
     assert math.isnan(EvalResult.of([]).total.accuracy)
+
+
+def test_a_question_without_a_tree_counts_as_wrong() -> None:
+    result = EvalResult.of([single("a", 1, "calc")], ["calc", "lookup"])
+    assert (result.total.questions, result.total.unscored) == (3, 2)
+    assert result.total.accuracy == pytest.approx(1 / 3)
+    assert result.total.reward == 1.0
+    assert result.kinds["calc"].accuracy == 0.5
+    assert result.kinds["lookup"].accuracy == 0.0
+    assert math.isnan(result.kinds["lookup"].tool_calls)

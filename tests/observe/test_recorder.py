@@ -81,7 +81,18 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
         *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
-        *("mismatch", "weights", "dropped", "engine", "tools", "wall_s", "idle_s", "seed", "config"),
+        *(
+            "mismatch",
+            "weights",
+            "dropped",
+            "causes",
+            "engine",
+            "tools",
+            "wall_s",
+            "idle_s",
+            "seed",
+            "config",
+        ),
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5
     assert summary["eval"]["after"]["accuracy"] == 1.0
@@ -285,3 +296,36 @@ def test_the_summary_hides_secrets(run_dir: RunDir, config: Config):
     assert "abc123" not in text
     assert "@host:80/search" in text
     assert '"max_response_tokens": 256' in text
+
+
+def test_the_first_cause_of_each_kind_is_told_and_all_are_counted(
+    recorder: Recorder, run_dir: RunDir, config: Config, sink: MemorySink
+) -> None:
+    said: list[str] = []
+    recorder.tell = said.append
+    tree = make_tree("q1")
+    tree.meta["mishaps"] = [["engine", "entropy: \x1b[2Jnan"], ["engine", "a second"], ["tool", "x" * 999]]
+    recorder.tree_closed(TreeStats.of(tree), version_now=3)
+    recorder.tree_dropped("KeyError", 4, "KeyError: 'gold' (mine.py:3)")
+    recorder.tree_dropped("KeyError", 4, "KeyError: 'other' (mine.py:3)")
+    recorder.tree_dropped("stale", 4)
+    recorder.mishap("tool", "a second")
+    summary = json.loads(json.dumps(recorder.summary()))
+    assert summary["dropped"] == {"KeyError": {"trees": 2, "leaves": 8}, "stale": {"trees": 1, "leaves": 4}}
+    assert summary["causes"] == {
+        "KeyError": {"count": 2, "first": "KeyError: 'gold' (mine.py:3)"},
+        "engine": {"count": 2, "first": "entropy: [2Jnan"},
+        "tool": {"count": 2, "first": "x" * 299 + "…"},
+    }
+    assert [line.split(" (more")[0] for line in said] == [
+        *("engine: entropy: [2Jnan", f"tool: {'x' * 299}…", "KeyError: KeyError: 'gold' (mine.py:3)"),
+    ]
+    resumed = Recorder(run_dir, config, [sink])
+    resumed.restore(json.loads(json.dumps(recorder.state())))
+    resumed.mishap("engine", "of another session")
+    assert resumed.summary()["causes"]["engine"] == {"count": 3, "first": "entropy: [2Jnan"}
+
+
+def test_a_cause_tells_no_secret(recorder: Recorder) -> None:
+    recorder.mishap("tool", "no answer from https://user:hunter2@host/x")
+    assert "hunter2" not in json.dumps(recorder.summary()["causes"])

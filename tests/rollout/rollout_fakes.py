@@ -38,6 +38,7 @@ class PieceTokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False
     ) -> list[int]:
+        text.encode()  # the real ones raise for a lone surrogate, too
         found = re.findall(r"</?\w+>|<\|\w+\|>|\s+|\w+|[^\w\s]", text)
         if split_special_tokens:
             found = ["?" if piece == "<eos>" else piece for piece in found]

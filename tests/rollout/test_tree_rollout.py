@@ -320,7 +320,7 @@ def test_an_engine_error_ends_its_branch_unscored() -> None:
     (bad,) = np.flatnonzero(tree.outcome == Outcome.ENGINE_ERROR)
     assert np.isnan(tree.reward[bad])
     assert tree.correct[bad] == -1
-    assert tree.meta["mishaps"] == [("engine", "scripted failure")]
+    assert tree.meta["mishaps"] == [["engine", "scripted failure"]]
 
 
 def test_growth_fails_when_nothing_could_be_scored() -> None:

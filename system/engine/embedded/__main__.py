@@ -45,8 +45,13 @@ async def _serve(engine: EmbeddedEngine, host: str | None, port: int) -> None:
     if host is not None and not is_loopback(host):
         log.warning("listening on %s: anyone who reaches it can use and reload the model", host)
     print(f"serving {engine.path} at {url}", flush=True)
-    await stopped.wait()
+    died = asyncio.ensure_future(asyncio.to_thread(engine.loop.wait))
+    signalled = asyncio.ensure_future(stopped.wait())
+    await asyncio.wait((died, signalled), return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
     await engine.stop()
+    if failure := await died:  # whoever supervises this process starts another
+        raise SystemExit(f"the engine failed: {failure}")
 
 
 if __name__ == "__main__":

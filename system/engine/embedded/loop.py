@@ -65,6 +65,11 @@ class DecodeLoop:
         if self._thread.is_alive():
             raise TimeoutError(f"the decoding thread did not end within {timeout_s} s")
 
+    def wait(self) -> str:
+        """Return once the thread has ended: why it died, or "" if it was stopped."""
+        self._thread.join()
+        return "" if self.failure == "stopped" else self.failure
+
     @property
     def idle_s(self) -> dict[str, float]:
         """Seconds by cause, those of the wait under way included.  From any thread."""

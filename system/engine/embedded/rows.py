@@ -71,6 +71,11 @@ class Rows:
         self.jobs.pop()
         return last
 
+    def clear(self) -> None:
+        """Drop every row."""
+        self.jobs.clear()
+        self._groups = None
+
     def move(self, sources: Indices, targets: Indices) -> None:
         """What was row ``sources[i]`` becomes ``targets[i]``."""
         jobs = [self.jobs[source] for source in sources]

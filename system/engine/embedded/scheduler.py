@@ -7,6 +7,7 @@ I/O.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ from system.engine.embedded.slots import SlotTable, prefix_lengths
 from system.engine.embedded.weights import Weights
 from system.engine.protocol import Finish
 from system.models.shape import ModelShape
+from system.text import named
 
 Emitted = tuple[Job, Event]
 
@@ -37,6 +39,11 @@ _PREFILL = {"cpu": 1024, "cuda": 8192}
 # A prompt waits one step for a neighbour that is about to compute its prefix, if that saves at least so many
 # tokens.
 _WORTH_WAITING = 16
+
+# After so many steps in a row that failed it is not the sequences: a GPU that is broken fails at every step.
+FAILED_STEPS = 32
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -105,6 +112,7 @@ class Scheduler:
         self._rows = Rows(config.max_running, config.chunk_tokens, shape.vocab, device)
         self._regrouping = Regrouping()
         self._waiting: deque[Job] = deque()
+        self._failures = 0  # steps in a row
         self._draft = np.full((config.max_running, context), -1, np.int32)
         self._max_running, self._max_prefill = config.max_running, _PREFILL[device.type]
         self._eos = np.zeros(shape.vocab, bool)
@@ -174,7 +182,34 @@ class Scheduler:
         return True
 
     def step(self) -> list[Emitted]:
-        """One token for every running sequence, and the first one of every sequence admitted now."""
+        """One token for every running sequence, and the first one of every sequence admitted now.
+
+        A step that fails ends those sequences with an error; what waits goes on waiting.  Raises what it
+        failed with when ``FAILED_STEPS`` in a row have.
+        """
+        waiting = [*self._waiting]
+        try:
+            emitted = self._step()
+        except Exception as error:
+            self._failures += 1
+            if self._failures >= FAILED_STEPS:
+                raise
+            log.exception("a decoding step failed")
+            return self._fail(waiting, f"a decoding step failed: {named(error)}")
+        self._failures = 0
+        return emitted
+
+    def _fail(self, waiting: list[Job], why: str) -> list[Emitted]:
+        """End what runs, and what was ``waiting`` and is no more; forget all KV: nobody knows what of it the
+        step had written.
+        """
+        still = {*self._waiting}
+        jobs = [*dict.fromkeys([*self._rows.jobs, *(job for job in waiting if job not in still)])]
+        self._rows.clear()
+        self._slots.clear()
+        return [(job, Event([], [], [], [], self.version, error=why)) for job in jobs]
+
+    def _step(self) -> list[Emitted]:
         decoding = len(self._rows)
         self._regroup(decoding)
         admitted = self._admit()

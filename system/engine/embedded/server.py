@@ -161,7 +161,8 @@ class _Handlers:
     def _message(self, job: Job, event: Event, count: int) -> dict[str, Any]:
         """What SGLang says of the new tokens in ``event``, which bring the output to ``count``."""
         if event.error:
-            return {"error": {"message": event.error, "code": 503}}
+            code = 500 if self._engine.loop.alive else 503  # the request's failure, or the engine's
+            return {"error": {"message": event.error, "code": code}}
         tokens, version = event.tokens, str(event.version)
         meta: dict[str, Any] = {
             "id": job.rid,

@@ -61,6 +61,10 @@ class SlotTable:
         self.length[self.rows :] = 0
         self._used[self.rows :] = 0
 
+    def clear(self) -> None:
+        """No slot holds anything."""
+        self.epoch[:], self.length[:], self._used[:] = MIXED, 0, 0
+
     def release(self, row: int) -> None:
         """A running row is gone."""
         self.epoch[row] = MIXED
@@ -87,6 +91,8 @@ class SlotTable:
 
 
 def prefix_lengths(table: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Length of the common prefix of ``tokens [P]`` and each row of ``table [N, <= P]``."""
+    """Length of the common prefix of ``tokens [P]`` and each row of ``table [N, <= P]``; P may be 0."""
+    if not table.shape[1]:
+        return np.zeros(table.shape[0], np.int64)
     same = table == tokens[: table.shape[1]]
     return np.where(same.all(1), table.shape[1], same.argmin(1))

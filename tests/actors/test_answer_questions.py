@@ -1,0 +1,90 @@
+"""An evaluation whose questions fail: asked again, then wrong, told, and no reason to end a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from actors.evaluate import ATTEMPTS, answer_questions
+from system.config import Config, ConfigError
+from system.observe.eval import EvalResult
+from system.rollout.tree_rollout import RolloutFailed
+from system.tree.builder import TreeBuilder
+from system.tree.prompt import Prompt
+from system.tree.record import Kind, Mishap, Origin, Outcome
+from system.tree.stats import TreeStats
+
+QUESTIONS = [Prompt(name, (), (), kind="calc") for name in ("good", "bad", "lost", "torn")]
+
+
+def answered(prompt: Prompt) -> TreeStats:
+    builder = TreeBuilder(prompt.id, prompt.kind, [1], 1)
+    node = builder.node(0, Kind.MODEL)
+    builder.extend(node, [3], [-1.0], None, 0)
+    builder.leaf(node, Outcome.STOPPED, Origin.ROOT)
+    builder.score(0, 1.0, True)
+    builder.meta["mishaps"] = [Mishap("tool", "once")] if prompt.id == "torn" else []
+    return TreeStats.of(builder.close(1.0))
+
+
+class Asked:
+    """A worker that never answers "bad", and answers "lost" once the engines are back."""
+
+    def __init__(self, **fails: Exception) -> None:
+        self.fails, self.asked, self.backs = fails, Counter[str](), list[str]()
+        self.told: list[tuple[str, str]] = []
+        self.shown = 0
+
+    @property
+    def answer(self) -> Any:
+        async def reply(prompt: Prompt) -> TreeStats:
+            self.asked[prompt.id] += 1
+            if prompt.id in self.fails:
+                raise self.fails[prompt.id]
+            return answered(prompt)
+
+        return SimpleNamespace(remote=lambda prompt, *_: reply(prompt))
+
+    async def run(self, questions: list[Prompt]) -> EvalResult:
+        async def back(cause: str) -> None:
+            self.backs.append(cause)
+            self.fails.pop("lost")
+
+        def one_more() -> None:
+            self.shown += 1
+
+        def told(kind: str, text: str) -> None:
+            self.told.append((kind, text))
+
+        pool: Any = SimpleNamespace(workers={"rollout-0": self})
+        return await answer_questions(Config(), pool, questions, one_more, back, told)
+
+
+async def test_a_question_that_fails_is_wrong_and_told() -> None:
+    lost = RolloutFailed("lost", "engine lost", "connection refused")
+    worker = Asked(bad=RolloutFailed("bad", "TypeError", "a bug"), lost=lost)
+    result = await worker.run(QUESTIONS)
+    assert worker.asked == {"good": 1, "bad": ATTEMPTS, "lost": 2, "torn": 1}
+    assert worker.backs == ["connection refused"]
+    assert (result.total.questions, result.total.accuracy, result.total.unscored) == (4, 0.75, 1)
+    assert sorted(worker.told) == [
+        ("question not answered", "tree of prompt 'bad': TypeError: a bug"),
+        ("tool", "once"),
+    ]
+    assert worker.shown == 4
+
+
+async def test_an_evaluation_without_a_single_answer_says_why() -> None:
+    worker = Asked(bad=RolloutFailed("bad", "TypeError", "a bug"))
+    with pytest.raises(RolloutFailed, match="a bug"):
+        await worker.run([QUESTIONS[1]])
+
+
+async def test_what_is_the_same_for_every_question_ends_it() -> None:
+    worker = Asked(bad=ConfigError("no entropies"))
+    with pytest.raises(ExceptionGroup, match="unhandled errors") as ended:
+        await worker.run(QUESTIONS)
+    assert isinstance(ended.value.exceptions[0], ConfigError)
