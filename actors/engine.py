@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import ray
 
+from actors import keys
 from actors.ray_support import StartFailed
 from actors.serving import LoopThread
 from system import config as configuration
@@ -62,7 +63,8 @@ class EngineActor:
         self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
         self._server.loop.paused = restarted
         self._http = LoopThread("engine-http")
-        return self._http.run(self._server.start(host, port), engine.start_deadline_s)
+        start = self._server.start(host, port, key=keys.held().engines)
+        return self._http.run(start, engine.start_deadline_s)
 
     def _start_sglang(
         self, settings: Config, model_path: str, host: str, port: int, number: int, log: Path, restarted: bool
@@ -82,6 +84,7 @@ class EngineActor:
             cpu=engine.device == "cpu" or (engine.device == "auto" and not torch.cuda.is_available()),
             cores=sorted(os.sched_getaffinity(0)),
             paused=restarted,
+            key=keys.held().engines,
         )
         server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
         try:
@@ -125,9 +128,10 @@ async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> N
 async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
     """Raise EngineError for a server that does not answer, or gives no entropies."""
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
-    async with Http() as http:
+    key = keys.held().engines
+    async with Http([url], key) as http:
         await EngineControl(url, http).wait_ready(deadline_s)
-    pool = EnginePool([url], deadline_s=deadline_s)
+    pool = EnginePool([url], deadline_s=deadline_s, key=key)
     try:
         chunks = [chunk async for chunk in pool.generate(asked)]
     finally:

@@ -35,7 +35,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     print(f"run directory: {run_dir.root}", flush=True)
     code = FAILED
     try:
-        with ray_session(config, run_dir.logs) as joined:
+        with ray_session(config, run_dir.root) as joined:
             try:
                 code = asyncio.run(_run(config, run_dir, task, joined))
             except* ConfigError as errors:

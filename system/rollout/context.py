@@ -13,6 +13,7 @@ from system.config import Config, RolloutConfig
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
+from system.http import Keys
 from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import Policy, make_policy
 from system.rollout.encode import Tokenizer, encode_text
@@ -65,23 +66,24 @@ class RolloutContext:
 
 
 def build_context(
-    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
+    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str], keys: Keys
 ) -> tuple[RolloutContext, ToolService, EnginePool]:
     """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
-    ``tools`` (tool -> URL).
+    ``tools`` (tool -> URL), which want to be shown ``keys``.
 
     ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
     """
     from transformers import AutoTokenizer  # slow import
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
+    service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
     syntax = config.rollout.syntax
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
         in_flight=config.engine.in_flight,
         estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
+        key=keys.engines,
     )
     context = RolloutContext(
         engine=engine,

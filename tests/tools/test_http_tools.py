@@ -96,8 +96,8 @@ async def test_what_a_server_does(
         assert outcome.text == "T: x"
 
 
-async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:
-    first = await serve(http.app)
+async def test_a_server_that_is_restarted_is_met_again() -> None:
+    first = await serve(Http().app)
     port = int(first.url.rsplit(":", 1)[1])
     limits, patience = ToolsConfig(deadline_s=10, retries=6), Patience(backoff_s=0.05)
     client = HttpClient()

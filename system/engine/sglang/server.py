@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from system.engine.protocol import EngineError
 from system.engine.sglang.command import Command
@@ -24,6 +25,13 @@ _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 
 class ServerFailed(EngineError):
     """The server ended, or did not answer in time; the message carries the end of its log."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Another server's health is not this one's."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 class SglangServer:
@@ -98,7 +106,7 @@ class SglangServer:
         self._supervisor.wait(STOP_S)
 
     def _healthy(self) -> bool:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)  # nor a proxy
         try:
             with opener.open(f"{self.url}/health", timeout=5) as answer:
                 return answer.status == 200
