@@ -24,6 +24,8 @@ from system.engine.protocol import EngineError, GenerateRequest, Sampling
 from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.sglang.server import ServerFailed, SglangServer
 
+CHECK_DEADLINE_S = 30.0
+
 
 class EngineActor:
     """Restarted by Ray where it was.  A restarted engine knows only the start weights, so it stands paused
@@ -96,6 +98,7 @@ class EngineActor:
             _give_up(failure)  # an actor whose __init__ raises is never started again
         if not restarted:  # that one generates nothing yet
             asyncio.run(_check(url, engine.start_deadline_s))
+            asyncio.run(_check_locked(url))
         threading.Thread(target=self._watch, args=(server,), name="sglang-watch", daemon=True).start()
         return url
 
@@ -123,6 +126,16 @@ async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> N
                 checks.create_task(_check(url, deadline_s, entropies))
     except* EngineError as errors:
         raise StartFailed(f"engine.urls: {'; '.join(map(str, errors.exceptions))}") from errors
+
+
+async def _check_locked(url: str) -> None:
+    """Raise EngineError for a server of ours that obeys who shows no key: it runs without our plug-in."""
+    async with Http() as http:
+        try:
+            await http.call(f"{url}/model_info", limit_s=CHECK_DEADLINE_S)
+        except EngineError:
+            return
+    raise EngineError(f"{url}: answers without its key: it has not loaded {IN_SERVER / 'plugin'}")
 
 
 async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:

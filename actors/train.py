@@ -20,6 +20,7 @@ from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
+from system.observe.terminal import shown
 from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task, make_task
@@ -52,7 +53,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
 def _failed(errors: BaseException, run_dir: RunDir) -> int:
     """Say why the run failed and how to go on; returns the exit code."""
     for error in leaves(errors):
-        print(f"espalier: {error}", file=sys.stderr)
+        print(f"espalier: {shown(str(error))}", file=sys.stderr)
     code = exit_code(errors, lost=(RayError,))
     when = "" if code == LOST else "once that is mended, "
     again = f"espalier train --resume {run_dir.root}"
@@ -80,7 +81,7 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
             from system.observe import plots  # slow import, and Ray's processes end meanwhile
 
             plots.draw(run_dir)
-            print(*report(summary, run_dir), sep="\n", flush=True)
+            print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
 
 
 async def _train(
