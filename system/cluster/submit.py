@@ -60,7 +60,7 @@ def describe(config: Config) -> str:
 def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run: bool) -> int:
     """Submit one run: a new one, or (``resume``) one whose run directory is there."""
     check_parts(config)
-    print(describe(config))
+    print(shown(describe(config)))
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
         print(f"\n{shown(render(config, root.resolve()))}", end="")
@@ -96,7 +96,7 @@ def submit_sweep(
     for group in groups.values():
         names = [point.name for point in group]
         print(f"{len(group)} point(s) alike in their job ({', '.join(names)}):")
-        print(f"{describe(group[0].config)}\n")
+        print(f"{shown(describe(group[0].config))}\n")
         scripts[names[0]] = render(group[0].config, root, [runs[name] for name in names], at_once)
     for point in points:
         print(f"{point.name}  {shown(point.label)}")

@@ -18,7 +18,7 @@ _SECRET_WORDS = frozenset(
 )
 _SECRET_ENDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey")
 _SAID_OF_KEYS = frozenset({"key", "token", "auth", "bearer", "credential", "credentials"})  # in prose, too
-_VALUE = r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+"""  # a word of the shell
+_VALUE = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+""")  # a word of the shell
 
 _LOOKS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
@@ -31,14 +31,12 @@ _LOOKS = re.compile(
     r"|^[0-9a-f]{40}$"  # Weights & Biases, when nothing else stands there
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*-----|\Z)"
 )
-_URL_USER = re.compile(r"(?P<before>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s]+@")
+_URL_USER = re.compile(r"(?<![a-zA-Z0-9+.-])(?P<before>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s]+@")
 _URL_QUERY = re.compile(
     r"(?P<before>[?&][\w.-]*(?:key|token|secret|password|auth|sig|signature)[\w.-]*=)[^&\s#]+", re.I
 )
-_NAMED = re.compile(
-    r"""(?<![\w.-])(?P<before>(?P<name>-{0,2}[A-Za-z_][\w.-]*)["']?\s*(?P<sign>[=:])\s*)""" + _VALUE
-)
-_FLAG = re.compile(rf"(?P<before>--(?P<name>[A-Za-z][\w-]*)\s+){_VALUE}")
+_NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)["']?\s*(?P<sign>[=:])\s*""")
+_FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<sign>\s)\s*")
 _HEADER = re.compile(r"(?P<before>authorization[\"']?\s*[:=]\s*[\"']?)[^\n\"']+", re.I)
 _LOGIN = re.compile(  # curl -u me:secret | wandb login 0123… | machine m login me password secret
     r"(?P<before>(?:(?<=\s)-u|--user)\s+[^\s:]+:)\S+"
@@ -70,22 +68,17 @@ def _in_text(text: str) -> str:
 
 
 def _sub_named(pattern: re.Pattern[str], text: str) -> str:
-    """Hide the value where the name before it is a secret's.
-
-    A value that is none is looked into as well: ``--export=ALL,API_KEY=x``.
-    """
+    """Hide the word after each name that is a secret's."""
     parts: list[str] = []
     at = 0
-    while match := pattern.search(text, at):
+    for match in pattern.finditer(text):
         words = _words(match["name"])
-        prose = len(words) == 1 and (words[0] == "key" or (match.groupdict().get("sign") == ":"))
-        if _is_secret(words) and not (prose and words[0] in _SAID_OF_KEYS):
-            parts += [text[at : match.start()], match["before"], HIDDEN]
-            at = match.end()
-        else:
-            end = match.end("before")
-            parts.append(text[at:end])
-            at = end
+        prose = words == ["key"] or (match["sign"] == ":" and len(words) == 1 and words[0] in _SAID_OF_KEYS)
+        if match.start() < at or prose or not _is_secret(words):
+            continue
+        if value := _VALUE.match(text, match.end()):
+            parts += [text[at : match.end()], HIDDEN]
+            at = value.end()
     return "".join([*parts, text[at:]])
 
 
