@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import ray
 
+from actors import keys
 from actors.ray_support import StartFailed
 from actors.serving import LoopThread
 from system import config as configuration
@@ -22,6 +23,8 @@ from system.engine.pool import EnginePool
 from system.engine.protocol import EngineError, GenerateRequest, Sampling
 from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.sglang.server import ServerFailed, SglangServer
+
+CHECK_DEADLINE_S = 30.0
 
 
 class EngineActor:
@@ -67,7 +70,8 @@ class EngineActor:
         self._server = EmbeddedEngine(engine, model_path, dtype=settings.model.dtype, seed=settings.run.seed)
         self._server.loop.paused = restarted
         self._http = LoopThread("engine-http")
-        url = self._http.run(self._server.start(host, port), engine.start_deadline_s)
+        start = self._server.start(host, port, key=keys.held().engines)
+        url = self._http.run(start, engine.start_deadline_s)
         threading.Thread(target=self._watch_embedded, name="engine-watch", daemon=True).start()
         return url
 
@@ -94,6 +98,7 @@ class EngineActor:
             cpu=engine.device == "cpu" or (engine.device == "auto" and not torch.cuda.is_available()),
             cores=sorted(os.sched_getaffinity(0)),
             paused=restarted,
+            key=keys.held().engines,
         )
         server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
         try:
@@ -105,6 +110,7 @@ class EngineActor:
             _give_up(failure)  # an actor whose __init__ raises is never started again
         if not restarted:  # that one generates nothing yet
             asyncio.run(_check(url, engine.start_deadline_s))
+            asyncio.run(_check_locked(url))
         watched = (server, settings.cluster.silent_s)
         threading.Thread(target=self._watch, args=watched, name="sglang-watch", daemon=True).start()
         return url
@@ -135,12 +141,23 @@ async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> N
         raise StartFailed(f"engine.urls: {'; '.join(map(str, errors.exceptions))}") from errors
 
 
+async def _check_locked(url: str) -> None:
+    """Raise EngineError for a server of ours that obeys who shows no key: it runs without our plug-in."""
+    async with Http() as http:
+        try:
+            await http.call(f"{url}/model_info", limit_s=CHECK_DEADLINE_S)
+        except EngineError:
+            return
+    raise EngineError(f"{url}: answers without its key: it has not loaded {IN_SERVER / 'plugin'}")
+
+
 async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
     """Raise EngineError for a server that does not answer, or gives no entropies."""
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
-    async with Http() as http:
+    key = keys.held().engines
+    async with Http([url], key) as http:
         await EngineControl(url, http).wait_ready(deadline_s)
-    pool = EnginePool([url], deadline_s=deadline_s)
+    pool = EnginePool([url], deadline_s=deadline_s, key=key)
     try:
         chunks = [chunk async for chunk in pool.generate(asked)]
     finally:

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
+from actors import keys
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
 from system.config import Config
@@ -88,7 +89,7 @@ class EngineMonitor:
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
-        async with Http() as http:
+        async with Http(self._engines.values(), keys.held().engines) as http:
             controls = {name: EngineControl(url, http) for name, url in self._engines.items()}
             good = dict.fromkeys(controls, time.monotonic())
             while True:
@@ -101,7 +102,7 @@ class EngineMonitor:
 
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
-        async with Http() as http:
+        async with Http(self._engines.values(), keys.held().engines) as http:
             for name, url in list(self._engines.items()):
                 control = EngineControl(url, http)
                 try:

@@ -16,6 +16,7 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
+from actors import keys
 from actors.placement import Placement
 from actors.ray_support import answer, answers, spawn
 from actors.serving import free_port
@@ -141,7 +142,7 @@ async def _push(
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
     from system.engine.control import Http
 
-    async with asyncio.timeout(deadline_s), Http() as http:
+    async with asyncio.timeout(deadline_s), Http(urls, keys.held().engines) as http:
         return await transport.push(http, urls, buckets, version, kv)
 
 

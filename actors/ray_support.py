@@ -6,13 +6,17 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from actors import keys
 from system.config import Config
 from system.errors import FAILED, LOST, EspalierError
 
@@ -37,25 +41,31 @@ class StartFailed(ActorLost):
 
 
 @contextlib.contextmanager
-def ray_session(config: Config, logs: Path | None = None) -> Generator[bool]:
-    """Ray for the length of the block: the cluster we are given, or one of this machine alone.
+def ray_session(config: Config, root: Path) -> Generator[bool]:
+    """Ray for the length of the block: the cluster we are given, or one of this machine alone, which listens
+    on loopback and asks for a token that is this run's own.
 
     Yields whether it is a given one (``cluster.address``, or ``$RAY_ADDRESS`` as a SLURM job sets it).
-    ``logs``: the directory of the actors' output, unless a job has set ``$ESPALIER_LOGS``.  Ray itself puts
-    the current directory on the path of every process, so that a user's modules are found there.
+    ``root``: holds the keys of the run (:mod:`.keys`) and, in ``logs``, the actors' output, unless a job has
+    set ``$ESPALIER_LOGS``.  Ray itself puts the current directory on the path of every process, so that a
+    user's modules are found there.
     """
+    given = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
     defaults = {
+        LOGS: str((root / "logs").resolve()),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of a tree that failed: its statistics' failure is handled
         "PYTHONUNBUFFERED": "1",  # an actor's last words must be in its file
     }
-    if logs is not None:
-        defaults[LOGS] = str(logs.resolve())
-    added = {key: value for key, value in defaults.items() if key not in os.environ}
-    os.environ |= added
-    given = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(keys.made(config, root))
+        if not given:
+            token = keys.private_file(root / keys.RAY, secrets.token_hex(32))
+            defaults["RAY_AUTH_TOKEN_PATH"] = str(stack.enter_context(token).resolve())
+            defaults |= _on_loopback()
+        stack.enter_context(_environment(defaults))
+        stack.callback(ray.shutdown)
         try:
             ray.init(
                 address=given or "local",
@@ -68,10 +78,29 @@ def ray_session(config: Config, logs: Path | None = None) -> Generator[bool]:
             what = f"does not answer at {given}: correct cluster.address" if given else "does not start here"
             raise StartFailed(f"Ray {what}: {error}") from error
         yield bool(given)
+
+
+@contextlib.contextmanager
+def _environment(defaults: Mapping[str, str]) -> Generator[None]:
+    """Add what is not set yet, for the length of the block; Ray's own additions go with it."""
+    before = set(os.environ)
+    os.environ |= {name: value for name, value in defaults.items() if name not in before}
+    try:
+        yield
     finally:
-        ray.shutdown()
-        for key in added:
-            del os.environ[key]
+        for name in {*defaults, "RAY_AUTH_MODE"} - before:  # Ray sets the mode, having found the token
+            os.environ.pop(name, None)
+
+
+def _on_loopback() -> dict[str, str]:
+    """Let Ray, here and (by the variables returned) in its processes, take loopback for its address, as it
+    does by itself on systems where it knows no clusters; it would listen on every interface.
+
+    A token that this process has used for an earlier session is forgotten.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    AuthenticationTokenLoader.instance().reset_cache()
+    return {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
 
 
 def spawn(
@@ -97,9 +126,11 @@ def spawn(
 
 
 def _as_process(actor: type, log: Path | None) -> type:
-    """``actor`` with a heartbeat; its process appends what it prints to the file ``log``."""
+    """``actor`` with a heartbeat; its process holds the run's keys and appends what it prints to ``log``."""
+    held = keys.held()
 
     def start(self: Any, *arguments: Any) -> None:
+        keys.hold(held)
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

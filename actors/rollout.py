@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import Any
 
+from actors import keys
 from system import config as configuration
 from system.rollout import process
 from system.rollout.context import build_context
@@ -24,7 +25,7 @@ class RolloutWorker:
     def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
         process.prepare()
         settings = configuration.from_dict(config)
-        self._context, self._tools, self._engine = build_context(settings, model, engines, tools)
+        self._context, self._tools, self._engine = build_context(settings, model, engines, tools, keys.held())
         self._growing: dict[int, TreeRollout] = {}
 
     async def beat(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from actors import keys
 from actors.serving import LoopThread
 from system import config as configuration
 from system.serving import serve
@@ -19,7 +20,7 @@ class ToolActor:
     def __init__(self, name: str, config: dict[str, Any], corpus: str, host: str, port: int) -> None:
         app = _application(name, configuration.from_dict(config).tools, corpus)
         self._loop = LoopThread(f"tool-{name}")
-        self._server = self._loop.run(serve(app, host, port), START_DEADLINE_S)
+        self._server = self._loop.run(serve(app, host, port, key=keys.held().tools[name]), START_DEADLINE_S)
 
     def ready(self) -> str:
         """The URL it serves at; answers once it does."""

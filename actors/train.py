@@ -24,6 +24,7 @@ from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
+from system.observe.terminal import shown
 from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task, make_task
@@ -50,7 +51,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
 def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
     """The run while Ray is there; returns the process's exit code."""
     code = FAILED
-    with ray_session(config, run_dir.logs) as joined:
+    with ray_session(config, run_dir.root) as joined:
         try:
             code = asyncio.run(_run(config, run_dir, task, joined))
         except* ConfigError as errors:
@@ -65,7 +66,7 @@ def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
 def _failed(errors: BaseException, run_dir: RunDir) -> int:
     """Say why the run failed and how to go on; returns the exit code."""
     for error in leaves(errors):
-        print(f"espalier: {told(error)}", file=sys.stderr)
+        print(f"espalier: {shown(told(error))}", file=sys.stderr)
     code = exit_code(errors, lost=(RayError,))
     when = "" if code == LOST else "once that is mended, "
     again = f"espalier train --resume {run_dir.root}"
@@ -94,7 +95,7 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
             from system.observe import plots  # slow import, and Ray's processes end meanwhile
 
             plots.draw(run_dir)
-            print(*report(summary, run_dir), sep="\n", flush=True)
+            print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
 
 
 async def _train(

@@ -1,4 +1,8 @@
-"""The one HTTP client, for generation servers and tool servers: kept connections, deadlines, one error."""
+"""The one HTTP client, for generation servers and tool servers: kept connections, deadlines, one error.
+
+It follows no redirect, so a server cannot send it to another one, and shows each server the key that was
+given for that server and no other.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import asyncio
 import ipaddress
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -29,16 +35,27 @@ class HttpError(EspalierError):
         self.refused, self.passing, self.status, self.said = refused, passing, status, said
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What a run's servers want to be shown; empty: nothing.  Not in its ``repr``, so not in a log."""
+
+    engines: str = field(default="", repr=False)
+    tools: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by the tool's name
+
+
 class HttpClient:
     """A pool of connections to any number of servers, opened at the first call and kept for the next.
 
     An async context manager, or :meth:`close` it.
     """
 
-    def __init__(self, connections: int = 0) -> None:
-        """``connections``: at most so many at once, to all servers together; 0: the caller bounds them."""
+    def __init__(self, connections: int = 0, keys: Mapping[str, str] | None = None) -> None:
+        """``connections``: at most so many at once, to all servers together; 0: the caller bounds them.
+        ``keys``: by URL, what each server wants to be shown (a bearer token); empty: nothing.
+        """
         self._session: aiohttp.ClientSession | None = None
         self._connections = connections
+        self._keys = {_server(url): key for url, key in (keys or {}).items() if key}
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,6 +77,16 @@ class HttpClient:
         if self._session is not None:
             await self._session.close()
 
+    def authorization(self, url: str) -> dict[str, str]:
+        """The header that shows the server of ``url`` its key; none where it has none."""
+        key = self._keys.get(_server(url))
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def hidden(self, url: str, text: str) -> str:
+        """What the server of ``url`` says, without the key, which it may repeat."""
+        key = self._keys.get(_server(url))
+        return text.replace(key, "…") if key else text
+
     async def request(
         self,
         method: str,
@@ -73,14 +100,21 @@ class HttpClient:
         ``limit_s`` seconds (None: the caller sets the deadline).
         """
         content: dict[str, Any] = {"json": body}
+        headers: dict[str, str] = {}
         if isinstance(body, bytes):
-            content = {"data": body, "headers": {"Content-Type": "application/octet-stream"}}
+            content, headers = {"data": body}, {"Content-Type": "application/octet-stream"}
         try:
-            async with asyncio.timeout(limit_s), self.session.request(method, url, **content) as response:
+            headers |= self.authorization(url)
+            async with (
+                asyncio.timeout(limit_s),
+                self.session.request(
+                    method, url, headers=headers, allow_redirects=False, **content
+                ) as response,
+            ):
                 data = await _body(response)
         except TimeoutError as error:
             raise HttpError(f"no answer from {url} within {limit_s:g} s") from error
-        except aiohttp.InvalidURL as error:
+        except ValueError as error:  # aiohttp's InvalidURL is one
             raise HttpError(f"not a URL: {url!r}", passing=False) from error
         except (aiohttp.ClientError, OSError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError)
@@ -88,6 +122,7 @@ class HttpClient:
         if response.status != 200:
             passing = response.status >= 500 or response.status in _PASSING
             message = data[:2000].decode(errors="replace").strip()
+            message = self.hidden(url, message)
             told = f"HTTP {response.status} at {url}: {message}"
             raise HttpError(told, passing=passing, status=response.status, said=message)
         if "json" not in response.content_type:
@@ -107,6 +142,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _server(url: str) -> str:
+    """``http://host:1/path`` -> ``http://host:1``.  Raises ValueError."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:

@@ -1,15 +1,34 @@
-"""Running an aiohttp application as a small server: embedded in a running loop, or as a program."""
+"""Running an aiohttp application as a small server: embedded in a running loop, or as a program.
+
+Every server here stands behind one guard.  Loopback is shared with all users of the machine and with the
+pages in its browsers, so the guard asks for a key (a bearer token, for all but ``GET /health``), and takes
+neither a foreign name for itself nor what a page can send without being asked:
+
+=====  ==============================================================================================
+ 401   the key is missing or wrong (also a wrong one that is shown to ``/health``)
+ 415   a POST that is not declared as JSON, or as raw bytes where a handler takes those
+ 421   a ``Host`` that is no IP address, nor localhost, nor this machine's name (DNS rebinding)
+=====  ==============================================================================================
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
+import ipaddress
+import os
+import re
 import signal
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 SHUTDOWN_S = 2.0
+KEY_VARIABLE = "ESPALIER_KEY"  # environment of a server that is started by hand: what it wants to be shown
+HEALTH = "/health"
+JSON, BYTES = "application/json", "application/octet-stream"
 
 
 @dataclass(frozen=True)
@@ -24,12 +43,14 @@ class AppServer:
         await self.runner.cleanup()
 
 
-async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) -> AppServer:
+async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0, *, key: str = "") -> AppServer:
     """Start ``app`` in the running loop; port 0 takes a free one.  Raises what the application's start-up
     raises.
 
-    A request whose client has gone away is cancelled.
+    ``key``: what a client must show; empty: nothing.  A request whose client has gone away is cancelled.
+    An application has one server.
     """
+    app.middlewares.insert(0, _guard(key, host))
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, access_log=None)
     await runner.setup()
     try:
@@ -44,9 +65,9 @@ async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0) ->
 
 
 async def serve_until_signal(app: web.Application, host: str, port: int) -> None:
-    """Serve until SIGINT or SIGTERM; prints the address."""
+    """Serve until SIGINT or SIGTERM; prints the address.  The key, if any, is that of ``$ESPALIER_KEY``."""
     stop = stop_signals()
-    server = await serve(app, host, port)
+    server = await serve(app, host, port, key=os.environ.get(KEY_VARIABLE, ""))
     print(f"serving on {server.url}", flush=True)
     try:
         await stop.wait()
@@ -62,11 +83,46 @@ def stop_signals() -> asyncio.Event:
     return stop
 
 
+def _guard(key: str, host: str) -> Middleware:
+    """What stands before every handler of a server that listens at ``host``."""
+    names = {"localhost", host.lower(), os.uname().nodename.lower()}
+    expected = f"Bearer {key}".encode()
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not _names_us(request.host, names):
+            raise web.HTTPMisdirectedRequest(text="Host: send the address of this server, or localhost")
+        # A page's browser asks first before it sends one of these types.  Without the header aiohttp assumes
+        # bytes, which a page may send unasked: it must be there.
+        declared = request.content_type if "Content-Type" in request.headers else ""
+        if request.method not in ("GET", "HEAD") and declared not in (JSON, BYTES):
+            raise web.HTTPUnsupportedMediaType(text=f"send {JSON}")
+        shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        free = not key or (request.method == "GET" and request.path == HEALTH and not shown)
+        if not free and not hmac.compare_digest(shown, expected):
+            raise web.HTTPUnauthorized(
+                text="show this server's key: Authorization: Bearer …", headers={"WWW-Authenticate": "Bearer"}
+            )
+        return await handler(request)
+
+    return guard
+
+
+def _names_us(host: str, names: set[str]) -> bool:
+    """Whether a ``Host`` header means a server that is known by its address or by ``names``."""
+    match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\](?::\d+)?|([\w.-]+)(?::\d+)?", host)
+    name = (match[1] or match[2]).lower() if match else ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name in names
+    return True
+
+
 async def json_object(request: web.Request) -> dict[str, Any]:
-    """The request's body.  Raises 415 unless it is declared as JSON (which a web page cannot send across
-    origins unasked), 400 unless it is a JSON object."""
-    if request.content_type != "application/json":
-        raise web.HTTPUnsupportedMediaType(text="send application/json")
+    """The request's body.  Raises 415 unless it is declared as JSON, 400 unless it is a JSON object."""
+    if request.content_type != JSON:
+        raise web.HTTPUnsupportedMediaType(text=f"send {JSON}")
     try:
         body = await request.json()
     except ValueError as error:

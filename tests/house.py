@@ -32,6 +32,7 @@ ALIVE = {
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",
     "rich reads it": "min_width",
+    "Ray reads it": "ENABLE_RAY_CLUSTER",
     "mpmath reads it": "dps",
     "numpy reads it": "writeable",
     "Python reads it": "dont_write_bytecode __stdout__ __stderr__",

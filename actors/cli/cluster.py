@@ -82,8 +82,9 @@ def status(args: argparse.Namespace) -> int:
     """
     from system.cluster.status import status
     from system.cluster.sweep import is_sweep, summarise
+    from system.observe.terminal import shown
 
-    print(summarise(args.run) if is_sweep(args.run) else status(args.run))
+    print(shown(summarise(args.run) if is_sweep(args.run) else status(args.run)))
     return 0
 
 

@@ -56,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell(error: Exception) -> int:
     """Say what went wrong, in a line each for what is expected to; returns the exit code."""
+    from system.observe.terminal import shown
+
     causes = list(errors.leaves(error))
     if not all(isinstance(cause, errors.EXPECTED) for cause in causes):
-        traceback.print_exception(error)
+        print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         print("espalier: this is a bug of Espalier: please report it with the lines above", file=sys.stderr)
         return errors.FAILED
     for line in (line for cause in causes for line in errors.told(cause).splitlines()):
-        print(f"espalier: {line}", file=sys.stderr)
+        print(f"espalier: {shown(line)}", file=sys.stderr)
     return errors.exit_code(error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -139,17 +140,19 @@ def doctor(args: argparse.Namespace) -> int:
     from system.config import load
     from system.doctor.checks import examine, stops
     from system.doctor.facts import gather
+    from system.observe.redact import redact
+    from system.observe.terminal import shown
 
     config = load(*split(args.words))
     findings = examine(gather(config), config)
     if args.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print(json.dumps([redact(asdict(finding)) for finding in findings], indent=2))
         return int(stops(findings))
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
-        print(f"{finding.level:8} {finding.topic:{width}}  {finding.found}")
+        print(f"{finding.level:8} {finding.topic:{width}}  {shown(finding.found)}")
         if finding.remedy:
-            print(f"{'':8} {'':{width}}  → {finding.remedy}")
+            print(f"{'':8} {'':{width}}  → {shown(finding.remedy)}")
     problems = sum(finding.level == "problem" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
     print(f"\n{problems} problems, {warnings} warnings")
@@ -175,7 +178,15 @@ def config(args: argparse.Namespace) -> int:
 
         print(markdown() if args.markdown else text(args.explain), end="")
         return 0
-    from system.config import load, to_yaml
+    from system.config import from_dict, load, to_dict, to_yaml
+    from system.observe.redact import HIDDEN, redact
 
-    print(to_yaml(load(*split(args.words))), end="")
+    values = to_dict(load(*split(args.words)))
+    if (printed := redact(values)) != values:
+        print(
+            f"WARNING: secrets are printed as {HIDDEN}; take them from the environment: "
+            "'slurm.env={WANDB_API_KEY: ${oc.env:WANDB_API_KEY}}'",
+            file=sys.stderr,
+        )
+    print(to_yaml(from_dict(printed)), end="")
     return 0

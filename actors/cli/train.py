@@ -65,6 +65,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from system.errors import ConfigError
     from system.observe.jsonl import jsonable
     from system.observe.rundir import RunDir, write_atomic
+    from system.observe.terminal import visible
 
     target, overrides = split(args.words)
     if target is None:
@@ -91,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> int:
     text = json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False)
     if args.out:
         write_atomic(args.out, text + "\n")
-    print(text)
+    print(visible(text, breaks=True))
     return 0
 
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from system.doctor.facts import usable_cpus, version_of
 from system.observe.jsonl import jsonable
 from system.observe.rundir import write_atomic
+from system.observe.terminal import visible
 
 Cell = str | int | float | None
 
@@ -59,11 +60,11 @@ class Report:
 
     def section(self, heading: str, *paragraphs: str) -> None:
         """Start a section."""
-        self._body.append(f"<h2>{html.escape(heading)}</h2>")
+        self._body.append(f"<h2>{_escaped(heading)}</h2>")
         self.text(*paragraphs)
 
     def text(self, *paragraphs: str) -> None:
-        self._body += [f"<p>{html.escape(one)}</p>" for one in paragraphs]
+        self._body += [f"<p>{_escaped(one)}</p>" for one in paragraphs]
 
     def facts(self, values: Mapping[str, Any]) -> None:
         """Names and values, one under the other (settings, assumptions)."""
@@ -80,6 +81,7 @@ class Report:
         for row in rows:
             if len(row) != len(columns):
                 raise ValueError(f"table {title!r}: a row of {len(row)} cells under {len(columns)} columns")
+        title, columns, note = visible(title), [visible(column) for column in columns], visible(note)
         cells = [[column, *(_cell(row[i]) for row in rows)] for i, column in enumerate(columns)]
         widths = [_width(*column) for column in cells]
         parts = _side_by_side(widths, self._console.width)
@@ -92,11 +94,11 @@ class Report:
             for line in range(1, len(rows) + 1):
                 shown.add_row(*(cells[i][line] for i in part))
             self._console.print(shown)
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows)
-        foot = f"<p><small>{html.escape(note)}</small></p>" if note else ""
+        foot = f"<p><small>{_escaped(note)}</small></p>" if note else ""
         self._body.append(
-            f'<div class="scroll"><table><caption>{html.escape(title)}</caption>'
+            f'<div class="scroll"><table><caption>{_escaped(title)}</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{foot}"
         )
 
@@ -106,9 +108,9 @@ class Report:
         figure.savefig(buffer, format="png", dpi=120)
         (self.out_dir / f"{name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
-        words = html.escape(caption)
+        words = _escaped(caption)
         self._body.append(
-            f'<figure><img alt="{words or html.escape(name)}" src="data:image/png;base64,{data}">'
+            f'<figure><img alt="{words or _escaped(name)}" src="data:image/png;base64,{data}">'
             f"<figcaption>{words}</figcaption></figure>"
         )
 
@@ -122,8 +124,8 @@ class Report:
             page,
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head><body>\n"
-            f'<h1>{html.escape(self.title)}</h1>\n<p class="lead">{html.escape(self.lead)}</p>\n'
+            f"<title>{_escaped(self.title)}</title><style>{_STYLE}</style></head><body>\n"
+            f'<h1>{_escaped(self.title)}</h1>\n<p class="lead">{_escaped(self.lead)}</p>\n'
             + "\n".join(self._body)
             + f"\n<h2>Measured on</h2>\n{_definitions(where)}\n</body></html>\n",
         )
@@ -159,7 +161,7 @@ def _cell(value: Any) -> str:
         case int():
             return f"{value:,}"
         case _:
-            return str(value)
+            return visible(str(value))
 
 
 def _width(header: str, *cells: str) -> int:
@@ -178,11 +180,16 @@ def _side_by_side(widths: Sequence[int], room: int) -> list[list[int]]:
     return parts
 
 
+def _escaped(text: str) -> str:
+    """``text`` on a page, whoever wrote it."""
+    return html.escape(visible(text, breaks=True))
+
+
 def _html_cell(value: Cell) -> str:
     kind = ' class="text"' if isinstance(value, str) else ""
-    return f"<td{kind}>{html.escape(_cell(value))}</td>"
+    return f"<td{kind}>{_escaped(_cell(value))}</td>"
 
 
 def _definitions(values: Mapping[str, Any]) -> str:
-    pairs = [(html.escape(str(name)), html.escape(_cell(value))) for name, value in values.items()]
+    pairs = [(_escaped(str(name)), _escaped(_cell(value))) for name, value in values.items()]
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{value}</dd>' for name, value in pairs)}</dl>"

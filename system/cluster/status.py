@@ -12,6 +12,7 @@ from system.cluster.submit import jobs_of
 from system.config import ConfigError
 from system.observe.jsonl import read_jsonl
 from system.observe.rundir import RunDir, RunDirError
+from system.observe.terminal import visible
 
 FOLLOW_S = 1.0
 
@@ -92,7 +93,7 @@ def logs(root: Path, component: str, *, attempt: int | None, lines: int, follow:
         if len(chosen) > 1:
             print(f"==> {path} <==")
         text = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        print("\n".join(text[-lines:] if lines else text))
+        print(*map(visible, text[-lines:] if lines else text), sep="\n")
     if follow:
         _follow(chosen[-1])
     return 0
@@ -104,7 +105,7 @@ def _follow(path: Path) -> None:
         file.seek(0, 2)
         while True:
             if text := file.read():
-                print(text, end="", flush=True)
+                print(visible(text, breaks=True), end="", flush=True)
             else:
                 time.sleep(FOLLOW_S)
 

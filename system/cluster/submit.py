@@ -13,7 +13,9 @@ from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
 from system.cluster.script import queue_options, render
 from system.config import Config, ConfigError, load, to_dict
+from system.observe.redact import redact
 from system.observe.rundir import RunDir, RunDirError, write_atomic
+from system.observe.terminal import shown
 
 SUBMISSION = "slurm/submission.json"
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
@@ -56,10 +58,10 @@ def describe(config: Config) -> str:
 
 def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run: bool) -> int:
     """Submit one run: a new one, or (``resume``) one whose run directory is there."""
-    print(describe(config))
+    print(shown(describe(config)))
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
-        print(f"\n{render(config, root.resolve())}", end="")
+        print(f"\n{shown(render(config, root.resolve()))}", end="")
         print(f"\n# dry run: nothing was submitted; the run directory would be {root}")
         return 0
     run = RunDir.open(resume) if resume else RunDir.create(config, config_name)
@@ -101,12 +103,12 @@ def submit_sweep(
     for group in groups.values():
         names = [point.name for point in group]
         print(f"{len(group)} point(s) alike in their job ({', '.join(names)}):")
-        print(f"{describe(group[0].config)}\n")
+        print(f"{shown(describe(group[0].config))}\n")
         scripts[names[0]] = render(group[0].config, root, [runs[name] for name in names], at_once)
     for point in points:
-        print(f"{point.name}  {point.label}")
+        print(f"{point.name}  {shown(point.label)}")
     if dry_run:
-        print("", *scripts.values(), sep="\n", end="")
+        print("", *map(shown, scripts.values()), sep="\n", end="")
         print(f"\n# dry run: nothing was submitted; the sweep's directory would be {root}")
         return 0
     for point in points:
@@ -164,7 +166,7 @@ def _write_script(root: Path, text: str, name: str = "job.sh") -> Path:
     path.parent.mkdir(exist_ok=True)
     for old in (path.parent / "cancelled", root / "attempts" / "failures"):  # what an earlier job left
         old.unlink(missing_ok=True)
-    write_atomic(path, text)
+    write_atomic(path, text, private=redact(text) != text)
     return path
 
 

@@ -27,6 +27,7 @@ SET_BY: dict[str, str] = {
     "max_running_requests": "engine.max_running",
     "stream_interval": "engine.chunk_tokens",
     "random_seed": "run.seed",
+    **dict.fromkeys(("api_key", "admin_api_key"), "the system"),  # a flag is read by every user of a machine
 }
 TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size")
 
@@ -168,6 +169,15 @@ def _engine(config: Config) -> Iterator[str]:
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 yield f"{key}: {url!r} must begin with http:// or https://"
+    tools = config.tools
+    for key, name, its_server, server in (
+        ("engine.api_key_env", engine.api_key_env, "engine.urls", engine.urls),
+        ("tools.search_key_env", tools.search_key_env, "tools.search_url", tools.search_url),
+    ):
+        if name and not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield f"{key}: name the environment variable that holds the key, not the key itself"
+        elif name and not server:
+            yield f"{key} is for a server of others: set {its_server}, or take it out"
     if engine.urls and engine.name != "sglang":
         yield "engine.urls attaches to SGLang servers: set engine=sglang, or take engine.urls out"
 

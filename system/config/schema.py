@@ -152,6 +152,9 @@ class ToolsConfig:
     )
     search_top_k: int = setting(3, "documents per search", least=1)
     search_url: str = setting("", "use a retrieval server that already runs")
+    search_key_env: str = setting(
+        "", "environment variable with the key that this server wants to be shown; empty: none"
+    )
     deadline_s: float = setting(20.0, "one call, retries included", above=0)
     concurrency: int = setting(16, "calls at once, per tool", least=1, safe_on_resume=True)
     rate_per_s: float = setting(0.0, "calls per second and tool; 0: unlimited", least=0, safe_on_resume=True)
@@ -196,6 +199,9 @@ class EngineConfig:
     )
     start_deadline_s: float = setting(300.0, "for a server to answer", above=0)
     urls: list[str] = setting([], "attach to servers that run; they are never stopped")
+    api_key_env: str = setting(
+        "", "environment variable with the key that the servers of urls want to be shown; empty: none"
+    )
     entropy_top_k: int = setting(
         0, "attached servers without our plug-in: estimate entropies from so many top tokens", least=0
     )

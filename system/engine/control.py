@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,10 @@ class Unreachable(EngineError):
 
 class Http(HttpClient):
     """Connections to any number of generation servers; how many there may be is the caller's to bound."""
+
+    def __init__(self, urls: Iterable[str] = (), key: str = "") -> None:
+        """``key``: what the servers at ``urls`` want to be shown."""
+        super().__init__(keys=dict.fromkeys(urls, key))
 
     async def call(
         self, url: str, body: Body | None = None, limit_s: float = CONTROL_DEADLINE_S

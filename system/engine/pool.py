@@ -75,7 +75,7 @@ class EnginePool:
     broke, with its tokens so far as part of the prompt.  ``in_flight`` bounds this pool's requests at one
     server; more wait for their turn, first come, first served.  ``estimate``: what to make of the top
     log-probabilities of servers that give no entropies.  ``vocab``: tokens that the model knows; others are
-    the server's error.
+    the server's error.  ``key``: what the servers want to be shown.
     """
 
     def __init__(
@@ -88,11 +88,12 @@ class EnginePool:
         in_flight: int = 256,
         estimate: TopEntropy | None = None,
         vocab: int | None = None,
+        key: str = "",
     ):
         if not urls:
             raise ValueError("a pool of engines needs at least one URL")
         self.urls = tuple(url.rstrip("/") for url in urls)
-        self._http = Http()
+        self._http = Http(self.urls, key)
         self._deadline_s, self._stall_s, self._retries = deadline_s, stall_s, retries
         self._router = Router(self.urls)
         self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served
@@ -278,7 +279,8 @@ class EnginePool:
             response = await self._http.session.post(
                 f"{place.url}/generate",
                 data=body,
-                headers={"Content-Type": "application/json"},
+                headers={"Content-Type": "application/json"} | self._http.authorization(place.url),
+                allow_redirects=False,
                 timeout=self._patience(deadline),
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -286,7 +288,7 @@ class EnginePool:
         try:
             if response.status != 200:
                 message = (await response.content.read(2000)).decode(errors="replace")
-                raise _refusal(response.status, message, rid)
+                raise _refusal(response.status, self._http.hidden(place.url, message), rid)
             while not splitter.done:
                 data = await response.content.readany()
                 if not data:

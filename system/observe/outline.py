@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as Guide
 
+from system.observe.terminal import visible
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 from system.tree.stats import TreeStats
 
@@ -31,11 +32,6 @@ T = TypeVar("T")
 _STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
 _HEAT = ("", "yellow", "dark_orange", "bold red")  # token entropy up to 0.5, 1, 2 nats, and above
 _BARS = "▁▂▃▄▅▆▇█"
-_REPLACED = {
-    **{code: chr(0x2400 + code) for code in range(32)},
-    **{127: "␡", ord("\t"): "  "},
-    **dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298)), "␦"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +96,8 @@ def table(trees: Iterable[Tree]) -> Table:
         stats = TreeStats.of(tree)
         grid.add_row(
             str(index),
-            visible(tree.prompt_id),
-            visible(tree.task),
+            Text(visible(tree.prompt_id)),
+            Text(visible(tree.task)),
             str(stats.leaves),
             str(stats.nodes),
             str(stats.forks),
@@ -114,12 +110,6 @@ def table(trees: Iterable[Tree]) -> Table:
             _span(stats.version_min, stats.version_max),
         )
     return grid
-
-
-def visible(text: str, breaks: bool = False) -> str:
-    """``text`` without what acts on a terminal; line breaks become ``↵`` or, with ``breaks``, stay."""
-    text = text.replace("\r\n", "\n").replace("\n", "\n" if breaks else "↵")
-    return text.translate({code: to for code, to in _REPLACED.items() if not (breaks and code == 10)})
 
 
 def sparkline(values: Sequence[float], top: float, width: int = 64) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from system.observe.recorder import Status
+from system.observe.terminal import shown, visible
 
 TRAINING = "training"
 _FRAME_S = 0.25  # redraw interval on a terminal
@@ -84,7 +85,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Say something lasting, above the panel."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(shown(text)), soft_wrap=True)
 
     def refresh(self, force: bool = False) -> None:
         """Draw now; without a terminal only by ``force`` or ``interval_s`` after the last line."""
@@ -94,7 +95,7 @@ class Progress:
         now = self._clock()
         if force or now - self._printed >= self._interval_s:
             self._printed = now
-            self._console.print(Text(self.line()), soft_wrap=True)
+            self._console.print(Text(visible(self.line())), soft_wrap=True)
 
     def line(self) -> str:
         """The state in one line of plain text."""
@@ -118,7 +119,7 @@ class Progress:
         head.columns[0].min_width = 12
         rows: list[RenderableType] = [head]
         if self._detail:
-            rows.append(Text(self._detail, style="dim"))
+            rows.append(Text(visible(self._detail), style="dim"))
         if self._phase == TRAINING:
             figures = _figures(status)
             grid = Table.grid(padding=(0, 2))

@@ -1,4 +1,8 @@
-"""Keep secrets out of what is logged or sent away: a configuration may hold an API key or a password."""
+"""Keep secrets out of what is shown, logged or sent away: a configuration may hold an API key or a password.
+
+A secret is known by the name it has (a key of a dictionary, ``NAME=…`` in a command, ``Name: …`` in a header,
+``--name …``), by its look, or by its place in a URL.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +13,82 @@ from typing import Any
 HIDDEN = "<redacted>"
 
 _SECRET_WORDS = frozenset(
-    {"key", "apikey", "secret", "token", "password", "passwd", "passphrase"}
-    | {"credential", "credentials", "auth", "authorization", "bearer"}
+    {"key", "apikey", "apikeys", "secret", "secrets", "token", "password", "passwords", "passwd"}
+    | {"passphrase", "credential", "credentials", "auth", "authorization", "bearer"}
 )
-_SECRET_VALUE = re.compile(
-    r"(sk|pk|hf|ghp|gho|ghs|glpat|xox[abprs]|github_pat)[-_][A-Za-z0-9_-]{10,}"  # vendors' prefixes
-    r"|AKIA[0-9A-Z]{16}"  # AWS access key
+_SECRET_ENDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey")
+_SAID_OF_KEYS = frozenset({"key", "token", "auth", "bearer", "credential", "credentials"})  # in prose, too
+_VALUE = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+""")  # a word of the shell
+
+_LOOKS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:sk|pk|hf|gh[opsur]|glpat|xox[abeprs]|github_pat|gsk|xai|r8|nvapi|npm|dckr_pat|wandb_v\d)"
+    r"[-_][A-Za-z0-9_-]{10,}"  # vendors' prefixes
+    r"|AIza[\w-]{30,}|ya29\.[\w-]+"  # Google
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access keys
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON web token
-    r"|(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{10,}"
-    r"|^[0-9a-f]{40}$"  # Weights & Biases
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|(?i:bearer|basic)\s+[A-Za-z0-9._~+/=-]{10,})"
+    r"|^[0-9a-f]{40}$"  # Weights & Biases, when nothing else stands there
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*-----|\Z)"
 )
-_URL_USER = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s]+@")
+_URL_USER = re.compile(r"(?<![a-zA-Z0-9+.-])(?P<before>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s]+@")
 _URL_QUERY = re.compile(
-    r"(?P<name>[?&][\w.-]*(?:key|token|secret|password|auth|sig|signature)[\w.-]*=)[^&\s#]+", re.I
+    r"(?P<before>[?&][\w.-]*(?:key|token|secret|password|auth|sig|signature)[\w.-]*=)[^&\s#]+", re.I
+)
+_NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)["']?\s*(?P<sign>[=:])\s*""")
+_FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<sign>\s)\s*")
+_HEADER = re.compile(r"(?P<before>authorization[\"']?\s*[:=]\s*[\"']?)[^\n\"']+", re.I)
+_LOGIN = re.compile(  # curl -u me:secret | wandb login 0123… | machine m login me password secret
+    r"(?P<before>(?:(?<=\s)-u|--user)\s+[^\s:]+:)\S+"
+    r"|(?P<login>\blogin\s+(?:-\S+\s+)*)[A-Za-z0-9_-]{20,}"
+    r"|(?P<netrc>\blogin\s+\S+\s+password\s+)\S+"
 )
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """``value`` with secrets hidden, found by the name of their key, by their look, or as part of a URL."""
+    """``value`` with secrets hidden; ``name``: of what holds it."""
     if isinstance(value, Mapping):
         return {key: redact(item, f"{name}_{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item, name) for item in value]
     if not isinstance(value, str) or not value:
         return value  # a number is a limit or a count (max_response_tokens), not a secret
-    if _SECRET_WORDS & set(_words(name)) or _SECRET_VALUE.search(value):
-        return HIDDEN
-    value = _URL_USER.sub(rf"\g<scheme>{HIDDEN}@", value)
-    return _URL_QUERY.sub(rf"\g<name>{HIDDEN}", value)
+    return HIDDEN if _is_secret(_words(name)) else _in_text(value)
+
+
+def _in_text(text: str) -> str:
+    """``text`` without the secrets in it."""
+    text = _LOOKS.sub(HIDDEN, text)
+    text = _URL_USER.sub(rf"\g<before>{HIDDEN}@", text)
+    text = _URL_QUERY.sub(rf"\g<before>{HIDDEN}", text)
+    text = _HEADER.sub(rf"\g<before>{HIDDEN}", text)
+    for pattern in (_NAMED, _FLAG):
+        text = _sub_named(pattern, text)
+    return _LOGIN.sub(lambda match: f"{match['before'] or match['login'] or match['netrc']}{HIDDEN}", text)
+
+
+def _sub_named(pattern: re.Pattern[str], text: str) -> str:
+    """Hide the word after each name that is a secret's."""
+    parts: list[str] = []
+    at = 0
+    for match in pattern.finditer(text):
+        words = _words(match["name"])
+        prose = words == ["key"] or (match["sign"] == ":" and len(words) == 1 and words[0] in _SAID_OF_KEYS)
+        if match.start() < at or prose or not _is_secret(words):
+            continue
+        if value := _VALUE.match(text, match.end()):
+            parts += [text[at : match.end()], HIDDEN]
+            at = value.end()
+    return "".join([*parts, text[at:]])
+
+
+def _is_secret(words: list[str]) -> bool:
+    if words[-1] == "env":  # the name of a variable that holds one
+        return False
+    named = any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDS) for word in words)
+    return named or (len(words) > 1 and ("pwd" in words or {"api", "keys"} <= set(words)))
 
 
 def _words(name: str) -> list[str]:
     """``searchApi_key`` -> search, api, key."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").split("_")
+    return re.split(r"[-_.]", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())

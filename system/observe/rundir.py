@@ -3,7 +3,7 @@
 ::
 
     runs/quickstart-s0/
-      config.yaml      the merged configuration; `--resume` reads it
+      config.yaml      the merged configuration; `--resume` reads it (of mode 0600 where it holds a secret)
       lease            who writes here now
       metrics.jsonl    one record per training step and per evaluation
       ledger.jsonl     what happened to every prompt
@@ -15,6 +15,7 @@
       logs/            logs of the parts
       wandb/           Weights & Biases files (offline by default)
       summary.json     the run in one page
+      key, ray-token   while it runs: what its servers and Ray want to be shown (of mode 0600)
       attempts.jsonl   of a SLURM job: a line for the start and the end of every attempt
       attempts/        of a SLURM job: NNN/logs, one log per node and component
       slurm/           the job script, what was submitted, the jobs' own output
@@ -29,8 +30,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from system.config import Config, ConfigError, load, to_yaml
+from system.config import Config, ConfigError, load, to_dict, to_yaml
 from system.observe.jsonl import jsonable
+from system.observe.redact import redact
 
 _SEAL = "# sha256 of the lines above: "
 _LAST_SECTION = "\nslurm:"
@@ -122,8 +124,9 @@ class RunDir:
             number = 1
             while (self.logs / f"config-{number}.yaml").exists():
                 number += 1
-            write_atomic(self.logs / f"config-{number}.yaml", before)
-        write_atomic(self.config_path, text)
+            write_atomic(self.logs / f"config-{number}.yaml", before, private=True)
+        values = to_dict(config)
+        write_atomic(self.config_path, text, private=redact(values) != values)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         text = json.dumps(jsonable(summary), indent=2, ensure_ascii=False, allow_nan=False)
@@ -138,10 +141,15 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a restart, sees the old text or the new one but never a part."""
+def write_atomic(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a file so that a reader, or a restart, sees the old text or the new one but never a part.
+
+    ``private``: only this user may read it.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w", encoding="utf-8") as file:
+    scratch.unlink(missing_ok=True)
+    number = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    with open(number, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from system.config import Config, to_dict
 from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED
+from system.observe.terminal import shown
 
 INIT_DEADLINE_S = 30.0
 FINISH_DEADLINE_S = 60.0
@@ -81,7 +82,7 @@ class WandbSink:
 
     def _give_up(self, what: str, error: BaseException) -> None:
         self._run = None
-        reason = redact(str(error)).strip() or type(error).__name__
+        reason = shown(str(error)).strip() or type(error).__name__
         print(
             f"WARNING: Weights & Biases {what}: {reason}\n"
             "         The run goes on; its metrics are in metrics.jsonl. "

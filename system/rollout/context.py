@@ -13,6 +13,7 @@ from system.config import Config, RolloutConfig
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
+from system.http import Keys
 from system.models.shape import vocabulary
 from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import Policy, make_policy
@@ -66,17 +67,17 @@ class RolloutContext:
 
 
 def build_context(
-    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str]
+    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str], keys: Keys
 ) -> tuple[RolloutContext, ToolService, EnginePool]:
     """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
-    ``tools`` (tool -> URL).
+    ``tools`` (tool -> URL), which want to be shown ``keys``.
 
     ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
     """
     from transformers import AutoTokenizer  # slow import
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    service, top_k = build_tools(config.tools, tools), config.engine.entropy_top_k
+    service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
     syntax = config.rollout.syntax
     engine = EnginePool(
         list(engines),
@@ -84,6 +85,7 @@ def build_context(
         in_flight=config.engine.in_flight,
         estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
         vocab=max(len(tokenizer), vocabulary(model_path)),
+        key=keys.engines,
     )
     context = RolloutContext(
         engine=engine,

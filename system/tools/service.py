@@ -108,15 +108,19 @@ class ToolService:
             await self._http.close()
 
 
-def build_tools(config: ToolsConfig, urls: Mapping[str, str]) -> ToolService:
+def build_tools(
+    config: ToolsConfig, urls: Mapping[str, str], keys: Mapping[str, str] | None = None
+) -> ToolService:
     """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
     ``config.options`` and ``config.limits``.
 
     ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
-    ``urls["search"]``.  Raises :class:`ToolStartError` for a name that cannot be made into a tool.
+    ``urls["search"]``.  ``keys``: what the tools' servers want to be shown.  Raises :class:`ToolStartError`
+    for a name that cannot be made into a tool.
     """
-    http = HttpClient(connections=256)
     known = {"search": config.search_url or urls.get("search", ""), "python": urls.get("python", "")}
+    shown = {url: keys[tool] for tool, url in known.items() if url and keys and tool in keys}
+    http = HttpClient(connections=256, keys=shown)
     tools: list[Tool] = []
     own: dict[str, ToolsConfig] = {}
     for name in config.names:

@@ -29,4 +29,4 @@ class Prompt:
 
 
 def _cleaned(message: dict[str, str]) -> dict[str, str]:
-    return {key: as_text(value) if isinstance(value, str) else value for key, value in message.items()}
+    return {key: as_text(value) for key, value in message.items()}

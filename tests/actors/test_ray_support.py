@@ -3,14 +3,17 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
+from actors import keys
 from actors.heartbeat import Heartbeats, Watched
 from actors.ray_support import LOGS, ActorLost, answer, answers, ray_session, returned, spawn
 from actors.tree_sample import TreeSample
@@ -33,6 +36,9 @@ class Sleeper:
     def sleep(self, seconds: float) -> float:
         time.sleep(seconds)
         return seconds
+
+    def held(self) -> str:
+        return keys.held().engines
 
     def fail(self) -> None:
         raise ZeroDivisionError("on purpose")
@@ -66,12 +72,55 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (directory / "mine.py").write_text("NAME = 'mine'\n")
     os.chdir(directory)
     try:
-        with ray_session(Config(), directory / "logs") as joined:
+        with ray_session(Config(), directory) as joined:
             assert not joined
             yield directory / "logs"
     finally:
         os.chdir(before)
-    assert LOGS not in os.environ
+    assert not {LOGS, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    assert not (directory / keys.RAY).exists()
+    assert not (directory / keys.SERVERS).exists()
+
+
+@pytest.mark.slow
+async def test_nothing_listens_beyond_loopback_and_all_keys_are_private(cluster: Path) -> None:
+    sleeper = spawn(Sleeper, "listener")
+    await answer(sleeper.sleep.remote(0.0), 60, "a nap")
+    here = psutil.Process()
+    found = [
+        connection.laddr.ip
+        for process in [here, *here.children(recursive=True)]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(found) > 3, "Ray's own servers"
+    assert {ip.removeprefix("::ffff:") for ip in found} == {"127.0.0.1"}
+    root = cluster.parent
+    token, key = root / keys.RAY, root / keys.SERVERS
+    assert [path.stat().st_mode & 0o777 for path in (token, key)] == [0o600, 0o600]
+    assert await answer(sleeper.held.remote(), 60, "its keys") == key.read_text() == keys.held().engines
+    assert token.read_text() != key.read_text()
+    for process in here.children(recursive=True):
+        seen = " ".join(process.cmdline()) + str(process.environ())
+        assert token.read_text() not in seen
+        assert key.read_text() not in seen
+
+
+@pytest.mark.slow
+async def test_another_process_cannot_join_without_the_token(cluster: Path) -> None:
+    address = ray.get_runtime_context().gcs_address
+    intruder = f"import ray; ray.init({address!r}, logging_level='CRITICAL')"
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_NUM_REDIS_GET_RETRIES": "1",
+    }
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", intruder], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "authentication token is missing or incorrect" in done.stderr.lower()
 
 
 @pytest.mark.slow

@@ -51,12 +51,14 @@ def is_server(process: psutil.Process) -> bool:
     return "sglang.launch_server" in process.cmdline()
 
 
-def serves(port: int) -> int | None:
+def serves(port: int, key: str) -> int | None:
     """The weight version of a server that generates; None while it is dead, starting or paused."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
             pass
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/model_info", timeout=5) as answer:
+        ask = urllib.request.Request(f"http://127.0.0.1:{port}/model_info")
+        ask.add_header("Authorization", f"Bearer {key}")
+        with urllib.request.urlopen(ask, timeout=5) as answer:
             return int(json.load(answer)["weight_version"])
     except (urllib.error.URLError, OSError, ValueError):
         return None
@@ -71,18 +73,21 @@ def test_training_goes_on_when_one_of_two_servers_is_killed(
     victim = run.find(is_server)
     words = victim.cmdline()
     port = int(words[words.index("--port") + 1])
-    assert serves(port) is not None
+    key = (run.directory / "key").read_text()
+    assert serves(port, key) is not None
     family = [victim, *victim.children(recursive=True)]
     victim.kill()
     _, left = psutil.wait_procs(family, timeout=20)
     assert not left, f"outlived their server: {left}"
     killed_at = run.steps()
     run.wait_for(lambda: run.steps() >= killed_at + 3, WAIT_S, "three steps with the other server alone")
-    assert serves(port) is None, "it cannot be back so soon: the steps must have been without it"
-    run.wait_for(lambda: (serves(port) or 0) > killed_at, WAIT_S, "the killed server with current weights")
+    assert serves(port, key) is None, "it cannot be back so soon: the steps must have been without it"
+    run.wait_for(
+        lambda: (serves(port, key) or 0) > killed_at, WAIT_S, "the killed server with current weights"
+    )
     back_at = run.steps()
     run.wait_for(lambda: run.steps() >= back_at + 3, WAIT_S, "three steps with both servers again")
-    assert abs((serves(port) or 0) - run.steps()) <= 1, "it takes every update again"
+    assert abs((serves(port, key) or 0) - run.steps()) <= 1, "it takes every update again"
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait(120) == 3, run.output()
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-from engine_models import EngineClient, Served, TinyModel, make_model
+from engine_models import SGLANG_KEY, EngineClient, Served, TinyModel, make_model
 
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
@@ -84,6 +84,7 @@ def sglang_url(
         dtype="float32",
         port=port,
         cpu=True,
+        key=SGLANG_KEY,
     )
     server = SglangServer(command, f"http://127.0.0.1:{port}", log)
     try:

@@ -346,7 +346,7 @@ async def test_bad_requests_are_named(one: Served) -> None:
             ("/update_weights_from_tensor", b"\x80\x04pickle", "octet-stream"),
         ):
             async with session.post(
-                one.url + path, data=body, headers={"Content-Type": "text/plain"}
+                one.url + path, data=body, headers={"Content-Type": "application/json"}
             ) as answer:
                 assert answer.status == 400, path
                 assert field in await answer.text(), path

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from engine_models import (
+    SGLANG_KEY,
     TOLERANCE,
     EngineClient,
     TinyModel,
@@ -54,7 +55,7 @@ async def connect(sglang_url: str, old: TinyModel, tmp_path: Path) -> AsyncItera
     async def start(way: str) -> tuple[EngineClient, int]:
         engine = EngineConfig(**SETTINGS, weights=way, weights_dir=str(tmp_path / "weights"))
         transport = make(engine, [sglang_url], old.path, "float32")
-        client = EngineClient([sglang_url], transport=transport, deadline_s=120)
+        client = EngineClient([sglang_url], transport=transport, deadline_s=120, key=SGLANG_KEY)
         clients.append(client)
         version = next(_versions)
         await client.push_weights([old.weights()], version)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from observe_trees import NAN, make_tree
 from rich.console import Console
 
-from system.observe.outline import View, outline, pieces, sparkline, table, visible
+from system.observe.outline import View, outline, pieces, sparkline, table
+from system.observe.terminal import visible
 from system.tree.record import ForkDecision, ToolCall, Tree
 
 ADVANTAGE = np.array([0.7, -0.7, 0.0], np.float32)

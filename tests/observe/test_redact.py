@@ -1,23 +1,84 @@
+"""No secret is shown: by the name it has, by its look, by its place; whatever setting it stands in."""
+
 from __future__ import annotations
 
-import pytest
+import contextlib
+import json
+import stat
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from system.config import Config, to_dict
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as bounded
+from hypothesis import strategies as st
+
+from actors.cli.main import main
+from system.cluster.submit import submit_run
+from system.config import Config, load, settings, to_dict
+from system.observe import wandb_sink
+from system.observe.jsonl import JsonlWriter
+from system.observe.recorder import Recorder
 from system.observe.redact import HIDDEN, redact
+from system.observe.rundir import RunDir
+
+TEXT = "hunter2-Zq9"  # nothing about it looks like a secret
+
+BY_LOOK = [
+    "sk-proj-abcdefghijklmnop",
+    "hf_abcdefghijklmnopqrst",
+    "ghp_abcdefghijklmnopqrst",
+    "AKIAABCDEFGHIJKLMNOP",
+    "AIzaSyA1234567890abcdefghijklmnopqrstuv",
+    "Bearer abcdefghijklmnop",
+    "0123456789abcdef0123456789abcdef01234567",
+    "eyJhbGciOiJI.eyJzdWIiOiIx.c2ln",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+]
+IN_TEXT = [
+    "export WANDB_API_KEY={}",
+    "export WANDB_API_KEY='{}'",
+    'export HF_TOKEN="{} and more"',
+    "PGPASSWORD={} psql -h db",
+    "export PGPASSWORD={}",
+    "export MYSQL_PWD={}",
+    "export DB_PWD={},x",
+    "export AWS_SECRET_ACCESS_KEY={}",
+    "DefaultEndpointsProtocol=https;AccountName=a;AccountKey={};EndpointSuffix=core.windows.net",
+    'curl -H "X-Api-Key: {}" https://h/a',
+    "curl -H 'Authorization: Token {}' https://h/a",
+    "curl -u me:{} https://h",
+    "docker login --password {} registry",
+    "tool --api-key={} --quiet",
+    "--export=ALL,API_KEY={}",
+    "machine h login me password {}",
+    "https://me:{}@host/a",
+    "https://me:x@{}@host/a",
+    "https://h/a?q=1&api_key={}&k=2",
+    '{{"client_secret": "{}"}}',
+]
+HARMLESS = [
+    "max_response_tokens=256",
+    "write key=value, for example flow.staleness=0",
+    "learn.aggregate=token-mean",
+    "engine.api_key_env=OPENAI_KEY",
+    "unknown key: foo",
+    "https://host/a@b?q=key",
+    "cd $PWD; OLDPWD=/a",
+    "desk-abcdefghijkl risk_adjusted_reward",
+    "--ntasks=4 --exclusive",
+    "models/Qwen3-0.6B",
+]
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        "api_key",
-        "apiKey",
-        "token",
-        "hf_token",
-        "access-token",
-        "password",
-        "clientSecret",
-        "AUTH",
-        "AUTHORIZATION",
+        *("api_key", "apiKey", "token", "hf_token", "access-token", "password", "clientSecret", "AUTH"),
+        *("AUTHORIZATION", "PGPASSWORD", "MYSQL_PWD", "AccountKey", "X-Api-Key", "GITHUBTOKEN", "api_keys"),
     ],
 )
 def test_secrets_by_the_name_of_their_key(key: str):
@@ -26,20 +87,22 @@ def test_secrets_by_the_name_of_their_key(key: str):
     assert redact({key: {"value": "hunter2"}}) == {key: {"value": HIDDEN}}
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "sk-proj-abcdefghijklmnop",
-        "hf_abcdefghijklmnopqrst",
-        "ghp_abcdefghijklmnopqrst",
-        "AKIAABCDEFGHIJKLMNOP",
-        "Bearer abcdefghijklmnop",
-        "0123456789abcdef0123456789abcdef01234567",
-        "eyJhbGciOiJI.eyJzdWIiOiIx.c2ln",
-    ],
-)
+@pytest.mark.parametrize("value", BY_LOOK)
 def test_secrets_by_their_look(value: str):
     assert redact({"note": value}) == {"note": HIDDEN}
+
+
+@pytest.mark.parametrize("form", IN_TEXT)
+def test_secrets_in_a_text(form: str):
+    text = redact(form.format(TEXT))
+    assert TEXT not in text
+    assert HIDDEN in text
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_what_is_no_secret_stays(text: str):
+    assert redact(text) == text
 
 
 def test_urls_lose_their_credentials_and_nothing_else():
@@ -54,5 +117,101 @@ def test_a_configuration_without_secrets_is_unchanged():
     """Keys such as ``max_response_tokens`` and ``task`` are no secrets."""
     config = to_dict(Config())
     config["model"]["path"] = "models/Qwen3-0.6B"
+    config["engine"]["api_key_env"] = "OPENAI_API_KEY"
     assert redact(config) == config
     assert redact({"token": 3, "key": None, "password": ""}) == {"token": 3, "key": None, "password": ""}
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_taken(text: str):
+    assert redact(redact(text)) == redact(text)
+
+
+def test_long_texts_take_no_time():
+    began = time.process_time()
+    for part in ("a", "a.", "--", '"', "?key", "login ", "x://", "a=", '="'):
+        redact(part * (100_000 // len(part)))
+    assert time.process_time() - began < 5
+
+
+# Wherever a secret is put -------------------------------------------------------------------------
+
+SETTINGS = [one for one in settings().values() if isinstance(one.of(Config()), str | list | dict)]
+
+
+def with_secret(key: str, text: str) -> Config:
+    """A configuration whose setting ``key`` holds ``text``, whether it could run or not."""
+    config = Config()
+    section, name = key.split(".")
+    default = getattr(getattr(config, section), name)
+    nested = {"search": {"note": text}} if key == "tools.options" else {"note": text}
+    value: Any = [text] if isinstance(default, list) else nested if isinstance(default, dict) else text
+    setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.mark.parametrize("one", SETTINGS, ids=lambda one: one.key)
+def test_records_of_a_run_hold_no_secret_of_any_setting(one: Any):
+    for form in IN_TEXT:
+        assert TEXT not in json.dumps(redact(to_dict(with_secret(one.key, form.format(TEXT)))))
+
+
+@given(one=st.sampled_from(SETTINGS), form=st.sampled_from(IN_TEXT))
+@bounded(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_secret_in_any_setting_is_shown_nowhere(
+    one: Any, form: str, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+):
+    secret, root = form.format(TEXT), tmp_path_factory.mktemp("secret")
+    config = with_secret(one.key, secret)
+    run = RunDir(root / "run")
+    for part in (run.root, run.logs):
+        part.mkdir()
+    run.write_config(config)
+    assert stat.S_IMODE(run.config_path.stat().st_mode) == 0o600  # the run itself needs it
+    summary = Recorder(run, config, [JsonlWriter(run.metrics_path)]).finish()
+    assert TEXT not in json.dumps(summary)
+    assert TEXT not in run.summary_path.read_text()
+    assert TEXT not in json.dumps(redact(to_dict(config)))
+    with contextlib.suppress(Exception):  # most settings cannot have such a value
+        submit_run(config, "c", resume=None, dry_run=True)
+    main(["config", str(run.config_path)])
+    main(["train", f"{one.key}={secret}"])  # refused: no recipe, or a value that cannot be
+    main(["config", f"{one.key}={json.dumps(to_dict(config)[one.section][one.key.split('.')[1]])}"])
+    assert TEXT not in "".join(capsys.readouterr())
+
+
+def test_the_script_keeps_what_the_job_needs_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from system.cluster import submit
+
+    jobs: list[Path] = []
+    monkeypatch.setattr(submit.slurm, "sbatch", lambda script, options=(): jobs.append(script) or "17")
+    setup = f"slurm.setup=['export WANDB_API_KEY={TEXT}']"
+    config = load(None, [setup, f"slurm.env={{DB_PWD: {TEXT}}}", f"run.dir={tmp_path}", "run.name=r"])
+    submit_run(config, "c", resume=None, dry_run=True)
+    out = capsys.readouterr().out
+    assert TEXT not in out
+    assert f"export WANDB_API_KEY={HIDDEN}" in out
+    submit_run(config, "c", resume=None, dry_run=False)
+    (script,) = jobs
+    assert script.read_text().count(TEXT) == 2
+    assert stat.S_IMODE(script.stat().st_mode) == 0o600
+    assert TEXT not in "".join(capsys.readouterr())
+    plain = RunDir.create(load(None, [f"run.dir={tmp_path}", "run.name=plain"]))
+    assert stat.S_IMODE(plain.config_path.stat().st_mode) & 0o044  # without a secret, others may read it
+
+
+def test_weights_and_biases_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = with_secret("slurm.setup", f"export WANDB_API_KEY={TEXT}")
+    sent: list[Any] = []
+
+    def init(**options: Any) -> Any:
+        sent.append(options["config"])
+        raise RuntimeError(f"api_key={TEXT} refused")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    run = RunDir(tmp_path)
+    wandb_sink.WandbSink(run, config)
+    assert sent
+    assert TEXT not in json.dumps(sent)

@@ -151,8 +151,8 @@ async def test_another_protocol_is_refused_by_name() -> None:
         build_tools(config, {})
 
 
-async def test_a_server_that_is_restarted_is_met_again(http: Http) -> None:
-    first = await serve(http.app)
+async def test_a_server_that_is_restarted_is_met_again() -> None:
+    first = await serve(Http().app)
     port = int(first.url.rsplit(":", 1)[1])
     limits, patience = ToolsConfig(deadline_s=10, retries=6), Patience(backoff_s=0.05)
     client = HttpClient()

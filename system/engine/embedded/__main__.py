@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
 from system.http import is_loopback
 from system.models.files import DTYPES
-from system.serving import stop_signals
+from system.serving import KEY_VARIABLE, stop_signals
 
 log = logging.getLogger("system.engine.embedded")
 
@@ -41,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 async def _serve(engine: EmbeddedEngine, host: str | None, port: int) -> None:
     stopped = stop_signals()
-    url = await engine.start(host, port)
-    if host is not None and not is_loopback(host):
-        log.warning("listening on %s: anyone who reaches it can use and reload the model", host)
+    key = os.environ.get(KEY_VARIABLE, "")
+    url = await engine.start(host, port, key=key)
+    if not key:
+        who = f"anyone who reaches {host}" if host and not is_loopback(host) else "any user of this machine"
+        log.warning("$%s is not set: %s can use and reload the model", KEY_VARIABLE, who)
     print(f"serving {engine.path} at {url}", flush=True)
     died = asyncio.ensure_future(asyncio.to_thread(engine.loop.wait))
     signalled = asyncio.ensure_future(stopped.wait())

@@ -22,7 +22,7 @@ from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
-from system.serving import AppServer, serve
+from system.serving import JSON, AppServer, serve
 
 MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30
@@ -44,10 +44,11 @@ class EmbeddedEngine(EngineCore):
     _server: AppServer | None = None
     _switch_interval = sys.getswitchinterval()
 
-    async def start(self, host: str | None = None, port: int = 0) -> str:
+    async def start(self, host: str | None = None, port: int = 0, *, key: str = "") -> str:
         """Start decoding and serving; returns the URL.  Port 0 picks a free one.
 
-        Without a host it binds to loopback; any other address must be asked for by name.
+        Without a host it binds to loopback; any other address must be asked for by name.  ``key``: what
+        clients must show; empty: nothing.
         """
         host = "127.0.0.1" if host is None else host
         if not host:
@@ -58,7 +59,7 @@ class EmbeddedEngine(EngineCore):
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self.begin()
         try:
-            self._server = await serve(_application(self), host, port)
+            self._server = await serve(_application(self), host, port, key=key)
         except OSError:
             await self.stop()
             raise
@@ -274,6 +275,8 @@ async def _boundary(future: Any) -> Any:
 
 
 async def _json(request: web.Request) -> dict[str, Any]:
+    if request.content_type != JSON:
+        raise web.HTTPUnsupportedMediaType(text=f"send {JSON}")
     if (request.content_length or 0) > MAX_JSON_BYTES:
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_JSON_BYTES, actual_size=request.content_length or 0)
     data = await request.read()

@@ -18,6 +18,7 @@ from typing import Any
 
 from system.config import EngineConfig
 from system.engine.protocol import EngineError
+from system.serving import KEY_VARIABLE
 
 IN_SERVER = Path(__file__).parent / "in_server"
 CHECKOUT = Path(__file__).parents[3]
@@ -70,12 +71,14 @@ def server_command(
     cpu: bool,
     cores: Sequence[int] = (0,),
     paused: bool = False,
+    key: str = "",
 ) -> Command:
     """The command of server number ``replica``, over the GPUs that its process sees (``engine.tp`` of them).
 
     ``host``: where it listens, if not at ``engine.host``.  ``cpu``: without a GPU, over the shim.  ``cores``:
     what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
-    ``/continue_generation``.
+    ``/continue_generation``.  ``key``: SGLang's ``api_key``, which our plug-in takes from the environment:
+    every user of the machine can read a command line.
     """
     # A null takes a default away.  Engines are asked every second how they are: no log line for each answer.
     defaults = {"log_level_http": "warning", **(_cpu_defaults(engine) if cpu else {})}
@@ -96,7 +99,7 @@ def server_command(
         "random_seed": seed + replica,
     }
     argv = [python, "-m", "sglang.launch_server", *words(fixed), *words(native)]
-    return Command(argv, _environment(engine, cpu, cores, paused))
+    return Command(argv, _environment(engine, cpu, cores, paused) | ({KEY_VARIABLE: key} if key else {}))
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:

@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from system.engine.protocol import EngineError
 from system.engine.sglang.command import Command
@@ -98,12 +98,15 @@ class SglangServer:
         self._supervisor.wait(STOP_S)
 
     def _healthy(self) -> bool:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+        # Neither through a proxy nor after a redirect: another server's health is not this one's.
+        connection = HTTPConnection(urlsplit(self.url).netloc, timeout=5)
         try:
-            with opener.open(f"{self.url}/health", timeout=5) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (HTTPException, OSError):
             return False
+        finally:
+            connection.close()
 
     def _tail(self) -> str:
         """The last lines that this start of the server wrote."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from engine_models import (
     EOS,
+    SGLANG_KEY,
     TOLERANCE,
     VOCAB,
     EngineClient,
@@ -30,6 +32,7 @@ from engine_models import (
 )
 from transformers import GenerationConfig
 
+from system.engine.control import Http
 from system.engine.entropy import entropy_bounds
 from system.engine.protocol import Chunk, EngineError, EngineInfo
 
@@ -64,7 +67,7 @@ async def subject(
         served = await serve("qwen3", False, max_context=512)
         yield Subject("embedded", model, served.client)
         return
-    client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60)
+    client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60, key=SGLANG_KEY)
     try:
         if (await client.infos())[0].weight_version:
             await client.update_weights_from_disk(str(model.path), 0)
@@ -161,9 +164,27 @@ async def test_truncation_reports_the_renormalised_probability(
 
 
 @pytest.mark.sglang
+async def test_sglang_wants_its_key_and_tells_nobody(sglang_url: str) -> None:
+    for key in ("", "wrong"):
+        async with Http([sglang_url], key) as http:
+            for path in ("/model_info", "/server_info", "/v1/loads"):
+                with pytest.raises(EngineError, match="HTTP 401"):
+                    await http.call(sglang_url + path)
+            for path in ("/pause_generation", "/begin_weight_update", "/generate"):
+                with pytest.raises(EngineError, match="HTTP 401"):
+                    await http.call(sglang_url + path, {})
+            await http.call(f"{sglang_url}/health")
+    async with Http([sglang_url], SGLANG_KEY) as http:
+        info = await http.call(f"{sglang_url}/server_info")
+    assert SGLANG_KEY not in str(info)
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert not any(SGLANG_KEY in line for line in lines)
+
+
+@pytest.mark.sglang
 async def test_top_tokens_bound_the_entropy(sglang_url: str) -> None:
     """What SGLang gives without our plug-in is enough for an estimate that says how far off it may be."""
-    client = EngineClient([sglang_url])
+    client = EngineClient([sglang_url], key=SGLANG_KEY)
     body = {
         "input_ids": prompt(20).tolist(),
         "sampling_params": {"max_new_tokens": 30, "temperature": 0.7, "ignore_eos": True},

@@ -13,6 +13,10 @@
 - **Start paused.** With ``ESPALIER_START_PAUSED=1`` the server answers, but generates nothing before
   ``/continue_generation``: one that was restarted has forgotten the weights it was sent.
 
+- **Key.** ``ESPALIER_KEY`` becomes SGLang's ``api_key``, which every call but those of health must then
+  show; a flag would stand on the command line, for all users of the machine to read.  It is left out of what
+  the server logs and tells about its settings.
+
 ``/server_info`` tells that the plug-in is there: its internal states have ``espalier: true``.
 
 SGLang loads it by its entry point in the group ``sglang.srt.plugins``, in each of its processes.
@@ -39,9 +43,22 @@ def register():
     HookRegistry.register(f"{scheduler}.get_internal_state", _introduce, HookType.AFTER)
     streamer = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
     HookRegistry.register(f"{streamer}.accept", _stamp, HookType.AFTER)
+    if key := os.environ.get("ESPALIER_KEY"):
+        settings = "sglang.srt.server_args.ServerArgs"
+        HookRegistry.register(f"{settings}.resolve_once", lambda args: _lock(args, key), HookType.BEFORE)
+        HookRegistry.register(f"{settings}.resolved_dict", _hide_key, HookType.AFTER)
     if os.environ.get("ESPALIER_START_PAUSED") == "1":
         manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
         HookRegistry.register(f"{manager}.init_weight_update", _pause, HookType.AFTER)
+
+
+def _lock(args, key):
+    if args.api_key != key:  # afterwards it is resolved, and read-only
+        args.api_key = key
+
+
+def _hide_key(result, args):
+    return {**result, "api_key": "<hidden>"}
 
 
 def _pause(result, manager):
