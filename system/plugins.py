@@ -218,7 +218,11 @@ REWARDS = Registry(
 )
 SYNTAXES = Registry(
     "rollout.syntax",
-    {"tags": "system.rollout.syntax.tags:TagSyntax", "hermes": "system.rollout.syntax.hermes:HermesSyntax"},
+    {
+        "tags": "system.rollout.syntax.tags:TagSyntax",
+        "hermes": "system.rollout.syntax.hermes:HermesSyntax",
+        "qwen3-coder": "system.rollout.syntax.qwen_coder:QwenCoderSyntax",
+    },
     given=("specs",),
 )
 TOOLS = Registry(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from system.plugins import nearest
 from system.tools.outcome import ToolSpec
 
 
@@ -24,11 +25,15 @@ class MalformedCall:
 
 
 class Syntax(ABC):
-    """One way of writing tool calls, for the tools in ``specs``."""
+    """One way of writing tool calls, for the tools in ``specs``.
+
+    One call at a time: generation stops at the first one that is complete.
+    """
 
     stops: tuple[str, ...]  # stop strings: each one completes a call
     result_open: str  # what stands before a tool's answer ...
     result_close: str  # ... and after it
+    new_turn = False  # whether that ends with a new turn of the model, as the chat template opens one
 
     def __init__(self, specs: Mapping[str, ToolSpec]) -> None:
         self.specs = dict(specs)
@@ -48,5 +53,20 @@ class Syntax(ABC):
         return f"{self.result_open}{text}{self.result_close}"
 
     @abstractmethod
-    def system_prompt(self) -> str:
+    def describe(self) -> str:
         """Instructions that tell a model the tools and the syntax."""
+
+    @abstractmethod
+    def is_told_in(self, text: str) -> bool:
+        """Whether ``text`` tells of all the tools and of this syntax already."""
+
+    def unknown(self, tool: str) -> MalformedCall:
+        """The answer to a call of a tool that there is not."""
+        names = ", ".join(self.specs)
+        return MalformedCall(f"unknown tool {tool[:40]!r}; tools: {names}{nearest(tool[:40], self.specs)}")
+
+
+def function_schema(spec: ToolSpec) -> dict[str, Any]:
+    """A tool as chat templates, and models, know tools."""
+    function = {"name": spec.name, "description": spec.description, "parameters": spec.parameters}
+    return {"type": "function", "function": function}

@@ -34,18 +34,18 @@ class TagSyntax(Syntax):
             return MalformedCall(f"{opener} is empty")
         return ParsedCall(name, {self.specs[name].primary: content})
 
-    def system_prompt(self) -> str:
+    def describe(self) -> str:
         tools = "\n".join(
             f"- {spec.name}: {spec.description} Call it as <{spec.name}> {spec.primary} </{spec.name}>."
             for spec in self.specs.values()
         )
         return (
-            "Answer the question step by step. Put your reasoning between <think> and </think>. "
             f"You may call these tools:\n{tools}\n"
-            "A tool's answer appears between <result> and </result>; then go on reasoning. "
-            "When you know the answer, write <answer> and </answer> around it, with the exact answer "
-            "inside \\boxed{}."
+            "A tool's answer appears between <result> and </result>; then go on."
         )
+
+    def is_told_in(self, text: str) -> bool:
+        return all(f"<{name}>" in text for name in self.specs)
 
 
 def _content(raw: str) -> str:
