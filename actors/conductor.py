@@ -29,7 +29,7 @@ from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
 from system.rollout import in_flight
-from system.tasks.base import Task
+from system.tasks.base import Task, first
 from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges
@@ -146,7 +146,7 @@ class Conductor:
 
     async def evaluate(self, which: Which) -> EvalResult:
         """Greedy answers to the held-out questions with the engines' current weights."""
-        questions = self.questions[: self.config.eval.questions]
+        questions = first(self.questions, self.config.eval.questions)
         self.progress.phase("evaluating", total=len(questions))
         await self._monitor.ready()
 

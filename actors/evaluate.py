@@ -17,8 +17,9 @@ from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.models.shape import ModelShape
 from system.observe.eval import EvalResult
+from system.observe.terminal import shown
 from system.rollout.tree_rollout import RolloutFailed
-from system.tasks.base import Task, make_task
+from system.tasks.base import Task, first, make_task, notes
 from system.tree.prompt import Prompt
 from system.tree.stats import TreeStats
 
@@ -31,6 +32,8 @@ def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     if config.engine.name == "embedded":  # SGLang serves other families, too
         ModelShape.from_directory(model_dir)
     task = make_task(config)
+    for note in notes(task):
+        print(shown(note), file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
         return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))
 
@@ -43,7 +46,7 @@ async def _evaluate(
         config, str(model_dir), corpus_file(config, task, scratch), places, scratch
     )
     try:
-        questions = task.eval()[: config.eval.questions]
+        questions = first(task.eval(), config.eval.questions)
         result = await answer_questions(
             config, pool, questions, lambda: None, EngineOutage(config, pool.engines).wait, _tell
         )

@@ -27,7 +27,7 @@ from system.observe.rundir import RunDir
 from system.observe.terminal import shown
 from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
-from system.tasks.base import Task, make_task
+from system.tasks.base import Task, make_task, notes
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -39,7 +39,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        print(f"run directory: {run_dir.root}", flush=True)
+        print(f"run directory: {run_dir.root}", *map(shown, notes(task)), sep="\n", flush=True)
         try:
             return _in_session(config, run_dir, task)
         except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell

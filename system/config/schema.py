@@ -71,12 +71,31 @@ class TaskConfig:
     """The questions that are trained on, and those that are held out."""
 
     name: str = setting("quickstart", "which task", registry=TASKS)
-    path: str = setting("", "data file for `jsonl` (JSONL or Parquet)", path=True)
+    path: str = setting(
+        "", "data for `jsonl`: a file (jsonl, json, parquet, csv; .gz), a directory or a glob", path=True
+    )
     eval_path: str = setting("", "held-out questions for `jsonl`; empty: none", path=True)
+    columns: dict[str, str] = setting(
+        {},
+        "columns of the data, where they have other names than usual: {question: …, answer: …, id: …, "
+        "kind: …, system: …}; a.b is a field of an object, '' says that there is none",
+    )
     dataset: str = setting("", "name of a reasoning-gym data set")
-    train_size: int = setting(4096, "training questions, at most; jsonl: -1 takes all", least=-1)
-    eval_size: int = setting(200, "held-out questions, at most; jsonl: -1 takes all", least=-1)
+    train_size: int = setting(
+        -1, "training questions, at most; -1: all of a file, 4096 of a task that makes them", least=-1
+    )
+    eval_size: int = setting(
+        -1, "held-out questions, at most; -1: all of a file, 200 of a task that makes them", least=-1
+    )
     system_prompt: str = setting("", "replaces the task's own when set")
+    tools_in_prompt: str = setting(
+        "auto",
+        "who tells the model of tools, calls and the form of an answer: template (the chat template's "
+        "tools), words (of the call syntax, in the system message), none; auto: the template where it "
+        "teaches the call syntax, else words, but nobody where the data do, or for a model made here",
+        choices=("auto", "template", "words", "none"),
+    )
+    template: dict[str, Any] = setting({}, "arguments of the chat template: {enable_thinking: false}")
     options: dict[str, Any] = setting({}, "the task's own options")
 
 
@@ -290,7 +309,7 @@ class EvalConfig:
     """Greedy answers to held-out questions.  Any of it may change on resume."""
 
     every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
-    questions: int = setting(200, "of the held-out ones, the first so many", least=0)
+    questions: int = setting(-1, "of the held-out ones, the first so many; -1: all", least=-1)
     temperature: float = setting(0.0, "of sampling; 0: greedy", least=0)
 
 

@@ -43,6 +43,22 @@ def make_task(config: Config) -> Task:
     return cast(Task, plugins.TASKS.make(config.task.name, config.task.options, config))
 
 
+def first(questions: Sequence[Prompt], most: int) -> Sequence[Prompt]:
+    """The first so many; below 0: all."""
+    return questions if most < 0 else questions[:most]
+
+
+def sizes(config: Config) -> tuple[int, int]:
+    """How many training and held-out questions a task is to make that makes them itself."""
+    train, held_out = config.task.train_size, config.task.eval_size
+    return (4096 if train < 0 else train), (200 if held_out < 0 else held_out)
+
+
+def notes(task: Task) -> list[str]:
+    """What a task has to say of its data, before a run begins: a line each."""
+    return task.notes() if isinstance(task, HasNotes) else []
+
+
 def task_reward(config: Config) -> Reward:
     """``reward.name=task``: the task scores its own answers."""
     task = make_task(config)
@@ -65,6 +81,13 @@ class HasCorpus(Protocol):
 class HasTokenizer(Protocol):
     def tokenizer(self) -> Any:
         """A Hugging Face tokenizer made for this task, for a new tiny model."""
+        ...
+
+
+@runtime_checkable
+class HasNotes(Protocol):
+    def notes(self) -> list[str]:
+        """What was taken of the data and what was left out, a line each, for people."""
         ...
 
 

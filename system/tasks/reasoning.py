@@ -13,6 +13,7 @@ from system.config import Config, ConfigError
 from system.plugins import nearest
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo import FORMAT_ERROR, extract_answer
+from system.tasks.base import sizes
 from system.tree.prompt import Prompt
 
 EVAL_SEED_OFFSET = 1_000_003
@@ -36,8 +37,9 @@ class ReasoningTask:
             close = nearest(dataset, DATASETS) or f"; there are {len(DATASETS)}, for example chain_sum"
             raise ConfigError(f"task.dataset={dataset!r}: no such reasoning-gym data set{close}")
         self.dataset, self.system_prompt = dataset, task.system_prompt or SYSTEM_PROMPT
-        self._train = _create(dataset, task.train_size, seed, options)
-        self._eval = _create(dataset, task.eval_size, seed + EVAL_SEED_OFFSET, options)
+        train_size, eval_size = sizes(config)
+        self._train = _create(dataset, train_size, seed, options)
+        self._eval = _create(dataset, eval_size, seed + EVAL_SEED_OFFSET, options)
 
     def train(self) -> list[Prompt]:
         """Training questions.  One that the small space of a data set also drew for evaluation is left

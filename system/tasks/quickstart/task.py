@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from transformers import PreTrainedTokenizerFast
 
 from system.config import Config
-from system.tasks.base import Demonstration
+from system.tasks.base import Demonstration, sizes
 from system.tasks.quickstart import questions, vocabulary
 from system.tasks.quickstart.expert import Skill, demonstrate
 from system.tasks.quickstart.world import GeneratedWorld, generate
@@ -25,7 +25,7 @@ class QuickstartTask:
     def __init__(self, config: Config, right: float = 0.4, slip: float = 0.45) -> None:
         """``right``, ``slip``: the chances of the expert whose demonstrations warm the model up."""
         self.seed = config.run.seed
-        self.train_size, self.eval_size = config.task.train_size, config.task.eval_size
+        self.train_size, self.eval_size = sizes(config)
         self.search_top_k = config.tools.search_top_k  # for demonstrations
         self.skill = Skill(right, slip)
         self.world: GeneratedWorld = generate(self.seed)
