@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from system.config import Config
+from system.rollout.chat import make_chat, planned_syntax
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
 from system.text import as_text
@@ -52,5 +53,6 @@ def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
     from transformers import AutoTokenizer  # slow import
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    chat = make_chat(config, tokenizer, str(model), planned_syntax(config))
     made = task.demonstrations(config.warmstart.demos, config.run.seed)
-    return [demonstration_tree(one, tokenizer) for one in made]
+    return [demonstration_tree(one, chat) for one in made]

@@ -19,7 +19,7 @@ from system.observe.rundir import RunDir
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.store import TreeWriter
 
-COMMANDS = ("train", "eval", "bench", "plan", "tree", "config")
+COMMANDS = ("train", "eval", "prompt", "bench", "plan", "tree", "config")
 
 
 class Launched:
@@ -126,6 +126,12 @@ def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]
         (["eval", "no/such/run"], "is no run directory"),
         (["tree", "no/such/run"], "no such run directory"),
         (["config", "flow.stalenes=1"], "did you mean flow.staleness?"),
+        (["prompt"], "required"),
+        (["prompt", "3"], "name a recipe"),
+        (["prompt", "no/such.yaml"], "no such configuration file"),
+        (["prompt", "configs/quickstart.yaml", "1", "2"], "one number of questions at a time: 1 or 2?"),
+        (["prompt", "configs/qwen3-14b-2x8.yaml"], "no such data file: data/train.parquet"),
+        (["prompt", "configs/quickstart.yaml", "model.path=no/model"], "there is no directory no/model"),
         (["trian"], "invalid choice"),
         (["train", "--bogus"], "unrecognized arguments"),
         (["bench", "everything"], "invalid choice"),

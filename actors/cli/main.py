@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 from actors.cli.chaos import chaos
 from actors.cli.cluster import cancel, logs, status, submit
+from actors.cli.prompt import prompt
 from actors.cli.reports import bench, config, doctor, plan, tree
 from actors.cli.train import evaluate, train
 from system import errors
 
-COMMANDS = (train, evaluate, tree, bench, plan, submit, status, cancel, logs, doctor, config, chaos)
+COMMANDS = (train, evaluate, prompt, tree, bench, plan, submit, status, cancel, logs, doctor, config, chaos)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

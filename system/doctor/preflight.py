@@ -32,6 +32,7 @@ from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
 from system.plugins import POLICIES, REWARDS
 from system.rollout.branching import make_policy
+from system.rollout.chat import unknown_arguments
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
 from system.tools.search_index import read_corpus
 from system.tree.prompt import Prompt
@@ -124,6 +125,8 @@ def model(config: Config) -> Iterator[Problem]:
     """The model's directory: configuration, every weight file, tokenizer; and the layout's sizes."""
     path = config.model.path
     if not path:
+        if problem := unknown_arguments("", config.task.template):
+            yield Problem("", problem)
         return
     if not Path(path).is_dir():
         remedy = "give a directory in Hugging Face format; a model's name on the hub is not downloaded"
@@ -131,6 +134,8 @@ def model(config: Config) -> Iterator[Problem]:
         return
     for fault in directory.faults(path):
         yield Problem("model.path", fault)
+    if problem := unknown_arguments(directory.chat_template(path), config.task.template):
+        yield Problem("", problem)
     try:
         shape = ModelShape.from_directory(path)
     except UnsupportedModel:

@@ -61,6 +61,37 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def end_tokens(directory: str | Path) -> set[int]:
+    """End-of-sequence ids that the generation config, the model config or the tokenizer name."""
+    root, found = Path(directory), set[int]()
+    for file in ("generation_config.json", "config.json"):
+        if (root / file).is_file():
+            value: Any = json.loads((root / file).read_bytes()).get("eos_token_id")
+            found.update(one for one in (value if isinstance(value, list) else [value]) if type(one) is int)
+    settings, vocabulary = root / "tokenizer_config.json", root / "tokenizer.json"
+    if settings.is_file() and vocabulary.is_file():
+        token: Any = json.loads(settings.read_bytes()).get("eos_token")
+        if text := token.get("content") if isinstance(token, dict) else token:
+            from tokenizers import Tokenizer  # only here
+
+            index: int | None = Tokenizer.from_file(str(vocabulary)).token_to_id(text)
+            found.update([] if index is None else [index])
+    return found
+
+
+def chat_template(directory: str | Path) -> str:
+    """The chat template of the tokenizer, of several all; empty for none that can be read."""
+    root = Path(directory)
+    if (file := root / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    try:
+        found: Any = json.loads((root / "tokenizer_config.json").read_bytes()).get("chat_template")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""  # which has been told elsewhere
+    several = found if isinstance(found, list) else []
+    return found if isinstance(found, str) else "\n".join(str(one) for one in several)
+
+
 def faults(directory: str | Path) -> Iterator[str]:
     """What keeps the model in ``directory`` from being trained here: each a line with its remedy.
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from rich.tree import Tree as Guide
 
 from system.observe.terminal import visible
+from system.rollout.encode import OPENING_TOKENS, opening
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 from system.tree.stats import TreeStats
 
@@ -183,7 +184,17 @@ def _node_line(tree: Tree, node: int, calls: Sequence[ToolCall], view: View) -> 
 
 
 def _body(tree: Tree, node: int, kind: Kind, view: View) -> Text:
-    begin, end = int(tree.start[node]), int(tree.end[node])
+    """A node's text; the model's begins with what the chat template opened for it."""
+    body = _written(tree, int(tree.start[node]), int(tree.end[node]), kind, view)
+    above = int(tree.parent[node])
+    if kind != Kind.MODEL or above < 0 or tree.kind[above] == Kind.MODEL:
+        return body
+    before = tree.tokens[int(tree.start[above]) : int(tree.end[above])][-OPENING_TOKENS:]
+    return Text().append(visible(opening(view.decode(before)), view.full), "dim").append_text(body)
+
+
+def _written(tree: Tree, begin: int, end: int, kind: Kind, view: View) -> Text:
+    """The text of tokens of one author."""
     if not (view.entropy and kind == Kind.MODEL):
         return Text(_shorten(visible(view.decode(tree.tokens[begin:end]), view.full), view), _STYLE[kind])
     body, length = Text(), 0

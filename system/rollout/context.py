@@ -17,6 +17,7 @@ from system.http import Keys
 from system.models.shape import vocabulary
 from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import Policy, make_policy
+from system.rollout.chat import Chat, make_chat
 from system.rollout.encode import Tokenizer, encode_text
 from system.rollout.reward import Reward
 from system.rollout.schedule import Schedule, make_schedule
@@ -41,6 +42,7 @@ class RolloutContext:
     config: RolloutConfig
     vocab_size: int  # V, of which ln V is the unit of entropy
     now: Callable[[], float] = time.time  # unix time, for the record
+    asks: Chat | None = None  # None: the messages of a prompt as they are
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
     def __post_init__(self) -> None:
@@ -53,9 +55,16 @@ class RolloutContext:
         object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
 
     @cached_property
+    def chat(self) -> Chat:
+        """How the model is asked."""
+        return self.asks or Chat(self.tokenizer)
+
+    @cached_property
     def _wrapping(self) -> tuple[Int32, Int32]:
         """Tokens before and after a tool's answer."""
         before, after = self.syntax.result_open, self.syntax.result_close
+        if self.syntax.new_turn:
+            after += self.chat.opened
         return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
 
     def encode_result(self, text: str, room: int) -> Int32:
@@ -78,7 +87,7 @@ def build_context(
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
-    syntax = config.rollout.syntax
+    syntax = SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, service.specs)
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
@@ -90,11 +99,12 @@ def build_context(
     context = RolloutContext(
         engine=engine,
         tools=service,
-        syntax=SYNTAXES.make(syntax.name, syntax.options, service.specs),
+        syntax=syntax,
         policy=make_policy(config.branching),
         reward=REWARDS.make(config.reward.name, config.reward.options, config=config),
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),
+        asks=make_chat(config, tokenizer, model_path, syntax),
     )
     return context, service, engine

@@ -1,13 +1,14 @@
 """Between text and token ids, in one direction per author.
 
-Token in, token out: prompts and tool results are encoded once, when they enter the tree; what the model
-sampled is never re-encoded, and decoding only ever makes a view (for parsing a call, for a reward, for a
-reader).
+Token in, token out: prompts (:mod:`system.rollout.chat`) and tool results are encoded once, when they enter
+the tree; what the model sampled is never re-encoded, and decoding only ever makes a view (for parsing a call,
+for a reward, for a reader).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,25 +18,10 @@ from system.tree.record import Int32
 
 Tokenizer = Any
 """A Hugging Face tokenizer.  Used: ``encode``, ``decode``, ``apply_chat_template``, ``chat_template``,
-``eos_token_id``."""
+``eos_token_id``, ``added_tokens_decoder``."""
 
-
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> Int32:
-    """Token ids [P] of chat ``messages``, ready for the model's turn.
-
-    With a chat template: the template's own text, generation prompt included.  Without one: the contents in
-    order, joined by newlines, with whatever the tokenizer itself puts around a text (a BOS token, say).
-    """
-    if getattr(tokenizer, "chat_template", None):
-        ids = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-    else:
-        ids = tokenizer.encode("\n".join(message["content"] for message in messages))
-    return np.asarray(ids, np.int32)
+OPENING_TOKENS = 64  # more than what a chat template opens, even where every byte is a token
+_OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*(?:</\1>\s*)?\Z")
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, trusted: bool = True) -> Int32:
@@ -50,7 +36,17 @@ def encode_text(tokenizer: Tokenizer, text: str, *, trusted: bool = True) -> Int
     return np.asarray(ids, np.int32)
 
 
-def decode(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> str:
-    """The text of ``tokens`` [k], special tokens included (tags may be such), end of sequence excepted."""
-    ids = tokens[tokens != tokenizer.eos_token_id].tolist()  # asked once: a tokenizer looks it up each time
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Tokenizer, tokens: NDArray[np.integer], ends: Iterable[int]) -> str:
+    """The text of ``tokens`` [k], special tokens included (tags may be such), those that end a turn
+    excepted."""
+    for end in ends:
+        tokens = tokens[tokens != end]
+    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def opening(text: str) -> str:
+    """What ``text`` ends with that belongs to the model's turn already: ``<think>`` and a line break, say, or
+    an empty thought where thinking is switched off; empty for nothing.
+    """
+    found = _OPENED.search(text)
+    return found[0] if found else ""

@@ -30,7 +30,6 @@ from system.errors import EspalierError
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, Probe, TreeState, decided
 from system.rollout.context import RolloutContext
-from system.rollout.encode import decode, encode_prompt
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.syntax.base import MalformedCall, ParsedCall
@@ -100,7 +99,7 @@ class TreeRollout:
         self.temperature = temperature
         self.resumed = growth is not None
         if growth is None:
-            tokens = encode_prompt(context.tokenizer, prompt.messages)
+            tokens = context.chat.encode(prompt.messages)
             growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
         self.growth = growth
         self.started: Counter[Origin] = Counter()
@@ -292,11 +291,12 @@ class TreeRollout:
                 top_p=config.top_p,
                 top_k=config.top_k,
                 stop=self.context.syntax.stops,
+                stop_token_ids=self.context.chat.stop_ids,
                 seed=branch.seed,
             ),
             route=f"{self.prompt.id}:{self.ticket}",
             parent=branch.request,
-            said=decode(self.context.tokenizer, path[max(begin, path.size - STOP_TOKENS) :]),
+            said=self.context.chat.decode(path[max(begin, path.size - STOP_TOKENS) :]),
         )
         branch.request = request.rid
         stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
@@ -319,7 +319,7 @@ class TreeRollout:
 
     def _read(self, branch: Branch, kind: Kind, begin: int) -> None:
         """Add the newest node, the tokens from ``begin`` on, to the branch's text view."""
-        text = decode(self.context.tokenizer, self.growth.path_tokens(branch.node)[begin:])
+        text = self.context.chat.view(self.growth.path_tokens(branch.node), begin, kind)
         branch.segments = (*branch.segments, (kind, text))
 
     # Forks

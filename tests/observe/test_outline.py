@@ -74,6 +74,15 @@ def test_declined_forks_and_failed_calls(tree: Tree):
     assert "python timeout 12.0 s" in text
 
 
+def test_what_the_template_opened_is_shown_with_what_the_model_wrote(tree: Tree):
+    def decode(tokens: NDArray[np.int32]) -> str:
+        return words(tokens) + "\n<think>\n" * (tokens[-1] in (3, 8))  # the prompt's last, the tool's last
+
+    text = shown(tree, decode=decode)
+    assert "model    3 tok  v3  H 0.50  <think>↵t4 t5 t6" in text
+    assert "model    2 tok  v3  H 0.95  <think>↵t9 t10" in text
+
+
 def test_colour_on_terminals_only(tree: Tree):
     assert "\x1b" not in shown(tree, entropy=True)
     assert "\x1b[" in shown(tree, colour=True)

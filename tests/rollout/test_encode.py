@@ -1,4 +1,4 @@
-"""Encoding with real Hugging Face tokenizers built on the spot."""
+"""Text to tokens and back, with real Hugging Face tokenizers built on the spot."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from system.rollout.encode import decode, encode_prompt, encode_text
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
-)
-MESSAGES = ({"role": "system", "content": "be brief"}, {"role": "user", "content": "who?"})
+from system.rollout.encode import decode, encode_text, opening
 
 
 @pytest.fixture
@@ -30,19 +24,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
         single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<bos>")
-
-
-def test_prompt_with_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = TEMPLATE
-    ids = encode_prompt(tokenizer, MESSAGES)
-    assert ids.dtype == np.int32
-    assert tokenizer.decode(ids.tolist()) == (
-        "<|im_start|>system be brief<|im_end|><|im_start|>user who?<|im_end|><|im_start|>assistant "
-    )
-
-
-def test_prompt_without_one(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokenizer.decode(encode_prompt(tokenizer, MESSAGES).tolist()) == "<bos>be brief\nwho?"
 
 
 def test_text_gets_no_special_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -62,7 +43,27 @@ def test_untrusted_text_cannot_speak_in_special_tokens(tokenizer: PreTrainedToke
     assert special <= set(encode_text(tokenizer, hostile).tolist())  # the switch does not stick
 
 
-def test_decode_drops_only_the_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = encode_text(tokenizer, "a<|im_start|> ,b<|im_end|>")
-    assert decode(tokenizer, ids) == "a<|im_start|> ,b"
-    assert decode(tokenizer, np.empty(0, np.int32)) == ""
+def test_decode_drops_only_what_ends_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = encode_text(tokenizer, "a<|im_start|> ,b<|im_end|><bos>")
+    start, end, bos = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<bos>"])
+    assert start in ids
+    assert decode(tokenizer, ids, [end, bos]) == "a<|im_start|> ,b"
+    assert decode(tokenizer, ids, []) == "a<|im_start|> ,b<|im_end|><bos>"
+    assert decode(tokenizer, np.empty(0, np.int32), [end]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "opened"),
+    [
+        ("<|im_start|>assistant\n<think>\n", "<think>\n"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("Let us see.\n<think>", "<think>"),
+        ("<|im_start|>assistant\n", ""),
+        ("Reason between <think> and </think>.", ""),
+        ("<think> a thought </think>", ""),
+        ("<think></thought>", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_prompt_opens(text: str, opened: str) -> None:
+    assert opening(text) == opened

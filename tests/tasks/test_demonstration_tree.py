@@ -11,6 +11,7 @@ import pytest
 from system.config import Config, RolloutConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Never
+from system.rollout.chat import Chat
 from system.rollout.context import RolloutContext
 from system.rollout.rewards.arpo import ArpoReward
 from system.rollout.syntax.tags import TagSyntax
@@ -80,7 +81,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 vocab_size=len(tokenizer),
             )
             grown = await TreeRollout(context, demo.prompt, seed=0, greedy=True).run()
-            tree = demonstration_tree(demo, tokenizer)
+            tree = demonstration_tree(demo, Chat(tokenizer))
             for name in ("tokens", "start", "parent", "kind", "leaf", "outcome"):
                 np.testing.assert_array_equal(getattr(tree, name), getattr(grown, name), err_msg=name)
             boxed = demo.segments[-1][1].split("\\boxed{")[1].split("}")[0].strip()
@@ -107,7 +108,7 @@ def test_tree_of_a_demonstration():
             ("model", " <think> done </think> <answer> \\boxed{59 } </answer>"),
         ),
     )
-    tree = demonstration_tree(demo, tokenizer)
+    tree = demonstration_tree(demo, Chat(tokenizer))
     assert tree.kind.tolist() == [Kind.PROMPT, Kind.MODEL, Kind.TOOL, Kind.MODEL]
     assert tree.tokens[-1] == tokenizer.eos_token_id
     assert (tree.tokens == tokenizer.eos_token_id).sum() == 1
@@ -134,4 +135,4 @@ def test_tree_of_a_demonstration():
 def test_malformed_demonstrations_are_errors(segments, message):
     prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
     with pytest.raises(ValueError, match=message):
-        demonstration_tree(Demonstration(prompt, segments), vocabulary.build())
+        demonstration_tree(Demonstration(prompt, segments), Chat(vocabulary.build()))

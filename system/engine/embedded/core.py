@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import threading
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Scheduler
 from system.engine.embedded.stops import TokenBytes
 from system.engine.embedded.weights import Weights, WeightsError, check, check_complete, fuse, load, unfuse
+from system.models.directory import end_tokens
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
 
@@ -49,7 +49,7 @@ class EngineCore:
             self.shape,
             self.context,
             load(self.path, self.shape, self.dtype, self.device),
-            eos_tokens(self.path),
+            end_tokens(self.path),
             self.dtype,
             self.device,
         )
@@ -139,25 +139,6 @@ class EngineCore:
             timeout=60
         )
         return version, weights_checksum(unfuse(self.shape, held))
-
-
-def eos_tokens(path: Path) -> set[int]:
-    """End-of-sequence ids that the generation config, the model config or the tokenizer name."""
-    found: set[int] = set()
-    for file in ("generation_config.json", "config.json"):
-        if (path / file).is_file():
-            value = json.loads((path / file).read_text()).get("eos_token_id")
-            found.update([value] if isinstance(value, int) else value or [])
-    settings, vocabulary = path / "tokenizer_config.json", path / "tokenizer.json"
-    if settings.is_file() and vocabulary.is_file():
-        token = json.loads(settings.read_text()).get("eos_token")
-        text = token.get("content") if isinstance(token, dict) else token
-        if text:
-            from tokenizers import Tokenizer
-
-            index = Tokenizer.from_file(str(vocabulary)).token_to_id(text)
-            found.update([] if index is None else [index])
-    return found
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from system.rollout.reward import BranchView, Score
-from system.rollout.rewards.arpo_release import FORMAT_ERROR, MULTI_TOOL_BONUS
+from system.rollout.rewards.arpo_release import ANSWER_FORMAT, FORMAT_ERROR, MULTI_TOOL_BONUS
 from system.rollout.rewards.equality import equal, is_mathematical, is_strict, parse_number, words
 from system.rollout.rewards.words import answer_span, last_boxed, overlap
 from system.tools.outcome import ToolStatus
@@ -34,6 +34,8 @@ class ArpoReward:
     {-1, 0} ∪ (0, 1.1].  ``correct`` is equality of the answers; neither partial overlap nor the bonus makes
     it so.
     """
+
+    answer_format = ANSWER_FORMAT
 
     def score(self, prompt: Prompt, branch: BranchView) -> Score:
         answer = extract_answer(branch)

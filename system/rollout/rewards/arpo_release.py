@@ -12,12 +12,18 @@ from system.tree.prompt import Prompt
 
 FORMAT_ERROR = -1.0
 MULTI_TOOL_BONUS = 0.1
+ANSWER_FORMAT = (  # what a model must be told to be scored at all
+    "Reason between <think> and </think>. When you know the answer, write <answer> and </answer> around it, "
+    "with the exact answer inside \\boxed{}."
+)
 
 
 class ArpoReleaseReward:
     """-1 for a format error; else the token F1 of the boxed answer, the best over the golds, plus 0.1 if it
     is above 0 and both closing tool tags occur anywhere.  Range {-1, 0} ∪ (0, 1.1].
     """
+
+    answer_format = ANSWER_FORMAT
 
     def score(self, prompt: Prompt, branch: BranchView) -> Score:
         text = branch.text

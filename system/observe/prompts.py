@@ -1,0 +1,82 @@
+"""What ``espalier prompt`` prints: the first questions exactly as the model will get them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from system.config import Config, ConfigError
+from system.observe.terminal import shown, visible
+from system.rollout.chat import Chat, PromptError, make_chat, planned_syntax
+from system.rollout.encode import Tokenizer
+from system.tasks.base import HasTokenizer, Task, first, make_task, notes
+from system.tree.prompt import Prompt
+
+_HOW = {
+    "template": "by the chat template",
+    "words": "by the call syntax's words, in the system message",
+    "data": "by the data themselves",
+    "nobody": "not at all",
+}
+_RULE = "─" * 72
+
+
+def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str]:
+    """The lines about the first ``count`` training or held-out questions; nothing is started.
+
+    Text of the data is escaped, its line breaks kept.  Raises :class:`ConfigError`, also for a question that
+    the chat template refuses.
+    """
+    task = make_task(config)
+    tokenizer = _tokenizer(config, task)
+    syntax = planned_syntax(config)
+    chat = make_chat(config, tokenizer, config.model.path, syntax)
+    yield from map(shown, notes(task))
+    ends = ", ".join(f"{visible(tokenizer.decode([end]))} ({end})" for end in chat.ends)
+    yield f"the model's turn ends at: {ends or 'no token: only at rollout.max_response_tokens'}"
+    calls = syntax.stops if config.rollout.call_limit else ()
+    yield f"a tool call ends at:      {', '.join(map(visible, calls)) or 'no tools'}"
+    questions = task.eval() if held_out else task.train()
+    for number, prompt in enumerate(first(questions, count), 1):
+        yield from _question(config, chat, prompt, f"{number} of {len(questions)}")
+
+
+def _question(config: Config, chat: Chat, prompt: Prompt, number: str) -> Iterator[str]:
+    try:
+        tokens = chat.encode(prompt.messages)
+    except PromptError as error:
+        raise ConfigError(f"question {prompt.id}: {error}") from error
+    room = config.engine.max_context - tokens.size
+    yield f"\nquestion {number}: {visible(prompt.id)} ({visible(prompt.kind)})"
+    yield f"  tokens: {tokens.size}; engine.max_context={config.engine.max_context} leaves {room}" + (
+        f", less than rollout.max_response_tokens={config.rollout.max_response_tokens}"
+        if room < config.rollout.max_response_tokens
+        else ""
+    )
+    yield f"  gold:   {' | '.join(map(visible, prompt.answers)) or 'none'}"
+    yield f"  extra:  {', '.join(map(visible, prompt.extra)) or 'nothing'}"
+    yield f"  tools:  told {_HOW[chat.told_by(prompt.messages)]}"
+    text = chat.tokenizer.decode(
+        tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    yield f"{_RULE}\n{visible(text, breaks=True)}\n{_RULE}"
+
+
+def _tokenizer(config: Config, task: Task) -> Tokenizer:
+    """The model's, or the one that the task brings for a model made here."""
+    path = config.model.path
+    if not path:
+        if isinstance(task, HasTokenizer):
+            return task.tokenizer()
+        raise ConfigError(
+            f"model.path is empty, and task {task.name!r} brings no tokenizer: set model.path to a Hugging "
+            "Face directory"
+        )
+    if not Path(path).is_dir():
+        raise ConfigError(f"model.path: there is no directory {path}: give one in Hugging Face format")
+    from transformers import AutoTokenizer  # slow import
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: no tokenizer: {error}") from error

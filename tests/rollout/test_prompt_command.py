@@ -1,0 +1,85 @@
+"""``espalier prompt``: the exact prompt, before anything is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chat_tokenizers import chatml
+
+from actors.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = "\x1b[2J[bold]Who?\u202e"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A model's tokenizer, four rows of which one is of no use, and a recipe that names them."""
+    chatml().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"eos_token_id": 256}')
+    rows = [
+        {"problem": HOSTILE, "answer": "so\n#### 12", "level": 3},
+        {"problem": "2+2?", "answer": None},
+        {"problem": "2+2?", "answer": ["4", "four"]},
+        {"problem": "3+3?", "answer": 6.0},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"task: {{name: jsonl, path: {tmp_path}/data.jsonl}}\nmodel: {{path: {tmp_path}/model}}\n"
+    )
+    return path
+
+
+def test_the_first_questions_are_shown_as_the_model_gets_them(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prompt", str(recipe), "2", "task.tools_in_prompt=none"]) == 0
+    out = capsys.readouterr().out
+    assert "training data: 3 rows of" in out
+    assert "1 skipped, the first:" in out
+    assert "line 2: no answer" in out
+    assert "ends at: <|endoftext|> (256), <|im_end|> (258)" in out
+    assert "a tool call ends at:      </search>, </python>" in out
+    assert "question 1 of 3: data/1 (default)" in out
+    assert "gold:   12\n  extra:  answer, level\n  tools:  told not at all" in out
+    assert "question 2 of 3: data/3" in out
+    assert "gold:   4 | four" in out
+    assert "question 3" not in out
+    assert "<|im_start|>user\n␛[2J[bold]Who?␦<|im_end|>\n<|im_start|>assistant\n" in out
+    assert not set("\x1b\u202e") & set(out)
+    tokens = len(f"{HOSTILE}".encode()) + 3 + len("user\n\nassistant\n")
+    assert f"tokens: {tokens}; engine.max_context=1024 leaves {1024 - tokens}\n" in out
+
+
+def test_it_says_who_tells_of_the_tools_and_how_little_room_is_left(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prompt", "engine.max_context=300", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "tools:  told by the call syntax's words, in the system message" in out
+    assert "Call it as <search> query </search>." in out
+    assert out.count("Reason between <think> and </think>.") == 1
+    assert ", less than rollout.max_response_tokens=256" in out
+
+
+def test_a_question_that_the_template_refuses_is_named(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = recipe.parent / "model" / "chat_template.jinja"
+    template.write_text("{{ raise_exception('no system') if messages[0].role == 'system' else 'x' }}")
+    assert main(["prompt", str(recipe)]) == 2
+    assert "question data/1: the chat template refuses the messages: no system" in capsys.readouterr().err
+
+
+def test_the_quickstart_keeps_its_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model learned its task with the bare question; nothing else may be in its prompt."""
+    assert main(["prompt", str(ROOT / "configs" / "quickstart.yaml"), "3", "--held-out"]) == 0
+    out = capsys.readouterr().out
+    assert "ends at: <eos> (1)" in out
+    texts = out.split("─" * 72)[1::2]
+    assert len(texts) == 3
+    assert all(text.startswith("\nQ: ") and text.endswith(" ?\n") for text in texts)
+    assert out.count("told not at all") == 3
