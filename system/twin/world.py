@@ -24,6 +24,7 @@ from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
+from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tree.stats import TreeStats
@@ -110,7 +111,7 @@ class Twin:
             tools=self.tools,
             syntax=syntax,
             policy=policy,
-            reward=AnswerReward(),
+            scoring=Scoring(AnswerReward()),
             tokenizer=TwinTokenizer(self.agent),
             config=config.rollout,
             vocab_size=models.vocab,
