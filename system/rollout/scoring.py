@@ -8,6 +8,7 @@ the model wrote.  A score that fails is an outcome: the leaf stays unscored, and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import math
@@ -151,7 +152,7 @@ class ScorePool:
             reply = await child.ask(request, self.deadline_s)
         except BaseException as error:  # cancelled, too: what it would answer next is not known
             if child is not None:
-                child.kill()
+                await child.end()
                 child = None
             if isinstance(error, TimeoutError):
                 raise ScoreFailed(_late(self.name, self.deadline_s)) from error
@@ -160,6 +161,16 @@ class ScorePool:
             raise
         finally:
             self._free.put_nowait(child)
+        return self._read(reply)
+
+    async def close(self) -> None:
+        """End the idle children.  All die with this process in any case."""
+        for _ in range(self._free.qsize()):
+            if (child := self._free.get_nowait()) is not None:
+                await child.end()
+            self._free.put_nowait(None)
+
+    def _read(self, reply: Any) -> Score:
         match reply:
             case {"value": value, "correct": bool(correct), "parts": dict(parts)}:
                 return normalised(self.name, Score(value, correct, parts))
@@ -190,13 +201,13 @@ class _Child:
         try:
             ready = await child.ask(config.encode(), START_DEADLINE_S)
         except (TimeoutError, EOFError, OSError, ValueError) as error:
-            child.kill()
+            await child.end()
             raise RewardBroken(f"reward {name}: its process does not start: {error!r}") from error
         except BaseException:
-            child.kill()
+            await child.end()
             raise
         if ready != {"ready": True}:
-            child.kill()
+            await child.end()
             raise RewardBroken(f"reward {name}: its process does not start: {ready!r:.500}")
         return child
 
@@ -213,6 +224,9 @@ class _Child:
             raise EOFError
         return json.loads(reply)
 
-    def kill(self) -> None:
+    async def end(self) -> None:
+        """Kill it, and wait: SIGKILL takes effect at once."""
         if self._process.returncode is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await self._process.wait()

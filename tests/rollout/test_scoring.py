@@ -117,6 +117,7 @@ def test_a_pool_scores_confines_and_outlives_its_scorers(tmp_path: Path, monkeyp
         await refused("__import__('math').factorial(10**7)", "no score within reward.deadline_s")
         pool.deadline_s = 30
         assert await score("1") == Score(1.0, True)
+        await pool.close()
 
     asyncio.run(run())
     assert not written.exists()
@@ -145,6 +146,7 @@ def test_a_task_that_evaluates_answers_runs_confined(tmp_path: Path) -> None:
         pool.deadline_s = 1.0
         with pytest.raises(ScoreFailed, match="no score within"):
             await pool.score(prompt, said("9**9**9"))
+        await pool.close()
 
     asyncio.run(run())
     assert not written.exists()
