@@ -60,7 +60,7 @@ def prepare(config: Config) -> Reward:
 
 def main() -> None:
     die_with_parent(signal.SIGKILL)
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    incoming, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
@@ -71,13 +71,13 @@ def main() -> None:
         answers.flush()
 
     try:
-        config = from_dict(json.loads(requests.readline()))
+        config = from_dict(json.loads(incoming.readline()))
         reward = prepare(config)
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
     say({"ready": True})
-    for line in requests:
+    for line in incoming:
         say(answer(config.reward.name, reward, line))
 
 

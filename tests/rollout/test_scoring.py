@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rollout_fakes import PROMPT
+from rollout_fakes import PROMPT, Segment, make_world
 
 from system.config import Config
 from system.config.schema import RewardConfig, TaskConfig
 from system.rollout.reward import BranchView, Score
 from system.rollout.scoring import RewardBroken, ScoreFailed, ScorePool, Scoring, normalised
+from system.rollout.tree_rollout import RolloutFailed, TreeRollout
 from system.tasks.base import make_task
 from system.tree.prompt import Prompt
-from system.tree.record import Kind, Outcome
+from system.tree.record import Kind, Mishap, Outcome, Tree
 
 VIEW = BranchView(((Kind.MODEL, "word"),), Outcome.STOPPED)
 
@@ -150,3 +151,44 @@ def test_a_task_that_evaluates_answers_runs_confined(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert not written.exists()
+
+
+class Odd:
+    """Fails for the first ``failing`` leaves; waits as long as a judge would."""
+
+    def __init__(self, failing: int) -> None:
+        self.failing = failing
+
+    async def score(self, prompt: Prompt, branch: BranchView) -> float:
+        self.failing -= 1
+        if self.failing >= 0:
+            raise ValueError("odd answer")
+        await asyncio.sleep(0.001)
+        return 1.0
+
+
+def _tree(failing: int, failure_limit: float = 1.0) -> Tree:
+    world = make_world(
+        lambda *_: Segment(" a b"), reward=Odd(failing), failure_limit=failure_limit, leaves=4, roots=4
+    )
+    return asyncio.run(TreeRollout(world.context, PROMPT, seed=1).run())
+
+
+def test_a_failing_score_leaves_its_leaf_unscored_and_the_reason_in_the_tree() -> None:
+    tree = _tree(failing=2)
+    assert np.isnan(tree.reward).sum() == 2
+    assert np.nansum(tree.reward) == 2.0
+    assert [Mishap(*one) for one in tree.meta["mishaps"]] == [
+        Mishap("reward", "reward Odd: ValueError: odd answer")
+    ] * 2
+
+
+def test_a_tree_with_too_few_scores_fails_for_the_reward() -> None:
+    with pytest.raises(RolloutFailed, match="1 of 4 leaves scored; reward Odd: ValueError") as failure:
+        _tree(failing=3)
+    assert failure.value.reason == "reward"
+
+
+def test_a_broken_reward_ends_the_tree_with_its_name() -> None:
+    with pytest.raises(RewardBroken, match="reward Odd"):
+        _tree(failing=4, failure_limit=0.0)
