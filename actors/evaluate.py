@@ -17,7 +17,7 @@ from actors.rollout_pool import RolloutPool
 from system.config import Config
 from system.models.shape import ModelShape
 from system.observe.eval import EvalResult
-from system.rollout.tree_rollout import RolloutFailed
+from system.rollout.failure import RolloutFailed
 from system.tasks.base import Task, make_task
 from system.tree.prompt import Prompt
 from system.tree.stats import TreeStats

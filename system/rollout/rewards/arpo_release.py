@@ -6,6 +6,8 @@ response as one text, what the tools wrote included.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.words import answer_span, last_boxed, token_f1
 from system.tree.prompt import Prompt
@@ -18,6 +20,8 @@ class ArpoReleaseReward:
     """-1 for a format error; else the token F1 of the boxed answer, the best over the golds, plus 0.1 if it
     is above 0 and both closing tool tags occur anywhere.  Range {-1, 0} ∪ (0, 1.1].
     """
+
+    trusted: ClassVar[bool] = True
 
     def score(self, prompt: Prompt, branch: BranchView) -> Score:
         text = branch.text
