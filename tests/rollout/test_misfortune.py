@@ -64,6 +64,7 @@ class Mute(Exception):
         (Mute(), "Mute", "Mute (test_misfortune.py:"),
         (RecursionError(), "RecursionError", "RecursionError (test_misfortune.py:"),
     ],
+    ids=["hostile", "mute", "recursion"],  # a lone surrogate in a test's name ends pytest-xdist
 )
 def test_an_error_that_nobody_expected_is_a_failure_with_a_name(
     error: Exception, reason: str, detail: str

@@ -15,6 +15,7 @@ from system.config import Config
 from system.config.schema import RewardConfig, TaskConfig
 from system.rollout.failure import RolloutFailed
 from system.rollout.reward import BranchView, Score
+from system.rollout.rewards.arpo import ArpoReward
 from system.rollout.scoring import RewardBroken, ScoreFailed, ScorePool, Scoring, normalised
 from system.rollout.tree_rollout import TreeRollout
 from system.tasks.base import make_task
