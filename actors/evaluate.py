@@ -18,7 +18,7 @@ from system.config import Config
 from system.models.shape import ModelShape
 from system.observe.eval import EvalResult
 from system.observe.terminal import shown
-from system.rollout.tree_rollout import RolloutFailed
+from system.rollout.failure import RolloutFailed
 from system.tasks.base import Task, first, make_task, notes
 from system.tree.prompt import Prompt
 from system.tree.stats import TreeStats

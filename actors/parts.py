@@ -19,8 +19,8 @@ from system.flow.ledger import Ticket
 from system.flow.loop import TreeLost
 from system.flow.replay import TreeInFlight
 from system.observe.progress import Progress
+from system.rollout.failure import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.rollout.tree_rollout import RolloutFailed
 from system.text import described
 from system.tree.prompt import Prompt
 

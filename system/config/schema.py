@@ -153,6 +153,19 @@ class RewardConfig:
 
     name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=REWARDS)
     options: dict[str, Any] = setting({}, "the rule's own options")
+    deadline_s: float = setting(30.0, "one score; later, the leaf is unscored", above=0, safe_on_resume=True)
+    workers: int = setting(2, "processes that score, per rollout worker", least=1, safe_on_resume=True)
+    memory_mb: int = setting(1024, "of one such process, beyond its libraries", least=1, safe_on_resume=True)
+    confined: bool = setting(
+        True, "such a process writes no file and has no network; false: it may", safe_on_resume=True
+    )
+    failure_limit: float = setting(
+        0.2,
+        "share of the last 100 leaves that may fail to be scored before the run stops",
+        least=0,
+        most=1,
+        safe_on_resume=True,
+    )
 
 
 @dataclass

@@ -19,8 +19,8 @@ from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import Policy, make_policy
 from system.rollout.chat import Chat, make_chat
 from system.rollout.encode import Tokenizer, encode_text
-from system.rollout.reward import Reward
 from system.rollout.schedule import Schedule, make_schedule
+from system.rollout.scoring import Scoring
 from system.rollout.syntax.base import Syntax
 from system.tools.outcome import Tools
 from system.tools.service import ToolService, build_tools
@@ -37,7 +37,7 @@ class RolloutContext:
     tools: Tools
     syntax: Syntax
     policy: Policy
-    reward: Reward
+    scoring: Scoring
     tokenizer: Tokenizer
     config: RolloutConfig
     vocab_size: int  # V, of which ln V is the unit of entropy
@@ -101,7 +101,7 @@ def build_context(
         tools=service,
         syntax=syntax,
         policy=make_policy(config.branching),
-        reward=REWARDS.make(config.reward.name, config.reward.options, config=config),
+        scoring=Scoring.of(config, REWARDS.make(config.reward.name, config.reward.options, config=config)),
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),

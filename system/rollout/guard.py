@@ -7,8 +7,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from system.errors import ConfigError
+from system.rollout.failure import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.rollout.tree_rollout import RolloutFailed
 from system.text import described, one_line
 
 log = logging.getLogger(__name__)

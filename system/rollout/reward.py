@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,4 +37,11 @@ class Score:
 
 
 class Reward(Protocol):
-    def score(self, prompt: Prompt, branch: BranchView) -> Score: ...
+    def score(self, prompt: Prompt, branch: BranchView) -> Score | float | Awaitable[Score | float]:
+        """May be ``async``.  A bare number is a value that is correct from 1 on.  Raising, or returning what
+        is no finite number, leaves this one leaf unscored.
+
+        A rule that never evaluates what a model wrote may say so (``trusted = True``): it runs also where it
+        cannot be confined.
+        """
+        ...

@@ -52,7 +52,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
         if not settings()[f"rollout.{name}"].safe_on_resume
     }
     kept = {"rollout": rollout, "tools": values["tools"]["names"], "format": FORMAT}
-    kept |= {section: values[section] for section in ("branching", "reward", "task", "model")}
+    kept |= {section: values[section] for section in ("branching", "task", "model")}
+    kept["reward"] = {name: values["reward"][name] for name in ("name", "options")}
     return json.loads(json.dumps(kept))
 
 
@@ -98,7 +99,7 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         tree.live.update((branch.key, branch) for branch in live)
         tree.ended += [(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
         tree.seconds, tree.spent_s = fields["seconds"], fields["spent_s"]
-        tree.mishaps = [Mishap(*one) for one in fields["mishaps"]]
+        tree.mishaps = [one for fields_ in fields["mishaps"] if (one := Mishap(*fields_)).kind != "reward"]
         return tree
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error

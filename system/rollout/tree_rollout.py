@@ -26,12 +26,14 @@ from typing import Any, cast
 import numpy as np
 
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest, Sampling
-from system.errors import EspalierError
+from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, Probe, TreeState, decided
 from system.rollout.context import RolloutContext
+from system.rollout.failure import ENGINE_LOST, RolloutFailed
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
+from system.rollout.scoring import ScoreFailed
 from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.text import described
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
@@ -44,28 +46,6 @@ log = logging.getLogger(__name__)
 STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells of what it said before
 # Where a branch's time goes: tokens come, a tool runs, the first token is awaited, others are awaited.
 CAUSES = ("engine", "tool", "waiting", "barrier")
-ENGINE_LOST = "engine lost"  # why a branch ended, or a tree failed, without a fault of the prompt
-
-
-class RolloutFailed(EspalierError, RuntimeError):
-    """Too few branches ended with a score for the tree to teach anything.
-
-    ``reason`` is a word for counters: "engine lost" if a server was, "deadline" (the tree's), else the
-    commonest outcome of its branches in lower case ("engine_error", "deadline", "cancelled"); of an error
-    that nobody expected, its class.
-    """
-
-    def __init__(self, prompt_id: str, reason: str, detail: str) -> None:
-        super().__init__(prompt_id, reason, detail)  # its own arguments, so that it can be pickled
-        self.prompt_id, self.reason, self.detail = prompt_id, reason, detail
-
-    def __str__(self) -> str:
-        return f"tree of prompt {self.prompt_id!r}: {self.reason}: {self.detail}"
-
-    @property
-    def blameless(self) -> bool:
-        """Whether no attempt at the prompt has failed: its engine was lost."""
-        return self.reason == ENGINE_LOST
 
 
 class TreeRollout:
@@ -112,16 +92,31 @@ class TreeRollout:
         self.log_vocab = math.log(context.vocab_size)
         self.call_limit = config.call_limit if context.tools.specs else 0
         self.group = asyncio.TaskGroup()
+        self.scores = asyncio.TaskGroup()  # outlives the branches' deadline
+        self.parts: dict[int, dict[str, float]] = {}  # of the scored leaves
 
     async def run(self) -> Tree:
         """Grow, score and close the tree.
 
         Raises :class:`RolloutFailed` when fewer than min(2, budget) leaves are scored, ``EntropyUnknown``
-        when the policy needs entropies that the engine does not give.  Cancelling it cancels every branch and
-        aborts its request.
+        when the policy needs entropies that the engine does not give, ``RewardBroken`` when too many scores
+        fail.  Cancelling it cancels every branch and aborts its request.
         """
         self.began_s = asyncio.get_running_loop().time()
-        cut, deadline = False, asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
+        try:
+            async with self.scores:
+                for leaf in range(len(self.ended)):  # of a resumed tree
+                    self._spawn_score(leaf)
+                cut = await self._branches()
+        except ExceptionGroup as errors:
+            raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
+        if len(self.parts) < min(2, self.budget):
+            raise self._too_few(cut)
+        return self._close()
+
+    async def _branches(self) -> bool:
+        """Grow until every branch has ended; returns whether the tree's deadline cut them off."""
+        deadline = asyncio.timeout(max(self.config.tree_deadline_s - self.spent_s, 0.0))
         try:
             async with deadline, self.group:
                 for branch in self.live.values():
@@ -133,22 +128,24 @@ class TreeRollout:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            cut = True
             for branch in list(self.live.values()):
                 self._end(branch, Outcome.DEADLINE)
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors  # the group has cancelled and awaited every other branch
-        scored = sum(outcome.scored for _, outcome in self.ended)
-        if scored < min(2, self.budget):
-            commonest = Counter(outcome for _, outcome in self.ended).most_common(1)[0][0]
-            reason = "deadline" if cut else commonest.name.lower()
-            if any(mishap.kind == ENGINE_LOST for mishap in self.mishaps):
-                reason = ENGINE_LOST
-            detail = "; ".join(
-                [f"{scored} of {self.budget} leaves scored", *(m.text for m in self.mishaps[:1])]
-            )
-            raise RolloutFailed(self.prompt.id, reason, detail)
-        return self._close()
+            return True
+        return False
+
+    def _too_few(self, cut: bool) -> RolloutFailed:
+        """The reward is to blame when there would be leaves enough with the scores that failed."""
+        causes = self.mishaps
+        if sum(outcome.scored for _, outcome in self.ended) >= min(2, self.budget):
+            reason, causes = "reward", [one for one in causes if one.kind == "reward"]
+        elif any(mishap.kind == ENGINE_LOST for mishap in causes):
+            reason = ENGINE_LOST
+        elif cut:
+            reason = "deadline"
+        else:
+            reason = Counter(outcome for _, outcome in self.ended).most_common(1)[0][0].name.lower()
+        detail = [f"{len(self.parts)} of {self.budget} leaves scored", *(one.text for one in causes[:1])]
+        return RolloutFailed(self.prompt.id, reason, "; ".join(detail))
 
     # The budget
 
@@ -219,6 +216,24 @@ class TreeRollout:
         del self.live[branch.key]
         self.growth.leaf(branch.node, outcome, branch.origin)
         self.ended.append((branch, outcome))
+        self._spawn_score(len(self.ended) - 1)
+
+    def _spawn_score(self, leaf: int) -> None:
+        """Score an ended branch while others grow, if its end says something about the policy."""
+        branch, outcome = self.ended[leaf]
+        if outcome.scored:
+            view = BranchView(branch.segments, outcome, branch.tools)
+            self.scores.create_task(self._score(leaf, view), name=f"score {branch.key} of {self.prompt.id}")
+
+    async def _score(self, leaf: int, view: BranchView) -> None:
+        try:
+            score = await self.context.scoring.score(self.prompt, view)
+        except ScoreFailed as error:
+            log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
+            self.mishaps.append(Mishap("reward", str(error)))
+        else:
+            self.growth.score(leaf, score.value, score.correct)
+            self.parts[leaf] = score.parts
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
@@ -416,22 +431,13 @@ class TreeRollout:
     # The close
 
     def _close(self) -> Tree:
-        parts: list[dict[str, float] | None] = []
-        for leaf, (branch, outcome) in enumerate(self.ended):
-            if not outcome.scored:
-                parts.append(None)
-                continue
-            view = BranchView(branch.segments, outcome, branch.tools)
-            score = self.context.reward.score(self.prompt, view)
-            self.growth.score(leaf, score.value, score.correct)
-            parts.append(score.parts)
         self.growth.meta.update(
             question=self.prompt.messages[-1]["content"] if self.prompt.messages else "",
             gold=list(self.prompt.answers),
             seed=self.seed,
             ticket=self.ticket,
             seconds={cause: round(value, 6) for cause, value in self.seconds.items()},
-            parts=parts,
+            parts=[self.parts.get(leaf) for leaf in range(len(self.ended))],
             mishaps=self.mishaps,
         )
         return self.growth.close(self.context.now())

@@ -24,8 +24,10 @@ from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
+from system.rollout.failure import RolloutFailed
+from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
-from system.rollout.tree_rollout import RolloutFailed, TreeRollout
+from system.rollout.tree_rollout import TreeRollout
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.twin.clock import Trace
@@ -110,7 +112,7 @@ class Twin:
             tools=self.tools,
             syntax=syntax,
             policy=policy,
-            reward=AnswerReward(),
+            scoring=Scoring(AnswerReward()),
             tokenizer=TwinTokenizer(self.agent),
             config=config.rollout,
             vocab_size=models.vocab,

@@ -11,7 +11,7 @@ import pytest
 from actors.evaluate import ATTEMPTS, answer_questions
 from system.config import Config, ConfigError
 from system.observe.eval import EvalResult
-from system.rollout.tree_rollout import RolloutFailed
+from system.rollout.failure import RolloutFailed
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Origin, Outcome

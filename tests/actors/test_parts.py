@@ -22,8 +22,8 @@ from system.flow.ledger import Ticket
 from system.flow.loop import TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
 from system.rollout.branching import EntropyUnknown
+from system.rollout.failure import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.rollout.tree_rollout import RolloutFailed
 
 TICKET = Ticket(3, 0, "p", 1, 5)
 STATS: Any = object()

@@ -22,8 +22,9 @@ from system.config import ConfigError, ToolsConfig
 from system.engine.protocol import Chunk, EngineError, EngineLost, GenerateRequest
 from system.engine.stream import EventSplitter, StreamReader
 from system.rollout.branching import EntropyUnknown, Random
+from system.rollout.failure import RolloutFailed
 from system.rollout.guard import one_tree
-from system.rollout.tree_rollout import RolloutFailed, TreeRollout
+from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.service import Patience, ToolService
 from system.tools.tool import ToolUnavailable
@@ -63,6 +64,7 @@ class Mute(Exception):
         (Mute(), "Mute", "Mute (test_misfortune.py:"),
         (RecursionError(), "RecursionError", "RecursionError (test_misfortune.py:"),
     ],
+    ids=["hostile", "mute", "recursion"],  # a lone surrogate in a test's name ends pytest-xdist
 )
 def test_an_error_that_nobody_expected_is_a_failure_with_a_name(
     error: Exception, reason: str, detail: str

@@ -12,7 +12,8 @@ import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, EntropyUnknown, Never, Random
-from system.rollout.tree_rollout import RolloutFailed, TreeRollout
+from system.rollout.failure import RolloutFailed
+from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.twin.clock import run

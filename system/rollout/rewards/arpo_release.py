@@ -6,6 +6,8 @@ response as one text, what the tools wrote included.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.words import answer_span, last_boxed, token_f1
 from system.tree.prompt import Prompt
@@ -23,7 +25,8 @@ class ArpoReleaseReward:
     is above 0 and both closing tool tags occur anywhere.  Range {-1, 0} ∪ (0, 1.1].
     """
 
-    answer_format = ANSWER_FORMAT
+    answer_format: ClassVar[str] = ANSWER_FORMAT
+    trusted: ClassVar[bool] = True
 
     def score(self, prompt: Prompt, branch: BranchView) -> Score:
         text = branch.text

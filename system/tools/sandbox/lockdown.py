@@ -12,7 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from system.tools.sandbox import cell, kernel, seccomp
-from system.tools.sandbox.settings import DEVICES, Settings, readable_directories, readable_files
+from system.tools.sandbox.settings import (
+    DEVICES,
+    SYSTEM_FILES,
+    SYSTEM_LIBRARIES,
+    Settings,
+    readable_directories,
+    readable_files,
+)
 
 MAX_DESCRIPTORS = 256  # of the fork server and its wardens
 
@@ -130,9 +137,7 @@ def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
 
 def _limit_all(settings: Settings) -> None:
     """Limits that the fork server and the wardens can live under, too, and that every program inherits."""
-    with open("/proc/self/statm") as file:
-        idle = int(file.read().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, idle + (settings.limits.memory_mb << 20))
+    limit_memory(settings.limits.memory_mb)
     _limit(resource.RLIMIT_FSIZE, settings.limits.file_mb << 20)
     _limit(resource.RLIMIT_NOFILE, MAX_DESCRIPTORS)
     _limit(resource.RLIMIT_STACK, 8 << 20)
@@ -186,3 +191,44 @@ def _can_read_library_as(uid: int) -> bool:
         except OSError:
             os._exit(1)
     return os.waitpid(child, 0)[1] == 0
+
+
+def limit_memory(memory_mb: int) -> None:
+    """Let this process take ``memory_mb`` of address space beyond what it has."""
+    with open("/proc/self/statm") as file:
+        idle = int(file.read().split()[0]) * resource.getpagesize()
+    _limit(resource.RLIMIT_AS, idle + (memory_mb << 20))
+
+
+def confine_scorer(memory_mb: int, must: bool) -> None:
+    """Confine this process, a scorer with its libraries loaded, for good: it reads what Python imports from,
+    writes nothing, has no network, starts and signals no process.
+
+    Raises OSError if any part of it fails; ``reward.confined=false`` does without.  Unless it ``must`` be
+    confined, a kernel that cannot do it is no failure: only its memory is limited then.
+    """
+    version = kernel.landlock_version()
+    if not version or not seccomp.supported(kernel.MACHINE):
+        if not must:
+            return limit_memory(memory_mb)
+        raise OSError("no Landlock or no seccomp table here to confine a reward with: reward.confined=false")
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise OSError("the reward has started threads, which cannot be confined: reward.confined=false")
+    limit_memory(memory_mb)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    handled = _ALL_FS[max(v for v in _ALL_FS if v <= version)]
+    ruleset = kernel.landlock_ruleset(
+        handled, _NET_TCP if version >= 4 else 0, _SCOPES if version >= 6 else 0
+    )
+    readable = {path for path in (*sys.path, sys.prefix, sys.base_prefix, *SYSTEM_LIBRARIES) if path}
+    rights = dict.fromkeys(readable, _READ) | dict.fromkeys((*SYSTEM_FILES, *DEVICES), _READ_FILE)
+    for path, allowed in rights.items():
+        if os.path.exists(path):
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            kernel.landlock_allow(ruleset, handle, allowed if os.path.isdir(path) else _READ_FILE)
+            os.close(handle)
+    kernel.no_new_privileges()
+    kernel.landlock_restrict(ruleset)
+    os.close(ruleset)
+    kernel.drop_capabilities()
+    kernel.install_filter(seccomp.program(kernel.MACHINE, os.getpid()))

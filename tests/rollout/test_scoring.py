@@ -1,0 +1,214 @@
+"""Scoring: what a reward returns, what becomes of one that fails, and the processes it runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rollout_fakes import PROMPT, Segment, make_world
+
+from system.config import Config
+from system.config.schema import RewardConfig, TaskConfig
+from system.rollout.failure import RolloutFailed
+from system.rollout.reward import BranchView, Score
+from system.rollout.rewards.arpo import ArpoReward
+from system.rollout.scoring import RewardBroken, ScoreFailed, ScorePool, Scoring, normalised
+from system.rollout.tree_rollout import TreeRollout
+from system.tasks.base import make_task
+from system.tree.prompt import Prompt
+from system.tree.record import Kind, Mishap, Outcome, Tree
+
+VIEW = BranchView(((Kind.MODEL, "word"),), Outcome.STOPPED)
+
+
+@pytest.mark.parametrize(
+    ("returned", "score"),
+    [
+        (Score(0.5, True, {"a": np.float32(1)}), Score(0.5, True, {"a": 1.0})),  # type: ignore[dict-item]
+        (0.5, Score(0.5, False)),
+        (1, Score(1.0, True)),
+        (True, Score(1.0, True)),
+        (np.float32(0.25), Score(0.25, False)),
+        (np.array(1), Score(1.0, True)),
+        (Score(np.float64(1), np.bool_(False)), Score(1.0, False)),  # type: ignore[arg-type]
+    ],
+)
+def test_numbers_become_a_score_of_plain_floats(returned: Any, score: Score) -> None:
+    made = normalised("mine", returned)
+    assert made == score
+    assert type(made.value) is float
+    assert type(made.correct) is bool
+    assert all(type(part) is float for part in made.parts.values())
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [None, math.nan, math.inf, -math.inf, "1", [1.0], 1j, np.array([1.0]), Score(math.nan, True),
+     Score(1.0, True, {"a": math.inf}), Score(1.0, True, None)],  # type: ignore[arg-type]
+)  # fmt: skip
+def test_what_is_no_finite_number_is_a_failed_score_that_names_the_reward(returned: Any) -> None:
+    with pytest.raises(ScoreFailed, match="mine"):
+        normalised("mine", returned)
+
+
+class Late:
+    async def score(self, prompt: Prompt, branch: BranchView) -> float:
+        await asyncio.sleep(60)
+        return 1.0
+
+
+class Raising:
+    def score(self, prompt: Prompt, branch: BranchView) -> float:
+        raise KeyError("odd")
+
+
+def test_a_late_score_and_a_raising_reward_fail_one_leaf() -> None:
+    with pytest.raises(ScoreFailed, match=r"reward Late: no score within reward.deadline_s=0.01 s"):
+        asyncio.run(Scoring(Late(), deadline_s=0.01).score(PROMPT, VIEW))
+    with pytest.raises(ScoreFailed, match="reward Raising: KeyError: 'odd'"):
+        asyncio.run(Scoring(Raising()).score(PROMPT, VIEW))
+
+
+def test_too_many_failures_are_an_error_with_the_cause() -> None:
+    async def run() -> None:
+        scoring = Scoring(Raising(), failure_limit=0.2)
+        for _ in range(20):
+            with pytest.raises(ScoreFailed):
+                await scoring.score(PROMPT, VIEW)
+        with pytest.raises(RewardBroken, match=r"21 of the last 21 .*failure_limit=0.2.*KeyError: 'odd'"):
+            await scoring.score(PROMPT, VIEW)
+
+    asyncio.run(run())
+
+
+def test_an_error_of_configuration_in_the_child_stops_by_name() -> None:
+    config = Config(reward=RewardConfig(name="arpo", options={"none": 1}))
+    with pytest.raises(RewardBroken, match=r"reward arpo: its process does not start.*none"):
+        asyncio.run(ScorePool(config).score(PROMPT, VIEW))
+
+
+def test_a_pool_scores_confines_and_outlives_its_scorers(tmp_path: Path, monkeypatch: Any) -> None:
+    """A scorer that writes, connects, starts a process, never returns, takes all memory, or ends itself."""
+    (tmp_path / "hostile_scorer.py").write_text(
+        "class Evaluates:\n    def score(self, prompt, branch):\n        return eval(branch.model_text)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config(reward=RewardConfig(name="hostile_scorer:Evaluates", workers=1, memory_mb=256))
+    pool, written = ScorePool(config), tmp_path / "written"
+
+    async def score(code: str) -> Score:
+        return await pool.score(PROMPT, BranchView(((Kind.MODEL, code),), Outcome.STOPPED))
+
+    async def refused(code: str, why: str) -> None:
+        with pytest.raises(ScoreFailed, match=why):
+            await score(code)
+
+    async def run() -> None:
+        assert await score("print('x') or 0.5") == Score(0.5, False)
+        await refused(f"__import__('pathlib').Path({str(written)!r}).touch()", "PermissionError")
+        await refused("__import__('socket').create_connection(('127.0.0.1', 9))", "PermissionError")
+        await refused("__import__('os').fork()", "PermissionError")
+        await refused("__import__('os').kill(__import__('os').getppid(), 9)", "PermissionError")
+        await refused("len(bytes(1 << 32))", "reward.memory_mb")
+        await refused("__import__('os')._exit(0)", "its process was lost")
+        pool.deadline_s = 0.3
+        await refused("9**9**9", "no score within reward.deadline_s")
+        await refused("__import__('math').factorial(10**7)", "no score within reward.deadline_s")
+        pool.deadline_s = 30
+        assert await score("1") == Score(1.0, True)
+        await pool.close()
+
+    asyncio.run(run())
+    assert not written.exists()
+
+
+def test_a_task_that_evaluates_answers_runs_confined(tmp_path: Path) -> None:
+    config = Config(
+        task=TaskConfig(name="reasoning-gym", dataset="countdown", train_size=4, eval_size=2),
+        reward=RewardConfig(name="task", workers=1),
+    )
+    prompt, written, pool = make_task(config).train()[0], tmp_path / "written", ScorePool(config)
+
+    def said(answer: str) -> BranchView:
+        text = f"<think></think><answer>\\boxed{{{answer}}}</answer>"
+        return BranchView(((Kind.MODEL, text),), Outcome.STOPPED)
+
+    async def run() -> None:
+        right = await pool.score(prompt, said(prompt.answers[0]))
+        assert right.correct
+        try:
+            paid = await pool.score(prompt, said(f"__import__('pathlib').Path({str(written)!r}).touch()"))
+        except ScoreFailed:
+            pass
+        else:
+            assert not paid.correct
+        pool.deadline_s = 1.0
+        with pytest.raises(ScoreFailed, match="no score within"):
+            await pool.score(prompt, said("9**9**9"))
+        await pool.close()
+
+    asyncio.run(run())
+    assert not written.exists()
+
+
+class Odd:
+    """Fails for the first ``failing`` leaves; waits as long as a judge would."""
+
+    def __init__(self, failing: int) -> None:
+        self.failing = failing
+
+    async def score(self, prompt: Prompt, branch: BranchView) -> float:
+        self.failing -= 1
+        if self.failing >= 0:
+            raise ValueError("odd answer")
+        await asyncio.sleep(0.001)
+        return 1.0
+
+
+def _tree(failing: int, failure_limit: float = 1.0) -> Tree:
+    world = make_world(
+        lambda *_: Segment(" a b"), reward=Odd(failing), failure_limit=failure_limit, leaves=4, roots=4
+    )
+    return asyncio.run(TreeRollout(world.context, PROMPT, seed=1).run())
+
+
+def test_a_failing_score_leaves_its_leaf_unscored_and_the_reason_in_the_tree() -> None:
+    tree = _tree(failing=2)
+    assert np.isnan(tree.reward).sum() == 2
+    assert np.nansum(tree.reward) == 2.0
+    assert [Mishap(*one) for one in tree.meta["mishaps"]] == [
+        Mishap("reward", "reward Odd: ValueError: odd answer")
+    ] * 2
+
+
+def test_a_tree_with_too_few_scores_fails_for_the_reward() -> None:
+    with pytest.raises(RolloutFailed, match="1 of 4 leaves scored; reward Odd: ValueError") as failure:
+        _tree(failing=3)
+    assert failure.value.reason == "reward"
+
+
+def test_a_broken_reward_ends_the_tree_with_its_name() -> None:
+    with pytest.raises(RewardBroken, match="reward Odd"):
+        _tree(failing=4, failure_limit=0.0)
+
+
+def test_what_needs_no_parser_is_scored_at_once_and_as_always() -> None:
+    reward = ArpoReward()
+    said = {
+        "12": True, "-3.50": True, "Marie Curie": True, "12 km": False, r"\frac{1}{2}": False, "x-1": False,
+        "9" * 40: False, "A": False, "a b c": False, "(2, 3)": False,
+    }  # fmt: skip
+    for answer, plain in said.items():
+        prompt = Prompt("q", (), ("12",), "test")
+        text = f"<think>.</think><answer>\\boxed{{{answer}}}</answer>"
+        view = BranchView(((Kind.MODEL, text),), Outcome.STOPPED, ())
+        quick = reward.quick(prompt, view)
+        assert (quick is not None) == plain, answer
+        assert quick in (None, reward.score(prompt, view))
+        assert reward.quick(Prompt("q", (), ("12", r"\pi"), "test"), view) is None
+    broken = BranchView(((Kind.MODEL, "no format"),), Outcome.STOPPED, ())
+    assert reward.quick(Prompt("q", (), (r"\pi",), "test"), broken) == reward.score(prompt, broken)
