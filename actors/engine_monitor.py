@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
@@ -17,6 +17,18 @@ from system.observe.recorder import Recorder
 PUSH_DEADLINE_S = 120.0  # for an engine that is back to hold the current weights, after its own start
 LOOK_S = 1.0  # between looks at the engines
 IDLE_COUNTER = re.compile(r"idle_(\w+)_s")  # an engine's counters of idle seconds by cause
+
+
+async def first_ready(urls: Collection[str], deadline_s: float) -> None:
+    """Return once any of the engines at ``urls`` answers, or at the deadline."""
+    async with Http() as http:
+        waits = [asyncio.create_task(EngineControl(url, http).wait_ready(deadline_s)) for url in urls]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
 
 
 class Publisher:

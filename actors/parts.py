@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import ray
 
-from actors.engine_monitor import Publisher
+from actors.engine_monitor import Publisher, first_ready
 from actors.evaluate import CLOSE_MARGIN_S
 from actors.in_flight import InFlightCheckpoint
 from actors.ray_support import ActorLost, answer, returned
@@ -21,6 +21,9 @@ from system.observe.progress import Progress
 from system.rollout.snapshot import SnapshotError
 from system.rollout.tree_rollout import RolloutFailed
 from system.tree.prompt import Prompt
+from system.tree.record import Outcome
+
+ENGINE_ERROR = Outcome.ENGINE_ERROR.name.lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,9 @@ class ActorParts:
             told = await answer(stats, deadline, f"{name} growing tree {ticket.number}")
             return TreeInFlight(ticket, tree, told)
         except RolloutFailed as failure:
+            if failure.reason == ENGINE_ERROR:  # keep the place until an engine is there: no try is in vain
+                urls = [*self.actors.pool.engines.values()]
+                await first_ready(urls, self.config.engine.start_deadline_s)
             raise TreeLost(failure.reason) from failure
         except SnapshotError as failure:
             self.progress.note(f"tree {ticket.number} cannot go on from its snapshot: {failure}")
