@@ -55,8 +55,9 @@ class EngineOutage:
         began = self._began_s = min(self._began_s, time.monotonic())
         if time.monotonic() - began > self._deadline_s:
             raise ActorLost(f"no engine has served a tree for {self._deadline_s:.0f} s: {cause}")
-        async with self._look, Http() as http:  # one of the trees that wait looks for all
-            controls = [EngineControl(url, http) for url in self._engines.values()]
+        urls = [*self._engines.values()]
+        async with self._look, Http(urls, keys.held().engines) as http:  # one of the trees looks for all
+            controls = [EngineControl(url, http) for url in urls]
             tasks = [asyncio.create_task(control.wait_ready(self._start_s)) for control in controls]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -7,6 +7,7 @@ for, so that a name can be checked, and listed, without the library behind it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -16,7 +17,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -27,6 +28,17 @@ from system.errors import ConfigError, EspalierError
 
 class PluginError(ConfigError):
     """A part that cannot be had: unknown, not importable, or given options it does not take."""
+
+
+@contextlib.contextmanager
+def blaming(what: str) -> Generator[None]:
+    """Any error of the user's own code in the block becomes a :class:`PluginError` that names ``what``."""
+    try:
+        yield
+    except EspalierError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -93,12 +105,8 @@ class Registry:
         """
         factory = self.find(name)
         keywords = self._keywords(name, factory, options, len(given), offered)
-        try:
+        with blaming(f"{self.key}={name!r}"):  # the user's own code, or options that do not agree
             made = factory(*given, **keywords)
-        except EspalierError:
-            raise
-        except Exception as error:  # the user's own code, or options that do not agree
-            raise PluginError(f"{self.key}={name!r}: {type(error).__name__}: {error}") from error
         self._check_kind(name, type(made))
         return made
 

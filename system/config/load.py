@@ -152,8 +152,9 @@ def _make_room(merged: Any, layer: dict[str, Any], source: str, where: str = "")
         if not isinstance(value, dict):
             continue
         # What stands there as an interpolation is not looked into: it is the dictionary of another key.
-        named = isinstance(merged, DictConfig) and OmegaConf.is_interpolation(merged, key)
-        there = None if named or not isinstance(merged, DictConfig) else merged.get(key)
+        known = isinstance(merged, DictConfig) and key in list(merged)  # if not, merging will say so
+        named = known and OmegaConf.is_interpolation(merged, key)
+        there = merged.get(key) if known and not named else None
         if value.pop(REPLACE, False) and (named or there is not None):
             if not named and OmegaConf.get_type(there) is not dict:
                 fault = f"{path} is no dictionary: {REPLACE} is for one, as in task.options"

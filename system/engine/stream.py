@@ -174,7 +174,10 @@ def _number(value: Any) -> Any:
 def _numbers(values: list[Any]) -> NDArray[np.float32]:
     """[k] what is null is NaN, what is too large for the type infinite: neither passes :func:`_within`."""
     with np.errstate(over="ignore"):
-        return np.array(values, np.float32)
+        numbers = np.array(values, np.float32)
+    if numbers.ndim != 1:
+        raise MalformedStream(f"a list in place of a number in {values!r:.80}")
+    return numbers
 
 
 def _within(field: str, values: NDArray[Any], low: float, high: float) -> None:

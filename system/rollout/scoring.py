@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from system.config import Config, to_dict
-from system.errors import ConfigError
+from system.errors import ConfigError, EspalierError
 from system.rollout.reward import BranchView, Reward, Score
 from system.tree.prompt import Prompt
 
@@ -31,7 +31,7 @@ MAX_REPLY = 1 << 20  # bytes of one answer of a child
 _CHILD_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
-class ScoreFailed(Exception):
+class ScoreFailed(EspalierError):
     """One leaf has no score.  The message names the reward."""
 
 
@@ -164,7 +164,7 @@ class ScorePool:
                 child = None
             if isinstance(error, TimeoutError):
                 raise ScoreFailed(_late(self.name, self.deadline_s)) from error
-            if isinstance(error, EOFError | OSError | ValueError):
+            if isinstance(error, EOFError | OSError | ValueError) and not isinstance(error, RewardBroken):
                 raise ScoreFailed(f"reward {self.name}: its process was lost, restarted") from error
             raise
         finally:

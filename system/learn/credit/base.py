@@ -9,8 +9,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from system.errors import EspalierError
-from system.plugins import PluginError
+from system.plugins import PluginError, blaming
 from system.tree.plan import Floats, Per
 from system.tree.stats import TreeStats
 
@@ -57,12 +56,8 @@ def assign(credit: Credit, batch: Sequence[TreeStats]) -> list[NDArray[np.float3
     name = type(credit).__name__
     if credit.per not in get_args(Per):
         raise PluginError(f"credit {name}: per = {credit.per!r} is none of {', '.join(get_args(Per))}")
-    try:
+    with blaming(f"credit {name}"):
         given = [np.asarray(values, np.float32) for values in credit.advantages(batch)]
-    except EspalierError:
-        raise
-    except Exception as error:  # the user's own code
-        raise PluginError(f"credit {name}: {type(error).__name__}: {error}") from error
     if len(given) != len(batch):
         raise PluginError(f"credit {name}: {len(given)} arrays of advantages for {len(batch)} trees")
     result: list[NDArray[np.float32]] = []

@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-MAX_CHARS = 100
+MAX_FORMULA = 100
 DIGITS = 120  # of what is not rational; less than 1e-100 is zero there, and 40 digits alike are equal
 ENOUGH = 3  # points at which both have a value
 _POINTS = [Fraction(p, 1000) for p in (1732, -2236, 5000, 618, -3000, -1414, 4000, 2718)]
@@ -48,7 +48,7 @@ def is_formula(text: str) -> bool:
     if _SYMBOL.fullmatch(text):
         return True
     bare = _COMMAND.sub(r" \\\\ ", text)  # \\ stands for a command
-    if len(text) > MAX_CHARS or not _ALLOWED.fullmatch(text) or re.search(r"\\[A-Za-z{}]", bare):
+    if len(text) > MAX_FORMULA or not _ALLOWED.fullmatch(text) or re.search(r"\\[A-Za-z{}]", bare):
         return False
     if _NEVER.search(bare) or not _OPERATION.search(bare) or not _OPERAND.search(bare):
         return False
