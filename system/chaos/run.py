@@ -28,6 +28,7 @@ from system.config import ConfigError, load
 from system.errors import DONE, LOST, STOPPED, EspalierError
 from system.observe.jsonl import jsonable, read_jsonl
 from system.observe.rundir import write_atomic
+from system.scratch import PREFIX
 
 LOG = "run.log"
 EVALUATING = "] evaluating"  # in the line that the run prints when an evaluation begins
@@ -67,8 +68,9 @@ def run(
     out_dir.mkdir(parents=True, exist_ok=True)
     if any(out_dir.iterdir()):
         raise ConfigError(f"--out {out_dir} is not empty: name a new directory")
-    with small_disk(out_dir / "disk") as disk:
-        trial = _Trial(out_dir, disk, config, overrides)
+    # A short name: Ray's sockets lie below it, and a socket's path has at most 107 characters.
+    with small_disk(out_dir / "disk") as disk, tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        trial = _Trial(out_dir, disk, Path(temporary), config, overrides)
         try:
             return trial.make(faults, seed)
         finally:
@@ -87,14 +89,15 @@ def _chosen(count: int, seed: int, only: str) -> list[Fault]:
 class _Trial:
     """The run, the faults made so far, and what came of them."""
 
-    def __init__(self, out: Path, disk: Path | None, config: Path, overrides: Sequence[str]) -> None:
-        self.out, self.disk = out, disk
+    def __init__(
+        self, out: Path, disk: Path | None, temporary: Path, config: Path, overrides: Sequence[str]
+    ) -> None:
+        self.out, self.disk, self.temporary = out, disk, temporary
         parent = disk or out
         self.directory = parent / "run"
         self.flow = load(config, [*SETTINGS, *overrides])
-        self.before = set(_temporary())
         words = [str(config), f"run.dir={parent}", "run.name=run", *SETTINGS, *overrides]
-        self.session = Session(words, self.directory, out / LOG)
+        self.session = Session(words, self.directory, temporary, out / LOG)
         self.recoveries: list[Recovery] = []
         self.left_out: list[str] = []
         self.unexpected: list[str] = []
@@ -120,7 +123,7 @@ class _Trial:
             left_out=self.left_out,
             unexpected=self.unexpected,
             orphans=ended(self.late, LATE_S),
-            leftovers=sorted(set(_temporary()) - self.before),
+            leftovers=sorted(path.name for path in self.temporary.glob(f"{PREFIX}*")),
             account=account(self._events(), *self._batch),
         )
         write_atomic(self.out / "chaos.json", json.dumps(jsonable(asdict(findings)), indent=2) + "\n")
@@ -223,7 +226,7 @@ class _Trial:
         if not (self.directory / "config.yaml").exists():
             raise ConfigError(f"the run never began: see {self.out / LOG}")
         words = ["--resume", str(self.directory), *overrides]
-        self.session = Session(words, self.directory, self.out / LOG)
+        self.session = Session(words, self.directory, self.temporary, self.out / LOG)
 
     def _stop(self) -> None:
         """End the session as Ctrl-C does."""
@@ -264,8 +267,3 @@ class _Trial:
 
     def _events(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.directory / "ledger.jsonl"))
-
-
-def _temporary() -> list[str]:
-    """Espalier's directories among the temporary files."""
-    return [path.name for path in Path(tempfile.gettempdir()).glob("espalier-*")]

@@ -17,9 +17,12 @@ GONE_S = 30.0  # for what a session started to end with it
 
 
 class Session:
-    """Started at once.  ``directory``: of the run; what the process prints is appended to ``log``."""
+    """Started at once.  ``directory``: of the run; ``temporary``: in place of /tmp.
 
-    def __init__(self, words: Sequence[str], directory: Path, log: Path) -> None:
+    What the process prints is appended to ``log``.
+    """
+
+    def __init__(self, words: Sequence[str], directory: Path, temporary: Path, log: Path) -> None:
         self.directory, self.log = directory, log
         self._seen: set[psutil.Process] = set()
         self._log_begin = log.stat().st_size if log.exists() else 0
@@ -30,6 +33,7 @@ class Session:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=os.environ | {"TMPDIR": str(temporary)},
             )
 
     @property

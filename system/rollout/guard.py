@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from system.errors import ConfigError
 from system.rollout.failure import RolloutFailed
 from system.rollout.snapshot import SnapshotError
-from system.text import described, one_line
+from system.text import as_text, described, one_line
 
 log = logging.getLogger(__name__)
 
@@ -26,5 +27,5 @@ def one_tree(prompt_id: str) -> Generator[None]:
     except (RolloutFailed, SnapshotError, ConfigError):
         raise
     except Exception as error:
-        log.exception("tree of prompt %s", one_line(prompt_id))
+        log.error("tree of prompt %s\n%s", one_line(prompt_id), as_text(traceback.format_exc()))
         raise RolloutFailed(prompt_id, one_line(type(error).__name__), described(error)) from None

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from safetensors.numpy import load
 
+from system.chaos import run as chaos
 from system.chaos.account import account
 from system.observe.jsonl import read_jsonl
 from system.rollout import in_flight
@@ -23,6 +24,7 @@ from system.tree.record import Tree, validate
 from system.tree.store import read_trees
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+ROOT = Path(__file__).parents[2]
 WAIT_S = 240.0
 
 
@@ -75,23 +77,13 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     assert_nothing_lost(run.directory, summary)
 
 
-def test_killed_parts_come_back_and_no_prompt_is_lost(start: Callable[..., Any]) -> None:
-    run = start("run.steps=9", "checkpoint.every=0")
-    victims: list[tuple[str, Callable[[psutil.Process], bool]]] = [
-        ("rollout worker", lambda process: is_actor(process, "RolloutWorker")),
-        # The python server has its sandbox below it, the search server nothing.
-        ("search server", lambda process: is_actor(process, "ToolActor") and not process.children()),
-        ("python sandbox", lambda process: any("system.tools.sandbox" in word for word in process.cmdline())),
-        ("engine", lambda process: is_actor(process, "EngineActor")),
-    ]
-    for count, (name, wanted) in enumerate(victims):
-        if count != 1:  # the worker comes back while its search server is away
-            run.wait_for(lambda done=count: run.steps() > 1.5 * done, WAIT_S, f"a step after {1.5 * count}")
-        run.find(wanted).kill()
-        print("killed", name)
-    assert run.wait(WAIT_S) == 0, run.output()
-    assert run.summary()["versions"] == 9
-    assert_nothing_lost(run.directory, run.summary())
+@pytest.mark.timeout(900)
+def test_ten_faults_cost_no_prompt(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """``espalier chaos``: seed 263 draws kills of most parts, a freeze, damaged files, a full disk."""
+    findings = chaos.run(tmp_path / "chaos", ROOT / "configs" / "quickstart.yaml", count=10, seed=263)
+    assert findings.sound, capfd.readouterr().out
+    assert len(findings.recoveries) + len(findings.left_out) == 10
+    assert all("fill disk" in reason for reason in findings.left_out), "only mounting may be forbidden"
 
 
 def assert_goes_on(held: Sequence[SavedTree], trained: list[Tree]) -> None:
@@ -114,12 +106,7 @@ def newest_checkpoint(directory: Path) -> int:
     return max((int(path.name[1:]) for path in (directory / "checkpoints").glob("v??????")), default=0)
 
 
-def is_actor(process: psutil.Process, name: str) -> bool:
-    return process.cmdline()[0].startswith(f"ray::{name}")
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any, how: signal.Signals) -> None:
+def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any) -> None:
     search = (f"tools.search_url={search_gate.url}", "tools.deadline_s=300")
     run = start("run.steps=8", "checkpoint.every=1", *search)
     run.wait_for(lambda: run.steps() >= 2, WAIT_S, "step 2")
@@ -129,8 +116,8 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any, how:
     run.wait_for(lambda: newest_checkpoint(run.directory) >= later, WAIT_S, "a checkpoint with that tree")
     # Ray's own agents notice the end of their cluster later, by themselves.
     below = [process for process in run.descendants() if not process.name().endswith("Agent")]
-    os.kill(run.process.pid, how)
-    assert run.wait(60) == (3 if how == signal.SIGINT else -signal.SIGKILL)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(60) == 3
     _, alive = psutil.wait_procs(below, timeout=30)
     assert not alive, f"outlived the run: {alive}"
     reached = run.steps()
@@ -138,13 +125,12 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any, how:
     held = in_flight.read(kept_trees).trees
     assert held, "trees were in flight"
     # The learner may come back in another layout: tensor parallel before, two pipeline stages after.
-    layout = ["learn.tp=1", "learn.pp=2"] if how == signal.SIGINT else []
-    again = start(*layout, resume=run.directory)
+    again = start("learn.tp=1", "learn.pp=2", resume=run.directory)
     assert again.wait(WAIT_S) == 0, again.output()
     summary = again.summary()
     assert_goes_on(held, list(read_trees(run.directory / "trees")))
     assert not [reason for reason in summary["dropped"] if reason.startswith("kept")]
     assert summary["versions"] == 8
-    assert summary["config"]["learn"]["pp"] == (2 if layout else 1)
+    assert summary["config"]["learn"]["pp"] == 2
     assert reached < 8
     assert_nothing_lost(again.directory, summary)
