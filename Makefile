@@ -8,7 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
-SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
+# What is imported is compiled then: it is a fraction of what is installed.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+SGLANG_PIP = $(SGLANG)/bin/python $(PIP_INSTALL)
 
 .PHONY: install sglang train test test-sglang test-slurm lint types house check clean help
 
@@ -24,7 +26,7 @@ $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 install: $(VENV)/.installed
@@ -60,7 +62,7 @@ test-sglang: install
 	$(BIN)/python -m pytest -m "sglang and not gpu" $(ARGS)
 
 test-slurm: install
-	$(BIN)/python -m pytest -m "slurm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slurm and not gpu" $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

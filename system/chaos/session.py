@@ -24,7 +24,7 @@ class Session:
 
     def __init__(self, words: Sequence[str], directory: Path, temporary: Path, log: Path) -> None:
         self.directory, self.log = directory, log
-        self._seen: set[psutil.Process] = set()
+        self._seen: dict[psutil.Process, str] = {}  # every process that was below it, and its name
         self._log_begin = log.stat().st_size if log.exists() else 0
         with log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -60,7 +60,9 @@ class Session:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        self._seen.update(found)
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[process] = process.name()  # Ray names its workers a little after their start
         return found
 
     def find(self, target: str) -> psutil.Process | None:
@@ -86,8 +88,8 @@ class Session:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        agents = [process for process in self._seen if process.name().endswith("Agent")]
-        _, alive = psutil.wait_procs(list(self._seen.difference(agents)), timeout=GONE_S)
+        agents = [process for process, name in self._seen.items() if name.endswith("Agent")]
+        _, alive = psutil.wait_procs([one for one in self._seen if one not in agents], timeout=GONE_S)
         return agents + alive
 
 

@@ -62,7 +62,7 @@ def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
         print(f"\n{shown(render(config, root.resolve()))}", end="")
-        print(f"\n# dry run: nothing was submitted; the run directory would be {root}")
+        print(f"\n# dry run: nothing was submitted; the run directory would be {shown(str(root))}")
         return 0
     run = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     root = run.root.resolve()
@@ -109,7 +109,7 @@ def submit_sweep(
         print(f"{point.name}  {shown(point.label)}")
     if dry_run:
         print("", *map(shown, scripts.values()), sep="\n", end="")
-        print(f"\n# dry run: nothing was submitted; the sweep's directory would be {root}")
+        print(f"\n# dry run: nothing was submitted; the sweep's directory would be {shown(str(root))}")
         return 0
     for point in points:
         point.config.run.dir, point.config.run.name = str(root / "points"), point.name

@@ -83,7 +83,7 @@ def _sub_named(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _is_secret(words: list[str]) -> bool:
-    if words[-1] == "env":  # the name of a variable that holds one
+    if words[-1] in ("env", "error"):  # the name of a variable that holds one; a KeyError
         return False
     named = any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDS) for word in words)
     return named or (len(words) > 1 and ("pwd" in words or {"api", "keys"} <= set(words)))
