@@ -164,7 +164,8 @@ async def test_a_server_that_holds_something_else_stays_paused(
 ) -> None:
     client, version = await connect("tensor")
     late = None
-    broken = EngineClient(client.urls, transport=SGLangTransport(Corrupting(), old.path, "float32"))
+    corrupting = SGLangTransport(Corrupting(), old.path, "float32")
+    broken = EngineClient(client.urls, transport=corrupting, key=SGLANG_KEY)
     try:
         with pytest.raises(EngineError, match=r"layers\.1\.self_attn\.qkv_proj\.weight has checksum"):
             await broken.push_weights([new.weights()], next(_versions))
