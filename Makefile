@@ -62,7 +62,7 @@ test-sglang: install
 	$(BIN)/python -m pytest -m "sglang and not gpu" $(ARGS)
 
 test-slurm: install
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slurm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 -m "slurm and not gpu" $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -26,6 +26,19 @@ PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "libpmix2", "iproute
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "ip")
 ENDED = {"COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED", "OUT_OF_MEMORY", "PREEMPTED", "DEADLINE"}
 
+TINY = (
+    "warmstart.steps=5",
+    "warmstart.demos=50",
+    "eval.questions=4",
+    "observe.progress_s=1",
+    "checkpoint.every=1",
+    "cluster.join_deadline_s=150",
+    "slurm.signal_s=60",
+    "slurm.cpus_per_node=2",
+    # A lost node is noticed sooner than a busy cluster would want.
+    "slurm.env={RAY_health_check_period_ms: '1000', RAY_health_check_failure_threshold: '5'}",
+)
+
 
 class Unavailable(RuntimeError):
     """There is no Slurm here, and none can be installed; the message says why."""

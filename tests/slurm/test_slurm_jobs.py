@@ -1,32 +1,20 @@
-"""The real job script on a real Slurm: two nodes, a time limit, a lost node; and a sweep."""
+"""The real job script on a real Slurm: two nodes, a time limit, a lost node."""
 
 import contextlib
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import SlurmCluster, espalier
+from slurm_cluster import TINY, SlurmCluster, espalier
 
+from system.chaos.account import surviving_history
 from system.cluster.status import attempts
 from system.observe.jsonl import read_jsonl
 from system.observe.rundir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(540)]
-TINY = (
-    "warmstart.steps=5",
-    "warmstart.demos=50",
-    "eval.questions=4",
-    "observe.progress_s=1",
-    "checkpoint.every=1",
-    "cluster.join_deadline_s=150",
-    "slurm.signal_s=60",
-    "slurm.cpus_per_node=2",
-    # A lost node is noticed sooner than a busy cluster would want.
-    "slurm.env={RAY_health_check_period_ms: '1000', RAY_health_check_failure_threshold: '5'}",
-)
 
 
 class Submitted:
@@ -62,21 +50,6 @@ class Submitted:
             for path in sorted(self.root.rglob("*.log"))
             if "wandb" not in path.parts
         )
-
-
-def trained_history(root: Path) -> list[tuple[int, str]]:
-    """(epoch, prompt) that the final weights were trained on, without updates taken back at a restore."""
-    issued: dict[int, tuple[int, str]] = {}
-    updates: dict[int, list[int]] = {}
-    for event in read_jsonl(root / "ledger.jsonl"):
-        if event["event"] == "issue":
-            issued[event["number"]] = (event["epoch"], event["prompt"])
-        elif event["event"] == "train":
-            updates[event["version"]] = event["numbers"]
-        elif event["event"] == "restore":
-            updates = {v: numbers for v, numbers in updates.items() if v <= event["trained_through"]}
-    assert list(updates) == list(range(1, len(updates) + 1))
-    return [issued[number] for numbers in updates.values() for number in numbers]
 
 
 def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
@@ -121,7 +94,7 @@ def test_two_nodes_a_time_limit_and_a_lost_node(cluster: SlurmCluster) -> None:
     steps = RunDir.open(run.root).config().run.steps
     summary = json.loads((run.root / "summary.json").read_text())
     assert summary["versions"] == steps
-    history = trained_history(run.root)
+    history = surviving_history(list(read_jsonl(run.root / "ledger.jsonl")))
     assert len(history) == steps * 8
     assert max(Counter(history).values()) == 1  # each prompt once
     if cluster.namespaces:
@@ -154,34 +127,7 @@ def test_a_run_goes_on_without_a_node_that_it_can_spare(cluster: SlurmCluster) -
         assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
     assert len(run.ends()) == 1
     assert "node n3 was lost" in (run.root / "attempts/000/logs/driver.log").read_text()
-    history = trained_history(run.root)
+    history = surviving_history(list(read_jsonl(run.root / "ledger.jsonl")))
     assert len(history) == 12 * 8
     assert max(Counter(history).values()) == 1
-    assert cluster.left_behind() == []
-
-
-def test_a_sweep_ends_in_a_table_and_a_plot(cluster: SlurmCluster) -> None:
-    """Three points, of which one cannot work: a sandbox without memory."""
-    done = espalier(
-        cluster, "submit", "configs/quickstart.yaml", f"run.dir={cluster.shared}", "run.name=sweep", *TINY,
-        "run.steps=1", "learn.tp=1", "observe.wandb=disabled", "warmstart.steps=0", "slurm.time=10",
-        "tools.names=[python]", "eval.questions=2",
-        "--sweep", "tools.python_memory_mb=256,128,1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    root = cluster.shared / "sweep"
-    *points, closing = json.loads((root / "slurm" / "submission.json").read_text())["jobs"]
-    assert len(points) == 1  # one job array
-
-    def evidence() -> str:
-        return "\n".join(path.read_text(errors="replace")[-1500:] for path in root.rglob("*.log"))
-
-    assert cluster.wait_end(closing, 400, evidence) == "COMPLETED", evidence()
-    rows = json.loads((root / "summary.json").read_text())
-    assert [row["state"] for row in rows] == ["finished", "finished", "failed"], evidence()
-    assert "python" in rows[2]["cause"]
-    assert all(row["steps_per_hour"] > 0 for row in rows if row["state"] == "finished")
-    assert (root / "summary.png").stat().st_size > 10_000
-    assert "| 002 | 1 | failed |" in (root / "summary.md").read_text()
-    assert "failed" in espalier(cluster, "status", str(root)).stdout
     assert cluster.left_behind() == []

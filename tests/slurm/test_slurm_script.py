@@ -159,9 +159,7 @@ def test_a_cancelled_run_can_be_submitted_again(cluster: SlurmCluster, submit: S
     assert f"has a job already: {job} is RUNNING" in twice.stderr
     assert espalier(cluster, "cancel", str(root), "--now").returncode == 0
     assert cluster.wait_end(job, 60, lambda: evidence(root)) == "CANCELLED"
-    ending = (root / "config.yaml").read_text().replace("DRIVER_ENDS: never", "DRIVER_ENDS: finished")
-    (root / "config.yaml").write_text(ending)
-    again = espalier(cluster, "submit", "--resume", str(root))
+    again = espalier(cluster, "submit", "--resume", str(root), "slurm.env.DRIVER_ENDS=finished")
     assert again.returncode == 0, again.stderr
     second = json.loads((root / "slurm" / "submission.json").read_text())["jobs"][0]
     assert cluster.wait_end(second, 60, lambda: evidence(root)) == "COMPLETED", evidence(root)
