@@ -12,7 +12,7 @@ from typing import Any
 from system.config.schema import Config, PartConfig
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
-from system.plugins import PluginError, nearest
+from system.plugins import CREDITS, PluginError, nearest
 
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
 SET_BY: dict[str, str] = {
@@ -31,8 +31,8 @@ SET_BY: dict[str, str] = {
 }
 TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size")
 
-# Credits that know a leaf's worth only beside others of its tree.
-WITHIN_A_TREE = ("grpo", "arpo-soft", "arpo-hard", "rloo", "dr-grpo", "reinforce++-baseline")
+# Of our credits, all but this one know a leaf's worth only beside others of its tree.
+OVER_THE_BATCH = "reinforce++"
 
 
 def validate(config: Config) -> None:
@@ -247,10 +247,10 @@ def _void(config: Config) -> Iterator[str]:
         if getattr(learn, name) == 1:
             yield f"learn.{name}=1 must be below 1: Adam's mean would never move"
     credit = learn.credit.name
-    if rollout.leaves == 1 and credit in WITHIN_A_TREE and config.run.steps:
+    if rollout.leaves == 1 and credit in CREDITS.names and credit != OVER_THE_BATCH and config.run.steps:
         yield (
             f"rollout.leaves=1 leaves learn.credit={credit} nothing to compare a leaf with: every advantage "
-            "would be 0; set rollout.leaves=2 or more, or learn.credit=reinforce++"
+            f"would be 0; set rollout.leaves=2 or more, or learn.credit={OVER_THE_BATCH}"
         )
 
 

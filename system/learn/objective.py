@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from system.config import LearnConfig
-from system.plugins import OBJECTIVES
+from system.plugins import OBJECTIVES, PluginError
 
 # exp() of a log-ratio beyond this says nothing more and would overflow a product of float32 numbers.
 MAX_LOG_RATIO = 20.0
@@ -209,20 +209,36 @@ class Decoupled(Ppo):
     """Decoupled PPO (Hilton et al., arXiv 2110.00641): clip r = π_θ/π_prox, weigh by truncated π_prox/μ.
 
     π_prox is the policy at the start of the batch; with one update per batch that is the current policy's own
-    detached log-probability.  The importance weight min(π_prox/μ, ``tis_cap``) carries no gradient.
+    detached log-probability.  The importance weight ρ = π_prox/μ carries no gradient.  It is held between
+    ``tis_low`` and ``tis_cap``, or, with ``tis="mask"``, 0 outside of them (IcePop, Ling team 2025, whose
+    bounds are 0.5 and 5: masked tokens still count in the mean).
     """
 
     ratio: ClassVar[Literal["behaviour", "proximal"]] = "proximal"
 
-    def __init__(self, clip_low: float, clip_high: float, dual_clip: float, tis_cap: float) -> None:
+    def __init__(
+        self,
+        clip_low: float,
+        clip_high: float,
+        dual_clip: float,
+        tis_cap: float,
+        tis_low: float = 0.0,
+        tis: str = "truncate",
+    ) -> None:
         super().__init__(clip_low, clip_high, dual_clip)
-        self.tis_cap = tis_cap
+        if tis not in ("truncate", "mask") or not 0 <= tis_low <= tis_cap:
+            raise PluginError(
+                f"tis={tis!r}, tis_low={tis_low:g}: truncate or mask, and 0 <= tis_low <= tis_cap"
+            )
+        self.tis_cap, self.tis_low, self.mask = tis_cap, tis_low, tis == "mask"
 
     def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
         proximal = t.logprob.detach() if t.proximal is None else t.proximal
         gain, statistics = self.clipped(exp_ratio(t.logprob, proximal), t)
         full = exp_ratio(proximal, t.behaviour)
-        weight = full.clamp(max=self.tis_cap)
+        weight = full.clamp(self.tis_low, self.tis_cap)
+        if self.mask:
+            weight = torch.where(weight == full, full, 0)
         statistics.sums["tis_mean"] = (t.mult * weight).sum()
         statistics.sums["tis_capped"] = (t.mult * (full > self.tis_cap)).sum()
         return -(weight * gain).sum(), statistics

@@ -92,7 +92,11 @@ def tree_metrics(stats: Sequence[TreeStats]) -> Metrics:
         metrics["tree/unique_flat_ratio"] = sum(one.unique for one in stats) / flat
     if forked.size:
         metrics["tree/fork_rate"] = mean(forked)
-        metrics["tree/probability"] = mean(np.concatenate([one.probability for one in stats]))
+        probability = np.concatenate([one.probability for one in stats])
+        metrics["tree/probability"] = average = mean(probability)
+        # How much of the decision is ΔH's, and how much the draw's.
+        metrics["tree/decisive_share"] = mean(np.abs(probability - average) > 0.1)
+        metrics["tree/fork_information"] = _bits(average) - mean(_bits(probability))
         delta = np.concatenate([one.delta_h for one in stats])
         delta = delta[np.isfinite(delta)]
         if delta.size:
@@ -100,6 +104,12 @@ def tree_metrics(stats: Sequence[TreeStats]) -> Metrics:
             metrics["tree/delta_h"] = mean(delta)
             metrics |= {"tree/delta_h_p10": p10, "tree/delta_h_p50": p50, "tree/delta_h_p90": p90}
     return {key: float(value) for key, value in metrics.items()}
+
+
+def _bits(probability: Any) -> Any:
+    """Entropy of a yes with this probability, in bits."""
+    p = np.clip(probability, 1e-12, 1 - 1e-12)
+    return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
 
 
 def train_metrics(

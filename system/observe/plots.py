@@ -202,6 +202,7 @@ CURVES = (
             ("tree/top_ups", "top-ups", ORANGE),
             ("tree/decisions", "decisions", GREEN),
             ("tree/fork_rate", "forks per decision", PURPLE),
+            ("tree/decisive_share", "share with |P - mean P| > 0.1", RED, "--"),
         ),
         top=0,
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -115,6 +116,35 @@ class Arpo(Policy):
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         delta_h = self.known(probe.delta_h)
         probability = _clip(self.alpha + self.beta * delta_h)
+        draw = float(rng.random())
+        return Decision(int(draw < probability), probability, draw, delta_h)
+
+
+@dataclass(frozen=True)
+class ArpoCalibrated(Arpo):
+    """P(fork) = clip(α + β·(2u - 1), 0, 1), u the rank of ΔH, from 0 to 1, among those measured before.
+
+    ΔH over ln V is some hundredths wide, so that β times it moves :class:`Arpo`'s P by less than the draw
+    can tell.  Ranks are uniform whatever that width is: α is the mean rate, and P goes from α - β, where the
+    model is surest, to α + β, where it is least sure.  Ranks are among the last ``window`` results of this
+    rollout worker; P = α before there are ``least`` of them.
+    """
+
+    window: int = 1024
+    least: int = 32
+    name: ClassVar[str] = "arpo-calibrated"
+    _seen: deque[float] = field(default_factory=deque[float], init=False, repr=False, compare=False)
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        delta_h = self.known(probe.delta_h)
+        rank = 0.5
+        if len(self._seen) >= self.least:
+            seen = np.array(self._seen)
+            rank = float(((seen < delta_h).sum() + (seen <= delta_h).sum()) / (2 * seen.size))
+        self._seen.append(delta_h)
+        if len(self._seen) > self.window:
+            self._seen.popleft()
+        probability = _clip(self.alpha + self.beta * (2 * rank - 1))
         draw = float(rng.random())
         return Decision(int(draw < probability), probability, draw, delta_h)
 

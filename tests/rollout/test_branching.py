@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_release_sums_instead_of_averaging() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["arpo", "arpo-paper", "arpo-release"])
+@pytest.mark.parametrize("name", ["arpo", "arpo-paper", "arpo-release", "arpo-calibrated"])
 def test_policies_that_need_entropy_say_so(name: str) -> None:
     policy = make_policy(BranchingConfig(name=name))
     unknown = policy.measure(np.full(4, np.nan, np.float32), 1.0)
@@ -119,3 +120,37 @@ def test_every_configured_name_makes_its_policy() -> None:
 def test_a_decision_that_is_none_is_refused_by_name(given: Any) -> None:
     with pytest.raises(PluginError, match=r"branching=Never: decide\(\) returned .*: no number of forks"):
         decided(Never(0), given)
+
+
+def calibrated(seen: Sequence[float], **options: Any) -> Policy:
+    policy = POLICIES.make("arpo-calibrated", options, probe_tokens=4, alpha=0.5, beta=0.4)
+    for delta_h in seen:
+        policy.decide(Probe(delta_h, 0.0), STATE, np.random.default_rng(0))
+    return policy
+
+
+def chance(policy: Policy, delta_h: float) -> float:
+    return policy.decide(Probe(delta_h, 0.0), STATE, np.random.default_rng(0)).probability
+
+
+@pytest.mark.parametrize("width", [1e-3, 1.0])
+def test_calibrated_forks_follow_the_rank_of_delta_h_whatever_its_width(width: float) -> None:
+    """P = α + β·(2u - 1): from 0.1 where the model is surest to 0.9; the mean is α."""
+    seen = np.random.default_rng(0).normal(size=400) * width
+    policy = calibrated(seen.tolist())
+    assert chance(policy, -9.0) == pytest.approx(0.1, abs=1e-9)
+    assert chance(policy, 9.0) == pytest.approx(0.9, abs=5e-3)
+    assert chance(policy, float(np.median(seen))) == pytest.approx(0.5, abs=0.01)
+    fresh = [chance(policy, float(one)) for one in np.random.default_rng(1).normal(size=400) * width]
+    assert np.mean(fresh) == pytest.approx(0.5, abs=0.04)
+    assert np.mean(np.abs(np.array(fresh) - 0.5) > 0.1) > 0.6  # with Arpo at β = 0.4: none at width 0.001
+
+
+def test_calibrated_forks_begin_at_alpha_and_forget() -> None:
+    policy = calibrated([], least=3, window=4)
+    assert [chance(policy, x) for x in (1.0, 2.0, 3.0)] == [0.5, 0.5, 0.5]
+    assert chance(policy, 9.0) == pytest.approx(0.9)
+    for x in (50.0, 60.0, 70.0, 80.0):
+        chance(policy, x)
+    assert chance(policy, 10.0) == pytest.approx(0.1), "what was seen before the last four is forgotten"
+    assert chance(calibrated([0.0] * 50), 0.0) == 0.5, "equals stand in their middle"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from system.tree.record import Float64
 from system.tree.stats import TreeStats
 
 _GRPO_EPS = 1e-6
+_NORMAL = NormalDist()
 
 
 class GroupCredit(Credit):
@@ -69,6 +71,21 @@ class DrGrpo(GroupCredit):
 
     def of_group(self, r: Float64) -> Float64:
         return centre(r)
+
+
+class GaussianGrpo(GroupCredit):
+    """A = Φ⁻¹((rank - 1/2) / G), equal rewards sharing the mean of their quantiles: advantages of one
+    distribution whatever that of the rewards  (G²RPO, arXiv 2604.08539).
+
+    The paper does not say where in its step of 1/G a rank stands; the middle is our choice.
+    """
+
+    def of_group(self, r: Float64) -> Float64:
+        if not centre(r).any():
+            return np.zeros_like(r)
+        quantile = np.array([_NORMAL.inv_cdf((rank + 0.5) / r.size) for rank in range(r.size)])
+        _, value, count = np.unique(r, return_inverse=True, return_counts=True)
+        return (np.add.reduceat(quantile, np.cumsum(count) - count) / count)[value]
 
 
 def centre(r: Float64) -> Float64:

@@ -25,7 +25,7 @@ class ReinforcePlusPlus(Credit):
     """
 
     def advantages(self, batch: Sequence[TreeStats]) -> list[Float64]:
-        return _whitened(batch, [tree.scored for tree in batch], [tree.reward for tree in batch])
+        return whitened(batch, [tree.scored for tree in batch], [tree.reward for tree in batch])
 
 
 class ReinforcePlusPlusBaseline(Credit):
@@ -41,7 +41,7 @@ class ReinforcePlusPlusBaseline(Credit):
         values = [np.zeros(tree.leaves) for tree in batch]
         for tree, v, m in zip(batch, values, counted, strict=True):
             v[m] = centre(tree.reward[m].astype(np.float64))
-        return _whitened(batch, counted, values)
+        return whitened(batch, counted, values)
 
 
 def whiten(values: Float64, tokens: Float64 | Int64) -> Float64:
@@ -53,7 +53,7 @@ def whiten(values: Float64, tokens: Float64 | Int64) -> Float64:
     return centred / np.sqrt((tokens * centred**2).sum() / (total - 1) + _VARIANCE_EPS)
 
 
-def _whitened(
+def whitened(
     batch: Sequence[TreeStats], counted: Sequence[np.ndarray], values: Sequence[np.ndarray]
 ) -> list[Float64]:
     """[L] per tree: ``values`` whitened over the ``counted`` leaves of the batch, 0 at the others."""

@@ -1,0 +1,117 @@
+"""Objectives other than PPO's clip: how much of a token's gradient passes at which probability ratio.
+
+Each is a sum over tokens of S⁺·g⁺ + S⁻·g⁻, where the two gains depend on the token and on the sign of the
+advantage only.  All leaves below a token share both, so the sums over leaves S⁺ and S⁻
+(:mod:`system.tree.plan`) give exactly the loss of the flattened paths.  r = π_θ/μ throughout, with the policy
+μ that sampled; "detached" factors carry no gradient, and the value of such a loss (weight · log π) cannot be
+compared with PPO's.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from system.learn.objective import LossTokens, Objective, Ppo, Statistics, exp_ratio
+
+
+class Gate(Objective):
+    """A loss -Σ S⁺·g⁺ + S⁻·g⁻."""
+
+    @abstractmethod
+    def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[M] g⁺ and g⁻ of each token at its ``ratio`` r [M]."""
+
+    def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        ratio = exp_ratio(t.logprob, t.behaviour)
+        up, down = self.gains(t, ratio)
+        r = ratio.detach()
+        statistics = Statistics({"ratio_mean": (t.mult * r).sum()}, {"ratio_max": r.amax()})
+        return -(t.s_plus * up + t.s_minus * down).sum(), statistics
+
+
+class Cispo(Gate):
+    """g = detached clip(r, 1 - ε_low, 1 + ε_high) · log π_θ  (MiniMax-M1, arXiv 2506.13585 §3.1).
+
+    Every token keeps a gradient; only its weight is bounded.  The defaults are verl's: no lower bound.
+    """
+
+    def __init__(self, eps_low: float = 10.0, eps_high: float = 0.2) -> None:
+        self.low, self.high = 1 - eps_low, 1 + eps_high
+
+    def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gain = ratio.detach().clamp(self.low, self.high) * t.logprob
+        return gain, gain
+
+
+class Sapo(Gate):
+    """g± = 4/τ± · σ(τ±·(r - 1)), a gate that closes softly on both sides  (SAPO, arXiv 2511.20347)."""
+
+    def __init__(self, tau_positive: float = 1.0, tau_negative: float = 1.05) -> None:
+        self.taus = tau_positive, tau_negative
+
+    def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        up, down = (4 / tau * torch.sigmoid(tau * (ratio - 1)) for tau in self.taus)
+        return up, down
+
+
+class Dppo(Gate):
+    """g = keep · detached min(r, cap) · log π_θ: a token that has moved too far is left out, judged by the
+    probabilities p of π_θ and q of μ in place of their ratio  (DPPO, arXiv 2602.04879).
+
+    ``dppo-tv`` keeps p - q <= δ where the advantage is positive, p - q >= -δ where it is negative.
+    """
+
+    def __init__(self, delta: float = 0.15, ratio_cap: float = 20.0) -> None:
+        self.delta, self.cap = delta, ratio_cap
+
+    def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        up, down = self.kept(t.logprob.detach().exp(), t.behaviour.exp())
+        gain = ratio.detach().clamp(max=self.cap) * t.logprob
+        return up * gain, down * gain
+
+    def kept(self, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[M] whether a token is kept, by the sign of the advantage."""
+        return p - q <= self.delta, p - q >= -self.delta
+
+
+class DppoKl(Dppo):
+    """DPPO by the divergence KL(q‖p) of "this token or another": beyond δ, a token is kept only where the
+    step leads back.
+    """
+
+    def __init__(self, delta: float = 0.05, ratio_cap: float = 20.0) -> None:
+        super().__init__(delta, ratio_cap)
+
+    def kept(self, p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tiny = torch.finfo(p.dtype).tiny
+        other_p, other_q = (1 - p).clamp(min=tiny), (1 - q).clamp(min=tiny)
+        kl = q * (q.clamp(min=tiny) / p.clamp(min=tiny)).log() + other_q * (other_q / other_p).log()
+        near = kl <= self.delta
+        return near | (p <= q), near | (p >= q)
+
+
+class Topr(Gate):
+    """g⁺ = log π_θ, g⁻ = detached min(r, 1) · log π_θ: good samples are imitated, bad ones count less the
+    less likely they have become  (TOPR, arXiv 2503.14286, per token as in ROLL's agentic pipeline).
+
+    Good and bad are told by the sign of the advantage; ROLL tells them by the score, which is the same where
+    rewards are binary and centred.
+    """
+
+    def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return t.logprob, ratio.detach().clamp(max=1) * t.logprob
+
+
+class AepoClip(Ppo):
+    """PPO-clip whose clipped tokens of positive advantage keep the gradient 1 + ε_high: AEPO's balanced
+    clipping (arXiv 2510.14545 §3.3).  The value is PPO's.  The paper limits this to tokens of high entropy,
+    the released code does it to all; so does this.
+    """
+
+    def clipped(self, ratio: torch.Tensor, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        gain, statistics = super().clipped(ratio, t)
+        straight = (1 + self.clip_high) * (t.logprob - t.logprob.detach()).exp()
+        beyond = ratio.detach() > 1 + self.clip_high
+        return gain + torch.where(beyond, t.s_plus * (straight - straight.detach()), 0), statistics

@@ -1,0 +1,395 @@
+"""Credits and objectives by name: against numbers of the reference functions, and trees against flat paths.
+
+``algorithm_vectors.json`` holds inputs and what the authors' functions make of them (each record's "source"
+and "how").  Every name of the registries enters the tests of trees against flat paths by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from learner_reference import CHAIN, SHAPE, STAR, make_tree
+
+from system.config import LearnConfig, PartConfig
+from system.learn.aggregate import leaf_weights
+from system.learn.credit.base import Credit, assign
+from system.learn.objective import LossTokens, make_objective, row_loss
+from system.plugins import AGGREGATES, CREDITS, OBJECTIVES, PluginError
+from system.tree.builder import TreeBuilder
+from system.tree.plan import flat_paths, node_credit
+from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.stats import TreeStats
+
+VECTORS = {
+    record["name"]: record
+    for record in json.loads((Path(__file__).parent / "algorithm_vectors.json").read_text())["records"]
+}
+# What they are for is not there yet, or is tested elsewhere.
+LATER = {
+    "gspo", "at2po turn-level ratio", "m2po (authors)", "m2po (AReaL)", "log-linear proximal (A-3PO)",
+    "rejection: token-RS, MIS (seq_sum_k1), geo-RS (seq_mean_k1), K3-RS, max-K2",
+    "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage", "overlong shaping (DAPO soft)",
+    "aepo rollouts",
+}  # fmt: skip
+ELSEWHERE = {
+    "reinforce++-baseline (token-whitened)", "reinforce++ (no group baseline)",  # test_credit.py
+    "tree identities",  # the tests of trees against flat paths, below
+}  # fmt: skip
+
+
+def numbers(name: str) -> tuple[Any, Any]:
+    """A record's inputs and what is expected of them; the record counts as tested."""
+    USED.add(name)
+    return VECTORS[name]["inputs"], VECTORS[name]["expected"]
+
+
+USED: set[str] = set()
+
+
+# Credits ----------------------------------------------------------------------------------------------------
+
+
+def group(rewards: Sequence[float], task: str = "t") -> TreeStats:
+    """A prompt and one MODEL node of three tokens per leaf."""
+    return grown(
+        [-1, *[0] * len(rewards)], [1, *[3] * len(rewards)], range(1, len(rewards) + 1), rewards, task
+    )
+
+
+def grown(
+    parent: Sequence[int],
+    tokens: Sequence[int],
+    leaf: Sequence[int],
+    reward: Sequence[float],
+    task: str = "t",
+    surprise: Sequence[float | None] = (),
+) -> TreeStats:
+    """A prompt and MODEL nodes; ``surprise``: -mean log-probability of each node's tokens."""
+    growth = TreeBuilder("p", task, [1] * tokens[0], budget=len(leaf))
+    nodes = [growth.prompt]
+    for node in range(1, len(parent)):
+        nodes.append(growth.node(nodes[parent[node]], Kind.MODEL))
+        h = (surprise or [0.1] * len(parent))[node]
+        growth.extend(nodes[node], np.zeros(tokens[node]), -float(h or 0.0), None, 0)
+    for node, value in zip(leaf, reward, strict=True):
+        growth.score(growth.leaf(nodes[node], Outcome.STOPPED, Origin.ROOT), value, value > 0)
+    return TreeStats.of(growth.close(0.0))
+
+
+def fixture() -> TreeStats:
+    """The tree of the records "tree-grpo" and "at2po-credit"."""
+    tree = VECTORS["tree-grpo"]["inputs"]["tree"]
+    return grown(tree["parent"], tree["tokens"], tree["leaf"], tree["reward"], surprise=tree["H"])
+
+
+def of(name: str, batch: Sequence[TreeStats], **options: Any) -> list[list[float]]:
+    return [a.tolist() for a in assign(CREDITS.make(name, options), batch)]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo", "rloo"])
+def test_credits_of_a_group(name: str) -> None:
+    given, expected = numbers(name)
+    for key, rewards in given["rewards"].items():
+        if len(rewards) > 1:  # the references give a lone leaf its reward, we give it 0
+            (a,) = of(name, [group(rewards)])
+            assert a == pytest.approx(expected["leaf"][key], abs=2e-6)
+
+
+def test_gaussian_grpo() -> None:
+    given, expected = numbers("g2rpo (gaussian grpo)")
+    for a, values in zip(of("g2rpo", [group(r) for r in given["groups"]]), expected, strict=True):
+        assert a == pytest.approx(values, abs=1e-6)
+
+
+def test_ema_grpo_keeps_moments_of_each_task_over_steps_and_a_resume() -> None:
+    given, expected = numbers("ema-grpo")
+    credit = CREDITS.make("ema-grpo", {})
+    for step, state in (("step1", "state1"), ("step2", "state2")):
+        rewards, task = given[step]["rewards"], given[step]["task"]
+        resumed = CREDITS.make("ema-grpo", {})
+        resumed.load_state_dict(json.loads(json.dumps(credit.state_dict())))
+        credit = resumed
+        answers = assign(credit, [group(r, task[key]) for key, r in rewards.items()])
+        for key, a in zip(rewards, answers, strict=True):
+            assert a.tolist() == pytest.approx(expected[step][key], abs=1e-6)
+        for name, (first, second, _) in expected[state].items():
+            assert credit.state_dict()[name] == pytest.approx([first, second], abs=1e-6)
+    batch = [group([0, 0, 0, 0, 1], "rare"), group([0] * 60, "rare")]
+    assert of("ema-grpo", batch)[0] == pytest.approx(expected["guard_case_H"], abs=2e-6)
+
+
+def test_tree_grpo() -> None:
+    _, expected = numbers("tree-grpo")
+    assert of("tree-grpo", [fixture()])[0] == pytest.approx(expected["A"], abs=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["node_value", "diff_parent", "diff_global", "diff_localglobal"])
+def test_at2po(mode: str) -> None:
+    _, expected = numbers("at2po-credit")
+    assert of("at2po", [fixture()], advantage=mode)[0] == pytest.approx(expected["A"][mode], abs=2e-6)
+    mean = of("at2po", [fixture()], children="mean")[0]
+    assert mean == pytest.approx(expected["V_child_mean"], abs=2e-6)
+
+
+def test_vineppo_on_a_tree_with_the_references_values() -> None:
+    """Rewards that make the mean below each fork what the reference's Monte Carlo rollouts said."""
+    given, expected = numbers("vineppo")
+    parent, leaf = [-1, 0, 1, 2, 2, 1, 1, 0, 0, 0, 0], [3, 4, 5, 6, 7, 8, 9, 10]
+    tree = grown(parent, [1] * 11, leaf, [1.0, 0.75, 0.25, 0, 0, 0, 0, 0])
+    assert tree.mean_reward_below[:3].tolist() == given["mc_values"][:3]
+    assert of("vineppo", [tree])[0][1:4] == pytest.approx(expected[:3])
+
+
+def test_turns_between_two_forks_share_vineppos_advantage() -> None:
+    tree = grown([-1, 0, 1, 2, 3, 2], [1] * 6, [4, 5], [1.0, 0.0])
+    assert of("vineppo", [tree])[0] == [0, 0, 0, 0.5, 0.5, -0.5]
+
+
+def test_treerl_by_hand() -> None:
+    """Five leaves: c = r - mean of the others, V its mean below, [(V - V_root) + (V - V_parent)] / √n."""
+    tree, r = fixture(), np.array([1, 0, 1, 0, 0])
+    c = np.array([one - np.delete(r, i).mean() for i, one in enumerate(r)])
+    a, a2, b = c[:3].mean(), c[1:3].mean(), c[3:].mean()
+    expected = [0, 2 * a / 3**0.5, 2 * c[0] - a, (2 * a2 - a) / 2**0.5, 2 * c[1] - a2, 2 * c[2] - a2]
+    expected += [2 * b / 2**0.5, 2 * c[3] - b, 2 * c[4] - b]
+    assert of("treerl", [tree])[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("weight", ["average", "group_size"])
+def test_treepo_by_hand(weight: str) -> None:
+    """Subtrees of the fixture: all five leaves, a's three, a2's two, b's two; then whitened over tokens."""
+    tree, r = fixture(), np.array([1.0, 0, 1, 0, 0])
+    subtrees = [(5, [0, 1, 2, 3, 4]), (3, [0, 1, 2]), (2, [1, 2]), (2, [3, 4])]
+    values = []
+    for leaf in range(5):
+        mine = [(n, r[leaf] - r[inside].mean()) for n, inside in subtrees if leaf in inside]
+        weights = [n if weight == "group_size" else 1 for n, _ in mine]
+        values.append(np.average([delta for _, delta in mine], weights=weights))
+    flat = np.repeat(values, tree.response_tokens)
+    expected = (values - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8)
+    assert of("treepo", [tree], weight=weight)[0] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_ucpo_gives_the_unlikely_of_the_correct_leaves_more_and_keeps_their_sum() -> None:
+    surprise = [None, 0.1, 2.0, 0.5, 0.3]
+    tree = grown([-1, 0, 0, 0, 0], [1, 4, 4, 4, 4], [1, 2, 3, 4], [1, 1, 0, 0], surprise=surprise)
+    z = np.array([1, 1, -1, -1]) * 0.5 / (np.sqrt(1 / 3) + 1e-8)
+    q = np.exp([-0.1, -2.0]) / np.exp([-0.1, -2.0]).sum()
+    shares = 0.8 / 2 + 0.2 * (1 / q) / (1 / q).sum()
+    (a,) = of("ucpo", [tree])
+    assert a == pytest.approx([*(2 * z[:2] * shares), *z[2:]], abs=1e-6)
+    assert sum(a) == pytest.approx(0, abs=1e-6)
+    assert a[1] > a[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("treepo", {"weight": "x"}),
+        ("ucpo", {"tau": 2}),
+        ("at2po", {"advantage": "x"}),
+        ("at2po", {"children": ""}),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(PluginError, match=f"learn.credit.options.{next(iter(options))}="):
+        CREDITS.make(name, options)
+
+
+# Objectives -------------------------------------------------------------------------------------------------
+
+
+def made(name: str, options: Mapping[str, Any] | None = None, **learn: Any) -> Any:
+    return make_objective(LearnConfig(objective=PartConfig(name, dict(options or {})), **learn))
+
+
+def masked(rows: Sequence[Sequence[float]], mask: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)[mask]
+
+
+OBJECTIVE_RECORDS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("ppo-clip + dual clip", "ppo", {}, {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
+    ("dapo clip-higher", "ppo", {}, {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}),
+    ("aepo balanced clipping", "aepo", {}, {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}),
+    ("cispo", "cispo", {}, {}),
+    ("sapo", "sapo", {}, {}),
+    ("dppo-tv", "dppo-tv", {}, {}),
+    ("topr (ROLL)", "topr", {}, {}),
+    (
+        "decoupled PPO + TIS",
+        "decoupled",
+        {},
+        {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "tis_cap": 2.0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "name", "options", "learn"), OBJECTIVE_RECORDS, ids=lambda x: str(x)[:16])
+def test_losses_and_gradients(record: str, name: str, options: dict[str, Any], learn: dict[str, Any]) -> None:
+    given, expected = numbers(record)
+    mask = torch.tensor(given["mask"]) > 0
+    a = torch.tensor(given["advantage_per_sequence"], dtype=torch.float64)[:, None].expand(mask.shape)
+    weight = torch.ones(mask.shape, dtype=torch.float64) / mask.sum()
+    if VECTORS[record]["hyper"]["agg"] == "seq-mean-token-mean":
+        weight = (1 / (mask.sum(1, keepdim=True) * len(mask))).expand(mask.shape).double()
+    logprob = masked(given["logp_new"], mask).requires_grad_()
+    old, w = masked(given["logp_old"], mask), weight[mask]
+    engine = masked(given["logp_engine"], mask) if "logp_engine" in given else old
+    tokens = LossTokens(
+        logprob=logprob,
+        entropy=torch.zeros_like(logprob),
+        behaviour=engine,
+        s_plus=w * a[mask].clamp(min=0),
+        s_minus=w * a[mask].clamp(max=0),
+        mult=w,
+        staleness=torch.zeros_like(logprob),
+        proximal=old,
+    )
+    loss, _ = row_loss(made(name, options, **learn), tokens)
+    loss.backward()
+    assert float(loss) == pytest.approx(expected["loss"], abs=2e-6)
+    gradient = torch.zeros(mask.shape, dtype=torch.float64)
+    assert logprob.grad is not None
+    gradient[mask] = logprob.grad
+    np.testing.assert_allclose(gradient, expected["grad"], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("record", "column", "options", "cap"),
+    [
+        ("tis", "weight", {}, 2.0),
+        ("icepop", "weight_0_5_5", {"tis": "mask", "tis_low": 0.5}, 5.0),
+        ("icepop", "weight_0_5_2", {"tis": "mask", "tis_low": 0.5}, 2.0),
+    ],
+)
+def test_token_corrections(record: str, column: str, options: dict[str, Any], cap: float) -> None:
+    """At r = 1 the gradient of a token of S⁺ = 1 is minus its weight."""
+    given, expected = numbers(record)
+    mask = torch.tensor(given["mask"]) > 0
+    logprob = masked(given["logp_train"], mask).requires_grad_()
+    ones = torch.ones_like(logprob)
+    tokens = LossTokens(
+        logprob=logprob,
+        entropy=0 * ones,
+        behaviour=masked(given["logp_engine"], mask),
+        s_plus=ones,
+        s_minus=0 * ones,
+        mult=ones,
+        staleness=0 * ones,
+        proximal=logprob.detach(),
+    )
+    made("decoupled", options, tis_cap=cap).loss(tokens)[0].backward()
+    assert logprob.grad is not None
+    np.testing.assert_allclose(-logprob.grad, masked(expected[column], mask), atol=2e-6)
+
+
+def test_a_correction_that_cannot_be_is_refused() -> None:
+    for options in ({"tis": "drop"}, {"tis_low": 3.0}, {"tis_low": -1.0}):
+        with pytest.raises(PluginError, match="truncate or mask"):
+            made("decoupled", options, tis_cap=2.0)
+
+
+def test_dppo_kl_keeps_what_is_near_or_leads_back() -> None:
+    p, q = torch.tensor([0.5, 0.9, 0.1, 0.52]), torch.tensor([0.5, 0.3, 0.6, 0.5])
+    up, down = made("dppo-kl").kept(p, q)
+    assert up.tolist() == [True, False, True, True]  # where the advantage is positive
+    assert down.tolist() == [True, True, False, True]
+    near_one = made("dppo-kl").kept(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1e-30]))
+    assert [bool(x[0]) for x in near_one] == [True, True]
+
+
+def test_every_record_is_used_or_said_to_come_later() -> None:
+    """Runs after the tests that use them (a file's tests stay together, in order)."""
+    if len(USED) < 3:
+        pytest.skip("the tests that use the records did not run")
+    assert set(VECTORS) == USED | LATER | ELSEWHERE
+    assert not USED & LATER
+
+
+# Trees against flat paths -----------------------------------------------------------------------------------
+
+
+def random_trees(seed: int) -> list[Tree]:
+    rng = np.random.default_rng(seed)
+    trees = [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate((SHAPE, STAR, CHAIN, SHAPE))]
+    for tree in trees:
+        tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
+        tree.reward[rng.random(tree.n_leaves) < 0.1] = np.nan
+    return trees
+
+
+def rows(
+    trees: Sequence[Tree], stats: Sequence[TreeStats], credit: Credit, aggregate: str, *, flat: bool
+) -> tuple[np.ndarray, torch.Tensor]:
+    """[M] tokens in the loss, numbered through all trees, and [3, M] their S⁺, S⁻ and multiplicity."""
+    weights = leaf_weights(AGGREGATES.make(aggregate, {}, length_cap=64), stats, hard=credit.hard)
+    where: list[np.ndarray] = []
+    held: list[np.ndarray] = []
+    first = 0
+    for tree, one, a, w in zip(trees, stats, assign(credit, stats), weights, strict=True):
+        if flat:
+            parts = [(part.nodes, part.credit) for part in flat_paths(0, one, a, w, credit.per)]
+        else:
+            parts = [(np.arange(one.nodes), node_credit(one, a, w, per=credit.per, hard=credit.hard))]
+        for nodes, sums in parts:
+            for node, three in zip(nodes.tolist(), sums, strict=True):
+                if three[2] > 0:
+                    where.append(first + np.arange(tree.start[node], tree.end[node]))
+                    held.append(np.tile(three, (where[-1].size, 1)))
+        first += tree.n_tokens
+    return np.concatenate(where), torch.tensor(np.concatenate(held)).T
+
+
+@pytest.mark.parametrize("name", [name for name in CREDITS.names if not CREDITS.make(name, {}).hard])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**16), aggregate=st.sampled_from(AGGREGATES.names))
+def test_a_tree_is_its_flat_paths(name: str, seed: int, aggregate: str) -> None:
+    """Loss and gradient of each shared token, for every credit with every objective, in float64."""
+    trees = random_trees(seed)
+    stats = [TreeStats.of(tree) for tree in trees]
+    (at, sums), (flat_at, flat_sums) = (
+        rows(trees, stats, CREDITS.make(name, {}), aggregate, flat=flat) for flat in (False, True)
+    )
+    assert at.size < flat_at.size, "tokens are shared"
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(tree.n_tokens for tree in trees)
+    logprob = -torch.rand(total, generator=generator, dtype=torch.float64) * 4
+    moved = torch.randn(total, generator=generator, dtype=torch.float64)
+    for objective in OBJECTIVES.names:
+        (loss, gradient), (flat_loss, flat_gradient) = (
+            loss_of(objective, logprob, moved, index, three)
+            for index, three in ((at, sums), (flat_at, flat_sums))
+        )
+        assert loss == pytest.approx(flat_loss, abs=1e-12)
+        torch.testing.assert_close(gradient, flat_gradient, rtol=1e-9, atol=1e-12)
+
+
+def loss_of(
+    objective: str, logprob: torch.Tensor, moved: torch.Tensor, at: np.ndarray, sums: torch.Tensor
+) -> tuple[float, torch.Tensor]:
+    """The loss of the tokens at ``at``, and its gradient by every token's log-probability."""
+    variable, index = logprob.clone().requires_grad_(), torch.from_numpy(at)
+    here, step = variable[index], moved[index]
+    plus, minus, mult = sums
+    tokens = LossTokens(
+        logprob=here,
+        entropy=torch.zeros_like(mult),
+        behaviour=here.detach() + 0.7 * step,
+        s_plus=plus,
+        s_minus=minus,
+        mult=mult,
+        staleness=torch.zeros_like(mult),
+        proximal=here.detach() + 0.3 * step,
+    )
+    loss, _ = made(objective).loss(tokens)
+    loss.backward()
+    assert variable.grad is not None
+    return float(loss), variable.grad
