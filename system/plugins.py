@@ -272,6 +272,7 @@ OBJECTIVES = Registry(
         "dppo-kl": "system.learn.gates:DppoKl",
         "topr": "system.learn.gates:Topr",
         "aepo": "system.learn.gates:AepoClip",
+        "at2po": "system.learn.gates:TurnClip",
     },
     offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),
     base="system.learn.objective:Objective",

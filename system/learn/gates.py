@@ -15,6 +15,8 @@ import torch
 
 from system.learn.objective import LossTokens, Objective, Ppo, Statistics, exp_ratio
 
+_MOST_LOG_RATIO = 10.0  # of a turn, as in the authors' code
+
 
 class Gate(Objective):
     """A loss -Σ S⁺·g⁺ + S⁻·g⁻."""
@@ -102,6 +104,26 @@ class Topr(Gate):
 
     def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return t.logprob, ratio.detach().clamp(max=1) * t.logprob
+
+
+class TurnClip(Gate):
+    """PPO-clip on the ratio of a whole turn, s = exp(mean over its tokens of log r): AT²PO's objective (arXiv
+    2601.04767), GSPO's (arXiv 2507.18071) per turn.  Each token has the value s and the gradient s.
+
+    Exact on trees, for a turn is a node.  There is no dual clip.
+    """
+
+    def __init__(self, eps_low: float = 3e-3, eps_high: float = 4e-3) -> None:
+        self.low, self.high = 1 - eps_low, 1 + eps_high
+
+    def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_ratio = t.logprob.detach() - t.behaviour
+        turns = int(t.node.max()) + 1
+        total = log_ratio.new_zeros(turns).index_add(0, t.node, log_ratio)
+        count = log_ratio.new_zeros(turns).index_add(0, t.node, torch.ones_like(log_ratio))
+        mean = (total / count.clamp(min=1))[t.node]
+        s = (mean.clamp(max=_MOST_LOG_RATIO) + t.logprob - t.logprob.detach()).exp()
+        return s.clamp(max=self.high), s.clamp(min=self.low)
 
 
 class AepoClip(Ppo):

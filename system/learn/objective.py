@@ -34,8 +34,8 @@ PARTIAL = {"engine_kl": "fresh"}
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The M tokens of one packed row that are trained on; every tensor is ``[M]`` float32, log-probabilities
-    in nats.
+    """The M tokens of one packed row that are trained on; every tensor is ``[M]``, float32 but for ``node``,
+    log-probabilities in nats.
     """
 
     logprob: torch.Tensor  # under the current policy, with gradient
@@ -45,6 +45,7 @@ class LossTokens:
     s_minus: torch.Tensor
     mult: torch.Tensor  # Σ w over the scored leaves below
     staleness: torch.Tensor  # versions between the sampling policy and the trained one
+    node: torch.Tensor  # int64, 0 or more: tokens of one number are one turn of the agent, whole in this row
     proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
 

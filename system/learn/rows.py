@@ -65,6 +65,7 @@ class Row:
             s_minus=pick(batch.s_minus),
             mult=pick(batch.mult),
             staleness=pick(version - batch.version),
+            node=torch.from_numpy(batch.node[self.scored].astype(np.int64)).to(logprob.device),
             proximal=self.proximal,
             reference=reference,
         )

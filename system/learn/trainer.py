@@ -274,7 +274,7 @@ class Trainer:
         """
         zero = torch.zeros(1, device=self.layout.device)
         reference = zero if self.reference and not objective.supervised else None
-        token = LossTokens(zero, zero, zero, zero, zero, zero, zero, None, reference)
+        token = LossTokens(zero, zero, zero, zero, zero, zero, zero, zero.long(), None, reference)
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()

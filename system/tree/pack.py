@@ -36,6 +36,7 @@ class PackedBatch:
     logprob: NDArray[np.float32]  # [N] behaviour log-probability
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
     tree: NDArray[np.int32]  # [N] which tree of the batch, -1 for padding
+    node: NDArray[np.int32]  # [N] the token's node, numbered through the row; -1 for padding
 
 
 def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list[list[PackedBatch]]:
@@ -62,6 +63,7 @@ def pack(micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1) ->
         logprob=np.zeros(n, np.float32),
         version=np.full(n, -1, np.int32),
         tree=np.full(n, -1, np.int32),
+        node=np.full(n, -1, np.int32),
     )
     base = 0
     for part in micro_batch:
@@ -95,6 +97,8 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree) -> None:
     batch.exit[rows] = base + np.repeat(leave, length)
     batch.predictor[rows] = predictor
     batch.tree[rows] = part.tree
+    first = batch.node[base - 1] + 1 if base else 0
+    batch.node[rows] = first + np.repeat(np.arange(nodes.size), length)
     batch.logprob[rows] = tree.logprob[source]
     for k, array in enumerate((batch.s_plus, batch.s_minus, batch.mult)):
         array[rows] = np.repeat(part.credit[:, k], length)

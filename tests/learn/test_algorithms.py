@@ -34,7 +34,7 @@ VECTORS = {
 }
 # What they are for is not there yet, or is tested elsewhere.
 LATER = {
-    "gspo", "at2po turn-level ratio", "m2po (authors)", "m2po (AReaL)", "log-linear proximal (A-3PO)",
+    "gspo", "m2po (authors)", "m2po (AReaL)", "log-linear proximal (A-3PO)",
     "rejection: token-RS, MIS (seq_sum_k1), geo-RS (seq_mean_k1), K3-RS, max-K2",
     "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage", "overlong shaping (DAPO soft)",
     "aepo rollouts",
@@ -211,6 +211,12 @@ def made(name: str, options: Mapping[str, Any] | None = None, **learn: Any) -> A
     return make_objective(LearnConfig(objective=PartConfig(name, dict(options or {})), **learn))
 
 
+def turns(mask: torch.Tensor) -> torch.Tensor:
+    """[B, T] a number for each run of tokens in the mask."""
+    begins = mask & ~torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], 1)
+    return begins.flatten().cumsum(0).view(mask.shape)
+
+
 def masked(rows: Sequence[Sequence[float]], mask: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)[mask]
 
@@ -223,6 +229,7 @@ OBJECTIVE_RECORDS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("sapo", "sapo", {}, {}),
     ("dppo-tv", "dppo-tv", {}, {}),
     ("topr (ROLL)", "topr", {}, {}),
+    ("at2po turn-level ratio", "at2po", {}, {}),
     (
         "decoupled PPO + TIS",
         "decoupled",
@@ -251,6 +258,7 @@ def test_losses_and_gradients(record: str, name: str, options: dict[str, Any], l
         s_minus=w * a[mask].clamp(max=0),
         mult=w,
         staleness=torch.zeros_like(logprob),
+        node=turns(mask)[mask],
         proximal=old,
     )
     loss, _ = row_loss(made(name, options, **learn), tokens)
@@ -284,6 +292,7 @@ def test_token_corrections(record: str, column: str, options: dict[str, Any], ca
         s_minus=0 * ones,
         mult=ones,
         staleness=0 * ones,
+        node=torch.zeros(len(ones), dtype=torch.int64),
         proximal=logprob.detach(),
     )
     made("decoupled", options, tis_cap=cap).loss(tokens)[0].backward()
@@ -328,8 +337,8 @@ def random_trees(seed: int) -> list[Tree]:
 
 def rows(
     trees: Sequence[Tree], stats: Sequence[TreeStats], credit: Credit, aggregate: str, *, flat: bool
-) -> tuple[np.ndarray, torch.Tensor]:
-    """[M] tokens in the loss, numbered through all trees, and [3, M] their S⁺, S⁻ and multiplicity."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[M] tokens in the loss, numbered through all trees, [M] their nodes, [3, M] S⁺, S⁻, multiplicity."""
     weights = leaf_weights(AGGREGATES.make(aggregate, {}, length_cap=64), stats, hard=credit.hard)
     where: list[np.ndarray] = []
     held: list[np.ndarray] = []
@@ -345,7 +354,8 @@ def rows(
                     where.append(first + np.arange(tree.start[node], tree.end[node]))
                     held.append(np.tile(three, (where[-1].size, 1)))
         first += tree.n_tokens
-    return np.concatenate(where), torch.tensor(np.concatenate(held)).T
+    node = np.repeat(np.arange(len(where)), [at.size for at in where])
+    return torch.tensor(np.concatenate(where)), torch.tensor(node), torch.tensor(np.concatenate(held)).T
 
 
 @pytest.mark.parametrize("name", [name for name in CREDITS.names if not CREDITS.make(name, {}).hard])
@@ -355,29 +365,33 @@ def test_a_tree_is_its_flat_paths(name: str, seed: int, aggregate: str) -> None:
     """Loss and gradient of each shared token, for every credit with every objective, in float64."""
     trees = random_trees(seed)
     stats = [TreeStats.of(tree) for tree in trees]
-    (at, sums), (flat_at, flat_sums) = (
+    whole, paths = (
         rows(trees, stats, CREDITS.make(name, {}), aggregate, flat=flat) for flat in (False, True)
     )
-    assert at.size < flat_at.size, "tokens are shared"
+    assert len(whole[0]) < len(paths[0]), "tokens are shared"
     generator = torch.Generator().manual_seed(seed)
     total = sum(tree.n_tokens for tree in trees)
     logprob = -torch.rand(total, generator=generator, dtype=torch.float64) * 4
     moved = torch.randn(total, generator=generator, dtype=torch.float64)
     for objective in OBJECTIVES.names:
         (loss, gradient), (flat_loss, flat_gradient) = (
-            loss_of(objective, logprob, moved, index, three)
-            for index, three in ((at, sums), (flat_at, flat_sums))
+            loss_of(objective, logprob, moved, *tokens) for tokens in (whole, paths)
         )
         assert loss == pytest.approx(flat_loss, abs=1e-12)
         torch.testing.assert_close(gradient, flat_gradient, rtol=1e-9, atol=1e-12)
 
 
 def loss_of(
-    objective: str, logprob: torch.Tensor, moved: torch.Tensor, at: np.ndarray, sums: torch.Tensor
+    objective: str,
+    logprob: torch.Tensor,
+    moved: torch.Tensor,
+    at: torch.Tensor,
+    node: torch.Tensor,
+    sums: torch.Tensor,
 ) -> tuple[float, torch.Tensor]:
     """The loss of the tokens at ``at``, and its gradient by every token's log-probability."""
-    variable, index = logprob.clone().requires_grad_(), torch.from_numpy(at)
-    here, step = variable[index], moved[index]
+    variable = logprob.clone().requires_grad_()
+    here, step = variable[at], moved[at]
     plus, minus, mult = sums
     tokens = LossTokens(
         logprob=here,
@@ -387,6 +401,7 @@ def loss_of(
         s_minus=minus,
         mult=mult,
         staleness=torch.zeros_like(mult),
+        node=node,
         proximal=here.detach() + 0.3 * step,
     )
     loss, _ = made(objective).loss(tokens)

@@ -37,6 +37,7 @@ def tokens(n: int = 64, **changes: Any) -> LossTokens:
         "s_minus": -normal().abs() / n,
         "mult": normal().abs() / n,
         "staleness": torch.zeros(n),
+        "node": torch.arange(n) // 5,
     }
     return LossTokens(**(fields | changes))
 
