@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from system.config import Config, ConfigError, from_dict, load, settings, to_dict, to_yaml, validate
+from system.config.algorithms import ALGORITHMS
 from system.config.check import part_problems
+from system.config.explain import text
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
@@ -284,3 +289,24 @@ def test_any_values_make_a_configuration_or_a_clear_error(
         return
     assert text.strip()
     assert "object_type" not in text
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_by_name_comes_before_other_settings(name: str, tmp_path: Path) -> None:
+    config = load(QUICKSTART, ["learn.clip_low=0.11", f"algorithm={name}"])
+    assert config.learn.clip_low == 0.11
+    set_by_it = dict(text.split("=") for text in ALGORITHMS[name])
+    assert config.learn.credit.name == set_by_it["learn.credit"]
+    assert config.learn.objective.name == set_by_it["learn.objective"]
+    (tmp_path / "mine.yaml").write_text(f"base: {QUICKSTART}\nalgorithm: {name}\nbranching: none\n")
+    mine = load(tmp_path / "mine.yaml")
+    assert mine.learn == dataclasses.replace(config.learn, clip_low=mine.learn.clip_low)
+    assert mine.branching.name == "none"
+    assert f"algorithm={name}\n    {' '.join(ALGORITHMS[name])}\n" in text("algorithm")
+
+
+def test_an_unknown_algorithm_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(
+        ConfigError, match=r"override 'algorithm=x': algorithm=x: choose one of grpo, dr-grpo"
+    ):
+        load(QUICKSTART, ["algorithm=x"])

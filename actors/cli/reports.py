@@ -172,6 +172,7 @@ def config(args: argparse.Namespace) -> int:
       espalier config configs/quickstart.yaml flow.staleness=0 > my.yaml
       espalier config --explain                    every setting: type, default, what it may be, what it is
       espalier config --explain flow.staleness     one of them, or a section
+      espalier config --explain algorithm          what `algorithm=dapo` and others stand for
     """
     if args.explain is not None:
         from system.config.explain import markdown, text

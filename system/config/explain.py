@@ -7,6 +7,7 @@ import textwrap
 import typing
 from typing import Any
 
+from system.config.algorithms import ALGORITHMS
 from system.config.schema import Config, PartConfig
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
@@ -27,6 +28,8 @@ Every key of a configuration, made by `espalier config --explain --markdown > do
   parameters.
 - A dictionary is merged into the one it inherits. `!replace` replaces it: `options: !replace {}` in YAML,
   `'task.options=!replace {}'` as an override.
+- `algorithm: dapo` in a recipe, or `algorithm=dapo`, sets credit, objective, aggregate, clip and branching of a
+  method by name, before other settings (`espalier config --explain algorithm`, `docs/algorithms.md`).
 - ↻ marks what a resumed run may change without becoming a different experiment.
 """
 
@@ -36,6 +39,8 @@ def text(wanted: str = "") -> str:
 
     Raises :class:`ConfigError` for a key that there is not.
     """
+    if wanted == "algorithm":
+        return "".join(f"algorithm={name}\n    {' '.join(parts)}\n" for name, parts in ALGORITHMS.items())
     chosen = [one for one in settings().values() if wanted in ("", one.section, one.key)]
     if not chosen:
         sections = [one.name for one in dataclasses.fields(Config)]

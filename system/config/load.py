@@ -12,6 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from system.config.algorithms import ALGORITHMS
 from system.config.check import validate
 from system.config.schema import Config
 from system.config.settings import settings
@@ -36,9 +37,11 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises :class:`ConfigError` naming the key and what to do.
     """
     layers = list(_files(Path(path), ())) if path is not None else []
-    layers += [(f"override {text!r}", _override(text)) for text in overrides]
+    # An algorithm is where the others start from, wherever it stands.
+    in_order = sorted(overrides, key=lambda text: not text.startswith("algorithm="))
+    layers += [(f"override {text!r}", _override(text)) for text in in_order]
     merged = OmegaConf.merge(_SCHEMA)
-    for source, layer in layers:
+    for source, layer in (part for named in layers for part in _with_algorithm(*named)):
         layer = _expand(layer, Config())
         _check_keys(layer, source)
         _make_room(merged, layer, source)
@@ -105,6 +108,17 @@ def _override(text: str) -> dict[str, Any]:
         ) from error
     assert isinstance(layer, dict)
     return {str(k): v for k, v in layer.items()}
+
+
+def _with_algorithm(source: str, layer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The settings of the algorithm that a layer names, then the layer's own."""
+    rest = {key: value for key, value in layer.items() if key != "algorithm"}
+    if rest != layer:
+        name = str(layer["algorithm"])
+        if name not in ALGORITHMS:
+            raise ConfigError(f"{source}: algorithm={name}: choose one of {', '.join(ALGORITHMS)}")
+        yield from ((f"{source}: algorithm={name}", _override(text)) for text in ALGORITHMS[name])
+    yield source, rest
 
 
 def _expand(layer: dict[str, Any], values: Any) -> dict[str, Any]:
