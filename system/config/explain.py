@@ -28,8 +28,8 @@ Every key of a configuration, made by `espalier config --explain --markdown > do
   parameters.
 - A dictionary is merged into the one it inherits. `!replace` replaces it: `options: !replace {}` in YAML,
   `'task.options=!replace {}'` as an override.
-- `algorithm: dapo` in a recipe, or `algorithm=dapo`, sets credit, objective, aggregate, clip and branching of a
-  method by name, before other settings (`espalier config --explain algorithm`, `docs/algorithms.md`).
+- `algorithm: dapo` in a recipe, or `algorithm=dapo`, sets credit, objective, aggregate, clip and branching of
+  a method by name, before other settings (`espalier config --explain algorithm`, `docs/algorithms.md`).
 - ↻ marks what a resumed run may change without becoming a different experiment.
 """
 
