@@ -303,6 +303,12 @@ class LearnConfig:
     micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
     lr: float = setting(1e-3, "learning rate (Adam)", above=0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
+    lr_decay: str = setting(
+        "constant",
+        "the learning rate's course after that, until run.steps",
+        choices=("constant", "linear", "cosine"),
+    )
+    lr_end: float = setting(0.1, "where it ends, as a share of learn.lr", least=0, most=1)
     weight_decay: float = setting(0.01, "decoupled from the gradient (AdamW)", least=0)
     beta1: float = setting(0.9, "Adam's decay of the gradient's mean", least=0, most=1)
     beta2: float = setting(0.95, "Adam's decay of its square", least=0, most=1)

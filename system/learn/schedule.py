@@ -1,4 +1,4 @@
-"""Learning rates over a supervised warm start."""
+"""Learning rates over a run, and over its supervised warm start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import math
 
 RISE_STEPS = 10
 FLOOR = 0.05  # of the peak, where the cosine ends
+
+
+def learning_rate(step: int, steps: int, peak: float, *, warmup: int, decay: str, end: float) -> float:
+    """The rate of optimizer step ``step`` (from 0) of ``steps``.
+
+    It rises linearly over ``warmup`` steps; then it stays at ``peak`` (``decay="constant"``), or falls to
+    ``end`` · ``peak`` at the last step and stays there: "linear", or "cosine", by half a cosine.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if decay == "constant":
+        return peak
+    done = min((step - warmup) / max(steps - 1 - warmup, 1), 1.0)
+    left = 1.0 - done if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (end + (1.0 - end) * left)
 
 
 def warm_start_lr(step: int, steps: int, peak: float) -> float:

@@ -35,6 +35,7 @@ from system.learn.objective import (
 )
 from system.learn.pipeline import Pipeline
 from system.learn.rows import Row, row_padding
+from system.learn.schedule import learning_rate
 from system.learn.weights import Export
 from system.models.files import DTYPES
 from system.tree.pack import PackedBatch, pack
@@ -247,9 +248,15 @@ class Trainer:
         return norm, finite
 
     def _lr(self) -> float:
-        """Linear warm-up over ``warmup_steps`` optimizer steps, then constant."""
-        warmup = self.learn.warmup_steps
-        return self.learn.lr * (min(1.0, (self.step_count + 1) / warmup) if warmup else 1.0)
+        learn = self.learn
+        return learning_rate(
+            self.step_count,
+            self.config.run.steps * learn.updates,
+            learn.lr,
+            warmup=learn.warmup_steps,
+            decay=learn.lr_decay,
+            end=learn.lr_end,
+        )
 
     def _score(self, model: TreeGPTModel, rows: Sequence[Row]) -> list[torch.Tensor | None]:
         """[M] log-probabilities of each row's targets, without gradient; None before the last stage."""

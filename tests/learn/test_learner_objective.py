@@ -21,6 +21,7 @@ from system.learn.objective import (
     make_objective,
     row_loss,
 )
+from system.learn.schedule import learning_rate
 
 
 def tokens(n: int = 64, **changes: Any) -> LossTokens:
@@ -121,6 +122,19 @@ def test_options_of_an_objective_go_before_the_settings_of_learn() -> None:
     objective = make_objective(learn)
     assert isinstance(objective, Ppo)
     assert (objective.clip_low, objective.clip_high) == (0.2, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("decay", "middle", "last"), [("constant", 1.0, 1.0), ("linear", 0.6, 0.2), ("cosine", 0.6, 0.2)]
+)
+def test_courses_of_the_learning_rate(decay: str, middle: float, last: float) -> None:
+    def rate(step: int) -> float:
+        return learning_rate(step, 111, 2.0, warmup=10, decay=decay, end=0.2) / 2
+
+    assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert [rate(10), rate(60), rate(110)] == pytest.approx([1.0, middle, last])
+    assert rate(500) == rate(110), "a run that goes on stays there"
+    assert learning_rate(0, 1, 2.0, warmup=0, decay=decay, end=0.2) == 2.0
 
 
 def test_k3_estimates_the_kl_divergence() -> None:
