@@ -8,9 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
-# What is imported is compiled then: it is a fraction of what is installed.
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
-SGLANG_PIP = $(SGLANG)/bin/python $(PIP_INSTALL)
+SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: install sglang train test test-sglang test-slurm lint types house check clean help
 
@@ -26,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
-	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 install: $(VENV)/.installed

@@ -300,7 +300,7 @@ def _verified(path: Path, layout: Layout) -> dict[str, Any]:
     if (path / MANIFEST).is_file():
         try:
             manifest = _manifest(path / MANIFEST)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             problems.append(f"{MANIFEST} is damaged: {error!r}")
     else:
         problems.append(f"it is not a learner checkpoint ({MANIFEST} is missing)")

@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -25,10 +26,12 @@ from system.errors import ConfigError, EspalierError
 from system.rollout.reward import BranchView, Reward, Score
 from system.tree.prompt import Prompt
 
-START_DEADLINE_S = 120.0  # of a child: it imports the reward's libraries, on a machine that may be busy
+LOST = (EOFError, OSError, ValueError, RecursionError)  # a child is gone, or what it says is no answer
 WINDOW = 100  # leaves that ``reward.failure_limit`` looks back over
 MAX_REPLY = 1 << 20  # bytes of one answer of a child
 _CHILD_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# All of its parent's environment that a confined child gets: what it says is stored, and it may be hostile.
+_KEPT = re.compile(r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|VIRTUAL_ENV|PYTHON\w+|HF_HOME")
 
 
 class ScoreFailed(EspalierError):
@@ -57,9 +60,13 @@ def normalised(name: str, returned: Any) -> Score:
 def _number(name: str, returned: Any, value: Any) -> float:
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()  # a numpy scalar
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number):
         raise ScoreFailed(f"reward {name} returned {returned!r:.200}: a finite number or a Score is needed")
-    return float(value)
+    return number
 
 
 class Scoring:
@@ -143,6 +150,8 @@ class ScorePool:
     def __init__(self, config: Config) -> None:
         self.name, self.deadline_s = config.reward.name, config.reward.deadline_s
         self._config = json.dumps(to_dict(config))
+        self._start_s = config.cluster.start_deadline_s  # it imports the reward's libraries
+        self._confined = config.reward.confined
         self._free: asyncio.Queue[_Child | None] = asyncio.Queue()  # None: one that is not started
         for _ in range(config.reward.workers):
             self._free.put_nowait(None)
@@ -156,7 +165,7 @@ class ScorePool:
         child = await self._free.get()
         try:
             if child is None:
-                child = await _Child.start(self.name, self._config)
+                child = await self._start()
             reply = await child.ask(request, self.deadline_s)
         except BaseException as error:  # cancelled, too: what it would answer next is not known
             if child is not None:
@@ -164,12 +173,16 @@ class ScorePool:
                 child = None
             if isinstance(error, TimeoutError):
                 raise ScoreFailed(_late(self.name, self.deadline_s)) from error
-            if isinstance(error, EOFError | OSError | ValueError) and not isinstance(error, RewardBroken):
+            if isinstance(error, LOST) and not isinstance(error, RewardBroken):
                 raise ScoreFailed(f"reward {self.name}: its process was lost, restarted") from error
             raise
         finally:
             self._free.put_nowait(child)
         return self._read(reply)
+
+    async def _start(self) -> _Child:
+        kept = {k: v for k, v in os.environ.items() if not self._confined or _KEPT.fullmatch(k)}
+        return await _Child.start(self.name, self._config, self._start_s, kept | _CHILD_ENVIRONMENT)
 
     async def close(self) -> None:
         """End the idle children.  All die with this process in any case."""
@@ -195,20 +208,20 @@ class _Child:
         self._process = process
 
     @classmethod
-    async def start(cls, name: str, config: str) -> _Child:
+    async def start(cls, name: str, config: str, deadline_s: float, environment: Mapping[str, str]) -> _Child:
         """Raises :class:`RewardBroken` with what the child said."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "system.rollout.score_child"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env=os.environ | _CHILD_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             limit=MAX_REPLY,
         )
         child = cls(process)
         try:
-            ready = await child.ask(config.encode(), START_DEADLINE_S)
-        except (TimeoutError, EOFError, OSError, ValueError) as error:
+            ready = await child.ask(config.encode(), deadline_s)
+        except (TimeoutError, *LOST) as error:
             await child.end()
             raise RewardBroken(f"reward {name}: its process does not start: {error!r}") from error
         except BaseException:

@@ -17,6 +17,7 @@ from test_learner_equality import hf_gradients, open_trainer
 from test_learner_state import STEP, weights_of
 
 from system.config import Config
+from system.learn.checkpoint import MANIFEST
 
 Layouts = Sequence[dict[str, Any]]
 
@@ -294,6 +295,8 @@ def test_a_checkpoint_that_cannot_be_right_is_refused_on_every_rank(
     assert "__1_0.distcp is damaged" in refused(model)
     data.unlink()
     assert "__1_0.distcp is missing" in refused(model)
+    (path / MANIFEST).write_text("[" * 100_000)
+    assert f"{MANIFEST} is damaged: RecursionError" in refused(model)
 
 
 # ---------------------------------------------------------------------- never whole in one process

@@ -47,7 +47,7 @@ def test_numbers_become_a_score_of_plain_floats(returned: Any, score: Score) -> 
 
 @pytest.mark.parametrize(
     "returned",
-    [None, math.nan, math.inf, -math.inf, "1", [1.0], 1j, np.array([1.0]), Score(math.nan, True),
+    [None, math.nan, math.inf, -math.inf, "1", [1.0], 1j, np.array([1.0]), 10**400, Score(math.nan, True),
      Score(1.0, True, {"a": math.inf}), Score(1.0, True, None)],  # type: ignore[arg-type]
 )  # fmt: skip
 def test_what_is_no_finite_number_is_a_failed_score_that_names_the_reward(returned: Any) -> None:
@@ -97,6 +97,7 @@ def test_a_pool_scores_confines_and_outlives_its_scorers(tmp_path: Path, monkeyp
         "class Evaluates:\n    def score(self, prompt, branch):\n        return eval(branch.model_text)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SOME_API_KEY", "hunter2")
     config = Config(reward=RewardConfig(name="hostile_scorer:Evaluates", workers=1, memory_mb=256))
     pool, written = ScorePool(config), tmp_path / "written"
 
@@ -115,6 +116,8 @@ def test_a_pool_scores_confines_and_outlives_its_scorers(tmp_path: Path, monkeyp
         await refused("__import__('os').kill(__import__('os').getppid(), 9)", "PermissionError")
         await refused("len(bytes(1 << 32))", "reward.memory_mb")
         await refused("__import__('os')._exit(0)", "its process was lost")
+        await refused("__import__('os').write(4, b'[' * 100_000 + b'\\n')", "its process was lost")
+        await refused("__import__('os').environ['SOME_API_KEY']", "KeyError")
         pool.deadline_s = 0.3
         await refused("9**9**9", "no score within reward.deadline_s")
         await refused("__import__('math').factorial(10**7)", "no score within reward.deadline_s")
