@@ -30,7 +30,9 @@ def account(events: Sequence[dict[str, Any]], batch_trees: int, staleness: int, 
     ``batch_trees``; ``staleness + 1`` batches may be in flight at the end.  What is further behind is lost.
     """
     trained = surviving_history(events)
-    issued = list(dict.fromkeys((e["epoch"], e["prompt"]) for e in events if e["event"] == "issue"))
+    key = {e["number"]: (e["epoch"], e["prompt"]) for e in events if e["event"] == "issue"}
+    silent = {key[e["number"]] for e in events if e["event"] == "silent"}
+    issued = [prompt for prompt in dict.fromkeys(key.values()) if prompt not in silent]
     done = set(trained)
     left = [place for place, prompt in enumerate(issued) if prompt not in done]
     lost = sum(event["event"] == "abandon" for event in events)

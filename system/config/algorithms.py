@@ -14,7 +14,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "dr-grpo": ("branching=none", "learn.credit=dr-grpo", *_PPO, "learn.aggregate=constant"),
     "dapo": (
         *("branching=none", "learn.credit=grpo", *_PPO, "learn.clip_high=0.28", "learn.dual_clip=10"),
-        _TOKENS,
+        *(_TOKENS, "flow.skip_silent=100"),
     ),
     "rloo": ("branching=none", "learn.credit=rloo", *_PPO, _TOKENS),
     "reinforce++": ("branching=none", "learn.credit=reinforce++", *_PPO, _TOKENS),

@@ -159,6 +159,13 @@ class RewardConfig:
     confined: bool = setting(
         True, "such a process writes no file and has no network; false: it may", safe_on_resume=True
     )
+    overlong_buffer: int = setting(
+        0,
+        "tokens before rollout.max_response_tokens in which an answer's length begins to cost: a line from 0 "
+        "to overlong_penalty (DAPO's soft punishment); 0: none",
+        least=0,
+    )
+    overlong_penalty: float = setting(1.0, "what an answer at the limit loses", least=0)
     failure_limit: float = setting(
         0.2,
         "share of the last 100 leaves that may fail to be scored before the run stops",
@@ -268,6 +275,14 @@ class FlowConfig:
         1000,
         "trees that may fail since the last training step before the run stops with the cause; those lost "
         "with a machine or an engine do not count; 0: never",
+        least=0,
+        safe_on_resume=True,
+    )
+    skip_silent: int = setting(
+        0,
+        "trees whose leaves all earned the same that may be left out per training step, others being grown "
+        "in their places (DAPO's dynamic sampling); more are trained on as they are, so that no run waits "
+        "for ever; 0: none is left out",
         least=0,
         safe_on_resume=True,
     )

@@ -54,6 +54,7 @@ class State(StrEnum):
     TRAINING = "training"
     TRAINED = "trained"
     ABANDONED = "abandoned"  # given up, with a reason
+    SILENT = "silent"  # its tree had nothing to teach: all leaves earned the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,11 @@ class Ledger:
         self._move(number, _IN_FLIGHT, State.ABANDONED)
         self._log("abandon", number=number, reason=reason)
 
+    def silent(self, number: int) -> None:
+        """Its tree has closed and is left out: growing -> silent."""
+        self._move(number, (State.GROWING,), State.SILENT)
+        self._log("silent", number=number)
+
     def ticket(self, number: int) -> Ticket:
         """The ticket of a tree in flight."""
         if number not in self._tickets:
@@ -241,7 +247,7 @@ class Ledger:
                 logged = Ticket(event["number"], event["epoch"], event["prompt"], event["attempt"])
                 if ticket != logged:
                     raise LedgerError(f"the log issues {logged} where this run would issue {ticket}")
-            case {"event": "queue" | "train" | "trained" | "abandon" as method, **fields}:
+            case {"event": "queue" | "train" | "trained" | "abandon" | "silent" as method, **fields}:
                 getattr(self, method)(**fields)
             case {"event": "retry"}:
                 back = self._move(event["number"], _IN_FLIGHT, State.PENDING)

@@ -117,7 +117,7 @@ class TrainingLoop:
         self._room = asyncio.Event()  # something changed that may let another tree start
         self._arrival = asyncio.Event()  # something changed that may make a batch ready
         self._draining = False
-        self._failed = 0  # trees since the last training step
+        self._failed = self._silent = 0  # trees since the last training step
         self._gave_up: GaveUp | None = None
         self._idle = IdleClock(clock)
 
@@ -161,13 +161,22 @@ class TrainingLoop:
             if not lost.blameless:
                 self._count_failure(lost)
         else:
-            self.ledger.queue(ticket.number)
+            self._take_in(tree)
             if not tree.counted:
                 self.events.tree_closed(tree.stats, self.version)
-            self.replay.put(tree)
         finally:
             self._room.set()
             self._arrival.set()
+
+    def _take_in(self, tree: TreeInFlight) -> None:
+        """Queue a closed tree, or leave it out, if it has nothing to teach and not too many were left out."""
+        if tree.stats.zero_variance and not tree.counted and self._silent < self.config.flow.skip_silent:
+            self._silent += 1
+            self.ledger.silent(tree.ticket.number)
+            self.events.tree_dropped("no signal", self.config.rollout.leaves)
+        else:
+            self.ledger.queue(tree.ticket.number)
+            self.replay.put(tree)
 
     def _lose(
         self, tickets: Iterable[Ticket], reason: str, text: str = "", *, blameless: bool = False
@@ -234,7 +243,7 @@ class TrainingLoop:
                 await self.parts.publish(version)
             lag = [self.version - max(tree.version_min, 0) for tree in trees]
             self.version, self._draining = version, False
-            self._failed, self._gave_up = 0, None
+            self._failed, self._silent, self._gave_up = 0, 0, None
         self.ledger.trained(numbers)
         self._room.set()
         self._record_idle()

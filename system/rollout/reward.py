@@ -17,6 +17,7 @@ class BranchView:
     segments: tuple[tuple[Kind, str], ...]
     outcome: Outcome
     tools: tuple[tuple[str, str], ...] = ()  # (tool name, ToolStatus value) of each call made, in order
+    tokens: int = 0  # after the prompt, tool results included: what rollout.max_response_tokens limits
 
     @property
     def text(self) -> str:

@@ -37,6 +37,7 @@ def answer(name: str, reward: Reward, line: bytes) -> dict[str, Any]:
             tuple((Kind(kind), text) for kind, text in branch["segments"]),
             Outcome(branch["outcome"]),
             tuple((tool, status) for tool, status in branch["tools"]),
+            branch["tokens"],
         )
         score = normalised(name, reward.score(Prompt(**prompt), view))
         return {"value": score.value, "correct": score.correct, "parts": score.parts}

@@ -19,6 +19,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from system.config import Config, to_dict
@@ -69,6 +70,13 @@ def _number(name: str, returned: Any, value: Any) -> float:
     return number
 
 
+def overlong(tokens: int, *, limit: int, buffer: int, penalty: float) -> float:
+    """DAPO's soft punishment of long answers (arXiv 2503.14476 §3.4): 0 up to ``limit - buffer`` tokens, from
+    there a line that reaches -``penalty`` at the limit.  A ``buffer`` of 0 is none.
+    """
+    return min(0.0, (limit - buffer - tokens) / buffer * penalty) if buffer else 0.0
+
+
 class Scoring:
     """Scores leaves with one reward, for all trees of a process."""
 
@@ -80,10 +88,12 @@ class Scoring:
         deadline_s: float = 60.0,
         failure_limit: float = 1.0,
         pool: ScorePool | None = None,
+        overlong: Callable[[int], float] = lambda _: 0.0,
     ) -> None:
         """``pool`` scores in place of ``reward`` unless that is ``async``; without one, a reward that is not
-        ``async`` runs on the event loop.
+        ``async`` runs on the event loop.  ``overlong``: what is added for a branch of so many tokens.
         """
+        self._overlong = overlong
         self.reward, self.name = reward, name or type(reward).__name__
         self.deadline_s, self.failure_limit = deadline_s, failure_limit
         self.pool = None if inspect.iscoroutinefunction(reward.score) else pool
@@ -101,6 +111,12 @@ class Scoring:
             deadline_s=settings.deadline_s,
             failure_limit=settings.failure_limit,
             pool=ScorePool(config),
+            overlong=partial(
+                overlong,
+                limit=config.rollout.max_response_tokens,
+                buffer=settings.overlong_buffer,
+                penalty=settings.overlong_penalty,
+            ),
         )
 
     async def score(self, prompt: Prompt, branch: BranchView) -> Score:
@@ -116,6 +132,8 @@ class Scoring:
                 ) from error
             raise
         self._failed.append(False)
+        if added := self._overlong(branch.tokens):
+            return Score(score.value + added, score.correct, {**score.parts, "overlong": added})
         return score
 
     async def _score(self, prompt: Prompt, branch: BranchView) -> Score:

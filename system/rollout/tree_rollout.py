@@ -222,7 +222,8 @@ class TreeRollout:
         """Score an ended branch while others grow, if its end says something about the policy."""
         branch, outcome = self.ended[leaf]
         if outcome.scored:
-            view = BranchView(branch.segments, outcome, branch.tools)
+            tokens = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
+            view = BranchView(branch.segments, outcome, branch.tools, tokens)
             self.scores.create_task(self._score(leaf, view), name=f"score {branch.key} of {self.prompt.id}")
 
     async def _score(self, leaf: int, view: BranchView) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from flow_trees import stats
 
@@ -49,6 +51,7 @@ class World:
         self.counted: set[tuple[int, str]] = set()  # (epoch, prompt) of trees that closed before a resume
         self.dropped: Counter[str] = Counter()
         self.texts: set[str] = set()
+        self.mixed: Container[int] = range(0)  # tickets whose leaves earn something to learn from
         self.claimed: dict[int, int] = {}  # ticket -> the weights that its engine says it used
 
     @staticmethod
@@ -62,7 +65,9 @@ class World:
             raise self.failure
         counted = ticket.key in self.counted
         version = self.claimed.get(ticket.number, ticket.start_version)
-        return TreeInFlight(ticket, Opaque(ticket.number), stats(version), counted)
+        reward = np.array([1.0, float(ticket.number not in self.mixed)], np.float32)
+        told = replace(stats(version, leaves=2), reward=reward)
+        return TreeInFlight(ticket, Opaque(ticket.number), told, counted)
 
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         numbers = [tree.ticket.number for tree in trees]
@@ -250,3 +255,31 @@ def test_a_tree_of_weights_that_nobody_has_made_is_lost() -> None:
     assert world.dropped == {"weight_version": 1}
     assert world.texts == {"tokens of weights 2147483647, while 0 are trained"}
     assert max(world.lag) <= 1
+
+
+def test_trees_without_a_signal_are_left_out_and_others_fill_the_batch() -> None:
+    """Every third tree has something to teach."""
+    world = World(settings("flow.staleness=0", "flow.skip_silent=20"))
+    world.mixed = range(0, 1000, 3)
+    run(world.run(4))
+    assert world.batches == [[0, 3], [6, 9], [12, 15], [18, 21]]
+    left_out = [n for n in range(22) if n % 3]
+    assert world.dropped == {"no signal": len(left_out)}
+    assert all(world.ledger.state(0, world.tickets[n].prompt_id) == State.SILENT for n in left_out)
+    again = Ledger.replay([f"q{i}" for i in range(200)], 0, world.log, 4)
+    assert all(again.state(0, world.tickets[n].prompt_id) == State.SILENT for n in left_out)
+
+
+def test_no_run_waits_for_ever_for_a_signal() -> None:
+    """Beyond ``flow.skip_silent`` per step, trees are trained on as they are."""
+    world = World(settings("flow.staleness=0", "flow.skip_silent=3"))
+    run(world.run(2))
+    assert world.batches == [[3, 4], [8, 9]]
+    assert world.dropped == {"no signal": 6}
+    assert run_of(settings("flow.staleness=0")).batches == [[0, 1], [2, 3]], "by default none is left out"
+
+
+def run_of(config: Config) -> World:
+    world = World(config)
+    run(world.run(2))
+    return world

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from rollout_fakes import PROMPT, Segment, make_world
 
 from system.config import Config
-from system.config.schema import RewardConfig, TaskConfig
+from system.config.schema import RewardConfig, RolloutConfig, TaskConfig
 from system.rollout.failure import RolloutFailed
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo import ArpoReward
@@ -21,6 +22,7 @@ from system.rollout.tree_rollout import TreeRollout
 from system.tasks.base import make_task
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Outcome, Tree
+from system.tree.stats import TreeStats
 
 VIEW = BranchView(((Kind.MODEL, "word"),), Outcome.STOPPED)
 
@@ -215,3 +217,29 @@ def test_what_needs_no_parser_is_scored_at_once_and_as_always() -> None:
         assert reward.quick(Prompt("q", (), ("12", r"\pi"), "test"), view) is None
     broken = BranchView(((Kind.MODEL, "no format"),), Outcome.STOPPED, ())
     assert reward.quick(Prompt("q", (), (r"\pi",), "test"), broken) == reward.score(prompt, broken)
+
+
+def test_long_answers_cost_as_dapo_has_it() -> None:
+    """The numbers of verl's DAPO reward manager: reward 1, limit 200, buffer 80."""
+    expected = {100: 1, 120: 1.0, 140: 0.75, 160: 0.5, 200: 0.0, 230: -0.375}
+    config = Config(
+        rollout=RolloutConfig(max_response_tokens=200),
+        reward=RewardConfig(name="unused", overlong_buffer=80),
+    )
+    scoring = Scoring.of(config, Constant())  # pyright: ignore[reportArgumentType]
+    scoring.pool = None
+    for tokens, value in expected.items():
+        score = asyncio.run(scoring.score(PROMPT, replace(VIEW, tokens=tokens)))
+        assert score.value == pytest.approx(value)
+        assert score.parts == ({} if value == 1 else {"overlong": pytest.approx(value - 1)})
+        assert score.correct
+    world = make_world(lambda *_: [Segment("word")], leaves=2, roots=2)
+    seen: list[int] = []
+    world.context.scoring._overlong = lambda tokens: seen.append(tokens) or 0.0  # type: ignore[func-returns-value]
+    tree = asyncio.run(TreeRollout(world.context, PROMPT, seed=1).run())
+    assert sorted(seen) == sorted(TreeStats.of(tree).response_tokens.tolist())
+
+
+class Constant:
+    def score(self, prompt: Prompt, branch: BranchView) -> float:
+        return 1.0
