@@ -35,7 +35,10 @@ def group(rewards: Sequence[float], lengths: Sequence[int] = ()) -> TreeStats:
 
 
 def _of(name: str, *groups: Sequence[float]) -> list[list[float]]:
-    return [a.tolist() for a in assign(CREDITS.make(name, {}), [group(g) for g in groups if len(g)])]
+    """[L] of each group; in these trees a node's own advantage is that of the leaf it ends at."""
+    batch, credit = [group(g) for g in groups if len(g)], CREDITS.make(name, {})
+    given = zip(assign(credit, batch), batch, strict=True)
+    return [(a if credit.per == "leaf" else a[tree.leaf]).tolist() for a, tree in given]
 
 
 def test_grpo_divides_by_the_unbiased_standard_deviation() -> None:

@@ -233,7 +233,7 @@ def test_long_answers_cost_as_dapo_has_it() -> None:
         assert score.value == pytest.approx(value)
         assert score.parts == ({} if value == 1 else {"overlong": pytest.approx(value - 1)})
         assert score.correct
-    world = make_world(lambda *_: [Segment("word")], leaves=2, roots=2)
+    world = make_world(lambda *_: Segment("word"), leaves=2, roots=2)
     seen: list[int] = []
     world.context.scoring._overlong = lambda tokens: seen.append(tokens) or 0.0  # type: ignore[func-returns-value]
     tree = asyncio.run(TreeRollout(world.context, PROMPT, seed=1).run())
