@@ -84,8 +84,9 @@ class Chat:
         say).
         Raises :class:`PromptError` for messages that the template refuses, and for none.
         """
-        tools = self._tools() if self.told_by(messages) == "template" else None
-        told = self._with_words(messages)
+        by = self.told_by(messages)
+        tools = self._tools() if by == "template" else None
+        told = self._with_words(messages, self._syntax.describe() if self._syntax and by == "words" else "")
         if self._templated:
             ids = self._apply(told, tools, tokenize=True, return_dict=False)
         else:
@@ -150,11 +151,11 @@ class Chat:
     def _tools(self) -> list[dict[str, Any]]:
         return [function_schema(spec) for spec in self._syntax.specs.values()] if self._syntax else []
 
-    def _with_words(self, messages: Messages) -> list[dict[str, str]]:
-        """``messages`` with what is to be added to the system message; made, if there is none."""
-        words: list[str] = []
-        if self._syntax and self.told_by(messages) == "words":
-            words.append(self._syntax.describe())
+    def _with_words(self, messages: Messages, tools: str) -> list[dict[str, str]]:
+        """``messages`` with what is to be added to the system message, ``tools`` first; made, if there is
+        none.
+        """
+        words = [tools] if tools else []
         if self._how != "none" and self._answer_format and _ANSWER not in _text(messages):
             words.append(self._answer_format)
         copies = [dict(message) for message in messages]
