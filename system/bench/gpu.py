@@ -38,7 +38,7 @@ from system.bench.shard import (
 )
 from system.config import Config, ConfigError
 from system.doctor.facts import version_of
-from system.learn.attention import TreeMask, attend
+from system.learn.attention import TreeMask, attend, flash_refusal
 from system.learn.logprob import vocab_parallel_logprob_entropy
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB
@@ -127,13 +127,22 @@ def attention(scale: Scale, device: torch.device) -> dict[str, Any]:
     for name, exit in masks.items():
         q, k, v = random_heads(scale, device)
         mask = TreeMask(exit.to(device))
-        work = partial(attend, q, k, v, mask, scaling)
-        rows[name] = _attention_figures(work, (q, k, v), exit, scale, device)
+        for kernels in _kernels_here(scale, device):
+            work = partial(attend, q, k, v, mask, scaling, kernels)
+            rows[f"{name}, {kernels}"] = _attention_figures(work, (q, k, v), exit, scale, device)
     q, k, v = random_heads(scale, device)
     flash = torch.nn.functional.scaled_dot_product_attention
     work = partial(flash, q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     rows["path, PyTorch's flash"] = _attention_figures(work, (q, k, v), masks["path"], scale, device)
     return {"masks": rows}
+
+
+def _kernels_here(scale: Scale, device: torch.device) -> list[str]:
+    """The values of ``learn.attention`` that differ here."""
+    if device.type != "cuda":
+        return ["auto"]
+    refusal = flash_refusal(torch.cuda.get_device_capability(device), torch.bfloat16, scale.head_dim)
+    return ["flex"] if refusal else ["flex", "flash"]
 
 
 def _attention_figures(
@@ -188,13 +197,16 @@ def loss(scale: Scale, device: torch.device) -> dict[str, Any]:
     return {"loss_ms": seconds * 1e3, "peak_bytes_per_logit": extra / logits.numel()}
 
 
-def learner(scale: Scale, device: torch.device, recompute: str = "full") -> dict[str, Any]:
+def learner(
+    scale: Scale, device: torch.device, recompute: str = "full", kernels: str = "auto"
+) -> dict[str, Any]:
     """Training steps on two full rows of trees: seconds per row, memory beside the plan's, and where the
     device's time goes.
     """
     with tempfile.TemporaryDirectory() as directory:
         random_qwen3(Path(directory), qwen3(scale), 0, device.type)
         config = _config(scale, recompute)
+        config.learn.attention = kernels
         plan = learner_memory(ModelShape.from_directory(directory), config.learn, "bfloat16")
         shared, rng = scale.tokens // 2, np.random.default_rng(0)
         own = (scale.tokens - shared) // scale.leaves
@@ -284,6 +296,7 @@ PROBES: dict[str, Callable[[Scale, torch.device], dict[str, Any]]] = {
     "attention": attention,
     "loss": loss,
     **{f"learner-{how}": partial(learner, recompute=how) for how in ("full", "selective", "none")},
+    "learner-none-flex": partial(learner, recompute="none", kernels="flex"),
     "transformers": baseline,
     "weights": weights,
 }

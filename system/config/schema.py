@@ -308,6 +308,12 @@ class LearnConfig:
         "in the backward pass: selective (norms and MLP), full (every layer)",
         choices=("none", "selective", "full"),
     )
+    attention: str = setting(
+        "auto",
+        "kernels on GPU: flex (FlexAttention), flash (FlashAttention 4), auto (flash where it serves)",
+        choices=("auto", "flex", "flash"),
+        safe_on_resume=True,
+    )
     threads: int = setting(1, "CPU threads of one rank", least=1, safe_on_resume=True)
     credit: PartConfig = setting(PartConfig("arpo-soft"), "from rewards to advantages", registry=CREDITS)
     objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=OBJECTIVES)

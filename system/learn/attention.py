@@ -1,20 +1,24 @@
 """Attention on packed trees: the interval mask and the core-attention module that Megatron's layers call.
 
 In depth-first pre-order token i may attend to token j iff ``j <= i < exit[j]``, so one integer per token is
-the whole mask.  On GPU it becomes a FlexAttention block mask.  On CPU, where FlexAttention has no backward
-pass, short runs of queries each attend to the keys they can reach, gathered: about one root path per query.
-Neither needs N² memory, and neither pays for pairs in different trees or branches.
+the whole mask.  On GPU it becomes a block mask, for FlexAttention or, where that serves, FlashAttention 4
+(:func:`flash_refusal`).  On CPU, where FlexAttention has no backward pass, short runs of queries each attend
+to the keys they can reach, gathered: about one root path per query.  Neither needs N² memory, and neither
+pays for pairs in different trees or branches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from system.config import ConfigError
 
 BLOCK = 128  # FlexAttention's default block edge; packed rows are padded to a multiple of it on GPU
 QUERY_BLOCK = 128  # queries per run on CPU: shorter reaches fewer useless keys, longer calls fewer kernels
@@ -31,6 +35,11 @@ class TreeMask:
     def __init__(self, exit: torch.Tensor) -> None:
         own = torch.arange(exit.numel(), device=exit.device) + 1
         self.exit = torch.maximum(exit.long(), own)
+
+    @cached_property
+    def exit32(self) -> torch.Tensor:
+        """``exit`` in int32, as FlashAttention's kernels read it."""
+        return self.exit.to(torch.int32)
 
     @cached_property
     def query_runs(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -83,17 +92,18 @@ class TreeMask:
         """The tensors of :attr:`block_mask` by the names of its constructor: a compiled function that builds
         it from them serves any number of blocks, one that is given it whole a single one.
         """
-        lists = {name: getattr(self.block_mask, name) for name in _BLOCK_LISTS}
+        lists = {name: getattr(self.block_mask, name) for name in BLOCK_LISTS}
         for tensor in lists.values():
             for dim in range(2, tensor.dim()):
                 _varies(tensor, dim)
         return lists
 
 
-_BLOCK_LISTS = tuple(
+# Of every query block the key blocks that are partly and wholly open to it, then the same the other way round.
+BLOCK_LISTS = tuple(
     f"{whole}{side}_{what}"
-    for whole in ("", "full_")
     for side in ("kv", "q")
+    for whole in ("", "full_")
     for what in ("num_blocks", "indices")
 )
 
@@ -107,11 +117,39 @@ def _open(exit: torch.Tensor) -> Callable[..., torch.Tensor]:
     return mask_mod
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float) -> torch.Tensor:
+@cache
+def flash_refusal(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why FlashAttention 4 does not serve here; None where it does.
+
+    ``capability``: the GPU's.  The bounds are what was run, on an H100, not all that the package promises.
+    """
+    if capability[0] != 9:
+        return f"it was proved on compute capability 9.0 (H100, H200), not {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in 16 bits, and the model is {dtype}".replace("torch.", "")
+    if head_dim > 128 or head_dim % 8:
+        return f"its blocks fit heads of up to 128 dimensions in steps of 8, not {head_dim}"
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        return "it is not installed: pip install 'espalier[gpu]'"
+    return None
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float, kernels: str = "auto"
+) -> torch.Tensor:
     """Softmax attention ``[1, heads, N, d]`` under a tree mask; k and v may have fewer heads (grouped
-    queries).  On GPU, BLOCK divides N.
+    queries).  On GPU, BLOCK divides N, and ``kernels`` says which compute it (``learn.attention``).
+
+    Raises ``ConfigError`` for kernels that do not serve here.
     """
     if q.is_cuda:
+        refusal = flash_refusal(torch.cuda.get_device_capability(q.device), q.dtype, q.size(3))
+        if kernels == "flash" and refusal:
+            raise ConfigError(f"learn.attention=flash: {refusal}; learn.attention=auto takes what serves")
+        if kernels != "flex" and not refusal:
+            from system.learn import flash
+
+            return flash.attend(q, k, v, mask, scale)
         _varies(mask.exit, 0)
         blocks = (in_blocks(t) for t in (q, k, v))
         return _compiled_flex()(*blocks, mask.exit, mask.block_lists, scale)
@@ -189,11 +227,13 @@ class TreeAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        kernels: str = "auto",
         **_: Any,
     ) -> None:
         super().__init__()
         if config.context_parallel_size != 1:
             raise NotImplementedError("tree attention is not split over context-parallel ranks")
+        self.kernels = kernels
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(
@@ -209,5 +249,5 @@ class TreeAttention(torch.nn.Module):
         """``[N, 1, heads, d]`` (Megatron's sequence-first layout) to ``[N, 1, heads·d]``."""
         assert attention_bias is not None, "a packed row always comes with its TreeMask"
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = attend(q, k, v, attention_bias, self.scale)
+        out = attend(q, k, v, attention_bias, self.scale, self.kernels)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

@@ -167,12 +167,15 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def build(shape: ModelShape, config: TransformerConfig) -> TreeGPTModel:
-    """A randomly initialised model shard on this rank's device; parallel state must be initialised."""
+def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPTModel:
+    """A randomly initialised model shard on this rank's device; parallel state must be initialised.
+
+    ``kernels``: ``learn.attention``.
+    """
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts: Any = layer.submodules
     attention = parts.self_attention.submodules
-    attention.core_attention = TreeAttention
+    attention.core_attention = partial(TreeAttention, kernels=kernels)
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     # By default megatron-core 0.16.1 takes FP8 to be in use here (`False is not None`), and then needs
     # TransformerEngine: no norm could be recomputed without it.

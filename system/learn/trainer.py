@@ -66,11 +66,11 @@ class Trainer:
         self.warnings = [warning] if warning else []  # about the settings, to be told once
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
-        self.model = build(shape, transformer)
+        self.model = build(shape, transformer, learn.attention)
         weights.load(self.model, self.layout, hf_path)
         self.reference: TreeGPTModel | None = None
         if learn.kl_coef:
-            self.reference = build(shape, transformer)
+            self.reference = build(shape, transformer, learn.attention)
             self.reference.requires_grad_(False)
             self._freeze_reference()
         with cpu.scope():

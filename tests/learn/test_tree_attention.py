@@ -10,7 +10,7 @@ from learner_reference import CHAIN, SHAPE, STAR, make_tree, pack_whole
 from torch.nn.attention.flex_attention import BlockMask
 
 from system.learn import attention
-from system.learn.attention import TreeMask, attend, flex_attend, in_blocks
+from system.learn.attention import TreeMask, attend, flash_refusal, flex_attend, in_blocks
 from system.tree.pack import PackedBatch
 
 
@@ -127,3 +127,47 @@ def test_a_long_shared_prefix_gives_full_blocks() -> None:
     assert block_mask.full_kv_num_blocks is not None
     # 768 tokens in 6 blocks; blocks 0 and 1 of the prompt are open to all later queries but the padded ones.
     assert block_mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "reason"),
+    [
+        ((8, 0), torch.bfloat16, 128, "compute capability"),
+        ((9, 0), torch.float32, 128, "16 bits"),
+        ((9, 0), torch.bfloat16, 256, "128 dimensions"),
+        ((9, 0), torch.bfloat16, 36, "steps of 8"),
+    ],
+)
+def test_where_flash_attention_does_not_serve(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, reason: str
+) -> None:
+    refusal = flash_refusal(capability, dtype, head_dim)
+    assert refusal is not None
+    assert reason in refusal
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("kernels", ["flex", "flash"])
+def test_kernels_on_cuda_equal_the_definition(kernels: str, head_dim: int) -> None:
+    """In bfloat16, against the definition in float32 of the same rounded numbers."""
+    refusal = flash_refusal(torch.cuda.get_device_capability(), torch.bfloat16, head_dim)
+    if kernels == "flash" and refusal:
+        pytest.skip(refusal)
+    batch = packed(5, repeats=8, pad_to=attention.BLOCK)
+    mask = TreeMask(torch.from_numpy(batch.exit).cuda())
+    rounded = [t.detach().bfloat16() for t in qkv(batch.tokens.size, d=head_dim)]
+    mine = [t.cuda().requires_grad_() for t in rounded]
+    reference = [t.float().requires_grad_() for t in rounded]
+    weight = torch.randn(1, 4, batch.tokens.size, head_dim, generator=torch.Generator().manual_seed(1))
+    out = attend(*mine, mask, 0.25, kernels)
+    expected = by_definition(*reference, ancestors(batch))
+    (out * weight.bfloat16().cuda()).sum().backward()
+    (expected * weight.bfloat16().float()).sum().backward()
+    torch.testing.assert_close(out.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+    for a, b in zip(mine, reference, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        distance = (a.grad.float().cpu() - b.grad).norm() / b.grad.norm()
+        assert distance < 1e-2
