@@ -99,7 +99,7 @@ class TreeMask:
         return lists
 
 
-# Of every query block the key blocks that are partly and wholly open to it, then the same the other way round.
+# Of every query block the key blocks that are partly and wholly open to it, then the other way round.
 BLOCK_LISTS = tuple(
     f"{whole}{side}_{what}"
     for side in ("kv", "q")

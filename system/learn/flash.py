@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
-"""Tree attention with FlashAttention 4's kernels; the package ``flash-attn-4`` compiles them at the first call.
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+# pyright: reportUntypedFunctionDecorator=false
+"""Tree attention with FlashAttention 4's kernels, which the package ``flash-attn-4`` compiles when first called.
 
 Import it only where :func:`system.learn.attention.flash_refusal` finds nothing against it: it needs the
 package and an NVIDIA GPU.
