@@ -28,7 +28,6 @@ DYNAMIC = {
 ALIVE = {
     "asyncio calls a loop's methods": "executor run_in_executor",
     "a signal handler is given a frame": "frame",
-    "the import system asks a finder": "find_spec",
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",
     "rich reads it": "min_width",

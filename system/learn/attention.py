@@ -149,7 +149,8 @@ def attend(
         if kernels != "flex" and not refusal:
             from system.learn import flash
 
-            return flash.attend(q, k, v, mask, scale)
+            lists = [mask.block_lists[name] for name in BLOCK_LISTS]
+            return flash.attend(q, k, v, mask.exit32, lists, BLOCK, scale)
         _varies(mask.exit, 0)
         blocks = (in_blocks(t) for t in (q, k, v))
         return _compiled_flex()(*blocks, mask.exit, mask.block_lists, scale)

@@ -188,12 +188,41 @@ async def test_installed_packages_and_nothing_else_of_their_place(namespaces: bo
         first, second = [(await box.run(code)).text.splitlines() for _ in range(2)]
         assert first[0] == "[0.5 0. ]"
         assert first[1] != second[1]  # chance differs between calls
+        unnamed = "name = 'num' + 'py'\nimport sys\n(name in sys.modules, __import__(name).__name__)"
+        assert (await box.run(unnamed)).text == "(False, 'numpy')"  # not loaded, and there all the same
+        assert (await box.run("import sys\n'numpy' in sys.modules")).text == "True"
         assert "No module named 'aiohttp'" in (await box.run("import aiohttp")).text
         assert "Error" in (await box.run(f"open('{place}/aiohttp/__init__.py')")).text
         assert "True" not in (await box.run(f"import os\n'aiohttp' in os.listdir('{place}')")).text
     finally:
         await box.close()
     assert box.packages.missing == ("no-such-package",)
+
+
+async def test_a_caller_that_gives_up_does_not_stop_the_packages_from_loading() -> None:
+    box = Sandbox(packages=["numpy"])
+    try:
+        await box.start()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(box.run("import numpy\n1"), 0.01)
+        assert (await box.run("2")).text == "2"
+        assert (await box.run("import numpy\n3")).text == "3"
+        cut = asyncio.create_task(box.run("import numpy\nimport time\ntime.sleep(9)"))
+        await asyncio.sleep(0.2)
+    finally:
+        await box.close()
+    with pytest.raises(SandboxUnavailable):
+        await cut
+
+
+async def test_closing_while_the_packages_load() -> None:
+    box = Sandbox(packages=["numpy"])
+    await box.start()
+    calls = [asyncio.create_task(box.run("import numpy\n1")) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    await box.close()
+    ended = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(one, SandboxUnavailable) for one in ended), ended
 
 
 def test_a_package_comes_with_what_it_requires() -> None:

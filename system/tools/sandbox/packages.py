@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a large import, which every fork would copy
+    from importlib.metadata import Distribution
 
 
 @dataclass(frozen=True)
@@ -72,22 +75,24 @@ class Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(fullname, place)
 
 
-def _distribution(name: str) -> importlib.metadata.Distribution | None:
+def _distribution(name: str) -> Distribution | None:
+    from importlib import metadata
+
     try:
-        return importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        owners = importlib.metadata.packages_distributions().get(name, [])
-        return importlib.metadata.distribution(owners[0]) if owners else None
+        return metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        owners = metadata.packages_distributions().get(name, [])
+        return metadata.distribution(owners[0]) if owners else None
 
 
-def _requirements(distribution: importlib.metadata.Distribution) -> list[str]:
+def _requirements(distribution: Distribution) -> list[str]:
     """Names of what it needs; what only an extra needs is left out, and what is not installed here falls out
     later."""
     needed = [text for text in distribution.requires or () if "extra ==" not in text]
     return [found.group() for text in needed if (found := re.match(r"[\w.-]+", text))]
 
 
-def _modules(distribution: importlib.metadata.Distribution, readable: list[str]) -> dict[str, str]:
+def _modules(distribution: Distribution, readable: list[str]) -> dict[str, str]:
     """Its top-level modules by name; all its top-level entries are added to ``readable``."""
     found: dict[str, str] = {}
     tops = {file.parts[0] for file in distribution.files or ()}

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +96,18 @@ class Sandbox:
     ):
         """``packages``: installed ones that programs may import, with what these require; nothing else of
         site-packages is readable; ``paths``: further directories of packages; ``preload``: modules imported
-        once, before any call, so that a call gets them free;
+        once, before any call, so that a call gets them free.  So are the packages, in a fork server of their
+        own for programs that name one: every fork copies the page tables of all that is loaded.
         ``namespaces``: insist on the first way of confinement, or on the second (None: the first that works).
         """
         self.limits = limits or SandboxLimits()
         self.mechanisms: list[str] = []  # what confines a call here; filled by start
         self.packages = find(packages)
-        self._paths, self._preload = tuple(paths), (*preload, *self.packages.imported)
+        self._paths = tuple(paths)
+        self._plain, self._loaded = _Line(preload), _Line((*preload, *self.packages.imported))
+        names = "|".join(map(re.escape, self.packages.modules))
+        self._naming = re.compile(rf"\b(?:{names})\b") if names else None
         self._slots = asyncio.Semaphore(concurrency)
-        self._starting = asyncio.Lock()
-        self._server: _ForkServer | None = None
         self._dying: list[_ForkServer] = []  # dead themselves, with calls that still run
         self._burials: set[asyncio.Future[None]] = set()
         self._ways = (True, False) if namespaces is None else (namespaces,)
@@ -122,11 +126,8 @@ class Sandbox:
         for way in self._ways:
             self._way = way
             try:
-                async with self._starting:
-                    self._server = await self._start_server()
-                await escape_test.verify(self.run)
-                return
-            except (SandboxUnavailable, escape_test.Escaped) as error:
+                return await self._open(self._plain)
+            except SandboxUnavailable as error:
                 missing.append(f"with {'namespaces' if way else 'Landlock and seccomp'}: {error}")
                 await self.close()
             except BaseException:
@@ -148,10 +149,18 @@ class Sandbox:
             )
         if wall_s <= 0:
             return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
+        if not self._plain.proved:
+            raise SandboxUnavailable("the sandbox has not been started")
+        line = self._loaded if self._naming and self._naming.search(code) else self._plain
+        if not line.proved:
+            await self._open(line)
+        return await self._run(line, code, wall_s)
+
+    async def _run(self, line: _Line, code: str, wall_s: float) -> SandboxResult:
         async with self._slots:
             attempts = deaths = 0
             while attempts < _ATTEMPTS and deaths < _SERVERS:
-                server = await self._running_server()
+                server = await self._running_server(line)
                 try:
                     reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + _GRACE_S)
                 except _Lost:  # the program may run again: nothing it did has left the sandbox
@@ -171,25 +180,59 @@ class Sandbox:
 
     async def close(self) -> None:
         """Kill what still runs and remove every scratch directory."""
-        servers = [*self._dying, *([self._server] if self._server else [])]
-        self._dying, self._server = [], None
+        servers, self._dying = self._dying, []
+        for line in (self._plain, self._loaded):
+            if line.beginning:
+                line.beginning.cancel()
+                await asyncio.gather(line.beginning, return_exceptions=True)
+            servers += [line.server] if line.server else []
+            line.beginning, line.server, line.proved = None, None, False
         for server in servers:
             await server.stop()
         await asyncio.gather(*self._burials)
 
     @property
     def pid(self) -> int | None:
-        """The fork server's process id."""
-        return self._server.pid if self._server else None
+        """The process id of the fork server for programs that name no package."""
+        return self._plain.server.pid if self._plain.server else None
 
-    async def _running_server(self) -> _ForkServer:
-        async with self._starting:
-            if self._server is None:
-                raise SandboxUnavailable("the sandbox has not been started")
-            if self._server.dead:
-                self._dying.append(self._server)
-                self._server = await self._start_server()
-            return self._server
+    async def _open(self, line: _Line) -> None:
+        """Begin ``line`` if nobody has.  A caller that is cancelled leaves the beginning to the next one."""
+        if line.beginning is None:
+            line.beginning = asyncio.create_task(self._begin(line), name="sandbox: a fork server's beginning")
+        beginning = line.beginning
+        try:
+            await asyncio.shield(beginning)
+        except SandboxUnavailable:
+            if line.beginning is beginning:
+                line.beginning = None  # the next call may find the cause mended
+            raise
+        except asyncio.CancelledError:
+            if not beginning.cancelled():
+                raise
+            raise SandboxUnavailable("the sandbox has been closed") from None
+
+    async def _begin(self, line: _Line) -> None:
+        """Start the first server of a line and try to escape from it: what it imports is part of it."""
+        try:
+            line.server = await self._start_server(line)
+            await escape_test.verify(partial(self._run, line, wall_s=self.limits.wall_s))
+            line.proved = True
+        except escape_test.Escaped as error:
+            raise SandboxUnavailable(str(error)) from error
+        finally:
+            if not line.proved and line.server:
+                server, line.server = line.server, None
+                await server.stop()
+
+    async def _running_server(self, line: _Line) -> _ForkServer:
+        async with line.changing:
+            if line.server is None:
+                raise SandboxUnavailable("the sandbox has been closed")
+            if line.server.dead:
+                self._dying.append(line.server)
+                line.server = await self._start_server(line)
+            return line.server
 
     def _bury(self) -> None:
         """Clean up after fork servers that died, once the calls that outlived them have ended; no call waits
@@ -200,9 +243,9 @@ class Sandbox:
             self._burials.add(burial)
             burial.add_done_callback(self._burials.discard)
 
-    async def _start_server(self) -> _ForkServer:
+    async def _start_server(self, line: _Line) -> _ForkServer:
         scratch = await asyncio.to_thread(Scratch.make, "sandbox")
-        offered = (self._paths, self.packages.modules, self.packages.readable, self._preload)
+        offered = (self._paths, self.packages.modules, self.packages.readable, line.preload)
         server = _ForkServer(scratch, Settings(str(scratch.path), self._way, self.limits, *offered))
         try:
             self.mechanisms = await server.greet()
@@ -240,6 +283,17 @@ class Sandbox:
             peak_rss_mb=reply["peak_rss_mb"],
             truncated=cut_out or cut_err,
         )
+
+
+class _Line:
+    """One fork server after another that have imported the same."""
+
+    def __init__(self, preload: Sequence[str]):
+        self.preload = tuple(preload)
+        self.server: _ForkServer | None = None
+        self.beginning: asyncio.Task[None] | None = None
+        self.proved = False  # nothing escapes from the first
+        self.changing = asyncio.Lock()
 
 
 class _ForkServer:
