@@ -257,6 +257,7 @@ CREDITS = Registry(
         "at2po": "system.learn.credit.node:At2po",
         "treerl": "system.learn.credit.node:TreeRl",
         "vineppo": "system.learn.credit.node:VinePpo",
+        "gigpo": "system.learn.credit.step:GiGpo",
     },
     base="system.learn.credit.base:Credit",
 )
@@ -273,6 +274,8 @@ OBJECTIVES = Registry(
         "topr": "system.learn.gates:Topr",
         "aepo": "system.learn.gates:AepoClip",
         "at2po": "system.learn.gates:TurnClip",
+        "gspo": "system.learn.gates:Gspo",
+        "a3po": "system.learn.objective:LogLinear",
     },
     offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),
     base="system.learn.objective:Objective",

@@ -21,6 +21,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "reinforce++-baseline": ("branching=none", "learn.credit=reinforce++-baseline", *_PPO, _TOKENS),
     "cispo": ("branching=none", "learn.credit=grpo", "learn.objective=cispo", _TOKENS),
     "sapo": ("branching=none", "learn.credit=grpo", "learn.objective=sapo", _SEQUENCES),
+    "gspo": ("branching=none", "learn.credit=grpo", "learn.objective=gspo", _SEQUENCES),
     "dppo": ("branching=none", "learn.credit=grpo", "learn.objective=dppo-tv", _TOKENS),
     "topr": ("branching=none", "learn.credit=grpo", "learn.objective=topr", _TOKENS),
     "ucpo": ("branching=none", "learn.credit=ucpo", *_PPO, _TOKENS),
@@ -34,6 +35,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
         *("branching=random", "learn.credit=treepo", *_PPO, "learn.clip_high=0.28", "learn.dual_clip=10"),
         _TOKENS,
     ),
+    "gigpo": ("branching=none", "learn.credit=gigpo", *_PPO, _SEQUENCES),
     "treerl": ("branching=arpo", "learn.credit=treerl", *_PPO, _TOKENS),
     "vineppo": ("branching=random", "learn.credit=vineppo", *_PPO, _TOKENS),
 }

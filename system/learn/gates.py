@@ -2,14 +2,15 @@
 
 Each is a sum over tokens of S⁺·g⁺ + S⁻·g⁻, where the two gains depend on the token and on the sign of the
 advantage only.  All leaves below a token share both, so the sums over leaves S⁺ and S⁻
-(:mod:`system.tree.plan`) give exactly the loss of the flattened paths.  r = π_θ/μ throughout, with the policy
-μ that sampled; "detached" factors carry no gradient, and the value of such a loss (weight · log π) cannot be
-compared with PPO's.
+(:mod:`system.tree.plan`) give exactly the loss of the flattened paths; GSPO trains these themselves.
+r = π_θ/μ throughout, with the policy μ that sampled; "detached" factors carry no gradient, and the value of
+such a loss (weight · log π) cannot be compared with PPO's.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 
@@ -108,7 +109,7 @@ class Topr(Gate):
 
 class TurnClip(Gate):
     """PPO-clip on the ratio of a whole turn, s = exp(mean over its tokens of log r): AT²PO's objective (arXiv
-    2601.04767), GSPO's (arXiv 2507.18071) per turn.  Each token has the value s and the gradient s.
+    2601.04767).  Each token has the value s and the gradient s.
 
     Exact on trees, for a turn is a node.  There is no dual clip.
     """
@@ -116,14 +117,34 @@ class TurnClip(Gate):
     def __init__(self, eps_low: float = 3e-3, eps_high: float = 4e-3) -> None:
         self.low, self.high = 1 - eps_low, 1 + eps_high
 
+    def unit(self, t: LossTokens) -> torch.Tensor:
+        """[M] int64: tokens of one number share a ratio."""
+        return t.node
+
     def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_ratio = t.logprob.detach() - t.behaviour
-        turns = int(t.node.max()) + 1
-        total = log_ratio.new_zeros(turns).index_add(0, t.node, log_ratio)
-        count = log_ratio.new_zeros(turns).index_add(0, t.node, torch.ones_like(log_ratio))
-        mean = (total / count.clamp(min=1))[t.node]
+        log_ratio, unit = t.logprob.detach() - t.behaviour, self.unit(t)
+        units = int(unit.max()) + 1
+        total = log_ratio.new_zeros(units).index_add(0, unit, log_ratio)
+        count = log_ratio.new_zeros(units).index_add(0, unit, torch.ones_like(log_ratio))
+        mean = (total / count.clamp(min=1))[unit]
         s = (mean.clamp(max=_MOST_LOG_RATIO) + t.logprob - t.logprob.detach()).exp()
         return s.clamp(max=self.high), s.clamp(min=self.low)
+
+
+class Gspo(TurnClip):
+    """The same on the ratio of a whole answer: GSPO (arXiv 2507.18071 §4).
+
+    The leaves below a token have ratios of their own, so that this trains flattened paths: a shared token is
+    computed once for each leaf.
+    """
+
+    flat: ClassVar[bool] = True
+
+    def __init__(self, eps_low: float = 3e-4, eps_high: float = 4e-4) -> None:
+        super().__init__(eps_low, eps_high)
+
+    def unit(self, t: LossTokens) -> torch.Tensor:
+        return t.path
 
 
 class AepoClip(Ppo):

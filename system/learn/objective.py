@@ -34,8 +34,8 @@ PARTIAL = {"engine_kl": "fresh"}
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The M tokens of one packed row that are trained on; every tensor is ``[M]``, float32 but for ``node``,
-    log-probabilities in nats.
+    """The M tokens of one packed row that are trained on; every tensor is ``[M]``, float32 but for ``node``
+    and ``path``, log-probabilities in nats.
     """
 
     logprob: torch.Tensor  # under the current policy, with gradient
@@ -46,6 +46,7 @@ class LossTokens:
     mult: torch.Tensor  # Σ w over the scored leaves below
     staleness: torch.Tensor  # versions between the sampling policy and the trained one
     node: torch.Tensor  # int64, 0 or more: tokens of one number are one turn of the agent, whole in this row
+    path: torch.Tensor  # int64, 0 or more: tokens of one number are one root-to-leaf path, if ``flat``
     proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
 
@@ -233,8 +234,12 @@ class Decoupled(Ppo):
             )
         self.tis_cap, self.tis_low, self.mask = tis_cap, tis_low, tis == "mask"
 
+    def proximal(self, t: LossTokens) -> torch.Tensor:
+        """[M] log-probability under π_prox."""
+        return t.logprob.detach() if t.proximal is None else t.proximal
+
     def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
-        proximal = t.logprob.detach() if t.proximal is None else t.proximal
+        proximal = self.proximal(t)
         gain, statistics = self.clipped(exp_ratio(t.logprob, proximal), t)
         full = exp_ratio(proximal, t.behaviour)
         weight = full.clamp(self.tis_low, self.tis_cap)
@@ -243,6 +248,21 @@ class Decoupled(Ppo):
         statistics.sums["tis_mean"] = (t.mult * weight).sum()
         statistics.sums["tis_capped"] = (t.mult * (full > self.tis_cap)).sum()
         return -(weight * gain).sum(), statistics
+
+
+class LogLinear(Decoupled):
+    """Decoupled PPO whose π_prox is not computed but put between π_θ and μ, in logarithms, by age: the
+    log-linear proximal policy of A-3PO, as AReaL has it.
+
+    log π_prox = log μ + α·(log π_θ - log μ), α = s/(s + 1), for a token sampled s versions before the one
+    that the batch began with: π_θ is on its way from that one to the next.
+    """
+
+    ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"  # no pass for the proximal policy
+
+    def proximal(self, t: LossTokens) -> torch.Tensor:
+        age = t.staleness.clamp(min=0)
+        return t.behaviour + age / (age + 1) * (t.logprob.detach() - t.behaviour)
 
 
 class NegativeLogLikelihood(Objective):

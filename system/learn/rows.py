@@ -56,6 +56,9 @@ class Row:
         def pick(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array[self.scored].astype(np.float32)).to(logprob.device)
 
+        def count(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array[self.scored].astype(np.int64)).to(logprob.device)
+
         batch = self.batch
         return LossTokens(
             logprob=logprob,
@@ -65,7 +68,9 @@ class Row:
             s_minus=pick(batch.s_minus),
             mult=pick(batch.mult),
             staleness=pick(version - batch.version),
-            node=torch.from_numpy(batch.node[self.scored].astype(np.int64)).to(logprob.device),
+            node=count(batch.node),
+            # A part of a tree begins with the token that nothing predicts; padding lies behind all of them.
+            path=count(np.cumsum(batch.predictor < 0) - 1),
             proximal=self.proximal,
             reference=reference,
         )

@@ -281,7 +281,8 @@ class Trainer:
         """
         zero = torch.zeros(1, device=self.layout.device)
         reference = zero if self.reference and not objective.supervised else None
-        token = LossTokens(zero, zero, zero, zero, zero, zero, zero, zero.long(), None, reference)
+        none = zero.long()
+        token = LossTokens(zero, zero, zero, zero, zero, zero, zero, none, none, None, reference)
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()

@@ -19,7 +19,7 @@ from system.tree.record import Float64, Int64, Kind, TreeError, leaf_sum, path
 from system.tree.stats import TreeStats
 
 Floats = NDArray[np.floating[Any]]
-Per = Literal["leaf", "node"]  # what an advantage belongs to
+Per = Literal["leaf", "node", "path"]  # what an advantage belongs to; see `where_read`
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,39 +49,52 @@ class BatchPlan:
         return sorted(set(mine))
 
 
+def where_read(tree: TreeStats, per: Per, counts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which advantages are read where the leaves ``counts`` [L] count: their own, [L]; those of the nodes
+    above them, [J]; or, for each of them, those of the nodes on its path, [L, J].
+    """
+    if per == "leaf":
+        return counts
+    if per == "node":
+        return leaf_sum(tree.parent, tree.leaf, counts) > 0
+    return tree.on_path & counts[:, None]
+
+
 def node_credit(
     tree: TreeStats, advantage: Floats, weight: Floats, *, per: Per, hard: bool = False
 ) -> Float64:
     """[J, 3] S+, S- and multiplicity of each node; 0 on nodes that are not MODEL.
 
-    ``advantage`` is [L] or, with ``per="node"``, [J]: then a node's own, times the weight of the leaves below
-    it.  ``weight`` [L] is normalised over the optimizer step; a leaf of weight 0 is excluded (its advantage
-    may be NaN).
+    ``advantage`` is [L]; with ``per="node"`` [J], a node's own, times the weight of the leaves below it; with
+    ``per="path"`` [L, J], a node's on the way to each leaf.  ``weight`` [L] is normalised over the optimizer
+    step; a leaf of weight 0 is excluded (its advantages may be NaN).
 
     ``hard`` (ARPO's hard attribution, arXiv 2507.19849 §3.2): a token shared by d weighted leaves counts
     once, with their mean advantage and mean weight.
     """
     a, w = np.asarray(advantage, np.float64), np.asarray(weight, np.float64)
-    if w.shape != (tree.leaves,) or a.shape != (tree.leaves if per == "leaf" else tree.nodes,):
-        raise TreeError(
-            f"{w.shape} weights and {a.shape} advantages per {per} for a tree with {tree.leaves} leaves and "
-            f"{tree.nodes} nodes"
-        )
+    if w.shape != (tree.leaves,):
+        raise TreeError(f"{w.shape} weights for a tree with {tree.leaves} leaves")
     if not np.all(w >= 0):
         raise ValueError(f"tree of prompt {tree.prompt_id!r}: a leaf weight is negative or NaN")
-    count, total = leaf_sum(tree.parent, tree.leaf, np.stack([w > 0, w], axis=1)).T
-    if hard:
-        total = total / np.maximum(count, 1)
-    a = np.where((w if per == "leaf" else count) > 0, a, 0.0)
+    read = where_read(tree, per, w > 0)
+    if a.shape != read.shape:
+        raise TreeError(f"advantages of shape {a.shape} per {per}, not {read.shape}")
+    a = np.where(read, a, 0.0)
     if not np.all(np.isfinite(a)):
         raise ValueError(f"tree of prompt {tree.prompt_id!r}: a weighted {per} has no finite advantage")
-    if per == "leaf" and not hard:
+    count, total = leaf_sum(tree.parent, tree.leaf, np.stack([w > 0, w], axis=1)).T
+    if hard or per == "node":
+        if per != "node":
+            summed = a.sum(0) if per == "path" else leaf_sum(tree.parent, tree.leaf, a)
+            a = summed / np.maximum(count, 1)
+        total = total / np.maximum(count, 1) if hard else total
+        credit = np.stack([total * np.maximum(a, 0), total * np.minimum(a, 0), total], axis=1)
+    elif per == "path":
+        credit = np.stack([w @ np.maximum(a, 0), w @ np.minimum(a, 0), total], axis=1)
+    else:
         signed = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0)], axis=1)
         credit = np.column_stack([leaf_sum(tree.parent, tree.leaf, signed), total])
-    else:
-        if per == "leaf":
-            a = leaf_sum(tree.parent, tree.leaf, a) / np.maximum(count, 1)
-        credit = np.stack([total * np.maximum(a, 0), total * np.minimum(a, 0), total], axis=1)
     credit[tree.kind != Kind.MODEL] = 0
     return credit
 
@@ -137,7 +150,8 @@ def flat_paths(
     for leaf in np.flatnonzero(np.asarray(weight) > 0).tolist():
         nodes = tree.path(leaf)
         w = np.where(tree.kind[nodes] == Kind.MODEL, float(weight[leaf]), 0.0)
-        a = np.broadcast_to(advantage[leaf] if per == "leaf" else advantage[nodes], nodes.shape)
+        own = advantage[nodes] if per == "node" else advantage[leaf]
+        a = own[nodes] if per == "path" else np.broadcast_to(own, nodes.shape)
         credit = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0), w], axis=1)
         if not drop_zero or np.any(credit[:, :2]):
             parts.append(Part(index, nodes, credit, int(tree.length[nodes].sum())))

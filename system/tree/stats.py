@@ -156,6 +156,11 @@ class TreeStats:
         with np.errstate(invalid="ignore"):
             return total / self.scored_below
 
+    @property
+    def on_path(self) -> NDArray[np.bool_]:
+        """[L, J] whether a node lies on the path to a leaf."""
+        return leaf_sum(self.parent, self.leaf, np.eye(self.leaves)).T > 0
+
     def path(self, leaf: int) -> Int64:
         """Nodes from the root to leaf number ``leaf``, in order."""
         return path(self.parent, int(self.leaf[leaf]))

@@ -1,7 +1,7 @@
-"""Credits and objectives by name: against numbers of the reference functions, and trees against flat paths.
+"""Credits and objectives by name, against numbers of the reference functions.
 
 ``algorithm_vectors.json`` holds inputs and what the authors' functions make of them (each record's "source"
-and "how").  Every name of the registries enters the tests of trees against flat paths by itself.
+and "how").
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from learner_reference import CHAIN, SHAPE, STAR, make_tree
 
 from system.config import LearnConfig, PartConfig
-from system.learn.aggregate import leaf_weights
-from system.learn.credit.base import Credit, assign
+from system.learn.credit.base import assign
 from system.learn.objective import LossTokens, make_objective, row_loss
-from system.plugins import AGGREGATES, CREDITS, OBJECTIVES, PluginError
+from system.plugins import CREDITS, PluginError
+from system.rollout.scoring import overlong
 from system.tree.builder import TreeBuilder
-from system.tree.plan import flat_paths, node_credit
-from system.tree.record import Kind, Origin, Outcome, Tree
+from system.tree.record import Kind, Origin, Outcome
 from system.tree.stats import TreeStats
 
 VECTORS = {
@@ -34,14 +30,14 @@ VECTORS = {
 }
 # What they are for is not there yet, or is tested elsewhere.
 LATER = {
-    "gspo", "m2po (authors)", "m2po (AReaL)", "log-linear proximal (A-3PO)",
+    "m2po (authors)", "m2po (AReaL)",
     "rejection: token-RS, MIS (seq_sum_k1), geo-RS (seq_mean_k1), K3-RS, max-K2",
-    "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage", "overlong shaping (DAPO soft)",
+    "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage",
     "aepo rollouts",
 }  # fmt: skip
 ELSEWHERE = {
     "reinforce++-baseline (token-whitened)", "reinforce++ (no group baseline)",  # test_credit.py
-    "tree identities",  # the tests of trees against flat paths, below
+    "tree identities",  # test_tree_is_its_paths.py
 }  # fmt: skip
 
 
@@ -178,6 +174,40 @@ def test_treepo_by_hand(weight: str) -> None:
     assert of("treepo", [tree], weight=weight)[0] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["mean_std", "mean"])
+def test_gigpo_by_hand(norm: str) -> None:
+    """Two branches from the prompt; the first forks after its tool's result into a short and a longer end."""
+    growth = TreeBuilder("p", "t", [1], budget=3)
+
+    def grow(above: int, kind: Kind) -> int:
+        node = growth.node(above, kind)
+        growth.extend(node, np.ones(2), *((-0.1, None, 0) if kind == Kind.MODEL else ()))
+        return node
+
+    first = grow(growth.prompt, Kind.MODEL)
+    result = grow(first, Kind.TOOL)
+    short = grow(result, Kind.MODEL)
+    long = grow(result, Kind.MODEL)
+    last = grow(grow(long, Kind.TOOL), Kind.MODEL)
+    other = grow(growth.prompt, Kind.MODEL)
+    for leaf, (node, reward) in enumerate([(short, 1.0), (last, 1.0), (other, 0.0)]):
+        assert growth.leaf(node, Outcome.STOPPED, Origin.ROOT) == leaf
+        growth.score(leaf, reward, reward > 0)
+    tree = TreeStats.of(growth.close(0.0))
+
+    def normal(*values: float) -> np.ndarray:
+        centred = np.array(values) - np.mean(values)
+        return centred / (np.std(values, ddof=1) + 1e-6) if norm == "mean_std" else centred
+
+    episode = normal(1, 1, 0)
+    at_prompt, at_result = normal(0.9, 0.81, 0.0), normal(1.0, 0.9)
+    (a,) = assign(CREDITS.make("gigpo", {"gamma": 0.9, "omega": 2.0, "norm": norm}), [tree])
+    assert a[[0, 1, 2], [first, first, other]] == pytest.approx(episode + 2 * at_prompt, abs=1e-5)
+    assert a[[0, 1], [short, long]] == pytest.approx(episode[:2] + 2 * at_result, abs=1e-5)
+    assert a[1, last] == pytest.approx(episode[1], abs=1e-6)  # nobody else was in that state
+    assert a[0, long] == 0
+
+
 def test_ucpo_gives_the_unlikely_of_the_correct_leaves_more_and_keeps_their_sum() -> None:
     surprise = [None, 0.1, 2.0, 0.5, 0.3]
     tree = grown([-1, 0, 0, 0, 0], [1, 4, 4, 4, 4], [1, 2, 3, 4], [1, 1, 0, 0], surprise=surprise)
@@ -197,6 +227,8 @@ def test_ucpo_gives_the_unlikely_of_the_correct_leaves_more_and_keeps_their_sum(
         ("ucpo", {"tau": 2}),
         ("at2po", {"advantage": "x"}),
         ("at2po", {"children": ""}),
+        ("gigpo", {"norm": "x"}),
+        ("gigpo", {"gamma": 0}),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(name: str, options: dict[str, Any]) -> None:
@@ -230,6 +262,7 @@ OBJECTIVE_RECORDS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("dppo-tv", "dppo-tv", {}, {}),
     ("topr (ROLL)", "topr", {}, {}),
     ("at2po turn-level ratio", "at2po", {}, {}),
+    ("gspo", "gspo", {}, {}),
     (
         "decoupled PPO + TIS",
         "decoupled",
@@ -259,6 +292,7 @@ def test_losses_and_gradients(record: str, name: str, options: dict[str, Any], l
         mult=w,
         staleness=torch.zeros_like(logprob),
         node=turns(mask)[mask],
+        path=torch.arange(len(mask))[:, None].expand(mask.shape)[mask],
         proximal=old,
     )
     loss, _ = row_loss(made(name, options, **learn), tokens)
@@ -293,11 +327,32 @@ def test_token_corrections(record: str, column: str, options: dict[str, Any], ca
         mult=ones,
         staleness=0 * ones,
         node=torch.zeros(len(ones), dtype=torch.int64),
+        path=torch.zeros(len(ones), dtype=torch.int64),
         proximal=logprob.detach(),
     )
     made("decoupled", options, tis_cap=cap).loss(tokens)[0].backward()
     assert logprob.grad is not None
     np.testing.assert_allclose(-logprob.grad, masked(expected[column], mask), atol=2e-6)
+
+
+def test_a_log_linear_proximal_policy() -> None:
+    """AReaL's version 7 is the one on its way: the batch began with 6."""
+    given, expected = numbers("log-linear proximal (A-3PO)")
+    version = np.array(given["token_version"][0])
+    sampled = version >= 0
+    mu, theta = (torch.tensor(given[name][0])[sampled] for name in ("logp_behaviour", "logp_theta"))
+    age = torch.tensor(given["current_version"] - 1 - version[sampled], dtype=torch.float32)
+    ones, zeros = torch.ones_like(mu), torch.zeros(len(mu), dtype=torch.int64)
+    tokens = LossTokens(theta, 0 * ones, mu, ones, 0 * ones, ones, age, zeros, zeros)
+    proximal = made("a3po").proximal(tokens)
+    np.testing.assert_allclose(proximal, np.array(expected["loglinear"])[sampled], atol=2e-6)
+
+
+def test_overlong_shaping() -> None:
+    given, expected = numbers("overlong shaping (DAPO soft)")
+    options = {name: VECTORS["overlong shaping (DAPO soft)"]["hyper"][name] for name in ("buffer", "penalty")}
+    shaped = [given["reward"] + overlong(n, limit=200, **options) for n in given["lengths"]]
+    assert shaped == pytest.approx(expected)
 
 
 def test_a_correction_that_cannot_be_is_refused() -> None:
@@ -321,90 +376,3 @@ def test_every_record_is_used_or_said_to_come_later() -> None:
         pytest.skip("the tests that use the records did not run")
     assert set(VECTORS) == USED | LATER | ELSEWHERE
     assert not USED & LATER
-
-
-# Trees against flat paths -----------------------------------------------------------------------------------
-
-
-def random_trees(seed: int) -> list[Tree]:
-    rng = np.random.default_rng(seed)
-    trees = [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate((SHAPE, STAR, CHAIN, SHAPE))]
-    for tree in trees:
-        tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
-        tree.reward[rng.random(tree.n_leaves) < 0.1] = np.nan
-    return trees
-
-
-def rows(
-    trees: Sequence[Tree], stats: Sequence[TreeStats], credit: Credit, aggregate: str, *, flat: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[M] tokens in the loss, numbered through all trees, [M] their nodes, [3, M] S⁺, S⁻, multiplicity."""
-    weights = leaf_weights(AGGREGATES.make(aggregate, {}, length_cap=64), stats, hard=credit.hard)
-    where: list[np.ndarray] = []
-    held: list[np.ndarray] = []
-    first = 0
-    for tree, one, a, w in zip(trees, stats, assign(credit, stats), weights, strict=True):
-        if flat:
-            parts = [(part.nodes, part.credit) for part in flat_paths(0, one, a, w, credit.per)]
-        else:
-            parts = [(np.arange(one.nodes), node_credit(one, a, w, per=credit.per, hard=credit.hard))]
-        for nodes, sums in parts:
-            for node, three in zip(nodes.tolist(), sums, strict=True):
-                if three[2] > 0:
-                    where.append(first + np.arange(tree.start[node], tree.end[node]))
-                    held.append(np.tile(three, (where[-1].size, 1)))
-        first += tree.n_tokens
-    node = np.repeat(np.arange(len(where)), [at.size for at in where])
-    return torch.tensor(np.concatenate(where)), torch.tensor(node), torch.tensor(np.concatenate(held)).T
-
-
-@pytest.mark.parametrize("name", [name for name in CREDITS.names if not CREDITS.make(name, {}).hard])
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 2**16), aggregate=st.sampled_from(AGGREGATES.names))
-def test_a_tree_is_its_flat_paths(name: str, seed: int, aggregate: str) -> None:
-    """Loss and gradient of each shared token, for every credit with every objective, in float64."""
-    trees = random_trees(seed)
-    stats = [TreeStats.of(tree) for tree in trees]
-    whole, paths = (
-        rows(trees, stats, CREDITS.make(name, {}), aggregate, flat=flat) for flat in (False, True)
-    )
-    assert len(whole[0]) < len(paths[0]), "tokens are shared"
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(tree.n_tokens for tree in trees)
-    logprob = -torch.rand(total, generator=generator, dtype=torch.float64) * 4
-    moved = torch.randn(total, generator=generator, dtype=torch.float64)
-    for objective in OBJECTIVES.names:
-        (loss, gradient), (flat_loss, flat_gradient) = (
-            loss_of(objective, logprob, moved, *tokens) for tokens in (whole, paths)
-        )
-        assert loss == pytest.approx(flat_loss, abs=1e-12)
-        torch.testing.assert_close(gradient, flat_gradient, rtol=1e-9, atol=1e-12)
-
-
-def loss_of(
-    objective: str,
-    logprob: torch.Tensor,
-    moved: torch.Tensor,
-    at: torch.Tensor,
-    node: torch.Tensor,
-    sums: torch.Tensor,
-) -> tuple[float, torch.Tensor]:
-    """The loss of the tokens at ``at``, and its gradient by every token's log-probability."""
-    variable = logprob.clone().requires_grad_()
-    here, step = variable[at], moved[at]
-    plus, minus, mult = sums
-    tokens = LossTokens(
-        logprob=here,
-        entropy=torch.zeros_like(mult),
-        behaviour=here.detach() + 0.7 * step,
-        s_plus=plus,
-        s_minus=minus,
-        mult=mult,
-        staleness=torch.zeros_like(mult),
-        node=node,
-        proximal=here.detach() + 0.3 * step,
-    )
-    loss, _ = made(objective).loss(tokens)
-    loss.backward()
-    assert variable.grad is not None
-    return float(loss), variable.grad

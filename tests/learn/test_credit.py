@@ -38,7 +38,9 @@ def _of(name: str, *groups: Sequence[float]) -> list[list[float]]:
     """[L] of each group; in these trees a node's own advantage is that of the leaf it ends at."""
     batch, credit = [group(g) for g in groups if len(g)], CREDITS.make(name, {})
     given = zip(assign(credit, batch), batch, strict=True)
-    return [(a if credit.per == "leaf" else a[tree.leaf]).tolist() for a, tree in given]
+    own = {"leaf": lambda a, tree: a, "node": lambda a, tree: a[tree.leaf]}
+    own["path"] = lambda a, tree: a[np.arange(tree.leaves), tree.leaf]
+    return [own[credit.per](a, tree).tolist() for a, tree in given]
 
 
 def test_grpo_divides_by_the_unbiased_standard_deviation() -> None:

@@ -39,6 +39,7 @@ def tokens(n: int = 64, **changes: Any) -> LossTokens:
         "mult": normal().abs() / n,
         "staleness": torch.zeros(n),
         "node": torch.arange(n) // 5,
+        "path": torch.arange(n) // 10,
     }
     return LossTokens(**(fields | changes))
 

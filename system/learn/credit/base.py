@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.plugins import PluginError, blaming
-from system.tree.plan import Floats, Per
+from system.tree.plan import Floats, Per, where_read
 from system.tree.stats import TreeStats
 
 
@@ -20,8 +20,9 @@ class Credit(ABC):
     Its constructor's parameters are its options (``learn.credit.options``).  Every learner rank computes the
     same credit of the same whole batch, so it must be deterministic.
 
-    ``per``: "leaf" for advantages [L], the same on the whole path to a leaf, or "node" for [J], one for each
-    MODEL node alone, weighed by the leaves below it (other nodes' are not read).  ``hard``: a token shared by
+    ``per``: "leaf" for advantages [L], the same on the whole path to a leaf; "node" for [J], one for each
+    MODEL node alone, weighed by the leaves below it (other nodes' are not read); "path" for [L, J], one for
+    each MODEL node on the way to each leaf.  ``hard``: a token shared by
     several leaves counts once, with the mean of their advantages and weights (:mod:`system.tree.plan`).
     """
 
@@ -30,7 +31,7 @@ class Credit(ABC):
 
     @abstractmethod
     def advantages(self, batch: Sequence[TreeStats]) -> Sequence[Floats]:
-        """One array per tree, [L] or [J] as ``per`` says.
+        """One array per tree, [L], [J] or [L, J] as ``per`` says.
 
         Leaves that were not scored (``tree.scored``) weigh nothing: what is returned for them, and for nodes
         that lead to no other, is not read and may be NaN.
@@ -62,7 +63,7 @@ def assign(credit: Credit, batch: Sequence[TreeStats]) -> list[NDArray[np.float3
         raise PluginError(f"credit {name}: {len(given)} arrays of advantages for {len(batch)} trees")
     result: list[NDArray[np.float32]] = []
     for tree, values in zip(batch, given, strict=True):
-        counts = tree.scored if credit.per == "leaf" else tree.scored_below > 0
+        counts = where_read(tree, credit.per, tree.scored)
         where = f"credit {name}, tree of prompt {tree.prompt_id!r}"
         if values.shape != counts.shape:
             raise PluginError(

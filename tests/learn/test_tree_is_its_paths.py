@@ -1,0 +1,134 @@
+"""A tree is its flattened paths, for every credit with every objective: a new name enters by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from learner_reference import CHAIN, SHAPE, STAR, make_tree
+
+from system.config import LearnConfig, PartConfig
+from system.learn.aggregate import leaf_weights
+from system.learn.credit.base import Credit, assign
+from system.learn.objective import LossTokens, Objective, make_objective
+from system.learn.rows import Row
+from system.plugins import AGGREGATES, CREDITS, OBJECTIVES
+from system.tree.pack import pack
+from system.tree.plan import flat_paths, node_credit
+from system.tree.record import Kind, Tree
+from system.tree.stats import TreeStats
+
+
+def made(name: str) -> Objective:
+    return make_objective(LearnConfig(objective=PartConfig(name)))
+
+
+def random_trees(seed: int) -> list[Tree]:
+    rng = np.random.default_rng(seed)
+    trees = [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate((SHAPE, STAR, CHAIN, SHAPE))]
+    for tree in trees:
+        tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
+        tree.reward[rng.random(tree.n_leaves) < 0.1] = np.nan
+    return trees
+
+
+def rows(
+    trees: Sequence[Tree], stats: Sequence[TreeStats], credit: Credit, aggregate: str, *, flat: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[M] tokens in the loss, numbered through all trees, [M] their nodes, [3, M] S⁺, S⁻, multiplicity."""
+    weights = leaf_weights(AGGREGATES.make(aggregate, {}, length_cap=64), stats, hard=credit.hard)
+    where: list[np.ndarray] = []
+    held: list[np.ndarray] = []
+    first = 0
+    for tree, one, a, w in zip(trees, stats, assign(credit, stats), weights, strict=True):
+        if flat:
+            parts = [(part.nodes, part.credit) for part in flat_paths(0, one, a, w, credit.per)]
+        else:
+            parts = [(np.arange(one.nodes), node_credit(one, a, w, per=credit.per, hard=credit.hard))]
+        for nodes, sums in parts:
+            for node, three in zip(nodes.tolist(), sums, strict=True):
+                if three[2] > 0:
+                    where.append(first + np.arange(tree.start[node], tree.end[node]))
+                    held.append(np.tile(three, (where[-1].size, 1)))
+        first += tree.n_tokens
+    node = np.repeat(np.arange(len(where)), [at.size for at in where])
+    return torch.tensor(np.concatenate(where)), torch.tensor(node), torch.tensor(np.concatenate(held)).T
+
+
+@pytest.mark.parametrize("name", [name for name in CREDITS.names if not CREDITS.make(name, {}).hard])
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**16), aggregate=st.sampled_from(AGGREGATES.names))
+def test_a_tree_is_its_flat_paths(name: str, seed: int, aggregate: str) -> None:
+    """Loss and gradient of each shared token, for every credit with every objective, in float64."""
+    trees = random_trees(seed)
+    stats = [TreeStats.of(tree) for tree in trees]
+    whole, paths = (
+        rows(trees, stats, CREDITS.make(name, {}), aggregate, flat=flat) for flat in (False, True)
+    )
+    assert len(whole[0]) < len(paths[0]), "tokens are shared"
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(tree.n_tokens for tree in trees)
+    logprob = -torch.rand(total, generator=generator, dtype=torch.float64) * 4
+    moved = torch.randn(total, generator=generator, dtype=torch.float64)
+    for objective in OBJECTIVES.names:
+        if made(objective).flat:
+            continue  # trains the paths themselves
+        (loss, gradient), (flat_loss, flat_gradient) = (
+            loss_of(objective, logprob, moved, *tokens) for tokens in (whole, paths)
+        )
+        assert loss == pytest.approx(flat_loss, abs=1e-12)
+        torch.testing.assert_close(gradient, flat_gradient, rtol=1e-9, atol=1e-12)
+
+
+def loss_of(
+    objective: str,
+    logprob: torch.Tensor,
+    moved: torch.Tensor,
+    at: torch.Tensor,
+    node: torch.Tensor,
+    sums: torch.Tensor,
+) -> tuple[float, torch.Tensor]:
+    """The loss of the tokens at ``at``, and its gradient by every token's log-probability."""
+    variable = logprob.clone().requires_grad_()
+    here, step = variable[at], moved[at]
+    plus, minus, mult = sums
+    tokens = LossTokens(
+        logprob=here,
+        entropy=torch.zeros_like(mult),
+        behaviour=here.detach() + 0.7 * step,
+        s_plus=plus,
+        s_minus=minus,
+        mult=mult,
+        staleness=torch.zeros_like(mult),
+        node=node,
+        path=torch.zeros_like(node),
+        proximal=here.detach() + 0.3 * step,
+    )
+    loss, _ = made(objective).loss(tokens)
+    loss.backward()
+    assert variable.grad is not None
+    return float(loss), variable.grad
+
+
+def test_the_tokens_of_a_flattened_path_have_one_number() -> None:
+    """Also behind a path of one turn, and before padding."""
+    rng = np.random.default_rng(0)
+    trees = [make_tree(shape, rng) for shape in (SHAPE, CHAIN)]
+    stats = [TreeStats.of(tree) for tree in trees]
+    parts = [
+        part
+        for i, one in enumerate(stats)
+        for part in flat_paths(i, one, np.ones(one.leaves), np.ones(one.leaves), "leaf")
+    ]
+    batch = pack(parts, dict(enumerate(trees)), pad_to=64)
+    row = Row(batch, torch.device("cpu"), trained=True)
+    zero = torch.zeros(len(row.scored))
+    path = row.loss_tokens(zero, zero, 0, None).path
+    sizes = [int(one.length[part.nodes][one.kind[part.nodes] == Kind.MODEL].sum()) for part in parts
+             for one in [stats[part.tree]]]  # fmt: skip
+    assert path.bincount().tolist() == sizes
+    assert (path.diff() >= 0).all()
