@@ -297,6 +297,7 @@ POLICIES = Registry(
         "arpo-paper": "system.rollout.branching:ArpoPaper",
         "arpo-release": "system.rollout.branching:ArpoRelease",
         "arpo-calibrated": "system.rollout.branching:ArpoCalibrated",
+        "aepo": "system.rollout.branching:Aepo",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },

@@ -28,7 +28,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "g2rpo": ("branching=none", "learn.credit=g2rpo", *_PPO, _TOKENS),
     "ema-grpo": ("branching=none", "learn.credit=ema-grpo", *_PPO, _TOKENS),
     "arpo": ("branching=arpo", "learn.credit=arpo-soft", *_PPO, _TOKENS),
-    "aepo": ("branching=arpo", "learn.credit=arpo-soft", *_PPO, "learn.objective=aepo", _TOKENS),
+    "aepo": ("branching=aepo", "learn.credit=arpo-soft", *_PPO, "learn.objective=aepo", _TOKENS),
     "at2po": ("branching=arpo", "learn.credit=at2po", "learn.objective=at2po", _SEQUENCES),
     "tree-grpo": ("branching=random", "learn.credit=tree-grpo", *_PPO, _TOKENS),
     "treepo": (

@@ -38,6 +38,7 @@ class Branch:
     spent_s: float = 0.0  # of its deadline, before the run was resumed
     answer: int | None = None  # the TOOL node that the policy has not decided upon
     forked: int = 0
+    streak: int = 0  # :attr:`TreeState.streak`
 
     @property
     def undecided(self) -> bool:

@@ -49,6 +49,7 @@ class TreeState:
     forks: int  # forks so far
     calls: int  # tool calls on this branch's path
     call_limit: int
+    streak: int = 0  # tool results in a row, the last ones on this branch's path, at which the tree forked
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,29 @@ class ArpoCalibrated(Arpo):
         if len(self._seen) > self.window:
             self._seen.popleft()
         probability = _clip(self.alpha + self.beta * (2 * rank - 1))
+        draw = float(rng.random())
+        return Decision(int(draw < probability), probability, draw, delta_h)
+
+
+@dataclass(frozen=True)
+class Aepo(Policy):
+    """P(fork) = clip(1 - (1 - α)/(1 - penalty·l) + β·ΔH, 0, 1), l forks at the last results in a row: AEPO's
+    penalty on branching that goes on and on (arXiv 2510.14545 §3.2).
+
+    ΔH is :class:`Arpo`'s.  The released code, which grows a prompt in rounds, counts the rounds in a row in
+    which it got a new branch; without rounds it is the tool results in a row on one path at which the tree
+    forked.  Its number of roots from a probe, which both released recipes switch off, is not there.
+    """
+
+    alpha: float
+    beta: float
+    penalty: float = 0.05
+    name: ClassVar[str] = "aepo"
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        delta_h = self.known(probe.delta_h)
+        left = 1 - self.penalty * state.streak
+        probability = _clip(1 - (1 - self.alpha) / left + self.beta * delta_h) if left > 0 else 0.0
         draw = float(rng.random())
         return Decision(int(draw < probability), probability, draw, delta_h)
 

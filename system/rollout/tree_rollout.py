@@ -163,7 +163,7 @@ class TreeRollout:
         key = (*parent.key, parent.forked)
         parent.forked += 1
         child = Branch(key, Origin.FORK, node, *self._streams(key))
-        child.request = parent.request
+        child.request, child.streak = parent.request, parent.streak
         child.calls, child.tools, child.segments = parent.calls, parent.tools, parent.segments
         if self.policy.inherits:
             child.baseline, child.has_baseline = parent.baseline, parent.has_baseline
@@ -370,12 +370,13 @@ class TreeRollout:
             forks=self.started[Origin.FORK],
             calls=branch.calls,
             call_limit=self.call_limit,
+            streak=branch.streak,
         )
         probe = Probe(branch.entropy, branch.baseline)
         decision = decided(self.policy, self.policy.decide(probe, state, branch.rng))
         forks = min(decision.forks, self._remaining)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
-        branch.answer = None
+        branch.answer, branch.streak = None, branch.streak + 1 if forks else 0
         for _ in range(forks):
             self._start_fork(branch, node)
         self._top_up()

@@ -33,10 +33,10 @@ LATER = {
     "m2po (authors)", "m2po (AReaL)",
     "rejection: token-RS, MIS (seq_sum_k1), geo-RS (seq_mean_k1), K3-RS, max-K2",
     "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage",
-    "aepo rollouts",
 }  # fmt: skip
 ELSEWHERE = {
     "reinforce++-baseline (token-whitened)", "reinforce++ (no group baseline)",  # test_credit.py
+    "aepo rollouts",  # tests/rollout/test_branching.py
     "tree identities",  # test_tree_is_its_paths.py
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_release_sums_instead_of_averaging() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["arpo", "arpo-paper", "arpo-release", "arpo-calibrated"])
+@pytest.mark.parametrize("name", ["arpo", "arpo-paper", "arpo-release", "arpo-calibrated", "aepo"])
 def test_policies_that_need_entropy_say_so(name: str) -> None:
     policy = make_policy(BranchingConfig(name=name))
     unknown = policy.measure(np.full(4, np.nan, np.float32), 1.0)
@@ -120,6 +121,23 @@ def test_every_configured_name_makes_its_policy() -> None:
 def test_a_decision_that_is_none_is_refused_by_name(given: Any) -> None:
     with pytest.raises(PluginError, match=r"branching=Never: decide\(\) returned .*: no number of forks"):
         decided(Never(0), given)
+
+
+@pytest.mark.parametrize(
+    ("delta_h", "expected"),
+    [
+        (0.0, [0.5, 0.473684, 0.444444, 0.333333, 0.0]),
+        (1.0, [0.7, 0.673684, 0.644444, 0.533333, 0.2]),
+        (-1.0, [0.3, 0.273684, 0.244444, 0.133333, 0.0]),
+    ],
+)
+def test_aepo_forks_less_the_more_results_in_a_row_forked(delta_h: float, expected: list[float]) -> None:
+    """Numbers of the released code's formula ("aepo rollouts" in tests/learn/algorithm_vectors.json)."""
+    policy = make_policy(BranchingConfig(name="aepo"))
+    streaks = [0, 1, 2, 5, 10, 20]
+    states = [replace(STATE, streak=streak) for streak in streaks]
+    given = [policy.decide(Probe(delta_h, 0.0), state, np.random.default_rng(0)) for state in states]
+    assert [one.probability for one in given] == pytest.approx([*expected, 0.0], abs=1e-6)
 
 
 def calibrated(seen: Sequence[float], **options: Any) -> Policy:

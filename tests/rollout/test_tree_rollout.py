@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
-from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, EntropyUnknown, Never, Random
+from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, Decision, EntropyUnknown, Never, Random
 from system.rollout.failure import RolloutFailed
 from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
@@ -198,6 +199,24 @@ class ForkAlways(Arpo):
     def decide(self, probe: Any, state: Any, rng: Any) -> Any:
         decision = super().decide(probe, state, rng)
         return type(decision)(1, 1.0, decision.draw, decision.delta_h)
+
+
+class ForkButAtTheThird(Arpo):
+    """``seen``: (calls, streak) of each decision."""
+
+    seen: ClassVar[list[tuple[int, int]]] = []
+
+    def decide(self, probe: Any, state: Any, rng: Any) -> Any:
+        self.seen.append((state.calls, state.streak))
+        return Decision(int(state.calls != 3), 1.0, math.nan, 0.0)
+
+
+def test_the_policy_is_told_of_forks_in_a_row_on_the_path() -> None:
+    """Forks at the first two results and at the fourth; a fork has its parent's."""
+    world = make_world(always_calls, policy=ForkButAtTheThird(4, 0.5, 0.2), leaves=8, roots=1, call_limit=4)
+    grow(world)
+    told = Counter(ForkButAtTheThird.seen)
+    assert told == {(1, 0): 1, (2, 1): 2, (3, 2): 4, (4, 0): 4}
 
 
 def test_release_decides_by_the_segment_before_the_result() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world, ok
 
-from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, Never, Policy, Random
+from system.rollout.branching import Aepo, Arpo, ArpoPaper, ArpoRelease, Never, Policy, Random
 from system.rollout.failure import RolloutFailed
 from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
@@ -22,6 +22,7 @@ POLICIES: list[Policy] = [
     Arpo(4, 0.5, 0.9),
     ArpoPaper(3, 0.5, 0.2, 0.5),
     ArpoRelease(0.5, 0.2),
+    Aepo(3, 0.6, 0.2),
     Random(2, 0.8),
     Never(4),
 ]
