@@ -38,7 +38,7 @@ from system.bench.shard import (
 )
 from system.config import Config, ConfigError
 from system.doctor.facts import version_of
-from system.learn.attention import TreeMask, attend, flash_refusal
+from system.learn.attention import TreeMask, attend, choose_kernels
 from system.learn.logprob import vocab_parallel_logprob_entropy
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB
@@ -127,7 +127,7 @@ def attention(scale: Scale, device: torch.device) -> dict[str, Any]:
     for name, exit in masks.items():
         q, k, v = random_heads(scale, device)
         mask = TreeMask(exit.to(device))
-        for kernels in _kernels_here(scale, device):
+        for kernels in _kernels_here(scale):
             work = partial(attend, q, k, v, mask, scaling, kernels)
             rows[f"{name}, {kernels}"] = _attention_figures(work, (q, k, v), exit, scale, device)
     q, k, v = random_heads(scale, device)
@@ -137,12 +137,9 @@ def attention(scale: Scale, device: torch.device) -> dict[str, Any]:
     return {"masks": rows}
 
 
-def _kernels_here(scale: Scale, device: torch.device) -> list[str]:
+def _kernels_here(scale: Scale) -> list[str]:
     """The values of ``learn.attention`` that differ here."""
-    if device.type != "cuda":
-        return ["auto"]
-    refusal = flash_refusal(torch.cuda.get_device_capability(device), torch.bfloat16, scale.head_dim)
-    return ["flex"] if refusal else ["flex", "flash"]
+    return sorted({"flex", choose_kernels("auto", torch.bfloat16, scale.head_dim)})
 
 
 def _attention_figures(

@@ -119,7 +119,7 @@ def _open(exit: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @cache
 def flash_refusal(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why FlashAttention 4 does not serve here; None where it does.
+    """Why FlashAttention 4 does not serve; None where it does.
 
     ``capability``: the GPU's.  The bounds are what was run, on an H100, not all that the package promises.
     """
@@ -134,19 +134,29 @@ def flash_refusal(capability: tuple[int, int], dtype: torch.dtype, head_dim: int
     return None
 
 
+def choose_kernels(wish: str, dtype: torch.dtype, head_dim: int) -> str:
+    """What ``learn.attention`` stands for in this process: "flash", or "flex" (and, without a GPU, our own).
+
+    Raises ``ConfigError`` for a wish that cannot be met.
+    """
+    if wish == "flex" or (wish == "auto" and not torch.cuda.is_available()):
+        return "flex"
+    if not torch.cuda.is_available():
+        raise ConfigError("learn.attention=flash needs an NVIDIA GPU; learn.attention=auto takes what serves")
+    refusal = flash_refusal(torch.cuda.get_device_capability(), dtype, head_dim)
+    if wish == "flash" and refusal:
+        raise ConfigError(f"learn.attention=flash: {refusal}; learn.attention=auto takes what serves")
+    return "flex" if refusal else "flash"
+
+
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float, kernels: str = "auto"
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float, kernels: str = "flex"
 ) -> torch.Tensor:
     """Softmax attention ``[1, heads, N, d]`` under a tree mask; k and v may have fewer heads (grouped
-    queries).  On GPU, BLOCK divides N, and ``kernels`` says which compute it (``learn.attention``).
-
-    Raises ``ConfigError`` for kernels that do not serve here.
+    queries).  On GPU, BLOCK divides N, and ``kernels`` ("flex" or "flash") compute it.
     """
     if q.is_cuda:
-        refusal = flash_refusal(torch.cuda.get_device_capability(q.device), q.dtype, q.size(3))
-        if kernels == "flash" and refusal:
-            raise ConfigError(f"learn.attention=flash: {refusal}; learn.attention=auto takes what serves")
-        if kernels != "flex" and not refusal:
+        if kernels == "flash":
             from system.learn import flash
 
             lists = [mask.block_lists[name] for name in BLOCK_LISTS]
@@ -228,7 +238,7 @@ class TreeAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        kernels: str = "auto",
+        kernels: str = "flex",
         **_: Any,
     ) -> None:
         super().__init__()

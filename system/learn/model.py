@@ -24,7 +24,7 @@ from torch import nn
 
 from system.config import ConfigError, LearnConfig
 from system.learn import cpu
-from system.learn.attention import TreeAttention, TreeMask
+from system.learn.attention import TreeAttention, TreeMask, choose_kernels
 from system.models.shape import ModelShape
 
 
@@ -170,8 +170,9 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPTModel:
     """A randomly initialised model shard on this rank's device; parallel state must be initialised.
 
-    ``kernels``: ``learn.attention``.
+    ``kernels``: ``learn.attention``.  Raises ``ConfigError`` where they cannot be had.
     """
+    kernels = choose_kernels(kernels, config.params_dtype, shape.head_dim)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts: Any = layer.submodules
     attention = parts.self_attention.submodules

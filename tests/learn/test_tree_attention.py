@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from learner_reference import CHAIN, SHAPE, STAR, make_tree, pack_whole
 from torch.nn.attention.flex_attention import BlockMask
 
+from system.config import ConfigError
 from system.learn import attention
-from system.learn.attention import TreeMask, attend, flash_refusal, flex_attend, in_blocks
+from system.learn.attention import TreeMask, attend, choose_kernels, flash_refusal, flex_attend, in_blocks
 from system.tree.pack import PackedBatch
 
 
@@ -144,6 +145,13 @@ def test_where_flash_attention_does_not_serve(
     refusal = flash_refusal(capability, dtype, head_dim)
     assert refusal is not None
     assert reason in refusal
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_kernels_without_a_gpu() -> None:
+    assert choose_kernels("auto", torch.bfloat16, 128) == choose_kernels("flex", torch.float32, 16) == "flex"
+    with pytest.raises(ConfigError, match="flash needs an NVIDIA GPU"):
+        choose_kernels("flash", torch.bfloat16, 128)
 
 
 @pytest.mark.gpu

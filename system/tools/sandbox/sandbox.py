@@ -203,14 +203,13 @@ class Sandbox:
         beginning = line.beginning
         try:
             await asyncio.shield(beginning)
-        except SandboxUnavailable:
-            if line.beginning is beginning:
-                line.beginning = None  # the next call may find the cause mended
-            raise
         except asyncio.CancelledError:
             if not beginning.cancelled():
                 raise
             raise SandboxUnavailable("the sandbox has been closed") from None
+        finally:
+            if beginning.done() and not line.proved and line.beginning is beginning:
+                line.beginning = None  # the next call may find the cause mended
 
     async def _begin(self, line: _Line) -> None:
         """Start the first server of a line and try to escape from it: what it imports is part of it."""
