@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -24,7 +24,33 @@ from system.observe.rundir import RunDir
 from system.tasks.base import Task
 
 CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
+Value = TypeVar("Value")
 TREES_PER_WORKER = 4096  # calls that it takes at once; admission and evaluation bound them long before
+
+
+class Arrivals:
+    """Tells what a start still waits for."""
+
+    def __init__(self, tell: Callable[[str], object] = lambda _: None) -> None:
+        self._tell = tell
+        self._awaited: list[str] = []
+
+    async def of(self, what: str, waiting: Awaitable[Value]) -> Value:
+        self._awaited.append(what)
+        self._say()
+        try:
+            return await waiting
+        finally:
+            self._awaited.remove(what)
+            self._say()
+
+    async def all(self, waiting: Mapping[str, Awaitable[Any]]) -> None:
+        """Raises what the first of them to fail raised."""
+        await asyncio.gather(*(self.of(what, one) for what, one in waiting.items()))
+
+    def _say(self) -> None:
+        if self._awaited:
+            self._tell(f"waiting for {', '.join(self._awaited)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +66,22 @@ class RolloutPool:
 
     @classmethod
     async def start(
-        cls, config: Config, model_path: str, corpus: Path | None, places: Placement, logs: Path
+        cls,
+        config: Config,
+        model_path: str,
+        corpus: Path | None,
+        places: Placement,
+        logs: Path,
+        arrivals: Arrivals | None = None,
     ) -> RolloutPool:
         """Start every actor at once and wait until each has said that it works.
 
-        ``logs``: directory for what servers of other projects say.
+        ``logs``: directory for what servers of other projects say.  ``arrivals``: hears of each.
 
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
         settings, deadline_s = to_dict(config), config.cluster.start_deadline_s
+        arrivals = arrivals or Arrivals()
         engines, servers, waiting = await _engines(config, model_path, places, logs)
         tools = {}
         names = {f"tool-{tool}": tool for tool in served_tools(config)}
@@ -57,7 +90,7 @@ class RolloutPool:
             tools[tool] = f"http://{host}:{port}"
             arguments = (tool, settings, str(corpus or ""), host, port)
             servers[name] = spawn(ToolActor, name, *arguments, options=options)
-            waiting.append(answer(servers[name].ready.remote(), deadline_s, f"tool {tool}"))
+            waiting[f"tool {tool}"] = answer(servers[name].ready.remote(), deadline_s, f"tool {tool}")
         arguments = (settings, model_path, [*engines.values()], tools)
         workers = {
             name: spawn(
@@ -65,9 +98,9 @@ class RolloutPool:
             )
             for name in (f"rollout-{number}" for number in range(config.rollout.workers))
         }
-        await asyncio.gather(*waiting)
-        calls = (worker.check_tools.remote() for worker in workers.values())
-        await asyncio.gather(*(answer(call, deadline_s, "rollout worker") for call in calls))
+        await arrivals.all(waiting)
+        calls = {name: worker.check_tools.remote() for name, worker in workers.items()}
+        await arrivals.all({name: answer(call, deadline_s, name) for name, call in calls.items()})
         return cls(workers, engines, servers)
 
     def lose(self, actors: Sequence[str]) -> bool:
@@ -92,25 +125,25 @@ class RolloutPool:
 
 async def _engines(
     config: Config, model_path: str, places: Placement, logs: Path
-) -> tuple[dict[str, str], dict[str, Any], list[Coroutine[Any, Any, Any]]]:
-    """The engines' URLs, the actors started for them, and what to wait for.
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Coroutine[Any, Any, Any]]]:
+    """The engines' URLs, the actors started for them, and what to wait for by name.
 
     Servers that run already (``engine.urls``) get no actor: nobody here starts, restarts or stops them.
     """
     engine = config.engine
     if engine.urls:
         ready = attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)
-        return {f"engine-{number}": url for number, url in enumerate(engine.urls)}, {}, [ready]
+        return {f"engine-{number}": url for number, url in enumerate(engine.urls)}, {}, {"engines": ready}
     # Of the server, and of the actor's own process.
     deadline = engine.start_deadline_s + config.cluster.start_deadline_s
     names = [f"engine-{number}" for number in range(engine.replicas)]
-    urls, hosts, waiting = {}, {}, []
+    urls, hosts, waiting = {}, {}, {}
     for number, (name, port) in enumerate(zip(names, await places.ports(names), strict=True)):
         host, options = places[name].host, places[name].options
         urls[name] = f"http://{host}:{port}"
         arguments = (to_dict(config), model_path, host, port, number, str(logs / f"sglang-{number}.log"))
         hosts[name] = spawn(EngineActor, name, *arguments, options=options)
-        waiting.append(answer(hosts[name].ready.remote(), deadline, name))
+        waiting[name] = answer(hosts[name].ready.remote(), deadline, name)
     return urls, hosts, waiting
 
 
@@ -124,18 +157,25 @@ class RunActors:
 
     @classmethod
     async def start(
-        cls, config: Config, task: Task, model: Path, places: Placement, run_dir: RunDir
+        cls,
+        config: Config,
+        task: Task,
+        model: Path,
+        places: Placement,
+        run_dir: RunDir,
+        tell: Callable[[str], object],
     ) -> RunActors:
         """Every actor of a run, at the weights in ``model``; a new model is made while the learner's
-        processes load Megatron.
+        processes load Megatron.  ``tell``: hears what is waited for.
         """
+        arrivals = Arrivals(tell)
         corpus = corpus_file(config, task, run_dir.root)
         learner = LearnerGroup(learner_world(config), places, config.cluster)
-        await asyncio.to_thread(make_model, model, config, task)
+        await arrivals.of("a new model", asyncio.to_thread(make_model, model, config, task))
         async with asyncio.TaskGroup() as starting:
-            starting.create_task(learner.start(to_dict(config), str(model)))
+            starting.create_task(arrivals.of("learner", learner.start(to_dict(config), str(model))))
             growing = starting.create_task(
-                RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve())
+                RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve(), arrivals)
             )
         return cls(growing.result(), learner, places)
 

@@ -102,7 +102,10 @@ async def _train(
     config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, places: Placement
 ) -> int:
     """The actors of a run, from their start to their end."""
-    actors = await RunActors.start(config, task, _model(config, run_dir), places, run_dir)
+    model = _model(config, run_dir)
+    actors = await RunActors.start(
+        config, task, model, places, run_dir, lambda awaited: progress.advance(0, awaited)
+    )
     beats = Heartbeats(
         actors.watched, config.cluster.silent_s, config.cluster.start_deadline_s, progress.note
     )

@@ -10,7 +10,7 @@ import pytest
 
 from actors import rollout_pool as module
 from actors.placement import Place, Placement
-from actors.rollout_pool import RolloutPool
+from actors.rollout_pool import Arrivals, RolloutPool
 from system.cluster.placement import Node, Seat
 from system.config import load
 
@@ -37,7 +37,10 @@ async def test_workers_engines_and_tools_find_each_other(started: dict[str, tupl
     config = load(None, ["tools.names=[python]", "engine.replicas=2", "rollout.workers=2"])
     seats = [Seat(name, 0) for name in NAMES]
     places = Placement([Node("127.0.0.1")], seats, {name: Place("127.0.0.1") for name in NAMES}, False)
-    pool = await RolloutPool.start(config, "model", None, places, Path("logs"))
+    told: list[str] = []
+    pool = await RolloutPool.start(config, "model", None, places, Path("logs"), Arrivals(told.append))
+    assert told[2] == "waiting for engine-0, engine-1, tool python"
+    assert told[-2:] == ["waiting for rollout-0, rollout-1", "waiting for rollout-1"]
     assert started.keys() == {*NAMES}
     assert [*pool.workers] == ["rollout-0", "rollout-1"]
     assert [*pool.engines] == ["engine-0", "engine-1"]
