@@ -79,7 +79,7 @@ def node_credit(
         raise ValueError(f"tree of prompt {tree.prompt_id!r}: a leaf weight is negative or NaN")
     read = where_read(tree, per, w > 0)
     if a.shape != read.shape:
-        raise TreeError(f"advantages of shape {a.shape} per {per}, not {read.shape}")
+        raise TreeError(f"advantages of shape {a.shape} per {per} for a tree with {tree.leaves} leaves")
     a = np.where(read, a, 0.0)
     if not np.all(np.isfinite(a)):
         raise ValueError(f"tree of prompt {tree.prompt_id!r}: a weighted {per} has no finite advantage")
