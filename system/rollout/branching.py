@@ -117,8 +117,7 @@ class Arpo(Policy):
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         delta_h = self.known(probe.delta_h)
         probability = _clip(self.alpha + self.beta * delta_h)
-        draw = float(rng.random())
-        return Decision(int(draw < probability), probability, draw, delta_h)
+        return _drawn(probability, delta_h, rng)
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,7 @@ class ArpoCalibrated(Arpo):
         if len(self._seen) > self.window:
             self._seen.popleft()
         probability = _clip(self.alpha + self.beta * (2 * rank - 1))
-        draw = float(rng.random())
-        return Decision(int(draw < probability), probability, draw, delta_h)
+        return _drawn(probability, delta_h, rng)
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,7 @@ class Aepo(Policy):
         delta_h = self.known(probe.delta_h)
         left = 1 - self.penalty * state.streak
         probability = _clip(1 - (1 - self.alpha) / left + self.beta * delta_h) if left > 0 else 0.0
-        draw = float(rng.random())
-        return Decision(int(draw < probability), probability, draw, delta_h)
+        return _drawn(probability, delta_h, rng)
 
 
 @dataclass(frozen=True)
@@ -233,8 +230,7 @@ class Random(Policy):
     name: ClassVar[str] = "random"
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
-        draw = float(rng.random())
-        return Decision(int(draw < self.alpha), self.alpha, draw, probe.delta_h)
+        return _drawn(self.alpha, probe.delta_h, rng)
 
 
 @dataclass(frozen=True)
@@ -268,6 +264,11 @@ def decided(policy: Policy, given: Any) -> Decision:
     if isinstance(given, Decision) and isinstance(forks, int | np.integer) and forks >= 0:
         return given
     raise PluginError(f"branching={type(policy).__name__}: decide() returned {given!r}: no number of forks")
+
+
+def _drawn(probability: float, delta_h: float, rng: np.random.Generator) -> Decision:
+    draw = float(rng.random())
+    return Decision(int(draw < probability), probability, draw, delta_h)
 
 
 def _clip(value: float) -> float:
