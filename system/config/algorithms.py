@@ -29,13 +29,13 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "ema-grpo": ("branching=none", "learn.credit=ema-grpo", *_PPO, _TOKENS),
     "arpo": ("branching=arpo", "learn.credit=arpo-soft", *_PPO, _TOKENS),
     "aepo": ("branching=aepo", "learn.credit=arpo-soft", *_PPO, "learn.objective=aepo", _TOKENS),
-    "at2po": ("branching=arpo", "learn.credit=at2po", "learn.objective=at2po", _SEQUENCES),
+    "at2po": ("branching=arpo-calibrated", "learn.credit=at2po", "learn.objective=at2po", _SEQUENCES),
     "tree-grpo": ("branching=random", "learn.credit=tree-grpo", *_PPO, _TOKENS),
     "treepo": (
         *("branching=random", "learn.credit=treepo", *_PPO, "learn.clip_high=0.28", "learn.dual_clip=10"),
         _TOKENS,
     ),
     "gigpo": ("branching=none", "learn.credit=gigpo", *_PPO, _SEQUENCES),
-    "treerl": ("branching=arpo", "learn.credit=treerl", *_PPO, _TOKENS),
+    "treerl": ("branching=arpo-calibrated", "learn.credit=treerl", *_PPO, _TOKENS),
     "vineppo": ("branching=random", "learn.credit=vineppo", *_PPO, _TOKENS),
 }

@@ -140,9 +140,9 @@ class RolloutConfig:
 class BranchingConfig:
     """The policy that decides whether a tree forks after a tool result."""
 
-    name: str = setting("arpo", "which policy", registry=POLICIES)
-    alpha: float = setting(0.5, "fork probability at an unchanged entropy")
-    beta: float = setting(0.2, "weight of the rise in entropy")
+    name: str = setting("arpo-calibrated", "which policy", registry=POLICIES)
+    alpha: float = setting(0.5, "mean fork probability; arpo: the one at an unchanged entropy")
+    beta: float = setting(0.2, "how far the entropy moves it: to alpha ± beta; arpo: weight of its rise")
     tau: float = setting(0.5, "threshold of arpo-paper")
     probe_tokens: int = setting(8, "k: tokens after a tool result whose mean entropy decides", least=1)
     options: dict[str, Any] = setting({}, "of one's own policy")

@@ -218,7 +218,8 @@ class Trainer:
         grad_norm, applied = self._optimizer_step(lr)
         groups = (self.layout.dp_group, self.layout.pp_group)
         stats = statistics.reduce(groups)
-        stats |= {"grad_norm": grad_norm, "lr": lr, "skipped_steps": 0.0 if applied else 1.0}
+        stats |= {"grad_norm": grad_norm, "weight_norm": weights.norm(self.model, self.layout), "lr": lr}
+        stats["skipped_steps"] = 0.0 if applied else 1.0
         stats["time_compute_s"] = computed - started
         stats["time_optimizer_s"] = time.perf_counter() - computed
         return stats

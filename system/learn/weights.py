@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -52,6 +55,18 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
             parameter[block.start : block.start + block.rows].copy_(tensor[block.box(parameter)])
             filled += block.rows
         parameter[filled:].zero_()  # rows that pad the vocabulary
+
+
+@torch.no_grad()
+def norm(model: TreeGPTModel, layout: Layout) -> float:
+    """L2 norm of all weights, those that several ranks hold counted once; collective."""
+    square = torch.zeros((), dtype=torch.float64, device=layout.device)
+    for parameter in model.parameters():
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+            square += parameter.float().norm().double() ** 2
+    for group in (layout.tp_group, layout.pp_group):
+        dist.all_reduce(square, group=group)
+    return math.sqrt(float(square))
 
 
 class Export:

@@ -98,11 +98,15 @@ def tree_metrics(stats: Sequence[TreeStats]) -> Metrics:
         metrics["tree/decisive_share"] = mean(np.abs(probability - average) > 0.1)
         metrics["tree/fork_information"] = _bits(average) - mean(_bits(probability))
         delta = np.concatenate([one.delta_h for one in stats])
-        delta = delta[np.isfinite(delta)]
-        if delta.size:
-            p10, p50, p90 = np.percentile(delta, [10, 50, 90])
+        known = np.isfinite(delta)
+        if known.any():
+            delta, forked = delta[known], forked[known]
+            p10, third, p50, two_thirds, p90 = np.percentile(delta, [10, 100 / 3, 50, 200 / 3, 90])
             metrics["tree/delta_h"] = mean(delta)
             metrics |= {"tree/delta_h_p10": p10, "tree/delta_h_p50": p50, "tree/delta_h_p90": p90}
+            # Where the model is surest, and where it is least sure.
+            metrics["tree/fork_rate_sure"] = mean(forked[delta <= third])
+            metrics["tree/fork_rate_unsure"] = mean(forked[delta >= two_thirds])
     return {key: float(value) for key, value in metrics.items()}
 
 

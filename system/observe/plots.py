@@ -201,10 +201,20 @@ CURVES = (
             ("tree/forks", "forks", BLUE),
             ("tree/top_ups", "top-ups", ORANGE),
             ("tree/decisions", "decisions", GREEN),
-            ("tree/fork_rate", "forks per decision", PURPLE),
-            ("tree/decisive_share", "share with |P - mean P| > 0.1", RED, "--"),
         ),
         top=0,
+    ),
+    Curve(
+        "forking",
+        "Where trees fork",
+        (
+            ("tree/fork_rate_unsure", "at the third of results with the highest ΔH", ORANGE),
+            ("tree/fork_rate", "at all", GREEN),
+            ("tree/fork_rate_sure", "at the third with the lowest", BLUE),
+            ("tree/decisive_share", "decisions with |P - mean P| > 0.1", RED, "--"),
+        ),
+        "share",
+        top=1,
     ),
     Curve("staleness", "Staleness of what was trained on", _staleness, "share of trained trees"),
     Curve(

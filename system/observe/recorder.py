@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from system.config import Config, to_dict
 from system.flow.loop import FinishedStep
+from system.observe.alarms import Alarms
 from system.observe.eval import EvalResult
 from system.observe.metrics import (
     engine_totals,
@@ -92,6 +93,7 @@ class Recorder:
         self._clock, self._now = clock, now
         self._started = self._began = self._flushed = clock()
         self._totals = Totals()
+        self._alarms = Alarms(self._totals.beginning)
         self._step = 0
         self._told: dict[tuple[str, str], float] = {}  # running totals as they were told last
         self._accounted: dict[str, float] = {}  # actor -> up to when its idle time was told
@@ -254,6 +256,9 @@ class Recorder:
             record["time/generated_per_s"] = sum(one.generated for one in self._closed) / elapsed
             record["time/trained_per_s"] = sum(one.trainable for one in trained) / elapsed
             record["time/trees_per_s"] = len(self._closed) / elapsed
+        if self._finished:
+            for name, text in self._alarms.look(record):
+                self.mishap(f"warning, {name}", text)
         self._flushed = clock
         self._reset_window()
         self._write(record)
@@ -320,6 +325,7 @@ class Recorder:
         values = dict(state)
         self._step = int(values.pop("step"))
         self._totals = Totals.restored(values)
+        self._alarms = Alarms(self._totals.beginning)
         self._eval_accuracy = {which: one["accuracy"] for which, one in self._totals.evals.items()}
         self._write({RESUMED: self._step, "time": self._now()})
 

@@ -28,6 +28,7 @@ class Totals:
     staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
     causes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind -> {"count", "first": its text}
+    beginning: dict[str, list[float]] = field(default_factory=dict)  # metric -> its first values, for alarms
     idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …

@@ -103,7 +103,7 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class Arpo(Policy):
-    """The default.  P(fork) = clip(α + β·ΔH, 0, 1), one uniform draw.
+    """ARPO's rule (arXiv 2507.19849 §3.1): P(fork) = clip(α + β·ΔH, 0, 1), one uniform draw.
 
     ΔH is the mean token entropy over the first k tokens after *this* result minus the mean over the first k
     tokens of the branch's own root, both over ln V.  The paper states P = α + β·ΔH; the draw makes it a
@@ -122,12 +122,13 @@ class Arpo(Policy):
 
 @dataclass(frozen=True)
 class ArpoCalibrated(Arpo):
-    """P(fork) = clip(α + β·(2u - 1), 0, 1), u the rank of ΔH, from 0 to 1, among those measured before.
+    """The default.  P(fork) = clip(α + β·(2u - 1), 0, 1), u the rank of ΔH, from 0 to 1, among those
+    measured before.
 
     ΔH over ln V is some hundredths wide, so that β times it moves :class:`Arpo`'s P by less than the draw
     can tell.  Ranks are uniform whatever that width is: α is the mean rate, and P goes from α - β, where the
     model is surest, to α + β, where it is least sure.  Ranks are among the last ``window`` results of this
-    rollout worker; P = α before there are ``least`` of them.
+    rollout worker, which a restart forgets; P = α before there are ``least`` of them.
     """
 
     window: int = 1024

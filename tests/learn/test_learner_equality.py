@@ -167,6 +167,7 @@ def gradient_case(
                 "expected norm": float(
                     np.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradients(hf).values()))
                 ),
+                "expected weight norm": float(sum((p.double() ** 2).sum() for p in hf.parameters())) ** 0.5,
             }
         return report
     finally:
@@ -188,6 +189,7 @@ def test_tree_gradient_equals_flat_paths(
             assert got["loss error"] < 1e-5, name
             # The reported norm is the gradient's own: q/k norms are summed over TP, shards counted once.
             assert got["grad_norm"] == pytest.approx(got["expected norm"], rel=1e-4), name
+            assert got["weight_norm"] == pytest.approx(got["expected weight norm"], rel=1e-6), name
         ppo = report.get("ppo", report["ppo, cut"])
         assert ppo["clip_high"] > 0.02  # the cases above do reach every branch of the clipped objective
         assert ppo["clip_low"] > 0.02

@@ -105,6 +105,15 @@ def test_fork_rate_counts_decisions_not_forks():
     metrics = tree_metrics([TreeStats.of(replace(make_tree(), forks=forks))])
     assert metrics["tree/fork_rate"] == 0.5
     assert metrics["tree/delta_h"] == 1.0  # an unknown ΔH is left out
+    assert (metrics["tree/fork_rate_sure"], metrics["tree/fork_rate_unsure"]) == (1.0, 1.0)
+
+
+def test_where_the_forks_are():
+    """Twelve results, of which those of the highest ΔH fork."""
+    forks = tuple(ForkDecision(2, 0.1 * i, 0.5, 0.5, int(i >= 9)) for i in range(12))
+    metrics = tree_metrics([TreeStats.of(replace(make_tree(), forks=forks))])
+    assert metrics["tree/fork_rate"] == 0.25
+    assert (metrics["tree/fork_rate_sure"], metrics["tree/fork_rate_unsure"]) == (0.0, 0.75)
 
 
 def test_train_metrics_prefix_and_staleness_histogram(tree: Tree):

@@ -112,7 +112,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     assert summary["wall_s"] == 20
     assert summary["idle_s"] == {"learner": {"trees": 3.0}, "engine": {"weights": 1.0}}
     assert summary["seed"] == 0
-    assert summary["config"]["branching"]["name"] == "arpo"
+    assert summary["config"]["branching"]["name"] == "arpo-calibrated"
     assert sink.closed
 
 
