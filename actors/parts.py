@@ -14,7 +14,7 @@ from actors.evaluate import CLOSE_MARGIN_S
 from actors.in_flight import InFlightCheckpoint
 from actors.ray_support import ActorLost, answer, returned
 from actors.rollout_pool import RunActors
-from system.config import Config
+from system.config import Config, at_step
 from system.flow.ledger import Ticket
 from system.flow.loop import TreeLost
 from system.flow.replay import TreeInFlight
@@ -52,8 +52,10 @@ class ActorParts:
         workers = self.actors.pool.workers
         name = [*workers][ticket.number % len(workers)]
         worker = workers[name]
+        prompt, start = self.prompts[ticket.prompt_id], kept and kept.reference
+        temperature = at_step(self.config, ticket.start_version).rollout.temperature
         tree, stats = worker.grow.options(num_returns=2).remote(
-            self.prompts[ticket.prompt_id], ticket.number, seed, kept and kept.reference
+            prompt, ticket.number, seed, temperature, start
         )
         deadline = self.config.rollout.tree_deadline_s + CLOSE_MARGIN_S
         try:

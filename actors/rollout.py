@@ -44,7 +44,7 @@ class RolloutWorker:
         return self._engine.counters | self._tools.counters
 
     async def grow(
-        self, prompt: Prompt, ticket: int, seed: int, start: bytes | None = None
+        self, prompt: Prompt, ticket: int, seed: int, temperature: float, start: bytes | None = None
     ) -> tuple[Tree, TreeStats]:
         """A tree, which stays in the object store, and its statistics, computed here and only here.
 
@@ -53,7 +53,7 @@ class RolloutWorker:
         """
         with one_tree(prompt.id):
             growing = (
-                TreeRollout(self._context, prompt, seed=seed, ticket=ticket)
+                TreeRollout(self._context, prompt, seed=seed, ticket=ticket, temperature=temperature)
                 if start is None
                 else thaw(self._context, prompt, start, ticket)
             )

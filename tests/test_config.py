@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from system.config import Config, ConfigError, from_dict, load, settings, to_dict, to_yaml, validate
+from system.config import Config, ConfigError, at_step, from_dict, load, settings, to_dict, to_yaml, validate
 from system.config.algorithms import ALGORITHMS
 from system.config.check import part_problems
 from system.config.explain import text
@@ -308,3 +309,30 @@ def test_an_algorithm_by_name_comes_before_other_settings(name: str, tmp_path: P
 def test_an_unknown_algorithm_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match=r"'algorithm=x': algorithm=x: choose one of grpo, dr-grpo"):
         load(QUICKSTART, ["algorithm=x"])
+
+
+def test_settings_change_by_the_step() -> None:
+    course = "run.by_step={learn.clip_high: [[10, 0.2], [20, 0.4]], rollout.temperature: [[0, 1], [4, 0.6]]}"
+    config = load(QUICKSTART, [course])
+    highs = [at_step(config, step).learn.clip_high for step in (0, 10, 15, 20, 99)]
+    assert highs == pytest.approx([0.2, 0.2, 0.3, 0.4, 0.4])
+    assert at_step(config, 1).rollout.temperature == pytest.approx(0.9)
+    plain = load(QUICKSTART, [])
+    assert dataclasses.replace(at_step(config, 7), run=plain.run, rollout=plain.rollout) == plain
+
+
+@pytest.mark.parametrize(
+    ("course", "said"),
+    [
+        ("{learn.lr: [[0, 1]]}", "run.by_step.learn.lr: only rollout.temperature, learn.clip_low"),
+        ("{learn.clip_low: 0.2}", "must be pairs of a step and a value"),
+        ("{learn.clip_low: [[0, high]]}", "must be pairs of a step and a value"),
+        ("{learn.clip_low: []}", "must be pairs of a step and a value"),
+        ("{learn.clip_low: [[4, 0.1], [4, 0.2]]}", "the steps must rise"),
+        ("{rollout.temperature: [[0, 1], [9, 0]]}", "step 9: rollout.temperature=0 must be 0.01 or more"),
+        ("{learn.clip_high: [[0, 0.2], [9, 3]]}", "step 9: learn.dual_clip=3.0 must exceed"),
+    ],
+)
+def test_a_course_that_cannot_be_is_refused(course: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(QUICKSTART, [f"run.by_step={course}"])

@@ -7,6 +7,7 @@ that name: ``branching=none`` is ``branching.name=none``.  A dictionary is merge
 with the tag ``!replace`` it replaces it: ``task.options: !replace {}``.
 """
 
+from system.config.by_step import at_step as at_step
 from system.config.check import validate as validate
 from system.config.load import from_dict as from_dict
 from system.config.load import load as load

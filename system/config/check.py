@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from system.config.by_step import at_step, course_problems
 from system.config.schema import Config, PartConfig
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
@@ -96,6 +97,21 @@ def _limits(config: Config) -> Iterator[str]:
                 yield f"{where}.{key}={value!r} must be {one.rule.bounds}: {one.rule.text}"
             else:
                 yield from _broken_rules(dataclasses.replace(one, section=where), value)
+
+
+def _by_step(config: Config) -> Iterator[str]:
+    """The courses of settings that change, each value against the rule of its setting."""
+    problems = [line for key, course in config.run.by_step.items() for line in course_problems(key, course)]
+    yield from problems
+    if problems:
+        return
+    for key, course in config.run.by_step.items():
+        for step, value in course:
+            where = dataclasses.replace(
+                settings()[key], section=f"run.by_step, step {step}: {key.split('.')[0]}"
+            )
+            yield from _broken_rules(where, value)
+            yield from (f"run.by_step, step {step}: {line}" for line in _void(at_step(config, step)))
 
 
 def names_of(value: Any) -> list[str]:
@@ -254,7 +270,7 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
-AGREEMENTS = (_limits, _sizes, _engine, _cluster, _shape, _void)
+AGREEMENTS = (_limits, _by_step, _sizes, _engine, _cluster, _shape, _void)
 
 
 def seconds(limit: str) -> int | None:

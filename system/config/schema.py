@@ -43,6 +43,11 @@ class RunConfig:
     steps: int = setting(
         100, "training steps (weight versions after the warm start)", least=0, safe_on_resume=True
     )
+    by_step: dict[str, Any] = setting(
+        {},
+        "settings that change: {rollout.temperature: [[0, 1.0], [100, 0.8]]}, a line from step to step; also "
+        "learn.clip_low and learn.clip_high",
+    )
     stop_at_accuracy: float = setting(
         0.0,
         "end early once training accuracy (moving mean, 0 to 1) reaches this; 0: never",

@@ -18,7 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from numpy.typing import NDArray
 
-from system.config import Config
+from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
 from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState, reset_optimizer_state
@@ -61,6 +61,7 @@ class Trainer:
         spread = learn.tp if learn.sequence_parallel and learn.tp > 1 else 1
         self._padding = row_padding(self.layout.device, spread)
         self.objective = make_objective(learn)
+        self._now = config  # as it is at the step that is trained
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
         warning = inert_clip(self.objective, learn.updates)
         self.warnings = [warning] if warning else []  # about the settings, to be told once
@@ -105,6 +106,9 @@ class Trainer:
         ``version`` is the weight version being trained (the one the engines hold now), for staleness.
         Returns statistics over all ranks: totals and means over the batch's tokens, and times in seconds.
         """
+        if self.config.run.by_step:
+            self._now = at_step(self.config, version)
+            self.objective = make_objective(self._now.learn)
         steps = [self._rows(update) for update in updates]
         if self.objective.ratio == "proximal":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
@@ -189,7 +193,7 @@ class Trainer:
 
     def _update(self, objective: Objective, rows: Sequence[Row], version: int, lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""
-        temperature = 1.0 if objective.supervised else self.config.rollout.temperature
+        temperature = 1.0 if objective.supervised else self._now.rollout.temperature
         started = time.perf_counter()
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
@@ -266,7 +270,7 @@ class Trainer:
             output = rows[i].run(model)
             if not self.layout.last_stage:
                 return output
-            temperature = self.config.rollout.temperature
+            temperature = self._now.rollout.temperature
             return rows[i].logprob_entropy(output, model, self.layout, temperature)[0]
 
         scores = Pipeline(model, self.layout).score([row.tokens.numel() for row in rows], compute)

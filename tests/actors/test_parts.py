@@ -98,7 +98,15 @@ async def test_a_tree_stays_where_it_is(notes: list[str]) -> None:
     worker = Worker()
     grown = await parts(notes, worker).grow(TICKET, seed=9)
     assert (grown.ticket, grown.reference, grown.stats) == (TICKET, "a tree", STATS)
-    assert worker.asked == ("the prompt", 3, 9, None)
+    assert worker.asked == ("the prompt", 3, 9, 1.0, None)
+
+
+async def test_a_tree_grows_at_the_temperature_of_its_step(notes: list[str]) -> None:
+    worker = Worker()
+    one = parts(notes, worker)
+    one.config.run.by_step = {"rollout.temperature": [[0, 1.0], [10, 0.8]]}
+    await one.grow(TICKET, seed=9)
+    assert worker.asked[3] == pytest.approx(0.9), "half of the way, at version 5"
 
 
 async def test_a_kept_tree_goes_on_or_is_there_already(notes: list[str]) -> None:

@@ -308,6 +308,31 @@ def test_a_non_finite_gradient_is_not_applied(ranks: Ranks, tiny_model: Callable
         assert not np.isfinite(stats["grad_norm"])
 
 
+def course_case(place: Place, model: str, by_step: bool) -> dict[str, float]:
+    config = learner_config(objective="ppo", clip_high=0.0 if by_step else 0.2)
+    if by_step:  # the batch is trained at version 6
+        config.run.by_step = {
+            "learn.clip_high": [[2, 0.0], [10, 0.4]],
+            "rollout.temperature": [[0, 1.0], [12, 0.5]],
+        }
+    else:
+        config.rollout.temperature = 0.75
+    trainer = open_trainer(place, config, model)
+    try:
+        stats = train(trainer, make_trees(1))
+        return {name: value for name, value in stats.items() if not name.startswith("time_")}
+    finally:
+        trainer.close()
+
+
+def test_the_learner_follows_the_courses_of_settings(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+    fixed, moving = (
+        ranks.run(course_case, world=1, model=tiny_model(), by_step=by_step)[0] for by_step in (False, True)
+    )
+    assert moving == fixed
+    assert fixed["clip_high"] > 0
+
+
 # ---------------------------------------------------------------------- refusals
 
 
