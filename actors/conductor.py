@@ -9,8 +9,6 @@ import asyncio
 import shutil
 from collections.abc import Sequence
 
-import numpy as np
-
 from actors.checkpoints import Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
 from actors.evaluate import answer_questions
@@ -22,7 +20,6 @@ from actors.tree_sample import TreeSample
 from system.config import Config
 from system.flow.ledger import Ledger
 from system.flow.loop import GaveUp, TrainingLoop
-from system.learn.schedule import warm_start_lr
 from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.progress import TRAINING, Progress
@@ -30,6 +27,7 @@ from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
 from system.rollout import in_flight
 from system.tasks.base import Task, first
+from system.tasks.inputs import warm_start
 from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges
@@ -128,17 +126,11 @@ class Conductor:
 
     async def warm_start(self, demonstrations: Sequence[Tree]) -> None:
         """Supervised steps on ``demonstrations``, in seeded order, before anything else."""
-        settings = self.config.warmstart
-        self.progress.phase("warm start", total=settings.steps)
-        rng = np.random.default_rng(self.config.run.seed)
-        passes = -(-settings.steps * settings.batch // len(demonstrations))
-        order = np.concatenate([rng.permutation(len(demonstrations)) for _ in range(passes)])
-        for step in range(settings.steps):
+        self.progress.phase("warm start", total=self.config.warmstart.steps)
+        for trees, lr in warm_start(self.config, demonstrations):
             if self.loop.stopping.is_set():
                 return
-            rows = order[step * settings.batch : (step + 1) * settings.batch]
-            lr = warm_start_lr(step, settings.steps, settings.lr)
-            stats = await self.actors.learner.supervise([demonstrations[i] for i in rows], lr)
+            stats = await self.actors.learner.supervise(trees, lr)
             self.progress.advance(1, f"loss {stats['loss']:.3f}")
         await self.actors.learner.reset_optimizer()
 

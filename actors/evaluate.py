@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.engine_monitor import EngineOutage
-from actors.inputs import corpus_file
 from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
@@ -20,6 +19,7 @@ from system.observe.eval import EvalResult
 from system.observe.terminal import shown
 from system.rollout.failure import RolloutFailed
 from system.tasks.base import Task, first, make_task, notes
+from system.tasks.inputs import corpus_file
 from system.tree.prompt import Prompt
 from system.tree.stats import TreeStats
 

@@ -12,7 +12,6 @@ import ray
 
 from actors.engine import EngineActor, attached
 from actors.heartbeat import Watched
-from actors.inputs import corpus_file, make_model
 from actors.learner import LearnerGroup
 from actors.placement import Placement
 from actors.ray_support import answer, spawn
@@ -22,6 +21,7 @@ from system.cluster.placement import learner_world, served_tools
 from system.config import Config, to_dict
 from system.observe.rundir import RunDir
 from system.tasks.base import Task
+from system.tasks.inputs import corpus_file, make_model
 
 CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
 Value = TypeVar("Value")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiohttp import web
-
 from actors import keys
 from actors.serving import LoopThread
 from system import config as configuration
 from system.serving import serve
+from system.tools.servers import application
 
 START_DEADLINE_S = 120.0  # for a server in this process to listen
 
@@ -18,7 +17,7 @@ class ToolActor:
     """Restarted by Ray on the same port; calls that meet the gap are retried by the tool service."""
 
     def __init__(self, name: str, config: dict[str, Any], corpus: str, host: str, port: int) -> None:
-        app = _application(name, configuration.from_dict(config).tools, corpus)
+        app = application(name, configuration.from_dict(config).tools, corpus)
         self._loop = LoopThread(f"tool-{name}")
         self._server = self._loop.run(serve(app, host, port, key=keys.held().tools[name]), START_DEADLINE_S)
 
@@ -33,16 +32,3 @@ class ToolActor:
     def close(self) -> None:
         """Stop serving and whatever the server has started."""
         self._loop.run(self._server.close(), START_DEADLINE_S)
-
-
-def _application(name: str, tools: configuration.ToolsConfig, corpus: str) -> web.Application:
-    if name == "search":
-        from system.tools.search_index import SearchIndex, read_corpus
-        from system.tools.search_server import create_app as search_app
-
-        return search_app(SearchIndex.build(read_corpus(corpus)))
-    from system.tools.python_server import create_app as python_app
-    from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
-
-    limits = SandboxLimits.from_config(tools)
-    return python_app(Sandbox(limits, concurrency=tools.concurrency, packages=tools.python_packages))

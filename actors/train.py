@@ -13,7 +13,6 @@ from actors.checkpoints import checkpoints, restore_newest
 from actors.conductor import Conductor
 from actors.ending import EXIT_DEADLINE_S, exit_within, stops_on_signals
 from actors.heartbeat import Heartbeats
-from actors.inputs import demonstrations
 from actors.placement import Placement
 from actors.ray_support import StartFailed, ray_session, watched
 from actors.rollout_pool import RunActors
@@ -28,6 +27,7 @@ from system.observe.terminal import shown
 from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task, make_task, notes
+from system.tasks.inputs import demonstrations
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:

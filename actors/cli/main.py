@@ -16,10 +16,13 @@ from actors.cli.chaos import chaos
 from actors.cli.cluster import cancel, logs, status, submit
 from actors.cli.prompt import prompt
 from actors.cli.reports import bench, config, doctor, plan, tree
+from actors.cli.study import study
 from actors.cli.train import evaluate, train
 from system import errors
 
-COMMANDS = (train, evaluate, prompt, tree, bench, plan, submit, status, cancel, logs, doctor, config, chaos)
+COMMANDS = (
+    train, evaluate, prompt, tree, bench, study, plan, submit, status, cancel, logs, doctor, config, chaos,
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

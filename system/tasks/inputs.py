@@ -6,9 +6,13 @@ Whether they are to be had has been asked before (:mod:`system.doctor.preflight`
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from system.config import Config
+from system.learn.schedule import warm_start_lr
 from system.rollout.chat import make_chat, planned_syntax
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task
 from system.tasks.demos import demonstration_tree
@@ -56,3 +60,13 @@ def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
     chat = make_chat(config, tokenizer, str(model), planned_syntax(config))
     made = task.demonstrations(config.warmstart.demos, config.run.seed)
     return [demonstration_tree(one, chat) for one in made]
+
+
+def warm_start(config: Config, demonstrations: Sequence[Tree]) -> Iterator[tuple[list[Tree], float]]:
+    """The batches of the warm start and the learning rate of each, in an order by the run's seed."""
+    settings, rng = config.warmstart, np.random.default_rng(config.run.seed)
+    passes = -(-settings.steps * settings.batch // len(demonstrations))
+    order = np.concatenate([rng.permutation(len(demonstrations)) for _ in range(passes)])
+    for step in range(settings.steps):
+        rows = order[step * settings.batch : (step + 1) * settings.batch]
+        yield [demonstrations[i] for i in rows], warm_start_lr(step, settings.steps, settings.lr)

@@ -1,0 +1,149 @@
+"""``espalier study branching``: does it pay to fork where the model is unsure?
+
+Every arm grows trees of the same number of leaves for the same questions from the same start weights, and is
+trained by the same credit and objective; arms differ in where trees fork.  What an arm learned is compared at
+equal tokens and at equal tool calls, seed by seed.  Runs that are there already are not made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from system.bench.processes import stop
+from system.study.branching_report import write_report
+from system.study.measure import Job
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
+    "arpo": ("branching=arpo", "branching.beta=0.2"),
+    "release": ("branching=arpo-release", "branching.beta=0.2"),
+    "aepo": ("branching=aepo", "branching.beta=0.2"),
+    "random": ("branching=random",),
+    "surest": ("branching=arpo-calibrated", "branching.beta=-0.5"),  # the contrary
+    "none": ("branching=none",),
+}
+SETTINGS = ("flow.staleness=0", "flow.window=1", "learn.tp=1", "checkpoint.every=0", "observe.trees=0")
+RUN_S = 3600.0  # after which a run has failed
+Key = tuple[str, str, int]  # task, arm, seed
+
+
+def study(
+    out: Path, recipes: Sequence[Path], arms: Sequence[str], seeds: int, steps: int, every: int, jobs: int
+) -> dict[str, Any]:
+    """Make the runs that are not there, ``jobs`` at a time, then the report; returns its figures.
+
+    Seeds come first: a study that is stopped has whole rounds of all arms.  Raises RuntimeError when runs
+    failed, once the others are made.
+    """
+    starts = {
+        (recipe.stem, seed): _job(out, recipe, "start", seed, 0, every)
+        for seed in range(seeds)
+        for recipe in recipes
+    }
+    runs = {
+        (recipe.stem, arm, seed): _job(out, recipe, arm, seed, steps, every)
+        for seed in range(seeds)
+        for recipe in recipes
+        for arm in arms
+    }
+    asyncio.run(_make({(task, "start", seed): job for (task, seed), job in starts.items()}, jobs))
+    asyncio.run(_make(runs, jobs))
+    results = {key: json.loads(Path(job.result).read_bytes()) for key, job in runs.items()}
+    return write_report(results, out)
+
+
+def _job(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Job:
+    overrides = [*SETTINGS, f"run.seed={seed}", f"run.steps={steps}", *ARMS.get(arm, ())]
+    start, result = (
+        out / "starts" / f"{recipe.stem}-s{seed}",
+        out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json",
+    )
+    return Job(str(recipe), overrides, steps, every, str(start), str(result))
+
+
+async def _make(wanted: dict[Key, Job], jobs: int) -> None:
+    """Those of ``wanted`` that are not there, or were made with other settings."""
+    missing = {key: job for key, job in wanted.items() if not _made(job)}
+    room, done, began = asyncio.Semaphore(jobs), 0, time.monotonic()
+    failed: list[str] = []
+
+    async def make(key: Key, job: Job) -> None:
+        nonlocal done
+        async with room:
+            name = " ".join(map(str, key))
+            try:
+                found = await _run(job)
+            except (RuntimeError, TimeoutError) as error:
+                failed.append(f"{name}: {error}")
+                print(f"{name} failed: {error}", flush=True)
+                return
+        done += 1
+        left = (len(missing) - done - len(failed)) * (time.monotonic() - began) / done / 60
+        curve = [point["accuracy"] for point in found["points"]]
+        learned = f", accuracy {curve[0]:.3f} -> {curve[-1]:.3f}" if curve else ""
+        print(
+            f"{done}/{len(missing)}  {name}{learned}, {found['seconds']:.0f} s; {left:.0f} min to go",
+            flush=True,
+        )
+
+    async with asyncio.TaskGroup() as tasks:
+        for key, job in missing.items():
+            tasks.create_task(make(key, job))
+    if failed:
+        raise RuntimeError(f"{len(failed)} runs failed, the first: {failed[0]}")
+
+
+def _made(job: Job) -> bool:
+    try:
+        return json.loads(Path(job.result).read_bytes())["job"] == asdict(job)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+async def _run(job: Job) -> dict[str, Any]:
+    """One run in a process of its own, on one core.  Raises RuntimeError if it fails, TimeoutError after
+    ``RUN_S``.
+    """
+    order, log = _ordered(job)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as told:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "system.study.measure",
+            str(order),
+            env=environment,
+            stdout=told,
+            stderr=told,
+        )
+        try:
+            code = await asyncio.wait_for(process.wait(), RUN_S)
+        finally:
+            await stop(process)
+    if code:
+        raise RuntimeError(f"it ended with {code}; see {log}")
+    return _taken(job, order, log)
+
+
+def _ordered(job: Job) -> tuple[Path, Path]:
+    """The job in a file, and where its process may write what it says."""
+    result = Path(job.result)
+    result.parent.mkdir(parents=True, exist_ok=True)
+    order = result.with_suffix(".job")
+    order.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    return order, result.with_suffix(".log")
+
+
+def _taken(job: Job, order: Path, log: Path) -> dict[str, Any]:
+    """The result; what else the process left is removed."""
+    order.unlink()
+    log.unlink()
+    return json.loads(Path(job.result).read_bytes())
