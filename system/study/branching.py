@@ -19,7 +19,7 @@ from typing import Any
 
 from system.bench.processes import stop
 from system.study.branching_report import write_report
-from system.study.measure import Job
+from system.study.measure import Trial
 
 ARMS: dict[str, tuple[str, ...]] = {
     "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
@@ -60,22 +60,22 @@ def study(
     return write_report(results, out)
 
 
-def _job(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Job:
+def _job(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
     overrides = [*SETTINGS, f"run.seed={seed}", f"run.steps={steps}", *ARMS.get(arm, ())]
     start, result = (
         out / "starts" / f"{recipe.stem}-s{seed}",
         out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json",
     )
-    return Job(str(recipe), overrides, steps, every, str(start), str(result))
+    return Trial(str(recipe), overrides, steps, every, str(start), str(result))
 
 
-async def _make(wanted: dict[Key, Job], jobs: int) -> None:
+async def _make(wanted: dict[Key, Trial], jobs: int) -> None:
     """Those of ``wanted`` that are not there, or were made with other settings."""
     missing = {key: job for key, job in wanted.items() if not _made(job)}
     room, done, began = asyncio.Semaphore(jobs), 0, time.monotonic()
     failed: list[str] = []
 
-    async def make(key: Key, job: Job) -> None:
+    async def make(key: Key, job: Trial) -> None:
         nonlocal done
         async with room:
             name = " ".join(map(str, key))
@@ -101,14 +101,14 @@ async def _make(wanted: dict[Key, Job], jobs: int) -> None:
         raise RuntimeError(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
-def _made(job: Job) -> bool:
+def _made(job: Trial) -> bool:
     try:
         return json.loads(Path(job.result).read_bytes())["job"] == asdict(job)
     except (OSError, ValueError, KeyError):
         return False
 
 
-async def _run(job: Job) -> dict[str, Any]:
+async def _run(job: Trial) -> dict[str, Any]:
     """One run in a process of its own, on one core.  Raises RuntimeError if it fails, TimeoutError after
     ``RUN_S``.
     """
@@ -133,7 +133,7 @@ async def _run(job: Job) -> dict[str, Any]:
     return _taken(job, order, log)
 
 
-def _ordered(job: Job) -> tuple[Path, Path]:
+def _ordered(job: Trial) -> tuple[Path, Path]:
     """The job in a file, and where its process may write what it says."""
     result = Path(job.result)
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _ordered(job: Job) -> tuple[Path, Path]:
     return order, result.with_suffix(".log")
 
 
-def _taken(job: Job, order: Path, log: Path) -> dict[str, Any]:
+def _taken(job: Trial, order: Path, log: Path) -> dict[str, Any]:
     """The result; what else the process left is removed."""
     order.unlink()
     log.unlink()

@@ -2,7 +2,7 @@
 
     python -m system.study.measure JOB.json
 
-``JOB.json`` is a :class:`Job`; the result is written where it says, whole or not at all.
+``JOB.json`` is a :class:`Trial`; the result is written where it says, whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from system.tree.stats import TreeStats
 
 
 @dataclass(frozen=True)
-class Job:
+class Trial:
     """A run to be made; with ``steps`` 0 only its start model is."""
 
     config: str  # a recipe
@@ -108,7 +108,7 @@ class Count:
         }
 
 
-def measure(config: Config, job: Job) -> dict[str, Any]:
+def measure(config: Config, job: Trial) -> dict[str, Any]:
     """Make the run."""
     task, count, began = make_task(config), Count(), time.monotonic()
     scratch = Path(job.start)
@@ -140,7 +140,7 @@ def _mean_square_below(stats: TreeStats) -> Any:
 
 
 def main() -> None:
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    job = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     result = measure(load(job.config, job.overrides), job)
     write_atomic(Path(job.result), json.dumps(jsonable(result), allow_nan=False) + "\n")
 
