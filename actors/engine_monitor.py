@@ -12,7 +12,7 @@ from actors import keys
 from actors.learner import LearnerGroup
 from actors.ray_support import ActorLost
 from system.config import Config
-from system.engine.control import EngineControl, Http
+from system.engine.control import EngineControl
 from system.engine.protocol import SPEED_COUNTERS, EngineError, EngineInfo
 from system.flow.loop import TrainingLoop
 from system.observe.recorder import Recorder
@@ -56,7 +56,7 @@ class EngineOutage:
         if time.monotonic() - began > self._deadline_s:
             raise ActorLost(f"no engine has served a tree for {self._deadline_s:.0f} s: {cause}")
         urls = [*self._engines.values()]
-        async with self._look, Http(urls, keys.held().engines) as http:  # one of the trees looks for all
+        async with self._look, keys.http(urls) as http:  # one of the trees looks for all
             controls = [EngineControl(url, http) for url in urls]
             tasks = [asyncio.create_task(control.wait_ready(self._start_s)) for control in controls]
             try:
@@ -90,7 +90,7 @@ class EngineMonitor:
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
-        async with Http(self._engines.values(), keys.held().engines) as http:
+        async with keys.http(self._engines.values()) as http:
             controls = {name: EngineControl(url, http) for name, url in self._engines.items()}
             good = dict.fromkeys(controls, time.monotonic())
             while True:
@@ -103,7 +103,7 @@ class EngineMonitor:
 
     async def ready(self) -> None:
         """Return once every engine holds the current weights; ActorLost at the deadline."""
-        async with Http(self._engines.values(), keys.held().engines) as http:
+        async with keys.http(self._engines.values()) as http:
             for name, url in list(self._engines.items()):
                 control = EngineControl(url, http)
                 try:

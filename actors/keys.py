@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 from system.config import Config, ConfigError
+from system.engine.control import Http
 from system.http import Keys
 
 SERVERS, RAY = "key", "ray-token"  # files of the run directory
@@ -25,6 +26,11 @@ _held = Keys()
 def held() -> Keys:
     """The keys of this process's run."""
     return _held
+
+
+def http(urls: Iterable[str]) -> Http:
+    """Connections to the engines at ``urls`` that show the run's key."""
+    return Http(urls, _held.engines)
 
 
 def hold(keys: Keys) -> None:

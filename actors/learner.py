@@ -140,9 +140,7 @@ async def _push(
     deadline_s: float,
 ) -> PushReport:
     # Not a method: one async method would turn every call of the actor into a coroutine on Ray's loop.
-    from system.engine.control import Http
-
-    async with asyncio.timeout(deadline_s), Http(urls, keys.held().engines) as http:
+    async with asyncio.timeout(deadline_s), keys.http(urls) as http:
         return await transport.push(http, urls, buckets, version, kv)
 
 

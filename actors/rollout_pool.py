@@ -17,7 +17,7 @@ from actors.placement import Placement
 from actors.ray_support import answer, spawn
 from actors.rollout import RolloutWorker
 from actors.tools import ToolActor
-from system.cluster.placement import learner_world, served_tools
+from system.cluster.placement import served_tools
 from system.config import Config, to_dict
 from system.observe.rundir import RunDir
 from system.tasks.base import Task
@@ -170,7 +170,7 @@ class RunActors:
         """
         arrivals = Arrivals(tell)
         corpus = corpus_file(config, task, run_dir.root)
-        learner = LearnerGroup(learner_world(config), places, config.cluster)
+        learner = LearnerGroup(config.learn.ranks, places, config.cluster)
         await arrivals.of("a new model", asyncio.to_thread(make_model, model, config, task))
         async with asyncio.TaskGroup() as starting:
             starting.create_task(arrivals.of("learner", learner.start(to_dict(config), str(model))))

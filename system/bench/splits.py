@@ -11,7 +11,7 @@ from system.config import Config, ConfigError, LearnConfig, load
 from system.models.known import KNOWN
 from system.models.shape import ModelShape
 from system.plan.hardware import GPUS
-from system.plan.memory import EngineLayout, learner_gpus
+from system.plan.memory import EngineLayout
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 from system.twin.agent import AgentModel
 from system.twin.dist import Constant, Lognormal
@@ -89,7 +89,7 @@ class Split:
     @property
     def replicas(self) -> int:
         """Of the learner."""
-        return self.learner_gpus // learner_gpus(self.profile.learner)
+        return self.learner_gpus // self.profile.learner.ranks
 
     @property
     def trained_per_s(self) -> float:
@@ -165,7 +165,7 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: TrainingLoa
     """``gpus`` GPUs of which ``replicas`` learner replicas take theirs and engines the rest."""
     gpu, shape = GPUS[work.gpu], profile.model
     learner = replace(profile.learner, dp=replicas)
-    taken = learner_gpus(learner)
+    taken = learner.ranks
     engines = (gpus - taken) // profile.engine.tp
     if engines < 1:
         raise ConfigError(f"{profile.name}: {gpus} GPUs leave none for engines beside the learner's {taken}")
@@ -245,7 +245,7 @@ def _climb(profile: Profile, gpus: int, work: TrainingLoad, near: int = 0) -> li
     Throughput rises with replicas while training is the bottleneck and falls when engines get too few, so
     going uphill by steps that are halved finds the top.  Less than ``GAIN`` more is no step uphill.
     """
-    most = (gpus - profile.engine.tp) // learner_gpus(profile.learner)
+    most = (gpus - profile.engine.tp) // profile.learner.ranks
     if most < 1:
         return []
     seen: dict[int, Split] = {}

@@ -44,11 +44,6 @@ def paper_nodes(config: Config) -> list[Node]:
     return [Node(f"node-{i}", cluster.gpus_per_node, f"node-{i}") for i in range(cluster.nodes)]
 
 
-def learner_world(config: Config) -> int:
-    """Ranks of the learner."""
-    return config.learn.tp * config.learn.pp * config.learn.dp
-
-
 def engine_gpus(config: Config) -> int:
     """GPUs of one engine replica on nodes that have GPUs."""
     if config.engine.device == "cpu":
@@ -86,7 +81,7 @@ def place(config: Config, nodes: Sequence[Node]) -> list[Seat]:
 
 
 def _learner(config: Config, nodes: Sequence[Node], where: list[int], free: Counter[int]) -> list[Seat]:
-    world = learner_world(config)
+    world = config.learn.ranks
     if not any(nodes[number].gpus for number in where):  # on CPU: equal blocks
         block = -(-world // len(where))
         return [Seat(f"learner-{rank}", where[rank // block]) for rank in range(world)]

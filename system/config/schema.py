@@ -349,6 +349,11 @@ class LearnConfig:
     entropy_coef: float = setting(0.0, "entropy bonus")
     bucket_mb: int = setting(64, "weight export bucket", least=1)
 
+    @property
+    def ranks(self) -> int:
+        """Processes, and GPUs, of the learner."""
+        return self.tp * self.pp * self.dp
+
 
 @dataclass
 class EvalConfig:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from system.cluster.placement import learner_world
 from system.config import Config
 from system.doctor.facts import Facts
 
@@ -88,7 +87,7 @@ def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
 
 def layout(facts: Facts, config: Config) -> Iterator[Finding]:
     """Are there CPUs for the learner and the engines?"""
-    world = learner_world(config)
+    world = config.learn.ranks
     found = f"learner {world} ranks (tp×pp×dp), engines {config.engine.replicas} × {config.engine.tp}"
     crowded = config.cluster.gpus_per_node == 0 and world + config.engine.replicas > 2 * facts.cpus
     remedy = f"only {facts.cpus} CPUs: fewer ranks or replicas would be faster"

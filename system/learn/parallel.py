@@ -52,7 +52,7 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
     many.
     """
     learn = config.learn
-    if (ranks := learn.tp * learn.pp * learn.dp) != world:
+    if (ranks := learn.ranks) != world:
         raise ConfigError(
             f"learn.tp={learn.tp} times learn.pp={learn.pp} times learn.dp={learn.dp} needs {ranks} ranks, "
             f"not {world}"

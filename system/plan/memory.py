@@ -38,10 +38,6 @@ class Memory:
         return sum(self.parts.values())
 
 
-def learner_gpus(learn: LearnConfig) -> int:
-    return learn.tp * learn.pp * learn.dp
-
-
 def learner_memory(
     shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16", reserved: float = 0.0
 ) -> Memory:

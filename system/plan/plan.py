@@ -14,7 +14,7 @@ from system.config import Config, ConfigError
 from system.models.known import shape_of
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS, Gpu
-from system.plan.memory import EngineLayout, Memory, engine_memory, kv_capacity, learner_gpus, learner_memory
+from system.plan.memory import EngineLayout, Memory, engine_memory, kv_capacity, learner_memory
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "KV cache"
@@ -231,7 +231,7 @@ def plan(
     """
     if gpu not in GPUS:
         raise ConfigError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
-    shape, taken = shape_of(config.model), learner_gpus(config.learn)
+    shape, taken = shape_of(config.model), config.learn.ranks
     engine = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
     if gpus is None:
         on_cluster = config.cluster.nodes * config.cluster.gpus_per_node
@@ -255,7 +255,7 @@ def text(plan: GpuPlan) -> str:
         f"{p.shape.name}: {p.shape.parameters / 1e9:.3g} billion parameters, on {p.gpus} x {p.gpu.name} "
         f"({p.gpu.memory / GIB:.0f} GiB)",
         "",
-        f"learner  {learner_gpus(learn)} GPU(s): {split}, micro-batches of {learn.micro_tokens} tokens"
+        f"learner  {learn.ranks} GPU(s): {split}, micro-batches of {learn.micro_tokens} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),

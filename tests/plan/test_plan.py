@@ -16,7 +16,6 @@ from system.plan.memory import (
     activation_bytes_per_token,
     engine_memory,
     kv_capacity,
-    learner_gpus,
     learner_memory,
 )
 from system.plan.speed import EngineRoofline, LearnerRoofline
@@ -157,7 +156,7 @@ def config(*overrides: str) -> Config:
 def test_a_sensible_layout_fits_and_uses_every_gpu() -> None:
     made = plan(config("learn.recompute=full", "learn.micro_tokens=8192"), gpus=8)
     assert made.fits, made.problems
-    assert learner_gpus(made.config.learn) + made.engines * made.engine.tp == 8
+    assert made.config.learn.ranks + made.engines * made.engine.tp == 8
     assert made.learner_memory.total < H100.memory
     assert "bottleneck" in text(made)
     assert any("engine.replicas=4" in note for note in made.notes)
