@@ -33,6 +33,8 @@ WAYS = {
     "tree sync": Way("espalier", ("flow.staleness=0",)),
     "tree async η=1": Way("espalier"),
     "tree async η=4": Way("espalier", ("flow.staleness=4",)),
+    "eager async η=1": Way("eager"),
+    "eager async η=4": Way("eager", ("flow.staleness=4",)),
     "linear lockstep": Way("grpo-rounds"),
     "linear sync": Way("synchronous"),
     "linear one-step-off": Way("one-step-off"),

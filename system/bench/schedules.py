@@ -4,7 +4,8 @@ The digital twin (:mod:`system.twin`) runs each way's recipe: rollouts, policies
 queue are the ones that train, agent, engine and tools are models, training takes no time.  So only the
 schedule differs, and a day of tool calls takes seconds.
 
-1. Trained trees per hour, by how much tool latencies spread, on the same seeds and engine.
+1. Trained trees per hour, by how much tool latencies spread, on the same seeds and engine; and what such a
+   tree is made of: forks, tool calls, generated tokens.
 2. The makespan of one batch against what no schedule can beat: max(critical path, work / capacity).
 3. What the barriers cost when nothing spreads: nothing; what is left at σ = 0 has other causes.
 4. The released rules in figures (forks, top-ups, rounds, tool calls by the chance of a call): with them a
@@ -35,6 +36,11 @@ from system.twin.world import UNLIMITED, Models, Twin
 
 SIGMAS = (0.0, 0.5, 1.0, 1.5)
 STRAGGLERS = 0.05
+PER_TREE = {
+    "fork_share": ("Share of the leaves that are forks", ".0%"),
+    "tool_calls": ("Tool calls per tree", ".1f"),
+    "generated": ("Generated tokens per tree", ",.0f"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,16 @@ class Grown:
     def busy(self) -> float:
         """Share of the engine's slots that decode."""
         return self.work_s / (self.result.seconds * self.slots)
+
+    @property
+    def per_tree(self) -> dict[str, float]:
+        """What ``PER_TREE`` names."""
+        totals = self.result.totals
+        return {
+            "fork_share": totals["forks"] / totals["leaves"],
+            "tool_calls": self.result.per_tree("tool_calls"),
+            "generated": totals["tokens"]["generated"] / totals["trees"],
+        }
 
 
 def agent(p_call: float = 0.5, tokens: float = 120, sigma: float = 0.5) -> AgentModel:
@@ -163,6 +179,7 @@ def _throughput(report: Report, scenario: Scenario, batches: int) -> list[dict[s
                 "trees_per_h": {name: 3600 * case.trees / one.result.step_s for name, one in runs.items()},
                 "engine_busy": {name: one.busy for name, one in runs.items()},
                 "tail_s": {name: one.result.tree_s["p99"] for name, one in runs.items()},
+                "per_tree": {name: one.per_tree for name, one in runs.items()},
             }
         )
     report.section(
@@ -183,6 +200,12 @@ def _throughput(report: Report, scenario: Scenario, batches: int) -> list[dict[s
         ["tool latency", *WAYS],
         [[row["latency"], *(f"{row['engine_busy'][name]:.0%}" for name in WAYS)] for row in rows],
     )
+    for key, (title, form) in PER_TREE.items():
+        report.table(
+            title,
+            ["tool latency", *WAYS],
+            [[row["latency"], *(f"{row['per_tree'][name][key]:{form}}" for name in WAYS)] for row in rows],
+        )
     report.figure("trees_per_h", _plot(rows), "Trees per hour by the spread of tool latencies")
     return rows
 

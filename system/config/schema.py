@@ -121,9 +121,11 @@ class RolloutConfig:
 
     schedule: str = setting(
         "barrier-free",
-        "lockstep: the released ARPO code's rounds (generate all, wait for all tools, fork, top up one root "
-        "per round), for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
-        choices=("barrier-free", "lockstep"),
+        "eager: a tree whose branches may fork only after tool calls that take longer than usual starts the "
+        "rest of its roots meanwhile; lockstep: the released ARPO code's rounds (generate all, wait for all "
+        "tools, fork, top up one root per round), for comparison; it needs flow.staleness=0: a batch is "
+        "grown, then trained on",
+        choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
     roots: int = setting(4, "N: branches that start together; forks draw on n - N", least=1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from system.errors import EspalierError
+from system.tree.record import Mishap, Outcome
 
 ENGINE_LOST = "engine lost"  # why a branch ended, or a tree failed, without a fault of the prompt
 
@@ -26,3 +30,28 @@ class RolloutFailed(EspalierError, RuntimeError):
     def blameless(self) -> bool:
         """Whether no attempt at the prompt has failed: its engine was lost."""
         return self.reason == ENGINE_LOST
+
+
+def too_few(
+    prompt_id: str,
+    outcomes: Sequence[Outcome],
+    mishaps: Sequence[Mishap],
+    scored: int,
+    budget: int,
+    cut: bool,
+) -> RolloutFailed:
+    """The failure of a tree with only ``scored`` scores.
+
+    ``outcomes``: of its branches; ``cut``: the tree's deadline ended some of them.  The reward is to blame
+    when there would be leaves enough with the scores that failed.
+    """
+    if sum(outcome.scored for outcome in outcomes) >= min(2, budget):
+        reason, mishaps = "reward", [one for one in mishaps if one.kind == "reward"]
+    elif any(mishap.kind == ENGINE_LOST for mishap in mishaps):
+        reason = ENGINE_LOST
+    elif cut:
+        reason = "deadline"
+    else:
+        reason = Counter(outcomes).most_common(1)[0][0].name.lower()
+    detail = [f"{scored} of {budget} leaves scored", *(one.text for one in mishaps[:1])]
+    return RolloutFailed(prompt_id, reason, "; ".join(detail))

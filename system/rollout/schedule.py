@@ -1,18 +1,23 @@
 """Rollout schedules: when the branches of growing trees may generate, fork and start.
 
-``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``lockstep`` is the
-schedule of the released ARPO code, the baseline: all live branches of all trees on a worker generate, then
-all their tools run, then the trees fork and top up, and the next round begins.  The rollout is the same.
+``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``eager`` does not
+hold a tree's last roots back for a branch whose tool is late.  ``lockstep`` is the schedule of the released
+ARPO code, the baseline: all live branches of all trees on a worker generate, then all their tools run, then
+the trees fork and top up, and the next round begins.  The rollout is the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
+from collections import defaultdict, deque
 from collections.abc import Collection, Hashable
+from statistics import median
 from typing import ClassVar
 
 from system.rollout.branch import Branch
+from system.tools.outcome import ToolOutcome
 
 
 class Schedule(ABC):
@@ -37,6 +42,14 @@ class Schedule(ABC):
         """``branch`` has ended, however that came about.  Nobody waits for it any more."""
         return
 
+    def patience_s(self, tool: str) -> float:
+        """Seconds after which a call of ``tool`` is late (:attr:`Branch.late`); infinite: never."""
+        return math.inf
+
+    def answered(self, tool: str, outcome: ToolOutcome) -> None:
+        """A call of ``tool``, by whichever branch, has come to ``outcome``."""
+        return
+
     @abstractmethod
     def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
         """Fresh roots to start now in a tree with ``live`` branches and ``remaining`` of its budget."""
@@ -48,8 +61,32 @@ class BarrierFree(Schedule):
     streaming: ClassVar[bool] = True
 
     def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
-        """The rest of the budget, unless a live branch may still bring a fork."""
-        return 0 if any(b.undecided or b.calls < call_limit for b in live) else remaining
+        """The rest of the budget, unless a live branch that is not late may still bring a fork."""
+        hopeful = any((b.undecided or b.calls < call_limit) and not b.late for b in live)
+        return 0 if hopeful else remaining
+
+
+class Eager(BarrierFree):
+    """Barrier-free, but a tree does not wait for the forks of a branch whose tool call is late.
+
+    A call is late after ``factor`` times the median of its tool's last ``window`` calls on this rollout
+    worker, if there were ``least`` of them.  From then on, until its answer is there, its branch counts as
+    one that forks no more: once that holds for all live branches of a tree, the rest of the budget starts.
+    A late branch that comes back may fork if something is left.  The median does not mind the slow calls
+    themselves; where no call takes longer than ``factor`` medians, this is :class:`BarrierFree`.
+    """
+
+    def __init__(self, factor: float = 2.0, window: int = 256, least: int = 16) -> None:
+        self._factor, self._least = factor, least
+        self._latencies: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=window))
+
+    def patience_s(self, tool: str) -> float:
+        seen = self._latencies.get(tool, ())
+        return self._factor * median(seen) if len(seen) >= self._least else math.inf
+
+    def answered(self, tool: str, outcome: ToolOutcome) -> None:
+        if outcome.attempts:  # else it was answered without the tool: from the cache, or refused
+            self._latencies[tool].append(outcome.latency_s)
 
 
 class Lockstep(Schedule):
@@ -113,12 +150,11 @@ class Lockstep(Schedule):
                 arrived[branch].set_result(None)
 
 
+SCHEDULES: dict[str, type[Schedule]] = {"barrier-free": BarrierFree, "eager": Eager, "lockstep": Lockstep}
+
+
 def make_schedule(name: str) -> Schedule:
     """The schedule that ``rollout.schedule`` names; raises ``ValueError`` for an unknown name."""
-    match name:
-        case "barrier-free":
-            return BarrierFree()
-        case "lockstep":
-            return Lockstep()
-        case unknown:
-            raise ValueError(f"unknown rollout schedule {unknown!r}")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown rollout schedule {name!r}")
+    return SCHEDULES[name]()

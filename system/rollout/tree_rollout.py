@@ -8,8 +8,7 @@ generation, which no one stopped, goes on.
 The budget is exact: roots + forks + top-ups == n at every normal close.  N roots start together, forks draw
 on n - N, and as soon as no live branch can bring another fork the rest starts as fresh roots, all at once.
 
-That is the barrier-free schedule, in which nobody waits for anybody; ``rollout.schedule: lockstep`` is the
-baseline (:mod:`system.rollout.schedule`).
+That is the barrier-free schedule; ``rollout.schedule`` has others (:mod:`system.rollout.schedule`).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, Probe, TreeState, decided
 from system.rollout.context import RolloutContext
-from system.rollout.failure import ENGINE_LOST, RolloutFailed
+from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import ScoreFailed
@@ -98,7 +97,7 @@ class TreeRollout:
     async def run(self) -> Tree:
         """Grow, score and close the tree.
 
-        Raises :class:`RolloutFailed` when fewer than min(2, budget) leaves are scored, ``EntropyUnknown``
+        Raises ``RolloutFailed`` when fewer than min(2, budget) leaves are scored, ``EntropyUnknown``
         when the policy needs entropies that the engine does not give, ``RewardBroken`` when too many scores
         fail.  Cancelling it cancels every branch and aborts its request.
         """
@@ -111,7 +110,8 @@ class TreeRollout:
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
         if len(self.parts) < min(2, self.budget):
-            raise self._too_few(cut)
+            outcomes = [outcome for _, outcome in self.ended]
+            raise too_few(self.prompt.id, outcomes, self.mishaps, len(self.parts), self.budget, cut)
         return self._close()
 
     async def _branches(self) -> bool:
@@ -132,20 +132,6 @@ class TreeRollout:
                 self._end(branch, Outcome.DEADLINE)
             return True
         return False
-
-    def _too_few(self, cut: bool) -> RolloutFailed:
-        """The reward is to blame when there would be leaves enough with the scores that failed."""
-        causes = self.mishaps
-        if sum(outcome.scored for _, outcome in self.ended) >= min(2, self.budget):
-            reason, causes = "reward", [one for one in causes if one.kind == "reward"]
-        elif any(mishap.kind == ENGINE_LOST for mishap in causes):
-            reason = ENGINE_LOST
-        elif cut:
-            reason = "deadline"
-        else:
-            reason = Counter(outcome for _, outcome in self.ended).most_common(1)[0][0].name.lower()
-        detail = [f"{len(self.parts)} of {self.budget} leaves scored", *(one.text for one in causes[:1])]
-        return RolloutFailed(self.prompt.id, reason, "; ".join(detail))
 
     # The budget
 
@@ -420,15 +406,29 @@ class TreeRollout:
         self, branch: Branch, tool: str, arguments: dict[str, Any], again: bool
     ) -> ToolOutcome:
         context = CallContext(prompt_id=self.prompt.id, branch=branch.number, again=again)
+        patience_s = self.schedule.patience_s(tool)
+        watch = self.group.create_task(self._late(branch, patience_s)) if patience_s < math.inf else None
         with Stopwatch(self.seconds, "tool") as clock:
             try:
-                return await self.context.tools.call(tool, arguments, context)
+                outcome = await self.context.tools.call(tool, arguments, context)
             except Exception as error:  # the service promises not to raise; if it does, the agent goes on
                 log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
                 detail = described(error)
                 self.mishaps.append(Mishap("tool", f"{tool}: {detail}"))
                 text = "Error: the tool is unavailable"
                 return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=detail)
+            finally:
+                branch.late = False
+                if watch is not None:
+                    watch.cancel()
+        self.schedule.answered(tool, outcome)
+        return outcome
+
+    async def _late(self, branch: Branch, patience_s: float) -> None:
+        """Its call is not answered within ``patience_s``: the tree waits no more for what it may fork."""
+        await asyncio.sleep(patience_s)
+        branch.late = True
+        self._top_up()
 
     # The close
 

@@ -28,7 +28,8 @@ from system.twin.world import Models, Twin
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_a_valid_configuration(way: str) -> None:
     config = WAYS[way].config(*SETTINGS, *TEACH)
-    assert config.rollout.schedule == ("lockstep" if "lockstep" in way else "barrier-free")
+    named = [schedule for schedule in ("lockstep", "eager") if schedule in way]
+    assert config.rollout.schedule == (named[0] if named else "barrier-free")
     assert (config.branching.name == "none") == way.startswith("linear")
 
 

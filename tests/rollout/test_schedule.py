@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
+from system.config import settings
 from system.rollout.branching import Arpo, ArpoRelease, Never, Random
-from system.rollout.schedule import Lockstep, make_schedule
+from system.rollout.schedule import SCHEDULES, Lockstep, make_schedule
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.prompt import Prompt
 from system.tree.record import Origin, Tree
@@ -152,5 +153,6 @@ async def test_all_go_on_in_the_order_of_joining_whoever_comes_last() -> None:
 
 
 def test_unknown_schedules_are_refused() -> None:
+    assert settings()["rollout.schedule"].choices == tuple(SCHEDULES)
     with pytest.raises(ValueError, match="bulk"):
         make_schedule("bulk")

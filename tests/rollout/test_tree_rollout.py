@@ -14,6 +14,7 @@ from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, Decision, EntropyUnknown, Never, Random
 from system.rollout.failure import RolloutFailed
+from system.rollout.schedule import SCHEDULES
 from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
@@ -119,7 +120,7 @@ def test_policy_none_is_plain_grpo_sampling() -> None:
     assert counts(tree) == (8, 0, 0)
 
 
-@pytest.mark.parametrize("schedule", ["barrier-free", "lockstep"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("chunk", [1, 3, 5, 7, 20])
 @pytest.mark.parametrize(("text", "expected"), [("a", [0, 1]), ("a b c d e f", [0, 1, 2, 3, 4])])
 def test_exactly_the_first_k_entropies_are_measured(

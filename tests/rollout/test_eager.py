@@ -1,0 +1,143 @@
+"""Eager growth: a tree does not wait for the forks of a branch whose tool call is late."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rollout_fakes import PROMPT, Segment, World, make_world, ok
+
+from system.rollout.branching import Arpo, Policy, Random
+from system.rollout.schedule import Eager
+from system.rollout.snapshot import freeze, thaw
+from system.rollout.tree_rollout import TreeRollout
+from system.tools.outcome import ToolOutcome, ToolStatus
+from system.tree.record import Origin, Tree
+from system.twin.clock import run
+
+CALL, ANSWER = "<search> q </search>", "so"
+
+
+def eager(script: Any, answer: Any, policy: Policy, schedule: str = "eager", **sizes: Any) -> World:
+    """A rollout whose worker has seen calls of 1 s: 2 s is late."""
+    world = make_world(script, answer, policy=policy, schedule=schedule, **sizes)
+    for _ in range(16):
+        world.context.schedule.answered("search", ok(seconds=1.0)[1])
+    return world
+
+
+def grow(world: World, seed: int = 0) -> Tree:
+    async def main() -> Tree:
+        tree = await TreeRollout(world.context, PROMPT, seed=seed).run()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return tree
+
+    return run(main())
+
+
+def origins(tree: Tree) -> dict[Origin, int]:
+    return {origin: tree.origins(origin) for origin in Origin}
+
+
+@pytest.mark.parametrize(("schedule", "at_s"), [("barrier-free", 61.0), ("eager", 2.5)])
+def test_a_late_call_does_not_hold_back_the_roots(schedule: str, at_s: float) -> None:
+    """Of two roots one ends, the other's call takes a minute: 2 s after it began the last two start."""
+    starts: list[float] = []
+
+    def script(text: str, rng: np.random.Generator) -> Segment:
+        starts.append(asyncio.get_running_loop().time())
+        return Segment(CALL if len(starts) == 1 else ANSWER, token_s=0.0, chunk=1)
+
+    sizes = {"leaves": 4, "roots": 2, "call_limit": 1}
+    tree = grow(eager(script, lambda *_: ok(seconds=60.0), Random(1, 0.0), schedule, **sizes))
+    assert origins(tree) == {Origin.ROOT: 2, Origin.FORK: 0, Origin.TOP_UP: 2}
+    top_ups = starts[-2:] if schedule == "barrier-free" else starts[2:4]
+    assert top_ups == pytest.approx([at_s, at_s])
+
+
+def test_a_late_branch_that_comes_back_may_fork_and_is_waited_for_again() -> None:
+    """Late at 2.5 s, back at 5.5 s; the other root ends at 7 s, before the first token after the result."""
+    begun = 0
+
+    def script(text: str, rng: np.random.Generator) -> Segment:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            return Segment(CALL, token_s=0.0)
+        if begun == 2:
+            return Segment(ANSWER, first_s=7.0)
+        return Segment(ANSWER, first_s=3.0)
+
+    tree = grow(eager(script, lambda *_: ok(seconds=5.0), Random(1, 1.0), leaves=3, roots=2, call_limit=1))
+    assert origins(tree) == {Origin.ROOT: 2, Origin.FORK: 1, Origin.TOP_UP: 0}
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), p_call=st.sampled_from([0.3, 0.7, 1.0]))
+def test_while_calls_are_quick_it_is_barrier_free_growth(seed: int, p_call: float) -> None:
+    def grown(schedule: str) -> Tree:
+        chaos = np.random.default_rng(seed)
+
+        def script(text: str, rng: np.random.Generator) -> Segment:
+            return Segment(CALL if rng.random() < p_call else ANSWER, entropy=4 * rng.random(8))
+
+        def answer(tool: str, arguments: Any) -> tuple[float, ToolOutcome]:
+            seconds = float(chaos.uniform(1.0, 1.99))
+            return seconds, ToolOutcome(ToolStatus.OK, "r", seconds)
+
+        return grow(eager(script, answer, Arpo(4, 0.5, 0.9), schedule, leaves=12, roots=4), seed)
+
+    ours, free = grown("eager"), grown("barrier-free")
+    for column in ("tokens", "parent", "origin", "outcome"):
+        np.testing.assert_array_equal(getattr(ours, column), getattr(free, column))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), pauses=st.lists(st.floats(0.0, 40.0), min_size=1, max_size=4))
+def test_an_interrupted_tree_spends_its_budget_to_the_last_leaf(seed: int, pauses: list[float]) -> None:
+    """Whoever is late when it is frozen: the call is made again, and may be late again."""
+    chaos = np.random.default_rng(seed)
+    world = eager(
+        lambda text, rng: Segment(CALL if rng.random() < 0.6 else ANSWER, entropy=4 * rng.random(8)),
+        lambda *_: ok(seconds=30.0 if chaos.random() < 0.5 else 1.0),
+        Arpo(4, 0.5, 0.9),
+        leaves=12,
+        roots=4,
+    )
+
+    async def main() -> Tree:
+        growing = TreeRollout(world.context, PROMPT, seed=seed)
+        for pause in pauses:
+            task = asyncio.ensure_future(growing.run())
+            done, _ = await asyncio.wait([task], timeout=pause)
+            if done:
+                return task.result()
+            data = freeze(growing)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            growing = thaw(world.context, PROMPT, data)
+        return await growing.run()
+
+    tree = run(main())
+    assert tree.n_leaves == 12
+    assert Counter(tree.origin.tolist())[Origin.ROOT] == 4
+
+
+def test_patience_is_twice_the_median_of_the_tools_own_calls() -> None:
+    schedule = Eager(window=20)
+    for _ in range(15):
+        schedule.answered("search", ok(seconds=1.0)[1])
+    schedule.answered("search", ToolOutcome(ToolStatus.OK, "", 9.0, cached=True, attempts=0))  # is no call
+    assert schedule.patience_s("search") == math.inf  # too few to say what is usual
+    schedule.answered("search", ok(seconds=600.0)[1])
+    assert schedule.patience_s("search") == 2.0
+    assert schedule.patience_s("python") == math.inf
+    for _ in range(20):
+        schedule.answered("search", ok(seconds=3.0)[1])
+    assert schedule.patience_s("search") == 6.0
