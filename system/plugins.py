@@ -298,6 +298,8 @@ POLICIES = Registry(
         "arpo-release": "system.rollout.branching:ArpoRelease",
         "arpo-calibrated": "system.rollout.branching:ArpoCalibrated",
         "aepo": "system.rollout.branching:Aepo",
+        "at2po": "system.rollout.branching:At2po",
+        "random-turns": "system.rollout.branching:RandomTurns",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },

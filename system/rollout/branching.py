@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -53,6 +54,15 @@ class TreeState:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What the model wrote in one go, in a tree in which no branch lives."""
+
+    surprise: float  # -mean log-probability of its tokens, nats: an estimate of its entropy
+    siblings: int  # turns that begin where it does, itself included
+    calls: int  # tool calls before it on its path
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What a policy decided.  ``forks`` may exceed what the budget allows: the rollout caps it."""
 
@@ -77,6 +87,7 @@ class Policy(ABC):
     lag: ClassVar[bool] = False  # decide by the segment before the result (at once), not by the one after it
     inherits: ClassVar[bool] = True  # a fork keeps its parent's baseline, or its own first segment gives one
     can_fork: ClassVar[bool] = True  # if not, all n roots start together
+    expands: ClassVar[bool] = False  # once all branches have ended, :meth:`expand` says where to go on
 
     def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:
         """H = mean token entropy / ln V: 0 is certain, 1 uniform over the vocabulary.
@@ -90,6 +101,13 @@ class Policy(ABC):
     @abstractmethod
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         """Raises :class:`EntropyUnknown` when the policy needs ΔH and there is none."""
+
+    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
+        """Which of ``turns`` are written once more now, each by a new branch: indices, perhaps repeated, of
+        which the first ``room``, what is left of the budget, are taken.  Asked again when these have ended,
+        until it is spent.  None of them: fresh roots.
+        """
+        return ()
 
     def known(self, delta_h: float) -> float:
         """``delta_h``, if it is known.  Raises :class:`EntropyUnknown`."""
@@ -243,6 +261,51 @@ class Never(Policy):
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         return Decision(0, 0.0, math.nan, probe.delta_h)
+
+
+@dataclass(frozen=True)
+class Expanding(Policy):
+    """Never forks at a result; of a tree whose branches have all ended, ``width`` turns at a time are written
+    once more.
+    """
+
+    width: int = 6
+    expands: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise PluginError(f"branching.options.width={self.width} must be 1 or more")
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        return Decision(0, 0.0, math.nan, probe.delta_h)
+
+
+@dataclass(frozen=True)
+class At2po(Expanding):
+    """Expansion of the most uncertain turns: those of the highest surprise - ``penalty``·(siblings - 1)
+    (AT²PO, arXiv 2601.04767 §4.1).  The released script has M = 10 roots and two rounds of ``width`` K = 6,
+    so n = 22 leaves.  Where there are fewer turns than K, the best come again.
+    """
+
+    penalty: float = 0.05
+    name: ClassVar[str] = "at2po"
+
+    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
+        score = [turn.surprise - self.penalty * (turn.siblings - 1) for turn in turns]
+        return np.resize(np.argsort(-np.array(score), kind="stable"), self.width).tolist()
+
+
+@dataclass(frozen=True)
+class RandomTurns(Expanding):
+    """Expansion of ``width`` turns at random, with repeats (Tree-GRPO, arXiv 2509.21240 §3.2: M = 2 roots and
+    N = 2 nodes of each tree).
+    """
+
+    width: int = 2
+    name: ClassVar[str] = "random-turns"
+
+    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
+        return rng.integers(len(turns), size=self.width).tolist()
 
 
 def make_policy(config: BranchingConfig) -> Policy:

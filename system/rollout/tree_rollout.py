@@ -29,6 +29,7 @@ from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, Probe, TreeState, decided
 from system.rollout.context import RolloutContext
+from system.rollout.expansion import expansion
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
@@ -144,13 +145,15 @@ class TreeRollout:
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
             self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
 
-    def _start_fork(self, parent: Branch, node: int) -> None:
-        """A sibling of what ``parent`` has written since ``node``."""
+    def _start_fork(self, parent: Branch, node: int, before: int) -> None:
+        """A sibling of what ``parent`` wrote after ``node``, where its first ``before`` segments end."""
         key = (*parent.key, parent.forked)
         parent.forked += 1
         child = Branch(key, Origin.FORK, node, *self._streams(key))
         child.request, child.streak = parent.request, parent.streak
-        child.calls, child.tools, child.segments = parent.calls, parent.tools, parent.segments
+        child.segments = parent.segments[:before]
+        child.calls = sum(kind == Kind.TOOL for kind, _ in child.segments)
+        child.tools = parent.tools[: child.calls]
         if self.policy.inherits:
             child.baseline, child.has_baseline = parent.baseline, parent.has_baseline
         self._start(child)
@@ -169,8 +172,19 @@ class TreeRollout:
         return np.random.default_rng(decisions), np.random.default_rng(sampling)
 
     def _top_up(self) -> None:
-        """Start what the schedule lets start of the rest of the budget as fresh roots."""
+        """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
         count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)
+        if count and self.policy.expands:
+            if self.live:
+                return
+            seeds = [self.seed, 2, self.started.total()]
+            places = expansion(self.policy, self.growth, self.ended, count, seeds)
+            for place in places:
+                if place.before:
+                    self._start_fork(place.branch, place.above, place.before)
+                else:
+                    self._start_roots(1, Origin.TOP_UP)
+            count = 0 if places else count
         self._start_roots(count, Origin.TOP_UP)
 
     # One branch
@@ -364,7 +378,7 @@ class TreeRollout:
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
         branch.answer, branch.streak = None, branch.streak + 1 if forks else 0
         for _ in range(forks):
-            self._start_fork(branch, node)
+            self._start_fork(branch, node, len(branch.segments))
         self._top_up()
 
     # Tools
@@ -384,17 +398,8 @@ class TreeRollout:
         await self._wait(self.schedule.meet(branch))
         node = self.growth.node(branch.node, Kind.TOOL)
         self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
-        self.growth.call(
-            ToolCall(
-                node,
-                tool,
-                arguments,
-                str(outcome.status),
-                outcome.latency_s,
-                outcome.cached,
-                outcome.attempts,
-            )
-        )
+        about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
+        self.growth.call(ToolCall(node, tool, arguments, *about))
         branch.node = branch.answer = node
         branch.calling = False
         branch.tools = (*branch.tools, (tool, str(outcome.status)))

@@ -231,6 +231,18 @@ class TreeBuilder:
         """[n] of ``node``'s own tokens so far, NaN where unknown."""
         return np.concatenate([np.zeros(0, np.float32), *self._node(node).entropy])
 
+    def path(self, node: int) -> list[int]:
+        """Handles from the root to ``node``."""
+        found = [node]
+        while (parent := self._node(found[-1]).parent) >= 0:
+            found.append(parent)
+        return found[::-1]
+
+    def surprise(self, node: int) -> float:
+        """-mean log-probability of the tokens of MODEL node ``node`` so far, nats; 0 without any."""
+        tokens = self.n_tokens(node)
+        return -sum(float(one.sum(dtype=np.float64)) for one in self._node(node).logprob) / max(tokens, 1)
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world, ok
 
-from system.rollout.branching import Aepo, Arpo, ArpoPaper, ArpoRelease, Never, Policy, Random
+from system.rollout.branching import (
+    Aepo,
+    Arpo,
+    ArpoPaper,
+    ArpoRelease,
+    At2po,
+    Never,
+    Policy,
+    Random,
+    RandomTurns,
+)
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import SCHEDULES
 from system.rollout.tree_rollout import TreeRollout
@@ -25,6 +35,8 @@ POLICIES: list[Policy] = [
     ArpoRelease(0.5, 0.2),
     Aepo(3, 0.6, 0.2),
     Random(2, 0.8),
+    At2po(2, width=3),
+    RandomTurns(2),
     Never(4),
 ]
 
@@ -32,7 +44,7 @@ POLICIES: list[Policy] = [
 def check(tree: Tree, n: int, roots: int, policy: Policy) -> None:
     started = [tree.origins(origin) for origin in Origin]
     assert sum(started) == tree.n_leaves <= n
-    assert started[Origin.FORK] == sum(d.forks for d in tree.forks)
+    assert policy.expands or started[Origin.FORK] == sum(d.forks for d in tree.forks)
     assert started[Origin.ROOT] == (min(roots, n) if policy.can_fork else n)
     assert all(tree.kind[d.node] == Kind.TOOL for d in tree.forks)
     scored = np.array([Outcome(o).scored for o in tree.outcome])
