@@ -29,8 +29,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "ema-grpo": ("branching=none", "learn.credit=ema-grpo", *_PPO, _TOKENS),
     "arpo": ("branching=arpo", "learn.credit=arpo-soft", *_PPO, _TOKENS),
     "aepo": ("branching=aepo", "learn.credit=arpo-soft", *_PPO, "learn.objective=aepo", _TOKENS),
-    "at2po": ("branching=arpo-calibrated", "learn.credit=at2po", "learn.objective=at2po", _SEQUENCES),
-    "tree-grpo": ("branching=random", "learn.credit=tree-grpo", *_PPO, _TOKENS),
+    "at2po": ("branching=at2po", "learn.credit=at2po", "learn.objective=at2po", _SEQUENCES),
+    "tree-grpo": ("branching=random-turns", "learn.credit=tree-grpo", *_PPO, _TOKENS),
     "treepo": (
         *("branching=random", "learn.credit=treepo", *_PPO, "learn.clip_high=0.28", "learn.dual_clip=10"),
         _TOKENS,

@@ -26,6 +26,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "arpo": ("branching=arpo", "branching.beta=0.2"),
     "release": ("branching=arpo-release", "branching.beta=0.2"),
     "aepo": ("branching=aepo", "branching.beta=0.2"),
+    "at2po": ("branching=at2po", "branching.options.width=2"),
     "random": ("branching=random",),
     "surest": ("branching=arpo-calibrated", "branching.beta=-0.5"),  # the contrary
     "none": ("branching=none",),
