@@ -22,6 +22,7 @@ from system.config import Config
 from system.learn import cpu, parallel, weights
 from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState, reset_optimizer_state
+from system.learn.correction import Correction, NodeRatios, measured, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -38,8 +39,9 @@ from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
 from system.learn.weights import Export
 from system.models.files import DTYPES
-from system.tree.pack import PackedBatch, pack
-from system.tree.plan import Part
+from system.plugins import CORRECTIONS
+from system.tree.pack import PackedBatch, pack, with_credit_of
+from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed
 from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,9 @@ class Trainer:
         self._padding = row_padding(self.layout.device, spread)
         self.objective = make_objective(learn)
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
-        warning = inert_clip(self.objective, learn.updates)
-        self.warnings = [warning] if warning else []  # about the settings, to be told once
+        self.correction: Correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
+        warnings = inert_clip(self.objective, learn.updates), twice_weighed(self.correction, self.objective)
+        self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer, learn.attention)
@@ -99,20 +102,25 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, updates: Sequence[Sequence[PackedBatch]], *, version: int) -> dict[str, float]:
-        """One training batch: an optimizer step on each of ``updates``, this rank's micro-batches.
+    def train(
+        self, plan: BatchPlan, updates: Sequence[Sequence[PackedBatch]], *, version: int
+    ) -> dict[str, float]:
+        """One training batch: an optimizer step on each of ``updates``, this rank's share of ``plan``.
 
         ``version`` is the weight version being trained (the one the engines hold now), for staleness.
         Returns statistics over all ranks: totals and means over the batch's tokens, and times in seconds.
         """
         steps = [self._rows(update) for update in updates]
-        if self.objective.ratio == "proximal":
+        corrects = not self.correction.none
+        if corrects or self.objective.ratio == "proximal":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
-            # pass.
-            later = [row for step in steps[1:] for row in step]
-            for row, scores in zip(later, self._score(self.model, later), strict=True):
+            # pass for it.
+            rows = [row for step in steps[0 if corrects else 1 :] for row in step]
+            for row, scores in zip(rows, self._score(self.model, rows), strict=True):
                 row.proximal = scores
-        return _combine([self._update(self.objective, step, version, self._lr()) for step in steps])
+        corrected = self._correct(plan, steps) if corrects else {}
+        results = [self._update(self.objective, step, version, self._lr()) for step in steps]
+        return _combine(results) | corrected
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
         """Warm start: one optimizer step on the mean negative log-likelihood of the MODEL tokens of this
@@ -186,6 +194,30 @@ class Trainer:
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
         return [Row(batch, self.layout.device, trained=True) for batch in micro_batches]
+
+    def _correct(self, plan: BatchPlan, steps: Sequence[Sequence[Row]]) -> dict[str, float]:
+        """Multiply each leaf's share of S+ and S- by its weight; returns what that did."""
+        layout = self.layout
+
+        def paired(plan: BatchPlan) -> Iterator[tuple[MicroBatch, Row]]:
+            for ranks, rows in zip(plan.updates, steps, strict=True):
+                yield from zip(ranks[layout.dp_rank], rows, strict=True)
+
+        if plan.assigned is None:
+            raise ValueError("a supervised batch has nothing to correct")
+        nodes = NodeRatios(plan.assigned, layout.device)
+        for parts, row in paired(plan):
+            if row.proximal is not None:  # on the last pipeline stage
+                behaviour = torch.from_numpy(row.batch.logprob[row.scored]).to(row.proximal)
+                nodes.add(parts, row.batch.node[row.scored], row.proximal - behaviour)
+        nodes.reduce((layout.dp_group, layout.pp_group))
+        chosen, leaves = nodes.leaves()
+        weights = weigh(self.correction, leaves).to(layout.device)
+        # One rank decides: rounding must not let two of them disagree about a bound.
+        torch.distributed.broadcast(weights, src=0)
+        for parts, row in paired(reweighed(plan, spread(weights, chosen))):
+            row.batch = with_credit_of(row.batch, parts)
+        return measured(weights)
 
     def _update(self, objective: Objective, rows: Sequence[Row], version: int, lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""
