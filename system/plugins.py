@@ -275,6 +275,7 @@ OBJECTIVES = Registry(
         "aepo": "system.learn.gates:AepoClip",
         "at2po": "system.learn.gates:TurnClip",
         "gspo": "system.learn.gates:Gspo",
+        "m2po": "system.learn.gates:M2po",
         "a3po": "system.learn.objective:LogLinear",
     },
     offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),

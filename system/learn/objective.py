@@ -109,6 +109,7 @@ class Objective(ABC):
     ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
     flat: ClassVar[bool] = False  # train root-to-leaf paths instead of trees
     supervised: ClassVar[bool] = False  # the model as it is: no temperature, no regularisers
+    adapts: ClassVar[bool] = False  # it wants to see each optimizer step's tokens first: :meth:`adapt`
     importance: bool = True  # it weighs tokens by π_θ/μ or π_prox/μ, so that leaves should not be, too
 
     @abstractmethod
@@ -116,6 +117,12 @@ class Objective(ABC):
         """The row's loss, without regularisers, and statistics beyond those that every row has
         (:func:`row_loss`); sums are to be weighted by ``t.mult``.
         """
+
+    def adapt(self, log_ratio: torch.Tensor, leaves: torch.Tensor) -> None:
+        """Before an optimizer step, if ``adapts``: [n] log π_θ/μ of the tokens of all ranks, and [n, 2] how
+        many leaves below each have a positive, and a negative, advantage.
+        """
+        raise NotImplementedError
 
 
 def make_objective(learn: LearnConfig) -> Objective:

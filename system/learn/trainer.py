@@ -41,7 +41,7 @@ from system.learn.weights import Export
 from system.models.files import DTYPES
 from system.plugins import CORRECTIONS
 from system.tree.pack import PackedBatch, pack, with_credit_of
-from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed
+from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,11 @@ class Trainer:
             for row, scores in zip(rows, self._score(self.model, rows), strict=True):
                 row.proximal = scores
         corrected = self._correct(plan, steps) if corrects else {}
-        results = [self._update(self.objective, step, version, self._lr()) for step in steps]
+        results: list[dict[str, float]] = []
+        for ranks, step in zip(plan.updates, steps, strict=True):
+            if self.objective.adapts:
+                self._adapt(plan, ranks[self.layout.dp_rank], step)
+            results.append(self._update(self.objective, step, version, self._lr()))
         return _combine(results) | corrected
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
@@ -208,8 +212,7 @@ class Trainer:
         nodes = NodeRatios(plan.assigned, layout.device)
         for parts, row in paired(plan):
             if row.proximal is not None:  # on the last pipeline stage
-                behaviour = torch.from_numpy(row.batch.logprob[row.scored]).to(row.proximal)
-                nodes.add(parts, row.batch.node[row.scored], row.proximal - behaviour)
+                nodes.add(parts, row.batch.node[row.scored], row.log_ratio(row.proximal))
         nodes.reduce((layout.dp_group, layout.pp_group))
         chosen, leaves = nodes.leaves()
         weights = weigh(self.correction, leaves).to(layout.device)
@@ -218,6 +221,22 @@ class Trainer:
         for parts, row in paired(reweighed(plan, spread(weights, chosen))):
             row.batch = with_credit_of(row.batch, parts)
         return measured(weights)
+
+    def _adapt(self, plan: BatchPlan, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> None:
+        """Show the objective the tokens of an optimizer step, of all ranks, under the current policy."""
+        scores = self._score(self.model, rows)
+        if plan.assigned is None or not self.layout.last_stage:
+            return
+        seen = [
+            torch.zeros(0, 3, dtype=torch.float64, device=self.layout.device)
+        ]  # log ratio, leaves by sign
+        for micro, row, logprob in zip(parts, rows, scores, strict=True):
+            if logprob is not None:
+                leaves = np.concatenate([signed_leaves(plan.assigned, part) for part in micro])
+                leaves = torch.from_numpy(leaves[row.batch.node[row.scored]]).to(seen[0])
+                seen.append(torch.cat([row.log_ratio(logprob)[:, None], leaves], 1))
+        tokens = parallel.gather_rows(torch.cat(seen), self.layout.dp_group)
+        self.objective.adapt(tokens[:, 0], tokens[:, 1:])
 
     def _update(self, objective: Objective, rows: Sequence[Row], version: int, lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""

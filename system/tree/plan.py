@@ -112,6 +112,24 @@ def node_credit(
     return credit
 
 
+def signed_leaves(made: Assigned, part: Part) -> Float64:
+    """[K, 2] weighted leaves at or below each node of a part whose advantage there is positive, and negative.
+
+    With ``hard``, where a token counts once, 1 of the sign of its mean.
+    """
+    tree, a, w = made.trees[part.tree], made.advantages[part.tree], np.asarray(made.weights[part.tree])
+    if part.leaf >= 0 or made.hard:
+        return (part.credit[:, :2] != 0).astype(np.float64)
+    signs = np.stack([a > 0, a < 0], axis=-1)
+    if made.per == "path":
+        below = np.einsum("l,ljs->js", (w > 0).astype(np.float64), signs)
+    elif made.per == "node":
+        below = leaf_sum(tree.parent, tree.leaf, w > 0)[:, None] * signs
+    else:
+        below = leaf_sum(tree.parent, tree.leaf, signs & (w > 0)[:, None])
+    return below[part.nodes]
+
+
 def whole_tree(
     index: int, tree: TreeStats, weight: Floats, credit: Float64, capacity: int, drop_zero: bool = False
 ) -> list[Part]:

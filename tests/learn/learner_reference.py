@@ -219,6 +219,23 @@ def path_ratios(paths: Sequence[torch.Tensor]) -> LeafRatios:
     )
 
 
+def m2po_clip(
+    model: Any, trees: Sequence[Tree], advantages: Sequence[np.ndarray], budget: float
+) -> tuple[float, float]:
+    """M2PO's ε below and above by its definition, over the harmful tokens of all paths."""
+    squares: list[float] = []
+    for tree, gains in zip(trees, advantages, strict=True):
+        for leaf in range(tree.n_leaves):
+            index = path_tokens(tree, leaf)
+            with torch.no_grad():
+                logp, _ = path_logprobs(model, tree.tokens[index])
+            d = (logp.numpy() - tree.logprob[index][1:])[is_model(tree)[index][1:]]
+            squares += (d[d * float(gains[leaf]) > 0].astype(np.float64) ** 2).tolist()
+    assert np.mean(squares) > budget
+    fits = [limit for limit in (0.0, *squares) if np.minimum(squares, limit).mean() < budget]
+    return 1 - float(np.exp(-(max(fits) ** 0.5))), float(np.exp(max(fits) ** 0.5)) - 1
+
+
 def leaf_factor(correction: PartConfig, log_ratio: torch.Tensor) -> float:
     """The weight of a path with these log ρ, for the corrections that the tests use."""
     mean = float(log_ratio.mean().exp())

@@ -15,6 +15,7 @@ from learner_reference import (
     gradients,
     learner_config,
     load_hf,
+    m2po_clip,
     make_trees,
     pack_whole,
     path_logprobs,
@@ -57,6 +58,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "micro_tokens": 48,
         "kl_coef": 0.1,
     },
+    "m2po, cut": {"objective": "m2po", "micro_tokens": 48},
     "grpo-flat, leaves rejected": {
         "objective": "grpo-flat",
         "correction": PartConfig("geo-reject", {"low": 0.4, "high": 2.5}),
@@ -176,7 +178,11 @@ def gradient_case(
             trainer.reference = frozen
             mine = hf_gradients(trainer)
             hf.zero_grad()
-            loss = flat_loss(hf, trees, *credit_of(trees, config), learn, reference=reference)
+            gains, weights = credit_of(trees, config)
+            if learn.objective.name == "m2po":
+                learn.clip_low, learn.clip_high = m2po_clip(hf, trees, gains, 0.04)
+                learn.dual_clip = 0.0
+            loss = flat_loss(hf, trees, gains, weights, learn, reference=reference)
             loss.backward()
             report[name] = stats | {
                 "gradient error": relative_distance(mine, gradients(hf)) if mine else 0.0,
@@ -222,7 +228,7 @@ def test_tree_gradient_equals_flat_paths(
 
 def test_data_parallel_ranks_sum_their_gradients(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
     names = ["decoupled", "ppo, cut", "ppo, regularised, cut"]
-    names += ["decoupled, leaves weighed, cut", "ppo, leaves rejected, regularised, cut"]
+    names += ["decoupled, leaves weighed, cut", "ppo, leaves rejected, regularised, cut", "m2po, cut"]
     reports = ranks.run(gradient_case, world=2, model=tiny_model(), tp=1, dp=2, names=names)
     for name in names:
         for report in reports:

@@ -26,11 +26,12 @@ from system.learn.aggregate import leaf_weights
 from system.learn.batch import BatchPlanner
 from system.learn.correction import NodeRatios, spread, weigh
 from system.learn.credit.base import Credit, assign
+from system.learn.gates import M2po
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.learn.rows import Row
 from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
 from system.tree.pack import pack
-from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed
+from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed, signed_leaves
 from system.tree.record import Kind, Tree
 from system.tree.stats import TreeStats
 
@@ -224,3 +225,30 @@ def test_the_tokens_of_a_flattened_path_have_one_number() -> None:
              for one in [stats[part.tree]]]  # fmt: skip
     assert path.bincount().tolist() == sizes
     assert (path.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("credit", ["grpo", "gigpo", "treerl"])
+def test_a_trees_leaves_by_sign_give_m2po_the_bounds_of_its_paths(credit: str) -> None:
+    """A shared token counts once for each leaf below it, with the sign of that leaf's advantage."""
+    trees = random_trees(3)
+    stats = [TreeStats.of(tree) for tree in trees]
+    generator = torch.Generator().manual_seed(0)
+    moved = [torch.randn(tree.n_tokens, generator=generator, dtype=torch.float64) for tree in trees]
+    config = learner_config(credit=credit, micro_tokens=48)
+    bounds = []
+    for flat in (True, False):
+        plan = BatchPlanner(config, flat=flat).plan(stats)
+        assert plan.assigned
+        ratios, leaves = [], []
+        for part in (part for micro in plan.updates[0][0] for part in micro):
+            tree, signs = trees[part.tree], torch.from_numpy(signed_leaves(plan.assigned, part))
+            for node, sign, mult in zip(part.nodes.tolist(), signs, part.credit[:, 2], strict=True):
+                if mult > 0:
+                    ratios.append(moved[part.tree][tree.start[node] : tree.end[node]])
+                    leaves.append(sign.expand(len(ratios[-1]), 2))
+        objective = made("m2po")
+        assert isinstance(objective, M2po)
+        objective.adapt(torch.cat(ratios), torch.cat(leaves))
+        bounds.append((objective.clip_low, objective.clip_high))
+    assert bounds[0] == bounds[1]
+    assert 0 < bounds[0][0] < 0.5
