@@ -184,7 +184,7 @@ class NodeRatios:
         self._sums = torch.zeros(nodes, 1 + len(MEASURES), dtype=torch.float64, device=device)  # and how many
         self._extremes = torch.full((nodes, 2), -torch.inf, dtype=torch.float64, device=device)  # -d, d
 
-    def add(self, parts: MicroBatch, node: NDArray[np.integer], log_ratio: torch.Tensor) -> None:
+    def add(self, parts: MicroBatch, node: NDArray[np.int32], log_ratio: torch.Tensor) -> None:
         """The scored tokens of one row: [M] which node of the row's ``parts``, counted through, each is of,
         and [M] its log ρ.
         """
