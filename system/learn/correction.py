@@ -251,7 +251,7 @@ def twice_weighed(correction: Correction, objective: Objective) -> str | None:
     )
 
 
-def measured(weights: torch.Tensor) -> dict[str, float]:
+def effect(weights: torch.Tensor) -> dict[str, float]:
     """What a correction did to n leaves: the share it rejected, and the effective sample size of the weights
     as a share, (Σw)²/(n·Σw²): 1 where all are equal.
     """

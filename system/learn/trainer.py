@@ -22,7 +22,7 @@ from system.config import Config
 from system.learn import cpu, parallel, weights
 from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState, reset_optimizer_state
-from system.learn.correction import Correction, NodeRatios, measured, spread, twice_weighed, weigh
+from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -215,21 +215,20 @@ class Trainer:
                 nodes.add(parts, row.batch.node[row.scored], row.log_ratio(row.proximal))
         nodes.reduce((layout.dp_group, layout.pp_group))
         chosen, leaves = nodes.leaves()
-        weights = weigh(self.correction, leaves).to(layout.device)
+        factors = weigh(self.correction, leaves).to(layout.device)
         # One rank decides: rounding must not let two of them disagree about a bound.
-        torch.distributed.broadcast(weights, src=0)
-        for parts, row in paired(reweighed(plan, spread(weights, chosen))):
+        torch.distributed.broadcast(factors, src=0)
+        for parts, row in paired(reweighed(plan, spread(factors, chosen))):
             row.batch = with_credit_of(row.batch, parts)
-        return measured(weights)
+        return effect(factors)
 
     def _adapt(self, plan: BatchPlan, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> None:
         """Show the objective the tokens of an optimizer step, of all ranks, under the current policy."""
         scores = self._score(self.model, rows)
         if plan.assigned is None or not self.layout.last_stage:
             return
-        seen = [
-            torch.zeros(0, 3, dtype=torch.float64, device=self.layout.device)
-        ]  # log ratio, leaves by sign
+        # Log ratio, leaves below of positive and of negative advantage.
+        seen = [torch.zeros(0, 3, dtype=torch.float64, device=self.layout.device)]
         for micro, row, logprob in zip(parts, rows, scores, strict=True):
             if logprob is not None:
                 leaves = np.concatenate([signed_leaves(plan.assigned, part) for part in micro])

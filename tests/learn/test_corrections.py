@@ -13,7 +13,7 @@ import torch
 from learner_reference import path_ratios
 
 from system.config import LearnConfig, PartConfig
-from system.learn.correction import Correction, LeafRatios, measured, twice_weighed, weigh
+from system.learn.correction import Correction, LeafRatios, effect, twice_weighed, weigh
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.plugins import CORRECTIONS, PluginError
 
@@ -121,12 +121,12 @@ def test_weights_that_cannot_be_are_refused(name: str, what: str) -> None:
 
 
 def test_an_effective_sample_size() -> None:
-    assert measured(torch.tensor([1.0, 0.0, 1.0, 0.0])) == {
+    assert effect(torch.tensor([1.0, 0.0, 1.0, 0.0])) == {
         "learn/rejected_leaves": 0.5,
         "learn/effective_sample_size": 0.5,
     }
-    assert measured(torch.tensor([3.0, 1.0]))["learn/effective_sample_size"] == pytest.approx(0.8)
-    assert measured(torch.zeros(0)) == {"learn/rejected_leaves": 0, "learn/effective_sample_size": 0}
+    assert effect(torch.tensor([3.0, 1.0]))["learn/effective_sample_size"] == pytest.approx(0.8)
+    assert effect(torch.zeros(0)) == {"learn/rejected_leaves": 0, "learn/effective_sample_size": 0}
 
 
 def test_weighing_leaves_and_tokens_by_their_ratios_is_told() -> None:
