@@ -190,7 +190,8 @@ class M2po(Ppo):
         before, number = (count * square).cumsum(0) - count * square, count.cumsum(0) - count
         below = before + square * (n - number) < n * self.budget - 1e-12
         fits = int(below.sum())  # the sum rises with τ
-        return float(square[fits - 1]) ** 0.5 if fits else 0.0
+        # Just inside, so that the token that sets it is clipped as in the authors' code, in float32, too.
+        return max(float(square[fits - 1]) ** 0.5 - 1e-6, 0.0) if fits else 0.0
 
 
 class AepoClip(Ppo):

@@ -233,7 +233,8 @@ def m2po_clip(
             squares += (d[d * float(gains[leaf]) > 0].astype(np.float64) ** 2).tolist()
     assert np.mean(squares) > budget
     fits = [limit for limit in (0.0, *squares) if np.minimum(squares, limit).mean() < budget]
-    return 1 - float(np.exp(-(max(fits) ** 0.5))), float(np.exp(max(fits) ** 0.5)) - 1
+    tau = max(fits) ** 0.5 - 1e-6  # the token that sets it is clipped
+    return 1 - float(np.exp(-tau)), float(np.exp(tau)) - 1
 
 
 def leaf_factor(correction: PartConfig, log_ratio: torch.Tensor) -> float:

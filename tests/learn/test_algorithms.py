@@ -299,8 +299,8 @@ def test_losses_and_gradients(record: str, name: str, options: dict[str, Any], l
     objective = made(name, options, **learn)
     if objective.adapts:
         objective.adapt(logprob.detach() - old, torch.stack([a[mask] > 0, a[mask] < 0], 1))
-        assert objective.clip_low == pytest.approx(expected["clip_low"], abs=1e-6)
-        assert objective.clip_high == pytest.approx(expected["clip_high"], abs=1e-6)
+        assert objective.clip_low == pytest.approx(expected["clip_low"], abs=2e-6)
+        assert objective.clip_high == pytest.approx(expected["clip_high"], abs=2e-6)
     loss, _ = row_loss(objective, tokens)
     loss.backward()
     assert float(loss) == pytest.approx(expected["loss"], abs=2e-6)

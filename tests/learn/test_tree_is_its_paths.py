@@ -120,7 +120,7 @@ def scored(plan: BatchPlan, trees: Sequence[Tree], log_ratio: Sequence[torch.Ten
 
 
 @pytest.mark.parametrize("name", [name for name in CORRECTIONS.names if name != "none"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     credit=st.sampled_from([name for name in CREDITS.names if not CREDITS.make(name, {}).hard]),
