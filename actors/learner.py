@@ -26,6 +26,7 @@ from system.engine.weights.base import PushReport, Transport
 from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
 from system.tree.pack import PackedBatch, pack_share
+from system.tree.plan import BatchPlan
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 
@@ -49,7 +50,8 @@ class LearnerRank:
         self._rank, self._world = rank, world
         self._trainer: Any = None
         self._transport: Any = None  # on rank 0, from the first push on
-        self._updates: list[list[PackedBatch]] = []  # prepared, to be trained on
+        self._plan: BatchPlan | None = None  # of the batch that is prepared, to be trained on
+        self._updates: list[list[PackedBatch]] = []  # this rank's share of it
         self._measured: dict[str, float] = {}  # while preparing it
         self._credit_before: Any = None
 
@@ -86,7 +88,7 @@ class LearnerRank:
         planned = time.monotonic()
         trees, lost = _fetch({index: batch[index][0] for index in plan.trees(rank)})
         fetched = time.monotonic()
-        self._updates = [] if lost else pack_share(plan, rank, trees)
+        self._plan, self._updates = plan, [] if lost else pack_share(plan, rank, trees)
         self._measured = {
             "trees_without_signal": float(plan.silent),
             "time_fetch_s": fetched - planned,
@@ -96,13 +98,13 @@ class LearnerRank:
 
     def discard(self) -> None:
         """Forget what was prepared, as if it had not been."""
-        self._trainer.planner.credit, self._updates = self._credit_before, []
+        self._trainer.planner.credit, self._plan, self._updates = self._credit_before, None, []
 
     def step(self, version: int) -> dict[str, float]:
         """Train on what was prepared.  Adds ``seconds``, all that the batch took on this rank."""
         began = time.monotonic()
-        stats = self._trainer.train(self._updates, version=version) | self._measured
-        self._updates = []
+        stats = self._trainer.train(self._plan, self._updates, version=version) | self._measured
+        self._plan, self._updates = None, []
         seconds = time.monotonic() - began + stats["time_fetch_s"] + stats["time_pack_s"]
         return stats | {"seconds": seconds}
 

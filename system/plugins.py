@@ -275,10 +275,22 @@ OBJECTIVES = Registry(
         "aepo": "system.learn.gates:AepoClip",
         "at2po": "system.learn.gates:TurnClip",
         "gspo": "system.learn.gates:Gspo",
+        "m2po": "system.learn.gates:M2po",
         "a3po": "system.learn.objective:LogLinear",
     },
     offered=("clip_low", "clip_high", "dual_clip", "tis_cap"),
     base="system.learn.objective:Objective",
+)
+CORRECTIONS = Registry(
+    "learn.correction",
+    {
+        "none": "system.learn.correction:NoCorrection",
+        "seq-tis": "system.learn.correction:SequenceTis",
+        "seq-mis": "system.learn.correction:SequenceMis",
+        "seq-reject": "system.learn.correction:SequenceRejection",
+        "geo-reject": "system.learn.correction:GeometricRejection",
+    },
+    base="system.learn.correction:Correction",
 )
 AGGREGATES = Registry(
     "learn.aggregate",

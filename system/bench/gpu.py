@@ -214,7 +214,7 @@ def learner(
         share = pack_share(packed, 0, dict(enumerate(trees)))
 
         def step() -> dict[str, float]:
-            return trainer.train(share, version=0)
+            return trainer.train(packed, share, version=0)
 
         started = time.perf_counter()
         step()

@@ -93,7 +93,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
                     for flat, times in seconds.items():
                         started = time.perf_counter()
                         plan = BatchPlanner(config, flat=flat).plan([TreeStats.of(tree) for tree in trees])
-                        trainer.train(pack_share(plan, 0, dict(enumerate(trees))), version=0)
+                        trainer.train(plan, pack_share(plan, 0, dict(enumerate(trees))), version=0)
                         if turn:  # the first of each warms up
                             times.append(time.perf_counter() - started)
                 tree_tokens, flat_tokens = (sum(t.n_tokens for t in group) for group in (trees, paths))

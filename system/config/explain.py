@@ -23,9 +23,9 @@ Every key of a configuration, made by `espalier config --explain --markdown > do
   command line (`key=value`) come last. `${section.key}` and `${oc.env:NAME}` are filled in.
 - A plain word for a section or part that has a `name` sets that name: `branching=none` is
   `branching.name=none`.
-- A part (task, reward, tool, call syntax, policy, credit, objective, aggregate) is one of the names listed,
-  or your own as `package.module:Name`, with the current directory on the path. Its `options` are its
-  parameters.
+- A part (task, reward, tool, call syntax, policy, credit, objective, aggregate, correction) is one of the
+  names listed, or your own as `package.module:Name`, with the current directory on the path. Its `options`
+  are its parameters.
 - A dictionary is merged into the one it inherits. `!replace` replaces it: `options: !replace {}` in YAML,
   `'task.options=!replace {}'` as an override.
 - `algorithm: dapo` in a recipe, or `algorithm=dapo`, sets credit, objective, aggregate, clip and branching of

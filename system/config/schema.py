@@ -15,6 +15,7 @@ from system.config.machines import ClusterConfig, SlurmConfig
 from system.config.rule import setting
 from system.plugins import (
     AGGREGATES,
+    CORRECTIONS,
     CREDITS,
     OBJECTIVES,
     POLICIES,
@@ -327,6 +328,11 @@ class LearnConfig:
     objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=OBJECTIVES)
     aggregate: PartConfig = setting(
         PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=AGGREGATES
+    )
+    correction: PartConfig = setting(
+        PartConfig("none"),
+        "a weight for each leaf by how far off-policy its path is; all but none cost a forward pass",
+        registry=CORRECTIONS,
     )
     updates: int = setting(1, "optimizer steps per training batch", least=1)
     micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)

@@ -16,7 +16,7 @@ from system.config import Config, ConfigError
 from system.learn.aggregate import Aggregate, leaf_weights
 from system.learn.credit.base import Credit, assign
 from system.plugins import AGGREGATES, CREDITS
-from system.tree.plan import BatchPlan, Floats, plan_update, row_budget
+from system.tree.plan import Assigned, BatchPlan, Floats, plan_update, row_budget
 from system.tree.record import path_sum
 from system.tree.stats import TreeStats
 
@@ -45,10 +45,12 @@ class BatchPlanner:
         # Trees without signal do not move the loss unless a regulariser acts on every token.
         drop_zero = not learn.kl_coef and not learn.entropy_coef
         updates: list[Any] = []
+        weights: list[Floats] = []
         bounds = np.linspace(0, len(trees), learn.updates + 1).astype(int).tolist()
         for first, end in pairwise(bounds):
             some = trees[first:end]
             w = leaf_weights(self.aggregate, some, hard=self.credit.hard)
+            weights += w
             updates.append(
                 plan_update(
                     some,
@@ -64,7 +66,8 @@ class BatchPlanner:
                     first=first,
                 )
             )
-        return BatchPlan(updates, self.pad_to, silent=sum(not np.any(gain) for gain in gains))
+        assigned = Assigned(trees, gains, weights, self.credit.per, self.credit.hard)
+        return BatchPlan(updates, self.pad_to, sum(not np.any(gain) for gain in gains), assigned)
 
     def supervised(self, trees: Sequence[TreeStats]) -> BatchPlan:
         """One step on every MODEL token, once per leaf through it, scored or not, all weighed alike."""

@@ -9,12 +9,15 @@ such a loss (weight · log π) cannot be compared with PPO's.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 
+from system.learn.divergence import MAX_LOG_RATIO
 from system.learn.objective import LossTokens, Objective, Ppo, Statistics, exp_ratio
+from system.plugins import PluginError
 
 _MOST_LOG_RATIO = 10.0  # of a turn, as in the authors' code
 
@@ -145,6 +148,50 @@ class Gspo(TurnClip):
 
     def unit(self, t: LossTokens) -> torch.Tensor:
         return t.path
+
+
+class M2po(Ppo):
+    """PPO-clip on r = π_θ/μ between exp(-τ) and exp(τ), where τ keeps a second moment within ``budget``: the
+    mean of min(log² r, τ²) over the harmful tokens of the optimizer step, those that the step would move
+    further (A > 0 and r > 1, or A < 0 and r < 1)  (M2PO, arXiv 2510.01161, as the authors' code).
+
+    Of the values log² r, τ² is the largest that stays below the budget; without a need there is no clip.
+    ``floor_low`` and ``floor_high`` are the narrowest clip (the authors' function has 0.3 and 0.5, their
+    script none).  There is no dual clip.  τ needs the log-probabilities of the whole step, so that every
+    step costs a forward pass.
+    """
+
+    adapts: ClassVar[bool] = True
+
+    def __init__(self, budget: float = 0.04, floor_low: float = 0.0, floor_high: float = 0.0) -> None:
+        if not budget > 0 or not 0 <= floor_low < 1 or not floor_high >= 0:
+            raise PluginError(
+                f"budget={budget:g}, floor_low={floor_low:g}, floor_high={floor_high:g}: budget above 0, "
+                "floor_low within 0 and 1, floor_high 0 or more"
+            )
+        super().__init__(1.0, math.inf, 0.0)
+        self.budget, self.floors = budget, (floor_low, floor_high)
+
+    def adapt(self, log_ratio: torch.Tensor, leaves: torch.Tensor) -> None:
+        tau = self.bound(log_ratio.double(), leaves.double())
+        low, high = self.floors
+        self.clip_low = max(1 - math.exp(-tau), low)
+        self.clip_high = max(math.expm1(min(tau, MAX_LOG_RATIO)), high)
+
+    def bound(self, log_ratio: torch.Tensor, leaves: torch.Tensor) -> float:
+        """τ; infinite if the budget holds without."""
+        count = torch.where(log_ratio > 0, leaves[:, 0], torch.where(log_ratio < 0, leaves[:, 1], 0))
+        square, order = log_ratio.square()[count > 0].sort()
+        count = count[count > 0][order]
+        total, n = float((count * square).sum()), float(count.sum())
+        if not n or total / n <= self.budget + 1e-12:
+            return math.inf
+        # The sum of min(square, τ²) at each τ² = square, of which the ones before contribute themselves.
+        before, number = (count * square).cumsum(0) - count * square, count.cumsum(0) - count
+        below = before + square * (n - number) < n * self.budget - 1e-12
+        fits = int(below.sum())  # the sum rises with τ
+        # Just inside, so that the token that sets it is clipped as in the authors' code, in float32, too.
+        return max(float(square[fits - 1]) ** 0.5 - 1e-6, 0.0) if fits else 0.0
 
 
 class AepoClip(Ppo):

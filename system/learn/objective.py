@@ -12,6 +12,7 @@ losses only add up.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,8 @@ import torch
 import torch.distributed as dist
 
 from system.config import LearnConfig
+from system.learn.divergence import MAX_LOG_RATIO, MEASURES, Band, divergence, k3
 from system.plugins import OBJECTIVES, PluginError
-
-# exp() of a log-ratio beyond this says nothing more and would overflow a product of float32 numbers.
-MAX_LOG_RATIO = 20.0
 
 # Statistics that are totals of an optimizer step; the other sums are reported as means.
 TOTALS = ("loss", "tokens", "tokens_computed")
@@ -110,12 +109,20 @@ class Objective(ABC):
     ratio: ClassVar[Literal["behaviour", "proximal"]] = "behaviour"
     flat: ClassVar[bool] = False  # train root-to-leaf paths instead of trees
     supervised: ClassVar[bool] = False  # the model as it is: no temperature, no regularisers
+    adapts: ClassVar[bool] = False  # it wants to see each optimizer step's tokens first: :meth:`adapt`
+    importance: bool = True  # it weighs tokens by π_θ/μ or π_prox/μ, so that leaves should not be, too
 
     @abstractmethod
     def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
         """The row's loss, without regularisers, and statistics beyond those that every row has
         (:func:`row_loss`); sums are to be weighted by ``t.mult``.
         """
+
+    def adapt(self, log_ratio: torch.Tensor, leaves: torch.Tensor) -> None:
+        """Before an optimizer step, if ``adapts``: [n] log π_θ/μ of the tokens of all ranks, and [n, 2] how
+        many leaves below each have a positive, and a negative, advantage.
+        """
+        raise NotImplementedError
 
 
 def make_objective(learn: LearnConfig) -> Objective:
@@ -164,12 +171,6 @@ def row_loss(
     return loss, statistics
 
 
-def k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """Schulman's low-variance KL estimator: KL(p‖q) ≈ e^d - 1 - d with d = log q - log p at samples of p."""
-    d = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(d) - d
-
-
 def clipped_surrogate(
     ratio: torch.Tensor, s_plus: torch.Tensor, s_minus: torch.Tensor, low: float, high: float, dual: float
 ) -> torch.Tensor:
@@ -211,9 +212,11 @@ class Decoupled(Ppo):
     """Decoupled PPO (Hilton et al., arXiv 2110.00641): clip r = π_θ/π_prox, weigh by truncated π_prox/μ.
 
     π_prox is the policy at the start of the batch; with one update per batch that is the current policy's own
-    detached log-probability.  The importance weight ρ = π_prox/μ carries no gradient.  It is held between
-    ``tis_low`` and ``tis_cap``, or, with ``tis="mask"``, 0 outside of them (IcePop, Ling team 2025, whose
-    bounds are 0.5 and 5: masked tokens still count in the mean).
+    detached log-probability.  The importance weight ρ = π_prox/μ carries no gradient.  By ``tis`` it is held
+    between ``tis_low`` and ``tis_cap`` (``truncate``), 0 outside of them (``mask``: IcePop, Ling team 2025,
+    whose bounds are 0.5 and 5), or left out (``none``).  ``reject`` k1, k2 or k3 makes it 0 where the token's
+    divergence lies outside of ``reject_low`` and ``reject_high`` (:class:`system.learn.divergence.Band`).
+    What is masked or rejected still counts in the mean.
     """
 
     ratio: ClassVar[Literal["behaviour", "proximal"]] = "proximal"
@@ -226,13 +229,20 @@ class Decoupled(Ppo):
         tis_cap: float,
         tis_low: float = 0.0,
         tis: str = "truncate",
+        reject: str = "none",
+        reject_low: float = 0.0,
+        reject_high: float = math.inf,
     ) -> None:
         super().__init__(clip_low, clip_high, dual_clip)
-        if tis not in ("truncate", "mask") or not 0 <= tis_low <= tis_cap:
+        if tis not in ("truncate", "mask", "none") or not 0 <= tis_low <= tis_cap:
             raise PluginError(
-                f"tis={tis!r}, tis_low={tis_low:g}: truncate or mask, and 0 <= tis_low <= tis_cap"
+                f"tis={tis!r}, tis_low={tis_low:g}: truncate, mask or none, and 0 <= tis_low <= tis_cap"
             )
-        self.tis_cap, self.tis_low, self.mask = tis_cap, tis_low, tis == "mask"
+        if reject not in ("none", *MEASURES):
+            raise PluginError(f"reject={reject!r}: none, or one of {', '.join(MEASURES)}")
+        self.tis_cap, self.tis_low, self.tis = tis_cap, tis_low, tis
+        self.importance = tis != "none"
+        self.band = None if reject == "none" else Band(reject, reject_low, reject_high, "reject_")
 
     def proximal(self, t: LossTokens) -> torch.Tensor:
         """[M] log-probability under π_prox."""
@@ -243,8 +253,14 @@ class Decoupled(Ppo):
         gain, statistics = self.clipped(exp_ratio(t.logprob, proximal), t)
         full = exp_ratio(proximal, t.behaviour)
         weight = full.clamp(self.tis_low, self.tis_cap)
-        if self.mask:
+        if self.tis == "mask":
             weight = torch.where(weight == full, full, 0)
+        elif self.tis == "none":
+            weight = torch.ones_like(full)
+        if self.band:
+            kept = self.band.holds(divergence(self.band.measure, proximal - t.behaviour))
+            weight = torch.where(kept, weight, 0)
+            statistics.sums["tis_rejected"] = (t.mult * ~kept).sum()
         statistics.sums["tis_mean"] = (t.mult * weight).sum()
         statistics.sums["tis_capped"] = (t.mult * (full > self.tis_cap)).sum()
         return -(weight * gain).sum(), statistics

@@ -102,6 +102,16 @@ def _group(group: object) -> dist.ProcessGroup:
     return group
 
 
+def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[Σn, k] the ``rows`` [n, k] of all ranks of a group, with rows of zeros among them; collective."""
+    most = torch.tensor(len(rows), device=rows.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, int(most) - len(rows)))
+    gathered = [torch.empty_like(padded) for _ in range(group.size())]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat(gathered)
+
+
 def stop() -> None:
     """Leave all process groups; the process may :func:`start` again."""
     if parallel_state.model_parallel_is_initialized():

@@ -48,6 +48,10 @@ class Row:
         vocab, group = model.shape.vocab, layout.tp_group
         return vocab_parallel_logprob_entropy(logits, self.target, vocab, group, temperature)
 
+    def log_ratio(self, logprob: torch.Tensor) -> torch.Tensor:
+        """[M] float64: a policy's log-probabilities of the targets less those they were sampled with."""
+        return logprob.double() - torch.from_numpy(self.batch.logprob[self.scored]).to(logprob.device)
+
     def loss_tokens(
         self, logprob: torch.Tensor, entropy: torch.Tensor, version: int, reference: torch.Tensor | None
     ) -> LossTokens:

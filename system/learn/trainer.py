@@ -22,6 +22,7 @@ from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
 from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState, reset_optimizer_state
+from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -38,8 +39,9 @@ from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
 from system.learn.weights import Export
 from system.models.files import DTYPES
-from system.tree.pack import PackedBatch, pack
-from system.tree.plan import Part
+from system.plugins import CORRECTIONS
+from system.tree.pack import PackedBatch, pack, with_credit_of
+from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
@@ -63,8 +65,9 @@ class Trainer:
         self.objective = make_objective(learn)
         self._now = config  # as it is at the step that is trained
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
-        warning = inert_clip(self.objective, learn.updates)
-        self.warnings = [warning] if warning else []  # about the settings, to be told once
+        self.correction: Correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
+        warnings = inert_clip(self.objective, learn.updates), twice_weighed(self.correction, self.objective)
+        self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer, learn.attention)
@@ -100,8 +103,10 @@ class Trainer:
 
     # ------------------------------------------------------------------ training
 
-    def train(self, updates: Sequence[Sequence[PackedBatch]], *, version: int) -> dict[str, float]:
-        """One training batch: an optimizer step on each of ``updates``, this rank's micro-batches.
+    def train(
+        self, plan: BatchPlan, updates: Sequence[Sequence[PackedBatch]], *, version: int
+    ) -> dict[str, float]:
+        """One training batch: an optimizer step on each of ``updates``, this rank's share of ``plan``.
 
         ``version`` is the weight version being trained (the one the engines hold now), for staleness.
         Returns statistics over all ranks: totals and means over the batch's tokens, and times in seconds.
@@ -110,13 +115,20 @@ class Trainer:
             self._now = at_step(self.config, version)
             self.objective = make_objective(self._now.learn)
         steps = [self._rows(update) for update in updates]
-        if self.objective.ratio == "proximal":
+        corrects = not self.correction.none
+        if corrects or self.objective.ratio == "proximal":
             # The proximal policy is the one before the first update, whose own tokens therefore need no extra
-            # pass.
-            later = [row for step in steps[1:] for row in step]
-            for row, scores in zip(later, self._score(self.model, later), strict=True):
+            # pass for it.
+            rows = [row for step in steps[0 if corrects else 1 :] for row in step]
+            for row, scores in zip(rows, self._score(self.model, rows), strict=True):
                 row.proximal = scores
-        return _combine([self._update(self.objective, step, version, self._lr()) for step in steps])
+        corrected = self._correct(plan, steps) if corrects else {}
+        results: list[dict[str, float]] = []
+        for ranks, step in zip(plan.updates, steps, strict=True):
+            if self.objective.adapts:
+                self._adapt(plan, ranks[self.layout.dp_rank], step)
+            results.append(self._update(self.objective, step, version, self._lr()))
+        return _combine(results) | corrected
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
         """Warm start: one optimizer step on the mean negative log-likelihood of the MODEL tokens of this
@@ -190,6 +202,44 @@ class Trainer:
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
         return [Row(batch, self.layout.device, trained=True) for batch in micro_batches]
+
+    def _correct(self, plan: BatchPlan, steps: Sequence[Sequence[Row]]) -> dict[str, float]:
+        """Multiply each leaf's share of S+ and S- by its weight; returns what that did."""
+        layout = self.layout
+
+        def paired(plan: BatchPlan) -> Iterator[tuple[MicroBatch, Row]]:
+            for ranks, rows in zip(plan.updates, steps, strict=True):
+                yield from zip(ranks[layout.dp_rank], rows, strict=True)
+
+        if plan.assigned is None:
+            raise ValueError("a supervised batch has nothing to correct")
+        nodes = NodeRatios(plan.assigned, layout.device)
+        for parts, row in paired(plan):
+            if row.proximal is not None:  # on the last pipeline stage
+                nodes.add(parts, row.batch.node[row.scored], row.log_ratio(row.proximal))
+        nodes.reduce((layout.dp_group, layout.pp_group))
+        chosen, leaves = nodes.leaves()
+        factors = weigh(self.correction, leaves).to(layout.device)
+        # One rank decides: rounding must not let two of them disagree about a bound.
+        torch.distributed.broadcast(factors, src=0)
+        for parts, row in paired(reweighed(plan, spread(factors, chosen))):
+            row.batch = with_credit_of(row.batch, parts)
+        return effect(factors)
+
+    def _adapt(self, plan: BatchPlan, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> None:
+        """Show the objective the tokens of an optimizer step, of all ranks, under the current policy."""
+        scores = self._score(self.model, rows)
+        if plan.assigned is None or not self.layout.last_stage:
+            return
+        # Log ratio, leaves below of positive and of negative advantage.
+        seen = [torch.zeros(0, 3, dtype=torch.float64, device=self.layout.device)]
+        for micro, row, logprob in zip(parts, rows, scores, strict=True):
+            if logprob is not None:
+                leaves = np.concatenate([signed_leaves(plan.assigned, part) for part in micro])
+                leaves = torch.from_numpy(leaves[row.batch.node[row.scored]]).to(seen[0])
+                seen.append(torch.cat([row.log_ratio(logprob)[:, None], leaves], 1))
+        tokens = parallel.gather_rows(torch.cat(seen), self.layout.dp_group)
+        self.objective.adapt(tokens[:, 0], tokens[:, 1:])
 
     def _update(self, objective: Objective, rows: Sequence[Row], version: int, lr: float) -> dict[str, float]:
         """Gradients of all micro-batches, summed over data-parallel ranks, then one optimizer step."""

@@ -4,6 +4,7 @@
 group         what it answers
 ============  ========================================================================================
 ``train/``    the learner's step: loss and friends, reward and length of what was trained on
+``learn/``    what ``learn.correction`` did to leaves: share rejected, effective sample size of the weights
 ``rollout/``  trees closed since the last record: reward, accuracy, length, entropy, outcomes
 ``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
 ``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth

@@ -104,7 +104,7 @@ class Solo:
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         plan = self._trainer.planner.plan([tree.stats for tree in trees])
         share = pack_share(plan, 0, {index: tree.reference for index, tree in enumerate(trees)})
-        return await asyncio.to_thread(self._trainer.train, share, version=version)
+        return await asyncio.to_thread(self._trainer.train, plan, share, version=version)
 
     async def publish(self, version: int) -> None:
         await self._send(version)

@@ -72,6 +72,13 @@ def pack(micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1) ->
     return batch
 
 
+def with_credit_of(batch: PackedBatch, micro_batch: MicroBatch) -> PackedBatch:
+    """A packed row whose S+ and S- are those of ``micro_batch``: the parts it was packed from, reweighed."""
+    credit = np.concatenate([part.credit for part in micro_batch])[batch.node].astype(np.float32)
+    credit[batch.node < 0] = 0
+    return replace(batch, s_plus=credit[:, 0], s_minus=credit[:, 1])
+
+
 def _write(batch: PackedBatch, base: int, part: Part, tree: Tree) -> None:
     """Write one part into ``batch`` from token ``base`` on."""
     nodes = part.nodes

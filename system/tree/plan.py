@@ -9,7 +9,7 @@ below its node.  Every rank makes the same plan of the whole batch and then pack
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,9 +30,21 @@ class Part:
     nodes: Int64  # [K] in pre-order
     credit: Float64  # [K, 3] S+, S- and multiplicity of each; 0 where it is repeated as context only
     size: int  # tokens
+    leaf: int = -1  # of a flattened path: whose it is, by number in the tree
 
 
 MicroBatch = list[Part]
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """What the S+ and S- of a batch are made of, per tree; as in :func:`node_credit`."""
+
+    trees: Sequence[TreeStats]
+    advantages: Sequence[Floats]
+    weights: Sequence[Floats]
+    per: Per
+    hard: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,7 @@ class BatchPlan:
     updates: list[list[list[MicroBatch]]]  # [optimizer step][data-parallel rank][micro-batch]
     pad_to: int  # micro-batches are padded to a multiple of this
     silent: int = 0  # trees whose advantages are all 0
+    assigned: Assigned | None = None  # None: nothing was, the batch is supervised
 
     def trees(self, dp_rank: int) -> list[int]:
         """The trees, by index in the batch, that a data-parallel rank trains on."""
@@ -99,6 +112,24 @@ def node_credit(
     return credit
 
 
+def signed_leaves(made: Assigned, part: Part) -> Float64:
+    """[K, 2] weighted leaves at or below each node of a part whose advantage there is positive, and negative.
+
+    With ``hard``, where a token counts once, 1 of the sign of its mean.
+    """
+    tree, a, w = made.trees[part.tree], made.advantages[part.tree], np.asarray(made.weights[part.tree])
+    if part.leaf >= 0 or made.hard:
+        return (part.credit[:, :2] != 0).astype(np.float64)
+    signs = np.stack([a > 0, a < 0], axis=-1)
+    if made.per == "path":
+        below = np.einsum("l,ljs->js", (w > 0).astype(np.float64), signs)
+    elif made.per == "node":
+        below = leaf_sum(tree.parent, tree.leaf, w > 0)[:, None] * signs
+    else:
+        below = leaf_sum(tree.parent, tree.leaf, signs & (w > 0)[:, None])
+    return below[part.nodes]
+
+
 def whole_tree(
     index: int, tree: TreeStats, weight: Floats, credit: Float64, capacity: int, drop_zero: bool = False
 ) -> list[Part]:
@@ -154,7 +185,7 @@ def flat_paths(
         a = own[nodes] if per == "path" else np.broadcast_to(own, nodes.shape)
         credit = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0), w], axis=1)
         if not drop_zero or np.any(credit[:, :2]):
-            parts.append(Part(index, nodes, credit, int(tree.length[nodes].sum())))
+            parts.append(Part(index, nodes, credit, int(tree.length[nodes].sum()), leaf))
     return parts
 
 
@@ -231,6 +262,38 @@ def plan_update(
     micro_batches = first_fit_decreasing(parts, capacity)
     trained = [micro for micro in micro_batches if any(part.credit[:, 2].any() for part in micro)]
     return share(trained, dp, pad_to)
+
+
+def reweighed(plan: BatchPlan, factors: Sequence[Floats]) -> BatchPlan:
+    """The same plan with each leaf's share of S+ and S- times its factor, 0 or more: [L] per tree.
+
+    Multiplicities stay, so what weighs by them, and every denominator, still counts all leaves.  With
+    ``hard``, a shared token has the mean of its leaves' advantages times factors, rejected ones included.
+    """
+    made = plan.assigned
+    if made is None:
+        raise ValueError("a supervised batch has no advantages to weigh")
+    credit: list[Float64] = []
+    for tree, a, w, factor in zip(made.trees, made.advantages, made.weights, factors, strict=True):
+        if made.per == "node":  # each leaf below has its own share of the node's
+            total, kept = leaf_sum(tree.parent, tree.leaf, np.stack([w, w * factor], axis=1)).T
+            a = a * kept / np.where(total > 0, total, 1)
+        else:
+            a = a * (factor[:, None] if made.per == "path" else factor)
+        credit.append(node_credit(tree, a, w, per=made.per, hard=made.hard))
+
+    def weighed(part: Part) -> Part:
+        if part.leaf >= 0:
+            sums = part.credit[:, :2] * factors[part.tree][part.leaf]
+        else:
+            sums = np.where(part.credit[:, 2:] > 0, credit[part.tree][part.nodes, :2], 0)
+        return replace(part, credit=np.column_stack([sums, part.credit[:, 2]]))
+
+    updates = [
+        [[[weighed(part) for part in micro] for micro in micros] for micros in ranks]
+        for ranks in plan.updates
+    ]
+    return replace(plan, updates=updates)
 
 
 def row_budget(sizes: Sequence[int], micro_tokens: int, dp: int) -> int:

@@ -16,6 +16,7 @@ from system.learn.batch import BatchPlanner
 from system.learn.credit.base import Credit
 from system.tree.builder import TreeBuilder
 from system.tree.pack import PackedBatch
+from system.tree.plan import BatchPlan
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.stats import TreeStats
 
@@ -41,7 +42,8 @@ class FakeTrainer:
         self.planner = BatchPlanner(config, flat=False, dp=dp)
         self.stepped: list[list[list[PackedBatch]]] = []
 
-    def train(self, updates: list[list[PackedBatch]], *, version: int) -> dict[str, float]:
+    def train(self, plan: BatchPlan, updates: list[list[PackedBatch]], *, version: int) -> dict[str, float]:
+        assert len(plan.updates) == len(updates)
         self.stepped.append(updates)
         return {"loss": float(version)}
 

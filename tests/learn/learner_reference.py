@@ -12,7 +12,9 @@ import torch
 from system.config import Config, LearnConfig, PartConfig
 from system.learn.aggregate import leaf_weights
 from system.learn.batch import BatchPlanner
+from system.learn.correction import LeafRatios
 from system.learn.credit.base import assign
+from system.learn.divergence import MEASURES, divergence
 from system.tree.pack import PackedBatch, pack, pack_share
 from system.tree.plan import plan_update
 from system.tree.record import Kind, Outcome, Tree, validate
@@ -173,20 +175,24 @@ def flat_loss(
 
     ``proximal``: the model at the start of the batch; the current one by default.
     """
+    correction = learn.correction
     total = torch.zeros(())
     for tree, gains, w in zip(trees, advantages, weights, strict=True):
         for leaf in range(tree.n_leaves):
             index = path_tokens(tree, leaf)
             logp, entropy = path_logprobs(model, tree.tokens[index], temperature)
             behaviour = torch.from_numpy(tree.logprob[index][1:])
-            a = float(gains[leaf])
+            mask = torch.from_numpy(is_model(tree)[index][1:])
+            start = logp.detach()
+            if proximal is not None:
+                with torch.no_grad():
+                    start, _ = path_logprobs(proximal, tree.tokens[index], temperature)
+            a = float(gains[leaf]) * leaf_factor(correction, (start - behaviour)[mask])
             if learn.objective.name == "decoupled":
-                start = logp.detach()
-                if proximal is not None:
-                    with torch.no_grad():
-                        start, _ = path_logprobs(proximal, tree.tokens[index], temperature)
                 ratio = (logp - start).exp()
                 scale = (start - behaviour).exp().clamp(max=learn.tis_cap)
+                if learn.objective.options.get("tis") == "none":
+                    scale = torch.ones_like(scale)
             else:
                 ratio = (logp - behaviour).exp()
                 scale = torch.ones_like(ratio)
@@ -199,9 +205,51 @@ def flat_loss(
                     anchor, _ = path_logprobs(reference, tree.tokens[index], temperature)
                 d = anchor - logp
                 each = each + learn.kl_coef * (d.exp() - d - 1)
-            mask = torch.from_numpy(is_model(tree)[index][1:])
             total = total + float(w[leaf]) * each[mask].sum()
     return total
+
+
+def path_ratios(paths: Sequence[torch.Tensor]) -> LeafRatios:
+    """Of n paths, each by its tokens' log ρ."""
+    return LeafRatios(
+        torch.tensor([float(len(d)) for d in paths], dtype=torch.float64),
+        torch.stack([torch.stack([divergence(measure, d).sum() for measure in MEASURES]) for d in paths]),
+        torch.stack([d.min() for d in paths]),
+        torch.stack([d.max() for d in paths]),
+    )
+
+
+def m2po_clip(
+    model: Any, trees: Sequence[Tree], advantages: Sequence[np.ndarray], budget: float
+) -> tuple[float, float]:
+    """M2PO's ε below and above by its definition, over the harmful tokens of all paths."""
+    squares: list[float] = []
+    for tree, gains in zip(trees, advantages, strict=True):
+        for leaf in range(tree.n_leaves):
+            index = path_tokens(tree, leaf)
+            with torch.no_grad():
+                logp, _ = path_logprobs(model, tree.tokens[index])
+            d = (logp.numpy() - tree.logprob[index][1:])[is_model(tree)[index][1:]]
+            squares += (d[d * float(gains[leaf]) > 0].astype(np.float64) ** 2).tolist()
+    assert np.mean(squares) > budget
+    fits = [limit for limit in (0.0, *squares) if np.minimum(squares, limit).mean() < budget]
+    tau = max(fits) ** 0.5 - 1e-6  # the token that sets it is clipped
+    return 1 - float(np.exp(-tau)), float(np.exp(tau)) - 1
+
+
+def leaf_factor(correction: PartConfig, log_ratio: torch.Tensor) -> float:
+    """The weight of a path with these log ρ, for the corrections that the tests use."""
+    mean = float(log_ratio.mean().exp())
+    match correction.name:
+        case "none":
+            return 1.0
+        case "seq-tis":
+            assert correction.options == {"over": "mean"}
+            return min(mean, 2.0)
+        case "geo-reject":
+            return float(correction.options["low"] <= 1 / mean <= correction.options["high"])
+        case name:
+            raise AssertionError(name)
 
 
 def gradients(model: Any) -> dict[str, np.ndarray]:
@@ -226,7 +274,8 @@ def pack_whole(trees: Sequence[Tree], pad_to: int = 1) -> PackedBatch:
 def train(trainer: Any, trees: Sequence[Tree]) -> dict[str, float]:
     """What a learner rank does with a batch: plan it, pack its own share, step; at weight version 6."""
     plan = trainer.planner.plan([TreeStats.of(tree) for tree in trees])
-    return trainer.train(pack_share(plan, trainer.layout.dp_rank, dict(enumerate(trees))), version=6)
+    share = pack_share(plan, trainer.layout.dp_rank, dict(enumerate(trees)))
+    return trainer.train(plan, share, version=6)
 
 
 def supervise(trainer: Any, trees: Sequence[Tree], lr: float) -> dict[str, float]:
@@ -246,6 +295,6 @@ def learner_config(tp: int = 1, dp: int = 1, **learn: Any) -> Config:
     defaults = {"micro_tokens": 256, "grad_clip": 0.0, "lr": 0.0, "weight_decay": 0.0}
     for name, value in (defaults | learn | {"tp": tp, "dp": dp}).items():
         assert hasattr(config.learn, name), name
-        part = isinstance(getattr(config.learn, name), PartConfig)
+        part = isinstance(value, str) and isinstance(getattr(config.learn, name), PartConfig)
         setattr(config.learn, name, PartConfig(value) if part else value)
     return config

@@ -30,14 +30,14 @@ VECTORS = {
 }
 # What they are for is not there yet, or is tested elsewhere.
 LATER = {
-    "m2po (authors)", "m2po (AReaL)",
-    "rejection: token-RS, MIS (seq_sum_k1), geo-RS (seq_mean_k1), K3-RS, max-K2",
+    "m2po (AReaL)",
     "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage",
 }  # fmt: skip
 ELSEWHERE = {
     "reinforce++-baseline (token-whitened)", "reinforce++ (no group baseline)",  # test_credit.py
     "aepo rollouts",  # tests/rollout/test_branching.py
     "tree identities",  # test_tree_is_its_paths.py
+    "rejection: token-RS, MIS (seq_sum_k1), geo-RS (seq_mean_k1), K3-RS, max-K2",  # test_corrections.py
 }  # fmt: skip
 
 
@@ -263,6 +263,7 @@ OBJECTIVE_RECORDS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("topr (ROLL)", "topr", {}, {}),
     ("at2po turn-level ratio", "at2po", {}, {}),
     ("gspo", "gspo", {}, {}),
+    ("m2po (authors)", "m2po", {}, {}),
     (
         "decoupled PPO + TIS",
         "decoupled",
@@ -295,7 +296,12 @@ def test_losses_and_gradients(record: str, name: str, options: dict[str, Any], l
         path=torch.arange(len(mask))[:, None].expand(mask.shape)[mask],
         proximal=old,
     )
-    loss, _ = row_loss(made(name, options, **learn), tokens)
+    objective = made(name, options, **learn)
+    if objective.adapts:
+        objective.adapt(logprob.detach() - old, torch.stack([a[mask] > 0, a[mask] < 0], 1))
+        assert objective.clip_low == pytest.approx(expected["clip_low"], abs=2e-6)
+        assert objective.clip_high == pytest.approx(expected["clip_high"], abs=2e-6)
+    loss, _ = row_loss(objective, tokens)
     loss.backward()
     assert float(loss) == pytest.approx(expected["loss"], abs=2e-6)
     gradient = torch.zeros(mask.shape, dtype=torch.float64)
@@ -357,7 +363,7 @@ def test_overlong_shaping() -> None:
 
 def test_a_correction_that_cannot_be_is_refused() -> None:
     for options in ({"tis": "drop"}, {"tis_low": 3.0}, {"tis_low": -1.0}):
-        with pytest.raises(PluginError, match="truncate or mask"):
+        with pytest.raises(PluginError, match="truncate, mask or none"):
             made("decoupled", options, tis_cap=2.0)
 
 

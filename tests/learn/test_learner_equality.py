@@ -15,6 +15,7 @@ from learner_reference import (
     gradients,
     learner_config,
     load_hf,
+    m2po_clip,
     make_trees,
     pack_whole,
     path_logprobs,
@@ -26,6 +27,7 @@ from learner_reference import (
 
 from system.config import Config, PartConfig
 from system.learn.batch import BatchPlanner
+from system.plugins import CORRECTIONS
 from system.tree.record import Tree
 
 FAMILIES = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
@@ -45,6 +47,22 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "kl_coef": 0.1,
     },
     "grpo-flat": {"objective": "grpo-flat"},
+    "decoupled, leaves weighed, cut": {
+        "objective": PartConfig("decoupled", {"tis": "none"}),
+        "correction": PartConfig("seq-tis", {"over": "mean"}),
+        "micro_tokens": 48,
+    },
+    "ppo, leaves rejected, regularised, cut": {
+        "objective": "ppo",
+        "correction": PartConfig("geo-reject", {"low": 0.4, "high": 2.5}),
+        "micro_tokens": 48,
+        "kl_coef": 0.1,
+    },
+    "m2po, cut": {"objective": "m2po", "micro_tokens": 48},
+    "grpo-flat, leaves rejected": {
+        "objective": "grpo-flat",
+        "correction": PartConfig("geo-reject", {"low": 0.4, "high": 2.5}),
+    },
 }
 
 
@@ -153,13 +171,18 @@ def gradient_case(
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)
+            trainer.correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
             flat, dp = trainer.objective.flat, trainer.layout.dp
             trainer.planner = BatchPlanner(config, flat=flat, dp=dp, pad_to=trainer.planner.pad_to)
             stats = train(trainer, trees)
             trainer.reference = frozen
             mine = hf_gradients(trainer)
             hf.zero_grad()
-            loss = flat_loss(hf, trees, *credit_of(trees, config), learn, reference=reference)
+            gains, weights = credit_of(trees, config)
+            if learn.objective.name == "m2po":
+                learn.clip_low, learn.clip_high = m2po_clip(hf, trees, gains, 0.04)
+                learn.dual_clip = 0.0
+            loss = flat_loss(hf, trees, gains, weights, learn, reference=reference)
             loss.backward()
             report[name] = stats | {
                 "gradient error": relative_distance(mine, gradients(hf)) if mine else 0.0,
@@ -194,6 +217,10 @@ def test_tree_gradient_equals_flat_paths(
         assert ppo["clip_high"] > 0.02  # the cases above do reach every branch of the clipped objective
         assert ppo["clip_low"] > 0.02
         assert ppo["ratio_max"] > 3.0
+        for name, got in report.items():
+            if "rejected" in name:
+                assert 0.1 < got["learn/rejected_leaves"] < 0.9, name
+                assert got["learn/effective_sample_size"] == pytest.approx(1 - got["learn/rejected_leaves"])
         decoupled = report["decoupled, cut"]
         assert decoupled["ratio_mean"] == pytest.approx(1.0)
         assert 0 < decoupled["tis_capped"] < 1
@@ -203,6 +230,7 @@ def test_tree_gradient_equals_flat_paths(
 
 def test_data_parallel_ranks_sum_their_gradients(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
     names = ["decoupled", "ppo, cut", "ppo, regularised, cut"]
+    names += ["decoupled, leaves weighed, cut", "ppo, leaves rejected, regularised, cut", "m2po, cut"]
     reports = ranks.run(gradient_case, world=2, model=tiny_model(), tp=1, dp=2, names=names)
     for name in names:
         for report in reports:
@@ -247,7 +275,7 @@ def test_a_rank_without_work_joins_the_step(ranks: Ranks, tiny_model: Callable[.
 # ---------------------------------------------------------------------- optimizer steps
 
 
-def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
+def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfig) -> dict[str, float]:
     """Three updates of one batch, a supervised step before, against torch AdamW on the Hugging Face model."""
     settings: dict[str, Any] = {
         "lr": 1e-3,
@@ -257,6 +285,7 @@ def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
         "eps": 1e-4,
         "warmup_steps": 2,
         "updates": 3,
+        "correction": correction,
     }
     config = learner_config(tp=tp, dp=dp, **settings)
     config.rollout.temperature = 0.8
@@ -315,11 +344,20 @@ def adamw_case(place: Place, model: str, tp: int, dp: int) -> dict[str, float]:
         trainer.close()
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("tp", "dp", "correction"),
+    [
+        (1, 1, PartConfig("none")),
+        (2, 1, PartConfig("seq-tis", {"over": "mean"})),
+        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5})),
+    ],
+    ids=lambda x: x.name if isinstance(x, PartConfig) else None,
+)
 def test_optimizer_steps_equal_torch_adamw(
-    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int
+    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig
 ) -> None:
-    for result in ranks.run(adamw_case, world=tp * dp, model=tiny_model(), tp=tp, dp=dp):
+    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction}
+    for result in ranks.run(adamw_case, world=tp * dp, **case):
         assert result["moved"] > 2e-3
         assert result["error"] < 1e-2 * result["moved"] / 3
         assert result["steps"] == 3

@@ -16,21 +16,22 @@ from safetensors.torch import load_file
 from test_learner_equality import hf_gradients, open_trainer
 from test_learner_state import STEP, weights_of
 
-from system.config import Config
+from system.config import Config, PartConfig
 from system.learn.checkpoint import MANIFEST
 
 Layouts = Sequence[dict[str, Any]]
 
 # Trees cut to 48 tokens make several micro-batches of unequal length; 256 leaves fewer than there are stages.
 MANY, FEW = {"micro_tokens": 48}, {"micro_tokens": 256}
+WEIGHED = {"correction": PartConfig("seq-tis", {"over": "mean", "normalize": True})}
 SPLIT = {"distributed_optimizer": True}
 LAYOUTS: Layouts = (
     {"tp": 2, "sequence_parallel": True, "recompute": "selective"} | MANY,
     {"pp": 2, "recompute": "full"} | MANY,
     {"dp": 2} | SPLIT | MANY,
     {"tp": 2, "pp": 2} | MANY,
-    {"tp": 2, "dp": 2, "sequence_parallel": True} | SPLIT | MANY,
-    {"pp": 2, "dp": 2} | SPLIT | MANY,
+    {"tp": 2, "dp": 2, "sequence_parallel": True} | SPLIT | MANY | WEIGHED,
+    {"pp": 2, "dp": 2} | SPLIT | MANY | WEIGHED,
     {"pp": 4} | FEW,
     {"pp": 2, "dp": 2, "trees": 1} | FEW,  # one of the pipelines has nothing to do
 )
@@ -111,7 +112,7 @@ def test_every_layout_takes_the_same_step(
     model = deep_model(family, tied)
     whole: dict[str, dict[str, Any]] = {}
     for layout in layouts:
-        work = {key: layout[key] for key in ("micro_tokens", "trees") if key in layout}
+        work = {key: layout[key] for key in ("micro_tokens", "trees", "correction") if key in layout}
         if str(work) not in whole:
             (whole[str(work)],) = ranks.run(step_case, world=1, model=model, layout=work)
         reports = ranks.run(step_case, world=world_of(layout), model=model, layout=layout)

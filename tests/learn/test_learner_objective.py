@@ -11,13 +11,13 @@ import torch
 from learner_ranks import Place, Ranks
 
 from system.config import LearnConfig, PartConfig
+from system.learn.divergence import k3
 from system.learn.objective import (
     LossTokens,
     Ppo,
     Statistics,
     clipped_surrogate,
     inert_clip,
-    k3,
     make_objective,
     row_loss,
 )

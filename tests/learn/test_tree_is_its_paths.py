@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learner_reference import CHAIN, SHAPE, STAR, make_tree
+from learner_reference import (
+    CHAIN,
+    SHAPE,
+    STAR,
+    is_model,
+    learner_config,
+    make_tree,
+    path_ratios,
+    path_tokens,
+)
 
 from system.config import LearnConfig, PartConfig
 from system.learn.aggregate import leaf_weights
+from system.learn.batch import BatchPlanner
+from system.learn.correction import NodeRatios, spread, weigh
 from system.learn.credit.base import Credit, assign
+from system.learn.gates import M2po
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.learn.rows import Row
-from system.plugins import AGGREGATES, CREDITS, OBJECTIVES
+from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
 from system.tree.pack import pack
-from system.tree.plan import flat_paths, node_credit
+from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed, signed_leaves
 from system.tree.record import Kind, Tree
 from system.tree.stats import TreeStats
 
@@ -41,20 +54,27 @@ def rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[M] tokens in the loss, numbered through all trees, [M] their nodes, [3, M] S⁺, S⁻, multiplicity."""
     weights = leaf_weights(AGGREGATES.make(aggregate, {}, length_cap=64), stats, hard=credit.hard)
+    parts: list[Part] = []
+    for i, (one, a, w) in enumerate(zip(stats, assign(credit, stats), weights, strict=True)):
+        if flat:
+            parts += flat_paths(i, one, a, w, credit.per)
+        else:
+            whole = node_credit(one, a, w, per=credit.per, hard=credit.hard)
+            parts.append(Part(i, np.arange(one.nodes), whole, 0))
+    return laid_out(trees, parts)
+
+
+def laid_out(trees: Sequence[Tree], parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What :func:`rows` returns, of these parts."""
+    first = np.cumsum([0, *(tree.n_tokens for tree in trees)])
     where: list[np.ndarray] = []
     held: list[np.ndarray] = []
-    first = 0
-    for tree, one, a, w in zip(trees, stats, assign(credit, stats), weights, strict=True):
-        if flat:
-            parts = [(part.nodes, part.credit) for part in flat_paths(0, one, a, w, credit.per)]
-        else:
-            parts = [(np.arange(one.nodes), node_credit(one, a, w, per=credit.per, hard=credit.hard))]
-        for nodes, sums in parts:
-            for node, three in zip(nodes.tolist(), sums, strict=True):
-                if three[2] > 0:
-                    where.append(first + np.arange(tree.start[node], tree.end[node]))
-                    held.append(np.tile(three, (where[-1].size, 1)))
-        first += tree.n_tokens
+    for part in parts:
+        tree = trees[part.tree]
+        for node, three in zip(part.nodes.tolist(), part.credit, strict=True):
+            if three[2] > 0:
+                where.append(first[part.tree] + np.arange(tree.start[node], tree.end[node]))
+                held.append(np.tile(three, (where[-1].size, 1)))
     node = np.repeat(np.arange(len(where)), [at.size for at in where])
     return torch.tensor(np.concatenate(where)), torch.tensor(node), torch.tensor(np.concatenate(held)).T
 
@@ -82,6 +102,79 @@ def test_a_tree_is_its_flat_paths(name: str, seed: int, aggregate: str) -> None:
         )
         assert loss == pytest.approx(flat_loss, abs=1e-12)
         torch.testing.assert_close(gradient, flat_gradient, rtol=1e-9, atol=1e-12)
+
+
+def scored(plan: BatchPlan, trees: Sequence[Tree], log_ratio: Sequence[torch.Tensor]) -> NodeRatios:
+    """What all data-parallel ranks together know once each has scored its rows."""
+    assert plan.assigned
+    nodes = NodeRatios(plan.assigned, torch.device("cpu"))
+    for parts in (micro for update in plan.updates for rank in update for micro in rank):
+        row = Row(pack(parts, dict(enumerate(trees)), pad_to=32), torch.device("cpu"), trained=True)
+        d = [
+            log_ratio[part.tree][trees[part.tree].start[n] : trees[part.tree].end[n]]
+            for part in parts
+            for n in part.nodes
+        ]
+        nodes.add(parts, row.batch.node[row.scored], torch.cat(d)[row.scored])
+    return nodes
+
+
+@pytest.mark.parametrize("name", [name for name in CORRECTIONS.names if name != "none"])
+@settings(max_examples=3, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    credit=st.sampled_from([name for name in CREDITS.names if not CREDITS.make(name, {}).hard]),
+    aggregate=st.sampled_from(AGGREGATES.names),
+    width=st.sampled_from([0.002, 0.02, 0.2]),
+)
+def test_a_corrected_tree_is_its_corrected_paths(
+    name: str, seed: int, credit: str, aggregate: str, width: float
+) -> None:
+    """Loss and gradient of every correction with every objective: paths by themselves, each times the weight
+    of its own tokens, against trees cut into rows on two ranks, and against the plan of flattened paths.
+    """
+    trees = random_trees(seed)
+    stats, correction = [TreeStats.of(tree) for tree in trees], CORRECTIONS.make(name, {})
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [tree.n_tokens for tree in trees]
+    logprob = -torch.rand(sum(sizes), generator=generator, dtype=torch.float64) * 4
+    moved = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
+    log_ratio = (width * moved).split(sizes)
+
+    def own(tree: int, leaf: int) -> torch.Tensor:
+        at = path_tokens(trees[tree], leaf)
+        return log_ratio[tree][at[is_model(trees[tree])[at]]]
+
+    config = learner_config(dp=2, credit=credit, aggregate=aggregate, micro_tokens=48)
+    trained: list[list[Part]] = []
+    weight: dict[tuple[int, int], float] = {}
+    for flat in (True, False):
+        plan = BatchPlanner(config, flat=flat, dp=2).plan(stats)
+        chosen, leaves = scored(plan, trees, log_ratio).leaves()
+        numbers = [(i, leaf) for i, mask in enumerate(chosen) for leaf in np.flatnonzero(mask).tolist()]
+        expected = weigh(correction, path_ratios([own(*number) for number in numbers]))
+        torch.testing.assert_close(weigh(correction, leaves), expected, rtol=1e-9, atol=1e-12)
+        weight |= dict(zip(numbers, expected.tolist(), strict=True))
+        after = reweighed(plan, spread(expected, chosen)).updates[0]
+        trained.append([part for rank in after for micro in rank for part in micro])
+        if not flat:
+            assert {part.tree for part in trained[-1]} == {tree for tree, _ in numbers}
+            assert plan.assigned
+            assigned = plan.assigned
+    by_hand = [
+        replace(part, credit=part.credit * [[weight.get((part.tree, part.leaf), 1.0)] * 2 + [1.0]])
+        for i, (one, a, w) in enumerate(zip(stats, assigned.advantages, assigned.weights, strict=True))
+        for part in flat_paths(i, one, a, w, assigned.per)
+    ]
+    for objective in OBJECTIVES.names:
+        if made(objective).flat:
+            continue  # trains the paths themselves
+        (loss, gradient), *others = (
+            loss_of(objective, logprob, moved, *laid_out(trees, parts)) for parts in (by_hand, *trained)
+        )
+        for other_loss, other in others:
+            assert other_loss == pytest.approx(loss, abs=1e-9)
+            torch.testing.assert_close(other, gradient, rtol=1e-6, atol=1e-9)
 
 
 def loss_of(
@@ -132,3 +225,30 @@ def test_the_tokens_of_a_flattened_path_have_one_number() -> None:
              for one in [stats[part.tree]]]  # fmt: skip
     assert path.bincount().tolist() == sizes
     assert (path.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("credit", ["grpo", "gigpo", "treerl"])
+def test_a_trees_leaves_by_sign_give_m2po_the_bounds_of_its_paths(credit: str) -> None:
+    """A shared token counts once for each leaf below it, with the sign of that leaf's advantage."""
+    trees = random_trees(3)
+    stats = [TreeStats.of(tree) for tree in trees]
+    generator = torch.Generator().manual_seed(0)
+    moved = [torch.randn(tree.n_tokens, generator=generator, dtype=torch.float64) for tree in trees]
+    config = learner_config(credit=credit, micro_tokens=48)
+    bounds = []
+    for flat in (True, False):
+        plan = BatchPlanner(config, flat=flat).plan(stats)
+        assert plan.assigned
+        ratios, leaves = [], []
+        for part in (part for micro in plan.updates[0][0] for part in micro):
+            tree, signs = trees[part.tree], torch.from_numpy(signed_leaves(plan.assigned, part))
+            for node, sign, mult in zip(part.nodes.tolist(), signs, part.credit[:, 2], strict=True):
+                if mult > 0:
+                    ratios.append(moved[part.tree][tree.start[node] : tree.end[node]])
+                    leaves.append(sign.expand(len(ratios[-1]), 2))
+        objective = made("m2po")
+        assert isinstance(objective, M2po)
+        objective.adapt(torch.cat(ratios), torch.cat(leaves))
+        bounds.append((objective.clip_low, objective.clip_high))
+    assert bounds[0] == bounds[1]
+    assert 0 < bounds[0][0] < 0.5
