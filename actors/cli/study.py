@@ -29,7 +29,7 @@ def study(args: argparse.Namespace) -> int:
       espalier study branching configs/study/*.yaml --out runs/study-branching
       espalier study branching configs/study/hops.yaml --arms calibrated,random,surest
 
-    `branching`: does it pay to fork where the model is unsure? Arms are calibrated, arpo, release, aepo, at2po,
+    `branching`: does it pay to fork where the model is unsure? Arms: calibrated, arpo, release, aepo, at2po,
     random, surest (the contrary) and none (independent rollouts), at equal tokens and at equal tool calls.
     The same command goes on after a stop: runs that are there are not made again. Writes branching.json,
     PNG figures and branching.html.
