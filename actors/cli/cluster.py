@@ -28,10 +28,10 @@ def submit(args: argparse.Namespace) -> int:
     """Submit a run, or a sweep of runs, to SLURM.
 
     examples:
-      espalier submit configs/qwen3-14b.yaml --dry-run           the plan and the script; nothing is submitted
-      espalier submit configs/qwen3-14b.yaml --nodes 4 --time 12:00:00 slurm.partition=gpu slurm.account=me
+      espalier submit configs/qwen3-14b-2x8.yaml --dry-run       the plan and the script; nothing is submitted
+      espalier submit configs/qwen3-14b-2x8.yaml --nodes 4 --time 12:00:00 slurm.partition=gpu
       espalier submit configs/quickstart.yaml --sweep flow.staleness=0,1,2,4 --sweep run.seed=0,1
-      espalier submit configs/qwen3-14b.yaml --sweep cluster.nodes=2,4,8 --at-once 1
+      espalier submit configs/qwen3-14b-2x8.yaml --sweep cluster.nodes=2,4,8 --at-once 1
       espalier submit --resume runs/qwen3-14b-s0
 
     What can be told in a second to be wrong is told first, all at once (exit code 2; a dry run goes on).

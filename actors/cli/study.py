@@ -30,9 +30,11 @@ def study(args: argparse.Namespace) -> int:
       espalier study branching configs/study/hops.yaml --arms calibrated,random,surest
 
     `branching`: does it pay to fork where the model is unsure? Arms: calibrated, arpo, release, aepo, at2po,
-    random, surest (the contrary) and none (independent rollouts), at equal tokens and at equal tool calls.
-    The same command goes on after a stop: runs that are there are not made again. Writes branching.json,
-    PNG figures and branching.html.
+    random, surest (the contrary) and none (independent rollouts), at equal tokens and at equal tool calls
+    (system/study/branching.py says what each sets). Every run is synchronous (flow.staleness=0), on one rank
+    and the embedded engine. With 5 seeds p is at least 0.0625 for one task; all tasks together can say more.
+    The same command goes on after a stop: runs that are there are not made again. Writes branching.json, PNG
+    figures and branching.html.
     """
     from system.study.branching import ARMS, study
 
@@ -44,6 +46,8 @@ def study(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name}={getattr(args, name)} must be 1 or more")
     if not args.recipes:
         raise ConfigError("name a recipe, for example: espalier study branching configs/quickstart.yaml")
+    if len({recipe.stem for recipe in args.recipes}) < len(args.recipes):
+        raise ConfigError("two recipes of one file name: a study calls its tasks by it")
     out = args.out or Path("runs") / f"study-{args.what}"
     study(out, args.recipes, arms, args.seeds, args.steps, args.every, args.jobs)
     return 0

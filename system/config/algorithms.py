@@ -35,7 +35,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
         *("branching=random", "learn.credit=treepo", *_PPO, "learn.clip_high=0.28", "learn.dual_clip=10"),
         _TOKENS,
     ),
-    "gigpo": ("branching=none", "learn.credit=gigpo", *_PPO, _SEQUENCES),
+    "gigpo": ("branching=random", "learn.credit=gigpo", *_PPO, _SEQUENCES),
     "treerl": ("branching=arpo-calibrated", "learn.credit=treerl", *_PPO, _TOKENS),
     "vineppo": ("branching=random", "learn.credit=vineppo", *_PPO, _TOKENS),
 }

@@ -122,10 +122,10 @@ class RolloutConfig:
 
     schedule: str = setting(
         "barrier-free",
-        "eager: a tree whose branches may fork only after tool calls that take longer than usual starts the "
-        "rest of its roots meanwhile; lockstep: the released ARPO code's rounds (generate all, wait for all "
-        "tools, fork, top up one root per round), for comparison; it needs flow.staleness=0: a batch is "
-        "grown, then trained on",
+        "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: or can "
+        "only after a tool call that takes over twice its tool's median (of 16 calls or more); lockstep: the "
+        "released ARPO code's rounds (generate all, wait for all tools, fork, top up one root per round), "
+        "for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
@@ -146,14 +146,16 @@ class RolloutConfig:
 
 @dataclass
 class BranchingConfig:
-    """The policy that decides whether a tree forks after a tool result."""
+    """The policy that decides where a tree forks."""
 
     name: str = setting("arpo-calibrated", "which policy", registry=POLICIES)
     alpha: float = setting(0.5, "mean fork probability; arpo: the one at an unchanged entropy")
     beta: float = setting(0.2, "how far the entropy moves it: to alpha ± beta; arpo: weight of its rise")
     tau: float = setting(0.5, "threshold of arpo-paper")
-    probe_tokens: int = setting(8, "k: tokens after a tool result whose mean entropy decides", least=1)
-    options: dict[str, Any] = setting({}, "of one's own policy")
+    probe_tokens: int = setting(
+        8, "k: tokens after a tool result whose mean entropy decides (arpo-release: 20, their sum)", least=1
+    )
+    options: dict[str, Any] = setting({}, "the policy's own: at2po's width and penalty, aepo's penalty, …")
 
 
 @dataclass

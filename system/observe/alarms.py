@@ -73,8 +73,7 @@ def _entropy(begin: Means, now: Means) -> str | None:
     if entropy < COLLAPSED * was and silent > 0.5 and not now["rollout/accuracy"] > 0.9:
         return (
             f"{entropy:.3g} nats per token, {was:.3g} at the beginning, and {silent:.0%} of the trees teach "
-            "nothing: the policy repeats itself (a smaller learn.lr, learn.clip_high=0.28 or "
-            "learn.entropy_coef may help)"
+            "nothing: the policy repeats itself (a smaller learn.lr or learn.entropy_coef may help)"
         )
     return None
 

@@ -8,6 +8,7 @@ equal tokens and at equal tool calls, seed by seed.  Runs that are there already
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import sys
@@ -18,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from system.bench.processes import stop
+from system.config import load, to_yaml
+from system.errors import EspalierError
+from system.observe import lease
 from system.study.branching_report import write_report
 from system.study.measure import Trial
+from system.text import one_line
 
 ARMS: dict[str, tuple[str, ...]] = {
     "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
@@ -36,52 +41,66 @@ RUN_S = 3600.0  # after which a run has failed
 Key = tuple[str, str, int]  # task, arm, seed
 
 
+class RunsFailed(EspalierError):
+    """Runs of a study that failed; the message names the first."""
+
+
 def study(
     out: Path, recipes: Sequence[Path], arms: Sequence[str], seeds: int, steps: int, every: int, jobs: int
 ) -> dict[str, Any]:
     """Make the runs that are not there, ``jobs`` at a time, then the report; returns its figures.
 
-    Seeds come first: a study that is stopped has whole rounds of all arms.  Raises RuntimeError when runs
-    failed, once the others are made.
+    Seeds come first: a study that is stopped has whole rounds of all arms.  Raises :class:`RunsFailed`
+    once the others are made.
     """
+    out.mkdir(parents=True, exist_ok=True)
     starts = {
-        (recipe.stem, seed): _job(out, recipe, "start", seed, 0, every)
+        (recipe.stem, seed): _trial(out, recipe, "start", seed, 0, every)
         for seed in range(seeds)
         for recipe in recipes
     }
     runs = {
-        (recipe.stem, arm, seed): _job(out, recipe, arm, seed, steps, every)
+        (recipe.stem, arm, seed): _trial(out, recipe, arm, seed, steps, every)
         for seed in range(seeds)
         for recipe in recipes
         for arm in arms
     }
-    asyncio.run(_make({(task, "start", seed): job for (task, seed), job in starts.items()}, jobs))
-    asyncio.run(_make(runs, jobs))
-    results = {key: json.loads(Path(job.result).read_bytes()) for key, job in runs.items()}
+    with lease.held(out):  # another study here would make the same runs
+        asyncio.run(_make({(task, "start", seed): trial for (task, seed), trial in starts.items()}, jobs))
+        asyncio.run(_make(runs, jobs))
+    results = {key: json.loads(Path(trial.result).read_bytes()) for key, trial in runs.items()}
     return write_report(results, out)
 
 
-def _job(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
-    overrides = [*SETTINGS, f"run.seed={seed}", f"run.steps={steps}", *ARMS.get(arm, ())]
-    start, result = (
-        out / "starts" / f"{recipe.stem}-s{seed}",
-        out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json",
-    )
-    return Trial(str(recipe), overrides, steps, every, str(start), str(result))
+def _trial(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
+    """One run; with the arm "start" the start model that all arms of a task and seed share.
+
+    Raises ConfigError for a recipe that cannot be.
+    """
+    common = [*SETTINGS, f"run.seed={seed}", f"run.steps={steps}"]
+    own = [*common, *ARMS.get(arm, ())]
+    shared = _digest(recipe, [*SETTINGS, f"run.seed={seed}", "run.steps=0"])
+    start = out / "starts" / f"{recipe.stem}-s{seed}-{shared[:8]}"
+    result = out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json"
+    return Trial(str(recipe), own, _digest(recipe, own), steps, every, str(start), str(result))
+
+
+def _digest(recipe: Path, overrides: list[str]) -> str:
+    return hashlib.sha256(to_yaml(load(recipe, overrides)).encode()).hexdigest()
 
 
 async def _make(wanted: dict[Key, Trial], jobs: int) -> None:
     """Those of ``wanted`` that are not there, or were made with other settings."""
-    missing = {key: job for key, job in wanted.items() if not _made(job)}
+    missing = {key: trial for key, trial in wanted.items() if not _made(trial)}
     room, done, began = asyncio.Semaphore(jobs), 0, time.monotonic()
     failed: list[str] = []
 
-    async def make(key: Key, job: Trial) -> None:
+    async def make(key: Key, trial: Trial) -> None:
         nonlocal done
         async with room:
             name = " ".join(map(str, key))
             try:
-                found = await _run(job)
+                found = await _run(trial)
             except (RuntimeError, TimeoutError) as error:
                 failed.append(f"{name}: {error}")
                 print(f"{name} failed: {error}", flush=True)
@@ -96,24 +115,24 @@ async def _make(wanted: dict[Key, Trial], jobs: int) -> None:
         )
 
     async with asyncio.TaskGroup() as tasks:
-        for key, job in missing.items():
-            tasks.create_task(make(key, job))
+        for key, trial in missing.items():
+            tasks.create_task(make(key, trial))
     if failed:
-        raise RuntimeError(f"{len(failed)} runs failed, the first: {failed[0]}")
+        raise RunsFailed(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
-def _made(job: Trial) -> bool:
+def _made(trial: Trial) -> bool:
     try:
-        return json.loads(Path(job.result).read_bytes())["job"] == asdict(job)
+        return json.loads(Path(trial.result).read_bytes())["trial"] == asdict(trial)
     except (OSError, ValueError, KeyError):
         return False
 
 
-async def _run(job: Trial) -> dict[str, Any]:
+async def _run(trial: Trial) -> dict[str, Any]:
     """One run in a process of its own, on one core.  Raises RuntimeError if it fails, TimeoutError after
     ``RUN_S``.
     """
-    order, log = _ordered(job)
+    order, log = _ordered(trial)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as told:
         process = await asyncio.create_subprocess_exec(
@@ -130,21 +149,26 @@ async def _run(job: Trial) -> dict[str, Any]:
         finally:
             await stop(process)
     if code:
-        raise RuntimeError(f"it ended with {code}; see {log}")
-    return _taken(job, order, log)
+        raise RuntimeError(f"it ended with {code}: {_last_line(log)}; see {log}")
+    return _taken(trial, order, log)
 
 
-def _ordered(job: Trial) -> tuple[Path, Path]:
-    """The job in a file, and where its process may write what it says."""
-    result = Path(job.result)
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return one_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
+
+
+def _ordered(trial: Trial) -> tuple[Path, Path]:
+    """The trial in a file, and where its process may write what it says."""
+    result = Path(trial.result)
     result.parent.mkdir(parents=True, exist_ok=True)
-    order = result.with_suffix(".job")
-    order.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    order = result.with_suffix(".trial")
+    order.write_text(json.dumps(asdict(trial)), encoding="utf-8")
     return order, result.with_suffix(".log")
 
 
-def _taken(job: Trial, order: Path, log: Path) -> dict[str, Any]:
+def _taken(trial: Trial, order: Path, log: Path) -> dict[str, Any]:
     """The result; what else the process left is removed."""
     order.unlink()
     log.unlink()
-    return json.loads(Path(job.result).read_bytes())
+    return json.loads(Path(trial.result).read_bytes())

@@ -17,7 +17,7 @@ from system.tree.record import Float64
 Run = Mapping[str, Any]
 Runs = Mapping[tuple[str, str, int], Run]  # by task, arm, seed
 
-CONTROL = "random"  # what the other arms are compared with
+CONTROL = "random"  # what the other arms are compared with, or the first where it is missing
 SPENT = {"tokens": "tokens generated", "calls": "tool calls"}
 WHERE = {
     "probability": "P(fork), 5 to 95 %",
@@ -32,6 +32,7 @@ GOAL = 0.8  # of the way from the start's accuracy to 1
 def write_report(runs: Runs, out: Path) -> dict[str, Any]:
     """``branching.json``, its page and its pictures in ``out``; returns the figures."""
     tasks, arms, seeds = (list(dict.fromkeys(column)) for column in zip(*runs, strict=True))
+    control = CONTROL if CONTROL in arms else arms[0]
     report = Report(
         out,
         "branching",
@@ -48,10 +49,10 @@ def write_report(runs: Runs, out: Path) -> dict[str, Any]:
         for spent, words in SPENT.items():
             curves = learning(of_task, spent)
             report.figure(f"{task}-{spent}", _plot(curves, words), f"{task}: held-out accuracy")
-            found[spent] = {arm: _figures(of_task[arm], curves, arm, spent) for arm in arms}
+            found[spent] = {arm: _figures(of_task[arm], curves, arm, control, spent) for arm in arms}
             for arm in arms:
                 ahead.setdefault((arm, spent), []).extend(found[spent][arm]["ahead"])
-            columns = ["arm", "mean accuracy", "at the end", f"ahead of {CONTROL}", "p"]
+            columns = ["arm", "mean accuracy", "at the end", f"ahead of {control}", "p"]
             report.table(
                 f"{task}, at equal {words}",
                 [*columns, f"{words} to {GOAL:.0%} of the way"],
@@ -71,14 +72,14 @@ def write_report(runs: Runs, out: Path) -> dict[str, Any]:
                 for arm, one in found["forks"].items()
             ],
         )
-    together = {f"{arm}, {spent}": d for (arm, spent), d in ahead.items() if arm != CONTROL}
+    together = {f"{arm}, {spent}": d for (arm, spent), d in ahead.items() if arm != control}
     figures["together"] = {
         key: {"difference": interval(d), "p": sign_flip_test(d), "pairs": len(d)}
         for key, d in together.items()
     }
     report.section("All tasks together")
     report.table(
-        f"Mean accuracy ahead of {CONTROL}, pairs of runs of one task and seed",
+        f"Mean accuracy ahead of {control}, pairs of runs of one task and seed",
         ["arm, at equal", "ahead", "p", "pairs"],
         [[key, _pm(interval(d)), sign_flip_test(d), len(d)] for key, d in together.items()],
     )
@@ -101,12 +102,11 @@ def _points(run: Run, spent: str) -> tuple[list[float], list[float]]:
 
 
 def _figures(
-    some: Sequence[Run], curves: tuple[Float64, dict[str, Float64]], arm: str, spent: str
+    some: Sequence[Run], curves: tuple[Float64, dict[str, Float64]], arm: str, control: str, spent: str
 ) -> dict[str, Any]:
     """Of one arm at one task."""
     own = curves[1][arm]
-    control = curves[1].get(CONTROL, own)
-    ahead = (own.mean(axis=1) - control.mean(axis=1)).tolist()
+    ahead = (own.mean(axis=1) - curves[1][control].mean(axis=1)).tolist()
     goals = [
         spent_to_reach(accuracy[0] + GOAL * (1 - accuracy[0]), budget, accuracy)
         for budget, accuracy in (_points(run, spent) for run in some)
@@ -117,7 +117,7 @@ def _figures(
         "end": interval(own[:, -1]),
         "ahead": ahead,
         "difference": interval(ahead),
-        "p": sign_flip_test(ahead) if arm != CONTROL else None,
+        "p": sign_flip_test(ahead) if arm != control else None,
         "to_goal": f"{np.median(reached):,.0f} ({len(reached)} of {len(goals)})" if reached else "never",
     }
 

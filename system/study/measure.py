@@ -34,6 +34,7 @@ class Trial:
 
     config: str  # a recipe
     overrides: list[str]
+    digest: str  # of all settings that follow from these, so that an edited recipe makes other runs
     steps: int
     every: int  # steps between two evaluations
     start: str  # directory of the start model and of what goes with it
@@ -108,10 +109,10 @@ class Count:
         }
 
 
-def measure(config: Config, job: Trial) -> dict[str, Any]:
+def measure(config: Config, trial: Trial) -> dict[str, Any]:
     """Make the run."""
     task, count, began = make_task(config), Count(), time.monotonic()
-    scratch = Path(job.start)
+    scratch = Path(trial.start)
     scratch.mkdir(parents=True, exist_ok=True)
     model = start_model(config, task, scratch)
     questions = first(task.eval(), config.eval.questions)
@@ -122,16 +123,16 @@ def measure(config: Config, job: Trial) -> dict[str, Any]:
             solo.closed = count.closed
 
             async def between(version: int) -> None:
-                if version % job.every == 0 or version == job.steps:
+                if version % trial.every == 0 or version == trial.steps:
                     scores = (await solo.answers(questions)).total
                     at = {"step": version, "tokens": count.tokens, "calls": count.calls}
                     points.append(at | {"accuracy": scores.accuracy, "calls_per_answer": scores.tool_calls})
 
-            await solo.run(job.steps, count, between)
+            await solo.run(trial.steps, count, between)
 
-    if job.steps:
+    if trial.steps:
         asyncio.run(run())
-    return {"job": asdict(job), "points": points, "seconds": time.monotonic() - began, **count.figures()}
+    return {"trial": asdict(trial), "points": points, "seconds": time.monotonic() - began, **count.figures()}
 
 
 def _mean_square_below(stats: TreeStats) -> Any:
@@ -140,9 +141,9 @@ def _mean_square_below(stats: TreeStats) -> Any:
 
 
 def main() -> None:
-    job = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    result = measure(load(job.config, job.overrides), job)
-    write_atomic(Path(job.result), json.dumps(jsonable(result), allow_nan=False) + "\n")
+    trial = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    result = measure(load(trial.config, trial.overrides), trial)
+    write_atomic(Path(trial.result), json.dumps(jsonable(result), allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def test_a_study_makes_its_runs_once_and_says_what_they_say(tmp_path: Path) -> N
     assert (tmp_path / "toy-tokens.png").stat().st_size > 10_000
     assert "where trees forked" in (tmp_path / "branching.html").read_text()
     assert main([*command, "--arms=random"]) == 0
+    assert "ahead of random" in (tmp_path / "branching.html").read_text()
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == made
 
 
@@ -50,14 +51,17 @@ def test_a_study_makes_its_runs_once_and_says_what_they_say(tmp_path: Path) -> N
         (["--arms=greedy"], "--arms=greedy: choose among calibrated"),
         (["--seeds=0"], "--seeds=0 must be 1 or more"),
         ([], "name a recipe"),
+        (["no/such.yaml"], "no such configuration file"),
+        (["elsewhere/quickstart.yaml"], "two recipes of one file name"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = [] if not words else [str(QUICKSTART)]
-    assert main(["study", "branching", *recipe, *words]) == 2
+    assert main(["study", "branching", *recipe, *words, f"--out={tmp_path}"]) == 2
     assert said in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_made(
@@ -71,6 +75,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(
     assert "broken start 0 failed" in told.out
     assert "broken start 1 failed" in told.out
     assert "2 runs failed, the first: broken start" in told.err
+    assert "no module named 'no'" in told.err.lower()
+    assert "Traceback" not in told.err
 
 
 # Statistics
