@@ -53,7 +53,6 @@ def study(
     Seeds come first: a study that is stopped has whole rounds of all arms.  Raises :class:`RunsFailed`
     once the others are made.
     """
-    out.mkdir(parents=True, exist_ok=True)
     starts = {
         (recipe.stem, seed): _trial(out, recipe, "start", seed, 0, every)
         for seed in range(seeds)
@@ -65,6 +64,7 @@ def study(
         for recipe in recipes
         for arm in arms
     }
+    out.mkdir(parents=True, exist_ok=True)
     with lease.held(out):  # another study here would make the same runs
         asyncio.run(_make({(task, "start", seed): trial for (task, seed), trial in starts.items()}, jobs))
         asyncio.run(_make(runs, jobs))
