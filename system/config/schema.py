@@ -336,6 +336,18 @@ class LearnConfig:
         "a weight for each leaf by how far off-policy its path is; all but none cost a forward pass",
         registry=CORRECTIONS,
     )
+    proximal: str = setting(
+        "start",
+        "what decoupled clips against: start: the policy at the start of the batch; average: a moving "
+        "average of the weights (PPO-EWMA), for which every batch takes one more forward pass",
+        choices=("start", "average"),
+    )
+    proximal_reset: float = setting(
+        0.9,
+        "share of tokens within the clip, below which the average begins again; 0: never",
+        least=0,
+        most=1,
+    )
     updates: int = setting(1, "optimizer steps per training batch", least=1)
     micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
     lr: float = setting(1e-3, "learning rate (Adam)", above=0)

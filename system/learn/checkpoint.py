@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,18 +72,21 @@ class Box:
 
 
 class TrainingState:
-    """What a checkpoint holds of a learner rank: model, optimizer, reference model, and torch's generator."""
+    """What a checkpoint holds of a learner rank: model, optimizer, reference model, average of the weights,
+    and torch's generator.
+    """
 
     def __init__(
         self,
         layout: Layout,
         model: TreeGPTModel,
         optimizer: MegatronOptimizer,
-        reference: TreeGPTModel | None,
+        others: Mapping[str, TreeGPTModel],
     ) -> None:
+        """``others``: models of the same shape that are kept besides, by a word for each."""
         self._layout, self._model = layout, model
         self._optimizers = optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
-        self._frozen = dict(reference.named_parameters()) if reference is not None else {}
+        self._others = {kind: dict(one.named_parameters()) for kind, one in others.items()}
         self._where = WeightMap.of(model)
 
     def save(self, path: Path, *, step: int, extra: dict[str, Any]) -> None:
@@ -146,8 +149,8 @@ class TrainingState:
             mine = not writing or number % layout.dp == layout.dp_rank  # data-parallel copies share the work
             parts = [] if writing else [("parameter", parameter.detach(), 0)]
             parts += self._optimizer_state(parameter, mine)
-            if mine and key in self._frozen:
-                parts.append(("reference", self._frozen[key].detach(), 0))
+            if mine:
+                parts += [(kind, one[key].detach(), 0) for kind, one in self._others.items()]
             for kind, tensor, start in parts:
                 yield from self._boxes(mapped, parameter.shape, kind, tensor, start)
 

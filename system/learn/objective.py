@@ -137,9 +137,16 @@ def make_objective(learn: LearnConfig) -> Objective:
     )
 
 
-def inert_clip(objective: Objective, updates: int) -> str | None:
-    """A warning if the settings leave the clip without effect."""
-    if objective.ratio == "behaviour" or objective.supervised or updates > 1:
+def inert_clip(objective: Objective, learn: LearnConfig) -> str | None:
+    """A warning if the settings leave the clip, or the average of the weights, without effect."""
+    if objective.ratio == "behaviour":
+        return (
+            f"learn.proximal=average has no effect: learn.objective={learn.objective.name} does not clip "
+            "against a proximal policy (decoupled does)"
+            if learn.proximal == "average"
+            else None
+        )
+    if objective.supervised or learn.updates > 1 or learn.proximal == "average":
         return None
     return (
         "the objective clips the ratio to the policy at the start of the batch, which learn.updates=1 keeps "
@@ -254,6 +261,7 @@ class Decoupled(Ppo):
         full = exp_ratio(proximal, t.behaviour)
         weight = full.clamp(self.tis_low, self.tis_cap)
         if self.tis == "mask":
+            statistics.sums["tis_masked"] = (t.mult * (weight != full)).sum()
             weight = torch.where(weight == full, full, 0)
         elif self.tis == "none":
             weight = torch.ones_like(full)

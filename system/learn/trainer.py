@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
+from system.learn.average import MovingAverage, active_share, decay_for
 from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState, reset_optimizer_state
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
@@ -46,7 +47,8 @@ from system.tree.record import Tree
 
 log = logging.getLogger(__name__)
 
-_CREDIT = "credit"  # the credit's state among what a checkpoint keeps besides tensors
+# Among what a checkpoint keeps besides tensors: the credit's state, the total weight of the average.
+_CREDIT, _AVERAGE = "credit", "average"
 
 
 class Trainer:
@@ -66,7 +68,7 @@ class Trainer:
         self._now = config  # as it is at the step that is trained
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
         self.correction: Correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
-        warnings = inert_clip(self.objective, learn.updates), twice_weighed(self.correction, self.objective)
+        warnings = inert_clip(self.objective, learn), twice_weighed(self.correction, self.objective)
         self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
@@ -76,7 +78,11 @@ class Trainer:
         if learn.kl_coef:
             self.reference = build(shape, transformer, learn.attention)
             self.reference.requires_grad_(False)
-            self._freeze_reference()
+        self.average: MovingAverage | None = None
+        if learn.proximal == "average" and self.objective.ratio == "proximal":
+            lag = config.flow.staleness + config.flow.window
+            self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))
+        self._follow()
         with cpu.scope():
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True, use_distributed_optimizer=learn.distributed_optimizer
@@ -98,7 +104,10 @@ class Trainer:
                 [self.ddp],
             )
         reset_optimizer_state(self.optimizer)
-        self._state = TrainingState(self.layout, self.model, self.optimizer, self.reference)
+        average = self.average.model if self.average else None
+        others = {"reference": self.reference, "average": average}
+        kept = {kind: model for kind, model in others.items() if model}
+        self._state = TrainingState(self.layout, self.model, self.optimizer, kept)
         self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
 
     # ------------------------------------------------------------------ training
@@ -117,10 +126,11 @@ class Trainer:
         steps = [self._rows(update) for update in updates]
         corrects = not self.correction.none
         if corrects or self.objective.ratio == "proximal":
-            # The proximal policy is the one before the first update, whose own tokens therefore need no extra
-            # pass for it.
-            rows = [row for step in steps[0 if corrects else 1 :] for row in step]
-            for row, scores in zip(rows, self._score(self.model, rows), strict=True):
+            # Unless it is an average, the proximal policy is the one before the first update, whose own
+            # tokens therefore need no extra pass for it.
+            proximal = self.average.model if self.average else self.model
+            rows = [row for step in steps[0 if corrects or self.average else 1 :] for row in step]
+            for row, scores in zip(rows, self._score(proximal, rows), strict=True):
                 row.proximal = scores
         corrected = self._correct(plan, steps) if corrects else {}
         results: list[dict[str, float]] = []
@@ -128,7 +138,14 @@ class Trainer:
             if self.objective.adapts:
                 self._adapt(plan, ranks[self.layout.dp_rank], step)
             results.append(self._update(self.objective, step, version, self._lr()))
-        return _combine(results) | corrected
+            if self.average:
+                self.average.update(self.model)
+        combined = _combine(results) | corrected
+        if self.average:
+            combined["proximal_active"] = active = active_share(combined)
+            if active < self.learn.proximal_reset:
+                self.average.reset(self.model)
+        return combined
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
         """Warm start: one optimizer step on the mean negative log-likelihood of the MODEL tokens of this
@@ -157,12 +174,12 @@ class Trainer:
         return results
 
     def reset_optimizer(self) -> None:
-        """Where reinforcement learning begins: zero moments and step count, reference model := current
-        policy.
+        """Where reinforcement learning begins: zero moments and step count, reference model and average :=
+        current policy.
         """
         reset_optimizer_state(self.optimizer)
         self.step_count = 0
-        self._freeze_reference()
+        self._follow()
 
     # ------------------------------------------------------------------ weights and state
 
@@ -185,6 +202,8 @@ class Trainer:
         """
         if state := self.planner.credit.state_dict():
             extra = {**extra, _CREDIT: state}
+        if self.average:
+            extra = {**extra, _AVERAGE: self.average.weight}
         self._state.save(Path(path), step=self.step_count, extra=extra)
 
     def load(self, path: str | Path) -> dict[str, Any]:
@@ -192,6 +211,9 @@ class Trainer:
         self.step_count, extra = self._state.load(Path(path))
         if state := extra.pop(_CREDIT, None):
             self.planner.credit.load_state_dict(state)
+        weight = extra.pop(_AVERAGE, 1.0)
+        if self.average:
+            self.average.weight = weight
         return extra
 
     def close(self) -> None:
@@ -326,9 +348,12 @@ class Trainer:
         scores = Pipeline(model, self.layout).score([row.tokens.numel() for row in rows], compute)
         return [*scores] if self.layout.last_stage else [None] * len(rows)
 
-    def _freeze_reference(self) -> None:
+    def _follow(self) -> None:
+        """Reference model and average := the current weights."""
         if self.reference is not None:
             self.reference.load_state_dict(self.model.state_dict())
+        if self.average is not None:
+            self.average.reset(self.model)
 
     def _no_statistics(self, objective: Objective) -> Statistics:
         """What every rank begins with: one without micro-batches, or not on the last pipeline stage, measures

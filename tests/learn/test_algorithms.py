@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from system.config import LearnConfig, PartConfig
+from system.learn.average import MovingAverage, decay_for
 from system.learn.credit.base import assign
 from system.learn.objective import LossTokens, make_objective, row_loss
 from system.plugins import CREDITS, PluginError
@@ -31,7 +32,7 @@ VECTORS = {
 # What they are for is not there yet, or is tested elsewhere.
 LATER = {
     "m2po (AReaL)",
-    "ppo-ewma proximal weights", "a2tgpo", "aepo entropy-aware advantage",
+    "a2tgpo", "aepo entropy-aware advantage",
 }  # fmt: skip
 ELSEWHERE = {
     "reinforce++-baseline (token-whitened)", "reinforce++ (no group baseline)",  # test_credit.py
@@ -374,6 +375,28 @@ def test_dppo_kl_keeps_what_is_near_or_leads_back() -> None:
     assert down.tolist() == [True, True, False, True]
     near_one = made("dppo-kl").kept(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1e-30]))
     assert [bool(x[0]) for x in near_one] == [True, True]
+
+
+def test_ppo_ewma_averages_the_weights() -> None:
+    given, expected = numbers("ppo-ewma proximal weights")
+
+    def averaged(lag: int, reset_at: int = -1) -> tuple[list[float], float]:
+        model, mean = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+        values: list[float] = []
+        average = MovingAverage(mean, decay_for(lag))
+        for step, theta in enumerate(given["theta_k"]):
+            torch.nn.init.constant_(model.weight, theta)
+            if step in (0, reset_at):
+                average.reset(model)
+            else:
+                average.update(model)
+            values.append(float(mean.weight))
+        return values, average.weight
+
+    assert averaged(2)[0] == pytest.approx(expected["W2"], abs=1e-5)
+    assert averaged(4)[0] == pytest.approx(expected["W4"], abs=1e-5)
+    assert averaged(2, reset_at=3)[0] == pytest.approx(expected["W2_reset_at_step_3"], abs=1e-5)
+    assert averaged(2)[1] == expected["total_weight_W2"]
 
 
 def test_every_record_is_used_or_said_to_come_later() -> None:

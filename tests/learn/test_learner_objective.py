@@ -107,10 +107,17 @@ def test_regularisers_enter_the_loss_with_their_coefficients() -> None:
 
 def test_a_clip_without_effect_is_told() -> None:
     """π_θ/π_prox is 1 in the only update of a batch."""
+
+    def told(name: str, **learn: Any) -> str | None:
+        settings = LearnConfig(objective=PartConfig(name), **learn)
+        return inert_clip(make_objective(settings), settings)
+
+    assert "clip_low" in (told("decoupled") or "")
+    assert told("decoupled", updates=2) is None
+    assert told("decoupled", proximal="average") is None
+    assert told("ppo") is None
+    assert "learn.proximal=average has no effect" in (told("ppo", proximal="average") or "")
     learn = LearnConfig(objective=PartConfig("decoupled"))
-    assert "clip_low" in (inert_clip(make_objective(learn), updates=1) or "")
-    assert inert_clip(make_objective(learn), updates=2) is None
-    assert inert_clip(make_objective(LearnConfig(objective=PartConfig("ppo"))), updates=1) is None
     far = tokens(behaviour=torch.full((64,), -6.0))  # a ratio of about 55 to the policy that sampled
     _, stats = loss_of("decoupled", far, learn)
     assert float(stats.sums["clip_high"]) == float(stats.sums["clip_low"]) == 0

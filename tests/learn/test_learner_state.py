@@ -333,6 +333,49 @@ def test_the_learner_follows_the_courses_of_settings(ranks: Ranks, tiny_model: C
     assert fixed["clip_high"] > 0
 
 
+def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
+    """PPO-EWMA: three batches, a checkpoint after the second, and the third once more from it."""
+    config = learner_config(
+        tp=place.world, objective="decoupled", proximal="average", proximal_reset=0.0, **STEP
+    )
+    trainer = open_trainer(place, config, model)
+    try:
+        first, second = train(trainer, make_trees(1)), train(trainer, make_trees(2))
+        trainer.save(path, {})
+        third = train(trainer, make_trees(3))
+        trainer.load(path)
+        weight = trainer.average.weight
+        again = train(trainer, make_trees(3))
+        trainer.learn.proximal_reset = 1.0  # always
+        train(trainer, make_trees(4))
+        mean, new = (dict(one.named_parameters()) for one in (trainer.average.model, trainer.model))
+        same = all(torch.equal(mean[name], new[name]) for name in new)
+        return {
+            "ratios": [stats["ratio_mean"] for stats in (first, second)],
+            "active": first["proximal_active"],
+            "weight": weight,
+            "third": third["loss"],
+            "again": again["loss"],
+            "reset": all(torch.equal(mean[name], new[name]) for name in new)
+            and trainer.average.weight == 1.0,
+        }
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_proximal_policy_is_an_average_that_is_kept(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path, world: int
+) -> None:
+    got = ranks.run(average_case, world=world, model=tiny_model(), path=str(tmp_path / "kept"))[0]
+    assert got["ratios"][0] == pytest.approx(1.0), "the average of one policy is that policy"
+    assert abs(got["ratios"][1] - 1.0) > 1e-6, "afterwards it lags behind"
+    assert got["active"] == pytest.approx(1.0)
+    assert got["weight"] == pytest.approx(1 + 0.5 * (1 + 0.5)), "β = 2/4 at η = 1 and a window of 1"
+    assert got["again"] == pytest.approx(got["third"], rel=1e-6)
+    assert got["reset"]
+
+
 # ---------------------------------------------------------------------- refusals
 
 
