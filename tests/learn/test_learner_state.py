@@ -347,7 +347,7 @@ def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
         trainer.load(path)
         weight = trainer.average.weight
         again = train(trainer, make_trees(3))
-        trainer.learn.proximal_reset = 1.0  # always
+        trainer.learn.proximal_reset = 2.0  # always
         train(trainer, make_trees(4))
         mean, new = (dict(one.named_parameters()) for one in (trainer.average.model, trainer.model))
         same = all(torch.equal(mean[name], new[name]) for name in new)
