@@ -91,8 +91,9 @@ def _compare(answer: str, gold: str) -> tuple[float, bool]:
         return 0.0, False
     said, meant = _tokens(answer), _tokens(gold)
     score = overlap(said, meant)
-    # the words in another order, or with other marks between digits, are not paid in full
-    return (0.0 if score == 1 and (is_strict(answer) or is_strict(gold)) else score), False
+    if score == 1:  # other marks between digits are paid nothing, another order of words as one word amiss
+        score = 0.0 if is_strict(answer) or is_strict(gold) else 1 - 1 / len(meant)
+    return score, False
 
 
 def _tokens(text: str) -> list[str]:

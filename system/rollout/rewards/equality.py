@@ -20,17 +20,21 @@ from functools import lru_cache
 from system.rollout.rewards.formula import close, equal_values, is_formula, proportional
 from system.rollout.rewards.notation import MAX_CHARS, clean, number, split_unit
 
-# an operator, LaTeX, a sign; but not the hyphen of "New-York", the apostrophe of "boys'"
+# an operator, LaTeX, a sign, a product's minus (ad-bc), a call (ln(x)), a factorial (n!), a negation (!A); but
+# not the hyphen of "New-York", the apostrophe of "boys'", the brackets of "boy(s)", the mark of "Yahoo!"
 _OPERATOR = re.compile(
-    r"[\\*/_#@%{}\[\]]|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_](?:-[^\W\d_]\b|'(?!\w)|\((?!\W?s\)))"
+    r"[\\*/_#@%{}\[\]]|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_]{1,3}-[^\W\d_]{1,2}\b|\b[^\W\d_]{1,2}-[^\W\d_]{3}\b"
+    r"|\b[^\W\d_](?:'(?!\w)|!)|[^\W\d_]\((?!\W?e?s\))|![^\W\d_]"
 )
-_ARTICLE = re.compile(r"(?:^(?:the|an?)|\b(?:the|an))\s+(?=\w{2})", re.IGNORECASE)
+_ARTICLE = re.compile(
+    r"(?:^(?:the|an|a(?!\s+(?:minor|major|flat|sharp)\b))|\b(?:the|an))\s+(?=\w{2})", re.IGNORECASE
+)
 _NUMERALS = {
     "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
 }  # fmt: skip
 _CHOICE = re.compile(r"\(?([A-J])(?:[).:]|\))?")
-_CHOSEN = re.compile(r"(?:\(([A-J])\)|([A-J])[).:]) .*")
+_CHOSEN = re.compile(r"(?:\(([A-J])\)|([A-J])(?:[):]|\.(?! [a-z]| \w\.))) .*")  # not E. coli, J. K. Rowling
 _MATRIX = re.compile(r"\\begin ?\{([pbB]?matrix)\}(.*)\\end ?\{\1\}")
 _LABEL = re.compile(
     r"[A-Za-z](?:_\w|_\{\w{1,4}\})?(?:\([A-Za-z](?:, ?[A-Za-z])*\))?|\\(?:alpha|beta|theta|lambda|mu|phi)"
@@ -70,7 +74,7 @@ def equal(answer: str, gold: str) -> bool:
     if _canonical(a) == _canonical(b):
         return True
     if not is_strict(a) and not is_strict(b):
-        return _choices(a, b) or (bool(words(a)) and words(a) == words(b))
+        return _choices(a, b) or (bool(words(a)) and words(a) == words(b) and _cases_agree(a, b))
     if _choices(a, b) or _ratio(a, b) or _ratio(b, a):
         return True
     x, y = (_alone(_read(_NUMERALS.get(text.lower(), text))) for text in (a, b))
@@ -119,6 +123,22 @@ def words(text: str) -> list[str]:
         text = re.sub(r"[.'\-]", "", text)
         text = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text)
     return _ARTICLE.sub("", " ".join(text.split())).split()
+
+
+def _cases_agree(a: str, b: str) -> bool:
+    """No word of one or two letters is written in two ways with capitals: CO is not Co, mW not MW."""
+    spelt = [_short_words(text) for text in (a, b)]
+    return all(spelt[0][word] & spelt[1][word] for word in spelt[0].keys() & spelt[1].keys())
+
+
+def _short_words(text: str) -> dict[str, set[str]]:
+    """Without case -> as written, of those with a capital; none in a text that has nothing else."""
+    found = re.findall(r"[^\W\d_]+", text)
+    spelt: dict[str, set[str]] = {}
+    for word in found if len(found) == 1 or not text.isupper() else ():
+        if len(word) <= 2 and word != word.lower():
+            spelt.setdefault(word.casefold(), set()).add(word)
+    return spelt
 
 
 def _choices(a: str, b: str) -> bool:
@@ -243,7 +263,9 @@ def _same(a: _Part, b: _Part) -> bool:
         return _same_value(a, b)
     if kinds in ({"set"}, {"set", "list"}, {"union"}):
         return len(a.parts) == len(b.parts) and _cover(a.parts, b.parts) and _cover(b.parts, a.parts)
-    x, y = (sorted(part.parts, key=lambda p: p.label) if _named(part) else part.parts for part in (a, b))
+    x, y = (_ordered(part) if _named(part) else part.parts for part in (a, b))
+    if _named(a) and _named(b):
+        x, y = (sorted(parts, key=lambda p: p.label) for parts in (x, y))
     # "2, 5" is not (2, 5), which may be an interval; three parts or names leave no doubt
     if len(x) != len(y) or (len(kinds) > 1 and kinds != {"list", "()"}):
         return False
@@ -255,6 +277,12 @@ def _same(a: _Part, b: _Part) -> bool:
 def _named(part: _Part) -> bool:
     labels = [p.label for p in part.parts]
     return all(labels) and len(set(labels)) == len(labels)
+
+
+def _ordered(part: _Part) -> Sequence[_Part]:
+    """As a point has them: x, y and z by the alphabet, other names as they are written."""
+    coordinates = {p.label for p in part.parts} <= {"x", "y", "z"}
+    return sorted(part.parts, key=lambda p: p.label) if coordinates else part.parts
 
 
 def _cover(a: Sequence[_Part], b: Sequence[_Part]) -> bool:

@@ -139,7 +139,7 @@ def split_unit(text: str) -> tuple[str, str]:
     if text[:2] in ("-$", "-€", "-£") and number(text[2:]) is not None:
         return "-" + text[2:], text[1]
     match = _UNIT.fullmatch(text)
-    if match is None:
+    if match is None or re.fullmatch(r"(?:1\d|20)\d0s", text):  # a decade
         return text, ""
     body, space, written = match.groups()
     unit = _unit(written)
