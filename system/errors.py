@@ -25,6 +25,7 @@ A message names the field or the file, and the remedy, in one line.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -51,6 +52,14 @@ class CheckpointError(EspalierError, RuntimeError):
 
 EXPECTED = (EspalierError, OSError, UnicodeError)
 """What is told in a line: ours, and what the file system and text files of others bring about."""
+
+
+def asked_to_end() -> bool:
+    """Whether somebody cancels the current task; else a ``CancelledError`` was raised by what it calls, a
+    user's own part perhaps, and is an error like others.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def exit_code(error: BaseException, lost: tuple[type[BaseException], ...] = ()) -> int:

@@ -74,7 +74,7 @@ class Registry:
     ``key``: the setting that picks it; ``table``: built-in name -> ``module:Name``; ``given``: what a part is
     called with, by position, as words for an error; ``offered``: keywords that it gets if it has parameters
     of these names; ``options_key``: the setting that holds the options, if not beside ``key``; ``base``: the
-    class (``module:Name``) that a part is derived from, if there is one.
+    class (``module:Name``) that a part is derived from, if there is one; ``method``: one that it must have.
     """
 
     key: str
@@ -83,6 +83,7 @@ class Registry:
     offered: tuple[str, ...] = ()
     options_key: str = ""
     base: str = ""
+    method: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,6 +135,8 @@ class Registry:
         if self.base and name not in self.table and not issubclass(made, typing.cast(type, load(self.base))):
             base = self.base.replace(":", ".")
             raise PluginError(f"{self.key}={name!r}: {made.__name__} is not derived from {base}")
+        if self.method and not callable(getattr(made, self.method, None)):
+            raise PluginError(f"{self.key}={name!r}: {made.__name__} has no method {self.method}()")
 
     def _keywords(
         self,
@@ -223,6 +226,7 @@ REWARDS = Registry(
         "task": "system.tasks.base:task_reward",
     },
     offered=("config",),
+    method="score",
 )
 SYNTAXES = Registry(
     "rollout.syntax",

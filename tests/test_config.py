@@ -209,7 +209,7 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ("tools.deadline_s=-3", "tools.deadline_s=-3.0 must be above 0"),
         ("run.stop_at_accuracy=90", "run.stop_at_accuracy=90.0 must be in [0, 1]"),
         ("rollout.temperature=.inf", "rollout.temperature=inf must be a finite number"),
-        ("rollout.temperature=1e-9", "rollout.temperature=1e-09 must be 0.01 or more"),
+        ("rollout.temperature=1e-9", "rollout.temperature=1e-09 must be in [0.01, 100]"),
         ("learn.beta2=1", "learn.beta2=1 must be below 1"),
         ("rollout.leaves=1 rollout.roots=1", "nothing to compare a leaf with"),
         ("model.path=~/model", "model.path=~/model: `~` stands for nothing here"),
@@ -218,6 +218,8 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ("tools.names=python", "tools.names: write a list: [python]"),
         ("tools.names={}", "tools.names: write a list"),
         ("engine.urls=[[[]]]", "engine.urls: [[]] must be a text"),
+        ("branching.alpha=50", "branching.alpha=50.0 must be in [0, 1]"),
+        ("warmstart.demos=0", "warmstart.demos=0 must be 1 or more"),
     ],
 )
 def test_settings_that_make_training_void_or_nonsense_are_refused(words: str, says: str):
@@ -329,10 +331,21 @@ def test_settings_change_by_the_step() -> None:
         ("{learn.clip_low: [[0, high]]}", "must be pairs of a step and a value"),
         ("{learn.clip_low: []}", "must be pairs of a step and a value"),
         ("{learn.clip_low: [[4, 0.1], [4, 0.2]]}", "the steps must rise"),
-        ("{rollout.temperature: [[0, 1], [9, 0]]}", "step 9: rollout.temperature=0 must be 0.01 or more"),
+        ("{rollout.temperature: [[0, 1], [9, 0]]}", "step 9: rollout.temperature=0 must be in [0.01, 100]"),
         ("{learn.clip_high: [[0, 0.2], [9, 3]]}", "step 9: learn.dual_clip=3.0 must exceed"),
     ],
 )
 def test_a_course_that_cannot_be_is_refused(course: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         load(QUICKSTART, [f"run.by_step={course}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("tools.names=[search,python,search]", "tools.names: 'search' stands there twice"),
+        ("reward=collections:OrderedDict", "OrderedDict has no method score()"),
+    ],
+)
+def test_parts_that_cannot_do_their_work_are_refused(words: str, says: str) -> None:
+    assert any(says in problem for problem in part_problems(load(QUICKSTART, [words])))

@@ -134,6 +134,8 @@ def part_problems(config: Config) -> list[str]:
                 registry.check(name, options.get(name, {}) if isinstance(value, list) else options)
             except PluginError as error:
                 problems.append(str(error))
+    if twice := [name for name in config.tools.names if config.tools.names.count(name) > 1]:
+        problems.append(f"tools.names: {twice[0]!r} stands there twice")
     for name in config.tools.options:
         if name not in config.tools.names:
             names = ", ".join(config.tools.names)

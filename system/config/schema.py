@@ -111,7 +111,7 @@ class WarmStartConfig:
     """Supervised learning on the task's demonstrations, before reinforcement learning."""
 
     steps: int = setting(0, "supervised steps; 0: none", least=0)
-    demos: int = setting(4096, "demonstrations", least=0)
+    demos: int = setting(4096, "demonstrations", least=1)
     batch: int = setting(64, "demonstrations per step", least=1)
     lr: float = setting(3e-3, "learning rate", above=0)
 
@@ -134,9 +134,9 @@ class RolloutConfig:
     concurrency: int = setting(32, "trees growing at once, over all workers", least=1, safe_on_resume=True)
     syntax: PartConfig = setting(PartConfig("tags"), "how the model writes a tool call", registry=SYNTAXES)
     max_response_tokens: int = setting(256, "per branch, tool results included", least=1)
-    max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=0)
+    max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=1)
     call_limit: int = setting(4, "tool calls per branch", least=0)
-    temperature: float = setting(1.0, "of sampling: training needs samples", least=0.01)
+    temperature: float = setting(1.0, "of sampling: training needs samples", least=0.01, most=100)
     top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", above=0, most=1)
     top_k: int = setting(-1, "sample from so many likeliest tokens; -1: all", least=-1)
     generate_deadline_s: float = setting(120.0, "one engine call", above=0, safe_on_resume=True)
@@ -149,7 +149,9 @@ class BranchingConfig:
     """The policy that decides where a tree forks."""
 
     name: str = setting("arpo-calibrated", "which policy", registry=POLICIES)
-    alpha: float = setting(0.5, "mean fork probability; arpo: the one at an unchanged entropy")
+    alpha: float = setting(
+        0.5, "mean fork probability; arpo: the one at an unchanged entropy", least=0, most=1
+    )
     beta: float = setting(0.2, "how far the entropy moves it: to alpha ± beta; arpo: weight of its rise")
     tau: float = setting(0.5, "threshold of arpo-paper")
     probe_tokens: int = setting(
@@ -383,7 +385,7 @@ class EvalConfig:
 
     every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
     questions: int = setting(-1, "of the held-out ones, the first so many; -1: all", least=-1)
-    temperature: float = setting(0.0, "of sampling; 0: greedy", least=0)
+    temperature: float = setting(0.0, "of sampling; 0: greedy", least=0, most=100)
 
 
 @dataclass

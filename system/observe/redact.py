@@ -22,7 +22,8 @@ _VALUE = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+""")  # a 
 
 _LOOKS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
-    r"(?:sk|pk|hf|gh[opsur]|glpat|xox[abeprs]|github_pat|gsk|xai|r8|nvapi|npm|dckr_pat|wandb_v\d)"
+    r"(?:sk|pk|hf|gh[opsur]|glpat|xox[abeprs]|github_pat|gsk|xai|r8|nvapi|npm|dckr_pat|wandb_v\d"
+    r"|tvly|jina|pplx)"
     r"[-_][A-Za-z0-9_-]{10,}"  # vendors' prefixes
     r"|AIza[\w-]{30,}|ya29\.[\w-]+"  # Google
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access keys
@@ -31,7 +32,9 @@ _LOOKS = re.compile(
     r"|^[0-9a-f]{40}$"  # Weights & Biases, when nothing else stands there
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(?:-----END [A-Z ]*-----|\Z)"
 )
-_URL_USER = re.compile(r"(?<![a-zA-Z0-9+.-])(?P<before>[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s]+@")
+_URL_USER = re.compile(
+    r"(?<![a-zA-Z0-9+.-])(?P<before>[a-zA-Z][a-zA-Z0-9+.-]*://)(?:[^/\s]+|[^/\s@:]{1,99}:[^\s@]{1,99})@"
+)
 _URL_QUERY = re.compile(
     r"(?P<before>[?&][\w.-]*(?:key|token|secret|password|auth|sig|signature)[\w.-]*=)[^&\s#]+", re.I
 )
@@ -86,7 +89,8 @@ def _is_secret(words: list[str]) -> bool:
     if words[-1] in ("env", "error"):  # the name of a variable that holds one; a KeyError
         return False
     named = any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDS) for word in words)
-    return named or (len(words) > 1 and ("pwd" in words or {"api", "keys"} <= set(words)))
+    ends = words[-1] in ("pass", "pat") or "pwd" in words or {"api", "keys"} <= set(words)
+    return named or (len(words) > 1 and ends) or words[-1] in ("sshpass", "pgpass")
 
 
 def _words(name: str) -> list[str]:

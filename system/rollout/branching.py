@@ -154,6 +154,12 @@ class ArpoCalibrated(Arpo):
     name: ClassVar[str] = "arpo-calibrated"
     _seen: deque[float] = field(default_factory=deque[float], init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.window:
+            raise PluginError(
+                f"branching.options: least={self.least} must be 1 or more, and at most window={self.window}"
+            )
+
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         delta_h = self.known(probe.delta_h)
         rank = 0.5

@@ -23,12 +23,13 @@ from functools import partial
 from typing import Any
 
 from system.config import Config, to_dict
-from system.errors import ConfigError, EspalierError
+from system.errors import ConfigError, EspalierError, asked_to_end
 from system.rollout.reward import BranchView, Reward, Score
 from system.tree.prompt import Prompt
 
 LOST = (EOFError, OSError, ValueError, RecursionError)  # a child is gone, or what it says is no answer
 WINDOW = 100  # leaves that ``reward.failure_limit`` looks back over
+LARGEST = 3e38  # a record holds rewards as float32
 MAX_REPLY = 1 << 20  # bytes of one answer of a child
 _CHILD_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # All of its parent's environment that a confined child gets: what it says is stored, and it may be hostile.
@@ -54,7 +55,7 @@ def normalised(name: str, returned: Any) -> Score:
     if not isinstance(score.parts, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]: a user's
         raise ScoreFailed(f"reward {name}: parts are {score.parts!r:.200}, not a mapping")
     parts = {str(key): _number(name, returned, part) for key, part in score.parts.items()}
-    correct = bool(score.correct) if isinstance(returned, Score) else value >= 1
+    correct = _number(name, returned, score.correct) != 0 if isinstance(returned, Score) else value >= 1
     return Score(value, correct, parts)
 
 
@@ -65,7 +66,7 @@ def _number(name: str, returned: Any, value: Any) -> float:
         number = float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:  # an integer that no float can hold
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise ScoreFailed(f"reward {name} returned {returned!r:.200}: a finite number or a Score is needed")
     return number
 
@@ -147,7 +148,9 @@ class Scoring:
                 returned: Any = self.reward.score(prompt, branch)
                 if inspect.isawaitable(returned):
                     returned = await returned
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # the user's own code
+            if isinstance(error, asyncio.CancelledError) and asked_to_end():
+                raise
             if deadline.expired():
                 raise ScoreFailed(_late(self.name, self.deadline_s)) from error
             raise ScoreFailed(f"reward {self.name}: {type(error).__name__}: {error}") from error

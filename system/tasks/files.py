@@ -148,13 +148,23 @@ def _json(path: Path) -> Iterator[tuple[int, str, Row]]:
 def _parquet(path: Path) -> Iterator[tuple[int, str, Row]]:
     try:
         with gzip.open(path) if _gzipped(path) else path.open("rb") as file, pq.ParquetFile(file) as table:
-            number = 0
+            number, names = 0, table.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"{path}: two columns are called {twice[0]!r}: rename one")
             for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for values in zip(*map(_values, batch.columns), strict=True):
                     number += 1
-                    yield number, f"{path}, row {number}", row
+                    yield number, f"{path}, row {number}", dict(zip(names, values, strict=True))
     except (pa.ArrowException, UnicodeError) as error:
         raise DataError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values; as texts where Python has no such value (nanoseconds, a date in the year 20000)."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        return column.cast(pa.string()).to_pylist()
 
 
 def _table(path: Path) -> Iterator[tuple[int, str, Row]]:

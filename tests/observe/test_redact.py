@@ -36,6 +36,7 @@ BY_LOOK = [
     "Bearer abcdefghijklmnop",
     "0123456789abcdef0123456789abcdef01234567",
     "eyJhbGciOiJI.eyJzdWIiOiIx.c2ln",
+    "tvly-abcdefghijklmnop",
     "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
 ]
 IN_TEXT = [
@@ -57,6 +58,10 @@ IN_TEXT = [
     "machine h login me password {}",
     "https://me:{}@host/a",
     "https://me:x@{}@host/a",
+    "postgres://me:x/{}@host/a",
+    "export DB_PASS={}",
+    "GH_PAT={} git push",
+    "SSHPASS={} sshpass -e ssh h",
     "https://h/a?q=1&api_key={}&k=2",
     '{{"client_secret": "{}"}}',
 ]

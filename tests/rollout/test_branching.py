@@ -164,6 +164,12 @@ def test_calibrated_forks_follow_the_rank_of_delta_h_whatever_its_width(width: f
     assert np.mean(np.abs(np.array(fresh) - 0.5) > 0.1) > 0.6  # with Arpo at β = 0.4: none at width 0.001
 
 
+@pytest.mark.parametrize("options", [{"least": 0}, {"window": 16}])
+def test_calibrated_options_that_would_never_tell_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(PluginError, match=r"branching.options: least=\d+ must be 1 or more, and at most"):
+        calibrated([], **options)
+
+
 def test_calibrated_forks_begin_at_alpha_and_forget() -> None:
     policy = calibrated([], least=3, window=4)
     assert [chance(policy, x) for x in (1.0, 2.0, 3.0)] == [0.5, 0.5, 0.5]

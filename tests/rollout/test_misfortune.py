@@ -328,6 +328,7 @@ def tree_with_tool(reply: Any) -> tuple[World, Tree]:
         (KeyError("\udcff"), "error", "KeyError"),
         (Mute(), "error", "failed: Mute"),
         (SystemExit(3), "error", "SystemExit: 3"),
+        (asyncio.CancelledError("mine"), "error", "CancelledError: mine"),
     ],
 )
 def test_what_a_tool_says_is_text(reply: Any, status: str, text: str) -> None:

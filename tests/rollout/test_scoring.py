@@ -49,7 +49,8 @@ def test_numbers_become_a_score_of_plain_floats(returned: Any, score: Score) -> 
 
 @pytest.mark.parametrize(
     "returned",
-    [None, math.nan, math.inf, -math.inf, "1", [1.0], 1j, np.array([1.0]), 10**400, Score(math.nan, True),
+    [None, math.nan, math.inf, -math.inf, "1", [1.0], 1j, np.array([1.0]), 10**400, 1e300,
+     Score(math.nan, True), Score(1.0, np.array([1, 1])),
      Score(1.0, True, {"a": math.inf}), Score(1.0, True, None)],  # type: ignore[arg-type]
 )  # fmt: skip
 def test_what_is_no_finite_number_is_a_failed_score_that_names_the_reward(returned: Any) -> None:
@@ -73,6 +74,31 @@ def test_a_late_score_and_a_raising_reward_fail_one_leaf() -> None:
         asyncio.run(Scoring(Late(), deadline_s=0.01).score(PROMPT, VIEW))
     with pytest.raises(ScoreFailed, match="reward Raising: KeyError: 'odd'"):
         asyncio.run(Scoring(Raising()).score(PROMPT, VIEW))
+
+
+class Raises:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    async def score(self, prompt: Prompt, branch: BranchView) -> float:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError("mine")])
+def test_a_reward_that_would_end_the_process_or_the_task_fails_one_leaf(error: BaseException) -> None:
+    with pytest.raises(ScoreFailed, match=f"reward Raises: {type(error).__name__}"):
+        asyncio.run(Scoring(Raises(error)).score(PROMPT, VIEW))
+
+
+def test_a_score_is_cancelled_with_its_tree() -> None:
+    async def run() -> None:
+        task = asyncio.create_task(Scoring(Late()).score(PROMPT, VIEW))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
 
 
 def test_too_many_failures_are_an_error_with_the_cause() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from system.config import Config, ConfigError
 from system.tasks.base import first
 from system.tasks.columns import Columns, RowUnusable, repair
-from system.tasks.files import DataError
+from system.tasks.files import DataError, rows
 from system.tasks.jsonl import JsonlTask, read
 from system.tree.prompt import Prompt
 
@@ -46,6 +46,26 @@ def prompts(path: Path, **options: Any) -> list[Prompt]:
 
 def one(row: dict[str, Any], **named: str) -> Prompt:
     return Columns(named).prompt(row, "d.jsonl, line 1", "d/1")
+
+
+def test_parquet_columns_that_python_cannot_hold_are_texts(tmp_path: Path) -> None:
+    """Beside the question and the answer, which are read all the same."""
+    table = pa.table(
+        {
+            "question": ["Who?"],
+            "answer": ["me"],
+            "at": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns")),
+            "far": pa.array([9_000_000], pa.date32()),
+        }
+    )
+    pq.write_table(table, tmp_path / "data.parquet")
+    ((_, _, row),) = rows(tmp_path / "data.parquet")
+    assert (row["question"], row["answer"]) == ("Who?", "me")
+    assert "123456789" in str(row["at"])
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["question", "question"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="two columns are called 'question': rename one"):
+        list(rows(tmp_path / "twice.parquet"))
 
 
 def test_released_columns_from_jsonl_and_parquet(tmp_path: Path):

@@ -20,11 +20,11 @@ from functools import lru_cache
 from system.rollout.rewards.formula import close, equal_values, is_formula, proportional
 from system.rollout.rewards.notation import MAX_CHARS, clean, number, split_unit
 
-# an operator, LaTeX, a sign, a product's minus (ad-bc), a call (ln(x)), a factorial (n!), a negation (!A); but
-# not the hyphen of "New-York", the apostrophe of "boys'", the brackets of "boy(s)", the mark of "Yahoo!"
+# an operator, LaTeX, a sign, a product's minus (ad-bc), a call (ln(x)), a factorial (n!), a negation (!A);
+# but not the hyphen of "New-York", the apostrophe of "boys'", the brackets of "boy(s)", the mark of "Yahoo!"
 _OPERATOR = re.compile(
-    r"[\\*/_#@%{}\[\]]|(?<![^\W\d_])-|-(?![^\W\d_])|\b[^\W\d_]{1,3}-[^\W\d_]{1,2}\b|\b[^\W\d_]{1,2}-[^\W\d_]{3}\b"
-    r"|\b[^\W\d_](?:'(?!\w)|!)|[^\W\d_]\((?!\W?e?s\))|![^\W\d_]"
+    r"[\\*/_#@%{}\[\]]|(?<![^\W\d_])-|-(?![^\W\d_])"
+    r"|\b[^\W\d_]{1,3}-[^\W\d_]{1,2}\b|\b[^\W\d_]{1,2}-[^\W\d_]{3}\b|\b[^\W\d_](?:'(?!\w)|!)|[^\W\d_]\((?!\W?e?s\))|![^\W\d_]"
 )
 _ARTICLE = re.compile(
     r"(?:^(?:the|an|a(?!\s+(?:minor|major|flat|sharp)\b))|\b(?:the|an))\s+(?=\w{2})", re.IGNORECASE
