@@ -90,9 +90,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     result = evaluate(config, model)
     text = json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False)
-    if args.out:
-        write_atomic(args.out, text + "\n")
     print(visible(text, breaks=True))
+    if args.out:  # last: what cannot be written has been shown
+        write_atomic(args.out, text + "\n")
     return 0
 
 

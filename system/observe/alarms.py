@@ -18,6 +18,7 @@ STOPPED_CALLING = 0.2  # of the calls it began with
 LOST_FORM = 0.5  # of the share of answers that ended by themselves
 ENGINE_KL = 0.01  # nats per token, engine against learner at the same weights; bfloat16 makes some 1e-4
 SPIKE = 20.0  # times the median gradient norm
+SKIPPED = 0.3  # optimizer steps that were not taken
 PAID_NOT_RIGHT = 0.1  # the rise of the reward's mean, and the fall of the accuracy's
 
 _STOPPED = "rollout/outcome/stopped"
@@ -123,6 +124,12 @@ def _engine(_: Means, now: Means) -> str | None:
     return None
 
 
+def _skipped(_: Means, now: Means) -> str | None:
+    if (share := now["train/skipped_steps"]) > SKIPPED:
+        return f"{share:.0%} of the last optimizer steps were not taken: the gradient was not finite"
+    return None
+
+
 _RULES: dict[str, Callable[[Means, Means], str | None]] = {
     "entropy collapse": _entropy,
     "answer length": _length,
@@ -130,11 +137,13 @@ _RULES: dict[str, Callable[[Means, Means], str | None]] = {
     "unfinished answers": _form,
     "reward without accuracy": _paid,
     "engine mismatch": _engine,
+    "skipped steps": _skipped,
 }
 _KEYS = (
     "train/entropy",
     "train/engine_kl",
     "train/grad_norm",
+    "train/skipped_steps",
     "rollout/accuracy",
     "rollout/reward",
     "rollout/response_tokens",

@@ -10,6 +10,7 @@ HEALTHY = {
     "train/entropy": 0.5,
     "train/engine_kl": 1e-4,
     "train/grad_norm": 1.0,
+    "train/skipped_steps": 0.0,
     "rollout/accuracy": 0.3,
     "rollout/reward": 0.3,
     "rollout/response_tokens": 100.0,
@@ -46,6 +47,7 @@ def raised(change: dict[str, float | None], alarms: Alarms | None = None) -> dic
         ({"rollout/outcome/stopped": None}, "unfinished answers", "0% of the branches"),
         ({"rollout/reward": 0.6, "rollout/accuracy": 0.1}, "reward without accuracy", "rose by 0.30"),
         ({"train/engine_kl": 0.05}, "engine mismatch", "0.05 nats"),
+        ({"train/skipped_steps": 1.0, "train/grad_norm": float("nan")}, "skipped steps", "100% of the last"),
         ({"train/grad_norm": 50.0}, "gradient spike", "50 times the median"),
     ],
 )

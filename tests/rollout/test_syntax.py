@@ -18,6 +18,13 @@ from system.rollout.syntax.tags import TagSyntax
 SYNTAXES = tags, hermes, coder = TagSyntax(SPECS), HermesSyntax(SPECS), QwenCoderSyntax(SPECS)
 
 
+def test_a_tool_may_not_have_the_name_of_another_tag() -> None:
+    with pytest.raises(
+        plugins.PluginError, match="a tool cannot be called 'answer' where calls are written as"
+    ):
+        TagSyntax({"answer": replace(SPECS["search"], name="answer")})
+
+
 def test_tags_stop_at_every_tools_closing_tag() -> None:
     assert tags.stops == ("</search>", "</python>")
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
+from system.plugins import PluginError
 from system.rollout.syntax.base import MalformedCall, ParsedCall, Syntax
 from system.tools.outcome import ToolSpec
+
+TAGS = {"think", "answer", "result"}  # that are no tools
 
 
 class TagSyntax(Syntax):
@@ -19,6 +22,11 @@ class TagSyntax(Syntax):
 
     def __init__(self, specs: Mapping[str, ToolSpec]) -> None:
         super().__init__(specs)
+        if taken := TAGS & specs.keys():
+            raise PluginError(
+                f"tools.names: a tool cannot be called {min(taken)!r} where calls are written as tags: this "
+                "one has a meaning of its own; rename the tool, or take rollout.syntax=hermes"
+            )
         self.stops = tuple(f"</{name}>" for name in self.specs)
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
