@@ -116,10 +116,9 @@ class RolloutConfig:
 
     schedule: str = setting(
         "barrier-free",
-        "eager: a tree whose branches may fork only after tool calls that take longer than usual starts the "
-        "rest of its roots meanwhile; lockstep: the released ARPO code's rounds (generate all, wait for all "
-        "tools, fork, top up one root per round), for comparison; it needs flow.staleness=0: a batch is "
-        "grown, then trained on",
+        "eager: a tree keeps nothing of its budget for forks of branches whose tool call takes longer than "
+        "usual; lockstep: the released ARPO code's rounds (generate all, wait for all tools, fork, top up "
+        "one root per round), for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
