@@ -153,6 +153,6 @@ async def test_all_go_on_in_the_order_of_joining_whoever_comes_last() -> None:
 
 
 def test_unknown_schedules_are_refused() -> None:
-    assert settings()["rollout.schedule"].choices == tuple(SCHEDULES)
+    assert settings()["rollout.schedule"].rule.choices == tuple(SCHEDULES)
     with pytest.raises(ValueError, match="bulk"):
         make_schedule("bulk")
