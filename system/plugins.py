@@ -314,7 +314,7 @@ POLICIES = Registry(
         "arpo-release": "system.rollout.branching:ArpoRelease",
         "arpo-calibrated": "system.rollout.branching:ArpoCalibrated",
         "aepo": "system.rollout.branching:Aepo",
-        "at2po": "system.rollout.branching:At2po",
+        "at2po": "system.rollout.branching:MostUncertainTurns",
         "random-turns": "system.rollout.branching:RandomTurns",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",

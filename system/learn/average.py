@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 import torch
 
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
-class MovingAverage:
+
+class MovingAverage(Generic[ModelT]):
     """θ̄ = Σ β^(t-k)·θ_k / Σ β^(t-k) over the weights θ_k after each optimizer step, those at the start first
     (Hilton et al., arXiv 2110.00641 §3.2; the total weight as in openai/ppo-ewma).
 
     Kept in the weights' own precision.  ``weight``: Σ β^(t-k).
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+    def __init__(self, model: ModelT, decay: float) -> None:
         """``model``: holds the average, at first of what it is; ``decay``: β."""
         self.model, self.decay, self.weight = model, decay, 1.0
         model.requires_grad_(False)

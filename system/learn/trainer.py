@@ -78,7 +78,7 @@ class Trainer:
         if learn.kl_coef:
             self.reference = build(shape, transformer, learn.attention)
             self.reference.requires_grad_(False)
-        self.average: MovingAverage | None = None
+        self.average: MovingAverage[TreeGPTModel] | None = None
         if learn.proximal == "average" and self.objective.ratio == "proximal":
             lag = config.flow.staleness + config.flow.window
             self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))

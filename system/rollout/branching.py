@@ -287,7 +287,7 @@ class Expanding(Policy):
 
 
 @dataclass(frozen=True)
-class At2po(Expanding):
+class MostUncertainTurns(Expanding):
     """Expansion of the most uncertain turns: those of the highest surprise - ``penalty``·(siblings - 1)
     (AT²PO, arXiv 2601.04767 §4.1).  The released script has M = 10 roots and two rounds of ``width`` K = 6,
     so n = 22 leaves.  Where there are fewer turns than K, the best come again.

@@ -16,7 +16,7 @@ from system.tree.record import Kind, Outcome
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Beginning:
     """A turn of the tree, and how to come to its beginning."""
 
     turn: Turn
@@ -31,7 +31,7 @@ def expansion(
     ended: Sequence[tuple[Branch, Outcome]],
     room: int,
     seeds: Sequence[int],
-) -> list[Place]:
+) -> list[Beginning]:
     """Where the policy goes on in a tree all of whose branches have ``ended``: at most ``room`` places,
     drawn by ``seeds``.
     """
@@ -41,7 +41,7 @@ def expansion(
     return [found[i] for i in chosen[:room]]
 
 
-def places(growth: TreeBuilder, ended: Sequence[Branch]) -> list[Place]:
+def places(growth: TreeBuilder, ended: Sequence[Branch]) -> list[Beginning]:
     """Every turn with a token, once, in the order in which the branches ended, from the root down."""
     found: dict[int, tuple[int, Branch, int]] = {}  # by the turn's node
     for branch in ended:
@@ -51,7 +51,7 @@ def places(growth: TreeBuilder, ended: Sequence[Branch]) -> list[Place]:
                 found.setdefault(node, (above, branch, before))
     siblings = Counter(above for above, _, _ in found.values())
     return [
-        Place(Turn(growth.surprise(node), siblings[above], _calls(branch, before)), above, branch, before)
+        Beginning(Turn(growth.surprise(node), siblings[above], _calls(branch, before)), above, branch, before)
         for node, (above, branch, before) in found.items()
     ]
 

@@ -7,7 +7,7 @@ import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world
 
 from system.plugins import POLICIES, PluginError
-from system.rollout.branching import At2po, Policy, RandomTurns, Turn
+from system.rollout.branching import MostUncertainTurns, Policy, RandomTurns, Turn
 from system.rollout.expansion import places
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.record import Kind, Origin, Tree
@@ -21,7 +21,7 @@ def turns(*surprises: float, siblings: int = 1) -> list[Turn]:
 
 
 def test_at2po_takes_the_most_uncertain_turns_and_the_best_again_where_there_are_few() -> None:
-    policy = At2po(4, width=2)
+    policy = MostUncertainTurns(4, width=2)
     assert policy.expand(turns(0.1, 0.9, 0.5), 9, RNG) == [1, 2]
     assert policy.expand(turns(0.1), 9, RNG) == [0, 0]
     crowded = [Turn(0.50, siblings=3, calls=0), Turn(0.42, siblings=1, calls=0)]
@@ -51,7 +51,7 @@ def grown(policy: Policy, **sizes: int) -> tuple[Tree, World]:
     return run(TreeRollout(world.context, PROMPT, seed=3).run()), world
 
 
-@pytest.mark.parametrize("policy", [At2po(4, width=3), RandomTurns(4, width=2)])
+@pytest.mark.parametrize("policy", [MostUncertainTurns(4, width=3), RandomTurns(4, width=2)])
 def test_a_tree_expands_when_all_branches_have_ended(policy: Policy) -> None:
     tree, world = grown(policy, leaves=9, roots=3)
     assert tree.n_leaves == 9
@@ -89,7 +89,7 @@ def test_without_a_choice_the_rest_are_fresh_roots() -> None:
 
 
 def test_the_places_of_a_tree_are_its_turns_each_once() -> None:
-    world = make_world(two_calls, policy=At2po(4, width=3), leaves=6, roots=3)
+    world = make_world(two_calls, policy=MostUncertainTurns(4, width=3), leaves=6, roots=3)
     rollout = TreeRollout(world.context, PROMPT, seed=5)
     tree = run(rollout.run())
     found = places(rollout.growth, [branch for branch, _ in rollout.ended])

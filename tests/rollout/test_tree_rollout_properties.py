@@ -16,7 +16,7 @@ from system.rollout.branching import (
     Arpo,
     ArpoPaper,
     ArpoRelease,
-    At2po,
+    MostUncertainTurns,
     Never,
     Policy,
     Random,
@@ -35,7 +35,7 @@ POLICIES: list[Policy] = [
     ArpoRelease(0.5, 0.2),
     Aepo(3, 0.6, 0.2),
     Random(2, 0.8),
-    At2po(2, width=3),
+    MostUncertainTurns(2, width=3),
     RandomTurns(2),
     Never(4),
 ]
