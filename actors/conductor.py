@@ -13,7 +13,7 @@ from actors.checkpoints import Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
 from actors.evaluate import answer_questions
 from actors.in_flight import InFlightCheckpoint
-from actors.parts import ActorParts
+from actors.parts import ActorParts, Deaths
 from actors.ray_support import ActorLost, answers_of_living
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
@@ -25,7 +25,6 @@ from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
-from system.rollout import in_flight
 from system.tasks.base import Task, first
 from system.tasks.inputs import warm_start
 from system.tree.record import Tree
@@ -58,7 +57,10 @@ class Conductor:
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)
         outage = EngineOutage(config, actors.pool.engines)
-        parts = ActorParts(config, actors, prompts, self._in_flight, self._publisher, progress, outage)
+        deaths = Deaths(config.cluster.worker_restarts)
+        parts = ActorParts(
+            config, actors, prompts, self._in_flight, self._publisher, progress, outage, deaths
+        )
         self.loop = TrainingLoop(config, ledger, parts, recorder, version=version)
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
@@ -166,7 +168,7 @@ class Conductor:
         trees = await self._in_flight.collect(self.loop.replay)
         self._log.sync()
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
-        await asyncio.to_thread(in_flight.write, saved_trees_path(path), trees)
+        await self._in_flight.write(saved_trees_path(path), trees)
         if not path.exists():
             extra = {"version": self.version, "recorder": self.recorder.state()}
             async with self.loop.weights:

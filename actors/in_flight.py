@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
-from actors.ray_support import answers_of_living, fetch
+from actors.ray_support import answer, answers_of_living, fetch
+from actors.raylet import beside
 from system.config import Config
 from system.flow.ledger import Key, Ledger, State
 from system.flow.replay import TreeInFlight
@@ -22,7 +24,8 @@ from system.tree.record import Tree
 from system.tree.stats import TreeStats
 
 SNAPSHOTS_DEADLINE_S = 60.0
-FETCH_DEADLINE_S = 60.0  # one closed tree
+FETCH_DEADLINE_S = 60.0  # one closed tree, or what one worker grows
+WRITE_DEADLINE_S = 600.0  # all of them; a process for it has to start at first
 SETTLE_S = 2.0  # for trees that closed while the workers were asked to arrive
 LOOK_S = 0.02
 
@@ -37,6 +40,36 @@ class KeptTree:
 
 
 @dataclass(frozen=True, slots=True)
+class Collected:
+    """Every tree in flight as of one moment, by reference: what :func:`write` fetches and writes."""
+
+    fingerprint: dict[str, Any]
+    books: dict[str, Any]
+    growing: list[tuple[int, Key, int]]  # ticket, epoch and prompt, version at its start
+    snapshots: list[Any]  # references to the frozen trees by ticket, one per worker
+    stored: list[tuple[Key, int, Any]]  # epoch and prompt, version at its start, reference
+
+
+def write(path: Path, found: Collected, fetch: Callable[[Any, float], Any] = fetch) -> None:
+    """Write the trees to ``path``, the stored ones fetched one by one.  One that is lost is left out: it is
+    grown anew.
+    """
+    frozen: dict[int, bytes] = {}
+    for reference in found.snapshots:
+        frozen |= fetch(reference, FETCH_DEADLINE_S) or {}
+
+    def trees() -> Iterator[SavedTree]:
+        for ticket, key, version in found.growing:
+            if ticket in frozen:
+                yield SavedTree(*key, version, frozen[ticket])
+        for key, version, reference in found.stored:
+            if (tree := fetch(reference, FETCH_DEADLINE_S)) is not None:
+                yield SavedTree(*key, version, tree)
+
+    in_flight.write(path, SavedTrees(found.fingerprint, found.books, trees()))
+
+
+@dataclass(frozen=True, slots=True)
 class InFlightCheckpoint:
     """Collects the trees in flight for a checkpoint; hands them out again in a resumed run."""
 
@@ -45,32 +78,41 @@ class InFlightCheckpoint:
     workers: Mapping[str, Any]
     recorder: Recorder
     put: Callable[[Any], Any] = ray.put  # into the object store
-    fetch: Callable[[Any, float], Any] = fetch  # out of it
     kept: dict[Key, KeptTree] = field(default_factory=dict)  # of the checkpoint, not taken up yet
 
-    async def collect(self, waiting: Iterable[TreeInFlight]) -> SavedTrees:
+    async def collect(self, waiting: Iterable[TreeInFlight]) -> Collected:
         """Every tree in flight, and the recorder's state, as of one moment.
 
-        ``waiting``: the replay queue.  Its trees are fetched one by one while they are written: a checkpoint
-        is the one occasion at which this process sees closed trees.
+        ``waiting``: the replay queue.
         """
         asked = set(self.ledger.growing)
-        calls = {name: worker.snapshots.remote() for name, worker in self.workers.items()}
-        found = await answers_of_living(calls, SNAPSHOTS_DEADLINE_S, "snapshots")
-        snapshots: dict[int, bytes] = {number: data for one in found.values() for number, data in one.items()}
-        await self._settle(asked - snapshots.keys())
-        growing = [self.ledger.ticket(n) for n in self.ledger.numbers(State.GROWING) if n in snapshots]
-        stored = [(*key, one.start_version, one.reference) for key, one in self.kept.items()]
-        stored += [(*tree.ticket.key, tree.ticket.start_version, tree.reference) for tree in waiting]
+        tickets: dict[str, Any] = {}
+        snapshots: dict[str, Any] = {}
+        for name, worker in self.workers.items():
+            tickets[name], snapshots[name] = worker.snapshots.remote()
+        told = await answers_of_living(tickets, SNAPSHOTS_DEADLINE_S, "snapshots")
+        frozen: set[int] = {ticket for one in told.values() for ticket in one}
+        await self._settle(asked - frozen)
+        growing = [self.ledger.ticket(n) for n in self.ledger.numbers(State.GROWING) if n in frozen]
+        stored = [(key, one.start_version, one.reference) for key, one in self.kept.items()]
+        stored += [(tree.ticket.key, tree.ticket.start_version, tree.reference) for tree in waiting]
+        return Collected(
+            fingerprint(self.config),
+            self.recorder.state(),
+            [(one.number, one.key, one.start_version) for one in growing],
+            [snapshots[name] for name in told],
+            stored,
+        )
 
-        def trees() -> Iterator[SavedTree]:
-            for one in growing:
-                yield SavedTree(*one.key, one.start_version, snapshots[one.number])
-            for epoch, prompt_id, version, reference in stored:
-                if (found := self.fetch(reference, FETCH_DEADLINE_S)) is not None:  # else it is grown anew
-                    yield SavedTree(epoch, prompt_id, version, found)
-
-        return SavedTrees(fingerprint(self.config), self.recorder.state(), trees())
+    @staticmethod
+    async def write(path: Path, found: Collected) -> None:
+        """:func:`write` in another process.  Raises OSError where the disk does not take the trees."""
+        try:
+            await answer(beside(write, path, found), WRITE_DEADLINE_S, "writing the trees in flight")
+        except RayTaskError as error:
+            if isinstance(error.cause, OSError):
+                raise error.cause from None
+            raise
 
     async def _settle(self, missing: set[int]) -> None:
         """A worker that no longer grows a tree has closed it: wait until it is here."""

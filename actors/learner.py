@@ -16,7 +16,7 @@ import psutil
 import ray
 from ray.exceptions import RayError
 
-from actors import keys
+from actors import keys, raylet
 from actors.placement import Placement
 from actors.ray_support import answer, answers, spawn
 from actors.serving import free_port
@@ -231,5 +231,6 @@ class LearnerGroup:
         await self._all("save_hf", path)
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
+        raylet.check()  # the arguments may be a large object
         calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks.values()]
         return await answers(calls, self._deadlines.call_deadline_s, f"learner.{method}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +17,44 @@ from actors.ray_support import ActorLost, answer, returned
 from actors.rollout_pool import RunActors
 from system.config import Config, at_step
 from system.flow.ledger import Ticket
-from system.flow.loop import TreeLost
+from system.flow.loop import GaveUp, TreeLost
 from system.flow.replay import TreeInFlight
 from system.observe.progress import Progress
 from system.rollout.failure import RolloutFailed
 from system.rollout.snapshot import SnapshotError
 from system.text import described
 from system.tree.prompt import Prompt
+
+
+class Deaths:
+    """How often each rollout worker has died since the last training step.
+
+    The trees of a worker that dies are grown again, and no prompt is blamed: most of them were only beside
+    what killed it.  But what kills it every time must end the run.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """``limit``: of one worker; 0: none."""
+        self._limit, self._count = limit, Counter[str]()
+        self._down: set[str] = set()
+
+    def trained(self) -> None:
+        self._count.clear()
+
+    def died(self, worker: str, cause: str) -> None:
+        """Told by every tree that ``worker`` grew.  Raises GaveUp beyond the limit."""
+        if worker in self._down:
+            return
+        self._down.add(worker)
+        self._count[worker] += 1
+        if 0 < self._limit < self._count[worker]:
+            raise GaveUp(
+                f"{worker} has died {self._count[worker]} times since the last training step "
+                f"(cluster.worker_restarts={self._limit}); the last time: {cause}; see logs/{worker}.log"
+            )
+
+    def back(self, worker: str) -> None:
+        self._down.discard(worker)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +70,7 @@ class ActorParts:
     publisher: Publisher
     progress: Progress
     outage: EngineOutage
+    deaths: Deaths
 
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight:
         """Grow a tree on its rollout worker.
@@ -72,15 +105,19 @@ class ActorParts:
         except RayTaskError as failure:  # the worker's answer could not be stored, or not be read
             raise TreeLost("answer", described(failure.cause)) from failure
         except (ActorLost, RayError) as failure:  # keep the place until its worker is back, or lost again
+            self.deaths.died(name, str(failure))
             what, back_s = f"{name}, which grew tree {ticket.number}", self.config.cluster.start_deadline_s
             await returned(worker, back_s, what, lambda: name not in workers)
+            self.deaths.back(name)
             raise TreeLost("worker lost", str(failure), blameless=True) from failure
         except asyncio.CancelledError:
             ray.cancel(stats)
             raise
 
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
-        return await self.actors.learner.train(version, trees)
+        trained = await self.actors.learner.train(version, trees)
+        self.deaths.trained()
+        return trained
 
     async def publish(self, version: int) -> None:
         """An engine that does not take the weights gets them from the engine monitor."""

@@ -19,7 +19,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.ray_support import ActorLost, answer, watched
+from actors import raylet
+from actors.ray_support import ActorLost, NodeLost, answer, watched
 from actors.serving import free_port
 from system.cluster.placement import Node, Seat, place
 from system.config import Config
@@ -32,10 +33,6 @@ EXPLAIN_S = 20.0  # after an actor was lost, for Ray to notice that its node is
 PORT_DEADLINE_S = 120.0
 RANK_LABEL = "espalier-rank"  # a node's place in the job; slurm/lib.sh sets it
 _PIN = 0.001  # of the resource that Ray gives every node under its address
-
-
-class NodeLost(ActorLost):
-    """A node of the cluster is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +109,10 @@ class Placement:
         return await asyncio.gather(*(self.places[actor].port() for actor in actors))
 
     async def watch(self) -> None:
-        """Until cancelled.  Raises NodeLost when Ray knows that a node we cannot spare is gone."""
+        """Until cancelled.  Raises NodeLost when a node that we cannot spare is gone, or the local raylet."""
         while True:
+            raylet.check()
             alive = {node["NodeManagerAddress"] for node in await _ray_nodes()}
-            if not self.joined and not alive:
-                raise NodeLost("Ray's daemon on this machine (raylet) has ended")
             for number, node in enumerate(self.nodes if self.joined else ()):
                 if node.address in alive or number in self.gone:
                     continue

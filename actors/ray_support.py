@@ -40,6 +40,10 @@ class StartFailed(ActorLost):
     exit_code = FAILED
 
 
+class NodeLost(ActorLost):
+    """A node of the cluster is gone."""
+
+
 @contextlib.contextmanager
 def ray_session(config: Config, root: Path) -> Generator[bool]:
     """Ray for the length of the block: the cluster we are given, or one of this machine alone, which listens

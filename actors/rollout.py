@@ -6,6 +6,8 @@ import asyncio
 import os
 from typing import Any
 
+import ray
+
 from actors import keys
 from system import config as configuration
 from system.rollout import process
@@ -64,8 +66,11 @@ class RolloutWorker:
                 del self._growing[ticket]
             return tree, TreeStats.of(tree)
 
-    async def snapshots(self) -> dict[int, bytes]:
-        """Every growing tree that can be frozen, by ticket.  One that fails to be: grown anew on a resume."""
+    @ray.method(num_returns=2)
+    async def snapshots(self) -> tuple[list[int], dict[int, bytes]]:
+        """The tickets of the growing trees that can be frozen; and the frozen trees by ticket, for whoever
+        writes them down.  One that fails to be is grown anew on a resume.
+        """
         found: dict[int, bytes] = {}
         for ticket in list(self._growing):
             if (growing := self._growing.get(ticket)) and can_freeze(growing):
@@ -74,7 +79,7 @@ class RolloutWorker:
                 except Exception as error:
                     growing.mishaps.append(Mishap("snapshot", described(error)))
             await asyncio.sleep(0)  # between two trees, the others go on
-        return found
+        return list(found), found
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks.  Raises as :meth:`grow` does."""

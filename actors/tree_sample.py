@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.ray_support import ActorLost, answer, fetch
+from actors.raylet import beside
 from system.text import described
 from system.tree.store import TreeWriter
 
@@ -51,11 +50,7 @@ class TreeSample:
         await self.written()
         wanted = list(references if self._keep < 0 else references[-self._keep :] if self._keep else ())
         if wanted:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            writer: Any = ray.remote(write_trees)
-            self._writing = writer.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(
-                str(self._directory), self._keep, wanted
-            )
+            self._writing = beside(write_trees, str(self._directory), self._keep, wanted)
 
     async def written(self) -> None:
         """Return once everything is on disk."""

@@ -222,6 +222,10 @@ head_task() {
     wait "$DRIVER"; code=$?
   done
   say "the driver ended with $code"
+  if [ "$code" = 1 ]; then   # Ray ends a driver whose raylet has gone in just this way, and that is no fault of the run
+    nap 3
+    kill -0 "$RAY_PID" 2>/dev/null || { code=$TEMPFAIL; echo "Ray ended on the first node" > "$ATTEMPT_DIR/cause-$RANK"; }
+  fi
   tell "done $code"
   exit 0
 }

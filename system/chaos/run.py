@@ -25,7 +25,7 @@ from system.chaos.findings import HUNG_S, Findings, Recovery, in_words, text
 from system.chaos.harm import damage, fill, small_disk
 from system.chaos.session import Session, ended, stop_and_go
 from system.config import ConfigError, load
-from system.errors import DONE, LOST, STOPPED, EspalierError
+from system.errors import DONE, FAILED, LOST, STOPPED, EspalierError
 from system.observe.jsonl import jsonable, read_jsonl
 from system.observe.rundir import write_atomic
 from system.scratch import PREFIX
@@ -207,7 +207,9 @@ class _Trial:
                 code, sessions = end, sessions + 1
                 if sessions > MOST_SESSIONS:
                     raise ChaosError(f"{fault}: the run does not go on; see {self.out / LOG}")
-                if end not in GOES_ON and fault.kind != "fill":
+                # Of a dead raylet, Ray may end the driver before the driver knows (actors/raylet.py).
+                accepted = (*GOES_ON, FAILED) if fault.target == "raylet" else GOES_ON
+                if end not in accepted and fault.kind != "fill":
                     self.unexpected.append(f"{fault}: exit code {end}")
                 self._clear()
                 before = self.session.steps() - 1

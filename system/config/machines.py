@@ -35,6 +35,12 @@ class ClusterConfig:
     silent_s: float = setting(
         60.0, "an actor that answers no heartbeat for so long is killed and started again", least=2
     )
+    worker_restarts: int = setting(
+        10,
+        "times a rollout worker may die between two training steps before the run stops with the cause; 0: "
+        "any number",
+        least=0,
+    )
     on_node_loss: str = setting(
         "end",
         "end: stop, so that the job requeues; continue: as long as an engine is left",

@@ -1,14 +1,18 @@
 """Lost nodes: which end a run, which it goes on without, and what the exit code says of it."""
 
 import asyncio
+import subprocess
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from actors import placement as module
-from actors.placement import NodeLost, Place, Placement
-from actors.ray_support import ActorLost, StartFailed
+from actors import raylet
+from actors.placement import Place, Placement
+from actors.ray_support import ActorLost, NodeLost, StartFailed
 from actors.rollout_pool import RolloutPool
 from system.cluster.placement import Node, Seat
 from system.errors import FAILED, LOST, exit_code
@@ -111,3 +115,22 @@ def test_what_a_run_can_do_without(actors: list[str], spared: bool) -> None:
 )
 def test_only_what_may_pass_is_tried_again(errors: list[Exception], code: int) -> None:
     assert exit_code(ExceptionGroup("", errors)) == code
+
+
+async def test_the_end_of_this_machines_raylet_is_seen_before_ray_tells(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = subprocess.Popen(["sleep", "60"])  # noqa: ASYNC220
+    monkeypatch.setattr(raylet, "_found", lambda _: psutil.Process(process.pid))
+    monkeypatch.setattr(
+        raylet, "global_worker", SimpleNamespace(node=SimpleNamespace(raylet_socket_name="s"))
+    )
+    watching = asyncio.create_task(places(joined=False).watch())
+    await asyncio.sleep(0.05)
+    assert not watching.done()
+    process.kill()  # and not waited for: it stays as a zombie
+    with pytest.raises(NodeLost, match="raylet"):
+        await asyncio.wait_for(watching, 5)
+    with pytest.raises(NodeLost, match="raylet"):
+        raylet.beside(print)
+    process.wait()

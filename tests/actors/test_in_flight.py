@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,13 +45,15 @@ class RunEvents:
 
 
 def worker(found: dict[int, bytes] | Exception) -> Any:
-    async def snapshots() -> dict[int, bytes]:
+    """A rollout worker's handle; the snapshots are their own reference."""
+
+    async def tickets() -> list[int]:
         await asyncio.sleep(0)
         if isinstance(found, Exception):
             raise found
-        return found
+        return list(found)
 
-    return SimpleNamespace(snapshots=SimpleNamespace(remote=snapshots))
+    return SimpleNamespace(snapshots=SimpleNamespace(remote=lambda: (tickets(), found)))
 
 
 def tree(prompt_id: str) -> Tree:
@@ -73,8 +75,8 @@ class Store:
         self.objects[reference] = value
         return reference
 
-    def fetch(self, reference: str, _: float) -> Any:
-        return self.objects.get(reference)
+    def fetch(self, reference: Any, _: float) -> Any:
+        return self.objects.get(reference) if isinstance(reference, str) else reference
 
 
 def checkpoint_of(
@@ -83,8 +85,16 @@ def checkpoint_of(
     store, events = Store(), RunEvents()
     recorder: Any = events
     named = {f"rollout-{number}": one for number, one in enumerate(workers)}
-    made = InFlightCheckpoint(config or Config(), ledger, named, recorder, store.put, store.fetch)
+    made = InFlightCheckpoint(config or Config(), ledger, named, recorder, store.put)
     return made, store, events
+
+
+async def written(
+    one: InFlightCheckpoint, store: Store, queue: Sequence[TreeInFlight], path: Path
+) -> SavedTrees:
+    """What a checkpoint holds."""
+    module.write(path, await one.collect(queue), store.fetch)
+    return in_flight.read(path)
 
 
 def waiting(store: Store, ledger: Ledger, number: int) -> TreeInFlight:
@@ -93,7 +103,7 @@ def waiting(store: Store, ledger: Ledger, number: int) -> TreeInFlight:
     return TreeInFlight(ticket, store.put(closed), TreeStats.of(closed))
 
 
-async def test_every_tree_in_flight_is_collected_once() -> None:
+async def test_every_tree_in_flight_is_kept_once(tmp_path: Path) -> None:
     ledger = Ledger(PROMPTS, 0)
     tickets = [ledger.next(version) for version in (1, 2, 2, 3, 3)]
     one, store, _ = checkpoint_of(ledger, worker({0: b"zero", 2: b"two"}), worker({3: b"three"}))
@@ -106,7 +116,7 @@ async def test_every_tree_in_flight_is_collected_once() -> None:
     close(1)
     close(2)  # 2 was frozen and has closed since; 4 arrives only now
     asyncio.get_running_loop().call_later(0.05, close, 4)
-    found = await one.collect(queue)
+    found = await written(one, store, queue, tmp_path / "v")
     trees = list(found.trees)
     state = {k.prompt_id: k for k in trees}
     assert len(trees) == 5
@@ -118,7 +128,7 @@ async def test_every_tree_in_flight_is_collected_once() -> None:
     assert found.books == {"step": 3}
 
 
-async def test_a_closed_tree_that_is_lost_is_left_out() -> None:
+async def test_a_closed_tree_that_is_lost_is_left_out(tmp_path: Path) -> None:
     ledger = Ledger(PROMPTS, 0)
     one, store, _ = checkpoint_of(ledger)
     for _ in range(2):
@@ -127,16 +137,19 @@ async def test_a_closed_tree_that_is_lost_is_left_out() -> None:
     for number in range(2):
         ledger.queue(number)
     del store.objects[queue[0].reference]
-    found = await one.collect(queue)
+    found = await written(one, store, queue, tmp_path / "v")
     assert [kept.prompt_id for kept in found.trees] == [queue[1].ticket.prompt_id]
 
 
-async def test_a_lost_worker_costs_its_own_trees_only(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lost_worker_costs_its_own_trees_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(module, "SETTLE_S", 0.05)
     ledger = Ledger(PROMPTS, 0)
     tickets = [ledger.next() for _ in range(2)]
-    one, _, _ = checkpoint_of(ledger, worker(ActorLost("gone")), worker({1: b"one"}))
-    assert [k.prompt_id for k in (await one.collect([])).trees] == [tickets[1].prompt_id]
+    one, store, _ = checkpoint_of(ledger, worker(ActorLost("gone")), worker({1: b"one"}))
+    found = await written(one, store, [], tmp_path / "v")
+    assert [kept.prompt_id for kept in found.trees] == [tickets[1].prompt_id]
     broken, _, _ = checkpoint_of(ledger, worker(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         await broken.collect([])
@@ -168,7 +181,7 @@ async def test_a_resumed_run_takes_them_up_in_the_ledgers_order(tmp_path: Path) 
     assert (store.objects[taken.reference], taken.stats) == (b"x", None)
     assert one.take(again.key) is None
     # A checkpoint that comes before the second one's turn must not lose it.
-    still = await one.collect([])
+    still = await written(one, store, [], tmp_path / "still")
     assert [(k.prompt_id, isinstance(k.tree, Tree), k.start_version) for k in still.trees] == [
         (tickets[1].prompt_id, True, 1)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,14 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from actors import engine_monitor
 from actors.engine_monitor import EngineOutage, Publisher
 from actors.in_flight import KeptTree
-from actors.parts import ActorParts
+from actors.parts import ActorParts, Deaths
 from actors.ray_support import ActorLost
 from system.config import Config, ConfigError
 from system.engine.control import EngineControl
 from system.engine.weights.base import PushReport
-from system.errors import USAGE, exit_code
+from system.errors import FAILED, USAGE, exit_code
 from system.flow.ledger import Ticket
-from system.flow.loop import TreeLost, TreesLost
+from system.flow.loop import GaveUp, TreeLost, TreesLost
 from system.flow.replay import TreeInFlight
 from system.rollout.branching import EntropyUnknown
 from system.rollout.failure import RolloutFailed
@@ -91,7 +92,8 @@ def parts(notes: list[str], worker: Worker, kept: KeptTree | None = None) -> Act
     publisher = Publisher(actors.learner, pool.engines, recorder)  # type: ignore[arg-type]
     progress, trees = SimpleNamespace(note=notes.append), Kept(kept)
     outage = EngineOutage(Config(), pool.engines)
-    return ActorParts(Config(), actors, {"p": prompt}, trees, publisher, progress, outage)  # type: ignore[arg-type]
+    made: Any = ActorParts
+    return made(Config(), actors, {"p": prompt}, trees, publisher, progress, outage, Deaths(2))
 
 
 async def test_a_tree_stays_where_it_is(notes: list[str]) -> None:
@@ -205,3 +207,28 @@ async def test_trees_that_no_rank_can_fetch_are_named(notes: list[str]) -> None:
     assert lost.value.reasons.keys() == {1}
     await one.publish(6)
     assert notes == ["weights 6 not taken yet: it is starting"]
+
+
+async def test_a_worker_that_dies_again_and_again_ends_the_run_with_the_cause(notes: list[str]) -> None:
+    """A death counts once, however many trees it costs; a training step forgives those before it."""
+    worker = Worker(ActorLost("rollout-0: the actor died: SIGSEGV in the tokenizer"))
+    one = parts(notes, worker)
+    learner: Any = one.actors.learner
+    trained = asyncio.Future[dict[str, float]]()
+    trained.set_result({})
+    learner.train = lambda *_: trained
+
+    async def death() -> None:
+        lost = await asyncio.gather(*(one.grow(TICKET, 0) for _ in range(5)), return_exceptions=True)
+        for failure in lost:
+            if not isinstance(failure, TreeLost):
+                raise failure  # type: ignore[misc]
+
+    await death()
+    await death()
+    await one.train(1, [])
+    await death()
+    await death()
+    with pytest.raises(GaveUp, match=r"rollout-0 has died 3 times .*worker_restarts=2.*SIGSEGV") as ended:
+        await death()
+    assert exit_code(ended.value) == FAILED

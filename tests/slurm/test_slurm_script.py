@@ -25,6 +25,7 @@ echo "driver $* on $(hostname), ray at $RAY_ADDRESS, wrapped ${WRAPPED:-no}" >> 
 trap 'echo "espalier: stopped"; exit 3' TERM
 case $DRIVER_ENDS in
   lost) echo "espalier: node n9 (10.0.0.9) was lost with engine-3"; exit 75;;
+  ray) pkill -KILL -P "$PPID" ray; exit 1;;
   wrong) echo "espalier: learn.tp=3 must divide"; exit 2;;
   finished) until [ "$(wc -l < "$ATTEMPT_DIR/ray")" -ge "$WORKERS" ]; do sleep 0.1; done; exit 0;;
   never) while :; do sleep 0.1; done;;
@@ -124,6 +125,14 @@ def test_infrastructure_failures_are_tried_again_but_not_for_ever(
     assert first["cause"] == "node n9 (10.0.0.9) was lost with engine-3"
     assert second["next"] == "failed, 2 times in a row without a step"
     assert "2 times in a row" in espalier(cluster, "status", str(root)).stdout
+
+
+def test_a_driver_that_ended_with_ray_is_no_failure_of_the_run(cluster: SlurmCluster, submit: Submit) -> None:
+    job, root = submit("ray", "slurm.max_failures=0")
+    assert cluster.wait_end(job, 60, lambda: evidence(root)) == "FAILED"
+    (attempt,) = attempts(root)
+    assert (attempt["end"]["exit"], attempt["end"]["cause"]) == (75, "Ray ended on the first node")
+    assert attempt["end"]["next"] == "failed, 1 times in a row without a step"
 
 
 def test_a_wrong_configuration_is_not_tried_again(cluster: SlurmCluster, submit: Submit) -> None:
