@@ -77,9 +77,9 @@ def _trial(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int)
 
     Raises ConfigError for a recipe that cannot be.
     """
-    common = [*SETTINGS, f"run.seed={seed}", f"run.steps={steps}"]
-    own = [*common, *ARMS.get(arm, ())]
-    shared = _digest(recipe, [*SETTINGS, f"run.seed={seed}", "run.steps=0"])
+    common = [*SETTINGS, f"run.seed={seed}"]
+    own = [*common, f"run.steps={steps}", *ARMS.get(arm, ())]
+    shared = _digest(recipe, [*common, "run.steps=0"])
     start = out / "starts" / f"{recipe.stem}-s{seed}-{shared[:8]}"
     result = out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json"
     return Trial(str(recipe), own, _digest(recipe, own), steps, every, str(start), str(result))
