@@ -154,10 +154,9 @@ async def _check_locked(url: str) -> None:
 async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
     """Raise EngineError for a server that does not answer, or gives no entropies."""
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
-    key = keys.held().engines
-    async with Http([url], key) as http:
+    async with keys.http([url]) as http:
         await EngineControl(url, http).wait_ready(deadline_s)
-    pool = EnginePool([url], deadline_s=deadline_s, key=key)
+    pool = EnginePool([url], deadline_s=deadline_s, key=keys.held().engines)
     try:
         chunks = [chunk async for chunk in pool.generate(asked)]
     finally:

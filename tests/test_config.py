@@ -340,6 +340,16 @@ def test_a_course_that_cannot_be_is_refused(course: str, said: str) -> None:
         load(QUICKSTART, [f"run.by_step={course}"])
 
 
+def test_a_course_that_an_option_of_the_objective_goes_before_is_refused() -> None:
+    course = "run.by_step={learn.clip_high: [[0, 0.2], [9, 0.3]]}"
+    said = (
+        "run.by_step.learn.clip_high would change nothing: learn.objective.options.clip_high goes before it"
+    )
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(QUICKSTART, [course, "learn.objective.options={clip_high: 0.4}"])
+    load(QUICKSTART, [course, "learn.objective.options={clip_low: 0.1}"])
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from system.bench.baselines import WAYS, Way
-from system.bench.processes import stop
+from system.bench.processes import run_to_end
 from system.bench.report import Report, against
 from system.bench.slow_search import slowed
 from system.observe.rundir import RunDir
@@ -113,17 +112,8 @@ async def _measure(out_dir: Path, quick: bool) -> dict[str, Any]:
 
 async def _train(runs: Path, name: str, way: Way, settings: Sequence[str]) -> RunDir:
     """One ``espalier train``, to its end.  Raises RuntimeError if it fails, TimeoutError after ``RUN_S``."""
-    command = [sys.executable, "-m", "actors.cli.main", "train", str(way.path)]
-    command += [*settings, *way.overrides, f"run.name={name}"]
-    log = runs / f"{name}.log"
-    with log.open("wb") as out:
-        process = await asyncio.create_subprocess_exec(*command, stdout=out, stderr=out)
-        try:
-            code = await asyncio.wait_for(process.wait(), RUN_S)
-        finally:
-            await stop(process)
-    if code:
-        raise RuntimeError(f"{' '.join(command)} ended with {code}; see {log}")
+    command = ["actors.cli.main", "train", str(way.path), *settings, *way.overrides, f"run.name={name}"]
+    await run_to_end(*command, log=runs / f"{name}.log", limit_s=RUN_S)
     return RunDir.open(runs / name)
 
 

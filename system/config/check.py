@@ -106,6 +106,11 @@ def _by_step(config: Config) -> Iterator[str]:
     if problems:
         return
     for key, course in config.run.by_step.items():
+        if (name := key.removeprefix("learn.")) in config.learn.objective.options:
+            yield (
+                f"run.by_step.{key} would change nothing: learn.objective.options.{name} goes before it: "
+                "take out either"
+            )
         for step, value in course:
             where = dataclasses.replace(
                 settings()[key], section=f"run.by_step, step {step}: {key.split('.')[0]}"

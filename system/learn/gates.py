@@ -158,7 +158,7 @@ class M2po(Ppo):
     Of the values log² r, τ² is the largest that stays below the budget; without a need there is no clip.
     ``floor_low`` and ``floor_high`` are the narrowest clip (the authors' function has 0.3 and 0.5, their
     script none).  There is no dual clip.  τ needs the log-probabilities of the whole step, so that every
-    step costs a forward pass.
+    step costs a forward pass, but the first of a batch that is corrected (``learn.correction``).
     """
 
     adapts: ClassVar[bool] = True

@@ -133,10 +133,12 @@ class Trainer:
             for row, scores in zip(rows, self._score(proximal, rows), strict=True):
                 row.proximal = scores
         corrected = self._correct(plan, steps) if corrects else {}
+        known = steps[0] if corrects and not self.average else None  # rows that the current policy has scored
         results: list[dict[str, float]] = []
         for ranks, step in zip(plan.updates, steps, strict=True):
             if self.objective.adapts:
-                self._adapt(plan, ranks[self.layout.dp_rank], step)
+                scores = [row.proximal for row in step] if step is known else self._score(self.model, step)
+                self._adapt(plan, ranks[self.layout.dp_rank], step, scores)
             results.append(self._update(self.objective, step, version, self._lr()))
             if self.average:
                 self.average.update(self.model)
@@ -248,9 +250,16 @@ class Trainer:
             row.batch = with_credit_of(row.batch, parts)
         return effect(factors)
 
-    def _adapt(self, plan: BatchPlan, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> None:
-        """Show the objective the tokens of an optimizer step, of all ranks, under the current policy."""
-        scores = self._score(self.model, rows)
+    def _adapt(
+        self,
+        plan: BatchPlan,
+        parts: Sequence[MicroBatch],
+        rows: Sequence[Row],
+        scores: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Show the objective the tokens of an optimizer step, of all ranks, under the current policy, which
+        has given them ``scores`` (:meth:`_score`).
+        """
         if plan.assigned is None or not self.layout.last_stage:
             return
         # Log ratio, leaves below of positive and of negative advantage.

@@ -145,14 +145,11 @@ def train_metrics(
     return metrics
 
 
-def tool_metrics(calls: Iterable[ToolCall], known: Sequence[str]) -> Metrics:
-    """``tools/<name>/…`` for the ``known`` tools.
-
-    Any other name was the model's invention and counts as ``unknown``, lest the model choose our metric keys.
-    """
+def tool_metrics(calls: Iterable[ToolCall]) -> Metrics:
+    """``tools/<name>/…`` by tool; ``unknown`` for calls that name none."""
     by_tool: dict[str, list[ToolCall]] = defaultdict(list)
     for call in calls:
-        by_tool[call.tool if call.tool in known else "unknown"].append(call)
+        by_tool[call.tool or "unknown"].append(call)
     metrics: Metrics = {}
     for tool, group in sorted(by_tool.items()):
         key = f"tools/{tool}"

@@ -237,7 +237,7 @@ class Recorder:
         record: dict[str, Any] = {"step": step, "version": totals.version, "time": self._now()}
         record |= rollout_metrics(self._closed)
         record |= tree_metrics(self._closed)
-        record |= tool_metrics((call for one in self._closed for call in one.calls), self._config.tools.names)
+        record |= tool_metrics(call for one in self._closed for call in one.calls)
         trained = [tree for one in self._finished for tree in one.trees]
         lag = [versions for one in self._finished for versions in one.staleness]
         record |= train_metrics(trained, _mean_by_key([one.stats for one in self._finished]), lag)

@@ -17,8 +17,13 @@ _SECRET_WORDS = frozenset(
     | {"passphrase", "credential", "credentials", "auth", "authorization", "bearer"}
 )
 _SECRET_ENDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey")
+# A number is a secret by these ends of its name alone: most are limits and counts (max_token, key: 3).
+_NUMBERS = re.compile(
+    r"(?:password|passwd|passphrase|secret|(?:api|access|account|secret|private)_?key|_pass|_pwd)$"
+)
 _SAID_OF_KEYS = frozenset({"key", "token", "auth", "bearer", "credential", "credentials"})  # in prose, too
-_VALUE = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+""")  # a word of the shell
+# A word of the shell, or JSON that stands in a JSON text.
+_VALUE = re.compile(r"""(?:\\{1,9}"[^"]*"|"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+""")
 
 _LOOKS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
@@ -38,7 +43,7 @@ _URL_USER = re.compile(
 _URL_QUERY = re.compile(
     r"(?P<before>[?&][\w.-]*(?:key|token|secret|password|auth|sig|signature)[\w.-]*=)[^&\s#]+", re.I
 )
-_NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)["']?\s*(?P<sign>[=:])\s*""")
+_NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)\\*["']?\s*(?P<sign>[=:])\s*""")
 _FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<sign>\s)\s*")
 _HEADER = re.compile(r"(?P<before>authorization[\"']?\s*[:=]\s*[\"']?)[^\n\"']+", re.I)
 _LOGIN = re.compile(  # curl -u me:secret | wandb login 0123… | machine m login me password secret
@@ -54,9 +59,12 @@ def redact(value: Any, name: str = "") -> Any:
         return {key: redact(item, f"{name}_{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redact(item, name) for item in value]
+    words = _words(name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return HIDDEN if _NUMBERS.search("_".join(words)) else value
     if not isinstance(value, str) or not value:
-        return value  # a number is a limit or a count (max_response_tokens), not a secret
-    return HIDDEN if _is_secret(_words(name)) else _in_text(value)
+        return value
+    return HIDDEN if _is_secret(words) else _in_text(value)
 
 
 def _in_text(text: str) -> str:

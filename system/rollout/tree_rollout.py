@@ -399,7 +399,7 @@ class TreeRollout:
         node = self.growth.node(branch.node, Kind.TOOL)
         self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
         about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
-        self.growth.call(ToolCall(node, tool, arguments, *about))
+        self.growth.call(ToolCall(node, tool if tool in self.context.tools.specs else "", arguments, *about))
         branch.node = branch.answer = node
         branch.calling = False
         branch.tools = (*branch.tools, (tool, str(outcome.status)))

@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from system.bench.processes import stop
+from system.bench.processes import run_to_end
 from system.config import load, to_yaml
 from system.errors import EspalierError
 from system.observe import lease
 from system.study.branching_report import write_report
 from system.study.measure import Trial
-from system.text import one_line
 
 ARMS: dict[str, tuple[str, ...]] = {
     "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
@@ -77,9 +74,9 @@ def _trial(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int)
 
     Raises ConfigError for a recipe that cannot be.
     """
-    common = [*SETTINGS, f"run.seed={seed}", f"run.steps={steps}"]
-    own = [*common, *ARMS.get(arm, ())]
-    shared = _digest(recipe, [*SETTINGS, f"run.seed={seed}", "run.steps=0"])
+    common = [*SETTINGS, f"run.seed={seed}"]
+    own = [*common, f"run.steps={steps}", *ARMS.get(arm, ())]
+    shared = _digest(recipe, [*common, "run.steps=0"])
     start = out / "starts" / f"{recipe.stem}-s{seed}-{shared[:8]}"
     result = out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json"
     return Trial(str(recipe), own, _digest(recipe, own), steps, every, str(start), str(result))
@@ -133,29 +130,8 @@ async def _run(trial: Trial) -> dict[str, Any]:
     ``RUN_S``.
     """
     order, log = _ordered(trial)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with log.open("wb") as told:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "system.study.measure",
-            str(order),
-            env=environment,
-            stdout=told,
-            stderr=told,
-        )
-        try:
-            code = await asyncio.wait_for(process.wait(), RUN_S)
-        finally:
-            await stop(process)
-    if code:
-        raise RuntimeError(f"it ended with {code}: {_last_line(log)}; see {log}")
+    await run_to_end("system.study.measure", str(order), log=log, limit_s=RUN_S, threads=1)
     return _taken(trial, order, log)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return one_line(next((line for line in reversed(lines) if line.strip()), "it said nothing"))
 
 
 def _ordered(trial: Trial) -> tuple[Path, Path]:

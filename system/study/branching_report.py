@@ -72,16 +72,17 @@ def write_report(runs: Runs, out: Path) -> dict[str, Any]:
                 for arm, one in found["forks"].items()
             ],
         )
-    together = {f"{arm}, {spent}": d for (arm, spent), d in ahead.items() if arm != control}
-    figures["together"] = {
-        key: {"difference": interval(d), "p": sign_flip_test(d), "pairs": len(d)}
-        for key, d in together.items()
+    together: dict[str, dict[str, Any]] = {
+        f"{arm}, {spent}": {"difference": interval(d), "p": sign_flip_test(d), "pairs": len(d)}
+        for (arm, spent), d in ahead.items()
+        if arm != control
     }
+    figures["together"] = together
     report.section("All tasks together")
     report.table(
         f"Mean accuracy ahead of {control}, pairs of runs of one task and seed",
         ["arm, at equal", "ahead", "p", "pairs"],
-        [[key, _pm(interval(d)), sign_flip_test(d), len(d)] for key, d in together.items()],
+        [[key, _pm(one["difference"]), one["p"], one["pairs"]] for key, one in together.items()],
     )
     return report.finish({**figures, "runs": {" ".join(map(str, key)): run for key, run in runs.items()}})
 

@@ -1,8 +1,8 @@
 """One run of a study: what it learned from how many tokens and tool calls, and where its trees forked.
 
-    python -m system.study.measure JOB.json
+    python -m system.study.measure TRIAL
 
-``JOB.json`` is a :class:`Trial`; the result is written where it says, whole or not at all.
+``TRIAL`` is the file of a :class:`Trial`, as JSON; the result is written where it says, whole or not at all.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ class Count:
     forks: list[tuple[float, float]] = field(default_factory=list)  # (ΔH, variance of the rewards below)
     dropped: dict[str, int] = field(default_factory=dict)
 
-    def closed(self, tree: Tree) -> None:
+    def closed(self, tree: Tree, stats: TreeStats) -> None:
         """Where ``tree`` forked, and what came of it."""
-        stats = TreeStats.of(tree)
         self.probability += stats.probability.tolist()
         self.delta_h += stats.delta_h.tolist()
         mean, count = stats.mean_reward_below, stats.scored_below

@@ -54,7 +54,8 @@ class Solo:
     ) -> None:
         self.config, self.prompts = config, {prompt.id: prompt for prompt in prompts}
         self._trainer, self._context, self._send = trainer, context, send
-        self.closed: Callable[[Tree], object] = lambda _: None  # hears of every tree that was grown to train
+        # Hears of every tree that was grown to train.
+        self.closed: Callable[[Tree, TreeStats], object] = lambda tree, stats: None
 
     async def run(self, steps: int, events: RunEvents, between: Callable[[int], Awaitable[None]]) -> None:
         """``steps`` training steps.  ``between`` is awaited before the first and after each, with the version
@@ -98,8 +99,9 @@ class Solo:
                 tree = await growing.run()
         except RolloutFailed as failure:
             raise TreeLost(failure.reason, str(failure), blameless=failure.blameless) from failure
-        self.closed(tree)
-        return TreeInFlight(ticket, tree, TreeStats.of(tree))
+        stats = TreeStats.of(tree)
+        self.closed(tree, stats)
+        return TreeInFlight(ticket, tree, stats)
 
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         plan = self._trainer.planner.plan([tree.stats for tree in trees])

@@ -73,7 +73,7 @@ class ToolCall:
     """One tool call and what came of it."""
 
     node: int  # the TOOL node that holds the result
-    tool: str
+    tool: str  # one that there is; "" for a call that names none of them
     arguments: dict[str, Any]
     status: str  # a ``ToolStatus`` value
     latency_s: float

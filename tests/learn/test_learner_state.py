@@ -333,6 +333,45 @@ def test_the_learner_follows_the_courses_of_settings(ranks: Ranks, tiny_model: C
     assert fixed["clip_high"] > 0
 
 
+def adapting_case(place: Place, model: str, correction: PartConfig) -> dict[str, Any]:
+    """Two updates of M2PO: rows scored in each pass beside the updates', what the objective was shown."""
+    trainer = open_trainer(
+        place, learner_config(objective="m2po", correction=correction, updates=2, **STEP), model
+    )
+    passes: list[int] = []
+    shown: list[list[float]] = []
+    score, adapt = trainer._score, trainer.objective.adapt
+
+    def scoring(model: Any, rows: Any) -> Any:
+        passes.append(len(rows))
+        return score(model, rows)
+
+    def adapting(log_ratio: torch.Tensor, leaves: torch.Tensor) -> None:
+        shown.append(log_ratio.tolist())
+        adapt(log_ratio, leaves)
+
+    trainer._score, trainer.objective.adapt = scoring, adapting
+    try:
+        train(trainer, make_trees(1))
+        return {"passes": passes, "shown": shown}
+    finally:
+        trainer.close()
+
+
+def test_rows_that_a_correction_has_scored_are_not_scored_again(
+    ranks: Ranks, tiny_model: Callable[..., str]
+) -> None:
+    nothing_rejected = PartConfig("geo-reject", {"low": 1e-9, "high": 1e9})
+    plain, corrected = (
+        ranks.run(adapting_case, world=1, model=tiny_model(), correction=correction)[0]
+        for correction in (PartConfig("none"), nothing_rejected)
+    )
+    first, second = plain["passes"]
+    assert corrected["passes"] == [first + second, second]
+    assert corrected["shown"][0] == plain["shown"][0]
+    assert corrected["shown"][1] == pytest.approx(plain["shown"][1], abs=1e-5)
+
+
 def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
     """PPO-EWMA: three batches, a checkpoint after the second, and the third once more from it."""
     config = learner_config(

@@ -128,20 +128,22 @@ def test_train_metrics_prefix_and_staleness_histogram(tree: Tree):
     assert (metrics["flow/staleness"], metrics["flow/staleness_max"]) == (1.25, 3)
 
 
-def test_tool_latencies_by_status_and_names_a_model_invents():
+def test_tool_latencies_by_status_and_calls_of_no_tool():
     calls = [ToolCall(2, "search", {}, "ok", float(s)) for s in range(1, 101)]
     calls += [
         ToolCall(2, "search", {}, "timeout", 20.0, attempts=3),
-        ToolCall(2, "rm -rf/*", {}, "rejected", 0.0),
+        ToolCall(2, "weekday", {}, "ok", 0.5),  # a user's own
+        ToolCall(2, "", {}, "rejected", 0.0),
     ]
-    metrics = tool_metrics(calls, ["search", "python"])
+    metrics = tool_metrics(calls)
     assert metrics["tools/search/calls"] == 101
     assert metrics["tools/search/ok/p50_s"] == 50.5
     assert metrics["tools/search/ok/p95_s"] == pytest.approx(95.05)
     assert metrics["tools/search/ok/max_s"] == 100
     assert metrics["tools/search/timeout/share"] == pytest.approx(1 / 101)
     assert metrics["tools/unknown/calls"] == 1
-    assert not any("rm" in key for key in metrics)
+    assert metrics["tools/weekday/calls"] == 1
+    assert {key.split("/")[1] for key in metrics} == {"search", "weekday", "unknown"}
 
 
 def test_idle_as_seconds_and_share():
@@ -153,7 +155,7 @@ def test_idle_as_seconds_and_share():
 
 
 def test_nothing_gives_nothing():
-    assert rollout_metrics([]) == tree_metrics([]) == train_metrics([], {}, []) == tool_metrics([], []) == {}
+    assert rollout_metrics([]) == tree_metrics([]) == train_metrics([], {}, []) == tool_metrics([]) == {}
 
 
 def test_evaluation_by_kind_counts_the_unanswered_as_wrong():

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from observe_trees import make_tree, single
 
@@ -39,6 +41,24 @@ def test_every_curve_is_drawn_and_not_blank(run_dir: RunDir, config: Config, ste
     assert {file.stem for file in files[1:]} == {curve.name for curve in plots.CURVES}
     for file in files:
         assert imread(file).std() > 0.02
+
+
+def test_a_legend_hangs_over_no_edge(run_dir: RunDir, config: Config, monkeypatch: pytest.MonkeyPatch):
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def saving(figure: Figure, *args: Any, **options: Any) -> None:
+        save(figure, *args, **options)
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", saving)
+    record_a_run(run_dir, config, 45)
+    plots.draw(run_dir)
+    for ax in (ax for figure in figures for ax in figure.axes if ax.get_visible()):
+        if legend := ax.get_legend():
+            inner, outer = legend.get_window_extent(), ax.get_window_extent()
+            assert outer.x0 <= inner.x0, ax.get_title("left")
+            assert inner.x1 <= outer.x1, ax.get_title("left")
 
 
 def test_only_what_has_data_is_drawn(run_dir: RunDir, config: Config):

@@ -64,6 +64,7 @@ IN_TEXT = [
     "SSHPASS={} sshpass -e ssh h",
     "https://h/a?q=1&api_key={}&k=2",
     '{{"client_secret": "{}"}}',
+    '{{"note": "{{\\"client_secret\\": \\"two words, {}\\"}}"}}',
 ]
 HARMLESS = [
     "max_response_tokens=256",
@@ -90,6 +91,31 @@ def test_secrets_by_the_name_of_their_key(key: str):
     assert redact({key: "hunter2"}) == {key: HIDDEN}
     assert redact({key: ["hunter2", "hunter3"]}) == {key: [HIDDEN, HIDDEN]}
     assert redact({key: {"value": "hunter2"}}) == {key: {"value": HIDDEN}}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("password", "db_passwd", "PGPASSWORD", "clientSecret", "api_key", "apiKey", "search-api-key"),
+        *("MYSQL_PWD", "DB_PASS", "AccountKey", "aws_secret_access_key"),
+    ],
+)
+def test_a_number_may_be_a_secret(key: str):
+    assert redact({"search": {key: 12345678}}) == {"search": {key: HIDDEN}}
+    assert redact({key: [12345678]}) == {key: [HIDDEN]}
+    assert redact(f"{key}=12345678") == f"{key}={HIDDEN}"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("max_tokens", "max_token", "token", "token_budget", "tokens_per_key", "key", "auth", "num_keys"),
+        *("api_keys", "secrets", "password_length", "api_key_env", "top_pass_rate", "passes", "compass"),
+    ],
+)
+def test_a_number_is_most_often_none(key: str):
+    assert redact({"search": {key: 512}, key: [0.5]}) == {"search": {key: 512}, key: [0.5]}
+    assert redact({"password": True, "secret": None}) == {"password": True, "secret": None}
 
 
 @pytest.mark.parametrize("value", BY_LOOK)
@@ -134,8 +160,9 @@ def test_any_text_is_taken(text: str):
 
 def test_long_texts_take_no_time():
     began = time.process_time()
-    for part in ("a", "a.", "--", '"', "?key", "login ", "x://", "a=", '="'):
+    for part in ("a", "a.", "--", '"', "?key", "login ", "x://", "a=", '="', "\\", '\\"'):
         redact(part * (100_000 // len(part)))
+        redact("password=" + part * (100_000 // len(part)))
     assert time.process_time() - began < 5
 
 

@@ -15,6 +15,7 @@ from rollout_fakes import PROMPT, Segment, World, make_world, ok
 from system.rollout.branching import Arpo, ArpoPaper, ArpoRelease, Decision, EntropyUnknown, Never, Random
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import SCHEDULES
+from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
 from system.tree.record import Kind, Origin, Outcome, Tree
@@ -328,6 +329,21 @@ def test_malformed_calls_are_rejected_with_a_reason_and_count_as_calls() -> None
     assert world.tools.calls == []
     assert {(c.tool, c.status) for c in tree.calls} == {("", "rejected")}
     assert "without" in node_text(world, tree, tree.calls[0].node)
+
+
+def test_a_name_that_the_model_invents_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics are named after the tools of a tree's calls: the model must not choose their keys."""
+    world = make_world(one_call, leaves=1, roots=1)
+    parse = world.context.syntax.parse
+
+    def lenient(text: str) -> ParsedCall | MalformedCall | None:
+        return ParsedCall("rm -rf/*", {}) if isinstance(call := parse(text), ParsedCall) else call
+
+    monkeypatch.setattr(world.context.syntax, "parse", lenient)
+    tree = grow(world)
+    assert [call.tool for call in tree.calls] == [""]
+    assert world.tools.calls == [("rm -rf/*", {})], "what it is told is the service's to say"
+    assert [call.tool for call in grow(make_world(one_call, leaves=1, roots=1)).calls] == ["search"]
 
 
 def test_an_engine_error_ends_its_branch_unscored() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +81,28 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(
     assert "2 runs failed, the first: broken start" in told.err
     assert "no module named 'no'" in told.err.lower()
     assert "Traceback" not in told.err
+
+
+@pytest.mark.slow
+def test_what_a_killed_study_has_started_ends_with_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(
+        f"base: {QUICKSTART}\nwarmstart: {{steps: 1, demos: 16}}\nflow: {{batch_leaves: 16}}\n"
+        "rollout: {leaves: 4, roots: 2}\n"
+    )
+    command = ["study", "branching", str(recipe), "--seeds=1", "--arms=random", f"--out={tmp_path}"]
+    began: list[psutil.Process] = []
+    with subprocess.Popen([sys.executable, "-m", "actors.cli.main", *command]) as study:
+        until = time.monotonic() + 120
+        while len(began) < 3 and time.monotonic() < until:  # a run, and the sandbox of its tools
+            time.sleep(0.2)
+            began = psutil.Process(study.pid).children(recursive=True)
+        study.kill()
+    ended, left = psutil.wait_procs(began, timeout=30)
+    for process in left:
+        process.kill()
+    assert len(ended) >= 3
+    assert not left
 
 
 # Statistics
