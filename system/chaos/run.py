@@ -138,11 +138,11 @@ class _Trial:
             self.left_out.append(f"{fault}: no small file system could be mounted here")
             return None
         self._reach(fault)
-        before, since = self.session.steps(), self._harm(fault)
+        since = self._harm(fault)
         if since is None:
             self.left_out.append(f"{fault}: there was nothing to harm")
             return None
-        return self._recover(fault, before, since)
+        return self._recover(fault, self.session.steps(), since)
 
     def _reach(self, fault: Fault) -> None:
         """Wait until the run does what it is to be hit in."""

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.cli.main import main
-from system.study.branching_report import learning
 from system.study.measure import Count
+from system.study.report import learning
 from system.study.statistics import at, interval, rank_correlation, sign_flip_test, spent_to_reach
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -47,6 +47,11 @@ def test_a_study_makes_its_runs_once_and_says_what_they_say(tmp_path: Path) -> N
     assert main([*command, "--arms=random"]) == 0
     assert "ahead of random" in (tmp_path / "branching.html").read_text()
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == made
+    # Trees that are left out cost what they cost; nothing is learned in a step or two.
+    assert main(["study", "sampling", *command[2:], "--arms=dynamic"]) == 0
+    dynamic = json.loads((tmp_path / "sampling.json").read_bytes())["runs"]["toy dynamic 0"]
+    assert dynamic["dropped"]["no signal"] > 16
+    assert dynamic["points"][1]["tokens"] > 2 * study["runs"]["toy random 0"]["points"][1]["tokens"]
 
 
 @pytest.mark.parametrize(

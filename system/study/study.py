@@ -1,8 +1,8 @@
-"""``espalier study branching``: does it pay to fork where the model is unsure?
+"""``espalier study``: a question, answered by many small runs.
 
-Every arm grows trees of the same number of leaves for the same questions from the same start weights, and is
-trained by the same credit and objective; arms differ in where trees fork.  What an arm learned is compared at
-equal tokens and at equal tool calls, seed by seed.  Runs that are there already are not made again.
+Every arm begins with the same weights and is asked the same questions; arms differ in a setting or two
+(:mod:`.questions`).  What an arm learned is compared at equal tokens and at equal tool calls, seed by seed.
+Runs that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -20,19 +20,10 @@ from system.bench.processes import run_to_end
 from system.config import load, to_yaml
 from system.errors import EspalierError
 from system.observe import lease
-from system.study.branching_report import write_report
 from system.study.measure import Trial
+from system.study.questions import QUESTIONS, Question
+from system.study.report import write_report
 
-ARMS: dict[str, tuple[str, ...]] = {
-    "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
-    "arpo": ("branching=arpo", "branching.beta=0.2"),
-    "release": ("branching=arpo-release", "branching.beta=0.2"),
-    "aepo": ("branching=aepo", "branching.beta=0.2"),
-    "at2po": ("branching=at2po", "branching.options.width=2"),
-    "random": ("branching=random",),
-    "surest": ("branching=arpo-calibrated", "branching.beta=-0.5"),  # the contrary
-    "none": ("branching=none",),
-}
 SETTINGS = ("flow.staleness=0", "flow.window=1", "learn.tp=1", "checkpoint.every=0", "observe.trees=0")
 RUN_S = 3600.0  # after which a run has failed
 Key = tuple[str, str, int]  # task, arm, seed
@@ -43,20 +34,30 @@ class RunsFailed(EspalierError):
 
 
 def study(
-    out: Path, recipes: Sequence[Path], arms: Sequence[str], seeds: int, steps: int, every: int, jobs: int
+    name: str,
+    out: Path,
+    recipes: Sequence[Path],
+    arms: Sequence[str],
+    seeds: int,
+    steps: int,
+    every: int,
+    jobs: int,
 ) -> dict[str, Any]:
     """Make the runs that are not there, ``jobs`` at a time, then the report; returns its figures.
+
+    ``name`` is one of :data:`QUESTIONS`, ``arms`` are some of its own.
 
     Seeds come first: a study that is stopped has whole rounds of all arms.  Raises :class:`RunsFailed`
     once the others are made.
     """
+    question = QUESTIONS[name]
     starts = {
-        (recipe.stem, seed): _trial(out, recipe, "start", seed, 0, every)
+        (recipe.stem, seed): _trial(question, out, recipe, "start", seed, 0, every)
         for seed in range(seeds)
         for recipe in recipes
     }
     runs = {
-        (recipe.stem, arm, seed): _trial(out, recipe, arm, seed, steps, every)
+        (recipe.stem, arm, seed): _trial(question, out, recipe, arm, seed, steps, every)
         for seed in range(seeds)
         for recipe in recipes
         for arm in arms
@@ -66,16 +67,16 @@ def study(
         asyncio.run(_make({(task, "start", seed): trial for (task, seed), trial in starts.items()}, jobs))
         asyncio.run(_make(runs, jobs))
     results = {key: json.loads(Path(trial.result).read_bytes()) for key, trial in runs.items()}
-    return write_report(results, out)
+    return write_report(name, results, out)
 
 
-def _trial(out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
+def _trial(question: Question, out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
     """One run; with the arm "start" the start model that all arms of a task and seed share.
 
     Raises ConfigError for a recipe that cannot be.
     """
     common = [*SETTINGS, f"run.seed={seed}"]
-    own = [*common, f"run.steps={steps}", *ARMS.get(arm, ())]
+    own = [*common, f"run.steps={steps}", *question.arms.get(arm, ())]
     shared = _digest(recipe, [*common, "run.steps=0"])
     start = out / "starts" / f"{recipe.stem}-s{seed}-{shared[:8]}"
     result = out / "runs" / f"{recipe.stem}-{arm}-s{seed}.json"

@@ -1,4 +1,4 @@
-"""What the runs of ``espalier study branching`` say: tables, curves, tests."""
+"""What the runs of ``espalier study`` say: tables, curves, tests."""
 
 from __future__ import annotations
 
@@ -11,35 +11,32 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from system.bench.report import Report
+from system.study.questions import QUESTIONS
 from system.study.statistics import at, interval, sign_flip_test, spent_to_reach
 from system.tree.record import Float64
 
 Run = Mapping[str, Any]
 Runs = Mapping[tuple[str, str, int], Run]  # by task, arm, seed
 
-CONTROL = "random"  # what the other arms are compared with, or the first where it is missing
 SPENT = {"tokens": "tokens generated", "calls": "tool calls"}
 WHERE = {
     "probability": "P(fork), 5 to 95 %",
     "decisive": "|P - mean| > 0.1",
     "forked": "leaves from forks",
     "silent": "trees without signal",
+    "silent_late": "in the last quarter of the steps",
 }
 GRID = 50  # points of a curve
 GOAL = 0.8  # of the way from the start's accuracy to 1
 
 
-def write_report(runs: Runs, out: Path) -> dict[str, Any]:
-    """``branching.json``, its page and its pictures in ``out``; returns the figures."""
+def write_report(name: str, runs: Runs, out: Path) -> dict[str, Any]:
+    """``<name>.json``, its page and its pictures in ``out``; returns the figures."""
+    question = QUESTIONS[name]
     tasks, arms, seeds = (list(dict.fromkeys(column)) for column in zip(*runs, strict=True))
-    control = CONTROL if CONTROL in arms else arms[0]
-    report = Report(
-        out,
-        "branching",
-        "Does it pay to fork where the model is unsure?",
-        "Trees of one size from the same start weights, trained alike; arms differ in where trees fork. "
-        f"Means over {len(seeds)} seeds with 95 % intervals.",
-    )
+    control = question.control if question.control in arms else arms[0]
+    about = f"{question.about} Means over {len(seeds)} seeds with 95 % intervals."
+    report = Report(out, name, question.title, about)
     figures: dict[str, Any] = {"seeds": len(seeds), "tasks": {}}
     ahead: dict[tuple[str, str], list[float]] = {}
     for task in tasks:
@@ -138,6 +135,7 @@ def _forks(some: Sequence[Run]) -> dict[str, Any]:
         "decisive": mean("decisive_share"),
         "forked": mean("forked_share"),
         "silent": mean("silent_share"),
+        "silent_late": mean("silent_late"),
         "correlation": interval([one["correlation"] for one in forks]),
         "thirds": ", ".join(f"{one:.3f}" for one in thirds) or None,
     }

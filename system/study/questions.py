@@ -1,0 +1,41 @@
+"""The questions of ``espalier study``, and the arms that answer each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Arms are settings; what one learns is compared with the control's, or the first's without it."""
+
+    title: str
+    about: str
+    arms: dict[str, tuple[str, ...]]
+    control: str
+
+
+QUESTIONS = {
+    "branching": Question(
+        "Does it pay to fork where the model is unsure?",
+        "Trees of one size from the same start weights, trained alike; arms differ in where trees fork.",
+        {
+            "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
+            "arpo": ("branching=arpo", "branching.beta=0.2"),
+            "release": ("branching=arpo-release", "branching.beta=0.2"),
+            "aepo": ("branching=aepo", "branching.beta=0.2"),
+            "at2po": ("branching=at2po", "branching.options.width=2"),
+            "random": ("branching=random",),
+            "surest": ("branching=arpo-calibrated", "branching.beta=-0.5"),  # the contrary
+            "none": ("branching=none",),
+        },
+        control="random",
+    ),
+    "sampling": Question(
+        "Does it pay to leave out trees without signal?",
+        "Trees whose leaves all earned the same are trained on, or others are grown in their places, at most "
+        "64 per step (DAPO's dynamic sampling, arXiv 2503.14476). What was left out counts as spent.",
+        {"all": (), "dynamic": ("flow.skip_silent=64",)},
+        control="all",
+    ),
+}
