@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Study:
     """Arms are settings; what one learns is compared with the control's, or the first's without it."""
 
     title: str
@@ -16,7 +16,7 @@ class Question:
 
 
 QUESTIONS = {
-    "branching": Question(
+    "branching": Study(
         "Does it pay to fork where the model is unsure?",
         "Trees of one size from the same start weights, trained alike; arms differ in where trees fork.",
         {
@@ -31,7 +31,7 @@ QUESTIONS = {
         },
         control="random",
     ),
-    "sampling": Question(
+    "sampling": Study(
         "Does it pay to leave out trees without signal?",
         "Trees whose leaves all earned the same are trained on, or others are grown in their places, at most "
         "64 per step (DAPO's dynamic sampling, arXiv 2503.14476). What was left out counts as spent.",

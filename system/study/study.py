@@ -21,7 +21,7 @@ from system.config import load, to_yaml
 from system.errors import EspalierError
 from system.observe import lease
 from system.study.measure import Trial
-from system.study.questions import QUESTIONS, Question
+from system.study.questions import QUESTIONS, Study
 from system.study.report import write_report
 
 SETTINGS = ("flow.staleness=0", "flow.window=1", "learn.tp=1", "checkpoint.every=0", "observe.trees=0")
@@ -70,7 +70,7 @@ def study(
     return write_report(name, results, out)
 
 
-def _trial(question: Question, out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
+def _trial(question: Study, out: Path, recipe: Path, arm: str, seed: int, steps: int, every: int) -> Trial:
     """One run; with the arm "start" the start model that all arms of a task and seed share.
 
     Raises ConfigError for a recipe that cannot be.
