@@ -9,36 +9,62 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from system.errors import INTERRUPTED
 from system.flow.loop import TrainingLoop
 from system.observe.progress import Progress
 
 AT_ONCE_S = 4.0  # after a second signal
+CLEAN_S = 15.0  # after a first one during the start
 EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
 
 
-@contextlib.contextmanager
-def stops_on_signals(training: TrainingLoop, progress: Progress) -> Generator[None]:
-    """The first SIGINT or SIGTERM saves and stops; the second ends at once."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP during a run: the first stops it in order, a further one ends it at once."""
 
-    def handle() -> None:
-        if training.stopping.is_set():
-            task.cancel()
-            exit_within(AT_ONCE_S, INTERRUPTED, explain=False)
-        else:
+    def __init__(self) -> None:
+        # Asks for an orderly end; false where there is none to ask for: nothing has begun, or it was asked.
+        self.stop: Callable[[], bool] = lambda: False
+
+    def stops(self, training: TrainingLoop, progress: Progress) -> None:
+        """From now on there is something to save."""
+
+        def stop() -> bool:
+            if training.stopping.is_set():
+                return False
             progress.note("stopping: finishing the step and saving (again to stop at once)")
             training.stop()
+            return True
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+        self.stop = stop
+
+
+@contextlib.contextmanager
+def signals() -> Generator[Signals]:
+    """For the length of the block, which is the current task's.
+
+    Without an orderly end the task is cancelled, and what still waits then, for a thread perhaps, is left.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    found, asked = Signals(), 0
+
+    def handle() -> None:
+        nonlocal asked
+        asked += 1
+        if not found.stop():
+            task.cancel()
+            exit_within(AT_ONCE_S if asked > 1 else CLEAN_S, INTERRUPTED, explain=False)
+
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup, say
+    numbers = [signal.SIGINT, signal.SIGTERM, *([] if ignored else [signal.SIGHUP])]
+    for number in numbers:
         loop.add_signal_handler(number, handle)
     try:
-        yield
+        yield found
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

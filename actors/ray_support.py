@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors import keys
 from system.config import Config
@@ -193,7 +193,12 @@ async def _value(reference: Any) -> Any:
 
 
 def _last_line(error: RayActorError) -> str:
-    """Of an actor whose ``__init__`` failed, Ray reports a traceback: its last line says what was wrong."""
+    """Of an actor whose ``__init__`` failed, Ray reports a traceback: its last line says what was wrong.
+
+    Of one that has just gone Ray knows nothing but that the connection has.
+    """
+    if isinstance(error, ActorUnavailableError):
+        return "its process is gone"
     return [line.strip() for line in str(error).splitlines() if line.strip()][-1]
 
 

@@ -11,13 +11,13 @@ from ray.exceptions import RayError
 
 from actors.checkpoints import checkpoints, restore_newest
 from actors.conductor import Conductor
-from actors.ending import EXIT_DEADLINE_S, exit_within, stops_on_signals
+from actors.ending import EXIT_DEADLINE_S, Signals, exit_within, signals
 from actors.heartbeat import Heartbeats
 from actors.placement import Placement
 from actors.ray_support import StartFailed, ray_session, watched
 from actors.rollout_pool import RunActors
 from system.config import Config, ConfigError
-from system.errors import DONE, EXPECTED, FAILED, LOST, STOPPED, exit_code, leaves, told
+from system.errors import DONE, EXPECTED, FAILED, INTERRUPTED, LOST, STOPPED, exit_code, leaves, told
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
@@ -58,6 +58,9 @@ def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
             raise next(leaves(errors)) from None
         except* (*EXPECTED, RayError) as errors:
             code = _failed(errors, run_dir)
+        except* asyncio.CancelledError:  # by a signal
+            print("espalier: interrupted", file=sys.stderr)
+            code = INTERRUPTED
         finally:
             exit_within(EXIT_DEADLINE_S, code)
     return code
@@ -84,8 +87,10 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
             recorder.tell = progress.note
             drawing = asyncio.create_task(progress.run())
             try:
-                places = await Placement.claim(config, joined=joined)
-                return await places.watch_during(_train(config, run_dir, task, recorder, progress, places))
+                with signals() as ending:
+                    places = await Placement.claim(config, joined=joined)
+                    work = _train(config, run_dir, task, recorder, progress, places, ending)
+                    return await places.watch_during(work)
             finally:
                 drawing.cancel()
                 await asyncio.gather(drawing, return_exceptions=True)
@@ -99,7 +104,13 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
 
 
 async def _train(
-    config: Config, run_dir: RunDir, task: Task, recorder: Recorder, progress: Progress, places: Placement
+    config: Config,
+    run_dir: RunDir,
+    task: Task,
+    recorder: Recorder,
+    progress: Progress,
+    places: Placement,
+    ending: Signals,
 ) -> int:
     """The actors of a run, from their start to their end."""
     model = _model(config, run_dir)
@@ -110,7 +121,7 @@ async def _train(
         actors.watched, config.cluster.silent_s, config.cluster.start_deadline_s, progress.note
     )
     try:
-        conducted = _conduct(config, actors, run_dir, task, recorder, progress, places)
+        conducted = _conduct(config, actors, run_dir, task, recorder, progress, places, ending)
         return await watched(conducted, beats.watch())
     finally:
         await actors.pool.close()
@@ -124,6 +135,7 @@ async def _conduct(
     recorder: Recorder,
     progress: Progress,
     places: Placement,
+    ending: Signals,
 ) -> int:
     """Start weights or a checkpoint, training, model."""
     found = await restore_newest(actors.learner, run_dir, progress.note)
@@ -131,25 +143,25 @@ async def _conduct(
         config, actors, task, run_dir, recorder, progress, version=found.version if found else 0
     )
     places.spare = conductor.spare
-    with stops_on_signals(conductor.loop, progress):
-        if found:
-            await conductor.restore(found)
-        else:
-            if config.warmstart.steps:
-                await conductor.warm_start(demonstrations(config, task, _model(config, run_dir)))
-            await conductor.bring_up()
-            if not conductor.loop.stopping.is_set():
-                await conductor.evaluate("before")
-                await conductor.save()
-        if conductor.loop.stopping.is_set() or not await conductor.run():
-            saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
-            how = f"go on with espalier train --resume {run_dir.root}"
-            progress.note(f"stopped at step {conductor.version}{saved}: {how}")
-            return STOPPED
-        await conductor.evaluate("after")
-        progress.phase("saving")
-        await actors.learner.save_hf(str(run_dir.model))
-        return DONE
+    ending.stops(conductor.loop, progress)
+    if found:
+        await conductor.restore(found)
+    else:
+        if config.warmstart.steps:
+            await conductor.warm_start(demonstrations(config, task, _model(config, run_dir)))
+        await conductor.bring_up()
+        if not conductor.loop.stopping.is_set():
+            await conductor.evaluate("before")
+            await conductor.save()
+    if conductor.loop.stopping.is_set() or not await conductor.run():
+        saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
+        how = f"go on with espalier train --resume {run_dir.root}"
+        progress.note(f"stopped at step {conductor.version}{saved}: {how}")
+        return STOPPED
+    await conductor.evaluate("after")
+    progress.phase("saving")
+    await actors.learner.save_hf(str(run_dir.model))
+    return DONE
 
 
 def _model(config: Config, run_dir: RunDir) -> Path:

@@ -27,7 +27,7 @@ def train(args: argparse.Namespace) -> int:
       espalier train --resume runs/quickstart-s0 run.steps=200
 
     A run writes into runs/<name>: metrics, trees, curves, checkpoints, the model and summary.json.
-    Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once.
+    Ctrl-C (SIGTERM, a closed terminal) saves a checkpoint and stops; a second Ctrl-C stops at once.
     What can be told in a second to be wrong is told before anything starts, all of it at once (exit code 2).
     `espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
     """

@@ -1,9 +1,12 @@
 """A process that should be over, and is not."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from system.errors import INTERRUPTED
 
 WAITS = {
     "a thread": "threading.Thread(target=forever).start()",
@@ -35,3 +38,32 @@ def test_a_process_that_ends_by_itself_does_not_wait_for_the_deadline() -> None:
     program = PROGRAM.format(deadline_s=1000, waits="")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "reported\n", "")
+
+
+WAITING = """
+import asyncio, os, signal, threading
+from actors import ending
+
+ending.CLEAN_S, ending.AT_ONCE_S = {clean_s}, {at_once_s}
+
+async def main():
+    loop = asyncio.get_running_loop()
+    with ending.signals():
+        for number in {numbers}:
+            loop.call_soon(os.kill, os.getpid(), number)
+        await asyncio.to_thread(threading.Event().wait)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "clean_s", "at_once_s"),
+    [([signal.SIGHUP], 0.2, 1000), ([signal.SIGTERM, signal.SIGINT], 1000, 0.2)],
+)
+def test_a_start_that_waits_for_a_thread_ends_on_signals(
+    numbers: list[int], clean_s: float, at_once_s: float
+) -> None:
+    program = WAITING.format(numbers=[int(one) for one in numbers], clean_s=clean_s, at_once_s=at_once_s)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
