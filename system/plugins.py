@@ -215,6 +215,7 @@ TASKS = Registry(
         "quickstart": "system.tasks.quickstart.task:QuickstartTask",
         "jsonl": "system.tasks.jsonl:JsonlTask",
         "reasoning-gym": "system.tasks.reasoning:ReasoningTask",
+        "hops": "system.tasks.study.hops:HopsTask",
     },
     given=("config",),
 )

@@ -42,7 +42,7 @@ class Replay:
         ids = self.said.pop(0)
         stopped_by = self.eos if ids[-1] == self.eos else request.sampling.stop[0]
         if stopped_by != self.eos:
-            text = vocabulary.pieces()[ids[-1]]
+            text = vocabulary.build().convert_ids_to_tokens(int(ids[-1]))
             stopped_by = next(stop for stop in request.sampling.stop if text.endswith(stop))
         yield Chunk(
             np.array(ids, np.int32),

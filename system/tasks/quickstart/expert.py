@@ -12,43 +12,16 @@ at the question, which a habit of always taking the same field would not teach i
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable
 
-from system.config import ConfigError
 from system.rollout.syntax.tags import TagSyntax
 from system.tasks.base import Demonstration
 from system.tasks.quickstart.questions import OPERATORS, Question, compute
 from system.tasks.quickstart.world import FIGURES, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld
+from system.tasks.skill import Skill
 from system.tree.prompt import Prompt
 
-T = TypeVar("T")
-
 _OWNER = {name: kind for kind in TYPES for name in NAMES[kind]}
-
-
-@dataclass(frozen=True, slots=True)
-class Skill:
-    """Chances of each way of choosing; the rest is a uniform draw."""
-
-    right: float
-    slip: float
-
-    def __post_init__(self) -> None:
-        if min(self.right, self.slip) < 0 or self.right + self.slip > 1:
-            raise ConfigError(
-                f"task.options: right={self.right} and slip={self.slip} must be chances that sum to at most 1"
-            )
-
-    def choose(self, right: T, options: Sequence[T], rng: random.Random) -> T:
-        """Take the right option, the one after it (the first after the last), or any."""
-        draw = rng.random()
-        if draw < self.right:
-            return right
-        if draw < self.right + self.slip:
-            return options[(options.index(right) + 1) % len(options)]
-        return rng.choice(options)
 
 
 def demonstrate(

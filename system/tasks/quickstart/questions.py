@@ -5,16 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from system.config import ConfigError
 from system.tasks.quickstart.world import FIGURE_RANGE, LINKS, NAMES, NUMBERS, TYPES, GeneratedWorld, Relation
-from system.tree.prompt import Prompt
 
 OPERATORS = {"plus": "+", "minus": "-", "over": "//"}
 OPERANDS = range(10, 20)
 """Second operands.  With the world's numbers as first ones (20 to 79) every result lies between 1 and 98:
 one token."""
-
-_MOST_MISSES = 10_000  # repeated questions in a row, after which a world counts as exhausted
 
 KINDS = {"lookup": 0.15, "chain": 0.35, "calc": 0.15, "search+calc": 0.35}
 """Kinds of question and their shares.  lookup: one search.  chain: two or three searches.  calc: one
@@ -78,39 +74,3 @@ def draw(kind: str, rng: random.Random) -> Question:
     if kind != "search+calc":
         return Question(kind, start, tuple(path))
     return Question(kind, start, tuple(path), operator=operator, operand=operand)
-
-
-def sample(seed: str, n: int, exclude: frozenset[str] = frozenset()) -> list[Question]:
-    """``n`` different questions in the shares of ``KINDS``, none of whose texts is in ``exclude``.
-
-    Raises ConfigError when the world has too few questions.
-    """
-    rng = random.Random(seed)
-    kinds, weights = list(KINDS), list(KINDS.values())
-    seen = set(exclude)
-    found: list[Question] = []
-    misses = 0
-    while len(found) < n:
-        question = draw(rng.choices(kinds, weights)[0], rng)
-        if question.text in seen:
-            misses += 1
-            if misses == _MOST_MISSES:
-                raise ConfigError(
-                    f"cannot draw {n} different questions, only {len(found)} found: lower task.train_size, "
-                    "task.eval_size or warmstart.demos"
-                )
-            continue
-        misses = 0
-        seen.add(question.text)
-        found.append(question)
-    return found
-
-
-def prompt(question: Question, world: GeneratedWorld, split: str, index: int) -> Prompt:
-    """The prompt of a question; everything after it is the model's."""
-    return Prompt(
-        id=f"quickstart/{split}/{index}",
-        messages=({"role": "user", "content": question.text},),
-        answers=(question.answer(world),),
-        kind=question.kind,
-    )

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerFast
 
 from system.config import Config
-from system.tasks.base import Demonstration, sizes
+from system.tasks.base import Demonstration
+from system.tasks.generated import GeneratedTask, search_tool
 from system.tasks.quickstart import questions, vocabulary
-from system.tasks.quickstart.expert import Skill, demonstrate
+from system.tasks.quickstart.expert import demonstrate
 from system.tasks.quickstart.world import GeneratedWorld, generate
-from system.tools.search_index import Document, SearchIndex
+from system.tasks.skill import Skill
 from system.tree.prompt import Prompt
 
 
-class QuickstartTask:
-    """Everything follows from ``seed``.  Held-out questions are drawn first; no other split repeats one."""
+class QuickstartTask(GeneratedTask[questions.Question]):
+    """See :mod:`.questions`."""
 
     name = "quickstart"
 
     def __init__(self, config: Config, right: float = 0.4, slip: float = 0.45) -> None:
         """``right``, ``slip``: the chances of the expert whose demonstrations warm the model up."""
-        self.seed = config.run.seed
-        self.train_size, self.eval_size = sizes(config)
+        super().__init__(config, Skill(right, slip))
         self.search_top_k = config.tools.search_top_k  # for demonstrations
-        self.skill = Skill(right, slip)
         self.world: GeneratedWorld = generate(self.seed)
 
-    @cached_property
-    def _held_out(self) -> list[questions.Question]:
-        return questions.sample(f"eval-{self.seed}", self.eval_size)
+    def draw(self, rng: random.Random) -> questions.Question:
+        kinds = questions.KINDS
+        return questions.draw(rng.choices(list(kinds), list(kinds.values()))[0], rng)
 
-    def eval(self) -> list[Prompt]:
-        return [questions.prompt(q, self.world, "eval", i) for i, q in enumerate(self._held_out)]
+    def answer(self, question: questions.Question) -> str:
+        return question.answer(self.world)
 
-    def train(self) -> list[Prompt]:
-        drawn = questions.sample(f"train-{self.seed}", self.train_size, self._held_out_texts())
-        return [questions.prompt(q, self.world, "train", i) for i, q in enumerate(drawn)]
+    def demonstrate(
+        self, question: questions.Question, prompt: Prompt, skill: Skill, rng: random.Random
+    ) -> Demonstration:
+        return demonstrate(question, prompt, self.world, self._search, skill, rng)
 
     def corpus(self) -> list[dict[str, str]]:
         """Documents for the search server."""
@@ -48,26 +47,6 @@ class QuickstartTask:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return vocabulary.build()
 
-    def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
-        """``n`` trajectories of the imperfect expert on questions that are not held out."""
-        drawn = questions.sample(f"demonstrations-{self.seed}-{seed}", n, self._held_out_texts())
-        rng = random.Random(f"expert-{self.seed}-{seed}")
-        world, search, split = self.world, self._search_tool(), f"demonstration-{seed}"
-        return [
-            demonstrate(question, questions.prompt(question, world, split, i), world, search, self.skill, rng)
-            for i, question in enumerate(drawn)
-        ]
-
-    def _held_out_texts(self) -> frozenset[str]:
-        return frozenset(question.text for question in self._held_out)
-
-    def _search_tool(self) -> Callable[[str], str]:
-        """Query -> text of the search tool, by the search server's index and in the tool's default form."""
-        index = SearchIndex.build(Document(**row) for row in self.corpus())
-
-        @cache
-        def search(query: str) -> str:
-            hits = index.search(query, self.search_top_k)
-            return "\n".join(f"{hit.document.title}: {hit.document.text}" for hit in hits)
-
-        return search
+    @cached_property
+    def _search(self):
+        return search_tool(self.corpus(), self.search_top_k)
