@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ def saved_trees_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".trees")
 
 
+def _set_aside(checkpoint: Path) -> None:
+    """Under a name that is free: the same step may have been damaged before."""
+    names = (checkpoint.with_name(f"{checkpoint.name}.unused{n or ''}") for n in itertools.count())
+    checkpoint.rename(next(name for name in names if not name.exists()))
+
+
 async def restore_newest(
     learner: LearnerGroup, run_dir: RunDir, tell: Callable[[str], None]
 ) -> Restored | None:
@@ -62,8 +69,11 @@ async def restore_newest(
         except CheckpointError as error:
             unused.append((path, str(error)))
             continue
+        if extra.get("version") != version_of(path) or "recorder" not in extra:
+            unused.append((path, f"{path}: it holds version {extra.get('version')}, whatever its name says"))
+            continue
         for old, why in unused:
-            old.rename(old.with_name(f"{old.name}.unused"))
+            _set_aside(old)
             tell(f"checkpoint not used: {why}; going back to step {version_of(path)}")
         return Restored(path, extra)
     if saved:

@@ -16,7 +16,7 @@ from system.flow.loop import TrainingLoop
 from system.observe.progress import Progress
 
 AT_ONCE_S = 4.0  # after a second signal
-CLEAN_S = 15.0  # after a first one during the start
+CLEAN_S = 10.0  # after a first one during the start
 EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
 
 
@@ -66,6 +66,8 @@ def signals() -> Generator[Signals]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+            if asked:  # what comes now only tidies up
+                signal.signal(number, lambda *_: exit_within(AT_ONCE_S, INTERRUPTED, explain=False))
 
 
 def exit_within(deadline_s: float, code: int, explain: bool = True) -> None:

@@ -28,6 +28,7 @@ from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
 from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import demonstrations
+from system.text import described
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -97,10 +98,18 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish()
         if summary["versions"]:
-            from system.observe import plots  # slow import, and Ray's processes end meanwhile
-
-            plots.draw(run_dir)
+            _draw(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
+
+
+def _draw(run_dir: RunDir) -> None:
+    """The curves; a run that cannot be drawn ends as it would."""
+    from system.observe import plots  # slow import, and Ray's processes end meanwhile
+
+    try:
+        plots.draw(run_dir)
+    except Exception as error:
+        print(f"espalier: the curves are not drawn: {shown(described(error))}", file=sys.stderr)
 
 
 async def _train(
@@ -148,7 +157,9 @@ async def _conduct(
         await conductor.restore(found)
     else:
         if config.warmstart.steps:
-            await conductor.warm_start(demonstrations(config, task, _model(config, run_dir)))
+            # Thousands of them take seconds: beside the event loop, which hears signals and heartbeats.
+            trees = await asyncio.to_thread(demonstrations, config, task, _model(config, run_dir))
+            await conductor.warm_start(trees)
         await conductor.bring_up()
         if not conductor.loop.stopping.is_set():
             await conductor.evaluate("before")

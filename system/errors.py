@@ -54,6 +54,12 @@ EXPECTED = (EspalierError, OSError, UnicodeError)
 """What is told in a line: ours, and what the file system and text files of others bring about."""
 
 
+OF_OTHERS = (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError)
+"""What a user's own part may raise: its call fails, and nothing else.  (The interpreter ends the event loop
+for some of these, if they leave a task.)
+"""
+
+
 def asked_to_end() -> bool:
     """Whether somebody cancels the current task; else a ``CancelledError`` was raised by what it calls, a
     user's own part perhaps, and is an error like others.

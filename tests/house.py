@@ -47,7 +47,6 @@ ALIVE = {
     "requests recomputed_sequences idle_updating_s",
     "the python server replies with its result, whole": "peak_rss_mb",
     "what a test does to a simulated run, or sees of it": "set_down retracted",
-    "there for a credit of one's own": "entropy_sum",
     "a figure of a report, read by name": "trees_per_hour unscored",
 }
 

@@ -371,6 +371,11 @@ class LearnConfig:
     tis_cap: float = setting(2.0, "cap of proximal/behaviour ratio (truncated importance sampling)", above=0)
     kl_coef: float = setting(0.0, "KL to the reference model; 0: no reference model is built", least=0)
     entropy_coef: float = setting(0.0, "entropy bonus")
+    entropy_factor: float = setting(
+        0.0,
+        "a token's advantages times 1 + this·z(the entropy it was sampled with) (AEPO's code: 0.2); 0: off",
+        least=0,
+    )
     bucket_mb: int = setting(64, "weight export bucket", least=1)
 
     @property

@@ -30,10 +30,15 @@ def surviving_updates(events: Iterable[Event]) -> list[tuple[int, list[int]]]:
     """(weight version, ticket numbers) of every update that no return to a checkpoint took back, in order."""
     updates: list[tuple[int, list[int]]] = []
     for event in events:
-        if event["event"] == "train":
-            updates.append((event["version"], event["numbers"]))
-        elif event["event"] == "restore":
-            updates = [update for update in updates if update[0] <= event["trained_through"]]
+        match event:
+            case {"event": "train", "version": int(version), "numbers": list(numbers)}:
+                updates.append((version, numbers))
+            case {"event": "restore", "trained_through": int(version)}:
+                updates = [update for update in updates if update[0] <= version]
+            case {"event": str(other)} if other not in ("train", "restore"):
+                pass
+            case _:
+                raise LedgerError(f"a line of the ledger is no event of ours: {str(event)[:100]}")
     return updates
 
 

@@ -16,6 +16,7 @@ from system.config import Config, ConfigError
 from system.learn.aggregate import Aggregate, leaf_weights
 from system.learn.credit.base import Credit, assign
 from system.plugins import AGGREGATES, CREDITS
+from system.tree.factor import EntropyFactor
 from system.tree.plan import Assigned, BatchPlan, Floats, plan_update, row_budget
 from system.tree.record import path_sum
 from system.tree.stats import TreeStats
@@ -67,7 +68,9 @@ class BatchPlanner:
                 )
             )
         assigned = Assigned(trees, gains, weights, self.credit.per, self.credit.hard)
-        return BatchPlan(updates, self.pad_to, sum(not np.any(gain) for gain in gains), assigned)
+        strength = learn.entropy_factor
+        factor = EntropyFactor.over(strength, trees, weights) if strength else None
+        return BatchPlan(updates, self.pad_to, sum(not np.any(gain) for gain in gains), assigned, factor)
 
     def supervised(self, trees: Sequence[TreeStats]) -> BatchPlan:
         """One step on every MODEL token, once per leaf through it, scored or not, all weighed alike."""

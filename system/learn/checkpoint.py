@@ -318,7 +318,10 @@ def _verified(path: Path, layout: Layout) -> dict[str, Any]:
 
 def _manifest(file: Path) -> dict[str, Any]:
     manifest = json.loads(file.read_text())
-    return {"step": int(manifest["step"]), "extra": manifest["extra"], "files": dict(manifest["files"])}
+    files, extra = dict(manifest["files"]), dict(manifest["extra"])
+    if not files:
+        raise ValueError("it names no files")
+    return {"step": int(manifest["step"]), "extra": extra, "files": files}
 
 
 def _agree(path: Path, problems: list[str]) -> None:

@@ -30,6 +30,7 @@ _LOOKS = re.compile(
     r"(?:sk|pk|hf|gh[opsur]|glpat|xox[abeprs]|github_pat|gsk|xai|r8|nvapi|npm|dckr_pat|wandb_v\d"
     r"|tvly|jina|pplx)"
     r"[-_][A-Za-z0-9_-]{10,}"  # vendors' prefixes
+    r"|SG\.[\w-]{16,}\.[\w-]{16,}|hooks\.slack\.com/services/[\w/]+"  # SendGrid, Slack
     r"|AIza[\w-]{30,}|ya29\.[\w-]+"  # Google
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access keys
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON web token

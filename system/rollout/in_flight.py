@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from system.errors import EspalierError
 from system.tree.record import Tree
-from system.tree.store import SCHEMA, StoreError, from_table, to_table
+from system.tree.store import SCHEMA, from_table, to_table
 
 FORMAT = 1
 
@@ -107,5 +107,5 @@ def read(path: Path) -> SavedTrees:
                 data = archive.read(f"growing/{number}.safetensors")
                 trees.append(SavedTree(epoch, prompt, version, data))
             return SavedTrees(manifest["fingerprint"], manifest["books"], tuple(trees))
-    except (zipfile.BadZipFile, StoreError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # zipfile and its decompressors raise whatever damage makes of them
         raise SavedTreesError(f"{path}: {type(error).__name__}: {error}") from error

@@ -23,8 +23,9 @@ from functools import partial
 from typing import Any
 
 from system.config import Config, to_dict
-from system.errors import ConfigError, EspalierError, asked_to_end
+from system.errors import OF_OTHERS, ConfigError, EspalierError, asked_to_end
 from system.rollout.reward import BranchView, Reward, Score
+from system.text import as_text
 from system.tree.prompt import Prompt
 
 LOST = (EOFError, OSError, ValueError, RecursionError)  # a child is gone, or what it says is no answer
@@ -38,6 +39,9 @@ _KEPT = re.compile(r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|VIRTUA
 
 class ScoreFailed(EspalierError):
     """One leaf has no score.  The message names the reward."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(as_text(text))  # it may quote the model's answer
 
 
 class RewardBroken(ConfigError):
@@ -148,7 +152,7 @@ class Scoring:
                 returned: Any = self.reward.score(prompt, branch)
                 if inspect.isawaitable(returned):
                     returned = await returned
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # the user's own code
+        except OF_OTHERS as error:  # the user's own code
             if isinstance(error, asyncio.CancelledError) and asked_to_end():
                 raise
             if deadline.expired():

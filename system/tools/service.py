@@ -21,7 +21,7 @@ from typing import Any
 from asyncio_throttle.throttler import Throttler
 
 from system.config import ToolsConfig
-from system.errors import EspalierError, asked_to_end
+from system.errors import OF_OTHERS, EspalierError, asked_to_end
 from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
 from system.text import as_text, named
@@ -300,7 +300,7 @@ class _Guarded:
                 return replace(outcome, attempts=attempt)
         except TimeoutError:
             raise
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except OF_OTHERS as error:
             if isinstance(error, asyncio.CancelledError) and asked_to_end():
                 raise
             text = f"The tool {name!r} failed: {named(error)}"

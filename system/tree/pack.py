@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from system.tree.factor import EntropyFactor
 from system.tree.plan import BatchPlan, MicroBatch, Part, padded_size
 from system.tree.record import Tree, path, path_sum, subtree_end
 
@@ -32,6 +33,7 @@ class PackedBatch:
     predictor: NDArray[np.int32]  # [N] index whose logits predict this token; -1: none (first token, padding)
     s_plus: NDArray[np.float32]  # [N] Σ w·max(A, 0) over the leaves below
     s_minus: NDArray[np.float32]  # [N] Σ w·min(A, 0) over the leaves below
+    factor: NDArray[np.float32]  # [N] what S+ and S- were multiplied by; below 0 they have changed places
     mult: NDArray[np.float32]  # [N] Σ w over the scored leaves below (weighs entropy bonus, KL, diagnostics)
     logprob: NDArray[np.float32]  # [N] behaviour log-probability
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
@@ -45,11 +47,14 @@ def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list
     ``trees``: at least those of ``plan.trees(dp_rank)``, by index in the batch.
     """
     return [
-        [pack(micro_batch, trees, plan.pad_to) for micro_batch in ranks[dp_rank]] for ranks in plan.updates
+        [pack(micro_batch, trees, plan.pad_to, plan.factor) for micro_batch in ranks[dp_rank]]
+        for ranks in plan.updates
     ]
 
 
-def pack(micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1) -> PackedBatch:
+def pack(
+    micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1, factor: EntropyFactor | None = None
+) -> PackedBatch:
     """One row, padded to a multiple of ``pad_to``.  ``trees``: at least those of the parts, by index."""
     n = padded_size(micro_batch, pad_to)
     batch = PackedBatch(
@@ -59,6 +64,7 @@ def pack(micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1) ->
         predictor=np.full(n, -1, np.int32),
         s_plus=np.zeros(n, np.float32),
         s_minus=np.zeros(n, np.float32),
+        factor=np.ones(n, np.float32),
         mult=np.zeros(n, np.float32),
         logprob=np.zeros(n, np.float32),
         version=np.full(n, -1, np.int32),
@@ -67,20 +73,22 @@ def pack(micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1) ->
     )
     base = 0
     for part in micro_batch:
-        _write(batch, base, part, trees[part.tree])
+        _write(batch, base, part, trees[part.tree], factor)
         base += part.size
-    return batch
+    return with_credit_of(batch, micro_batch)
 
 
 def with_credit_of(batch: PackedBatch, micro_batch: MicroBatch) -> PackedBatch:
     """A packed row whose S+ and S- are those of ``micro_batch``: the parts it was packed from, reweighed."""
     credit = np.concatenate([part.credit for part in micro_batch])[batch.node].astype(np.float32)
     credit[batch.node < 0] = 0
-    return replace(batch, s_plus=credit[:, 0], s_minus=credit[:, 1])
+    plus, minus = (batch.factor[:, None] * credit[:, :2]).T
+    turned = batch.factor < 0
+    return replace(batch, s_plus=np.where(turned, minus, plus), s_minus=np.where(turned, plus, minus))
 
 
-def _write(batch: PackedBatch, base: int, part: Part, tree: Tree) -> None:
-    """Write one part into ``batch`` from token ``base`` on."""
+def _write(batch: PackedBatch, base: int, part: Part, tree: Tree, factor: EntropyFactor | None) -> None:
+    """Write one part into ``batch`` from token ``base`` on, all but its S+ and S-."""
     nodes = part.nodes
     length = (tree.end - tree.start)[nodes].astype(np.int64)
     end = np.cumsum(length)  # one past each node's last token, within the part
@@ -107,8 +115,9 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree) -> None:
     first = batch.node[base - 1] + 1 if base else 0
     batch.node[rows] = first + np.repeat(np.arange(nodes.size), length)
     batch.logprob[rows] = tree.logprob[source]
-    for k, array in enumerate((batch.s_plus, batch.s_minus, batch.mult)):
-        array[rows] = np.repeat(part.credit[:, k], length)
+    batch.mult[rows] = np.repeat(part.credit[:, 2], length)
+    if factor is not None:
+        batch.factor[rows] = factor.of(tree.entropy[source])
     batch.version[rows] = np.where(batch.mult[rows] > 0, tree.version[source], -1)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from system.tree.factor import EntropyFactor
 from system.tree.record import Float64, Int64, Kind, TreeError, leaf_sum, path
 from system.tree.stats import TreeStats
 
@@ -55,6 +56,7 @@ class BatchPlan:
     pad_to: int  # micro-batches are padded to a multiple of this
     silent: int = 0  # trees whose advantages are all 0
     assigned: Assigned | None = None  # None: nothing was, the batch is supervised
+    factor: EntropyFactor | None = None  # on each token's advantages
 
     def trees(self, dp_rank: int) -> list[int]:
         """The trees, by index in the batch, that a data-parallel rank trains on."""

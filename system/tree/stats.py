@@ -44,6 +44,8 @@ class TreeStats:
     length: Int64  # [J] tokens
     logprob: Float64  # [J] sum of the behaviour log-probabilities of the node's tokens, nats; 0 unless MODEL
     entropy_sum: Float64  # [J] sum of the entropies known of its tokens, nats; NaN without any
+    entropy_square_sum: Float64  # [J] of their squares; 0 without any
+    entropy_known: Int64  # [J] how many are
     leaf: Int32  # [L] the node each leaf ends at
     reward: Float32  # [L] score; NaN when the leaf was not scored
     outcome: Int8  # [L] an ``Outcome``
@@ -83,7 +85,8 @@ class TreeStats:
         known = np.isfinite(tree.entropy)
         entropy = tree.entropy[sampled & known]
         version = tree.version[sampled]
-        summed = np.add.reduceat(np.where(known, tree.entropy, 0.0), tree.start, dtype=np.float64)
+        h = np.where(known, tree.entropy, 0.0).astype(np.float64)
+        known_of_node = np.add.reduceat(known, tree.start, dtype=np.int64)
         return cls(
             prompt_id=tree.prompt_id,
             task=tree.task,
@@ -91,7 +94,9 @@ class TreeStats:
             kind=tree.kind,
             length=length,
             logprob=np.add.reduceat(tree.logprob, tree.start, dtype=np.float64),
-            entropy_sum=np.where(np.add.reduceat(known, tree.start, dtype=np.int64) > 0, summed, np.nan),
+            entropy_sum=np.where(known_of_node > 0, np.add.reduceat(h, tree.start), np.nan),
+            entropy_square_sum=np.add.reduceat(h**2, tree.start),
+            entropy_known=known_of_node,
             leaf=tree.leaf,
             reward=tree.reward,
             outcome=tree.outcome,

@@ -19,15 +19,16 @@ PROMPTS = [f"q{n}" for n in range(9)]
 
 
 class Learner:
-    """Loads what is not in ``damaged``."""
+    """Loads what is not in ``damaged``.  A checkpoint called so in ``copies`` is of that version."""
 
     def __init__(self, *damaged: str) -> None:
         self.damaged = damaged
+        self.copies: dict[str, int] = {}
 
     async def load(self, path: str) -> dict[str, Any]:
         if Path(path).name in self.damaged:
             raise CheckpointError(f"{path}: its digest is not the manifest's")
-        return {"path": path}
+        return {"version": self.copies.get(Path(path).name, int(path[-6:])), "recorder": {}}
 
 
 @pytest.fixture
@@ -51,7 +52,6 @@ async def restored(run_dir: RunDir, *damaged: str) -> tuple[int, list[str]]:
     said: list[str] = []
     found = await restore_newest(Learner(*damaged), run_dir, said.append)  # type: ignore[arg-type]
     assert found is not None
-    assert found.extra == {"path": str(found.path)}
     return found.version, said
 
 
@@ -63,6 +63,10 @@ async def test_the_newest_one_unless_it_is_damaged_which_is_said(run_dir: RunDir
     assert "going back to step 2" in said
     assert [path.name for path in checkpoints(run_dir)] == ["v000001", "v000002"]  # the other is set aside
     assert (run_dir.checkpoints / "v000003.unused").is_dir()
+    # The run comes to that step again, and it is damaged again.
+    (run_dir.checkpoints / "v000003").mkdir()
+    assert (await restored(run_dir, "v000003"))[0] == 2
+    assert (run_dir.checkpoints / "v000003.unused1").is_dir()
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used"):
         await restored(run_dir, "v000001", "v000002")
     assert len(checkpoints(run_dir)) == 2, "nothing is set aside in vain"
@@ -87,3 +91,12 @@ async def test_a_run_without_a_checkpoint_starts_anew(run_dir: RunDir) -> None:
     shutil.rmtree(run_dir.checkpoints)
     run_dir.checkpoints.mkdir()
     assert await restore_newest(Learner("any"), run_dir, print) is None  # type: ignore[arg-type]
+
+
+async def test_a_checkpoint_under_anothers_name_is_not_taken_for_it(run_dir: RunDir) -> None:
+    learner, said = Learner(), list[str]()
+    learner.copies["v000003"] = 1
+    found = await restore_newest(learner, run_dir, said.append)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.version == 2
+    assert "v000003: it holds version 1, whatever its name says" in said[0]

@@ -3,10 +3,14 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from actors import train
+from system.config import Config
 from system.errors import INTERRUPTED
+from system.observe.rundir import RunDir
 
 WAITS = {
     "a thread": "threading.Thread(target=forever).start()",
@@ -67,3 +71,14 @@ def test_a_start_that_waits_for_a_thread_ends_on_signals(
     program = WAITING.format(numbers=[int(one) for one in numbers], clean_s=clean_s, at_once_s=at_once_s)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
+
+
+def test_a_run_that_cannot_be_drawn_ends_as_it_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config()
+    config.run.dir = str(tmp_path)
+    run = RunDir.create(config)
+    run.metrics_path.write_text('{"step": 1}\n\x00\x00\n{"step": 2}\n')
+    train._draw(run)
+    assert "the curves are not drawn: JsonlError" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from system.flow.ledger import Ledger, LedgerError, State, Ticket
+from system.flow.ledger import Ledger, LedgerError, State, Ticket, accounted
 
 PROMPTS = [f"q{i}" for i in range(7)]
 
@@ -90,6 +90,16 @@ def test_a_log_of_another_run_is_refused() -> None:
         Ledger.replay(PROMPTS, 0, [log[0], {**log[1], "prompt": "q99"}], trained_through=0)
     with pytest.raises(LedgerError, match="not unique"):
         Ledger(["a", "a"], seed=0)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [{}, {"event": None}, {"event": "train"}, {"event": "train", "version": "1", "numbers": []}],
+    ids=str,
+)
+def test_what_is_no_event_is_told(event: dict[str, Any]) -> None:
+    with pytest.raises(LedgerError, match="no event of ours"):
+        accounted([{"event": "open"}, event])
 
 
 def test_an_empty_log_is_a_new_run() -> None:

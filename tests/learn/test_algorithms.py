@@ -22,7 +22,8 @@ from system.learn.objective import LossTokens, make_objective, row_loss
 from system.plugins import CREDITS, PluginError
 from system.rollout.scoring import overlong
 from system.tree.builder import TreeBuilder
-from system.tree.record import Kind, Origin, Outcome
+from system.tree.factor import EntropyFactor
+from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.stats import TreeStats
 
 VECTORS = {
@@ -31,8 +32,7 @@ VECTORS = {
 }
 # What they are for is not there yet, or is tested elsewhere.
 LATER = {
-    "m2po (AReaL)",
-    "a2tgpo", "aepo entropy-aware advantage",
+    "m2po (AReaL)", "a2tgpo",
 }  # fmt: skip
 ELSEWHERE = {
     "reinforce++-baseline (token-whitened)", "reinforce++ (no group baseline)",  # test_credit.py
@@ -309,6 +309,52 @@ def test_losses_and_gradients(record: str, name: str, options: dict[str, Any], l
     assert logprob.grad is not None
     gradient[mask] = logprob.grad
     np.testing.assert_allclose(gradient, expected["grad"], atol=2e-6)
+
+
+def test_aepo_weighs_advantages_by_entropy() -> None:
+    """The factors, and the loss and gradient of PPO with them.  A path per row; the masked is a tool's."""
+    given, expected = numbers("aepo entropy-aware advantage")
+    mask = np.array(given["mask"]) > 0
+    trees: list[Tree] = []
+    for row, known in zip(given["entropy"], mask, strict=True):
+        growth = TreeBuilder("p", "t", [1], budget=1)
+        node = growth.prompt
+        for h, is_model in zip(row, known.tolist(), strict=True):
+            node = growth.node(node, Kind.MODEL if is_model else Kind.TOOL)
+            if is_model:
+                growth.extend(node, [1], [-1.0], [h], 0)
+            else:
+                growth.extend(node, [1])
+        growth.score(growth.leaf(node, Outcome.STOPPED, Origin.ROOT), 1.0, True)
+        trees.append(growth.close(0.0))
+    stats = [TreeStats.of(tree) for tree in trees]
+    factor = EntropyFactor.over(0.2, stats, [np.ones(1)] * len(trees))
+    found = np.where(mask, np.stack([factor.of(tree.entropy[1:]) for tree in trees]), 0)
+    np.testing.assert_allclose(found, expected["factor"], atol=2e-6)
+
+    where = torch.from_numpy(mask)
+    a = torch.tensor(given["advantage_per_sequence"], dtype=torch.float64)[:, None].expand(mask.shape)[where]
+    w = torch.full_like(a, 1 / len(a))
+    weighed = w * a * torch.from_numpy(found)[where]
+    logprob = masked(given["logp_new"], where).requires_grad_()
+    old, zero = masked(given["logp_old"], where), torch.zeros_like(w)
+    tokens = LossTokens(
+        logprob=logprob,
+        entropy=zero,
+        behaviour=old,
+        s_plus=weighed.clamp(min=0),
+        s_minus=weighed.clamp(max=0),
+        mult=w,
+        staleness=zero,
+        node=turns(where)[where],
+        path=torch.arange(len(where))[:, None].expand(where.shape)[where],
+        proximal=old,
+    )
+    loss, _ = row_loss(made("ppo", {}, clip_low=0.2, clip_high=0.2, dual_clip=3.0), tokens)
+    loss.backward()
+    assert float(loss) == pytest.approx(expected["loss"], abs=2e-6)
+    assert logprob.grad is not None
+    np.testing.assert_allclose(logprob.grad, np.array(expected["grad"])[mask], atol=2e-6)
 
 
 @pytest.mark.parametrize(

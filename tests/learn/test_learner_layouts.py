@@ -298,6 +298,8 @@ def test_a_checkpoint_that_cannot_be_right_is_refused_on_every_rank(
     assert "__1_0.distcp is missing" in refused(model)
     (path / MANIFEST).write_text("[" * 100_000)
     assert f"{MANIFEST} is damaged: RecursionError" in refused(model)
+    (path / MANIFEST).write_text('{"step": 2, "extra": {}, "files": {}}')
+    assert f"{MANIFEST} is damaged" in refused(model)
 
 
 # ---------------------------------------------------------------------- never whole in one process

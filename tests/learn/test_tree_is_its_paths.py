@@ -30,9 +30,9 @@ from system.learn.gates import M2po
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.learn.rows import Row
 from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
-from system.tree.pack import pack
+from system.tree.pack import pack, with_credit_of
 from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed, signed_leaves
-from system.tree.record import Kind, Tree
+from system.tree.record import Kind, Tree, TreeError
 from system.tree.stats import TreeStats
 
 
@@ -252,3 +252,42 @@ def test_a_trees_leaves_by_sign_give_m2po_the_bounds_of_its_paths(credit: str) -
         bounds.append((objective.clip_low, objective.clip_high))
     assert bounds[0] == bounds[1]
     assert 0 < bounds[0][0] < 0.5
+
+
+@pytest.mark.parametrize("correction", [False, True])
+def test_a_factor_on_tokens_is_the_same_on_a_tree_and_on_its_paths(correction: bool) -> None:
+    """Its statistics count a shared token once per leaf; a factor below 0 turns the signs of all leaves."""
+    trees = random_trees(5)
+    rng = np.random.default_rng(1)
+    for tree in trees:
+        tree.entropy[is_model(tree)] = rng.exponential(1.0, int(is_model(tree).sum()))
+        tree.entropy[rng.random(tree.n_tokens) < 0.1] = np.nan
+    stats = [TreeStats.of(tree) for tree in trees]
+    config = learner_config(credit="grpo", micro_tokens=48)
+    config.learn.entropy_factor = 2.0
+    sums: list[dict[tuple[int, float], np.ndarray]] = []
+    for flat in (True, False):
+        plan = BatchPlanner(config, flat=flat).plan(stats)
+        assert plan.factor
+        factors = [np.arange(1, tree.n_leaves + 1) / tree.n_leaves for tree in trees]
+        after = reweighed(plan, factors) if correction else plan
+        found: dict[tuple[int, float], np.ndarray] = {}
+        for micro, parts in zip(plan.updates[0][0], after.updates[0][0], strict=True):
+            batch = with_credit_of(pack(micro, dict(enumerate(trees)), factor=plan.factor), parts)
+            for i in np.flatnonzero(batch.mult > 0).tolist():
+                key = int(batch.tree[i]), float(batch.logprob[i])  # no two tokens have one
+                here = np.array([batch.s_plus[i], batch.s_minus[i], batch.mult[i]], np.float64)
+                found[key] = found.get(key, 0) + here
+                assert batch.s_plus[i] >= 0 >= batch.s_minus[i]
+            assert (batch.factor < 0).any()
+        sums.append(found)
+    assert sums[0].keys() == sums[1].keys()
+    for key, three in sums[0].items():
+        np.testing.assert_allclose(sums[1][key], three, rtol=2e-5, atol=1e-7)
+
+
+def test_a_factor_without_entropies_says_what_it_needs() -> None:
+    config = learner_config(credit="grpo")
+    config.learn.entropy_factor = 0.2
+    with pytest.raises(TreeError, match=r"learn\.entropy_factor needs entropies"):
+        BatchPlanner(config, flat=False).plan([TreeStats.of(tree) for tree in random_trees(5)])

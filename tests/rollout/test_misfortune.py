@@ -102,7 +102,7 @@ def test_a_worker_leaves_out_a_snapshot_that_fails(monkeypatch: pytest.MonkeyPat
     world = make_world(one_call, leaves=2, roots=2)
     worker = RolloutWorker.__new__(RolloutWorker)
 
-    async def grow_both() -> dict[int, bytes]:
+    async def grow_both() -> tuple[list[int], dict[int, bytes]]:
         good, bad = (TreeRollout(world.context, PROMPT, seed=1, ticket=n) for n in (0, 1))
         bad.mishaps = [Mishap("tool", object())]  # type: ignore[arg-type]  # JSON cannot hold it
         worker._growing = {0: good, 1: bad}
@@ -110,7 +110,9 @@ def test_a_worker_leaves_out_a_snapshot_that_fails(monkeypatch: pytest.MonkeyPat
         assert bad.mishaps[-1].kind == "snapshot"
         return found
 
-    assert run(grow_both()).keys() == {0}
+    tickets, frozen = run(grow_both())
+    assert tickets == [0]
+    assert frozen.keys() == {0}
 
 
 # What an engine answers ---------------------------------------------------------------------------
@@ -328,6 +330,7 @@ def tree_with_tool(reply: Any) -> tuple[World, Tree]:
         (KeyError("\udcff"), "error", "KeyError"),
         (Mute(), "error", "failed: Mute"),
         (SystemExit(3), "error", "SystemExit: 3"),
+        (KeyboardInterrupt(), "error", "KeyboardInterrupt"),
         (asyncio.CancelledError("mine"), "error", "CancelledError: mine"),
     ],
 )
@@ -349,7 +352,9 @@ REPLIES = st.one_of(
     ),
     SCALARS | TEXTS,
     st.builds(lambda kind, text: kind(text), st.sampled_from([KeyError, OSError, ToolUnavailable]), TEXTS),
-    st.sampled_from([Mute(), SystemExit(), RecursionError(), UnicodeError(), asyncio.QueueFull()]),
+    st.sampled_from(
+        [Mute(), SystemExit(), KeyboardInterrupt(), RecursionError(), UnicodeError(), asyncio.QueueFull()]
+    ),
 )
 
 

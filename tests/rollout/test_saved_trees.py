@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world
 
 from system.rollout.branching import Never
@@ -60,3 +63,22 @@ def test_a_damaged_file_says_so(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"empty": b"", "cut": data[: len(data) // 2], "other": b"not a zip file" * 50}[damage])
     with pytest.raises(SavedTreesError, match=r"v1\.trees"):
         read(path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), tail=st.booleans())
+def test_no_flipped_bit_raises_anything_else(tmp_path: Path, where: float, bit: int, tail: bool) -> None:
+    """``tail``: in the directory of the zip file, where most of its fields stand."""
+    path = tmp_path / "v000006.trees"
+    if not path.exists():
+        write(path, SavedTrees({}, {"step": 6}, (SavedTree(2, "q", 5, bytes(40)),)))
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    first = len(whole) - 400 if tail else 0
+    damaged[first + int(where * (len(whole) - first))] ^= 1 << bit
+    try:
+        path.write_bytes(damaged)
+        with contextlib.suppress(SavedTreesError):
+            read(path)
+    finally:
+        path.write_bytes(whole)

@@ -84,10 +84,17 @@ class Raises:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError("mine")])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError("mine")])
 def test_a_reward_that_would_end_the_process_or_the_task_fails_one_leaf(error: BaseException) -> None:
     with pytest.raises(ScoreFailed, match=f"reward Raises: {type(error).__name__}"):
         asyncio.run(Scoring(Raises(error)).score(PROMPT, VIEW))
+
+
+def test_an_error_may_quote_anything() -> None:
+    """A model can make a reward quote half a character; what is said of it goes into logs."""
+    with pytest.raises(ScoreFailed, match="ValueError: half \ufffd") as failed:
+        asyncio.run(Scoring(Raises(ValueError("half \ud800"))).score(PROMPT, VIEW))
+    str(failed.value).encode()
 
 
 def test_a_score_is_cancelled_with_its_tree() -> None:
