@@ -134,9 +134,8 @@ class _Search:
 def make_plan(load: Load) -> Script:
     """64 segments of 64 to 256 tokens, of words that the quickstart's tokenizer knows."""
     tokenizer, rng = vocabulary.build(), np.random.default_rng(0)
-    words = [
-        i for i, piece in enumerate(vocabulary.pieces()) if piece.startswith(" ") and piece[1:].isalpha()
-    ]
+    pieces = tokenizer.get_vocab().items()
+    words = sorted(i for piece, i in pieces if piece.startswith(" ") and piece[1:].isalpha())
     call: list[Any] = list(tokenizer.encode(" <search> done </search>", add_special_tokens=False))
     segments: list[list[int]] = []
     matched: list[str] = []
