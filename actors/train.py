@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from ray.exceptions import RayError
@@ -90,8 +91,8 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
             try:
                 with signals() as ending:
                     places = await Placement.claim(config, joined=joined)
-                    work = _train(config, run_dir, task, recorder, progress, places, ending)
-                    return await places.watch_during(work)
+                    run = _Run(config, run_dir, task, recorder, progress, ending)
+                    return await places.watch_during(_train(run, places))
             finally:
                 drawing.cancel()
                 await asyncio.gather(drawing, return_exceptions=True)
@@ -112,53 +113,52 @@ def _draw(run_dir: RunDir) -> None:
         print(f"espalier: the curves are not drawn: {shown(described(error))}", file=sys.stderr)
 
 
-async def _train(
-    config: Config,
-    run_dir: RunDir,
-    task: Task,
-    recorder: Recorder,
-    progress: Progress,
-    places: Placement,
-    ending: Signals,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run is, and who hears of it."""
+
+    config: Config
+    run_dir: RunDir
+    task: Task
+    recorder: Recorder
+    progress: Progress
+    ending: Signals
+
+    @property
+    def model(self) -> Path:
+        """The start model: given, or made for this run."""
+        return Path(self.config.model.path) if self.config.model.path else self.run_dir.start
+
+
+async def _train(run: _Run, places: Placement) -> int:
     """The actors of a run, from their start to their end."""
-    model = _model(config, run_dir)
+    config, progress = run.config, run.progress
     actors = await RunActors.start(
-        config, task, model, places, run_dir, lambda awaited: progress.advance(0, awaited)
+        config, run.task, run.model, places, run.run_dir, lambda awaited: progress.advance(0, awaited)
     )
     beats = Heartbeats(
         actors.watched, config.cluster.silent_s, config.cluster.start_deadline_s, progress.note
     )
     try:
-        conducted = _conduct(config, actors, run_dir, task, recorder, progress, places, ending)
-        return await watched(conducted, beats.watch())
+        return await watched(_conduct(run, actors), beats.watch())
     finally:
         await actors.pool.close()
 
 
-async def _conduct(
-    config: Config,
-    actors: RunActors,
-    run_dir: RunDir,
-    task: Task,
-    recorder: Recorder,
-    progress: Progress,
-    places: Placement,
-    ending: Signals,
-) -> int:
+async def _conduct(run: _Run, actors: RunActors) -> int:
     """Start weights or a checkpoint, training, model."""
+    config, run_dir, progress = run.config, run.run_dir, run.progress
     found = await restore_newest(actors.learner, run_dir, progress.note)
-    conductor = Conductor(
-        config, actors, task, run_dir, recorder, progress, version=found.version if found else 0
-    )
-    places.spare = conductor.spare
-    ending.stops(conductor.loop, progress)
+    version = found.version if found else 0
+    conductor = Conductor(config, actors, run.task, run_dir, run.recorder, progress, version=version)
+    actors.places.spare = conductor.spare
+    run.ending.stops(conductor.loop, progress)
     if found:
         await conductor.restore(found)
     else:
         if config.warmstart.steps:
             # Thousands of them take seconds: beside the event loop, which hears signals and heartbeats.
-            trees = await asyncio.to_thread(demonstrations, config, task, _model(config, run_dir))
+            trees = await asyncio.to_thread(demonstrations, config, run.task, run.model)
             await conductor.warm_start(trees)
         await conductor.bring_up()
         if not conductor.loop.stopping.is_set():
@@ -173,8 +173,3 @@ async def _conduct(
     progress.phase("saving")
     await actors.learner.save_hf(str(run_dir.model))
     return DONE
-
-
-def _model(config: Config, run_dir: RunDir) -> Path:
-    """The start model: given, or made for this run."""
-    return Path(config.model.path) if config.model.path else run_dir.start

@@ -4,5 +4,5 @@ The expert that warms the model up is as likely to be right wherever it chooses,
 :class:`system.tasks.skill.Skill`: what it shows marks no place.  (It also has the quickstart's habit of
 slipping to the next option.  Without it what it does most is right, and greedy answers are right before any
 training.)  What a model is unsure of afterwards is what it has not learned, or what nobody could know there:
-which of two namesakes is meant, which of two causes an error has, which of the numbers left is the secret.
+which of two namesakes is meant.
 """
