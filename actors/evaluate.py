@@ -32,7 +32,7 @@ def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     if config.engine.name == "embedded":  # SGLang serves other families, too
         ModelShape.from_directory(model_dir)
     task = make_task(config)
-    for note in notes(task):
+    for note in notes(config, task):
         print(shown(note), file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
         return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))

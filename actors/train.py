@@ -41,7 +41,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        print(f"run directory: {run_dir.root}", *map(shown, notes(task)), sep="\n", flush=True)
+        print(f"run directory: {run_dir.root}", *map(shown, notes(config, task)), sep="\n", flush=True)
         try:
             return _in_session(config, run_dir, task)
         except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell

@@ -41,9 +41,12 @@ def blaming(what: str) -> Generator[None]:
         raise PluginError(f"{what}: {type(error).__name__}: {error}") from error
 
 
+KINDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """``; did you mean …?`` with the nearest of the ``known`` words, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.65)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
@@ -162,11 +165,15 @@ class Registry:
         rest = [p for p in parameters if p.name not in taken]
         named = {p.name: p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in rest):
-            for option in options:
-                if option not in named:
-                    known = f"it takes {', '.join(named)}" if named else "it takes none"
-                    close = nearest(str(option), named)
-                    raise PluginError(f"{where}.{option}: {name} has no such option{close}; {known}")
+            known = f"it takes {', '.join(named)}" if named else "it takes none"
+            drop = f"'{where}=!replace {{}}' drops what a base file sets"
+            if unknown := [str(option) for option in options if option not in named]:
+                raise PluginError(
+                    "\n".join(
+                        f"{where}.{one}: {name} has no such option{nearest(one, named)}; {known}; {drop}"
+                        for one in unknown
+                    )
+                )
         values = {k: v for k, v in offered.items() if v is not None and k in named and k not in options}
         missing = [p for p in named if named[p].default is inspect.Parameter.empty and p not in options]
         if missing := [p for p in missing if p not in values]:
@@ -192,7 +199,8 @@ def _typed(where: str, kind: Any, value: Any) -> Any:
     try:
         made: Any = OmegaConf.to_object(OmegaConf.merge(schema, {"value": escape(value)}))
     except OmegaConfBaseException as error:
-        raise PluginError(f"{where}={value!r}: {str(error).splitlines()[0]}") from error
+        fault = f" must be {KINDS[kind]}" if kind in KINDS else f": {str(error).splitlines()[0]}"
+        raise PluginError(f"{where}={value!r}{fault}") from error
     return made.value
 
 

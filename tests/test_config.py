@@ -15,6 +15,7 @@ from system.config import Config, ConfigError, at_step, from_dict, load, setting
 from system.config.algorithms import ALGORITHMS
 from system.config.check import part_problems
 from system.config.explain import text
+from system.config.hints import OTHER_NAMES
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -63,7 +64,12 @@ def test_override_values_keep_their_types():
         ("staleness=1", "did you mean flow.staleness?"),
         ("rolout.leaves=4", "did you mean rollout?"),
         ("branching=arpo-paperr", "did you mean arpo-paper?"),
-        ("run.seed=x", "run.seed: Value 'x'"),
+        ("run.seed=x", "run.seed='x' must be an integer: of everything"),
+        ("rollout.temperature=hot", "rollout.temperature='hot' must be a number"),
+        ("learn.learning_rate=1e-6", "unknown key learn.learning_rate; did you mean learn.lr?"),
+        ("num_generations=8", "did you mean rollout.leaves?"),
+        ("rollout.nothing=1", "unknown key rollout.nothing; known: schedule, leaves"),
+        ("algorithm=grop", "did you mean grpo?"),
         ("tools.limits={serch: {retries: 0}}", "tools.limits.serch: no such tool"),
         ("tools.limits={search: {retry: 0}}", "did you mean retries?"),
         ("tools.limits={search: {retries: -1}}", "tools.limits.search.retries=-1 must be 0 or more"),
@@ -112,6 +118,35 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, says: str):
         load(write(tmp_path, text))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path):
+    """Of files and overrides: keys, types, ranges; whether keys agree is asked when nothing else is wrong."""
+    recipe = write(tmp_path, "flow: {stalenes: 2, window: few}\nfoo: {bar: 1}\ntask: {eval_size: 10}\n")
+    overrides = ["algorithm=none", "run.steps", "rollout.leaves=-1", "learn.epsilon=0.2", "eval.questions=11"]
+    with pytest.raises(ConfigError) as caught:
+        load(recipe, overrides)
+    wanted = [
+        "override 'run.steps': write key=value",
+        "unknown key flow.stalenes; did you mean flow.staleness?",
+        "flow.window='few' must be an integer",
+        "unknown section 'foo'",
+        "algorithm=none: choose one of",
+        "unknown key learn.epsilon; did you mean learn.clip_low?",
+        "rollout.leaves=-1 must be 1 or more",
+    ]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(wanted)
+    assert all(says in line for says, line in zip(wanted, lines, strict=True)), lines
+
+
+def test_more_questions_than_are_held_out_are_refused():
+    with pytest.raises(ConfigError, match=r"eval\.questions=11 are more than task\.eval_size=10: raise task"):
+        load(None, ["task.eval_size=10", "eval.questions=11"])
+
+
+def test_a_hint_leads_to_a_key_that_there_is():
+    assert OTHER_NAMES.keys() <= settings().keys()
 
 
 def test_tensor_parallel_must_not_fit_a_model_of_ones_own():

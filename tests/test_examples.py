@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from system.config import load
+from system.doctor.preflight import look
 from system.plugins import REWARDS
 from system.rollout.reward import BranchView
 from system.rollout.rewards.arpo import ArpoReward
+from system.tasks.quickstart.task import QuickstartTask
+from system.tasks.tiny_model import create_model
 from system.tools.outcome import CallContext, ToolStatus
 from system.tools.service import build_tools
 from system.tree.prompt import Prompt
@@ -24,6 +31,13 @@ from system.tree.store import read_trees
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
+
+
+def a_tokenizer_of_bytes() -> str:
+    """As ``tokenizer.json`` holds it."""
+    made = Tokenizer(BPE({byte: number for number, byte in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    made.pre_tokenizer = ByteLevel()
+    return made.to_str()
 
 
 @pytest.fixture
@@ -64,6 +78,28 @@ def test_the_readme_shows_what_is_run_here() -> None:
     lines = {line.split("  #")[0].strip() for path in EXAMPLES.glob("*.py") for line in path.open()}
     for line in shown.splitlines():
         assert line.split("  #")[0].strip() in lines, line
+
+
+def test_a_recipe_of_ones_own_needs_only_a_model_and_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README shows, and nothing stands against it once its files are there."""
+    recipe = (EXAMPLES / "my.yaml").read_text()
+    assert f"```yaml\n{recipe[recipe.index('model:') :]}```" in (ROOT / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    config = load(EXAMPLES / "my.yaml")
+    found = [str(problem) for problems in look(config).values() for problem in problems]
+    assert [line.split(":")[0] for line in found] == ["model.path", "no such data file"]
+    for path in (config.task.path, config.task.eval_path):
+        Path(path).write_text(json.dumps({"question": f"Which file? {path}", "answer": path}) + "\n")
+    task = QuickstartTask(
+        load(ROOT / "configs" / "quickstart.yaml", ["task.train_size=1", "task.eval_size=1"])
+    )
+    create_model(Path(config.model.path), task.tokenizer(), config.model, 0)
+    (only,) = [str(problem) for problems in look(config).values() for problem in problems]
+    assert re.match(r"model\.path: \d+ of the first \d+ tokens .* unknown", only)  # which it is
+    (Path(config.model.path) / "tokenizer.json").write_text(a_tokenizer_of_bytes())
+    assert not any(look(config).values())
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_options_are_converted_to_their_types() -> None:
         (
             "part",
             {"size": "three"},
-            "kind.options.size='three': Value 'three' of type 'str' could not",
+            "kind.options.size='three' must be an integer",
         ),
         ("part", {"size": [1]}, "kind.options.size=[1]"),
         ("part", {"window": 3}, "kind.options.window=3"),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from system.config.by_step import at_step, course_problems
@@ -36,17 +36,16 @@ TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size
 OVER_THE_BATCH = "reinforce++"
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, problems: Sequence[str] = ()) -> None:
     """Check every rule of the schema, and fields that must agree.
 
-    Raises :class:`ConfigError` with one line per problem.  Whether fields agree is asked only where each is
-    in itself what it may be.
+    Raises :class:`ConfigError` with one line per problem, ``problems`` that are known already among them.
+    Whether fields agree is asked only where there is nothing else.
     """
-    problems = [line for one in settings().values() for line in _broken_rules(one, one.of(config))]
-    if not problems:
-        problems = [line for check in AGREEMENTS for line in check(config)]
-    if problems:
-        raise ConfigError("\n".join(problems))
+    found = [*problems, *(line for one in settings().values() for line in _broken_rules(one, one.of(config)))]
+    found = found or [line for check in AGREEMENTS for line in check(config)]
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
@@ -138,7 +137,7 @@ def part_problems(config: Config) -> list[str]:
             try:
                 registry.check(name, options.get(name, {}) if isinstance(value, list) else options)
             except PluginError as error:
-                problems.append(str(error))
+                problems += str(error).splitlines()
     if twice := [name for name in config.tools.names if config.tools.names.count(name) > 1]:
         problems.append(f"tools.names: {twice[0]!r} stands there twice")
     for name in config.tools.options:
@@ -171,6 +170,11 @@ def _sizes(config: Config) -> Iterator[str]:
         )
     if learn.updates > batch_trees:
         yield f"learn.updates={learn.updates} exceeds the {batch_trees} trees of a batch"
+    if 0 <= config.task.eval_size < config.eval.questions:
+        yield (
+            f"eval.questions={config.eval.questions} are more than task.eval_size={config.task.eval_size}: "
+            "raise task.eval_size too"
+        )
     if config.engine.max_context <= rollout.max_response_tokens:
         yield (
             f"engine.max_context={config.engine.max_context} must exceed "

@@ -8,10 +8,10 @@ import typing
 from typing import Any
 
 from system.config.algorithms import ALGORITHMS
+from system.config.hints import hint
 from system.config.schema import Config, PartConfig
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
-from system.plugins import nearest
 
 HEAD = """\
 # Settings
@@ -43,8 +43,11 @@ def text(wanted: str = "") -> str:
         return "".join(f"algorithm={name}\n    {' '.join(parts)}\n" for name, parts in ALGORITHMS.items())
     chosen = [one for one in settings().values() if wanted in ("", one.section, one.key)]
     if not chosen:
-        sections = [one.name for one in dataclasses.fields(Config)]
-        close = nearest(wanted, [*sections, *settings()]) or f"; sections: {', '.join(sections)}"
+        section, _, key = wanted.rpartition(".")
+        known = [one.name for one in settings().values() if one.section == section]
+        if not known:
+            known, section, key = [one.name for one in dataclasses.fields(Config)], "", wanted
+        close = hint(key, known, f"{section}." if section else "")
         raise ConfigError(f"no setting or section {wanted!r}{close}")
     lines: list[str] = []
     for number, one in enumerate(chosen):

@@ -14,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from system.config.algorithms import ALGORITHMS
 from system.config.check import validate
+from system.config.hints import hint
 from system.config.schema import Config
 from system.config.settings import settings
 from system.errors import ConfigError
-from system.plugins import escape, nearest
+from system.plugins import KINDS, escape, nearest
 
 REPLACE = "!replace"
 """YAML tag of a dictionary that replaces an inherited one, where others are merged into it."""
@@ -34,23 +35,24 @@ yaml.constructor.SafeConstructor.add_constructor(REPLACE, _replacing)
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file (and its ``base:`` chain) and apply ``key=value`` overrides.
 
-    Raises :class:`ConfigError` naming the key and what to do.
+    Raises :class:`ConfigError` with a line for each thing that is wrong, naming the key and what to do.
     """
     layers = list(_files(Path(path), ())) if path is not None else []
+    problems: list[str] = []
     # An algorithm is where the others start from, wherever it stands.
-    in_order = sorted(overrides, key=lambda text: not text.startswith("algorithm="))
-    layers += [(f"override {text!r}", _override(text)) for text in in_order]
-    merged = OmegaConf.merge(_SCHEMA)
-    for source, layer in (part for named in layers for part in _with_algorithm(*named)):
-        layer = _expand(layer, Config())
-        _check_keys(layer, source)
-        _make_room(merged, layer, source)
+    for text in sorted(overrides, key=lambda text: not text.startswith("algorithm=")):
         try:
-            merged.merge_with(layer)
-        except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type
-            raise ConfigError(f"{source}: {_reason(error)}") from error
-    config = _resolve(merged)
-    validate(config)
+            layers.append((f"override {text!r}", _override(text)))
+        except ConfigError as error:
+            problems.append(str(error))
+    merged = OmegaConf.merge(_SCHEMA)
+    for source, layer in layers:
+        problems += _merge(merged, layer, source)
+    try:
+        config = _resolve(merged)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from error
+    validate(config, problems)
     return config
 
 
@@ -110,15 +112,54 @@ def _override(text: str) -> dict[str, Any]:
     return {str(k): v for k, v in layer.items()}
 
 
-def _with_algorithm(source: str, layer: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The settings of the algorithm that a layer names, then the layer's own."""
+def _merge(merged: Any, layer: dict[str, Any], source: str) -> Iterator[str]:
+    """Merge a ``layer`` into ``merged``, an algorithm that it names before its other settings, and yield what
+    is wrong with it.
+    """
     rest = {key: value for key, value in layer.items() if key != "algorithm"}
     if rest != layer:
         name = str(layer["algorithm"])
         if name not in ALGORITHMS:
-            raise ConfigError(f"{source}: algorithm={name}: choose one of {', '.join(ALGORITHMS)}")
-        yield from ((f"{source}: algorithm={name}", _override(text)) for text in ALGORITHMS[name])
-    yield source, rest
+            close = nearest(name, ALGORITHMS)
+            yield f"{source}: algorithm={name}: choose one of {', '.join(ALGORITHMS)}{close}"
+        for text in ALGORITHMS.get(name, ()):
+            yield from _merge(merged, _override(text), f"{source}: algorithm={name}")
+    sections = [one.name for one in dataclasses.fields(Config)]
+    for name, values in _expand(rest, Config()).items():
+        if name not in sections:
+            yield f"{source}: unknown section {name!r}{hint(name, sections)}"
+        elif not isinstance(values, dict):
+            yield f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…"
+        else:
+            for key, value in values.items():
+                if fault := _merge_key(merged, name, str(key), value):
+                    yield f"{source}: {fault}"
+
+
+def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
+    """Set one key, or merge a dictionary into it; returns what is wrong with it."""
+    path = f"{section}.{key}"
+    if key == REPLACE:
+        return f"{section} is no dictionary: {REPLACE} is for one, as in task.options"
+    if (one := settings().get(path)) is None:
+        known = [one.name for one in settings().values() if one.section == section]
+        return f"unknown key {path}{hint(key, known, f'{section}.')}"
+    named = isinstance(value, str) and "${" in value  # the value of another key
+    if typing.get_origin(one.kind) is list and not (
+        named or isinstance(value, list) or REPLACE in str(value)
+    ):
+        example = value if isinstance(value, str) and value else "a, b"
+        return f"{path}: write a list: [{example}]"
+    layer = {section: {key: value}}
+    try:
+        _make_room(merged, layer)
+        merged.merge_with(layer)
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type
+        plain = KINDS.get(one.kind)
+        return f"{path}={value!r} must be {plain}: {one.rule.text}" if plain else _reason(error)
+    return ""
 
 
 def _expand(layer: dict[str, Any], values: Any) -> dict[str, Any]:
@@ -134,35 +175,15 @@ def _expand(layer: dict[str, Any], values: Any) -> dict[str, Any]:
     return expanded
 
 
-def _check_keys(layer: dict[str, Any], source: str) -> None:
-    sections = [one.name for one in dataclasses.fields(Config)]
-    for name, values in layer.items():
-        if name not in sections:
-            raise ConfigError(f"{source}: unknown section {name!r}{_hint(name, sections)}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…")
-        known = [one.name for one in settings().values() if one.section == name]
-        for key, value in values.items():
-            if key == REPLACE:
-                continue
-            if key not in known:
-                raise ConfigError(f"{source}: unknown key {name}.{key}{_hint(str(key), known, f'{name}.')}")
-            named = isinstance(value, str) and "${" in value  # a list by the name of another key
-            if typing.get_origin(settings()[f"{name}.{key}"].kind) is list and not (
-                named or isinstance(value, list) or REPLACE in str(value)
-            ):
-                example = value if isinstance(value, str) and value else "a, b"
-                raise ConfigError(f"{source}: {name}.{key}: write a list: [{example}]")
+def _make_room(merged: Any, layer: dict[str, Any], where: str = "") -> None:
+    """Empty the dictionaries that are to be replaced by those of the ``layer``, and take its marks off.
 
-
-def _make_room(merged: Any, layer: dict[str, Any], source: str, where: str = "") -> None:
-    """Empty the dictionaries that are to be replaced by those of the ``layer``, and take its marks off."""
+    Raises :class:`ConfigError` for a mark on anything else.
+    """
     for key, value in layer.items():
         path = f"{where}{key}"
         if isinstance(value, list) and REPLACE in str(value):
-            raise ConfigError(
-                f"{source}: {path} is a list, which replaces the old one anyway: no {REPLACE} in it"
-            )
+            raise ConfigError(f"{path} is a list, which replaces the old one anyway: no {REPLACE} in it")
         if not isinstance(value, dict):
             continue
         # What stands there as an interpolation is not looked into: it is the dictionary of another key.
@@ -171,20 +192,11 @@ def _make_room(merged: Any, layer: dict[str, Any], source: str, where: str = "")
         there = merged.get(key) if known and not named else None
         if value.pop(REPLACE, False) and (named or there is not None):
             if not named and OmegaConf.get_type(there) is not dict:
-                fault = f"{path} is no dictionary: {REPLACE} is for one, as in task.options"
-                raise ConfigError(f"{source}: {fault}")
+                raise ConfigError(f"{path} is no dictionary: {REPLACE} is for one, as in task.options")
             merged[key], there = {}, None
         elif named:
             merged[key] = {}  # text cannot be merged with what is given now
-        _make_room(there, value, source, f"{path}.")
-
-
-def _hint(word: str, known: Sequence[str], prefix: str = "") -> str:
-    """The key of that name in another section, else the nearest of the ``known``, else all of them."""
-    elsewhere = [key for key in settings() if key.endswith(f".{word}")]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    return nearest(word, known, prefix) or f"; known: {', '.join(known)}"
+        _make_room(there, value, f"{path}.")
 
 
 def _resolve(merged: Any) -> Config:

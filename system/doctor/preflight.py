@@ -34,6 +34,7 @@ from system.plugins import POLICIES, REWARDS
 from system.rollout.branching import make_policy
 from system.rollout.chat import unknown_arguments
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
+from system.tasks.vocabulary import unknown_tokens
 from system.tools.search_index import read_corpus
 from system.tree.prompt import Prompt
 
@@ -158,6 +159,10 @@ def task(config: Config) -> Iterator[Problem]:
         if wrong := [row for row in rows[:ROWS] if not isinstance(row, Prompt)]:
             kind = type(wrong[0]).__name__
             yield Problem("task", f"a {what} question is a {kind}", "a task yields system.tree.prompt.Prompt")
+        elif what == "training":
+            unknown = unknown_tokens(config.model.path, rows[:ROWS])
+            if unknown and unknown.too_many:
+                yield Problem("model.path", str(unknown), "take a model that can read them")
     yield from _brought(config, made)
     reward = config.reward
     _own("reward.name", reward.name, lambda: REWARDS.make(reward.name, reward.options, config=first))
@@ -172,7 +177,7 @@ def _brought(config: Config, made: Task) -> Iterator[Problem]:
         )
     if config.warmstart.steps and not isinstance(made, HasDemonstrations):
         found = f"{config.warmstart.steps}, but task {made.name!r} has no demonstrations"
-        yield Problem("warmstart.steps", found, "set it to 0")
+        yield Problem("warmstart.steps", found, "set warmstart.steps=0")
     if "search" not in config.tools.names or config.tools.search_url:
         return
     if config.tools.corpus:
@@ -182,7 +187,7 @@ def _brought(config: Config, made: Task) -> Iterator[Problem]:
         yield Problem(
             "tools.names",
             f"search has nothing to search: task {made.name!r} brings no corpus",
-            "set tools.corpus, or tools.search_url, or take search out",
+            "set tools.corpus, or tools.search_url, or take search out of tools.names",
         )
 
 

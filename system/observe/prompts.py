@@ -31,7 +31,7 @@ def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str
     tokenizer = _tokenizer(config, task)
     syntax = planned_syntax(config)
     chat = make_chat(config, tokenizer, config.model.path, syntax)
-    yield from map(shown, notes(task))
+    yield from map(shown, notes(config, task))
     ends = ", ".join(f"{visible(tokenizer.decode([end]))} ({end})" for end in chat.ends)
     yield f"the model's turn ends at: {ends or 'no token: only at rollout.max_response_tokens'}"
     calls = syntax.stops if config.rollout.call_limit else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +20,17 @@ from system.plugins import REWARDS, SYNTAXES
 from system.rollout.branching import Policy, make_policy
 from system.rollout.chat import Chat, make_chat
 from system.rollout.encode import Tokenizer, encode_text
+from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.base import Syntax
 from system.tools.outcome import Tools
 from system.tools.service import ToolService, build_tools
+from system.tree.prompt import Prompt
 from system.tree.record import Int32
 
 CHARS_PER_TOKEN = 32  # a tool's answer is cut to this many characters per allowed token before it is encoded
+SGLANG_KEEPS = 8  # tokens of its context, at least: it refuses a request that would fill all of it
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class RolloutContext:
     config: RolloutConfig
     vocab_size: int  # V, of which ln V is the unit of entropy
     now: Callable[[], float] = time.time  # unix time, for the record
+    max_context: int = sys.maxsize  # tokens of a sequence, prompt included, that the engine takes
     asks: Chat | None = None  # None: the messages of a prompt as they are
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
@@ -66,6 +71,17 @@ class RolloutContext:
         if self.syntax.new_turn:
             after += self.chat.opened
         return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
+
+    def encode_prompt(self, prompt: Prompt) -> Int32:
+        """Token ids of a question as the model is asked.
+
+        Raises :class:`PromptError`, and :class:`RolloutFailed` for one that leaves no room for a response.
+        """
+        tokens = self.chat.encode(prompt.messages)
+        if tokens.size >= self.max_context:
+            fault = f"{tokens.size} tokens, and engine.max_context leaves room for {self.max_context}"
+            raise RolloutFailed(prompt.id, "prompt_too_long", f"{fault}: raise it, or take the question out")
+        return tokens
 
     def encode_result(self, text: str, room: int) -> Int32:
         """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
@@ -105,6 +121,7 @@ def build_context(
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),
+        max_context=config.engine.max_context - (SGLANG_KEEPS if config.engine.name == "sglang" else 0),
         asks=make_chat(config, tokenizer, model_path, syntax),
     )
     return context, service, engine

@@ -74,12 +74,11 @@ class TreeRollout:
         self.policy = Never(context.policy.probe_tokens) if greedy else context.policy
         self.schedule = BarrierFree() if greedy else context.schedule
         self.budget = n if n is not None else 1 if greedy else config.leaves
-        if temperature is None:
-            temperature = 0.0 if greedy else config.temperature
-        self.temperature = temperature
+        usual = 0.0 if greedy else config.temperature
+        self.temperature = usual if temperature is None else temperature
         self.resumed = growth is not None
         if growth is None:
-            tokens = context.chat.encode(prompt.messages)
+            tokens = context.encode_prompt(prompt)
             growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
         self.growth = growth
         self.started: Counter[Origin] = Counter()
@@ -260,8 +259,8 @@ class TreeRollout:
 
     def _room(self, branch: Branch) -> int:
         """Tokens the branch may still take, the model's and the tools' alike."""
-        used = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
-        return self.config.max_response_tokens - used
+        depth, prompt = self.growth.depth(branch.node), self.growth.depth(self.growth.prompt)
+        return max(0, min(self.config.max_response_tokens + prompt, self.context.max_context) - depth)
 
     async def _generate(self, branch: Branch) -> Finish:
         """One model segment.  One that a resumed run finds begun goes on where it was."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from system import plugins
 from system.config import Config, ConfigError
 from system.rollout.reward import Reward
+from system.tasks.vocabulary import unknown_tokens
 from system.tree.prompt import Prompt
 
 
@@ -51,12 +52,19 @@ def first(questions: Sequence[Prompt], most: int) -> Sequence[Prompt]:
 def sizes(config: Config) -> tuple[int, int]:
     """How many training and held-out questions a task is to make that makes them itself."""
     train, held_out = config.task.train_size, config.task.eval_size
-    return (4096 if train < 0 else train), (200 if held_out < 0 else held_out)
+    enough = max(200, config.eval.questions)
+    return (4096 if train < 0 else train), (enough if held_out < 0 else held_out)
 
 
-def notes(task: Task) -> list[str]:
-    """What a task has to say of its data, before a run begins: a line each."""
-    return task.notes() if isinstance(task, HasNotes) else []
+def notes(config: Config, task: Task) -> list[str]:
+    """What is to be said of a task's data, before a run begins: a line each."""
+    told = task.notes() if isinstance(task, HasNotes) else []
+    held_out, wanted = len(task.eval()), config.eval.questions
+    if held_out < wanted:
+        told.append(f"eval.questions={wanted}: there are only {held_out} held-out questions")
+    if unknown := unknown_tokens(config.model.path, task.train()):
+        told.append(str(unknown))
+    return told
 
 
 def task_reward(config: Config) -> Reward:

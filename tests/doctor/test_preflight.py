@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from actors.cli.main import main
 from system.config import load
@@ -54,7 +55,9 @@ def make_model(path: Path) -> Path:
     for file in ("model-0.safetensors", "model-1.safetensors"):
         save_file({name: tensors[name] for name in names if where[name] == file}, path / file)
     (path / INDEX).write_text(json.dumps({"weight_map": where}))
-    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer(BPE({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
     return path
 
 
@@ -138,6 +141,10 @@ RECIPES: list[tuple[str, str]] = [
     ("model.path=nowhere", r"model\.path: there is no directory nowhere; give a directory"),
     ("model.path=data.jsonl", r"model\.path: there is no directory data\.jsonl"),
     ("model.path=", r"model\.path: empty, and task 'jsonl' brings no tokenizer"),
+    (
+        "model.path=wordy",
+        r"model\.path: 4 of the first 5 tokens of questions .* unknown .*'1'.*; take a",
+    ),
     ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
     ("task.path=none.jsonl", r"no such data file: none\.jsonl"),
     ("task.path=latin.jsonl", r"latin\.jsonl, line 1: not UTF-8 \(byte 0x\w\w at \d+\): convert"),
@@ -146,7 +153,7 @@ RECIPES: list[tuple[str, str]] = [
     ("task.columns.question=q", r"data\.jsonl: none of \d+ rows can be used; .* task\.columns\.question"),
     ("task.columns.anwser=q", r"task\.columns\.anwser: it may name .*; did you mean answer"),
     ("task.template.enable_thinking=false", r"task\.template\.enable_thinking: .* no chat template"),
-    ("warmstart.steps=5", r"warmstart\.steps: 5, but task 'jsonl' has no demonstrations; set it to 0"),
+    ("warmstart.steps=5", r"warmstart\.steps: 5, but task 'jsonl' has no demonstrations; set warmstart"),
     ("task=plain:Raises", r"task\.name='plain:Raises': ZeroDivisionError"),
     ("task=plain:Empty", r"task: empty has no training questions"),
     ("task=plain:Texts", r"task: a training question is a str; a task yields"),
@@ -179,6 +186,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "plain", raising=False)
     make_model(tmp_path / "model")
+    words = Tokenizer(WordLevel({"<unk>": 0, "+": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = Split("", "isolated")
+    words.save(str(make_model(tmp_path / "wordy") / "tokenizer.json"))
     (tmp_path / "data.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é", "answer": "2"}\n'.encode("latin-1"))
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)

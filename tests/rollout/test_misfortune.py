@@ -115,6 +115,53 @@ def test_a_worker_leaves_out_a_snapshot_that_fails(monkeypatch: pytest.MonkeyPat
     assert frozen.keys() == {0}
 
 
+class Bounded:
+    """An engine that refuses what its context cannot hold, as real ones do."""
+
+    def __init__(self, engine: Any, context: int) -> None:
+        self.engine, self.context = engine, context
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        if request.input_ids.size + request.sampling.max_new_tokens > self.context:
+            raise EngineError("too many tokens")
+        async with aclosing(self.engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+def bounded(context: int, **config: Any) -> World:
+    world = make_world(one_call, leaves=4, roots=2, **config)
+    engine = Bounded(world.engine, context)
+    return replace(world, context=replace(world.context, engine=engine, max_context=context))
+
+
+def longest(tree: Tree) -> int:
+    sizes = tree.end - tree.start
+    return max(int(sizes[tree.path(leaf)].sum()) for leaf in range(tree.n_leaves))
+
+
+@pytest.mark.parametrize("taken", range(1, 14))
+def test_a_branch_ends_where_the_engines_context_does(taken: int) -> None:
+    """Wherever that is: in what the model writes, in a tool's answer, or between the two."""
+    whole = grown(bounded(1000))
+    asked = bounded(1000).context.encode_prompt(PROMPT).size
+    assert longest(whole) > asked + 13
+    tree = grown(bounded(asked + taken))
+    validate(tree)
+    assert longest(tree) == asked + taken
+    assert set(tree.outcome.tolist()) == {Outcome.LENGTH}
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_question_that_leaves_no_room_is_a_failure_with_a_name(missing: int) -> None:
+    asked = bounded(1000).context.encode_prompt(PROMPT).size
+    says = (
+        rf"prompt_too_long: {asked} tokens, and engine\.max_context leaves room for {asked - missing}: raise"
+    )
+    with pytest.raises(RolloutFailed, match=says):
+        grown(bounded(asked - missing))
+
+
 # What an engine answers ---------------------------------------------------------------------------
 
 Change = Callable[[int, int, dict[str, Any]], Any]
