@@ -224,6 +224,8 @@ TASKS = Registry(
         "jsonl": "system.tasks.jsonl:JsonlTask",
         "reasoning-gym": "system.tasks.reasoning:ReasoningTask",
         "hops": "system.tasks.study.hops:HopsTask",
+        "code": "system.tasks.study.code:CodeTask",
+        "game": "system.tasks.study.game:GameTask",
     },
     given=("config",),
 )
@@ -248,7 +250,11 @@ SYNTAXES = Registry(
 )
 TOOLS = Registry(
     "tools.names",
-    {"search": "system.tools.http_tools:SearchTool", "python": "system.tools.http_tools:PythonTool"},
+    {
+        "search": "system.tools.http_tools:SearchTool",
+        "python": "system.tools.http_tools:PythonTool",
+        "guess": "system.tasks.study.game:GuessTool",
+    },
     offered=("url", "top_k", "http"),
     options_key="tools.options",
 )

@@ -25,7 +25,7 @@ def study(args: argparse.Namespace) -> int:
 
     examples:
       espalier study branching configs/quickstart.yaml --seeds 1 --steps 20   a first look, some minutes
-      espalier study branching configs/study/hops.yaml --steps 60 --every 5
+      espalier study branching configs/study/*.yaml --steps 60 --every 5
       espalier study branching configs/quickstart.yaml --arms calibrated,random,surest
       espalier study sampling configs/quickstart.yaml
 
