@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -52,9 +55,26 @@ from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
 from system.learn.weights import replace
+from system.text import named
 
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def writing(path: str | Path) -> Generator[None]:
+    """Raises :class:`CheckpointError`, with the room that is left, when what is written within fails.
+
+    torch tells of a full disk by an error that is no ``Exception``, which would end an actor's process.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        free = shutil.disk_usage(Path(path).parent).free >> 20
+        raise CheckpointError(
+            f"{path} cannot be written: {named(cause)}; {free} MiB are free: make room, or mend the disk"
+        ) from error
 
 
 @dataclass(frozen=True)
