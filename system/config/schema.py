@@ -157,7 +157,7 @@ class BranchingConfig:
     probe_tokens: int = setting(
         8, "k: tokens after a tool result whose mean entropy decides (arpo-release: 20, their sum)", least=1
     )
-    options: dict[str, Any] = setting({}, "the policy's own: at2po's width and penalty, aepo's penalty, …")
+    options: dict[str, Any] = setting({}, "the policy's own: arpo-calibrated's by, at2po's width, …")
 
 
 @dataclass

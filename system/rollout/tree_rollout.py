@@ -22,15 +22,14 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
-import numpy as np
-
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest, Sampling
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
-from system.rollout.branching import Never, Probe, TreeState, decided
+from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import expansion
 from system.rollout.failure import ENGINE_LOST, too_few
+from system.rollout.probe import probe
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import ScoreFailed
@@ -142,20 +141,7 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
-
-    def _start_fork(self, parent: Branch, node: int, before: int) -> None:
-        """A sibling of what ``parent`` wrote after ``node``, where its first ``before`` segments end."""
-        key = (*parent.key, parent.forked)
-        parent.forked += 1
-        child = Branch(key, Origin.FORK, node, *self._streams(key))
-        child.request, child.streak = parent.request, parent.streak
-        child.segments = parent.segments[:before]
-        child.calls = sum(kind == Kind.TOOL for kind, _ in child.segments)
-        child.tools = parent.tools[: child.calls]
-        if self.policy.inherits:
-            child.baseline, child.has_baseline = parent.baseline, parent.has_baseline
-        self._start(child)
+            self._start(Branch.planted(self.seed, key, origin, self.growth.prompt))
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()
@@ -165,10 +151,6 @@ class TreeRollout:
 
     def _spawn(self, branch: Branch) -> None:
         self.group.create_task(self._grow(branch), name=f"branch {branch.key} of {self.prompt.id}")
-
-    def _streams(self, key: tuple[int, ...]) -> tuple[np.random.Generator, np.random.Generator]:
-        decisions, sampling = (np.random.SeedSequence([self.seed, i], spawn_key=key) for i in (0, 1))
-        return np.random.default_rng(decisions), np.random.default_rng(sampling)
 
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
@@ -180,7 +162,8 @@ class TreeRollout:
             places = expansion(self.policy, self.growth, self.ended, count, seeds)
             for place in places:
                 if place.before:
-                    self._start_fork(place.branch, place.above, place.before)
+                    inherits = self.policy.inherits
+                    self._start(place.branch.fork(self.seed, place.above, place.before, inherits))
                 else:
                     self._start_roots(1, Origin.TOP_UP)
             count = 0 if places else count
@@ -371,13 +354,17 @@ class TreeRollout:
             call_limit=self.call_limit,
             streak=branch.streak,
         )
-        probe = Probe(branch.entropy, branch.baseline)
-        decision = decided(self.policy, self.policy.decide(probe, state, branch.rng))
+        seen = probe(self.growth, branch, node, self.policy.probe_tokens)
+        decision = decided(self.policy, self.policy.decide(seen, state, branch.rng))
         forks = min(decision.forks, self._remaining)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
-        branch.answer, branch.streak = None, branch.streak + 1 if forks else 0
+        branch.answer = None
+        if not seen.shared:  # else the tree has forked here before, and the streak counts that
+            branch.streak = branch.streak + 1 if forks else 0
         for _ in range(forks):
-            self._start_fork(branch, node, len(branch.segments))
+            fork = branch.fork(self.seed, node, len(branch.segments), self.policy.inherits)
+            fork.answer = node if self.policy.asks_forks else None
+            self._start(fork)
         self._top_up()
 
     # Tools

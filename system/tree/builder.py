@@ -231,6 +231,19 @@ class TreeBuilder:
         """[n] of ``node``'s own tokens so far, NaN where unknown."""
         return np.concatenate([np.zeros(0, np.float32), *self._node(node).entropy])
 
+    def logprobs(self, node: int) -> NDArray[np.float32]:
+        """[n] of ``node``'s own tokens so far, nats; 0 where they were not sampled."""
+        return np.concatenate([np.zeros(0, np.float32), *self._node(node).logprob])
+
+    def tokens(self, node: int) -> Int32:
+        """[n] ``node``'s own tokens so far: a read-only view."""
+        own = self._node(node)
+        return own.path.view(own.begin, own.end)
+
+    def children(self, node: int) -> tuple[int, ...]:
+        """Handles of its children, oldest first."""
+        return tuple(self._node(node).children)
+
     def path(self, node: int) -> list[int]:
         """Handles from the root to ``node``."""
         found = [node]

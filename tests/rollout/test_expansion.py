@@ -7,7 +7,8 @@ import pytest
 from rollout_fakes import PROMPT, Segment, World, make_world
 
 from system.plugins import POLICIES, PluginError
-from system.rollout.branching import MostUncertainTurns, Policy, RandomTurns, Turn
+from system.rollout.branching import Policy, Turn
+from system.rollout.expanding import MostUncertainTurns, RandomTurns
 from system.rollout.expansion import places
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.record import Kind, Origin, Tree
