@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -163,13 +163,19 @@ class ArpoCalibrated(Arpo):
     uniform whatever that width is: α is the mean rate, and P goes from α - β, where the model is surest, to
     α + β, where it is least sure.  Ranks are among the last ``window`` results of this rollout worker, which
     a restart forgets; P = α before there are ``least`` of them, and where the measure is not known.
+
+    ``by_depth``: among those alone that are as many tool calls deep.  Else, where ΔH rises with depth, as it
+    often does, later results fork more, and below them less is left to differ.
     """
 
     window: int = 1024
     least: int = 32
     by: str = "delta"
+    by_depth: bool = False
     name: ClassVar[str] = "arpo-calibrated"
-    _seen: deque[float] = field(default_factory=deque[float], init=False, repr=False, compare=False)
+    _seen: defaultdict[int, deque[float]] = field(
+        default_factory=lambda: defaultdict(deque[float]), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.window:
@@ -188,16 +194,17 @@ class ArpoCalibrated(Arpo):
         unsure = MEASURES[self.by](probe)
         if self.by not in ("surprise", "siblings"):
             self.known(unsure)
-        return _drawn(_clip(self.alpha + self.beta * (2 * self._rank(unsure) - 1)), probe.delta_h, rng)
+        rank = self._rank(unsure, self._seen[state.calls if self.by_depth else 0])
+        return _drawn(_clip(self.alpha + self.beta * (2 * rank - 1)), probe.delta_h, rng)
 
-    def _rank(self, value: float) -> float:
-        """Of ``value`` among those seen, 1/2 while that cannot be told; remembers it."""
+    def _rank(self, value: float, before: deque[float]) -> float:
+        """Of ``value`` among those ``before``, 1/2 while that cannot be told; remembers it."""
         if math.isnan(value):
             return 0.5
-        seen = np.array(self._seen)
-        self._seen.append(value)
-        if len(self._seen) > self.window:
-            self._seen.popleft()
+        seen = np.array(before)
+        before.append(value)
+        if len(before) > self.window:
+            before.popleft()
         if seen.size < self.least:
             return 0.5
         return float(((seen < value).sum() + (seen <= value).sum()) / (2 * seen.size))

@@ -21,6 +21,7 @@ QUESTIONS = {
         "Trees of one size from the same start weights, trained alike; arms differ in where trees fork.",
         {
             "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
+            "depth": ("branching=arpo-calibrated", "branching.beta=0.5", "branching.options.by_depth=true"),
             "arpo": ("branching=arpo", "branching.beta=0.2"),
             "release": ("branching=arpo-release", "branching.beta=0.2"),
             "aepo": ("branching=aepo", "branching.beta=0.2"),

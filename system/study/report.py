@@ -61,11 +61,17 @@ def write_report(name: str, runs: Runs, out: Path) -> dict[str, Any]:
             )
         found["forks"] = {arm: _forks(of_task[arm]) for arm in arms}
         correlation = "rank correlation of ΔH and the variance of rewards below"
+        within = "within one depth and third of the run"
         report.table(
             f"{task}: where trees forked",
-            ["arm", *(words for words in WHERE.values()), correlation, "variance by third of ΔH"],
+            ["arm", *WHERE.values(), correlation, within, "variance by third of ΔH"],
             [
-                [arm, *(one[key] for key in WHERE), _pm(one["correlation"]), one["thirds"]]
+                [
+                    arm,
+                    *(one[key] for key in WHERE),
+                    *(_pm(one[key]) for key in ("correlation", "correlation_within")),
+                    one["thirds"],
+                ]
                 for arm, one in found["forks"].items()
             ],
         )
@@ -137,6 +143,9 @@ def _forks(some: Sequence[Run]) -> dict[str, Any]:
         "silent": mean("silent_share"),
         "silent_late": mean("silent_late"),
         "correlation": interval([one["correlation"] for one in forks]),
+        "correlation_within": interval(
+            [one["correlation_within"] for one in forks if one.get("correlation_within") is not None]
+        ),
         "thirds": ", ".join(f"{one:.3f}" for one in thirds) or None,
     }
 

@@ -186,6 +186,20 @@ def test_calibrated_forks_begin_at_alpha_and_forget() -> None:
     assert chance(calibrated([0.0] * 50), 0.0) == 0.5, "equals stand in their middle"
 
 
+def test_calibrated_forks_by_depth_compare_results_of_one_depth() -> None:
+    """ΔH is higher the deeper: ranks over all depths fork late, ranks within a depth as often everywhere."""
+    rng = np.random.default_rng(0)
+    for by_depth, deeper in ((False, 0.7), (True, 0.5)):
+        policy = calibrated([], by_depth=by_depth)
+        chances: dict[int, list[float]] = {1: [], 2: []}
+        for delta_h in rng.normal(size=600):
+            for depth, seen in chances.items():
+                at, value = replace(STATE, calls=depth), float(delta_h) + 3 * depth
+                seen.append(policy.decide(Probe(value, 0.0), at, rng).probability)
+        assert np.mean(chances[2][100:]) == pytest.approx(deeper, abs=0.04)
+        assert np.mean(chances[1][100:]) == pytest.approx(1 - deeper, abs=0.04)
+
+
 NAN = math.nan
 
 
