@@ -119,7 +119,7 @@ def test_a_tree_keeps_back_no_more_than_its_branches_shares(seed: int, p_call: f
         (tree,) = growing
         may_fork = sum((b.undecided or b.calls < tree.call_limit) and not b.late for b in tree.live.values())
         seen.append((12 - tree.started.total(), 2 * may_fork))
-        return Segment(CALL if rng.random() < p_call else ANSWER, entropy=4 * rng.random(8))
+        return Segment(CALL if rng.random() < p_call else ANSWER, entropy=(4 * rng.random(8)).tolist())
 
     world = eager(
         script,
