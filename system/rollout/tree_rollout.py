@@ -73,6 +73,7 @@ class TreeRollout:
         self.policy = Never(context.policy.probe_tokens) if greedy else context.policy
         self.schedule = BarrierFree() if greedy else context.schedule
         self.budget = n if n is not None else 1 if greedy else config.leaves
+        self.share = max(self.budget / config.roots - 1, 0.0)  # leaves kept for forks, per root
         usual = 0.0 if greedy else config.temperature
         self.temperature = usual if temperature is None else temperature
         self.resumed = growth is not None
@@ -154,7 +155,7 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
-        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit, self.share)
         if count and self.policy.expands:
             if self.live:
                 return
