@@ -300,6 +300,20 @@ class FlowConfig:
         least=0,
         safe_on_resume=True,
     )
+    curriculum: bool = setting(
+        False,
+        "draw questions by the mean correctness of their last trees: those that are solved, and those that "
+        "are hopeless, come back rarely; off: epochs, each in a seeded order",
+    )
+    curriculum_trees: int = setting(
+        2, "a question's last trees: all right it is solved, all wrong hopeless", least=1
+    )
+    curriculum_solved: float = setting(
+        0.1, "how often a solved question is drawn, against one that is neither", above=0, most=1
+    )
+    curriculum_hopeless: float = setting(
+        0.1, "how often a hopeless question is drawn, against one that is neither", above=0, most=1
+    )
     update: str = setting(
         "in-flight",
         "in-flight: engines take new weights at a token boundary, whatever grows; drained: once no tree "
