@@ -22,6 +22,7 @@ from system.tree.stats import TreeStats
 def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
     recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
     recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
+    recorder.training_began()
     for step in range(1, steps + 1):
         tree = TreeStats.of(make_tree(str(step), (1.0, 0.0, 0.5), version=step))
         recorder.tree_closed(tree, step)
