@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,7 +41,9 @@ class EngineActor:
         self._sglang: SglangServer | None = None
         self._closing = threading.Event()
         settings = configuration.from_dict(config)
-        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        with warnings.catch_warnings():  # Ray calls what it has deprecated itself: not a line for our logs
+            warnings.simplefilter("ignore")
+            restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         if settings.engine.name == "sglang":
             self._url = self._start_sglang(settings, model_path, host, port, number, Path(log), restarted)
         else:

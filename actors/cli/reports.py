@@ -66,7 +66,7 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN
                                        the twin at the speeds that these benchmarks measured predicts RUN
       espalier bench scale 7B          the twin from 8 to 4096 GPUs: best split, and where throughput bends
-      espalier bench scale 14B 32 64   the same for these numbers of GPUs only
+      espalier bench scale 14B 32 64   the same for these numbers of GPUs only; sizes: 7B, 14B, 32B
       espalier bench gpu               kernels, a learner's step and weights, at a 14B model's shapes
       espalier bench gpu attention loss
                                        these probes only; without a GPU, or with --quick, at toy size

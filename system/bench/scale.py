@@ -60,12 +60,18 @@ def _row(point: Split) -> list[Cell]:
 def run(out_dir: Path, quick: bool = False, words: Sequence[str] = ()) -> dict[str, Any]:
     """Simulate, print tables, write ``scale.json``, plots and ``scale.html``.
 
-    ``words``: profiles and numbers of GPUs, by default all.
+    ``words``: model sizes, at least one, and numbers of GPUs, by default all.  Raises ConfigError for others.
     """
     asked = {int(word) for word in words if word.isdecimal()}
-    names = [word for word in words if not word.isdecimal()] or list(PROFILES)
+    names = [word for word in words if not word.isdecimal()]
+    sizes = ", ".join(PROFILES)
     if unknown := [name for name in names if name not in PROFILES]:
-        raise ConfigError(f"{unknown[0]!r} is neither a profile ({', '.join(PROFILES)}) nor a number of GPUs")
+        raise ConfigError(f"{unknown[0]!r} is neither a model size ({sizes}) nor a number of GPUs")
+    if not names:  # all of them take half an hour: nobody should start that unasked
+        raise ConfigError(
+            f"bench scale: name a model size ({sizes}), and numbers of GPUs unless you want all from "
+            f"{GPU_COUNTS[0]} to {GPU_COUNTS[-1]}, for example: espalier bench scale 7B 8 64 --quick"
+        )
     counts = asked or ((8, 64, 512, 4096) if quick else GPU_COUNTS)
     work = TrainingLoad(batch_trees=16) if quick else TrainingLoad()
     report = Report(

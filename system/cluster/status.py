@@ -80,21 +80,29 @@ def log_files(root: Path, attempt: int | None = None) -> list[Path]:
 
 
 def logs(root: Path, component: str, *, attempt: int | None, lines: int, follow: bool) -> int:
-    """Print the logs whose names begin with ``component`` (empty: list them all)."""
+    """Print the logs whose names begin with ``component`` (empty: list them all).
+
+    A component that has nothing to complain of prints nothing: those are only named.
+    """
     files = log_files(root, attempt)
-    if not component:
-        for path in files:
-            print(f"{path.stem:24} {path.stat().st_size:10,} bytes  {path}")
-        return 0
     chosen = [path for path in files if path.stem.startswith(component)]
     if not chosen:
         raise ConfigError(f"no log of {component!r}; there are: {', '.join(path.stem for path in files)}")
-    for path in chosen:
-        if len(chosen) > 1:
+    written = [path for path in chosen if path.stat().st_size]
+    for path in written:
+        if not component:
+            print(f"{path.stem:24} {path.stat().st_size:10,} bytes  {path}")
+            continue
+        if len(written) > 1:
             print(f"==> {path} <==")
         text = path.read_text(encoding="utf-8", errors="replace").splitlines()
         print(*map(visible, text[-lines:] if lines else text), sep="\n")
-    if follow:
+    if silent := [path.stem for path in chosen if path not in written]:
+        print(f"nothing printed by {', '.join(silent)}")
+    if component and not written:
+        others = [path.stem for path in files if path.stat().st_size]
+        print(f"there is text of {', '.join(others) or 'no component'}")
+    if component and follow:
         _follow(chosen[-1])
     return 0
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -165,19 +166,39 @@ def tool_metrics(calls: Iterable[ToolCall]) -> Metrics:
     return metrics
 
 
-def idle_metrics(idle: Mapping[tuple[str, str], float], spans: Mapping[str, float]) -> Metrics:
-    """``time/idle_s/<actor>/<cause>``, and the same as a share of the actor's span."""
+@dataclass
+class Idle:
+    """Idle time, and how long a time it was told of: the two ends of a window fall between two tellings."""
+
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> waited
+    spans: dict[str, float] = field(default_factory=dict)  # actor -> seconds that were told of
+
+    def add(self, actor: str, cause: str, seconds: float, span_s: float) -> None:
+        causes = self.seconds.setdefault(actor, {})
+        causes[cause] = causes.get(cause, 0.0) + seconds
+        self.spans[actor] = self.spans.get(actor, 0.0) + span_s
+
+    def share(self, actor: str, seconds: float) -> float:
+        """Of the actor's time, at most 1: two clocks, the actor's and ours, may differ by a moment."""
+        span = self.spans[actor]
+        return min(1.0, seconds / span) if span > 0 else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Actor -> the share of its time in which it waited, for whatever."""
+        return {
+            actor: self.share(actor, sum(causes.values())) for actor, causes in sorted(self.seconds.items())
+        }
+
+
+def idle_metrics(idle: Idle) -> Metrics:
+    """``time/idle_s/<actor>/<cause>``, and the same as a share of the actor's time."""
     metrics: Metrics = {}
-    for (actor, cause), seconds in sorted(idle.items()):
-        metrics[f"time/idle_s/{actor}/{cause}"] = seconds
-        if spans[actor] > 0:
-            metrics[f"time/idle_share/{actor}/{cause}"] = share(seconds, spans[actor])
+    for actor, causes in sorted(idle.seconds.items()):
+        for cause, seconds in sorted(causes.items()):
+            metrics[f"time/idle_s/{actor}/{cause}"] = seconds
+            if idle.spans[actor] > 0:
+                metrics[f"time/idle_share/{actor}/{cause}"] = idle.share(actor, seconds)
     return metrics
-
-
-def share(seconds: float, span_s: float) -> float:
-    """At most 1: two clocks, the actor's and ours, may differ by a moment."""
-    return min(1.0, seconds / span_s) if span_s > 0 else 0.0
 
 
 def mean(values: Iterable[float] | NDArray[Any]) -> float:

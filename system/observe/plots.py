@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from system.observe.rundir import RunDir
 from system.observe.sinks import history, series
@@ -27,6 +28,7 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#222222"
 _CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 _GRID = "#E6E6E6"
+_BELOW = 32  # points from an x axis to its legend: room for its numbers and its label
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def draw(run_dir: RunDir) -> list[Path]:
         return []
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained")
     figure.suptitle(run_dir.name, fontsize=14, fontweight="bold", color=BLACK)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, curve in zip(axes, drawn, strict=False):
@@ -85,9 +87,7 @@ def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
             _line(ax, records, *line)
     else:
         curve.draw(ax, records)
-    handles, labels = ax.get_legend_handles_labels()
-    if handles and ax.get_legend() is None:
-        ax.legend(handles, labels, fontsize=8, frameon=False, ncols=2 if len(labels) > 3 else 1)
+    _legend(ax)
     if curve.unit:
         ax.set_ylabel(curve.unit, fontsize=9)
     if curve.top is not None:
@@ -95,6 +95,26 @@ def _panel(ax: Axes, curve: Curve, records: Records) -> bool:
         ax.set_ylim(0, curve.top or (1.15 * high if high > low or high > 0 else 1))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax.has_data()
+
+
+def _legend(ax: Axes) -> None:
+    """Below the axis and its label, where it hides no data."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure = ax.get_figure(root=True)
+    if not handles or figure is None:
+        return
+    below = ax.transAxes + ScaledTranslation(0, -_BELOW / 72, figure.dpi_scale_trans)
+    ax.legend(
+        handles,
+        labels,
+        fontsize=8,
+        frameon=False,
+        ncols=min(2, len(labels)),
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        bbox_transform=below,
+        borderaxespad=0,
+    )
 
 
 def smooth(values: Sequence[float], span: int, weights: Sequence[float] | None = None) -> list[float]:
@@ -134,7 +154,7 @@ def _accuracy(ax: Axes, records: Records) -> None:
         ax.plot(steps, values, "o-", color=RED, markersize=6, linewidth=1.2, label="held-out questions")
         for step, value in (points[0], points[-1]):
             ax.annotate(
-                f"{value:.2f}",
+                f"{value:.3f}",  # as everywhere else: 0.995 is not 0.99
                 (step, value),
                 (0, 7),
                 textcoords="offset points",
@@ -170,11 +190,9 @@ def _staleness(ax: Axes, records: Records) -> None:
     span = max(1, len(steps) // 20)
     shares = [smooth([one.get(f"flow/staleness_share/{lag}", 0.0) for one in trained], span) for lag in lags]
     colours = [colormaps["YlGnBu"](0.2 + 0.7 * i / max(1, len(lags) - 1)) for i in range(len(lags))]
-    ax.stackplot(steps, shares, labels=[f"{lag}" for lag in lags], colors=colours, alpha=0.8)
+    labels = [f"{lag} version{'s' * (lag != 1)} behind" for lag in lags]
+    ax.stackplot(steps, shares, labels=labels, colors=colours, alpha=0.8)
     ax.set_ylim(0, 1)
-    ax.legend(
-        title="versions behind", title_fontsize=8, fontsize=8, ncols=4, loc="lower left", framealpha=0.8
-    )
 
 
 def _idle(ax: Axes, records: Records) -> None:

@@ -17,11 +17,11 @@ from system.flow.loop import FinishedStep
 from system.observe.alarms import Alarms
 from system.observe.eval import EvalResult
 from system.observe.metrics import (
+    Idle,
     engine_totals,
     idle_metrics,
     mean,
     rollout_metrics,
-    share,
     tool_metrics,
     train_metrics,
     tree_metrics,
@@ -59,22 +59,8 @@ class Status:
     trained_per_s: float = 0.0
     steps_per_s: float = 0.0
     dropped: int = 0  # trees
-    idle: Mapping[str, float] = field(default_factory=dict)  # actor -> share of the time since training began
+    idle: Mapping[str, float] = field(default_factory=dict)  # actor -> share, as in summary.json
     evals: Mapping[str, float] = field(default_factory=dict)  # "before", "during", "after" -> accuracy
-
-
-@dataclass(slots=True)
-class _Idle:
-    """Idle time, and how long a time it was told of: the two ends of a window fall between two tellings."""
-
-    seconds: defaultdict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
-    spans: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by actor
-
-    def shares(self) -> dict[str, float]:
-        waited: defaultdict[str, float] = defaultdict(float)
-        for (actor, _), seconds in sorted(self.seconds.items()):
-            waited[actor] += seconds
-        return {actor: share(seconds, self.spans[actor]) for actor, seconds in waited.items()}
 
 
 class Recorder:
@@ -97,7 +83,7 @@ class Recorder:
         self._step = 0
         self._told: dict[tuple[str, str], float] = {}  # running totals as they were told last
         self._accounted: dict[str, float] = {}  # actor -> up to when its idle time was told
-        self._idle_session = _Idle()
+        self._training = False  # before that, no idle time counts
         self._eval_accuracy: dict[str, float] = {}
         batch_trees = max(1, config.flow.batch_leaves // config.rollout.leaves)
         self._recent: deque[TreeStats] = deque(maxlen=_MOVING_BATCHES * batch_trees)
@@ -114,7 +100,7 @@ class Recorder:
     def training_began(self) -> None:
         """What was before (start, warm start, the first evaluation) counts for no rate and no share."""
         self._began = self._flushed = self._clock()
-        self._idle_session = _Idle()
+        self._training = True
         self._ticks.clear()
         self._reset_window()
 
@@ -196,15 +182,15 @@ class Recorder:
     def idle_total(self, actor: str, cause: str, total_s: float) -> None:
         """A running total of the seconds that ``actor`` waited for ``cause`` (say: the learner, for trees).
 
-        One that fell (its counter was restarted) starts from zero again.
+        One that fell (its counter was restarted) starts from zero again.  What was before
+        :meth:`training_began` counts nowhere.
         """
         seconds, now = self._news((actor, cause), total_s), self._clock()
         span = now - self._accounted.get(actor, self._began)  # the time that the news is about
         self._accounted[actor] = now
-        add(self._totals.idle.setdefault(actor, {}), **{cause: seconds})
-        for idle in (self._idle, self._idle_session):
-            idle.seconds[(actor, cause)] += seconds
-            idle.spans[actor] += span
+        if self._training:
+            for idle in (self._idle, self._totals.idle):
+                idle.add(actor, cause, seconds, span)
 
     def running_total(self, client: str, name: str, total: float) -> None:
         """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` for
@@ -252,7 +238,7 @@ class Recorder:
         record |= {name: mean(values) for name, values in self._gauges.items()}
         record |= {f"engine/{name}": value for name, value in sorted(engine_totals(self._engine).items())}
         record |= self._tool_counts
-        record |= idle_metrics(self._idle.seconds, self._idle.spans)
+        record |= idle_metrics(self._idle)
         record["time/wall_s"] = self.wall_s
         record["time/window_s"] = elapsed
         if elapsed > 0:
@@ -315,7 +301,7 @@ class Recorder:
             trained_per_s=trained,
             steps_per_s=self._steps_per_s(),
             dropped=sum(entry["trees"] for entry in self._totals.dropped.values()),
-            idle=self._idle_session.shares(),
+            idle=self._totals.idle.shares(),
             evals=dict(self._eval_accuracy),
         )
 
@@ -337,7 +323,7 @@ class Recorder:
         self._finished: list[FinishedStep] = []
         self._lag_at_close: list[int] = []
         self._dropped: Counter[str] = Counter()
-        self._idle = _Idle()
+        self._idle = Idle()
         self._engine: dict[str, float] = {}
         self._tool_counts: dict[str, float] = {}
         self._gauges: defaultdict[str, list[float]] = defaultdict(list)

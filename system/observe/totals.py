@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from system.observe.metrics import engine_totals
+from system.observe.metrics import Idle, engine_totals
 from system.observe.rundir import RunDir
 
 
@@ -30,7 +30,7 @@ class Totals:
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
     causes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind -> {"count", "first": its text}
     beginning: dict[str, list[float]] = field(default_factory=dict)  # metric -> its first values, for alarms
-    idle: dict[str, dict[str, float]] = field(default_factory=dict)  # actor -> cause -> seconds
+    idle: Idle = field(default_factory=Idle)  # since training began
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
@@ -66,17 +66,22 @@ class Totals:
             "weights": dict(self.weights),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
             "causes": {kind: dict(entry) for kind, entry in sorted(self.causes.items())},
-            "idle_s": {actor: dict(causes) for actor, causes in sorted(self.idle.items())},
+            "idle": self.idle.shares(),
+            "idle_s": {actor: dict(causes) for actor, causes in sorted(self.idle.seconds.items())},
         }
 
     def state(self) -> dict[str, Any]:
         """As JSON-able values."""
-        return {**vars(self), "staleness": {str(lag): n for lag, n in self.staleness.items()}}
+        staleness = {str(lag): n for lag, n in self.staleness.items()}
+        return {**vars(self), "staleness": staleness, "idle": asdict(self.idle)}
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Totals:
         """From what :meth:`state` returned, perhaps by an earlier version that counted fewer things."""
         values = dict(state)
+        idle = values.pop("idle", {})
+        if idle.keys() == {"seconds", "spans"}:  # an earlier version's counted the warm start, too
+            values["idle"] = Idle(**idle)
         values["staleness"] = Counter({int(lag): int(n) for lag, n in state["staleness"].items()})
         return cls(**values)
 

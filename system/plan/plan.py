@@ -7,7 +7,8 @@ plan`` prints.  The memory model is in ``memory.py``, the speed model in ``speed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
@@ -18,6 +19,7 @@ from system.plan.memory import EngineLayout, Memory, engine_memory, kv_capacity,
 from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "KV cache"
+FEW = 16  # sequences of one engine, below which a step costs hardly less than one of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,17 @@ class AgentWorkload:
 
     @classmethod
     def guess(cls, config: Config) -> AgentWorkload:
-        """Half the response budget and half the call limit; sharing only where trees fork."""
-        rollout = config.rollout
-        return cls(
+        """Half the response budget and half the call limit, a prompt that leaves room for a response; sharing
+        only where trees fork.
+        """
+        rollout, usual = config.rollout, cls()
+        room = config.engine.max_context - rollout.max_response_tokens
+        return replace(
+            usual,
+            prompt_tokens=min(usual.prompt_tokens, max(1.0, room)),
             response_tokens=rollout.max_response_tokens / 2,
             calls=rollout.call_limit / 2,
-            shared=0.3 if config.branching.name != "none" else 0.0,
+            shared=usual.shared if config.branching.name != "none" else 0.0,
         )
 
     @property
@@ -80,6 +87,19 @@ class Forecast:
         return max(self.generate_s, self.learn_s)
 
     @property
+    def engines_idle(self) -> float:
+        """Share of an engine's time: the learner's turn, and while none of its branches decodes.
+
+        Branches wait for their tools independently of each other, so the number that decode is Poisson's.
+        """
+        return 1 - self.generate_s / self.step_s * (1 - math.exp(-self.running))
+
+    @property
+    def learner_idle(self) -> float:
+        """Share of the learner's time."""
+        return 1 - self.train_s / self.step_s
+
+    @property
     def bottleneck(self) -> str:
         """What limits a step."""
         if self.learn_s > self.generate_s:
@@ -91,10 +111,11 @@ class Forecast:
     @property
     def because(self) -> str:
         """Why that limits a step, and what would mend it."""
+        generate, learn = _time(self.generate_s), _time(self.learn_s)
         if self.bottleneck == TRAINING:
             return (
-                f"a batch takes {self.learn_s:.1f} s to train and publish, {self.generate_s:.1f} s to "
-                "generate: give the learner more GPUs"
+                f"a batch takes {learn} to train and publish, {generate} to generate: give the learner more "
+                "GPUs"
             )
         if self.bottleneck == KV:
             return (
@@ -103,19 +124,19 @@ class Forecast:
             )
         if self.bottleneck == TOOLS:
             return (
-                f"a branch waits {self.tools_s:.1f} s for tools and decodes {self.decode_s:.1f} s: "
-                "raise rollout.concurrency and flow.staleness, so that others decode meanwhile"
+                f"a branch waits {_time(self.tools_s)} for tools and decodes {_time(self.decode_s)}, so that "
+                f"{self.running:,.1f} sequences decode at a time on an engine: raise rollout.concurrency and "
+                "flow.staleness, so that others decode meanwhile"
             )
         why, remedy = f"{self.running:,.0f} sequences decode per engine", "give the engines more GPUs"
-        if self.running < 16:
+        if self.running < FEW:
             why = (
                 f"only {self.running:.1f} sequences decode per engine, so each step reads all weights for "
                 "few tokens"
             )
             remedy = "raise flow.batch_leaves, flow.staleness or rollout.concurrency, or use fewer engines"
         mode = " (η = 0: engines and learner take turns)" if self.staleness == 0 else ""
-        times = f"{self.generate_s:.1f} s to generate, {self.learn_s:.1f} s to train and publish"
-        return f"{why}; a batch takes {times}{mode}: {remedy}"
+        return f"{why}; a batch takes {generate} to generate, {learn} to train and publish{mode}: {remedy}"
 
 
 @dataclass(frozen=True)
@@ -178,8 +199,15 @@ class GpuPlan:
 
     @property
     def notes(self) -> list[str]:
-        """Settings that do not use these GPUs well."""
+        """What does not use these GPUs well."""
         engines, replicas = self.engines, self.config.engine.replicas
+        decoding = self.forecast.running * engines
+        if (enough := max(1, math.ceil(decoding / FEW))) < engines:
+            few = f"{decoding:.0f} branches decode" if decoding >= 1.5 else "one branch decodes"
+            return [
+                f"about {few} at a time: {_count(enough, 'engine')} would do, "
+                f"{_count(self.config.learn.ranks + enough * self.engine.tp, 'GPU')} in all"
+            ]
         if replicas == engines:
             return []
         return [f"{engines} engines fit: set engine.replicas={engines} (it is {replicas})"]
@@ -249,30 +277,30 @@ def plan(
 def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
     p, learn, work = plan, plan.config.learn, plan.workload
-    forecast, step_s = p.forecast, p.forecast.step_s
+    forecast = p.forecast
     split = f"tp {learn.tp} · pp {learn.pp} · dp {learn.dp}, {p.config.model.dtype}"
     lines = [
-        f"{p.shape.name}: {p.shape.parameters / 1e9:.3g} billion parameters, on {p.gpus} x {p.gpu.name} "
-        f"({p.gpu.memory / GIB:.0f} GiB)",
+        f"{p.shape.name}: {_parameters(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
+        f"({_size(p.gpu.memory)} each)",
         "",
-        f"learner  {learn.ranks} GPU(s): {split}, micro-batches of {learn.micro_tokens} tokens"
+        f"learner  {_count(learn.ranks, 'GPU')}: {split}, micro-batches of {learn.micro_tokens:,} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),
         _filled(p.learner_memory, p.gpu.memory),
         "",
-        f"engines  {p.engines} of {p.engine.tp} GPU(s) each",
+        f"engines  {p.engines}, of {_count(p.engine.tp, 'GPU')} each",
         _filled(p.engine_memory, p.gpu.memory),
         f"  {p.kv_tokens:,} tokens of KV cache per engine",
         "",
         f"forecast, with {forecast.branches:,.0f} branches in flight",
         f"  assumed per branch: prompt {work.prompt_tokens:,.0f}, response {work.response_tokens:,.0f} "
         f"tokens, {work.calls:g} tool calls of {work.tool_s:g} s, {work.shared:.0%} of a path shared",
-        f"  generating a batch {forecast.generate_s:.1f} s ({forecast.decode_per_s:,.0f} tokens/s, "
-        f"{forecast.running:.1f} sequences per engine)",
-        f"  training on it {forecast.train_s:.1f} s, publishing weights {forecast.publish_s:.1f} s",
-        f"  a step every {step_s:.1f} s; engines idle {1 - forecast.generate_s / step_s:.0%}, "
-        f"learner idle {1 - forecast.train_s / step_s:.0%}",
+        f"  generating a batch {_time(forecast.generate_s)} ({forecast.decode_per_s:,.0f} tokens/s, "
+        f"{forecast.running:.1f} sequences decoding per engine)",
+        f"  training on it {_time(forecast.train_s)}, publishing weights {_time(forecast.publish_s)}",
+        f"  a step every {_time(forecast.step_s)}; engines idle {forecast.engines_idle:.0%}, "
+        f"learner idle {forecast.learner_idle:.0%}",
         f"  bottleneck: {forecast.bottleneck}: {forecast.because}",
     ]
     lines += ["", *(f"PROBLEM: {problem}" for problem in p.problems)] if p.problems else []
@@ -281,5 +309,31 @@ def text(plan: GpuPlan) -> str:
 
 
 def _filled(memory: Memory, available: float) -> str:
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.parts.items())
-    return f"  {memory.total / GIB:.1f} of {available / GIB:.1f} GiB per GPU: {parts}"
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.parts.items())
+    return f"  {_size(memory.total)} of {_size(available)} per GPU: {parts}"
+
+
+def _size(count: float) -> str:
+    """Bytes, in the unit that shows them: 3.1 GiB, 984 KiB; negative ones are missing."""
+    for unit, name in ((GIB, "GiB"), (2.0**20, "MiB")):
+        if abs(count) >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1024:.0f} KiB"
+
+
+def _time(seconds: float) -> str:
+    """``1.54`` -> ``1.5 s``, ``0.0213`` -> ``21 ms``."""
+    if seconds >= 0.1:
+        return f"{seconds:.1f} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 1e-3 else "less than 1 ms"
+
+
+def _parameters(count: float) -> str:
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,.0f}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"

@@ -124,6 +124,7 @@ class Twin:
         """Simulate to the end."""
         time = asyncio.get_running_loop().time
         self.recorder = Recorder(RunDir(Path()), self.config, (), clock=time, now=time)  # it writes no file
+        self.recorder.training_began()
         await self.session()
         self.totals = self.recorder.summary()
 

@@ -69,8 +69,11 @@ def test_larger_engines_pay_where_branches_are_few() -> None:
 
 
 def test_words_name_profiles_and_numbers_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"'9B' is neither a profile \(7B, 14B, 32B\) nor a number"):
+    with pytest.raises(ConfigError, match=r"'9B' is neither a model size \(7B, 14B, 32B\) nor a number"):
         scale.run(tmp_path, words=["9B"])
+    for words in ([], ["64"]):  # nothing long begins before it is said what
+        with pytest.raises(ConfigError, match=r"name a model size \(7B, 14B, 32B\).*espalier bench scale 7B"):
+            scale.run(tmp_path, words=words)
     tiny = replace(SMALL, segment_tokens=128, call_limit=1)
     monkeypatch.setattr(scale, "TrainingLoad", lambda **_: tiny)
     data = scale.run(tmp_path, words=["16", "7B", "8"])

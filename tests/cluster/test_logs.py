@@ -28,6 +28,20 @@ def test_of_a_local_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "there are: engine-0, learner-0" in capsys.readouterr().err
 
 
+def test_of_components_that_printed_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in {"engine-0": "ready\n", "learner-0": "", "learner-1": "", "rollout-0": ""}.items():
+        write(tmp_path / "logs" / f"{name}.log", text)
+    assert main(["logs", str(tmp_path)]) == 0
+    listed, silent = capsys.readouterr().out.splitlines()
+    assert listed.split()[0] == "engine-0"
+    assert silent == "nothing printed by learner-0, learner-1, rollout-0"
+    assert main(["logs", str(tmp_path), "learner"]) == 0
+    assert capsys.readouterr().out == "nothing printed by learner-0, learner-1\nthere is text of engine-0\n"
+    write(tmp_path / "logs" / "learner-1.log", "one\n")
+    assert main(["logs", str(tmp_path), "learner"]) == 0
+    assert capsys.readouterr().out == "one\nnothing printed by learner-0\n"
+
+
 def test_of_a_submitted_run(tmp_path: Path) -> None:
     for attempt in ("000", "001"):
         write(tmp_path / "attempts" / attempt / "logs" / "driver.log", attempt)

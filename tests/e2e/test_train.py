@@ -46,7 +46,7 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     summary = run.summary()
     assert set(summary) >= {
         "eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions",
-        "dropped", "wall_s", "idle_s", "seed", "config",
+        "dropped", "wall_s", "idle", "idle_s", "seed", "config",
     }  # fmt: skip
     assert {"accuracy", "reward", "tool_calls", "kinds"} <= set(summary["eval"]["before"])
     assert summary["eval"]["after"]["questions"] == 12

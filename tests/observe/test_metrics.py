@@ -10,7 +10,14 @@ import pytest
 from observe_trees import NAN, make_tree, single
 
 from system.observe.eval import EvalResult
-from system.observe.metrics import idle_metrics, rollout_metrics, tool_metrics, train_metrics, tree_metrics
+from system.observe.metrics import (
+    Idle,
+    idle_metrics,
+    rollout_metrics,
+    tool_metrics,
+    train_metrics,
+    tree_metrics,
+)
 from system.tree.record import ForkDecision, ToolCall, Tree, path_sum, subtree_sum
 from system.tree.stats import TreeStats
 
@@ -147,11 +154,16 @@ def test_tool_latencies_by_status_and_calls_of_no_tool():
 
 
 def test_idle_as_seconds_and_share():
-    metrics = idle_metrics(
-        {("learner", "trees"): 2.0, ("engine", "update"): 1.0}, {"learner": 8.0, "engine": 8.0}
-    )
+    idle = Idle()
+    for actor, cause, seconds, span in (
+        *(("learner", "trees", 2.0, 8.0), ("engine", "update", 0.5, 5.0)),
+        *(("engine", "update", 0.5, 3.0), ("engine", "waiting", 3.0, 0.0)),
+    ):
+        idle.add(actor, cause, seconds, span)
+    metrics = idle_metrics(idle)
     assert metrics["time/idle_s/learner/trees"] == 2.0
     assert metrics["time/idle_share/engine/update"] == 0.125
+    assert idle.shares() == {"engine": 0.5, "learner": 0.25}
 
 
 def test_nothing_gives_nothing():

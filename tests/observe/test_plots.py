@@ -22,6 +22,7 @@ from system.tree.stats import TreeStats
 def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
     recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
     recorder.evaluated(0, EvalResult.of([single("a", 0)]), "before")
+    recorder.training_began()
     for step in range(1, steps + 1):
         tree = TreeStats.of(make_tree(str(step), (1.0, 0.0, 0.5), version=step))
         recorder.tree_closed(tree, step)
@@ -43,7 +44,9 @@ def test_every_curve_is_drawn_and_not_blank(run_dir: RunDir, config: Config, ste
         assert imread(file).std() > 0.02
 
 
-def test_a_legend_hangs_over_no_edge(run_dir: RunDir, config: Config, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved while a test runs."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -52,13 +55,35 @@ def test_a_legend_hangs_over_no_edge(run_dir: RunDir, config: Config, monkeypatc
         figures.append(figure)
 
     monkeypatch.setattr(Figure, "savefig", saving)
+    return figures
+
+
+def test_a_legend_hides_no_data_and_hangs_over_no_edge(
+    run_dir: RunDir, config: Config, figures: list[Figure]
+):
     record_a_run(run_dir, config, 45)
     plots.draw(run_dir)
+    legends = 0
     for ax in (ax for figure in figures for ax in figure.axes if ax.get_visible()):
         if legend := ax.get_legend():
+            legends += 1
             inner, outer = legend.get_window_extent(), ax.get_window_extent()
-            assert outer.x0 <= inner.x0, ax.get_title("left")
-            assert inner.x1 <= outer.x1, ax.get_title("left")
+            label, page = ax.xaxis.label.get_window_extent(), ax.get_figure(root=True)
+            assert isinstance(page, Figure)
+            title = ax.get_title("left")
+            assert outer.x0 <= inner.x0, title
+            assert inner.x1 <= outer.x1, title
+            assert inner.y1 <= label.y0, title  # below the axis, its numbers and its label
+            assert page.bbox.y0 <= inner.y0, title
+    assert legends == 2 * len(plots.CURVES)
+
+
+def test_an_accuracy_is_written_as_everywhere_else(run_dir: RunDir, config: Config, figures: list[Figure]):
+    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
+    singles = [single(f"{i}", int(i > 0)) for i in range(200)]
+    recorder.evaluated(0, EvalResult.of(singles), "before")
+    plots.draw(run_dir)
+    assert "0.995" in {text.get_text() for text in figures[0].axes[0].texts}
 
 
 def test_only_what_has_data_is_drawn(run_dir: RunDir, config: Config):

@@ -75,6 +75,7 @@ def run_two_steps(recorder: Recorder, clock: Clock) -> None:
 
 
 def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_dir: RunDir, sink: MemorySink):
+    recorder.training_began()
     run_two_steps(recorder, clock)
     recorder.evaluated(2, EvalResult.of([single("a", 1), single("b", 1)]), "after")
     recorder.finish()
@@ -100,6 +101,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "engine",
             "tools",
             "wall_s",
+            "idle",
             "idle_s",
             "seed",
             "config",
@@ -122,6 +124,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     assert summary["dropped"] == {"stale": {"trees": 1, "leaves": 3}, "deadline": {"trees": 1, "leaves": 2}}
     assert summary["wall_s"] == 20
     assert summary["idle_s"] == {"learner": {"trees": 3.0}, "engine": {"weights": 1.0}}
+    assert summary["idle"] == {"learner": 0.15, "engine": 0.05}
     assert summary["seed"] == 0
     assert summary["config"]["branching"]["name"] == "arpo-calibrated"
     assert sink.closed
@@ -153,6 +156,7 @@ def test_engine_mismatch_and_pauses_add_up_over_a_resume(
 
 
 def test_one_record_per_flush_holds_only_its_window(recorder: Recorder, clock: Clock, sink: MemorySink):
+    recorder.training_began()
     recorder.gauge(QUEUE_DEPTH, 2)
     recorder.gauge(QUEUE_DEPTH, 4)
     run_two_steps(recorder, clock)
@@ -180,6 +184,7 @@ def test_two_training_steps_in_one_record_are_averaged(recorder: Recorder):
 def test_totals_survive_a_resume_through_json(
     recorder: Recorder, clock: Clock, run_dir: RunDir, config: Config
 ):
+    recorder.training_began()
     run_two_steps(recorder, clock)
     state = json.loads(json.dumps(recorder.state()))
     second = Recorder(run_dir, config, [], clock=clock)
@@ -210,6 +215,7 @@ def test_a_resume_takes_back_records_past_the_checkpoint(run_dir: RunDir, config
 
 def test_status_for_the_progress_display(recorder: Recorder, clock: Clock):
     assert math.isnan(recorder.status().reward)
+    recorder.training_began()
     recorder.gauge(GROWING, 5)
     recorder.gauge(QUEUE_DEPTH, 2)
     run_two_steps(recorder, clock)
@@ -243,7 +249,35 @@ def test_rates_and_shares_count_since_training_began(recorder: Recorder, clock: 
     assert record["time/generated_per_s"] == generated / 10
     assert record["time/idle_share/engine/waiting"] == 0.2
     assert record["time/wall_s"] == 110
-    assert recorder.summary()["idle_s"]["engine"] == {"waiting": 92.0}
+    assert recorder.summary()["idle_s"] == {"engine": {"waiting": 2.0}, "learner": {"no batch": 4.0}}
+    assert recorder.summary()["idle"] == status.idle
+
+
+def test_idle_shares_are_one_thing_in_records_progress_and_summary_over_a_resume(
+    recorder: Recorder, clock: Clock, run_dir: RunDir, config: Config
+):
+    recorder.training_began()
+    clock.now += 10
+    recorder.idle_total("engine", "waiting", 5.0)
+    assert recorder.flush(1)["time/idle_share/engine/waiting"] == 0.5
+    second = Recorder(run_dir, config, [], clock=clock)
+    second.restore(json.loads(json.dumps(recorder.state())))
+    clock.now += 60  # its start
+    second.idle_total("engine", "waiting", 50.0)
+    second.training_began()
+    clock.now += 30
+    second.idle_total("engine", "waiting", 53.0)
+    assert second.flush(2)["time/idle_share/engine/waiting"] == 0.1
+    assert second.summary()["idle_s"] == {"engine": {"waiting": 8.0}}
+    assert second.summary()["idle"] == second.status().idle == {"engine": 0.2}
+
+
+def test_a_checkpoint_that_counted_the_warm_start_is_read_without_its_idle_time(
+    recorder: Recorder, run_dir: RunDir, config: Config
+):
+    second = Recorder(run_dir, config, [])
+    second.restore(recorder.state() | {"idle": {"engine": {"waiting": 90.0}}})
+    assert second.summary()["idle_s"] == {}
 
 
 def test_no_idle_share_is_above_one(recorder: Recorder, clock: Clock):

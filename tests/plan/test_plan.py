@@ -1,6 +1,7 @@
 """Plans: parameter counts against published ones, memory against hand counts, the bottleneck by cause."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,3 +214,21 @@ def test_the_command_prints_a_plan_and_fails_what_does_not_fit(
     assert "8.19 billion parameters, on 8 x h100" in out
     assert "tool calls of 2 s" in out
     assert main(["plan", str(recipe), "--gpus", "2", "learn.tp=1"]) == 1
+
+
+def test_of_a_tiny_model_it_says_what_is_there_and_nothing_that_contradicts_itself(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+    assert main(["plan", recipe, "--gpus", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny: 252,480 parameters" in out
+    assert "weights 494 KiB" in out
+    assert "GPU(s)" not in out
+    assert not re.search(r"\b0\.0\b", out)
+    assert "prompt 96, response 80 tokens" in out  # together within engine.max_context=256
+    # Of 62 engines, with 7 branches that decode, hardly one has anything to do.
+    assert "engines idle 89%" in out
+    assert out.endswith("note: about 7 branches decode at a time: 1 engine would do, 3 GPUs in all\n")
+    assert main(["plan", recipe]) == 0  # those three
+    assert "note:" not in capsys.readouterr().out
