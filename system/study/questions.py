@@ -33,8 +33,8 @@ QUESTIONS = {
     ),
     "measures": Study(
         "What says best that the model is unsure?",
-        "Trees of one size from the same start weights, trained alike; arms differ in what is measured to say "
-        "where trees fork.",
+        "Trees of one size from the same start weights, trained alike; arms differ in what is measured "
+        "to say where trees fork.",
         {
             "delta": ("branching=arpo-calibrated", "branching.beta=0.5"),
             **{
