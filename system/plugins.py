@@ -330,6 +330,7 @@ POLICIES = Registry(
         "arpo-calibrated": "system.rollout.branching:ArpoCalibrated",
         "aepo": "system.rollout.branching:Aepo",
         "at2po": "system.rollout.expanding:MostUncertainTurns",
+        "treerl": "system.rollout.expanding:UnlikelyTokens",
         "random-turns": "system.rollout.expanding:RandomTurns",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",

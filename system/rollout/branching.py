@@ -63,13 +63,16 @@ class TreeState:
     streak: int = 0  # tool results in a row, the last ones on this branch's path, at which the tree forked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Turn:
     """What the model wrote in one go, in a tree in which no branch lives."""
 
     surprise: float  # -mean log-probability of its tokens, nats: an estimate of its entropy
     siblings: int  # turns that begin where it does, itself included
     calls: int  # tool calls before it on its path
+    root: int = 0  # number of the root branch that it grew from
+    logprobs: NDArray[np.float32] = field(default_factory=_nothing)  # [n] of its tokens, nats
+    rewrites: bool = False  # it was written once more, from where an older turn, or its rest, begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +120,13 @@ class Policy(ABC):
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         """Raises :class:`EntropyUnknown` when the policy needs ΔH and there is none."""
 
-    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
+    def expand(
+        self, turns: Sequence[Turn], room: int, rng: np.random.Generator
+    ) -> Sequence[int | tuple[int, int]]:
         """Which of ``turns`` are written once more now, each by a new branch: indices, perhaps repeated, of
-        which the first ``room``, what is left of the budget, are taken.  Asked again when these have ended,
-        until it is spent.  None of them: fresh roots.
+        which the first ``room``, what is left of the budget, are taken.  A pair (index, t) keeps the turn's
+        first t tokens, fewer than it has.  Asked again when these have ended, until the budget is spent.
+        None of them: fresh roots.
         """
         return ()
 

@@ -27,7 +27,7 @@ from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
-from system.rollout.expansion import expansion
+from system.rollout.expansion import Beginning, expansion
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.probe import probe
 from system.rollout.reward import BranchView
@@ -162,13 +162,19 @@ class TreeRollout:
             seeds = [self.seed, 2, self.started.total()]
             places = expansion(self.policy, self.growth, self.ended, count, seeds)
             for place in places:
-                if place.before:
-                    inherits = self.policy.inherits
-                    self._start(place.branch.fork(self.seed, place.above, place.before, inherits))
-                else:
-                    self._start_roots(1, Origin.TOP_UP)
+                self._start_again(place)
             count = 0 if places else count
         self._start_roots(count, Origin.TOP_UP)
+
+    def _start_again(self, place: Beginning) -> None:
+        """A branch that writes a turn once more; the prompt's, if all of it, as a fresh root."""
+        if place.above == self.growth.prompt:
+            self._start_roots(1, Origin.TOP_UP)
+            return
+        branch = place.branch.fork(self.seed, place.above, place.before, self.policy.inherits)
+        if self.growth.kind(place.above) == Kind.MODEL:
+            self._begin(branch, place.at)
+        self._start(branch)
 
     # One branch
 
@@ -264,12 +270,15 @@ class TreeRollout:
     def _open(self, branch: Branch) -> int:
         """A MODEL node to write in; returns the number of tokens before its first one."""
         above, branch.measured = branch.node, False
-        if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
+        if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed, or inside a turn
             branch.measured = self._measurable(branch)
-            return self.growth.depth(above) - self.growth.n_tokens(above)
-        branch.seed = int(branch.seeds.integers(2**31))
-        branch.node = self.growth.node(above, Kind.MODEL)
+            return self.growth.turn(above)
+        self._begin(branch, self.growth.depth(above))
         return self.growth.depth(above)
+
+    def _begin(self, branch: Branch, at: int) -> None:
+        branch.seed = int(branch.seeds.integers(2**31))
+        branch.node = self.growth.node(branch.node, Kind.MODEL, at)
 
     def _measurable(self, branch: Branch) -> bool:
         """Whether enough of the segment is there to look at, while it is still being written."""

@@ -32,6 +32,21 @@ QUESTIONS = {
         },
         control="random",
     ),
+    "measures": Study(
+        "What says best that the model is unsure?",
+        "Trees of one size from the same start weights, trained alike; arms differ in what is measured "
+        "to say where trees fork.",
+        {
+            "delta": ("branching=arpo-calibrated", "branching.beta=0.5"),
+            **{
+                by: ("branching=arpo-calibrated", "branching.beta=0.5", f"branching.options.by={by}")
+                for by in ("entropy", "first", "surprise", "varentropy", "siblings")
+            },
+            "treerl": ("branching=treerl",),
+            "random": ("branching=random",),
+        },
+        control="random",
+    ),
     "sampling": Study(
         "Does it pay to leave out trees without signal?",
         "Trees whose leaves all earned the same are trained on, or others are grown in their places, at most "

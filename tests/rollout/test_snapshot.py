@@ -18,7 +18,7 @@ from rollout_fakes import PROMPT, PieceTokenizer, ScriptedTools, Segment, World,
 from system.config import Config
 from system.engine.protocol import Chunk, Finish, GenerateRequest
 from system.rollout.branching import Aepo, Arpo, ArpoCalibrated, Never, Policy, Random
-from system.rollout.expanding import MostUncertainTurns
+from system.rollout.expanding import MostUncertainTurns, UnlikelyTokens
 from system.rollout.snapshot import SnapshotError, can_freeze, fingerprint, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.record import Tree
@@ -152,6 +152,7 @@ async def interrupted(made: World, seed: int, pauses: list[float]) -> tuple[Tree
             ArpoCalibrated(4, 0.25, 0.0, by="siblings"),
             Random(3, 0.4),
             MostUncertainTurns(3),
+            UnlikelyTokens(3),
             Never(4),
         ]
     ),

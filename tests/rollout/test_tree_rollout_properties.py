@@ -21,7 +21,7 @@ from system.rollout.branching import (
     Policy,
     Random,
 )
-from system.rollout.expanding import MostUncertainTurns, RandomTurns
+from system.rollout.expanding import MostUncertainTurns, RandomTurns, UnlikelyTokens
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import SCHEDULES
 from system.rollout.tree_rollout import TreeRollout
@@ -38,6 +38,7 @@ POLICIES: list[Policy] = [
     Random(2, 0.8),
     MostUncertainTurns(2, width=3),
     RandomTurns(2),
+    UnlikelyTokens(2),
     Never(4),
 ]
 
