@@ -30,8 +30,8 @@ def study(args: argparse.Namespace) -> int:
       espalier study sampling configs/quickstart.yaml
 
     `branching`: does it pay to fork where the model is unsure? Arms: calibrated, depth (calibrated among
-    results as deep), arpo, release, aepo, at2po,
-    random, surest (the contrary) and none (independent rollouts), at equal tokens and at equal tool calls.
+    results as deep), arpo, release, aepo, at2po, random, surest (the contrary) and none (independent
+    rollouts), at equal tokens and at equal tool calls.
     `sampling`: does it pay to leave out trees without signal? Arms: all, dynamic.
     `measures`: what says best that the model is unsure? Arms: delta (calibrated), entropy, first, surprise,
     varentropy, siblings, treerl (inside turns) and random.
