@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import random
 import time
@@ -30,8 +29,6 @@ from system.tools.breaker import CircuitBreaker
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import CallRefused, Tool, ToolUnavailable, argument_error
 
-log = logging.getLogger(__name__)
-
 
 class ToolStartError(EspalierError, RuntimeError):
     """A configured tool cannot work; the message names it, the reason and the remedy."""
@@ -45,7 +42,6 @@ class Patience:
     breaker_threshold: int = 5
     breaker_pause_s: float = 1.0
     breaker_max_pause_s: float = 30.0
-    end_s: float = 2.0  # for a cancelled call to end; one that ignores it goes on, and nobody waits for it
 
 
 class ToolService:
@@ -162,7 +158,7 @@ class _Guarded:
         clock: Callable[[], float],
     ):
         self.tool = tool
-        self._limits, self._patience, self._rng, self._clock = limits, patience, rng, clock
+        self._limits, self._backoff_s, self._rng, self._clock = limits, patience.backoff_s, rng, clock
         self._retries = self._joins = self._cache_hits = 0
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._throttle = _throttler(limits.rate_per_s)
@@ -171,7 +167,6 @@ class _Guarded:
         )
         self._cache: OrderedDict[str, ToolOutcome] = OrderedDict()
         self._flights: dict[str, _Flight] = {}
-        self._strays: set[asyncio.Task[object]] = set()  # cancelled calls that have not ended
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         started = self._clock()
@@ -202,11 +197,10 @@ class _Guarded:
         }
 
     async def close(self) -> None:
-        left = [*(flight.task for flight in self._flights.values()), *self._strays]
-        for task in left:
+        flights = [flight.task for flight in self._flights.values()]
+        for task in flights:
             task.cancel()
-        if left:
-            await asyncio.wait(left, timeout=2 * self._patience.end_s)
+        await asyncio.gather(*flights, return_exceptions=True)
         if (close := getattr(self.tool, "close", None)) is not None:
             await close()
 
@@ -288,7 +282,7 @@ class _Guarded:
                     await self._throttle.acquire()
                 left = replace(context, deadline_s=max(0.0, until - self._clock()))
                 try:
-                    outcome = _checked(await self._run(arguments, left))
+                    outcome = _checked(await self.tool.run(arguments, left))
                 except CallRefused as refusal:  # says nothing about whether the tool works for others
                     text = f"The tool {name!r} refused the call: {refusal}"
                     return ToolOutcome(ToolStatus.REJECTED, text, attempts=attempt)
@@ -315,28 +309,8 @@ class _Guarded:
             self.breaker.abandon()
         raise AssertionError("unreachable: the last attempt returns")
 
-    async def _run(self, arguments: Mapping[str, Any], context: CallContext) -> object:
-        """What the tool returns or raises.  It runs in a task of its own, so that a tool that ignores its
-        cancellation holds up nobody: not its branch, not the tree, not the worker.
-        """
-        call = asyncio.ensure_future(_caught(self.tool, arguments, context))
-        try:
-            await asyncio.wait([call])
-        except asyncio.CancelledError:
-            call.cancel()
-            await asyncio.wait([call], timeout=self._patience.end_s)
-            if not call.done():
-                log.warning("tool %r ignores that its call was cancelled", self.tool.spec.name)
-                self._strays.add(call)
-                call.add_done_callback(self._strays.discard)
-            raise
-        found = call.result()
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
     def _backoff(self, attempt: int) -> float:
-        whole = self._patience.backoff_s * 2 ** (attempt - 1)
+        whole = self._backoff_s * 2 ** (attempt - 1)
         return whole * self._rng.uniform(0.5, 1.0)
 
     def _sent_once(self, ended: str) -> str:
@@ -357,14 +331,6 @@ class _Flight:
 
     task: asyncio.Task[ToolOutcome]
     waiting: int = 0
-
-
-async def _caught(tool: Tool, arguments: Mapping[str, Any], context: CallContext) -> object:
-    """What the tool returns, or raises: some errors would end the event loop if they left a task."""
-    try:
-        return await tool.run(arguments, context)
-    except OF_OTHERS as error:
-        return error
 
 
 def _checked(outcome: object) -> ToolOutcome:
