@@ -22,7 +22,7 @@ from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
 from system.learn.average import MovingAverage, active_share, decay_for
 from system.learn.batch import BatchPlanner
-from system.learn.checkpoint import TrainingState, reset_optimizer_state, writing
+from system.learn.checkpoint import TrainingState, reset_optimizer_state
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
@@ -194,24 +194,19 @@ class Trainer:
         return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets()
 
     def save_hf(self, path: str | Path) -> None:
-        """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors).
-
-        Raises :class:`CheckpointError` when the disk does not take it.
-        """
-        with writing(path):
-            weights.save_hf(self.model, self.layout, Path(path), self.hf_path)
+        """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors)."""
+        weights.save_hf(self.model, self.layout, Path(path), self.hf_path)
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:
         """Write a sharded checkpoint of model, optimizer, reference model, RNG, step and the credit's state,
-        with ``extra`` (JSON).  Raises :class:`CheckpointError` when the disk does not take it.
+        with ``extra`` (JSON).
         """
         if state := self.planner.credit.state_dict():
             extra = {**extra, _CREDIT: state}
         if self.average:
             extra = {**extra, _AVERAGE: self.average.weight}
-        with writing(path):
-            self._state.save(Path(path), step=self.step_count, extra=extra)
+        self._state.save(Path(path), step=self.step_count, extra=extra)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint, whatever layout wrote it; returns its ``extra``."""
