@@ -35,12 +35,12 @@ def write_report(name: str, runs: Runs, out: Path) -> dict[str, Any]:
     question = QUESTIONS[name]
     tasks, arms, seeds = (list(dict.fromkeys(column)) for column in zip(*runs, strict=True))
     control = question.control if question.control in arms else arms[0]
-    about = f"{question.about} Means over {len(seeds)} seeds with 95 % intervals."
+    about = f"{question.about} Means over seeds ({len(seeds)}) with 95 % intervals."
     report = Report(out, name, question.title, about)
     figures: dict[str, Any] = {"seeds": len(seeds), "tasks": {}}
     ahead: dict[tuple[str, str], list[float]] = {}
     for task in tasks:
-        of_task = {arm: [runs[task, arm, seed] for seed in seeds] for arm in arms}
+        of_task = {arm: [runs[task, arm, seed] for seed in seeds if (task, arm, seed) in runs] for arm in arms}
         found = figures["tasks"][task] = {}
         report.section(task)
         for spent, words in SPENT.items():
