@@ -155,7 +155,7 @@ def doctor(args: argparse.Namespace) -> int:
             print(f"{'':8} {'':{width}}  → {shown(finding.remedy)}")
     problems = sum(finding.level == "problem" for finding in findings)
     warnings = sum(finding.level == "warning" for finding in findings)
-    print(f"\n{problems} problems, {warnings} warnings")
+    print(f"\n{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}")
     return int(stops(findings))
 
 

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from system.config import Config
 from system.doctor.facts import Facts
+from system.doctor.preflight import Problem
 
 GIB = 1 << 30
 
@@ -147,11 +148,13 @@ def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
-    """What :mod:`system.doctor.preflight` has against the recipe."""
+    """What :mod:`system.doctor.preflight` has against the recipe; what two checks meet is told once."""
+    told = set[Problem]()
     for topic, problems in facts.preflight.items():
         if not problems:
             yield Finding(Level.OK, topic, "nothing stands against the recipe")
-        for one in problems:
+        for one in (problem for problem in problems if problem not in told):
+            told.add(one)
             found = str(replace(one, remedy=""))
             yield Finding(Level.PROBLEM, topic, found, one.remedy or "correct it in the recipe")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -137,8 +137,11 @@ def make_objective(learn: LearnConfig) -> Objective:
     )
 
 
-def inert_clip(objective: Objective, learn: LearnConfig) -> str | None:
-    """A warning if the settings leave the clip, or the average of the weights, without effect."""
+def inert_clip(objective: Objective, learn: LearnConfig, by_step: Collection[str] = ()) -> str | None:
+    """A warning if somebody has set a clip that does nothing, or an average of the weights that does nothing.
+
+    ``by_step``: the keys of ``run.by_step``.
+    """
     if objective.ratio == "behaviour":
         return (
             f"learn.proximal=average has no effect: learn.objective={learn.objective.name} does not clip "
@@ -148,10 +151,20 @@ def inert_clip(objective: Objective, learn: LearnConfig) -> str | None:
         )
     if objective.supervised or learn.updates > 1 or learn.proximal == "average":
         return None
+    usual = LearnConfig()
+    chosen = [
+        f"learn.{name}"
+        for name in ("clip_low", "clip_high", "dual_clip")
+        if getattr(learn, name) != getattr(usual, name)
+        or f"learn.{name}" in by_step
+        or name in learn.objective.options
+    ]
+    if not chosen:
+        return None
     return (
-        "the objective clips the ratio to the policy at the start of the batch, which learn.updates=1 keeps "
-        "at 1: learn.clip_low, clip_high and dual_clip do nothing (learn.objective=ppo clips the ratio to "
-        "the policy that sampled)"
+        f"{' and '.join(chosen)} will do nothing: learn.objective={learn.objective.name} clips the ratio to "
+        "the policy at the start of the batch, which learn.updates=1 keeps at 1 (learn.objective=ppo clips "
+        "the ratio to the policy that sampled)"
     )
 
 

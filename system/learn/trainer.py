@@ -68,7 +68,10 @@ class Trainer:
         self._now = config  # as it is at the step that is trained
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
         self.correction: Correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
-        warnings = inert_clip(self.objective, learn), twice_weighed(self.correction, self.objective)
+        warnings = (
+            inert_clip(self.objective, learn, config.run.by_step),
+            twice_weighed(self.correction, self.objective),
+        )
         self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
         shape = read_shape(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from statistics import fmean
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,6 +21,8 @@ from system.observe.terminal import shown, visible
 
 TRAINING = "training"
 _FRAME_S = 0.25  # redraw interval on a terminal
+_UNKNOWN = "–"
+_FOLLOWED = ("reward", "accuracy", "staleness", "forks/tree", "gen tok/s")
 
 
 class Progress:
@@ -58,7 +63,8 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.refresh(force=True)
+        if self._live is not None or self._phase == TRAINING or self._phase_total:
+            self.refresh(force=True)  # how far it came; of what counts nothing there is no more to say
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -98,13 +104,15 @@ class Progress:
             self._console.print(Text(visible(self.line())), soft_wrap=True)
 
     def line(self) -> str:
-        """The state in one line of plain text."""
+        """The state in one line of plain text: of the figures those that one follows over hours."""
         status = self._source()
         done, total, eta = self._position(status)
         count = f" {done}/{total}" if total else ""
         parts = [f"[{duration(status.wall_s)}] {self._phase}{count}", eta, self._detail]
         if self._phase == TRAINING:
-            parts += [f"{label} {value}" for label, value in _figures(status)]
+            figures = _figures(status)
+            parts += [f"{label} {figures[label]}" for label in _FOLLOWED if figures[label] != _UNKNOWN]
+            parts += [f"dropped {status.dropped}"] if status.dropped else []
             parts += [f"idle {idle}"] if (idle := _idle(status)) else []
         return "  ".join(filter(None, parts))
 
@@ -121,7 +129,7 @@ class Progress:
         if self._detail:
             rows.append(Text(visible(self._detail), style="dim"))
         if self._phase == TRAINING:
-            figures = _figures(status)
+            figures = [*_figures(status).items()]
             grid = Table.grid(padding=(0, 2))
             for begin in range(0, len(figures), 5):
                 cells = figures[begin : begin + 5]
@@ -164,24 +172,28 @@ def compact(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _figures(status: Status) -> list[tuple[str, str]]:
-    return [
-        ("reward", _number(status.reward)),
-        ("accuracy", _number(status.accuracy)),
-        ("staleness", _number(status.staleness, 1)),
-        ("forks/tree", _number(status.forks_per_tree, 1)),
-        ("version", str(status.version)),
-        ("growing", str(status.growing)),
-        ("queue", str(status.queue_depth)),
-        ("gen tok/s", compact(status.generated_per_s)),
-        ("train tok/s", compact(status.trained_per_s)),
-        ("dropped", str(status.dropped)),
-    ]
+def _figures(status: Status) -> dict[str, str]:
+    return {
+        "reward": _number(status.reward),
+        "accuracy": _number(status.accuracy),
+        "staleness": _number(status.staleness, 1),
+        "forks/tree": _number(status.forks_per_tree, 1),
+        "version": str(status.version),
+        "growing": str(status.growing),
+        "queue": str(status.queue_depth),
+        "gen tok/s": compact(status.generated_per_s),
+        "train tok/s": compact(status.trained_per_s),
+        "dropped": str(status.dropped),
+    }
 
 
 def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+    return f"{value:.{digits}f}" if math.isfinite(value) else _UNKNOWN
 
 
 def _idle(status: Status) -> str:
-    return " ".join(f"{actor} {share:.0%}" for actor, share in status.idle.items())
+    """By actor; of several engines the mean."""
+    kinds: defaultdict[str, list[float]] = defaultdict(list)
+    for actor, share in status.idle.items():
+        kinds[re.sub(r"-\d+$", "", actor)].append(share)
+    return " ".join(f"{kind}{'s' * (len(of) > 1)} {fmean(of):.0%}" for kind, of in kinds.items())

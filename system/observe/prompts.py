@@ -13,10 +13,10 @@ from system.tasks.base import HasTokenizer, Task, first, make_task, notes
 from system.tree.prompt import Prompt
 
 _HOW = {
-    "template": "by the chat template",
-    "words": "by the call syntax's words, in the system message",
-    "data": "by the data themselves",
-    "nobody": "not at all",
+    "template": "told by the chat template",
+    "words": "told by the call syntax's words, in the system message",
+    "data": "told by the data themselves",
+    "nobody": "the prompt does not mention them (task.tools_in_prompt)",
 }
 _RULE = "─" * 72
 
@@ -55,7 +55,8 @@ def _question(config: Config, chat: Chat, prompt: Prompt, number: str) -> Iterat
     )
     yield f"  gold:   {' | '.join(map(visible, prompt.answers)) or 'none'}"
     yield f"  extra:  {', '.join(map(visible, prompt.extra)) or 'nothing'}"
-    yield f"  tools:  told {_HOW[chat.told_by(prompt.messages)]}"
+    told = _HOW[chat.told_by(prompt.messages)] if config.rollout.call_limit else "none (rollout.call_limit=0)"
+    yield f"  tools:  {told}"
     text = chat.tokenizer.decode(
         tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )

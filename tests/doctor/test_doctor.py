@@ -15,7 +15,7 @@ import pytest
 from system.config import Config, load
 from system.doctor.checks import GIB, Level, examine, stops
 from system.doctor.facts import Facts, all_reduce
-from system.doctor.preflight import Problem
+from system.doctor.preflight import Problem, look
 
 ROOT = Path(__file__).parents[2]
 WELL = Facts(
@@ -74,6 +74,12 @@ BROKEN: list[tuple[str, Level, str, Break]] = [
         Level.PROBLEM,
         "recipe",
         lambda f: replace(f, preflight={"parts": (Problem("", "reward.name='a:B': no module a"),)}),
+    ),
+    (  # that two checks meet it is told once
+        "parts",
+        Level.PROBLEM,
+        "correct it in the recipe",
+        lambda f: replace(f, preflight=look(load(None, ["task.name=nowhere:X"]), login=True)),
     ),
     (
         "model",

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.numpy import load
+from summary_keys import unexplained
 
 from system.chaos import run as chaos
 from system.chaos.account import account
@@ -48,6 +49,7 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
         "eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions",
         "dropped", "wall_s", "idle", "idle_s", "seed", "config",
     }  # fmt: skip
+    assert unexplained(summary) == []
     assert {"accuracy", "reward", "tool_calls", "kinds"} <= set(summary["eval"]["before"])
     assert summary["eval"]["after"]["questions"] == 12
     assert summary["versions"] == 4

@@ -108,14 +108,21 @@ def test_regularisers_enter_the_loss_with_their_coefficients() -> None:
 def test_a_clip_without_effect_is_told() -> None:
     """π_θ/π_prox is 1 in the only update of a batch."""
 
-    def told(name: str, **learn: Any) -> str | None:
-        settings = LearnConfig(objective=PartConfig(name), **learn)
-        return inert_clip(make_objective(settings), settings)
+    def told(name: str, by_step: tuple[str, ...] = (), **learn: Any) -> str | None:
+        settings = LearnConfig(**{"objective": PartConfig(name), **learn})
+        return inert_clip(make_objective(settings), settings, by_step)
 
-    assert "clip_low" in (told("decoupled") or "")
-    assert told("decoupled", updates=2) is None
-    assert told("decoupled", proximal="average") is None
-    assert told("ppo") is None
+    assert told("decoupled") is None  # nobody asked for a clip
+    assert (told("decoupled", clip_high=0.28) or "").startswith(
+        "learn.clip_high will do nothing: learn.objec"
+    )
+    assert "learn.clip_low and learn.dual_clip" in (told("decoupled", clip_low=0.1, dual_clip=0) or "")
+    assert "learn.clip_high" in (told("decoupled", ("learn.clip_high", "rollout.temperature")) or "")
+    options = PartConfig("decoupled", {"clip_low": 0.2})
+    assert "learn.clip_low" in (told("decoupled", objective=options) or "")
+    assert told("decoupled", clip_high=0.28, updates=2) is None
+    assert told("decoupled", clip_high=0.28, proximal="average") is None
+    assert told("ppo", clip_high=0.28) is None
     assert "learn.proximal=average has no effect" in (told("ppo", proximal="average") or "")
     learn = LearnConfig(objective=PartConfig("decoupled"))
     far = tokens(behaviour=torch.full((64,), -6.0))  # a ratio of about 55 to the policy that sampled

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -41,23 +42,51 @@ def plain(clock: Clock, status: Status = STATUS) -> tuple[Progress, io.StringIO]
     return Progress(lambda: status, total_steps=100, interval_s=2.0, console=console, clock=clock), out
 
 
-def test_the_training_line_says_everything_asked_for():
-    progress, out = plain(Clock())
+def test_the_training_line_says_what_one_follows_and_is_no_longer_than_a_screen():
+    idle = {f"engine-{i}": share for i, share in enumerate((0.1, 0.3, 0.2))}
+    progress, out = plain(Clock(), replace(STATUS, idle={**idle, "learner": 0.34, "rollout": 0.07}))
     progress.phase("training")
-    line = out.getvalue().splitlines()[-1]
+    assert out.getvalue().splitlines()[-1] == (
+        "[1:30] training 30/100  eta 2:20  reward 0.50  accuracy 0.62  staleness 1.2  forks/tree 2.5  "
+        "gen tok/s 1.2k  dropped 4  idle engines 20% learner 34% rollout 7%"
+    )
+
+
+def test_the_panel_says_everything_asked_for():
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    with Progress(lambda: STATUS, total_steps=100, interval_s=2.0, console=console) as progress:
+        progress.phase("training")
     for part in (
-        *("[1:30] training 30/100", "eta 2:20", "reward 0.50", "accuracy 0.62", "staleness 1.2", "queue 3"),
-        *("growing 12", "gen tok/s 1.2k", "train tok/s 999", "forks/tree 2.5", "idle engine 12% learner 34%"),
-        "dropped 4",
+        *(
+            "1:30  eta 2:20",
+            "30/100",
+            "reward 0.50",
+            "accuracy 0.62",
+            "staleness 1.2",
+            "queue 3",
+            "growing 12",
+        ),
+        *("gen tok/s 1.2k", "train tok/s 999", "forks/tree 2.5", "idle engine 12% learner 34%", "dropped 4"),
     ):
-        assert part in line
+        assert part in out.getvalue()
 
 
-def test_unknown_figures_are_dashes_not_nan():
+def test_unknown_figures_are_left_out_or_dashes_not_nan():
     progress, out = plain(Clock(), Status())
     progress.phase("training")
+    assert out.getvalue() == "[0:00] training 0/100  gen tok/s 0\n"
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    console.print(progress.panel())
     assert "nan" not in out.getvalue()
     assert "reward –" in out.getvalue()
+
+
+def test_what_counts_nothing_is_said_once():
+    progress, out = plain(Clock())
+    with progress:
+        progress.phase("saving")
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["starting", "saving"]
 
 
 def test_other_phases_count_their_own_units():
@@ -76,11 +105,12 @@ def test_one_line_per_interval_without_a_terminal():
     clock = Clock()
     progress, out = plain(clock)
     with progress:
+        progress.phase("training")
         for tenth in range(1, 41):
             clock.now = tenth / 10
             progress.refresh()
-        assert len(out.getvalue().splitlines()) == 3  # at 0, 2 and 4 s
-    assert len(out.getvalue().splitlines()) == 4  # and a last one
+        assert len(out.getvalue().splitlines()) == 4  # starting, and at 0, 2 and 4 s
+    assert len(out.getvalue().splitlines()) == 5  # and a last one
     assert "\x1b" not in out.getvalue()
 
 

@@ -44,7 +44,7 @@ def test_the_first_questions_are_shown_as_the_model_gets_them(
     assert "ends at: <|endoftext|> (256), <|im_end|> (258)" in out
     assert "a tool call ends at:      </search>, </python>" in out
     assert "question 1 of 3: data/1 (default)" in out
-    assert "gold:   12\n  extra:  answer, level\n  tools:  told not at all" in out
+    assert "gold:   12\n  extra:  answer, level\n  tools:  the prompt does not mention them (task" in out
     assert "question 2 of 3: data/3" in out
     assert "gold:   4 | four" in out
     assert "question 3" not in out
@@ -63,6 +63,8 @@ def test_it_says_who_tells_of_the_tools_and_how_little_room_is_left(
     assert "Call it as <search> query </search>." in out
     assert out.count("Reason between <think> and </think>.") == 1
     assert ", less than rollout.max_response_tokens=256" in out
+    assert main(["prompt", "rollout.call_limit=0", str(recipe)]) == 0
+    assert "tools:  none (rollout.call_limit=0)" in capsys.readouterr().out
 
 
 def test_a_question_that_the_template_refuses_is_named(
@@ -82,4 +84,4 @@ def test_the_quickstart_keeps_its_tokens(capsys: pytest.CaptureFixture[str]) -> 
     texts = out.split("─" * 72)[1::2]
     assert len(texts) == 3
     assert all(text.startswith("\nQ: ") and text.endswith(" ?\n") for text in texts)
-    assert out.count("told not at all") == 3
+    assert out.count("the prompt does not mention them") == 3

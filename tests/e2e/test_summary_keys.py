@@ -1,0 +1,55 @@
+"""The table of ``docs/summary.md`` against all that a summary can hold; ``test_train.py`` has a real one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from summary_keys import explained, superfluous, unexplained
+
+from system.engine.protocol import SPEED_COUNTERS
+from system.engine.router import Routed
+from system.observe.eval import EvalResult, EvalScores
+from system.observe.metrics import Idle
+from system.observe.totals import Totals
+
+OF_THE_POOL = (
+    *("prompt_tokens", "cached_tokens", "resumed", "retried", "turn_waits", "turn_wait_s"),
+    *("entropy_estimates", "entropy_error_nats"),
+)
+OF_A_TOOL = ("retries", "joins", "cache_hits", "breaker_opened", "breaker_rejected")
+FULL = Totals(
+    evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
+    staleness=Counter({1: 2}),
+    dropped={"worker lost. Again": {"trees": 1, "leaves": 8}},
+    causes={"tool": {"count": 1, "first": "x"}},
+    idle=Idle({"learner": {"no batch": 1.0}}, {"learner": 2.0}),
+    engine=dict.fromkeys(
+        (*(f"route/{why}" for why in Routed), *(f"server/{name}" for name in SPEED_COUNTERS), *OF_THE_POOL),
+        1.0,
+    ),
+    tools={f"my.tool/{what}": 1.0 for what in OF_A_TOOL},
+    mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
+    weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),
+)
+SUMMARY = {**FULL.summary(), "wall_s": 1.0, "seed": 0, "config": {"run": {"seed": 0}}}
+
+
+def test_all_that_a_summary_can_hold_is_explained_and_nothing_else() -> None:
+    assert unexplained(SUMMARY) == []
+    assert superfluous(SUMMARY) == []
+    assert len(explained()) == len(set(explained())) > 40
+
+
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ({"novelty": 1}, ("novelty",)),
+        ({"trees": {"closed": 1}}, ("trees", "closed")),
+        ({"tokens": {"lost": 1}}, ("tokens", "lost")),
+        ({"eval": {"before": 0.5}}, ("eval", "before")),
+        ({"novelties": {}}, ("novelties", "")),
+    ],
+)
+def test_a_key_without_a_row_is_found(more: dict[str, object], path: tuple[str, ...]) -> None:
+    assert unexplained(SUMMARY | more) == [path]
