@@ -40,7 +40,8 @@ def write_report(name: str, runs: Runs, out: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"seeds": len(seeds), "tasks": {}}
     ahead: dict[tuple[str, str], list[float]] = {}
     for task in tasks:
-        of_task = {arm: [runs[task, arm, seed] for seed in seeds if (task, arm, seed) in runs] for arm in arms}
+        made = [seed for seed in seeds if (task, arms[0], seed) in runs]
+        of_task = {arm: [runs[task, arm, seed] for seed in made] for arm in arms}
         found = figures["tasks"][task] = {}
         report.section(task)
         for spent, words in SPENT.items():
