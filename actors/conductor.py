@@ -9,7 +9,7 @@ import asyncio
 import shutil
 from collections.abc import Sequence
 
-from actors.checkpoints import Restored, checkpoints, saved_trees_path
+from actors.checkpoints import LINEAGE, Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
 from actors.evaluate import answer_questions
 from actors.in_flight import InFlightCheckpoint
@@ -19,7 +19,7 @@ from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
 from system.flow.curriculum import PoolWeights
-from system.flow.ledger import Ledger
+from system.flow.ledger import Ledger, lineage
 from system.flow.loop import GaveUp, TrainingLoop
 from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter, read_jsonl
@@ -177,7 +177,8 @@ class Conductor:
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
         await self._in_flight.write(saved_trees_path(path), trees)
         if not path.exists():
-            extra = {"version": self.version, "recorder": self.recorder.state()}
+            trained_on = lineage(self.loop.ledger.updates, self.version)
+            extra = {"version": self.version, LINEAGE: trained_on, "recorder": self.recorder.state()}
             async with self.loop.weights:
                 await self.actors.learner.save(str(path), extra)
         for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +22,18 @@ from system.flow.curriculum import Curriculum, PoolWeights
 
 Event = dict[str, Any]
 Key = tuple[int, str]  # epoch (with a curriculum: how often it was drawn before), prompt id
+Update = tuple[int, list[int]]  # weight version, numbers of the tickets whose trees made it
 
 
 class LedgerError(EspalierError, ValueError):
     """An illegal transition, or a log that does not belong to this run."""
 
 
-def surviving_updates(events: Iterable[Event]) -> list[tuple[int, list[int]]]:
-    """(weight version, ticket numbers) of every update that no return to a checkpoint took back, in order."""
-    updates: list[tuple[int, list[int]]] = []
+def surviving_updates(events: Iterable[Event]) -> list[Update]:
+    """Every update that no return to a checkpoint took back, in order.  Raises LedgerError for a line that is
+    no event of ours.
+    """
+    updates: list[Update] = []
     for event in events:
         match event:
             case {"event": "train", "version": int(version), "numbers": list(numbers)}:
@@ -51,6 +55,16 @@ def accounted(events: Iterable[Event]) -> int:
             break
         known = version
     return known
+
+
+def lineage(updates: Iterable[Update], version: int) -> str:
+    """A digest of what weight version ``version`` and those before it were trained on.
+
+    A checkpoint keeps its own: ticket numbers are never reused, so two that were made of different trees, one
+    before a return to an older checkpoint and one after it, differ.
+    """
+    own = [update for update in updates if update[0] <= version]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 
 class State(StrEnum):
@@ -115,6 +129,7 @@ class Ledger:
         self._records: dict[Key, _Record] = {}
         self._tickets: dict[int, Ticket] = {}  # of trees that grow, wait for the learner, or are trained on
         self.growing: set[int] = set()  # those of them whose trees have not closed
+        self.updates: list[Update] = []  # that made the weights
         self._returned: deque[Key] = deque()  # pending again
         self._weights, self.curriculum = weights, None
         if weights is not None:
@@ -156,6 +171,7 @@ class Ledger:
         """The learner has made weight version ``version`` of these trees: queued -> training."""
         for number in numbers:
             self._move(number, (State.QUEUED,), State.TRAINING).version = version
+        self.updates.append((version, [*numbers]))
         self._log("train", numbers=numbers, version=version)
 
     def trained(self, numbers: Sequence[int]) -> None:
@@ -229,8 +245,8 @@ class Ledger:
         prompts are pending again (which is no failed attempt), except those whose update the checkpoint
         contains.  The restore is itself an event, so the log stays valid through any number of restarts.
         What a curriculum has learned of a lost tree stands until the prompt's next tree closes.
-        Raises LedgerError for a log of another seed or data set, and for one that does not account for every
-        version that was trained.
+        Raises LedgerError for a log of another seed or data set, for one that does not account for every
+        version that was trained, and for one with an event that cannot be.
 
         ``write`` appends an event to the log, which must be durable before a checkpoint is: it is never
         behind the weights.
@@ -248,8 +264,14 @@ class Ledger:
         elif first != opening:
             raise LedgerError(f"this log belongs to another run: it opens with {first}, not {opening}")
         else:
-            for event in log:
-                ledger._apply(event)
+            for number, event in enumerate(log, 2):
+                try:
+                    ledger._apply(event)
+                except (LedgerError, LookupError, TypeError) as error:
+                    raise LedgerError(
+                        f"event {number} of the ledger cannot be ({error}): lines before it were taken out "
+                        "or changed; put the ledger back as it was, or start a new run"
+                    ) from error
             ledger._restore(trained_through)
             write({"event": "restore", "trained_through": trained_through})
         ledger._write = write
@@ -283,6 +305,7 @@ class Ledger:
                 record.state, record.version = State.PENDING, -1
                 record.attempt -= 1
                 lost.append(key)
+        self.updates = [update for update in self.updates if update[0] <= trained_through]
         self._tickets.clear()
         self.growing.clear()
         self._returned.extendleft(sorted(lost, key=lambda key: self._records[key].number, reverse=True))

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,25 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise JsonlError(f"{path}, line {number}: expected an object, found {type(record).__name__}")
             yield record
+
+
+def split_off(path: Path, records: int, rest: Path) -> None:
+    """Move what follows the first ``records`` records of ``path`` into a new file, ``rest``.
+
+    It is on disk there before it goes here: a crash in between leaves it in both.
+    """
+    at = 0
+    with path.open("r+b") as file:
+        while records:
+            line = file.readline()
+            at += len(line)
+            records -= bool(line.strip())
+        with rest.open("xb") as other:
+            shutil.copyfileobj(file, other)
+            other.flush()
+            os.fsync(other.fileno())
+        file.truncate(at)
+        os.fsync(file.fileno())
 
 
 def jsonable(value: Any) -> Any:

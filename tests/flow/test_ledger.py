@@ -85,6 +85,10 @@ def test_a_log_of_another_run_is_refused() -> None:
         Ledger.replay(PROMPTS, 0, [*log, {"event": "dance"}], trained_through=0)
     with pytest.raises(LedgerError, match="where this run would issue"):
         Ledger.replay(PROMPTS, 0, [log[0], {**log[1], "prompt": "q99"}], trained_through=0)
+    with pytest.raises(LedgerError, match=r"event 2 of the ledger cannot be .*; put the ledger back"):
+        Ledger.replay(PROMPTS, 0, [log[0], {"event": "queue", "number": 0}], trained_through=0)
+    with pytest.raises(LedgerError, match=r"event 2 of the ledger cannot be \('number'\)"):
+        Ledger.replay(PROMPTS, 0, [log[0], {"event": "issue"}], trained_through=0)
     with pytest.raises(LedgerError, match="not unique"):
         Ledger(["a", "a"], seed=0)
 
