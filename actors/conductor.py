@@ -18,6 +18,7 @@ from actors.ray_support import ActorLost, answers_of_living
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
+from system.flow.curriculum import PoolWeights
 from system.flow.ledger import Ledger
 from system.flow.loop import GaveUp, TrainingLoop
 from system.observe.eval import EvalResult
@@ -52,7 +53,13 @@ class Conductor:
         prompts = {prompt.id: prompt for prompt in task.train()}
         self._log, logged = JsonlWriter(run_dir.ledger_path), read_jsonl(run_dir.ledger_path)
         ledger = Ledger.replay(
-            [*prompts], config.run.seed, logged, version, config.flow.max_attempts, self._log.write
+            [*prompts],
+            config.run.seed,
+            logged,
+            version,
+            config.flow.max_attempts,
+            self._log.write,
+            PoolWeights.of(config),
         )
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)

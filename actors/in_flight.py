@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
 from actors.ray_support import answer, answers_of_living, fetch
 from actors.raylet import beside
@@ -107,12 +106,7 @@ class InFlightCheckpoint:
     @staticmethod
     async def write(path: Path, found: Collected) -> None:
         """:func:`write` in another process.  Raises OSError where the disk does not take the trees."""
-        try:
-            await answer(beside(write, path, found), WRITE_DEADLINE_S, "writing the trees in flight")
-        except RayTaskError as error:
-            if isinstance(error.cause, OSError):
-                raise error.cause from None
-            raise
+        await answer(beside(write, path, found), WRITE_DEADLINE_S, "writing the trees in flight")
 
     async def _settle(self, missing: set[int]) -> None:
         """A worker that no longer grows a tree has closed it: wait until it is here."""

@@ -102,8 +102,9 @@ class ActorParts:
         except SnapshotError as failure:
             text = f"tree {ticket.number} cannot go on from its snapshot: {failure}"
             raise TreeLost("snapshot", text, blameless=True) from failure
-        except RayTaskError as failure:  # the worker's answer could not be stored, or not be read
-            raise TreeLost("answer", described(failure.cause)) from failure
+        except (RayTaskError, OSError, UnicodeError) as failure:  # its answer could not be stored, or be read
+            cause = failure.cause if isinstance(failure, RayTaskError) else failure
+            raise TreeLost("answer", described(cause)) from failure
         except (ActorLost, RayError) as failure:  # keep the place until its worker is back, or lost again
             self.deaths.died(name, str(failure))
             what, back_s = f"{name}, which grew tree {ticket.number}", self.config.cluster.start_deadline_s

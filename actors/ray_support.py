@@ -18,13 +18,14 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from actors import keys
 from system.config import Config
-from system.errors import FAILED, LOST, EspalierError
+from system.errors import EXPECTED, FAILED, LOST, EspalierError
 
 T = TypeVar("T")
 
 LOOK_S = 0.5
 STALL_S = 1.0  # for an answer that came while this process stood still, to be read
 HEARTBEAT = "heartbeat"  # the concurrency group of an actor's heartbeat: a thread of its own
+OF_PEERS = (ConnectionError, TimeoutError)  # OSErrors that tell of another process, not of a file
 LOGS = "ESPALIER_LOGS"  # the directory that each actor's output goes to, in a file of its own
 
 
@@ -167,7 +168,8 @@ async def answer(reference: Any, deadline_s: float, what: str) -> Any:
     """The value of an actor call.  Raises what the method raised, or ActorLost naming ``what``.
 
     An answer that has come counts, however late this process, which may have stood still, reads it.
-    An error that nobody expected there comes as Ray's RayTaskError, with the traceback.
+    An error that is told in a line (:data:`EXPECTED`: a full disk, say) is what it would be if it had been
+    raised here; one that nobody expected there comes as Ray's RayTaskError, with the traceback.
     """
     waiting = asyncio.ensure_future(_value(reference))
     try:
@@ -181,7 +183,7 @@ async def answer(reference: Any, deadline_s: float, what: str) -> Any:
         kind = StartFailed if error.actor_init_failed else ActorLost
         raise kind(f"{what}: the actor died: {_last_line(error)}") from error
     except RayTaskError as error:
-        if isinstance(error.cause, EspalierError):  # it says by itself what is wrong, and its exit code
+        if isinstance(error.cause, EXPECTED) and not isinstance(error.cause, OF_PEERS):
             raise error.cause from None
         raise
     finally:

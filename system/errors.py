@@ -26,7 +26,9 @@ A message names the field or the file, and the remedy, in one line.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Generator, Iterator
 from typing import ClassVar
 
 # Exit codes.  STOPPED: asked to stop before the end, a checkpoint was saved.  LOST: a machine or an actor
@@ -84,6 +86,19 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
             yield from leaves(inner)
     else:
         yield error
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Generator[None]:
+    """For the length of the block, an error of the file system that names no file, as that of a full disk,
+    names ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def told(error: BaseException) -> str:

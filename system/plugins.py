@@ -224,6 +224,8 @@ TASKS = Registry(
         "jsonl": "system.tasks.jsonl:JsonlTask",
         "reasoning-gym": "system.tasks.reasoning:ReasoningTask",
         "hops": "system.tasks.study.hops:HopsTask",
+        "code": "system.tasks.study.code:CodeTask",
+        "game": "system.tasks.study.game:GameTask",
     },
     given=("config",),
 )
@@ -248,7 +250,11 @@ SYNTAXES = Registry(
 )
 TOOLS = Registry(
     "tools.names",
-    {"search": "system.tools.http_tools:SearchTool", "python": "system.tools.http_tools:PythonTool"},
+    {
+        "search": "system.tools.http_tools:SearchTool",
+        "python": "system.tools.http_tools:PythonTool",
+        "guess": "system.tasks.study.game:GuessTool",
+    },
     offered=("url", "top_k", "http"),
     options_key="tools.options",
 )
@@ -323,8 +329,9 @@ POLICIES = Registry(
         "arpo-release": "system.rollout.branching:ArpoRelease",
         "arpo-calibrated": "system.rollout.branching:ArpoCalibrated",
         "aepo": "system.rollout.branching:Aepo",
-        "at2po": "system.rollout.branching:MostUncertainTurns",
-        "random-turns": "system.rollout.branching:RandomTurns",
+        "at2po": "system.rollout.expanding:MostUncertainTurns",
+        "treerl": "system.rollout.expanding:UnlikelyTokens",
+        "random-turns": "system.rollout.expanding:RandomTurns",
         "random": "system.rollout.branching:Random",
         "none": "system.rollout.branching:Never",
     },

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -449,3 +450,29 @@ def test_the_settings_reference_is_current(capsys: pytest.CaptureFixture[str]):
     assert main(["config", "--explain", "--markdown"]) == 0
     assert capsys.readouterr().out == markdown()
     assert (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf-8") == markdown()
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "shows"),
+    [
+        (ASCII, ["study", "--help"], b"espalier study branching configs"),
+        (ASCII, ["config", "--explain", "flow.staleness"], b"\\u03b7: versions"),
+        ({"PYTHONOPTIMIZE": "2"}, ["--help"], b"start here: espalier train"),
+        ({"PYTHONOPTIMIZE": "2"}, ["config", "--explain", "flow.staleness"], b"integer, default 1"),
+    ],
+)
+def test_an_ascii_terminal_and_a_python_without_docstrings_will_do(
+    environment: dict[str, str], words: list[str], shows: bytes
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "actors.cli.main", *words],
+        env={**os.environ, **environment},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert shows in done.stdout + done.stderr
+    assert b"Traceback" not in done.stderr

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import pickle
 from pathlib import Path
 
 import pytest
 
 from actors.ray_support import ActorLost, StartFailed
 from system import errors
-from system.errors import ConfigError, exit_code, told
+from system.errors import ConfigError, exit_code, naming, told
 from system.tools.service import ToolStartError
 
 
@@ -48,6 +49,21 @@ def test_words_for_people() -> None:
     assert told(caught.value) == "no/such: No such file or directory"
     assert told(ConfigError("run.seed: 3")) == "run.seed: 3"
     assert told(TimeoutError()) == "TimeoutError"
+
+
+def test_an_error_of_the_disk_names_the_file() -> None:
+    full = (28, "No space left on device")
+    with pytest.raises(OSError, match="No space") as caught, naming("runs/a/ledger.jsonl"):
+        raise OSError(*full)
+    assert told(caught.value) == "runs/a/ledger.jsonl: No space left on device"
+    with pytest.raises(OSError, match="No space") as caught, naming("another"):
+        raise OSError(*full, "its own")
+    assert told(caught.value) == "its own: No space left on device"
+    with pytest.raises(OSError, match="in words") as words, naming("a third"):
+        raise OSError("in words")
+    assert told(words.value) == "in words"
+    again = pickle.loads(pickle.dumps(caught.value))  # as Ray hands it on
+    assert told(again) == told(caught.value)
 
 
 def test_every_error_of_ours_has_the_one_base() -> None:

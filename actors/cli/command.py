@@ -29,10 +29,11 @@ class CliCommand:
 
     def parser(self, adder: Any) -> argparse.ArgumentParser:
         """Its parser, added to ``adder``: what ``add_subparsers`` returns."""
+        # python -OO leaves out docstrings: commands work without their help.
         description, _, epilog = (inspect.getdoc(self.run) or "").partition("\n\n")
         parser = adder.add_parser(
             self.name,
-            help=description[0].lower() + description[1:-1],
+            help=description[:1].lower() + description[1:-1],
             description=description,
             epilog=epilog + "\n",
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,6 +7,7 @@ when it runs, so ``--help`` answers at once and a command never waits for a libr
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 2 wrong usage or configuration, 130 interrupted, and
     those of :mod:`system.errors`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an ASCII terminal cannot show must not end a command
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = build_parser()
     if not argv:

@@ -25,13 +25,16 @@ def study(args: argparse.Namespace) -> int:
 
     examples:
       espalier study branching configs/quickstart.yaml --seeds 1 --steps 20   a first look, some minutes
-      espalier study branching configs/study/hops.yaml --steps 60 --every 5
+      espalier study branching configs/study/*.yaml --steps 60 --every 5
       espalier study branching configs/quickstart.yaml --arms calibrated,random,surest
       espalier study sampling configs/quickstart.yaml
 
-    `branching`: does it pay to fork where the model is unsure? Arms: calibrated, arpo, release, aepo, at2po,
-    random, surest (the contrary) and none (independent rollouts), at equal tokens and at equal tool calls.
+    `branching`: does it pay to fork where the model is unsure? Arms: calibrated, depth (calibrated among
+    results as deep), arpo, release, aepo, at2po, random, surest (the contrary) and none (independent
+    rollouts), at equal tokens and at equal tool calls.
     `sampling`: does it pay to leave out trees without signal? Arms: all, dynamic.
+    `measures`: what says best that the model is unsure? Arms: delta (calibrated), entropy, first, surprise,
+    varentropy, siblings, treerl (inside turns) and random.
     (system/study/questions.py says what each arm sets.) Every run is synchronous (flow.staleness=0), on one
     rank and the embedded engine. With 5 seeds p is at least 0.0625 for one task; all together can say more.
     The same command goes on after a stop: runs that are there are not made again. Writes QUESTION.json, PNG

@@ -36,6 +36,6 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
         _TOKENS,
     ),
     "gigpo": ("branching=random", "learn.credit=gigpo", *_PPO, _SEQUENCES),
-    "treerl": ("branching=arpo-calibrated", "learn.credit=treerl", *_PPO, _TOKENS),
+    "treerl": ("branching=treerl", "learn.credit=treerl", *_PPO, _TOKENS),
     "vineppo": ("branching=random", "learn.credit=vineppo", *_PPO, _TOKENS),
 }

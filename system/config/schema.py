@@ -122,10 +122,11 @@ class RolloutConfig:
 
     schedule: str = setting(
         "barrier-free",
-        "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: or can "
-        "only after a tool call that takes over twice its tool's median (of 16 calls or more); lockstep: the "
-        "released ARPO code's rounds (generate all, wait for all tools, fork, top up one root per round), "
-        "for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
+        "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: it keeps "
+        "n/N - 1 leaves back per branch that still can and has no tool call of over twice that tool's median "
+        "(of 16 calls or more), and starts the rest at once; lockstep: the released ARPO code's rounds "
+        "(generate all, wait for all tools, fork, top up one root per round), for comparison; it needs "
+        "flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
@@ -157,7 +158,7 @@ class BranchingConfig:
     probe_tokens: int = setting(
         8, "k: tokens after a tool result whose mean entropy decides (arpo-release: 20, their sum)", least=1
     )
-    options: dict[str, Any] = setting({}, "the policy's own: at2po's width and penalty, aepo's penalty, …")
+    options: dict[str, Any] = setting({}, "the policy's own: arpo-calibrated's by, at2po's width, …")
 
 
 @dataclass
@@ -298,6 +299,20 @@ class FlowConfig:
         "for ever; 0: none is left out",
         least=0,
         safe_on_resume=True,
+    )
+    curriculum: bool = setting(
+        False,
+        "draw questions by the mean correctness of their last trees: those that are solved, and those that "
+        "are hopeless, come back rarely; off: epochs, each in a seeded order",
+    )
+    curriculum_trees: int = setting(
+        2, "a question's last trees: all right it is solved, all wrong hopeless", least=1
+    )
+    curriculum_solved: float = setting(
+        0.1, "how often a solved question is drawn, against one that is neither", above=0, most=1
+    )
+    curriculum_hopeless: float = setting(
+        0.1, "how often a hopeless question is drawn, against one that is neither", above=0, most=1
     )
     update: str = setting(
         "in-flight",

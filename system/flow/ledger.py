@@ -10,16 +10,17 @@ import hashlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from system.errors import EspalierError
+from system.flow.curriculum import Curriculum, PoolWeights
 
 Event = dict[str, Any]
-Key = tuple[int, str]  # epoch, prompt id
+Key = tuple[int, str]  # epoch (with a curriculum: how often it was drawn before), prompt id
 
 
 class LedgerError(EspalierError, ValueError):
@@ -92,12 +93,16 @@ _IN_FLIGHT = (State.GROWING, State.QUEUED, State.TRAINING)
 
 
 class Ledger:
-    """Hands out prompts, epoch by epoch, each epoch in its own seeded order, and follows each to its end.
+    """Hands out prompts, epoch by epoch, each epoch in its own seeded order, or by what they earned before
+    (a curriculum), and follows each to its end.
 
     A prompt that comes back (``retry``) goes before new ones.
     """
 
-    def __init__(self, prompt_ids: Sequence[str], seed: int, max_attempts: int = 3) -> None:
+    def __init__(
+        self, prompt_ids: Sequence[str], seed: int, max_attempts: int = 3, weights: PoolWeights | None = None
+    ) -> None:
+        """``weights``: of the curriculum; None: there is none."""
         if not prompt_ids or max_attempts < 1:
             raise LedgerError(
                 f"{len(prompt_ids)} prompts and max_attempts={max_attempts}: need at least one of each"
@@ -111,6 +116,9 @@ class Ledger:
         self._tickets: dict[int, Ticket] = {}  # of trees that grow, wait for the learner, or are trained on
         self.growing: set[int] = set()  # those of them whose trees have not closed
         self._returned: deque[Key] = deque()  # pending again
+        self._weights, self.curriculum = weights, None
+        if weights is not None:
+            self.curriculum = Curriculum(self._epoch(0), seed, weights)
         self._fresh = self._in_order()
         self.next_number = 0
         self._write: Callable[[Event], object] = lambda _: None
@@ -140,10 +148,9 @@ class Ledger:
         record.start_version = start_version
         return True
 
-    def queue(self, number: int) -> None:
-        """Its tree has closed: growing -> queued."""
-        self._move(number, (State.GROWING,), State.QUEUED)
-        self._log("queue", number=number)
+    def queue(self, number: int, rate: float | None = None) -> None:
+        """Its tree has closed: growing -> queued.  ``rate``: see :meth:`Curriculum.back`."""
+        self._close(number, State.QUEUED, rate)
 
     def train(self, numbers: Sequence[int], version: int) -> None:
         """The learner has made weight version ``version`` of these trees: queued -> training."""
@@ -171,13 +178,15 @@ class Ledger:
 
     def abandon(self, number: int, reason: str) -> None:
         """Give the prompt up for this epoch."""
+        key = self.ticket(number).key
         self._move(number, _IN_FLIGHT, State.ABANDONED)
+        if self.curriculum is not None:
+            self.curriculum.back(*key, None)
         self._log("abandon", number=number, reason=reason)
 
-    def silent(self, number: int) -> None:
-        """Its tree has closed and is left out: growing -> silent."""
-        self._move(number, (State.GROWING,), State.SILENT)
-        self._log("silent", number=number)
+    def silent(self, number: int, rate: float | None = None) -> None:
+        """Its tree has closed and is left out: growing -> silent.  ``rate`` as in :meth:`queue`."""
+        self._close(number, State.SILENT, rate)
 
     def ticket(self, number: int) -> Ticket:
         """The ticket of a tree in flight."""
@@ -212,19 +221,21 @@ class Ledger:
         trained_through: int,
         max_attempts: int = 3,
         write: Callable[[Event], object] = lambda _: None,
+        weights: PoolWeights | None = None,
     ) -> Ledger:
         """The ledger after a restart from the checkpoint of weight version ``trained_through``.
 
         Trees in flight were lost with the process and updates after the checkpoint with the weights: their
         prompts are pending again (which is no failed attempt), except those whose update the checkpoint
         contains.  The restore is itself an event, so the log stays valid through any number of restarts.
+        What a curriculum has learned of a lost tree stands until the prompt's next tree closes.
         Raises LedgerError for a log of another seed or data set, and for one that does not account for every
         version that was trained.
 
         ``write`` appends an event to the log, which must be durable before a checkpoint is: it is never
         behind the weights.
         """
-        ledger = cls(prompt_ids, seed, max_attempts)
+        ledger = cls(prompt_ids, seed, max_attempts, weights)
         opening, events = ledger._opening(), list(events)
         if (known := accounted(events)) < trained_through:
             raise LedgerError(
@@ -291,15 +302,36 @@ class Ledger:
             self._returned.append(ticket.key)
         return record
 
+    def _close(self, number: int, to: State, rate: float | None) -> None:
+        key = self.ticket(number).key
+        self._move(number, (State.GROWING,), to)
+        if self.curriculum is not None:
+            self.curriculum.back(*key, rate)
+        self._log("queue" if to == State.QUEUED else "silent", number=number, **_known(rate=rate))
+
     def _in_order(self) -> Iterator[Key]:
-        """Every prompt of every epoch."""
+        """Every prompt that is issued for the first time in its epoch."""
+        if self.curriculum is not None:
+            while True:
+                yield self.curriculum.draw()
         for epoch in itertools.count():
-            for number in np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts)):
-                yield epoch, self._prompts[number]
+            for prompt in self._epoch(epoch):
+                yield epoch, prompt
+
+    def _epoch(self, epoch: int) -> list[str]:
+        """Every prompt, in the seeded order of an epoch."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+        return [self._prompts[number] for number in order]
 
     def _opening(self) -> Event:
         digest = hashlib.sha256("\0".join(self._prompts).encode("utf-8", "surrogatepass")).hexdigest()
-        return {"event": "open", "seed": self._seed, "prompts": len(self._prompts), "digest": digest}
+        opening = {"event": "open", "seed": self._seed, "prompts": len(self._prompts), "digest": digest}
+        return opening | _known(curriculum=self._weights and asdict(self._weights))
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._write({"event": kind, **fields})
+
+
+def _known(**fields: Any) -> Event:
+    """Those that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}

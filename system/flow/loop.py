@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +75,7 @@ class FinishedStep:
     trees: Sequence[TreeStats]  # what was trained on
     stats: Mapping[str, float]  # the learner's own numbers
     staleness: Sequence[int]  # how many versions each of ``trees`` lagged behind
+    pools: Mapping[str, float] = field(default_factory=dict)  # a curriculum's, by share of the questions
 
 
 class RunEvents(Protocol):
@@ -170,12 +171,14 @@ class TrainingLoop:
 
     def _take_in(self, tree: TreeInFlight) -> None:
         """Queue a closed tree, or leave it out, if it has nothing to teach and not too many were left out."""
+        judged = tree.stats.correct
+        rate = float(judged.mean()) if judged.size and self.ledger.curriculum else None
         if tree.stats.zero_variance and not tree.counted and self._silent < self.config.flow.skip_silent:
             self._silent += 1
-            self.ledger.silent(tree.ticket.number)
+            self.ledger.silent(tree.ticket.number, rate)
             self.events.tree_dropped("no signal", self.config.rollout.leaves)
         else:
-            self.ledger.queue(tree.ticket.number)
+            self.ledger.queue(tree.ticket.number, rate)
             self.replay.put(tree)
 
     def _lose(
@@ -247,7 +250,8 @@ class TrainingLoop:
         self.ledger.trained(numbers)
         self._room.set()
         self._record_idle()
-        self.events.train_step(FinishedStep(version, trees, stats, lag))
+        pools = self.ledger.curriculum.shares() if self.ledger.curriculum else {}
+        self.events.train_step(FinishedStep(version, trees, stats, lag, pools))
 
     async def _drained(self) -> None:
         """Return when no tree grows, or at once when asked to stop.

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -46,8 +48,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
 from torch.distributed.checkpoint.state_dict_saver import save as write_boxes
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from system.errors import CheckpointError
+from system.errors import CheckpointError, naming
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
@@ -93,18 +97,29 @@ class TrainingState:
         """Write a checkpoint; collective over all ranks, which must share the file system.
 
         The directory appears under its name only when complete, with a manifest of its files' digests, and
-        replaces an older one.
+        replaces an older one.  Raises OSError where a disk does not take it.
         """
-        rank, world = self._layout.rank, dist.get_world_size()
         partial = path.with_name(path.name + ".partial")
+        with naming(partial):
+            self._write(partial, step, extra)
+            if self._layout.rank == 0:
+                replace(partial, path)
+        dist.barrier()
+
+    def _write(self, partial: Path, step: int, extra: dict[str, Any]) -> None:
+        rank, world = self._layout.rank, dist.get_world_size()
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
         boxes = [_whole("rng", torch.get_rng_state())] if rank == 0 else []
         boxes += self._held(writing=True)
-        write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
+        try:
+            write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
+        except CheckpointException as error:  # no Exception, and the same on every rank
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from error
         dist.barrier()
         files = sorted(file.name for file in partial.iterdir())
         mine = {name: _digest(partial / name) for name in files[rank::world]}
@@ -114,8 +129,6 @@ class TrainingState:
                 json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())
-            replace(partial, path)
-        dist.barrier()
 
     @torch.no_grad()
     def load(self, path: Path) -> tuple[int, dict[str, Any]]:
@@ -221,7 +234,20 @@ def _whole(name: str, tensor: torch.Tensor) -> Box:
     return Box(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
-# ---------------------------------------------------------------------- torch's planners
+# ---------------------------------------------------------------------- torch's writer and planners
+
+
+class _Writer(FileSystemWriter):
+    """Raises the error of the disk that torch hides behind one of its own."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            hidden: BaseException | None = error
+            while hidden is not None and not isinstance(hidden, OSError):
+                hidden = hidden.__context__
+            raise hidden or error from None
 
 
 class _BoxSaver(DefaultSavePlanner):

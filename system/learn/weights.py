@@ -20,14 +20,14 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from system.config import ConfigError
+from system.errors import naming
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
 from system.models.directory import INDEX, SINGLE, weight_files
-from system.models.files import write_index
+from system.models.files import write_index, write_weights
 
 Bucket = dict[str, torch.Tensor]
 
@@ -158,26 +158,27 @@ def save_hf(
             pass
         return
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in Path(source).iterdir():
-        if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
-            shutil.copy(file, partial)
-    config: dict[str, Any] = json.loads((partial / "config.json").read_text())
-    config.pop("torch_dtype", None)  # an older name of it
-    config["dtype"] = str(model.config.params_dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    where: dict[str, str] = {}
-    total, count = 0, len(export.plan)
-    for number, bucket in enumerate(export.buckets(), 1):
-        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        save_file(bucket, partial / name, metadata={"format": "pt"})
-        where |= dict.fromkeys(bucket, name)
-        total += sum(t.nbytes for t in bucket.values())
-        bucket.clear()  # before the next one is gathered
-    if count > 1:
-        write_index(partial, where, total)
-    replace(partial, path)
+    with naming(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in Path(source).iterdir():
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
+                shutil.copy(file, partial)
+        config: dict[str, Any] = json.loads((partial / "config.json").read_text())
+        config.pop("torch_dtype", None)  # an older name of it
+        config["dtype"] = str(model.config.params_dtype).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        where: dict[str, str] = {}
+        total, count = 0, len(export.plan)
+        for number, bucket in enumerate(export.buckets(), 1):
+            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            write_weights(bucket, partial / name)
+            where |= dict.fromkeys(bucket, name)
+            total += sum(t.nbytes for t in bucket.values())
+            bucket.clear()  # before the next one is gathered
+        if count > 1:
+            write_index(partial, where, total)
+        replace(partial, path)
 
 
 def replace(partial: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from system.errors import EspalierError
+from system.errors import EspalierError, naming
 
 
 class JsonlError(EspalierError, ValueError):
@@ -28,24 +28,26 @@ class JsonlWriter:
     """Appends mappings to ``path``, one JSON line each; a number that is not finite becomes ``null``."""
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        self._path = path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         _cut_torn_tail(self._fd)
 
     def write(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
-        try:
-            written = os.write(self._fd, line)
-            while written < len(line):  # a signal or a nearly full disk can shorten a write
-                written += os.write(self._fd, line[written:])
-        except OSError:
-            _cut_torn_tail(self._fd)
-            raise
+        with naming(self._path):
+            try:
+                written = os.write(self._fd, line)
+                while written < len(line):  # a signal or a nearly full disk can shorten a write
+                    written += os.write(self._fd, line[written:])
+            except OSError:
+                _cut_torn_tail(self._fd)
+                raise
 
     def sync(self) -> None:
         """Make everything written so far survive a crash of the machine, not only of the process."""
-        os.fsync(self._fd)
+        with naming(self._path):
+            os.fsync(self._fd)
 
     def close(self) -> None:
         os.close(self._fd)

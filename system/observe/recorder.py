@@ -148,6 +148,7 @@ class Recorder:
         totals, stats = self._totals, step.stats
         totals.version = max(totals.version, step.version)
         totals.staleness.update(step.staleness)
+        totals.pools = dict(step.pools)
         tokens = sum(tree.trainable for tree in step.trees)
         totals.trained += tokens
         totals.unique_trained += sum(tree.unique for tree in step.trees)
@@ -227,6 +228,8 @@ class Recorder:
         trained = [tree for one in self._finished for tree in one.trees]
         lag = [versions for one in self._finished for versions in one.staleness]
         record |= train_metrics(trained, _mean_by_key([one.stats for one in self._finished]), lag)
+        if self._finished:
+            record |= {f"flow/pool/{name}": value for name, value in self._finished[-1].pools.items()}
         if self._lag_at_close:
             record["flow/lag_at_close"] = mean(self._lag_at_close)
         record |= {f"flow/dropped/{reason}": float(n) for reason, n in sorted(self._dropped.items())}

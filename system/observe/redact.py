@@ -46,11 +46,13 @@ _URL_QUERY = re.compile(
 )
 _NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)\\*["']?\s*(?P<sign>[=:])\s*""")
 _FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<sign>\s)\s*")
-_HEADER = re.compile(r"(?P<before>authorization[\"']?\s*[:=]\s*[\"']?)[^\n\"']+", re.I)
-_LOGIN = re.compile(  # curl -u me:secret | wandb login 0123… | machine m login me password secret
+_HEADER = re.compile(r"(?P<before>(?:authorization|\b(?:set-)?cookie)[\"']?\s*[:=]\s*[\"']?)[^\n\"']+", re.I)
+# curl -u me:secret | wandb login 0123… | machine m login me password secret | docker login -u me -p secret
+_LOGIN = re.compile(
     r"(?P<before>(?:(?<=\s)-u|--user)\s+[^\s:]+:)\S+"
     r"|(?P<login>\blogin\s+(?:-\S+\s+)*)[A-Za-z0-9_-]{20,}"
     r"|(?P<netrc>\blogin\s+\S+\s+password\s+)\S+"
+    r"|(?P<flag>\b(?:docker|podman|nerdctl|skopeo|helm|az|oc)\s(?:[^\n;|&]*\s)?login\s(?:[^\n;|&]*\s)?-p(?:\s+|=)?)[^\s=]\S*"
 )
 
 
@@ -76,7 +78,9 @@ def _in_text(text: str) -> str:
     text = _HEADER.sub(rf"\g<before>{HIDDEN}", text)
     for pattern in (_NAMED, _FLAG):
         text = _sub_named(pattern, text)
-    return _LOGIN.sub(lambda match: f"{match['before'] or match['login'] or match['netrc']}{HIDDEN}", text)
+    return _LOGIN.sub(
+        lambda match: f"{match['before'] or match['login'] or match['netrc'] or match['flag']}{HIDDEN}", text
+    )
 
 
 def _sub_named(pattern: re.Pattern[str], text: str) -> str:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from system.config import Config, ConfigError, load, to_dict, to_yaml
+from system.errors import naming
 from system.observe.jsonl import jsonable
 from system.observe.redact import redact
 
@@ -149,7 +150,7 @@ def write_atomic(path: Path, text: str, *, private: bool = False) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)
     number = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
-    with open(number, "w", encoding="utf-8") as file:
+    with naming(path), open(number, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

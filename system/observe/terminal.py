@@ -16,8 +16,11 @@ _REPLACED = {
         (
             *range(0x80, 0xA0),  # control characters of 8 bits: 0x9b begins an escape sequence
             *(0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # of direction
+            *(0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF),  # nothing is seen of them
             *range(0xD800, 0xE000),  # lone surrogates, which cannot be printed
-            *range(0xE0000, 0xE0080),  # tags: text that nobody sees
+            *range(
+                0xE0000, 0xE0080
+            ),  # tags: text that nobody sees; joiners (U+200C, U+200D) make words and emoji
         ),
         "␦",
     ),

@@ -26,6 +26,7 @@ class Totals:
     flat_trained: int = 0  # the same once per leaf, as flattened paths would cost
     version: int = 0
     staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
+    pools: dict[str, float] = field(default_factory=dict)  # of a curriculum, now: share of the questions
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
     causes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind -> {"count", "first": its text}
     beginning: dict[str, list[float]] = field(default_factory=dict)  # metric -> its first values, for alarms
@@ -58,6 +59,7 @@ class Totals:
                 "mean": sum(lag * n for lag, n in self.staleness.items()) / lags if lags else 0.0,
             },
             "versions": self.version,
+            "pools": dict(self.pools),
             "engine": engine_totals(self.engine),
             "tools": dict(sorted(self.tools.items())),
             "mismatch": _mismatch(self.mismatch),

@@ -41,6 +41,26 @@ class Branch:
     forked: int = 0
     streak: int = 0  # :attr:`TreeState.streak`
 
+    @classmethod
+    def planted(cls, seed: int, key: tuple[int, ...], origin: Origin, node: int) -> Branch:
+        """A branch that begins at the end of ``node``, with streams of its own of the tree's ``seed``."""
+        decisions, sampling = (np.random.SeedSequence([seed, i], spawn_key=key) for i in (0, 1))
+        return cls(key, origin, node, np.random.default_rng(decisions), np.random.default_rng(sampling))
+
+    def fork(self, seed: int, node: int, before: int, inherits: bool) -> Branch:
+        """A sibling of what this branch wrote after ``node``, where its first ``before`` segments end.
+        ``inherits``: it keeps the baseline.
+        """
+        child = Branch.planted(seed, (*self.key, self.forked), Origin.FORK, node)
+        self.forked += 1
+        child.request, child.streak = self.request, self.streak
+        child.segments = self.segments[:before]
+        child.calls = sum(kind == Kind.TOOL for kind, _ in child.segments)
+        child.tools = self.tools[: child.calls]
+        if inherits:
+            child.baseline, child.has_baseline = self.baseline, self.has_baseline
+        return child
+
     @property
     def undecided(self) -> bool:
         """Whether a tool call is under way or its answer has not been decided upon."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,16 +24,26 @@ from system.errors import ConfigError
 from system.plugins import POLICIES, PluginError
 
 
+def _nothing() -> NDArray[np.float32]:
+    return np.zeros(0, np.float32)
+
+
 class EntropyUnknown(ConfigError):
     """The engine reports no token entropies, and the configured policy needs them: so for every tree."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Probe:
     """What was measured around one tool result, in the unit of the policy's :meth:`Policy.measure`."""
 
     entropy: float  # H_t; NaN when unknown
     baseline: float  # H_init of the branch; NaN when unknown
+    # [≤ probe_tokens] nats, of each token that was looked at; NaN where unknown
+    entropies: NDArray[np.float32] = field(default_factory=_nothing)
+    logprobs: NDArray[np.float32] = field(default_factory=_nothing)  # of the same tokens, nats
+    # Of each sibling, a branch that goes on from the same result: the share of its first tokens, as many as
+    # both have written and at most probe_tokens, before the first at which it differs from this one.
+    shared: tuple[float, ...] = ()
 
     @property
     def delta_h(self) -> float:
@@ -53,13 +63,16 @@ class TreeState:
     streak: int = 0  # tool results in a row, the last ones on this branch's path, at which the tree forked
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Turn:
     """What the model wrote in one go, in a tree in which no branch lives."""
 
     surprise: float  # -mean log-probability of its tokens, nats: an estimate of its entropy
     siblings: int  # turns that begin where it does, itself included
     calls: int  # tool calls before it on its path
+    root: int = 0  # number of the root branch that it grew from
+    logprobs: NDArray[np.float32] = field(default_factory=_nothing)  # [n] of its tokens, nats
+    rewrites: bool = False  # it was written once more, from where an older turn, or its rest, begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +111,22 @@ class Policy(ABC):
         known = entropies[np.isfinite(entropies)]
         return float(known.mean(dtype=np.float64)) / log_vocab if known.size else math.nan
 
+    @property
+    def asks_forks(self) -> bool:
+        """Whether a fork, once its own first tokens are there, is decided upon as its parent was."""
+        return False
+
     @abstractmethod
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         """Raises :class:`EntropyUnknown` when the policy needs ΔH and there is none."""
 
-    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
+    def expand(
+        self, turns: Sequence[Turn], room: int, rng: np.random.Generator
+    ) -> Sequence[int | tuple[int, int]]:
         """Which of ``turns`` are written once more now, each by a new branch: indices, perhaps repeated, of
-        which the first ``room``, what is left of the budget, are taken.  Asked again when these have ended,
-        until it is spent.  None of them: fresh roots.
+        which the first ``room``, what is left of the budget, are taken.  A pair (index, t) keeps the turn's
+        first t tokens, fewer than it has.  Asked again when these have ended, until the budget is spent.
+        None of them: fresh roots.
         """
         return ()
 
@@ -140,37 +161,86 @@ class Arpo(Policy):
 
 @dataclass(frozen=True)
 class ArpoCalibrated(Arpo):
-    """The default.  P(fork) = clip(α + β·(2u - 1), 0, 1), u the rank of ΔH, from 0 to 1, among those
-    measured before.
+    """The default.  P(fork) = clip(α + β·(2u - 1), 0, 1), u the rank, from 0 to 1, of how unsure the model is
+    among the results before.
 
-    ΔH over ln V is some hundredths wide, so that β times it moves :class:`Arpo`'s P by less than the draw
-    can tell.  Ranks are uniform whatever that width is: α is the mean rate, and P goes from α - β, where the
-    model is surest, to α + β, where it is least sure.  Ranks are among the last ``window`` results of this
-    rollout worker, which a restart forgets; P = α before there are ``least`` of them.
+    ``by``: what says so, one of :data:`MEASURES`, ΔH if nothing else is said.  ΔH over ln V is some
+    hundredths wide, so that β times it moves :class:`Arpo`'s P by less than the draw can tell.  Ranks are
+    uniform whatever that width is: α is the mean rate, and P goes from α - β, where the model is surest, to
+    α + β, where it is least sure.  Ranks are among the last ``window`` results of this rollout worker, which
+    a restart forgets; P = α before there are ``least`` of them, and where the measure is not known.
+
+    ``by_depth``: among those alone that are as many tool calls deep.  Else, where ΔH rises with depth, as it
+    often does, later results fork more, and below them less is left to differ.
     """
 
     window: int = 1024
     least: int = 32
+    by: str = "delta"
+    by_depth: bool = False
     name: ClassVar[str] = "arpo-calibrated"
-    _seen: deque[float] = field(default_factory=deque[float], init=False, repr=False, compare=False)
+    _seen: defaultdict[int, deque[float]] = field(
+        default_factory=lambda: defaultdict(deque[float]), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.window:
             raise PluginError(
                 f"branching.options: least={self.least} must be 1 or more, and at most window={self.window}"
             )
+        if self.by not in MEASURES:
+            raise PluginError(f"branching.options.by={self.by!r}: choose one of {', '.join(MEASURES)}")
+
+    @property
+    def asks_forks(self) -> bool:
+        """A result has siblings only once the tree has forked there."""
+        return self.by == "siblings"
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
-        delta_h = self.known(probe.delta_h)
-        rank = 0.5
-        if len(self._seen) >= self.least:
-            seen = np.array(self._seen)
-            rank = float(((seen < delta_h).sum() + (seen <= delta_h).sum()) / (2 * seen.size))
-        self._seen.append(delta_h)
-        if len(self._seen) > self.window:
-            self._seen.popleft()
-        probability = _clip(self.alpha + self.beta * (2 * rank - 1))
-        return _drawn(probability, delta_h, rng)
+        unsure = MEASURES[self.by](probe)
+        if self.by not in ("surprise", "siblings"):
+            self.known(unsure)
+        rank = self._rank(unsure, self._seen[state.calls if self.by_depth else 0])
+        return _drawn(_clip(self.alpha + self.beta * (2 * rank - 1)), probe.delta_h, rng)
+
+    def _rank(self, value: float, before: deque[float]) -> float:
+        """Of ``value`` among those ``before``, 1/2 while that cannot be told; remembers it."""
+        if math.isnan(value):
+            return 0.5
+        seen = np.array(before)
+        before.append(value)
+        if len(before) > self.window:
+            before.popleft()
+        if seen.size < self.least:
+            return 0.5
+        return float(((seen < value).sum() + (seen <= value).sum()) / (2 * seen.size))
+
+
+def _surprise(probe: Probe) -> float:
+    return -float(probe.logprobs.mean(dtype=np.float64)) if probe.logprobs.size else math.nan
+
+
+def _varentropy(probe: Probe) -> float:
+    """-log p of a token drawn from p has the mean H and the variance that is meant: (-log p - H)² is an
+    estimate of it from one draw, right in the mean, and needs nothing of p but what an engine reports.
+    """
+    squares = (-probe.logprobs.astype(np.float64) - probe.entropies) ** 2
+    known = squares[np.isfinite(squares)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _disagreement(probe: Probe) -> float:
+    return 1 - sum(probe.shared) / len(probe.shared) if probe.shared else math.nan
+
+
+MEASURES: dict[str, Callable[[Probe], float]] = {  # how unsure the model is after a result; NaN: unknown
+    "delta": lambda probe: probe.delta_h,
+    "entropy": lambda probe: probe.entropy,
+    "first": lambda probe: float(probe.entropies[0]) if probe.entropies.size else math.nan,
+    "surprise": _surprise,
+    "varentropy": _varentropy,
+    "siblings": _disagreement,
+}
 
 
 @dataclass(frozen=True)
@@ -267,51 +337,6 @@ class Never(Policy):
 
     def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
         return Decision(0, 0.0, math.nan, probe.delta_h)
-
-
-@dataclass(frozen=True)
-class Expanding(Policy):
-    """Never forks at a result; of a tree whose branches have all ended, ``width`` turns at a time are written
-    once more.
-    """
-
-    width: int = 6
-    expands: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise PluginError(f"branching.options.width={self.width} must be 1 or more")
-
-    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
-        return Decision(0, 0.0, math.nan, probe.delta_h)
-
-
-@dataclass(frozen=True)
-class MostUncertainTurns(Expanding):
-    """Expansion of the most uncertain turns: those of the highest surprise - ``penalty``·(siblings - 1)
-    (AT²PO, arXiv 2601.04767 §4.1).  The released script has M = 10 roots and two rounds of ``width`` K = 6,
-    so n = 22 leaves.  Where there are fewer turns than K, the best come again.
-    """
-
-    penalty: float = 0.05
-    name: ClassVar[str] = "at2po"
-
-    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
-        score = [turn.surprise - self.penalty * (turn.siblings - 1) for turn in turns]
-        return np.resize(np.argsort(-np.array(score), kind="stable"), self.width).tolist()
-
-
-@dataclass(frozen=True)
-class RandomTurns(Expanding):
-    """Expansion of ``width`` turns at random, with repeats (Tree-GRPO, arXiv 2509.21240 §3.2: M = 2 roots and
-    N = 2 nodes of each tree).
-    """
-
-    width: int = 2
-    name: ClassVar[str] = "random-turns"
-
-    def expand(self, turns: Sequence[Turn], room: int, rng: np.random.Generator) -> Sequence[int]:
-        return rng.integers(len(turns), size=self.width).tolist()
 
 
 def make_policy(config: BranchingConfig) -> Policy:

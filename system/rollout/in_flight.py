@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from system.errors import EspalierError
+from system.errors import EspalierError, naming
 from system.tree.record import Tree
 from system.tree.store import SCHEMA, from_table, to_table
 
@@ -60,7 +60,7 @@ def write(path: Path, saved: SavedTrees) -> None:
     growing: list[list[Any]] = []
     snapshots: list[bytes] = []
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         with zipfile.ZipFile(file, "w") as archive:
             with (
                 archive.open("closed.parquet", "w", force_zip64=True) as part,

@@ -1,7 +1,7 @@
 """Rollout schedules: when the branches of growing trees may generate, fork and start.
 
 ``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``eager`` does not
-hold a tree's last roots back for a branch whose tool is late.  ``lockstep`` is the schedule of the released
+hold a tree's last roots back until its last branch has ended.  ``lockstep`` is the schedule of the released
 ARPO code, the baseline: all live branches of all trees on a worker generate, then all their tools run, then
 the trees fork and top up, and the next round begins.  The rollout is the same.
 """
@@ -51,8 +51,12 @@ class Schedule(ABC):
         return
 
     @abstractmethod
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
-        """Fresh roots to start now in a tree with ``live`` branches and ``remaining`` of its budget."""
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
+        """Fresh roots to start now, at most ``remaining``, what is left of the tree's budget.
+
+        ``live``: its branches; ``share``: the leaves that were kept for forks at its start, per root,
+        n / N - 1.
+        """
 
 
 class BarrierFree(Schedule):
@@ -60,21 +64,24 @@ class BarrierFree(Schedule):
 
     streaming: ClassVar[bool] = True
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
-        """The rest of the budget, unless a live branch that is not late may still bring a fork."""
-        hopeful = any((b.undecided or b.calls < call_limit) and not b.late for b in live)
-        return 0 if hopeful else remaining
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
+        """The rest of the budget, unless a live branch may still bring a fork."""
+        return 0 if any(_may_fork(b, call_limit) for b in live) else remaining
 
 
-class Eager(BarrierFree):
-    """Barrier-free, but a tree does not wait for the forks of a branch whose tool call is late.
+class Eager(Schedule):
+    """Nobody waits, and a tree keeps no more leaves back than ``share`` for each branch that may still fork.
 
-    A call is late after ``factor`` times the median of its tool's last ``window`` calls on this rollout
-    worker, if there were ``least`` of them.  From then on, until its answer is there, its branch counts as
-    one that forks no more: once that holds for all live branches of a tree, the rest of the budget starts.
-    A late branch that comes back may fork if something is left.  The median does not mind the slow calls
-    themselves; where no call takes longer than ``factor`` medians, this is :class:`BarrierFree`.
+    So when a branch ends without having forked, its share starts as fresh roots at once: a tree's last roots
+    do not begin when its other branches have ended.  A fork takes from what is kept, and its branch keeps a
+    share like any other.
+
+    A branch whose call is late counts as one that forks no more, until the answer is there; then it may fork
+    if something is left.  A call is late after ``factor`` times the median of its tool's last ``window``
+    calls on this rollout worker, if there were ``least`` of them: the median does not mind the slow calls.
     """
+
+    streaming: ClassVar[bool] = True
 
     def __init__(self, factor: float = 2.0, window: int = 256, least: int = 16) -> None:
         self._factor, self._least = factor, least
@@ -87,6 +94,11 @@ class Eager(BarrierFree):
     def answered(self, tool: str, outcome: ToolOutcome) -> None:
         if outcome.attempts:  # else it was answered without the tool: from the cache, or refused
             self._latencies[tool].append(outcome.latency_s)
+
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
+        """What is left of the budget over the shares of the branches that may fork and are not late."""
+        hopeful = sum(_may_fork(b, call_limit) and not b.late for b in live)
+        return max(0, remaining - math.ceil(hopeful * share))
 
 
 class Lockstep(Schedule):
@@ -129,7 +141,7 @@ class Lockstep(Schedule):
             del self._members[branch]
             self._advance()
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
         """One root for a tree in which nothing lives."""
         return 0 if live else min(1, remaining)
 
@@ -148,6 +160,11 @@ class Lockstep(Schedule):
         for branch in self._members:  # their tasks go on in this order
             if not arrived[branch].done():  # it may have been cancelled, and is about to leave
                 arrived[branch].set_result(None)
+
+
+def _may_fork(branch: Branch, call_limit: int) -> bool:
+    """Whether the branch may come back from a tool, or has and was not decided upon."""
+    return branch.undecided or branch.calls < call_limit
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"barrier-free": BarrierFree, "eager": Eager, "lockstep": Lockstep}

@@ -24,6 +24,7 @@ from typing import Any
 
 from system.config import Config, to_dict
 from system.errors import OF_OTHERS, ConfigError, EspalierError, asked_to_end
+from system.foreign import foreign
 from system.rollout.reward import BranchView, Reward, Score
 from system.text import as_text
 from system.tree.prompt import Prompt
@@ -151,7 +152,7 @@ class Scoring:
             async with deadline:
                 returned: Any = self.reward.score(prompt, branch)
                 if inspect.isawaitable(returned):
-                    returned = await returned
+                    returned = await foreign(returned)
         except OF_OTHERS as error:  # the user's own code
             if isinstance(error, asyncio.CancelledError) and asked_to_end():
                 raise

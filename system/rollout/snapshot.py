@@ -30,7 +30,7 @@ from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Origin, Outcome, TreeError
 
-FORMAT = 3
+FORMAT = 4
 _NOT_KEPT_SO = ("began_s", "spent_s", "late", "measured")  # clocks, and what the tokens there tell
 _PLAIN = [  # the fields of a branch that JSON takes as they are
     field.name

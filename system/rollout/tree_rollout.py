@@ -22,15 +22,14 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
-import numpy as np
-
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest, Sampling
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
-from system.rollout.branching import Never, Probe, TreeState, decided
+from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
-from system.rollout.expansion import expansion
+from system.rollout.expansion import Beginning, expansion
 from system.rollout.failure import ENGINE_LOST, too_few
+from system.rollout.probe import probe
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import ScoreFailed
@@ -74,6 +73,7 @@ class TreeRollout:
         self.policy = Never(context.policy.probe_tokens) if greedy else context.policy
         self.schedule = BarrierFree() if greedy else context.schedule
         self.budget = n if n is not None else 1 if greedy else config.leaves
+        self.share = max(self.budget / config.roots - 1, 0.0)  # leaves kept for forks, per root
         usual = 0.0 if greedy else config.temperature
         self.temperature = usual if temperature is None else temperature
         self.resumed = growth is not None
@@ -142,20 +142,7 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(Branch(key, origin, self.growth.prompt, *self._streams(key)))
-
-    def _start_fork(self, parent: Branch, node: int, before: int) -> None:
-        """A sibling of what ``parent`` wrote after ``node``, where its first ``before`` segments end."""
-        key = (*parent.key, parent.forked)
-        parent.forked += 1
-        child = Branch(key, Origin.FORK, node, *self._streams(key))
-        child.request, child.streak = parent.request, parent.streak
-        child.segments = parent.segments[:before]
-        child.calls = sum(kind == Kind.TOOL for kind, _ in child.segments)
-        child.tools = parent.tools[: child.calls]
-        if self.policy.inherits:
-            child.baseline, child.has_baseline = parent.baseline, parent.has_baseline
-        self._start(child)
+            self._start(Branch.planted(self.seed, key, origin, self.growth.prompt))
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()
@@ -166,25 +153,28 @@ class TreeRollout:
     def _spawn(self, branch: Branch) -> None:
         self.group.create_task(self._grow(branch), name=f"branch {branch.key} of {self.prompt.id}")
 
-    def _streams(self, key: tuple[int, ...]) -> tuple[np.random.Generator, np.random.Generator]:
-        decisions, sampling = (np.random.SeedSequence([self.seed, i], spawn_key=key) for i in (0, 1))
-        return np.random.default_rng(decisions), np.random.default_rng(sampling)
-
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
-        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit, self.share)
         if count and self.policy.expands:
             if self.live:
                 return
             seeds = [self.seed, 2, self.started.total()]
             places = expansion(self.policy, self.growth, self.ended, count, seeds)
             for place in places:
-                if place.before:
-                    self._start_fork(place.branch, place.above, place.before)
-                else:
-                    self._start_roots(1, Origin.TOP_UP)
+                self._start_again(place)
             count = 0 if places else count
         self._start_roots(count, Origin.TOP_UP)
+
+    def _start_again(self, place: Beginning) -> None:
+        """A branch that writes a turn once more; the prompt's, if all of it, as a fresh root."""
+        if place.above == self.growth.prompt:
+            self._start_roots(1, Origin.TOP_UP)
+            return
+        branch = place.branch.fork(self.seed, place.above, place.before, self.policy.inherits)
+        if self.growth.kind(place.above) == Kind.MODEL:
+            self._begin(branch, place.at)
+        self._start(branch)
 
     # One branch
 
@@ -280,12 +270,15 @@ class TreeRollout:
     def _open(self, branch: Branch) -> int:
         """A MODEL node to write in; returns the number of tokens before its first one."""
         above, branch.measured = branch.node, False
-        if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed
+        if self.growth.kind(above) == Kind.MODEL:  # begun before the run was resumed, or inside a turn
             branch.measured = self._measurable(branch)
-            return self.growth.depth(above) - self.growth.n_tokens(above)
-        branch.seed = int(branch.seeds.integers(2**31))
-        branch.node = self.growth.node(above, Kind.MODEL)
+            return self.growth.turn(above)
+        self._begin(branch, self.growth.depth(above))
         return self.growth.depth(above)
+
+    def _begin(self, branch: Branch, at: int) -> None:
+        branch.seed = int(branch.seeds.integers(2**31))
+        branch.node = self.growth.node(branch.node, Kind.MODEL, at)
 
     def _measurable(self, branch: Branch) -> bool:
         """Whether enough of the segment is there to look at, while it is still being written."""
@@ -371,13 +364,17 @@ class TreeRollout:
             call_limit=self.call_limit,
             streak=branch.streak,
         )
-        probe = Probe(branch.entropy, branch.baseline)
-        decision = decided(self.policy, self.policy.decide(probe, state, branch.rng))
+        seen = probe(self.growth, branch, node, self.policy.probe_tokens)
+        decision = decided(self.policy, self.policy.decide(seen, state, branch.rng))
         forks = min(decision.forks, self._remaining)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
-        branch.answer, branch.streak = None, branch.streak + 1 if forks else 0
+        branch.answer = None
+        if not seen.shared:  # else the tree has forked here before, and the streak counts that
+            branch.streak = branch.streak + 1 if forks else 0
         for _ in range(forks):
-            self._start_fork(branch, node, len(branch.segments))
+            fork = branch.fork(self.seed, node, len(branch.segments), self.policy.inherits)
+            fork.answer = node if self.policy.asks_forks else None
+            self._start(fork)
         self._top_up()
 
     # Tools

@@ -22,9 +22,9 @@ from system.flow.loop import FinishedStep
 from system.observe.jsonl import jsonable
 from system.observe.rundir import write_atomic
 from system.study.solo import opened, start_model
-from system.study.statistics import rank_correlation
+from system.study.statistics import correlation_within, rank_correlation
 from system.tasks.base import first, make_task
-from system.tree.record import Tree
+from system.tree.record import Kind, Tree, path
 from system.tree.stats import TreeStats
 
 
@@ -41,6 +41,15 @@ class Trial:
     result: str  # file
 
 
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A place where a tree forked."""
+
+    delta_h: float
+    variance: float  # of the rewards below
+    depth: int  # tool results above it, its own included
+
+
 @dataclass
 class Count:
     """What is counted of a run (``system.flow.loop.RunEvents``)."""
@@ -51,7 +60,7 @@ class Count:
     leaves_forked: list[float] = field(default_factory=list)  # share of the leaves that began as forks
     probability: list[float] = field(default_factory=list)  # of each decision
     delta_h: list[float] = field(default_factory=list)
-    forks: list[tuple[float, float]] = field(default_factory=list)  # (ΔH, variance of the rewards below)
+    forks: list[Forked] = field(default_factory=list)  # in the order in which their trees closed
     dropped: dict[str, int] = field(default_factory=dict)
 
     def closed(self, tree: Tree, stats: TreeStats) -> None:
@@ -65,7 +74,8 @@ class Count:
         for decision in tree.forks:
             if decision.forks and count[decision.node] > 1 and np.isfinite(decision.delta_h):
                 variance = float(square[decision.node] - mean[decision.node] ** 2)
-                self.forks.append((decision.delta_h, max(variance, 0.0)))
+                depth = int((tree.kind[path(tree.parent, decision.node)] == Kind.TOOL).sum())
+                self.forks.append(Forked(decision.delta_h, max(variance, 0.0), depth))
 
     def train_step(self, step: FinishedStep) -> None:
         self.silent.append(float(np.mean([tree.zero_variance for tree in step.trees])))
@@ -98,14 +108,20 @@ class Count:
         }
 
     def _forks(self) -> dict[str, Any]:
-        """Do rewards differ more below forks of a higher ΔH?"""
+        """Do rewards differ more below forks of a higher ΔH?  Asked of all, and among those of one depth and
+        third of the run: deeper there is less left to differ, and ΔH changes with depth and training, too.
+        """
         if len(self.forks) < 3:
             return {"count": len(self.forks)}
-        delta, variance = np.array(self.forks).T
+        delta = np.array([one.delta_h for one in self.forks])
+        variance = np.array([one.variance for one in self.forks])
+        when = 3 * np.arange(len(self.forks)) // len(self.forks)
+        alike = [(one.depth, int(third)) for one, third in zip(self.forks, when, strict=True)]
         thirds = np.array_split(variance[np.argsort(delta, kind="stable")], 3)
         return {
             "count": len(self.forks),
             "correlation": rank_correlation(delta, variance),
+            "correlation_within": correlation_within(delta, variance, alike),
             "variance_by_third": [float(one.mean()) for one in thirds],
         }
 

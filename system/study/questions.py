@@ -21,6 +21,7 @@ QUESTIONS = {
         "Trees of one size from the same start weights, trained alike; arms differ in where trees fork.",
         {
             "calibrated": ("branching=arpo-calibrated", "branching.beta=0.5"),
+            "depth": ("branching=arpo-calibrated", "branching.beta=0.5", "branching.options.by_depth=true"),
             "arpo": ("branching=arpo", "branching.beta=0.2"),
             "release": ("branching=arpo-release", "branching.beta=0.2"),
             "aepo": ("branching=aepo", "branching.beta=0.2"),
@@ -28,6 +29,21 @@ QUESTIONS = {
             "random": ("branching=random",),
             "surest": ("branching=arpo-calibrated", "branching.beta=-0.5"),  # the contrary
             "none": ("branching=none",),
+        },
+        control="random",
+    ),
+    "measures": Study(
+        "What says best that the model is unsure?",
+        "Trees of one size from the same start weights, trained alike; arms differ in what is measured "
+        "to say where trees fork.",
+        {
+            "delta": ("branching=arpo-calibrated", "branching.beta=0.5"),
+            **{
+                by: ("branching=arpo-calibrated", "branching.beta=0.5", f"branching.options.by={by}")
+                for by in ("entropy", "first", "surprise", "varentropy", "siblings")
+            },
+            "treerl": ("branching=treerl",),
+            "random": ("branching=random",),
         },
         control="random",
     ),

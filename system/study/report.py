@@ -35,12 +35,14 @@ def write_report(name: str, runs: Runs, out: Path) -> dict[str, Any]:
     question = QUESTIONS[name]
     tasks, arms, seeds = (list(dict.fromkeys(column)) for column in zip(*runs, strict=True))
     control = question.control if question.control in arms else arms[0]
-    about = f"{question.about} Means over {len(seeds)} seeds with 95 % intervals."
+    about = f"{question.about} Means over seeds ({len(seeds)}) with 95 % intervals."
     report = Report(out, name, question.title, about)
     figures: dict[str, Any] = {"seeds": len(seeds), "tasks": {}}
     ahead: dict[tuple[str, str], list[float]] = {}
     for task in tasks:
-        of_task = {arm: [runs[task, arm, seed] for seed in seeds] for arm in arms}
+        of_task = {
+            arm: [runs[task, arm, seed] for seed in seeds if (task, arm, seed) in runs] for arm in arms
+        }
         found = figures["tasks"][task] = {}
         report.section(task)
         for spent, words in SPENT.items():
@@ -61,11 +63,17 @@ def write_report(name: str, runs: Runs, out: Path) -> dict[str, Any]:
             )
         found["forks"] = {arm: _forks(of_task[arm]) for arm in arms}
         correlation = "rank correlation of ΔH and the variance of rewards below"
+        within = "within one depth and third of the run"
         report.table(
             f"{task}: where trees forked",
-            ["arm", *(words for words in WHERE.values()), correlation, "variance by third of ΔH"],
+            ["arm", *WHERE.values(), correlation, within, "variance by third of ΔH"],
             [
-                [arm, *(one[key] for key in WHERE), _pm(one["correlation"]), one["thirds"]]
+                [
+                    arm,
+                    *(one[key] for key in WHERE),
+                    *(_pm(one[key]) for key in ("correlation", "correlation_within")),
+                    one["thirds"],
+                ]
                 for arm, one in found["forks"].items()
             ],
         )
@@ -137,6 +145,9 @@ def _forks(some: Sequence[Run]) -> dict[str, Any]:
         "silent": mean("silent_share"),
         "silent_late": mean("silent_late"),
         "correlation": interval([one["correlation"] for one in forks]),
+        "correlation_within": interval(
+            [one["correlation_within"] for one in forks if one.get("correlation_within") is not None]
+        ),
         "thirds": ", ".join(f"{one:.3f}" for one in thirds) or None,
     }
 

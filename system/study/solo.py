@@ -20,6 +20,7 @@ from system.engine import weights
 from system.engine.control import Http
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
+from system.flow.curriculum import PoolWeights
 from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import RunEvents, TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
@@ -62,7 +63,8 @@ class Solo:
         that the engine holds.
         """
         config = self.config
-        ledger = Ledger.replay([*self.prompts], config.run.seed, (), 0, config.flow.max_attempts)
+        attempts, weights = config.flow.max_attempts, PoolWeights.of(config)
+        ledger = Ledger.replay([*self.prompts], config.run.seed, (), 0, attempts, weights=weights)
         loop = TrainingLoop(config, ledger, self, events)
         await between(0)
         async with asyncio.TaskGroup() as tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,6 +48,20 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     if a.std() == 0 or b.std() == 0:
         return math.nan
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def correlation_within(x: ArrayLike, y: ArrayLike, groups: Sequence[Hashable], least: int = 20) -> float:
+    """The mean of Spearman's correlations within each group of ``least`` members or more, weighted by their
+    number; NaN without such a group.
+    """
+    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    found = [(rank_correlation(a[one], b[one]), len(one)) for one in members.values() if len(one) >= least]
+    known = [pair for pair in found if not math.isnan(pair[0])]
+    values, weights = [pair[0] for pair in known], [pair[1] for pair in known]
+    return float(np.average(values, weights=weights)) if known else math.nan
 
 
 def at(budgets: Sequence[float], spent: Sequence[float], value: Sequence[float]) -> Float64:

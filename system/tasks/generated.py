@@ -52,6 +52,10 @@ class GeneratedTask(ABC, Generic[Q]):
     def demonstrate(self, question: Q, prompt: Prompt, skill: Skill, rng: random.Random) -> Demonstration:
         """How an expert of ``skill`` answers, with the texts that the real tools return."""
 
+    def key(self, question: Q, index: int) -> str:
+        """The end of the prompt's id: what a tool may know of the question."""
+        return str(index)
+
     @cached_property
     def held_out(self) -> list[Q]:
         return self._different(f"eval-{self.seed}", self.eval_size)
@@ -72,7 +76,7 @@ class GeneratedTask(ABC, Generic[Q]):
     def _prompts(self, split: str, questions: list[Q]) -> list[Prompt]:
         return [
             Prompt(
-                id=f"{self.name}/{split}/{i}",
+                id=f"{self.name}/{split}/{self.key(question, i)}",
                 messages=({"role": "user", "content": question.text},),
                 answers=(self.answer(question),),
                 kind=question.kind,

@@ -22,6 +22,7 @@ from asyncio_throttle.throttler import Throttler
 
 from system.config import ToolsConfig
 from system.errors import OF_OTHERS, EspalierError, asked_to_end
+from system.foreign import foreign
 from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
 from system.text import as_text, named
@@ -177,7 +178,7 @@ class _Guarded:
         """Why calls cannot work, "" if they can."""
         try:
             async with asyncio.timeout(self._limits.deadline_s):
-                await self.tool.check()
+                await foreign(self.tool.check())
         except TimeoutError:
             return f"its check did not end within {self._limits.deadline_s:g} s"
         except ToolUnavailable as error:
@@ -282,7 +283,7 @@ class _Guarded:
                     await self._throttle.acquire()
                 left = replace(context, deadline_s=max(0.0, until - self._clock()))
                 try:
-                    outcome = _checked(await self.tool.run(arguments, left))
+                    outcome = _checked(await foreign(self.tool.run(arguments, left)))
                 except CallRefused as refusal:  # says nothing about whether the tool works for others
                     text = f"The tool {name!r} refused the call: {refusal}"
                     return ToolOutcome(ToolStatus.REJECTED, text, attempts=attempt)

@@ -46,7 +46,8 @@ class CallRefused(EspalierError):
 
 @runtime_checkable
 class Tool(Protocol):
-    """One tool.  An instance serves many calls at once; ``run`` is cancelled at the call's deadline."""
+    """One tool.  An instance serves many calls at once; ``run`` is cancelled at the call's deadline,
+    and left behind if it goes on all the same."""
 
     @property
     def spec(self) -> ToolSpec: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,6 +71,15 @@ class _Leaf:
     correct: int = -1
 
 
+class _Piece(NamedTuple):
+    """A node of the closed tree: the tokens of one node of the growth from depth ``begin`` to ``end``."""
+
+    handle: int
+    begin: int
+    end: int
+    parent: int  # index of the piece above, -1 for the root
+
+
 class TreeBuilder:
     """A tree that still grows.
 
@@ -120,13 +129,20 @@ class TreeBuilder:
         """Tokens from the root to the end of ``node``, prompt included."""
         return self._node(node).end
 
-    def node(self, parent: int, kind: Kind) -> int:
-        """Open a child of ``parent``, which then grows no more.  A child left empty is dropped at close."""
+    def node(self, parent: int, kind: Kind, at: int | None = None) -> int:
+        """Open a child of ``parent``, which then grows no more.  A child left empty is dropped at close.
+
+        ``at``: the depth at which it begins, for a MODEL node that goes on from inside another one, after
+        its first token and before its end; None: ``parent``'s end.  The close cuts ``parent`` there.
+        """
         above = self._node(parent)
         if kind == Kind.PROMPT:
             raise TreeError("a tree has one PROMPT node, its root")
+        begin = above.end if at is None else at
+        if begin != above.end and not (kind == above.kind == Kind.MODEL and above.begin < begin < above.end):
+            raise TreeError(f"node {parent}: a child cannot begin at {at}; only MODEL goes on inside MODEL")
         above.children.append(len(self._nodes))
-        self._nodes.append(_Node(parent=parent, kind=kind, path=above.path, begin=above.end, end=above.end))
+        self._nodes.append(_Node(parent=parent, kind=kind, path=above.path, begin=begin, end=begin))
         return len(self._nodes) - 1
 
     def extend(
@@ -198,18 +214,18 @@ class TreeBuilder:
         """The tree as it stands, at unix time ``now``; raises :class:`TreeError` when a branch has no leaf.
 
         Nodes move into depth-first pre-order, siblings in creation order.  An empty node is dropped: what
-        named it (children, leaves, calls, forks) then names its nearest non-empty ancestor.  The growth
-        stays usable.
+        named it (children, leaves, calls, forks) then names its nearest non-empty ancestor.  A node that
+        others go on from inside becomes several, one after the other: what named it names the last.  The
+        growth stays usable.
         """
-        order = self._preorder()
-        index = self._new_index(order)
-        kept = [self._nodes[h] for h in order]
-        lengths = np.array([n.end - n.begin for n in kept], np.int32)
+        pieces, index = self._pieces()
+        kept = [self._nodes[piece.handle] for piece in pieces]
+        lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
         tree = Tree(
             **self._about,
-            **_token_arrays(kept),
+            **_token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)]),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
-            parent=np.array([-1 if n.parent < 0 else index[n.parent] for n in kept], np.int32),
+            parent=np.array([piece.parent for piece in pieces], np.int32),
             kind=np.array([n.kind for n in kept], np.int8),
             leaf=np.array([index[x.node] for x in self._leaves], np.int32),
             reward=np.array([x.reward for x in self._leaves], np.float32),
@@ -231,6 +247,26 @@ class TreeBuilder:
         """[n] of ``node``'s own tokens so far, NaN where unknown."""
         return np.concatenate([np.zeros(0, np.float32), *self._node(node).entropy])
 
+    def logprobs(self, node: int) -> NDArray[np.float32]:
+        """[n] of ``node``'s own tokens so far, nats; 0 where they were not sampled."""
+        return np.concatenate([np.zeros(0, np.float32), *self._node(node).logprob])
+
+    def tokens(self, node: int) -> Int32:
+        """[n] ``node``'s own tokens so far: a read-only view."""
+        own = self._node(node)
+        return own.path.view(own.begin, own.end)
+
+    def children(self, node: int) -> tuple[int, ...]:
+        """Handles of its children, oldest first."""
+        return tuple(self._node(node).children)
+
+    def turn(self, node: int) -> int:
+        """Depth at which the turn begins that MODEL node ``node`` is, or goes on from inside."""
+        own = self._node(node)
+        while (above := self._node(own.parent)).kind == Kind.MODEL:
+            own = above
+        return own.begin
+
     def path(self, node: int) -> list[int]:
         """Handles from the root to ``node``."""
         found = [node]
@@ -247,14 +283,15 @@ class TreeBuilder:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
         Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
-        ``kind``, ``length``), nodes in the order of their handles.  Rewards are not in it: they come at the
-        close.
+        ``kind``, ``begin``, ``length``), nodes in the order of their handles.  Rewards are not in it: they
+        come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
             **_token_arrays(nodes),
             "parent": np.array([n.parent for n in nodes], np.int32),
             "kind": np.array([n.kind for n in nodes], np.int8),
+            "begin": np.array([n.begin for n in nodes], np.int32),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
         }
         fields = {
@@ -272,10 +309,9 @@ class TreeBuilder:
         ends = np.cumsum(arrays["length"])
         about = {name: fields[name] for name in ("prompt_id", "task", "budget", "started_s", "meta")}
         growth = cls(prompt_tokens=arrays["tokens"][: ends[0]], **about)
-        for start, end, parent, kind in zip(
-            ends[:-1], ends[1:], arrays["parent"][1:], arrays["kind"][1:], strict=True
-        ):
-            node, own = growth.node(int(parent), Kind(int(kind))), slice(start, end)
+        nodes = (arrays[name][1:].tolist() for name in ("parent", "kind", "begin"))
+        for start, end, parent, kind, begin in zip(ends[:-1], ends[1:], *nodes, strict=True):
+            node, own = growth.node(parent, Kind(kind), begin), slice(start, end)
             sampled = {name: arrays[name][own] for name in ("logprob", "entropy", "version")}
             growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
         for leaf in fields["leaves"]:
@@ -303,24 +339,29 @@ class TreeBuilder:
         node.entropy.append(_row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
         node.version.append(_row(-1 if version is None else version, size, np.int32, "version"))
 
-    def _preorder(self) -> list[int]:
-        """Handles of the non-empty nodes in depth-first pre-order."""
-        order, stack = [], [0]
-        while stack:
-            handle = stack.pop()
-            node = self._nodes[handle]
-            if node.end > node.begin:
-                order.append(handle)
-            stack.extend(reversed(node.children))
-        return order
+    def _pieces(self) -> tuple[list[_Piece], dict[int, int]]:
+        """(The closed tree's nodes in depth-first pre-order, the index of the one that each handle names.)
 
-    def _new_index(self, order: list[int]) -> list[int]:
-        """Pre-order index of every handle; an empty node has its nearest non-empty ancestor's."""
-        place = {handle: new for new, handle in enumerate(order)}
-        index: list[int] = []
-        for handle, node in enumerate(self._nodes):  # a parent is always older than its children
-            index.append(place[handle] if handle in place else index[node.parent])
-        return index
+        The pieces of a node follow one another: a piece's first child is the rest of its node.
+        """
+        pieces: list[_Piece] = []
+        index: dict[int, int] = {}
+        stack = [(0, 0, -1)]  # (handle, depth at which the rest of it begins, piece above)
+        while stack:
+            handle, begin, above = stack.pop()
+            node = self._nodes[handle]
+            begins = [self._nodes[child].begin for child in node.children]
+            end = min((cut for cut in begins if cut > begin), default=node.end)
+            if end > begin:
+                pieces.append(_Piece(handle, begin, end, above))
+                above = len(pieces) - 1
+            here = [child for child, cut in zip(node.children, begins, strict=True) if cut == end]
+            stack.extend((child, end, above) for child in reversed(here))
+            if end < node.end:
+                stack.append((handle, end, above))
+            else:
+                index[handle] = above
+        return pieces, index
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 
 from system.config import Config
 from system.errors import EspalierError
+from system.flow.curriculum import PoolWeights
 from system.flow.ledger import Event, Ledger, Ticket
 from system.flow.loop import TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
@@ -148,7 +149,13 @@ class Twin:
         """From weights ``version``, and what ``log`` says of them, to the end of the run."""
         config = self.config
         ledger = Ledger.replay(
-            self.prompt_ids, config.run.seed, self.log, version, config.flow.max_attempts, self._logged
+            self.prompt_ids,
+            config.run.seed,
+            self.log,
+            version,
+            config.flow.max_attempts,
+            self._logged,
+            PoolWeights.of(config),
         )
         self.loop = loop = TrainingLoop(
             config, ledger, self, self.recorder, version=version, clock=asyncio.get_running_loop().time

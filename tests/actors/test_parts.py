@@ -134,6 +134,7 @@ async def test_a_kept_tree_goes_on_or_is_there_already(notes: list[str]) -> None
             "no pickle",
             False,
         ),
+        (OSError(28, "No space left on device", "/tmp/ray"), "answer", "No space left", False),
     ],
 )
 async def test_what_fails_has_a_word(

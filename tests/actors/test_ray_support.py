@@ -1,6 +1,7 @@
 """Actors that are slow, that fail and that die; what their processes find and where their output goes."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from actors import keys
 from actors.heartbeat import Heartbeats, Watched
 from actors.ray_support import LOGS, ActorLost, answer, answers, ray_session, returned, spawn
 from actors.tree_sample import TreeSample
 from system.config import Config
+from system.errors import FAILED, LOST, exit_code, told
 from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.stats import TreeStats
@@ -42,6 +45,9 @@ class Sleeper:
 
     def fail(self) -> None:
         raise ZeroDivisionError("on purpose")
+
+    def write(self, number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/checkpoints")
 
     def own_module(self) -> str:
         import mine  # type: ignore[import-not-found]
@@ -132,6 +138,20 @@ async def test_failures_have_names() -> None:
         await answer(sleeper.sleep.remote(2.0), 0.2, "a long nap")
     with pytest.raises(ZeroDivisionError):
         await answer(sleeper.fail.remote(), 60, "a failure")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+async def test_a_disk_that_an_actor_finds_full_is_told_as_one_that_the_driver_finds_full() -> None:
+    writer = spawn(Sleeper, "writer")
+    with pytest.raises(OSError, match="No space left") as full:
+        await answer(writer.write.remote(errno.ENOSPC), 60, "a checkpoint")
+    assert not isinstance(full.value, RayError)
+    assert told(full.value) == "runs/a/checkpoints: No space left on device"
+    assert exit_code(full.value, lost=(RayError,)) == FAILED
+    with pytest.raises(ConnectionResetError) as reset:  # a peer that is gone, however, is a lost machine
+        await answer(writer.write.remote(errno.ECONNRESET), 60, "a connection")
+    assert exit_code(reset.value, lost=(RayError,)) == LOST
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import numpy as np
 import pytest
+from crashing_run import PROMPTS, CrashingRun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from system.flow.ledger import Ledger, LedgerError, State, Ticket, accounted
-
-PROMPTS = [f"q{i}" for i in range(7)]
 
 
 def logged() -> tuple[Ledger, list[dict[str, Any]]]:
@@ -130,82 +127,10 @@ def test_a_crash_rolls_back_to_the_checkpoint() -> None:
     assert again[3].prompt_id not in {t.prompt_id for t in tickets}
 
 
-class _Run:
-    """A run with crashes, beside a plain record of what the surviving weights were trained on."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.log: list[dict[str, Any]] = []  # what is on disk
-        self.pending: list[dict[str, Any]] = []  # what is on its way there
-        self.ledger = Ledger.replay(PROMPTS, 5, [], 0, max_attempts=3, write=self.pending.append)
-        self.version = self.checkpoint = 0
-        self.history: dict[int, list[tuple[int, str]]] = {}  # surviving updates
-        self.abandoned: set[tuple[int, str]] = set()
-
-    @property
-    def epoch(self) -> int:
-        """The newest of which a prompt was issued."""
-        return max((e["epoch"] for e in self.log + self.pending if e["event"] == "issue"), default=0)
-
-    def write(self) -> None:
-        self.log += json.loads(json.dumps(self.pending))
-        self.pending.clear()
-
-    def step(self, fresh: bool = True) -> None:
-        """One random legal thing; without ``fresh`` only what brings trees in flight to an end."""
-        ledger, rng = self.ledger, self.rng
-        growing, queued, training = (ledger.numbers(s) for s in (State.GROWING, State.QUEUED, State.TRAINING))
-        assert ledger.growing == set(growing)
-        assert ledger.in_flight == len(growing + queued + training)
-        act = rng.integers(0, 10)
-        if act < 3 and fresh:
-            ticket = ledger.next()
-            assert ledger.state(ticket.epoch, ticket.prompt_id) == State.GROWING
-        elif act < 5 and growing:
-            ledger.queue(int(rng.choice(growing)))
-        elif act < 6 and queued and not training:
-            ledger.train(queued[: int(rng.integers(1, 4))], self.version + 1)
-        elif act < 8 and training:
-            self.version += 1
-            self.history[self.version] = [(t.epoch, t.prompt_id) for t in map(ledger.ticket, training)]
-            ledger.trained(training)
-        elif act < 9 and growing + queued:
-            ticket = ledger.ticket(int(rng.choice(growing + queued)))
-            if not ledger.retry(ticket.number, str(rng.choice(["engine", "stale"]))):
-                self.abandoned.add((ticket.epoch, ticket.prompt_id))
-        if rng.random() < 0.3:
-            self.write()
-        if rng.random() < 0.1:
-            self.write()  # the log is durable before the checkpoint
-            self.checkpoint = self.version
-
-    def crash(self) -> None:
-        if self.rng.random() < 0.5:
-            self.write()
-        self.pending.clear()
-        self.version = self.checkpoint
-        self.history = {v: keys for v, keys in self.history.items() if v <= self.version}
-        write = self.pending.append
-        self.ledger = Ledger.replay(PROMPTS, 5, self.log, self.version, max_attempts=3, write=write)
-        kept = {key for key in self.abandoned if self.ledger.state(*key) == State.ABANDONED}
-        self.abandoned = (
-            kept  # an abandonment that was not yet on disk is forgotten: the prompt is grown again
-        )
-
-    def check(self) -> None:
-        ledger = self.ledger
-        survived = [key for keys in self.history.values() for key in keys]
-        assert len(survived) == len(set(survived)), "trained twice"
-        everything = [(e, p) for e in range(self.epoch + 1) for p in PROMPTS]
-        states = {key: ledger.state(*key) for key in everything}
-        assert {k for k, s in states.items() if s == State.TRAINED} == set(survived)
-        assert {k for k, s in states.items() if s == State.ABANDONED} == self.abandoned
-
-
 @settings(max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), max_size=5))
 def test_nothing_is_lost_or_trained_twice_through_any_crashes(seed: int, lives: list[int]) -> None:
-    run = _Run(seed)
+    run = CrashingRun(seed)
     for steps in lives:
         for _ in range(steps):
             run.step()
@@ -231,7 +156,7 @@ def test_nothing_is_lost_or_trained_twice_through_any_crashes(seed: int, lives: 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 60))
 def test_replaying_the_log_rebuilds_the_same_ledger(seed: int, steps: int) -> None:
-    run = _Run(seed)
+    run = CrashingRun(seed)
     for _ in range(steps):
         run.step()
     run.write()

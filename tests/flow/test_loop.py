@@ -47,6 +47,7 @@ class World:
         self.tickets: dict[int, Ticket] = {}
         self.batches: list[list[int]] = []
         self.lag: list[int] = []  # versions between start and training
+        self.pools: list[Mapping[str, float]] = []
         self.closed = 0
         self.counted: set[tuple[int, str]] = set()  # (epoch, prompt) of trees that closed before a resume
         self.dropped: Counter[str] = Counter()
@@ -92,6 +93,7 @@ class World:
 
     def train_step(self, step: FinishedStep) -> None:
         assert all(isinstance(tree, TreeStats) for tree in step.trees)
+        self.pools.append(step.pools)
 
     async def run(self, steps: int) -> None:
         async with asyncio.TaskGroup() as tasks:

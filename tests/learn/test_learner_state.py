@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,36 @@ def test_checkpoint_resumes_exactly_and_under_another_layout(
     for name, value in went_on["restarted"].items():
         np.testing.assert_array_equal(same["restarted"][name], value, err_msg=name)
         np.testing.assert_allclose(other["restarted"][name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+def full_disk_case(place: Place, model: str, path: str) -> list[tuple[int | None, str]]:
+    """The errors of a checkpoint and of a model that the disk does not take: here, no file above 8 kB."""
+    trainer = open_trainer(place, learner_config(), model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    found: list[tuple[int | None, str]] = []
+    try:
+        for write in (lambda: trainer.save(path, {"version": 1}), lambda: trainer.save_hf(path)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+            try:
+                write()
+            except OSError as error:
+                found.append((error.errno, error.filename))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return found
+    finally:
+        trainer.close()
+
+
+def test_a_full_disk_is_an_error_of_the_disk_that_names_the_place(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    """Torch and safetensors call it a RuntimeError and a SafetensorError."""
+    path = str(tmp_path / "v1")
+    found = ranks.run(full_disk_case, world=1, model=tiny_model(), path=path)
+    partial = f"{path}.partial"
+    assert found[0] == [(errno.EFBIG, partial), (errno.EFBIG, f"{partial}/model.safetensors")]
+    assert not Path(path).exists()
 
 
 def credit_state_case(place: Place, model: str, path: str) -> dict[str, Any]:

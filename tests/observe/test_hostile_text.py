@@ -34,6 +34,7 @@ HOSTILE = [
     "a\rb\x08\x08c",
     "\u202egnp.exe\u2066",
     "\u200f\u061c\u2028\u2029",
+    "pass\u200bword\u2060\ufeff\u00ad",
     "\U000e0041\U000e0042",
     "</td><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -42,7 +43,7 @@ HOSTILE = [
 ]
 ACTIVE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "\u00ad\u200b\u2060-\u2064\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 

@@ -81,7 +81,18 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     recorder.finish()
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
-        *("eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions"),
+        *(
+            "eval",
+            "trees",
+            "leaves",
+            "forks",
+            "top_ups",
+            "tool_calls",
+            "tokens",
+            "staleness",
+            "versions",
+            "pools",
+        ),
         *(
             "mismatch",
             "weights",

@@ -53,6 +53,10 @@ IN_TEXT = [
     "curl -H 'Authorization: Token {}' https://h/a",
     "curl -u me:{} https://h",
     "docker login --password {} registry",
+    "docker login -u me -p {} registry",
+    "helm registry login -p={} registry",
+    "Cookie: session={}; theme=dark",
+    "Set-Cookie: session={}",
     "tool --api-key={} --quiet",
     "--export=ALL,API_KEY={}",
     "machine h login me password {}",
@@ -76,6 +80,10 @@ HARMLESS = [
     "cd $PWD; OLDPWD=/a",
     "desk-abcdefghijkl risk_adjusted_reward",
     "--ntasks=4 --exclusive",
+    "ssh -p 8080 host",
+    "after the login it ran ssh -p 22",
+    "docker run -p 8080 image",
+    "cookie_policy: strict",
     "models/Qwen3-0.6B",
 ]
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rollout_fakes import PROMPT, Segment, make_world
 
 from system.config import BranchingConfig
 from system.plugins import POLICIES, PluginError
 from system.rollout.branching import (
+    MEASURES,
     Arpo,
+    ArpoCalibrated,
     ArpoPaper,
     ArpoRelease,
     Decision,
@@ -27,6 +30,9 @@ from system.rollout.branching import (
     decided,
     make_policy,
 )
+from system.rollout.tree_rollout import TreeRollout
+from system.tree.record import Kind
+from system.twin.clock import run
 
 STATE = TreeState(budget=16, started=8, live=8, forks=0, calls=1, call_limit=3)
 DRAWS = 20_000
@@ -178,3 +184,138 @@ def test_calibrated_forks_begin_at_alpha_and_forget() -> None:
         chance(policy, x)
     assert chance(policy, 10.0) == pytest.approx(0.1), "what was seen before the last four is forgotten"
     assert chance(calibrated([0.0] * 50), 0.0) == 0.5, "equals stand in their middle"
+
+
+def test_calibrated_forks_by_depth_compare_results_of_one_depth() -> None:
+    """ΔH is higher the deeper: ranks over all depths fork late, ranks within a depth as often everywhere."""
+    rng = np.random.default_rng(0)
+    for by_depth, deeper in ((False, 0.7), (True, 0.5)):
+        policy = calibrated([], by_depth=by_depth)
+        chances: dict[int, list[float]] = {1: [], 2: []}
+        for delta_h in rng.normal(size=600):
+            for depth, seen in chances.items():
+                at, value = replace(STATE, calls=depth), float(delta_h) + 3 * depth
+                seen.append(policy.decide(Probe(value, 0.0), at, rng).probability)
+        assert np.mean(chances[2][100:]) == pytest.approx(deeper, abs=0.04)
+        assert np.mean(chances[1][100:]) == pytest.approx(1 - deeper, abs=0.04)
+
+
+NAN = math.nan
+
+
+def looked_at(entropies: Sequence[float], logprobs: Sequence[float], *shared: float) -> Probe:
+    h = np.array(entropies, np.float32)
+    return Probe(float(np.nanmean(h)), 0.5, h, np.array(logprobs, np.float32), shared)
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("delta", 1.5),
+        ("entropy", 2.0),
+        ("first", 1.0),
+        ("surprise", 1.5),
+        ("varentropy", ((0.5 - 1.0) ** 2 + (2.5 - 3.0) ** 2) / 2),
+        ("siblings", 1 - (0.5 + 0.25) / 2),
+    ],
+)
+def test_measures_of_being_unsure_by_hand(by: str, expected: float) -> None:
+    probe = looked_at([1.0, 3.0, NAN], [-0.5, -2.5, -1.5], 0.5, 0.25)
+    assert MEASURES[by](probe) == pytest.approx(expected)
+
+
+def test_varentropy_is_right_in_the_mean() -> None:
+    """One draw per token is enough: over many, the mean is the variance of -log p under p."""
+    p = np.array([0.6, 0.2, 0.1, 0.05, 0.05])
+    h = -(p * np.log(p)).sum()
+    variance = (p * (-np.log(p) - h) ** 2).sum()
+    drawn = np.log(np.random.default_rng(0).choice(p, p=p, size=200_000))
+    probe = looked_at([h] * drawn.size, drawn.tolist())
+    assert MEASURES["varentropy"](probe) == pytest.approx(variance, rel=0.02)
+
+
+UNSURE: dict[str, Any] = {  # a probe that is as unsure as x says, by one measure alone
+    "delta": lambda x: Probe(x, 0.0),
+    "entropy": lambda x: Probe(x, NAN),
+    "first": lambda x: looked_at([x, 1.0 - x], [-1.0, -1.0]),
+    "surprise": lambda x: looked_at([NAN, NAN], [-x, -x - 1]),
+    "varentropy": lambda x: looked_at([1.0, 2.0], [-1.0 - x, -2.0 + x]),
+    "siblings": lambda x: looked_at([NAN, NAN], [-1.0, -1.0], 1 - x, 1 - x),
+}
+
+
+@pytest.mark.parametrize("by", MEASURES)
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_calibrated_forks_follow_the_rank_of_any_measure(by: str) -> None:
+    policy = ArpoCalibrated(4, 0.5, 0.4, by=by)
+    rng = np.random.default_rng(0)
+    seen = [policy.decide(UNSURE[by](x), STATE, rng).probability for x in rng.uniform(0.2, 0.8, 300)]
+    assert np.mean(seen) == pytest.approx(0.5, abs=0.05)
+    chances = [policy.decide(UNSURE[by](x), STATE, rng).probability for x in (0.1, 0.5, 0.9)]
+    assert chances == pytest.approx([0.1, 0.5, 0.9], abs=0.06)
+    probe = looked_at([0.25, 0.75, 1.25], [-1.0, -1.0, -1.0], 0.5)
+    assert policy.decide(probe, STATE, rng).delta_h == pytest.approx(0.25), "ΔH is what is recorded"
+
+
+@pytest.mark.parametrize("by", ["entropy", "first", "varentropy"])
+def test_measures_that_need_entropies_say_so(by: str) -> None:
+    policy = ArpoCalibrated(4, 0.5, 0.4, by=by)
+    probe = Probe(NAN, NAN, np.full(2, NAN, np.float32), np.full(2, -1.0, np.float32))
+    with pytest.raises(EntropyUnknown, match="branching=arpo-calibrated"):
+        policy.decide(probe, STATE, np.random.default_rng(0))
+
+
+def test_without_siblings_a_fork_has_its_mean_chance_and_nothing_is_learned_from_it() -> None:
+    policy = ArpoCalibrated(4, 0.5, 0.4, least=2, by="siblings")
+    alone, apart = looked_at([1.0], [-1.0]), looked_at([1.0], [-1.0], 0.0)
+    rng = np.random.default_rng(0)
+    assert [policy.decide(alone, STATE, rng).probability for _ in range(40)] == [0.5] * 40
+    assert [policy.decide(apart, STATE, rng).probability for _ in range(3)] == [0.5, 0.5, 0.5]
+    assert policy.decide(looked_at([1.0], [-1.0], 1.0), STATE, rng).probability == pytest.approx(0.1)
+
+
+def test_an_unknown_measure_is_refused() -> None:
+    with pytest.raises(PluginError, match=r"branching.options.by='mood': choose one of delta, entropy"):
+        POLICIES.make("arpo-calibrated", {"by": "mood"}, probe_tokens=4, alpha=0.5, beta=0.2)
+
+
+class Watching(ArpoCalibrated):
+    """Forks whenever it is asked, and writes down what it was told."""
+
+    def decide(self, probe: Probe, state: TreeState, rng: np.random.Generator) -> Decision:
+        told.append(probe)
+        return Decision(1, 1.0, NAN, probe.delta_h)
+
+
+told: list[Probe] = []
+
+
+@pytest.mark.parametrize("by", ["siblings", "delta"])
+def test_what_a_policy_is_told_of_a_branch_and_its_siblings(by: str) -> None:
+    told.clear()
+
+    def script(text: str, rng: np.random.Generator) -> Segment:
+        if "<result>" not in text:
+            return Segment("<search> q </search>")
+        return Segment(("a b c d", "a x c d", "y b c d")[rng.integers(3)], entropy=[0.5, 1.0, 1.5, 2.0, 9.0])
+
+    world = make_world(script, policy=Watching(4, 0.5, 0.2, by=by), leaves=7, roots=1)
+    tree = run(TreeRollout(world.context, PROMPT, seed=4).run())
+    (result,) = np.flatnonzero(tree.kind == Kind.TOOL) if by == "siblings" else [0]
+    for probe in told:
+        assert probe.entropies.tolist() == [0.5, 1.0, 1.5, 2.0]
+        assert probe.logprobs.tolist() == [-0.5] * 4
+        assert probe.entropy == pytest.approx(1.25 / math.log(100))
+    if by == "delta":  # a result is decided upon once, by the branch that called
+        assert all(probe.shared == () for probe in told)
+        assert len(tree.forks) == len({fork.node for fork in tree.forks})
+        return
+    texts = [world.text(tree.tokens[tree.start[n] :][:4]) for n in np.flatnonzero(tree.parent == result)]
+    alike = {("a", "a"): 0.5, ("a", "y"): 0.0, ("y", "a"): 0.0}  # by the first letters of two that differ
+    expected = [
+        tuple(1.0 if one == other else alike[one[0], other[0]] for other in texts[:number])
+        for number, one in enumerate(texts)
+    ]
+    assert [probe.shared for probe in told] == expected
+    assert len(set(texts)) > 1
+    assert [fork.node for fork in tree.forks] == [result] * 7

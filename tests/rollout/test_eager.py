@@ -1,4 +1,4 @@
-"""Eager growth: a tree does not wait for the forks of a branch whose tool call is late."""
+"""Eager growth: a tree keeps no more back than what the branches that may still fork may bring."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
+from system.rollout.branch import Branch
 from system.rollout.branching import Arpo, Policy, Random
-from system.rollout.schedule import Eager
+from system.rollout.schedule import BarrierFree, Eager
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.tools.outcome import ToolOutcome, ToolStatus
@@ -45,9 +46,12 @@ def origins(tree: Tree) -> dict[Origin, int]:
     return {origin: tree.origins(origin) for origin in Origin}
 
 
-@pytest.mark.parametrize(("schedule", "at_s"), [("barrier-free", 61.0), ("eager", 2.5)])
-def test_a_late_call_does_not_hold_back_the_roots(schedule: str, at_s: float) -> None:
-    """Of two roots one ends, the other's call takes a minute: 2 s after it began the last two start."""
+@pytest.mark.parametrize(
+    ("schedule", "at_s"), [("barrier-free", [61.0, 61.0]), ("eager", [0.5, 2.5])], ids=str
+)
+def test_neither_an_ended_branch_nor_a_late_call_holds_back_roots(schedule: str, at_s: list[float]) -> None:
+    """Two roots keep one leaf each for forks.  One root ends at 0.5 s; the other's call, begun then, takes a
+    minute, and is late after 2 s."""
     starts: list[float] = []
 
     def script(text: str, rng: np.random.Generator) -> Segment:
@@ -58,7 +62,7 @@ def test_a_late_call_does_not_hold_back_the_roots(schedule: str, at_s: float) ->
     tree = grow(eager(script, lambda *_: ok(seconds=60.0), Random(1, 0.0), schedule, **sizes))
     assert origins(tree) == {Origin.ROOT: 2, Origin.FORK: 0, Origin.TOP_UP: 2}
     top_ups = starts[-2:] if schedule == "barrier-free" else starts[2:4]
-    assert top_ups == pytest.approx([at_s, at_s])
+    assert top_ups == pytest.approx(at_s)
 
 
 def test_a_late_branch_that_comes_back_may_fork_and_is_waited_for_again() -> None:
@@ -78,24 +82,80 @@ def test_a_late_branch_that_comes_back_may_fork_and_is_waited_for_again() -> Non
     assert origins(tree) == {Origin.ROOT: 2, Origin.FORK: 1, Origin.TOP_UP: 0}
 
 
+def a_branch(calls: int, calling: bool, late: bool) -> Branch:
+    rng = np.random.default_rng(0)
+    return Branch((0,), Origin.ROOT, 0, rng, rng, calls=calls, calling=calling, late=calling and late)
+
+
+@given(
+    live=st.lists(st.builds(a_branch, st.integers(0, 3), st.booleans(), st.booleans()), max_size=20),
+    remaining=st.integers(0, 32),
+    share=st.floats(0.0, 8.0),
+)
+def test_what_is_kept_back_is_covered_by_branches_that_may_fork(
+    live: list[Branch], remaining: int, share: float
+) -> None:
+    schedule = Eager()
+    started = schedule.top_ups(live, remaining, 3, share)
+    kept = remaining - started
+    assert 0 <= started <= remaining
+    may_fork = [one for one in live if not one.late and (one.calling or one.calls < 3)]
+    assert kept == min(remaining, math.ceil(len(may_fork) * share))  # nothing, where none may fork
+    assert schedule.top_ups(live, kept, 3, share) == 0  # asked again, it starts no more
+    assert kept <= remaining - BarrierFree().top_ups(
+        [one for one in live if not one.late], remaining, 3, share
+    )
+
+
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), p_call=st.sampled_from([0.3, 0.7, 1.0]))
-def test_while_calls_are_quick_it_is_barrier_free_growth(seed: int, p_call: float) -> None:
-    def grown(schedule: str) -> Tree:
-        chaos = np.random.default_rng(seed)
+@given(seed=st.integers(0, 2**32 - 1), p_call=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+def test_a_tree_keeps_back_no_more_than_its_branches_shares(seed: int, p_call: float) -> None:
+    """Asked at every segment's start: of 12 leaves, 4 of them roots, 2 are kept per branch that may fork."""
+    chaos = np.random.default_rng(seed)
+    growing: list[TreeRollout] = []
+    seen: list[tuple[int, int]] = []
 
-        def script(text: str, rng: np.random.Generator) -> Segment:
-            return Segment(CALL if rng.random() < p_call else ANSWER, entropy=4 * rng.random(8))
+    def script(text: str, rng: np.random.Generator) -> Segment:
+        (tree,) = growing
+        may_fork = sum((b.undecided or b.calls < tree.call_limit) and not b.late for b in tree.live.values())
+        seen.append((12 - tree.started.total(), 2 * may_fork))
+        return Segment(CALL if rng.random() < p_call else ANSWER, entropy=(4 * rng.random(8)).tolist())
 
-        def answer(tool: str, arguments: Any) -> tuple[float, ToolOutcome]:
-            seconds = float(chaos.uniform(1.0, 1.99))
-            return seconds, ToolOutcome(ToolStatus.OK, "r", seconds)
+    world = eager(
+        script,
+        lambda *_: ok(seconds=30.0 if chaos.random() < 0.3 else 1.0),
+        Arpo(4, 0.5, 0.9),
+        leaves=12,
+        roots=4,
+    )
 
-        return grow(eager(script, answer, Arpo(4, 0.5, 0.9), schedule, leaves=12, roots=4), seed)
+    async def main() -> Tree:
+        growing.append(TreeRollout(world.context, PROMPT, seed=seed))
+        return await growing[0].run()
 
-    ours, free = grown("eager"), grown("barrier-free")
+    assert run(main()).n_leaves == 12
+    assert all(0 <= kept <= allowed for kept, allowed in seen)
+
+
+def test_equal_seeds_grow_equal_trees() -> None:
+    def grown() -> Tree:
+        chaos = np.random.default_rng(5)
+        return grow(
+            eager(
+                lambda text, rng: Segment(CALL if rng.random() < 0.6 else ANSWER, entropy=4 * rng.random(8)),
+                lambda *_: ok(seconds=float(chaos.lognormal(0.0, 1.5))),
+                Arpo(4, 0.5, 0.9),
+                leaves=12,
+                roots=4,
+            ),
+            seed=3,
+        )
+
+    ours, again = grown(), grown()
+    assert ours.origins(Origin.FORK)
+    assert ours.origins(Origin.TOP_UP)
     for column in ("tokens", "parent", "origin", "outcome"):
-        np.testing.assert_array_equal(getattr(ours, column), getattr(free, column))
+        np.testing.assert_array_equal(getattr(ours, column), getattr(again, column))
 
 
 @settings(max_examples=25, deadline=None)

@@ -14,6 +14,7 @@ from rollout_fakes import PROMPT, Segment, make_world
 
 from system.config import Config
 from system.config.schema import RewardConfig, RolloutConfig, TaskConfig
+from system.foreign import LET_GO_S
 from system.rollout.failure import RolloutFailed
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo import ArpoReward
@@ -23,6 +24,7 @@ from system.tasks.base import make_task
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Outcome, Tree
 from system.tree.stats import TreeStats
+from system.twin.clock import run
 
 VIEW = BranchView(((Kind.MODEL, "word"),), Outcome.STOPPED)
 
@@ -64,6 +66,15 @@ class Late:
         return 1.0
 
 
+class Stubborn:
+    async def score(self, prompt: Prompt, branch: BranchView) -> float:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await asyncio.sleep(30)
+        return 1.0
+
+
 class Raising:
     def score(self, prompt: Prompt, branch: BranchView) -> float:
         raise KeyError("odd")
@@ -74,6 +85,17 @@ def test_a_late_score_and_a_raising_reward_fail_one_leaf() -> None:
         asyncio.run(Scoring(Late(), deadline_s=0.01).score(PROMPT, VIEW))
     with pytest.raises(ScoreFailed, match="reward Raising: KeyError: 'odd'"):
         asyncio.run(Scoring(Raising()).score(PROMPT, VIEW))
+
+
+def test_a_reward_that_ignores_its_cancellation_is_late_all_the_same() -> None:
+    async def play() -> float:
+        with pytest.raises(ScoreFailed, match=r"reward Stubborn: no score within reward.deadline_s=2 s"):
+            await Scoring(Stubborn(), deadline_s=2).score(PROMPT, VIEW)
+        late = asyncio.get_running_loop().time()
+        await asyncio.sleep(60)
+        return late
+
+    assert run(play()) == pytest.approx(2 + LET_GO_S)
 
 
 class Raises:

@@ -17,7 +17,8 @@ from rollout_fakes import PROMPT, PieceTokenizer, ScriptedTools, Segment, World,
 
 from system.config import Config
 from system.engine.protocol import Chunk, Finish, GenerateRequest
-from system.rollout.branching import Aepo, Arpo, MostUncertainTurns, Never, Policy, Random
+from system.rollout.branching import Aepo, Arpo, ArpoCalibrated, Never, Policy, Random
+from system.rollout.expanding import MostUncertainTurns, UnlikelyTokens
 from system.rollout.snapshot import SnapshotError, can_freeze, fingerprint, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.record import Tree
@@ -145,7 +146,15 @@ async def interrupted(made: World, seed: int, pauses: list[float]) -> tuple[Tree
     seed=st.integers(0, 2**32 - 1),
     pauses=st.lists(st.floats(0.0, 6.0), min_size=1, max_size=5),
     policy=st.sampled_from(
-        [Arpo(4, 0.5, 0.9), Aepo(4, 0.6, 0.9, 0.2), Random(3, 0.4), MostUncertainTurns(3), Never(4)]
+        [
+            Arpo(4, 0.5, 0.9),
+            Aepo(4, 0.6, 0.9, 0.2),
+            ArpoCalibrated(4, 0.25, 0.0, by="siblings"),
+            Random(3, 0.4),
+            MostUncertainTurns(3),
+            UnlikelyTokens(3),
+            Never(4),
+        ]
     ),
 )
 def test_frozen_and_thawed_is_the_same_tree(seed: int, pauses: list[float], policy: Policy) -> None:

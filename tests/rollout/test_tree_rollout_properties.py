@@ -14,14 +14,14 @@ from rollout_fakes import PROMPT, Segment, make_world, ok
 from system.rollout.branching import (
     Aepo,
     Arpo,
+    ArpoCalibrated,
     ArpoPaper,
     ArpoRelease,
-    MostUncertainTurns,
     Never,
     Policy,
     Random,
-    RandomTurns,
 )
+from system.rollout.expanding import MostUncertainTurns, RandomTurns, UnlikelyTokens
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import SCHEDULES
 from system.rollout.tree_rollout import TreeRollout
@@ -34,9 +34,11 @@ POLICIES: list[Policy] = [
     ArpoPaper(3, 0.5, 0.2, 0.5),
     ArpoRelease(0.5, 0.2),
     Aepo(3, 0.6, 0.2),
+    ArpoCalibrated(3, 0.6, 0.4, least=1, by="siblings"),
     Random(2, 0.8),
     MostUncertainTurns(2, width=3),
     RandomTurns(2),
+    UnlikelyTokens(2),
     Never(4),
 ]
 

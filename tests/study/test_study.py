@@ -16,9 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.cli.main import main
-from system.study.measure import Count
+from system.study.measure import Count, Forked
 from system.study.report import learning
-from system.study.statistics import at, interval, rank_correlation, sign_flip_test, spent_to_reach
+from system.study.statistics import (
+    at,
+    correlation_within,
+    interval,
+    rank_correlation,
+    sign_flip_test,
+    spent_to_reach,
+)
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -134,6 +141,17 @@ def test_the_test_is_two_sided_and_a_share(differences: list[float]) -> None:
     assert p == sign_flip_test([-one for one in differences])
 
 
+def test_correlation_within_groups_is_not_that_of_the_groups() -> None:
+    """In each group y rises with x; over both it falls, for the second group has more x and less y."""
+    x = np.concatenate([np.arange(20), 100 + np.arange(30), [0, 1]])
+    y = np.concatenate([100 + np.arange(20), np.arange(30)[::-1], [5, 6]])
+    groups = [*([1] * 20), *([2] * 30), *([3] * 2)]
+    assert rank_correlation(x, y) < 0
+    assert correlation_within(x, y, groups) == pytest.approx((20 * 1 + 30 * -1) / 50)
+    assert correlation_within(x[:20], y[:20], groups[:20]) == pytest.approx(1.0)
+    assert math.isnan(correlation_within([1, 2], [1, 2], [0, 0]))
+
+
 def test_rank_correlation() -> None:
     assert rank_correlation([1, 2, 3], [10, 100, 1000]) == pytest.approx(1.0)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
@@ -157,7 +175,7 @@ def test_curves_by_what_was_spent() -> None:
 
 def test_what_a_fork_was_good_for() -> None:
     """Below the fork of the higher ΔH the rewards differ."""
-    count = Count(forks=[(0.1, 0.0), (0.2, 0.0), (0.3, 0.25)])
+    count = Count(forks=[Forked(0.1, 0.0, 1), Forked(0.2, 0.0, 1), Forked(0.3, 0.25, 2)])
     found = count.figures()["forks"]
     assert found["count"] == 3
     assert found["correlation"] == pytest.approx(math.sqrt(3) / 2)

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from system.tasks.base import Demonstration, HasCorpus, make_task
 from system.tasks.generated import GeneratedTask
 from system.tasks.inputs import corpus_file
 from system.tasks.skill import Skill
+from system.tasks.study import code, game, hops
 from system.tools.outcome import CallContext
 from system.tools.servers import application
 from system.tools.service import ToolService, build_tools
@@ -34,14 +36,14 @@ def settings(recipe: Path, seed: int = 3) -> Config:
     return load(recipe, [f"run.seed={seed}", "task.train_size=300", "task.eval_size=60"])
 
 
-def made(recipe: Path, seed: int = 3) -> GeneratedTask:
+def made(recipe: Path, seed: int = 3) -> GeneratedTask[Any]:
     task = make_task(settings(recipe, seed))
     assert isinstance(task, GeneratedTask)
     return task
 
 
 @contextlib.asynccontextmanager
-async def real_tools(config: Config, task: GeneratedTask, scratch: Path) -> AsyncIterator[ToolService]:
+async def real_tools(config: Config, task: GeneratedTask[Any], scratch: Path) -> AsyncIterator[ToolService]:
     corpus = corpus_file(config, task, scratch) if isinstance(task, HasCorpus) else None
     async with contextlib.AsyncExitStack() as stack:
         urls: dict[str, str] = {}
@@ -55,7 +57,7 @@ async def real_tools(config: Config, task: GeneratedTask, scratch: Path) -> Asyn
         yield tools
 
 
-def shown(task: GeneratedTask, skill: Skill, rng: random.Random) -> list[Demonstration]:
+def shown(task: GeneratedTask[Any], skill: Skill, rng: random.Random) -> list[Demonstration]:
     pairs = zip(task.held_out, task.eval(), strict=True)
     return [task.demonstrate(question, prompt, skill, rng) for question, prompt in pairs]
 
@@ -147,3 +149,54 @@ def test_texts_are_words_of_the_tokenizer_and_fit(recipe: Path) -> None:
         assert len(ids) < config.engine.max_context
         for author, text in demo.segments:
             assert author == "model" or len(tokenizer.encode(text)) <= config.rollout.max_tool_result_tokens
+
+
+def test_only_the_tool_knows_the_secret_of_a_game() -> None:
+    """Games whose prompts differ in nothing but their number have different secrets."""
+    task = made(next(recipe for recipe in RECIPES if recipe.stem == "game"))
+    secrets: dict[str, set[str]] = defaultdict(set)
+    for prompt in task.train():
+        (message,) = prompt.messages
+        words = message["content"].split()
+        assert words[2] == prompt.id.rpartition("/")[2]
+        secrets[" ".join(words[:2] + words[3:])].add(prompt.answers[0])
+        assert prompt.extra == {}
+    assert len(secrets) == len(game.LOWEST) * len(game.CANDIDATES)
+    assert sum(len(some) > 5 for some in secrets.values()) > 0.9 * len(secrets)
+
+
+def test_a_game_needs_the_middle() -> None:
+    """The right expert finds every secret; from the lowest number on, four in n are found."""
+    task = made(next(recipe for recipe in RECIPES if recipe.stem == "game"))
+    for skill, low, high in ((Skill(1.0), 1.0, 1.0), (Skill(0.0, 1.0), 0.15, 0.45)):
+        demos = shown(task, skill, random.Random(0))
+        found = [f"boxed{{{demo.prompt.answers[0]} }}" in demo.segments[-1][1] for demo in demos]
+        assert low <= sum(found) / len(found) <= high
+
+
+def test_a_program_fails_for_two_reasons() -> None:
+    """A name that Python has not, and a division by zero, of the question or of a wrong operator."""
+    asked = code.Calculation("largest", (23, 47), "over", "less", (14, 14), 50)
+    assert asked.text == "Q: largest 23 47 over 14 less 14 else 50 ?"
+    assert asked.right == "print(max([23,47])//(14-14))"
+    said, failed = code.run(asked.right)
+    assert failed
+    assert said.endswith("ZeroDivisionError: integer division or modulo by zero")
+    said, failed = code.run(asked.program("avg", "+", "+"))
+    assert failed
+    assert said.endswith("NameError: name 'avg' is not defined")
+    assert code.run(asked.program("max", "//", "+")) == ("1", False)
+    task = made(next(recipe for recipe in RECIPES if recipe.stem == "code"))
+    otherwise = [str(q.otherwise) == p.answers[0] for q, p in zip(task.held_out, task.eval(), strict=True)]
+    assert 0.05 < sum(otherwise) / len(otherwise) < 0.35
+
+
+def test_a_name_does_not_say_which_is_meant() -> None:
+    """Most names are those of several entities; the right kind finds the right document first."""
+    task = made(next(recipe for recipe in RECIPES if recipe.stem == "hops"))
+    assert isinstance(task, hops.HopsTask)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for kind, name in task.facts:
+        kinds[name].append(kind)
+        assert hops.read(task.search(f"{kind} {name}")) == task.facts[kind, name]
+    assert sum(len(some) > 1 for some in kinds.values()) > len(kinds) / 2

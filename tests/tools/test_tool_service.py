@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import gc
 import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from system.config import Config, ToolsConfig
+from system.foreign import LET_GO_S
 from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
@@ -64,6 +67,19 @@ def sleeping(seconds: float) -> Step:
     async def step(arguments: Mapping[str, Any]) -> str:
         await asyncio.sleep(seconds)
         return f"answer {arguments['x']}"
+
+    return step
+
+
+def stubborn(seconds: float) -> Step:
+    """Sleeps on when it is cancelled, and then fails."""
+
+    async def step(arguments: Mapping[str, Any]) -> str:
+        until = now() + seconds
+        while now() < until:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(until - now())
+        raise ValueError("nobody hears this")
 
     return step
 
@@ -161,7 +177,7 @@ async def test_deadline_of_the_tool_and_of_the_call(pure: bool) -> None:
     outcome = await call(tools, 1, CallContext(deadline_s=0.05))
     assert outcome.status is ToolStatus.TIMEOUT
     assert now() == pytest.approx(0.25)
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
     assert (tool.now, tool.cancelled) == (0, 2)
 
 
@@ -194,6 +210,43 @@ async def test_deadline_includes_waiting_for_a_slot() -> None:
     assert second.status is ToolStatus.TIMEOUT
     assert (await first).status is ToolStatus.OK
     assert tool.runs == 1
+
+
+@pytest.mark.parametrize("pure", [False, True])
+@virtual
+async def test_a_tool_that_ignores_its_cancellation_is_left_behind(pure: bool) -> None:
+    """It times out like any other, soon after its deadline; the next call, and who is cancelled, go on."""
+    unheard = list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    tool = Scripted(stubborn(500), pure=pure)
+    tools = service(tool, deadline_s=10, concurrency=1)
+    outcome = await call(tools, 0, CallContext(deadline_s=4))
+    assert outcome.status is ToolStatus.TIMEOUT
+    assert outcome.text.startswith("The tool 'scripted' did not answer within 4 s.")
+    assert now() == pytest.approx(4, abs=LET_GO_S)
+    impatient = asyncio.ensure_future(call(tools, 1))
+    await asyncio.sleep(2 * LET_GO_S)
+    impatient.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await impatient
+    tool.step = sleeping(0)
+    assert (await call(tools, 2)).text == "answer 2"
+    assert now() <= 4 + 4 * LET_GO_S
+    assert (tool.runs, tool.now) == (3, 2), "two are still there"
+    await asyncio.sleep(600)
+    assert tool.now == 0
+    gc.collect()
+    assert unheard == []
+
+
+@virtual
+async def test_a_tool_whose_check_ignores_its_cancellation_cannot_work() -> None:
+    tool = Scripted(sleeping(0))
+    tool.check = lambda: stubborn(500)({})  # type: ignore[assignment,return-value]
+    with pytest.raises(ToolStartError, match="'scripted': its check did not end within 2 s"):
+        await service(tool).check()
+    assert now() == pytest.approx(2 + LET_GO_S)
+    await asyncio.sleep(600)
 
 
 # --- concurrency and rate ----------------------------------------------------------------------------------

@@ -3,16 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from tree_strategies import Naive, growths
 
 from system.tree.builder import TreeBuilder
-from system.tree.record import Kind, Origin, Outcome, ToolCall, TreeError
+from system.tree.record import Kind, Origin, Outcome, ToolCall, Tree, TreeError
 
 
 @given(growths())
 def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> None:
-    growth, naive = case
+    growth, whole = case
     tree = growth.close(now=7.0)
+    naive, last = whole.cut()
     order = naive.preorder()
     index = {handle: k for k, handle in enumerate(order)}
     nodes = [naive.nodes[h] for h in order]
@@ -34,10 +36,77 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
         path = np.concatenate([tree.tokens[tree.start[v] : tree.end[v]] for v in tree.path(number)])
         assert path.tolist() == naive.path_tokens(node)
 
-    tools = [h for h, n in enumerate(naive.nodes) if n.kind == Kind.TOOL]
+    tools = [last[h] for h, n in enumerate(whole.nodes) if n.kind == Kind.TOOL]
     assert [c.node for c in tree.calls] == [index[naive.nearest(h)] for h in tools]
     assert [f.node for f in tree.forks] == [index[naive.nearest(h)] for h in tools]
     assert (tree.budget, tree.started_s, tree.closed_s) == (8, 1.0, 7.0)
+
+
+@given(growths())
+def test_restored_is_the_same_growth(case: tuple[TreeBuilder, Naive]) -> None:
+    growth, naive = case
+    arrays, fields = growth.state()
+    again = TreeBuilder.restore(arrays, fields)
+    for node in range(len(naive.nodes)):
+        assert again.path_tokens(node).tolist() == naive.path_tokens(node)
+        assert again.children(node) == growth.children(node)
+    tree, other = growth.close(7.0), again.close(7.0)
+    for name in ("tokens", "logprob", "entropy", "version", "start", "parent", "kind", "leaf", "outcome"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(tree, name))
+    assert (other.calls, other.forks) == (tree.calls, tree.forks)
+
+
+def paths(tree: Tree) -> list[list[tuple[float, ...]]]:
+    """(token, log-probability, entropy, version) of all tokens on each leaf's path."""
+    columns = np.stack([tree.tokens, tree.logprob, np.nan_to_num(tree.entropy, nan=-1), tree.version], 1)
+    spans = [[slice(tree.start[n], tree.end[n]) for n in tree.path(leaf)] for leaf in range(tree.n_leaves)]
+    return [[tuple(row) for span in one for row in columns[span].tolist()] for one in spans]
+
+
+@given(growths(), st.integers(0, 2**32 - 1))
+def test_going_on_inside_a_turn_leaves_every_other_path_as_it_was(
+    case: tuple[TreeBuilder, Naive], seed: int
+) -> None:
+    growth, naive = case
+    before, rng = growth.close(7.0), np.random.default_rng(seed)
+    turns = [h for h, n in enumerate(naive.nodes) if n.kind == Kind.MODEL and len(n.tokens) > 1]
+    added: list[int] = []
+    for turn in rng.choice(turns, min(len(turns), 3), replace=False).tolist() if turns else []:
+        at = growth.depth(turn) - int(rng.integers(1, len(naive.nodes[turn].tokens)))
+        child = growth.node(turn, Kind.MODEL, at)
+        growth.extend(child, [9_000_001, 9_000_002], -0.5, 0.25, 3)
+        growth.leaf(child, Outcome.STOPPED, Origin.FORK)
+        assert growth.path_tokens(child)[:at].tolist() == growth.path_tokens(turn)[:at].tolist()
+        assert growth.turn(child) == growth.turn(turn)
+        added.append(at)
+    after = growth.close(7.0)
+    old, new = paths(before), paths(after)
+    assert new[: len(old)] == old
+    assert [len(path) for path in new[len(old) :]] == [at + 2 for at in added]
+    assert after.n_tokens == before.n_tokens + 2 * len(added), "what is shared stands there once"
+
+
+def test_a_turn_that_was_gone_on_from_inside_closes_as_its_parts() -> None:
+    growth = TreeBuilder("p", "t", [0, 1], budget=3)
+    turn = growth.node(growth.prompt, Kind.MODEL)
+    growth.extend(turn, [2, 3, 4, 5], [-1, -2, -3, -4], [1, 2, 3, 4], [6, 6, 7, 7])
+    result = growth.node(turn, Kind.TOOL)
+    growth.extend(result, [6])
+    growth.call(ToolCall(result, "search", {}, "ok", 0.0))
+    growth.leaf(result, Outcome.LENGTH, Origin.ROOT)
+    for at, token in ((5, 7), (3, 8), (5, 9)):  # the prompt's 2 and so many of the turn's own
+        growth.extend(child := growth.node(turn, Kind.MODEL, at), [token], -0.5, 0.5, 8)
+        growth.leaf(child, Outcome.STOPPED, Origin.FORK)
+        assert growth.turn(child) == 2
+    tree = growth.close(0.0)
+    assert [part.tolist() for part in np.split(tree.tokens, tree.start[1:])] == [
+        *([0, 1], [2], [3, 4], [5], [6], [7], [9], [8])
+    ]
+    assert tree.parent.tolist() == [-1, 0, 1, 2, 3, 2, 2, 1]
+    assert tree.logprob[2:6].tolist() == [-1, -2, -3, -4]
+    assert tree.version[2:6].tolist() == [6, 6, 7, 7]
+    assert tree.leaf.tolist() == [4, 5, 7, 6]
+    assert tree.calls[0].node == 4
 
 
 def test_a_fork_shares_the_prefix_and_a_straight_branch_copies_nothing() -> None:
@@ -106,6 +175,10 @@ def _growth() -> tuple[TreeBuilder, int]:
         (lambda g, n: g.extend(n, [2, 3], [-0.1], None, 0), "logprob has shape"),
         (lambda g, n: g.extend(n, [[2, 3]], -0.1, None, 0), "vector of token ids"),
         (lambda g, n: g.node(7, Kind.MODEL), "no node 7"),
+        (lambda g, n: g.node(n, Kind.MODEL, 1), "node 1: a child cannot begin at 1"),  # its first token
+        (lambda g, n: g.node(n, Kind.MODEL, 3), "cannot begin at 3"),
+        (lambda g, n: g.node(g.prompt, Kind.MODEL, 0), "cannot begin at 0"),
+        (lambda g, n: (g.extend(n, [2], -0.1, None, 0), g.node(n, Kind.TOOL, 2)), "only MODEL goes on"),
         (lambda g, n: g.node(n, Kind.PROMPT), "one PROMPT"),
         (lambda g, n: g.call(ToolCall(9, "search", {}, "ok", 0.0)), "no node 9"),
         (lambda g, n: g.score(g.leaf(n, Outcome.STOPPED, Origin.ROOT), float("nan"), False), "finite"),

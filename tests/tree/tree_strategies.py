@@ -19,6 +19,11 @@ class NaiveNode:
     logprob: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
+    at: int | None = None  # tokens of its parent that come before it; None: all
+
+    def part(self, parent: int, begin: int, end: int) -> NaiveNode:
+        columns = (self.tokens, self.logprob, self.entropy, self.version)
+        return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns])
 
 
 @dataclass
@@ -31,10 +36,36 @@ class Naive:
     def children(self, node: int) -> list[int]:
         return [h for h, n in enumerate(self.nodes) if n.parent == node]
 
-    def path_tokens(self, node: int) -> list[int]:
+    def path_tokens(self, node: int, before: int | None = None) -> list[int]:
+        """Of the path to ``node``, and of its own tokens those before ``before``."""
         if node < 0:
             return []
-        return self.path_tokens(self.nodes[node].parent) + self.nodes[node].tokens
+        own = self.nodes[node]
+        return self.path_tokens(own.parent, own.at) + own.tokens[:before]
+
+    def cut(self) -> tuple[Naive, list[int]]:
+        """The same without children that begin inside their parents: these become several, one after the
+        other.  Also says what each node's last part is called now.
+        """
+        parts = Naive([])
+        names: list[dict[int, int]] = []  # of each node, the part that ends at so many of its tokens
+        for handle, node in enumerate(self.nodes):
+            size = len(node.tokens)
+            cuts = {n.at for n in self.nodes if n.parent == handle and n.at is not None}
+            above = (
+                -1
+                if node.parent < 0
+                else names[node.parent][len(self.nodes[node.parent].tokens) if node.at is None else node.at]
+            )
+            begin, ends = 0, {}
+            for end in sorted({*cuts, size}):
+                parts.nodes.append(node.part(above, begin, end))
+                above = ends[end] = len(parts.nodes) - 1
+                begin = end
+            names.append(ends)
+        last = [max(ends.values()) for ends in names]
+        parts.leaves = [(last[node], *about) for node, *about in self.leaves]
+        return parts, last
 
     def preorder(self, node: int = 0) -> list[int]:
         own = [node] if self.nodes[node].tokens else []
@@ -102,9 +133,13 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         elif act < 0.9:
             parent = int(rng.integers(0, len(naive.nodes)))
             kind = Kind(rng.choice([Kind.MODEL, Kind.MODEL, Kind.TOOL]))
-            node = growth.node(parent, kind)
+            above, at = naive.nodes[parent], None
+            if kind == above.kind == Kind.MODEL and len(above.tokens) > 1 and rng.random() < 0.5:
+                at = int(rng.integers(1, len(above.tokens)))
+            begin = None if at is None else growth.depth(parent) - len(above.tokens) + at
+            node = growth.node(parent, kind, begin)
             assert node == len(naive.nodes)
-            naive.nodes.append(NaiveNode(parent, kind))
+            naive.nodes.append(NaiveNode(parent, kind, at=at))
             if kind == Kind.TOOL:
                 growth.call(
                     ToolCall(node, "search", {"query": f"q{node}"}, "ok", 0.25, cached=bool(node % 2))
@@ -112,7 +147,7 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
                 growth.fork(ForkDecision(node, 0.1, 0.5, float(rng.random()), 1))
         elif growing:
             end(int(rng.choice(growing)))
-    parents = {n.parent for n in naive.nodes}
+    parents = {n.parent for n in naive.nodes if n.at is None}  # at whose end something goes on
     for node in range(len(naive.nodes)):
         bare = node not in parents and node not in {leaf[0] for leaf in naive.leaves}
         if bare or rng.random() < 0.15:

@@ -127,6 +127,7 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
             f"flow.staleness={0 if schedule == 'lockstep' else staleness}",
             f"flow.window={window}",
             f"flow.update={update}",
+            f"flow.curriculum={str(seed % 2 == 0).lower()}",
             f"rollout.schedule={schedule}",
             f"branching={['arpo', 'random', 'none', 'arpo-paper'][seed // 2 % 4]}",
             f"engine.kv_after_update={['recompute', 'keep'][int(rng.integers(2))]}",
@@ -154,6 +155,12 @@ def test_budget_staleness_and_ledger_hold_whatever_fails(seed: int, chaos: bool)
         assert sum(tree.origins(origin) for origin in Origin) == tree.n_leaves == tree.budget
     settings = twin.config.flow
     assert twin.totals["staleness"]["max"] <= settings.staleness + settings.window  # the staleness bound
+    if settings.curriculum:
+        assert sum(twin.totals["pools"].values()) == pytest.approx(1.0)
+        assert twin.totals["pools"]["unknown"] < 1
+        assert {f"flow/pool/{name}": share for name, share in twin.totals["pools"].items()}.items() <= (
+            twin.records[-1].items()
+        )
     history = surviving(twin.log)
     assert [version for version, _ in history] == sorted(v for v in range(1, 9) for _ in range(4))
     assert max(Counter(prompt for _, prompt in history).values()) == 1  # none twice

@@ -6,12 +6,10 @@ import shutil
 import weakref
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from system.engine.weights.base import Bucket, size
 from system.engine.weights.sglang import Carrier, PushTarget
 from system.models.directory import INDEX
-from system.models.files import write_index
+from system.models.files import write_index, write_weights
 from system.scratch import Scratch
 
 
@@ -44,7 +42,7 @@ class Disk(Carrier):
         number = len(set(self._files.values()))
         name = f"model-{number:05d}.safetensors"
         tensors = {n: t.detach().to("cpu").contiguous() for n, t in bucket.items()}
-        save_file(tensors, self.directory / name, metadata={"format": "pt"})
+        write_weights(tensors, self.directory / name)
         self._files |= dict.fromkeys(bucket, name)
         self._bytes += size(bucket)
 

@@ -15,6 +15,7 @@ or that it searches again because the field is not there.  Where that is hard fo
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -120,7 +121,7 @@ class HopsTask(GeneratedTask[Chain]):
             kind = question.kinds[hop]
             if segments:  # else the question says it
                 kind = skill.choose(kind, KINDS, rng)
-            found = self._search(f"{kind} {name}")
+            found = self.search(f"{kind} {name}")
             segments.append(("model", f"{said} </think> <search> {kind} {name} </search>"))
             segments.append(("tool", render(found)))
             shown = read(found)
@@ -140,7 +141,8 @@ class HopsTask(GeneratedTask[Chain]):
         return tiny_tokenizer.build([*pieces, *(f" {name}" for name in NAMES)])
 
     @cached_property
-    def _search(self):
+    def search(self) -> Callable[[str], str]:
+        """Query -> what the search tool answers."""
         return search_tool(self.corpus(), self.top_k)
 
 

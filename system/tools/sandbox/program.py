@@ -30,9 +30,8 @@ def run(source: str) -> int:
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()  # imported before the fork: every call would draw the same
     sys.modules["__main__"] = module
-    linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
     try:
-        _execute(source, module.__dict__)
+        execute(source, module.__dict__)
         _join_threads()
     except SystemExit as stop:
         return _exit_code(stop.code)
@@ -69,7 +68,9 @@ def leave(code: int) -> None:
     os._exit(code & 0xFF)
 
 
-def _execute(source: str, namespace: dict[str, object]) -> None:
+def execute(source: str, namespace: dict[str, object]) -> None:
+    """Run the program in ``namespace`` and print its value.  Raises what it raises; :func:`told` shows it."""
+    linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
     tree = ast.parse(source, FILENAME)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, FILENAME, "exec"), namespace)
@@ -93,12 +94,16 @@ def _exit_code(code: object) -> int:
     return 1
 
 
-def _print_error(error: BaseException) -> None:
+def told(error: BaseException) -> str:
+    """The traceback of what :func:`execute` raised, as the program's author reads it."""
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename != FILENAME:
         frames = frames.tb_next  # our own frames say nothing to the program's author
+    return "".join(traceback.format_exception(type(error), error, frames))
+
+
+def _print_error(error: BaseException) -> None:
     try:
-        lines = traceback.format_exception(type(error), error, frames)
-        sys.stderr.write("".join(lines))
+        sys.stderr.write(told(error))
     except BaseException:  # an exception whose own __str__ fails, or no memory left to format it
         os.write(2, f"{type(error).__name__}\n".encode())
