@@ -21,6 +21,7 @@ OF_A_TOOL = ("retries", "joins", "cache_hits", "breaker_opened", "breaker_reject
 FULL = Totals(
     evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
     staleness=Counter({1: 2}),
+    pools={"solved": 0.5},
     dropped={"worker lost. Again": {"trees": 1, "leaves": 8}},
     causes={"tool": {"count": 1, "first": "x"}},
     idle=Idle({"learner": {"no batch": 1.0}}, {"learner": 2.0}),
