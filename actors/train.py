@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from actors.checkpoints import checkpoints, restore_newest
+from actors.checkpoints import checkpoints, restore_newest, version_of
 from actors.conductor import Conductor
 from actors.ending import EXIT_DEADLINE_S, Signals, exit_within, signals
 from actors.heartbeat import Heartbeats
@@ -37,6 +37,9 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
 
     The configuration has passed :func:`system.doctor.preflight.require`.
     """
+    if resume and (version := _finished(RunDir.open(resume))) >= config.run.steps:
+        print(f"{resume} ended at step {version}, and is left as it is; to go on, set run.steps above that")
+        return DONE
     task = make_task(config)  # which reads all its data: nothing is made before
     run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
     with lease.held(run_dir.root):
@@ -48,6 +51,12 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
             if resume is None:
                 shutil.rmtree(run_dir.root, ignore_errors=True)
             raise
+
+
+def _finished(run_dir: RunDir) -> int:
+    """The last step of a run that came to its end, which is when it writes ``model/``; else -1."""
+    saved = checkpoints(run_dir)
+    return version_of(saved[-1]) if saved and run_dir.model.is_dir() else -1
 
 
 def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:

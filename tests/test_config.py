@@ -76,6 +76,10 @@ def test_override_values_keep_their_types():
         ("tools.limits={search: {retries: 1.5}}", "tools.limits.search.retries=1.5"),
         ("tools.limits={search: {deadline_s: 0}}", "tools.limits.search.deadline_s=0 must be above 0"),
         ("run.seed.x=1", "run.seed"),
+        (
+            "task.columns=question:ask",
+            "task.columns='question:ask' must be a dictionary: in a shell in quotes",
+        ),
         ("run.seed=[", "not readable as YAML"),
         ("run.name=${nowhere}", r"run.name: Interpolation key 'nowhere' not found"),
         ("flow", "write key=value"),

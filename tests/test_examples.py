@@ -89,7 +89,7 @@ def test_a_recipe_of_ones_own_needs_only_a_model_and_data(
     monkeypatch.chdir(tmp_path)
     config = load(EXAMPLES / "my.yaml")
     found = [str(problem) for problems in look(config).values() for problem in problems]
-    assert [line.split(":")[0] for line in found] == ["model.path", "no such data file"]
+    assert [line.split(":")[0] for line in found] == ["model.path", "task.path", "task.eval_path"]
     for path in (config.task.path, config.task.eval_path):
         Path(path).write_text(json.dumps({"question": f"Which file? {path}", "answer": path}) + "\n")
     task = QuickstartTask(

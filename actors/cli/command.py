@@ -72,7 +72,10 @@ def split(words: Sequence[str], example: str = "") -> tuple[Path | None, list[st
 
     paths = [word for word in words if "=" not in word or os.path.exists(word)]
     if len(paths) > 1:
-        raise ConfigError(f"one file at a time: {paths[0]} or {paths[1]}? (an override is written key=value)")
+        raise ConfigError(
+            f"one file at a time: {paths[0]} or {paths[1]}? (an override is written key=value, "
+            "one with spaces in quotes: 'task.columns={question: q}')"
+        )
     if example and not paths:
         raise ConfigError(f"name a recipe, for example: {example}")
     return (Path(paths[0]) if paths else None), [word for word in words if word not in paths]

@@ -28,7 +28,7 @@ def train(args: argparse.Namespace) -> int:
 
     A run writes into runs/<name>: metrics, trees, curves, checkpoints, the model and summary.json.
     Ctrl-C (SIGTERM, a closed terminal) saves a checkpoint and stops; a second Ctrl-C stops at once.
-    What can be told in a second to be wrong is told before anything starts, all of it at once (exit code 2).
+    What can be told in a second to be wrong is told before anything starts, in a line each (exit code 2).
     `espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
     """
     from system.doctor.preflight import require  # slow imports

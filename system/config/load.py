@@ -150,6 +150,8 @@ def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
     ):
         example = value if isinstance(value, str) and value else "a, b"
         return f"{path}: write a list: [{example}]"
+    if typing.get_origin(one.kind) is dict and not (named or isinstance(value, dict)):
+        return f"{path}={value!r} must be a dictionary: in a shell in quotes, '{path}={{a: 1}}'"
     layer = {section: {key: value}}
     try:
         _make_room(merged, layer)

@@ -38,7 +38,7 @@ from system.tasks.vocabulary import unknown_tokens
 from system.tools.search_index import read_corpus
 from system.tree.prompt import Prompt
 
-ROWS = 8  # of the data, that are read
+ROWS = 32  # of the data, that are read
 ANSWER_S = 2.0  # a server, all of them asked at once
 MIB, GIB = 1 << 20, 1 << 30
 T = TypeVar("T")
@@ -59,10 +59,11 @@ class Problem:
         )
 
     @classmethod
-    def of(cls, error: BaseException, field: str = "") -> Problem:
-        """An error that names its field and the remedy itself, or one of the file system."""
+    def several(cls, error: BaseException, field: str = "") -> list[Problem]:
+        """Of an error that names fields and remedies itself, a line each; or of one of the file system."""
         named = isinstance(error, EspalierError)
-        return cls("" if named else field, " ".join(told(error).split()))
+        lines = told(error).splitlines() if named else [told(error)]
+        return [cls("" if named else field, " ".join(line.split())) for line in lines]
 
 
 Check = Callable[[Config], Iterator[Problem]]
@@ -99,7 +100,7 @@ def _run(check: Check, topic: str, config: Config) -> list[Problem]:
     try:
         found.extend(check(config))
     except EXPECTED as error:
-        found.append(Problem.of(error, topic))
+        found += Problem.several(error, topic)
     return found
 
 

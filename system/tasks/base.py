@@ -61,7 +61,9 @@ def notes(config: Config, task: Task) -> list[str]:
     told = task.notes() if isinstance(task, HasNotes) else []
     held_out, wanted = len(task.eval()), config.eval.questions
     if held_out < wanted:
-        told.append(f"eval.questions={wanted}: there are only {held_out} held-out questions")
+        told.append(
+            f"eval.questions={wanted}: there are only {held_out} held-out questions, and all are asked"
+        )
     if unknown := unknown_tokens(config.model.path, task.train()):
         told.append(str(unknown))
     return told

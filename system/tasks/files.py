@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.config import ConfigError
+from system.plugins import nearest
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -54,7 +55,11 @@ def data_files(path: str) -> list[tuple[Path, str]]:
     names = sorted(name for name in found if _is_data(root, name))
     if not names:
         known = f"none that ends in {', '.join(SUFFIXES)}"
-        raise DataError(f"{path}: {known}" if whole or found else f"no such data file: {path}")
+        if whole or found:
+            raise DataError(f"{path}: {known}")
+        beside = os.listdir(root or ".") if os.path.isdir(root or ".") else []
+        close = nearest(given.name, [name for name in beside if _is_data(root, name)])
+        raise DataError(f"no such data file: {path} (looked in {os.getcwd()}){close}")
     splits = {split[1] for name in names if (split := _SPLIT.search(name.lower()))}
     if whole and "train" in splits and len(splits) > 1:
         example = next(name for name in names if "train" in name.lower())

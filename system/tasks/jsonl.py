@@ -46,10 +46,22 @@ class JsonlTask:
         if not task.path:
             raise ConfigError("task.name=jsonl needs task.path=<a data file, a directory or a glob>")
         system, columns = task.system_prompt, Columns(task.columns)
-        self._train = read(task.path, system, task.train_size, columns)
+        faults: list[str] = []
+
+        def taken(field: str, path: str, limit: int) -> DataSet:
+            try:
+                return read(path, system, limit, columns)
+            except DataError as error:
+                faults.append(f"{field}: {error}")
+                return DataSet(path, [])
+
+        self._train = taken("task.path", task.path, task.train_size)
         self._held_out: DataSet | None = None
         if task.eval_path:
-            self._held_out = read(task.eval_path, system, task.eval_size, columns)
+            self._held_out = taken("task.eval_path", task.eval_path, task.eval_size)
+        if faults:
+            raise DataError("\n".join(faults))
+        if self._held_out:
             known = {_text(prompt) for prompt in self._train.prompts}
             for prompt in self._held_out.prompts:
                 if _text(prompt) in known:

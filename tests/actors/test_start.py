@@ -10,6 +10,7 @@ from actors.evaluate import evaluate
 from actors.ray_support import StartFailed
 from actors.train import train
 from system.config import ConfigError, load
+from system.observe.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
 SLOW = ("torch", "transformers", "megatron", "matplotlib", "wandb")
@@ -39,3 +40,26 @@ def test_ray_that_does_not_start_leaves_no_run_directory(
     with pytest.raises(StartFailed, match="Ray does not start here: no room"):
         train(load(None, words), config_name="", resume=None)
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_that_came_to_its_end_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another try would grow trees for nothing, and write other settings over those that made it."""
+
+    def fail(**_: object) -> None:
+        raise RuntimeError("it would start")
+
+    monkeypatch.setattr("ray.init", fail)
+    config = load(ROOT / "configs" / "quickstart.yaml", [f"run.dir={tmp_path}", "run.steps=5"])
+    run = RunDir.create(config, "small")
+    (run.checkpoints / "v000005").mkdir()
+    run.model.mkdir()
+    before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+    config.learn.lr = 1.0
+    assert train(config, config_name="", resume=run.root) == 0
+    assert "ended at step 5, and is left as it is; to go on, set run.steps above" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
+    config.run.steps = 6
+    with pytest.raises(StartFailed, match="it would start"):
+        train(config, config_name="", resume=run.root)

@@ -146,10 +146,11 @@ RECIPES: list[tuple[str, str]] = [
         r"model\.path: 4 of the first 5 tokens of questions .* unknown .*'1'.*; take a",
     ),
     ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
-    ("task.path=none.jsonl", r"no such data file: none\.jsonl"),
+    ("task.path=none.jsonl", r"task\.path: no such data file: none\.jsonl \(looked in /.*\)"),
+    ("task.path=dta.jsonl", r"task\.path: no such data file: dta\.jsonl .*; did you mean data\.jsonl\?"),
     ("task.path=latin.jsonl", r"latin\.jsonl, line 1: not UTF-8 \(byte 0x\w\w at \d+\): convert"),
     ("task.path=deep.jsonl", r"deep\.jsonl, line 1: not JSON"),
-    ("task.eval_path=latin.jsonl", r"latin\.jsonl, line 1: not UTF-8"),
+    ("task.eval_path=latin.jsonl", r"task\.eval_path: latin\.jsonl, line 1: not UTF-8"),
     ("task.columns.question=q", r"data\.jsonl: none of \d+ rows can be used; .* task\.columns\.question"),
     ("task.columns.anwser=q", r"task\.columns\.anwser: it may name .*; did you mean answer"),
     ("task.template.enable_thinking=false", r"task\.template\.enable_thinking: .* no chat template"),
@@ -223,7 +224,8 @@ def test_a_sound_recipe_has_no_problems(place: Path) -> None:
 
 
 def test_all_problems_are_told_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model.path=nowhere", "reward=foo:Bar", "run.dir=data.jsonl", "engine.host=1.2.3.4"]
+    words = ["model.path=nowhere", "task.path=no.jsonl", "task.eval_path=neither.jsonl"]
+    words += ["reward=foo:Bar", "run.dir=data.jsonl", "engine.host=1.2.3.4"]
     assert main(["train", "plain.yaml", *words]) == 2
     told = capsys.readouterr().err
     lines = told.splitlines()

@@ -76,5 +76,5 @@ def test_a_run_says_what_its_model_cannot_read_and_that_questions_are_missing(tm
     recipe.write_text(f"task: {{name: jsonl, path: {tmp_path}/data.jsonl, eval_path: {tmp_path}/held.jsonl}}")
     config = load(recipe, [f"model.path={tmp_path}", "eval.questions=5"])
     *_, few, unknown = notes(config, make_task(config))
-    assert few == "eval.questions=5: there are only 1 held-out questions"
+    assert few == "eval.questions=5: there are only 1 held-out questions, and all are asked"
     assert unknown.startswith("1 of the first 4 tokens of questions and answers are unknown to the model")
