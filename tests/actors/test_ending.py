@@ -48,6 +48,8 @@ WAITING = """
 import asyncio, os, signal, threading
 from actors import ending
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+
 ending.CLEAN_S, ending.AT_ONCE_S = {clean_s}, {at_once_s}
 
 async def main():
