@@ -37,11 +37,12 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
 
     The configuration has passed :func:`system.doctor.preflight.require`.
     """
-    if resume and (version := _finished(RunDir.open(resume))) >= config.run.steps:
+    old = RunDir.open(resume) if resume else None
+    if old and (version := _finished(old)) >= config.run.steps:
         print(f"{resume} ended at step {version}, and is left as it is; to go on, set run.steps above that")
         return DONE
     task = make_task(config)  # which reads all its data: nothing is made before
-    run_dir = RunDir.open(resume) if resume else RunDir.create(config, config_name)
+    run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
         print(f"run directory: {run_dir.root}", *map(shown, notes(config, task)), sep="\n", flush=True)

@@ -152,10 +152,10 @@ def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
         return f"{path}: write a list: [{example}]"
     if typing.get_origin(one.kind) is dict and not (named or isinstance(value, dict)):
         return f"{path}={value!r} must be a dictionary: in a shell in quotes, '{path}={{a: 1}}'"
-    layer = {section: {key: value}}
+    layer = {key: value}
     try:
-        _make_room(merged, layer)
-        merged.merge_with(layer)
+        _make_room(merged[section], layer, f"{section}.")
+        merged[section].merge_with(layer)
     except ConfigError as error:
         return str(error)
     except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type

@@ -78,9 +78,7 @@ def _in_text(text: str) -> str:
     text = _HEADER.sub(rf"\g<before>{HIDDEN}", text)
     for pattern in (_NAMED, _FLAG):
         text = _sub_named(pattern, text)
-    return _LOGIN.sub(
-        lambda match: f"{match['before'] or match['login'] or match['netrc'] or match['flag']}{HIDDEN}", text
-    )
+    return _LOGIN.sub(lambda match: f"{match[match.lastgroup or 0]}{HIDDEN}", text)
 
 
 def _sub_named(pattern: re.Pattern[str], text: str) -> str:

@@ -18,9 +18,8 @@ _REPLACED = {
             *(0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # of direction
             *(0xAD, 0x200B, *range(0x2060, 0x2065), 0xFEFF),  # nothing is seen of them
             *range(0xD800, 0xE000),  # lone surrogates, which cannot be printed
-            *range(
-                0xE0000, 0xE0080
-            ),  # tags: text that nobody sees; joiners (U+200C, U+200D) make words and emoji
+            *range(0xE0000, 0xE0080),  # tags: text that nobody sees
+            # Not the joiners (U+200C, U+200D), of which words and emoji are made.
         ),
         "␦",
     ),

@@ -63,8 +63,8 @@ class Solo:
         that the engine holds.
         """
         config = self.config
-        attempts, weights = config.flow.max_attempts, PoolWeights.of(config)
-        ledger = Ledger.replay([*self.prompts], config.run.seed, (), 0, attempts, weights=weights)
+        attempts, pools = config.flow.max_attempts, PoolWeights.of(config)
+        ledger = Ledger.replay([*self.prompts], config.run.seed, (), 0, attempts, weights=pools)
         loop = TrainingLoop(config, ledger, self, events)
         await between(0)
         async with asyncio.TaskGroup() as tasks:

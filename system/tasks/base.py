@@ -59,12 +59,13 @@ def sizes(config: Config) -> tuple[int, int]:
 def notes(config: Config, task: Task) -> list[str]:
     """What is to be said of a task's data, before a run begins: a line each."""
     told = task.notes() if isinstance(task, HasNotes) else []
-    held_out, wanted = len(task.eval()), config.eval.questions
-    if held_out < wanted:
+    # A task that makes its questions makes them when asked: only where there is something to look at.
+    wanted = config.eval.questions
+    if wanted > 0 and (held_out := len(task.eval())) < wanted:
         told.append(
             f"eval.questions={wanted}: there are only {held_out} held-out questions, and all are asked"
         )
-    if unknown := unknown_tokens(config.model.path, task.train()):
+    if config.model.path and (unknown := unknown_tokens(config.model.path, task.train())):
         told.append(str(unknown))
     return told
 
