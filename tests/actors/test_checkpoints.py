@@ -48,6 +48,7 @@ def run_dir(tmp_path: Path) -> RunDir:
         ledger.train([number], version)
         ledger.trained([number])
         (run.checkpoints / f"v{version:06d}").mkdir()
+    log.close()
     return run
 
 
