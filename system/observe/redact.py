@@ -14,14 +14,16 @@ HIDDEN = "<redacted>"
 
 _SECRET_WORDS = frozenset(
     {"key", "apikey", "apikeys", "secret", "secrets", "token", "password", "passwords", "passwd"}
-    | {"passphrase", "credential", "credentials", "auth", "authorization", "bearer"}
+    | {"passphrase", "credential", "credentials", "auth", "authorization", "bearer", "cookie", "cookies"}
 )
 _SECRET_ENDS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "accesskey", "accountkey")
 # A number is a secret by these ends of its name alone: most are limits and counts (max_token, key: 3).
 _NUMBERS = re.compile(
     r"(?:password|passwd|passphrase|secret|(?:api|access|account|secret|private)_?key|_pass|_pwd)$"
 )
-_SAID_OF_KEYS = frozenset({"key", "token", "auth", "bearer", "credential", "credentials"})  # in prose, too
+_SAID_OF_KEYS = frozenset(  # in prose, too
+    {"key", "token", "auth", "bearer", "credential", "credentials", "cookie", "cookies"}
+)
 # A word of the shell, or JSON that stands in a JSON text.
 _VALUE = re.compile(r"""(?:\\{1,9}"[^"]*"|"(?:\\.|[^"\\])*"|'[^']*'|\\.|[^\s;&"'\\])+""")
 
@@ -46,14 +48,30 @@ _URL_QUERY = re.compile(
 )
 _NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)\\*["']?\s*(?P<sign>[=:])\s*""")
 _FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<sign>\s)\s*")
-_HEADER = re.compile(r"(?P<before>(?:authorization|\b(?:set-)?cookie)[\"']?\s*[:=]\s*[\"']?)[^\n\"']+", re.I)
-# curl -u me:secret | wandb login 0123… | machine m login me password secret | docker login -u me -p secret
-_LOGIN = re.compile(
-    r"(?P<before>(?:(?<=\s)-u|--user)\s+[^\s:]+:)\S+"
-    r"|(?P<login>\blogin\s+(?:-\S+\s+)*)[A-Za-z0-9_-]{20,}"
-    r"|(?P<netrc>\blogin\s+\S+\s+password\s+)\S+"
-    r"|(?P<flag>\b(?:docker|podman|nerdctl|skopeo|helm|az|oc)\s(?:[^\n;|&]*\s)?login\s(?:[^\n;|&]*\s)?-p(?:\s+|=)?)[^\s=]\S*"
+_HEADER = re.compile(  # of a cookie only where it is name=value: in prose, too, something is said of cookies
+    r"""(?P<before>(?:authorization["']?\s*[:=]|cookie["']?\s*:(?=[ ]?["']?[^\s=;,"']{1,99}=))\s*["']?)"""
+    r"""[^\n"']+""",
+    re.I,
 )
+# Options of commands that take a secret; the same letter means something else to others.
+_FURTHER = r"\b(?:[^\n;|&]|(?<=\\)\n){0,120}?\s"  # … on in the command
+_WORD = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s;|"']+)"""
+_USER = r"""(?P<quote>["'])?[^\s:"']+:"""
+_OF_USER = r"""(?(quote)[^\n"']+|\S+)"""
+_COMMANDS = [
+    re.compile(f"(?P<before>{before}){secret}")
+    for before, secret in (
+        (rf"\b(?:docker|podman|nerdctl|skopeo|registry|oras|az|oc)\s+login{_FURTHER}-p[ =]*", _WORD),
+        (r"\bsshpass\s+-p\s*", _WORD),
+        (rf"\b(?:mysql|mariadb)[\w-]*{_FURTHER}-p", _WORD),
+        (rf"\bredis-cli{_FURTHER}-a\s+", _WORD),
+        (rf"(?:(?<=\s)-u|--(?:proxy-)?user)[\s=]+(?!\d+:\d){_USER}", _OF_USER),
+        (rf"\bcurl{_FURTHER}-\w{{0,8}}[uU][ ]*{_USER}", _OF_USER),
+        (rf"\bcurl{_FURTHER}(?:-b[ ]*|--cookie[ =]+)(?=[^\s;|=]*=)", _WORD),
+        (r"\blogin\s+(?:-\S+\s+)*", r"[A-Za-z0-9_-]{20,}"),  # wandb login 0123…
+        (r"\blogin\s+\S+\s+password\s+", r"\S+"),  # of a .netrc
+    )
+]
 
 
 def redact(value: Any, name: str = "") -> Any:
@@ -78,7 +96,9 @@ def _in_text(text: str) -> str:
     text = _HEADER.sub(rf"\g<before>{HIDDEN}", text)
     for pattern in (_NAMED, _FLAG):
         text = _sub_named(pattern, text)
-    return _LOGIN.sub(lambda match: f"{match[match.lastgroup or 0]}{HIDDEN}", text)
+    for pattern in _COMMANDS:
+        text = pattern.sub(rf"\g<before>{HIDDEN}", text)
+    return text
 
 
 def _sub_named(pattern: re.Pattern[str], text: str) -> str:
@@ -97,7 +117,7 @@ def _sub_named(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _is_secret(words: list[str]) -> bool:
-    if words[-1] in ("env", "error"):  # the name of a variable that holds one; a KeyError
+    if words[-1] in ("env", "error", "policy", "stdin"):  # a variable that holds one; a KeyError; a flag
         return False
     named = any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDS) for word in words)
     ends = words[-1] in ("pass", "pat") or "pwd" in words or {"api", "keys"} <= set(words)

@@ -54,9 +54,25 @@ IN_TEXT = [
     "curl -u me:{} https://h",
     "docker login --password {} registry",
     "docker login -u me -p {} registry",
+    "docker login \\\n    -p'{}' registry",
+    "podman login -p={}",
     "helm registry login -p={} registry",
     "Cookie: session={}; theme=dark",
-    "Set-Cookie: session={}",
+    "helm registry login -u me -p {}",
+    "az login --service-principal -u me -p {}",
+    "sshpass -p {} ssh h",
+    "mysql -u root -p{} db",
+    "redis-cli -h h -a {}",
+    "curl -su me:{} https://h",
+    "curl -ume:{} https://h",
+    "curl -u 'me:two words, {}' https://h",
+    "curl --proxy-user=me:{} https://h",
+    "curl -b 'sid={}; a=b' https://h",
+    "curl --cookie sid={} https://h",
+    "curl -H 'Cookie: theme=dark; sid={}' https://h",
+    "Set-Cookie: sid={}; Path=/; HttpOnly",
+    '{{"Cookie": "theme=dark; sid={}"}}',
+    "Authorization: Basic {}",
     "tool --api-key={} --quiet",
     "--export=ALL,API_KEY={}",
     "machine h login me password {}",
@@ -80,11 +96,18 @@ HARMLESS = [
     "cd $PWD; OLDPWD=/a",
     "desk-abcdefghijkl risk_adjusted_reward",
     "--ntasks=4 --exclusive",
+    "models/Qwen3-0.6B",
+    "docker run -p 8080:80 -u 1000:1000 image",
     "ssh -p 8080 host",
     "after the login it ran ssh -p 22",
-    "docker run -p 8080 image",
     "cookie_policy: strict",
-    "models/Qwen3-0.6B",
+    "docker login h && docker run -p 8080:80 image",
+    "docker login h\nssh -p 2222 h",
+    "docker login --password-stdin h",
+    "mkdir -p runs; serve -p 8080",
+    "mysql -P 3306 -p db",
+    "curl -sSfL -b jar.txt https://h:80/a",
+    "a cookie: it is baked; cookies: two",
 ]
 
 
@@ -92,7 +115,17 @@ HARMLESS = [
     "key",
     [
         *("api_key", "apiKey", "token", "hf_token", "access-token", "password", "clientSecret", "AUTH"),
-        *("AUTHORIZATION", "PGPASSWORD", "MYSQL_PWD", "AccountKey", "X-Api-Key", "GITHUBTOKEN", "api_keys"),
+        *(
+            "Cookie",
+            "set-cookie",
+            "AUTHORIZATION",
+            "PGPASSWORD",
+            "MYSQL_PWD",
+            "AccountKey",
+            "X-Api-Key",
+            "GITHUBTOKEN",
+            "api_keys",
+        ),
     ],
 )
 def test_secrets_by_the_name_of_their_key(key: str):
@@ -166,9 +199,12 @@ def test_any_text_is_taken(text: str):
     assert redact(redact(text)) == redact(text)
 
 
+LONG = ("docker login ", "mysql ", "curl ", "curl -u ", "curl -b ", " -u a:", "cookie: ", "cookie:a")
+
+
 def test_long_texts_take_no_time():
     began = time.process_time()
-    for part in ("a", "a.", "--", '"', "?key", "login ", "x://", "a=", '="', "\\", '\\"'):
+    for part in ("a", "a.", "--", '"', "?key", "login ", "x://", "a=", '="', "\\", '\\"', *LONG):
         redact(part * (100_000 // len(part)))
         redact("password=" + part * (100_000 // len(part)))
     assert time.process_time() - began < 5
