@@ -64,6 +64,9 @@ def load(path: str) -> Callable[..., Any]:
         found = operator.attrgetter(attribute)(importlib.import_module(module))
     except Exception as error:  # importing runs the user's own code
         where = f" (looked in {here} and on PYTHONPATH)" if isinstance(error, ModuleNotFoundError) else ""
+        if isinstance(error, AttributeError) and module in sys.modules:
+            found = vars(sys.modules[module]).items()
+            where = nearest(attribute, [key for key, it in found if getattr(it, "__module__", "") == module])
         raise PluginError(f"{type(error).__name__}: {error}{where}") from error
     if not callable(found):
         raise PluginError(f"{attribute} is not callable")
@@ -170,7 +173,7 @@ class Registry:
             if unknown := [str(option) for option in options if option not in named]:
                 raise PluginError(
                     "\n".join(
-                        f"{where}.{one}: {name} has no such option{nearest(one, named)}; {known}; {drop}"
+                        f"{where}.{one}: {name} has no such option{_meant(one, named)}; {known}; {drop}"
                         for one in unknown
                     )
                 )
@@ -180,6 +183,11 @@ class Registry:
             raise PluginError(f"{where}: {name} needs {', '.join(missing)}")
         hints = _hints(factory)
         return values | {key: _typed(f"{where}.{key}", hints.get(key, Any), options[key]) for key in options}
+
+
+def _meant(option: str, known: Iterable[str]) -> str:
+    word, colon, value = option.partition(":")
+    return f"; write {word}: {value} with a space" if colon else nearest(option, known)
 
 
 def _hints(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def test_override_values_keep_their_types():
         ("learn.learning_rate=1e-6", "unknown key learn.learning_rate; did you mean learn.lr?"),
         ("num_generations=8", "did you mean rollout.leaves?"),
         ("rollout.nothing=1", "unknown key rollout.nothing; known: schedule, leaves"),
+        (
+            "actor_rollout_ref.rollout.n=8",
+            "unknown section 'actor_rollout_ref'; did you mean rollout.leaves?",
+        ),
+        ("algorithm.adv_estimator=grpo", "unknown section 'algorithm'; did you mean learn.credit?"),
         ("algorithm=grop", "did you mean grpo?"),
         ("tools.limits={serch: {retries: 0}}", "tools.limits.serch: no such tool"),
         ("tools.limits={search: {retry: 0}}", "did you mean retries?"),

@@ -96,6 +96,7 @@ def test_options_are_converted_to_their_types() -> None:
         ("no.such:Part", {}, "ModuleNotFoundError"),
         (":Part", {}, "ValueError: Empty module name"),
         (f"{__name__}:Missing", {}, "AttributeError"),
+        (f"{__name__}:Prat", {}, "has no attribute 'Prat'; did you mean Part?"),
         (f"{__name__}:", {}, "AttributeError"),
         (f"{__name__}:NOT_CALLABLE", {}, "NOT_CALLABLE is not callable"),
         (
@@ -104,6 +105,7 @@ def test_options_are_converted_to_their_types() -> None:
             "options.sise: part has no such option; did you mean size?; it takes size, share",
         ),
         ("part", {"given": "y"}, "kind.options.given: part has no such option"),
+        ("part", {"size:3": None}, "part has no such option; write size: 3 with a space"),
         (
             "part",
             {"size": "three"},

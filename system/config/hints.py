@@ -45,8 +45,9 @@ _KEYS = {name: key for key, names in OTHER_NAMES.items() for name in names.split
 
 def hint(word: str, known: Sequence[str], prefix: str = "") -> str:
     """The key of that name in another section, or what another system calls so; else the nearest of the
-    ``known``, else all of them.
+    ``known``, else all of them.  Of a ``word`` with dots (``algorithm.adv_estimator``) the last part counts.
     """
+    word = word.rpartition(".")[2]
     same = [key for key in settings() if key.endswith(f".{word}")]
     if found := same[0] if same else _KEYS.get(word):
         return f"; did you mean {found}?"

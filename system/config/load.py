@@ -116,7 +116,7 @@ def _merge(merged: Any, layer: dict[str, Any], source: str) -> Iterator[str]:
     """Merge a ``layer`` into ``merged``, an algorithm that it names before its other settings, and yield what
     is wrong with it.
     """
-    rest = {key: value for key, value in layer.items() if key != "algorithm"}
+    rest = {key: value for key, value in layer.items() if key != "algorithm" or isinstance(value, dict)}
     if rest != layer:
         name = str(layer["algorithm"])
         if name not in ALGORITHMS:
@@ -127,13 +127,22 @@ def _merge(merged: Any, layer: dict[str, Any], source: str) -> Iterator[str]:
     sections = [one.name for one in dataclasses.fields(Config)]
     for name, values in _expand(rest, Config()).items():
         if name not in sections:
-            yield f"{source}: unknown section {name!r}{hint(name, sections)}"
+            meant = nearest(name, sections) or hint(_first_path(name, values), sections)
+            yield f"{source}: unknown section {name!r}{meant}"
         elif not isinstance(values, dict):
             yield f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…"
         else:
             for key, value in values.items():
                 if fault := _merge_key(merged, name, str(key), value):
                     yield f"{source}: {fault}"
+
+
+def _first_path(name: str, values: Any) -> str:
+    """``name``, or the dotted path below it to the first value: ``actor_rollout_ref.rollout.n``."""
+    while isinstance(values, dict) and values:
+        key, values = next(iter(values.items()))
+        name = f"{name}.{key}"
+    return name
 
 
 def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
