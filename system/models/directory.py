@@ -68,11 +68,11 @@ def fast_tokenizer(file: Path) -> Any:
     Raises ValueError for one that cannot be read.
     """
     found = file.stat()
-    return _fast_tokenizer(str(file.resolve()), found.st_mtime_ns, found.st_size)
+    return _fast_tokenizer(str(file.resolve()), (found.st_mtime_ns, found.st_size))
 
 
 @lru_cache(maxsize=2)
-def _fast_tokenizer(file: str, mtime_ns: int, size: int) -> Any:
+def _fast_tokenizer(file: str, _state: tuple[int, int]) -> Any:
     from tokenizers import Tokenizer  # only here
 
     try:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sys
 import time
@@ -149,7 +150,19 @@ def measure(config: Config, trial: Trial) -> dict[str, Any]:
 
     if trial.steps:
         asyncio.run(run())
-    return {"trial": asdict(trial), "points": points, "seconds": time.monotonic() - began, **count.figures()}
+    seconds = time.monotonic() - began
+    return {"trial": asdict(trial), "code": CODE, "points": points, "seconds": seconds, **count.figures()}
+
+
+def _code() -> str:
+    """A digest of all source files here."""
+    found, here = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(here.rglob("*.py")):
+        found.update(f"{file.relative_to(here)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:8]
+
+
+CODE = _code()  # read when this process began, as what it runs was
 
 
 def _mean_square_below(stats: TreeStats) -> Any:
