@@ -188,6 +188,11 @@ def _engine(config: Config) -> Iterator[str]:
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
         yield f"engine.weights={engine.weights}: the {engine.name} engine takes {', '.join(ways)}"
+    elif engine.weights == "tensor" and config.cluster.gpus_per_node and not engine.urls:
+        yield (
+            "engine.weights=tensor with cluster.gpus_per_node: learner and engines see their own GPUs only, "
+            "and SGLang opens no memory of others (Invalid device_uuid): set engine.weights=distributed"
+        )
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"
