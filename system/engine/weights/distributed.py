@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -263,7 +264,7 @@ async def _together(
     mine = asyncio.ensure_future(asyncio.to_thread(ours))
     calls = {url: asyncio.ensure_future(call) for url, call in theirs.items()}
     everyone: list[asyncio.Future[Any]] = [mine, *calls.values()]
-    limit_s, good = GROUP_DEADLINE_S + ANSWER_S, False
+    limit_s, began, good = GROUP_DEADLINE_S + ANSWER_S, time.monotonic(), False
     try:
         await asyncio.wait(everyone, timeout=limit_s, return_when=asyncio.FIRST_EXCEPTION)
         first = {url: why for url, call in calls.items() if call.done() and (why := _fault(url, call))}
@@ -271,7 +272,8 @@ async def _together(
         if good:
             return {}
         await asyncio.to_thread(wire.close)
-        await asyncio.wait(everyone, timeout=limit_s)
+        left_s = began + limit_s - time.monotonic()  # by when those who wait for another one have given up
+        await asyncio.wait(everyone, timeout=max(left_s, ANSWER_S))
     finally:
         if not good:
             wire.close()
