@@ -193,6 +193,17 @@ def _engine(config: Config) -> Iterator[str]:
             "engine.weights=tensor with cluster.gpus_per_node: learner and engines see their own GPUs only, "
             "and SGLang opens no memory of others (Invalid device_uuid): set engine.weights=distributed"
         )
+    elif engine.weights == "disk" and config.cluster.nodes > 1 and not engine.weights_dir:
+        yield (
+            "engine.weights=disk with cluster.nodes > 1: set engine.weights_dir to a directory that all "
+            "machines see under the same name"
+        )
+    symmetric = {str(flag).replace("-", "_"): on for flag, on in engine.sglang.items()}.get("enable_symm_mem")
+    if symmetric and engine.weights in ("auto", "distributed"):
+        yield (
+            "engine.sglang.enable_symm_mem sets NCCL_CUMEM_ENABLE=1 in the servers, which NCCL wants alike "
+            "in the learner: take it out, or set engine.weights=disk"
+        )
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"

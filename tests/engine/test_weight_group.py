@@ -196,6 +196,18 @@ async def test_an_update_that_is_given_up_leaves_no_group_behind(cluster: Cluste
     assert (await cluster.states())[cluster.urls[0]] == ("2", False)
 
 
+async def test_whoever_waits_for_a_member_is_freed_when_the_group_is_given_up() -> None:
+    """With gloo, which would wait for the minute of its own."""
+    listening = distributed.socket.create_server(("127.0.0.1", 0))
+    wire = distributed.TorchGroup(distributed.Invitation(listening, "127.0.0.1", 2, "given-up", "gloo"))
+    joining = asyncio.create_task(asyncio.to_thread(wire.join))
+    await asyncio.sleep(0.5)
+    assert not joining.done()
+    wire.close()
+    with pytest.raises(RuntimeError):
+        await asyncio.wait_for(joining, 10)
+
+
 def test_the_group_is_not_split_off_the_learners_world(
     monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
 ) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from system.config import ConfigError, EngineConfig, load
 from system.engine.control import Http
-from system.engine.weights import choose, make
+from system.engine.weights import choose, distributed, make
 from system.engine.weights.base import Kv, PushReport
 from system.engine.weights.digest import Digests, sha256_hash, word_hash
 from system.engine.weights.disk import STRIPES, Disk, deadline_s, stripe
@@ -170,6 +170,17 @@ def test_cuda_ipc_is_refused_where_ray_hides_the_learners_gpu() -> None:
     assert load(None, ["engine=sglang", "engine.weights=tensor"]).cluster.gpus_per_node == 0
 
 
+def test_what_cannot_carry_weights_is_refused_before_anything_starts() -> None:
+    nodes = ["engine=sglang", "cluster.nodes=2", "engine.weights=disk"]
+    with pytest.raises(ConfigError, match=r"engine\.weights=disk.*set engine\.weights_dir"):
+        load(None, nodes)
+    assert load(None, [*nodes, "engine.weights_dir=/shared"]).engine.weights == "disk"
+    symmetric = ["engine=sglang", "engine.sglang={enable-symm-mem: true}"]
+    with pytest.raises(ConfigError, match=r"enable_symm_mem.*NCCL_CUMEM_ENABLE"):
+        load(None, symmetric)
+    assert load(None, [*symmetric, "engine.weights=disk"]).engine.sglang
+
+
 def test_shared_tensors_are_opened_by_another_process() -> None:
     """One segment per bucket, whatever the dtypes, and nothing of ours in the pickle."""
     bucket = {"a": torch.randn(3, 5), "b": torch.arange(7, dtype=torch.bfloat16), "c": torch.randn(2, 2)}
@@ -200,6 +211,22 @@ print(json.dumps([sorted(modules), values]))
     assert values == {name: tensor.double().flatten().tolist() for name, tensor in bucket.items()}
     assert set(modules) <= {"torch", "builtins", "collections"}  # what SGLang's reader admits
     carrier.clear()
+
+
+@pytest.mark.gpu
+def test_buckets_stay_on_the_gpu_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = {
+        "a": torch.randn(3, 5, device="cuda"),
+        "b": torch.arange(7, dtype=torch.bfloat16, device="cuda"),
+    }
+    carrier = Distributed("127.0.0.1")
+    carrier.stage(bucket)
+    monkeypatch.setattr(distributed, "ROOM_BYTES", 1 << 60)
+    carrier.stage(bucket)
+    there, here = (staged.flat for staged in carrier._staged)
+    assert there.is_cuda
+    assert here.is_pinned()
+    assert torch.equal(there.cpu(), here)
 
 
 def test_flattened_tensors_are_aligned_copies() -> None:
