@@ -25,6 +25,9 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SGLANG_NEEDS)-nccl.txt; \
+	fi
 	@touch $@
 
 install: $(VENV)/.installed
@@ -35,7 +38,7 @@ $(SGLANG)/.installed: $(wildcard system/engine/sglang/requirements-*.txt)
 	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "Installing SGLang for GPU into $(SGLANG) (once) ..."; \
-	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-gpu.txt; \
+	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-gpu.txt && $(SGLANG_PIP) --no-deps -r $(SGLANG_NEEDS)-nccl.txt; \
 	else \
 	  echo "Installing SGLang for CPU into $(SGLANG) (two minutes, 1.6 GB, once) ..."; \
 	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-cpu.txt && $(SGLANG_PIP) --no-deps -r $(SGLANG_NEEDS)-cpu-no-deps.txt; \

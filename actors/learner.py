@@ -22,6 +22,7 @@ from actors.ray_support import answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
 from system.config import ClusterConfig
+from system.engine.sglang.command import NCCL
 from system.engine.weights.base import PushReport, Transport
 from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
@@ -62,6 +63,7 @@ class LearnerRank:
     def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> list[str]:
         """Load the model; returns warnings about the settings."""
         _meet_on_the_interface_of(ray.util.get_node_ip_address())
+        os.environ.update(NCCL)
         self._config, self._model = configuration.from_dict(config), hf_path
         self._trainer = self._make(
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
@@ -110,16 +112,16 @@ class LearnerRank:
 
     def publish(self, urls: list[str], version: int, deadline_s: float) -> PushReport:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
-        buckets = self._trainer.export()
         if self._rank == 0:
             if self._transport is None:
                 from system.engine import weights
 
                 engine, address = self._config.engine, ray.util.get_node_ip_address()
                 self._transport = weights.make(engine, urls, self._model, self._config.model.dtype, address)
+            buckets = self._trainer.export(on_gpu=self._transport.on_gpu)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
-        for _ in buckets:  # the gather is collective: every rank walks through it
+        for _ in self._trainer.export(on_gpu=True):  # the gather is collective: every rank walks through it
             pass
         return PushReport()
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from actors.cli.command import RECIPE, argument, command, split
 
-BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "gpu")
+BENCHMARKS = (
+    "engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights", "gpu"
+)  # fmt: skip
 
 
 @command(
@@ -71,6 +73,8 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench gpu attention loss
                                        these probes only; without a GPU, or with --quick, at toy size
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
+      espalier bench weights           new weights for 1 to 8 fake SGLang servers over slow links: how long
+                                       they stand still, what the learner sends; one group, and one per server
 
     Each writes <name>.json, most of them PNG plots, and <name>.html, one page that opens offline.
     """

@@ -188,6 +188,22 @@ def _engine(config: Config) -> Iterator[str]:
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
         yield f"engine.weights={engine.weights}: the {engine.name} engine takes {', '.join(ways)}"
+    elif engine.weights == "tensor" and config.cluster.gpus_per_node and not engine.urls:
+        yield (
+            "engine.weights=tensor with cluster.gpus_per_node: learner and engines see their own GPUs only, "
+            "and SGLang opens no memory of others (Invalid device_uuid): set engine.weights=distributed"
+        )
+    elif engine.weights == "disk" and config.cluster.nodes > 1 and not engine.weights_dir:
+        yield (
+            "engine.weights=disk with cluster.nodes > 1: set engine.weights_dir to a directory that all "
+            "machines see under the same name"
+        )
+    symmetric = {str(flag).replace("-", "_"): on for flag, on in engine.sglang.items()}.get("enable_symm_mem")
+    if symmetric and engine.weights in ("auto", "distributed"):
+        yield (
+            "engine.sglang.enable_symm_mem sets NCCL_CUMEM_ENABLE=1 in the servers, which NCCL wants alike "
+            "in the learner: take it out, or set engine.weights=disk"
+        )
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"

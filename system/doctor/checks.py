@@ -98,10 +98,24 @@ def layout(facts: Facts, config: Config) -> Iterator[Finding]:
 def sglang(facts: Facts, config: Config) -> Iterator[Finding]:
     if facts.sglang is not None:
         yield _installed(facts, "sglang", facts.sglang)
+        if facts.nccl:
+            yield _one_nccl(facts, config)
         return
     needed = config.engine.name == "sglang" and not config.engine.urls
     found = "not installed" + ("" if needed else " (only engine=sglang needs it)")
     yield _finding(needed, "sglang", found, facts.sglang_error, stops=True)
+
+
+def _one_nccl(facts: Facts, config: Config) -> Finding:
+    """NCCL refuses to talk to another version of itself, and weights go from one environment to the other."""
+    found = f"{facts.nccl} here, {facts.sglang_nccl or 'none (a CPU build)'} in SGLang's environment"
+    remedy = (
+        "pip install --no-deps -r system/engine/sglang/requirements-nccl.txt, into both environments"
+        if facts.sglang_nccl
+        else "rm -r .venv-sglang, and make sglang where nvidia-smi finds a GPU: without, it installs for CPU"
+    )
+    needed = config.engine.name == "sglang" and not config.engine.urls and config.cluster.gpus_per_node > 0
+    return _finding(facts.nccl != facts.sglang_nccl, "one nccl", found, remedy, stops=needed)
 
 
 def network(facts: Facts, config: Config) -> Iterator[Finding]:

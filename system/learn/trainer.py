@@ -188,13 +188,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ weights and state
 
-    def export(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Full weights on CPU under Hugging Face names, in buckets of ``learn.bucket_mb``.
+    def export(self, *, on_gpu: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Full weights under Hugging Face names, in buckets of ``learn.bucket_mb``: on CPU, or ``on_gpu`` on
+        this rank's device.
 
         All ranks iterate to the end, over the same number of buckets; only global rank 0's buckets have
         tensors.
         """
-        return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets()
+        return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets(on_gpu=on_gpu)
 
     def save_hf(self, path: str | Path) -> None:
         """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors)."""

@@ -119,6 +119,11 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
                 )
         exported = list(trainer.export())
         tensors = {n: t for bucket in exported for n, t in bucket.items()}
+        stayed = {n: t for bucket in trainer.export(on_gpu=True) for n, t in bucket.items()}
+        assert stayed.keys() == tensors.keys()
+        assert all(torch.equal(stayed[n], t) for n, t in tensors.items())
+        own = {parameter.data_ptr() for parameter in trainer.model.parameters()}
+        assert not own & {t.data_ptr() for t in stayed.values()}, "the next step would change what is staged"
         if place.rank == 0:
             original = dict(hf.named_parameters())
             assert tensors.keys() == original.keys()
