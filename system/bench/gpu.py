@@ -39,7 +39,7 @@ from system.bench.shard import (
 from system.config import Config, ConfigError
 from system.doctor.facts import version_of
 from system.learn.attention import TreeMask, attend, choose_kernels
-from system.learn.logprob import vocab_parallel_logprob_entropy
+from system.learn.head import logprob_entropy
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB
 from system.plan.memory import learner_memory
@@ -171,19 +171,25 @@ def _attention_figures(
 
 
 def loss(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Log-probability and entropy of every token of a row over one rank's share of the vocabulary."""
+    """Output projection, log-probability and entropy of every token of a row over one rank's share of the
+    vocabulary.
+    """
     with tempfile.TemporaryDirectory() as meeting:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{meeting}/point", rank=0, world_size=1)
         group = dist.group.WORLD
         assert group is not None
-        logits = torch.randn(scale.tokens, scale.vocab, device=device, dtype=torch.bfloat16)
-        logits.requires_grad_()
+        hidden, weight = (
+            torch.randn(n, scale.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for n in (scale.tokens, scale.vocab)
+        )
+        main_grad = torch.zeros(weight.shape, device=device)
+        setattr(weight, "main_grad", main_grad)  # noqa: B010
         target = torch.randint(0, scale.vocab, (scale.tokens,), device=device)
 
         def both() -> None:
-            logprob, entropy = vocab_parallel_logprob_entropy(logits, target, scale.vocab, group)
-            logits.grad = None
+            logprob, entropy = logprob_entropy(hidden, weight, target, scale.vocab, group)
+            hidden.grad = None
             (logprob.sum() + entropy.sum()).backward()
 
         _reset_peak(device)
@@ -191,7 +197,7 @@ def loss(scale: Scale, device: torch.device) -> dict[str, Any]:
         seconds = _seconds(both, device, scale.repeats)
         extra = _peak(device) - held
         dist.destroy_process_group()
-    return {"loss_ms": seconds * 1e3, "peak_bytes_per_logit": extra / logits.numel()}
+    return {"loss_ms": seconds * 1e3, "peak_bytes_per_logit": extra / (scale.tokens * scale.vocab)}
 
 
 def learner(

@@ -103,7 +103,8 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
             worst["nan"] += float(np.isnan(values[1:]).any()) + float(not np.isnan(values[0]))
             row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
             with torch.no_grad():
-                logits = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+                hidden = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+                logits = hidden @ trainer.model.output_weight.T
             first = logits.size(1) * (place.rank if tp > 1 else 0)
             for leaf in range(tree.n_leaves):
                 index = path_tokens(tree, leaf)

@@ -264,8 +264,8 @@ def sight_case(place: Place, model: str) -> dict[str, float]:
         row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
         row.position = row.position.clone().copy_(torch.arange(21))
         with torch.no_grad():
-            logits = row.run(trainer.model)
-            numbered, _ = row.logprob_entropy(logits, trainer.model, trainer.layout, 1.0)
+            hidden = row.run(trainer.model)
+            numbered, _ = row.logprob_entropy(hidden, trainer.model, trainer.layout, 1.0)
         trap = np.abs(numbered.numpy() - before[1:])
         return {
             "second branch after a change in the first": float(sibling[14:].max()),
