@@ -201,7 +201,11 @@ def loss(scale: Scale, device: torch.device) -> dict[str, Any]:
 
 
 def learner(
-    scale: Scale, device: torch.device, recompute: str = "full", kernels: str = "auto"
+    scale: Scale,
+    device: torch.device,
+    recompute: str = "full",
+    kernels: str = "auto",
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Training steps on two full rows of trees: seconds per row, memory beside the plan's, and where the
     device's time goes.
@@ -209,7 +213,7 @@ def learner(
     with tempfile.TemporaryDirectory() as directory:
         random_qwen3(Path(directory), qwen3(scale), 0, device.type)
         config = _config(scale, recompute)
-        config.learn.attention = kernels
+        config.learn.attention, config.learn.offload = kernels, offload
         plan = learner_memory(ModelShape.from_directory(directory), config.learn, "bfloat16")
         shared, rng = scale.tokens // 2, np.random.default_rng(0)
         own = (scale.tokens - shared) // scale.leaves
@@ -284,6 +288,8 @@ def weights(scale: Scale, device: torch.device) -> dict[str, Any]:
         saved = Path(directory) / "checkpoint"
         started = time.perf_counter()
         trainer.save(saved, {})
+        held_up = time.perf_counter() - started
+        trainer.saved()
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
         trainer.close()
@@ -291,6 +297,7 @@ def weights(scale: Scale, device: torch.device) -> dict[str, Any]:
             "export_gb": moved / 1e9,
             "checkpoint_gb": size / 1e9,
             "checkpoint_gb_per_s": size / seconds / 1e9,
+            "checkpoint_holds_up_s": held_up,
         }
 
 
@@ -300,6 +307,7 @@ PROBES: dict[str, Callable[[Scale, torch.device], dict[str, Any]]] = {
     "loss": loss,
     **{f"learner-{how}": partial(learner, recompute=how) for how in ("full", "selective", "none")},
     "learner-none-flex": partial(learner, recompute="none", kernels="flex"),
+    "learner-selective-offload": partial(learner, recompute="selective", offload=True),
     "transformers": baseline,
     "weights": weights,
 }

@@ -18,6 +18,11 @@ class LearnConfig:
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
     sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
     distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
+    offload: bool = setting(
+        False,
+        "keep the optimizer state in the host's memory, split over the DP ranks, and step on the CPU with "
+        "learn.threads threads per rank: 12 bytes per parameter less on the GPUs",
+    )
     recompute: str = setting(
         "none",
         "in the backward pass: selective (norms and MLP), full (every layer)",

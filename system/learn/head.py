@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from system.learn import fused
+from system.learn.sizes import LOGITS
 
-LOGITS = 1 << 27  # logits of this rank that exist at one time: 256 MiB in bfloat16
 CHUNK = 1 << 20  # of them in float32 at one time on CPU: 4 MB, near the size of a core's cache
 
 
@@ -85,11 +85,15 @@ class _ScoredProjection(torch.autograd.Function):
         reductions: list[Any] = []
         for rows in ctx.chunks:
             logits = hidden[rows] @ mine.t() if kept is None else kept
-            grad = torch.empty_like(logits)
-            for some, part in _kernels(logits, rows.start):
-                values = [t[part] for t in per_row]
-                grad[some] = fused.on(logits.device, _gradient)(logits[some], *values, ctx.temperature)
+            parts = [
+                fused.on(logits.device, _gradient)(
+                    logits[some], *(values[part] for values in per_row), ctx.temperature
+                )
+                for some, part in _kernels(logits, rows.start)
+            ]
             del logits
+            grad = parts[0] if len(parts) == 1 else torch.cat(parts)
+            del parts
             grad_hidden[rows] = grad @ mine
             # On its way while the weight's gradient is computed.
             reductions.append(dist.all_reduce(grad_hidden[rows], group=ctx.group, async_op=True))

@@ -276,8 +276,13 @@ def test_a_rank_without_work_joins_the_step(ranks: Ranks, tiny_model: Callable[.
 # ---------------------------------------------------------------------- optimizer steps
 
 
-def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfig) -> dict[str, float]:
+def adamw_case(
+    place: Place, model: str, tp: int, dp: int, correction: PartConfig, offload: bool
+) -> dict[str, float]:
     """Three updates of one batch, a supervised step before, against torch AdamW on the Hugging Face model."""
+    import system.learn.offload
+
+    system.learn.offload.STAGED = 5000  # many chunks, which end inside parameters
     settings: dict[str, Any] = {
         "lr": 1e-3,
         "weight_decay": 0.1,
@@ -287,6 +292,7 @@ def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfi
         "warmup_steps": 2,
         "updates": 3,
         "correction": correction,
+        "offload": offload,
     }
     config = learner_config(tp=tp, dp=dp, **settings)
     config.rollout.temperature = 0.8
@@ -346,18 +352,20 @@ def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfi
 
 
 @pytest.mark.parametrize(
-    ("tp", "dp", "correction"),
+    ("tp", "dp", "correction", "offload"),
     [
-        (1, 1, PartConfig("none")),
-        (2, 1, PartConfig("seq-tis", {"over": "mean"})),
-        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5})),
+        (1, 1, PartConfig("none"), False),
+        (2, 1, PartConfig("seq-tis", {"over": "mean"}), False),
+        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5}), False),
+        (2, 1, PartConfig("none"), True),
+        (1, 2, PartConfig("none"), True),
     ],
     ids=lambda x: x.name if isinstance(x, PartConfig) else None,
 )
 def test_optimizer_steps_equal_torch_adamw(
-    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig
+    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig, offload: bool
 ) -> None:
-    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction}
+    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction, "offload": offload}
     for result in ranks.run(adamw_case, world=tp * dp, **case):
         assert result["moved"] > 2e-3
         assert result["error"] < 1e-2 * result["moved"] / 3

@@ -55,7 +55,7 @@ def save_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
         trainer.save(path, {"version": 2, "note": "ü"})
         trainer.save(path, {"version": 3, "note": "ü"})  # replaces
         draw = torch.rand(3).tolist()
-        stats = train(trainer, make_trees(7))
+        stats = train(trainer, make_trees(7))  # while it is written
         # Untouched by everything since: the checkpoint from before the first step.
         after = weights_of(trainer)
         trainer.load(fresh)
@@ -116,7 +116,7 @@ def full_disk_case(place: Place, model: str, path: str) -> list[tuple[int | None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     found: list[tuple[int | None, str]] = []
     try:
-        for write in (lambda: trainer.save(path, {"version": 1}), lambda: trainer.save_hf(path)):
+        for write in (lambda: trainer.save(path, {}) or trainer.saved(), lambda: trainer.save_hf(path)):
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
             try:
                 write()
