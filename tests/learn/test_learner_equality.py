@@ -387,3 +387,14 @@ def test_tree_gradient_on_cuda(ranks: Ranks, tiny_model: Callable[..., str], obj
     )
     assert report[objective]["gradient error"] < 1e-4
     assert report[objective]["loss error"] < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", [False, True])
+def test_optimizer_steps_on_cuda(ranks: Ranks, tiny_model: Callable[..., str], offload: bool) -> None:
+    """The fused step on the device, and the one in the host's memory with its copies beside it."""
+    case = {"model": tiny_model(), "tp": 1, "dp": 1, "correction": PartConfig("none"), "offload": offload}
+    (result,) = ranks.run(adamw_case, world=1, deadline_s=170, **case)
+    assert result["moved"] > 2e-3
+    assert result["error"] < 1e-2 * result["moved"]
