@@ -13,7 +13,7 @@ import torch.distributed as dist
 from system.learn import fused
 from system.learn.sizes import LOGITS
 
-CHUNK = 1 << 20  # of them in float32 at one time on CPU: 4 MB, near the size of a core's cache
+CHUNK = 1 << 20  # logits in float32 at one time on CPU: 4 MB, near the size of a core's cache
 
 
 class _ScoredProjection(torch.autograd.Function):
