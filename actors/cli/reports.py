@@ -12,8 +12,9 @@ from pathlib import Path
 from actors.cli.command import RECIPE, argument, command, split
 
 BENCHMARKS = (
-    "engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights", "gpu"
-)  # fmt: skip
+    *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights"),
+    *("gpu", "memory"),
+)
 
 
 @command(
@@ -72,6 +73,7 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench gpu               kernels, a learner's step and weights, at a 14B model's shapes
       espalier bench gpu attention loss
                                        these probes only; without a GPU, or with --quick, at toy size
+      espalier bench memory 14B        peak bytes of a training step on fake tensors, and the plan's beside it
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
       espalier bench weights           new weights for 1 to 8 fake SGLang servers over slow links: how long
                                        they stand still, what the learner sends; one group, and one per server

@@ -302,6 +302,18 @@ def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: py
     assert "TMPDIR" in str(found["scratch"][0])
 
 
+def test_a_machine_that_does_not_hold_an_offloaded_optimizer(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def little() -> Any:
+        return type("Memory", (), {"available": 1 << 10})
+
+    monkeypatch.setattr(preflight, "virtual_memory", little)
+    assert not look(load("plain.yaml"))["memory"]
+    config = load("plain.yaml", ["learn.offload=true"])
+    assert "spread the learner" in str(look(config)["memory"][0])
+
+
 def test_a_resumed_run_needs_its_own_directory_only(place: Path) -> None:
     config = load("plain.yaml")
     config.run.dir = "/proc/gone"
