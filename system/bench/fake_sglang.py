@@ -45,7 +45,7 @@ class Behaviour:
     call: int = 1
 
 
-class Link:
+class SlowLink:
     """A connection over which bytes leave at a fixed bandwidth."""
 
     def __init__(self, connection: socket.socket, bytes_s: float) -> None:
@@ -72,7 +72,7 @@ class Relay:
     def __init__(self, bytes_s: float, deadline_s: float) -> None:
         self._bytes_s, self._deadline_s = bytes_s, deadline_s
         self._before: socket.socket | None = None
-        self.after: Link | None = None
+        self.after: SlowLink | None = None
         self._open: list[socket.socket] = []
 
     def lead(self, meeting: socket.socket, world: int) -> None:
@@ -126,7 +126,7 @@ class Relay:
     def _send_to(self, port: int) -> None:
         if port:
             connection = socket.create_connection(("127.0.0.1", port), timeout=self._deadline_s)
-            self.after = Link(self._kept(connection), self._bytes_s)
+            self.after = SlowLink(self._kept(connection), self._bytes_s)
 
     def _kept(self, connection: socket.socket) -> socket.socket:
         connection.settimeout(self._deadline_s)

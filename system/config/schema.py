@@ -106,10 +106,10 @@ class RolloutConfig:
     schedule: str = setting(
         "barrier-free",
         "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: it keeps "
-        "half of n/N - 1 leaves back per branch that can and has no tool call of over twice that tool's median "
-        "(of 16 calls or more), and starts the rest at once; lockstep: the released ARPO code's rounds "
-        "(generate all, wait for all tools, fork, top up one root per round), for comparison; it needs "
-        "flow.staleness=0: a batch is grown, then trained on",
+        "half of n/N - 1 leaves back per branch that can and has no tool call of over twice that tool's "
+        "median (of 16 calls or more), and starts the rest at once; lockstep: the released ARPO code's "
+        "rounds (generate all, wait for all tools, fork, top up one root per round), for comparison; it "
+        "needs flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
