@@ -362,9 +362,9 @@ def text(plan: GpuPlan) -> str:
         f"tokens, {work.calls:g} tool calls of {work.tool_s:g} s, {work.shared:.0%} of a path shared",
         f"  generating a batch {duration(forecast.generate_s)} ({forecast.decode_per_s:,.0f} tokens/s, "
         f"{forecast.running:.1f} sequences decoding per engine)",
-        f"  training on it {duration(forecast.train_s)} (MFU {forecast.mfu:.0%}), publishing weights {duration(forecast.publish_s)} "
-        f"(engines pause {duration(forecast.pause_s)}, then compute running contexts again: "
-        f"{duration(forecast.refill_s)})",
+        f"  training on it {duration(forecast.train_s)} (MFU {forecast.mfu:.0%}), publishing weights "
+        f"{duration(forecast.publish_s)} (engines pause {duration(forecast.pause_s)}, then compute running "
+        f"contexts again: {duration(forecast.refill_s)})",
         f"  a step every {duration(forecast.step_s)}; engines idle {forecast.engines_idle:.0%}, "
         f"learner idle {forecast.learner_idle:.0%}",
         f"  bottleneck: {forecast.bottleneck}: {forecast.because}",
