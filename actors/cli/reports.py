@@ -145,6 +145,8 @@ def doctor(args: argparse.Namespace) -> int:
       espalier doctor configs/quickstart.yaml engine=sglang
       srun --ntasks-per-node=1 espalier doctor recipe.yaml --json     on every node of an allocation
 
+    In the shell of `salloc --nodes=2`, or in a batch script, it also asks all nodes, by one srun, for their
+    clocks, GPUs and drivers, and whether they read what is written where the run goes.
     Exit code 1: a problem stops the recipe from running here.  Warnings do not.
     """
     from system.config import load

@@ -1,4 +1,4 @@
-"""What lies below torch, and what nodes have in common: judged from made-up facts, gathered where it can be."""
+"""What lies below torch, and what nodes share: judged from made-up facts, gathered where it can be."""
 
 from __future__ import annotations
 
