@@ -35,13 +35,16 @@ FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
 
 class LearnerRank:
     """Rank ``rank`` of ``world``.  The group calls every method but ``address`` on all ranks; all but
-    ``prepare`` and ``discard`` are collective.
+    ``prepare``, ``discard`` and ``saved`` are collective.
 
     A rank that dies takes its process group with it, so it is not restarted alone: the conductor ends the
     run, which resumes from the last checkpoint.
     """
 
     def __init__(self, rank: int, world: int) -> None:
+        # One queue for all streams, before CUDA starts: Megatron's reduction of a layer's gradient then
+        # begins before the weight's product, and runs beside it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         from system.learn import cpu
 
         with cpu.quick_import():  # takes seconds all the same, in which the others start
@@ -125,6 +128,9 @@ class LearnerRank:
 
     def save(self, path: str, extra: dict[str, Any]) -> None:
         self._trainer.save(Path(path), extra)
+
+    def saved(self, wait: bool) -> bool:
+        return self._trainer.saved(wait=wait)
 
     def load(self, path: str) -> dict[str, Any]:
         return self._trainer.load(Path(path))
@@ -219,8 +225,12 @@ class LearnerGroup:
         return (await self._all("publish", [*urls], version, self._deadlines.call_deadline_s))[0]
 
     async def save(self, path: str, extra: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint of this moment, once the one before is written; training may go on."""
         await self._all("save", path, extra)
+
+    async def saved(self, *, wait: bool) -> bool:
+        """Whether the last checkpoint is there; ``wait`` until it is.  Raises OSError if it cannot be."""
+        return all(await self._all("saved", wait))
 
     async def load(self, path: str) -> dict[str, Any]:
         """Go on from a checkpoint; returns its ``extra``."""

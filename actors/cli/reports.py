@@ -11,7 +11,9 @@ from pathlib import Path
 
 from actors.cli.command import RECIPE, argument, command, split
 
-BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "gpu")
+BENCHMARKS = (
+    *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "gpu", "memory"),
+)
 
 
 @command(
@@ -70,6 +72,7 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench gpu               kernels, a learner's step and weights, at a 14B model's shapes
       espalier bench gpu attention loss
                                        these probes only; without a GPU, or with --quick, at toy size
+      espalier bench memory 14B        peak bytes of a training step on fake tensors, and the plan's beside it
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
 
     Each writes <name>.json, most of them PNG plots, and <name>.html, one page that opens offline.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from system.learn.attention import BLOCK, TreeMask
-from system.learn.logprob import vocab_parallel_logprob_entropy
+from system.learn.head import logprob_entropy
 from system.learn.model import TreeGPTModel
 from system.learn.objective import LossTokens
 from system.learn.parallel import Layout
@@ -30,23 +30,23 @@ class Row:
         self.tokens = put(batch.tokens)  # [N] int64
         self.position = put(batch.position)  # [N] int64
         self.mask = TreeMask(put(batch.exit))
-        self.predictor = put(batch.predictor[self.scored])  # [M] int64 rows whose logits are needed
+        self.predictor = put(batch.predictor[self.scored])  # [M] int64 rows that are projected
         self.target = put(batch.tokens[self.scored])  # [M] int64 the tokens they predict
         self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
 
     def run(self, model: TreeGPTModel) -> torch.Tensor:
-        """The forward pass of this rank's stage: logits of the targets on the last, hidden states before."""
+        """The forward pass of this rank's stage: hidden states, on the last one those of the predictors."""
         return model(self.tokens, self.position, self.mask, self.predictor)
 
     def logprob_entropy(
-        self, logits: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float
+        self, hidden: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[M] log-probability and [M] entropy of the targets under the policy softmax(logits / temperature).
 
-        ``logits`` ``[M, V/tp]``: what :meth:`run` returns on the last pipeline stage.
+        ``hidden`` ``[M, h]``: what :meth:`run` returns on the last pipeline stage.
         """
         vocab, group = model.shape.vocab, layout.tp_group
-        return vocab_parallel_logprob_entropy(logits, self.target, vocab, group, temperature)
+        return logprob_entropy(hidden, model.output_weight, self.target, vocab, group, temperature)
 
     def log_ratio(self, logprob: torch.Tensor) -> torch.Tensor:
         """[M] float64: a policy's log-probabilities of the targets less those they were sampled with."""

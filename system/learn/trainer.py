@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from numpy.typing import NDArray
 
 from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
 from system.learn.average import MovingAverage, active_share, decay_for
 from system.learn.batch import BatchPlanner
-from system.learn.checkpoint import TrainingState, reset_optimizer_state
+from system.learn.checkpoint import TrainingState
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
@@ -35,6 +33,8 @@ from system.learn.objective import (
     make_objective,
     row_loss,
 )
+from system.learn.offload import HostAdam
+from system.learn.optimizer import Adam, DeviceAdam
 from system.learn.pipeline import Pipeline
 from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
@@ -44,8 +44,6 @@ from system.plugins import CORRECTIONS
 from system.tree.pack import PackedBatch, pack, with_credit_of
 from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
-
-log = logging.getLogger(__name__)
 
 # Among what a checkpoint keeps besides tensors: the credit's state, the total weight of the average.
 _CREDIT, _AVERAGE = "credit", "average"
@@ -87,31 +85,24 @@ class Trainer:
             self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))
         self._follow()
         with cpu.scope():
-            ddp = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=learn.distributed_optimizer
-            )
+            # A gradient is reduced to the ranks that step with it.
+            split = learn.distributed_optimizer or learn.offload
+            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=split)
             self.ddp = DistributedDataParallel(transformer, ddp, self.model)
-            self.optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=learn.lr,
-                    weight_decay=learn.weight_decay,
-                    adam_beta1=learn.beta1,
-                    adam_beta2=learn.beta2,
-                    adam_eps=learn.eps,
-                    clip_grad=learn.grad_clip,
-                    bf16=transformer.bf16,
-                    params_dtype=transformer.params_dtype,
-                    use_distributed_optimizer=learn.distributed_optimizer,
-                ),
-                [self.ddp],
-            )
-        reset_optimizer_state(self.optimizer)
+        self.optimizer: Adam = (
+            HostAdam(self.ddp, self.layout, learn)
+            if learn.offload
+            else DeviceAdam(self.ddp, transformer, learn)
+        )
         average = self.average.model if self.average else None
         others = {"reference": self.reference, "average": average}
         kept = {kind: model for kind, model in others.items() if model}
         self._state = TrainingState(self.layout, self.model, self.optimizer, kept)
-        self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps since the start or the last :meth:`reset_optimizer`."""
+        return self.optimizer.steps
 
     # ------------------------------------------------------------------ training
 
@@ -182,8 +173,7 @@ class Trainer:
         """Where reinforcement learning begins: zero moments and step count, reference model and average :=
         current policy.
         """
-        reset_optimizer_state(self.optimizer)
-        self.step_count = 0
+        self.optimizer.reset()
         self._follow()
 
     # ------------------------------------------------------------------ weights and state
@@ -202,18 +192,22 @@ class Trainer:
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:
-        """Write a sharded checkpoint of model, optimizer, reference model, RNG, step and the credit's state,
-        with ``extra`` (JSON).
+        """Begin to write a sharded checkpoint of model, optimizer, reference model, RNG, step and the
+        credit's state, with ``extra`` (JSON); training may go on at once.
         """
         if state := self.planner.credit.state_dict():
             extra = {**extra, _CREDIT: state}
         if self.average:
             extra = {**extra, _AVERAGE: self.average.weight}
-        self._state.save(Path(path), step=self.step_count, extra=extra)
+        self._state.save(Path(path), extra=extra)
+
+    def saved(self, *, wait: bool = True) -> bool:
+        """Whether the last checkpoint is there; ``wait`` until it is.  Raises OSError if it cannot be."""
+        return self._state.saved(wait=wait)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint, whatever layout wrote it; returns its ``extra``."""
-        self.step_count, extra = self._state.load(Path(path))
+        extra = self._state.load(Path(path))
         if state := extra.pop(_CREDIT, None):
             self.planner.credit.load_state_dict(state)
         weight = extra.pop(_AVERAGE, 1.0)
@@ -222,8 +216,11 @@ class Trainer:
         return extra
 
     def close(self) -> None:
-        """Leave the process group."""
-        parallel.stop()
+        """Leave the process group, once a checkpoint that is under way is written."""
+        try:
+            self.saved()
+        finally:
+            parallel.stop()
 
     # ------------------------------------------------------------------ inside one step
 
@@ -282,7 +279,6 @@ class Trainer:
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
             references = self._score(self.reference, rows)
-        self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         statistics = self._no_statistics(objective)
 
@@ -303,7 +299,7 @@ class Trainer:
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize()  # kernels are only launched so far: the optimizer would wait for them
         computed = time.perf_counter()
-        grad_norm, applied = self._optimizer_step(lr)
+        grad_norm, applied = self.optimizer.step(lr)
         groups = (self.layout.dp_group, self.layout.pp_group)
         stats = statistics.reduce(groups)
         stats |= {"grad_norm": grad_norm, "weight_norm": weights.norm(self.model, self.layout), "lr": lr}
@@ -315,26 +311,6 @@ class Trainer:
     def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
         learn = self.learn
         return row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
-
-    def _optimizer_step(self, lr: float) -> tuple[float, bool]:
-        """Clip and step; returns (gradient norm, whether the step was taken).  A non-finite gradient is not
-        applied.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-            # Megatron's own scheduler would do this; without it norms and biases are decayed too.
-            group["weight_decay"] = self.learn.weight_decay * group["wd_mult"]
-        with cpu.scope():
-            self.optimizer.prepare_grads()
-            limit = self.learn.grad_clip if self.learn.grad_clip > 0 else float("inf")
-            norm = float(self.optimizer.clip_grad_norm(limit))
-            finite = bool(np.isfinite(norm))
-            if finite:
-                self.optimizer.step_with_ready_grads()
-                self.step_count += 1
-            else:
-                log.warning("optimizer step %d skipped: the gradient norm is %s", self.step_count, norm)
-        return norm, finite
 
     def _lr(self) -> float:
         learn = self.learn

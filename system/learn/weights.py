@@ -178,10 +178,10 @@ def save_hf(
             bucket.clear()  # before the next one is gathered
         if count > 1:
             write_index(partial, where, total)
-        replace(partial, path)
+        take_name(partial, path)
 
 
-def replace(partial: Path, path: Path) -> None:
+def take_name(partial: Path, path: Path) -> None:
     """Give a finished directory its final name, in place of an older one."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -30,6 +30,7 @@ class Gpu:
     swap_s: float = 0.3  # of one update, each server for itself: pausing at a token boundary, proof, going on
     step_overhead_s: float = 2e-3  # of one decode step: launches, scheduling, sampling
     sequence_overhead_s: float = 1e-5  # of one sequence in a decode step: sampling and streaming on the host
+    host: float = 40 * GB  # bytes per second of its host's memory that one rank's CPU threads reach
     allreduce_s: float = 1.5e-5  # latency of one all-reduce of a decode step (two per layer under TP)
     reserved: float = 3 * GIB  # CUDA context, NCCL buffers, allocator's fragments
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from system.config import LearnConfig
+from system.learn.sizes import LOGITS, STAGED
 from system.models.shape import ModelShape
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes per number
@@ -87,13 +88,30 @@ def activation_bytes_per_token(
     return whole, kept
 
 
-def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
+def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
+    """What a learner rank keeps in its host's memory: the state of an offloaded optimizer, and what is on its
+    way.
+    """
+    if not learn.offload:
+        return Memory()
+    parameters = max(_parameters(shape, learn, stage) for stage in (0, learn.pp - 1)) / learn.dp
+    staged = 2 * min(STAGED, parameters) * (_GRADIENT + WIDTH[dtype])
+    return Memory({"optimizer": (_ADAM + _MASTER) * parameters, "staged": staged})
+
+
+def _parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
+    """Of a rank on a pipeline stage."""
     layers = -(-shape.layers // learn.pp)
     parameters = layers * (shape.matrices_per_layer / learn.tp + shape.norms_per_layer)
     first, last = stage == 0, stage == learn.pp - 1
     tables = first + (last and not (shape.tied and first))  # a tied head is a second copy on another stage
-    parameters += tables * shape.embedding / learn.tp
-    width = WIDTH[dtype]
+    return parameters + tables * shape.embedding / learn.tp
+
+
+def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
+    layers = -(-shape.layers // learn.pp)
+    parameters = _parameters(shape, learn, stage)
+    last, width, rows = stage == learn.pp - 1, WIDTH[dtype], learn.micro_tokens
     states = _ADAM + (_MASTER if dtype != "float32" else 0)
     shards = learn.dp if learn.distributed_optimizer else 1
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
@@ -101,14 +119,16 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     # What one layer has beside it: what is computed again, or else the gradients that pass through it.
     passing = width * (2 * shape.hidden + 3 * shape.ffn / learn.tp)
     beside = whole - kept if learn.recompute != "none" else passing
-    parts = {
-        "weights": width * parameters,
-        "gradients": _GRADIENT * parameters,
-        "optimizer": states * parameters / shards,
-        "activations": learn.micro_tokens * (in_flight * layers * kept + beside),
-    }
-    if last:  # the hidden states of scored tokens, their logits, and the gradients of both
-        parts["logits"] = 2 * width * (shape.hidden + shape.vocab / learn.tp) * learn.micro_tokens
+    parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
+    if not learn.offload:
+        parts["optimizer"] = states * parameters / shards
+    parts["activations"] = rows * (in_flight * layers * kept + beside)
+    if last:
+        # The hidden states of scored tokens and their gradients; a chunk of logits and theirs; a product that
+        # is added to the weight's gradient.
+        share = shape.vocab / learn.tp
+        chunk = min(rows * share, LOGITS)
+        parts["logits"] = width * (2 * shape.hidden * rows + 2 * chunk + shape.hidden * share)
     if learn.kl_coef > 0:
         parts["reference"] = width * parameters
     return parts

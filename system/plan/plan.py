@@ -15,7 +15,14 @@ from system.config import Config, ConfigError
 from system.models.known import shape_of
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS, Gpu
-from system.plan.memory import EngineLayout, Memory, engine_memory, kv_capacity, learner_memory
+from system.plan.memory import (
+    EngineLayout,
+    Memory,
+    engine_memory,
+    host_memory,
+    kv_capacity,
+    learner_memory,
+)
 from system.plan.speed import EngineRoofline, LearnerRoofline, PublishRoofline
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "room in the engines"
@@ -176,6 +183,11 @@ class GpuPlan:
         return learner_memory(self.shape, self.config.learn, self.config.model.dtype, self.gpu.reserved)
 
     @cached_property
+    def host_memory(self) -> Memory:
+        """Of one learner rank."""
+        return host_memory(self.shape, self.config.learn, self.config.model.dtype)
+
+    @cached_property
     def engine_memory(self) -> Memory:
         return engine_memory(self.shape, self.engine, self.gpu.memory)
 
@@ -204,6 +216,7 @@ class GpuPlan:
                 ("learn.distributed_optimizer=true", learn.dp > 1 and not learn.distributed_optimizer),
                 ("learn.sequence_parallel=true", learn.tp > 1 and not learn.sequence_parallel),
                 ("learn.recompute=full", learn.recompute != "full"),
+                ("learn.offload=true", not learn.offload),
                 ("a higher learn.tp or learn.pp", True),
             )
             problems.append(
@@ -352,6 +365,7 @@ def text(plan: GpuPlan) -> str:
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),
         _filled(p.learner_memory, p.gpu.memory),
+        *([f"  {_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
         "",
         f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each",
         _filled(p.engine_memory, p.gpu.memory),

@@ -133,6 +133,8 @@ class LearnerRoofline:
         learn, gpu = self.learn, self.gpu
         held = self.shape.parameters / (learn.tp * learn.pp)
         ring = 2 * (learn.dp - 1) / learn.dp * 4 * held / (gpu.network * gpu.network_share)
+        if learn.offload:
+            return ring + 34 * held / learn.dp / gpu.host
         shards = learn.dp if learn.distributed_optimizer else 1
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 

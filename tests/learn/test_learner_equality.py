@@ -103,7 +103,8 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
             worst["nan"] += float(np.isnan(values[1:]).any()) + float(not np.isnan(values[0]))
             row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
             with torch.no_grad():
-                logits = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+                hidden = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+                logits = hidden @ trainer.model.output_weight.T
             first = logits.size(1) * (place.rank if tp > 1 else 0)
             for leaf in range(tree.n_leaves):
                 index = path_tokens(tree, leaf)
@@ -275,8 +276,13 @@ def test_a_rank_without_work_joins_the_step(ranks: Ranks, tiny_model: Callable[.
 # ---------------------------------------------------------------------- optimizer steps
 
 
-def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfig) -> dict[str, float]:
+def adamw_case(
+    place: Place, model: str, tp: int, dp: int, correction: PartConfig, offload: bool
+) -> dict[str, float]:
     """Three updates of one batch, a supervised step before, against torch AdamW on the Hugging Face model."""
+    import system.learn.offload
+
+    system.learn.offload.STAGED = 5000  # many chunks, which end inside parameters
     settings: dict[str, Any] = {
         "lr": 1e-3,
         "weight_decay": 0.1,
@@ -286,6 +292,7 @@ def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfi
         "warmup_steps": 2,
         "updates": 3,
         "correction": correction,
+        "offload": offload,
     }
     config = learner_config(tp=tp, dp=dp, **settings)
     config.rollout.temperature = 0.8
@@ -345,18 +352,20 @@ def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfi
 
 
 @pytest.mark.parametrize(
-    ("tp", "dp", "correction"),
+    ("tp", "dp", "correction", "offload"),
     [
-        (1, 1, PartConfig("none")),
-        (2, 1, PartConfig("seq-tis", {"over": "mean"})),
-        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5})),
+        (1, 1, PartConfig("none"), False),
+        (2, 1, PartConfig("seq-tis", {"over": "mean"}), False),
+        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5}), False),
+        (2, 1, PartConfig("none"), True),
+        (1, 2, PartConfig("none"), True),
     ],
     ids=lambda x: x.name if isinstance(x, PartConfig) else None,
 )
 def test_optimizer_steps_equal_torch_adamw(
-    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig
+    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig, offload: bool
 ) -> None:
-    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction}
+    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction, "offload": offload}
     for result in ranks.run(adamw_case, world=tp * dp, **case):
         assert result["moved"] > 2e-3
         assert result["error"] < 1e-2 * result["moved"] / 3

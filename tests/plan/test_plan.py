@@ -16,6 +16,7 @@ from system.plan.memory import (
     EngineLayout,
     activation_bytes_per_token,
     engine_memory,
+    host_memory,
     kv_capacity,
     learner_memory,
 )
@@ -104,9 +105,20 @@ def test_activations_by_hand_and_by_switch() -> None:
 def test_the_plan_is_what_an_h100_measured() -> None:
     """`espalier bench gpu`: half of a Qwen3-14B tp=4 shard, rows of 18,432 tokens (docs/results/gpu.md)."""
     shard = replace(KNOWN["qwen3-14b"], layers=20, heads=10, kv_heads=2, ffn=4352, vocab=37_984)
+    logits = 2 * 2 * (5120 + 37_984) * 18_432  # of the whole row, as it was then
     for recompute, peak_gib in (("full", 42.0), ("selective", 49.1), ("none", 65.2)):
-        learn = LearnConfig(tp=1, micro_tokens=18_432, recompute=recompute)
-        assert learner_memory(shard, learn).total / 2**30 == pytest.approx(peak_gib, rel=0.01)
+        parts = learner_memory(shard, LearnConfig(tp=1, micro_tokens=18_432, recompute=recompute)).parts
+        assert parts["logits"] < logits / 2
+        total = sum(parts.values()) - parts["logits"] + logits
+        assert total / 2**30 == pytest.approx(peak_gib, rel=0.01)
+
+
+def test_an_offloaded_optimizer_is_in_the_hosts_memory_split_over_the_copies() -> None:
+    device, host = (LearnConfig(tp=4, dp=2, offload=offload) for offload in (False, True))
+    parts = learner_memory(SEVEN, device).parts
+    assert learner_memory(SEVEN, host).total == pytest.approx(sum(parts.values()) - parts["optimizer"])
+    assert host_memory(SEVEN, host).parts["optimizer"] == pytest.approx(parts["optimizer"] / 2)
+    assert host_memory(SEVEN, device).total == 0
 
 
 def test_kv_cache_takes_what_the_weights_leave() -> None:
