@@ -23,7 +23,7 @@ WIDTHS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What the search may choose."""
+    """What the search may choose.  The optimizer's state lies on the GPUs (``learn.offload=false``)."""
 
     tp: int
     pp: int
@@ -52,6 +52,7 @@ class Candidate:
             "sequence_parallel": str(self.tp > 1).lower(),
             "distributed_optimizer": str(self.dp > 1).lower(),
             "recompute": self.recompute,
+            "offload": "false",
         }
         words = [f"learn.{name}={value}" for name, value in learn.items()]
         words += [f"engine.tp={self.engine_tp}", f"engine.replicas={self.engines}"]
@@ -69,6 +70,7 @@ class Candidate:
             recompute=self.recompute,
             sequence_parallel=self.tp > 1,
             distributed_optimizer=self.dp > 1,
+            offload=False,
         )
         engine = replace(config.engine, tp=self.engine_tp, replicas=self.engines)
         cluster = config.cluster
