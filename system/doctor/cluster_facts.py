@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 LOOK_S = 60.0  # for all nodes to start a program and say what they see
 _STEP = 1 << 31  # from here on steps are Slurm's own: the batch script, salloc's shell
 _LOOK = """
-import json, pathlib, platform, subprocess, sys, time
+import json, os, pathlib, platform, subprocess, sys, time
 try:
     seen = pathlib.Path(sys.argv[1]).read_text()
 except OSError as error:
@@ -27,7 +27,10 @@ try:
     driver = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout.split()
 except OSError:
     driver = []
-print(json.dumps({"name": platform.node(), "seen": seen, "drivers": driver, "time": time.time()}), flush=True)
+told = {"task": os.environ["SLURM_PROCID"], "name": platform.node(), "seen": seen, "drivers": driver}
+for _ in range(5):
+    print(json.dumps(told | {"time": time.time()}), flush=True)
+    time.sleep(0.1)
 """
 
 
@@ -64,25 +67,32 @@ def gather_nodes(slurm: Mapping[str, str], place: Path, deadline_s: float = LOOK
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=".doctor-") as file:
         file.write(token)
         file.flush()
-        lines, error = _ask(int(count), file.name, deadline_s)
-    return Nodes(int(count), tuple(read(line, at, token) for at, line in lines), error)
+        heard, error = _ask(int(count), file.name, deadline_s)
+    seen = tuple(read(lines, token) for lines in heard.values())
+    return Nodes(int(count), seen, error if len(seen) < int(count) else "")
 
 
-def read(line: str, at: float, token: str) -> NodeSeen:
-    """From what a node says, and when it was heard, by this machine's clock."""
-    told: dict[str, Any] = json.loads(line)
+def read(lines: Sequence[tuple[float, dict[str, Any]]], token: str) -> NodeSeen:
+    """From what a node says several times, and when each was heard, by this machine's clock.
+
+    A line that comes late makes the node's clock seem to be behind: the least late one counts.
+    """
+    _, told = lines[0]
     drivers: list[str] = told["drivers"]
     return NodeSeen(
         told["name"],
-        told["time"] - at,
+        max(each["time"] - at for at, each in lines),
         "" if told["seen"] == token else str(told["seen"])[:200],
         drivers[0] if drivers else "",
         len(drivers),
     )
 
 
-def _ask(count: int, path: str, deadline_s: float) -> tuple[list[tuple[float, str]], str]:
-    """(when it came, line) for each node that answers, and what srun has against the others."""
+Heard = dict[str, list[tuple[float, dict[str, Any]]]]
+
+
+def _ask(count: int, path: str, deadline_s: float) -> tuple[Heard, str]:
+    """By task, what it said and when that came; and what srun has against those that say nothing."""
     options = ["--overlap", "--unbuffered", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
     try:
         srun = subprocess.Popen(
@@ -93,10 +103,10 @@ def _ask(count: int, path: str, deadline_s: float) -> tuple[list[tuple[float, st
             text=True,
         )
     except OSError as error:
-        return [], f"srun: {error.strerror}"
+        return {}, f"srun: {error.strerror}"
     late = threading.Timer(deadline_s, srun.terminate)
     late.start()
-    heard: list[tuple[float, str]] = []
+    heard: Heard = {}
     said: list[str] = []
     assert srun.stdout is not None
     assert srun.stderr is not None
@@ -104,11 +114,10 @@ def _ask(count: int, path: str, deadline_s: float) -> tuple[list[tuple[float, st
     listener.start()
     for line in srun.stdout:
         if line.startswith("{"):
-            heard.append((time.time(), line))
+            at, told = time.time(), json.loads(line)
+            heard.setdefault(told["task"], []).append((at, told))
     srun.wait()
     late.cancel()
     listener.join(5)
-    if len(heard) == count:
-        return heard, ""
     why = next((line.strip() for line in said if line.strip()), f"no more within {deadline_s:g} s")
     return heard, why

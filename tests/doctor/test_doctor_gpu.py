@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -214,8 +213,8 @@ def look_at_without_torch() -> TorchSeen:
 
 SRUN = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do shift; done
-"$@"
-[ "$SRUN_NODES" = 1 ] || "$@"
+SLURM_PROCID=0 "$@"
+[ "$SRUN_NODES" = 1 ] || SLURM_PROCID=1 "$@"
 [ "$SRUN_NODES" = 2 ] || { echo "srun: error: n2: task 1: Exited" >&2; exit 1; }
 """
 
@@ -255,4 +254,5 @@ def test_nodes_that_do_not_answer_are_not_waited_for(tmp_path: Path, monkeypatch
 
 def test_a_node_that_reads_something_else_does_not_share() -> None:
     told = {"name": "n1", "seen": "another", "drivers": ["580.1", "580.1"], "time": 107.5}
-    assert read(json.dumps(told), 100.0, "token") == NodeSeen("n1", 7.5, "another", "580.1", 2)
+    late = (104.0, told | {"time": 107.6})
+    assert read([(100.0, told), late], "token") == NodeSeen("n1", 7.5, "another", "580.1", 2)

@@ -157,7 +157,7 @@ def test_a_learner_alone_is_as_fast_as_an_h100_was() -> None:
     context = (shared * shared / 2 + 16 * (own * shared + own * own / 2)) / 18_432
     for recompute, tokens_s in (("full", 29_800), ("selective", 32_600), ("none", 38_600)):
         roof = LearnerRoofline(shard, LearnConfig(tp=1, recompute=recompute), H100, context)
-        assert 0.85 * tokens_s < 1 / roof.token_s < 1.02 * tokens_s
+        assert 0.94 * tokens_s < 1 / roof.token_s < tokens_s
 
 
 def test_what_is_recomputed_exchanged_or_scored_once_more_costs_time() -> None:
