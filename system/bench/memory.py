@@ -143,7 +143,9 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     try:
         layout = parallel.lay_out(config, rank, device)
         logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else _logits())
-        with FakeTensorMode(allow_non_fake_inputs=True), fused(), logits, meter:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake.cache_enabled = False  # its keys would keep storages alive
+        with fake, fused(), logits, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
             model = build(shape, transformer, "flex")
