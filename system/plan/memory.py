@@ -125,8 +125,8 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         parts["optimizer"] = states * parameters / shards
     parts["activations"] = rows * (in_flight * layers * kept + beside)
     if not last:
-        # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and what
-        # is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
+        # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and
+        # what is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
         split = learn.tp if learn.sequence_parallel else 1
         held = 2 * width * shape.hidden / split + 8 * shape.head_dim
         parts["activations"] += rows * (in_flight * held + 2 * width * shape.hidden)
