@@ -7,6 +7,7 @@ take.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class StepSettings:
     recompute: str
     whole_logits: bool = False
     offload: bool = False
+    sequence_parallel: bool = True
+    pp: int = 1  # pipeline stages
+    stage: int = 0  # of them the one that is measured
 
 
 SETTINGS = (
@@ -116,30 +120,32 @@ def peak(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
 
 
 def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
-    """:func:`peak`, with all layers of ``shape``."""
+    """:func:`peak`, with all layers of ``shape``; a pipeline's stage holds as many rows as 1F1B lets it."""
     from system.learn import cpu
 
     with cpu.quick_import():
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         from system.learn import parallel
-        from system.learn.head import logprob_entropy
         from system.learn.model import build, transformer_config
         from system.learn.offload import HostAdam
         from system.learn.optimizer import DeviceAdam
 
     config = Config()
     config.learn.tp, config.learn.micro_tokens = tp, tokens
-    config.learn.sequence_parallel = True
+    config.learn.sequence_parallel, config.learn.pp = way.sequence_parallel, way.pp
     config.learn.recompute, config.learn.offload = way.recompute, way.offload
     learn, device = config.learn, torch.device("cpu")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    rank = tp * way.stage
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=learn.ranks)
     cpu.install()
     meter = Meter()
     try:
-        layout = parallel.lay_out(config, 0, device)
+        layout = parallel.lay_out(config, rank, device)
         logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else _logits())
-        with FakeTensorMode(allow_non_fake_inputs=True), fused(), logits, meter:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        fake.cache_enabled = False  # its keys would keep storages alive
+        with fake, fused(), logits, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
             model = build(shape, transformer, "flex")
@@ -159,22 +165,40 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
             meter.restart()
             host = meter.now - before if way.offload else 0
             states = meter.now - host
-            token = torch.zeros(tokens, dtype=torch.int64)
-            mask = _path(tokens)
-            hidden = model(token, torch.arange(tokens), mask, torch.arange(tokens))
-            logprob, entropy = logprob_entropy(
-                hidden, model.output_weight, token, shape.vocab, layout.tp_group
-            )
-            loss = (logprob + entropy).sum()
-            del hidden, logprob, entropy
-            loss.backward()
+            _rows(model, layout, tokens)
             optimizer._apply(1e-6)  # pyright: ignore[reportPrivateUsage]: the norm is no number here
             top = meter.peak - host
-            del loss, token, mask, optimizer, wrapped, model
+            del optimizer, wrapped, model
         plan = learner_memory(shape, learn)
         return Peak(states, host, top - states, plan.total)
     finally:
         parallel.stop()
+
+
+def _rows(model: Any, layout: Any, tokens: int) -> None:
+    """Forward passes of as many rows as the stage holds at once, then their backward passes."""
+    from system.learn.head import logprob_entropy
+
+    token, mask = torch.zeros(tokens, dtype=torch.int64), _path(tokens)
+    spread = layout.tp if model.config.sequence_parallel else 1
+    shape = (tokens // spread, 1, model.config.hidden_size)
+    held: deque[tuple[Any, Any]] = deque()
+    for _ in range(layout.pp - layout.pp_rank):
+        received = None
+        if layout.pp_rank:
+            received = torch.empty(shape, dtype=model.config.params_dtype, requires_grad=True)
+        model.set_input_tensor(received)
+        output = model(token, torch.arange(tokens), mask, torch.arange(tokens))
+        if layout.last_stage:
+            weight, vocab = model.output_weight, model.shape.vocab
+            logprob, entropy = logprob_entropy(output, weight, token, vocab, layout.tp_group)
+            output = (logprob + entropy).sum()
+            del logprob, entropy
+        held.append((received, output))
+        del received, output
+    while held:
+        _, output = held.popleft()
+        torch.autograd.backward(output, None if layout.last_stage else torch.empty_like(output))
 
 
 def _logits() -> int:

@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 
 from system.config import Config, ToolsConfig
+from system.doctor.cluster_facts import Nodes, gather_nodes
+from system.doctor.gpu_facts import Stack, gather_stack
 from system.doctor.preflight import Problem, look
 from system.engine.sglang.command import SglangMissing, interpreter
 
@@ -68,6 +70,8 @@ class Facts:
     sandbox_error: str = ""
     preflight: Mapping[str, Sequence[Problem]] = field(default_factory=dict)  # topic -> what stops the recipe
     slurm: Mapping[str, str] = field(default_factory=dict)  # SLURM_* of the allocation this runs in
+    stack: Stack = field(default_factory=Stack)  # below torch
+    nodes: Nodes = field(default_factory=Nodes)  # of the allocation, where it has several
 
 
 def gather(config: Config) -> Facts:
@@ -80,6 +84,7 @@ def gather(config: Config) -> Facts:
     hostname = socket.gethostname()
     driver, listed = _driver()
     nccl = _nccl(sys.executable) if cuda else ""
+    slurm = {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
     return Facts(
         python=sys.version_info[:3],
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -109,7 +114,9 @@ def gather(config: Config) -> Facts:
         sandbox=confined,
         sandbox_error=sandbox_error,
         preflight=look(config, without=("engine", "gpus")),  # which are looked at more closely here
-        slurm={key: value for key, value in os.environ.items() if key.startswith("SLURM_")},
+        slurm=slurm,
+        stack=gather_stack(config, driver),
+        nodes=gather_nodes(slurm, place),
     )
 
 

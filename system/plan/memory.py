@@ -116,13 +116,20 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     shards = learn.dp if learn.distributed_optimizer else 1
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
     in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
-    # What one layer has beside it: what is computed again, or else the gradients that pass through it.
-    passing = width * (2 * shape.hidden + 3 * shape.ffn / learn.tp)
-    beside = whole - kept if learn.recompute != "none" else passing
+    # What one layer has beside it: the gradients at its ends, and what is computed again, or else those of
+    # its MLP.
+    inside = width * 3 * shape.ffn / learn.tp if learn.recompute == "none" else whole - kept
+    beside = width * 2 * shape.hidden + inside
     parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
     if not learn.offload:
         parts["optimizer"] = states * parameters / shards
     parts["activations"] = rows * (in_flight * layers * kept + beside)
+    if not last:
+        # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and
+        # what is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
+        split = learn.tp if learn.sequence_parallel else 1
+        held = 2 * width * shape.hidden / split + 8 * shape.head_dim
+        parts["activations"] += rows * (in_flight * held + 2 * width * shape.hidden)
     if last:
         # The hidden states of scored tokens and their gradients; a chunk of logits and theirs; a product that
         # is added to the weight's gradient.

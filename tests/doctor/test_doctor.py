@@ -14,8 +14,9 @@ import pytest
 
 from system.config import Config, load
 from system.doctor import facts
-from system.doctor.checks import GIB, Level, examine, stops
+from system.doctor.checks import GIB, examine, stops
 from system.doctor.facts import Facts, all_reduce
+from system.doctor.finding import Level
 from system.doctor.preflight import Problem, look
 
 ROOT = Path(__file__).parents[2]
