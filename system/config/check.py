@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from system.config.by_step import at_step, course_problems
-from system.config.schema import Config, PartConfig
+from system.config.rule import PartConfig
+from system.config.schema import Config
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, PluginError, nearest
