@@ -242,6 +242,11 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ("rollout.top_p=0.5", "rollout.top_p=0.5, rollout.top_k=-1: training needs samples of the whole"),
         ("rollout.top_k=20", "rollout.top_k=20: training needs samples of the whole distribution"),
         ("learn.tis_cap=0", "learn.tis_cap=0.0 must be above 0"),
+        ("learn.proximal=closed", "set rollout.rescore=true too"),
+        (
+            "rollout.rescore=true engine.name=sglang engine.kv_after_update=keep",
+            "rollout.rescore=true needs engine.kv_after_update=recompute",
+        ),
         ("learn.dual_clip=0.5", "learn.dual_clip=0.5 must exceed 1 + learn.clip_high=1.2"),
         ("learn.clip_low=-1", "learn.clip_low=-1.0 must be in [0, 1]"),
         ("rollout.branch_deadline_s=.nan", "rollout.branch_deadline_s=nan must be a finite number"),

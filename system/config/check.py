@@ -186,6 +186,11 @@ def _sizes(config: Config) -> Iterator[str]:
 def _engine(config: Config) -> Iterator[str]:
     """What goes with the kind of engine; and the addresses of servers."""
     engine = config.engine
+    if config.rollout.rescore and engine.name == "sglang" and engine.kv_after_update == "keep":
+        yield (
+            "rollout.rescore=true needs engine.kv_after_update=recompute: a score that an update interrupts "
+            "would be of two versions"
+        )
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
         yield f"engine.weights={engine.weights}: the {engine.name} engine takes {', '.join(ways)}"
@@ -265,6 +270,11 @@ def _void(config: Config) -> Iterator[str]:
         yield (
             f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: training needs samples of the "
             "whole distribution, whose probabilities the learner computes: leave top_p at 1 and top_k at -1"
+        )
+    if learn.proximal == "closed" and not rollout.rescore:
+        yield (
+            "learn.proximal=closed clips against what the engine found when a turn ended: set "
+            "rollout.rescore=true too"
         )
     if 0 < learn.dual_clip <= 1 + learn.clip_high:
         yield (

@@ -126,6 +126,12 @@ class RolloutConfig:
     generate_deadline_s: float = setting(120.0, "one engine call", above=0, safe_on_resume=True)
     branch_deadline_s: float = setting(300.0, "one branch, tools included", above=0, safe_on_resume=True)
     tree_deadline_s: float = setting(600.0, "one tree", above=0, safe_on_resume=True)
+    rescore: bool = setting(
+        False,
+        "when a turn ends, the engine scores its tokens once more, all under the weights it holds then, for "
+        "learn.proximal=closed: a prefill of the turn per turn",
+        safe_on_resume=True,
+    )
 
 
 @dataclass

@@ -58,6 +58,9 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     if known:
         entropy, weight = zip(*known, strict=True)
         metrics["rollout/entropy"] = float(np.average(entropy, weights=weight))
+    if rescored := sum(one.rescored for one in stats):
+        metrics["rollout/rescored_share"] = rescored / tokens
+        metrics["rollout/rescored_gap"] = sum(one.rescored_gap for one in stats) / rescored
     calls = np.concatenate([one.calls_per_leaf for one in stats])
     metrics["rollout/calls_per_leaf"] = mean(calls)
     outcomes = sum((one.outcomes for one in stats), Counter[str]())

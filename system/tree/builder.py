@@ -60,6 +60,7 @@ class _Node:
     logprob: list[NDArray[np.float32]] = field(default_factory=list)
     entropy: list[NDArray[np.float32]] = field(default_factory=list)
     version: list[Int32] = field(default_factory=list)
+    closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
 
 
 @dataclass(slots=True)
@@ -200,6 +201,15 @@ class TreeBuilder:
         self._leaves[leaf].reward = float(value)
         self._leaves[leaf].correct = int(correct)
 
+    def rescore(self, node: int, logprob: ArrayLike, version: int) -> None:
+        """Give MODEL node ``node``, which grows no more, the log-probabilities [n] of its own tokens under
+        weights ``version``.
+        """
+        if self.kind(node) != Kind.MODEL:
+            raise TreeError(f"node {node}: only sampled tokens are scored at their close")
+        own = self._node(node)
+        own.closed = _row(logprob, own.end - own.begin, np.float32, "logprob"), version
+
     def call(self, call: ToolCall) -> None:
         """Record a tool call; ``call.node`` is a handle."""
         self._node(call.node)
@@ -282,7 +292,7 @@ class TreeBuilder:
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
-        Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
+        Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``,
         ``kind``, ``begin``, ``length``), nodes in the order of their handles.  Rewards are not in it: they
         come at the close.
         """
@@ -314,6 +324,8 @@ class TreeBuilder:
             node, own = growth.node(parent, Kind(kind), begin), slice(start, end)
             sampled = {name: arrays[name][own] for name in ("logprob", "entropy", "version")}
             growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
+            if "closed_version" in arrays and (version := arrays["closed_version"][own]).max(initial=-1) >= 0:
+                growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:
@@ -379,12 +391,18 @@ def _plain(value: Any, where: str) -> Any:
 
 def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
-    return {
+    arrays = {
         "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
         "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
         "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
         "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
     }
+    if any(n.closed for n in nodes):
+        closed = [n.closed or (np.full(n.end - n.begin, np.nan, np.float32), -1) for n in nodes]
+        sizes = [n.end - n.begin for n in nodes]
+        arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
+        arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
+    return arrays
 
 
 def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:

@@ -71,6 +71,8 @@ class TreeStats:
     version_min: int  # oldest and newest weight version among MODEL tokens; -1 without any
     version_max: int
     seconds: float  # from the first root to the close
+    rescored: int  # MODEL tokens that were scored when their nodes closed
+    rescored_gap: float  # sum over these of |log-probability then - when sampled|, nats
 
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
@@ -86,6 +88,8 @@ class TreeStats:
         entropy = tree.entropy[sampled & known]
         version = tree.version[sampled]
         h = np.where(known, tree.entropy, 0.0).astype(np.float64)
+        at_close = np.isfinite(tree.closed_logprob)
+        gap = np.abs(tree.closed_logprob - tree.logprob)[at_close] if tree.rescored else np.zeros(0)
         known_of_node = np.add.reduceat(known, tree.start, dtype=np.int64)
         return cls(
             prompt_id=tree.prompt_id,
@@ -122,6 +126,8 @@ class TreeStats:
             version_min=int(version.min(initial=np.iinfo(np.int32).max)) if version.size else -1,
             version_max=int(version.max(initial=-1)),
             seconds=max(0.0, tree.closed_s - tree.started_s),
+            rescored=int(at_close.sum()),
+            rescored_gap=float(gap.sum(dtype=np.float64)),
         )
 
     @property

@@ -18,7 +18,7 @@ from hypothesis import given
 from tree_strategies import forests, grow
 
 from system.tree.record import ToolCall, Tree, validate
-from system.tree.store import SCHEMA, StoreError, TreeWriter, read_trees
+from system.tree.store import SCHEMA, StoreError, TreeWriter, from_table, read_trees, to_table
 
 
 def _equal(left: Tree, right: Tree) -> None:
@@ -46,6 +46,18 @@ def test_round_trip_is_exact(trees: list[Tree]) -> None:
     for left, right in zip(trees, back, strict=True):
         _equal(left, right)
         validate(right)
+
+
+def test_files_of_before_turns_were_scored_at_their_ends_are_read() -> None:
+    trees = _trees(4)
+    table = to_table(trees).drop_columns(["closed_logprob", "closed_version"])
+    assert any(tree.rescored for tree in trees)
+    for tree, back in zip(trees, from_table(table), strict=True):
+        plain = dataclasses.replace(
+            tree, closed_logprob=np.zeros(0, np.float32), closed_version=np.zeros(0, np.int32)
+        )
+        _equal(plain, back)
+        validate(back)
 
 
 def test_model_written_text_survives(tmp_path: Path) -> None:
