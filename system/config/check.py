@@ -16,6 +16,7 @@ from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, PluginError, nearest
 
+INFORMED = ("a2tgpo", "igpo")  # credits that need the gold answer's scores
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
 SET_BY: dict[str, str] = {
     **dict.fromkeys(("model", "model_path"), "model.path"),
@@ -275,6 +276,11 @@ def _void(config: Config) -> Iterator[str]:
         yield (
             "learn.proximal=closed clips against what the engine found when a turn ended: set "
             "rollout.rescore=true too"
+        )
+    if learn.credit.name in INFORMED and not rollout.score_answer:
+        yield (
+            f"learn.credit={learn.credit.name} goes by how likely the gold answer becomes with each tool "
+            "result: set rollout.score_answer=true too"
         )
     if 0 < learn.dual_clip <= 1 + learn.clip_high:
         yield (

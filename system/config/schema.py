@@ -132,6 +132,15 @@ class RolloutConfig:
         "learn.proximal=closed: a prefill of the turn per turn",
         safe_on_resume=True,
     )
+    score_answer: bool = setting(
+        False,
+        "the engine scores the gold answer behind the prompt and behind each tool result, for "
+        "learn.credit=a2tgpo and igpo: a prefill of the result and the answer per result",
+        safe_on_resume=True,
+    )
+    answer_opening: str = setting(
+        "<answer> \\boxed{", "what stands before the gold answer when it is scored", safe_on_resume=True
+    )
 
 
 @dataclass

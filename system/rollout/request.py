@@ -6,11 +6,15 @@ import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from system.engine.protocol import EngineError, GenerateRequest, Sampling
 from system.engine.score import Scores, score
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
+from system.rollout.encode import encode_text
 from system.text import described
 from system.tree.builder import TreeBuilder
 from system.tree.record import Int32
@@ -58,6 +62,7 @@ class GivenTokens:
     prompt_id: str
     route: str
     temperature: float  # that the tree is sampled at
+    gold: str  # the answer; "": there is none
     mishap: Callable[[str, str], None]  # is told what failed: of which kind, and why
 
     async def closed(self, node: int, parent: str) -> None:
@@ -70,6 +75,34 @@ class GivenTokens:
             tokens = self.growth.path_tokens(node)
             if found := await self._score("rescore", tokens, tokens.size - own, parent):
                 self.growth.rescore(node, found.logprob, found.version)
+
+    async def answer(self, node: int, parent: str) -> None:
+        """Score the gold answer's tokens, in the words in which it would be given, as if they came right
+        behind PROMPT or TOOL node ``node``.  Unknown where that fails, and where the context has no room.
+
+        ``parent``: the newest request on the way to the node.
+        """
+        if not self.gold:
+            self.mishap("answer", f"prompt {self.prompt_id!r} has no gold answer to score")
+            return
+        words, first = self._answer
+        before = self.growth.path_tokens(node)
+        tokens = np.concatenate([before, words])
+        if tokens.size < self.context.max_context and (
+            found := await self._score("answer", tokens, before.size + first, parent)
+        ):
+            self.growth.answer(node, float(found.logprob.mean(dtype=np.float64)))
+
+    @cached_property
+    def _answer(self) -> tuple[Int32, int]:
+        """Tokens of the words in which the gold answer is given, and the number of the first of its own: one
+        that a tokenizer makes of the last of the opening and the first of the answer is the answer's.
+        """
+        tokenizer, opening = self.context.tokenizer, self.context.config.answer_opening
+        before, words = encode_text(tokenizer, opening), encode_text(tokenizer, opening + self.gold)
+        both = min(before.size, words.size - 1)
+        differs = np.flatnonzero(before[:both] != words[:both])
+        return words, int(differs[0]) if differs.size else both
 
     async def _score(self, what: str, tokens: Int32, start: int, parent: str) -> Scores | None:
         """None, and a mishap, where the engine cannot: none of this is worth a tree."""

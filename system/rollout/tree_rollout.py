@@ -77,12 +77,14 @@ class TreeRollout:
         self.temperature = usual if temperature is None else temperature
         self.route = f"{prompt.id}:{ticket}"
         self.rescores = config.rescore and not greedy
+        self.scores_answer = config.score_answer and not greedy
         self.resumed = growth is not None
         if growth is None:
             tokens = context.encode_prompt(prompt)
             growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
         self.growth = growth
-        self.given = GivenTokens(context, growth, prompt.id, self.route, self.temperature, self.mishap)
+        about = (prompt.id, self.route, self.temperature, next(iter(prompt.answers), ""))
+        self.given = GivenTokens(context, growth, *about, self.mishap)
         self.started: Counter[Origin] = Counter()
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
@@ -108,6 +110,8 @@ class TreeRollout:
             async with self.scores:
                 for leaf in range(len(self.ended)):  # of a resumed tree
                     self._spawn_score(leaf)
+                if self.scores_answer and not self.resumed:
+                    self.scores.create_task(self.given.answer(self.growth.prompt, ""))
                 cut = await self._branches()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
@@ -392,6 +396,8 @@ class TreeRollout:
         about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
         self.growth.call(ToolCall(node, tool if tool in self.context.tools.specs else "", arguments, *about))
         branch.node = branch.answer = node
+        if self.scores_answer:
+            self.scores.create_task(self.given.answer(node, branch.request))
         branch.calling = False
         branch.tools = (*branch.tools, (tool, str(outcome.status)))
         self._read(branch, Kind.TOOL, begin)

@@ -61,6 +61,7 @@ class _Node:
     entropy: list[NDArray[np.float32]] = field(default_factory=list)
     version: list[Int32] = field(default_factory=list)
     closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
+    answer: float = math.nan  # :meth:`TreeBuilder.answer`
 
 
 @dataclass(slots=True)
@@ -210,6 +211,10 @@ class TreeBuilder:
         own = self._node(node)
         own.closed = _row(logprob, own.end - own.begin, np.float32, "logprob"), version
 
+    def answer(self, node: int, logprob: float) -> None:
+        """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
+        self._node(node).answer = logprob
+
     def call(self, call: ToolCall) -> None:
         """Record a tool call; ``call.node`` is a handle."""
         self._node(call.node)
@@ -231,6 +236,7 @@ class TreeBuilder:
         pieces, index = self._pieces()
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
+        answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
         tree = Tree(
             **self._about,
             **_token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)]),
@@ -245,6 +251,7 @@ class TreeBuilder:
             calls=tuple(replace(c, node=index[c.node]) for c in self._calls),
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
+            answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
             meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
         )
         validate(tree)
@@ -292,8 +299,8 @@ class TreeBuilder:
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
-        Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``,
-        ``kind``, ``begin``, ``length``), nodes in the order of their handles.  Rewards are not in it: they
+        Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
+        ``begin``, ``length``, ``answer``), nodes in the order of their handles.  Rewards are not in it: they
         come at the close.
         """
         nodes = self._nodes
@@ -303,6 +310,7 @@ class TreeBuilder:
             "kind": np.array([n.kind for n in nodes], np.int8),
             "begin": np.array([n.begin for n in nodes], np.int32),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
+            "answer": np.array([n.answer for n in nodes], np.float32),
         }
         fields = {
             **self._about,
@@ -326,6 +334,8 @@ class TreeBuilder:
             growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
             if "closed_version" in arrays and (version := arrays["closed_version"][own]).max(initial=-1) >= 0:
                 growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
+        for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
+            growth.answer(number, logprob)
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:

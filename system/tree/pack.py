@@ -147,6 +147,7 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         version=tree.version[source],
         closed_logprob=tree.closed_logprob[source] if tree.rescored else tree.closed_logprob,
         closed_version=tree.closed_version[source] if tree.rescored else tree.closed_version,
+        answer_logprob=tree.answer_logprob[nodes] if tree.answer_logprob.size else tree.answer_logprob,
         start=start.astype(np.int32),
         parent=np.arange(-1, nodes.size - 1, dtype=np.int32),
         kind=tree.kind[nodes],

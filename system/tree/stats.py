@@ -46,6 +46,7 @@ class TreeStats:
     entropy_sum: Float64  # [J] sum of the entropies known of its tokens, nats; NaN without any
     entropy_square_sum: Float64  # [J] of their squares; 0 without any
     entropy_known: Int64  # [J] how many are
+    answer: Float64  # [J] the record's ``answer_logprob``; NaN throughout where no answers were scored
     leaf: Int32  # [L] the node each leaf ends at
     reward: Float32  # [L] score; NaN when the leaf was not scored
     outcome: Int8  # [L] an ``Outcome``
@@ -101,6 +102,9 @@ class TreeStats:
             entropy_sum=np.where(known_of_node > 0, np.add.reduceat(h, tree.start), np.nan),
             entropy_square_sum=np.add.reduceat(h**2, tree.start),
             entropy_known=known_of_node,
+            answer=np.where(~model, tree.answer_logprob, np.nan)
+            if tree.answer_logprob.size
+            else np.full(tree.n_nodes, np.nan),
             leaf=tree.leaf,
             reward=tree.reward,
             outcome=tree.outcome,

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from tree_strategies import forests, grow
 
-from system.tree.record import ToolCall, Tree, validate
+from system.tree.record import ARRAYS, OPTIONAL, ToolCall, Tree, validate
 from system.tree.store import SCHEMA, StoreError, TreeWriter, from_table, read_trees, to_table
 
 
@@ -50,13 +50,11 @@ def test_round_trip_is_exact(trees: list[Tree]) -> None:
 
 def test_files_of_before_turns_were_scored_at_their_ends_are_read() -> None:
     trees = _trees(4)
-    table = to_table(trees).drop_columns(["closed_logprob", "closed_version"])
-    assert any(tree.rescored for tree in trees)
+    later = {name: np.zeros(0, ARRAYS[name]) for name in OPTIONAL}
+    table = to_table(trees).drop_columns(list(OPTIONAL))
+    assert any(tree.rescored and tree.answer_logprob.size for tree in trees)
     for tree, back in zip(trees, from_table(table), strict=True):
-        plain = dataclasses.replace(
-            tree, closed_logprob=np.zeros(0, np.float32), closed_version=np.zeros(0, np.int32)
-        )
-        _equal(plain, back)
+        _equal(dataclasses.replace(tree, **later), back)
         validate(back)
 
 
