@@ -243,6 +243,7 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ("rollout.top_k=20", "rollout.top_k=20: training needs samples of the whole distribution"),
         ("learn.tis_cap=0", "learn.tis_cap=0.0 must be above 0"),
         ("learn.proximal=closed", "set rollout.rescore=true too"),
+        ("learn.credit=igpo", "set rollout.score_answer=true too"),
         (
             "rollout.rescore=true engine.name=sglang engine.kv_after_update=keep",
             "rollout.rescore=true needs engine.kv_after_update=recompute",
