@@ -142,7 +142,9 @@ class StreamReader:
         """Log-probabilities of the given tokens that were asked for: the last entries of what may be more."""
         assert self._scored is not None
         pairs = meta["input_token_logprobs"][-self._scored.size :]
-        if [pair[1] for pair in pairs] != self._scored.tolist():
+        named = np.array([pair[1] for pair in pairs], np.int64)
+        # SGLang lists the vocabulary's last token as 0, for it may be padding.
+        if named.shape != self._scored.shape or ((named != self._scored) & (named != 0)).any():
             raise MalformedStream("input_token_logprobs and the end of input_ids name different tokens")
         return _numbers([pair[0] for pair in pairs])
 
