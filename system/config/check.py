@@ -277,6 +277,12 @@ def _void(config: Config) -> Iterator[str]:
             "learn.proximal=closed clips against what the engine found when a turn ended: set "
             "rollout.rescore=true too"
         )
+    asks = [name for name in ("rescore", "score_answer") if getattr(rollout, name)]
+    if asks and config.engine.name == "sglang" and rollout.temperature != 1:
+        yield (
+            f"rollout.{asks[0]}=true: SGLang scores given tokens at temperature 1 only: leave "
+            f"rollout.temperature={rollout.temperature:g} at 1, or set engine=embedded"
+        )
     if learn.credit.name in INFORMED and not rollout.score_answer:
         yield (
             f"learn.credit={learn.credit.name} goes by how likely the gold answer becomes with each tool "

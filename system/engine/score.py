@@ -33,7 +33,8 @@ async def score(
 ) -> Scores:
     """The log-probabilities of ``tokens`` [P] from number ``start`` on, 1 <= ``start`` < P.
 
-    They are log-softmax(logits / ``temperature``), in float32, as the learner has them.  ``rid``, ``route``
+    They are log-softmax(logits / ``temperature``), in float32, as the learner has them; SGLang's are those of
+    temperature 1 whatever is asked, which :mod:`system.config.check` refuses.  ``rid``, ``route``
     and ``parent`` as in :class:`GenerateRequest`; the context must have room for one more token.  It is a
     request like any other: retried, bounded by the engine's deadline, aborted when this is cancelled.  An
     update of the weights meanwhile has it computed anew, so that all of them are of one version.
