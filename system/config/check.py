@@ -16,6 +16,7 @@ from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, PluginError, nearest
 
+INFORMED = ("a2tgpo", "igpo")  # credits that need the gold answer's scores
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
 SET_BY: dict[str, str] = {
     **dict.fromkeys(("model", "model_path"), "model.path"),
@@ -186,6 +187,11 @@ def _sizes(config: Config) -> Iterator[str]:
 def _engine(config: Config) -> Iterator[str]:
     """What goes with the kind of engine; and the addresses of servers."""
     engine = config.engine
+    if config.rollout.rescore and engine.name == "sglang" and engine.kv_after_update == "keep":
+        yield (
+            "rollout.rescore=true needs engine.kv_after_update=recompute: a score that an update interrupts "
+            "would be of two versions"
+        )
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
         yield f"engine.weights={engine.weights}: the {engine.name} engine takes {', '.join(ways)}"
@@ -281,6 +287,22 @@ def _void(config: Config) -> Iterator[str]:
         yield (
             f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: training needs samples of the "
             "whole distribution, whose probabilities the learner computes: leave top_p at 1 and top_k at -1"
+        )
+    if learn.proximal == "closed" and not rollout.rescore:
+        yield (
+            "learn.proximal=closed clips against what the engine found when a turn ended: set "
+            "rollout.rescore=true too"
+        )
+    asks = [name for name in ("rescore", "score_answer") if getattr(rollout, name)]
+    if asks and config.engine.name == "sglang" and rollout.temperature != 1:
+        yield (
+            f"rollout.{asks[0]}=true: SGLang scores given tokens at temperature 1 only: leave "
+            f"rollout.temperature={rollout.temperature:g} at 1, or set engine=embedded"
+        )
+    if learn.credit.name in INFORMED and not rollout.score_answer:
+        yield (
+            f"learn.credit={learn.credit.name} goes by how likely the gold answer becomes with each tool "
+            "result: set rollout.score_answer=true too"
         )
     if 0 < learn.dual_clip <= 1 + learn.clip_high:
         yield (

@@ -126,6 +126,21 @@ class RolloutConfig:
     generate_deadline_s: float = setting(120.0, "one engine call", above=0, safe_on_resume=True)
     branch_deadline_s: float = setting(300.0, "one branch, tools included", above=0, safe_on_resume=True)
     tree_deadline_s: float = setting(600.0, "one tree", above=0, safe_on_resume=True)
+    rescore: bool = setting(
+        False,
+        "when a turn ends, the engine scores its tokens once more, all under the weights it holds then, for "
+        "learn.proximal=closed: a prefill of the turn per turn",
+        safe_on_resume=True,
+    )
+    score_answer: bool = setting(
+        False,
+        "the engine scores the gold answer behind the prompt and behind each tool result, for "
+        "learn.credit=a2tgpo and igpo: a prefill of the result and the answer per result",
+        safe_on_resume=True,
+    )
+    answer_opening: str = setting(
+        "<answer> \\boxed{", "what stands before the gold answer when it is scored", safe_on_resume=True
+    )
 
 
 @dataclass

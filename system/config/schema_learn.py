@@ -48,8 +48,9 @@ class LearnConfig:
     proximal: str = setting(
         "start",
         "what decoupled clips against: start: the policy at the start of the batch; average: a moving "
-        "average of the weights (PPO-EWMA), for which every batch takes one more forward pass",
-        choices=("start", "average"),
+        "average of the weights (PPO-EWMA), for which every batch takes one more forward pass; closed: the "
+        "policy that the engine held when the token's turn ended (rollout.rescore)",
+        choices=("start", "average", "closed"),
     )
     proximal_reset: float = setting(
         0.9,

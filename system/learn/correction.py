@@ -5,9 +5,9 @@ A path's ratio is the product, or the geometric mean, of ρ = π_prox/μ over it
 and so weights, of their own: no factor per token could say that, but the leaf's advantage times its weight
 does, in S+ and S- (:func:`system.tree.plan.reweighed`), and a tree stays exactly its flattened paths.
 
-It costs a forward pass: the packed rows are scored before the first update, each node's sums are added up
-over the ranks, and every rank makes the same weights of them.  The scores are kept as ``proximal`` for the
-later updates, which then need no other pass.
+It costs a forward pass, unless the engine scored the turns (``learn.proximal=closed``): the packed rows are
+scored before the first update, each node's sums are added up over the ranks, and every rank makes the same
+weights of them.  The scores are kept as ``proximal`` for the later updates, which then need no other pass.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class Row:
         self.predictor = put(batch.predictor[self.scored])  # [M] int64 rows that are projected
         self.target = put(batch.tokens[self.scored])  # [M] int64 the tokens they predict
         self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
+        self.anchored = False  # :attr:`LossTokens.anchored`
 
     def run(self, model: TreeGPTModel) -> torch.Tensor:
         """The forward pass of this rank's stage: hidden states, on the last one those of the predictors."""
@@ -47,6 +48,11 @@ class Row:
         """
         vocab, group = model.shape.vocab, layout.tp_group
         return logprob_entropy(hidden, model.output_weight, self.target, vocab, group, temperature)
+
+    def anchor(self) -> None:
+        """Take what the engine found when the tokens' nodes closed for the proximal policy's."""
+        self.proximal = torch.from_numpy(self.batch.closed[self.scored]).to(self.target.device)
+        self.anchored = True
 
     def log_ratio(self, logprob: torch.Tensor) -> torch.Tensor:
         """[M] float64: a policy's log-probabilities of the targets less those they were sampled with."""
@@ -77,6 +83,7 @@ class Row:
             path=count(np.cumsum(batch.predictor < 0) - 1),
             proximal=self.proximal,
             reference=reference,
+            anchored=self.anchored,
         )
 
 

@@ -119,7 +119,11 @@ class Trainer:
             self.objective = make_objective(self._now.learn)
         steps = [self._rows(update) for update in updates]
         corrects = not self.correction.none
-        if corrects or self.objective.ratio == "proximal":
+        anchored = self.learn.proximal == "closed" and (corrects or self.objective.ratio == "proximal")
+        if anchored:
+            for row in (row for step in steps for row in step if self.layout.last_stage):
+                row.anchor()
+        elif corrects or self.objective.ratio == "proximal":
             # Unless it is an average, the proximal policy is the one before the first update, whose own
             # tokens therefore need no extra pass for it.
             proximal = self.average.model if self.average else self.model
@@ -127,7 +131,8 @@ class Trainer:
             for row, scores in zip(rows, self._score(proximal, rows), strict=True):
                 row.proximal = scores
         corrected = self._correct(plan, steps) if corrects else {}
-        known = steps[0] if corrects and not self.average else None  # rows that the current policy has scored
+        # Rows that the current policy has scored.
+        known = steps[0] if corrects and not (self.average or anchored) else None
         results: list[dict[str, float]] = []
         for ranks, step in zip(plan.updates, steps, strict=True):
             if self.objective.adapts:

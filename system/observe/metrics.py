@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import ToolCall
+from system.tree.record import Kind, ToolCall
 from system.tree.stats import TreeStats
 
 Metrics = dict[str, float]
@@ -58,6 +58,13 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     if known:
         entropy, weight = zip(*known, strict=True)
         metrics["rollout/entropy"] = float(np.average(entropy, weights=weight))
+    if rescored := sum(one.rescored for one in stats):
+        metrics["rollout/rescored_share"] = rescored / tokens
+        metrics["rollout/rescored_gap"] = sum(one.rescored_gap for one in stats) / rescored
+    places = np.concatenate([one.answer[one.kind != Kind.MODEL] for one in stats])
+    if (known := np.isfinite(places)).any():  # behind how many prompts and results the answer was scored
+        metrics["rollout/answer_scored_share"] = mean(known)
+        metrics["rollout/answer_probability"] = mean(np.exp(places[known]))
     calls = np.concatenate([one.calls_per_leaf for one in stats])
     metrics["rollout/calls_per_leaf"] = mean(calls)
     outcomes = sum((one.outcomes for one in stats), Counter[str]())

@@ -121,7 +121,9 @@ def build_context(
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),
-        max_context=config.engine.max_context - (SGLANG_KEEPS if config.engine.name == "sglang" else 0),
+        max_context=config.engine.max_context
+        # A score of the whole sequence comes with one more token.
+        - (SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore)),
         asks=make_chat(config, tokenizer, model_path, syntax),
     )
     return context, service, engine

@@ -60,6 +60,8 @@ class _Node:
     logprob: list[NDArray[np.float32]] = field(default_factory=list)
     entropy: list[NDArray[np.float32]] = field(default_factory=list)
     version: list[Int32] = field(default_factory=list)
+    closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
+    answer: float = math.nan  # :meth:`TreeBuilder.answer`
 
 
 @dataclass(slots=True)
@@ -200,6 +202,19 @@ class TreeBuilder:
         self._leaves[leaf].reward = float(value)
         self._leaves[leaf].correct = int(correct)
 
+    def rescore(self, node: int, logprob: ArrayLike, version: int) -> None:
+        """Give MODEL node ``node``, which grows no more, the log-probabilities [n] of its own tokens under
+        weights ``version``.
+        """
+        if self.kind(node) != Kind.MODEL:
+            raise TreeError(f"node {node}: only sampled tokens are scored at their close")
+        own = self._node(node)
+        own.closed = _row(logprob, own.end - own.begin, np.float32, "logprob"), version
+
+    def answer(self, node: int, logprob: float) -> None:
+        """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
+        self._node(node).answer = logprob
+
     def call(self, call: ToolCall) -> None:
         """Record a tool call; ``call.node`` is a handle."""
         self._node(call.node)
@@ -221,6 +236,7 @@ class TreeBuilder:
         pieces, index = self._pieces()
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
+        answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
         tree = Tree(
             **self._about,
             **_token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)]),
@@ -235,6 +251,7 @@ class TreeBuilder:
             calls=tuple(replace(c, node=index[c.node]) for c in self._calls),
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
+            answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
             meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
         )
         validate(tree)
@@ -282,8 +299,8 @@ class TreeBuilder:
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
-        Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
-        ``kind``, ``begin``, ``length``), nodes in the order of their handles.  Rewards are not in it: they
+        Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
+        ``begin``, ``length``, ``answer``), nodes in the order of their handles.  Rewards are not in it: they
         come at the close.
         """
         nodes = self._nodes
@@ -293,6 +310,7 @@ class TreeBuilder:
             "kind": np.array([n.kind for n in nodes], np.int8),
             "begin": np.array([n.begin for n in nodes], np.int32),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
+            "answer": np.array([n.answer for n in nodes], np.float32),
         }
         fields = {
             **self._about,
@@ -314,6 +332,10 @@ class TreeBuilder:
             node, own = growth.node(parent, Kind(kind), begin), slice(start, end)
             sampled = {name: arrays[name][own] for name in ("logprob", "entropy", "version")}
             growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
+            if "closed_version" in arrays and (version := arrays["closed_version"][own]).max(initial=-1) >= 0:
+                growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
+        for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
+            growth.answer(number, logprob)
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:
@@ -379,12 +401,18 @@ def _plain(value: Any, where: str) -> Any:
 
 def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
-    return {
+    arrays = {
         "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
         "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
         "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
         "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
     }
+    if any(n.closed for n in nodes):
+        closed = [n.closed or (np.full(n.end - n.begin, np.nan, np.float32), -1) for n in nodes]
+        sizes = [n.end - n.begin for n in nodes]
+        arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
+        arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
+    return arrays
 
 
 def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:

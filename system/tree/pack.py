@@ -39,6 +39,8 @@ class PackedBatch:
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
     tree: NDArray[np.int32]  # [N] which tree of the batch, -1 for padding
     node: NDArray[np.int32]  # [N] the token's node, numbered through the row; -1 for padding
+    # [N] log-probability under the weights at its node's close; the behaviour one where it was not scored
+    closed: NDArray[np.float32]
 
 
 def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list[list[PackedBatch]]:
@@ -70,6 +72,7 @@ def pack(
         version=np.full(n, -1, np.int32),
         tree=np.full(n, -1, np.int32),
         node=np.full(n, -1, np.int32),
+        closed=np.zeros(n, np.float32),
     )
     base = 0
     for part in micro_batch:
@@ -114,7 +117,10 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree, factor: Entrop
     batch.tree[rows] = part.tree
     first = batch.node[base - 1] + 1 if base else 0
     batch.node[rows] = first + np.repeat(np.arange(nodes.size), length)
-    batch.logprob[rows] = tree.logprob[source]
+    batch.logprob[rows] = batch.closed[rows] = tree.logprob[source]
+    if tree.rescored:
+        closed = tree.closed_logprob[source]
+        batch.closed[rows] = np.where(np.isnan(closed), batch.logprob[rows], closed)
     batch.mult[rows] = np.repeat(part.credit[:, 2], length)
     if factor is not None:
         batch.factor[rows] = factor.of(tree.entropy[source])
@@ -139,6 +145,9 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         logprob=tree.logprob[source],
         entropy=tree.entropy[source],
         version=tree.version[source],
+        closed_logprob=tree.closed_logprob[source] if tree.rescored else tree.closed_logprob,
+        closed_version=tree.closed_version[source] if tree.rescored else tree.closed_version,
+        answer_logprob=tree.answer_logprob[nodes] if tree.answer_logprob.size else tree.answer_logprob,
         start=start.astype(np.int32),
         parent=np.arange(-1, nodes.size - 1, dtype=np.int32),
         kind=tree.kind[nodes],

@@ -120,6 +120,13 @@ class Tree:
     started_s: float = 0.0  # unix time of the first root
     closed_s: float = 0.0  # unix time at which it closed
     meta: dict[str, Any] = field(default_factory=dict)  # JSON-able: question, gold answer, waits, ...
+    # With ``rollout.rescore``, else empty: [T] log-probability of a token under the weights that the engine
+    # held when its node closed, nats, NaN where it was not scored; [T] the version of these, -1 there.
+    closed_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    closed_version: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # With ``rollout.score_answer``, else empty: [J] mean log-probability, over its tokens, of the gold answer
+    # behind this node, under the weights of then, nats; NaN on MODEL nodes and where it was not scored.
+    answer_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +139,11 @@ class Tree:
     @property
     def n_leaves(self) -> int:
         return int(self.leaf.shape[0])
+
+    @property
+    def rescored(self) -> bool:
+        """Whether some nodes were scored when they closed."""
+        return self.closed_logprob.size > 0
 
     @property
     def end(self) -> Int32:
@@ -150,6 +162,8 @@ class Tree:
 _TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.int8}
 # A tree's arrays and their types, as annotated.
 ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
+# Those of them that may be empty; a file of before they were there has none.
+OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob")
 
 
 def token_node(tree: Tree) -> Int32:
@@ -209,13 +223,23 @@ def validate(tree: Tree) -> None:
         (tree.tokens >= 0, "a negative token id"),
     ):
         _require(ok, tree, defect)
+    if tree.rescored:
+        known = np.isfinite(tree.closed_logprob)
+        _require(known == (tree.closed_version >= 0), tree, "scores at the close and their versions disagree")
+        _require(sampled[known], tree, "a score at the close of a token that was not sampled")
+    if tree.answer_logprob.size:
+        unknown = np.isnan(tree.answer_logprob)
+        _require(unknown | (tree.kind != Kind.MODEL), tree, "an answer scored behind a MODEL node")
+        _require(unknown | np.isfinite(tree.answer_logprob), tree, "an infinite score of an answer")
     for record in (*tree.calls, *tree.forks):
         _require(0 <= record.node < tree.n_nodes, tree, f"{type(record).__name__} names node {record.node}")
 
 
 def _check_arrays(tree: Tree) -> None:
     sizes: dict[str, int] = dict.fromkeys(("tokens", "logprob", "entropy", "version"), tree.n_tokens)
+    sizes |= dict.fromkeys(("closed_logprob", "closed_version"), tree.n_tokens if tree.rescored else 0)
     sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
+    sizes["answer_logprob"] = tree.n_nodes if tree.answer_logprob.size else 0
     for name, dtype in ARRAYS.items():
         array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)
         _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.errors import EspalierError
-from system.tree.record import ARRAYS, ForkDecision, ToolCall, Tree
+from system.tree.record import ARRAYS, OPTIONAL, ForkDecision, ToolCall, Tree
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
@@ -159,8 +159,9 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
     if version != SCHEMA_VERSION:
         raise StoreError(f"{source}: tree schema {version or 'missing'}; this version reads {SCHEMA_VERSION}")
     # Each array in its own memory, lest one tree keep the whole table alive.
-    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in ARRAYS}
-    rows = table.drop_columns(list(ARRAYS)).to_pylist()
+    there = [name for name in ARRAYS if name not in OPTIONAL or name in table.column_names]
+    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in there}
+    rows = table.drop_columns(there).to_pylist()
     for i, row in enumerate(rows):
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
         yield Tree(

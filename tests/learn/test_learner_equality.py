@@ -58,6 +58,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "micro_tokens": 48,
         "kl_coef": 0.1,
     },
+    "decoupled, against the close, cut": {
+        "objective": "decoupled",
+        "proximal": "closed",
+        "micro_tokens": 48,
+    },
+    "ppo, leaves weighed by the close, cut": {
+        "objective": "ppo",
+        "proximal": "closed",
+        "correction": PartConfig("seq-tis", {"over": "mean"}),
+        "micro_tokens": 48,
+    },
     "m2po, cut": {"objective": "m2po", "micro_tokens": 48},
     "grpo-flat, leaves rejected": {
         "objective": "grpo-flat",
@@ -173,7 +184,10 @@ def gradient_case(
         plain = (learn := config.learn).__dict__.copy()
         report = {}
         for name in names:
-            changes = {k: PartConfig(v) if isinstance(v, str) else v for k, v in OBJECTIVES[name].items()}
+            changes = {
+                k: PartConfig(v) if isinstance(v, str) and k != "proximal" else v
+                for k, v in OBJECTIVES[name].items()
+            }
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)

@@ -121,9 +121,12 @@ def test_a_clip_without_effect_is_told() -> None:
     options = PartConfig("decoupled", {"clip_low": 0.2})
     assert "learn.clip_low" in (told("decoupled", objective=options) or "")
     assert told("decoupled", clip_high=0.28, updates=2) is None
-    assert told("decoupled", clip_high=0.28, proximal="average") is None
+    for proximal in ("average", "closed"):
+        assert told("decoupled", clip_high=0.28, proximal=proximal) is None
+        assert f"learn.proximal={proximal} has no effect" in (told("ppo", proximal=proximal) or "")
+    correction = PartConfig("geo-reject")
+    assert told("ppo", proximal="closed", correction=correction) is None  # that one reads it
     assert told("ppo", clip_high=0.28) is None
-    assert "learn.proximal=average has no effect" in (told("ppo", proximal="average") or "")
     learn = LearnConfig(objective=PartConfig("decoupled"))
     far = tokens(behaviour=torch.full((64,), -6.0))  # a ratio of about 55 to the policy that sampled
     _, stats = loss_of("decoupled", far, learn)

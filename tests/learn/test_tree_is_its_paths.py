@@ -46,7 +46,14 @@ def random_trees(seed: int) -> list[Tree]:
     for tree in trees:
         tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
         tree.reward[rng.random(tree.n_leaves) < 0.1] = np.nan
-    return trees
+    return [answered(tree, rng) for tree in trees]
+
+
+def answered(tree: Tree, rng: np.random.Generator) -> Tree:
+    """The same tree with the gold answer scored behind the prompt and most tool results."""
+    known = (tree.kind != Kind.MODEL) & (rng.random(tree.n_nodes) < 0.9)
+    scores = -rng.exponential(1.0, tree.n_nodes)
+    return replace(tree, answer_logprob=np.where(known, scores, np.nan).astype(np.float32))
 
 
 def rows(

@@ -23,6 +23,17 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
     np.testing.assert_array_equal(tree.logprob, np.float32([x for n in nodes for x in n.logprob]))
     np.testing.assert_array_equal(tree.entropy, np.float32([x for n in nodes for x in n.entropy]))
     assert tree.version.tolist() == [x for n in nodes for x in n.version]
+    answers = [n.answer for n in nodes]
+    if tree.answer_logprob.size:
+        np.testing.assert_array_equal(tree.answer_logprob, np.float32(answers))
+    else:
+        assert np.isnan(answers).all()
+    closed = [x for n in nodes for x in n.closed]
+    if tree.rescored:
+        np.testing.assert_array_equal(tree.closed_logprob, np.float32([score for score, _ in closed]))
+        assert tree.closed_version.tolist() == [version for _, version in closed]
+    else:
+        assert {version for _, version in closed} == {-1}
     assert tree.kind.tolist() == [n.kind for n in nodes]
     assert (tree.end - tree.start).tolist() == [len(n.tokens) for n in nodes]
     parents = [-1 if n.parent < 0 else index[naive.nearest(n.parent)] for n in nodes]
@@ -51,7 +62,8 @@ def test_restored_is_the_same_growth(case: tuple[TreeBuilder, Naive]) -> None:
         assert again.path_tokens(node).tolist() == naive.path_tokens(node)
         assert again.children(node) == growth.children(node)
     tree, other = growth.close(7.0), again.close(7.0)
-    for name in ("tokens", "logprob", "entropy", "version", "start", "parent", "kind", "leaf", "outcome"):
+    names = ("tokens", "logprob", "entropy", "version", "start", "parent", "kind", "leaf", "outcome")
+    for name in (*names, "closed_logprob", "closed_version", "answer_logprob"):
         np.testing.assert_array_equal(getattr(other, name), getattr(tree, name))
     assert (other.calls, other.forks) == (tree.calls, tree.forks)
 

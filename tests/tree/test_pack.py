@@ -194,6 +194,12 @@ def test_flat_paths_are_valid_trees_of_the_same_tokens(trees: list[Tree]) -> Non
             assert [c.arguments for c in path.calls] == [c.arguments for c in tree.calls if c.node in nodes]
             for name in ("reward", "outcome", "origin", "correct"):
                 np.testing.assert_array_equal(getattr(path, name)[0], getattr(tree, name)[leaf])
+            if tree.rescored:
+                index = np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in nodes])
+                np.testing.assert_array_equal(path.closed_logprob, tree.closed_logprob[index])
+                np.testing.assert_array_equal(path.closed_version, tree.closed_version[index])
+            if tree.answer_logprob.size:
+                np.testing.assert_array_equal(path.answer_logprob, tree.answer_logprob[nodes])
 
 
 @given(forests())

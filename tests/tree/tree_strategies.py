@@ -19,11 +19,13 @@ class NaiveNode:
     logprob: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
+    closed: list[tuple[float, int]] = field(default_factory=list)  # score at the close, and its version
+    answer: float = np.nan
     at: int | None = None  # tokens of its parent that come before it; None: all
 
     def part(self, parent: int, begin: int, end: int) -> NaiveNode:
-        columns = (self.tokens, self.logprob, self.entropy, self.version)
-        return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns])
+        columns = (self.tokens, self.logprob, self.entropy, self.version, self.closed)
+        return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns], answer=self.answer)
 
 
 @dataclass
@@ -152,10 +154,25 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         bare = node not in parents and node not in {leaf[0] for leaf in naive.leaves}
         if bare or rng.random() < 0.15:
             end(node)
+    _rescore(growth, naive, np.random.default_rng([seed, 1]))
     for node, expected, view in views:  # what a request was given stays what it was
         assert view.tolist() == expected
         assert growth.path_tokens(node).tolist()[: len(expected)] == expected
     return growth, naive
+
+
+def _rescore(growth: TreeBuilder, naive: Naive, rng: np.random.Generator) -> None:
+    """Of every second tree, score most of the nodes that were sampled, and the answer behind most others."""
+    some = rng.random() < 0.5
+    for number, node in enumerate(naive.nodes):
+        node.closed = [(np.nan, -1)] * len(node.tokens)
+        if some and node.kind == Kind.MODEL and rng.random() < 0.7:
+            logprob, version = -rng.random(len(node.tokens)).astype(np.float32), int(rng.integers(0, 9))
+            growth.rescore(number, logprob, version)
+            node.closed = [(value, version) for value in logprob.tolist()]
+        elif some and node.kind != Kind.MODEL and rng.random() < 0.7:
+            node.answer = float(np.float32(-rng.random()))
+            growth.answer(number, node.answer)
 
 
 @st.composite
