@@ -48,6 +48,7 @@ class LossTokens:
     path: torch.Tensor  # int64, 0 or more: tokens of one number are one root-to-leaf path, if ``flat``
     proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
+    guided: torch.Tensor | None = None  # 1 where μ was under another prompt than π_θ is; None: nowhere
 
 
 @dataclass
@@ -320,6 +321,8 @@ def _measure_engine(t: LossTokens, statistics: Statistics) -> None:
     """How far the sampling policy is from the trained one: by staleness, and by the engines' numbers."""
     # Tokens that were sampled from the very weights that are trained: what differs there is numerical.
     fresh = t.mult * (t.staleness == 0)
+    if t.guided is not None:
+        fresh = fresh * (1 - t.guided)
     difference = (t.logprob.detach() if t.proximal is None else t.proximal) - t.behaviour
     statistics.sums |= {
         # Sampled by μ, so this estimates KL(μ‖π_θ): staleness plus the engines' numerical differences.

@@ -72,6 +72,7 @@ class Row:
             s_minus=pick(batch.s_minus),
             mult=pick(batch.mult),
             staleness=pick(version - batch.version),
+            guided=pick(batch.guided),
             node=count(batch.node),
             # A part of a tree begins with the token that nothing predicts; padding lies behind all of them.
             path=count(np.cumsum(batch.predictor < 0) - 1),

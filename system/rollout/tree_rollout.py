@@ -60,13 +60,16 @@ class TreeRollout:
         n: int | None = None,
         greedy: bool = False,
         temperature: float | None = None,
+        guide: int = 0,
         growth: TreeBuilder | None = None,
     ) -> None:
         """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
         draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
         engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
-        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``growth``: what was built
-        before the run was resumed (see :mod:`system.rollout.snapshot`); None for a new tree.
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``guide``: actions of the
+        prompt's demonstration that the engine is told and the learner is not (:mod:`system.flow.guidance`).
+        ``growth``: what was built before the run was resumed (see :mod:`system.rollout.snapshot`), its guide
+        included; None for a new tree.
         """
         config = context.config
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
@@ -77,10 +80,7 @@ class TreeRollout:
         usual = 0.0 if greedy else config.temperature
         self.temperature = usual if temperature is None else temperature
         self.resumed = growth is not None
-        if growth is None:
-            tokens = context.encode_prompt(prompt)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
-        self.growth = growth
+        self.growth = growth or context.plant(prompt, self.budget, guide)
         self.started: Counter[Origin] = Counter()
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves

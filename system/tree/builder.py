@@ -96,13 +96,22 @@ class TreeBuilder:
         budget: int,
         meta: dict[str, Any] | None = None,
         started_s: float = 0.0,
+        guide: int = 0,
+        sampled_prompt: Sequence[int] | NDArray[Any] = (),
     ) -> None:
-        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree."""
-        tokens = np.asarray(prompt_tokens, np.int32)
-        if tokens.ndim != 1 or tokens.size == 0:
+        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree.
+
+        ``sampled_prompt``: the prompt that the branches go on from, where that is not ``prompt_tokens``, the
+        one that the tree is trained under; it tells ``guide`` actions.  While the tree grows, the former is
+        its root (in paths and depths); the closed tree has the latter there.
+        """
+        trained, sampled = (np.array(one, np.int32) for one in (prompt_tokens, sampled_prompt))
+        if trained.ndim != 1 or trained.size == 0:
             raise TreeError(f"prompt {prompt_id!r} has no tokens")
+        tokens = sampled if sampled.size else trained
         self.prompt_id, self.budget = prompt_id, budget
         self.meta: dict[str, Any] = dict(meta or {})
+        self.guide, self._trained, self._sampled = guide, trained, sampled
         self._about: dict[str, Any] = {
             "prompt_id": prompt_id,
             "task": task,
@@ -221,9 +230,11 @@ class TreeBuilder:
         pieces, index = self._pieces()
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
+        lengths[0] = self._trained.size
+        grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
             **self._about,
-            **_token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)]),
+            **self._under_trained(grown),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
             parent=np.array([piece.parent for piece in pieces], np.int32),
             kind=np.array([n.kind for n in kept], np.int8),
@@ -236,9 +247,23 @@ class TreeBuilder:
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
             meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
+            sampled_prompt=self._sampled,
+            guide=self.guide,
         )
         validate(tree)
         return tree
+
+    def _under_trained(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
+        below = {name: array[self._nodes[0].end :] for name, array in arrays.items()}
+        size = self._trained.size
+        root = {
+            "tokens": self._trained,
+            "logprob": _row(0.0, size, np.float32, "logprob"),
+            "entropy": _row(np.nan, size, np.float32, "entropy"),
+            "version": _row(-1, size, np.int32, "version"),
+        }
+        return {name: np.concatenate([root[name], array]) for name, array in below.items()}
 
     def kind(self, node: int) -> Kind:
         return self._node(node).kind
@@ -283,8 +308,8 @@ class TreeBuilder:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
         Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
-        ``kind``, ``begin``, ``length``), nodes in the order of their handles.  Rewards are not in it: they
-        come at the close.
+        ``kind``, ``begin``, ``length``), nodes in the order of their handles; of a guided tree also the
+        ``trained_prompt``.  Rewards are not in it: they come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
@@ -301,6 +326,8 @@ class TreeBuilder:
             "calls": [asdict(call) for call in self._calls],
             "forks": [asdict(fork) for fork in self._forks],
         }
+        if self._sampled.size:
+            arrays["trained_prompt"], fields["guide"] = self._trained, self.guide
         return arrays, fields
 
     @classmethod
@@ -308,7 +335,10 @@ class TreeBuilder:
         """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
         ends = np.cumsum(arrays["length"])
         about = {name: fields[name] for name in ("prompt_id", "task", "budget", "started_s", "meta")}
-        growth = cls(prompt_tokens=arrays["tokens"][: ends[0]], **about)
+        root = arrays["tokens"][: ends[0]]
+        trained, sampled = (arrays["trained_prompt"], root) if "trained_prompt" in arrays else (root, ())
+        guide: int = fields.get("guide", 0)
+        growth = cls(prompt_tokens=trained, sampled_prompt=sampled, guide=guide, **about)
         nodes = (arrays[name][1:].tolist() for name in ("parent", "kind", "begin"))
         for start, end, parent, kind, begin in zip(ends[:-1], ends[1:], *nodes, strict=True):
             node, own = growth.node(parent, Kind(kind), begin), slice(start, end)

@@ -37,6 +37,7 @@ class PackedBatch:
     mult: NDArray[np.float32]  # [N] Σ w over the scored leaves below (weighs entropy bonus, KL, diagnostics)
     logprob: NDArray[np.float32]  # [N] behaviour log-probability
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
+    guided: NDArray[np.bool_]  # [N] whether ``logprob`` is under another prompt than the tokens of this row
     tree: NDArray[np.int32]  # [N] which tree of the batch, -1 for padding
     node: NDArray[np.int32]  # [N] the token's node, numbered through the row; -1 for padding
 
@@ -68,6 +69,7 @@ def pack(
         mult=np.zeros(n, np.float32),
         logprob=np.zeros(n, np.float32),
         version=np.full(n, -1, np.int32),
+        guided=np.zeros(n, np.bool_),
         tree=np.full(n, -1, np.int32),
         node=np.full(n, -1, np.int32),
     )
@@ -111,6 +113,7 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree, factor: Entrop
     batch.position[rows] = np.repeat(depth - start, length) + token
     batch.exit[rows] = base + np.repeat(leave, length)
     batch.predictor[rows] = predictor
+    batch.guided[rows] = tree.guided
     batch.tree[rows] = part.tree
     first = batch.node[base - 1] + 1 if base else 0
     batch.node[rows] = first + np.repeat(np.arange(nodes.size), length)

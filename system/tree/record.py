@@ -98,6 +98,9 @@ class Tree:
 
     A leaf may be any node, also one with children (a branch that ended exactly where a sibling went on),
     and two leaves may name the same node.
+
+    The root is the prompt that is trained under.  A guided tree was sampled from another one, which also told
+    the first actions of a demonstration: ``sampled_prompt``.  Its log-probabilities are under that one.
     """
 
     prompt_id: str  # identity of the prompt in the ledger
@@ -120,6 +123,9 @@ class Tree:
     started_s: float = 0.0  # unix time of the first root
     closed_s: float = 0.0  # unix time at which it closed
     meta: dict[str, Any] = field(default_factory=dict)  # JSON-able: question, gold answer, waits, ...
+    # [P] the prompt that all below was sampled from; none: the root's own tokens
+    sampled_prompt: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    guide: int = 0  # actions of a demonstration that it tells
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +138,11 @@ class Tree:
     @property
     def n_leaves(self) -> int:
         return int(self.leaf.shape[0])
+
+    @property
+    def guided(self) -> bool:
+        """Whether it was sampled from another prompt than it is trained under."""
+        return self.sampled_prompt.size > 0
 
     @property
     def end(self) -> Int32:
@@ -207,6 +218,11 @@ def validate(tree: Tree) -> None:
         (np.isfinite(tree.logprob[sampled]), "a sampled token whose log-probability is not finite"),
         (tree.logprob[~sampled] == 0, "a log-probability on a token that was not sampled"),
         (tree.tokens >= 0, "a negative token id"),
+        (tree.sampled_prompt >= 0, "a negative token id in the prompt that was sampled from"),
+        (
+            (tree.guide > 0) == tree.guided,
+            "actions of a guide without a prompt that tells them, or one without",
+        ),
     ):
         _require(ok, tree, defect)
     for record in (*tree.calls, *tree.forks):
@@ -216,6 +232,7 @@ def validate(tree: Tree) -> None:
 def _check_arrays(tree: Tree) -> None:
     sizes: dict[str, int] = dict.fromkeys(("tokens", "logprob", "entropy", "version"), tree.n_tokens)
     sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
+    sizes["sampled_prompt"] = tree.sampled_prompt.size  # any
     for name, dtype in ARRAYS.items():
         array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)
         _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")

@@ -71,6 +71,7 @@ class TreeStats:
     version_min: int  # oldest and newest weight version among MODEL tokens; -1 without any
     version_max: int
     seconds: float  # from the first root to the close
+    guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
 
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
@@ -122,6 +123,7 @@ class TreeStats:
             version_min=int(version.min(initial=np.iinfo(np.int32).max)) if version.size else -1,
             version_max=int(version.max(initial=-1)),
             seconds=max(0.0, tree.closed_s - tree.started_s),
+            guide=tree.guide,
         )
 
     @property

@@ -94,8 +94,13 @@ def load_hf(path: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB) -> Tree:
-    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities."""
+def make_tree(
+    shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB, guide: int = 0
+) -> Tree:
+    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities.
+
+    With a ``guide`` it was sampled from another, longer prompt than its root.
+    """
     start, parent, kind, leaf = [], [], [], []
     total = 0
 
@@ -131,6 +136,8 @@ def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab:
         outcome=np.full(n, int(Outcome.STOPPED), np.int8),
         origin=np.zeros(n, np.int8),
         budget=n,
+        sampled_prompt=np.arange(40 if guide else 0, dtype=np.int32),
+        guide=guide,
     )
     validate(tree)
     return tree
@@ -139,7 +146,7 @@ def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab:
 def make_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
     shapes = (SHAPE, CHAIN, STAR, SHAPE, STAR)
-    return [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate(shapes)]
+    return [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in enumerate(shapes)]
 
 
 def path_tokens(tree: Tree, leaf: int) -> np.ndarray:

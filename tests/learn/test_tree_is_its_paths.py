@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from system.learn.gates import M2po
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.learn.rows import Row
 from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
-from system.tree.pack import pack, with_credit_of
+from system.tree.pack import PackedBatch, pack, with_credit_of
 from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed, signed_leaves
 from system.tree.record import Kind, Tree, TreeError
 from system.tree.stats import TreeStats
@@ -42,7 +42,8 @@ def made(name: str) -> Objective:
 
 def random_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
-    trees = [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate((SHAPE, STAR, CHAIN, SHAPE))]
+    shapes = enumerate((SHAPE, STAR, CHAIN, SHAPE))
+    trees = [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in shapes]
     for tree in trees:
         tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
         tree.reward[rng.random(tree.n_leaves) < 0.1] = np.nan
@@ -225,6 +226,28 @@ def test_the_tokens_of_a_flattened_path_have_one_number() -> None:
              for one in [stats[part.tree]]]  # fmt: skip
     assert path.bincount().tolist() == sizes
     assert (path.diff() >= 0).all()
+
+
+def test_a_guided_tree_is_trained_under_the_plain_prompt() -> None:
+    """Planned, packed and counted as if there had been no other prompt; all that differs is the mark that
+    its tokens' log-probabilities, which stand as they were sampled, are under another one.
+    """
+    guided = random_trees(7)
+    plain = [replace(tree, sampled_prompt=tree.sampled_prompt[:0], guide=0) for tree in guided]
+    for flat in (False, True):
+        plans = [
+            BatchPlanner(learner_config(credit="grpo", micro_tokens=48), flat=flat).plan(
+                [TreeStats.of(tree) for tree in trees]
+            )
+            for trees in (guided, plain)
+        ]
+        for ours, theirs in zip(plans[0].updates[0][0], plans[1].updates[0][0], strict=True):
+            one, two = pack(ours, dict(enumerate(guided))), pack(theirs, dict(enumerate(plain)))
+            for name in (field.name for field in fields(PackedBatch) if field.name != "guided"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+            assert one.guided.tolist() == [guided[tree].guided for tree in one.tree]
+            assert not two.guided.any()
+    assert [tree.guided for tree in guided] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("credit", ["grpo", "gigpo", "treerl"])

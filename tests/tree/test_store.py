@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import given
 from tree_strategies import forests, grow
 
 from system.tree.record import ToolCall, Tree, validate
-from system.tree.store import SCHEMA, StoreError, TreeWriter, read_trees
+from system.tree.store import SCHEMA, StoreError, TreeWriter, read_trees, to_table
 
 
 def _equal(left: Tree, right: Tree) -> None:
@@ -44,6 +45,15 @@ def test_round_trip_is_exact(trees: list[Tree]) -> None:
         back = list(read_trees(directory))
     assert len(back) == len(trees)
     for left, right in zip(trees, back, strict=True):
+        _equal(left, right)
+        validate(right)
+
+
+def test_a_file_of_a_version_that_knew_no_guide_is_read(tmp_path: Path) -> None:
+    trees = [replace(tree, sampled_prompt=np.empty(0, np.int32), guide=0) for tree in _trees(3)]
+    old = to_table(trees).drop_columns(["sampled_prompt", "guide"])
+    pq.write_table(old, tmp_path / "trees-000000000.parquet")
+    for left, right in zip(trees, read_trees(tmp_path), strict=True):
         _equal(left, right)
         validate(right)
 
