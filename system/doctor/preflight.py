@@ -164,7 +164,7 @@ def task(config: Config) -> Iterator[Problem]:
             unknown = unknown_tokens(config.model.path, rows[:ROWS])
             if unknown and unknown.too_many:
                 yield Problem("model.path", str(unknown), "take a model that can read them")
-            if config.guide.on and not any(row.actions for row in rows[:ROWS]):
+            if config.guide.shows and not any(row.actions for row in rows[:ROWS]):
                 found = f"none of the first questions of {made.name} has a demonstration with actions"
                 remedy = "name their column (task.columns.demonstration), or take the settings of guide out"
                 yield Problem("guide", found, remedy)

@@ -62,7 +62,7 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     metrics["rollout/calls_per_leaf"] = mean(calls)
     outcomes = sum((one.outcomes for one in stats), Counter[str]())
     metrics |= {f"rollout/outcome/{name}": count / leaves for name, count in sorted(outcomes.items())}
-    metrics |= guide_metrics(stats)
+    metrics |= guide_metrics(stats) | expert_metrics(stats)
     for kind in sorted({one.task for one in stats}):
         of_kind = [one for one in stats if one.task == kind]
         metrics |= _scores(f"rollout/kind/{kind}", of_kind)
@@ -83,6 +83,23 @@ def guide_metrics(stats: Sequence[TreeStats]) -> Metrics:
         "rollout/guided/success_share": mean(bool(one.correct.any()) for one in guided),
         **_scores("rollout/guided", guided),
         **_scores("rollout/plain", [one for one in stats if not one.guide]),
+    }
+
+
+def expert_metrics(stats: Sequence[TreeStats]) -> Metrics:
+    """``rollout/expert/…``: trees with branches that begin with an expert's turns, and the rewards of these
+    branches and of the others in the same trees; nothing where there are none.
+    """
+    after = [(one.reward, one.after_expert) for one in stats if one.after_expert.any()]
+    if not after:
+        return {}
+    reward, led = (np.concatenate(column) for column in zip(*after, strict=True))
+    known = np.isfinite(reward)
+    return {
+        "rollout/expert/trees": float(len(after)),
+        "rollout/expert/leaves": float(led.sum()),
+        "rollout/expert/reward": mean(reward[known & led]),
+        "rollout/expert/reward_beside": mean(reward[known & ~led]),
     }
 
 

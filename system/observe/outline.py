@@ -30,7 +30,7 @@ Decode = Callable[[NDArray[np.int32]], str]
 
 T = TypeVar("T")
 
-_STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
+_STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan", Kind.EXPERT: "magenta"}
 _HEAT = ("", "yellow", "dark_orange", "bold red")  # token entropy up to 0.5, 1, 2 nats, and above
 _BARS = "▁▂▃▄▅▆▇█"
 

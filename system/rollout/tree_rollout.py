@@ -28,6 +28,7 @@ from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
+from system.rollout.expert import led, prefixes
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.probe import probe
 from system.rollout.reward import BranchView
@@ -81,6 +82,9 @@ class TreeRollout:
         self.temperature = usual if temperature is None else temperature
         self.resumed = growth is not None
         self.growth = growth or context.plant(prompt, self.budget, guide)
+        self.roots = min(config.roots, self.budget) if self.policy.can_fork else self.budget
+        alone = greedy or self.resumed
+        self.prefixes = () if alone else prefixes(context, self.growth, prompt, seed, self.roots)
         self.started: Counter[Origin] = Counter()
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
@@ -122,8 +126,7 @@ class TreeRollout:
                 for branch in self.live.values():
                     self._spawn(branch)
                 if not self.resumed:
-                    roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
-                    self._start_roots(roots, Origin.ROOT)
+                    self._start_roots(self.roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -142,7 +145,7 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(Branch.planted(self.seed, key, origin, self.growth.prompt))
+            self._start(led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes))
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()

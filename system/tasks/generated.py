@@ -38,7 +38,7 @@ class GeneratedTask(ABC, Generic[Q]):
 
     def __init__(self, config: Config, skill: Skill) -> None:
         """``skill``: of the expert whose demonstrations warm the model up."""
-        self.seed, self.skill, self.guided = config.run.seed, skill, config.guide.on
+        self.seed, self.skill, self.guided = config.run.seed, skill, config.guide.shows
         self.train_size, self.eval_size = sizes(config)
 
     @abstractmethod

@@ -30,11 +30,14 @@ class TreeError(EspalierError, ValueError):
 
 
 class Kind(IntEnum):
-    """Who wrote a node's tokens.  Only MODEL tokens are ever trained on."""
+    """Who wrote a node's tokens.  Only MODEL tokens are trained on, and EXPERT tokens where those who went on
+    from them earned more than others (:func:`system.tree.plan.node_credit`).
+    """
 
     PROMPT = 0
     MODEL = 1
     TOOL = 2
+    EXPERT = 3  # a turn of a demonstration: nothing sampled it
 
 
 class Outcome(IntEnum):
@@ -106,9 +109,9 @@ class Tree:
     prompt_id: str  # identity of the prompt in the ledger
     task: str  # kind of question, for metrics ("lookup", "calc", ...)
     tokens: Int32  # [T] token ids
-    logprob: Float32  # [T] behaviour log-probability, nats; 0 on PROMPT and TOOL tokens
+    logprob: Float32  # [T] behaviour log-probability, nats; 0 where nothing sampled
     entropy: Float32  # [T] entropy of the sampling distribution, nats; NaN where unknown
-    version: Int32  # [T] weight version that produced the token, stamped by the engine; -1 on PROMPT and TOOL
+    version: Int32  # [T] weight version that produced the token, stamped by the engine; -1 where nothing did
     start: Int32  # [J] index of the node's first token
     parent: Int32  # [J] parent node, -1 for the root
     kind: Int8  # [J] a ``Kind``
@@ -245,7 +248,7 @@ def _check_nodes(tree: Tree) -> None:
     _require(np.diff(tree.start, append=tree.n_tokens) > 0, tree, "an empty node")
     _require(tree.parent[0] == -1, tree, "its first node is not a root")
     _require(tree.kind[0] == Kind.PROMPT, tree, "its root is not a PROMPT")
-    below = np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL))
+    below = np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL, Kind.EXPERT))
     _require(below, tree, "a node below the root of no known kind")
     parent, node = tree.parent[1:], np.arange(1, tree.n_nodes, dtype=np.int32)
     _require((parent >= 0) & (parent < node), tree, "a node that does not come after its parent")

@@ -73,6 +73,11 @@ class TreeStats:
     seconds: float  # from the first root to the close
     guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
 
+    @property
+    def after_expert(self) -> NDArray[np.bool_]:
+        """[L] whether a leaf's path begins with turns of an expert."""
+        return path_sum(self.parent, (self.kind == Kind.EXPERT).astype(np.int64))[self.leaf] > 0
+
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
         length = np.diff(tree.start, append=tree.n_tokens).astype(np.int64)

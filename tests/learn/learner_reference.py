@@ -39,6 +39,20 @@ SHAPE: Any = (
         ]),
     ],
 )  # fmt: skip
+# Two turns of an expert, behind each of which branches of the model go on, and one branch without them.
+LED: Any = (
+    Kind.PROMPT, 8, False, [
+        (Kind.EXPERT, 4, False, [
+            (Kind.TOOL, 3, False, [
+                (Kind.EXPERT, 5, False, [
+                    (Kind.TOOL, 2, False, [(Kind.MODEL, 6, True, []), (Kind.MODEL, 3, True, [])]),
+                ]),
+                (Kind.MODEL, 7, True, []),
+            ]),
+        ]),
+        (Kind.MODEL, 9, True, []),
+    ],
+)  # fmt: skip
 CHAIN: Any = (Kind.PROMPT, 9, False, [(Kind.MODEL, 14, True, [])])
 STAR: Any = (Kind.PROMPT, 12, False, [(Kind.MODEL, n, True, []) for n in (3, 8, 8, 5)])
 

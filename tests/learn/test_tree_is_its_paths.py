@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_reference import (
     CHAIN,
+    LED,
     SHAPE,
     STAR,
     is_model,
@@ -42,7 +43,7 @@ def made(name: str) -> Objective:
 
 def random_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
-    shapes = enumerate((SHAPE, STAR, CHAIN, SHAPE))
+    shapes = enumerate((SHAPE, STAR, CHAIN, SHAPE, LED))
     trees = [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in shapes]
     for tree in trees:
         tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
@@ -245,9 +246,38 @@ def test_a_guided_tree_is_trained_under_the_plain_prompt() -> None:
             one, two = pack(ours, dict(enumerate(guided))), pack(theirs, dict(enumerate(plain)))
             for name in (field.name for field in fields(PackedBatch) if field.name != "guided"):
                 np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
-            assert one.guided.tolist() == [guided[tree].guided for tree in one.tree]
-            assert not two.guided.any()
-    assert [tree.guided for tree in guided] == [False, True, False, True]
+            led = np.isnan(one.logprob)  # an expert's tokens
+            other = np.array([guided[tree].guided for tree in one.tree])
+            assert one.guided.tolist() == (other | led).tolist()
+            assert two.guided.tolist() == led.tolist()
+    assert [tree.guided for tree in guided] == [False, True, False, True, False]
+
+
+def test_an_experts_turns_learn_from_those_who_did_well_after_them_and_have_a_ratio_of_one() -> None:
+    """S- is 0, whatever those below lost; what nobody below earned is not computed at all."""
+    led = random_trees(11)[-1]
+    expert = np.repeat(led.kind == Kind.EXPERT, led.end - led.start)
+    led = replace(led, logprob=np.where(expert, 0, led.logprob).astype(np.float32))
+    sums = {}
+    for good in (0, 3):  # the leaf that earned something
+        led.reward[:] = np.arange(led.n_leaves) == good
+        stats = TreeStats.of(led)
+        plan = BatchPlanner(learner_config(credit="grpo", micro_tokens=400), flat=False).plan([stats])
+        row = Row(pack(plan.updates[0][0][0], {0: led}), torch.device("cpu"), trained=True)
+        mine = led.kind[row.batch.node[row.scored]] == Kind.EXPERT
+        sums[good] = mine.sum(), float(row.batch.s_plus[row.scored][mine].sum())
+        assert (row.batch.s_minus[row.scored][mine] == 0).all()
+        logprob = torch.linspace(-3, -1, len(row.scored))
+        seen = row.loss_tokens(logprob, torch.zeros_like(logprob), 5, None)
+        assert (seen.behaviour[mine] == logprob[mine]).all()
+        assert (seen.behaviour[~mine] == torch.tensor(row.batch.logprob[row.scored])[~mine]).all()
+        assert (seen.staleness[mine] == 0).all()
+        assert (row.log_ratio(logprob.double())[mine] == 0).all()
+        row.proximal = logprob - 0.5
+        assert (row.loss_tokens(logprob, logprob, 5, None).behaviour[mine] == row.proximal[mine]).all()
+    assert sums[0][0] == 9, "behind both turns of the expert somebody did well"
+    assert sums[0][1] > 0
+    assert sums[3] == (0, 0), "only the branch without them did"
 
 
 @pytest.mark.parametrize("credit", ["grpo", "gigpo", "treerl"])
@@ -280,7 +310,7 @@ def test_a_trees_leaves_by_sign_give_m2po_the_bounds_of_its_paths(credit: str) -
 @pytest.mark.parametrize("correction", [False, True])
 def test_a_factor_on_tokens_is_the_same_on_a_tree_and_on_its_paths(correction: bool) -> None:
     """Its statistics count a shared token once per leaf; a factor below 0 turns the signs of all leaves."""
-    trees = random_trees(5)
+    trees = random_trees(9)  # no leaf's advantage is 0, without which its path is left out
     rng = np.random.default_rng(1)
     for tree in trees:
         tree.entropy[is_model(tree)] = rng.exponential(1.0, int(is_model(tree).sum()))
@@ -297,7 +327,7 @@ def test_a_factor_on_tokens_is_the_same_on_a_tree_and_on_its_paths(correction: b
         found: dict[tuple[int, float], np.ndarray] = {}
         for micro, parts in zip(plan.updates[0][0], after.updates[0][0], strict=True):
             batch = with_credit_of(pack(micro, dict(enumerate(trees)), factor=plan.factor), parts)
-            for i in np.flatnonzero(batch.mult > 0).tolist():
+            for i in np.flatnonzero((batch.mult > 0) & ~np.isnan(batch.logprob)).tolist():
                 key = int(batch.tree[i]), float(batch.logprob[i])  # no two tokens have one
                 here = np.array([batch.s_plus[i], batch.s_minus[i], batch.mult[i]], np.float64)
                 found[key] = found.get(key, 0) + here

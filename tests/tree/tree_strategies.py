@@ -147,6 +147,8 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         elif act < 0.9:
             parent = int(rng.integers(0, len(naive.nodes)))
             kind = Kind(rng.choice([Kind.MODEL, Kind.MODEL, Kind.TOOL]))
+            if seed % 5 == 0 and kind == Kind.MODEL and len(naive.nodes) % 3 == 0:
+                kind = Kind.EXPERT
             above, at = naive.nodes[parent], None
             if kind == above.kind == Kind.MODEL and len(above.tokens) > 1 and rng.random() < 0.5:
                 at = int(rng.integers(1, len(above.tokens)))
