@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rollout_fakes import Segment, World, make_world
+from rollout_fakes import SPECS, Segment, World, make_world
 from test_guided import ACTIONS, SHOWN, TEXT
 
-from system.config import GuideConfig
+from system.config import GuideConfig, load
 from system.observe.metrics import rollout_metrics
+from system.plugins import SYNTAXES
 from system.rollout.branching import Never, Policy, Random
-from system.rollout.expert import turns_of
+from system.rollout.expert import prefixes, turns_of
 from system.rollout.reward import BranchView, Score
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
+from system.tasks.quickstart.task import QuickstartTask
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Tree
 from system.tree.stats import TreeStats
@@ -162,3 +164,24 @@ def test_a_raw_result_is_put_into_the_syntaxs_tags() -> None:
     made = world()
     tree = grow(made, replace(SHOWN, demonstration=raw))
     assert texts(made, tree, Kind.TOOL) == [made.context.syntax.render_result("Karkeep")]
+
+
+def test_the_quickstarts_expert_is_followed_in_its_own_tokens() -> None:
+    """What stands in the tree is what its demonstration says, none of it unknown to the tokenizer, and every
+    call is one that the syntax reads.
+    """
+    config = load(None, ["guide.expert=1", "task.train_size=20", "task.eval_size=200"])
+    task, made = QuickstartTask(config), world()
+    tokenizer, syntax = task.tokenizer(), SYNTAXES.make("tags", {}, SPECS)
+    made.context = replace(made.context, tokenizer=tokenizer, syntax=syntax, config=config.rollout)
+    for prompt in task.train():
+        growth = made.context.plant(prompt, 8)
+        found = prefixes(made.context, growth, prompt, seed=1, roots=4)
+        assert len(found) == 2
+        for prefix in found:
+            text = tokenizer.decode(growth.path_tokens(prefix.node).tolist())
+            shown = "".join(text for _, text in prompt.demonstration[: len(prefix.segments)])
+            assert text == prompt.messages[0]["content"] + shown
+            assert "".join(text for _, text in prefix.segments) == shown
+            assert {name for name, _ in prefix.tools} <= {"search", "python"}
+            assert tokenizer.unk_token_id not in growth.path_tokens(prefix.node)
