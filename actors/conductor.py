@@ -19,6 +19,7 @@ from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
 from system.flow.curriculum import PoolWeights
+from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, lineage
 from system.flow.loop import GaveUp, TrainingLoop
 from system.observe.eval import EvalResult
@@ -60,6 +61,7 @@ class Conductor:
             config.flow.max_attempts,
             self._log.write,
             PoolWeights.of(config),
+            Guides.of(config, prompts.values()),
         )
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)

@@ -9,6 +9,7 @@ with the tag ``!replace`` it replaces it: ``task.options: !replace {}``.
 
 from system.config.by_step import at_step as at_step
 from system.config.check import validate as validate
+from system.config.guide import GuideConfig as GuideConfig
 from system.config.load import from_dict as from_dict
 from system.config.load import load as load
 from system.config.load import to_dict as to_dict

@@ -46,4 +46,8 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "igpo": ("branching=none", "learn.credit=igpo", "rollout.score_answer=true", *_PPO, _SEQUENCES),
     "treerl": ("branching=treerl", "learn.credit=treerl", *_PPO, _TOKENS),
     "vineppo": ("branching=random", "learn.credit=vineppo", *_PPO, _TOKENS),
+    "actguide": (
+        *("branching=none", "learn.credit=grpo", *_PPO, "learn.kl_coef=0.001", _TOKENS, "guide.hopeless=0.5"),
+        *("flow.curriculum=true", "flow.curriculum_trees=1", "flow.curriculum_hopeless=1"),
+    ),
 }

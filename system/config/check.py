@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from system.config.by_step import at_step, course_problems
+from system.config.guide import ACTIONS
 from system.config.rule import PartConfig
 from system.config.schema import Config
 from system.config.settings import Setting, settings
@@ -320,7 +321,23 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
-AGREEMENTS = (_limits, _by_step, _sizes, _engine, _cluster, _shape, _void)
+def _guide(config: Config) -> Iterator[str]:
+    """Guided trees."""
+    if config.guide.hopeless and not config.flow.curriculum:
+        yield (
+            f"guide.hopeless={config.guide.hopeless}: without a curriculum no question is known to be "
+            "hopeless: set flow.curriculum=true, or guide.others"
+        )
+    if config.guide.shows and config.learn.proximal == "closed":
+        yield (
+            "learn.proximal=closed: the engine scores a guided tree's turns under the guided prompt, and "
+            "none of an expert's: take start or average with guide.hopeless, guide.others and guide.expert"
+        )
+    if config.guide.on and ACTIONS not in config.guide.text:
+        yield f"guide.text has no {ACTIONS}: put it where the demonstration's actions shall stand"
+
+
+AGREEMENTS = (_limits, _by_step, _sizes, _engine, _cluster, _shape, _guide, _void)
 
 
 def seconds(limit: str) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from system.config.guide import GuideConfig
 from system.config.machines import ClusterConfig, SlurmConfig
 from system.config.rule import PartConfig, setting
 from system.config.schema_learn import LearnConfig
@@ -68,7 +69,7 @@ class TaskConfig:
     columns: dict[str, str] = setting(
         {},
         "columns of the data, where they have other names than usual: {question: …, answer: …, id: …, "
-        "kind: …, system: …}; a.b is a field of an object, '' says that there is none",
+        "kind: …, system: …, demonstration: …}; a.b is a field of an object, '' says that there is none",
     )
     dataset: str = setting("", "name of a reasoning-gym data set")
     train_size: int = setting(
@@ -361,6 +362,7 @@ class Config:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

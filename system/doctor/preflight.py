@@ -166,6 +166,10 @@ def task(config: Config) -> Iterator[Problem]:
             unknown = unknown_tokens(config.model.path, rows[:ROWS])
             if unknown and unknown.too_many:
                 yield Problem("model.path", str(unknown), "take a model that can read them")
+            if config.guide.shows and not any(row.actions for row in rows[:ROWS]):
+                found = f"none of the first questions of {made.name} has a demonstration with actions"
+                remedy = "name their column (task.columns.demonstration), or take the settings of guide out"
+                yield Problem("guide", found, remedy)
     yield from _brought(config, made)
     reward = config.reward
     _own("reward.name", reward.name, lambda: REWARDS.make(reward.name, reward.options, config=first))

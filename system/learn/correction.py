@@ -209,7 +209,9 @@ class NodeRatios:
         extremes: list[torch.Tensor] = [torch.zeros(0, 2, dtype=torch.float64)]
         for number, (tree, weight) in enumerate(zip(self._batch.trees, self._batch.weights, strict=True)):
             mine = slice(int(self._first[number]), int(self._first[number + 1]))
-            node_sums, node_extremes = self._sums[mine].cpu(), self._extremes[mine].cpu()
+            sampled = torch.from_numpy(tree.kind == Kind.MODEL)[:, None]  # an expert's tokens have no ratio
+            node_sums = torch.where(sampled, self._sums[mine].cpu(), 0)
+            node_extremes = torch.where(sampled, self._extremes[mine].cpu(), -torch.inf)
             missing = (tree.kind == Kind.MODEL) & (node_sums[:, 0].numpy() == 0)
             chosen.append((np.asarray(weight) > 0) & ~(tree.on_path & missing).any(1))
             path = torch.from_numpy(tree.on_path[chosen[-1]])

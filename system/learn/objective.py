@@ -49,6 +49,7 @@ class LossTokens:
     proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
     anchored: bool = False  # the proximal policy is the engine's at the close of each node, not the learner's
+    guided: torch.Tensor | None = None  # 1 where μ was under another prompt than π_θ is; None: nowhere
 
 
 @dataclass
@@ -321,6 +322,8 @@ def _measure_engine(t: LossTokens, statistics: Statistics) -> None:
     """How far the sampling policy is from the trained one: by staleness, and by the engines' numbers."""
     # Tokens that were sampled from the very weights that are trained: what differs there is numerical.
     fresh = t.mult * (t.staleness == 0)
+    if t.guided is not None:
+        fresh = fresh * (1 - t.guided)
     learners = t.logprob.detach() if t.proximal is None or t.anchored else t.proximal
     difference = learners - t.behaviour
     statistics.sums |= {

@@ -55,8 +55,11 @@ class Row:
         self.anchored = True
 
     def log_ratio(self, logprob: torch.Tensor) -> torch.Tensor:
-        """[M] float64: a policy's log-probabilities of the targets less those they were sampled with."""
-        return logprob.double() - torch.from_numpy(self.batch.logprob[self.scored]).to(logprob.device)
+        """[M] float64: a policy's log-probabilities of the targets less those they were sampled with; 0 where
+        nothing sampled them.
+        """
+        sampled = torch.from_numpy(self.batch.logprob[self.scored]).to(logprob.device)
+        return torch.where(sampled.isnan(), 0.0, logprob.double() - sampled)
 
     def loss_tokens(
         self, logprob: torch.Tensor, entropy: torch.Tensor, version: int, reference: torch.Tensor | None
@@ -70,14 +73,19 @@ class Row:
             return torch.from_numpy(array[self.scored].astype(np.int64)).to(logprob.device)
 
         batch = self.batch
+        behaviour, sampled = pick(batch.logprob), pick(batch.version >= 0)
+        # What nothing sampled has a ratio of 1: μ is the policy that is trained, or where it is known π_prox.
+        own = logprob.detach() if self.proximal is None else self.proximal
+        behaviour = torch.where(sampled > 0, behaviour, own.to(behaviour))
         return LossTokens(
             logprob=logprob,
             entropy=entropy,
-            behaviour=pick(batch.logprob),
+            behaviour=behaviour,
             s_plus=pick(batch.s_plus),
             s_minus=pick(batch.s_minus),
             mult=pick(batch.mult),
-            staleness=pick(version - batch.version),
+            staleness=sampled * pick(version - batch.version),
+            guided=pick(batch.guided),
             node=count(batch.node),
             # A part of a tree begins with the token that nothing predicts; padding lies behind all of them.
             path=count(np.cumsum(batch.predictor < 0) - 1),

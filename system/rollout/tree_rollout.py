@@ -27,6 +27,7 @@ from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
+from system.rollout.expert import led, prefixes
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.probe import probe
 from system.rollout.request import GivenTokens, segment_request
@@ -59,13 +60,16 @@ class TreeRollout:
         n: int | None = None,
         greedy: bool = False,
         temperature: float | None = None,
+        guide: int = 0,
         growth: TreeBuilder | None = None,
     ) -> None:
         """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
         draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
         engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
-        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``growth``: what was built
-        before the run was resumed (see :mod:`system.rollout.snapshot`); None for a new tree.
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``guide``: actions of the
+        prompt's demonstration that the engine is told and the learner is not (:mod:`system.flow.guidance`).
+        ``growth``: what was built before the run was resumed (see :mod:`system.rollout.snapshot`), its guide
+        included; None for a new tree.
         """
         config = context.config
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
@@ -79,12 +83,12 @@ class TreeRollout:
         self.rescores = config.rescore and not greedy
         self.scores_answer = config.score_answer and not greedy
         self.resumed = growth is not None
-        if growth is None:
-            tokens = context.encode_prompt(prompt)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
-        self.growth = growth
+        self.growth = growth or context.plant(prompt, self.budget, guide)
         about = (prompt.id, self.route, self.temperature, next(iter(prompt.answers), ""))
-        self.given = GivenTokens(context, growth, *about, self.mishap)
+        self.given = GivenTokens(context, self.growth, *about, self.mishap)
+        self.roots = min(config.roots, self.budget) if self.policy.can_fork else self.budget
+        alone = greedy or self.resumed
+        self.prefixes = () if alone else prefixes(context, self.growth, prompt, seed, self.roots)
         self.started: Counter[Origin] = Counter()
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
@@ -128,8 +132,7 @@ class TreeRollout:
                 for branch in self.live.values():
                     self._spawn(branch)
                 if not self.resumed:
-                    roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
-                    self._start_roots(roots, Origin.ROOT)
+                    self._start_roots(self.roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -152,7 +155,7 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(Branch.planted(self.seed, key, origin, self.growth.prompt))
+            self._start(led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes))
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()

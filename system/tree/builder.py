@@ -15,44 +15,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from system.tree.record import ForkDecision, Int32, Kind, Origin, Outcome, ToolCall, Tree, TreeError, validate
-
-
-class _Path:
-    """Token ids from the root onwards in one contiguous buffer that doubles as it fills.
-
-    A branch and the nodes along it share one path, so that its next request costs no copy; only a fork
-    copies the prefix, once.  Readers hold views: what has been written never changes, and a buffer outgrown
-    is left to them.
-    """
-
-    __slots__ = ("buffer", "size")
-
-    def __init__(self, prefix: Int32) -> None:
-        self.buffer = np.empty(max(256, 2 * prefix.size), np.int32)
-        self.buffer[: prefix.size] = prefix
-        self.size = int(prefix.size)
-
-    def append(self, tokens: Int32) -> None:
-        size = self.size + tokens.size
-        if size > self.buffer.size:
-            grown = np.empty(max(size, 2 * self.buffer.size), np.int32)
-            grown[: self.size] = self.buffer[: self.size]
-            self.buffer = grown
-        self.buffer[self.size : size] = tokens
-        self.size = int(size)
-
-    def view(self, start: int, stop: int) -> Int32:
-        tokens = self.buffer[start:stop]
-        tokens.flags.writeable = False
-        return tokens
+from system.tree.record import (
+    ARRAYS,
+    ForkDecision,
+    Int32,
+    Kind,
+    Origin,
+    Outcome,
+    ToolCall,
+    Tree,
+    TreeError,
+    validate,
+)
+from system.tree.token_path import TokenPath
 
 
 @dataclass(slots=True)
 class _Node:
     parent: int
     kind: Kind
-    path: _Path  # the parent's until the node's first token, which may copy it
+    path: TokenPath  # the parent's until the node's first token, which may copy it
     begin: int  # index of the node's first token on its path
     end: int  # one past its last
     children: list[int] = field(default_factory=list)
@@ -98,20 +80,29 @@ class TreeBuilder:
         budget: int,
         meta: dict[str, Any] | None = None,
         started_s: float = 0.0,
+        guide: int = 0,
+        sampled_prompt: Sequence[int] | NDArray[Any] = (),
     ) -> None:
-        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree."""
-        tokens = np.asarray(prompt_tokens, np.int32)
-        if tokens.ndim != 1 or tokens.size == 0:
+        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree.
+
+        ``sampled_prompt``: the prompt that the branches go on from, where that is not ``prompt_tokens``, the
+        one that the tree is trained under; it tells ``guide`` actions.  While the tree grows, the former is
+        its root (in paths and depths); the closed tree has the latter there.
+        """
+        trained, sampled = (np.array(one, np.int32) for one in (prompt_tokens, sampled_prompt))
+        if trained.ndim != 1 or trained.size == 0:
             raise TreeError(f"prompt {prompt_id!r} has no tokens")
+        tokens = sampled if sampled.size else trained
         self.prompt_id, self.budget = prompt_id, budget
         self.meta: dict[str, Any] = dict(meta or {})
+        self.guide, self._trained, self._sampled = guide, trained, sampled
         self._about: dict[str, Any] = {
             "prompt_id": prompt_id,
             "task": task,
             "budget": budget,
             "started_s": started_s,
         }
-        root = _Node(parent=-1, kind=Kind.PROMPT, path=_Path(tokens), begin=0, end=int(tokens.size))
+        root = _Node(parent=-1, kind=Kind.PROMPT, path=TokenPath(tokens), begin=0, end=int(tokens.size))
         self._nodes = [root]
         self._leaves: list[_Leaf] = []
         self._calls: list[ToolCall] = []
@@ -180,7 +171,7 @@ class TreeBuilder:
             return
         self._annotate(own, ids.size, logprob, entropy, version)
         if own.path.size != own.end:  # a sibling has gone on from here: this branch needs its own copy
-            own.path = _Path(own.path.view(0, own.end))
+            own.path = TokenPath(own.path.view(0, own.end))
         own.path.append(ids)
         own.end += int(ids.size)
 
@@ -237,9 +228,11 @@ class TreeBuilder:
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
         answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
+        lengths[0] = self._trained.size
+        grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
             **self._about,
-            **_token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)]),
+            **self._under_trained(grown),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
             parent=np.array([piece.parent for piece in pieces], np.int32),
             kind=np.array([n.kind for n in kept], np.int8),
@@ -253,9 +246,19 @@ class TreeBuilder:
             closed_s=now,
             answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
             meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
+            sampled_prompt=self._sampled,
+            guide=self.guide,
         )
         validate(tree)
         return tree
+
+    def _under_trained(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
+        begin = self._nodes[0].end
+        return arrays | {
+            name: np.concatenate([_unsampled(name, self._trained), array[begin:]])
+            for name, array in arrays.items()
+        }
 
     def kind(self, node: int) -> Kind:
         return self._node(node).kind
@@ -300,8 +303,8 @@ class TreeBuilder:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
         Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
-        ``begin``, ``length``, ``answer``), nodes in the order of their handles.  Rewards are not in it: they
-        come at the close.
+        ``begin``, ``length``, ``answer``), nodes in the order of their handles; of a guided tree also the
+        ``trained_prompt``.  Rewards are not in it: they come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
@@ -319,6 +322,8 @@ class TreeBuilder:
             "calls": [asdict(call) for call in self._calls],
             "forks": [asdict(fork) for fork in self._forks],
         }
+        if self._sampled.size:
+            arrays["trained_prompt"], fields["guide"] = self._trained, self.guide
         return arrays, fields
 
     @classmethod
@@ -326,7 +331,10 @@ class TreeBuilder:
         """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
         ends = np.cumsum(arrays["length"])
         about = {name: fields[name] for name in ("prompt_id", "task", "budget", "started_s", "meta")}
-        growth = cls(prompt_tokens=arrays["tokens"][: ends[0]], **about)
+        root = arrays["tokens"][: ends[0]]
+        trained, sampled = (arrays["trained_prompt"], root) if "trained_prompt" in arrays else (root, ())
+        guide: int = fields.get("guide", 0)
+        growth = cls(prompt_tokens=trained, sampled_prompt=sampled, guide=guide, **about)
         nodes = (arrays[name][1:].tolist() for name in ("parent", "kind", "begin"))
         for start, end, parent, kind, begin in zip(ends[:-1], ends[1:], *nodes, strict=True):
             node, own = growth.node(parent, Kind(kind), begin), slice(start, end)
@@ -423,3 +431,9 @@ def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
     if row.shape == ():
         return np.full(size, row)
     raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")
+
+
+def _unsampled(name: str, tokens: Int32) -> NDArray[Any]:
+    """The array ``name`` of a tree, of ``tokens`` that were not sampled."""
+    off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
+    return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])

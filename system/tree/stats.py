@@ -74,6 +74,12 @@ class TreeStats:
     seconds: float  # from the first root to the close
     rescored: int  # MODEL tokens that were scored when their nodes closed
     rescored_gap: float  # sum over these of |log-probability then - when sampled|, nats
+    guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
+
+    @property
+    def after_expert(self) -> NDArray[np.bool_]:
+        """[L] whether a leaf's path begins with turns of an expert."""
+        return path_sum(self.parent, (self.kind == Kind.EXPERT).astype(np.int64))[self.leaf] > 0
 
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
@@ -132,6 +138,7 @@ class TreeStats:
             seconds=max(0.0, tree.closed_s - tree.started_s),
             rescored=int(at_close.sum()),
             rescored_gap=float(gap.sum(dtype=np.float64)),
+            guide=tree.guide,
         )
 
     @property

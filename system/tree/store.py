@@ -6,7 +6,8 @@ Any Parquet reader understands the files, for example DuckDB::
 
 Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``calls`` and ``forks`` are lists
 of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text.  ``number`` counts the trees of the
-directory. The schema's version stands in the file's metadata under ``espalier.schema``.
+directory. The schema's version stands in the file's metadata under ``espalier.schema``; a column that came
+later (``sampled_prompt``, ``guide``) may be missing, and then has its default.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
 _NAME = re.compile(r"trees-\d{9}\.parquet")
 
-_NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64()}
+_NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64(), "guide": pa.int32()}
 _FIELDS = {  # of a call or a fork, by the annotation
     "int": pa.int32(),
     "float": pa.float64(),
@@ -166,7 +167,7 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
         yield Tree(
             **{name: array[i] for name, array in arrays.items()},
-            **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS)},
+            **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS) if name in row},
             calls=tuple(calls),
             forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
             meta=json.loads(row["meta"]),

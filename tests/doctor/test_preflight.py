@@ -155,6 +155,7 @@ RECIPES: list[tuple[str, str]] = [
     ("task.columns.anwser=q", r"task\.columns\.anwser: it may name .*; did you mean answer"),
     ("task.template.enable_thinking=false", r"task\.template\.enable_thinking: .* no chat template"),
     ("warmstart.steps=5", r"warmstart\.steps: 5, but task 'jsonl' has no demonstrations; set warmstart"),
+    ("guide.others=0.5", r"guide: none of the first questions of jsonl has a demonstration.*columns\.demon"),
     ("task=plain:Raises", r"task\.name='plain:Raises': ZeroDivisionError"),
     ("task=plain:Empty", r"task: empty has no training questions"),
     ("task=plain:Texts", r"task: a training question is a str; a task yields"),

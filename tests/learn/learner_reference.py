@@ -40,6 +40,20 @@ SHAPE: Any = (
         ]),
     ],
 )  # fmt: skip
+# Two turns of an expert, behind each of which branches of the model go on, and one branch without them.
+LED: Any = (
+    Kind.PROMPT, 8, False, [
+        (Kind.EXPERT, 4, False, [
+            (Kind.TOOL, 3, False, [
+                (Kind.EXPERT, 5, False, [
+                    (Kind.TOOL, 2, False, [(Kind.MODEL, 6, True, []), (Kind.MODEL, 3, True, [])]),
+                ]),
+                (Kind.MODEL, 7, True, []),
+            ]),
+        ]),
+        (Kind.MODEL, 9, True, []),
+    ],
+)  # fmt: skip
 CHAIN: Any = (Kind.PROMPT, 9, False, [(Kind.MODEL, 14, True, [])])
 STAR: Any = (Kind.PROMPT, 12, False, [(Kind.MODEL, n, True, []) for n in (3, 8, 8, 5)])
 
@@ -95,8 +109,13 @@ def load_hf(path: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB) -> Tree:
-    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities."""
+def make_tree(
+    shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB, guide: int = 0
+) -> Tree:
+    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities.
+
+    With a ``guide`` it was sampled from another, longer prompt than its root.
+    """
     start, parent, kind, leaf = [], [], [], []
     total = 0
 
@@ -132,6 +151,8 @@ def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab:
         outcome=np.full(n, int(Outcome.STOPPED), np.int8),
         origin=np.zeros(n, np.int8),
         budget=n,
+        sampled_prompt=np.arange(40 if guide else 0, dtype=np.int32),
+        guide=guide,
     )
     validate(tree)
     return tree
@@ -140,7 +161,7 @@ def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab:
 def make_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
     shapes = (SHAPE, CHAIN, STAR, SHAPE, STAR)
-    trees = [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate(shapes)]
+    trees = [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in enumerate(shapes)]
     return [rescored(tree, np.random.default_rng([seed, i])) for i, tree in enumerate(trees)]
 
 

@@ -85,6 +85,20 @@ def test_engine_mismatch_is_measured_on_tokens_of_the_trained_weights_only() -> 
     assert float(stats.sums["mismatch_kl"]) > 100 * float(stats.sums["engine_kl"])
 
 
+def test_what_a_guide_changes_is_no_fault_of_an_engine() -> None:
+    """Tokens sampled under another prompt differ at the same weights, and count in no comparison of them; in
+    the loss they are like any other: the ratio is π_θ(y | prompt) / μ(y | prompt with the guide).
+    """
+    guided = (torch.arange(64) % 4 == 0).float()
+    plain = tokens()
+    behaviour = torch.where(guided > 0, plain.behaviour, plain.logprob.detach() + 1e-3)
+    t = tokens(behaviour=behaviour, guided=guided)
+    loss, stats = loss_of("ppo", t, LearnConfig())
+    assert float(stats.maxima["engine_logprob_diff_max"]) == pytest.approx(1e-3, rel=1e-3)
+    assert float(stats.sums["fresh"]) == pytest.approx(float(t.mult[guided == 0].sum()))
+    torch.testing.assert_close(loss, loss_of("ppo", tokens(behaviour=behaviour), LearnConfig())[0])
+
+
 def test_importance_weight_is_capped_and_detached() -> None:
     t = tokens()
     learn = LearnConfig(tis_cap=1.5)

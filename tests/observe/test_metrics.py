@@ -217,3 +217,26 @@ def test_a_question_without_a_tree_counts_as_wrong() -> None:
     assert result.kinds["calc"].accuracy == 0.5
     assert result.kinds["lookup"].accuracy == 0.0
     assert math.isnan(result.kinds["lookup"].tool_calls)
+
+
+def test_guided_trees_are_told_apart():
+    plain, guided = (TreeStats.of(make_tree(reward=reward)) for reward in ((0.0, 0.0, NAN), (1.0, 0.0, NAN)))
+    assert not any("guided" in key or "plain" in key for key in rollout_metrics([plain, guided]))
+    assert "train/guided_share" not in train_metrics([plain], {}, [])
+    trees = [plain, replace(guided, guide=1), replace(plain, guide=2)]
+    metrics = {
+        key: value for key, value in rollout_metrics(trees).items() if "/guided/" in key or "/plain/" in key
+    }
+    assert metrics == {
+        "rollout/guided/trees": 2,
+        "rollout/guided/actions": 1.5,
+        "rollout/guided/success_share": 0.5,
+        "rollout/guided/reward": 0.25,
+        "rollout/guided/reward_std": pytest.approx(3**0.5 / 4),
+        "rollout/guided/accuracy": 0.25,
+        "rollout/plain/reward": 0,
+        "rollout/plain/reward_std": 0,
+        "rollout/plain/accuracy": 0,
+    }
+    assert train_metrics(trees, {}, [])["train/guided_share"] == pytest.approx(2 / 3)
+    assert not any("/plain/" in key for key in rollout_metrics(trees[1:]))

@@ -48,13 +48,14 @@ def test_round_trip_is_exact(trees: list[Tree]) -> None:
         validate(right)
 
 
-def test_files_of_before_turns_were_scored_at_their_ends_are_read() -> None:
+def test_files_of_before_later_columns_are_read() -> None:
+    """Of trees whose turns were not scored when they ended, and that were not guided."""
     trees = _trees(4)
     later = {name: np.zeros(0, ARRAYS[name]) for name in OPTIONAL}
-    table = to_table(trees).drop_columns(list(OPTIONAL))
+    table = to_table(trees).drop_columns([*OPTIONAL, "guide"])
     assert any(tree.rescored and tree.answer_logprob.size for tree in trees)
     for tree, back in zip(trees, from_table(table), strict=True):
-        _equal(dataclasses.replace(tree, **later), back)
+        _equal(dataclasses.replace(tree, **later, guide=0), back)
         validate(back)
 
 

@@ -34,6 +34,7 @@ class Naive:
 
     nodes: list[NaiveNode]
     leaves: list[tuple[int, Outcome, Origin, float]] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)  # the prompt sampled from, where it is not the root's
 
     def children(self, node: int) -> list[int]:
         return [h for h, n in enumerate(self.nodes) if n.parent == node]
@@ -43,6 +44,8 @@ class Naive:
         if node < 0:
             return []
         own = self.nodes[node]
+        if node == 0 and self.sampled:
+            return self.sampled
         return self.path_tokens(own.parent, own.at) + own.tokens[:before]
 
     def cut(self) -> tuple[Naive, list[int]]:
@@ -89,9 +92,20 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         return list(range(next_token - count, next_token))
 
     prompt = ids(int(rng.integers(1, 6)))
-    growth = TreeBuilder(f"prompt-{seed}", "test", prompt, budget=8, meta={"seed": seed}, started_s=1.0)
     blank = len(prompt)
     naive = Naive([NaiveNode(-1, Kind.PROMPT, prompt, [0.0] * blank, [np.nan] * blank, [-1] * blank)])
+    if seed % 3 == 0:  # a guided tree, whose other prompt may be shorter, too
+        naive.sampled = ids(1 + seed % 8)
+    growth = TreeBuilder(
+        f"prompt-{seed}",
+        "test",
+        prompt,
+        budget=8,
+        meta={"seed": seed},
+        started_s=1.0,
+        guide=len(naive.sampled),
+        sampled_prompt=naive.sampled,
+    )
     views: list[tuple[int, list[int], np.ndarray]] = []
 
     def end(node: int) -> None:
@@ -135,6 +149,8 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         elif act < 0.9:
             parent = int(rng.integers(0, len(naive.nodes)))
             kind = Kind(rng.choice([Kind.MODEL, Kind.MODEL, Kind.TOOL]))
+            if seed % 5 == 0 and kind == Kind.MODEL and len(naive.nodes) % 3 == 0:
+                kind = Kind.EXPERT
             above, at = naive.nodes[parent], None
             if kind == above.kind == Kind.MODEL and len(above.tokens) > 1 and rng.random() < 0.5:
                 at = int(rng.integers(1, len(above.tokens)))
