@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def measure_case(place: Place, layers: tuple[int, ...], tokens: int, way: StepSe
     from system.bench.memory import measure
 
     return [measure(replace(SHAPE, layers=count), TP, tokens, way) for count in layers]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A process of its own: fake tensors do not go with the threads that a learner before them leaves."""
+    own = Ranks()
+    yield own
+    own.close()
 
 
 @pytest.fixture(scope="module")
