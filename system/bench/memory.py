@@ -7,7 +7,7 @@ take.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from system.bench.fake_gpu import Meter, fused
 from system.bench.report import Report
 from system.config import Config, ConfigError
+from system.learn.sizes import LOGITS
 from system.models.known import KNOWN
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS
@@ -106,13 +107,14 @@ def run(out_dir: Path, words: list[str], quick: bool = False) -> dict[str, Any]:
 def peak(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     """One step of rank 0 of ``tp`` on a row of ``tokens`` tokens, in bfloat16."""
     two, four = (measure(replace(shape, layers=layers), tp, tokens, way) for layers in (2, 4))
-    more = (shape.layers - 2) // 2
+    return of_all_layers(two, four, shape.layers)
 
-    def all_layers(name: str) -> Any:
-        a, b = getattr(two, name), getattr(four, name)
-        return a + more * (b - a)
 
-    return Peak(**{field.name: all_layers(field.name) for field in fields(Peak)})
+def of_all_layers(two: Peak, four: Peak, layers: int) -> Peak:
+    """What ``layers`` of them take, by what two and four take."""
+    more = (layers - 2) // 2
+    pairs = zip(astuple(two), astuple(four), strict=True)
+    return Peak(*(a + more * (b - a) for a, b in pairs))
 
 
 def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
@@ -138,7 +140,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     meter = Meter()
     try:
         layout = parallel.lay_out(config, 0, device)
-        logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else _logits())
+        logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else LOGITS)
         with FakeTensorMode(allow_non_fake_inputs=True), fused(), logits, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
@@ -175,12 +177,6 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         return Peak(states, host, top - states, plan.total)
     finally:
         parallel.stop()
-
-
-def _logits() -> int:
-    from system.learn.sizes import LOGITS
-
-    return LOGITS
 
 
 def _path(tokens: int) -> Any:
