@@ -8,7 +8,7 @@ take.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from system.bench.fake_gpu import Meter, fused
 from system.bench.report import Report
 from system.config import Config, ConfigError
+from system.learn.sizes import LOGITS
 from system.models.known import KNOWN
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS
@@ -110,13 +111,14 @@ def run(out_dir: Path, words: list[str], quick: bool = False) -> dict[str, Any]:
 def peak(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     """One step of rank 0 of ``tp`` on a row of ``tokens`` tokens, in bfloat16."""
     two, four = (measure(replace(shape, layers=layers), tp, tokens, way) for layers in (2, 4))
-    more = (shape.layers - 2) // 2
+    return of_all_layers(two, four, shape.layers)
 
-    def all_layers(name: str) -> Any:
-        a, b = getattr(two, name), getattr(four, name)
-        return a + more * (b - a)
 
-    return Peak(**{field.name: all_layers(field.name) for field in fields(Peak)})
+def of_all_layers(two: Peak, four: Peak, layers: int) -> Peak:
+    """What ``layers`` of them take, by what two and four take."""
+    more = (layers - 2) // 2
+    pairs = zip(astuple(two), astuple(four), strict=True)
+    return Peak(*(a + more * (b - a) for a, b in pairs))
 
 
 def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
@@ -142,7 +144,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     meter = Meter()
     try:
         layout = parallel.lay_out(config, rank, device)
-        logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else _logits())
+        logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else LOGITS)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         fake.cache_enabled = False  # its keys would keep storages alive
         with fake, fused(), logits, meter:
@@ -199,12 +201,6 @@ def _rows(model: Any, layout: Any, tokens: int) -> None:
     while held:
         _, output = held.popleft()
         torch.autograd.backward(output, None if layout.last_stage else torch.empty_like(output))
-
-
-def _logits() -> int:
-    from system.learn.sizes import LOGITS
-
-    return LOGITS
 
 
 def _path(tokens: int) -> Any:

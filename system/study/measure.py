@@ -151,7 +151,7 @@ def measure(config: Config, trial: Trial) -> dict[str, Any]:
     if trial.steps:
         asyncio.run(run())
     seconds = time.monotonic() - began
-    return {"trial": asdict(trial), "code": CODE, "points": points, "seconds": seconds, **count.figures()}
+    return {"trial": asdict(trial), "points": points, "seconds": seconds, **count.figures()}
 
 
 def _code() -> str:
@@ -162,17 +162,14 @@ def _code() -> str:
     return found.hexdigest()[:8]
 
 
-CODE = _code()  # read when this process began, as what it runs was
-
-
 def _mean_square_below(stats: TreeStats) -> Any:
     """[J] mean of the squared rewards at or below each node; NaN without any."""
     return replace(stats, reward=stats.reward**2).mean_reward_below
 
 
 def main() -> None:
-    trial = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    result = measure(load(trial.config, trial.overrides), trial)
+    trial, code = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), _code()
+    result = {"code": code, **measure(load(trial.config, trial.overrides), trial)}
     write_atomic(Path(trial.result), json.dumps(jsonable(result), allow_nan=False) + "\n")
 
 

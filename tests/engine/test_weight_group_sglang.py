@@ -12,7 +12,17 @@ from collections.abc import Callable
 import psutil
 import pytest
 import torch
-from engine_models import SGLANG_KEY, EngineClient, TinyModel, assert_exact, collect, joined, prompt, request
+from engine_models import (
+    SGLANG_KEY,
+    EngineClient,
+    Growing,
+    TinyModel,
+    assert_exact,
+    collect,
+    joined,
+    prompt,
+    request,
+)
 
 from system.engine.control import Http
 from system.engine.sglang.server import SglangServer
@@ -82,16 +92,17 @@ async def test_two_servers_in_one_group(
     clients = [EngineClient([url], deadline_s=300, key=SGLANG_KEY) for url in urls]
     assert not await push(1)
     running = [
-        asyncio.create_task(collect(client, request(f"{i}-{client.urls[0]}", prompt(20, i), 200)))
+        Growing(client, request(f"{i}-{client.urls[0]}", prompt(20, i), 480))
         for client in clients
         for i in range(4)
     ]
-    await asyncio.sleep(1.0)
+    for one in running:
+        await one.begun()
     Counting.sent = 0
     assert not await push(2)
     assert Counting.sent == size
     assert Counting.made == 1
-    spans = [set(joined(await one).version.tolist()) for one in running]
+    spans = [set((await one.whole()).version.tolist()) for one in running]
     assert all(span <= {1, 2} for span in spans)
     assert any(span == {1, 2} for span in spans), "the update must have come in the middle"
     for client in clients:

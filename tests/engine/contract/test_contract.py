@@ -21,6 +21,7 @@ from engine_models import (
     TOLERANCE,
     VOCAB,
     EngineClient,
+    Growing,
     TinyModel,
     assert_exact,
     collect,
@@ -34,7 +35,7 @@ from transformers import GenerationConfig
 
 from system.engine.control import Http
 from system.engine.entropy import entropy_bounds
-from system.engine.protocol import Chunk, EngineError, EngineInfo
+from system.engine.protocol import EngineError, EngineInfo
 from system.engine.score import score
 
 pytestmark = pytest.mark.timeout(400)  # SGLang takes half a minute to start, more on a busy machine
@@ -77,36 +78,6 @@ async def subject(
         assert not (await client.infos())[0].paused, "the test left the server paused"
     finally:
         await client.close()
-
-
-class Growing:
-    """A request on its way: what has come, and when the first tokens have."""
-
-    def __init__(self, client: EngineClient, asked: Any) -> None:
-        self.chunks: list[Chunk] = []
-        self._some = asyncio.Event()
-        self._task = asyncio.create_task(self._run(client, asked))
-
-    async def _run(self, client: EngineClient, asked: Any) -> None:
-        async for chunk in client.generate(asked):
-            self.chunks.append(chunk)
-            self._some.set()
-
-    async def begun(self) -> None:
-        async with asyncio.timeout(60):
-            await self._some.wait()
-
-    @property
-    def count(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
-
-    async def whole(self) -> Chunk:
-        await self._task
-        return joined(self.chunks)
-
-    @property
-    def done(self) -> bool:
-        return self._task.done()
 
 
 # Numbers ----------------------------------------------------------------------------------------
