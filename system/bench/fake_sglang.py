@@ -82,7 +82,10 @@ class Relay:
         ports, members = {world: 0}, dict[int, socket.socket]()
         for _ in range(world - 1):
             member = self._kept(meeting.accept()[0])
-            told = json.loads(member.makefile().readline())
+            line = member.makefile().readline()
+            if not line:
+                raise OSError("a member has given up")
+            told = json.loads(line)
             ports[told["rank"]], members[told["rank"]] = told["port"], member
         for rank, member in members.items():
             member.sendall(f"{ports[rank + 1]}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import count
 from pathlib import Path
@@ -206,3 +207,22 @@ async def test_keep_never_serves_old_keys_as_new(
     child = joined(await collect(client, request("keep-child", straddled, 10)))
     assert child.cached_tokens <= len(ids) + 30  # from `fresh` at most
     assert_exact(new, straddled, child)
+
+
+async def test_kept_requests_are_stamped_to_the_token(connect: Callable[..., Any], old: TinyModel) -> None:
+    """With overlap scheduling a step is still to be read when weights change: its tokens are the old ones'.
+
+    Only the output projection changes, so that keys and values are the same under both, and each token's
+    log-probability tells which weights made it.
+    """
+    head = copy.deepcopy(old.hf)
+    with torch.no_grad():
+        head.lm_head.weight.copy_(head.lm_head.weight.roll(1, 0))
+    new = TinyModel(old.path, head)
+    client, before = await connect("tensor")
+    running = [Running(client, f"kept-{i}", prompt(20 + i % 7, i), 40 + i) for i in range(64)]
+    await produced(running, 1200)
+    after = next(_versions)
+    await client.push_weights(in_buckets(new), after, kv="keep")
+    versions = [assert_of_its_version(one.ids, await one.task, {before: old, after: new}) for one in running]
+    assert sum(len(spanned) == 2 for spanned in versions) > 20, "the update must have come in the middle"

@@ -122,5 +122,6 @@ def gains(tree: TreeStats) -> Float64:
     p, before = np.exp(tree.answer), np.full(tree.nodes, np.nan)
     for node in range(1, tree.nodes):  # parents before children
         parent = int(tree.parent[node])
-        before[node] = before[parent] if tree.kind[parent] == Kind.MODEL else p[parent]
+        written = tree.kind[parent] in (Kind.MODEL, Kind.EXPERT)  # within a turn
+        before[node] = before[parent] if written else p[parent]
     return np.where(tree.kind == Kind.TOOL, p - before, np.nan)

@@ -7,6 +7,9 @@
 - **Cache by weight version.** A prefix computed under old weights is never served as one of the new: the
   version is part of each request's key in the prefix cache, set by the scheduler when the request arrives
   and again, for requests that wait to be (re)computed, when the version changes.
+- **Versions of what is still to be read.** With overlap scheduling one step's result waits to be read while
+  weights change in place; its tokens are of the old weights, which SGLang counts as of the new ones.  A pause
+  waits for that step, so that no weight changes under it.
 - **Versions while streaming.** Every message of a stream says which of its tokens were made by which weight
   version.  SGLang itself says so in the last message only; the others carry the version of the moment at
   which they are sent, which may be newer than their tokens.
@@ -44,7 +47,9 @@ def register():
         register_sampler_backend(backend, _entropy_sampler)
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     HookRegistry.register(f"{scheduler}.handle_generate_request", _key_arriving, HookType.BEFORE)
+    HookRegistry.register(f"{scheduler}.record_weight_version_change", _count_unread, HookType.AROUND)
     HookRegistry.register(f"{scheduler}.record_weight_version_change", _key_waiting, HookType.AFTER)
+    HookRegistry.register(f"{scheduler}.pause_generation", _settle, HookType.AFTER)
     HookRegistry.register(f"{scheduler}.get_internal_state", _introduce, HookType.AFTER)
     streamer = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
     HookRegistry.register(f"{streamer}.accept", _stamp, HookType.AFTER)
@@ -111,6 +116,26 @@ def _stamp(result, streamer, *, req):
             current_version=streamer.current_weight_version,
             num_output_tokens=streamer.completion_tokens[-1],
         )
+
+
+def _count_unread(change, scheduler, new_version):
+    from sglang.srt.runtime_context import get_serving
+    from sglang.srt.utils.weight_versions import WeightVersionEvent
+
+    old = get_serving().weight_version
+    change(scheduler, new_version)
+    if get_serving().weight_version == old:
+        return
+    for batch, _ in getattr(scheduler, "result_queue", ()):  # at most one
+        for request in batch.reqs:
+            if not (request.finished() or request.is_retracted or request.inflight_middle_chunks > 0):
+                event = WeightVersionEvent(old_version=old, num_output_tokens=len(request.output_ids) + 1)
+                request.weight_version_events.append(event)
+
+
+def _settle(result, *args, **kwargs):
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _key_arriving(scheduler, received, *args, **kwargs):
