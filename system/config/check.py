@@ -11,6 +11,7 @@ from typing import Any
 
 from system.config.by_step import at_step, course_problems
 from system.config.guide import ACTIONS
+from system.config.mcp import place
 from system.config.rule import PartConfig
 from system.config.schema import Config
 from system.config.settings import Setting, settings
@@ -82,10 +83,15 @@ def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
 
 
 def _limits(config: Config) -> Iterator[str]:
-    """The limits of single tools, each against the rule of the setting that it stands in for."""
+    """MCP servers; the limits of single tools, each against the rule of the setting that it stands in for."""
+    for number, server in enumerate(config.tools.mcp):
+        try:
+            place(number, server)
+        except ConfigError as error:
+            yield str(error)
     for name, limits in config.tools.limits.items():
         where = f"tools.limits.{name}"
-        if name not in config.tools.names:
+        if name not in config.tools.names and not config.tools.mcp:  # whose tools are not known yet
             names = ", ".join(config.tools.names)
             yield f"{where}: no such tool in tools.names ({names}): correct either"
             continue

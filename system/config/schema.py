@@ -194,6 +194,13 @@ class ToolsConfig:
 
     names: list[str] = setting(["search", "python"], "which tools", registry=TOOLS)
     options: dict[str, dict[str, Any]] = setting({}, "options by tool: {search: {top_k: 5}}")
+    mcp: list[dict[str, Any]] = setting(
+        [],
+        "MCP servers whose tools are offered, too: [{command: npx -y some-server}] (args, cwd; env: {NAME: "
+        "text}, env_from: variables that it gets) or [{url: ...}] (headers_from: {Authorization: VARIABLE}); "
+        "of either include: its tools to offer, prefix: before their names, names: {its: ours}, pure and "
+        "idempotent: tools that may be cached, or asked twice, start_s",
+    )
     limits: dict[str, dict[str, Any]] = setting(
         {},
         "other limits for one tool (deadline_s, concurrency, rate_per_s, retries, cache_size): "

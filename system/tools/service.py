@@ -21,7 +21,7 @@ from typing import Any
 from asyncio_throttle.throttler import Throttler
 
 from system.config import ToolsConfig
-from system.errors import OF_OTHERS, EspalierError, asked_to_end
+from system.errors import OF_OTHERS, ConfigError, EspalierError, asked_to_end
 from system.foreign import foreign
 from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
@@ -144,7 +144,23 @@ def build_tools(
             )
         tools.append(tool)
         own[tool.spec.name] = replace(config, **config.limits.get(name, {}))
+    for tool in _of_mcp(config):
+        tools.append(tool)
+        own[tool.spec.name] = replace(config, **config.limits.get(tool.spec.name, {}))
+    if unknown := config.limits.keys() - {*config.names, *own}:
+        raise ToolStartError(f"tools.limits.{min(unknown)}: no such tool; there are {', '.join(own)}")
     return ToolService(tools, config, own=own, http=http)
+
+
+def _of_mcp(config: ToolsConfig) -> list[Tool]:
+    if not config.mcp:
+        return []
+    from system.tools.mcp.tools import mcp_tools  # the SDK need not be there
+
+    try:
+        return [*mcp_tools(config.mcp)]
+    except (ToolUnavailable, ConfigError) as error:
+        raise ToolStartError(str(error)) from error
 
 
 class _Guarded:

@@ -27,6 +27,8 @@ class TagSyntax(Syntax):
                 f"tools.names: a tool cannot be called {min(taken)!r} where calls are written as tags: this "
                 "one has a meaning of its own; rename the tool, or take rollout.syntax=hermes"
             )
+        for spec in specs.values():
+            _holds_one(spec)
         self.stops = tuple(f"</{name}>" for name in self.specs)
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
@@ -54,6 +56,17 @@ class TagSyntax(Syntax):
 
     def is_told_in(self, text: str) -> bool:
         return all(f"<{name}>" in text for name in self.specs)
+
+
+def _holds_one(spec: ToolSpec) -> None:
+    """Raises PluginError for a tool that needs more than the one text that stands between its tags."""
+    known = spec.parameters.get("properties", {})
+    more = [key for key in spec.parameters.get("required", ()) if key != spec.primary]
+    if more or known.get(spec.primary, {}).get("type", "string") != "string":
+        raise PluginError(
+            f"the tool {spec.name!r} takes more than one text ({', '.join(known)}), and a tag holds one: "
+            "take rollout.syntax=hermes, or leave the tool out"
+        )
 
 
 def _content(raw: str) -> str:

@@ -1,0 +1,63 @@
+"""What tests in several directories share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import DEVNULL
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script of MCP's own test server, from npm, to run with ``node``: skipped by name where npm is not
+    installed, and failed there if ``ESPALIER_REQUIRE_NPM`` is set.
+    """
+    npm = shutil.which("npm")
+    if npm is None:
+        missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_NPM") else pytest.skip
+        missing("npm is not installed")
+    there = tmp_path_factory.mktemp("npm")
+    package = "@modelcontextprotocol/server-everything"
+    command = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(there), f"{package}@2026.8.31"]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    return there / "node_modules" / package / "dist" / "index.js"
+
+
+class HttpServer:
+    """That server over HTTP, at one port, as often as it is started."""
+
+    def __init__(self, script: Path) -> None:
+        self._command = ["node", str(script), "streamableHttp"]
+        self._process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self._port}/mcp"
+
+    def start(self) -> None:
+        """:attr:`listens` tells when it is there."""
+        self._process = subprocess.Popen(
+            self._command, env=os.environ | {"PORT": str(self._port)}, stdout=DEVNULL, stderr=DEVNULL
+        )
+
+    def listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+
+
+@pytest.fixture
+def mcp_http(everything: Path) -> Iterator[HttpServer]:
+    server = HttpServer(everything)
+    yield server
+    server.kill()
