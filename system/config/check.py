@@ -209,6 +209,16 @@ def _engine(config: Config) -> Iterator[str]:
         yield "engine.urls attaches to SGLang servers: set engine=sglang, or take engine.urls out"
 
 
+def _learner(config: Config) -> Iterator[str]:
+    """What goes with the learner's layout."""
+    learn = config.learn
+    if learn.cp > 1 and learn.attention == "flash":
+        yield (
+            f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "
+            "set learn.attention=auto (or flex), or learn.cp=1"
+        )
+
+
 def _cluster(config: Config) -> Iterator[str]:
     """Nodes, and what SLURM is asked for."""
     cluster, slurm = config.cluster, config.slurm
@@ -281,7 +291,7 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
-AGREEMENTS = (_limits, _by_step, _sizes, _engine, _cluster, _shape, _void)
+AGREEMENTS = (_limits, _by_step, _sizes, _engine, _learner, _cluster, _shape, _void)
 
 
 def seconds(limit: str) -> int | None:

@@ -328,6 +328,7 @@ class LearnConfig:
 
     tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
     pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
+    cp: int = setting(1, "context parallel: ranks that a micro-batch's tokens are spread over", least=1)
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
     sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
     distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
@@ -366,7 +367,7 @@ class LearnConfig:
         most=1,
     )
     updates: int = setting(1, "optimizer steps per training batch", least=1)
-    micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
+    micro_tokens: int = setting(4096, "packed tokens per forward pass, over all learn.cp ranks", least=1)
     lr: float = setting(1e-3, "learning rate (Adam)", above=0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
     lr_decay: str = setting(
@@ -396,7 +397,7 @@ class LearnConfig:
     @property
     def ranks(self) -> int:
         """Processes, and GPUs, of the learner."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
 
 @dataclass

@@ -68,15 +68,19 @@ def kv_capacity(shape: ModelShape, layout: EngineLayout, memory: float) -> int:
 def activation_bytes_per_token(
     shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16"
 ) -> tuple[float, float]:
-    """Bytes that one token keeps for the backward pass per layer: (whole layer, what recomputation keeps).
+    """Bytes that each token of a rank keeps for the backward pass per layer: (whole layer, what recomputation
+    keeps).
 
     Whole layer, in numbers per token: the inputs and outputs of both norms (4h, divided only by sequence
     parallelism); q, k and v before rotation and q and k after it, the attention's output in the kernel's
-    layout and in the projection's; gate and up, and their product.
+    layout and in the projection's; gate and up, and their product.  Under context parallelism the keys and
+    values of the other ranks' tokens too.
     """
     width, tp = WIDTH[dtype], learn.tp
     split = tp if learn.sequence_parallel else 1
     attention = (4 * shape.heads + 3 * shape.kv_heads) * shape.head_dim / tp
+    if learn.cp > 1:
+        attention += gathered_bytes_per_token(shape, learn, dtype) / width
     whole = width * (4 * shape.hidden / split + attention + 3 * shape.ffn / tp)
     kept = {
         "none": whole,
@@ -87,6 +91,11 @@ def activation_bytes_per_token(
     return whole, kept
 
 
+def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> float:
+    """Bytes of the whole row's keys and values in one layer, for each token that a rank has of it itself."""
+    return WIDTH[dtype] * 2 * shape.kv_heads * shape.head_dim / learn.tp * learn.cp
+
+
 def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
     layers = -(-shape.layers // learn.pp)
     parameters = layers * (shape.matrices_per_layer / learn.tp + shape.norms_per_layer)
@@ -95,20 +104,23 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     parameters += tables * shape.embedding / learn.tp
     width = WIDTH[dtype]
     states = _ADAM + (_MASTER if dtype != "float32" else 0)
-    shards = learn.dp if learn.distributed_optimizer else 1
+    shards = learn.cp * learn.dp if learn.distributed_optimizer else 1
+    tokens = learn.micro_tokens / learn.cp
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
     in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
     # What one layer has beside it: what is computed again, or else the gradients that pass through it.
     passing = width * (2 * shape.hidden + 3 * shape.ffn / learn.tp)
     beside = whole - kept if learn.recompute != "none" else passing
+    if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
+        beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
     parts = {
         "weights": width * parameters,
         "gradients": _GRADIENT * parameters,
         "optimizer": states * parameters / shards,
-        "activations": learn.micro_tokens * (in_flight * layers * kept + beside),
+        "activations": tokens * (in_flight * layers * kept + beside),
     }
     if last:  # the hidden states of scored tokens, their logits, and the gradients of both
-        parts["logits"] = 2 * width * (shape.hidden + shape.vocab / learn.tp) * learn.micro_tokens
+        parts["logits"] = 2 * width * (shape.hidden + shape.vocab / learn.tp) * tokens
     if learn.kl_coef > 0:
         parts["reference"] = width * parameters
     return parts

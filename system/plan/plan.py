@@ -151,9 +151,15 @@ class GpuPlan:
     engine: EngineLayout
     engines: int
 
+    @property
+    def row_tokens(self) -> int:
+        """Of the learner's longest row: a path that exceeds ``learn.micro_tokens`` is one by itself."""
+        return max(self.config.learn.micro_tokens, self.config.engine.max_context)
+
     @cached_property
     def learner_memory(self) -> Memory:
-        return learner_memory(self.shape, self.config.learn, self.config.model.dtype, self.gpu.reserved)
+        learn = replace(self.config.learn, micro_tokens=self.row_tokens)
+        return learner_memory(self.shape, learn, self.config.model.dtype, self.gpu.reserved)
 
     @cached_property
     def engine_memory(self) -> Memory:
@@ -181,14 +187,18 @@ class GpuPlan:
             problems.append(f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers")
         if rank.total > self.gpu.memory:
             relief = (  # the cheapest first
-                ("learn.distributed_optimizer=true", learn.dp > 1 and not learn.distributed_optimizer),
+                (
+                    "learn.distributed_optimizer=true",
+                    learn.cp * learn.dp > 1 and not learn.distributed_optimizer,
+                ),
                 ("learn.sequence_parallel=true", learn.tp > 1 and not learn.sequence_parallel),
                 ("learn.recompute=full", learn.recompute != "full"),
-                ("a higher learn.tp or learn.pp", True),
+                ("a higher learn.tp, learn.pp or learn.cp", True),
             )
             problems.append(
                 f"a learner rank needs {rank.total / GIB:.0f} GiB and has {self.gpu.memory / GIB:.0f}: "
-                f"{' or '.join(name for name, helps in relief if helps)} or a lower learn.micro_tokens"
+                f"{' or '.join(name for name, helps in relief if helps)} or a lower "
+                + ("learn.micro_tokens" if self.row_tokens == learn.micro_tokens else "engine.max_context")
             )
         if self.kv_tokens < self.config.engine.max_context:
             problems.append(
@@ -235,7 +245,7 @@ class GpuPlan:
         packed = flow.batch_leaves * work.packed + trees * work.prompt_tokens
         return Forecast(
             generate_s=flow.batch_leaves * work.generated / rate + roof.prefill_s(fresh) / engines,
-            train_s=LearnerRoofline(self.shape, self.config.learn, self.gpu).train_s(packed),
+            train_s=LearnerRoofline(self.shape, self.config.learn, self.gpu).train_s(packed, context),
             publish_s=publish_s(self.shape, self.gpu),
             staleness=flow.staleness,
             branches=wanted,
@@ -253,7 +263,7 @@ def plan(
 ) -> GpuPlan:
     """Lay ``config`` out over ``gpus`` GPUs (None: as many as the configuration names).
 
-    The learner takes tp · pp · dp of them, engines of ``engine.tp`` GPUs the rest.  Raises
+    The learner takes tp · pp · cp · dp of them, engines of ``engine.tp`` GPUs the rest.  Raises
     :class:`ConfigError` for an unknown model or GPU, and when there are too few GPUs for a learner and one
     engine.
     """
@@ -267,7 +277,7 @@ def plan(
     engines = (gpus - taken) // engine.tp
     if engines < 1:
         raise ConfigError(
-            f"{gpus} GPUs: the learner takes {taken} (learn.tp · pp · dp) and an engine {engine.tp}; "
+            f"{gpus} GPUs: the learner takes {taken} (learn.tp · pp · cp · dp) and an engine {engine.tp}; "
             "give more GPUs or a smaller learner"
         )
     workload = workload or AgentWorkload.guess(config)
@@ -278,12 +288,12 @@ def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
     p, learn, work = plan, plan.config.learn, plan.workload
     forecast = p.forecast
-    split = f"tp {learn.tp} · pp {learn.pp} · dp {learn.dp}, {p.config.model.dtype}"
+    split = f"tp {learn.tp} · pp {learn.pp} · cp {learn.cp} · dp {learn.dp}, {p.config.model.dtype}"
     lines = [
         f"{p.shape.name}: {_parameters(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
         f"({_size(p.gpu.memory)} each)",
         "",
-        f"learner  {_count(learn.ranks, 'GPU')}: {split}, micro-batches of {learn.micro_tokens:,} tokens"
+        f"learner  {_count(learn.ranks, 'GPU')}: {split}, micro-batches of up to {p.row_tokens:,} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),

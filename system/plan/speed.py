@@ -2,7 +2,8 @@
 
 A decode step reads all weights and the KV cache of every running sequence from HBM, or is bound by its matrix
 products, whichever takes longer; on top comes a fixed cost per step and per sequence.  A training step costs
-6 floating-point operations per parameter and token (8 with full recomputation); Kaplan et al. (2020), 2.1.
+6 floating-point operations per parameter and token (8 with full recomputation), and twice as many for each
+number of a key that it attends to; Kaplan et al. (2020), 2.1.
 """
 
 from __future__ import annotations
@@ -51,24 +52,39 @@ class LearnerRoofline:
     learn: LearnConfig
     gpu: Gpu
 
-    def train_s(self, tokens: float) -> float:
-        """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state."""
-        learn, gpu = self.learn, self.gpu
+    def train_s(self, tokens: float, context: float = 0.0) -> float:
+        """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state.
+
+        ``context``: tokens that one of them attends to, on average.
+        """
+        learn, gpu, shape = self.learn, self.gpu, self.shape
         passes = 8 if learn.recompute == "full" else 6
+        each = shape.active + 2 * shape.layers * shape.heads * shape.head_dim * context
         # A pipeline idles (pp - 1) / micro-batches of the time (Narayanan et al., 2021, section 2.2).
         micros = max(1.0, tokens / (learn.micro_tokens * learn.dp))
         bubble = 1 + (learn.pp - 1) / micros
         # Less than a micro-batch per replica leaves replicas without work.
         replicas = min(learn.dp, max(1.0, tokens / learn.micro_tokens))
-        work = passes * self.shape.active * tokens / replicas
-        return work / (learn.tp * learn.pp * gpu.flops * gpu.train_mfu) * bubble + self._optimizer_s()
+        share = tokens / replicas
+        ranks = learn.tp * learn.pp * learn.cp
+        compute = passes * each * share / (ranks * gpu.flops * gpu.train_mfu)
+        return (compute + self._gather_s(share)) * bubble + self._optimizer_s()
+
+    def _gather_s(self, tokens: float) -> float:
+        """Context parallelism: keys and values of ``tokens`` to the other ranks, and their gradients back."""
+        learn, shape, gpu = self.learn, self.shape, self.gpu
+        times = 3 if learn.recompute == "full" else 2
+        each = WIDTH["bfloat16"] * 2 * shape.kv_heads * shape.head_dim * shape.layers / (learn.tp * learn.pp)
+        others = (learn.cp - 1) / learn.cp
+        return times * each * others * tokens / (gpu.network * gpu.network_share)
 
     def _optimizer_s(self) -> float:
-        """Gradient all-reduce over DP (ring, fp32) and one pass over weights, gradients and moments."""
+        """Gradient all-reduce over DP and CP (ring, fp32), one pass over weights, gradients and moments."""
         learn, gpu = self.learn, self.gpu
         held = self.shape.parameters / (learn.tp * learn.pp)
-        ring = 2 * (learn.dp - 1) / learn.dp * 4 * held / (gpu.network * gpu.network_share)
-        shards = learn.dp if learn.distributed_optimizer else 1
+        copies = learn.cp * learn.dp
+        ring = 2 * (copies - 1) / copies * 4 * held / (gpu.network * gpu.network_share)
+        shards = copies if learn.distributed_optimizer else 1
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 
 
