@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_reference import CHAIN, SHAPE, STAR, make_tree, pack_whole
 from test_tree_attention import ancestors, by_definition, qkv
+from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from system.config import ConfigError, LearnConfig, load
 from system.learn import attention
@@ -109,6 +111,26 @@ def test_a_shares_queries_attend_as_in_the_whole_row(kernels: str, block: int) -
         torch.testing.assert_close(out, expected[:, :, index], rtol=1e-5, atol=1e-5)
 
 
+def test_one_compilation_serves_every_share() -> None:
+    """Of rows of any length, traced without a break; the kernels themselves need a GPU."""
+    count = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex_attend, dynamic=False, fullgraph=True, backend=count)
+    for repeats in (4, 8, 11):
+        rng = np.random.default_rng(3)
+        shapes = (SHAPE, CHAIN, STAR) * repeats
+        batch = pack_whole([make_tree(shape, rng) for shape in shapes], pad_to=2 * attention.BLOCK)
+        q, k, v = (t.detach() for t in qkv(batch.tokens.size))
+        index = torch.from_numpy(share_of(1, batch, np.zeros(0, np.int64), 2, attention.BLOCK).index)
+        mask = TreeMask(torch.from_numpy(batch.exit), index)
+        for tokens in (mask.exit, index):
+            maybe_mark_dynamic(tokens, 0)
+        queries, keys, values = (in_blocks(t) for t in (q[:, :, index], k, v))
+        out = compiled(queries, keys, values, mask.exit, mask.block_lists, 0.25, mask.query)
+        expected = by_definition(q, k, v, ancestors(batch))[:, :, index]
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert count.frame_count == 1
+
+
 def test_a_shares_runs_have_no_key_that_none_of_its_queries_reaches() -> None:
     """A run of queries on CPU spans blocks of others, whose keys are not gathered for it."""
     rng = np.random.default_rng(2)
@@ -132,3 +154,30 @@ def test_where_it_does_not_serve() -> None:
         load(None, ["learn.cp=2", "learn.attention=flash"])
     with pytest.raises(ConfigError, match=r"learn.attention=flash does not serve learn.cp=2"):
         choose_kernels("flash", torch.bfloat16, 128, cp=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("repeats", [4, 8])
+def test_a_shares_queries_on_cuda(repeats: int) -> None:
+    """FlexAttention compiled, forward and backward, in bfloat16 against the definition in float32."""
+    rng = np.random.default_rng(3)
+    shapes = (SHAPE, CHAIN, STAR) * repeats
+    batch = pack_whole([make_tree(shape, rng) for shape in shapes], pad_to=2 * attention.BLOCK)
+    rounded = [t.detach().bfloat16() for t in qkv(batch.tokens.size, d=64)]
+    weight = torch.randn(1, 4, batch.tokens.size, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for rank in range(2):
+        share = share_of(rank, batch, np.zeros(0, np.int64), 2, attention.BLOCK)
+        index = torch.from_numpy(share.index)
+        mask = TreeMask(torch.from_numpy(batch.exit).cuda(), index.cuda())
+        mine = [t.cuda().requires_grad_() for t in rounded]
+        reference = [t.float().requires_grad_() for t in rounded]
+        out = attend(mine[0][:, :, index.cuda()], mine[1], mine[2], mask, 0.25)
+        expected = by_definition(reference[0], reference[1], reference[2], ancestors(batch))[:, :, index]
+        (out * weight[:, :, index].cuda()).sum().backward()
+        (expected * weight[:, :, index].float()).sum().backward()
+        torch.testing.assert_close(out.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+        for a, b in zip(mine, reference, strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            assert (a.grad.float().cpu() - b.grad).norm() / b.grad.norm() < 1e-2

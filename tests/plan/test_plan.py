@@ -232,3 +232,66 @@ def test_of_a_tiny_model_it_says_what_is_there_and_nothing_that_contradicts_itse
     assert out.endswith("note: about 7 branches decode at a time: 1 engine would do, 3 GPUs in all\n")
     assert main(["plan", recipe]) == 0  # those three
     assert "note:" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- context parallelism
+
+
+def test_context_parallelism_divides_what_a_row_needs_and_the_optimizer() -> None:
+    whole = LearnConfig(tp=4, sequence_parallel=True, distributed_optimizer=True, recompute="full")
+    alone, four = (learner_memory(SEVEN, replace(whole, cp=cp)).parts for cp in (1, 4))
+    assert four["weights"] == alone["weights"]
+    assert four["optimizer"] == pytest.approx(alone["optimizer"] / 4)
+    assert four["logits"] == pytest.approx(alone["logits"] / 4)
+    # Full recomputation keeps a layer's input, and has the keys and values of the whole row in one layer: as
+    # they came, in order, and the gradients of both.  4 key-value heads of 128 numbers, over tp 4.
+    row = 4 * 2 * 2 * 128 * whole.micro_tokens
+    assert four["activations"] == pytest.approx(alone["activations"] / 4 + row)
+
+
+def test_without_recomputation_every_layer_keeps_the_whole_rows_keys_and_values() -> None:
+    for recompute in ("none", "selective"):
+        learn = LearnConfig(tp=2, recompute=recompute)
+        alone = activation_bytes_per_token(SEVEN, learn)[1]
+        assert activation_bytes_per_token(SEVEN, replace(learn, cp=3))[1] == alone + 3 * 2 * 2 * 2 * 128
+
+
+def test_context_parallelism_trains_a_long_path_sooner() -> None:
+    def seconds(cp: int, tokens: float = 131_072) -> float:
+        learn = LearnConfig(tp=8, cp=cp, micro_tokens=131_072)
+        roof = LearnerRoofline(KNOWN["qwen3-14b"], learn, H100)
+        return roof.train_s(tokens, tokens / 2) - roof.train_s(0.0)
+
+    assert 3.5 < seconds(1) / seconds(4) < 4  # what is lost goes into the keys and values that travel
+    assert seconds(1) > 1.5 * 4 * seconds(1, 32_768)  # attention takes more per token
+
+
+def test_a_path_beyond_the_row_is_counted_as_a_row() -> None:
+    long = ("engine.max_context=65536", "learn.recompute=full")
+    short, enough = plan(config(*long), gpus=8), plan(config(*long, "learn.micro_tokens=65536"), gpus=8)
+    assert short.learner_memory == enough.learner_memory
+    assert "micro-batches of up to 65,536 tokens" in text(short)
+
+
+def test_the_documented_long_contexts_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command of docs/layout.md, and of its forecasts the memory and the seconds of one path."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "layout.md").read_text()
+    commands = re.findall(r"^espalier (plan configs/.*)$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+)B \| (\d+)k \| (\d) \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(commands) == 6
+    assert len(rows) == 18
+    for command in commands:
+        verb, recipe, *overrides = command.split()
+        assert main([verb, str(root / recipe), *overrides]) == 0, command
+        assert "PROBLEM" not in capsys.readouterr().out
+    for size, length, cp, gib, seconds in rows:
+        shape, tokens = KNOWN[f"qwen3-{size}b"], 1024 * int(length)
+        learn = LearnConfig(tp=8, cp=int(cp), micro_tokens=tokens, recompute="full", sequence_parallel=True,
+                            distributed_optimizer=True)  # fmt: skip
+        memory = learner_memory(shape, learn, reserved=H100.reserved).total / GIB
+        roof = LearnerRoofline(shape, learn, H100)
+        assert (f"{memory:.0f}", f"{roof.train_s(tokens, tokens / 2) - roof.train_s(0.0):.1f}") == (
+            gib,
+            seconds,
+        ), (size, length, cp)
