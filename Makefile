@@ -10,13 +10,22 @@ SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
 SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install sglang train test test-sglang test-slurm lint types house check clean help
+# Which build of SGLang: what is asked for, what is there already, or what this machine suggests.  A login node, which
+# has no GPU while its cluster has, has to be told.
+BUILD ?=
+HELD = $(shell cat $(SGLANG)/.installed 2>/dev/null)
+SUGGESTED = $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; \
+  elif command -v sbatch >/dev/null 2>&1; then echo ask; else echo cpu; fi)
+SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
+
+.PHONY: install gpu sglang sglang-build train test test-sglang test-slurm lint types house check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
 	@echo "make test                                install, then run the tests that need neither SGLang nor Slurm"
 	@echo "make test-sglang, make test-slurm        the others; they install SGLang for CPU, and Slurm by apt as root"
-	@echo "make sglang                              install SGLang into $(SGLANG), for engine=sglang"
+	@echo "make sglang [BUILD=gpu|cpu]              install SGLang into $(SGLANG), for engine=sglang"
+	@echo "make gpu                                 install everything for GPUs, also where there is none (a login node)"
 	@echo "make check                               formatting, lint, types and the rules of the house"
 
 $(VENV)/.installed: pyproject.toml
@@ -25,24 +34,53 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (a few minutes, once) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SGLANG_NEEDS)-nccl.txt; \
+	fi
 	@touch $@
 
 install: $(VENV)/.installed
 
+# The learner's part for GPUs, the NCCL that both environments share, and SGLang.
+gpu: install
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.version.cuda)' || { \
+	  echo "$(VENV) holds a CPU build of PyTorch: let pip fetch from PyPI (unset PIP_INDEX_URL), rm -r $(VENV), and" \
+	    "again: make gpu" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,gpu]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SGLANG_NEEDS)-nccl.txt
+	@$(MAKE) --no-print-directory sglang BUILD=gpu
+
 # The real SGLang server, in an environment of its own: it pins other versions of PyTorch and transformers than
-# Espalier does.  With its compiled kernels where there is an NVIDIA GPU, else over our shim for CPU.
-$(SGLANG)/.installed: $(wildcard system/engine/sglang/requirements-*.txt)
+# Espalier does.  With its compiled kernels for NVIDIA's GPUs, or over our shim for CPU.
+$(SGLANG)/.installed: $(wildcard system/engine/sglang/requirements-*.txt) | sglang-build
 	@test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
-	@if nvidia-smi -L >/dev/null 2>&1; then \
+	@if [ "$(SGLANG_BUILD)" = gpu ]; then \
 	  echo "Installing SGLang for GPU into $(SGLANG) (once) ..."; \
-	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-gpu.txt; \
+	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-gpu.txt && $(SGLANG_PIP) --no-deps -r $(SGLANG_NEEDS)-nccl.txt; \
 	else \
 	  echo "Installing SGLang for CPU into $(SGLANG) (two minutes, 1.6 GB, once) ..."; \
 	  $(SGLANG_PIP) -r $(SGLANG_NEEDS)-cpu.txt && $(SGLANG_PIP) --no-deps -r $(SGLANG_NEEDS)-cpu-no-deps.txt; \
 	fi
-	@touch $@
+	@echo $(SGLANG_BUILD) > $@
 
 sglang: $(SGLANG)/.installed
+
+sglang-build:
+	@case "$(SGLANG_BUILD)/$(BUILD)/$(HELD)" in \
+	  gpu/gpu/cpu | cpu/cpu/gpu) \
+	    echo "SGLang: $(SGLANG) holds the $(HELD) build: rm -r $(SGLANG), and again: make sglang BUILD=$(BUILD)" >&2; \
+	    exit 2;; \
+	  gpu/gpu/* | cpu/cpu/*) echo "SGLang: the $(BUILD) build, as BUILD=$(BUILD) says";; \
+	  gpu/*/gpu | cpu/*/cpu) echo "SGLang: the $(HELD) build, which $(SGLANG) holds";; \
+	  gpu/*) echo "SGLang: the gpu build, since nvidia-smi lists a GPU";; \
+	  cpu/*) echo "SGLang: the cpu build, a shim for tests, since nvidia-smi lists no GPU here; BUILD=gpu for others";; \
+	  ask/*) \
+	    echo "SGLang: no GPU here (nvidia-smi), but a Slurm cluster (sbatch): is this its login node?  Say which:" >&2; \
+	    echo "  make sglang BUILD=gpu    for its nodes with NVIDIA GPUs; make gpu: that, and the learner's part" >&2; \
+	    echo "  make sglang BUILD=cpu    over a shim of pure PyTorch: for tests, far too slow to train with" >&2; \
+	    exit 2;; \
+	  *) echo "SGLang: BUILD=$(BUILD): it is gpu or cpu" >&2; exit 2;; \
+	esac
 
 train: install
 	$(BIN)/espalier train $(CONFIG) run.seed=$(SEED) $(ARGS)
@@ -55,7 +93,7 @@ test: install
 
 # Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.
 test-sglang: install
-	@$(MAKE) --no-print-directory sglang || \
+	@$(MAKE) --no-print-directory sglang BUILD=$(SGLANG_BUILD:ask=cpu) || \
 	  echo "SKIP: SGLang cannot be installed into $(SGLANG) (see above): its tests are skipped by name"
 	$(BIN)/python -m pytest -m "sglang and not gpu" $(ARGS)
 

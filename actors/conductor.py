@@ -19,6 +19,7 @@ from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
 from system.flow.curriculum import PoolWeights
+from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, lineage
 from system.flow.loop import GaveUp, TrainingLoop
 from system.observe.eval import EvalResult
@@ -60,6 +61,7 @@ class Conductor:
             config.flow.max_attempts,
             self._log.write,
             PoolWeights.of(config),
+            Guides.of(config, prompts.values()),
         )
         self._publisher = Publisher(actors.learner, actors.pool.engines, recorder)
         self._in_flight = InFlightCheckpoint(config, ledger, actors.pool.workers, recorder)
@@ -100,6 +102,7 @@ class Conductor:
                     await self._learn()
                 except GaveUp:
                     await self.save()
+                    await self.saved()
                     raise
                 await self._read_counters()
                 finished = not self.loop.stopping.is_set() or self.version >= self.config.run.steps
@@ -117,6 +120,7 @@ class Conductor:
                 self.loop.start_no_more()
             await self._trees.add([tree.reference for tree in batch])
             self.recorder.flush(self.version)
+            await self.saved(wait=False)
             if every and self.version % every == 0:
                 await self.save()
             if self.config.eval.every and self.version % self.config.eval.every == 0:
@@ -126,6 +130,7 @@ class Conductor:
                 self.progress.note(f"training accuracy reached {goal}: stopping after step {self.version}")
                 break
         await self.save()
+        await self.saved()
 
     async def bring_up(self) -> None:
         """Bring every engine to the current weights.  Raises ActorLost if one does not take them."""
@@ -168,10 +173,11 @@ class Conductor:
         return result
 
     async def save(self) -> None:
-        """A checkpoint of everything that a resumed run needs; older ones beyond ``checkpoint.keep`` go.
+        """Begin a checkpoint of everything that a resumed run needs; it is there once :meth:`saved` says so.
 
         The trees in flight are there before the learner's part appears: whoever finds that, finds them.
         """
+        await self.saved()
         trees = await self._in_flight.collect(self.loop.replay)
         self._log.sync()
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
@@ -181,6 +187,11 @@ class Conductor:
             extra = {"version": self.version, LINEAGE: trained_on, "recorder": self.recorder.state()}
             async with self.loop.weights:
                 await self.actors.learner.save(str(path), extra)
+
+    async def saved(self, *, wait: bool = True) -> None:
+        """Older checkpoints beyond ``checkpoint.keep`` go if the last one is there; ``wait`` until it is."""
+        if not await self.actors.learner.saved(wait=wait):
+            return
         for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:
             shutil.rmtree(old)
         for old in self.run_dir.checkpoints.glob("*.trees"):

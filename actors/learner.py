@@ -22,6 +22,7 @@ from actors.ray_support import answer, answers, spawn
 from actors.serving import free_port
 from system import config as configuration
 from system.config import ClusterConfig
+from system.engine.sglang.command import NCCL
 from system.engine.weights.base import PushReport, Transport
 from system.flow.loop import TreesLost
 from system.flow.replay import TreeInFlight
@@ -35,13 +36,16 @@ FETCH_DEADLINE_S = 300.0  # a rank's trees of one batch
 
 class LearnerRank:
     """Rank ``rank`` of ``world``.  The group calls every method but ``address`` on all ranks; all but
-    ``prepare`` and ``discard`` are collective.
+    ``prepare``, ``discard`` and ``saved`` are collective.
 
     A rank that dies takes its process group with it, so it is not restarted alone: the conductor ends the
     run, which resumes from the last checkpoint.
     """
 
     def __init__(self, rank: int, world: int) -> None:
+        # One queue for all streams, before CUDA starts: Megatron's reduction of a layer's gradient then
+        # begins before the weight's product, and runs beside it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         from system.learn import cpu
 
         with cpu.quick_import():  # takes seconds all the same, in which the others start
@@ -62,6 +66,7 @@ class LearnerRank:
     def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> list[str]:
         """Load the model; returns warnings about the settings."""
         _meet_on_the_interface_of(ray.util.get_node_ip_address())
+        os.environ.update(NCCL)
         self._config, self._model = configuration.from_dict(config), hf_path
         self._trainer = self._make(
             self._config, hf_path, rank=self._rank, world=self._world, init_method=init_method
@@ -110,21 +115,24 @@ class LearnerRank:
 
     def publish(self, urls: list[str], version: int, deadline_s: float) -> PushReport:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
-        buckets = self._trainer.export()
         if self._rank == 0:
             if self._transport is None:
                 from system.engine import weights
 
                 engine, address = self._config.engine, ray.util.get_node_ip_address()
                 self._transport = weights.make(engine, urls, self._model, self._config.model.dtype, address)
+            buckets = self._trainer.export(on_gpu=self._transport.on_gpu)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
-        for _ in buckets:  # the gather is collective: every rank walks through it
+        for _ in self._trainer.export(on_gpu=True):  # the gather is collective: every rank walks through it
             pass
         return PushReport()
 
     def save(self, path: str, extra: dict[str, Any]) -> None:
         self._trainer.save(Path(path), extra)
+
+    def saved(self, wait: bool) -> bool:
+        return self._trainer.saved(wait=wait)
 
     def load(self, path: str) -> dict[str, Any]:
         return self._trainer.load(Path(path))
@@ -219,8 +227,12 @@ class LearnerGroup:
         return (await self._all("publish", [*urls], version, self._deadlines.call_deadline_s))[0]
 
     async def save(self, path: str, extra: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint of this moment, once the one before is written; training may go on."""
         await self._all("save", path, extra)
+
+    async def saved(self, *, wait: bool) -> bool:
+        """Whether the last checkpoint is there; ``wait`` until it is.  Raises OSError if it cannot be."""
+        return all(await self._all("saved", wait))
 
     async def load(self, path: str) -> dict[str, Any]:
         """Go on from a checkpoint; returns its ``extra``."""

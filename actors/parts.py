@@ -88,7 +88,7 @@ class ActorParts:
         prompt, start = self.prompts[ticket.prompt_id], kept and kept.reference
         temperature = at_step(self.config, ticket.start_version).rollout.temperature
         tree, stats = worker.grow.options(num_returns=2).remote(
-            prompt, ticket.number, seed, temperature, start
+            prompt, ticket.number, seed, temperature, start, ticket.guide
         )
         deadline = self.config.rollout.tree_deadline_s + CLOSE_MARGIN_S
         try:

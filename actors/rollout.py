@@ -46,16 +46,25 @@ class RolloutWorker:
         return self._engine.counters | self._tools.counters
 
     async def grow(
-        self, prompt: Prompt, ticket: int, seed: int, temperature: float, start: bytes | None = None
+        self,
+        prompt: Prompt,
+        ticket: int,
+        seed: int,
+        temperature: float,
+        start: bytes | None = None,
+        guide: int = 0,
     ) -> tuple[Tree, TreeStats]:
         """A tree, which stays in the object store, and its statistics, computed here and only here.
 
-        ``start``: a snapshot to go on from.  Raises SnapshotError if it is none, RolloutFailed for whatever
-        else goes wrong with this one tree, and ConfigError for what would with every tree.
+        ``start``: a snapshot to go on from, which holds its guide.  ``guide``: as in :class:`TreeRollout`.
+        Raises SnapshotError if ``start`` is none, RolloutFailed for whatever else goes wrong with this one
+        tree, and ConfigError for what would with every tree.
         """
         with one_tree(prompt.id):
             growing = (
-                TreeRollout(self._context, prompt, seed=seed, ticket=ticket, temperature=temperature)
+                TreeRollout(
+                    self._context, prompt, seed=seed, ticket=ticket, temperature=temperature, guide=guide
+                )
                 if start is None
                 else thaw(self._context, prompt, start, ticket)
             )

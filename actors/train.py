@@ -175,6 +175,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
             await conductor.evaluate("before")
             await conductor.save()
     if conductor.loop.stopping.is_set() or not await conductor.run():
+        await conductor.saved()
         saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
         how = f"go on with espalier train --resume {run_dir.root}"
         progress.note(f"stopped at step {conductor.version}{saved}: {how}")

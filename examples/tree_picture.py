@@ -27,7 +27,7 @@ from system.tree.store import read_trees
 COLUMN, ROW, HEAD = 200, 58, 62  # px between columns and rows, px above the first row
 WIDTH, HEIGHT = 170, 48  # px of a box
 LINES, CHARACTERS = 3, 27  # of the text in a box
-_FILL = {Kind.PROMPT: "#E8EAED", Kind.MODEL: "#DCEBFA", Kind.TOOL: "#FDF0D2"}
+_FILL = {Kind.PROMPT: "#E8EAED", Kind.MODEL: "#DCEBFA", Kind.TOOL: "#FDF0D2", Kind.EXPERT: "#E3F4E1"}
 _LEGEND = {"question": _FILL[Kind.PROMPT], "model": _FILL[Kind.MODEL], "tool": _FILL[Kind.TOOL]}
 _GREEN, _RED, _GREY, _BLACK = "#00794F", "#C2410C", "#5F6368", "#202124"
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -285,6 +285,8 @@ CREDITS = Registry(
         "treerl": "system.learn.credit.node:TreeRl",
         "vineppo": "system.learn.credit.node:VinePpo",
         "gigpo": "system.learn.credit.step:GiGpo",
+        "a2tgpo": "system.learn.credit.gain:A2tgpo",
+        "igpo": "system.learn.credit.gain:Igpo",
     },
     base="system.learn.credit.base:Credit",
 )

@@ -41,12 +41,13 @@ ALIVE = {
     "lookup_tensor",
     "Megatron passes it to an attention module": "layer_number attn_mask_type attention_type "
     "attention_dropout attention_mask packed_seq_params",
-    "Megatron reads it from its modules": "allreduce_dgrad core_attention input_layernorm pre_mlp_layernorm "
+    "Megatron reads it from its modules": "core_attention input_layernorm pre_mlp_layernorm "
     "q_layernorm k_layernorm",
     "counted for /v1/loads, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
     "requests recomputed_sequences idle_updating_s",
     "the python server replies with its result, whole": "peak_rss_mb",
     "what a test does to a simulated run, or sees of it": "set_down retracted",
+    "fake tensors read it": "cache_enabled",
     "a figure of a report, read by name": "trees_per_hour unscored",
 }
 

@@ -248,6 +248,16 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ("rollout.top_p=0.5", "rollout.top_p=0.5, rollout.top_k=-1: training needs samples of the whole"),
         ("rollout.top_k=20", "rollout.top_k=20: training needs samples of the whole distribution"),
         ("learn.tis_cap=0", "learn.tis_cap=0.0 must be above 0"),
+        ("learn.proximal=closed", "set rollout.rescore=true too"),
+        (
+            "rollout.score_answer=true engine.name=sglang rollout.temperature=0.8",
+            "SGLang scores given tokens at temperature 1 only",
+        ),
+        ("learn.credit=igpo", "set rollout.score_answer=true too"),
+        (
+            "rollout.rescore=true engine.name=sglang engine.kv_after_update=keep",
+            "rollout.rescore=true needs engine.kv_after_update=recompute",
+        ),
         ("learn.dual_clip=0.5", "learn.dual_clip=0.5 must exceed 1 + learn.clip_high=1.2"),
         ("learn.clip_low=-1", "learn.clip_low=-1.0 must be in [0, 1]"),
         ("rollout.branch_deadline_s=.nan", "rollout.branch_deadline_s=nan must be a finite number"),
@@ -383,6 +393,13 @@ def test_settings_change_by_the_step() -> None:
 def test_a_course_that_cannot_be_is_refused(course: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         load(QUICKSTART, [f"run.by_step={course}"])
+
+
+def test_a_course_of_the_temperature_that_sglang_could_not_score_at_is_refused() -> None:
+    course = "run.by_step={rollout.temperature: [[0, 1], [9, 0.8]]}"
+    load(QUICKSTART, [course, "rollout.rescore=true"])
+    with pytest.raises(ConfigError, match="SGLang scores given tokens at temperature 1 only"):
+        load(QUICKSTART, [course, "rollout.rescore=true", "engine.name=sglang"])
 
 
 def test_a_course_that_an_option_of_the_objective_goes_before_is_refused() -> None:

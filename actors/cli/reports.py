@@ -11,7 +11,10 @@ from pathlib import Path
 
 from actors.cli.command import RECIPE, argument, command, split
 
-BENCHMARKS = ("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "gpu")
+BENCHMARKS = (
+    *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights"),
+    *("gpu", "memory"),
+)
 
 
 @command(
@@ -70,7 +73,10 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench gpu               kernels, a learner's step and weights, at a 14B model's shapes
       espalier bench gpu attention loss
                                        these probes only; without a GPU, or with --quick, at toy size
+      espalier bench memory 14B        peak bytes of a training step on fake tensors, and the plan's beside it
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
+      espalier bench weights           new weights for 1 to 8 fake SGLang servers over slow links: how long
+                                       they stand still, what the learner sends; one group, and one per server
 
     Each writes <name>.json, most of them PNG plots, and <name>.html, one page that opens offline.
     """
@@ -91,6 +97,7 @@ def bench(args: argparse.Namespace) -> int:
     RECIPE,
     argument("--gpus", type=int, metavar="N", help="default: what the configuration names"),
     argument("--gpu", default="", help="h100, h200 or a100; default: cluster.gpu"),
+    argument("--search", action="store_true", help="find the fastest layout that fits them"),
     argument("--prompt", type=float, metavar="TOKENS", help="mean tokens of a prompt"),
     argument("--response", type=float, metavar="TOKENS", help="mean tokens of a response"),
     argument("--calls", type=float, help="mean tool calls of a branch"),
@@ -102,13 +109,14 @@ def plan(args: argparse.Namespace) -> int:
     examples:
       espalier plan configs/quickstart.yaml --gpus 8 model.path=Qwen2.5-7B model.dtype=bfloat16 learn.tp=4
       espalier plan my.yaml --gpus 64 --gpu h200 --response 6000 --calls 4 --tool-s 2.5
+      espalier plan my.yaml --gpus 64 --search     learn.tp, pp, cp, dp and recompute, engine.tp and replicas
 
     Nothing is started or downloaded: a model is known by its directory (config.json) or its name. Speeds are
     a roofline with the assumptions of system/plan/hardware.py; the memory model is that of Korthikanti et al.
     (2022). Exit code 1: it would not fit. `espalier bench scale` simulates the run itself.
     """
     from system.config import load
-    from system.plan import AgentWorkload, plan, text
+    from system.plan import AgentWorkload, named_gpus, plan, search, table, text
 
     config = load(*split(args.words, "espalier plan configs/quickstart.yaml --gpus 8"))
     given = {
@@ -118,7 +126,15 @@ def plan(args: argparse.Namespace) -> int:
         "tool_s": args.tool_s,
     }
     workload = replace(AgentWorkload.guess(config), **{k: v for k, v in given.items() if v is not None})
-    made = plan(config, args.gpus, gpu=args.gpu or config.cluster.gpu, workload=workload)
+    gpu, gpus = args.gpu or config.cluster.gpu, args.gpus or named_gpus(config)
+    if args.search:
+        found = search(config, gpus, gpu=gpu, workload=workload)
+        print(table(config, gpus, found) + "\n")
+        if not found.best:
+            return 1
+        made = found.best[0][1]
+    else:
+        made = plan(config, gpus, gpu=gpu, workload=workload)
     print(text(made))
     return 0 if made.fits else 1
 
@@ -135,6 +151,8 @@ def doctor(args: argparse.Namespace) -> int:
       espalier doctor configs/quickstart.yaml engine=sglang
       srun --ntasks-per-node=1 espalier doctor recipe.yaml --json     on every node of an allocation
 
+    In the shell of `salloc --nodes=2`, or in a batch script, it also asks all nodes, by one srun, for their
+    clocks, GPUs and drivers, and whether they read what is written where the run goes.
     Exit code 1: a problem stops the recipe from running here.  Warnings do not.
     """
     from system.config import load

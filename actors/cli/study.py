@@ -37,8 +37,8 @@ def study(args: argparse.Namespace) -> int:
     varentropy, siblings, treerl (inside turns) and random.
     (system/study/questions.py says what each arm sets.) Every run is synchronous (flow.staleness=0), on one
     rank and the embedded engine. With 5 seeds p is at least 0.0625 for one task; all together can say more.
-    The same command goes on after a stop: runs that are there are not made again. Writes QUESTION.json, PNG
-    figures and QUESTION.html.
+    The same command goes on after a stop: runs that are there are not made again. (It warns if the code has
+    changed meanwhile.) Writes QUESTION.json, PNG figures and QUESTION.html.
     """
     from system.study.study import study
 

@@ -39,7 +39,7 @@ from system.bench.shard import (
 from system.config import Config, ConfigError
 from system.doctor.facts import version_of
 from system.learn.attention import TreeMask, attend, choose_kernels
-from system.learn.logprob import vocab_parallel_logprob_entropy
+from system.learn.head import logprob_entropy
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB
 from system.plan.memory import learner_memory
@@ -171,19 +171,25 @@ def _attention_figures(
 
 
 def loss(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Log-probability and entropy of every token of a row over one rank's share of the vocabulary."""
+    """Output projection, log-probability and entropy of every token of a row over one rank's share of the
+    vocabulary.
+    """
     with tempfile.TemporaryDirectory() as meeting:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{meeting}/point", rank=0, world_size=1)
         group = dist.group.WORLD
         assert group is not None
-        logits = torch.randn(scale.tokens, scale.vocab, device=device, dtype=torch.bfloat16)
-        logits.requires_grad_()
+        hidden, weight = (
+            torch.randn(n, scale.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
+            for n in (scale.tokens, scale.vocab)
+        )
+        main_grad = torch.zeros(weight.shape, device=device)
+        setattr(weight, "main_grad", main_grad)  # noqa: B010
         target = torch.randint(0, scale.vocab, (scale.tokens,), device=device)
 
         def both() -> None:
-            logprob, entropy = vocab_parallel_logprob_entropy(logits, target, scale.vocab, group)
-            logits.grad = None
+            logprob, entropy = logprob_entropy(hidden, weight, target, scale.vocab, group)
+            hidden.grad = None
             (logprob.sum() + entropy.sum()).backward()
 
         _reset_peak(device)
@@ -191,11 +197,15 @@ def loss(scale: Scale, device: torch.device) -> dict[str, Any]:
         seconds = _seconds(both, device, scale.repeats)
         extra = _peak(device) - held
         dist.destroy_process_group()
-    return {"loss_ms": seconds * 1e3, "peak_bytes_per_logit": extra / logits.numel()}
+    return {"loss_ms": seconds * 1e3, "peak_bytes_per_logit": extra / (scale.tokens * scale.vocab)}
 
 
 def learner(
-    scale: Scale, device: torch.device, recompute: str = "full", kernels: str = "auto"
+    scale: Scale,
+    device: torch.device,
+    recompute: str = "full",
+    kernels: str = "auto",
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Training steps on two full rows of trees: seconds per row, memory beside the plan's, and where the
     device's time goes.
@@ -203,7 +213,7 @@ def learner(
     with tempfile.TemporaryDirectory() as directory:
         random_qwen3(Path(directory), qwen3(scale), 0, device.type)
         config = _config(scale, recompute)
-        config.learn.attention = kernels
+        config.learn.attention, config.learn.offload = kernels, offload
         plan = learner_memory(ModelShape.from_directory(directory), config.learn, "bfloat16")
         shared, rng = scale.tokens // 2, np.random.default_rng(0)
         own = (scale.tokens - shared) // scale.leaves
@@ -278,6 +288,8 @@ def weights(scale: Scale, device: torch.device) -> dict[str, Any]:
         saved = Path(directory) / "checkpoint"
         started = time.perf_counter()
         trainer.save(saved, {})
+        held_up = time.perf_counter() - started
+        trainer.saved()
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
         trainer.close()
@@ -285,6 +297,7 @@ def weights(scale: Scale, device: torch.device) -> dict[str, Any]:
             "export_gb": moved / 1e9,
             "checkpoint_gb": size / 1e9,
             "checkpoint_gb_per_s": size / seconds / 1e9,
+            "checkpoint_holds_up_s": held_up,
         }
 
 
@@ -294,6 +307,7 @@ PROBES: dict[str, Callable[[Scale, torch.device], dict[str, Any]]] = {
     "loss": loss,
     **{f"learner-{how}": partial(learner, recompute=how) for how in ("full", "selective", "none")},
     "learner-none-flex": partial(learner, recompute="none", kernels="flex"),
+    "learner-selective-offload": partial(learner, recompute="selective", offload=True),
     "transformers": baseline,
     "weights": weights,
 }

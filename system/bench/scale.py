@@ -33,7 +33,7 @@ from system.config import ConfigError
 from system.doctor.facts import usable_cpus
 from system.plan.hardware import GIB, GPUS
 from system.plan.memory import learner_memory
-from system.plan.speed import publish_s
+from system.plan.speed import PublishRoofline
 
 GPU_COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _COLUMNS: dict[str, Callable[[Split], Cell]] = {
@@ -187,6 +187,7 @@ def _assumptions(report: Report, names: Sequence[str], work: TrainingLoad) -> No
         profile, shape = PROFILES[name], PROFILES[name].model
         memory = learner_memory(shape, replace(profile.learner, dp=4), reserved=gpu.reserved)
         roof = roofline(profile, work.gpu)
+        publish = PublishRoofline(shape, profile.learner, profile.engine, gpu)
         rows.append(
             [
                 name,
@@ -196,7 +197,7 @@ def _assumptions(report: Report, names: Sequence[str], work: TrainingLoad) -> No
                 profile.engine.tp,
                 roof.kv_tokens,
                 1e3 * roof.step_s(64, 64 * 4096),
-                publish_s(shape, gpu),
+                publish.stage_s + publish.pause_s,
             ]
         )
     report.table(

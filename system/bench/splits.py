@@ -12,7 +12,7 @@ from system.models.known import KNOWN
 from system.models.shape import ModelShape
 from system.plan.hardware import GPUS
 from system.plan.memory import EngineLayout
-from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
+from system.plan.speed import EngineRoofline, LearnerRoofline, PublishRoofline
 from system.twin.agent import AgentModel
 from system.twin.dist import Constant, Lognormal
 from system.twin.records import TwinResult, mean_over_engines
@@ -71,7 +71,6 @@ class TrainingLoad:
     p_call: float = 0.7
     call_limit: int = 3
     tool_s: float = 1.0  # mean; lognormal, σ = 1, and 5 % of calls take 30 times as long
-    pause_s: float = 0.3  # engines stand still for a weight update
     gpu: str = "h100"
 
 
@@ -176,13 +175,14 @@ def simulate_split(profile: Profile, gpus: int, replicas: int, work: TrainingLoa
         p_call=(work.p_call,),
     )
     tool = ToolModel(Lognormal(work.tool_s, 1.0, 0.05), Constant(work.result_tokens / GRAIN))
+    publish = PublishRoofline(shape, learner, profile.engine, gpu)
     models = Models(
         engine=speed,
         learner=speed,
         agent=agent,
         tools={"search": tool},
-        publish_s=publish_s(shape, gpu),
-        update_s=work.pause_s,
+        publish_s=publish.stage_s,
+        update_s=publish.pause_s,
         vocab=shape.vocab,
     )
     skip = SKIP + work.staleness  # all trees that η permits begin at once; a period later they are spread

@@ -9,19 +9,20 @@ with the tag ``!replace`` it replaces it: ``task.options: !replace {}``.
 
 from system.config.by_step import at_step as at_step
 from system.config.check import validate as validate
+from system.config.guide import GuideConfig as GuideConfig
 from system.config.load import from_dict as from_dict
 from system.config.load import load as load
 from system.config.load import to_dict as to_dict
 from system.config.load import to_yaml as to_yaml
+from system.config.rule import PartConfig as PartConfig
 from system.config.schema import BranchingConfig as BranchingConfig
 from system.config.schema import ClusterConfig as ClusterConfig
 from system.config.schema import Config as Config
 from system.config.schema import EngineConfig as EngineConfig
-from system.config.schema import LearnConfig as LearnConfig
 from system.config.schema import ModelConfig as ModelConfig
-from system.config.schema import PartConfig as PartConfig
 from system.config.schema import RolloutConfig as RolloutConfig
 from system.config.schema import SlurmConfig as SlurmConfig
 from system.config.schema import ToolsConfig as ToolsConfig
+from system.config.schema_learn import LearnConfig as LearnConfig
 from system.config.settings import settings as settings
 from system.errors import ConfigError as ConfigError

@@ -39,6 +39,15 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "tree-grpo": ("branching=random-turns", "learn.credit=tree-grpo", *_PPO, _TOKENS),
     "treepo": ("branching=random", "learn.credit=treepo", *_DAPO, _TOKENS),
     "gigpo": ("branching=random", "learn.credit=gigpo", *_PPO, _SEQUENCES),
+    "a2tgpo": (
+        *("branching=none", "learn.credit=a2tgpo", "rollout.score_answer=true", "learn.objective=at2po"),
+        _SEQUENCES,
+    ),
+    "igpo": ("branching=none", "learn.credit=igpo", "rollout.score_answer=true", *_PPO, _SEQUENCES),
     "treerl": ("branching=treerl", "learn.credit=treerl", *_PPO, _TOKENS),
     "vineppo": ("branching=random", "learn.credit=vineppo", *_PPO, _TOKENS),
+    "actguide": (
+        *("branching=none", "learn.credit=grpo", *_PPO, "learn.kl_coef=0.001", _TOKENS, "guide.hopeless=0.5"),
+        *("flow.curriculum=true", "flow.curriculum_trees=1", "flow.curriculum_hopeless=1"),
+    ),
 }

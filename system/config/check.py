@@ -10,11 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from system.config.by_step import at_step, course_problems
-from system.config.schema import Config, PartConfig
+from system.config.guide import ACTIONS
+from system.config.rule import PartConfig
+from system.config.schema import Config
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, PluginError, nearest
 
+INFORMED = ("a2tgpo", "igpo")  # credits that need the gold answer's scores
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
 SET_BY: dict[str, str] = {
     **dict.fromkeys(("model", "model_path"), "model.path"),
@@ -185,9 +188,30 @@ def _sizes(config: Config) -> Iterator[str]:
 def _engine(config: Config) -> Iterator[str]:
     """What goes with the kind of engine; and the addresses of servers."""
     engine = config.engine
+    if config.rollout.rescore and engine.name == "sglang" and engine.kv_after_update == "keep":
+        yield (
+            "rollout.rescore=true needs engine.kv_after_update=recompute: a score that an update interrupts "
+            "would be of two versions"
+        )
     ways = ("auto", "http") if engine.name == "embedded" else ("auto", "disk", "tensor", "distributed")
     if engine.weights not in ways:
         yield f"engine.weights={engine.weights}: the {engine.name} engine takes {', '.join(ways)}"
+    elif engine.weights == "tensor" and config.cluster.gpus_per_node and not engine.urls:
+        yield (
+            "engine.weights=tensor with cluster.gpus_per_node: learner and engines see their own GPUs only, "
+            "and SGLang opens no memory of others (Invalid device_uuid): set engine.weights=distributed"
+        )
+    elif engine.weights == "disk" and config.cluster.nodes > 1 and not engine.weights_dir:
+        yield (
+            "engine.weights=disk with cluster.nodes > 1: set engine.weights_dir to a directory that all "
+            "machines see under the same name"
+        )
+    symmetric = {str(flag).replace("-", "_"): on for flag, on in engine.sglang.items()}.get("enable_symm_mem")
+    if symmetric and engine.weights in ("auto", "distributed"):
+        yield (
+            "engine.sglang.enable_symm_mem sets NCCL_CUMEM_ENABLE=1 in the servers, which NCCL wants alike "
+            "in the learner: take it out, or set engine.weights=disk"
+        )
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"
@@ -275,6 +299,22 @@ def _void(config: Config) -> Iterator[str]:
             f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: training needs samples of the "
             "whole distribution, whose probabilities the learner computes: leave top_p at 1 and top_k at -1"
         )
+    if learn.proximal == "closed" and not rollout.rescore:
+        yield (
+            "learn.proximal=closed clips against what the engine found when a turn ended: set "
+            "rollout.rescore=true too"
+        )
+    asks = [name for name in ("rescore", "score_answer") if getattr(rollout, name)]
+    if asks and config.engine.name == "sglang" and rollout.temperature != 1:
+        yield (
+            f"rollout.{asks[0]}=true: SGLang scores given tokens at temperature 1 only: leave "
+            f"rollout.temperature={rollout.temperature:g} at 1, or set engine=embedded"
+        )
+    if learn.credit.name in INFORMED and not rollout.score_answer:
+        yield (
+            f"learn.credit={learn.credit.name} goes by how likely the gold answer becomes with each tool "
+            "result: set rollout.score_answer=true too"
+        )
     if 0 < learn.dual_clip <= 1 + learn.clip_high:
         yield (
             f"learn.dual_clip={learn.dual_clip} must exceed 1 + learn.clip_high={1 + learn.clip_high:g}: it "
@@ -291,7 +331,23 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
-AGREEMENTS = (_limits, _by_step, _sizes, _engine, _learner, _cluster, _shape, _void)
+def _guide(config: Config) -> Iterator[str]:
+    """Guided trees."""
+    if config.guide.hopeless and not config.flow.curriculum:
+        yield (
+            f"guide.hopeless={config.guide.hopeless}: without a curriculum no question is known to be "
+            "hopeless: set flow.curriculum=true, or guide.others"
+        )
+    if config.guide.shows and config.learn.proximal == "closed":
+        yield (
+            "learn.proximal=closed: the engine scores a guided tree's turns under the guided prompt, and "
+            "none of an expert's: take start or average with guide.hopeless, guide.others and guide.expert"
+        )
+    if config.guide.on and ACTIONS not in config.guide.text:
+        yield f"guide.text has no {ACTIONS}: put it where the demonstration's actions shall stand"
+
+
+AGREEMENTS = (_limits, _by_step, _sizes, _engine, _learner, _cluster, _shape, _guide, _void)
 
 
 def seconds(limit: str) -> int | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from system.config.algorithms import ALGORITHMS
 from system.config.hints import hint
-from system.config.schema import Config, PartConfig
+from system.config.rule import PartConfig
+from system.config.schema import Config
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
 

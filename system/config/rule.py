@@ -9,6 +9,14 @@ from typing import Any
 from system.plugins import Registry
 
 
+@dataclass
+class PartConfig:
+    """A part picked by name (:mod:`system.plugins`); a bare word for the setting is its name."""
+
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Rule:
     """What a setting is, and which values it takes; every number has to be finite as well."""

@@ -11,27 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from system.config.guide import GuideConfig
 from system.config.machines import ClusterConfig, SlurmConfig
-from system.config.rule import setting
-from system.plugins import (
-    AGGREGATES,
-    CORRECTIONS,
-    CREDITS,
-    OBJECTIVES,
-    POLICIES,
-    REWARDS,
-    SYNTAXES,
-    TASKS,
-    TOOLS,
-)
-
-
-@dataclass
-class PartConfig:
-    """A part picked by name (:mod:`system.plugins`); a bare word for the setting is its name."""
-
-    name: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+from system.config.rule import PartConfig, setting
+from system.config.schema_learn import LearnConfig
+from system.plugins import POLICIES, REWARDS, SYNTAXES, TASKS, TOOLS
 
 
 @dataclass
@@ -85,7 +69,7 @@ class TaskConfig:
     columns: dict[str, str] = setting(
         {},
         "columns of the data, where they have other names than usual: {question: …, answer: …, id: …, "
-        "kind: …, system: …}; a.b is a field of an object, '' says that there is none",
+        "kind: …, system: …, demonstration: …}; a.b is a field of an object, '' says that there is none",
     )
     dataset: str = setting("", "name of a reasoning-gym data set")
     train_size: int = setting(
@@ -123,10 +107,10 @@ class RolloutConfig:
     schedule: str = setting(
         "barrier-free",
         "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: it keeps "
-        "n/N - 1 leaves back per branch that still can and has no tool call of over twice that tool's median "
-        "(of 16 calls or more), and starts the rest at once; lockstep: the released ARPO code's rounds "
-        "(generate all, wait for all tools, fork, top up one root per round), for comparison; it needs "
-        "flow.staleness=0: a batch is grown, then trained on",
+        "half of n/N - 1 leaves back per branch that can and has no tool call of over twice that tool's "
+        "median (of 16 calls or more), and starts the rest at once; lockstep: the released ARPO code's "
+        "rounds (generate all, wait for all tools, fork, top up one root per round), for comparison; it "
+        "needs flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
@@ -143,6 +127,21 @@ class RolloutConfig:
     generate_deadline_s: float = setting(120.0, "one engine call", above=0, safe_on_resume=True)
     branch_deadline_s: float = setting(300.0, "one branch, tools included", above=0, safe_on_resume=True)
     tree_deadline_s: float = setting(600.0, "one tree", above=0, safe_on_resume=True)
+    rescore: bool = setting(
+        False,
+        "when a turn ends, the engine scores its tokens once more, all under the weights it holds then, for "
+        "learn.proximal=closed: a prefill of the turn per turn",
+        safe_on_resume=True,
+    )
+    score_answer: bool = setting(
+        False,
+        "the engine scores the gold answer behind the prompt and behind each tool result, for "
+        "learn.credit=a2tgpo and igpo: a prefill of the result and the answer per result",
+        safe_on_resume=True,
+    )
+    answer_opening: str = setting(
+        "<answer> \\boxed{", "what stands before the gold answer when it is scored", safe_on_resume=True
+    )
 
 
 @dataclass
@@ -323,84 +322,6 @@ class FlowConfig:
 
 
 @dataclass
-class LearnConfig:
-    """The learner: its parallel layout, credit, objective and optimizer."""
-
-    tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
-    pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
-    cp: int = setting(1, "context parallel: ranks that a micro-batch's tokens are spread over", least=1)
-    dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
-    sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
-    distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
-    recompute: str = setting(
-        "none",
-        "in the backward pass: selective (norms and MLP), full (every layer)",
-        choices=("none", "selective", "full"),
-    )
-    attention: str = setting(
-        "auto",
-        "kernels on GPU: flex (FlexAttention), flash (FlashAttention 4), auto (flash where it serves)",
-        choices=("auto", "flex", "flash"),
-        safe_on_resume=True,
-    )
-    threads: int = setting(1, "CPU threads of one rank", least=1, safe_on_resume=True)
-    credit: PartConfig = setting(PartConfig("arpo-soft"), "from rewards to advantages", registry=CREDITS)
-    objective: PartConfig = setting(PartConfig("decoupled"), "the loss", registry=OBJECTIVES)
-    aggregate: PartConfig = setting(
-        PartConfig("token-mean"), "how the losses of leaves add up to one number", registry=AGGREGATES
-    )
-    correction: PartConfig = setting(
-        PartConfig("none"),
-        "a weight for each leaf by how far off-policy its path is; all but none cost a forward pass",
-        registry=CORRECTIONS,
-    )
-    proximal: str = setting(
-        "start",
-        "what decoupled clips against: start: the policy at the start of the batch; average: a moving "
-        "average of the weights (PPO-EWMA), for which every batch takes one more forward pass",
-        choices=("start", "average"),
-    )
-    proximal_reset: float = setting(
-        0.9,
-        "share of tokens within the clip, below which the average begins again; 0: never",
-        least=0,
-        most=1,
-    )
-    updates: int = setting(1, "optimizer steps per training batch", least=1)
-    micro_tokens: int = setting(4096, "packed tokens per forward pass, over all learn.cp ranks", least=1)
-    lr: float = setting(1e-3, "learning rate (Adam)", above=0)
-    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
-    lr_decay: str = setting(
-        "constant",
-        "the learning rate's course after that, until run.steps",
-        choices=("constant", "linear", "cosine"),
-    )
-    lr_end: float = setting(0.1, "where it ends, as a share of learn.lr", least=0, most=1)
-    weight_decay: float = setting(0.01, "decoupled from the gradient (AdamW)", least=0)
-    beta1: float = setting(0.9, "Adam's decay of the gradient's mean", least=0, most=1)
-    beta2: float = setting(0.95, "Adam's decay of its square", least=0, most=1)
-    eps: float = setting(1e-8, "Adam's ε", above=0)
-    grad_clip: float = setting(1.0, "the gradient's norm is cut to this; 0: off", least=0)
-    clip_low: float = setting(0.2, "ε below: the ratio is clipped at 1 - ε", least=0, most=1)
-    clip_high: float = setting(0.2, "ε above: the ratio is clipped at 1 + ε", least=0)
-    dual_clip: float = setting(3.0, "bound on the ratio where the advantage is negative; 0: off", least=0)
-    tis_cap: float = setting(2.0, "cap of proximal/behaviour ratio (truncated importance sampling)", above=0)
-    kl_coef: float = setting(0.0, "KL to the reference model; 0: no reference model is built", least=0)
-    entropy_coef: float = setting(0.0, "entropy bonus")
-    entropy_factor: float = setting(
-        0.0,
-        "a token's advantages times 1 + this·z(the entropy it was sampled with) (AEPO's code: 0.2); 0: off",
-        least=0,
-    )
-    bucket_mb: int = setting(64, "weight export bucket", least=1)
-
-    @property
-    def ranks(self) -> int:
-        """Processes, and GPUs, of the learner."""
-        return self.tp * self.pp * self.cp * self.dp
-
-
-@dataclass
 class EvalConfig:
     """Greedy answers to held-out questions.  Any of it may change on resume."""
 
@@ -441,6 +362,7 @@ class Config:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    guide: GuideConfig = field(default_factory=GuideConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -6,28 +6,15 @@ Pure: no I/O.  Each check looks at one thing and yields its findings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 
 from system.config import Config
+from system.doctor import cluster_checks, gpu_checks
 from system.doctor.facts import Facts
+from system.doctor.finding import Finding, Level, finding
 from system.doctor.preflight import Problem
 
 GIB = 1 << 30
-
-
-class Level(StrEnum):
-    OK = "ok"
-    WARNING = "warning"  # it runs, but worse than it could, or not everything does
-    PROBLEM = "problem"  # it stops the recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    level: Level
-    topic: str
-    found: str
-    remedy: str = ""  # what to do; empty when all is well
 
 
 Check = Callable[[Facts, Config], Iterator[Finding]]
@@ -35,22 +22,16 @@ Check = Callable[[Facts, Config], Iterator[Finding]]
 
 def examine(facts: Facts, config: Config) -> list[Finding]:
     """Every check's findings, in a fixed order."""
-    return [finding for check in CHECKS for finding in check(facts, config)]
+    return [found for check in CHECKS for found in check(facts, config)]
 
 
 def stops(findings: Sequence[Finding]) -> bool:
-    return any(finding.level is Level.PROBLEM for finding in findings)
-
-
-def _finding(bad: bool, topic: str, found: str, remedy: str, *, stops: bool) -> Finding:
-    """``stops``: what is bad is a problem, not only a warning."""
-    level = Level.PROBLEM if stops else Level.WARNING
-    return Finding(level, topic, found, remedy) if bad else Finding(Level.OK, topic, found)
+    return any(one.level is Level.PROBLEM for one in findings)
 
 
 def software(facts: Facts, config: Config) -> Iterator[Finding]:
     found = f"{'.'.join(map(str, facts.python))} on {facts.system}"
-    yield _finding(facts.python < (3, 11, 0), "python", found, "use Python 3.11 or newer", stops=True)
+    yield finding(facts.python < (3, 11, 0), "python", found, "use Python 3.11 or newer", stops=True)
     for name, version in facts.packages.items():
         if version is None:
             yield Finding(Level.PROBLEM, name, "not installed", "make install (or pip install -e .)")
@@ -83,7 +64,7 @@ def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
         remedy += "install a CUDA build of torch that this driver supports, or look at CUDA_VISIBLE_DEVICES"
     else:
         remedy += "run it where they are, or set cluster.gpus_per_node=0 and engine.device=cpu"
-    yield _finding(short or unusable, "gpu", found, remedy, stops=short)
+    yield finding(short or unusable, "gpu", found, remedy, stops=short)
 
 
 def layout(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -92,16 +73,30 @@ def layout(facts: Facts, config: Config) -> Iterator[Finding]:
     found = f"learner {world} ranks (tp×pp×cp×dp), engines {config.engine.replicas} × {config.engine.tp}"
     crowded = config.cluster.gpus_per_node == 0 and world + config.engine.replicas > 2 * facts.cpus
     remedy = f"only {facts.cpus} CPUs: fewer ranks or replicas would be faster"
-    yield _finding(crowded, "processes", found, remedy, stops=False)
+    yield finding(crowded, "processes", found, remedy, stops=False)
 
 
 def sglang(facts: Facts, config: Config) -> Iterator[Finding]:
     if facts.sglang is not None:
         yield _installed(facts, "sglang", facts.sglang)
+        if facts.nccl:
+            yield _one_nccl(facts, config)
         return
     needed = config.engine.name == "sglang" and not config.engine.urls
     found = "not installed" + ("" if needed else " (only engine=sglang needs it)")
-    yield _finding(needed, "sglang", found, facts.sglang_error, stops=True)
+    yield finding(needed, "sglang", found, facts.sglang_error, stops=True)
+
+
+def _one_nccl(facts: Facts, config: Config) -> Finding:
+    """NCCL refuses to talk to another version of itself, and weights go from one environment to the other."""
+    found = f"{facts.nccl} here, {facts.sglang_nccl or 'none (a CPU build)'} in SGLang's environment"
+    remedy = (
+        "pip install --no-deps -r system/engine/sglang/requirements-nccl.txt, into both environments"
+        if facts.sglang_nccl
+        else "rm -r .venv-sglang, then make sglang BUILD=gpu: what is there was installed for CPU"
+    )
+    needed = config.engine.name == "sglang" and not config.engine.urls and config.cluster.gpus_per_node > 0
+    return finding(facts.nccl != facts.sglang_nccl, "one nccl", found, remedy, stops=needed)
 
 
 def network(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -113,38 +108,38 @@ def network(facts: Facts, config: Config) -> Iterator[Finding]:
             else "check that the loopback interface is up (ip addr) and GLOO_SOCKET_IFNAME"
         )
         found = error or "all-reduce on this machine works"
-        yield _finding(bool(error), backend, found, remedy, stops=needed)
+        yield finding(bool(error), backend, found, remedy, stops=needed)
     name = facts.hostname
     found = f"{name}: {facts.hostname_error or 'resolves'}"
     remedy = f"add {name} to /etc/hosts or to the site's DNS: other nodes look it up"
-    yield _finding(bool(facts.hostname_error), "hostname", found, remedy, stops=config.cluster.nodes > 1)
+    yield finding(bool(facts.hostname_error), "hostname", found, remedy, stops=config.cluster.nodes > 1)
 
 
 def room(facts: Facts, config: Config) -> Iterator[Finding]:
     """Shared memory, disk and memory, and open files."""
     remedy = "Ray's object store and NCCL use it; in a container start with --shm-size=8g"
     found = f"{_gib(facts.shm_bytes)} free"
-    yield _finding(facts.shm_bytes < 2 * GIB, "/dev/shm", found, remedy, stops=False)
+    yield finding(facts.shm_bytes < 2 * GIB, "/dev/shm", found, remedy, stops=False)
     found = f"{_gib(facts.disk_bytes)} free in {facts.disk_path}"
     remedy = "make room, or set run.dir to a larger file system; checkpoint.keep bounds what a run keeps"
-    yield _finding(facts.disk_bytes < 10 * GIB, "disk", found, remedy, stops=False)
+    yield finding(facts.disk_bytes < 10 * GIB, "disk", found, remedy, stops=False)
     remedy = "end other programs, or use fewer learner ranks, engine replicas and rollout workers"
     found = f"{_gib(facts.memory_bytes)} available"
-    yield _finding(facts.memory_bytes < 4 * GIB, "memory", found, remedy, stops=facts.memory_bytes < GIB)
+    yield finding(facts.memory_bytes < 4 * GIB, "memory", found, remedy, stops=facts.memory_bytes < GIB)
     # A rollout worker holds a connection per branch; Ray and the libraries need some hundreds.
     branches = config.rollout.concurrency * config.rollout.leaves // config.rollout.workers
     wanted, hard = 512 + branches, facts.open_files_hard
     raised = "" if hard >= wanted else f", whose hard limit ({hard}) must rise"
     found = f"limit {facts.open_files}; {branches} branches per rollout worker"
     remedy = f"ulimit -n {wanted}{raised}; or set rollout.concurrency lower, or rollout.workers higher"
-    yield _finding(facts.open_files < wanted, "open files", found, remedy, stops=True)
+    yield finding(facts.open_files < wanted, "open files", found, remedy, stops=True)
 
 
 def sandbox(facts: Facts, config: Config) -> Iterator[Finding]:
     found = facts.sandbox_error or f"programs are confined by {', '.join(facts.sandbox)}"
     remedy = "allow user namespaces, seccomp or Landlock here, or take python out of tools.names"
     needed = "python" in config.tools.names
-    yield _finding(bool(facts.sandbox_error), "sandbox", found, remedy, stops=needed)
+    yield finding(bool(facts.sandbox_error), "sandbox", found, remedy, stops=needed)
 
 
 def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -166,17 +161,27 @@ def slurm(facts: Facts, config: Config) -> Iterator[Finding]:
     nodes, wanted = told.get("SLURM_JOB_NUM_NODES", "1"), config.cluster.nodes
     found = f"job {told['SLURM_JOB_ID']} has {nodes}, the recipe wants {wanted}"
     remedy = f"ask for --nodes={wanted} (espalier submit does), or set cluster.nodes={nodes}"
-    yield _finding(nodes != str(wanted), "slurm nodes", found, remedy, stops=True)
+    yield finding(nodes != str(wanted), "slurm nodes", found, remedy, stops=True)
     granted = told.get("SLURM_GPUS_ON_NODE", "")
     if granted.isdigit():
         found = f"{granted} granted on this node, {len(facts.gpus)} usable"
         remedy = (
             "the grant and CUDA_VISIBLE_DEVICES disagree: ask for --gpus-per-node; see the site's gres.conf"
         )
-        yield _finding(int(granted) != len(facts.gpus), "slurm gpus", found, remedy, stops=False)
+        yield finding(int(granted) != len(facts.gpus), "slurm gpus", found, remedy, stops=False)
 
 
-CHECKS: tuple[Check, ...] = (software, gpus, layout, sglang, network, room, sandbox, recipe, slurm)
+def stack(facts: Facts, config: Config) -> Iterator[Finding]:
+    yield from gpu_checks.examine(facts.stack, config)
+
+
+def nodes(facts: Facts, config: Config) -> Iterator[Finding]:
+    yield from cluster_checks.examine(facts.nodes, config)
+
+
+CHECKS: tuple[Check, ...] = (
+    *(software, gpus, stack, layout, sglang, network, room, sandbox, recipe, slurm, nodes),
+)
 
 
 def _gib(size: int) -> str:

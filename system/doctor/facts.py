@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 
 from system.config import Config, ToolsConfig
+from system.doctor.cluster_facts import Nodes, gather_nodes
+from system.doctor.gpu_facts import Stack, gather_stack
 from system.doctor.preflight import Problem, look
 from system.engine.sglang.command import SglangMissing, interpreter
 
@@ -53,6 +55,8 @@ class Facts:
     cuda: str = ""  # the version torch was built for; empty: a CPU build
     sglang: str | None = None  # version, in whichever environment runs it
     sglang_error: str = ""
+    nccl: str = ""  # version that torch runs with; empty: a CPU build
+    sglang_nccl: str = ""  # the same of SGLang's interpreter, looked at where torch here has one
     collectives: Mapping[str, str] = field(default_factory=dict)  # backend -> error
     hostname: str = ""
     hostname_error: str = ""
@@ -66,6 +70,8 @@ class Facts:
     sandbox_error: str = ""
     preflight: Mapping[str, Sequence[Problem]] = field(default_factory=dict)  # topic -> what stops the recipe
     slurm: Mapping[str, str] = field(default_factory=dict)  # SLURM_* of the allocation this runs in
+    stack: Stack = field(default_factory=Stack)  # below torch
+    nodes: Nodes = field(default_factory=Nodes)  # of the allocation, where it has several
 
 
 def gather(config: Config) -> Facts:
@@ -77,6 +83,8 @@ def gather(config: Config) -> Facts:
     confined, sandbox_error = asyncio.run(_sandbox(config.tools))
     hostname = socket.gethostname()
     driver, listed = _driver()
+    nccl = _nccl(sys.executable) if cuda else ""
+    slurm = {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
     return Facts(
         python=sys.version_info[:3],
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -89,6 +97,8 @@ def gather(config: Config) -> Facts:
         cuda=cuda,
         sglang=sglang,
         sglang_error=sglang_error,
+        nccl=nccl,
+        sglang_nccl=_nccl(interpreter(config.engine)) if nccl and sglang else "",
         collectives={
             "gloo": all_reduce("gloo", 2),
             **({"nccl": all_reduce("nccl", min(len(gpus), 2))} if gpus else {}),
@@ -104,7 +114,9 @@ def gather(config: Config) -> Facts:
         sandbox=confined,
         sandbox_error=sandbox_error,
         preflight=look(config, without=("engine", "gpus")),  # which are looked at more closely here
-        slurm={key: value for key, value in os.environ.items() if key.startswith("SLURM_")},
+        slurm=slurm,
+        stack=gather_stack(config, driver),
+        nodes=gather_nodes(slurm, place),
     )
 
 
@@ -172,6 +184,16 @@ def _sglang(config: Config) -> tuple[str | None, str]:
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"its interpreter fails: {error}"
     return done.stdout.strip(), ""
+
+
+def _nccl(python: str) -> str:
+    """The version of NCCL in an interpreter's torch; empty for a CPU build, words if it cannot be told."""
+    look = "import torch; v = torch.version.cuda and torch.cuda.nccl.version(); print(*v or '', sep='.')"
+    try:
+        done = subprocess.run([python, "-c", look], capture_output=True, text=True, timeout=120, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({error})"
+    return done.stdout.strip()
 
 
 async def _sandbox(tools: ToolsConfig) -> tuple[tuple[str, ...], str]:

@@ -23,6 +23,8 @@ from socket import create_connection, socket
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from psutil import virtual_memory
+
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError
 from system.config.check import part_problems, undivided
@@ -164,6 +166,10 @@ def task(config: Config) -> Iterator[Problem]:
             unknown = unknown_tokens(config.model.path, rows[:ROWS])
             if unknown and unknown.too_many:
                 yield Problem("model.path", str(unknown), "take a model that can read them")
+            if config.guide.shows and not any(row.actions for row in rows[:ROWS]):
+                found = f"none of the first questions of {made.name} has a demonstration with actions"
+                remedy = "name their column (task.columns.demonstration), or take the settings of guide out"
+                yield Problem("guide", found, remedy)
     yield from _brought(config, made)
     reward = config.reward
     _own("reward.name", reward.name, lambda: REWARDS.make(reward.name, reward.options, config=first))
@@ -284,6 +290,17 @@ def ports(config: Config) -> Iterator[Problem]:
         yield Problem(f"engine.host={config.engine.host}", f"no server can listen there ({error})", remedy)
 
 
+def memory(config: Config) -> Iterator[Problem]:
+    """Does this machine hold an offloaded optimizer, and its copy while a checkpoint is written?"""
+    if config.learn.offload and not _joins(config):
+        free, needed = virtual_memory().available, 2 * _checkpoint_bytes(config)
+        if free < needed:
+            found = f"{_gib(free)} of memory are free, optimizer and checkpoint take {_gib(needed)}"
+            yield Problem(
+                "learn.offload=true", found, "set it to false, and spread the learner over more GPUs"
+            )
+
+
 def scratch(config: Config) -> Iterator[Problem]:
     """The directory for temporary files: Ray's session, programs of the python tool."""
     try:
@@ -357,6 +374,7 @@ ON_THE_SPOT: dict[str, Check] = {
     "servers": servers,
     "gpus": gpus,
     "ports": ports,
+    "memory": memory,
     "scratch": scratch,
 }
 LATER = ", ".join(ON_THE_SPOT)  # for people who submit

@@ -16,7 +16,11 @@ HEALTH_DEADLINE_S = 5.0  # of an answer that costs the server nothing
 Body = dict[str, Any] | bytes  # JSON, or raw bytes
 
 
-class Unreachable(EngineError):
+class Silent(EngineError):
+    """The server did not answer: it is gone, or hangs.  Any other error of a call is an answer."""
+
+
+class Unreachable(Silent):
     """Nobody listens at that address."""
 
 
@@ -38,7 +42,8 @@ class Http(HttpClient):
         try:
             answer = await self.request("GET" if body is None else "POST", url, body, limit_s)
         except HttpError as error:
-            raise (Unreachable if error.refused else EngineError)(str(error)) from error
+            kind = Unreachable if error.refused else EngineError if error.status else Silent
+            raise kind(str(error)) from error
         if answer.get("success") is False:
             raise EngineError(f"{url}: {answer.get('message')}")
         return answer
@@ -83,9 +88,9 @@ class EngineControl:
         except TimeoutError as error:
             raise EngineError(f"{self.url}: not ready within {deadline_s} s") from error
 
-    async def post(self, path: str, **body: Any) -> dict[str, Any]:
+    async def post(self, path: str, *, limit_s: float = CONTROL_DEADLINE_S, **body: Any) -> dict[str, Any]:
         """Any other call of SGLang's protocol."""
-        return await self.http.call(self.url + path, body)
+        return await self.http.call(self.url + path, body, limit_s)
 
     async def _answers(self, path: str, limit_s: float) -> bool:
         try:

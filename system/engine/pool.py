@@ -12,6 +12,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -108,7 +109,8 @@ class EnginePool:
     def counters(self) -> dict[str, float]:
         """Totals since the start: requests by routing decision (``route/…``), prompt tokens sent and how many
         of them the servers had in their caches, streams that broke and went on, waits for a turn.
-        Where entropies are estimates: how many, and the sum of what each may be off.
+        Where entropies are estimates: how many, and the sum of what each may be off.  Given tokens that were
+        scored.
         """
         routes = {f"route/{kind}": float(count) for kind, count in self._router.counts.items()}
         return {**routes, **self._counters}
@@ -154,7 +156,8 @@ class EnginePool:
                         async for chunk in chunks:
                             if chunk.finish is not None:
                                 finished = True
-                                self._router.end(place, chunk.finish.type != "abort")
+                                whole = chunk.finish.type != "abort" and request.score_from is None
+                                self._router.end(place, whole)
                             yield chunk
                             if finished:
                                 return
@@ -268,12 +271,15 @@ class EnginePool:
         """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
-        reader, splitter, complete = StreamReader(self._estimate, self._vocab), EventSplitter(), False
-        rid = progress.request.rid
+        asked, splitter, complete = progress.request, EventSplitter(), False
+        rid, scored, estimate = asked.rid, None, self._estimate
+        if asked.score_from is not None:  # the one token that comes with the scores needs no entropy
+            scored, estimate = asked.input_ids[asked.score_from :], None
+        reader = StreamReader(estimate, self._vocab, scored)
         # With a cut behind it, a stop string across the cut must be noticed at its own token.
-        every_token, top = progress.guard.watching, self._estimate.k if self._estimate else 0
+        every_token, top = progress.guard.watching, estimate.k if estimate else 0
         body = generate_body(
-            progress.request, progress.wire_rid, progress.tokens, every_token=every_token, top_logprobs=top
+            asked, progress.wire_rid, progress.tokens, every_token=every_token, top_logprobs=top
         )
         try:
             response = await self._http.session.post(
@@ -303,7 +309,7 @@ class EnginePool:
             raise self._broken(error, deadline, rid) from error
         finally:
             self._counters["entropy_estimates"] += reader.estimated
-            if self._estimate:
+            if estimate:
                 self._counters["entropy_error_nats"] += reader.error
             if complete and not response.content.at_eof():
                 self._in_background(_read_out(response))
@@ -323,11 +329,13 @@ class EnginePool:
         if progress.cached_tokens is None:
             progress.cached_tokens = chunk.cached_tokens
         finish = chunk.finish
+        if chunk.scores is not None:
+            self._counters["scored_tokens"] += chunk.scores.size
         if spanning := progress.guard.feed(text):
             finish = Finish("stop", matched=spanning)
             self._abort_later(progress)
         cached = progress.cached_tokens if finish else 0
-        return Chunk(chunk.tokens, chunk.logprob, chunk.entropy, chunk.version, finish, cached)
+        return replace(chunk, finish=finish, cached_tokens=cached)
 
     def _patience(self, deadline: float) -> aiohttp.ClientTimeout:
         """Deadlines of one HTTP call: to connect, between two reads, and altogether."""

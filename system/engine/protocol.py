@@ -53,6 +53,7 @@ class GenerateRequest:
     route: str = ""  # key of its tree, whose requests share at least their prompt: a hint for cache affinity
     parent: str = ""  # rid of the request whose tokens it goes on from: that one's server holds its prefix
     said: str = ""  # end of the text that this segment had produced when it was cut: stop strings may span it
+    score_from: int | None = None  # scores of the given tokens from this one on, 1 or later, are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,9 @@ class Chunk:
     version: NDArray[np.int32]  # weight version of each token
     finish: Finish | None = None  # set on the last chunk only
     cached_tokens: int = 0  # prompt tokens served from KV cache (last chunk)
+    # [P - score_from] log-probability of the given tokens, temperature applied, under the weights of the
+    # first new token; with that one, where they were asked for.
+    scores: NDArray[np.float32] | None = None
 
 
 class EngineError(EspalierError, RuntimeError):

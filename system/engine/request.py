@@ -43,6 +43,8 @@ def generate_body(
         "sampling_params": _given(sampling),
         "stream": True,
         "return_logprob": True,
+        # Where the list of input log-probabilities begins; its first entry has none.
+        "logprob_start_len": None if request.score_from is None else request.score_from - 1,
         "return_sampling_mask": truncated or None,
         "top_logprobs_num": top_logprobs or None,
     }

@@ -57,14 +57,20 @@ class StreamReader:
     length of ``output_ids`` tells which it is.
     """
 
-    def __init__(self, estimate: TopEntropy | None = None, vocab: int | None = None) -> None:
+    def __init__(
+        self,
+        estimate: TopEntropy | None = None,
+        vocab: int | None = None,
+        scored: NDArray[np.int32] | None = None,
+    ) -> None:
         """``estimate``: what to make of the top log-probabilities of a server that gives no entropies.
-        ``vocab``: tokens that the model knows; None: not known here.
+        ``vocab``: tokens that the model knows; None: not known here.  ``scored``: the given tokens at the end
+        of the prompt, one or more, whose log-probabilities were asked for.
         """
         self.count = 0  # output tokens of this call so far
         self.estimated, self.error = 0, 0.0  # entropies that are estimates; nats they may be off, summed
         self._text = 0  # characters of text so far, when cumulative
-        self._estimate, self._vocab = estimate, vocab
+        self._estimate, self._vocab, self._scored = estimate, vocab, scored
         self._version = 0  # of the newest token so far
 
     def read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
@@ -104,6 +110,7 @@ class StreamReader:
             version=versions(meta, start, total),
             finish=_finish(meta.get("finish_reason")),
             cached_tokens=int(meta.get("cached_tokens") or 0),
+            scores=self._scores(meta) if self._scored is not None and new and not start else None,
         )
         self._check(chunk, exact=meta.get("entropy") is not None)
         self.count = total
@@ -121,6 +128,8 @@ class StreamReader:
         _within("output_token_logprobs", chunk.logprob, -FLOAT32, ROUNDING)
         if exact:
             _within("entropy", chunk.entropy, -ROUNDING, min(math.log(vocab) + ROUNDING, FLOAT32))
+        if chunk.scores is not None:
+            _within("input_token_logprobs", chunk.scores, -FLOAT32, ROUNDING)
         if not 0 <= chunk.cached_tokens < 2**31:
             raise MalformedStream(f"cached_tokens: {chunk.cached_tokens} is out of range")
         if chunk.version.size:
@@ -128,6 +137,16 @@ class StreamReader:
             if (np.diff(order) < 0).any():
                 raise MalformedStream(f"weight_version: falls within one answer: {order.tolist()}"[:200])
             self._version = int(order[-1])
+
+    def _scores(self, meta: dict[str, Any]) -> NDArray[np.float32]:
+        """Log-probabilities of the given tokens that were asked for: the last entries of what may be more."""
+        assert self._scored is not None
+        pairs = meta["input_token_logprobs"][-self._scored.size :]
+        named = np.array([pair[1] for pair in pairs], np.int64)
+        # SGLang lists the vocabulary's last token as 0, for it may be padding.
+        if named.shape != self._scored.shape or ((named != self._scored) & (named != 0)).any():
+            raise MalformedStream("input_token_logprobs and the end of input_ids name different tokens")
+        return _numbers([pair[0] for pair in pairs])
 
     def _entropy(
         self, meta: dict[str, Any], fresh: Callable[[list[Any]], list[Any]], new: int

@@ -106,6 +106,9 @@ class Curriculum:
             del self._home[was][question]
             self._home[pool][question] = None
 
+    def pool(self, question: str) -> Pool:
+        return self._pool[question]
+
     def shares(self) -> dict[str, float]:
         """The share of the questions in each pool, those that are away included."""
         count = Counter(self._pool.values())

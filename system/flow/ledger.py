@@ -19,6 +19,7 @@ import numpy as np
 
 from system.errors import EspalierError
 from system.flow.curriculum import Curriculum, PoolWeights
+from system.flow.guidance import Guidance, Guides
 
 Event = dict[str, Any]
 Key = tuple[int, str]  # epoch (with a curriculum: how often it was drawn before), prompt id
@@ -86,6 +87,7 @@ class Ticket:
     prompt_id: str
     attempt: int  # 1 for the first
     start_version: int = 0  # the learner's version when the tree started
+    guide: int = 0  # actions of a demonstration that its prompt tells while it is sampled; 0: not guided
 
     @property
     def key(self) -> Key:
@@ -101,6 +103,7 @@ class _Record:
     attempt: int = 0  # of its latest ticket
     start_version: int | None = None  # of the tree that its next ticket goes on with, if there is one
     version: int = -1  # weight version that its update makes, once TRAINING
+    guide: int = 0  # as in its tickets
 
 
 _IN_FLIGHT = (State.GROWING, State.QUEUED, State.TRAINING)
@@ -114,9 +117,14 @@ class Ledger:
     """
 
     def __init__(
-        self, prompt_ids: Sequence[str], seed: int, max_attempts: int = 3, weights: PoolWeights | None = None
+        self,
+        prompt_ids: Sequence[str],
+        seed: int,
+        max_attempts: int = 3,
+        weights: PoolWeights | None = None,
+        guides: Guides | None = None,
     ) -> None:
-        """``weights``: of the curriculum; None: there is none."""
+        """``weights``: of the curriculum; None: there is none.  ``guides``: None: no tree is guided."""
         if not prompt_ids or max_attempts < 1:
             raise LedgerError(
                 f"{len(prompt_ids)} prompts and max_attempts={max_attempts}: need at least one of each"
@@ -134,23 +142,30 @@ class Ledger:
         self._weights, self.curriculum = weights, None
         if weights is not None:
             self.curriculum = Curriculum(self._epoch(0), seed, weights)
+        self._guides = guides
+        self._guidance = None if guides is None else Guidance(guides, seed)
         self._fresh = self._in_order()
         self.next_number = 0
         self._write: Callable[[Event], object] = lambda _: None
 
     def next(self, version: int = 0) -> Ticket:
         """Issue the next prompt: pending -> growing.  ``version``: the learner's."""
-        key = self._returned.popleft() if self._returned else next(self._fresh)
-        record = self._records.setdefault(key, _Record())
+        if self._returned:
+            key = self._returned.popleft()
+            record = self._records[key]
+        else:
+            key = next(self._fresh)
+            record = self._records[key] = _Record(guide=self._guide(key[1]))
         record.state, record.number, record.attempt = State.GROWING, self.next_number, record.attempt + 1
         start = version if record.start_version is None else record.start_version
         record.start_version = None
-        ticket = self._tickets[record.number] = Ticket(record.number, *key, record.attempt, start)
+        ticket = self._tickets[record.number] = Ticket(
+            record.number, *key, record.attempt, start, record.guide
+        )
         self.growing.add(record.number)
         self.next_number += 1
-        self._log(
-            "issue", number=ticket.number, epoch=ticket.epoch, prompt=ticket.prompt_id, attempt=ticket.attempt
-        )
+        about = {"number": ticket.number, "epoch": ticket.epoch, "prompt": ticket.prompt_id}
+        self._log("issue", **about, attempt=ticket.attempt, **_known(guide=ticket.guide or None))
         return ticket
 
     def resume(self, key: Key, start_version: int) -> bool:
@@ -162,6 +177,11 @@ class Ledger:
             return False
         record.start_version = start_version
         return True
+
+    @property
+    def wants_rates(self) -> bool:
+        """Whether it matters how many answers of a closed tree are right."""
+        return self.curriculum is not None or self._guidance is not None
 
     def queue(self, number: int, rate: float | None = None) -> None:
         """Its tree has closed: growing -> queued.  ``rate``: see :meth:`Curriculum.back`."""
@@ -238,6 +258,7 @@ class Ledger:
         max_attempts: int = 3,
         write: Callable[[Event], object] = lambda _: None,
         weights: PoolWeights | None = None,
+        guides: Guides | None = None,
     ) -> Ledger:
         """The ledger after a restart from the checkpoint of weight version ``trained_through``.
 
@@ -251,7 +272,7 @@ class Ledger:
         ``write`` appends an event to the log, which must be durable before a checkpoint is: it is never
         behind the weights.
         """
-        ledger = cls(prompt_ids, seed, max_attempts, weights)
+        ledger = cls(prompt_ids, seed, max_attempts, weights, guides)
         opening, events = ledger._opening(), list(events)
         if (known := accounted(events)) < trained_through:
             raise LedgerError(
@@ -282,7 +303,8 @@ class Ledger:
         match event:
             case {"event": "issue"}:
                 ticket = self.next()
-                logged = Ticket(event["number"], event["epoch"], event["prompt"], event["attempt"])
+                about = (event[name] for name in ("number", "epoch", "prompt", "attempt"))
+                logged = Ticket(*about, guide=event.get("guide", 0))
                 if ticket != logged:
                     raise LedgerError(f"the log issues {logged} where this run would issue {ticket}")
             case {"event": "queue" | "train" | "trained" | "abandon" | "silent" as method, **fields}:
@@ -327,10 +349,18 @@ class Ledger:
 
     def _close(self, number: int, to: State, rate: float | None) -> None:
         key = self.ticket(number).key
-        self._move(number, (State.GROWING,), to)
-        if self.curriculum is not None:
-            self.curriculum.back(*key, rate)
+        guide = self._move(number, (State.GROWING,), to).guide
+        if self.curriculum is not None:  # what a guided tree earned does not say what the question is
+            self.curriculum.back(*key, None if guide else rate)
+        if self._guidance is not None and guide:
+            self._guidance.told(key[1], key[0], guide, rate)
         self._log("queue" if to == State.QUEUED else "silent", number=number, **_known(rate=rate))
+
+    def _guide(self, question: str) -> int:
+        """How many actions a new tree of ``question`` is told."""
+        if self._guidance is None:
+            return 0
+        return self._guidance.actions(question, self.curriculum and self.curriculum.pool(question))
 
     def _in_order(self) -> Iterator[Key]:
         """Every prompt that is issued for the first time in its epoch."""
@@ -349,7 +379,8 @@ class Ledger:
     def _opening(self) -> Event:
         digest = hashlib.sha256("\0".join(self._prompts).encode("utf-8", "surrogatepass")).hexdigest()
         opening = {"event": "open", "seed": self._seed, "prompts": len(self._prompts), "digest": digest}
-        return opening | _known(curriculum=self._weights and asdict(self._weights))
+        guides = self._guides and self._guides.opening()
+        return opening | _known(curriculum=self._weights and asdict(self._weights), guide=guides)
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._write({"event": kind, **fields})

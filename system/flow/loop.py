@@ -172,7 +172,7 @@ class TrainingLoop:
     def _take_in(self, tree: TreeInFlight) -> None:
         """Queue a closed tree, or leave it out, if it has nothing to teach and not too many were left out."""
         judged = tree.stats.correct
-        rate = float(judged.mean()) if judged.size and self.ledger.curriculum else None
+        rate = float(judged.mean()) if judged.size and self.ledger.wants_rates else None
         if tree.stats.zero_variance and not tree.counted and self._silent < self.config.flow.skip_silent:
             self._silent += 1
             self.ledger.silent(tree.ticket.number, rate)

@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, cached_property
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from system.config import ConfigError
+from system.learn.rotary import Rotary
+from system.learn.sizes import BLOCK
 
-BLOCK = 128  # FlexAttention's default block edge; packed rows are padded to a multiple of it on GPU
 QUERY_BLOCK = 128  # queries per run on CPU: shorter reaches fewer useless keys, longer calls fewer kernels
 
 
@@ -247,12 +248,19 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attend, dynamic=False, fullgraph=True)
 
 
+class RowContext(NamedTuple):
+    """What attention knows of a packed row besides queries, keys and values."""
+
+    mask: TreeMask
+    rotary: Rotary
+
+
 class TreeAttention(torch.nn.Module):
     """Megatron core-attention module (the constructor protocol of ``DotProductAttention``, megatron-core
-    0.16).
+    0.16); it also rotates queries and keys.
 
-    The mask travels as ``attention_bias``: Megatron hands it down by closure, unchanged, so it survives full
-    activation recomputation without being a tensor.
+    The row's context travels as ``attention_bias``: Megatron hands it down by closure, unchanged, so it
+    survives full activation recomputation without being a tensor.
     """
 
     def __init__(
@@ -277,15 +285,17 @@ class TreeAttention(torch.nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
-        attention_bias: TreeMask | None = None,
+        attention_bias: RowContext | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """``[N, 1, heads, d]`` (Megatron's sequence-first layout) to ``[N, 1, heads·d]``; the tokens are the
         row's, or this rank's share of them.
         """
-        assert attention_bias is not None, "a packed row always comes with its TreeMask"
-        if attention_bias.gather is not None:
-            key, value = attention_bias.gather(key, value)
+        assert attention_bias is not None, "a packed row always comes with its context"
+        mask, rotary = attention_bias
+        query, key = rotary(query), rotary(key)
+        if mask.gather is not None:
+            key, value = mask.gather(key, value)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = attend(q, k, v, attention_bias, self.scale, self.kernels)
+        out = attend(q, k, v, mask, self.scale, self.kernels)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

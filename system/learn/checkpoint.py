@@ -4,24 +4,26 @@ Every rank writes the boxes it holds of each Hugging Face tensor: the float32 pa
 and the reference model.  A rank of another layout asks for other boxes of the same tensors, and torch's
 planner cuts them out of the files.  (megatron-core's own checkpoints of a distributed optimizer cannot be
 read back where the optimizer is torch's AdamW.)
+
+Saving copies the boxes to the host's memory; a thread writes them while training goes on.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -52,13 +54,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from system.errors import CheckpointError, naming
+from system.learn.background import Background
 from system.learn.model import TreeGPTModel
-from system.learn.parallel import Layout
+from system.learn.optimizer import Adam, StateSlice
+from system.learn.parallel import COLLECTIVE_DEADLINE, Layout
 from system.learn.shards import MappedParameter, WeightMap
-from system.learn.weights import replace
+from system.learn.weights import take_name
 
 MANIFEST = "manifest.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SLOWEST = 50e6  # bytes per second of one rank, below which writing a checkpoint counts as stuck
 
 
 @dataclass(frozen=True)
@@ -84,70 +88,90 @@ class TrainingState:
         self,
         layout: Layout,
         model: TreeGPTModel,
-        optimizer: MegatronOptimizer,
+        optimizer: Adam,
         others: Mapping[str, TreeGPTModel],
     ) -> None:
         """``others``: models of the same shape that are kept besides, by a word for each."""
-        self._layout, self._model = layout, model
-        self._optimizers = optimizer.chained_optimizers  # pyright: ignore[reportAttributeAccessIssue]
+        self._layout, self._model, self._optimizer = layout, model, optimizer
         self._others = {kind: dict(one.named_parameters()) for kind, one in others.items()}
         self._where = WeightMap.of(model)
-
-    def save(self, path: Path, *, step: int, extra: dict[str, Any]) -> None:
-        """Write a checkpoint; collective over all ranks, which must share the file system.
-
-        The directory appears under its name only when complete, with a manifest of its files' digests, and
-        replaces an older one.  Raises OSError where a disk does not take it.
-        """
-        partial = path.with_name(path.name + ".partial")
-        with naming(partial):
-            self._write(partial, step, extra)
-            if self._layout.rank == 0:
-                replace(partial, path)
-        dist.barrier()
-
-    def _write(self, partial: Path, step: int, extra: dict[str, Any]) -> None:
-        rank, world = self._layout.rank, dist.get_world_size()
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
-        boxes = [_whole("rng", torch.get_rng_state())] if rank == 0 else []
-        boxes += self._held(writing=True)
-        try:
-            write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes))
-        except CheckpointException as error:  # no Exception, and the same on every rank
-            cause, _ = next(iter(error.failures.values()))
-            raise cause from error
-        dist.barrier()
-        files = sorted(file.name for file in partial.iterdir())
-        mine = {name: _digest(partial / name) for name in files[rank::world]}
-        digests = {name: digest for part in _from_all(mine) for name, digest in part.items()}
-        if rank == 0:
-            with (partial / MANIFEST).open("w") as file:
-                json.dump({"step": step, "extra": extra, "files": digests}, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
+        # Writing is among ranks, too, beside the collectives of training, and takes its time by size.
+        size = sum(box.data.nbytes for box in self._held(writing=False))
+        deadline = COLLECTIVE_DEADLINE + timedelta(seconds=size / SLOWEST)
+        group = dist.new_group(backend="gloo", timeout=deadline)
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._under_way: Background | None = None
 
     @torch.no_grad()
-    def load(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """Restore everything :meth:`save` wrote, whatever layout wrote it; returns (step, extra).
+    def save(self, path: Path, *, extra: dict[str, Any]) -> None:
+        """Begin to write a checkpoint of this moment, once the one before is written; collective over all
+        ranks, which must share the file system.
+
+        The directory appears under its name only when complete, with a manifest of its files' digests, and
+        replaces an older one.
+        """
+        self.saved()
+        own = [_whole("rng", torch.get_rng_state())] if self._layout.rank == 0 else []
+        copies = [
+            replace(box, data=box.data.to("cpu", copy=True)) for box in (*own, *self._held(writing=True))
+        ]
+        contents = {"step": self._optimizer.steps, "extra": copy.deepcopy(extra)}  # may change meanwhile
+        self._under_way = Background(lambda: self._write(path, copies, contents))
+
+    def saved(self, *, wait: bool = True) -> bool:
+        """Whether no checkpoint is under way any more; ``wait`` until that is so.
+
+        Raises, once, what kept it from being written: OSError where a disk did not take it.
+        """
+        if self._under_way and self._under_way.ended(wait):
+            ended, self._under_way = self._under_way, None
+            ended.check()
+        return self._under_way is None
+
+    def _write(self, path: Path, boxes: Sequence[Box], contents: dict[str, Any]) -> None:
+        rank, world = self._layout.rank, dist.get_world_size()
+        partial = path.with_name(path.name + ".partial")
+        with naming(partial):
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier(self._group)
+            writer = _Writer(partial, single_file_per_rank=True, sync_files=True)
+            try:
+                write_boxes({}, storage_writer=writer, planner=_BoxSaver(boxes), process_group=self._group)
+            except CheckpointException as error:  # no Exception, and the same on every rank
+                cause, _ = next(iter(error.failures.values()))
+                raise cause from error
+            dist.barrier(self._group)
+            files = sorted(file.name for file in partial.iterdir())
+            mine = {name: _digest(partial / name) for name in files[rank::world]}
+            digests = {name: digest for part in _from_all(mine, self._group) for name, digest in part.items()}
+            if rank == 0:
+                with (partial / MANIFEST).open("w") as file:
+                    json.dump(contents | {"files": digests}, file, indent=2)
+                    file.flush()
+                    os.fsync(file.fileno())
+                take_name(partial, path)
+        dist.barrier(self._group)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restore everything :meth:`save` wrote, whatever layout wrote it; returns its ``extra``.
 
         Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is
         changed, when the checkpoint is missing, incomplete, damaged, or of another model.
         """
-        manifest = _verified(path, self._layout)
+        self.saved()
+        manifest = _verified(path, self._layout, self._group)
         rng = torch.get_rng_state()
         reader = FileSystemReader(path)
         planner = _BoxLoader([_whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
-        _agree(path, planner.problems)
-        read_boxes({}, storage_reader=reader, planner=planner)
-        for inner in self._optimizers:
-            for state in inner.optimizer.state.values():
-                state["step"].fill_(float(manifest["step"]))
+        _agree(path, planner.problems, self._group)
+        read_boxes({}, storage_reader=reader, planner=planner, process_group=self._group)
+        self._optimizer.resume(manifest["step"])
         torch.set_rng_state(rng)
-        return int(manifest["step"]), manifest["extra"]
+        return manifest["extra"]
 
     def _held(self, *, writing: bool) -> Iterator[Box]:
         """The boxes that this rank reads: its parameters whole, and what its optimizer holds of them.
@@ -160,37 +184,12 @@ class TrainingState:
             if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
                 continue
             mine = not writing or number % layout.copies == layout.copy  # the copies share the work
-            parts = [] if writing else [("parameter", parameter.detach(), 0)]
-            parts += self._optimizer_state(parameter, mine)
+            parts = [] if writing else [StateSlice("parameter", parameter.detach(), 0)]
+            parts += self._optimizer.slices(parameter, mine)
             if mine:
-                parts += [(kind, one[key].detach(), 0) for kind, one in self._others.items()]
+                parts += [StateSlice(kind, one[key].detach(), 0) for kind, one in self._others.items()]
             for kind, tensor, start in parts:
                 yield from self._boxes(mapped, parameter.shape, kind, tensor, start)
-
-    def _optimizer_state(
-        self, parameter: torch.nn.Parameter, mine: bool
-    ) -> Iterator[tuple[str, torch.Tensor, int]]:
-        """The float32 parameter and its two moments, each with the first of the parameter's elements,
-        flattened, that it begins at.
-
-        An optimizer that is split over the ranks has a share (perhaps none) on each; another one has all, and
-        gives it where the parameter is ``mine``.
-        """
-        for inner in self._optimizers:
-            start = 0
-            if isinstance(inner, DistributedOptimizer):
-                if parameter not in inner.model_param_group_index_map:
-                    continue
-                group, index = inner.model_param_group_index_map[parameter]
-                main = inner.optimizer.param_groups[group]["params"][index]
-                start = inner._get_model_param_range_map(parameter)["param"].start  # pyright: ignore[reportPrivateUsage]
-            elif mine:
-                main = getattr(parameter, "main_param", parameter)  # float32 where the model is bfloat16
-            else:
-                continue
-            yield "parameter", main.detach(), start
-            for name in MOMENTS:
-                yield name, inner.optimizer.state[main][name], start
 
     def _boxes(
         self, mapped: MappedParameter, shape: torch.Size, kind: str, tensor: torch.Tensor, start: int
@@ -215,19 +214,6 @@ class TrainingState:
                     offsets, data = (*offsets, block.column + column), data.view(rows, -1)
                 yield Box(f"{kind}/{block.name}", mapped.shapes[block.name], offsets, data)
                 a = end
-
-
-def reset_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter the Adam state from before the first step: zero moments, step 0.
-
-    Torch makes it lazily, but a checkpoint taken before the first step must have the same entries as any
-    other.
-    """
-    for inner in optimizer.chained_optimizers:  # pyright: ignore[reportAttributeAccessIssue]
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-                inner.optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
 
 def _whole(name: str, tensor: torch.Tensor) -> Box:
@@ -322,7 +308,7 @@ class _BoxLoader(DefaultLoadPlanner):
 # ---------------------------------------------------------------------- verification
 
 
-def _verified(path: Path, layout: Layout) -> dict[str, Any]:
+def _verified(path: Path, layout: Layout, group: dist.ProcessGroup) -> dict[str, Any]:
     """The manifest, once the ranks have compared every file with it."""
     manifest: dict[str, Any] = {"files": {}}
     problems: list[str] = []
@@ -338,7 +324,7 @@ def _verified(path: Path, layout: Layout) -> dict[str, Any]:
             problems.append(f"{name} is missing")
         elif _digest(path / name) != manifest["files"][name]:
             problems.append(f"{name} is damaged: its digest is not the manifest's")
-    _agree(path, problems)
+    _agree(path, problems, group)
     return manifest
 
 
@@ -350,15 +336,15 @@ def _manifest(file: Path) -> dict[str, Any]:
     return {"step": int(manifest["step"]), "extra": extra, "files": files}
 
 
-def _agree(path: Path, problems: list[str]) -> None:
+def _agree(path: Path, problems: list[str], group: dist.ProcessGroup) -> None:
     """Raise on every rank the first that any of them found."""
-    for found in filter(None, _from_all(problems)):
+    for found in filter(None, _from_all(problems, group)):
         raise CheckpointError(f"{path}: {found[0]}")
 
 
-def _from_all(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+def _from_all(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group)
     return values
 
 

@@ -21,8 +21,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from numpy.typing import NDArray
 
 from system.config import ConfigError, LearnConfig
-from system.learn.attention import BLOCK
 from system.learn.parallel import Layout
+from system.learn.sizes import BLOCK
 from system.tree.record import Int64
 
 CPU_BLOCK = 16  # where attention works on queries, not on blocks: less padding

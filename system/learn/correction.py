@@ -5,9 +5,9 @@ A path's ratio is the product, or the geometric mean, of ρ = π_prox/μ over it
 and so weights, of their own: no factor per token could say that, but the leaf's advantage times its weight
 does, in S+ and S- (:func:`system.tree.plan.reweighed`), and a tree stays exactly its flattened paths.
 
-It costs a forward pass: the packed rows are scored before the first update, each node's sums are added up
-over the ranks, and every rank makes the same weights of them.  The scores are kept as ``proximal`` for the
-later updates, which then need no other pass.
+It costs a forward pass, unless the engine scored the turns (``learn.proximal=closed``): the packed rows are
+scored before the first update, each node's sums are added up over the ranks, and every rank makes the same
+weights of them.  The scores are kept as ``proximal`` for the later updates, which then need no other pass.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ class NodeRatios:
         extremes: list[torch.Tensor] = [torch.zeros(0, 2, dtype=torch.float64)]
         for number, (tree, weight) in enumerate(zip(self._batch.trees, self._batch.weights, strict=True)):
             mine = slice(int(self._first[number]), int(self._first[number + 1]))
-            node_sums, node_extremes = self._sums[mine].cpu(), self._extremes[mine].cpu()
+            sampled = torch.from_numpy(tree.kind == Kind.MODEL)[:, None]  # an expert's tokens have no ratio
+            node_sums = torch.where(sampled, self._sums[mine].cpu(), 0)
+            node_extremes = torch.where(sampled, self._extremes[mine].cpu(), -torch.inf)
             missing = (tree.kind == Kind.MODEL) & (node_sums[:, 0].numpy() == 0)
             chosen.append((np.asarray(weight) > 0) & ~(tree.on_path & missing).any(1))
             path = torch.from_numpy(tree.on_path[chosen[-1]])

@@ -1,8 +1,9 @@
 """Qwen2 and Qwen3 dense language models on megatron-core's ``GPTModel``, reading packed trees.
 
-Two things differ from the stock model: rotary frequencies come from explicit positions (a token's depth on
-its root path; the stock ``position_embedding_type="rope"`` ignores position ids and numbers the packed row),
-and the layers attend through :class:`~system.learn.attention.TreeAttention`.
+Two things differ from the stock model: the layers attend through
+:class:`~system.learn.attention.TreeAttention`, which rotates queries and keys by explicit positions (a
+token's depth on its root path; the stock ``position_embedding_type="rope"`` ignores position ids and numbers
+the packed row), and the head is :mod:`system.learn.head`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import nn
 
 from system.config import ConfigError, LearnConfig
 from system.learn import cpu
-from system.learn.attention import TreeAttention, TreeMask, choose_kernels
+from system.learn.attention import RowContext, TreeAttention, TreeMask, choose_kernels
+from system.learn.rotary import Rotary
 from system.models.shape import ModelShape
 
 
@@ -49,48 +51,41 @@ class TreeGPTModel(GPTModel):
     def __init__(self, *, shape: ModelShape, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
         self.shape = shape
-        if self.post_process:
-            # The head sees chosen rows, which are not spread over the ranks as the hidden states are: each
-            # rank computes its vocabulary share for all of them, and their gradients are summed here.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, tokens: torch.Tensor, position: torch.Tensor, mask: TreeMask, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Logits at chosen rows on the last pipeline stage, hidden states on the others.
+        """Hidden states: at chosen rows on the last pipeline stage (those that :attr:`output_weight`
+        projects), at all of them on the others.
 
         ``tokens`` and ``position`` ``[N]`` int64, of the row or of this rank's share of it; ``rows`` ``[M]``
         int64 indices into them, repeats allowed (the children of a fork share a predictor).  A later stage
         reads the hidden states given to ``set_input_tensor`` instead of the tokens.  Under sequence
         parallelism tp divides N.
 
-        Returns ``[M, V/tp]``, this rank's share of the padded vocabulary (the output projection, the largest
+        Returns ``[M, hidden]``, the same on all tensor-parallel ranks (the output projection, the largest
         product of a small model, runs only where a token is scored), or ``[N, 1, hidden]`` (``[N/tp, 1,
         hidden]`` under sequence parallelism).
         """
         hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=self.rotary(position),
-            attention_bias=mask,
-        )
+        width = self.config.kv_channels
+        assert width is not None
+        row = RowContext(mask, Rotary(position, width, self.shape.rope_theta))
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, attention_bias=row)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
+            # Each rank projects all chosen rows onto its share of the vocabulary, and sums their gradients.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden.index_select(0, rows), weight=tied)
-        return logits[:, 0]
+        return hidden[:, 0].index_select(0, rows)
 
-    def rotary(self, position: torch.Tensor) -> torch.Tensor:
-        """``[N, 1, 1, d]`` float32 rotary angles (RoFormer, Su et al., 2021) of explicit positions."""
-        d = self.config.kv_channels
-        assert d is not None
-        exponent = torch.arange(0, d, 2, dtype=torch.float32, device=position.device) / d
-        angles = position.float()[:, None] * (1.0 / self.shape.rope_theta**exponent)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """``[V/tp, hidden]``, this rank's share of the padded vocabulary, on the last pipeline stage."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert weight is not None
+        return weight
 
 
 def read_shape(path: str | Path) -> ModelShape:
@@ -153,7 +148,8 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
         # Packed weights are normalised over the whole step: gradients are summed over DP ranks, never
         # averaged.
         calculate_per_token_loss=True,
-        # SwiGLU in one compiled kernel; the other fused kernels need Apex or TransformerEngine.
+        # SwiGLU in one compiled kernel; RoPE is ours (rotary.py), and the other fused kernels need Apex or
+        # TransformerEngine.
         bias_activation_fusion=not on_cpu,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -48,6 +48,8 @@ class LossTokens:
     path: torch.Tensor  # int64, 0 or more: tokens of one number are one root-to-leaf path, if ``flat``
     proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
+    anchored: bool = False  # the proximal policy is the engine's at the close of each node, not the learner's
+    guided: torch.Tensor | None = None  # 1 where μ was under another prompt than π_θ is; None: nowhere
 
 
 @dataclass
@@ -144,12 +146,12 @@ def inert_clip(objective: Objective, learn: LearnConfig, by_step: Collection[str
     """
     if objective.ratio == "behaviour":
         return (
-            f"learn.proximal=average has no effect: learn.objective={learn.objective.name} does not clip "
-            "against a proximal policy (decoupled does)"
-            if learn.proximal == "average"
+            f"learn.proximal={learn.proximal} has no effect: learn.objective={learn.objective.name} does not "
+            "clip against a proximal policy (decoupled does)"
+            if learn.proximal == "average" or (learn.proximal == "closed" and learn.correction.name == "none")
             else None
         )
-    if objective.supervised or learn.updates > 1 or learn.proximal == "average":
+    if objective.supervised or learn.updates > 1 or learn.proximal != "start":
         return None
     usual = LearnConfig()
     chosen = [
@@ -320,7 +322,10 @@ def _measure_engine(t: LossTokens, statistics: Statistics) -> None:
     """How far the sampling policy is from the trained one: by staleness, and by the engines' numbers."""
     # Tokens that were sampled from the very weights that are trained: what differs there is numerical.
     fresh = t.mult * (t.staleness == 0)
-    difference = (t.logprob.detach() if t.proximal is None else t.proximal) - t.behaviour
+    if t.guided is not None:
+        fresh = fresh * (1 - t.guided)
+    learners = t.logprob.detach() if t.proximal is None or t.anchored else t.proximal
+    difference = learners - t.behaviour
     statistics.sums |= {
         # Sampled by μ, so this estimates KL(μ‖π_θ): staleness plus the engines' numerical differences.
         "mismatch_kl": (t.mult * k3(t.logprob.detach() - t.behaviour)).sum(),

@@ -88,11 +88,18 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
         # No `device_id`: with it every later group is split off this one (ncclCommSplit), which takes all
         # ranks, and the group that carries weights to the engines is rank 0's alone.
     )
+    return lay_out(config, rank, device)
+
+
+def lay_out(config: Config, rank: int, device: torch.device) -> Layout:
+    """Megatron's groups among ranks that have joined, and the generators' seed; collective."""
+    learn = config.learn
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=learn.tp,
         pipeline_model_parallel_size=learn.pp,
         context_parallel_size=learn.cp,
         distributed_timeout_minutes=int(COLLECTIVE_DEADLINE.total_seconds() // 60),
+        create_gloo_process_groups=False,  # for Megatron's own checkpoints
     )
     torch.manual_seed(config.run.seed)
     # The "inference" tracker forks no RNG state, which needs no CUDA and is right while dropout is zero.

@@ -7,12 +7,13 @@ import math
 import numpy as np
 import torch
 
-from system.learn.attention import BLOCK, TreeMask
+from system.learn.attention import TreeMask
 from system.learn.context import Context, RowShare
-from system.learn.logprob import vocab_parallel_logprob_entropy
+from system.learn.head import logprob_entropy
 from system.learn.model import TreeGPTModel
 from system.learn.objective import LossTokens
 from system.learn.parallel import Layout
+from system.learn.sizes import BLOCK
 from system.tree.pack import PackedBatch
 
 
@@ -45,31 +46,40 @@ class Row:
         self.tokens = put(tokens)  # [n] int64
         self.position = put(position)  # [n] int64
         self.mask = TreeMask(put(batch.exit), query, gather)
-        self.predictor = put(predictor)  # [m] int64 rows whose logits are needed
+        self.predictor = put(predictor)  # [m] int64 rows that are projected
         self.target = put(target)  # [m] int64 the tokens they predict
         self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
+        self.anchored = False  # :attr:`LossTokens.anchored`
 
     def run(self, model: TreeGPTModel) -> torch.Tensor:
-        """The forward pass of this rank's stage: logits of the targets on the last, hidden states before."""
+        """The forward pass of this rank's stage: hidden states, on the last one those of the predictors."""
         return model(self.tokens, self.position, self.mask, self.predictor)
 
     def logprob_entropy(
-        self, logits: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float
+        self, hidden: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[M] log-probability and [M] entropy of the targets under the policy softmax(logits / temperature).
 
-        ``logits`` ``[m, V/tp]``: what :meth:`run` returns on the last pipeline stage.
+        ``hidden`` ``[m, h]``: what :meth:`run` returns on the last pipeline stage.
         """
         vocab, group = model.shape.vocab, layout.tp_group
-        own = vocab_parallel_logprob_entropy(logits, self.target, vocab, group, temperature)
+        own = logprob_entropy(hidden, model.output_weight, self.target, vocab, group, temperature)
         if self._share is None:
             return own
         logprob, entropy = self._share.of_all(torch.stack(own, 1)).T.contiguous()
         return logprob, entropy
 
+    def anchor(self) -> None:
+        """Take what the engine found when the tokens' nodes closed for the proximal policy's."""
+        self.proximal = torch.from_numpy(self.batch.closed[self.scored]).to(self.target.device)
+        self.anchored = True
+
     def log_ratio(self, logprob: torch.Tensor) -> torch.Tensor:
-        """[M] float64: a policy's log-probabilities of the targets less those they were sampled with."""
-        return logprob.double() - torch.from_numpy(self.batch.logprob[self.scored]).to(logprob.device)
+        """[M] float64: a policy's log-probabilities of the targets less those they were sampled with; 0 where
+        nothing sampled them.
+        """
+        sampled = torch.from_numpy(self.batch.logprob[self.scored]).to(logprob.device)
+        return torch.where(sampled.isnan(), 0.0, logprob.double() - sampled)
 
     def loss_tokens(
         self, logprob: torch.Tensor, entropy: torch.Tensor, version: int, reference: torch.Tensor | None
@@ -83,19 +93,25 @@ class Row:
             return torch.from_numpy(array[self.scored].astype(np.int64)).to(logprob.device)
 
         batch = self.batch
+        behaviour, sampled = pick(batch.logprob), pick(batch.version >= 0)
+        # What nothing sampled has a ratio of 1: μ is the policy that is trained, or where it is known π_prox.
+        own = logprob.detach() if self.proximal is None else self.proximal
+        behaviour = torch.where(sampled > 0, behaviour, own.to(behaviour))
         return LossTokens(
             logprob=logprob,
             entropy=entropy,
-            behaviour=pick(batch.logprob),
+            behaviour=behaviour,
             s_plus=pick(batch.s_plus),
             s_minus=pick(batch.s_minus),
             mult=pick(batch.mult),
-            staleness=pick(version - batch.version),
+            staleness=sampled * pick(version - batch.version),
+            guided=pick(batch.guided),
             node=count(batch.node),
             # A part of a tree begins with the token that nothing predicts; padding lies behind all of them.
             path=count(np.cumsum(batch.predictor < 0) - 1),
             proximal=self.proximal,
             reference=reference,
+            anchored=self.anchored,
         )
 
 

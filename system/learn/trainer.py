@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from numpy.typing import NDArray
 
 from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
 from system.learn.average import MovingAverage, active_share, decay_for
 from system.learn.batch import BatchPlanner
-from system.learn.checkpoint import TrainingState, reset_optimizer_state
+from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
@@ -36,6 +34,8 @@ from system.learn.objective import (
     make_objective,
     row_loss,
 )
+from system.learn.offload import HostAdam
+from system.learn.optimizer import Adam, DeviceAdam
 from system.learn.pipeline import Pipeline
 from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
@@ -45,8 +45,6 @@ from system.plugins import CORRECTIONS
 from system.tree.pack import PackedBatch, pack, with_credit_of
 from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
-
-log = logging.getLogger(__name__)
 
 # Among what a checkpoint keeps besides tensors: the credit's state, the total weight of the average.
 _CREDIT, _AVERAGE = "credit", "average"
@@ -89,31 +87,24 @@ class Trainer:
             self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))
         self._follow()
         with cpu.scope():
-            ddp = DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=learn.distributed_optimizer
-            )
+            # A gradient is reduced to the ranks that step with it.
+            split = learn.distributed_optimizer or learn.offload
+            ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=split)
             self.ddp = DistributedDataParallel(transformer, ddp, self.model)
-            self.optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=learn.lr,
-                    weight_decay=learn.weight_decay,
-                    adam_beta1=learn.beta1,
-                    adam_beta2=learn.beta2,
-                    adam_eps=learn.eps,
-                    clip_grad=learn.grad_clip,
-                    bf16=transformer.bf16,
-                    params_dtype=transformer.params_dtype,
-                    use_distributed_optimizer=learn.distributed_optimizer,
-                ),
-                [self.ddp],
-            )
-        reset_optimizer_state(self.optimizer)
+        self.optimizer: Adam = (
+            HostAdam(self.ddp, self.layout, learn)
+            if learn.offload
+            else DeviceAdam(self.ddp, transformer, learn)
+        )
         average = self.average.model if self.average else None
         others = {"reference": self.reference, "average": average}
         kept = {kind: model for kind, model in others.items() if model}
         self._state = TrainingState(self.layout, self.model, self.optimizer, kept)
-        self.step_count = 0  # optimizer steps since the start or the last reset_optimizer()
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps since the start or the last :meth:`reset_optimizer`."""
+        return self.optimizer.steps
 
     # ------------------------------------------------------------------ training
 
@@ -130,7 +121,11 @@ class Trainer:
             self.objective = make_objective(self._now.learn)
         steps = [self._rows(update) for update in updates]
         corrects = not self.correction.none
-        if corrects or self.objective.ratio == "proximal":
+        anchored = self.learn.proximal == "closed" and (corrects or self.objective.ratio == "proximal")
+        if anchored:
+            for row in (row for step in steps for row in step if self.layout.last_stage):
+                row.anchor()
+        elif corrects or self.objective.ratio == "proximal":
             # Unless it is an average, the proximal policy is the one before the first update, whose own
             # tokens therefore need no extra pass for it.
             proximal = self.average.model if self.average else self.model
@@ -138,7 +133,8 @@ class Trainer:
             for row, scores in zip(rows, self._score(proximal, rows), strict=True):
                 row.proximal = scores
         corrected = self._correct(plan, steps) if corrects else {}
-        known = steps[0] if corrects and not self.average else None  # rows that the current policy has scored
+        # Rows that the current policy has scored.
+        known = steps[0] if corrects and not (self.average or anchored) else None
         results: list[dict[str, float]] = []
         for ranks, step in zip(plan.updates, steps, strict=True):
             if self.objective.adapts:
@@ -182,19 +178,19 @@ class Trainer:
         """Where reinforcement learning begins: zero moments and step count, reference model and average :=
         current policy.
         """
-        reset_optimizer_state(self.optimizer)
-        self.step_count = 0
+        self.optimizer.reset()
         self._follow()
 
     # ------------------------------------------------------------------ weights and state
 
-    def export(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Full weights on CPU under Hugging Face names, in buckets of ``learn.bucket_mb``.
+    def export(self, *, on_gpu: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Full weights under Hugging Face names, in buckets of ``learn.bucket_mb``: on CPU, or ``on_gpu`` on
+        this rank's device.
 
         All ranks iterate to the end, over the same number of buckets; only global rank 0's buckets have
         tensors.
         """
-        return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets()
+        return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets(on_gpu=on_gpu)
 
     def save_hf(self, path: str | Path) -> None:
         """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors)."""
@@ -202,18 +198,22 @@ class Trainer:
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:
-        """Write a sharded checkpoint of model, optimizer, reference model, RNG, step and the credit's state,
-        with ``extra`` (JSON).
+        """Begin to write a sharded checkpoint of model, optimizer, reference model, RNG, step and the
+        credit's state, with ``extra`` (JSON); training may go on at once.
         """
         if state := self.planner.credit.state_dict():
             extra = {**extra, _CREDIT: state}
         if self.average:
             extra = {**extra, _AVERAGE: self.average.weight}
-        self._state.save(Path(path), step=self.step_count, extra=extra)
+        self._state.save(Path(path), extra=extra)
+
+    def saved(self, *, wait: bool = True) -> bool:
+        """Whether the last checkpoint is there; ``wait`` until it is.  Raises OSError if it cannot be."""
+        return self._state.saved(wait=wait)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Restore a checkpoint, whatever layout wrote it; returns its ``extra``."""
-        self.step_count, extra = self._state.load(Path(path))
+        extra = self._state.load(Path(path))
         if state := extra.pop(_CREDIT, None):
             self.planner.credit.load_state_dict(state)
         weight = extra.pop(_AVERAGE, 1.0)
@@ -222,8 +222,11 @@ class Trainer:
         return extra
 
     def close(self) -> None:
-        """Leave the process group."""
-        parallel.stop()
+        """Leave the process group, once a checkpoint that is under way is written."""
+        try:
+            self.saved()
+        finally:
+            parallel.stop()
 
     # ------------------------------------------------------------------ inside one step
 
@@ -283,7 +286,6 @@ class Trainer:
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
             references = self._score(self.reference, rows)
-        self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         statistics = self._no_statistics(objective)
 
@@ -304,7 +306,7 @@ class Trainer:
         if self.layout.device.type == "cuda":
             torch.cuda.synchronize()  # kernels are only launched so far: the optimizer would wait for them
         computed = time.perf_counter()
-        grad_norm, applied = self._optimizer_step(lr)
+        grad_norm, applied = self.optimizer.step(lr)
         groups = (self.layout.dp_group, self.layout.pp_group)
         stats = statistics.reduce(groups)
         stats |= {"grad_norm": grad_norm, "weight_norm": weights.norm(self.model, self.layout), "lr": lr}
@@ -316,26 +318,6 @@ class Trainer:
     def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
         learn = self.learn
         return row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
-
-    def _optimizer_step(self, lr: float) -> tuple[float, bool]:
-        """Clip and step; returns (gradient norm, whether the step was taken).  A non-finite gradient is not
-        applied.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-            # Megatron's own scheduler would do this; without it norms and biases are decayed too.
-            group["weight_decay"] = self.learn.weight_decay * group["wd_mult"]
-        with cpu.scope():
-            self.optimizer.prepare_grads()
-            limit = self.learn.grad_clip if self.learn.grad_clip > 0 else float("inf")
-            norm = float(self.optimizer.clip_grad_norm(limit))
-            finite = bool(np.isfinite(norm))
-            if finite:
-                self.optimizer.step_with_ready_grads()
-                self.step_count += 1
-            else:
-                log.warning("optimizer step %d skipped: the gradient norm is %s", self.step_count, norm)
-        return norm, finite
 
     def _lr(self) -> float:
         learn = self.learn

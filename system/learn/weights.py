@@ -89,8 +89,8 @@ class Export:
             self.plan[-1].append(mapped)
             filled += mapped.numel * size
 
-    def buckets(self) -> Iterator[Bucket]:
-        """The buckets, on CPU, each with copies of its own; collective.
+    def buckets(self, *, on_gpu: bool = False) -> Iterator[Bucket]:
+        """The buckets, each with copies of its own, on CPU or (``on_gpu``) where gathered; collective.
 
         Every rank iterates to the end over the same number of buckets; only rank 0's have tensors.
         """
@@ -99,6 +99,9 @@ class Export:
             bucket: Bucket = {}
             for mapped in bucket_plan:
                 full = self.gather(mapped, parameters.get(mapped.key))
+                if on_gpu:
+                    bucket |= full
+                    continue
                 # From a GPU into pinned memory (which torch keeps for the next bucket), without waiting: many
                 # times as fast as into new pages.
                 bucket |= {name: tensor.to("cpu", non_blocking=True) for name, tensor in full.items()}
@@ -178,10 +181,10 @@ def save_hf(
             bucket.clear()  # before the next one is gathered
         if count > 1:
             write_index(partial, where, total)
-        replace(partial, path)
+        take_name(partial, path)
 
 
-def replace(partial: Path, path: Path) -> None:
+def take_name(partial: Path, path: Path) -> None:
     """Give a finished directory its final name, in place of an older one."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

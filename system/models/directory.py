@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,25 @@ def header(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def fast_tokenizer(file: Path) -> Any:
+    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``, read once: a large one takes half a second.
+
+    Raises ValueError for one that cannot be read.
+    """
+    found = file.stat()
+    return _fast_tokenizer(str(file.resolve()), (found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=2)
+def _fast_tokenizer(file: str, _state: tuple[int, int]) -> Any:
+    from tokenizers import Tokenizer  # only here
+
+    try:
+        return Tokenizer.from_file(file)
+    except Exception as error:  # the library has no kind of its own
+        raise ValueError(str(error)) from error
+
+
 def end_tokens(directory: str | Path) -> set[int]:
     """End-of-sequence ids that the generation config, the model config or the tokenizer name."""
     root, found = Path(directory), set[int]()
@@ -72,9 +92,7 @@ def end_tokens(directory: str | Path) -> set[int]:
     if settings.is_file() and vocabulary.is_file():
         token: Any = json.loads(settings.read_bytes()).get("eos_token")
         if text := token.get("content") if isinstance(token, dict) else token:
-            from tokenizers import Tokenizer  # only here
-
-            index: int | None = Tokenizer.from_file(str(vocabulary)).token_to_id(text)
+            index: int | None = fast_tokenizer(vocabulary).token_to_id(text)
             found.update([] if index is None else [index])
     return found
 
@@ -140,11 +158,9 @@ def _tokenizer_faults(root: Path) -> Iterator[str]:
     remedy = "copy it from the model's source (tokenizer.json, tokenizer_config.json)"
     whole = root / "tokenizer.json"
     if whole.is_file():
-        from tokenizers import Tokenizer  # only here
-
         try:
-            Tokenizer.from_file(str(whole))
-        except Exception as error:  # the library has no kind of its own
+            fast_tokenizer(whole)
+        except ValueError as error:
             yield f"{whole} cannot be loaded ({error}); {remedy}"
     elif not (root / "tokenizer.model").is_file() and not (
         (root / "vocab.json").is_file() and (root / "merges.txt").is_file()

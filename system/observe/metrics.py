@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import ToolCall
+from system.tree.record import Kind, ToolCall
 from system.tree.stats import TreeStats
 
 Metrics = dict[str, float]
@@ -58,14 +58,56 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     if known:
         entropy, weight = zip(*known, strict=True)
         metrics["rollout/entropy"] = float(np.average(entropy, weights=weight))
+    if rescored := sum(one.rescored for one in stats):
+        metrics["rollout/rescored_share"] = rescored / tokens
+        metrics["rollout/rescored_gap"] = sum(one.rescored_gap for one in stats) / rescored
+    places = np.concatenate([one.answer[one.kind != Kind.MODEL] for one in stats])
+    if (known := np.isfinite(places)).any():  # behind how many prompts and results the answer was scored
+        metrics["rollout/answer_scored_share"] = mean(known)
+        metrics["rollout/answer_probability"] = mean(np.exp(places[known]))
     calls = np.concatenate([one.calls_per_leaf for one in stats])
     metrics["rollout/calls_per_leaf"] = mean(calls)
     outcomes = sum((one.outcomes for one in stats), Counter[str]())
     metrics |= {f"rollout/outcome/{name}": count / leaves for name, count in sorted(outcomes.items())}
+    metrics |= guide_metrics(stats) | expert_metrics(stats)
     for kind in sorted({one.task for one in stats}):
         of_kind = [one for one in stats if one.task == kind]
         metrics |= _scores(f"rollout/kind/{kind}", of_kind)
     return metrics
+
+
+def guide_metrics(stats: Sequence[TreeStats]) -> Metrics:
+    """``rollout/guided/…`` of trees whose sampled prompt told actions, and ``rollout/plain/…`` of the others;
+    nothing where none did.
+    """
+    guided = [one for one in stats if one.guide]
+    if not guided:
+        return {}
+    return {
+        "rollout/guided/trees": float(len(guided)),
+        "rollout/guided/actions": mean(one.guide for one in guided),
+        # Of the trees, those with a right answer: the guide was enough.
+        "rollout/guided/success_share": mean(bool(one.correct.any()) for one in guided),
+        **_scores("rollout/guided", guided),
+        **_scores("rollout/plain", [one for one in stats if not one.guide]),
+    }
+
+
+def expert_metrics(stats: Sequence[TreeStats]) -> Metrics:
+    """``rollout/expert/…``: trees with branches that begin with an expert's turns, and the rewards of these
+    branches and of the others in the same trees; nothing where there are none.
+    """
+    after = [(one.reward, one.after_expert) for one in stats if one.after_expert.any()]
+    if not after:
+        return {}
+    reward, led = (np.concatenate(column) for column in zip(*after, strict=True))
+    known = np.isfinite(reward)
+    return {
+        "rollout/expert/trees": float(len(after)),
+        "rollout/expert/leaves": float(led.sum()),
+        "rollout/expert/reward": mean(reward[known & led]),
+        "rollout/expert/reward_beside": mean(reward[known & ~led]),
+    }
 
 
 def engine_totals(counts: Mapping[str, float]) -> Metrics:
@@ -131,6 +173,7 @@ def train_metrics(
             "train/unique_tokens": float(sum(one.unique for one in stats)),
             "train/flat_tokens": float(sum(one.flat for one in stats)),
             "train/zero_variance_share": mean(one.zero_variance for one in stats),
+            **({"train/guided_share": mean(map(_guided, stats))} if any(map(_guided, stats)) else {}),
         }
         metrics |= _scores("train", stats)
         metrics |= _lengths(
@@ -207,9 +250,13 @@ def mean(values: Iterable[float] | NDArray[Any]) -> float:
     return float(array.mean(dtype=np.float64)) if array.size else float("nan")
 
 
+def _guided(stats: TreeStats) -> bool:
+    return stats.guide > 0
+
+
 def _scores(group: str, stats: Sequence[TreeStats]) -> Metrics:
-    reward = np.concatenate([one.rewards for one in stats])
-    correct = np.concatenate([one.correct for one in stats])
+    reward = np.concatenate([np.zeros(0), *(one.rewards for one in stats)])
+    correct = np.concatenate([np.zeros(0, bool), *(one.correct for one in stats)])
     metrics: Metrics = {}
     if reward.size:
         metrics[f"{group}/reward"] = mean(reward)

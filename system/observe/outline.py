@@ -30,7 +30,7 @@ Decode = Callable[[NDArray[np.int32]], str]
 
 T = TypeVar("T")
 
-_STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan"}
+_STYLE = {Kind.PROMPT: "bold", Kind.MODEL: "", Kind.TOOL: "cyan", Kind.EXPERT: "magenta"}
 _HEAT = ("", "yellow", "dark_orange", "bold red")  # token entropy up to 0.5, 1, 2 nats, and above
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -153,6 +153,9 @@ def _head(tree: Tree, view: View) -> Text:
     if view.credit:
         second.append(f"advantages: {view.credit}, within this tree")
     head = Text.assemble(("  ·  ".join(first), "bold"), "\n", ("  ·  ".join(second), "dim"))
+    if tree.guided:
+        head.append(f"\nguided by {_count(tree.guide, 'action')}, sampled from: ", "dim")
+        head.append(_shorten(visible(view.decode(tree.sampled_prompt), view.full), view))
     for key in ("question", "answer", "answers", "gold"):
         if key in tree.meta:
             value: Any = tree.meta[key]

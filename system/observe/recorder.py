@@ -107,7 +107,11 @@ class Recorder:
     def tree_closed(self, tree: TreeStats, version_now: int) -> None:
         """A tree closed and goes to the replay queue; ``version_now`` is the newest weight version."""
         self._closed.append(tree)
-        self._recent.append(tree)
+        if tree.guide:  # what it earned, the model did not earn alone
+            success = bool(tree.correct.any())
+            add(self._totals.guided, trees=1, with_success=success, actions=tree.guide)
+        else:
+            self._recent.append(tree)
         if tree.version_min >= 0:
             self._lag_at_close.append(max(0, version_now - tree.version_min))
         totals = self._totals

@@ -27,6 +27,7 @@ class Totals:
     version: int = 0
     staleness: Counter[int] = field(default_factory=Counter)  # trained trees by versions of lag
     pools: dict[str, float] = field(default_factory=dict)  # of a curriculum, now: share of the questions
+    guided: dict[str, float] = field(default_factory=dict)  # trees, those with a right answer, actions told
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> {"trees", "leaves"}
     causes: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind -> {"count", "first": its text}
     beginning: dict[str, list[float]] = field(default_factory=dict)  # metric -> its first values, for alarms
@@ -60,6 +61,7 @@ class Totals:
             },
             "versions": self.version,
             "pools": dict(self.pools),
+            "guided": dict(self.guided),
             "engine": engine_totals(self.engine),
             "tools": dict(sorted(self.tools.items())),
             "mismatch": _mismatch(self.mismatch),

@@ -1,5 +1,6 @@
 """Plans: memory per GPU and the likely bottleneck of a configuration, before anything is started."""
 
-from system.plan.plan import AgentWorkload, GpuPlan, plan, text
+from system.plan.plan import AgentWorkload, GpuPlan, named_gpus, plan, text
+from system.plan.search import search, table
 
-__all__ = ["AgentWorkload", "GpuPlan", "plan", "text"]
+__all__ = ["AgentWorkload", "GpuPlan", "named_gpus", "plan", "search", "table", "text"]

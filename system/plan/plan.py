@@ -14,11 +14,18 @@ from functools import cached_property
 from system.config import Config, ConfigError
 from system.models.known import shape_of
 from system.models.shape import ModelShape
-from system.plan.hardware import GIB, GPUS, Gpu
-from system.plan.memory import EngineLayout, Memory, engine_memory, kv_capacity, learner_memory
-from system.plan.speed import EngineRoofline, LearnerRoofline, publish_s
+from system.plan.hardware import GIB, GPUS, NODE, Gpu
+from system.plan.memory import (
+    EngineLayout,
+    Memory,
+    engine_memory,
+    host_memory,
+    kv_capacity,
+    learner_memory,
+)
+from system.plan.speed import EngineRoofline, LearnerRoofline, PublishRoofline
 
-GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "KV cache"
+GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "room in the engines"
 FEW = 16  # sequences of one engine, below which a step costs hardly less than one of so many
 
 
@@ -65,26 +72,39 @@ class Forecast:
 
     generate_s: float  # engines alone, for one batch
     train_s: float  # learner alone, for one batch
-    publish_s: float
+    mfu: float  # of the learner's GPUs, while it trains and none of them waits
+    stage_s: float  # weights are made ready for engines, which generate
+    pause_s: float  # engines stand still and take them
+    refill_s: float  # engines compute the keys and values of running contexts again under new weights
     staleness: int  # 0: engines and learner take turns
     branches: float  # in flight over all engines
     ready: float  # of them those that do not wait for a tool
-    held: float  # branches whose context the KV caches hold
+    held: float  # branches that engines decode at once, at most
+    capped: bool  # by engine.max_running, before their KV caches are full
     running: float  # branches decoding at once on one engine
     decode_per_s: float  # tokens per second, all engines
     decode_s: float  # of one branch
     tools_s: float  # of one branch
 
     @property
+    def publish_s(self) -> float:
+        return self.stage_s + self.pause_s
+
+    @property
     def learn_s(self) -> float:
         return self.train_s + self.publish_s
+
+    @property
+    def engines_s(self) -> float:
+        """Of engines that generate a batch and take new weights meanwhile."""
+        return self.generate_s + self.pause_s + self.refill_s
 
     @property
     def step_s(self) -> float:
         """Engines and learner together, as the staleness allows."""
         if self.staleness == 0:
             return self.generate_s + self.learn_s
-        return max(self.generate_s, self.learn_s)
+        return max(self.engines_s, self.learn_s)
 
     @property
     def engines_idle(self) -> float:
@@ -92,7 +112,8 @@ class Forecast:
 
         Branches wait for their tools independently of each other, so the number that decode is Poisson's.
         """
-        return 1 - self.generate_s / self.step_s * (1 - math.exp(-self.running))
+        busy = self.generate_s * (1 - math.exp(-self.running))
+        return 1 - (busy + self.refill_s) / self.step_s
 
     @property
     def learner_idle(self) -> float:
@@ -102,7 +123,7 @@ class Forecast:
     @property
     def bottleneck(self) -> str:
         """What limits a step."""
-        if self.learn_s > self.generate_s:
+        if self.learn_s > (self.engines_s if self.staleness else self.generate_s):
             return TRAINING
         if self.ready > self.held:
             return KV
@@ -111,11 +132,16 @@ class Forecast:
     @property
     def because(self) -> str:
         """Why that limits a step, and what would mend it."""
-        generate, learn = _time(self.generate_s), _time(self.learn_s)
+        generate, learn = duration(self.generate_s), duration(self.learn_s)
         if self.bottleneck == TRAINING:
             return (
                 f"a batch takes {learn} to train and publish, {generate} to generate: give the learner more "
                 "GPUs"
+            )
+        if self.bottleneck == KV and self.capped:
+            return (
+                f"{self.ready:,.0f} branches want to decode, engine.max_running lets {self.held:,.0f}: raise "
+                "it, or give the engines more GPUs"
             )
         if self.bottleneck == KV:
             return (
@@ -124,9 +150,9 @@ class Forecast:
             )
         if self.bottleneck == TOOLS:
             return (
-                f"a branch waits {_time(self.tools_s)} for tools and decodes {_time(self.decode_s)}, so that "
-                f"{self.running:,.1f} sequences decode at a time on an engine: raise rollout.concurrency and "
-                "flow.staleness, so that others decode meanwhile"
+                f"a branch waits {duration(self.tools_s)} for tools and decodes {duration(self.decode_s)}, "
+                f"so that {self.running:,.1f} sequences decode at a time on an engine: raise "
+                "rollout.concurrency and flow.staleness, so that others decode meanwhile"
             )
         why, remedy = f"{self.running:,.0f} sequences decode per engine", "give the engines more GPUs"
         if self.running < FEW:
@@ -153,13 +179,18 @@ class GpuPlan:
 
     @property
     def row_tokens(self) -> int:
-        """Of the learner's longest row: a path that exceeds ``learn.micro_tokens`` is one by itself."""
-        return max(self.config.learn.micro_tokens, self.config.engine.max_context)
+        """Of the learner's longest row."""
+        return row_tokens(self.config)
 
     @cached_property
     def learner_memory(self) -> Memory:
         learn = replace(self.config.learn, micro_tokens=self.row_tokens)
         return learner_memory(self.shape, learn, self.config.model.dtype, self.gpu.reserved)
+
+    @cached_property
+    def host_memory(self) -> Memory:
+        """Of one learner rank."""
+        return host_memory(self.shape, self.config.learn, self.config.model.dtype)
 
     @cached_property
     def engine_memory(self) -> Memory:
@@ -193,6 +224,7 @@ class GpuPlan:
                 ),
                 ("learn.sequence_parallel=true", learn.tp > 1 and not learn.sequence_parallel),
                 ("learn.recompute=full", learn.recompute != "full"),
+                ("learn.offload=true", not learn.offload),
                 ("a higher learn.tp, learn.pp or learn.cp", True),
             )
             problems.append(
@@ -203,7 +235,8 @@ class GpuPlan:
         if self.kv_tokens < self.config.engine.max_context:
             problems.append(
                 f"an engine of {self.engine.tp} GPU(s) holds {self.kv_tokens:,} tokens of KV, less than one "
-                f"context of engine.max_context={self.config.engine.max_context:,}: raise engine.tp"
+                f"context of engine.max_context={self.config.engine.max_context:,}: raise engine.tp, or "
+                f"engine.sglang.mem_fraction_static (it is {self.engine.memory_share:g})"
             )
         return problems
 
@@ -215,20 +248,31 @@ class GpuPlan:
         if (enough := max(1, math.ceil(decoding / FEW))) < engines:
             few = f"{decoding:.0f} branches decode" if decoding >= 1.5 else "one branch decodes"
             return [
-                f"about {few} at a time: {_count(enough, 'engine')} would do, "
-                f"{_count(self.config.learn.ranks + enough * self.engine.tp, 'GPU')} in all"
+                f"about {few} at a time: {count(enough, 'engine')} would do, "
+                f"{count(self.config.learn.ranks + enough * self.engine.tp, 'GPU')} in all"
             ]
         if replicas == engines:
             return []
         return [f"{engines} engines fit: set engine.replicas={engines} (it is {replicas})"]
 
+    @property
+    def node(self) -> int:
+        """GPUs of a machine."""
+        return self.config.cluster.gpus_per_node or NODE
+
+    @property
+    def one_node(self) -> bool:
+        """Whether learner and engines share a machine, and with it NVLink."""
+        return self.gpus <= self.node
+
     @cached_property
     def forecast(self) -> Forecast:
         flow, rollout, work, engines = self.config.flow, self.config.rollout, self.workload, self.engines
-        roof = EngineRoofline(self.shape, self.engine, self.gpu)
+        learn, roof = self.config.learn, EngineRoofline(self.shape, self.engine, self.gpu)
         wanted = min(rollout.concurrency * rollout.leaves, (flow.staleness + 1) * flow.batch_leaves)
         context = work.prompt_tokens + work.response_tokens / 2
-        held = max(1.0, self.kv_tokens / context) * engines
+        room = max(1.0, self.kv_tokens / context)
+        held = min(room, self.config.engine.max_running) * engines
         # Little's law: of the branches in flight those decode that do not wait for a tool.
         ready, tools_s = float(wanted), work.calls * work.tool_s
         tokens = work.response_tokens * (1 - work.tool_share)
@@ -243,14 +287,25 @@ class GpuPlan:
         trees = flow.batch_leaves / rollout.leaves
         fresh = trees * work.prompt_tokens + flow.batch_leaves * work.response_tokens * work.tool_share
         packed = flow.batch_leaves * work.packed + trees * work.prompt_tokens
+        sglang = self.config.engine.name == "sglang"  # the embedded engine goes over between two steps
+        gpu = self.gpu if sglang else replace(self.gpu, bucket_s=0.0, swap_s=0.0)
+        trainer = LearnerRoofline(self.shape, learn, self.gpu, context, self.node)
+        publish = PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node)
+        # Siblings' shared contexts are in an engine's cache once.
+        again = min(wanted, held) * context * (1 - work.shared)
+        refills = flow.staleness > 0 and self.config.engine.kv_after_update != "keep"
         return Forecast(
             generate_s=flow.batch_leaves * work.generated / rate + roof.prefill_s(fresh) / engines,
-            train_s=LearnerRoofline(self.shape, self.config.learn, self.gpu).train_s(packed, context),
-            publish_s=publish_s(self.shape, self.gpu),
+            train_s=trainer.train_s(packed),
+            mfu=trainer.mfu,
+            stage_s=publish.stage_s,
+            pause_s=publish.pause_s,
+            refill_s=refills * roof.prefill_s(again) / engines,
             staleness=flow.staleness,
             branches=wanted,
             ready=ready,
             held=held,
+            capped=room > self.config.engine.max_running,
             running=decoding / engines,
             decode_per_s=rate,
             decode_s=decode_s,
@@ -258,23 +313,33 @@ class GpuPlan:
         )
 
 
+def row_tokens(config: Config) -> int:
+    """Of the learner's longest row: a path that exceeds ``learn.micro_tokens`` is one by itself."""
+    return max(config.learn.micro_tokens, config.engine.max_context)
+
+
 def plan(
-    config: Config, gpus: int | None = None, *, gpu: str = "h100", workload: AgentWorkload | None = None
+    config: Config,
+    gpus: int | None = None,
+    *,
+    gpu: str = "h100",
+    workload: AgentWorkload | None = None,
+    engines: int | None = None,
 ) -> GpuPlan:
     """Lay ``config`` out over ``gpus`` GPUs (None: as many as the configuration names).
 
-    The learner takes tp · pp · cp · dp of them, engines of ``engine.tp`` GPUs the rest.  Raises
+    The learner takes tp · pp · cp · dp of them, engines of ``engine.tp`` GPUs the rest (or ``engines`` of
+    them, where less than the rest will do).  Raises
     :class:`ConfigError` for an unknown model or GPU, and when there are too few GPUs for a learner and one
     engine.
     """
     if gpu not in GPUS:
         raise ConfigError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
     shape, taken = shape_of(config.model), config.learn.ranks
-    engine = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
+    engine = engine_layout(config)
     if gpus is None:
-        on_cluster = config.cluster.nodes * config.cluster.gpus_per_node
-        gpus = on_cluster or taken + config.engine.replicas * engine.tp
-    engines = (gpus - taken) // engine.tp
+        gpus = named_gpus(config)
+    engines = engines or (gpus - taken) // engine.tp
     if engines < 1:
         raise ConfigError(
             f"{gpus} GPUs: the learner takes {taken} (learn.tp · pp · cp · dp) and an engine {engine.tp}; "
@@ -282,6 +347,27 @@ def plan(
         )
     workload = workload or AgentWorkload.guess(config)
     return GpuPlan(config, gpus, GPUS[gpu], workload, shape, engine, engines)
+
+
+def named_gpus(config: Config) -> int:
+    """GPUs of the nodes that the configuration asks for, or of its learner and engines."""
+    on_cluster = config.cluster.nodes * config.cluster.gpus_per_node
+    return on_cluster or config.learn.ranks + config.engine.replicas * config.engine.tp
+
+
+def engine_layout(config: Config) -> EngineLayout:
+    """Of one engine, whose memory is what SGLang's own flag says.  Raises :class:`ConfigError` if that is no
+    share.
+    """
+    layout = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
+    share = config.engine.sglang.get("mem_fraction_static")
+    if config.engine.name != "sglang" or share is None:
+        return layout
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        raise ConfigError(
+            f"engine.sglang.mem_fraction_static={share}: it is a share of a GPU's memory, between 0 and 1"
+        )
+    return replace(layout, memory_share=share)
 
 
 def text(plan: GpuPlan) -> str:
@@ -293,23 +379,26 @@ def text(plan: GpuPlan) -> str:
         f"{p.shape.name}: {_parameters(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
         f"({_size(p.gpu.memory)} each)",
         "",
-        f"learner  {_count(learn.ranks, 'GPU')}: {split}, micro-batches of up to {p.row_tokens:,} tokens"
+        f"learner  {count(learn.ranks, 'GPU')}: {split}, micro-batches of up to {p.row_tokens:,} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),
         _filled(p.learner_memory, p.gpu.memory),
+        *([f"  {_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
         "",
-        f"engines  {p.engines}, of {_count(p.engine.tp, 'GPU')} each",
+        f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each",
         _filled(p.engine_memory, p.gpu.memory),
         f"  {p.kv_tokens:,} tokens of KV cache per engine",
         "",
         f"forecast, with {forecast.branches:,.0f} branches in flight",
         f"  assumed per branch: prompt {work.prompt_tokens:,.0f}, response {work.response_tokens:,.0f} "
         f"tokens, {work.calls:g} tool calls of {work.tool_s:g} s, {work.shared:.0%} of a path shared",
-        f"  generating a batch {_time(forecast.generate_s)} ({forecast.decode_per_s:,.0f} tokens/s, "
+        f"  generating a batch {duration(forecast.generate_s)} ({forecast.decode_per_s:,.0f} tokens/s, "
         f"{forecast.running:.1f} sequences decoding per engine)",
-        f"  training on it {_time(forecast.train_s)}, publishing weights {_time(forecast.publish_s)}",
-        f"  a step every {_time(forecast.step_s)}; engines idle {forecast.engines_idle:.0%}, "
+        f"  training on it {duration(forecast.train_s)} (MFU {forecast.mfu:.0%}), publishing weights "
+        f"{duration(forecast.publish_s)} (engines pause {duration(forecast.pause_s)}, then compute running "
+        f"contexts again: {duration(forecast.refill_s)})",
+        f"  a step every {duration(forecast.step_s)}; engines idle {forecast.engines_idle:.0%}, "
         f"learner idle {forecast.learner_idle:.0%}",
         f"  bottleneck: {forecast.bottleneck}: {forecast.because}",
     ]
@@ -331,7 +420,7 @@ def _size(count: float) -> str:
     return f"{count / 1024:.0f} KiB"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``1.54`` -> ``1.5 s``, ``0.0213`` -> ``21 ms``."""
     if seconds >= 0.1:
         return f"{seconds:.1f} s"
@@ -345,5 +434,6 @@ def _parameters(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
+def count(number: int, what: str) -> str:
+    """``2, "GPU"`` -> ``2 GPUs``."""
+    return f"{number} {what}{'s' * (number != 1)}"

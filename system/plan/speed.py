@@ -2,17 +2,18 @@
 
 A decode step reads all weights and the KV cache of every running sequence from HBM, or is bound by its matrix
 products, whichever takes longer; on top comes a fixed cost per step and per sequence.  A training step costs
-6 floating-point operations per parameter and token (8 with full recomputation), and twice as many for each
-number of a key that it attends to; Kaplan et al. (2020), 2.1.
+6 floating-point operations per parameter and token (Kaplan et al., 2020, 2.1), attention's, those that are
+recomputed, and the exchange between tensor-parallel and between context-parallel ranks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from system.config import LearnConfig
 from system.models.shape import ModelShape
-from system.plan.hardware import Gpu
+from system.plan.hardware import NODE, Gpu
 from system.plan.memory import WIDTH, EngineLayout, kv_capacity
 
 
@@ -51,32 +52,95 @@ class LearnerRoofline:
     shape: ModelShape
     learn: LearnConfig
     gpu: Gpu
+    context: float = 0.0  # tokens that a token attends to, on average; 0: attention is not counted
+    node: int = NODE  # GPUs of a machine
 
-    def train_s(self, tokens: float, context: float = 0.0) -> float:
-        """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state.
-
-        ``context``: tokens that one of them attends to, on average.
-        """
-        learn, gpu, shape = self.learn, self.gpu, self.shape
-        passes = 8 if learn.recompute == "full" else 6
-        each = shape.active + 2 * shape.layers * shape.heads * shape.head_dim * context
-        # A pipeline idles (pp - 1) / micro-batches of the time (Narayanan et al., 2021, section 2.2).
-        micros = max(1.0, tokens / (learn.micro_tokens * learn.dp))
-        bubble = 1 + (learn.pp - 1) / micros
+    def train_s(self, tokens: float) -> float:
+        """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state."""
+        learn = self.learn
+        # A pipeline idles (pp - 1) / micro-batches of an update (Narayanan et al., 2021, section 2.2), and
+        # waits for its last stage, which has the head.
+        micros = max(1.0, tokens / (learn.micro_tokens * learn.dp * learn.updates))
+        bubble = (1 + (learn.pp - 1) / micros) * self._slowest
         # Less than a micro-batch per replica leaves replicas without work.
         replicas = min(learn.dp, max(1.0, tokens / learn.micro_tokens))
-        share = tokens / replicas
-        ranks = learn.tp * learn.pp * learn.cp
-        compute = passes * each * share / (ranks * gpu.flops * gpu.train_mfu)
-        return (compute + self._gather_s(share)) * bubble + self._optimizer_s()
+        return tokens / replicas * self.token_s * bubble + learn.updates * self._optimizer_s()
 
-    def _gather_s(self, tokens: float) -> float:
-        """Context parallelism: keys and values of ``tokens`` to the other ranks, and their gradients back."""
-        learn, shape, gpu = self.learn, self.shape, self.gpu
-        times = 3 if learn.recompute == "full" else 2
-        each = WIDTH["bfloat16"] * 2 * shape.kv_heads * shape.head_dim * shape.layers / (learn.tp * learn.pp)
-        others = (learn.cp - 1) / learn.cp
-        return times * each * others * tokens / (gpu.network * gpu.network_share)
+    @property
+    def token_s(self) -> float:
+        """Seconds that one replica of tp · pp · cp ranks takes for a token: kernels, then the exchange
+        between its tensor-parallel and its context-parallel ranks, which nothing hides.
+        """
+        learn, gpu = self.learn, self.gpu
+        ranks = learn.tp * learn.pp * learn.cp
+        flops = self.flops + self._recomputed + self._scored * self.flops / 3
+        near, far = gpu.nvlink * gpu.nvlink_share, gpu.network * gpu.network_share
+        exchange = self._exchanged / near / (learn.pp * learn.cp)
+        one_node = self.node % (learn.tp * learn.cp) == 0  # ranks are numbered so (parallel.Layout)
+        exchange += self._gathered / (near if one_node else far) / learn.pp
+        return flops / (ranks * gpu.flops * gpu.train_mfu) + exchange
+
+    @property
+    def _scored(self) -> float:
+        """Share of the tokens that take a forward pass more, for the proximal policy or a correction."""
+        learn = self.learn
+        if learn.correction.name != "none":
+            return 1.0
+        return (learn.updates - 1) / learn.updates if learn.objective.name == "decoupled" else 0.0
+
+    @property
+    def flops(self) -> float:
+        """Operations of a token's forward and backward pass as the model defines them."""
+        return 6 * self.shape.active + 3 * self._attention
+
+    @property
+    def mfu(self) -> float:
+        """Share of the GPUs' peak that those are, while rows are full and no stage of a pipeline waits."""
+        return self.flops / self.token_s / (self.learn.tp * self.learn.pp * self.learn.cp * self.gpu.flops)
+
+    @property
+    def _slowest(self) -> float:
+        """Work of the last pipeline stage, in those of the average one."""
+        shape, pp = self.shape, self.learn.pp
+        return (shape.layers * shape.matrices_per_layer + pp * shape.embedding) / shape.active
+
+    @property
+    def _attention(self) -> float:
+        """Operations of attention for one token, forward: scores and weighted sum."""
+        return 4 * self.shape.layers * self.shape.heads * self.shape.head_dim * self.context
+
+    @property
+    def _recomputed(self) -> float:
+        """Operations that the backward pass repeats."""
+        shape = self.shape
+        return {
+            "none": 0.0,
+            "selective": 2.0 * shape.layers * 3 * shape.hidden * shape.ffn,
+            "full": 2.0 * shape.layers * shape.matrices_per_layer + self._attention,
+        }[self.learn.recompute]
+
+    @property
+    def _exchanged(self) -> float:
+        """Bytes per token over a rank's link, of all layers: Korthikanti et al. (2022), section 4.2.
+
+        A layer has two all-reduces forward and two backward (with sequence parallelism each an all-gather and
+        a reduce-scatter, which moves the same, and inputs gathered once more for the weights' gradients).
+        """
+        learn = self.learn
+        halves = 8 + 2 * learn.sequence_parallel + {"none": 0, "selective": 2, "full": 4}[learn.recompute]
+        halves += 4 * self._scored
+        width = WIDTH["bfloat16"]
+        return halves * width * self.shape.hidden * (learn.tp - 1) / learn.tp * self.shape.layers
+
+    @property
+    def _gathered(self) -> float:
+        """Bytes per token of a row over a rank's link, of all layers: its key and value to the other
+        context-parallel ranks, forward and where layers are recomputed, and their gradient back.
+        """
+        learn, shape = self.learn, self.shape
+        times = 2 + (learn.recompute == "full") + self._scored
+        each = WIDTH["bfloat16"] * 2 * shape.kv_heads * shape.head_dim / learn.tp * shape.layers
+        return times * each * (learn.cp - 1) / learn.cp
 
     def _optimizer_s(self) -> float:
         """Gradient all-reduce over DP and CP (ring, fp32), one pass over weights, gradients and moments."""
@@ -84,10 +148,46 @@ class LearnerRoofline:
         held = self.shape.parameters / (learn.tp * learn.pp)
         copies = learn.cp * learn.dp
         ring = 2 * (copies - 1) / copies * 4 * held / (gpu.network * gpu.network_share)
+        if learn.offload:
+            return ring + 34 * held / copies / gpu.host
         shards = copies if learn.distributed_optimizer else 1
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 
 
-def publish_s(shape: ModelShape, gpu: Gpu) -> float:
-    """Streaming all weights from rank 0 into the engines, in buckets down a pipeline of receivers."""
-    return shape.parameters * WIDTH["bfloat16"] / (gpu.network * gpu.network_share)
+@dataclass(frozen=True, slots=True)
+class PublishRoofline:
+    """New weights from the learner into all engines, by one broadcast (``engine.weights=distributed``).
+
+    First rank 0 gathers all shards and keeps them in pinned memory, while engines generate.  Then engines
+    stand still: bucket after bucket leaves rank 0 once and is handed on among the engines' ranks in a ring,
+    which takes one transfer's time however many they are; every rank reads each bucket and writes its own
+    share, and proves by its digest what it holds, all servers at the same time.
+    """
+
+    shape: ModelShape
+    learn: LearnConfig
+    layout: EngineLayout
+    gpu: Gpu
+    one_node: bool = False  # learner and engines
+
+    @property
+    def size(self) -> float:
+        """Bytes of all weights, as engines hold them."""
+        return self.shape.parameters * WIDTH[self.layout.dtype]
+
+    @property
+    def stage_s(self) -> float:
+        """Until all weights lie ready at rank 0; engines generate meanwhile."""
+        gpu, ranks = self.gpu, self.learn.tp * self.learn.pp
+        gathered = self.size * (1 - 1 / ranks) / (gpu.nvlink * gpu.nvlink_share)
+        return gathered + self.size / gpu.pcie
+
+    @property
+    def pause_s(self) -> float:
+        """That every engine stands still, the slowest like all others."""
+        gpu = self.gpu
+        near, far = gpu.nvlink * gpu.nvlink_share, gpu.network * gpu.network_share
+        sent = self.size / gpu.pcie + self.size / (near if self.one_node else far)
+        loaded = (1 + 2 / self.layout.tp) * self.size / (gpu.hbm * gpu.hbm_share)
+        buckets = math.ceil(self.size / (self.learn.bucket_mb << 20))
+        return sent + loaded + buckets * gpu.bucket_s + gpu.swap_s

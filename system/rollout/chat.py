@@ -75,9 +75,9 @@ class Chat:
         self.ends = tuple(sorted(known | set(ends)))
         self.stop_ids = tuple(end for end in self.ends if end != eos)  # at EOS every engine stops by itself
 
-    def encode(self, messages: Messages) -> Int32:
+    def encode(self, messages: Messages, guide: str = "") -> Int32:
         """Token ids [P] of ``messages``, ready for the model's turn; one of the model at their end is gone on
-        with.
+        with.  ``guide``: put at the end of the user's last message; all else is as without it.
 
         With a chat template: the template's own text, generation prompt included.  Without one: the contents
         in order, joined by newlines, with whatever the tokenizer itself puts around a text (a BOS token,
@@ -87,6 +87,8 @@ class Chat:
         by = self.told_by(messages)
         tools = self._tools() if by == "template" else None
         told = self._with_words(messages, self._syntax.describe() if self._syntax and by == "words" else "")
+        if guide:  # only now: its actions are calls, as if the messages told of the tools
+            told = _guided(told, guide)
         if self._templated:
             ids = self._apply(told, tools, tokenize=True, return_dict=False)
         else:
@@ -225,6 +227,15 @@ def unknown_arguments(template: str, arguments: Mapping[str, Any]) -> str:
                 f"task.template.{name}: the model's chat template has no such argument{nearest(name, words)}"
             )
     return ""
+
+
+def _guided(messages: list[dict[str, str]], guide: str) -> list[dict[str, str]]:
+    """``messages`` with ``guide`` at the end of the user's last one."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise PromptError("a guide stands at the end of the user's last message, and there is none")
+    told = {**messages[last], "content": messages[last]["content"] + guide}
+    return [*messages[:last], told, *messages[last + 1 :]]
 
 
 def _whole_text(template: Any) -> str:

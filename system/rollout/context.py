@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from system.config import Config, RolloutConfig
+from system.config import Config, GuideConfig, RolloutConfig
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
@@ -26,6 +26,7 @@ from system.rollout.scoring import Scoring
 from system.rollout.syntax.base import Syntax
 from system.tools.outcome import Tools
 from system.tools.service import ToolService, build_tools
+from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Int32
 
@@ -48,6 +49,7 @@ class RolloutContext:
     now: Callable[[], float] = time.time  # unix time, for the record
     max_context: int = sys.maxsize  # tokens of a sequence, prompt included, that the engine takes
     asks: Chat | None = None  # None: the messages of a prompt as they are
+    guide: GuideConfig = field(default_factory=GuideConfig)  # how a guided tree's prompt tells the actions
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
     def __post_init__(self) -> None:
@@ -72,16 +74,33 @@ class RolloutContext:
             after += self.chat.opened
         return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
 
-    def encode_prompt(self, prompt: Prompt) -> Int32:
-        """Token ids of a question as the model is asked.
+    def encode_prompt(self, prompt: Prompt, guide: int = 0) -> Int32:
+        """Token ids of a question as the model is asked, with the first ``guide`` actions of its
+        demonstration.
 
         Raises :class:`PromptError`, and :class:`RolloutFailed` for one that leaves no room for a response.
         """
-        tokens = self.chat.encode(prompt.messages)
+        hint = self.guide.told(prompt.actions[:guide]) if guide else ""
+        tokens = self.chat.encode(prompt.messages, hint)
         if tokens.size >= self.max_context:
             fault = f"{tokens.size} tokens, and engine.max_context leaves room for {self.max_context}"
             raise RolloutFailed(prompt.id, "prompt_too_long", f"{fault}: raise it, or take the question out")
         return tokens
+
+    def plant(self, prompt: Prompt, budget: int, guide: int = 0) -> TreeBuilder:
+        """A tree of nothing but its prompt, and, with a ``guide``, of the one that is sampled from.
+
+        Raises as :meth:`encode_prompt` does.
+        """
+        return TreeBuilder(
+            prompt.id,
+            prompt.kind,
+            self.encode_prompt(prompt),
+            budget,
+            started_s=self.now(),
+            guide=guide,
+            sampled_prompt=self.encode_prompt(prompt, guide) if guide else (),
+        )
 
     def encode_result(self, text: str, room: int) -> Int32:
         """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
@@ -121,7 +140,10 @@ def build_context(
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),
-        max_context=config.engine.max_context - (SGLANG_KEEPS if config.engine.name == "sglang" else 0),
+        max_context=config.engine.max_context
+        # A score of the whole sequence comes with one more token.
+        - (SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore)),
         asks=make_chat(config, tokenizer, model_path, syntax),
+        guide=config.guide,
     )
     return context, service, engine

@@ -70,11 +70,12 @@ class BarrierFree(Schedule):
 
 
 class Eager(Schedule):
-    """Nobody waits, and a tree keeps no more leaves back than ``share`` for each branch that may still fork.
+    """Nobody waits, and a tree keeps no more leaves back than ``keep`` · ``share`` for each branch that may
+    still fork; the rest starts as fresh roots at once.
 
-    So when a branch ends without having forked, its share starts as fresh roots at once: a tree's last roots
-    do not begin when its other branches have ended.  A fork takes from what is kept, and its branch keeps a
-    share like any other.
+    A fork begins where its parent is and so ends when that ends; a root that starts late ends late, and the
+    slowest leaf sets the pace of a tree.  So few leaves are kept, which are nearly always taken by forks.  A
+    fork takes from what is kept, and its branch keeps a share like any other.
 
     A branch whose call is late counts as one that forks no more, until the answer is there; then it may fork
     if something is left.  A call is late after ``factor`` times the median of its tool's last ``window``
@@ -83,8 +84,8 @@ class Eager(Schedule):
 
     streaming: ClassVar[bool] = True
 
-    def __init__(self, factor: float = 2.0, window: int = 256, least: int = 16) -> None:
-        self._factor, self._least = factor, least
+    def __init__(self, keep: float = 0.5, factor: float = 2.0, window: int = 256, least: int = 16) -> None:
+        self._keep, self._factor, self._least = keep, factor, least
         self._latencies: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=window))
 
     def patience_s(self, tool: str) -> float:
@@ -98,7 +99,7 @@ class Eager(Schedule):
     def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
         """What is left of the budget over the shares of the branches that may fork and are not late."""
         hopeful = sum(_may_fork(b, call_limit) and not b.late for b in live)
-        return max(0, remaining - math.ceil(hopeful * share))
+        return max(0, remaining - math.ceil(hopeful * self._keep * share))
 
 
 class Lockstep(Schedule):

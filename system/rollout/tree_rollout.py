@@ -16,20 +16,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
 
-from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest, Sampling
+from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
+from system.rollout.expert import led, prefixes
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.probe import probe
+from system.rollout.request import GivenTokens, segment_request
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import ScoreFailed
@@ -42,7 +43,6 @@ from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, Tool
 
 log = logging.getLogger(__name__)
 
-STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells of what it said before
 # Where a branch's time goes: tokens come, a tool runs, the first token is awaited, others are awaited.
 CAUSES = ("engine", "tool", "waiting", "barrier")
 
@@ -60,13 +60,16 @@ class TreeRollout:
         n: int | None = None,
         greedy: bool = False,
         temperature: float | None = None,
+        guide: int = 0,
         growth: TreeBuilder | None = None,
     ) -> None:
         """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
         draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
         engine's route).  ``n`` overrides the leaf budget.  ``greedy`` is evaluation: one leaf (or ``n``), no
-        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``growth``: what was built
-        before the run was resumed (see :mod:`system.rollout.snapshot`); None for a new tree.
+        forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``guide``: actions of the
+        prompt's demonstration that the engine is told and the learner is not (:mod:`system.flow.guidance`).
+        ``growth``: what was built before the run was resumed (see :mod:`system.rollout.snapshot`), its guide
+        included; None for a new tree.
         """
         config = context.config
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
@@ -76,11 +79,16 @@ class TreeRollout:
         self.share = max(self.budget / config.roots - 1, 0.0)  # leaves kept for forks, per root
         usual = 0.0 if greedy else config.temperature
         self.temperature = usual if temperature is None else temperature
+        self.route = f"{prompt.id}:{ticket}"
+        self.rescores = config.rescore and not greedy
+        self.scores_answer = config.score_answer and not greedy
         self.resumed = growth is not None
-        if growth is None:
-            tokens = context.encode_prompt(prompt)
-            growth = TreeBuilder(prompt.id, prompt.kind, tokens, self.budget, started_s=context.now())
-        self.growth = growth
+        self.growth = growth or context.plant(prompt, self.budget, guide)
+        about = (prompt.id, self.route, self.temperature, next(iter(prompt.answers), ""))
+        self.given = GivenTokens(context, self.growth, *about, self.mishap)
+        self.roots = min(config.roots, self.budget) if self.policy.can_fork else self.budget
+        alone = greedy or self.resumed
+        self.prefixes = () if alone else prefixes(context, self.growth, prompt, seed, self.roots)
         self.started: Counter[Origin] = Counter()
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
@@ -106,6 +114,8 @@ class TreeRollout:
             async with self.scores:
                 for leaf in range(len(self.ended)):  # of a resumed tree
                     self._spawn_score(leaf)
+                if self.scores_answer and not self.resumed:
+                    self.scores.create_task(self.given.answer(self.growth.prompt, ""))
                 cut = await self._branches()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
@@ -122,8 +132,7 @@ class TreeRollout:
                 for branch in self.live.values():
                     self._spawn(branch)
                 if not self.resumed:
-                    roots = min(self.config.roots, self.budget) if self.policy.can_fork else self.budget
-                    self._start_roots(roots, Origin.ROOT)
+                    self._start_roots(self.roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -132,6 +141,10 @@ class TreeRollout:
                 self._end(branch, Outcome.DEADLINE)
             return True
         return False
+
+    def mishap(self, kind: str, text: str) -> None:
+        """Something has failed that does not end the tree."""
+        self.mishaps.append(Mishap(kind, text))
 
     # The budget
 
@@ -142,7 +155,7 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(Branch.planted(self.seed, key, origin, self.growth.prompt))
+            self._start(led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes))
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()
@@ -192,7 +205,7 @@ class TreeRollout:
         except EngineError as error:
             log.warning("prompt %s, branch %s: %s", self.prompt.id, branch.key, error)
             kind = ENGINE_LOST if isinstance(error, EngineLost) else "engine"
-            self.mishaps.append(Mishap(kind, str(error)))
+            self.mishap(kind, str(error))
             outcome = Outcome.ENGINE_ERROR
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
@@ -220,7 +233,7 @@ class TreeRollout:
             score = await self.context.scoring.score(self.prompt, view)
         except ScoreFailed as error:
             log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
-            self.mishaps.append(Mishap("reward", str(error)))
+            self.mishap("reward", str(error))
         else:
             self.growth.score(leaf, score.value, score.correct)
             self.parts[leaf] = score.parts
@@ -264,6 +277,8 @@ class TreeRollout:
         branch.finish = None
         if finish.type != "abort":
             self._measure(branch)
+            if self.rescores:
+                self.scores.create_task(self.given.closed(branch.node, branch.request))
         self._read(branch, Kind.MODEL, begin)
         return finish
 
@@ -287,24 +302,11 @@ class TreeRollout:
     async def _stream(self, branch: Branch, begin: int) -> None:
         """Tokens into the newest node until ``branch.finish`` is there; the first k are looked at at once."""
         config, path = self.config, self.growth.path_tokens(branch.node)
-        if self._room(branch) == 0:  # a resumed run has all of it but the message that says so
+        if (room := self._room(branch)) == 0:  # a resumed run has all of it but the message that says so
             branch.finish = Finish("length")
             return
-        request = GenerateRequest(
-            rid=f"{self.prompt.id}:{'.'.join(map(str, branch.key))}:{uuid.uuid4().hex[:12]}",
-            input_ids=path,
-            sampling=Sampling(
-                max_new_tokens=self._room(branch),
-                temperature=self.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                stop=self.context.syntax.stops,
-                stop_token_ids=self.context.chat.stop_ids,
-                seed=branch.seed,
-            ),
-            route=f"{self.prompt.id}:{self.ticket}",
-            parent=branch.request,
-            said=self.context.chat.decode(path[max(begin, path.size - STOP_TOKENS) :]),
+        request = segment_request(
+            self.context, self.prompt.id, branch, path, begin, room, self.temperature, self.route
         )
         branch.request = request.rid
         stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
@@ -397,6 +399,8 @@ class TreeRollout:
         about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
         self.growth.call(ToolCall(node, tool if tool in self.context.tools.specs else "", arguments, *about))
         branch.node = branch.answer = node
+        if self.scores_answer:
+            self.scores.create_task(self.given.answer(node, branch.request))
         branch.calling = False
         branch.tools = (*branch.tools, (tool, str(outcome.status)))
         self._read(branch, Kind.TOOL, begin)
@@ -415,7 +419,7 @@ class TreeRollout:
             except Exception as error:  # the service promises not to raise; if it does, the agent goes on
                 log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
                 detail = described(error)
-                self.mishaps.append(Mishap("tool", f"{tool}: {detail}"))
+                self.mishap("tool", f"{tool}: {detail}")
                 text = "Error: the tool is unavailable"
                 return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=detail)
             finally:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sys
 import time
@@ -149,7 +150,16 @@ def measure(config: Config, trial: Trial) -> dict[str, Any]:
 
     if trial.steps:
         asyncio.run(run())
-    return {"trial": asdict(trial), "points": points, "seconds": time.monotonic() - began, **count.figures()}
+    seconds = time.monotonic() - began
+    return {"trial": asdict(trial), "points": points, "seconds": seconds, **count.figures()}
+
+
+def _code() -> str:
+    """A digest of all source files here."""
+    found, here = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(here.rglob("*.py")):
+        found.update(f"{file.relative_to(here)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:8]
 
 
 def _mean_square_below(stats: TreeStats) -> Any:
@@ -158,8 +168,8 @@ def _mean_square_below(stats: TreeStats) -> Any:
 
 
 def main() -> None:
-    trial = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    result = measure(load(trial.config, trial.overrides), trial)
+    trial, code = Trial(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), _code()
+    result = {"code": code, **measure(load(trial.config, trial.overrides), trial)}
     write_atomic(Path(trial.result), json.dumps(jsonable(result), allow_nan=False) + "\n")
 
 

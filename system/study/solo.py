@@ -21,6 +21,7 @@ from system.engine.control import Http
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
 from system.flow.curriculum import PoolWeights
+from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, Ticket
 from system.flow.loop import RunEvents, TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
@@ -64,7 +65,10 @@ class Solo:
         """
         config = self.config
         attempts, pools = config.flow.max_attempts, PoolWeights.of(config)
-        ledger = Ledger.replay([*self.prompts], config.run.seed, (), 0, attempts, weights=pools)
+        guides = Guides.of(config, self.prompts.values())
+        ledger = Ledger.replay(
+            [*self.prompts], config.run.seed, (), 0, attempts, weights=pools, guides=guides
+        )
         loop = TrainingLoop(config, ledger, self, events)
         await between(0)
         async with asyncio.TaskGroup() as tasks:
@@ -96,7 +100,12 @@ class Solo:
         try:
             with one_tree(prompt.id):
                 growing = TreeRollout(
-                    self._context, prompt, seed=seed, ticket=ticket.number, temperature=temperature
+                    self._context,
+                    prompt,
+                    seed=seed,
+                    ticket=ticket.number,
+                    temperature=temperature,
+                    guide=ticket.guide,
                 )
                 tree = await growing.run()
         except RolloutFailed as failure:

@@ -67,6 +67,12 @@ def study(
         asyncio.run(_make({(task, "start", seed): trial for (task, seed), trial in starts.items()}, jobs))
         asyncio.run(_make(runs, jobs))
     results = {key: json.loads(Path(trial.result).read_bytes()) for key, trial in runs.items()}
+    if len(codes := sorted({str(result.get("code", "an earlier one")) for result in results.values()})) > 1:
+        print(
+            f"WARNING: the runs in {out} were made by {len(codes)} versions of the code ({', '.join(codes)}; "
+            '"code" of each file in runs/): for one version remove the others\' and start this again',
+            flush=True,
+        )
     return write_report(name, results, out)
 
 

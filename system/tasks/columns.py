@@ -21,7 +21,7 @@ from system.tasks.gold import gold_answers, is_missing
 from system.text import as_text
 from system.tree.prompt import Prompt
 
-ROLES = ("question", "answer", "id", "kind", "system")  # what task.columns may name
+ROLES = ("question", "answer", "id", "kind", "system", "demonstration")  # what task.columns may name
 QUESTIONS = ("prompt", "messages", "conversations", "question", "problem", "query", "instruction", "input")
 ANSWERS = (
     "reward_model.ground_truth", "reward_spec.ground_truth", "ground_truth", "golden_answers", "answers",
@@ -30,6 +30,7 @@ ANSWERS = (
 )  # fmt: skip
 KINDS = ("kind", "ability", "data_source", "datasource")
 SYSTEMS = ("system", "system_prompt")
+DEMONSTRATIONS = ("demonstration", "trajectory", "actions")
 _ANSWERED = ("messages", "conversations")  # these end with the answer
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _DEPTH = 32
@@ -44,8 +45,9 @@ class RowUnusable(DataError):
 class Columns:
     """How rows are read."""
 
-    def __init__(self, named: Mapping[str, str]) -> None:
+    def __init__(self, named: Mapping[str, str], guided: bool = False) -> None:
         """``named``: role -> column, with dots for a field of an object; "" for a role that no column has.
+        ``guided``: the demonstrations are needed, else they are not looked at.
 
         Raises :class:`DataError` for another role.
         """
@@ -53,7 +55,7 @@ class Columns:
             if role not in ROLES:
                 close = nearest(str(role), ROLES)
                 raise DataError(f"task.columns.{role}: it may name {', '.join(ROLES)}{close}")
-        self._named = dict(named)
+        self._named, self._guided = dict(named), guided
 
     def prompt(self, row: Row, where: str, default_id: str, system_prompt: str = "") -> Prompt:
         """The question of one row.  ``where`` names it in errors; ``system_prompt`` replaces the row's own.
@@ -88,7 +90,23 @@ class Columns:
             answers=self._answers(row, where, said),
             kind=self._text(row, "kind", KINDS) or "default",
             extra={as_text(k): plain(v) for k, v in row.items() if k != column and v is not None},
+            demonstration=self._demonstration(row, where) if self._guided else (),
         )
+
+    def _demonstration(self, row: Row, where: str) -> tuple[tuple[str, str], ...]:
+        """The segments of a list of messages (what is not the assistant's is a tool's, once it has begun), or
+        of a list of texts: the actions, whose results nobody knows.  () where the row has none.
+        """
+        column = self._column(row, "demonstration", DEMONSTRATIONS)
+        if not column:
+            return ()
+        value = _listed(find(row, column))
+        if isinstance(value, list | tuple) and all(isinstance(text, str) and text for text in value):
+            return tuple(segment for text in value for segment in (("model", text), ("tool", "")))
+        said = _messages(value, f"{where}, column {column}")
+        first = next((i for i, message in enumerate(said) if message["role"] == "assistant"), len(said))
+        authors = ("model" if message["role"] == "assistant" else "tool" for message in said[first:])
+        return tuple(zip(authors, (message["content"] for message in said[first:]), strict=True))
 
     def _column(self, row: Row, role: str, usual: tuple[str, ...]) -> str:
         """The column that has the role in this row; "" for none."""
@@ -172,13 +190,20 @@ def _unpacked(row: Row) -> Row:
 def _messages(value: Any, where: str) -> Messages:
     """Chat messages of a list of them, of its JSON text, or of a question's text."""
     if isinstance(value, str) and value.lstrip()[:2] in ("[{", "[\n"):
-        with suppress(ValueError, RecursionError):  # else it is a question that begins like that
-            value = json.loads(value)
+        value = _listed(value)  # else it is a question that begins like that
     if isinstance(value, str):
         return ({"role": "user", "content": value},)
     if not isinstance(value, list | tuple) or not value:
         raise RowUnusable(f"{where}: expected a text, or a list of {{role, content}}")
     return tuple(_message(message, f"{where}[{i}]") for i, message in enumerate(value))
+
+
+def _listed(value: Any) -> Any:
+    """A list where ``value`` is the JSON text of one, else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _message(value: Any, where: str) -> dict[str, str]:

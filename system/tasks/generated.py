@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Generic, Protocol, TypeVar
 
@@ -37,7 +38,7 @@ class GeneratedTask(ABC, Generic[Q]):
 
     def __init__(self, config: Config, skill: Skill) -> None:
         """``skill``: of the expert whose demonstrations warm the model up."""
-        self.seed, self.skill = config.run.seed, skill
+        self.seed, self.skill, self.guided = config.run.seed, skill, config.guide.shows
         self.train_size, self.eval_size = sizes(config)
 
     @abstractmethod
@@ -64,7 +65,14 @@ class GeneratedTask(ABC, Generic[Q]):
         return self._prompts("eval", self.held_out)
 
     def train(self) -> list[Prompt]:
-        return self._prompts("train", self._new(f"train-{self.seed}", self.train_size))
+        """Where trees may be guided, each with a demonstration of an expert that makes no mistake."""
+        questions = self._new(f"train-{self.seed}", self.train_size)
+        prompts = self._prompts("train", questions)
+        if not self.guided:
+            return prompts
+        perfect, rng = Skill(right=1.0), random.Random(f"guide-{self.seed}")
+        shown = (self.demonstrate(q, p, perfect, rng) for q, p in zip(questions, prompts, strict=True))
+        return [replace(one.prompt, demonstration=one.segments) for one in shown]
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         """``n`` trajectories of the imperfect expert on questions that are not held out."""

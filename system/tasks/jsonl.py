@@ -45,7 +45,7 @@ class JsonlTask:
         task = config.task
         if not task.path:
             raise ConfigError("task.name=jsonl needs task.path=<a data file, a directory or a glob>")
-        system, columns = task.system_prompt, Columns(task.columns)
+        system, columns = task.system_prompt, Columns(task.columns, config.guide.shows)
         faults: list[str] = []
 
         def taken(field: str, path: str, limit: int) -> DataSet:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system.models.directory import fast_tokenizer
 from system.tree.prompt import Prompt
 
 QUESTIONS = 32  # the first ones, that are looked at
@@ -43,11 +44,9 @@ def unknown_tokens(model: str, prompts: Sequence[Prompt]) -> UnknownTokens | Non
     file = Path(model) / "tokenizer.json"
     if not model or not file.is_file():
         return None
-    from tokenizers import Tokenizer  # only here
-
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception:  # the library has no kind of its own; system.models.directory tells of it
+        tokenizer = fast_tokenizer(file)
+    except ValueError:  # preflight tells of it
         return None
     unknown = _unknown_id(json.loads(file.read_bytes())["model"], tokenizer)
     found: list[str] = []

@@ -15,44 +15,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from system.tree.record import ForkDecision, Int32, Kind, Origin, Outcome, ToolCall, Tree, TreeError, validate
-
-
-class _Path:
-    """Token ids from the root onwards in one contiguous buffer that doubles as it fills.
-
-    A branch and the nodes along it share one path, so that its next request costs no copy; only a fork
-    copies the prefix, once.  Readers hold views: what has been written never changes, and a buffer outgrown
-    is left to them.
-    """
-
-    __slots__ = ("buffer", "size")
-
-    def __init__(self, prefix: Int32) -> None:
-        self.buffer = np.empty(max(256, 2 * prefix.size), np.int32)
-        self.buffer[: prefix.size] = prefix
-        self.size = int(prefix.size)
-
-    def append(self, tokens: Int32) -> None:
-        size = self.size + tokens.size
-        if size > self.buffer.size:
-            grown = np.empty(max(size, 2 * self.buffer.size), np.int32)
-            grown[: self.size] = self.buffer[: self.size]
-            self.buffer = grown
-        self.buffer[self.size : size] = tokens
-        self.size = int(size)
-
-    def view(self, start: int, stop: int) -> Int32:
-        tokens = self.buffer[start:stop]
-        tokens.flags.writeable = False
-        return tokens
+from system.tree.record import (
+    ARRAYS,
+    ForkDecision,
+    Int32,
+    Kind,
+    Origin,
+    Outcome,
+    ToolCall,
+    Tree,
+    TreeError,
+    validate,
+)
+from system.tree.token_path import TokenPath
 
 
 @dataclass(slots=True)
 class _Node:
     parent: int
     kind: Kind
-    path: _Path  # the parent's until the node's first token, which may copy it
+    path: TokenPath  # the parent's until the node's first token, which may copy it
     begin: int  # index of the node's first token on its path
     end: int  # one past its last
     children: list[int] = field(default_factory=list)
@@ -60,6 +42,8 @@ class _Node:
     logprob: list[NDArray[np.float32]] = field(default_factory=list)
     entropy: list[NDArray[np.float32]] = field(default_factory=list)
     version: list[Int32] = field(default_factory=list)
+    closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
+    answer: float = math.nan  # :meth:`TreeBuilder.answer`
 
 
 @dataclass(slots=True)
@@ -96,20 +80,29 @@ class TreeBuilder:
         budget: int,
         meta: dict[str, Any] | None = None,
         started_s: float = 0.0,
+        guide: int = 0,
+        sampled_prompt: Sequence[int] | NDArray[Any] = (),
     ) -> None:
-        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree."""
-        tokens = np.asarray(prompt_tokens, np.int32)
-        if tokens.ndim != 1 or tokens.size == 0:
+        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree.
+
+        ``sampled_prompt``: the prompt that the branches go on from, where that is not ``prompt_tokens``, the
+        one that the tree is trained under; it tells ``guide`` actions.  While the tree grows, the former is
+        its root (in paths and depths); the closed tree has the latter there.
+        """
+        trained, sampled = (np.array(one, np.int32) for one in (prompt_tokens, sampled_prompt))
+        if trained.ndim != 1 or trained.size == 0:
             raise TreeError(f"prompt {prompt_id!r} has no tokens")
+        tokens = sampled if sampled.size else trained
         self.prompt_id, self.budget = prompt_id, budget
         self.meta: dict[str, Any] = dict(meta or {})
+        self.guide, self._trained, self._sampled = guide, trained, sampled
         self._about: dict[str, Any] = {
             "prompt_id": prompt_id,
             "task": task,
             "budget": budget,
             "started_s": started_s,
         }
-        root = _Node(parent=-1, kind=Kind.PROMPT, path=_Path(tokens), begin=0, end=int(tokens.size))
+        root = _Node(parent=-1, kind=Kind.PROMPT, path=TokenPath(tokens), begin=0, end=int(tokens.size))
         self._nodes = [root]
         self._leaves: list[_Leaf] = []
         self._calls: list[ToolCall] = []
@@ -178,7 +171,7 @@ class TreeBuilder:
             return
         self._annotate(own, ids.size, logprob, entropy, version)
         if own.path.size != own.end:  # a sibling has gone on from here: this branch needs its own copy
-            own.path = _Path(own.path.view(0, own.end))
+            own.path = TokenPath(own.path.view(0, own.end))
         own.path.append(ids)
         own.end += int(ids.size)
 
@@ -199,6 +192,19 @@ class TreeBuilder:
             raise TreeError(f"leaf {leaf}: a reward must be finite, not {value}")
         self._leaves[leaf].reward = float(value)
         self._leaves[leaf].correct = int(correct)
+
+    def rescore(self, node: int, logprob: ArrayLike, version: int) -> None:
+        """Give MODEL node ``node``, which grows no more, the log-probabilities [n] of its own tokens under
+        weights ``version``.
+        """
+        if self.kind(node) != Kind.MODEL:
+            raise TreeError(f"node {node}: only sampled tokens are scored at their close")
+        own = self._node(node)
+        own.closed = _row(logprob, own.end - own.begin, np.float32, "logprob"), version
+
+    def answer(self, node: int, logprob: float) -> None:
+        """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
+        self._node(node).answer = logprob
 
     def call(self, call: ToolCall) -> None:
         """Record a tool call; ``call.node`` is a handle."""
@@ -221,9 +227,12 @@ class TreeBuilder:
         pieces, index = self._pieces()
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
+        answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
+        lengths[0] = self._trained.size
+        grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
             **self._about,
-            **_token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)]),
+            **self._under_trained(grown),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
             parent=np.array([piece.parent for piece in pieces], np.int32),
             kind=np.array([n.kind for n in kept], np.int8),
@@ -235,10 +244,21 @@ class TreeBuilder:
             calls=tuple(replace(c, node=index[c.node]) for c in self._calls),
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
+            answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
             meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
+            sampled_prompt=self._sampled,
+            guide=self.guide,
         )
         validate(tree)
         return tree
+
+    def _under_trained(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
+        begin = self._nodes[0].end
+        return arrays | {
+            name: np.concatenate([_unsampled(name, self._trained), array[begin:]])
+            for name, array in arrays.items()
+        }
 
     def kind(self, node: int) -> Kind:
         return self._node(node).kind
@@ -282,9 +302,9 @@ class TreeBuilder:
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
-        Arrays per token (``tokens``, ``logprob``, ``entropy``, ``version``) and per node (``parent``,
-        ``kind``, ``begin``, ``length``), nodes in the order of their handles.  Rewards are not in it: they
-        come at the close.
+        Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
+        ``begin``, ``length``, ``answer``), nodes in the order of their handles; of a guided tree also the
+        ``trained_prompt``.  Rewards are not in it: they come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
@@ -293,6 +313,7 @@ class TreeBuilder:
             "kind": np.array([n.kind for n in nodes], np.int8),
             "begin": np.array([n.begin for n in nodes], np.int32),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
+            "answer": np.array([n.answer for n in nodes], np.float32),
         }
         fields = {
             **self._about,
@@ -301,6 +322,8 @@ class TreeBuilder:
             "calls": [asdict(call) for call in self._calls],
             "forks": [asdict(fork) for fork in self._forks],
         }
+        if self._sampled.size:
+            arrays["trained_prompt"], fields["guide"] = self._trained, self.guide
         return arrays, fields
 
     @classmethod
@@ -308,12 +331,19 @@ class TreeBuilder:
         """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
         ends = np.cumsum(arrays["length"])
         about = {name: fields[name] for name in ("prompt_id", "task", "budget", "started_s", "meta")}
-        growth = cls(prompt_tokens=arrays["tokens"][: ends[0]], **about)
+        root = arrays["tokens"][: ends[0]]
+        trained, sampled = (arrays["trained_prompt"], root) if "trained_prompt" in arrays else (root, ())
+        guide: int = fields.get("guide", 0)
+        growth = cls(prompt_tokens=trained, sampled_prompt=sampled, guide=guide, **about)
         nodes = (arrays[name][1:].tolist() for name in ("parent", "kind", "begin"))
         for start, end, parent, kind, begin in zip(ends[:-1], ends[1:], *nodes, strict=True):
             node, own = growth.node(parent, Kind(kind), begin), slice(start, end)
             sampled = {name: arrays[name][own] for name in ("logprob", "entropy", "version")}
             growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
+            if "closed_version" in arrays and (version := arrays["closed_version"][own]).max(initial=-1) >= 0:
+                growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
+        for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
+            growth.answer(number, logprob)
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:
@@ -379,12 +409,18 @@ def _plain(value: Any, where: str) -> Any:
 
 def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
-    return {
+    arrays = {
         "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
         "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
         "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
         "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
     }
+    if any(n.closed for n in nodes):
+        closed = [n.closed or (np.full(n.end - n.begin, np.nan, np.float32), -1) for n in nodes]
+        sizes = [n.end - n.begin for n in nodes]
+        arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
+        arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
+    return arrays
 
 
 def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
@@ -395,3 +431,9 @@ def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
     if row.shape == ():
         return np.full(size, row)
     raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")
+
+
+def _unsampled(name: str, tokens: Int32) -> NDArray[Any]:
+    """The array ``name`` of a tree, of ``tokens`` that were not sampled."""
+    off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
+    return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from system.tree.factor import EntropyFactor
 from system.tree.plan import BatchPlan, MicroBatch, Part, padded_size
-from system.tree.record import Tree, path, path_sum, subtree_end
+from system.tree.record import Kind, Tree, path, path_sum, subtree_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,13 @@ class PackedBatch:
     s_minus: NDArray[np.float32]  # [N] Σ w·min(A, 0) over the leaves below
     factor: NDArray[np.float32]  # [N] what S+ and S- were multiplied by; below 0 they have changed places
     mult: NDArray[np.float32]  # [N] Σ w over the scored leaves below (weighs entropy bonus, KL, diagnostics)
-    logprob: NDArray[np.float32]  # [N] behaviour log-probability
+    logprob: NDArray[np.float32]  # [N] behaviour log-probability; NaN on EXPERT tokens, which have none
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
+    guided: NDArray[np.bool_]  # [N] ``logprob`` is under another prompt than the tokens of this row, or NaN
     tree: NDArray[np.int32]  # [N] which tree of the batch, -1 for padding
     node: NDArray[np.int32]  # [N] the token's node, numbered through the row; -1 for padding
+    # [N] log-probability under the weights at its node's close; the behaviour one where it was not scored
+    closed: NDArray[np.float32]
 
 
 def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list[list[PackedBatch]]:
@@ -68,8 +71,10 @@ def pack(
         mult=np.zeros(n, np.float32),
         logprob=np.zeros(n, np.float32),
         version=np.full(n, -1, np.int32),
+        guided=np.zeros(n, np.bool_),
         tree=np.full(n, -1, np.int32),
         node=np.full(n, -1, np.int32),
+        closed=np.zeros(n, np.float32),
     )
     base = 0
     for part in micro_batch:
@@ -106,15 +111,20 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree, factor: Entrop
     predictor[start] = base + end[parent] - 1
     predictor[0] = -1
 
+    expert = np.repeat(tree.kind[nodes] == Kind.EXPERT, length)
     rows = slice(base, base + part.size)
     batch.tokens[rows] = tree.tokens[source]
     batch.position[rows] = np.repeat(depth - start, length) + token
     batch.exit[rows] = base + np.repeat(leave, length)
     batch.predictor[rows] = predictor
+    batch.guided[rows] = tree.guided | expert
     batch.tree[rows] = part.tree
     first = batch.node[base - 1] + 1 if base else 0
     batch.node[rows] = first + np.repeat(np.arange(nodes.size), length)
-    batch.logprob[rows] = tree.logprob[source]
+    batch.logprob[rows] = batch.closed[rows] = np.where(expert, np.nan, tree.logprob[source])
+    if tree.rescored:
+        closed = tree.closed_logprob[source]
+        batch.closed[rows] = np.where(np.isnan(closed), batch.logprob[rows], closed)
     batch.mult[rows] = np.repeat(part.credit[:, 2], length)
     if factor is not None:
         batch.factor[rows] = factor.of(tree.entropy[source])
@@ -139,6 +149,9 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         logprob=tree.logprob[source],
         entropy=tree.entropy[source],
         version=tree.version[source],
+        closed_logprob=tree.closed_logprob[source] if tree.rescored else tree.closed_logprob,
+        closed_version=tree.closed_version[source] if tree.rescored else tree.closed_version,
+        answer_logprob=tree.answer_logprob[nodes] if tree.answer_logprob.size else tree.answer_logprob,
         start=start.astype(np.int32),
         parent=np.arange(-1, nodes.size - 1, dtype=np.int32),
         kind=tree.kind[nodes],

@@ -78,7 +78,11 @@ def where_read(tree: TreeStats, per: Per, counts: NDArray[np.bool_]) -> NDArray[
 def node_credit(
     tree: TreeStats, advantage: Floats, weight: Floats, *, per: Per, hard: bool = False
 ) -> Float64:
-    """[J, 3] S+, S- and multiplicity of each node; 0 on nodes that are not MODEL.
+    """[J, 3] S+, S- and multiplicity of each node; 0 on nodes that are neither MODEL nor EXPERT.
+
+    An EXPERT node has what its leaves of positive advantage give it: those that earned less than others are
+    the model's fault, who went on from there (E3-TIR's stop of the gradient on expert prefixes, arXiv
+    2604.09455).
 
     ``advantage`` is [L]; with ``per="node"`` [J], a node's own, times the weight of the leaves below it; with
     ``per="path"`` [L, J], a node's on the way to each leaf.  ``weight`` [L] is normalised over the optimizer
@@ -110,8 +114,17 @@ def node_credit(
     else:
         signed = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0)], axis=1)
         credit = np.column_stack([leaf_sum(tree.parent, tree.leaf, signed), total])
-    credit[tree.kind != Kind.MODEL] = 0
+    if np.any(expert := tree.kind == Kind.EXPERT):
+        credit[expert, 1], credit[expert, 2] = 0, _praised(tree, a, w, total, per, hard)[expert]
+    credit[(tree.kind != Kind.MODEL) & ~expert] = 0
     return credit
+
+
+def _praised(tree: TreeStats, a: Floats, w: Float64, total: Float64, per: Per, hard: bool) -> Floats:
+    """[J] the weight of the leaves below each node whose advantage there is positive."""
+    if hard or per == "node":
+        return total * (a > 0)
+    return w @ (a > 0) if per == "path" else leaf_sum(tree.parent, tree.leaf, w * (a > 0))
 
 
 def signed_leaves(made: Assigned, part: Part) -> Float64:
@@ -129,6 +142,7 @@ def signed_leaves(made: Assigned, part: Part) -> Float64:
         below = leaf_sum(tree.parent, tree.leaf, w > 0)[:, None] * signs
     else:
         below = leaf_sum(tree.parent, tree.leaf, signs & (w > 0)[:, None])
+    below[tree.kind == Kind.EXPERT, 1] = 0
     return below[part.nodes]
 
 
@@ -182,9 +196,10 @@ def flat_paths(
     parts: list[Part] = []
     for leaf in np.flatnonzero(np.asarray(weight) > 0).tolist():
         nodes = tree.path(leaf)
-        w = np.where(tree.kind[nodes] == Kind.MODEL, float(weight[leaf]), 0.0)
         own = advantage[nodes] if per == "node" else advantage[leaf]
         a = own[nodes] if per == "path" else np.broadcast_to(own, nodes.shape)
+        praised = (tree.kind[nodes] == Kind.EXPERT) & (a > 0)
+        w = np.where((tree.kind[nodes] == Kind.MODEL) | praised, float(weight[leaf]), 0.0)
         credit = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0), w], axis=1)
         if not drop_zero or np.any(credit[:, :2]):
             parts.append(Part(index, nodes, credit, int(tree.length[nodes].sum()), leaf))

@@ -30,11 +30,14 @@ class TreeError(EspalierError, ValueError):
 
 
 class Kind(IntEnum):
-    """Who wrote a node's tokens.  Only MODEL tokens are ever trained on."""
+    """Who wrote a node's tokens.  Only MODEL tokens are trained on, and EXPERT tokens where those who went on
+    from them earned more than others (:func:`system.tree.plan.node_credit`).
+    """
 
     PROMPT = 0
     MODEL = 1
     TOOL = 2
+    EXPERT = 3  # a turn of a demonstration: nothing sampled it
 
 
 class Outcome(IntEnum):
@@ -98,14 +101,17 @@ class Tree:
 
     A leaf may be any node, also one with children (a branch that ended exactly where a sibling went on),
     and two leaves may name the same node.
+
+    The root is the prompt that is trained under.  A guided tree was sampled from another one, which also told
+    the first actions of a demonstration: ``sampled_prompt``.  Its log-probabilities are under that one.
     """
 
     prompt_id: str  # identity of the prompt in the ledger
     task: str  # kind of question, for metrics ("lookup", "calc", ...)
     tokens: Int32  # [T] token ids
-    logprob: Float32  # [T] behaviour log-probability, nats; 0 on PROMPT and TOOL tokens
+    logprob: Float32  # [T] behaviour log-probability, nats; 0 where nothing sampled
     entropy: Float32  # [T] entropy of the sampling distribution, nats; NaN where unknown
-    version: Int32  # [T] weight version that produced the token, stamped by the engine; -1 on PROMPT and TOOL
+    version: Int32  # [T] weight version that produced the token, stamped by the engine; -1 where nothing did
     start: Int32  # [J] index of the node's first token
     parent: Int32  # [J] parent node, -1 for the root
     kind: Int8  # [J] a ``Kind``
@@ -120,6 +126,16 @@ class Tree:
     started_s: float = 0.0  # unix time of the first root
     closed_s: float = 0.0  # unix time at which it closed
     meta: dict[str, Any] = field(default_factory=dict)  # JSON-able: question, gold answer, waits, ...
+    # With ``rollout.rescore``, else empty: [T] log-probability of a token under the weights that the engine
+    # held when its node closed, nats, NaN where it was not scored; [T] the version of these, -1 there.
+    closed_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    closed_version: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # With ``rollout.score_answer``, else empty: [J] mean log-probability, over its tokens, of the gold answer
+    # behind this node, under the weights of then, nats; NaN on MODEL nodes and where it was not scored.
+    answer_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    # [P] the prompt that all below was sampled from; none: the root's own tokens
+    sampled_prompt: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    guide: int = 0  # actions of a demonstration that it tells
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +148,16 @@ class Tree:
     @property
     def n_leaves(self) -> int:
         return int(self.leaf.shape[0])
+
+    @property
+    def rescored(self) -> bool:
+        """Whether some nodes were scored when they closed."""
+        return self.closed_logprob.size > 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether it was sampled from another prompt than it is trained under."""
+        return self.sampled_prompt.size > 0
 
     @property
     def end(self) -> Int32:
@@ -150,6 +176,8 @@ class Tree:
 _TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.int8}
 # A tree's arrays and their types, as annotated.
 ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
+# Those of them that may be empty; a file of before they were there has none.
+OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob", "sampled_prompt")
 
 
 def token_node(tree: Tree) -> Int32:
@@ -207,15 +235,31 @@ def validate(tree: Tree) -> None:
         (np.isfinite(tree.logprob[sampled]), "a sampled token whose log-probability is not finite"),
         (tree.logprob[~sampled] == 0, "a log-probability on a token that was not sampled"),
         (tree.tokens >= 0, "a negative token id"),
+        (tree.sampled_prompt >= 0, "a negative token id in the prompt that was sampled from"),
+        (
+            (tree.guide > 0) == tree.guided,
+            "actions of a guide without a prompt that tells them, or one without",
+        ),
     ):
         _require(ok, tree, defect)
+    if tree.rescored:
+        known = np.isfinite(tree.closed_logprob)
+        _require(known == (tree.closed_version >= 0), tree, "scores at the close and their versions disagree")
+        _require(sampled[known], tree, "a score at the close of a token that was not sampled")
+    if tree.answer_logprob.size:
+        unknown = np.isnan(tree.answer_logprob)
+        _require(unknown | (tree.kind != Kind.MODEL), tree, "an answer scored behind a MODEL node")
+        _require(unknown | np.isfinite(tree.answer_logprob), tree, "an infinite score of an answer")
     for record in (*tree.calls, *tree.forks):
         _require(0 <= record.node < tree.n_nodes, tree, f"{type(record).__name__} names node {record.node}")
 
 
 def _check_arrays(tree: Tree) -> None:
     sizes: dict[str, int] = dict.fromkeys(("tokens", "logprob", "entropy", "version"), tree.n_tokens)
+    sizes |= dict.fromkeys(("closed_logprob", "closed_version"), tree.n_tokens if tree.rescored else 0)
     sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
+    sizes["answer_logprob"] = tree.n_nodes if tree.answer_logprob.size else 0
+    sizes["sampled_prompt"] = tree.sampled_prompt.size  # any
     for name, dtype in ARRAYS.items():
         array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)
         _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
@@ -228,7 +272,7 @@ def _check_nodes(tree: Tree) -> None:
     _require(np.diff(tree.start, append=tree.n_tokens) > 0, tree, "an empty node")
     _require(tree.parent[0] == -1, tree, "its first node is not a root")
     _require(tree.kind[0] == Kind.PROMPT, tree, "its root is not a PROMPT")
-    below = np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL))
+    below = np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL, Kind.EXPERT))
     _require(below, tree, "a node below the root of no known kind")
     parent, node = tree.parent[1:], np.arange(1, tree.n_nodes, dtype=np.int32)
     _require((parent >= 0) & (parent < node), tree, "a node that does not come after its parent")

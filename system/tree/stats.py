@@ -46,6 +46,7 @@ class TreeStats:
     entropy_sum: Float64  # [J] sum of the entropies known of its tokens, nats; NaN without any
     entropy_square_sum: Float64  # [J] of their squares; 0 without any
     entropy_known: Int64  # [J] how many are
+    answer: Float64  # [J] the record's ``answer_logprob``; NaN throughout where no answers were scored
     leaf: Int32  # [L] the node each leaf ends at
     reward: Float32  # [L] score; NaN when the leaf was not scored
     outcome: Int8  # [L] an ``Outcome``
@@ -71,6 +72,14 @@ class TreeStats:
     version_min: int  # oldest and newest weight version among MODEL tokens; -1 without any
     version_max: int
     seconds: float  # from the first root to the close
+    rescored: int  # MODEL tokens that were scored when their nodes closed
+    rescored_gap: float  # sum over these of |log-probability then - when sampled|, nats
+    guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
+
+    @property
+    def after_expert(self) -> NDArray[np.bool_]:
+        """[L] whether a leaf's path begins with turns of an expert."""
+        return path_sum(self.parent, (self.kind == Kind.EXPERT).astype(np.int64))[self.leaf] > 0
 
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
@@ -86,6 +95,8 @@ class TreeStats:
         entropy = tree.entropy[sampled & known]
         version = tree.version[sampled]
         h = np.where(known, tree.entropy, 0.0).astype(np.float64)
+        at_close = np.isfinite(tree.closed_logprob)
+        gap = np.abs(tree.closed_logprob - tree.logprob)[at_close] if tree.rescored else np.zeros(0)
         known_of_node = np.add.reduceat(known, tree.start, dtype=np.int64)
         return cls(
             prompt_id=tree.prompt_id,
@@ -97,6 +108,9 @@ class TreeStats:
             entropy_sum=np.where(known_of_node > 0, np.add.reduceat(h, tree.start), np.nan),
             entropy_square_sum=np.add.reduceat(h**2, tree.start),
             entropy_known=known_of_node,
+            answer=np.where(~model, tree.answer_logprob, np.nan)
+            if tree.answer_logprob.size
+            else np.full(tree.n_nodes, np.nan),
             leaf=tree.leaf,
             reward=tree.reward,
             outcome=tree.outcome,
@@ -122,6 +136,9 @@ class TreeStats:
             version_min=int(version.min(initial=np.iinfo(np.int32).max)) if version.size else -1,
             version_max=int(version.max(initial=-1)),
             seconds=max(0.0, tree.closed_s - tree.started_s),
+            rescored=int(at_close.sum()),
+            rescored_gap=float(gap.sum(dtype=np.float64)),
+            guide=tree.guide,
         )
 
     @property

@@ -6,7 +6,8 @@ Any Parquet reader understands the files, for example DuckDB::
 
 Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``calls`` and ``forks`` are lists
 of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text.  ``number`` counts the trees of the
-directory. The schema's version stands in the file's metadata under ``espalier.schema``.
+directory. The schema's version stands in the file's metadata under ``espalier.schema``; a column that came
+later (``sampled_prompt``, ``guide``) may be missing, and then has its default.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.errors import EspalierError
-from system.tree.record import ARRAYS, ForkDecision, ToolCall, Tree
+from system.tree.record import ARRAYS, OPTIONAL, ForkDecision, ToolCall, Tree
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
 _NAME = re.compile(r"trees-\d{9}\.parquet")
 
-_NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64()}
+_NUMBERS = {"budget": pa.int32(), "started_s": pa.float64(), "closed_s": pa.float64(), "guide": pa.int32()}
 _FIELDS = {  # of a call or a fork, by the annotation
     "int": pa.int32(),
     "float": pa.float64(),
@@ -159,13 +160,14 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
     if version != SCHEMA_VERSION:
         raise StoreError(f"{source}: tree schema {version or 'missing'}; this version reads {SCHEMA_VERSION}")
     # Each array in its own memory, lest one tree keep the whole table alive.
-    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in ARRAYS}
-    rows = table.drop_columns(list(ARRAYS)).to_pylist()
+    there = [name for name in ARRAYS if name not in OPTIONAL or name in table.column_names]
+    arrays = {name: [row.values.to_numpy().copy() for row in table.column(name)] for name in there}
+    rows = table.drop_columns(there).to_pylist()
     for i, row in enumerate(rows):
         calls = (ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in row["calls"])
         yield Tree(
             **{name: array[i] for name, array in arrays.items()},
-            **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS)},
+            **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS) if name in row},
             calls=tuple(calls),
             forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
             meta=json.loads(row["meta"]),

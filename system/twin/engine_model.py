@@ -288,6 +288,8 @@ class EngineModel:
             version[max(0, first - begin) :] = value
         finish = None if sequence.milestones else sequence.finish
         sequence.sent = end
+        asked = sequence.request
+        scored = None if asked.score_from is None else asked.input_ids.size - asked.score_from
         sequence.chunks.put_nowait(
             Chunk(
                 tokens=tokens,
@@ -296,6 +298,7 @@ class EngineModel:
                 version=version,
                 finish=finish,
                 cached_tokens=sequence.cached if finish else 0,
+                scores=None if scored is None else np.full(scored, -1.0, np.float32),
             )
         )
 
@@ -319,7 +322,10 @@ class EngineModel:
         tokens = request.input_ids
         calls: list[int] = tokens[tokens >= CALL].tolist()
         assert request.sampling.seed is not None
-        segment = self._agent.speak(request.sampling.seed, request.route, calls)
+        if request.score_from is None:
+            segment = self._agent.speak(request.sampling.seed, request.route, calls)
+        else:
+            segment = Utterance(2, 0, False, math.nan)  # of which the first token is asked for
         limit = min(segment.tokens, request.sampling.max_new_tokens)
         finish = Finish("length")
         if limit == segment.tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,7 +101,13 @@ async def test_a_tree_stays_where_it_is(notes: list[str]) -> None:
     worker = Worker()
     grown = await parts(notes, worker).grow(TICKET, seed=9)
     assert (grown.ticket, grown.reference, grown.stats) == (TICKET, "a tree", STATS)
-    assert worker.asked == ("the prompt", 3, 9, 1.0, None)
+    assert worker.asked == ("the prompt", 3, 9, 1.0, None, 0)
+
+
+async def test_a_ticket_says_how_many_actions_its_tree_is_told(notes: list[str]) -> None:
+    worker = Worker()
+    await parts(notes, worker).grow(replace(TICKET, guide=2), seed=9)
+    assert worker.asked[-1] == 2
 
 
 async def test_a_tree_grows_at_the_temperature_of_its_step(notes: list[str]) -> None:
@@ -114,7 +121,7 @@ async def test_a_tree_grows_at_the_temperature_of_its_step(notes: list[str]) -> 
 async def test_a_kept_tree_goes_on_or_is_there_already(notes: list[str]) -> None:
     worker = Worker()
     await parts(notes, worker, KeptTree(5, "a snapshot", None)).grow(TICKET, seed=9)
-    assert worker.asked[-1] == "a snapshot"
+    assert worker.asked[4] == "a snapshot"
     idle = Worker()
     grown = await parts(notes, idle, KeptTree(5, "closed long ago", STATS)).grow(TICKET, seed=9)
     assert (grown.reference, grown.stats, idle.asked) == ("closed long ago", STATS, ())

@@ -11,6 +11,11 @@ from actors.cli.main import main
 from system.cluster.placement import paper_nodes, place, spare_gpus
 from system.cluster.script import render
 from system.config import Config, load
+from system.doctor import cluster_checks, gpu_checks
+from system.doctor.cluster_facts import Nodes, NodeSeen
+from system.doctor.finding import Level
+from system.doctor.gpu_facts import LEARNER, SGLANG, Stack, TorchSeen
+from system.doctor.preflight import look
 from system.models.known import shape_of
 from system.plan import plan
 
@@ -21,7 +26,7 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if load(path).cluster.g
 def test_there_are_recipes_for_every_size() -> None:
     sizes = [f"qwen3-{size}b-{nodes}x8" for size in (14, 32) for nodes in (2, 4, 8, 16)]
     released = ["arpo-7b-reasoning", "arpo-8b-deepsearch", "arpo-14b-deepsearch"]
-    assert {path.stem for path in RECIPES} == {*sizes, *released}
+    assert {path.stem for path in RECIPES} == {*sizes, *released, "qwen3-14b-1x8"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -92,6 +97,33 @@ def test_the_dry_run_shows_plan_and_script(path: Path, capsys: pytest.CaptureFix
     assert "#SBATCH --account=trees\n" in shown
     assert "nothing was submitted" in shown
     assert not Path(config.run.dir, f"{path.stem}-s0", "slurm").exists()
+
+
+MISSING = {"model.path", "task.path", "task.eval_path"}  # the user's own: the model, the data
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_sound_cluster_has_nothing_against_it(
+    path: Path,
+) -> None:
+    """The doctor's static part."""
+    config = load(path)
+    found = [problem for problems in look(config, login=True).values() for problem in problems]
+    assert {problem.field or str(problem).split(":")[0] for problem in found} <= MISSING
+    stack = Stack(
+        driver=(580, 1),
+        glibc=(2, 35),
+        compiler="/usr/bin/cc",
+        interpreters={LEARNER: TorchSeen("2.13.0", "13.0"), SGLANG: TorchSeen("2.14.1", "13.0")},
+        memlock=-1,
+    )
+    each = [
+        NodeSeen(f"n{n}", 0.1, "", "580.1", config.cluster.gpus_per_node) for n in range(config.cluster.nodes)
+    ]
+    nodes = Nodes(config.cluster.nodes, tuple(each))
+    judged = [*gpu_checks.examine(stack, config), *cluster_checks.examine(nodes, config)]
+    assert len(judged) >= 10
+    assert {finding.level for finding in judged} == {Level.OK}
 
 
 VARIANTS: dict[str, list[str]] = {

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from system.config import Config, load
-from system.doctor.checks import GIB, Level, examine, stops
+from system.doctor import facts
+from system.doctor.checks import GIB, examine, stops
 from system.doctor.facts import Facts, all_reduce
+from system.doctor.finding import Level
 from system.doctor.preflight import Problem, look
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,8 @@ WELL = Facts(
     driver="580.1",
     cuda="13.0",
     sglang="0.5.23",
+    nccl="2.30.7",
+    sglang_nccl="2.30.7",
     collectives={"gloo": "", "nccl": ""},
     hostname="node1",
     shm_bytes=64 * GIB,
@@ -61,6 +65,8 @@ BROKEN: list[tuple[str, Level, str, Break]] = [
     ("gpu", Level.PROBLEM, "CUDA_VISIBLE_DEVICES", lambda f: replace(f, gpus=f.gpus[:4])),
     ("sglang", Level.PROBLEM, "make sglang", lambda f: replace(f, sglang=None, sglang_error="make sglang")),
     ("sglang", Level.WARNING, "sglang==0.5.23", lambda f: replace(f, sglang="0.4.0")),
+    ("one nccl", Level.PROBLEM, "requirements-nccl.txt", lambda f: replace(f, nccl="2.29.7")),
+    ("one nccl", Level.PROBLEM, "make sglang", lambda f: replace(f, sglang_nccl="")),
     ("nccl", Level.PROBLEM, "NCCL_DEBUG", lambda f: replace(f, collectives={"gloo": "", "nccl": "no"})),
     ("gloo", Level.WARNING, "loopback", lambda f: replace(f, collectives={"gloo": "refused", "nccl": ""})),
     ("hostname", Level.WARNING, "/etc/hosts", lambda f: replace(f, hostname_error="unknown")),
@@ -109,6 +115,26 @@ def test_what_is_broken_is_found_and_nothing_else(topic: str, level: Level, word
     assert (found.topic, found.level) == (topic, level)
     assert word in found.remedy
     assert stops(findings) == (level is Level.PROBLEM)
+
+
+def test_the_nccl_of_an_interpreter_is_asked_for_without_a_gpu(tmp_path: Path) -> None:
+    """By a program that an interpreter of either environment runs; told even where it fails."""
+    assert facts._nccl(sys.executable) == (".".join(map(str, _torch_nccl())) if _torch_nccl() else "")
+    fake = tmp_path / "torch.py"
+    fake.write_text(
+        "class version: cuda = '13.0'\nclass cuda:\n class nccl: version = staticmethod(lambda: (2, 30, 7))\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert facts._nccl(str(python)) == "2.30.7"
+    assert facts._nccl(str(tmp_path / "none")).startswith("unknown")
+
+
+def _torch_nccl() -> tuple[int, ...]:
+    import torch
+
+    return torch.cuda.nccl.version() if torch.version.cuda else ()
 
 
 def test_what_the_recipe_does_not_need_does_not_stop_it() -> None:

@@ -155,6 +155,7 @@ RECIPES: list[tuple[str, str]] = [
     ("task.columns.anwser=q", r"task\.columns\.anwser: it may name .*; did you mean answer"),
     ("task.template.enable_thinking=false", r"task\.template\.enable_thinking: .* no chat template"),
     ("warmstart.steps=5", r"warmstart\.steps: 5, but task 'jsonl' has no demonstrations; set warmstart"),
+    ("guide.others=0.5", r"guide: none of the first questions of jsonl has a demonstration.*columns\.demon"),
     ("task=plain:Raises", r"task\.name='plain:Raises': ZeroDivisionError"),
     ("task=plain:Empty", r"task: empty has no training questions"),
     ("task=plain:Texts", r"task: a training question is a str; a task yields"),
@@ -300,6 +301,18 @@ def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: py
     found = look(load("plain.yaml"))
     assert "make room" in str(found["run directory"][0])
     assert "TMPDIR" in str(found["scratch"][0])
+
+
+def test_a_machine_that_does_not_hold_an_offloaded_optimizer(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def little() -> Any:
+        return type("Memory", (), {"available": 1 << 10})
+
+    monkeypatch.setattr(preflight, "virtual_memory", little)
+    assert not look(load("plain.yaml"))["memory"]
+    config = load("plain.yaml", ["learn.offload=true"])
+    assert "spread the learner" in str(look(config)["memory"][0])
 
 
 def test_a_resumed_run_needs_its_own_directory_only(place: Path) -> None:

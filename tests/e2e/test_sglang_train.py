@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -105,3 +106,9 @@ def test_training_goes_on_when_one_of_two_servers_is_killed(
     assert len({int(v) for tree in read_trees(run.directory / "trees") for v in tree.version if v >= 0}) > 3
     assert summary["weights"]["pushes"] >= summary["versions"]
     assert summary["weights"]["pause_s_max"] < 30
+    # Both servers and the learner were one group, and the one that was left a group without the other.
+    logs = [(run.directory / "logs" / f"sglang-{number}.log").read_text() for number in (0, 1)]
+    groups = [re.findall(r"world_size=(\d+), group_name=(espalier-\S+),", log) for log in logs]
+    both = {group for size, group in groups[0] if size == "3"}
+    assert len(both & {group for size, group in groups[1] if size == "3"}) >= 2, "before the kill, and after"
+    assert {size for group in groups for size, _ in group} == {"2", "3"}

@@ -22,6 +22,7 @@ FULL = Totals(
     evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
     staleness=Counter({1: 2}),
     pools={"solved": 0.5},
+    guided={"trees": 2, "with_success": 1, "actions": 3},
     dropped={"worker lost. Again": {"trees": 1, "leaves": 8}},
     causes={"tool": {"count": 1, "first": "x"}},
     idle=Idle({"learner": {"no batch": 1.0}}, {"learner": 2.0}),

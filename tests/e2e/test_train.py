@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load
@@ -21,7 +22,8 @@ from system.chaos.account import account
 from system.observe.jsonl import read_jsonl
 from system.rollout import in_flight
 from system.rollout.in_flight import SavedTree
-from system.tree.record import Tree, validate
+from system.tree.record import Kind, Tree, validate
+from system.tree.stats import TreeStats
 from system.tree.store import read_trees
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
@@ -77,6 +79,40 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     # Behaviour and learner agree on the tokens the engine sampled from the very weights that are trained.
     assert steps[0]["train/mismatch_kl"] < 1e-3
     assert_nothing_lost(run.directory, summary)
+
+
+def test_a_run_that_scores_its_turns_and_its_answers(start: Callable[..., Any]) -> None:
+    """A²TGPO's credit, and decoupled against what the engine found when each turn ended."""
+    run = start(
+        "run.steps=3",
+        "rollout.rescore=true",
+        "learn.proximal=closed",
+        "rollout.score_answer=true",
+        "rollout.answer_opening=<answer> \\boxed{ ",
+        "learn.credit=a2tgpo",
+    )
+    assert run.wait(WAIT_S) == 0, run.output()
+    assert "has no effect" not in run.output()
+    trees = list(read_trees(run.directory / "trees"))
+    assert len(trees) > 6
+    for tree in trees:
+        validate(tree)
+        stats = TreeStats.of(tree)
+        assert not stats.mishaps
+        assert stats.rescored == stats.generated
+        known = tree.closed_version >= 0
+        assert (tree.closed_version[known] >= tree.version[known]).all()
+        same = known & (tree.closed_version == tree.version)
+        assert np.abs(tree.closed_logprob - tree.logprob)[same].max() < 1e-4
+        assert np.isfinite(stats.answer[tree.kind != Kind.MODEL]).all()
+    steps = [record for record in read_jsonl(run.directory / "metrics.jsonl") if "train/loss" in record]
+    grown = [record for record in steps if "rollout/rescored_share" in record]  # since the last, trees closed
+    assert grown
+    assert {record["rollout/rescored_share"] for record in grown} == {1}
+    assert all(0 < record["rollout/answer_probability"] < 1 for record in grown)
+    assert all(math.isfinite(record["train/loss"]) for record in steps)
+    assert steps[0]["train/ratio_mean"] == pytest.approx(1, abs=1e-3)
+    assert max(record["train/ratio_max"] for record in steps[1:]) > 1.001, "what the learner has moved since"
 
 
 @pytest.mark.timeout(900)

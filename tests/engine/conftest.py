@@ -62,32 +62,44 @@ def free_port() -> Callable[[], int]:
 
 
 @pytest.fixture(scope="session")
-def sglang_url(
+def start_sglang(
     tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
-) -> Iterator[str]:
-    """A real SGLang server of the model ``tiny("qwen3", False)`` on CPU: one for the whole session.
+) -> Iterator[Callable[..., SglangServer]]:
+    """``start_sglang(**environment)``: a real SGLang server of the model ``tiny("qwen3", False)`` on CPU,
+    which may still be loading, and ends with the session.
 
-    Who needs certain weights in it loads them first.  Skipped by name where SGLang is not installed, and
-    failed there if ``ESPALIER_REQUIRE_SGLANG`` is set, as CI does.
+    Skipped by name where SGLang is not installed, and failed there if ``ESPALIER_REQUIRE_SGLANG`` is set, as
+    CI does.
     """
     engine = EngineConfig(name="sglang", device="cpu", max_running=32, max_context=512, cache_slots=32)
-    try:
-        python = interpreter(engine)
-    except SglangMissing as error:
-        missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_SGLANG") else pytest.skip
-        missing(f"SGLang is not installed: {error}")
-    port, log = free_port(), tmp_path_factory.mktemp("sglang") / "sglang.log"
-    command = server_command(
-        engine,
-        python=python,
-        model=str(tiny("qwen3", False).path),
-        dtype="float32",
-        port=port,
-        cpu=True,
-        key=SGLANG_KEY,
-    )
-    server = SglangServer(command, f"http://127.0.0.1:{port}", log)
-    try:
-        yield server.wait_ready(300)
-    finally:
+    running: list[SglangServer] = []
+
+    def start(**environment: str) -> SglangServer:
+        try:
+            python = interpreter(engine)
+        except SglangMissing as error:
+            missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_SGLANG") else pytest.skip
+            missing(f"SGLang is not installed: {error}")
+        port, log = free_port(), tmp_path_factory.mktemp("sglang") / "sglang.log"
+        command = server_command(
+            engine,
+            python=python,
+            model=str(tiny("qwen3", False).path),
+            dtype="float32",
+            port=port,
+            cpu=True,
+            key=SGLANG_KEY,
+        )
+        command.env.update(environment)
+        running.append(SglangServer(command, f"http://127.0.0.1:{port}", log))
+        return running[-1]
+
+    yield start
+    for server in running:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def sglang_url(start_sglang: Callable[..., SglangServer]) -> str:
+    """A real SGLang server: one for the whole session.  Who needs certain weights in it loads them first."""
+    return start_sglang().wait_ready(300)

@@ -163,6 +163,36 @@ async def collect(client: EngineClient, request: GenerateRequest) -> list[Chunk]
     return [chunk async for chunk in client.generate(request)]
 
 
+class Growing:
+    """A request on its way: what has come, and when the first tokens have."""
+
+    def __init__(self, client: EngineClient, asked: Any) -> None:
+        self.chunks: list[Chunk] = []
+        self._some = asyncio.Event()
+        self._task = asyncio.create_task(self._run(client, asked))
+
+    async def _run(self, client: EngineClient, asked: Any) -> None:
+        async for chunk in client.generate(asked):
+            self.chunks.append(chunk)
+            self._some.set()
+
+    async def begun(self) -> None:
+        async with asyncio.timeout(60):
+            await self._some.wait()
+
+    @property
+    def count(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    async def whole(self) -> Chunk:
+        await self._task
+        return joined(self.chunks)
+
+    @property
+    def done(self) -> bool:
+        return self._task.done()
+
+
 def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, VOCAB, length).astype(np.int32)
 

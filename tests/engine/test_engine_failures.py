@@ -31,6 +31,9 @@ class Faulty:
             raise RuntimeError("out of memory, say")
         return self.decoder.forward(*given)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
 
 @pytest.fixture
 async def one(serve: Callable[..., Any]) -> Served:

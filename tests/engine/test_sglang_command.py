@@ -11,11 +11,13 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from system.config import ConfigError, EngineConfig, load
+from actors import learner
+from system.config import Config, ConfigError, EngineConfig, load, to_dict
 from system.config.check import SET_BY
 from system.engine.sglang.command import Command, SglangMissing, interpreter, server_command, words
 from system.engine.sglang.server import ServerFailed, SglangServer
@@ -55,6 +57,22 @@ def test_our_settings_become_sglangs_flags() -> None:
     }
     assert {flag: value(line, flag) for flag in expected} == expected
     assert "--incremental-streaming-output" in line.argv
+
+
+def test_nccl_is_told_the_same_in_server_and_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the environment says otherwise: one of the two would not hear of it."""
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    monkeypatch.setattr(learner.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    seen: list[str] = []
+
+    def make(*_: object, **__: object) -> SimpleNamespace:
+        seen.append(os.environ["NCCL_CUMEM_ENABLE"])
+        return SimpleNamespace(warnings=[])
+
+    rank = object.__new__(learner.LearnerRank)
+    rank._make, rank._rank, rank._world = make, 0, 1
+    rank.setup(to_dict(Config()), "", "tcp://127.0.0.1:1")
+    assert seen == [command(EngineConfig(name="sglang"), cpu=False).env["NCCL_CUMEM_ENABLE"]] == ["0"]
 
 
 def test_native_flags_pass_through_and_replace_defaults() -> None:

@@ -74,3 +74,34 @@ def test_cache_keys_follow_the_weights(plugin: Any, monkeypatch: pytest.MonkeyPa
     serving.weight_version = "12"
     plugin._key_waiting(None, SimpleNamespace(waiting_queue=[plain, own]))
     assert (plain.extra_key, own.extra_key) == ("weights=12;", "weights=12;tenant;7")
+
+
+def test_a_weight_group_waits_no_longer_than_it_was_told(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On gloo the group itself gives up; on NCCL the process, so that what we look at comes before that."""
+    monkeypatch.setenv("ESPALIER_GROUP_DEADLINE_S", "7")
+    for backend, seconds in (("gloo", 7), ("nccl", 14)):
+        args, kwargs = plugin._bounded(backend=backend, world_size=3)
+        assert (args, kwargs.pop("timeout").total_seconds()) == ((), seconds)
+        assert kwargs == {"backend": backend, "world_size": 3}
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_bucket_that_does_not_come_is_given_up_and_the_server_lives(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    looks, aborted = iter([False, False, True]), list[bool]()
+    event = SimpleNamespace(record=lambda: None, query=lambda: comes and next(looks))
+    monkeypatch.setenv("ESPALIER_GROUP_DEADLINE_S", "0.1")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    group = SimpleNamespace(abort=lambda: aborted.append(True))
+    updater = SimpleNamespace(device="cuda", _model_update_group={"g": group})
+    if comes:
+        assert plugin._received([], updater, group_name="g", names=[]) is None
+    else:
+        with pytest.raises(RuntimeError, match=r"no bucket of weights within 0\.1 s"):
+            plugin._received([], updater, group_name="g", names=[])
+    assert aborted == ([] if comes else [True])
+    updater.device = "cpu"
+    assert plugin._received([], updater, group_name="g") is None  # gloo has waited

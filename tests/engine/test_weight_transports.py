@@ -16,14 +16,15 @@ from safetensors.torch import load_file
 
 from system.config import ConfigError, EngineConfig, load
 from system.engine.control import Http
-from system.engine.weights import choose, make
+from system.engine.weights import choose, distributed, make
 from system.engine.weights.base import Kv, PushReport
 from system.engine.weights.digest import Digests, sha256_hash, word_hash
-from system.engine.weights.disk import INDEX, Disk
+from system.engine.weights.disk import STRIPES, Disk, deadline_s, stripe
 from system.engine.weights.distributed import Distributed
 from system.engine.weights.layout import Fuser, ShardError
 from system.engine.weights.sglang import PushTarget, SGLangTransport
 from system.engine.weights.tensor import SharedTensors, flatten, handles
+from system.models.directory import INDEX
 from system.models.shape import ModelShape
 
 SHAPE: dict[str, Any] = {
@@ -144,9 +145,10 @@ def test_a_split_that_is_not_known_is_refused(tmp_path: Path) -> None:
 def test_the_way_follows_the_configuration(tmp_path: Path) -> None:
     shape(tmp_path)
     here, there = ["http://127.0.0.1:1"], ["http://127.0.0.1:1", "http://10.0.0.7:1"]
-    assert choose(EngineConfig(), here) == "http"
-    assert choose(EngineConfig(name="sglang"), here) == "tensor"
-    assert choose(EngineConfig(name="sglang"), there) == "distributed"
+    assert choose(EngineConfig(), here, gpu=True) == "http"
+    assert choose(EngineConfig(name="sglang"), here, gpu=False) == "tensor"
+    assert choose(EngineConfig(name="sglang"), here, gpu=True) == "distributed"
+    assert choose(EngineConfig(name="sglang"), there, gpu=False) == "distributed"
     for way, carrier in (("disk", Disk), ("tensor", SharedTensors), ("distributed", Distributed)):
         transport = make(EngineConfig(name="sglang", weights=way), here, tmp_path, "float32")
         assert isinstance(transport, SGLangTransport)
@@ -157,6 +159,26 @@ def test_the_way_follows_the_configuration(tmp_path: Path) -> None:
         load(None, ["engine=sglang", "engine.weights=http"])
     with pytest.raises(ConfigError, match=r"engine\.weights=disk: the embedded engine takes"):
         load(None, ["engine.weights=disk"])
+
+
+def test_cuda_ipc_is_refused_where_ray_hides_the_learners_gpu() -> None:
+    on_gpus = ["engine=sglang", "engine.weights=tensor", "cluster.gpus_per_node=2"]
+    with pytest.raises(ConfigError, match=r"device_uuid.*set engine\.weights=distributed"):
+        load(None, on_gpus)
+    attached = "engine.urls=[http://127.0.0.1:30000]"  # started by somebody who may show them all GPUs
+    assert load(None, [*on_gpus, attached]).engine.weights == "tensor"
+    assert load(None, ["engine=sglang", "engine.weights=tensor"]).cluster.gpus_per_node == 0
+
+
+def test_what_cannot_carry_weights_is_refused_before_anything_starts() -> None:
+    nodes = ["engine=sglang", "cluster.nodes=2", "engine.weights=disk"]
+    with pytest.raises(ConfigError, match=r"engine\.weights=disk.*set engine\.weights_dir"):
+        load(None, nodes)
+    assert load(None, [*nodes, "engine.weights_dir=/shared"]).engine.weights == "disk"
+    symmetric = ["engine=sglang", "engine.sglang={enable-symm-mem: true}"]
+    with pytest.raises(ConfigError, match=r"enable_symm_mem.*NCCL_CUMEM_ENABLE"):
+        load(None, symmetric)
+    assert load(None, [*symmetric, "engine.weights=disk"]).engine.sglang
 
 
 def test_shared_tensors_are_opened_by_another_process() -> None:
@@ -191,6 +213,22 @@ print(json.dumps([sorted(modules), values]))
     carrier.clear()
 
 
+@pytest.mark.gpu
+def test_buckets_stay_on_the_gpu_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = {
+        "a": torch.randn(3, 5, device="cuda"),
+        "b": torch.arange(7, dtype=torch.bfloat16, device="cuda"),
+    }
+    carrier = Distributed("127.0.0.1")
+    carrier.stage(bucket)
+    monkeypatch.setattr(distributed, "ROOM_BYTES", 1 << 60)
+    carrier.stage(bucket)
+    there, here = (staged.flat for staged in carrier._staged)
+    assert there.is_cuda
+    assert here.is_pinned()
+    assert torch.equal(there.cpu(), here)
+
+
 def test_flattened_tensors_are_aligned_copies() -> None:
     bucket = {"a": torch.randn(3), "b": torch.randn(5).bfloat16(), "c": torch.randn(4, 2)}
     flat = flatten(bucket, torch.device("cpu"))
@@ -217,13 +255,40 @@ async def test_disk_leaves_a_complete_directory_and_no_older_one(tmp_path: Path)
         for i in range(2):
             disk.stage({name: weights[name] for name in names[i::2]})
         directory = disk.directory
-        await disk.connect(server)
+        await disk.connect([server])
         disk.clear()
         index = json.loads((directory / INDEX).read_text())
         assert set(index["weight_map"]) == set(weights)
         read = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
         assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
+        assert len(set(index["weight_map"].values())) == 2 * STRIPES
         assert list((tmp_path / "out").iterdir()) == [directory]
+
+
+def test_stripes_are_of_like_size_and_readers_have_time_by_size() -> None:
+    sizes = [9, 1, 1, 1, 8, 5, 2, 7]
+    parts = stripe({str(n): torch.zeros(size, dtype=torch.uint8) for n, size in enumerate(sizes)})
+    assert sorted(name for part in parts for name in part) == [str(n) for n in range(len(sizes))]
+    assert sorted(sum(t.numel() for t in part.values()) for part in parts) == [8, 8, 9, 9]
+    assert len(stripe({"a": torch.zeros(3)})) == 1
+    forty_14b = deadline_s(29_500_000_000, 40)
+    assert 1180 <= forty_14b - deadline_s(0, 40) < 1181
+
+
+async def test_disk_waits_as_long_as_the_size_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, asked = Disk(tmp_path), list[float]()
+    disk.stage({"a": torch.zeros(1000)})
+
+    async def call(url: str, body: Any = None, limit_s: float = 0) -> dict[str, Any]:
+        asked.append(limit_s)
+        return {}
+
+    http = Http()
+    monkeypatch.setattr(http, "call", call)
+    servers = [PushTarget(f"http://127.0.0.1:{n}", http, 1, "cpu", "") for n in range(3)]
+    await disk.connect(servers)
+    assert not await disk.deliver(servers, flush_cache=True)
+    assert asked == [deadline_s(4000, 3)] * 3
 
 
 # Servers that misbehave --------------------------------------------------------------------------

@@ -63,7 +63,6 @@ async def connect(sglang_url: str, old: TinyModel, tmp_path: Path) -> AsyncItera
 
     yield start
     for client in clients:
-        client.transport.carrier.disconnect(client.urls[0])
         await client.close()
 
 

@@ -66,5 +66,4 @@ async def test_a_gpu_server_proves_what_it_was_sent(served: tuple[str, Path], wa
             gigabytes = report.bytes / 1e9
             print(f"\n{way}: {report.pause_s[url]:.3f} s for {gigabytes:.4f} GB")
     finally:
-        transport.carrier.disconnect(url)
         await client.close()

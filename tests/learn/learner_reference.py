@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ SHAPE: Any = (
         (Kind.MODEL, 4, False, [
             (Kind.TOOL, 6, False, [(Kind.MODEL, 8, True, []), (Kind.MODEL, 5, True, [])]),
         ]),
+    ],
+)  # fmt: skip
+# Two turns of an expert, behind each of which branches of the model go on, and one branch without them.
+LED: Any = (
+    Kind.PROMPT, 8, False, [
+        (Kind.EXPERT, 4, False, [
+            (Kind.TOOL, 3, False, [
+                (Kind.EXPERT, 5, False, [
+                    (Kind.TOOL, 2, False, [(Kind.MODEL, 6, True, []), (Kind.MODEL, 3, True, [])]),
+                ]),
+                (Kind.MODEL, 7, True, []),
+            ]),
+        ]),
+        (Kind.MODEL, 9, True, []),
     ],
 )  # fmt: skip
 CHAIN: Any = (Kind.PROMPT, 9, False, [(Kind.MODEL, 14, True, [])])
@@ -94,8 +109,13 @@ def load_hf(path: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB) -> Tree:
-    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities."""
+def make_tree(
+    shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab: int = VOCAB, guide: int = 0
+) -> Tree:
+    """A tree of the given shape with random tokens, rewards and behaviour log-probabilities.
+
+    With a ``guide`` it was sampled from another, longer prompt than its root.
+    """
     start, parent, kind, leaf = [], [], [], []
     total = 0
 
@@ -131,6 +151,8 @@ def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab:
         outcome=np.full(n, int(Outcome.STOPPED), np.int8),
         origin=np.zeros(n, np.int8),
         budget=n,
+        sampled_prompt=np.arange(40 if guide else 0, dtype=np.int32),
+        guide=guide,
     )
     validate(tree)
     return tree
@@ -139,7 +161,19 @@ def make_tree(shape: Any, rng: np.random.Generator, *, prompt: str = "p", vocab:
 def make_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
     shapes = (SHAPE, CHAIN, STAR, SHAPE, STAR)
-    return [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate(shapes)]
+    trees = [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in enumerate(shapes)]
+    return [rescored(tree, np.random.default_rng([seed, i])) for i, tree in enumerate(trees)]
+
+
+def rescored(tree: Tree, rng: np.random.Generator) -> Tree:
+    """The same tree, most of whose turns were scored when they ended, under weights a version later."""
+    known = np.repeat((tree.kind == Kind.MODEL) & (rng.random(tree.n_nodes) < 0.8), tree.end - tree.start)
+    noise = rng.normal(0.0, 0.5, tree.n_tokens).astype(np.float32)
+    return replace(
+        tree,
+        closed_logprob=np.where(known, tree.logprob + noise, np.float32(np.nan)),
+        closed_version=np.where(known, 6, -1).astype(np.int32),
+    )
 
 
 def path_tokens(tree: Tree, leaf: int) -> np.ndarray:
@@ -187,6 +221,9 @@ def flat_loss(
             if proximal is not None:
                 with torch.no_grad():
                     start, _ = path_logprobs(proximal, tree.tokens[index], temperature)
+            if learn.proximal == "closed":
+                closed = torch.from_numpy(tree.closed_logprob[index][1:])
+                start = torch.where(closed.isnan(), behaviour, closed)
             a = float(gains[leaf]) * leaf_factor(correction, (start - behaviour)[mask])
             if learn.objective.name == "decoupled":
                 ratio = (logp - start).exp()

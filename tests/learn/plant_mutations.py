@@ -17,7 +17,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["test_algorithms.py", "test_credit.py", "test_learner_objective.py", "test_tree_is_its_paths.py"]
+TESTS = [
+    "test_algorithms.py",
+    "test_credit.py",
+    "test_gain.py",
+    "test_learner_objective.py",
+    "test_tree_is_its_paths.py",
+]
 
 # what is wrong, file under system/, the right text, the wrong one
 MISTAKES = [
@@ -29,6 +35,9 @@ MISTAKES = [
     ("AT²PO weighs by -H", "learn/credit/node.py", "np.exp(h - h.max())", "np.exp(h.min() - h)"),
     ("a turn off: GiGPO counts the step itself as following", "learn/credit/step.py", "[:, ::-1] - step", "[:, ::-1]"),
     ("Tree-GRPO without the part of the root branch", "learn/credit/tree.py", "a[inside] += ", "a[inside] += 0 * "),
+    ("sign: A²TGPO rewards what makes the answer less likely", "learn/credit/gain.py", "p - before", "before - p"),
+    ("a turn off: A²TGPO begins with the next turn's gain", "learn/credit/gain.py", "np.array(ahead[::-1])[turn[nodes]]", "np.array([*ahead[::-1], 0.0])[turn[nodes] + 1]"),
+    ("A²TGPO without 1/√n", "learn/credit/gain.py", " / np.sqrt(np.maximum(left, 1))", ""),
     ("EMA-GRPO uses the averages before their update", "learn/credit/ema.py", "(self.decay * a + (1 - self.decay) * b", "(a + 0 * b"),
     ("clip: the bounds are swapped", "learn/objective.py", "s_plus * ratio.clamp(max=1 + high)", "s_plus * ratio.clamp(max=1 + low)"),
     ("no dual clip", "learn/objective.py", "dual if dual > 0 else None", "None"),

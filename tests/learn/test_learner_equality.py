@@ -58,6 +58,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "micro_tokens": 48,
         "kl_coef": 0.1,
     },
+    "decoupled, against the close, cut": {
+        "objective": "decoupled",
+        "proximal": "closed",
+        "micro_tokens": 48,
+    },
+    "ppo, leaves weighed by the close, cut": {
+        "objective": "ppo",
+        "proximal": "closed",
+        "correction": PartConfig("seq-tis", {"over": "mean"}),
+        "micro_tokens": 48,
+    },
     "m2po, cut": {"objective": "m2po", "micro_tokens": 48},
     "grpo-flat, leaves rejected": {
         "objective": "grpo-flat",
@@ -103,7 +114,8 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
             worst["nan"] += float(np.isnan(values[1:]).any()) + float(not np.isnan(values[0]))
             row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
             with torch.no_grad():
-                logits = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+                hidden = trainer.model(row.tokens, row.position, row.mask, torch.arange(tree.n_tokens))
+                logits = hidden @ trainer.model.output_weight.T
             first = logits.size(1) * (place.rank if tp > 1 else 0)
             for leaf in range(tree.n_leaves):
                 index = path_tokens(tree, leaf)
@@ -119,6 +131,11 @@ def forward_case(place: Place, model: str, tp: int) -> dict[str, float]:
                 )
         exported = list(trainer.export())
         tensors = {n: t for bucket in exported for n, t in bucket.items()}
+        stayed = {n: t for bucket in trainer.export(on_gpu=True) for n, t in bucket.items()}
+        assert stayed.keys() == tensors.keys()
+        assert all(torch.equal(stayed[n], t) for n, t in tensors.items())
+        own = {parameter.data_ptr() for parameter in trainer.model.parameters()}
+        assert not own & {t.data_ptr() for t in stayed.values()}, "the next step would change what is staged"
         if place.rank == 0:
             original = dict(hf.named_parameters())
             assert tensors.keys() == original.keys()
@@ -167,7 +184,10 @@ def gradient_case(
         plain = (learn := config.learn).__dict__.copy()
         report = {}
         for name in names:
-            changes = {k: PartConfig(v) if isinstance(v, str) else v for k, v in OBJECTIVES[name].items()}
+            changes = {
+                k: PartConfig(v) if isinstance(v, str) and k != "proximal" else v
+                for k, v in OBJECTIVES[name].items()
+            }
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)
@@ -281,8 +301,13 @@ def test_a_rank_without_work_joins_the_step(ranks: Ranks, tiny_model: Callable[.
 # ---------------------------------------------------------------------- optimizer steps
 
 
-def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfig) -> dict[str, float]:
+def adamw_case(
+    place: Place, model: str, tp: int, dp: int, correction: PartConfig, offload: bool
+) -> dict[str, float]:
     """Three updates of one batch, a supervised step before, against torch AdamW on the Hugging Face model."""
+    import system.learn.offload
+
+    system.learn.offload.STAGED = 5000  # many chunks, which end inside parameters
     settings: dict[str, Any] = {
         "lr": 1e-3,
         "weight_decay": 0.1,
@@ -292,6 +317,7 @@ def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfi
         "warmup_steps": 2,
         "updates": 3,
         "correction": correction,
+        "offload": offload,
     }
     config = learner_config(tp=tp, dp=dp, **settings)
     config.rollout.temperature = 0.8
@@ -351,18 +377,20 @@ def adamw_case(place: Place, model: str, tp: int, dp: int, correction: PartConfi
 
 
 @pytest.mark.parametrize(
-    ("tp", "dp", "correction"),
+    ("tp", "dp", "correction", "offload"),
     [
-        (1, 1, PartConfig("none")),
-        (2, 1, PartConfig("seq-tis", {"over": "mean"})),
-        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5})),
+        (1, 1, PartConfig("none"), False),
+        (2, 1, PartConfig("seq-tis", {"over": "mean"}), False),
+        (1, 2, PartConfig("geo-reject", {"low": 0.4, "high": 2.5}), False),
+        (2, 1, PartConfig("none"), True),
+        (1, 2, PartConfig("none"), True),
     ],
     ids=lambda x: x.name if isinstance(x, PartConfig) else None,
 )
 def test_optimizer_steps_equal_torch_adamw(
-    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig
+    ranks: Ranks, tiny_model: Callable[..., str], tp: int, dp: int, correction: PartConfig, offload: bool
 ) -> None:
-    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction}
+    case = {"model": tiny_model(), "tp": tp, "dp": dp, "correction": correction, "offload": offload}
     for result in ranks.run(adamw_case, world=tp * dp, **case):
         assert result["moved"] > 2e-3
         assert result["error"] < 1e-2 * result["moved"] / 3
@@ -380,7 +408,18 @@ def test_optimizer_steps_equal_torch_adamw(
 def test_tree_gradient_on_cuda(ranks: Ranks, tiny_model: Callable[..., str], objective: str) -> None:
     """Compiled FlexAttention, forward and backward, against Hugging Face on CPU."""
     (report,) = ranks.run(
-        gradient_case, world=1, deadline_s=170, model=tiny_model(), tp=1, dp=1, names=[objective]
+        gradient_case, world=1, deadline_s=170, model=tiny_model(), layout={}, names=[objective]
     )
     assert report[objective]["gradient error"] < 1e-4
     assert report[objective]["loss error"] < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", [False, True])
+def test_optimizer_steps_on_cuda(ranks: Ranks, tiny_model: Callable[..., str], offload: bool) -> None:
+    """The fused step on the device, and the one in the host's memory with its copies beside it."""
+    case = {"model": tiny_model(), "tp": 1, "dp": 1, "correction": PartConfig("none"), "offload": offload}
+    (result,) = ranks.run(adamw_case, world=1, deadline_s=170, **case)
+    assert result["moved"] > 2e-3
+    assert result["error"] < 1e-2 * result["moved"]

@@ -26,6 +26,7 @@ Layouts = Sequence[dict[str, Any]]
 MANY, FEW = {"micro_tokens": 48}, {"micro_tokens": 256}
 WEIGHED = {"correction": PartConfig("seq-tis", {"over": "mean", "normalize": True})}
 SPLIT = {"distributed_optimizer": True}
+HOST = {"offload": True}
 LAYOUTS: Layouts = (
     {"tp": 2, "sequence_parallel": True, "recompute": "selective"} | MANY,
     {"pp": 2, "recompute": "full"} | MANY,
@@ -33,6 +34,7 @@ LAYOUTS: Layouts = (
     {"tp": 2, "pp": 2} | MANY,
     {"tp": 2, "dp": 2, "sequence_parallel": True} | SPLIT | MANY | WEIGHED,
     {"pp": 2, "dp": 2} | SPLIT | MANY | WEIGHED,
+    {"tp": 2, "dp": 2, "sequence_parallel": True} | HOST | MANY,
     {"pp": 4} | FEW,
     {"pp": 2, "dp": 2, "trees": 1} | FEW,  # one of the pipelines has nothing to do
 )
@@ -43,6 +45,7 @@ LAYOUTS_CONTEXT: Layouts = (
     {"tp": 2, "cp": 2, "sequence_parallel": True, "recompute": "selective"} | CLIPPED,
     {"cp": 2, "pp": 2, "recompute": "full"} | CLIPPED,
     {"cp": 2, "dp": 2} | SPLIT | CLIPPED,
+    {"cp": 2, "dp": 2} | HOST | CLIPPED,
     {"cp": 4} | FEW,
 )
 # The embedding lives on the first and on the last stage.
@@ -50,6 +53,8 @@ LAYOUTS_TIED: Layouts = (
     {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"} | MANY,
     {"pp": 2, "dp": 2} | SPLIT | MANY,
     {"cp": 2, "pp": 2} | CLIPPED,
+    {"pp": 2} | HOST | MANY,
+    {"cp": 2, "pp": 2} | HOST | CLIPPED,
 )
 
 
@@ -91,7 +96,7 @@ def step_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, Any
         step, learn.lr, learn.grad_clip = (learn.lr, learn.grad_clip), 0.0, 0.0
         first = train(trainer, make_trees(1)[:count])
         # The reduced gradient is spread over the ranks under a distributed optimizer: compare its steps.
-        gradient = None if learn.distributed_optimizer else hf_gradients(trainer)
+        gradient = None if learn.distributed_optimizer or learn.offload else hf_gradients(trainer)
         trainer.reset_optimizer()
         (learn.lr, learn.grad_clip), learn.updates = step, min(2, count)
         before = weights_of(trainer)
@@ -194,7 +199,9 @@ def resume_case(
         ("qwen3", False, "float32", {"cp": 2, "dp": 2} | SPLIT, [{"cp": 2}, {"dp": 2} | SPLIT]),
         ("qwen3", False, "float32", {"cp": 2}, [{"cp": 2, "pp": 2} | SPLIT]),
         # Float32 parameters are kept beside the bfloat16 ones, and come back.
-        ("qwen2", True, "bfloat16", {"pp": 2, "dp": 2} | SPLIT, [{"tp": 2, "pp": 2}]),
+        ("qwen2", True, "bfloat16", {"pp": 2, "dp": 2} | SPLIT, [{"tp": 2, "pp": 2}, {"tp": 2} | HOST]),
+        ("qwen3", False, "bfloat16", {"tp": 2} | HOST, [{"tp": 2}, {"dp": 2} | HOST, {"cp": 2} | HOST]),
+        ("qwen3", False, "bfloat16", {"cp": 2, "dp": 2} | HOST, [{"cp": 2} | SPLIT]),
     ],
 )
 def test_a_run_resumes_under_another_layout(

@@ -85,6 +85,20 @@ def test_engine_mismatch_is_measured_on_tokens_of_the_trained_weights_only() -> 
     assert float(stats.sums["mismatch_kl"]) > 100 * float(stats.sums["engine_kl"])
 
 
+def test_what_a_guide_changes_is_no_fault_of_an_engine() -> None:
+    """Tokens sampled under another prompt differ at the same weights, and count in no comparison of them; in
+    the loss they are like any other: the ratio is π_θ(y | prompt) / μ(y | prompt with the guide).
+    """
+    guided = (torch.arange(64) % 4 == 0).float()
+    plain = tokens()
+    behaviour = torch.where(guided > 0, plain.behaviour, plain.logprob.detach() + 1e-3)
+    t = tokens(behaviour=behaviour, guided=guided)
+    loss, stats = loss_of("ppo", t, LearnConfig())
+    assert float(stats.maxima["engine_logprob_diff_max"]) == pytest.approx(1e-3, rel=1e-3)
+    assert float(stats.sums["fresh"]) == pytest.approx(float(t.mult[guided == 0].sum()))
+    torch.testing.assert_close(loss, loss_of("ppo", tokens(behaviour=behaviour), LearnConfig())[0])
+
+
 def test_importance_weight_is_capped_and_detached() -> None:
     t = tokens()
     learn = LearnConfig(tis_cap=1.5)
@@ -121,9 +135,12 @@ def test_a_clip_without_effect_is_told() -> None:
     options = PartConfig("decoupled", {"clip_low": 0.2})
     assert "learn.clip_low" in (told("decoupled", objective=options) or "")
     assert told("decoupled", clip_high=0.28, updates=2) is None
-    assert told("decoupled", clip_high=0.28, proximal="average") is None
+    for proximal in ("average", "closed"):
+        assert told("decoupled", clip_high=0.28, proximal=proximal) is None
+        assert f"learn.proximal={proximal} has no effect" in (told("ppo", proximal=proximal) or "")
+    correction = PartConfig("geo-reject")
+    assert told("ppo", proximal="closed", correction=correction) is None  # that one reads it
     assert told("ppo", clip_high=0.28) is None
-    assert "learn.proximal=average has no effect" in (told("ppo", proximal="average") or "")
     learn = LearnConfig(objective=PartConfig("decoupled"))
     far = tokens(behaviour=torch.full((64,), -6.0))  # a ratio of about 55 to the policy that sampled
     _, stats = loss_of("decoupled", far, learn)
@@ -175,64 +192,86 @@ def test_huge_ratios_stay_finite() -> None:
 # ---------------------------------------------------------------------- log-probability and entropy
 
 
+def relative(error: torch.Tensor, to: torch.Tensor) -> float:
+    return float(error.abs().max() / to.abs().max().clamp(min=1e-9))
+
+
 def vocabulary_case(
-    place: Place, vocab: int, temperature: float, dtype: torch.dtype, chunk: int
+    place: Place, vocab: int, temperature: float, dtype: torch.dtype, chunk: int, logits: int, buffered: bool
 ) -> dict[str, float]:
+    """The head against float64 over the whole vocabulary, on the same logits as it rounds them."""
     import torch.distributed as dist
 
-    from system.learn import logprob
+    from system.learn import head
 
-    logprob.CHUNK = chunk
+    head.CHUNK, head.LOGITS = chunk, logits
     dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.world)
     try:
         group = dist.group.WORLD
         assert group is not None
         generator = torch.Generator().manual_seed(0)
         share = -(-vocab // place.world)
-        whole = (4 * torch.randn(50, vocab, generator=generator, dtype=torch.float32)).to(dtype)
+        mine = slice(place.rank * share, (place.rank + 1) * share)
+        hidden = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
+        whole = torch.randn(vocab, 16, generator=generator).to(dtype)
         target = torch.randint(0, vocab, (50,), generator=generator)
         g1, g2 = torch.randn(2, 50, generator=generator)
-        padded = torch.cat(
-            [whole, torch.full((50, share * place.world - vocab), 99.0, dtype=dtype)], 1
-        )  # never to be read
-        mine = padded[:, place.rank * share : (place.rank + 1) * share].clone().requires_grad_()
-        logp, entropy = logprob.vocab_parallel_logprob_entropy(mine, target, vocab, group, temperature)
+        padding = torch.full((share * place.world - vocab, 16), 99.0, dtype=dtype)  # never to be read
+        weight = torch.cat([whole, padding])[mine].clone().requires_grad_()
+        if buffered:
+            setattr(weight, "main_grad", torch.ones(weight.shape))  # noqa: B010
+        logp, entropy = head.logprob_entropy(hidden, weight, target, vocab, group, temperature)
         (logp * g1 + entropy * g2).sum().backward()
-        assert mine.grad is not None
+        assert hidden.grad is not None
+        found = weight.main_grad - 1 if buffered else weight.grad
+        assert found is not None
+        assert buffered == (weight.grad is None)
 
-        exact = whole.double().requires_grad_()
-        ls = (exact / temperature).log_softmax(-1)
+        exact_hidden, exact = (t.detach().double().requires_grad_() for t in (hidden, whole))
+        product = exact_hidden @ exact.T
+        rounded = product + ((hidden @ whole.T).double() - product).detach()
+        ls = (rounded / temperature).log_softmax(-1)
         elp, ee = ls.gather(-1, target[:, None])[:, 0], -(ls.exp() * ls).sum(-1)
         (elp * g1 + ee * g2).sum().backward()
         assert exact.grad is not None
-        grad = torch.cat([exact.grad, torch.zeros(50, share * place.world - vocab)], 1)
-        grad = grad[:, place.rank * share : (place.rank + 1) * share]
+        assert exact_hidden.grad is not None
+        expected = torch.cat([exact.grad, torch.zeros(padding.shape)])[mine]
         return {
             "logp": float((logp - elp).abs().max()),
             "entropy": float((entropy - ee).abs().max()),
-            "grad": float((mine.grad - grad).abs().max()),
+            "hidden": relative(hidden.grad - exact_hidden.grad, exact_hidden.grad),
+            "weight": relative(found - expected, exact.grad),
         }
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("vocab", "world", "temperature", "dtype", "chunk"),
+    ("vocab", "world", "temperature", "dtype", "chunk", "logits", "buffered"),
     [
-        (151, 1, 1.0, torch.float32, 1 << 20),
-        (151, 2, 0.7, torch.float32, 300),
-        (150, 2, 1.3, torch.float32, 1),
-        (1, 2, 1.0, torch.float32, 1 << 20),
+        (151, 1, 1.0, torch.float32, 1 << 20, 1 << 27, False),  # one chunk, which keeps its logits
+        (151, 1, 1.0, torch.float32, 1 << 20, 151 * 7, True),  # seven rows at a time, and one at the end
+        (151, 2, 0.7, torch.float32, 300, 1000, False),
+        (150, 2, 1.3, torch.float32, 1, 1, True),
+        (1, 2, 1.0, torch.float32, 1 << 20, 20, False),  # the second rank holds padding only
         # bfloat16 logits are divided in float32: in bfloat16 the values would be off by up to 0.1 nats.
-        (151, 1, 0.7, torch.bfloat16, 1 << 20),
-        (151, 2, 1.3, torch.bfloat16, 300),
+        (151, 1, 0.7, torch.bfloat16, 1 << 20, 1 << 27, False),
+        (151, 2, 0.7, torch.bfloat16, 300, 1000, True),
     ],
 )
-def test_vocabulary_parallel_logprob_and_entropy(
-    ranks: Ranks, vocab: int, world: int, temperature: float, dtype: torch.dtype, chunk: int
+def test_log_probability_and_entropy_of_a_split_vocabulary(
+    ranks: Ranks,
+    vocab: int,
+    world: int,
+    temperature: float,
+    dtype: torch.dtype,
+    chunk: int,
+    logits: int,
+    buffered: bool,
 ) -> None:
-    given = {"vocab": vocab, "temperature": temperature, "dtype": dtype, "chunk": chunk}
-    for worst in ranks.run(vocabulary_case, world=world, **given):
-        assert worst["logp"] < 1e-5
-        assert worst["entropy"] < 1e-5
-        assert worst["grad"] < (1e-5 if dtype == torch.float32 else 0.02)
+    given: dict[str, object] = {"vocab": vocab, "temperature": temperature, "dtype": dtype, "chunk": chunk}
+    for worst in ranks.run(vocabulary_case, world=world, **given, logits=logits, buffered=buffered):
+        assert worst["logp"] < 2e-5
+        assert worst["entropy"] < 2e-5
+        assert worst["hidden"] < (1e-5 if dtype == torch.float32 else 0.02)
+        assert worst["weight"] < (1e-5 if dtype == torch.float32 else 0.02)

@@ -55,7 +55,7 @@ def save_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
         trainer.save(path, {"version": 2, "note": "ü"})
         trainer.save(path, {"version": 3, "note": "ü"})  # replaces
         draw = torch.rand(3).tolist()
-        stats = train(trainer, make_trees(7))
+        stats = train(trainer, make_trees(7))  # while it is written
         # Untouched by everything since: the checkpoint from before the first step.
         after = weights_of(trainer)
         trainer.load(fresh)
@@ -116,7 +116,7 @@ def full_disk_case(place: Place, model: str, path: str) -> list[tuple[int | None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     found: list[tuple[int | None, str]] = []
     try:
-        for write in (lambda: trainer.save(path, {"version": 1}), lambda: trainer.save_hf(path)):
+        for write in (lambda: trainer.save(path, {}) or trainer.saved(), lambda: trainer.save_hf(path)):
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
             try:
                 write()
@@ -264,8 +264,8 @@ def sight_case(place: Place, model: str) -> dict[str, float]:
         row = Row(pack_whole([tree]), trainer.layout.device, trained=False)
         row.position = row.position.clone().copy_(torch.arange(21))
         with torch.no_grad():
-            logits = row.run(trainer.model)
-            numbered, _ = row.logprob_entropy(logits, trainer.model, trainer.layout, 1.0)
+            hidden = row.run(trainer.model)
+            numbered, _ = row.logprob_entropy(hidden, trainer.model, trainer.layout, 1.0)
         trap = np.abs(numbered.numpy() - before[1:])
         return {
             "second branch after a change in the first": float(sibling[14:].max()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_reference import (
     CHAIN,
+    LED,
     SHAPE,
     STAR,
     is_model,
@@ -30,7 +31,7 @@ from system.learn.gates import M2po
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.learn.rows import Row
 from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
-from system.tree.pack import pack, with_credit_of
+from system.tree.pack import PackedBatch, pack, with_credit_of
 from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed, signed_leaves
 from system.tree.record import Kind, Tree, TreeError
 from system.tree.stats import TreeStats
@@ -42,11 +43,19 @@ def made(name: str) -> Objective:
 
 def random_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
-    trees = [make_tree(shape, rng, prompt=f"p{i}") for i, shape in enumerate((SHAPE, STAR, CHAIN, SHAPE))]
+    shapes = enumerate((SHAPE, STAR, CHAIN, SHAPE, LED))
+    trees = [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in shapes]
     for tree in trees:
         tree.reward[:] = rng.integers(0, 3, tree.n_leaves) / 2
         tree.reward[rng.random(tree.n_leaves) < 0.1] = np.nan
-    return trees
+    return [answered(tree, rng) for tree in trees]
+
+
+def answered(tree: Tree, rng: np.random.Generator) -> Tree:
+    """The same tree with the gold answer scored behind the prompt and most tool results."""
+    known = (tree.kind != Kind.MODEL) & (rng.random(tree.n_nodes) < 0.9)
+    scores = -rng.exponential(1.0, tree.n_nodes)
+    return replace(tree, answer_logprob=np.where(known, scores, np.nan).astype(np.float32))
 
 
 def rows(
@@ -227,6 +236,57 @@ def test_the_tokens_of_a_flattened_path_have_one_number() -> None:
     assert (path.diff() >= 0).all()
 
 
+def test_a_guided_tree_is_trained_under_the_plain_prompt() -> None:
+    """Planned, packed and counted as if there had been no other prompt; all that differs is the mark that
+    its tokens' log-probabilities, which stand as they were sampled, are under another one.
+    """
+    guided = random_trees(7)
+    plain = [replace(tree, sampled_prompt=tree.sampled_prompt[:0], guide=0) for tree in guided]
+    for flat in (False, True):
+        plans = [
+            BatchPlanner(learner_config(credit="grpo", micro_tokens=48), flat=flat).plan(
+                [TreeStats.of(tree) for tree in trees]
+            )
+            for trees in (guided, plain)
+        ]
+        for ours, theirs in zip(plans[0].updates[0][0], plans[1].updates[0][0], strict=True):
+            one, two = pack(ours, dict(enumerate(guided))), pack(theirs, dict(enumerate(plain)))
+            for name in (field.name for field in fields(PackedBatch) if field.name != "guided"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+            led = np.isnan(one.logprob)  # an expert's tokens
+            other = np.array([guided[tree].guided for tree in one.tree])
+            assert one.guided.tolist() == (other | led).tolist()
+            assert two.guided.tolist() == led.tolist()
+    assert [tree.guided for tree in guided] == [False, True, False, True, False]
+
+
+def test_an_experts_turns_learn_from_those_who_did_well_after_them_and_have_a_ratio_of_one() -> None:
+    """S- is 0, whatever those below lost; what nobody below earned is not computed at all."""
+    led = random_trees(11)[-1]
+    expert = np.repeat(led.kind == Kind.EXPERT, led.end - led.start)
+    led = replace(led, logprob=np.where(expert, 0, led.logprob).astype(np.float32))
+    sums = {}
+    for good in (0, 3):  # the leaf that earned something
+        led.reward[:] = np.arange(led.n_leaves) == good
+        stats = TreeStats.of(led)
+        plan = BatchPlanner(learner_config(credit="grpo", micro_tokens=400), flat=False).plan([stats])
+        row = Row(pack(plan.updates[0][0][0], {0: led}), torch.device("cpu"), trained=True)
+        mine = led.kind[row.batch.node[row.scored]] == Kind.EXPERT
+        sums[good] = mine.sum(), float(row.batch.s_plus[row.scored][mine].sum())
+        assert (row.batch.s_minus[row.scored][mine] == 0).all()
+        logprob = torch.linspace(-3, -1, len(row.scored))
+        seen = row.loss_tokens(logprob, torch.zeros_like(logprob), 5, None)
+        assert (seen.behaviour[mine] == logprob[mine]).all()
+        assert (seen.behaviour[~mine] == torch.tensor(row.batch.logprob[row.scored])[~mine]).all()
+        assert (seen.staleness[mine] == 0).all()
+        assert (row.log_ratio(logprob.double())[mine] == 0).all()
+        row.proximal = logprob - 0.5
+        assert (row.loss_tokens(logprob, logprob, 5, None).behaviour[mine] == row.proximal[mine]).all()
+    assert sums[0][0] == 9, "behind both turns of the expert somebody did well"
+    assert sums[0][1] > 0
+    assert sums[3] == (0, 0), "only the branch without them did"
+
+
 @pytest.mark.parametrize("credit", ["grpo", "gigpo", "treerl"])
 def test_a_trees_leaves_by_sign_give_m2po_the_bounds_of_its_paths(credit: str) -> None:
     """A shared token counts once for each leaf below it, with the sign of that leaf's advantage."""
@@ -257,7 +317,7 @@ def test_a_trees_leaves_by_sign_give_m2po_the_bounds_of_its_paths(credit: str) -
 @pytest.mark.parametrize("correction", [False, True])
 def test_a_factor_on_tokens_is_the_same_on_a_tree_and_on_its_paths(correction: bool) -> None:
     """Its statistics count a shared token once per leaf; a factor below 0 turns the signs of all leaves."""
-    trees = random_trees(5)
+    trees = random_trees(9)  # no leaf's advantage is 0, without which its path is left out
     rng = np.random.default_rng(1)
     for tree in trees:
         tree.entropy[is_model(tree)] = rng.exponential(1.0, int(is_model(tree).sum()))
@@ -274,7 +334,7 @@ def test_a_factor_on_tokens_is_the_same_on_a_tree_and_on_its_paths(correction: b
         found: dict[tuple[int, float], np.ndarray] = {}
         for micro, parts in zip(plan.updates[0][0], after.updates[0][0], strict=True):
             batch = with_credit_of(pack(micro, dict(enumerate(trees)), factor=plan.factor), parts)
-            for i in np.flatnonzero(batch.mult > 0).tolist():
+            for i in np.flatnonzero((batch.mult > 0) & ~np.isnan(batch.logprob)).tolist():
                 key = int(batch.tree[i]), float(batch.logprob[i])  # no two tokens have one
                 here = np.array([batch.s_plus[i], batch.s_minus[i], batch.mult[i]], np.float64)
                 found[key] = found.get(key, 0) + here

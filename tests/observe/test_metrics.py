@@ -18,7 +18,7 @@ from system.observe.metrics import (
     train_metrics,
     tree_metrics,
 )
-from system.tree.record import ForkDecision, ToolCall, Tree, path_sum, subtree_sum
+from system.tree.record import ForkDecision, Kind, ToolCall, Tree, path_sum, subtree_sum, validate
 from system.tree.stats import TreeStats
 
 
@@ -105,6 +105,28 @@ def test_rollout_and_tree_keys():
     assert tree["tree/unique_flat_ratio"] == pytest.approx(
         (first.unique + second.unique) / (first.flat + second.flat)
     )
+
+
+def test_what_was_scored_besides_is_told_only_where_something_was():
+    tree = make_tree()
+    assert not any("scored" in key for key in rollout_metrics([TreeStats.of(tree)]))
+    model = np.repeat(tree.kind == Kind.MODEL, tree.end - tree.start)
+    some = model & (np.cumsum(model) % 2 == 1)
+    place = np.flatnonzero(tree.kind != Kind.MODEL)
+    answers = np.full(tree.n_nodes, np.nan, np.float32)
+    answers[place[0]] = math.log(0.25)
+    scored = replace(
+        tree,
+        closed_logprob=np.where(some, tree.logprob - np.float32(0.5), np.float32(np.nan)),
+        closed_version=np.where(some, 9, -1).astype(np.int32),
+        answer_logprob=answers,
+    )
+    validate(scored)
+    found = rollout_metrics([TreeStats.of(scored)])
+    assert found["rollout/rescored_share"] == pytest.approx(some.sum() / model.sum())
+    assert found["rollout/rescored_gap"] == pytest.approx(0.5)
+    assert found["rollout/answer_scored_share"] == pytest.approx(1 / place.size)
+    assert found["rollout/answer_probability"] == pytest.approx(0.25)
 
 
 def test_fork_rate_counts_decisions_not_forks():
@@ -195,3 +217,26 @@ def test_a_question_without_a_tree_counts_as_wrong() -> None:
     assert result.kinds["calc"].accuracy == 0.5
     assert result.kinds["lookup"].accuracy == 0.0
     assert math.isnan(result.kinds["lookup"].tool_calls)
+
+
+def test_guided_trees_are_told_apart():
+    plain, guided = (TreeStats.of(make_tree(reward=reward)) for reward in ((0.0, 0.0, NAN), (1.0, 0.0, NAN)))
+    assert not any("guided" in key or "plain" in key for key in rollout_metrics([plain, guided]))
+    assert "train/guided_share" not in train_metrics([plain], {}, [])
+    trees = [plain, replace(guided, guide=1), replace(plain, guide=2)]
+    metrics = {
+        key: value for key, value in rollout_metrics(trees).items() if "/guided/" in key or "/plain/" in key
+    }
+    assert metrics == {
+        "rollout/guided/trees": 2,
+        "rollout/guided/actions": 1.5,
+        "rollout/guided/success_share": 0.5,
+        "rollout/guided/reward": 0.25,
+        "rollout/guided/reward_std": pytest.approx(3**0.5 / 4),
+        "rollout/guided/accuracy": 0.25,
+        "rollout/plain/reward": 0,
+        "rollout/plain/reward_std": 0,
+        "rollout/plain/accuracy": 0,
+    }
+    assert train_metrics(trees, {}, [])["train/guided_share"] == pytest.approx(2 / 3)
+    assert not any("/plain/" in key for key in rollout_metrics(trees[1:]))

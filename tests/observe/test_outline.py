@@ -151,3 +151,9 @@ def test_table_has_a_row_per_tree(tree: Tree):
     assert first == ["0", "q1", "lookup", "3", "6", "1", "0", "1", "22", "0.64", "0.50±0.50", "1/2", "3"]
     assert second[:3] == ["1", "q2", "calc"]
     assert "3/3" in second
+
+
+def test_a_guided_tree_shows_what_it_was_sampled_from(tree: Tree):
+    text = shown(replace(tree, sampled_prompt=np.array([90, 91], np.int32), guide=2))
+    assert "\nguided by 2 actions, sampled from: t90 t91\n" in text
+    assert "\nprompt   4 tok  t0 t1 t2 t3\n" in text

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "staleness",
             "versions",
             "pools",
+            "guided",
         ),
         *(
             "mismatch",
@@ -374,3 +376,20 @@ def test_the_first_cause_of_each_kind_is_told_and_all_are_counted(
 def test_a_cause_tells_no_secret(recorder: Recorder) -> None:
     recorder.mishap("tool", "no answer from https://user:hunter2@host/x")
     assert "hunter2" not in json.dumps(recorder.summary()["causes"])
+
+
+def test_what_guided_trees_earn_is_counted_apart(recorder: Recorder, clock: Clock):
+    """The accuracy that is shown, and that may end a run, is of what the model finds alone."""
+    plain = TreeStats.of(make_tree("a", (0.0, 0.0, 0.0)))
+    helped, helpless = (
+        replace(TreeStats.of(make_tree("b", (reward, 0.0, 0.0))), guide=2) for reward in (1.0, 0.0)
+    )
+    for tree in (plain, helped, helpless):
+        recorder.tree_closed(tree, version_now=3)
+    assert recorder.status().accuracy == 0
+    assert recorder.summary()["guided"] == {"trees": 2, "with_success": 1, "actions": 4}
+    assert recorder.summary()["trees"] == 3
+    state = json.loads(json.dumps(recorder.state()))
+    del state["guided"]  # of an earlier version
+    recorder.restore(state)
+    assert recorder.summary()["guided"] == {}

@@ -66,6 +66,8 @@ class Segment:
     hang_after: int | None = None  # never another token after so many
 
 
+Scores = Callable[[GenerateRequest, int], Any]
+"""(a request to score given tokens, how many came before it) -> their log-probabilities."""
 Script = Callable[[str, np.random.Generator], Segment]
 """(text after the prompt, a generator seeded by the request) -> what the model says next."""
 
@@ -79,10 +81,17 @@ class ScriptedEngine:
     prompt_text: str
     running: int = 0
     requests: list[GenerateRequest] = field(default_factory=list)
+    scored: list[GenerateRequest] = field(default_factory=list)
     closed_early: int = 0
     streamed: int = 0
+    score_s: float = 0.2  # seconds for a score
+    scores: Scores = lambda asked, call: -np.arange(asked.score_from, asked.input_ids.size) / 1000
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        if request.score_from is not None:
+            async for chunk in self._score(request):
+                yield chunk
+            return
         self.requests.append(request)
         self.running += 1
         finished = False
@@ -125,6 +134,23 @@ class ScriptedEngine:
         finally:
             self.running -= 1
             self.closed_early += not finished
+
+    async def _score(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        """A token, and ``scores`` of the given ones: an array, an error to raise, None for never."""
+        self.scored.append(request)
+        found = self.scores(request, len(self.scored) - 1)
+        self.running += 1
+        try:
+            await asyncio.sleep(self.score_s)
+            if found is None:
+                await asyncio.Event().wait()
+            if isinstance(found, Exception):
+                raise found
+            one, none = np.zeros(1, np.float32), np.zeros(1, np.int32)
+            scores = np.asarray(found, np.float32)
+            yield Chunk(none, one, one, np.full(1, 9, np.int32), Finish("length"), scores=scores)
+        finally:
+            self.running -= 1
 
 
 Answer = Callable[[str, Mapping[str, Any]], tuple[float, ToolOutcome]]

@@ -26,8 +26,10 @@ CALL, ANSWER = "<search> q </search>", "so"
 
 
 def eager(script: Any, answer: Any, policy: Policy, schedule: str = "eager", **sizes: Any) -> World:
-    """A rollout whose worker has seen calls of 1 s: 2 s is late."""
+    """A rollout that keeps back whole shares, and whose worker has seen calls of 1 s: 2 s is late."""
     world = make_world(script, answer, policy=policy, schedule=schedule, **sizes)
+    if schedule == "eager":
+        object.__setattr__(world.context, "schedule", Eager(keep=1.0))  # contexts are frozen
     for _ in range(16):
         world.context.schedule.answered("search", ok(seconds=1.0)[1])
     return world
@@ -91,16 +93,17 @@ def a_branch(calls: int, calling: bool, late: bool) -> Branch:
     live=st.lists(st.builds(a_branch, st.integers(0, 3), st.booleans(), st.booleans()), max_size=20),
     remaining=st.integers(0, 32),
     share=st.floats(0.0, 8.0),
+    keep=st.floats(0.0, 1.0),
 )
 def test_what_is_kept_back_is_covered_by_branches_that_may_fork(
-    live: list[Branch], remaining: int, share: float
+    live: list[Branch], remaining: int, share: float, keep: float
 ) -> None:
-    schedule = Eager()
+    schedule = Eager(keep)
     started = schedule.top_ups(live, remaining, 3, share)
     kept = remaining - started
     assert 0 <= started <= remaining
     may_fork = [one for one in live if not one.late and (one.calling or one.calls < 3)]
-    assert kept == min(remaining, math.ceil(len(may_fork) * share))  # nothing, where none may fork
+    assert kept == min(remaining, math.ceil(len(may_fork) * keep * share))  # nothing, where none may fork
     assert schedule.top_ups(live, kept, 3, share) == 0  # asked again, it starts no more
     assert kept <= remaining - BarrierFree().top_ups(
         [one for one in live if not one.late], remaining, 3, share

@@ -30,7 +30,9 @@ from system.study.statistics import (
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
-def test_a_study_makes_its_runs_once_and_says_what_they_say(tmp_path: Path) -> None:
+def test_a_study_makes_its_runs_once_and_says_what_they_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "toy.yaml"
     recipe.write_text(
         f"base: {QUICKSTART}\nwarmstart: {{steps: 4, demos: 16}}\nflow: {{batch_leaves: 16}}\n"
@@ -54,6 +56,11 @@ def test_a_study_makes_its_runs_once_and_says_what_they_say(tmp_path: Path) -> N
     assert main([*command, "--arms=random"]) == 0
     assert "ahead of random" in (tmp_path / "branching.html").read_text()
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == made
+    assert "versions of the code" not in capsys.readouterr().out
+    older = tmp_path / "runs" / "toy-random-s0.json"
+    older.write_text(json.dumps(json.loads(older.read_bytes()) | {"code": "12345678"}))
+    assert main([*command, "--arms=calibrated,random"]) == 0
+    assert "made by 2 versions of the code (" in capsys.readouterr().out
     # Trees that are left out cost what they cost; nothing is learned in a step or two.
     assert main(["study", "sampling", *command[2:], "--arms=dynamic"]) == 0
     dynamic = json.loads((tmp_path / "sampling.json").read_bytes())["runs"]["toy dynamic 0"]

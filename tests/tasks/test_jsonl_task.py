@@ -406,3 +406,54 @@ def test_task_from_configuration(tmp_path: Path):
     config.task.path = ""
     with pytest.raises(ConfigError, match=r"task\.path"):
         JsonlTask(config)
+
+
+MESSAGES = [
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "<search> a </search>"},
+    {"role": "tool", "content": "found"},
+    {"role": "assistant", "content": "<search> b </search>"},
+    {"role": "user", "content": "<result> found too </result>"},
+    {"role": "assistant", "content": "Alda"},
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "actions", "segments"),
+    [
+        (["open the page", "click"], ("open the page", "click"), 4),
+        (json.dumps(["open the page", "click"]), ("open the page", "click"), 4),
+        (MESSAGES, ("<search> a </search>", "<search> b </search>"), 5),
+        (
+            MESSAGES[:4],
+            ("<search> a </search>",),
+            3,
+        ),  # what it last wrote has no result: it may be the answer
+        (MESSAGES[:1], (), 0),
+        ("they searched", (), 0),
+        ([], (), 0),
+    ],
+)
+def test_demonstrations_that_guides_are_made_of(value: Any, actions: tuple[str, ...], segments: int):
+    row = {"question": "Who?", "answer": "Alda", "demonstration": value, "way": value}
+    for columns in (Columns({}, guided=True), Columns({"demonstration": "way"}, guided=True)):
+        prompt = columns.prompt(row, "d.jsonl, line 1", "d/1")
+        assert (prompt.actions, len(prompt.demonstration)) == (actions, segments)
+    assert one(row).demonstration == (), "nobody asked for it"
+    assert Columns({}, guided=True).prompt({"question": "Who?", "answer": "A"}, "d", "1").actions == ()
+
+
+def test_a_demonstration_that_is_none_is_said():
+    row = {"question": "Who?", "answer": "Alda", "demonstration": [{"role": "assistant"}]}
+    with pytest.raises(RowUnusable, match=r"column demonstration\[0\]: expected \{role, content\}"):
+        Columns({}, guided=True).prompt(row, "d.jsonl, line 1", "d/1")
+
+
+def test_guides_are_read_from_files(tmp_path: Path):
+    config = Config()
+    config.task.path = str(
+        write(tmp_path / "d.jsonl", [{"question": "Who?", "answer": "A", "actions": ["x"]}])
+    )
+    assert JsonlTask(config).train()[0].actions == ()
+    config.guide.others = 0.5
+    assert JsonlTask(config).train()[0].actions == ("x",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,22 @@ def test_corpus_is_what_the_search_server_reads(task):
     assert all(set(row) == {"id", "title", "text"} for row in rows)
     assert json.loads(json.dumps(rows)) == rows
     assert generate(3) == task.world
+
+
+def test_where_trees_may_be_guided_questions_bring_demonstrations_without_a_mistake(task, tokenizer):
+    """Their actions are calls as the model writes them; the answer is none of them."""
+    config = Config()
+    config.run.seed, config.tools.search_top_k, config.guide.others = 3, 2, 0.5
+    config.task.train_size, config.task.eval_size = 60, 200
+    prompts = QuickstartTask(config).train()
+    plain = task.train()[:60]
+    assert [replace(prompt, demonstration=()) for prompt in prompts] == plain
+    assert not any(prompt.actions for prompt in plain)
+    for prompt in prompts:
+        assert prompt.demonstration[-1][0] == "model"
+        assert f"{prompt.answers[0]} }}" in prompt.demonstration[-1][1]
+        assert 1 <= len(prompt.actions) <= 3
+        for action in prompt.actions:
+            assert action.endswith((" </search>", " </python>"))
+        told = question(prompt) + config.guide.text.rpartition("\n")[1] + "\n".join(prompt.actions)
+        assert tokenizer.unk_token_id not in tokenizer.encode(told)

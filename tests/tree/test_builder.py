@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tree_strategies import Naive, growths
 
 from system.tree.builder import TreeBuilder
-from system.tree.record import Kind, Origin, Outcome, ToolCall, Tree, TreeError
+from system.tree.record import ARRAYS, Kind, Origin, Outcome, ToolCall, Tree, TreeError
 
 
 @given(growths())
@@ -23,6 +23,17 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
     np.testing.assert_array_equal(tree.logprob, np.float32([x for n in nodes for x in n.logprob]))
     np.testing.assert_array_equal(tree.entropy, np.float32([x for n in nodes for x in n.entropy]))
     assert tree.version.tolist() == [x for n in nodes for x in n.version]
+    answers = [n.answer for n in nodes]
+    if tree.answer_logprob.size:
+        np.testing.assert_array_equal(tree.answer_logprob, np.float32(answers))
+    else:
+        assert np.isnan(answers).all()
+    closed = [x for n in nodes for x in n.closed]
+    if tree.rescored:
+        np.testing.assert_array_equal(tree.closed_logprob, np.float32([score for score, _ in closed]))
+        assert tree.closed_version.tolist() == [version for _, version in closed]
+    else:
+        assert {version for _, version in closed} == {-1}
     assert tree.kind.tolist() == [n.kind for n in nodes]
     assert (tree.end - tree.start).tolist() == [len(n.tokens) for n in nodes]
     parents = [-1 if n.parent < 0 else index[naive.nearest(n.parent)] for n in nodes]
@@ -35,6 +46,11 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
     for number, (node, *_) in enumerate(naive.leaves):
         path = np.concatenate([tree.tokens[tree.start[v] : tree.end[v]] for v in tree.path(number)])
         assert path.tolist() == naive.path_tokens(node)
+    assert tree.sampled_prompt.tolist() == whole.sampled
+    assert tree.guide == len(whole.sampled)
+    for handle in range(len(whole.nodes)):  # what the engine goes on from begins with the prompt sampled from
+        begins = growth.path_tokens(handle)[: growth.depth(0)].tolist()
+        assert begins == (whole.sampled or whole.nodes[0].tokens)
 
     tools = [last[h] for h, n in enumerate(whole.nodes) if n.kind == Kind.TOOL]
     assert [c.node for c in tree.calls] == [index[naive.nearest(h)] for h in tools]
@@ -51,9 +67,11 @@ def test_restored_is_the_same_growth(case: tuple[TreeBuilder, Naive]) -> None:
         assert again.path_tokens(node).tolist() == naive.path_tokens(node)
         assert again.children(node) == growth.children(node)
     tree, other = growth.close(7.0), again.close(7.0)
-    for name in ("tokens", "logprob", "entropy", "version", "start", "parent", "kind", "leaf", "outcome"):
-        np.testing.assert_array_equal(getattr(other, name), getattr(tree, name))
-    assert (other.calls, other.forks) == (tree.calls, tree.forks)
+    for name in ARRAYS:
+        if name not in ("reward", "correct"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(tree, name))
+    assert (other.calls, other.forks, other.guide) == (tree.calls, tree.forks, tree.guide)
+    assert ("trained_prompt" in arrays, "guide" in fields) == (bool(naive.sampled),) * 2
 
 
 def paths(tree: Tree) -> list[list[tuple[float, ...]]]:
@@ -82,7 +100,8 @@ def test_going_on_inside_a_turn_leaves_every_other_path_as_it_was(
     after = growth.close(7.0)
     old, new = paths(before), paths(after)
     assert new[: len(old)] == old
-    assert [len(path) for path in new[len(old) :]] == [at + 2 for at in added]
+    longer = len(naive.nodes[0].tokens) - growth.depth(0)  # than the prompt that was sampled from
+    assert [len(path) for path in new[len(old) :]] == [at + longer + 2 for at in added]
     assert after.n_tokens == before.n_tokens + 2 * len(added), "what is shared stands there once"
 
 

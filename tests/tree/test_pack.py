@@ -68,21 +68,28 @@ def _same(left: dict[int, np.ndarray], right: dict[int, np.ndarray]) -> None:
 
 
 def _naive(trees: list[Tree], credit: Credit, hard: bool) -> dict[int, np.ndarray]:
-    """The definition: every leaf walks its path and adds to each MODEL token."""
+    """The definition: every leaf walks its path and adds to each MODEL token, and to each EXPERT token if its
+    advantage is positive (with ``hard``: if the leaves' mean is).
+    """
     through: dict[int, list[tuple[float, float]]] = {}
+    expert: set[int] = set()
     for tree, advantages, weights in zip(trees, *credit, strict=True):
         for leaf, (a, w) in enumerate(zip(advantages, weights, strict=True)):
             if w == 0:
                 continue
             for node in tree.path(leaf):
-                if tree.kind[node] == Kind.MODEL:
+                if tree.kind[node] in (Kind.MODEL, Kind.EXPERT):
                     for t in range(tree.start[node], tree.end[node]):
+                        if tree.kind[node] == Kind.EXPERT:
+                            expert.add(int(tree.tokens[t]))
                         through.setdefault(int(tree.tokens[t]), []).append((float(a), float(w)))
     sums = {}
     for token, leaves in through.items():
         if hard:
             a, w = np.mean([a for a, _ in leaves]), np.mean([w for _, w in leaves])
             leaves = [(a, w)]
+        if token in expert:
+            leaves = [(a, w) for a, w in leaves if a > 0]
         sums[token] = np.array(
             [
                 sum(w * max(a, 0) for a, w in leaves),
@@ -90,7 +97,7 @@ def _naive(trees: list[Tree], credit: Credit, hard: bool) -> dict[int, np.ndarra
                 sum(w for _, w in leaves),
             ]
         )
-    return sums
+    return {token: three for token, three in sums.items() if three[2] > 0}
 
 
 @given(forests(), st.integers(0, 2**32 - 1), st.booleans(), st.integers(1, 300))
@@ -123,7 +130,8 @@ def test_clipped_objective_on_the_tree_equals_the_flat_one(trees: list[Tree], se
         packed += plus * min(r, 1 + high) + minus * min(max(r, 1 - low), dual)
     for tree, advantages, weights in zip(trees, *credit, strict=True):
         for path, a, w in zip(flatten(tree), advantages, weights, strict=True):
-            for t in np.flatnonzero(path.kind[token_node(path)] == Kind.MODEL):
+            learns = (Kind.MODEL, Kind.EXPERT) if a > 0 else (Kind.MODEL,)
+            for t in np.flatnonzero(np.isin(path.kind[token_node(path)], learns)):
                 r = ratio[int(path.tokens[t])]
                 term = min(r * a, np.clip(r, 1 - low, 1 + high) * a)
                 flat += w * (max(term, dual * a) if a < 0 else term)
@@ -162,11 +170,13 @@ def test_every_part_is_whole_and_no_weight_is_repeated(
             assert k == batch.tree[i]
             tree = trees[k]
             assert batch.tokens[chains[i]].tolist() == _path_to(tree, t)
-            assert batch.logprob[i] == tree.logprob[t]
+            sampled = tree.kind[token_node(tree)[t]] != Kind.EXPERT
+            assert batch.logprob[i] == tree.logprob[t] if sampled else np.isnan(batch.logprob[i])
             if batch.mult[i] > 0:
                 assert int(batch.tokens[i]) not in seen
                 seen.add(int(batch.tokens[i]))
-                assert batch.version[i] == tree.version[t] >= 0
+                assert batch.version[i] == tree.version[t]
+                assert (batch.version[i] >= 0) == sampled
             else:
                 assert (batch.s_plus[i], batch.s_minus[i], batch.version[i]) == (0, 0, -1)
 
@@ -194,6 +204,12 @@ def test_flat_paths_are_valid_trees_of_the_same_tokens(trees: list[Tree]) -> Non
             assert [c.arguments for c in path.calls] == [c.arguments for c in tree.calls if c.node in nodes]
             for name in ("reward", "outcome", "origin", "correct"):
                 np.testing.assert_array_equal(getattr(path, name)[0], getattr(tree, name)[leaf])
+            if tree.rescored:
+                index = np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in nodes])
+                np.testing.assert_array_equal(path.closed_logprob, tree.closed_logprob[index])
+                np.testing.assert_array_equal(path.closed_version, tree.closed_version[index])
+            if tree.answer_logprob.size:
+                np.testing.assert_array_equal(path.answer_logprob, tree.answer_logprob[nodes])
 
 
 @given(forests())
@@ -202,7 +218,8 @@ def test_token_counts(trees: list[Tree]) -> None:
         [np.ones(t.n_leaves) for t in trees],
         [TreeStats.of(t).scored.astype(np.float64) for t in trees],
     )
-    through = _naive(trees, credit, hard=False)
+    model = {int(t) for tree in trees for t in tree.tokens[tree.kind[token_node(tree)] == Kind.MODEL]}
+    through = {token: row for token, row in _naive(trees, credit, hard=False).items() if token in model}
     assert counts([TreeStats.of(tree) for tree in trees]) == (
         len(through),
         round(sum(row[2] for row in through.values())),

@@ -53,7 +53,8 @@ def test_a_node_has_its_own_advantage_times_the_weight_below(
         below = leaf_sum(s.parent, s.leaf, w) / (
             np.maximum(leaf_sum(s.parent, s.leaf, w > 0), 1) if hard else 1
         )
-        for node in np.flatnonzero((s.kind == Kind.MODEL) & (below > 0)):
+        learns = (s.kind == Kind.MODEL) | ((s.kind == Kind.EXPERT) & (a > 0))
+        for node in np.flatnonzero(learns & (below > 0)):
             gain = below[node] * a[node]
             expected[index, int(node)] = np.array([max(gain, 0), min(gain, 0), below[node]])
     assert_same(by_node(share), expected)

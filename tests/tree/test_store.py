@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from tree_strategies import forests, grow
 
-from system.tree.record import ToolCall, Tree, validate
-from system.tree.store import SCHEMA, StoreError, TreeWriter, read_trees
+from system.tree.record import ARRAYS, OPTIONAL, ToolCall, Tree, validate
+from system.tree.store import SCHEMA, StoreError, TreeWriter, from_table, read_trees, to_table
 
 
 def _equal(left: Tree, right: Tree) -> None:
@@ -46,6 +46,17 @@ def test_round_trip_is_exact(trees: list[Tree]) -> None:
     for left, right in zip(trees, back, strict=True):
         _equal(left, right)
         validate(right)
+
+
+def test_files_of_before_later_columns_are_read() -> None:
+    """Of trees whose turns were not scored when they ended, and that were not guided."""
+    trees = _trees(4)
+    later = {name: np.zeros(0, ARRAYS[name]) for name in OPTIONAL}
+    table = to_table(trees).drop_columns([*OPTIONAL, "guide"])
+    assert any(tree.rescored and tree.answer_logprob.size for tree in trees)
+    for tree, back in zip(trees, from_table(table), strict=True):
+        _equal(dataclasses.replace(tree, **later, guide=0), back)
+        validate(back)
 
 
 def test_model_written_text_survives(tmp_path: Path) -> None:

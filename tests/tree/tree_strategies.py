@@ -19,11 +19,13 @@ class NaiveNode:
     logprob: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
+    closed: list[tuple[float, int]] = field(default_factory=list)  # score at the close, and its version
+    answer: float = np.nan
     at: int | None = None  # tokens of its parent that come before it; None: all
 
     def part(self, parent: int, begin: int, end: int) -> NaiveNode:
-        columns = (self.tokens, self.logprob, self.entropy, self.version)
-        return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns])
+        columns = (self.tokens, self.logprob, self.entropy, self.version, self.closed)
+        return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns], answer=self.answer)
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Naive:
 
     nodes: list[NaiveNode]
     leaves: list[tuple[int, Outcome, Origin, float]] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)  # the prompt sampled from, where it is not the root's
 
     def children(self, node: int) -> list[int]:
         return [h for h, n in enumerate(self.nodes) if n.parent == node]
@@ -41,6 +44,8 @@ class Naive:
         if node < 0:
             return []
         own = self.nodes[node]
+        if node == 0 and self.sampled:
+            return self.sampled
         return self.path_tokens(own.parent, own.at) + own.tokens[:before]
 
     def cut(self) -> tuple[Naive, list[int]]:
@@ -87,9 +92,20 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         return list(range(next_token - count, next_token))
 
     prompt = ids(int(rng.integers(1, 6)))
-    growth = TreeBuilder(f"prompt-{seed}", "test", prompt, budget=8, meta={"seed": seed}, started_s=1.0)
     blank = len(prompt)
     naive = Naive([NaiveNode(-1, Kind.PROMPT, prompt, [0.0] * blank, [np.nan] * blank, [-1] * blank)])
+    if seed % 3 == 0:  # a guided tree, whose other prompt may be shorter, too
+        naive.sampled = ids(1 + seed % 8)
+    growth = TreeBuilder(
+        f"prompt-{seed}",
+        "test",
+        prompt,
+        budget=8,
+        meta={"seed": seed},
+        started_s=1.0,
+        guide=len(naive.sampled),
+        sampled_prompt=naive.sampled,
+    )
     views: list[tuple[int, list[int], np.ndarray]] = []
 
     def end(node: int) -> None:
@@ -133,6 +149,8 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         elif act < 0.9:
             parent = int(rng.integers(0, len(naive.nodes)))
             kind = Kind(rng.choice([Kind.MODEL, Kind.MODEL, Kind.TOOL]))
+            if seed % 5 == 0 and kind == Kind.MODEL and len(naive.nodes) % 3 == 0:
+                kind = Kind.EXPERT
             above, at = naive.nodes[parent], None
             if kind == above.kind == Kind.MODEL and len(above.tokens) > 1 and rng.random() < 0.5:
                 at = int(rng.integers(1, len(above.tokens)))
@@ -152,10 +170,25 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         bare = node not in parents and node not in {leaf[0] for leaf in naive.leaves}
         if bare or rng.random() < 0.15:
             end(node)
+    _rescore(growth, naive, np.random.default_rng([seed, 1]))
     for node, expected, view in views:  # what a request was given stays what it was
         assert view.tolist() == expected
         assert growth.path_tokens(node).tolist()[: len(expected)] == expected
     return growth, naive
+
+
+def _rescore(growth: TreeBuilder, naive: Naive, rng: np.random.Generator) -> None:
+    """Of every second tree, score most of the nodes that were sampled, and the answer behind most others."""
+    some = rng.random() < 0.5
+    for number, node in enumerate(naive.nodes):
+        node.closed = [(np.nan, -1)] * len(node.tokens)
+        if some and node.kind == Kind.MODEL and rng.random() < 0.7:
+            logprob, version = -rng.random(len(node.tokens)).astype(np.float32), int(rng.integers(0, 9))
+            growth.rescore(number, logprob, version)
+            node.closed = [(value, version) for value in logprob.tolist()]
+        elif some and node.kind != Kind.MODEL and rng.random() < 0.7:
+            node.answer = float(np.float32(-rng.random()))
+            growth.answer(number, node.answer)
 
 
 @st.composite

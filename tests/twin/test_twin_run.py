@@ -180,3 +180,14 @@ def test_a_limit_on_staleness_evicts_trees_in_a_simulation_too() -> None:
     assert free.totals["staleness"]["max"] > 1
     assert limited.totals["dropped"]["stale"]["trees"] > 0
     assert limited.totals["staleness"]["max"] <= 1
+
+
+def test_scores_at_the_close_cost_prefills_and_nothing_else() -> None:
+    """The same trees in the same steps, in more time; each version stands for all of a turn."""
+    plain, scored = (simulate(config(*more), models(), steps=3) for more in ((), ("rollout.rescore=true",)))
+    assert scored.step_s >= plain.step_s
+    assert scored.digest != plain.digest
+    twin = Twin(config("rollout.rescore=true"), models(), steps=2)
+    run(twin.run())
+    assert [record["rollout/rescored_share"] for record in twin.records] == [1, 1]
+    assert {record["rollout/rescored_gap"] for record in twin.records} == {0}

@@ -52,18 +52,15 @@ class Batcher:
         tokens: NDArray[np.int32],
         decoding: NDArray[np.int64],
         pieces: Sequence[Piece] = (),
-        logits: bool = True,
     ) -> Batch:
         """``tokens [rows, context]`` holds every row's tokens.  The first rows, of ``decoding [n]`` tokens,
-        compute their last token each; then come the pieces.  Without ``logits`` only one row gets any.
+        compute their last token each; then come the pieces.
         """
         n = decoding.size
         positions = np.concatenate([decoding - 1, *(piece.positions for piece in pieces)])
         rows = np.concatenate([np.arange(n), *(piece.row_of for piece in pieces)])
         last = None
-        if not logits:
-            last = np.array([positions.size - 1])
-        elif any(piece.width > 1 for piece in pieces):
+        if any(piece.width > 1 for piece in pieces):
             widths = np.concatenate([np.ones(n, np.int64), *(piece.widths for piece in pieces)])
             last = np.cumsum(widths) - 1
         segments, offset = self._decoding(decoding), n

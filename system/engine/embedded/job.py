@@ -52,11 +52,18 @@ class Job:
     stop_ids: frozenset[int] = frozenset()
     stops: StopStrings | None = None
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
+    score_from: int | None = None  # log-probabilities of the prompt are wanted from this token on
+    scores: list[float] = field(default_factory=list[float])  # these, complete before the first event
     tokens: NDArray[np.int32] = field(init=False)  # prompt and generated so far
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
 
     def __post_init__(self) -> None:
         self.tokens = self.prompt
+
+    @property
+    def reusable(self) -> NDArray[np.int32]:
+        """Tokens whose keys and values may be another's: what predicts a wanted token is computed."""
+        return self.tokens[:-1] if self.score_from is None else self.tokens[: self.score_from - 1]
 
 
 _SAMPLING = {
@@ -96,6 +103,11 @@ def parse(
             f"input_ids and max_new_tokens: {len(prompt)} prompt tokens and {new} new ones exceed "
             f"the context length of {context}"
         )
+    if (start := body.get("logprob_start_len", -1)) != -1:
+        if type(start) is not int or not 0 <= start < len(prompt) - 1:
+            raise BadRequest(f"logprob_start_len: expected -1 (off) or one of 0 to {len(prompt) - 2}")
+        if new != 1:
+            raise BadRequest("logprob_start_len: scores come with one new token: max_new_tokens must be 1")
     top_k, top_p = _number(sampling, "top_k", -1, -1), _number(sampling, "top_p", 1.0, 0.0, 1.0)
     if top_k == 0:
         raise BadRequest("sampling_params.top_k: -1 (off) or at least 1")
@@ -118,6 +130,7 @@ def parse(
         ignore_eos=bool(sampling.get("ignore_eos", False)),
         stop_ids=frozenset(_token_ids(sampling.get("stop_token_ids") or [], "stop_token_ids", vocab)),
         stops=_stop_strings([stop] if isinstance(stop, str) else stop, vocabulary),
+        score_from=None if start == -1 else start + 1,
     )
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from system.engine.embedded.weights import LayerWeights, Weights
 from system.models.shape import ModelShape
 
+_SCORED = 256  # rows whose logits over the whole vocabulary are held at one time, to score given tokens
+
 
 @dataclass(frozen=True, slots=True)
 class KVSegment:
@@ -46,6 +48,10 @@ class Batch:
     places: Tensor  # [T] int64: row · context + position, where this token's key and value are written
     segments: tuple[KVSegment, ...]
     last: Tensor | None  # [N] packed index of each row's last token; None: every token is one (pure decoding)
+
+    def of_last(self, hidden: Tensor) -> Tensor:
+        """[N, E] of [T, E]: each row's last token."""
+        return hidden if self.last is None else hidden.index_select(0, self.last)
 
 
 class KVStore:
@@ -115,7 +121,7 @@ class Decoder:
         self._sin = torch.cat([-sin, sin], -1)[:, None].to(device, dtype)
 
     def forward(self, weights: Weights, kv: KVStore, batch: Batch) -> Tensor:
-        """Write the batch's keys and values and return logits ``[N, V]`` in float32."""
+        """Write the batch's keys and values and return the hidden states ``[T, E]`` behind the last layer."""
         eps = self.shape.eps
         cos = self._cos.index_select(0, batch.positions)
         sin = self._sin.index_select(0, batch.positions)
@@ -125,9 +131,22 @@ class Decoder:
             gate_up = F.linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up)
             gate, up = gate_up.chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
-        if batch.last is not None:
-            x = x.index_select(0, batch.last)
-        return F.linear(rms_norm(x, weights.norm, eps), weights.head).float()
+        return x
+
+    def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """``[N, V]`` in float32 of hidden states ``[N, E]``."""
+        return F.linear(rms_norm(hidden, weights.norm, self.shape.eps), weights.head).float()
+
+    def scores(self, weights: Weights, hidden: Tensor, target: Tensor, temperature: float) -> list[float]:
+        """The log-probability of each of ``target`` ``[n]`` where ``hidden`` ``[n, E]`` predict it."""
+        found: list[float] = []
+        for states, tokens in zip(hidden.split(_SCORED), target.split(_SCORED), strict=True):
+            scaled = self.logits(weights, states) / (
+                temperature or 1.0
+            )  # of greedy rows at 1, as sampling does
+            own = scaled.gather(1, tokens[:, None])[:, 0]
+            found += (own - scaled.logsumexp(-1)).tolist()
+        return found
 
     def _attention(
         self, index: int, layer: LayerWeights, kv: KVStore, batch: Batch, x: Tensor, cos: Tensor, sin: Tensor

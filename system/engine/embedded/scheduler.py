@@ -214,7 +214,12 @@ class Scheduler:
         self._regroup(decoding)
         admitted = self._admit()
         batch = self._batch(decoding, admitted)
-        logits = self._decoder.forward(self.weights, self._kv, batch)
+        hidden = self._decoder.forward(self.weights, self._kv, batch)
+        at = decoding
+        for one in admitted:
+            self._score(one.job, hidden[at : at + one.suffix], one.cached)
+            at += one.suffix
+        logits = self._decoder.logits(self.weights, batch.of_last(hidden))
         rows = self._rows
         sampled = sample(logits, rows.sampling, rows.uniforms())
         count = len(rows)
@@ -241,7 +246,7 @@ class Scheduler:
         budget = self._max_prefill
         while self._waiting and len(self._rows) + len(chosen) < self._max_running and budget > 0:
             job = self._waiting.popleft()
-            slot, cached = self._slots.longest_prefix(job.tokens[:-1])
+            slot, cached = self._slots.longest_prefix(job.reusable)
             if self._neighbour_will_compute(job, cached, chosen):
                 postponed.append(job)
                 continue
@@ -260,13 +265,14 @@ class Scheduler:
     def _neighbour_will_compute(self, job: Job, cached: int, chosen: list[_Admitted]) -> bool:
         if not chosen:
             return False
-        reusable = job.tokens[:-1]
+        reusable = job.reusable
         shared = int(prefix_lengths(self._draft[: len(chosen), : reusable.size], reusable).max())
         return shared > cached and (shared >= cached + _WORTH_WAITING or shared == reusable.size)
 
     def _start(self, admitted: _Admitted) -> None:
         job, cached = admitted.job, admitted.cached
         row = self._rows.append(job)
+        job.scores.clear()
         self._kv.copy(admitted.slot, row, 0, cached)
         self._slots.tokens[row, : job.tokens.size] = job.tokens
         self._slots.length[row] = cached
@@ -280,9 +286,21 @@ class Scheduler:
             stop = admitted.cached + self._max_prefill
             piece = Piece(row, np.array([admitted.cached]), np.array([stop]))
             nobody = np.zeros(0, np.int64)
-            batch = self._batcher.pack(self._slots.tokens, nobody, [piece], logits=False)
-            self._decoder.forward(self.weights, self._kv, batch)
+            batch = self._batcher.pack(self._slots.tokens, nobody, [piece])
+            self._score(job, self._decoder.forward(self.weights, self._kv, batch), admitted.cached)
             admitted.cached = stop
+
+    def _score(self, job: Job, hidden: torch.Tensor, first: int) -> None:
+        """Of the prompt's tokens that are wanted, those that ``hidden`` predict: states of the positions from
+        ``first`` on.
+        """
+        if job.score_from is None:
+            return
+        begin, end = max(job.score_from - 1, first), min(job.prompt.size - 1, first + len(hidden))
+        if begin < end:
+            target = torch.from_numpy(job.prompt[begin + 1 : end + 1].astype(np.int64)).to(hidden.device)
+            states = hidden[begin - first : end - first]
+            job.scores += self._decoder.scores(self.weights, states, target, job.temperature)
 
     def _batch(self, decoding: int, admitted: list[_Admitted]) -> Batch:
         """Running rows first, then the admitted ones (descending by what is to be computed)."""

@@ -180,6 +180,11 @@ class _Handlers:
         }
         if job.top_p < 1 or job.top_k > 0:
             meta["output_token_sampling_logprobs"] = event.kept_logprob
+        if (start := job.score_from) is not None:
+            given = job.prompt[start - 1 :].tolist()
+            meta["input_token_logprobs"] = [
+                [value, token, None] for value, token in zip([None, *job.scores], given, strict=True)
+            ]
         vocabulary = self._engine.vocabulary
         return {
             "text": vocabulary.text(tokens) if vocabulary else "",

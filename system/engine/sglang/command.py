@@ -18,10 +18,13 @@ from typing import Any
 
 from system.config import EngineConfig
 from system.engine.protocol import EngineError
+from system.engine.weights.base import GROUP_DEADLINE_S
 from system.serving import KEY_VARIABLE
 
 IN_SERVER = Path(__file__).parent / "in_server"
 CHECKOUT = Path(__file__).parents[3]
+# SGLang sets this for itself; NCCL wants it alike on all ranks, so the learner sets it, too.
+NCCL = {"NCCL_CUMEM_ENABLE": "0"}
 REMEDY = "run `make sglang`, or set engine.python to an interpreter that has it"
 
 
@@ -140,9 +143,10 @@ def _environment(engine: EngineConfig, cpu: bool, cores: Sequence[int], paused: 
         "TOKENIZERS_PARALLELISM": "false",
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must answer while generation is paused
         "ESPALIER_START_PAUSED": str(int(paused)),
+        "ESPALIER_GROUP_DEADLINE_S": str(GROUP_DEADLINE_S),
     }
     if not cpu:
-        return env
+        return env | NCCL
     env["PYTHONPATH"] += f":{IN_SERVER / 'cpu_shim'}"
     env |= {
         "SGLANG_USE_CPU_ENGINE": "1",

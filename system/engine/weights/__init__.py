@@ -12,13 +12,16 @@ from system.config import ConfigError, EngineConfig
 from system.engine.weights.base import Transport, on_this_host
 
 
-def choose(engine: EngineConfig, urls: list[str]) -> str:
-    """The way that ``engine.weights=auto`` stands for, for servers at ``urls``."""
+def choose(engine: EngineConfig, urls: list[str], gpu: bool) -> str:
+    """The way that ``engine.weights=auto`` stands for, for servers at ``urls``.
+
+    ``gpu``: the learner has one, which the servers then do not see (:mod:`system.engine.weights.tensor`).
+    """
     if engine.weights != "auto":
         return engine.weights
     if engine.name == "embedded":
         return "http"
-    return "tensor" if all(map(on_this_host, urls)) else "distributed"
+    return "tensor" if all(map(on_this_host, urls)) and not gpu else "distributed"
 
 
 def make(
@@ -30,9 +33,11 @@ def make(
     ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process.
     Raises :class:`~system.config.ConfigError` and ``UnsupportedModel``.
     """
+    import torch
+
     from system.engine.weights.http import SafetensorsHttp
 
-    way = choose(engine, urls)
+    way = choose(engine, urls, torch.cuda.is_available())
     if way == "http":
         return SafetensorsHttp()
     from system.engine.weights.disk import Disk

@@ -15,10 +15,14 @@ from system.http import is_loopback
 if TYPE_CHECKING:  # whoever only generates does without PyTorch
     import torch
 
-Bucket: TypeAlias = "Mapping[str, torch.Tensor]"  # full tensors on CPU under their Hugging Face names
+# Full tensors under their Hugging Face names: on CPU, or where they were gathered (``Transport.on_gpu``).
+Bucket: TypeAlias = "Mapping[str, torch.Tensor]"
 Buckets: TypeAlias = "Iterable[Bucket] | AsyncIterable[Bucket]"
 Outcome = TypeVar("Outcome")
 Kv = Literal["recompute", "keep"]  # what running requests do with the keys and values of the old weights
+GROUP_DEADLINE_S = (
+    60.0  # for the members of a process group to come together, and for one bucket to reach all
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,11 @@ class PushReport:
 
 
 class Transport(Protocol):
+    @property
+    def on_gpu(self) -> bool:
+        """Whether buckets may stay on the GPU that gathered them; else they are wanted on CPU."""
+        ...
+
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:

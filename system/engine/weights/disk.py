@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
+from system.engine.control import CONTROL_DEADLINE_S
 from system.engine.weights.base import Bucket, size
 from system.engine.weights.sglang import Carrier, PushTarget
-from system.models.directory import INDEX
 from system.models.files import write_index, write_weights
 from system.scratch import Scratch
+
+STRIPES = 4  # files of a bucket, written at once: a parallel file system puts them on different disks
+SLOWEST_BYTES_S = 1e9  # of a file system that all servers read from together
 
 
 class Disk(Carrier):
@@ -29,6 +36,7 @@ class Disk(Carrier):
         self._number = 0
         self._files: dict[str, str] = {}
         self._bytes = 0
+        self._readers = 0  # servers that read at once
 
     @property
     def directory(self) -> Path:
@@ -39,20 +47,26 @@ class Disk(Carrier):
         if not self._files:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir()
-        number = len(set(self._files.values()))
-        name = f"model-{number:05d}.safetensors"
         tensors = {n: t.detach().to("cpu").contiguous() for n, t in bucket.items()}
-        write_weights(tensors, self.directory / name)
-        self._files |= dict.fromkeys(bucket, name)
+        stripes, first = stripe(tensors), len(set(self._files.values()))
+        names = [f"model-{first + i:05d}.safetensors" for i in range(len(stripes))]
+        with ThreadPoolExecutor(STRIPES) as writers:
+            list(writers.map(write_weights, stripes, [self.directory / name for name in names]))
+        for one, name in zip(stripes, names, strict=True):
+            self._files |= dict.fromkeys(one, name)
         self._bytes += size(bucket)
 
-    async def connect(self, server: PushTarget) -> None:
-        if not (self.directory / INDEX).is_file():
-            write_index(self.directory, self._files, self._bytes)
+    async def connect(self, servers: Sequence[PushTarget]) -> dict[str, str]:
+        write_index(self.directory, self._files, self._bytes)
+        self._readers = len(servers)
+        return {}
 
-    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
+    async def deliver_to(self, server: PushTarget, flush_cache: bool) -> None:
         await server.post(
-            "/update_weights_from_disk", model_path=str(self.directory), flush_cache=flush_cache
+            "/update_weights_from_disk",
+            limit_s=deadline_s(self._bytes, self._readers),
+            model_path=str(self.directory),
+            flush_cache=flush_cache,
         )
 
     def clear(self) -> None:
@@ -62,6 +76,19 @@ class Disk(Carrier):
                     shutil.rmtree(old)
             self._number += 1
         self._files, self._bytes = {}, 0
+
+
+def stripe(bucket: Bucket) -> list[Bucket]:
+    """The bucket in at most :data:`STRIPES` parts of about one size: each tensor to the least so far."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(min(STRIPES, len(bucket)))]
+    for name, tensor in sorted(bucket.items(), key=lambda item: -item[1].nbytes):
+        min(parts, key=size)[name] = tensor
+    return [*parts]
+
+
+def deadline_s(weight_bytes: int, readers: int) -> float:
+    """Seconds that a server has to load, while ``readers`` of them do."""
+    return CONTROL_DEADLINE_S + weight_bytes * readers / SLOWEST_BYTES_S
 
 
 def _own(owner: Disk) -> Path:

@@ -19,6 +19,8 @@ from system.engine.weights.base import Bucket, Buckets, Kv, PushReport, each, ou
 class SafetensorsHttp:
     """The embedded engine's transport.  Implements :class:`~system.engine.weights.base.Transport`."""
 
+    on_gpu = False
+
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:

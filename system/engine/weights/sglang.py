@@ -2,7 +2,8 @@
 
 SGLang loads into the very tensors it computes with, so every way of sending needs a pause.  Whatever can be
 done before it is done before it: gathering, converting, checking, hashing, writing files, copying into shared
-memory, joining a process group.  Inside the pause stands only the load itself and its proof.
+memory, joining a process group.  Inside the pause stands only the load itself and its proof; all servers
+pause at once, so that one delivery can serve them all.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from system.engine.control import EngineControl, Http
+from system.engine.control import EngineControl, Http, Silent
 from system.engine.embedded.weights import WeightsError, check, check_complete
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Bucket, Buckets, Kv, PushReport, each, outcomes, size
@@ -25,6 +26,8 @@ from system.models.shape import ModelShape
 
 # recompute: running requests give up their keys and values, and are prefilled again under the new weights.
 _PAUSE_MODES: dict[Kv, str] = {"recompute": "retract", "keep": "in_place"}
+LOOK_DEADLINE_S = 30.0  # for a server to say what it is, which it asks its scheduler
+PAUSE_DEADLINE_S = 30.0  # it pauses between two steps
 
 
 @dataclass(slots=True)
@@ -39,8 +42,11 @@ class PushTarget(EngineControl):
 class Carrier:
     """How staged tensors get from this process into servers: what differs between the ways.
 
-    Here: bucket after bucket, within one of SGLang's weight update sessions.
+    Here: into every server by itself, all of them at once, bucket after bucket within one of SGLang's weight
+    update sessions.
     """
+
+    on_gpu = False  # takes buckets where they were gathered; else on CPU
 
     def __init__(self) -> None:
         self._staged: list[Any] = []
@@ -49,20 +55,25 @@ class Carrier:
         """Keep a bucket until :meth:`clear`.  Runs in a worker thread, while generation goes on."""
         self._staged.append(bucket)
 
-    async def connect(self, server: PushTarget) -> None:
-        """Whatever must stand before tensors can flow; all buckets are staged, the server still generates."""
+    async def connect(self, servers: Sequence[PushTarget]) -> dict[str, str]:
+        """Whatever must stand before tensors can flow; all buckets are staged, the servers still generate.
 
-    async def deliver(self, server: PushTarget, flush_cache: bool) -> None:
-        """Load everything staged into a paused server.
-
-        Cached prefixes are dropped with the last bucket where ``flush_cache`` says so.  Raises
-        :class:`EngineError`; the server may then hold a part of the new weights.
+        Returns the servers that cannot be reached this way (URL -> why).
         """
-        try:
-            await server.post("/begin_weight_update")
-        except EngineError:  # a push that failed has left a session open
-            await server.post("/end_weight_update")
-            await server.post("/begin_weight_update")
+        return {}
+
+    async def deliver(self, servers: Sequence[PushTarget], flush_cache: bool) -> dict[str, str]:
+        """Load everything staged into paused servers.
+
+        Cached prefixes are dropped with the last bucket where ``flush_cache`` says so.  Returns the servers
+        that failed (URL -> why), which may hold a part of the new weights.
+        """
+        _, failures = await outcomes({s.url: self.deliver_to(s, flush_cache) for s in servers})
+        return failures
+
+    async def deliver_to(self, server: PushTarget, flush_cache: bool) -> None:
+        """Load everything staged into one server.  Raises :class:`EngineError`."""
+        await open_session(server)
         for number, bucket in enumerate(self._staged, 1):
             await self.load(server, bucket, flush_cache and number == len(self._staged))
         await server.post("/end_weight_update")
@@ -71,12 +82,20 @@ class Carrier:
         """Load one bucket, as :meth:`stage` kept it."""
         raise NotImplementedError
 
-    def disconnect(self, url: str) -> None:
-        """Forget a server that failed: the next push begins anew with it."""
-
     def clear(self) -> None:
         """Drop what is staged."""
         self._staged = []
+
+
+async def open_session(server: PushTarget) -> None:
+    """Begin one of SGLang's weight update sessions.  Raises :class:`EngineError`."""
+    try:
+        await server.post("/begin_weight_update")
+    except Silent:
+        raise
+    except EngineError:  # a push that failed has left a session open
+        await server.post("/end_weight_update")
+        await server.post("/begin_weight_update")
 
 
 class SGLangTransport:
@@ -91,25 +110,30 @@ class SGLangTransport:
         self.carrier = carrier
         self._shape, self._dtype = ModelShape.from_directory(model_path), DTYPES[dtype]
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.carrier.on_gpu
+
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
     ) -> PushReport:
         began = time.perf_counter()
         servers, digests, failures = await self._look(http, urls, kv)
         refused, sent_bytes = await self._stage(buckets, list(digests.values()))
+        pauses: dict[str, float] = {}
         try:
-            staged_s = time.perf_counter() - began
-            if refused is not None:
+            if refused is None:
+                failures |= await self.carrier.connect(servers)
+            else:
                 failures |= {url: f"{url}: not sent: {refused}" for url in urls}
-            left = [] if refused else servers
-            pauses, failed = await outcomes(
-                {s.url: self._update(s, version, kv, digests[s.tp, s.device]) for s in left}
-            )
+            staged_s = time.perf_counter() - began
+            left = [server for server in servers if server.url not in failures]
+            if left:
+                pauses, failed = await self._swap(left, version, kv, digests)
+                failures |= failed
         finally:
             await asyncio.to_thread(self.carrier.clear)
-        for url in failed:
-            self.carrier.disconnect(url)
-        return PushReport(sent_bytes, staged_s, pauses, failures | failed)
+        return PushReport(sent_bytes, staged_s, pauses, failures)
 
     # Before the pause ----------------------------------------------------------------------------
 
@@ -122,7 +146,7 @@ class SGLangTransport:
         digests: dict[tuple[int, str], Digests] = {}
 
         async def look(url: str) -> PushTarget:
-            info = await http.call(f"{url}/server_info")
+            info = await http.call(f"{url}/server_info", None, LOOK_DEADLINE_S)
             try:
                 about = int(info["tp_size"]), str(info["device"]), str(info["startup_time"])
                 server = PushTarget(url, http, *about)
@@ -182,19 +206,36 @@ class SGLangTransport:
 
     # The pause -----------------------------------------------------------------------------------
 
-    async def _update(self, server: PushTarget, version: int, kv: Kv, expected: Digests) -> float:
-        """Bring one server to the staged weights; seconds for which it was paused.
+    async def _swap(
+        self,
+        servers: Sequence[PushTarget],
+        version: int,
+        kv: Kv,
+        digests: Mapping[tuple[int, str], Digests],
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Bring servers to the staged weights; (seconds for which each was paused, why the others failed).
 
-        After a failure it stays paused: it may hold a mixture.
+        One that fails stays paused: it may hold a mixture.  One that does not pause in time holds up no other
+        one beyond :data:`PAUSE_DEADLINE_S`.
         """
-        await self.carrier.connect(server)
-        began = time.perf_counter()
-        await server.post("/pause_generation", mode=_PAUSE_MODES[kv])
-        await self.carrier.deliver(server, flush_cache=kv == "recompute")
-        await _prove(server, expected)
-        await server.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
-        await server.post("/continue_generation")
-        return time.perf_counter() - began
+        began: dict[str, float] = {}
+
+        async def pause(server: PushTarget) -> None:
+            began[server.url] = time.perf_counter()
+            await server.post("/pause_generation", limit_s=PAUSE_DEADLINE_S, mode=_PAUSE_MODES[kv])
+
+        async def go_on(server: PushTarget) -> float:
+            await _prove(server, digests[server.tp, server.device])
+            await server.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+            await server.post("/continue_generation")
+            return time.perf_counter() - began[server.url]
+
+        _, failures = await outcomes({server.url: pause(server) for server in servers})
+        paused = [server for server in servers if server.url not in failures]
+        failures |= await self.carrier.deliver(paused, flush_cache=kv == "recompute")
+        loaded = [server for server in paused if server.url not in failures]
+        pauses, failed = await outcomes({server.url: go_on(server) for server in loaded})
+        return pauses, failures | failed
 
 
 def _has_plugin(info: Mapping[str, Any]) -> bool:

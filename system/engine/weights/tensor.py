@@ -3,6 +3,10 @@
 Only handles travel: names of shared memory segments on a CPU, CUDA IPC handles on a GPU.  SGLang takes them
 as a pickle.  This process writes that pickle and sends it to servers that the run itself has named; it never
 unpickles anything that a peer has sent.
+
+A server must see the learner's GPU, whose UUID the handle names.  Ray shows every process its own GPUs only,
+so between GPUs this is for servers that somebody else has started (``engine.urls``):
+``system/config/check.py``.
 """
 
 from __future__ import annotations

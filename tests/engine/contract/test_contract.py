@@ -21,6 +21,7 @@ from engine_models import (
     TOLERANCE,
     VOCAB,
     EngineClient,
+    Growing,
     TinyModel,
     assert_exact,
     collect,
@@ -34,7 +35,8 @@ from transformers import GenerationConfig
 
 from system.engine.control import Http
 from system.engine.entropy import entropy_bounds
-from system.engine.protocol import Chunk, EngineError, EngineInfo
+from system.engine.protocol import EngineError, EngineInfo
+from system.engine.score import score
 
 pytestmark = pytest.mark.timeout(400)  # SGLang takes half a minute to start, more on a busy machine
 
@@ -78,36 +80,6 @@ async def subject(
         await client.close()
 
 
-class Growing:
-    """A request on its way: what has come, and when the first tokens have."""
-
-    def __init__(self, client: EngineClient, asked: Any) -> None:
-        self.chunks: list[Chunk] = []
-        self._some = asyncio.Event()
-        self._task = asyncio.create_task(self._run(client, asked))
-
-    async def _run(self, client: EngineClient, asked: Any) -> None:
-        async for chunk in client.generate(asked):
-            self.chunks.append(chunk)
-            self._some.set()
-
-    async def begun(self) -> None:
-        async with asyncio.timeout(60):
-            await self._some.wait()
-
-    @property
-    def count(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
-
-    async def whole(self) -> Chunk:
-        await self._task
-        return joined(self.chunks)
-
-    @property
-    def done(self) -> bool:
-        return self._task.done()
-
-
 # Numbers ----------------------------------------------------------------------------------------
 
 
@@ -128,6 +100,35 @@ async def test_log_probabilities_and_entropies_are_exact(subject: Subject) -> No
         assert len(chunks) > 1, "it must stream"
         assert not np.isnan(out.entropy).any()
         assert_exact(subject.model, ids, out, temperature)
+
+
+async def test_given_tokens_are_scored_under_one_version(
+    subject: Subject, tiny: Callable[..., TinyModel]
+) -> None:
+    """From the second token on, in the middle, the last one alone; at several temperatures; with the prefix
+    in the cache and without; and under new weights, though the old ones' keys and values are there.
+
+    SGLang takes no notice of the temperature: the configuration has to (``test_config.py``).
+    """
+    ids = prompt(90, 5)
+    cases = [(1, 1.0), (40, 1.0), (40, 0.7), (89, 1.3)]
+
+    async def check(model: TinyModel, version: int) -> None:
+        for start, temperature in cases * 2:
+            rid = f"score {version} {start} {temperature} {len(asked)}"
+            asked.append(rid)
+            found = await score(subject.client, ids, start, rid=rid, temperature=temperature)
+            used = temperature if subject.name == "embedded" else 1.0
+            reference = log_p(model, ids[:start], ids[start:], used)
+            own = reference.gather(1, torch.from_numpy(ids[start:].astype(np.int64))[:, None])[:, 0].numpy()
+            np.testing.assert_allclose(found.logprob, own, atol=1e-5, rtol=0)
+            assert found.version == version
+
+    asked: list[str] = []
+    await check(subject.model, 0)
+    other = tiny("qwen3", False, 1)
+    await subject.load(other, 3)
+    await check(other, 3)
 
 
 async def test_greedy_equals_hugging_face_generate(subject: Subject) -> None:

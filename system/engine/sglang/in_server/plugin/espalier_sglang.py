@@ -10,6 +10,9 @@
 - **Versions while streaming.** Every message of a stream says which of its tokens were made by which weight
   version.  SGLang itself says so in the last message only; the others carry the version of the moment at
   which they are sent, which may be newer than their tokens.
+- **Weight groups with a deadline.** A process group that brings weights waits at most
+  ``ESPALIER_GROUP_DEADLINE_S`` for its members and for one bucket; SGLang would wait for ten to thirty
+  minutes, and stand still that long, because another server hangs.
 - **Start paused.** With ``ESPALIER_START_PAUSED=1`` the server answers, but generates nothing before
   ``/continue_generation``: one that was restarted has forgotten the weights it was sent.
 
@@ -23,6 +26,8 @@ SGLang loads it by its entry point in the group ``sglang.srt.plugins``, in each 
 """
 
 import os
+import time
+from datetime import timedelta
 
 import torch
 
@@ -43,6 +48,10 @@ def register():
     HookRegistry.register(f"{scheduler}.get_internal_state", _introduce, HookType.AFTER)
     streamer = "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator"
     HookRegistry.register(f"{streamer}.accept", _stamp, HookType.AFTER)
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater"
+    HookRegistry.register(f"{updater}.init_custom_process_group", _bounded, HookType.BEFORE)
+    receive = f"{updater}.WeightUpdater._receive_bucketed_weights_from_distributed"
+    HookRegistry.register(receive, _received, HookType.AFTER)
     if key := os.environ.get("ESPALIER_KEY"):
         settings = "sglang.srt.server_args.ServerArgs"
         HookRegistry.register(f"{settings}.resolve_once", lambda args: _lock(args, key), HookType.BEFORE)
@@ -50,6 +59,29 @@ def register():
     if os.environ.get("ESPALIER_START_PAUSED") == "1":
         manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
         HookRegistry.register(f"{manager}.init_weight_update", _pause, HookType.AFTER)
+
+
+def _group_deadline_s():
+    return float(os.environ.get("ESPALIER_GROUP_DEADLINE_S", "60"))
+
+
+def _bounded(*args, **kwargs):
+    # On NCCL `_received` looks first: its own watchdog ends the process.
+    patience = 2 if kwargs.get("backend") == "nccl" else 1
+    return args, {**kwargs, "timeout": timedelta(seconds=patience * _group_deadline_s())}
+
+
+def _received(result, updater, *, group_name, **_):
+    """NCCL only queues a broadcast: wait until it is there, or give it up, for which the server lives on."""
+    if updater.device != "cuda":
+        return
+    arrived, began = torch.cuda.Event(), time.monotonic()
+    arrived.record()
+    while not arrived.query():
+        if time.monotonic() - began > _group_deadline_s():
+            updater._model_update_group[group_name].abort()
+            raise RuntimeError(f"no bucket of weights within {_group_deadline_s():g} s")
+        time.sleep(0.0005)
 
 
 def _lock(args, key):
