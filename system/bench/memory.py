@@ -150,7 +150,9 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else LOGITS)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         fake.cache_enabled = False  # its keys would keep storages alive
-        with fake, fused(), logits, meter:
+        # Parameters arrive from the other copies where they lie; fake tensors know no such collective.
+        arrival = patch.object(DistributedDataParallel, "start_param_sync")
+        with fake, fused(), logits, arrival, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
             model = build(shape, transformer, "flex")

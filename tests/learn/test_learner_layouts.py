@@ -46,7 +46,7 @@ LAYOUTS_CONTEXT: Layouts = (
     {"cp": 2, "pp": 2, "recompute": "full"} | CLIPPED,
     {"cp": 2, "dp": 2} | SPLIT | CLIPPED,
     {"cp": 2, "dp": 2} | HOST | CLIPPED,
-    {"cp": 4} | FEW,
+    {"cp": 4} | FEW,  # in some rows one of the ranks has nothing to score
 )
 # The embedding lives on the first and on the last stage.
 LAYOUTS_TIED: Layouts = (

@@ -118,6 +118,8 @@ def test_an_offloaded_optimizer_is_in_the_hosts_memory_split_over_the_copies() -
     parts = learner_memory(SEVEN, device).parts
     assert learner_memory(SEVEN, host).total == pytest.approx(sum(parts.values()) - parts["optimizer"])
     assert host_memory(SEVEN, host).parts["optimizer"] == pytest.approx(parts["optimizer"] / 2)
+    shared = host_memory(SEVEN, replace(host, cp=3)).parts["optimizer"]
+    assert shared == pytest.approx(parts["optimizer"] / 6)
     assert host_memory(SEVEN, device).total == 0
 
 
@@ -357,6 +359,22 @@ def test_context_parallelism_trains_a_long_path_sooner() -> None:
 
     assert 3.5 < seconds(1) / seconds(4) < 4  # what is lost goes into the keys and values that travel
     assert seconds(1) > 1.5 * 4 * seconds(1, 32_768)  # attention takes more per token
+
+
+def test_keys_and_values_travel_faster_within_a_machine_and_once_more_where_layers_are_recomputed() -> None:
+    def exchange_s(tp: int, cp: int, node: int = 8, recompute: str = "none") -> float:
+        """What all ranks together take longer for a token than without context parallelism."""
+        learn = LearnConfig(tp=tp, cp=cp, recompute=recompute)
+        roofs = (LearnerRoofline(SEVEN, made, H100, node=node) for made in (learn, replace(learn, cp=1)))
+        shared, alone = (roof.token_s for roof in roofs)
+        return shared - alone / cp
+
+    keys_and_values = 2 * 2 * 4 * 128 * 28 * 3 / 4  # bytes that a rank of tp=1, cp=4 has from the others
+    assert exchange_s(1, 4) == pytest.approx(2 * keys_and_values / (H100.nvlink * H100.nvlink_share))
+    far = exchange_s(1, 4, node=2)
+    assert far == pytest.approx(2 * keys_and_values / (H100.network * H100.network_share))
+    assert exchange_s(1, 4, node=2, recompute="full") == pytest.approx(1.5 * far)
+    assert exchange_s(2, 4, node=4) == pytest.approx(far / 2)  # each has half of the heads
 
 
 def test_a_path_beyond_the_row_is_counted_as_a_row() -> None:
