@@ -97,6 +97,7 @@ def test_override_values_keep_their_types():
         ("rollout.temperature=0", "training needs samples"),
         ("rollout.top_p=0", r"(0, 1]"),
         ("learn.tp=3", "learn.tp=3 must divide model.heads=4"),
+        ("learn.cp=0", "learn.cp=0 must be"),
         ("model.hidden_size=97", "multiple of model.heads"),
         ("engine.max_context=256", "must exceed rollout.max_response_tokens=256"),
     ],

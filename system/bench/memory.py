@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,6 +42,7 @@ class StepSettings:
     sequence_parallel: bool = True
     pp: int = 1  # pipeline stages
     stage: int = 0  # of them the one that is measured
+    cp: int = 1  # ranks that share a row
 
 
 SETTINGS = (
@@ -129,6 +131,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         from system.learn import parallel
+        from system.learn.context import Context
         from system.learn.model import build, transformer_config
         from system.learn.offload import HostAdam
         from system.learn.optimizer import DeviceAdam
@@ -136,9 +139,9 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     config = Config()
     config.learn.tp, config.learn.micro_tokens = tp, tokens
     config.learn.sequence_parallel, config.learn.pp = way.sequence_parallel, way.pp
-    config.learn.recompute, config.learn.offload = way.recompute, way.offload
+    config.learn.recompute, config.learn.offload, config.learn.cp = way.recompute, way.offload, way.cp
     learn, device = config.learn, torch.device("cpu")
-    rank = tp * way.stage
+    rank = tp * way.cp * way.stage
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=learn.ranks)
     cpu.install()
     meter = Meter()
@@ -147,7 +150,9 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         logits = patch("system.learn.head.LOGITS", WHOLE if way.whole_logits else LOGITS)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         fake.cache_enabled = False  # its keys would keep storages alive
-        with fake, fused(), logits, meter:
+        # Parameters arrive from the other copies where they lie; fake tensors know no such collective.
+        arrival = patch.object(DistributedDataParallel, "start_param_sync")
+        with fake, fused(), logits, arrival, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
             model = build(shape, transformer, "flex")
@@ -167,7 +172,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
             meter.restart()
             host = meter.now - before if way.offload else 0
             states = meter.now - host
-            _rows(model, layout, tokens)
+            _rows(model, layout, Context.of(layout, learn), tokens)
             optimizer._apply(1e-6)  # pyright: ignore[reportPrivateUsage]: the norm is no number here
             top = meter.peak - host
             del optimizer, wrapped, model
@@ -177,11 +182,21 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         parallel.stop()
 
 
-def _rows(model: Any, layout: Any, tokens: int) -> None:
-    """Forward passes of as many rows as the stage holds at once, then their backward passes."""
+def _rows(model: Any, layout: Any, context: Any, tokens: int) -> None:
+    """Forward passes of as many rows as the stage holds at once, then their backward passes; a row is one
+    path, of which a context-parallel rank has its share.
+    """
+    from system.learn.attention import TreeMask
+    from system.learn.context import RowShare
     from system.learn.head import logprob_entropy
 
-    token, mask = torch.zeros(tokens, dtype=torch.int64), _path(tokens)
+    exit = np.full(tokens, tokens)
+    share, mask = None, TreeMask(torch.from_numpy(exit))
+    if context is not None:
+        share = RowShare(context, exit, np.arange(tokens), layout.device)
+        mask = TreeMask(torch.from_numpy(exit), torch.from_numpy(share.index), share.keys_and_values)
+        tokens //= layout.cp
+    token = torch.zeros(tokens, dtype=torch.int64)
     spread = layout.tp if model.config.sequence_parallel else 1
     shape = (tokens // spread, 1, model.config.hidden_size)
     held: deque[tuple[Any, Any]] = deque()
@@ -194,6 +209,8 @@ def _rows(model: Any, layout: Any, tokens: int) -> None:
         if layout.last_stage:
             weight, vocab = model.output_weight, model.shape.vocab
             logprob, entropy = logprob_entropy(output, weight, token, vocab, layout.tp_group)
+            if share is not None:
+                logprob, entropy = share.of_all(torch.stack([logprob, entropy], 1)).T.contiguous()
             output = (logprob + entropy).sum()
             del logprob, entropy
         held.append((received, output))
@@ -201,9 +218,3 @@ def _rows(model: Any, layout: Any, tokens: int) -> None:
     while held:
         _, output = held.popleft()
         torch.autograd.backward(output, None if layout.last_stage else torch.empty_like(output))
-
-
-def _path(tokens: int) -> Any:
-    from system.learn.attention import TreeMask
-
-    return TreeMask(torch.full((tokens,), tokens))

@@ -89,8 +89,8 @@ def _learner(config: Config, nodes: Sequence[Node], where: list[int], free: Coun
     if world > len(slots):
         learn = config.learn
         raise PlacementError(
-            f"the learner needs {world} GPUs (tp={learn.tp} x pp={learn.pp} x dp={learn.dp}), but its "
-            f"{len(where)} nodes have {len(slots)}: lower learn.dp, or raise "
+            f"the learner needs {world} GPUs (tp={learn.tp} x pp={learn.pp} x cp={learn.cp} x "
+            f"dp={learn.dp}), but its {len(where)} nodes have {len(slots)}: lower learn.dp, or raise "
             f"{'cluster.learner_nodes' if config.cluster.learner_nodes else 'cluster.nodes'}"
         )
     free.subtract(slots[:world])

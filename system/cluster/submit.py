@@ -44,8 +44,8 @@ def describe(config: Config) -> str:
         f"{cluster.nodes} node(s) of {cluster.gpus_per_node} GPU(s), {kind}, {slurm_.time} per attempt, "
         f"partition {slurm_.partition or '(default)'}, account {slurm_.account or '(default)'}",
         *(f"  {line}" for line in by_node(seats, nodes)),
-        f"learner: tp {learn.tp} x pp {learn.pp} x dp {learn.dp}; engines: {config.engine.replicas} "
-        f"{config.engine.name} of tp {config.engine.tp}",
+        f"learner: tp {learn.tp} x pp {learn.pp} x cp {learn.cp} x dp {learn.dp}; engines: "
+        f"{config.engine.replicas} {config.engine.name} of tp {config.engine.tp}",
     ]
     if cluster.gpus_per_node:
         from system.plan import plan, text

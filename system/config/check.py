@@ -239,6 +239,16 @@ def _engine(config: Config) -> Iterator[str]:
         yield "engine.urls attaches to SGLang servers: set engine=sglang, or take engine.urls out"
 
 
+def _learner(config: Config) -> Iterator[str]:
+    """What goes with the learner's layout."""
+    learn = config.learn
+    if learn.cp > 1 and learn.attention == "flash":
+        yield (
+            f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "
+            "set learn.attention=auto (or flex), or learn.cp=1"
+        )
+
+
 def _cluster(config: Config) -> Iterator[str]:
     """Nodes, and what SLURM is asked for."""
     cluster, slurm = config.cluster, config.slurm
@@ -343,7 +353,7 @@ def _guide(config: Config) -> Iterator[str]:
         yield f"guide.text has no {ACTIONS}: put it where the demonstration's actions shall stand"
 
 
-AGREEMENTS = (_limits, _by_step, _sizes, _engine, _cluster, _shape, _guide, _void)
+AGREEMENTS = (_limits, _by_step, _sizes, _engine, _learner, _cluster, _shape, _guide, _void)
 
 
 def seconds(limit: str) -> int | None:

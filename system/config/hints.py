@@ -31,6 +31,7 @@ OTHER_NAMES = {
     "learn.grad_clip": "max_grad_norm max_norm clip_grad gradient_clipping",
     "learn.tp": "tensor_model_parallel_size tensor_parallel_size",
     "learn.pp": "pipeline_model_parallel_size pipeline_parallel_size",
+    "learn.cp": "context_parallel_size ulysses_sequence_parallel_size sequence_parallel_size",
     "eval.every": "eval_steps test_freq eval_interval",
     "checkpoint.every": "save_steps save_freq save_interval",
     "observe.wandb": "report_to use_wandb",

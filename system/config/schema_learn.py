@@ -15,13 +15,14 @@ class LearnConfig:
 
     tp: int = setting(2, "tensor parallel: ranks that share every layer", least=1)
     pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
+    cp: int = setting(1, "context parallel: ranks that a micro-batch's tokens are spread over", least=1)
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
     sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
-    distributed_optimizer: bool = setting(False, "split the optimizer state over the DP ranks")
+    distributed_optimizer: bool = setting(False, "split the optimizer state over the CP and DP ranks")
     offload: bool = setting(
         False,
-        "keep the optimizer state in the host's memory, split over the DP ranks, and step on the CPU with "
-        "learn.threads threads per rank: 12 bytes per parameter less on the GPUs",
+        "keep the optimizer state in the host's memory, split over the CP and DP ranks, and step on the CPU "
+        "with learn.threads threads per rank: 12 bytes per parameter less on the GPUs",
     )
     recompute: str = setting(
         "none",
@@ -59,7 +60,7 @@ class LearnConfig:
         most=1,
     )
     updates: int = setting(1, "optimizer steps per training batch", least=1)
-    micro_tokens: int = setting(4096, "packed tokens per forward pass", least=1)
+    micro_tokens: int = setting(4096, "packed tokens per forward pass, over all learn.cp ranks", least=1)
     lr: float = setting(1e-3, "learning rate (Adam)", above=0)
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
     lr_decay: str = setting(
@@ -89,4 +90,4 @@ class LearnConfig:
     @property
     def ranks(self) -> int:
         """Processes, and GPUs, of the learner."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp

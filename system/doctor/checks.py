@@ -70,7 +70,7 @@ def gpus(facts: Facts, config: Config) -> Iterator[Finding]:
 def layout(facts: Facts, config: Config) -> Iterator[Finding]:
     """Are there CPUs for the learner and the engines?"""
     world = config.learn.ranks
-    found = f"learner {world} ranks (tp×pp×dp), engines {config.engine.replicas} × {config.engine.tp}"
+    found = f"learner {world} ranks (tp×pp×cp×dp), engines {config.engine.replicas} × {config.engine.tp}"
     crowded = config.cluster.gpus_per_node == 0 and world + config.engine.replicas > 2 * facts.cpus
     remedy = f"only {facts.cpus} CPUs: fewer ranks or replicas would be faster"
     yield finding(crowded, "processes", found, remedy, stops=False)

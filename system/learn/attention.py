@@ -20,9 +20,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from system.config import ConfigError
 from system.learn.rotary import Rotary
+from system.learn.sizes import BLOCK
 
-BLOCK = 128  # FlexAttention's default block edge; packed rows are padded to a multiple of it on GPU
 QUERY_BLOCK = 128  # queries per run on CPU: shorter reaches fewer useless keys, longer calls fewer kernels
+
+
+Gather = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class TreeMask:
@@ -31,11 +34,18 @@ class TreeMask:
     ``exit`` ``[N]`` int64: one past the last token that may attend to this one.  Padding tokens are made to
     attend to themselves only, so that no softmax is empty.  Device tensors are built once and shared by all
     layers.
+
+    Under context parallelism this rank's tokens alone ask: the mask then has n = N / cp queries and N keys.
+    ``query`` ``[n]`` int64: which tokens of the row they are, ascending, on GPU in whole blocks.  ``gather``
+    makes the whole row's keys and values from this rank's (:class:`system.learn.context.RowShare`).
     """
 
-    def __init__(self, exit: torch.Tensor) -> None:
+    def __init__(
+        self, exit: torch.Tensor, query: torch.Tensor | None = None, gather: Gather | None = None
+    ) -> None:
         own = torch.arange(exit.numel(), device=exit.device) + 1
         self.exit = torch.maximum(exit.long(), own)
+        self.query, self.gather = query, gather
 
     @cached_property
     def exit32(self) -> torch.Tensor:
@@ -50,13 +60,14 @@ class TreeMask:
         additive mask.
         """
         exit = self.exit
-        n = exit.numel()
+        queries = torch.arange(exit.numel(), device=exit.device) if self.query is None else self.query
         keys, biases = [], []
-        for a in range(0, n, QUERY_BLOCK):
-            b = min(a + QUERY_BLOCK, n)
-            reach = torch.nonzero(exit[:b] > a)[:, 0]
-            query = torch.arange(a, b, device=exit.device)[:, None]
-            allowed = (reach[None, :] <= query) & (query < exit[reach][None, :])
+        for query in queries.split(QUERY_BLOCK):
+            reach = torch.nonzero(exit[: int(query[-1]) + 1] > query[0])[:, 0]
+            allowed = (reach[None, :] <= query[:, None]) & (query[:, None] < exit[reach][None, :])
+            if self.query is not None:  # some were open between the blocks of this run only
+                wanted = allowed.any(0)
+                reach, allowed = reach[wanted], allowed[:, wanted]
             keys.append(reach)
             biases.append(torch.zeros(allowed.shape).masked_fill_(~allowed, float("-inf")))
         return torch.cat(keys), biases
@@ -74,9 +85,10 @@ class TreeMask:
         blocks = -(-n // BLOCK)
         # Beyond the row: keys that are open to nobody, which makes a ragged last block partial.
         padded = torch.cat([exit, exit.new_zeros(blocks * BLOCK - n)]).view(blocks, BLOCK)
-        q = torch.arange(blocks, device=exit.device)
-        touched = (q[None, :] <= q[:, None]) & (padded.amax(1)[None, :] > q[:, None] * BLOCK)
-        full = (q[None, :] < q[:, None]) & (padded.amin(1)[None, :] >= (q[:, None] + 1) * BLOCK)
+        k = torch.arange(blocks, device=exit.device)
+        q = k if self.query is None else self.query[::BLOCK] // BLOCK
+        touched = (k[None, :] <= q[:, None]) & (padded.amax(1)[None, :] > q[:, None] * BLOCK)
+        full = (k[None, :] < q[:, None]) & (padded.amin(1)[None, :] >= (q[:, None] + 1) * BLOCK)
         partial = touched & ~full
 
         def ordered(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +97,11 @@ class TreeMask:
             return count[None, None], index[None, None].contiguous()
 
         return BlockMask.from_kv_blocks(
-            *ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=_open(exit), seq_lengths=(n, n)
+            *ordered(partial),
+            *ordered(full),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=_open(exit, self.query),
+            seq_lengths=(n if self.query is None else self.query.numel(), n),
         )
 
     @cached_property
@@ -109,11 +125,12 @@ BLOCK_LISTS = tuple(
 )
 
 
-def _open(exit: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """FlexAttention's per-element test: may query i attend to key j?"""
+def _open(exit: torch.Tensor, query: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+    """FlexAttention's per-element test: may query i attend to key j?  ``query``: which token each i is."""
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return (j <= i) & (i < exit[j])
+        token = i if query is None else query[i]
+        return (j <= token) & (token < exit[j])
 
     return mask_mod
 
@@ -135,12 +152,17 @@ def flash_refusal(capability: tuple[int, int], dtype: torch.dtype, head_dim: int
     return None
 
 
-def choose_kernels(wish: str, dtype: torch.dtype, head_dim: int) -> str:
+def choose_kernels(wish: str, dtype: torch.dtype, head_dim: int, cp: int = 1) -> str:
     """What ``learn.attention`` stands for in this process: "flash", or "flex" (and, without a GPU, our own).
 
-    Raises ``ConfigError`` for a wish that cannot be met.
+    Raises ``ConfigError`` for a wish that cannot be met.  ``cp``: ranks that share a row; flash takes whole
+    rows only.
     """
-    if wish == "flex" or (wish == "auto" and not torch.cuda.is_available()):
+    if wish == "flash" and cp > 1:
+        raise ConfigError(
+            f"learn.attention=flash does not serve learn.cp={cp}; learn.attention=auto takes flex"
+        )
+    if wish == "flex" or (wish == "auto" and (cp > 1 or not torch.cuda.is_available())):
         return "flex"
     if not torch.cuda.is_available():
         raise ConfigError("learn.attention=flash needs an NVIDIA GPU; learn.attention=auto takes what serves")
@@ -154,7 +176,8 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float, kernels: str = "flex"
 ) -> torch.Tensor:
     """Softmax attention ``[1, heads, N, d]`` under a tree mask; k and v may have fewer heads (grouped
-    queries).  On GPU, BLOCK divides N, and ``kernels`` ("flex" or "flash") compute it.
+    queries), and q fewer tokens (``mask.query``).  On GPU, BLOCK divides both numbers of tokens, and
+    ``kernels`` ("flex", or for whole rows "flash") compute it.
     """
     if q.is_cuda:
         if kernels == "flash":
@@ -162,9 +185,11 @@ def attend(
 
             lists = [mask.block_lists[name] for name in BLOCK_LISTS]
             return flash.attend(q, k, v, mask.exit32, lists, BLOCK, scale)
-        _varies(mask.exit, 0)
+        for tokens in (mask.exit, mask.query):
+            if tokens is not None:
+                _varies(tokens, 0)
         blocks = (in_blocks(t) for t in (q, k, v))
-        return _compiled_flex()(*blocks, mask.exit, mask.block_lists, scale)
+        return _compiled_flex()(*blocks, mask.exit, mask.block_lists, scale, mask.query)
     keys, biases = mask.query_runs
     queries_of, keys_of = ([bias.size(dim) for bias in biases] for dim in (0, 1))
     # One gather for all runs, so that its backward pass is one scatter.
@@ -203,12 +228,12 @@ def flex_attend(
     exit: torch.Tensor,
     block_lists: dict[str, torch.Tensor],
     scale: float,
+    query: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The GPU branch of :func:`attend`, before compilation.  q, k and v come in blocks."""
     q, k, v = (t.flatten(2, 3) for t in (q, k, v))
-    n = q.size(2)
-    given: dict[str, Any] = {**block_lists, "BLOCK_SIZE": (BLOCK, BLOCK), "mask_mod": _open(exit)}
-    mask = BlockMask((n, n), **given)
+    given: dict[str, Any] = {**block_lists, "BLOCK_SIZE": (BLOCK, BLOCK), "mask_mod": _open(exit, query)}
+    mask = BlockMask((q.size(2), k.size(2)), **given)
     out = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=k.size(1) != q.size(1))
     assert isinstance(out, torch.Tensor)
     return out
@@ -250,8 +275,6 @@ class TreeAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size != 1:
-            raise NotImplementedError("tree attention is not split over context-parallel ranks")
         self.kernels = kernels
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
@@ -265,9 +288,14 @@ class TreeAttention(torch.nn.Module):
         attention_bias: RowContext | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """``[N, 1, heads, d]`` (Megatron's sequence-first layout) to ``[N, 1, heads·d]``."""
+        """``[N, 1, heads, d]`` (Megatron's sequence-first layout) to ``[N, 1, heads·d]``; the tokens are the
+        row's, or this rank's share of them.
+        """
         assert attention_bias is not None, "a packed row always comes with its context"
         mask, rotary = attention_bias
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (rotary(query), rotary(key), value))
+        query, key = rotary(query), rotary(key)
+        if mask.gather is not None:
+            key, value = mask.gather(key, value)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = attend(q, k, v, mask, self.scale, self.kernels)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

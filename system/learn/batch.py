@@ -85,4 +85,4 @@ class BatchPlanner:
         sizes = [int(tree.length.sum()) for tree in trees]
         if flat:
             sizes = [int(n) for tree in trees for n in path_sum(tree.parent, tree.length)[tree.leaf]]
-        return row_budget(sizes, self.learn.micro_tokens, self.dp)
+        return row_budget(sizes, self.learn.micro_tokens, self.dp, self.pad_to)

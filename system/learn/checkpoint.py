@@ -183,7 +183,7 @@ class TrainingState:
             mapped = self._where.parameter(layout.pp_rank, key)
             if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
                 continue
-            mine = not writing or number % layout.dp == layout.dp_rank  # data-parallel copies share the work
+            mine = not writing or number % layout.copies == layout.copy  # the copies share the work
             parts = [] if writing else [StateSlice("parameter", parameter.detach(), 0)]
             parts += self._optimizer.slices(parameter, mine)
             if mine:

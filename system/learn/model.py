@@ -58,9 +58,10 @@ class TreeGPTModel(GPTModel):
         """Hidden states: at chosen rows on the last pipeline stage (those that :attr:`output_weight`
         projects), at all of them on the others.
 
-        ``tokens`` and ``position`` ``[N]`` int64; ``rows`` ``[M]`` int64 indices into the row, repeats
-        allowed (the children of a fork share a predictor).  A later stage reads the hidden states given to
-        ``set_input_tensor`` instead of the tokens.  Under sequence parallelism tp divides N.
+        ``tokens`` and ``position`` ``[N]`` int64, of the row or of this rank's share of it; ``rows`` ``[M]``
+        int64 indices into them, repeats allowed (the children of a fork share a predictor).  A later stage
+        reads the hidden states given to ``set_input_tensor`` instead of the tokens.  Under sequence
+        parallelism tp divides N.
 
         Returns ``[M, hidden]``, the same on all tensor-parallel ranks (the output projection, the largest
         product of a small model, runs only where a token is scored), or ``[N, 1, hidden]`` (``[N/tp, 1,
@@ -136,6 +137,7 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=learn.cp,
         pipeline_dtype=dtype,
         batch_p2p_comm=not on_cpu,
         sequence_parallel=learn.sequence_parallel and tp > 1,
@@ -168,7 +170,7 @@ def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPT
 
     ``kernels``: ``learn.attention``.  Raises ``ConfigError`` where they cannot be had.
     """
-    kernels = choose_kernels(kernels, config.params_dtype, shape.head_dim)
+    kernels = choose_kernels(kernels, config.params_dtype, shape.head_dim, config.context_parallel_size)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     parts: Any = layer.submodules
     attention = parts.self_attention.submodules

@@ -1,11 +1,11 @@
 """AdamW whose state lies in the host's memory: 12 bytes per parameter less on the GPU.
 
-Megatron's DDP keeps parameters and float32 gradients in flat buffers, of which every data-parallel rank owns
-an equal share (its reduction is a reduce-scatter then).  Here each share has its float32 parameters and
-moments in the host's memory, as flat.  A step takes the share in chunks: the gradients of the next chunk come
-and the parameters of the one before go, through pinned memory and beside the computation, while the CPU
-updates a chunk.  Then the ranks gather each other's shares.  (megatron-core's own, ``HybridDeviceOptimizer``,
-needs TransformerEngine or fails; it cannot run on a CPU at all.)
+Megatron's DDP keeps parameters and float32 gradients in flat buffers, of which every rank with the same
+weights owns an equal share (its reduction is a reduce-scatter then).  Here each share has its float32
+parameters and moments in the host's memory, as flat.  A step takes the share in chunks: the gradients of the
+next chunk come and the parameters of the one before go, through pinned memory and beside the computation,
+while the CPU updates a chunk.  Then the ranks gather each other's shares.  (megatron-core's own,
+``HybridDeviceOptimizer``, needs TransformerEngine or fails; it cannot run on a CPU at all.)
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class HostAdam(Adam):
                     span.parameter
                 ):
                     square += share.gradient[span.begin : span.end].norm().double() ** 2
-        for group in (self._layout.dp_group, self._layout.tp_group, self._layout.pp_group):
+        layout = self._layout
+        for group in (layout.cp_group, layout.dp_group, layout.tp_group, layout.pp_group):
             dist.all_reduce(square, group=group)
         norm = math.sqrt(value) if math.isfinite(value := float(square)) else math.nan
         if norm > limit:
@@ -120,7 +121,7 @@ class HostAdam(Adam):
             self._update(share, begin, end, gradient, lr)
             self._link.send(number, share.main[begin:end], share.parameter[begin:end])
         self._link.finish()
-        if self._layout.dp > 1:
+        if self._layout.copies > 1:
             self._ddp.start_param_sync()
 
     def _update(self, share: Share, begin: int, end: int, gradient: torch.Tensor, lr: float) -> None:
@@ -211,8 +212,8 @@ def _shares(buffer: Any, layout: Layout) -> Iterator[Share]:
     places = [(begin, end, parameter) for parameter, (begin, end, _) in buffer.param_index_map.items()]
     places.sort(key=lambda place: place[0])
     for bucket in buffer.buckets:
-        size = len(bucket.grad_data) // layout.dp
-        mine = slice(layout.dp_rank * size, (layout.dp_rank + 1) * size)
+        size = len(bucket.grad_data) // layout.copies
+        mine = slice(layout.copy * size, (layout.copy + 1) * size)
         first = bucket.offset + mine.start
         spans = [
             Span(parameter, max(begin - first, 0), min(end - first, size), max(first - begin, 0))

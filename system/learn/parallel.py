@@ -20,29 +20,43 @@ COLLECTIVE_DEADLINE = timedelta(minutes=10)
 class Layout:
     """Where this rank stands.
 
-    Ranks are numbered with the tensor-parallel rank fastest, then the data-parallel rank, then the pipeline
-    stage.  Ranks with equal ``dp_rank`` hold one model copy.  Rank 0 stands first in all three: it reports
-    metrics and receives exported weights; the loss is known on the last stage.
+    Ranks are numbered with the tensor-parallel rank fastest, then the context-parallel rank, the
+    data-parallel rank and the pipeline stage.  Ranks with equal ``dp_rank`` train on the same rows; those of
+    them with equal ``cp_rank`` hold one model copy.  Rank 0 stands first in all: it reports metrics and
+    receives exported weights; the loss is known on the last stage.
     """
 
     rank: int
     device: torch.device
     tp: int
     pp: int
+    cp: int
     dp: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
 
     @property
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
-    def global_rank(self, *, tp_rank: int, dp_rank: int, pp_rank: int) -> int:
-        return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights as this one, itself among them."""
+        return self.cp * self.dp
+
+    @property
+    def copy(self) -> int:
+        """Which of them this rank is."""
+        return self.cp_rank + self.cp * self.dp_rank
+
+    def global_rank(self, *, tp_rank: int, cp_rank: int, dp_rank: int, pp_rank: int) -> int:
+        return tp_rank + self.tp * (cp_rank + self.cp * (dp_rank + self.dp * pp_rank))
 
 
 def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
@@ -54,8 +68,8 @@ def start(config: Config, *, rank: int, world: int, init_method: str) -> Layout:
     learn = config.learn
     if (ranks := learn.ranks) != world:
         raise ConfigError(
-            f"learn.tp={learn.tp} times learn.pp={learn.pp} times learn.dp={learn.dp} needs {ranks} ranks, "
-            f"not {world}"
+            f"learn.tp={learn.tp} times learn.pp={learn.pp} times learn.cp={learn.cp} times "
+            f"learn.dp={learn.dp} needs {ranks} ranks, not {world}"
         )
     cpu.install()
     torch.set_num_threads(learn.threads)
@@ -83,6 +97,7 @@ def lay_out(config: Config, rank: int, device: torch.device) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=learn.tp,
         pipeline_model_parallel_size=learn.pp,
+        context_parallel_size=learn.cp,
         distributed_timeout_minutes=int(COLLECTIVE_DEADLINE.total_seconds() // 60),
         create_gloo_process_groups=False,  # for Megatron's own checkpoints
     )
@@ -94,12 +109,15 @@ def lay_out(config: Config, rank: int, device: torch.device) -> Layout:
         device=device,
         tp=learn.tp,
         pp=learn.pp,
+        cp=learn.cp,
         dp=learn.dp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         tp_group=_group(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_group(parallel_state.get_pipeline_model_parallel_group()),
+        cp_group=_group(parallel_state.get_context_parallel_group()),
         dp_group=_group(parallel_state.get_data_parallel_group()),
     )
 

@@ -7,18 +7,26 @@ import math
 import numpy as np
 import torch
 
-from system.learn.attention import BLOCK, TreeMask
+from system.learn.attention import TreeMask
+from system.learn.context import Context, RowShare
 from system.learn.head import logprob_entropy
 from system.learn.model import TreeGPTModel
 from system.learn.objective import LossTokens
 from system.learn.parallel import Layout
+from system.learn.sizes import BLOCK
 from system.tree.pack import PackedBatch
 
 
 class Row:
-    """One packed row of N tokens on this rank's device, and the M tokens of it to score."""
+    """One packed row of N tokens on this rank's device, and the M tokens of it to score.
 
-    def __init__(self, batch: PackedBatch, device: torch.device, *, trained: bool) -> None:
+    Under context parallelism the device has this rank's n = N / cp tokens and the m of the M that are scored
+    at them; without, n = N and m = M.
+    """
+
+    def __init__(
+        self, batch: PackedBatch, device: torch.device, *, trained: bool, context: Context | None = None
+    ) -> None:
         """``trained``: score the tokens that are trained on, not every one that has a predecessor."""
 
         def put(array: np.ndarray) -> torch.Tensor:
@@ -27,11 +35,19 @@ class Row:
         self.batch = batch
         # [M] index of each target in the row
         self.scored = np.flatnonzero((batch.predictor >= 0) & ((batch.mult > 0) | (not trained)))
-        self.tokens = put(batch.tokens)  # [N] int64
-        self.position = put(batch.position)  # [N] int64
-        self.mask = TreeMask(put(batch.exit))
-        self.predictor = put(batch.predictor[self.scored])  # [M] int64 rows that are projected
-        self.target = put(batch.tokens[self.scored])  # [M] int64 the tokens they predict
+        tokens, position, predictor = batch.tokens, batch.position, batch.predictor[self.scored]
+        target = tokens[self.scored]
+        self._share = RowShare(context, batch.exit, predictor, device) if context else None
+        query = gather = None
+        if share := self._share:
+            query, gather = put(share.index), share.keys_and_values
+            tokens, position = tokens[share.index], position[share.index]
+            predictor, target = share.predictor, target[share.scored]
+        self.tokens = put(tokens)  # [n] int64
+        self.position = put(position)  # [n] int64
+        self.mask = TreeMask(put(batch.exit), query, gather)
+        self.predictor = put(predictor)  # [m] int64 rows that are projected
+        self.target = put(target)  # [m] int64 the tokens they predict
         self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
         self.anchored = False  # :attr:`LossTokens.anchored`
 
@@ -44,10 +60,14 @@ class Row:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[M] log-probability and [M] entropy of the targets under the policy softmax(logits / temperature).
 
-        ``hidden`` ``[M, h]``: what :meth:`run` returns on the last pipeline stage.
+        ``hidden`` ``[m, h]``: what :meth:`run` returns on the last pipeline stage.
         """
         vocab, group = model.shape.vocab, layout.tp_group
-        return logprob_entropy(hidden, model.output_weight, self.target, vocab, group, temperature)
+        own = logprob_entropy(hidden, model.output_weight, self.target, vocab, group, temperature)
+        if self._share is None:
+            return own
+        logprob, entropy = self._share.of_all(torch.stack(own, 1)).T.contiguous()
+        return logprob, entropy
 
     def anchor(self) -> None:
         """Take what the engine found when the tokens' nodes closed for the proximal policy's."""

@@ -21,6 +21,7 @@ from system.learn import cpu, parallel, weights
 from system.learn.average import MovingAverage, active_share, decay_for
 from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState
+from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
 from system.learn.objective import (
@@ -61,7 +62,8 @@ class Trainer:
         self.config, self.learn, self.hf_path = config, learn, hf_path
         self.layout = parallel.start(config, rank=rank, world=world, init_method=init_method)
         spread = learn.tp if learn.sequence_parallel and learn.tp > 1 else 1
-        self._padding = row_padding(self.layout.device, spread)
+        self._context = Context.of(self.layout, learn)
+        self._padding = self._context.padding if self._context else row_padding(self.layout.device, spread)
         self.objective = make_objective(learn)
         self._now = config  # as it is at the step that is trained
         self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
@@ -160,15 +162,13 @@ class Trainer:
         for tree in trees:
             whole = Part(0, np.arange(tree.n_nodes), np.zeros((tree.n_nodes, 3)), tree.n_tokens)
             packed = pack([whole], {0: tree}, self._padding)
-            rows.append(Row(packed, self.layout.device, trained=False))
+            rows.append(Row(packed, self.layout.device, trained=False, context=self._context))
         results = []
         for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
             if scores is None:
-                scores = torch.empty(row.target.numel(), device=self.layout.device)
+                scores = torch.empty(len(row.scored), device=self.layout.device)
             # From the last stage to the others.
-            layout = self.layout
-            last = layout.global_rank(tp_rank=layout.tp_rank, dp_rank=layout.dp_rank, pp_rank=layout.pp - 1)
-            torch.distributed.broadcast(scores, src=last, group=layout.pp_group)
+            torch.distributed.broadcast(scores, group=self.layout.pp_group, group_src=self.layout.pp - 1)
             values = np.full(tree.n_tokens, np.nan, np.float32)
             values[row.scored] = scores.cpu().numpy()
             results.append(values)
@@ -231,7 +231,8 @@ class Trainer:
     # ------------------------------------------------------------------ inside one step
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
-        return [Row(batch, self.layout.device, trained=True) for batch in micro_batches]
+        device, context = self.layout.device, self._context
+        return [Row(batch, device, trained=True, context=context) for batch in micro_batches]
 
     def _correct(self, plan: BatchPlan, steps: Sequence[Sequence[Row]]) -> dict[str, float]:
         """Multiply each leaf's share of S+ and S- by its weight; returns what that did."""

@@ -119,7 +119,7 @@ class Export:
         """
         layout = self._layout
         owners = [0] if mapped.replicated else range(layout.tp)
-        ranks = [layout.global_rank(tp_rank=tp, dp_rank=0, pp_rank=mapped.stage) for tp in owners]
+        ranks = [layout.global_rank(tp_rank=tp, cp_rank=0, dp_rank=0, pp_rank=mapped.stage) for tp in owners]
         if layout.rank != 0:
             if layout.rank in ranks:
                 assert shard is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 GB = 1e9  # vendors count in powers of ten
 GIB = 2.0**30
+NODE = 8  # GPUs of a machine, where a configuration names none
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,15 +69,19 @@ def kv_capacity(shape: ModelShape, layout: EngineLayout, memory: float) -> int:
 def activation_bytes_per_token(
     shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16"
 ) -> tuple[float, float]:
-    """Bytes that one token keeps for the backward pass per layer: (whole layer, what recomputation keeps).
+    """Bytes that each token of a rank keeps for the backward pass per layer: (whole layer, what recomputation
+    keeps).
 
     Whole layer, in numbers per token: the inputs and outputs of both norms (4h, divided only by sequence
     parallelism); q, k and v before rotation and q and k after it, the attention's output in the kernel's
-    layout and in the projection's; gate and up, and their product.
+    layout and in the projection's; gate and up, and their product.  Under context parallelism the keys and
+    values of the other ranks' tokens too.
     """
     width, tp = WIDTH[dtype], learn.tp
     split = tp if learn.sequence_parallel else 1
     attention = (4 * shape.heads + 3 * shape.kv_heads) * shape.head_dim / tp
+    if learn.cp > 1:
+        attention += gathered_bytes_per_token(shape, learn, dtype) / width
     whole = width * (4 * shape.hidden / split + attention + 3 * shape.ffn / tp)
     kept = {
         "none": whole,
@@ -88,13 +92,19 @@ def activation_bytes_per_token(
     return whole, kept
 
 
+def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> float:
+    """Bytes of the whole row's keys and values in one layer, for each token that a rank has of it itself."""
+    return WIDTH[dtype] * 2 * shape.kv_heads * shape.head_dim / learn.tp * learn.cp
+
+
 def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
     """What a learner rank keeps in its host's memory: the state of an offloaded optimizer, and what is on its
     way.
     """
     if not learn.offload:
         return Memory()
-    parameters = max(_parameters(shape, learn, stage) for stage in (0, learn.pp - 1)) / learn.dp
+    most = max(_parameters(shape, learn, stage) for stage in (0, learn.pp - 1))
+    parameters = most / (learn.cp * learn.dp)
     staged = 2 * min(STAGED, parameters) * (_GRADIENT + WIDTH[dtype])
     return Memory({"optimizer": (_ADAM + _MASTER) * parameters, "staged": staged})
 
@@ -111,31 +121,33 @@ def _parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
 def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
     layers = -(-shape.layers // learn.pp)
     parameters = _parameters(shape, learn, stage)
-    last, width, rows = stage == learn.pp - 1, WIDTH[dtype], learn.micro_tokens
+    last, width, tokens = stage == learn.pp - 1, WIDTH[dtype], learn.micro_tokens / learn.cp
     states = _ADAM + (_MASTER if dtype != "float32" else 0)
-    shards = learn.dp if learn.distributed_optimizer else 1
+    shards = learn.cp * learn.dp if learn.distributed_optimizer else 1
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
     in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
     # What one layer has beside it: the gradients at its ends, and what is computed again, or else those of
     # its MLP.
     inside = width * 3 * shape.ffn / learn.tp if learn.recompute == "none" else whole - kept
     beside = width * 2 * shape.hidden + inside
+    if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
+        beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
     parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
     if not learn.offload:
         parts["optimizer"] = states * parameters / shards
-    parts["activations"] = rows * (in_flight * layers * kept + beside)
+    parts["activations"] = tokens * (in_flight * layers * kept + beside)
     if not last:
         # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and
         # what is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
         split = learn.tp if learn.sequence_parallel else 1
         held = 2 * width * shape.hidden / split + 8 * shape.head_dim
-        parts["activations"] += rows * (in_flight * held + 2 * width * shape.hidden)
+        parts["activations"] += tokens * (in_flight * held + 2 * width * shape.hidden)
     if last:
         # The hidden states of scored tokens and their gradients; a chunk of logits and theirs; a product that
         # is added to the weight's gradient.
         share = shape.vocab / learn.tp
-        chunk = min(rows * share, LOGITS)
-        parts["logits"] = width * (2 * shape.hidden * rows + 2 * chunk + shape.hidden * share)
+        chunk = min(tokens * share, LOGITS)
+        parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + shape.hidden * share)
     if learn.kl_coef > 0:
         parts["reference"] = width * parameters
     return parts

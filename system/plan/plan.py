@@ -14,7 +14,7 @@ from functools import cached_property
 from system.config import Config, ConfigError
 from system.models.known import shape_of
 from system.models.shape import ModelShape
-from system.plan.hardware import GIB, GPUS, Gpu
+from system.plan.hardware import GIB, GPUS, NODE, Gpu
 from system.plan.memory import (
     EngineLayout,
     Memory,
@@ -26,7 +26,6 @@ from system.plan.memory import (
 from system.plan.speed import EngineRoofline, LearnerRoofline, PublishRoofline
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "room in the engines"
-NODE = 8  # GPUs of a machine, where the configuration names none
 FEW = 16  # sequences of one engine, below which a step costs hardly less than one of so many
 
 
@@ -178,9 +177,15 @@ class GpuPlan:
     engine: EngineLayout
     engines: int
 
+    @property
+    def row_tokens(self) -> int:
+        """Of the learner's longest row."""
+        return row_tokens(self.config)
+
     @cached_property
     def learner_memory(self) -> Memory:
-        return learner_memory(self.shape, self.config.learn, self.config.model.dtype, self.gpu.reserved)
+        learn = replace(self.config.learn, micro_tokens=self.row_tokens)
+        return learner_memory(self.shape, learn, self.config.model.dtype, self.gpu.reserved)
 
     @cached_property
     def host_memory(self) -> Memory:
@@ -213,15 +218,19 @@ class GpuPlan:
             problems.append(f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers")
         if rank.total > self.gpu.memory:
             relief = (  # the cheapest first
-                ("learn.distributed_optimizer=true", learn.dp > 1 and not learn.distributed_optimizer),
+                (
+                    "learn.distributed_optimizer=true",
+                    learn.cp * learn.dp > 1 and not learn.distributed_optimizer,
+                ),
                 ("learn.sequence_parallel=true", learn.tp > 1 and not learn.sequence_parallel),
                 ("learn.recompute=full", learn.recompute != "full"),
                 ("learn.offload=true", not learn.offload),
-                ("a higher learn.tp or learn.pp", True),
+                ("a higher learn.tp, learn.pp or learn.cp", True),
             )
             problems.append(
                 f"a learner rank needs {rank.total / GIB:.0f} GiB and has {self.gpu.memory / GIB:.0f}: "
-                f"{' or '.join(name for name, helps in relief if helps)} or a lower learn.micro_tokens"
+                f"{' or '.join(name for name, helps in relief if helps)} or a lower "
+                + ("learn.micro_tokens" if self.row_tokens == learn.micro_tokens else "engine.max_context")
             )
         if self.kv_tokens < self.config.engine.max_context:
             problems.append(
@@ -247,9 +256,14 @@ class GpuPlan:
         return [f"{engines} engines fit: set engine.replicas={engines} (it is {replicas})"]
 
     @property
+    def node(self) -> int:
+        """GPUs of a machine."""
+        return self.config.cluster.gpus_per_node or NODE
+
+    @property
     def one_node(self) -> bool:
         """Whether learner and engines share a machine, and with it NVLink."""
-        return self.gpus <= (self.config.cluster.gpus_per_node or NODE)
+        return self.gpus <= self.node
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -275,7 +289,7 @@ class GpuPlan:
         packed = flow.batch_leaves * work.packed + trees * work.prompt_tokens
         sglang = self.config.engine.name == "sglang"  # the embedded engine goes over between two steps
         gpu = self.gpu if sglang else replace(self.gpu, bucket_s=0.0, swap_s=0.0)
-        trainer = LearnerRoofline(self.shape, learn, self.gpu, context)
+        trainer = LearnerRoofline(self.shape, learn, self.gpu, context, self.node)
         publish = PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node)
         # Siblings' shared contexts are in an engine's cache once.
         again = min(wanted, held) * context * (1 - work.shared)
@@ -299,6 +313,11 @@ class GpuPlan:
         )
 
 
+def row_tokens(config: Config) -> int:
+    """Of the learner's longest row: a path that exceeds ``learn.micro_tokens`` is one by itself."""
+    return max(config.learn.micro_tokens, config.engine.max_context)
+
+
 def plan(
     config: Config,
     gpus: int | None = None,
@@ -309,8 +328,8 @@ def plan(
 ) -> GpuPlan:
     """Lay ``config`` out over ``gpus`` GPUs (None: as many as the configuration names).
 
-    The learner takes tp · pp · dp of them, engines of ``engine.tp`` GPUs the rest (or ``engines`` of them,
-    where less than the rest will do).  Raises
+    The learner takes tp · pp · cp · dp of them, engines of ``engine.tp`` GPUs the rest (or ``engines`` of
+    them, where less than the rest will do).  Raises
     :class:`ConfigError` for an unknown model or GPU, and when there are too few GPUs for a learner and one
     engine.
     """
@@ -323,7 +342,7 @@ def plan(
     engines = engines or (gpus - taken) // engine.tp
     if engines < 1:
         raise ConfigError(
-            f"{gpus} GPUs: the learner takes {taken} (learn.tp · pp · dp) and an engine {engine.tp}; "
+            f"{gpus} GPUs: the learner takes {taken} (learn.tp · pp · cp · dp) and an engine {engine.tp}; "
             "give more GPUs or a smaller learner"
         )
     workload = workload or AgentWorkload.guess(config)
@@ -355,12 +374,12 @@ def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
     p, learn, work = plan, plan.config.learn, plan.workload
     forecast = p.forecast
-    split = f"tp {learn.tp} · pp {learn.pp} · dp {learn.dp}, {p.config.model.dtype}"
+    split = f"tp {learn.tp} · pp {learn.pp} · cp {learn.cp} · dp {learn.dp}, {p.config.model.dtype}"
     lines = [
         f"{p.shape.name}: {_parameters(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
         f"({_size(p.gpu.memory)} each)",
         "",
-        f"learner  {count(learn.ranks, 'GPU')}: {split}, micro-batches of {learn.micro_tokens:,} tokens"
+        f"learner  {count(learn.ranks, 'GPU')}: {split}, micro-batches of up to {p.row_tokens:,} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),

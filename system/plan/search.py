@@ -10,15 +10,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from system.config import Config, ConfigError
-from system.plan.hardware import GIB
-from system.plan.plan import NODE, AgentWorkload, GpuPlan, count, duration, plan
+from system.learn.sizes import BLOCK
+from system.plan.hardware import GIB, NODE
+from system.plan.plan import AgentWorkload, GpuPlan, count, duration, plan, row_tokens
 
 ALIKE = 0.05  # steps that differ by less are equally fast, as far as a roofline knows
 FULL = 0.95  # of a GPU's memory: the rest is for what the allocator cannot use
 SHOWN = 5
 WIDTHS = (1, 2, 4, 8, 16)
+SHARE = 16_384  # tokens of the longest row that a context-parallel rank has at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class Candidate:
 
     tp: int
     pp: int
+    cp: int
     dp: int
     recompute: str
     engine_tp: int
@@ -36,21 +40,22 @@ class Candidate:
 
     @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     @property
     def parts(self) -> int:
         """How much talks to each other for one step."""
-        return self.tp * self.pp * self.pp + self.engine_tp
+        return self.tp * self.cp * self.pp * self.pp + self.engine_tp
 
     def settings(self, config: Config) -> list[str]:
         """What has to be set for it."""
         learn = {
             "tp": self.tp,
             "pp": self.pp,
+            "cp": self.cp,
             "dp": self.dp,
             "sequence_parallel": str(self.tp > 1).lower(),
-            "distributed_optimizer": str(self.dp > 1).lower(),
+            "distributed_optimizer": str(self.cp * self.dp > 1).lower(),
             "recompute": self.recompute,
             "offload": "false",
         }
@@ -66,10 +71,11 @@ class Candidate:
             config.learn,
             tp=self.tp,
             pp=self.pp,
+            cp=self.cp,
             dp=self.dp,
             recompute=self.recompute,
             sequence_parallel=self.tp > 1,
-            distributed_optimizer=self.dp > 1,
+            distributed_optimizer=self.cp * self.dp > 1,
             offload=False,
         )
         engine = replace(config.engine, tp=self.engine_tp, replicas=self.engines)
@@ -117,23 +123,25 @@ def _rank(layout: Candidate, made: GpuPlan, fastest: float) -> tuple[int, int, f
 
 def layouts(config: Config, gpus: int) -> Iterator[Candidate]:
     """What can be placed: a learner on nodes of its own, or a part of one node with engines beside it; no
-    tensor-parallel group and no engine lies on two nodes.
+    tensor-parallel group and no engine lies on two nodes.  Context parallelism is tried where paths are long.
     """
     node = config.cluster.gpus_per_node or NODE
     nodes = -(-gpus // node)
-    for tp in (width for width in WIDTHS if width <= node):
-        for pp in WIDTHS:
-            for dp in range(1, gpus // (tp * pp) + 1):
-                ranks = tp * pp * dp
-                alone = ranks % node == 0
-                if ranks >= gpus or not (alone or ranks < node) or node % tp:
-                    continue
-                for engine_tp in (width for width in WIDTHS if width <= node):
-                    rest = [node] * ((gpus - ranks) // node) + [(gpus - ranks) % node]
-                    if engines := sum(free // engine_tp for free in rest):
-                        for recompute in ("none", "selective", "full"):
-                            own = ranks // node if alone else 0
-                            yield Candidate(tp, pp, dp, recompute, engine_tp, engines, nodes, own)
+    in_a_node = [width for width in WIDTHS if width <= node]
+    row, micro = row_tokens(config), config.learn.micro_tokens
+    ways = [cp for cp in WIDTHS if cp == 1 or (cp * SHARE <= row and cp * BLOCK <= micro)]
+    for tp, pp, cp in product(in_a_node, WIDTHS, ways):
+        for dp in range(1, gpus // (tp * pp * cp) + 1):
+            ranks = tp * pp * cp * dp
+            alone = ranks % node == 0
+            if ranks >= gpus or not (alone or ranks < node) or node % tp:
+                continue
+            for engine_tp in in_a_node:
+                rest = [node] * ((gpus - ranks) // node) + [(gpus - ranks) % node]
+                if engines := sum(free // engine_tp for free in rest):
+                    for recompute in ("none", "selective", "full"):
+                        own = ranks // node if alone else 0
+                        yield Candidate(tp, pp, cp, dp, recompute, engine_tp, engines, nodes, own)
 
 
 def objection(made: GpuPlan) -> str:
@@ -178,7 +186,7 @@ def table(config: Config, gpus: int, found: Found) -> str:
 def _row(layout: Candidate, made: GpuPlan) -> tuple[str, ...]:
     forecast, memory = made.forecast, made.learner_memory.total
     return (
-        f"tp {layout.tp} · pp {layout.pp} · dp {layout.dp}",
+        f"tp {layout.tp} · pp {layout.pp} · cp {layout.cp} · dp {layout.dp}",
         layout.recompute,
         f"{layout.engines} of {count(layout.engine_tp, 'GPU')}",
         duration(forecast.step_s),

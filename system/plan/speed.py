@@ -3,7 +3,7 @@
 A decode step reads all weights and the KV cache of every running sequence from HBM, or is bound by its matrix
 products, whichever takes longer; on top comes a fixed cost per step and per sequence.  A training step costs
 6 floating-point operations per parameter and token (Kaplan et al., 2020, 2.1), attention's, those that are
-recomputed, and the exchange between tensor-parallel ranks.
+recomputed, and the exchange between tensor-parallel and between context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from system.config import LearnConfig
 from system.models.shape import ModelShape
-from system.plan.hardware import Gpu
+from system.plan.hardware import NODE, Gpu
 from system.plan.memory import WIDTH, EngineLayout, kv_capacity
 
 
@@ -53,6 +53,7 @@ class LearnerRoofline:
     learn: LearnConfig
     gpu: Gpu
     context: float = 0.0  # tokens that a token attends to, on average; 0: attention is not counted
+    node: int = NODE  # GPUs of a machine
 
     def train_s(self, tokens: float) -> float:
         """Forward and backward over ``tokens`` packed tokens, plus the optimizer's pass over its state."""
@@ -67,13 +68,16 @@ class LearnerRoofline:
 
     @property
     def token_s(self) -> float:
-        """Seconds that one replica of tp · pp ranks takes for a token: kernels, then the exchange between its
-        tensor-parallel ranks, which nothing hides.
+        """Seconds that one replica of tp · pp · cp ranks takes for a token: kernels, then the exchange
+        between its tensor-parallel and its context-parallel ranks, which nothing hides.
         """
         learn, gpu = self.learn, self.gpu
-        ranks = learn.tp * learn.pp
+        ranks = learn.tp * learn.pp * learn.cp
         flops = self.flops + self._recomputed + self._scored * self.flops / 3
-        exchange = self._exchanged / (gpu.nvlink * gpu.nvlink_share) / learn.pp
+        near, far = gpu.nvlink * gpu.nvlink_share, gpu.network * gpu.network_share
+        exchange = self._exchanged / near / (learn.pp * learn.cp)
+        one_node = self.node % (learn.tp * learn.cp) == 0  # ranks are numbered so (parallel.Layout)
+        exchange += self._gathered / (near if one_node else far) / learn.pp
         return flops / (ranks * gpu.flops * gpu.train_mfu) + exchange
 
     @property
@@ -92,7 +96,7 @@ class LearnerRoofline:
     @property
     def mfu(self) -> float:
         """Share of the GPUs' peak that those are, while rows are full and no stage of a pipeline waits."""
-        return self.flops / self.token_s / (self.learn.tp * self.learn.pp * self.gpu.flops)
+        return self.flops / self.token_s / (self.learn.tp * self.learn.pp * self.learn.cp * self.gpu.flops)
 
     @property
     def _slowest(self) -> float:
@@ -128,14 +132,25 @@ class LearnerRoofline:
         width = WIDTH["bfloat16"]
         return halves * width * self.shape.hidden * (learn.tp - 1) / learn.tp * self.shape.layers
 
+    @property
+    def _gathered(self) -> float:
+        """Bytes per token of a row over a rank's link, of all layers: its key and value to the other
+        context-parallel ranks, forward and where layers are recomputed, and their gradient back.
+        """
+        learn, shape = self.learn, self.shape
+        times = 2 + (learn.recompute == "full") + self._scored
+        each = WIDTH["bfloat16"] * 2 * shape.kv_heads * shape.head_dim / learn.tp * shape.layers
+        return times * each * (learn.cp - 1) / learn.cp
+
     def _optimizer_s(self) -> float:
-        """Gradient all-reduce over DP (ring, fp32) and one pass over weights, gradients and moments."""
+        """Gradient all-reduce over DP and CP (ring, fp32), one pass over weights, gradients and moments."""
         learn, gpu = self.learn, self.gpu
         held = self.shape.parameters / (learn.tp * learn.pp)
-        ring = 2 * (learn.dp - 1) / learn.dp * 4 * held / (gpu.network * gpu.network_share)
+        copies = learn.cp * learn.dp
+        ring = 2 * (copies - 1) / copies * 4 * held / (gpu.network * gpu.network_share)
         if learn.offload:
-            return ring + 34 * held / learn.dp / gpu.host
-        shards = learn.dp if learn.distributed_optimizer else 1
+            return ring + 34 * held / copies / gpu.host
+        shards = copies if learn.distributed_optimizer else 1
         return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
 
 

@@ -313,11 +313,11 @@ def reweighed(plan: BatchPlan, factors: Sequence[Floats]) -> BatchPlan:
     return replace(plan, updates=updates)
 
 
-def row_budget(sizes: Sequence[int], micro_tokens: int, dp: int) -> int:
+def row_budget(sizes: Sequence[int], micro_tokens: int, dp: int, pad_to: int = 1) -> int:
     """Tokens per row: ``micro_tokens``, or less when that lets every data-parallel rank have a share.
 
     ``sizes``: tokens of each tree (or path).  Never less than the largest that ``micro_tokens`` would leave
-    whole, so no tree is cut for balance.
+    whole, with its padding to a multiple of ``pad_to``, so no tree is cut for balance.
     """
     whole = max((s for s in sizes if s <= micro_tokens), default=micro_tokens)
-    return min(micro_tokens, max(whole, -(-sum(sizes) // dp)))
+    return min(micro_tokens, -(-max(whole, -(-sum(sizes) // dp)) // pad_to) * pad_to)

@@ -41,6 +41,7 @@ def test_without_gpus_the_ranks_are_spread_in_blocks() -> None:
     ("settings", "message"),
     [
         ({"learn.tp": "8", "learn.dp": "4"}, r"needs 32 GPUs .* nodes have 16: lower learn.dp"),
+        ({"learn.tp": "8", "learn.cp": "3"}, r"needs 24 GPUs \(tp=8 x pp=1 x cp=3 x dp=1\)"),
         ({"engine.replicas": "3", "engine.tp": "8"}, r"room for 1, each on one node; lower engine"),
         ({"engine.replicas": "1", "engine.tp": "16"}, r"room for 0"),
     ],

@@ -43,7 +43,7 @@ def test_the_layout_divides_and_fits(path: Path) -> None:
     nodes = paper_nodes(config)
     seats = place(config, nodes)
     assert spare_gpus(seats, nodes) == 0
-    for first in range(0, learn.tp * learn.pp * learn.dp, learn.tp):  # a tensor-parallel group: one node
+    for first in range(0, learn.ranks, learn.tp):  # a tensor-parallel group: one node
         group = [
             seat.node for seat in seats if seat.actor in {f"learner-{first + i}" for i in range(learn.tp)}
         ]
@@ -89,7 +89,8 @@ def test_the_dry_run_shows_plan_and_script(path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     config = load(path)
     assert "node-0 [8/8 GPUs]: driver, learner ranks 0-" in shown
-    assert f"tp {config.learn.tp} x pp {config.learn.pp} x dp {config.learn.dp}" in shown
+    learn = config.learn
+    assert f"tp {learn.tp} x pp {learn.pp} x cp {learn.cp} x dp {learn.dp}" in shown
     assert "GiB per GPU" in shown
     assert f"#SBATCH --nodes={config.cluster.nodes}\n" in shown
     assert "#SBATCH --time=1-00:00:00\n" in shown

@@ -164,12 +164,12 @@ def test_forward_equals_hugging_face(
 
 
 def gradient_case(
-    place: Place, model: str, tp: int, dp: int, names: list[str]
+    place: Place, model: str, layout: dict[str, int], names: list[str]
 ) -> dict[str, dict[str, float]]:
     """Every objective's loss and gradient on packed trees against the same on paths in Hugging Face."""
     from system.learn.objective import make_objective
 
-    config = learner_config(tp=tp, dp=dp, kl_coef=1.0)
+    config = learner_config(kl_coef=1.0, **layout)
     trainer = open_trainer(place, config, model)
     try:
         hf, reference = load_hf(model), load_hf(model)
@@ -224,7 +224,7 @@ def test_tree_gradient_equals_flat_paths(
 ) -> None:
     names = list(OBJECTIVES) if family == "qwen3" else ["decoupled, cut", "ppo, cut"]
     reports = ranks.run(
-        gradient_case, world=tp, model=tiny_model(family, tied=tied), tp=tp, dp=1, names=names
+        gradient_case, world=tp, model=tiny_model(family, tied=tied), layout={"tp": tp}, names=names
     )
     for report in reports:
         for name, got in report.items():
@@ -248,10 +248,16 @@ def test_tree_gradient_equals_flat_paths(
         assert decoupled["tokens_computed"] > report.get("decoupled", {}).get("tokens_computed", 0.0)
 
 
-def test_data_parallel_ranks_sum_their_gradients(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+@pytest.mark.parametrize("ways", ["dp", "cp"])
+def test_ranks_with_other_tokens_sum_their_gradients(
+    ranks: Ranks, tiny_model: Callable[..., str], ways: str
+) -> None:
+    """Data-parallel ranks have other rows, context-parallel ones other tokens of the same rows."""
     names = ["decoupled", "ppo, cut", "ppo, regularised, cut"]
     names += ["decoupled, leaves weighed, cut", "ppo, leaves rejected, regularised, cut", "m2po, cut"]
-    reports = ranks.run(gradient_case, world=2, model=tiny_model(), tp=1, dp=2, names=names)
+    reports = ranks.run(gradient_case, world=2, model=tiny_model(), layout={ways: 2}, names=names)
+    assert reports[0]["ppo, cut"]["clip_high"] > 0.02
+    assert reports[0]["ppo, cut"]["clip_low"] > 0.02
     for name in names:
         for report in reports:
             assert report[name]["gradient error"] < 1e-5, name
@@ -402,7 +408,7 @@ def test_optimizer_steps_equal_torch_adamw(
 def test_tree_gradient_on_cuda(ranks: Ranks, tiny_model: Callable[..., str], objective: str) -> None:
     """Compiled FlexAttention, forward and backward, against Hugging Face on CPU."""
     (report,) = ranks.run(
-        gradient_case, world=1, deadline_s=170, model=tiny_model(), tp=1, dp=1, names=[objective]
+        gradient_case, world=1, deadline_s=170, model=tiny_model(), layout={}, names=[objective]
     )
     assert report[objective]["gradient error"] < 1e-4
     assert report[objective]["loss error"] < 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,28 @@ LAYOUTS: Layouts = (
     {"pp": 4} | FEW,
     {"pp": 2, "dp": 2, "trees": 1} | FEW,  # one of the pipelines has nothing to do
 )
+# Ratios to the policy that sampled, which are clipped from the first update on.
+CLIPPED: dict[str, Any] = {"micro_tokens": 64, "objective": "ppo"} | WEIGHED
+LAYOUTS_CONTEXT: Layouts = (
+    {"cp": 2} | CLIPPED,
+    {"tp": 2, "cp": 2, "sequence_parallel": True, "recompute": "selective"} | CLIPPED,
+    {"cp": 2, "pp": 2, "recompute": "full"} | CLIPPED,
+    {"cp": 2, "dp": 2} | SPLIT | CLIPPED,
+    {"cp": 2, "dp": 2} | HOST | CLIPPED,
+    {"cp": 4} | FEW,  # in some rows one of the ranks has nothing to score
+)
 # The embedding lives on the first and on the last stage.
 LAYOUTS_TIED: Layouts = (
     {"tp": 2, "pp": 2, "sequence_parallel": True, "recompute": "full"} | MANY,
     {"pp": 2, "dp": 2} | SPLIT | MANY,
+    {"cp": 2, "pp": 2} | CLIPPED,
     {"pp": 2} | HOST | MANY,
+    {"cp": 2, "pp": 2} | HOST | CLIPPED,
 )
 
 
 def world_of(layout: dict[str, Any]) -> int:
-    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+    return math.prod(layout.get(name, 1) for name in ("tp", "pp", "cp", "dp"))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,8 +104,11 @@ def step_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, Any
         after = weights_of(trainer)
         scores = trainer.logprobs(make_trees(3)[:2])
         fingerprint = torch.stack([p.detach().double().sum() for p in trainer.model.parameters()])
-        copies = [torch.empty_like(fingerprint) for _ in range(trainer.layout.dp)]
-        dist.all_gather(copies, fingerprint, group=trainer.layout.dp_group)
+        copies: list[torch.Tensor] = []
+        for group in (trainer.layout.cp_group, trainer.layout.dp_group):
+            theirs = [torch.empty_like(fingerprint) for _ in range(group.size())]
+            dist.all_gather(theirs, fingerprint, group=group)
+            copies += theirs
         return {
             "gradient": gradient,
             "norm": first["grad_norm"],
@@ -107,7 +123,9 @@ def step_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "layouts"), [("qwen3", False, LAYOUTS), ("qwen2", True, LAYOUTS_TIED)]
+    ("family", "tied", "layouts"),
+    [("qwen3", False, LAYOUTS), ("qwen2", True, LAYOUTS_TIED), ("qwen3", False, LAYOUTS_CONTEXT)],
+    ids=["untied", "tied", "context"],
 )
 def test_every_layout_takes_the_same_step(
     ranks: Ranks, deep_model: Callable[..., str], family: str, tied: bool, layouts: Layouts
@@ -115,7 +133,8 @@ def test_every_layout_takes_the_same_step(
     model = deep_model(family, tied)
     whole: dict[str, dict[str, Any]] = {}
     for layout in layouts:
-        work = {key: layout[key] for key in ("micro_tokens", "trees", "correction") if key in layout}
+        same = ("micro_tokens", "trees", "correction", "objective")
+        work = {key: layout[key] for key in same if key in layout}
         if str(work) not in whole:
             (whole[str(work)],) = ranks.run(step_case, world=1, model=model, layout=work)
         reports = ranks.run(step_case, world=world_of(layout), model=model, layout=layout)
@@ -177,9 +196,12 @@ def resume_case(
     [
         ("qwen3", False, "float32", {"tp": 2, "pp": 2}, [{"tp": 1}, {"pp": 2, "dp": 2} | SPLIT]),
         ("qwen2", True, "float32", {"pp": 2, "dp": 2} | SPLIT, [{"tp": 2, "dp": 2} | SPLIT, {"dp": 2}]),
+        ("qwen3", False, "float32", {"cp": 2, "dp": 2} | SPLIT, [{"cp": 2}, {"dp": 2} | SPLIT]),
+        ("qwen3", False, "float32", {"cp": 2}, [{"cp": 2, "pp": 2} | SPLIT]),
         # Float32 parameters are kept beside the bfloat16 ones, and come back.
         ("qwen2", True, "bfloat16", {"pp": 2, "dp": 2} | SPLIT, [{"tp": 2, "pp": 2}, {"tp": 2} | HOST]),
-        ("qwen3", False, "bfloat16", {"tp": 2} | HOST, [{"tp": 2}, {"dp": 2} | HOST]),
+        ("qwen3", False, "bfloat16", {"tp": 2} | HOST, [{"tp": 2}, {"dp": 2} | HOST, {"cp": 2} | HOST]),
+        ("qwen3", False, "bfloat16", {"cp": 2, "dp": 2} | HOST, [{"cp": 2} | SPLIT]),
     ],
 )
 def test_a_run_resumes_under_another_layout(

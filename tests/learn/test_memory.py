@@ -41,6 +41,7 @@ def few_layers(ranks: Ranks) -> dict[str, list[Peak]]:
         "whole": StepSettings("", "none", whole_logits=True),
         "selective": StepSettings("", "selective", offload=True),
         "full": StepSettings("", "full"),
+        "shared": StepSettings("", "selective", offload=True, cp=2),
     }
     return {
         name: ranks.run(measure_case, world=1, layers=(2, 4), tokens=N, way=way)[0]
@@ -69,6 +70,18 @@ def test_an_offloaded_optimizer_takes_nothing_on_the_gpu(few_layers: dict[str, l
         two, four = few_layers[name]
         assert (four.states - two.states) / 2 == pytest.approx(share * layer, rel=1e-3)
         assert (four.host - two.host) / 2 == pytest.approx((18 - share) * layer, rel=1e-3)
+
+
+def test_ranks_that_share_a_row_have_half_its_tokens_all_keys_and_half_the_optimizer(
+    few_layers: dict[str, list[Peak]],
+) -> None:
+    alone, shared = few_layers["selective"], few_layers["shared"]
+    step, half = ((four.step - two.step) / 2 for two, four in (alone, shared))
+    keys_and_values = 2 * 2 * SHAPE.kv_heads * SHAPE.head_dim / TP * N  # bytes, of the whole row
+    assert step / 2 < half < step / 2 + keys_and_values
+    host, shared_host = ((four.host - two.host) / 2 for two, four in (alone, shared))
+    assert shared_host == pytest.approx(host / 2, rel=1e-3)
+    assert [peak.states for peak in alone] == [peak.states for peak in shared]
 
 
 def test_the_optimizers_step_takes_no_memory_of_its_own(ranks: Ranks) -> None:

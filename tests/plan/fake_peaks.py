@@ -30,11 +30,13 @@ class Case:
     tp: int
     pp: int
     sequence_parallel: bool = True
+    cp: int = 1
 
     @property
     def name(self) -> str:
         spread = "" if self.sequence_parallel else " no-sp"
-        return f"{self.model} {self.tokens} {self.recompute} tp{self.tp} pp{self.pp}{spread}"
+        shared = f" cp{self.cp}" if self.cp > 1 else ""
+        return f"{self.model} {self.tokens} {self.recompute} tp{self.tp} pp{self.pp}{shared}{spread}"
 
     @property
     def shape(self) -> ModelShape:
@@ -45,6 +47,7 @@ class Case:
         return LearnConfig(
             tp=self.tp,
             pp=self.pp,
+            cp=self.cp,
             recompute=self.recompute,
             sequence_parallel=self.sequence_parallel,
             micro_tokens=self.tokens,
@@ -52,22 +55,27 @@ class Case:
 
 
 LAYOUTS = [
-    ("qwen2.5-7b", 11_264, 1, 1, True),
-    ("qwen2.5-7b", 11_264, 4, 1, True),
-    ("qwen2.5-7b", 11_264, 4, 1, False),
-    ("qwen2.5-7b", 11_264, 2, 2, True),
-    ("qwen2.5-7b", 65_536, 4, 1, True),
-    ("qwen3-14b", 18_432, 4, 1, True),
-    ("qwen3-14b", 18_432, 4, 2, True),
-    ("qwen3-14b", 65_536, 4, 1, True),
-    ("qwen3-14b", 18_432, 8, 1, False),
-    ("qwen3-32b", 18_432, 8, 1, True),
-    ("qwen3-32b", 18_432, 8, 2, True),
-    ("qwen3-32b", 18_432, 4, 4, True),
+    ("qwen2.5-7b", 11_264, 1, 1, True, 1),
+    ("qwen2.5-7b", 11_264, 4, 1, True, 1),
+    ("qwen2.5-7b", 11_264, 4, 1, False, 1),
+    ("qwen2.5-7b", 11_264, 2, 2, True, 1),
+    ("qwen2.5-7b", 65_536, 4, 1, True, 1),
+    ("qwen3-14b", 18_432, 4, 1, True, 1),
+    ("qwen3-14b", 18_432, 4, 2, True, 1),
+    ("qwen3-14b", 65_536, 4, 1, True, 1),
+    ("qwen3-14b", 18_432, 8, 1, False, 1),
+    ("qwen3-32b", 18_432, 8, 1, True, 1),
+    ("qwen3-32b", 18_432, 8, 2, True, 1),
+    ("qwen3-32b", 18_432, 4, 4, True, 1),
+    ("qwen3-14b", 18_432, 4, 1, True, 2),
+    ("qwen3-14b", 65_536, 8, 1, True, 4),
+    ("qwen3-14b", 65_536, 4, 2, True, 2),
+    ("qwen2.5-7b", 65_536, 2, 1, False, 4),
+    ("qwen3-32b", 131_072, 8, 1, True, 2),
 ]
 CASES = [
-    Case(model, tokens, recompute, tp, pp, spread)
-    for (model, tokens, tp, pp, spread), recompute in itertools.product(
+    Case(model, tokens, recompute, tp, pp, spread, cp)
+    for (model, tokens, tp, pp, spread, cp), recompute in itertools.product(
         LAYOUTS, ("none", "selective", "full")
     )
 ]
@@ -78,7 +86,9 @@ def stage_peaks(case: Case, layers: int) -> list[int]:
     from system.bench.memory import StepSettings, measure
 
     shape = replace(case.shape, layers=layers * case.pp)
-    settings = StepSettings("", case.recompute, sequence_parallel=case.sequence_parallel, pp=case.pp)
+    settings = StepSettings(
+        "", case.recompute, sequence_parallel=case.sequence_parallel, pp=case.pp, cp=case.cp
+    )
     return [
         measure(shape, case.tp, case.tokens, replace(settings, stage=stage)).device
         for stage in sorted({0, case.pp - 1})

@@ -16,7 +16,7 @@ def test_every_model_recomputation_and_layout_is_there() -> None:
     assert {*PEAKS} == {case.name for case in CASES}
     assert {case.model for case in CASES} == {"qwen2.5-7b", "qwen3-14b", "qwen3-32b"}
     assert {case.recompute for case in CASES} == {"none", "selective", "full"}
-    assert {case.pp for case in CASES} == {1, 2, 4}
+    assert {case.pp for case in CASES} == {1, 2, 4} == {case.cp for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -31,6 +31,7 @@ def test_the_plan_is_never_below_the_peak_and_at_most_15_percent_above(case: Cas
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in (
         "qwen3-14b 18432 selective tp4 pp1", "qwen2.5-7b 11264 none tp2 pp2", "qwen3-32b 18432 full tp8 pp1",
+        "qwen3-14b 18432 selective tp4 pp1 cp2",
     )], ids=lambda case: case.name,
 )  # fmt: skip
 def test_the_peaks_are_those_of_the_model_as_it_is(case: Case) -> None:

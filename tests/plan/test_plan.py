@@ -118,6 +118,8 @@ def test_an_offloaded_optimizer_is_in_the_hosts_memory_split_over_the_copies() -
     parts = learner_memory(SEVEN, device).parts
     assert learner_memory(SEVEN, host).total == pytest.approx(sum(parts.values()) - parts["optimizer"])
     assert host_memory(SEVEN, host).parts["optimizer"] == pytest.approx(parts["optimizer"] / 2)
+    shared = host_memory(SEVEN, replace(host, cp=3)).parts["optimizer"]
+    assert shared == pytest.approx(parts["optimizer"] / 6)
     assert host_memory(SEVEN, device).total == 0
 
 
@@ -322,3 +324,83 @@ def test_of_a_tiny_model_it_says_what_is_there_and_nothing_that_contradicts_itse
     assert out.endswith("note: about 7 branches decode at a time: 1 engine would do, 3 GPUs in all\n")
     assert main(["plan", recipe]) == 0  # those three
     assert "note:" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- context parallelism
+
+
+def test_context_parallelism_divides_what_a_row_needs_and_the_optimizer() -> None:
+    whole = LearnConfig(tp=4, sequence_parallel=True, distributed_optimizer=True, recompute="full",
+                        micro_tokens=32_768)  # fmt: skip
+    alone, four = (learner_memory(SEVEN, replace(whole, cp=cp)).parts for cp in (1, 4))
+    assert four["weights"] == alone["weights"]
+    assert four["optimizer"] == pytest.approx(alone["optimizer"] / 4)
+    # Of the head's inputs and their gradients a rank has its tokens'; a chunk of logits is as large.
+    others = 3 / 4 * 2 * 2 * SEVEN.hidden * whole.micro_tokens
+    assert four["logits"] == pytest.approx(alone["logits"] - others)
+    # Full recomputation keeps a layer's input, and has the keys and values of the whole row in one layer: as
+    # they came, in order, and the gradients of both.  4 key-value heads of 128 numbers, over tp 4.
+    row = 4 * 2 * 2 * 128 * whole.micro_tokens
+    assert four["activations"] == pytest.approx(alone["activations"] / 4 + row)
+
+
+def test_without_recomputation_every_layer_keeps_the_whole_rows_keys_and_values() -> None:
+    for recompute in ("none", "selective"):
+        learn = LearnConfig(tp=2, recompute=recompute)
+        alone = activation_bytes_per_token(SEVEN, learn)[1]
+        assert activation_bytes_per_token(SEVEN, replace(learn, cp=3))[1] == alone + 3 * 2 * 2 * 2 * 128
+
+
+def test_context_parallelism_trains_a_long_path_sooner() -> None:
+    def seconds(cp: int, tokens: float = 131_072) -> float:
+        learn = LearnConfig(tp=8, cp=cp, micro_tokens=131_072)
+        roof = LearnerRoofline(KNOWN["qwen3-14b"], learn, H100, tokens / 2)
+        return roof.train_s(tokens) - roof.train_s(0.0)
+
+    assert 3.5 < seconds(1) / seconds(4) < 4  # what is lost goes into the keys and values that travel
+    assert seconds(1) > 1.5 * 4 * seconds(1, 32_768)  # attention takes more per token
+
+
+def test_keys_and_values_travel_faster_within_a_machine_and_once_more_where_layers_are_recomputed() -> None:
+    def exchange_s(tp: int, cp: int, node: int = 8, recompute: str = "none") -> float:
+        """What all ranks together take longer for a token than without context parallelism."""
+        learn = LearnConfig(tp=tp, cp=cp, recompute=recompute)
+        roofs = (LearnerRoofline(SEVEN, made, H100, node=node) for made in (learn, replace(learn, cp=1)))
+        shared, alone = (roof.token_s for roof in roofs)
+        return shared - alone / cp
+
+    keys_and_values = 2 * 2 * 4 * 128 * 28 * 3 / 4  # bytes that a rank of tp=1, cp=4 has from the others
+    assert exchange_s(1, 4) == pytest.approx(2 * keys_and_values / (H100.nvlink * H100.nvlink_share))
+    far = exchange_s(1, 4, node=2)
+    assert far == pytest.approx(2 * keys_and_values / (H100.network * H100.network_share))
+    assert exchange_s(1, 4, node=2, recompute="full") == pytest.approx(1.5 * far)
+    assert exchange_s(2, 4, node=4) == pytest.approx(far / 2)  # each has half of the heads
+
+
+def test_a_path_beyond_the_row_is_counted_as_a_row() -> None:
+    long = ("engine.max_context=65536", "learn.recompute=full")
+    short, enough = plan(config(*long), gpus=8), plan(config(*long, "learn.micro_tokens=65536"), gpus=8)
+    assert short.learner_memory == enough.learner_memory
+    assert "micro-batches of up to 65,536 tokens" in text(short)
+
+
+def test_the_documented_long_contexts_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command of docs/layout.md, and of its forecasts the memory and the seconds of one path."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "layout.md").read_text()
+    commands = re.findall(r"^espalier (plan configs/.*)$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+)B \| (\d+)k \| (\d) \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert len(commands) == 6
+    assert len(rows) == 18
+    for command in commands:
+        verb, recipe, *overrides = command.split()
+        assert main([verb, str(root / recipe), *overrides]) == 0, command
+        assert "PROBLEM" not in capsys.readouterr().out
+    for size, length, cp, gib, seconds in rows:
+        shape, tokens = KNOWN[f"qwen3-{size}b"], 1024 * int(length)
+        learn = LearnConfig(tp=8, cp=int(cp), micro_tokens=tokens, recompute="full", sequence_parallel=True,
+                            distributed_optimizer=True)  # fmt: skip
+        memory = learner_memory(shape, learn, reserved=H100.reserved).total / GIB
+        roof = LearnerRoofline(shape, learn, H100, tokens / 2)
+        took = roof.train_s(tokens) - roof.train_s(0.0)
+        assert (f"{memory:.0f}", f"{took:.1f}") == (gib, seconds), (size, length, cp)

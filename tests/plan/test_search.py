@@ -50,6 +50,19 @@ def test_whatever_is_proposed_can_be_placed_as_its_settings_say(nodes: int, each
         assert recipe("qwen3-14b-2x8", *cluster, *layout.settings(config)) == layout.of(config)
 
 
+def test_where_paths_are_long_their_tokens_are_shared_where_that_serves() -> None:
+    long = ["engine.max_context=131072", "learn.micro_tokens=131072", "rollout.max_response_tokens=129024"]
+    config = recipe("qwen3-32b-8x8", *long, "flow.batch_leaves=16", "learn.updates=1")
+    assert {layout.cp for layout in layouts(config, 64)} == {1, 2, 4, 8}
+    assert {layout.cp for layout in layouts(recipe("qwen3-32b-8x8"), 64)} == {1}
+    few = recipe("qwen3-32b-8x8", *long, "learn.micro_tokens=256")
+    assert {layout.cp for layout in layouts(few, 64)} == {1, 2}  # a block of 128 tokens for each rank
+    best, made = search(config, 64).best[0]  # a single tree: there is nothing for data-parallel ranks
+    assert best.cp > 1 == best.dp
+    assert made.config.learn.cp == best.cp
+    assert f"learn.cp={best.cp}" in best.settings(config)
+
+
 def test_memory_and_sizes_refuse_by_name() -> None:
     reasons = " ".join(search(recipe(), 16).refused)
     assert "needs more than 95% of its GPU's 74.5 GiB" in reasons

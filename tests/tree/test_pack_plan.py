@@ -99,6 +99,8 @@ def test_rows_are_shorter_when_that_gives_every_rank_a_share() -> None:
     assert row_budget([100, 300], 4096, dp=4) == 300  # no tree is cut for balance
     assert row_budget([9000, 300], 4096, dp=4) == 2325
     assert row_budget([], 4096, dp=4) == 4096
+    assert row_budget([100, 300], 4096, dp=4, pad_to=128) == 384  # nor for its padding
+    assert row_budget([100, 300], 310, dp=1, pad_to=128) == 310
 
 
 @pytest.mark.parametrize("shape", [(2,), (3,)])
