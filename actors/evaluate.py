@@ -42,9 +42,9 @@ async def _evaluate(
     config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
 ) -> dict[str, Any]:
     places = await Placement.claim(config, joined=joined)
-    pool = await RolloutPool.start(
-        config, str(model_dir), corpus_file(config, task, scratch), places, scratch
-    )
+    logs = scratch / "logs"
+    logs.mkdir()
+    pool = await RolloutPool.start(config, str(model_dir), corpus_file(config, task, scratch), places, logs)
     try:
         questions = first(task.eval(), config.eval.questions)
         result = await answer_questions(
