@@ -69,7 +69,7 @@ class RewardConfig(RewardPart):
         [],
         "several rewards, as `reward: [arpo, {name: judge, weight: 0.5}]` gives them: "
         "{name, options, weight, run, deadline_s, concurrency, on_failure, label}; the first says what is "
-        "correct; what one leaves out is as in this section; label: its name in metrics, if two have one name",
+        "correct; what one leaves out is as in this section; label: its name in metrics, should two be alike",
     )
     close_deadline_s: float = setting(
         300.0,
