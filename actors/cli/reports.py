@@ -13,7 +13,7 @@ from actors.cli.command import RECIPE, argument, command, split
 
 BENCHMARKS = (
     *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights"),
-    *("gpu", "memory"),
+    *("gpu", "memory", "judge"),
 )
 
 

@@ -4,11 +4,15 @@ Whole runs of the quickstart on this machine, in turns: rewarded by a rule alone
 that answers after a second and fails one request in a hundred (:mod:`system.bench.slow_judge`).  The model
 and what it is asked are the same: a first run teaches it, and the learner's step size in the others is so
 small that its weights stay.  Compared is the share of its time in which the engine waited.
+
+A leaf that waits for its verdict is in flight, and at most (η + 1)·B are; so the comparison is made for
+several bounds η of staleness.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 import time
@@ -24,10 +28,11 @@ from system.serving import serve
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SECONDS, FAILURES = 1.0, 0.01
 RUN_S = 1800.0  # at most, of one run
-STEPS = 40
+STEPS, REPEATS, STALENESS = 40, 2, (1, 2, 4)
 
 SETTINGS = (
     "task.train_size=2048",
+    "rollout.concurrency=64",
     "learn.lr=1e-12",
     "learn.weight_decay=0",
     "eval.questions=1",
@@ -43,10 +48,11 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
 
     ``quick``: one short pair of runs.  The runs' directories are left in ``out_dir``.
     """
-    return write_report(asyncio.run(_measure(out_dir, *((1, 6) if quick else (3, STEPS)))), out_dir)
+    how = (1, 10, STALENESS[-1:]) if quick else (REPEATS, STEPS, STALENESS)
+    return write_report(asyncio.run(_measure(out_dir, *how)), out_dir)
 
 
-async def _measure(out_dir: Path, pairs: int, steps: int) -> dict[str, Any]:
+async def _measure(out_dir: Path, repeats: int, steps: int, bounds: tuple[int, ...]) -> dict[str, Any]:
     runs = out_dir / time.strftime("runs-%Y%m%d-%H%M%S")
     runs.mkdir(parents=True)
     settings = [*SETTINGS, f"run.dir={runs}"]
@@ -60,14 +66,16 @@ async def _measure(out_dir: Path, pairs: int, steps: int) -> dict[str, Any]:
     }
     rows: list[dict[str, Any]] = []
     try:
-        for pair in range(pairs):
-            for way, reward in ways.items():
-                done = await _train(runs, f"{way.replace(' ', '-')}-{pair}", [*settings, reward])
-                rows.append({"way": way, **figures(json.loads(done.summary_path.read_bytes()))})
-                print(f"{way}: engine idle {rows[-1]['engine_idle']:.1%}", flush=True)
+        for bound, (way, reward) in itertools.product(bounds * repeats, ways.items()):
+            words = [*settings, reward, f"flow.staleness={bound}"]
+            done = await _train(runs, f"run-{len(rows):02d}", words)
+            row = figures(json.loads(done.summary_path.read_bytes()))
+            rows.append({"staleness": bound, "way": way, **row})
+            print(f"staleness {bound}, {way}: engine idle {row['engine_idle']:.1%}", flush=True)
     finally:
         await judge.close()
-    return {"runs": rows, "steps": steps, "seconds": SECONDS, "failures": FAILURES, **compared(rows)}
+    about = {"steps": steps, "seconds": SECONDS, "failures": FAILURES}
+    return {**about, "runs": rows, "compared": [compared(rows, bound) for bound in bounds]}
 
 
 async def _train(runs: Path, name: str, settings: list[str]) -> RunDir:
@@ -95,14 +103,16 @@ def figures(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compared(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians of the engine's idle share, and by how many points the judge raises it."""
-    idle = {
-        way: statistics.median(row["engine_idle"] for row in rows if row["way"] == way)
-        for way in dict.fromkeys(row["way"] for row in rows)
-    }
-    without, beside = idle.values()
-    return {"idle_without": without, "idle_with": beside, "points": 100 * (beside - without)}
+def compared(rows: list[dict[str, Any]], bound: int) -> dict[str, float]:
+    """Means of the engine's idle share under one bound of staleness, and by how many points the judge raises
+    it.
+    """
+    idle: dict[str, list[float]] = {}
+    for row in rows:
+        if row["staleness"] == bound:
+            idle.setdefault(row["way"], []).append(row["engine_idle"])
+    without, beside = (statistics.mean(shares) for shares in idle.values())
+    return {"staleness": bound, "without": without, "with": beside, "points": 100 * (beside - without)}
 
 
 def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
@@ -114,16 +124,16 @@ def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
         f"Whole runs of the quickstart on this machine; the judge answers after {result['seconds']:g} s and "
         f"fails {result['failures']:.0%} of its requests.",
     )
-    report.section(
-        "The engine's idle share",
-        f"{result['idle_without']:.1%} without the judge, {result['idle_with']:.1%} with it (medians): "
-        f"{result['points']:+.1f} points.",
+    report.section("The engine's idle share", "A leaf that waits for its verdict is in flight.")
+    report.table(
+        "Without the judge, with it, and the difference in points",
+        list(result["compared"][0]),
+        [list(row.values()) for row in result["compared"]],
     )
-    columns = [name for name in result["runs"][0] if name != "way"]
     report.table(
         "Runs, in the order in which they were made",
-        ["way", *columns],
-        [[row["way"], *(row[name] for name in columns)] for row in result["runs"]],
+        list(result["runs"][0]),
+        [list(row.values()) for row in result["runs"]],
         note="spared: leaves whose verdict was known or on its way; close_wait_s: per tree, from the end of "
         "its last branch to the last score",
     )

@@ -132,19 +132,21 @@ def names_of(value: Any) -> list[str]:
 def part_problems(config: Config) -> list[str]:
     """What is wrong with the configured parts, all of it: each with the key and a remedy."""
     problems: list[str] = []
-    for reward in rewards(config.reward):
-        try:
-            REWARDS.at(reward.key).check(reward.name, reward.options)
-        except PluginError as error:
-            problems += str(error).splitlines()
     for one in settings().values():
-        if (registry := one.rule.registry) is None or registry is REWARDS:
+        if (registry := one.rule.registry) is None:
             continue
-        value = one.of(config)
-        options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
-        for name in names_of(value):
+        if registry is REWARDS:
+            wanted = [(REWARDS.at(part.key), part.name, part.options) for part in rewards(config.reward)]
+        else:
+            value = one.of(config)
+            options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
+            of_each = isinstance(value, list)
+            wanted = [
+                (registry, name, options.get(name, {}) if of_each else options) for name in names_of(value)
+            ]
+        for kind, name, its in wanted:
             try:
-                registry.check(name, options.get(name, {}) if isinstance(value, list) else options)
+                kind.check(name, its)
             except PluginError as error:
                 problems += str(error).splitlines()
     if twice := [name for name in config.tools.names if config.tools.names.count(name) > 1]:

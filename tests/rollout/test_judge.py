@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from email.utils import formatdate
@@ -70,7 +70,7 @@ class JudgeAtHand:
 
 
 @asynccontextmanager
-async def served(*replies: str | Reply) -> AsyncIterator[JudgeAtHand]:
+async def served(*replies: str | Reply) -> AsyncGenerator[JudgeAtHand]:
     requests: list[dict[str, Any]] = []
     headers: list[str] = []
 
@@ -130,7 +130,7 @@ async def test_a_verdict_is_a_score_and_the_request_is_what_was_asked_for() -> N
         assert await score(made) == Score(1.0, True, {"correctness": 1.0})
         (body,) = judge.requests
         assert judge.headers == ["Bearer s3"]
-        assert made.counters | {"answer_s": 0} == {
+        assert {**made.counters, "answer_s": 0} == {
             "requests": 1, "answers": 1, "answer_s": 0, "prompt_tokens": 1000, "completion_tokens": 10,
             "cost": pytest.approx(0.0015),
         }  # fmt: skip

@@ -74,11 +74,14 @@ class Judge:
         self._criteria = criteria(RUBRIC if rubric is None else rubric)
         self._form = Questionnaire(system, template, self._criteria, verdict, max_chars)
         self._correct_at, self._skip_equal = correct_at, skip_equal
+        key = secret(api_key_env) if secret and api_key_env else ""
+        if key is None:
+            raise ValueError(f"api_key_env={api_key_env}: this process was handed no such key")
         self._server = JudgeServer(
             base_url,
             model,
             parameters or {},
-            key=(secret(api_key_env) or "" if secret and api_key_env else ""),
+            key=key,
             retries=retries,
             try_s=try_s,
             rate_per_s=rate_per_s,
