@@ -30,8 +30,9 @@ class RewardBroken(ConfigError):
     """The reward cannot be used, or fails too often for a run to teach anything."""
 
 
-def late(name: str, deadline_s: float) -> ScoreFailed:
-    return ScoreFailed(f"reward {name}: no score within reward.deadline_s={deadline_s:g} s", "deadline")
+def late(reward: ChosenReward, deadline_s: float) -> ScoreFailed:
+    said = f"reward {reward.shown}: no score within {reward.key}.deadline_s={deadline_s:g} s"
+    return ScoreFailed(said, "deadline")
 
 
 class Threads:
@@ -88,7 +89,7 @@ class ScorePool:
 
     def __init__(self, config: Config, reward: ChosenReward, number: int = 0) -> None:
         """``number``: which of the rewards of ``config`` the children make."""
-        self.name, self.deadline_s = reward.shown, reward.deadline_s
+        self.reward, self.name, self.deadline_s = reward, reward.shown, reward.deadline_s
         self._config = json.dumps({"config": to_dict(config), "reward": number})
         self._start_s = config.cluster.start_deadline_s  # it imports the reward's libraries
         self._confined = config.reward.confined
@@ -116,7 +117,7 @@ class ScorePool:
                 await child.end()
                 child = None
             if isinstance(error, TimeoutError):
-                raise late(self.name, self.deadline_s) from error
+                raise late(self.reward, self.deadline_s) from error
             if isinstance(error, LOST) and not isinstance(error, RewardBroken):
                 text = f"reward {self.name}: its process was lost, restarted"
                 raise ScoreFailed(text, "process") from error

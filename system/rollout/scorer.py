@@ -165,7 +165,7 @@ class Scorer:
             if isinstance(error, asyncio.CancelledError) and asked_to_end():
                 raise
             if deadline.expired():
-                raise late(self.chosen.shown, self.chosen.deadline_s) from error
+                raise late(self.chosen, self.chosen.deadline_s) from error
             raise ScoreFailed(f"reward {self.chosen.shown}: {type(error).__name__}: {error}") from error
 
     def _read(self, reply: Any) -> Any:

@@ -78,7 +78,7 @@ class Scoring:
     @property
     def measured(self) -> list[str]:
         """The names of parts that are metrics."""
-        return [name for scorer in self.scorers for name in scorer.measured]
+        return [*(name for scorer in self.scorers for name in scorer.measured), "overlong"]
 
     def total(self, scores: Sequence[Score], branch: BranchView) -> Score:
         """The value of a leaf from what each reward says of it, in their order; the first decides whether it

@@ -24,6 +24,7 @@ from system.config import ChosenReward, Config
 from system.http import retry_after_s
 from system.observe.metrics import reward_metrics
 from system.plugins import PluginError
+from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score, ScoreFailed
 from system.rollout.rewards import judge_server
 from system.rollout.rewards.judge import Judge
@@ -40,6 +41,7 @@ from system.rollout.rewards.judge_prompt import (
 )
 from system.rollout.scorer import Scorer, make_reward
 from system.rollout.scoring import Scoring
+from system.rollout.snapshot import freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
 from system.tree.prompt import Prompt
@@ -379,6 +381,8 @@ def test_the_final_answer() -> None:
         ({"rubric": [{"name": "a b"}]}, r"rubric\[0\].name='a b'"),
         ({"rubric": [{"name": "a", "wieght": 1}]}, "did you mean weight"),
         ({"rubric": [{"name": "a", "most": 0}]}, r"rubric\[0\].most=0 must be above 0"),
+        ({"rubric": [{"name": "cost"}]}, r"rubric\[0\].name='cost'.* none of reason"),
+        ({"api_key_env": "KEY"}, "handed no such key"),
         ({"verdict": "yaml"}, "choose one of json, words"),
         ({"retries": -1}, "retries=-1"),
         ({"try_s": 0}, "try_s must be above 0"),
@@ -388,7 +392,7 @@ def test_the_final_answer() -> None:
 def test_options_that_cannot_be_are_refused_by_name(options: dict[str, Any], says: str) -> None:
     chosen = ChosenReward(name="judge", options={"base_url": "http://judge/v1", "model": "m", **options})
     with pytest.raises(PluginError, match=says):
-        make_reward(Config(), chosen)
+        make_reward(Config(), chosen, secret={}.get)
 
 
 async def test_judging_overlaps_with_generation_and_a_failure_is_one_leaf() -> None:
@@ -423,3 +427,34 @@ async def test_judging_overlaps_with_generation_and_a_failure_is_one_leaf() -> N
     assert 0.1 < scoring.counters["reward/close_wait_s"] < 1.0
     assert scoring.counters["reward/failed/endpoint"] == 1
     assert scoring.counters["reward/judge/requests"] == 4
+
+
+async def test_a_tree_that_is_gone_on_with_is_not_judged_again(tmp_path: Path) -> None:
+    """Of four branches two have ended and are judged when the tree is saved; the resumed run asks for two."""
+    count = itertools.count()
+
+    def script(text: str, rng: np.random.Generator) -> Segment:
+        return Segment(f" answer{(number := next(count))}", first_s=0.05 if number < 2 else 1.0)
+
+    def context(judge: Judge) -> RolloutContext:
+        return replace(
+            world.context, scoring=Scoring([Scorer(judge, ChosenReward(name="judge", run="loop"))])
+        )
+
+    async with served(RIGHT) as judge:
+        world = make_world(script, leaves=4, roots=4)
+        first = judge.made(store=tmp_path)
+        tree = TreeRollout(context(first), PROMPT, seed=1)
+        growing = asyncio.create_task(tree.run())
+        await asyncio.sleep(0.6)
+        assert len(judge.requests) == 2
+        saved = freeze(tree)
+        growing.cancel()
+        await asyncio.gather(growing, return_exceptions=True)
+        second = judge.made(store=tmp_path)
+        whole = await thaw(context(second), PROMPT, saved).run()
+        assert whole.reward.tolist() == [1.0] * 4
+        assert len(judge.requests) == 4
+        assert second.counters["cache_hits"] == 2
+        await first.close()
+        await second.close()

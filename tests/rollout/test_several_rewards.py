@@ -88,7 +88,7 @@ def test_a_leaf_is_worth_the_weighted_sum_and_its_parts_are_kept_and_measured() 
     assert tree.meta["parts"][1] == {
         "length": 2.0, "length/words": 2.0, "length/not a metric": 0.0, "rank": 1.0,
     }  # fmt: skip
-    assert tree.meta["measured"] == ["length", "length/words", "rank"]
+    assert tree.meta["measured"] == ["length", "length/words", "rank", "overlong"]
     assert reward_metrics([TreeStats.of(tree)]) == {
         "reward/length": 2.0, "reward/length/words": 2.0, "reward/rank": 1.0,
     }  # fmt: skip
@@ -210,7 +210,7 @@ async def test_a_process_that_loops_for_ever_is_killed_alone() -> None:
     late = asyncio.create_task(scorer.score(PROMPT, [looping]))
     await asyncio.sleep(0.1)
     assert await scorer.score(PROMPT, [VIEW]) == [Score(0.5, False)]  # in the other, meanwhile
-    with pytest.raises(ScoreFailed, match=r"reward Loops: no score within reward.deadline_s=1 s"):
+    with pytest.raises(ScoreFailed, match=r"reward Loops: no score within reward.parts.0..deadline_s=1 s"):
         await late
     assert await scorer.score(PROMPT, [VIEW]) == [Score(0.5, False)]
     await scorer.close()

@@ -46,6 +46,11 @@ RUBRIC = ({"name": "correctness", "text": "The answer means the same as the refe
 OTHERS = ("question", "gold", "answer", "response", "transcript")  # fields that others wrote
 FIELDS = (*OTHERS, "rubric", "form", "mark")
 VERDICTS = ("json", "words")
+# No names for criteria: the key of a verdict that is no grade, and what a judge counts (its metrics).
+TAKEN = (
+    *("reason", "requests", "answers", "retries", "refused", "asked_again", "cache_hits", "joins"),
+    *("answer_s", "latency_s", "cache_share", "prompt_tokens", "completion_tokens", "cost"),
+)
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 # Tokens of chat templates: <|im_end|>, <｜User｜>, <start_of_turn>, </s>, [INST], <<SYS>>.
@@ -83,8 +88,11 @@ def criteria(rubric: Sequence[Mapping[str, Any]]) -> tuple[Criterion, ...]:
         told: dict[str, Any] = {"name": "", "text": "", **given}
         told["name"] = str(told["name"])
         one = Criterion(**told)
-        if not _NAME.fullmatch(one.name) or one.name == "reason":
-            raise ValueError(f"{where}.name={one.name!r}: a word of letters, digits, - and _ is needed")
+        if not _NAME.fullmatch(one.name) or one.name in TAKEN:
+            raise ValueError(
+                f"{where}.name={one.name!r}: a word of letters, digits, - and _ is needed, and none of "
+                f"{', '.join(TAKEN)}"
+            )
         for key in ("weight", "most"):
             value = getattr(one, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
