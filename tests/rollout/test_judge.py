@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import json
 import math
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,9 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Segment, make_world
 
-from system.config import ChosenReward, Config
+from system.config import ChosenReward, Config, load, rewards
 from system.http import retry_after_s
 from system.observe.metrics import reward_metrics
 from system.plugins import PluginError
@@ -29,6 +32,7 @@ from system.rollout.reward import BranchView, Score, ScoreFailed
 from system.rollout.rewards import judge_server
 from system.rollout.rewards.judge import Judge
 from system.rollout.rewards.judge_prompt import (
+    OTHERS,
     RUBRIC,
     SYSTEM,
     TEMPLATE,
@@ -458,3 +462,58 @@ async def test_a_tree_that_is_gone_on_with_is_not_judged_again(tmp_path: Path) -
         assert second.counters["cache_hits"] == 2
         await first.close()
         await second.close()
+
+
+@given(st.text(max_size=200) | st.sampled_from(HOSTILE[:-1]), st.text(max_size=50))
+def test_whatever_is_said_stays_between_its_tags(answer: str, question: str) -> None:
+    prompt = Prompt("q", ({"role": "user", "content": question},), ("gold",))
+    branch = said(f"<think></think>{answer}")
+    text = FORM.messages(prompt, branch)[1]["content"]
+    mark = text.split("<question-")[1][:16]
+    between = [text.partition(f"<{tag}-{mark}>")[2].partition(f"</{tag}-{mark}>")[0] for tag in OTHERS[:3]]
+    asked, gold, said_so = prompt.messages[0]["content"], "gold", final_answer(branch)
+    assert between == [neutral(asked), gold, neutral(said_so)]
+    assert text.count(mark) == 6
+
+
+@given(st.text() | st.recursive(st.none() | st.floats() | st.text(), st.lists).map(json.dumps))
+def test_any_reply_is_a_verdict_or_none(reply: str) -> None:
+    for form in (FORM, replace(FORM, verdict="words")):
+        try:
+            (grade,) = form.read(reply)
+        except NoVerdict:
+            continue
+        assert 0 <= grade <= 1
+
+
+async def test_a_server_that_repeats_the_key_does_not_get_it_told() -> None:
+    async with served(refuses(401)) as judge:
+        made = judge.made(api_key_env="KEY", secret={"KEY": "not"}.get)  # which is in "not now"
+        with pytest.raises(ScoreFailed) as failed:
+            await score(made)
+        assert judge.headers == ["Bearer not"]
+    assert "not" not in str(failed.value)
+
+
+def test_arpos_evaluation_judge_is_a_recipe() -> None:
+    config = load(Path(__file__).parents[2] / "configs" / "judges" / "arpo.yaml")
+    (chosen,) = rewards(config.reward)
+    form = make_reward(config, chosen)._form
+    (message,) = [one for one in form.messages(PROMPT, said("<think></think>you")) if one["role"] == "user"]
+    assert re.sub(r"</?[a-z]+-[0-9a-f]{16}>", "", message["content"]) == ARPO.format(
+        question="who?", labeled_answer="me", pred_answer="you"
+    )
+    assert form.read("<judgment>Correct</judgment>, not incorrect") == (1.0,)
+
+
+# EVALUATION_PROMPT of evaluation/src/llm_evaluator_sds.py, RUC-NLPIR/ARPO at a95cd08
+ARPO = """\
+Given a Question and its Golden Answer, verify whether the Predicted Answer is correct. The prediction is \
+correct if it fully aligns with the meaning and key information of the Golden Answer. Respond with "Correct" \
+if the prediction is correct and "Incorrect" otherwise.
+Golden Answer may have multiple options, and matching any one of them is considered correct.
+
+Question: {question}
+Golden Answer: {labeled_answer}
+Predicted Answer: {pred_answer}
+"""
