@@ -24,7 +24,12 @@ from system.tree.prompt import Prompt
 from system.tree.stats import TreeStats
 
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
-CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadline to answer
+CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadlines to answer
+
+
+def tree_answer_s(config: Config) -> float:
+    """Seconds within which a worker has grown a tree and its scores are there, or it hangs."""
+    return config.rollout.tree_deadline_s + config.reward.close_deadline_s + CLOSE_MARGIN_S
 
 
 def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
@@ -42,9 +47,9 @@ async def _evaluate(
     config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
 ) -> dict[str, Any]:
     places = await Placement.claim(config, joined=joined)
-    pool = await RolloutPool.start(
-        config, str(model_dir), corpus_file(config, task, scratch), places, scratch
-    )
+    logs = scratch / "logs"
+    logs.mkdir()
+    pool = await RolloutPool.start(config, str(model_dir), corpus_file(config, task, scratch), places, logs)
     try:
         questions = first(task.eval(), config.eval.questions)
         result = await answer_questions(
@@ -75,7 +80,7 @@ async def answer_questions(
     """
     failures: list[RolloutFailed | ActorLost] = []
     limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
-    deadline, back_s = config.rollout.tree_deadline_s + CLOSE_MARGIN_S, config.cluster.start_deadline_s
+    deadline, back_s = tree_answer_s(config), config.cluster.start_deadline_s
 
     async def ask(number: int, question: Prompt) -> TreeStats | Prompt:
         failure: RolloutFailed | ActorLost = ActorLost(question.id)

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, rewards
 from system.engine.control import Http
 from system.http import Keys
 
@@ -43,7 +43,8 @@ def hold(keys: Keys) -> None:
 def made(config: Config, root: Path) -> Generator[None]:
     """Hold new keys for the length of the block, with a copy in ``root``.
 
-    Raises ConfigError where ``engine.api_key_env`` or ``tools.search_key_env`` names no variable.
+    Raises ConfigError where ``engine.api_key_env``, ``tools.search_key_env`` or the ``api_key_env`` of a
+    reward names no variable.
     """
     engine, tools = config.engine, config.tools
     own = secrets.token_hex(32)
@@ -53,6 +54,7 @@ def made(config: Config, root: Path) -> Generator[None]:
             "python": own,
             "search": _named("tools.search_key_env", tools.search_key_env) if tools.search_url else own,
         },
+        rewards=_of_rewards(config),
     )
     with private_file(root / SERVERS, own):
         hold(keys)
@@ -73,6 +75,16 @@ def private_file(path: Path, text: str) -> Generator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _of_rewards(config: Config) -> dict[str, str]:
+    """What judges' servers want to be shown, by the environment variables that hold it."""
+    named = {
+        str(variable): f"{one.key}.options.api_key_env"
+        for one in rewards(config.reward)
+        if (variable := one.options.get("api_key_env"))
+    }
+    return {variable: _named(setting, variable) for variable, setting in named.items()}
 
 
 def _named(setting: str, variable: str) -> str:

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from actors.engine_monitor import EngineOutage, Publisher
-from actors.evaluate import CLOSE_MARGIN_S
+from actors.evaluate import tree_answer_s
 from actors.in_flight import InFlightCheckpoint
 from actors.ray_support import ActorLost, answer, returned
 from actors.rollout_pool import RunActors
@@ -90,7 +90,7 @@ class ActorParts:
         tree, stats = worker.grow.options(num_returns=2).remote(
             prompt, ticket.number, seed, temperature, start, ticket.guide
         )
-        deadline = self.config.rollout.tree_deadline_s + CLOSE_MARGIN_S
+        deadline = tree_answer_s(self.config)
         try:
             told = await answer(stats, deadline, f"{name} growing tree {ticket.number}")
             self.outage.over()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,10 +25,15 @@ from system.tree.stats import TreeStats
 class RolloutWorker:
     """Restarted by Ray when it dies; the trees it was growing go back to pending and are grown again."""
 
-    def __init__(self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str]) -> None:
+    def __init__(
+        self, config: dict[str, Any], model: str, engines: list[str], tools: dict[str, str], store: Path
+    ) -> None:
+        """``store``: the run directory, for what a reward keeps."""
         process.prepare()
         settings = configuration.from_dict(config)
-        self._context, self._tools, self._engine = build_context(settings, model, engines, tools, keys.held())
+        self._context, self._tools, self._engine = build_context(
+            settings, model, engines, tools, keys.held(), store
+        )
         self._growing: dict[int, TreeRollout] = {}
 
     async def beat(self) -> int:
@@ -42,8 +48,8 @@ class RolloutWorker:
         await self._tools.check()
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of the engine client and of the tool service, since this process started."""
-        return self._engine.counters | self._tools.counters
+        """Running totals of engine client, tool service and rewards, since this process started."""
+        return self._engine.counters | self._tools.counters | self._context.scoring.counters
 
     async def grow(
         self,

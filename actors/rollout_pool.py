@@ -76,7 +76,8 @@ class RolloutPool:
     ) -> RolloutPool:
         """Start every actor at once and wait until each has said that it works.
 
-        ``logs``: directory for what servers of other projects say.  ``arrivals``: hears of each.
+        ``logs``: directory for what servers of other projects say, in the run directory.  ``arrivals``: hears
+        of each.
 
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
@@ -91,7 +92,7 @@ class RolloutPool:
             arguments = (tool, settings, str(corpus or ""), host, port)
             servers[name] = spawn(ToolActor, name, *arguments, options=options)
             waiting[f"tool {tool}"] = answer(servers[name].ready.remote(), deadline_s, f"tool {tool}")
-        arguments = (settings, model_path, [*engines.values()], tools)
+        arguments = (settings, model_path, [*engines.values()], tools, logs.parent)
         workers = {
             name: spawn(
                 RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=places[name].options

@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -27,12 +30,21 @@ class HttpError(EspalierError):
     """A call that brought no usable answer."""
 
     def __init__(
-        self, message: str, *, refused: bool = False, passing: bool = True, status: int = 0, said: str = ""
+        self,
+        message: str,
+        *,
+        refused: bool = False,
+        passing: bool = True,
+        status: int = 0,
+        said: str = "",
+        retry_after_s: float = 0.0,
     ) -> None:
         """``refused``: nobody listens there; ``passing``: the same call may succeed later; ``status``: of the
-        answer, 0 without one, and ``said``, its text."""
+        answer, 0 without one, and ``said``, its text; ``retry_after_s``: how long it asks to be left alone.
+        """
         super().__init__(message)
         self.refused, self.passing, self.status, self.said = refused, passing, status, said
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,7 @@ class Keys:
 
     engines: str = field(default="", repr=False)
     tools: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by the tool's name
+    rewards: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by their variable's name
 
 
 class HttpClient:
@@ -124,7 +137,13 @@ class HttpClient:
             message = data[:2000].decode(errors="replace").strip()
             message = self.hidden(url, message)
             told = f"HTTP {response.status} at {url}: {message}"
-            raise HttpError(told, passing=passing, status=response.status, said=message)
+            raise HttpError(
+                told,
+                passing=passing,
+                status=response.status,
+                said=message,
+                retry_after_s=retry_after_s(response.headers.get("Retry-After", "")),
+            )
         if "json" not in response.content_type:
             return {}
         try:
@@ -134,6 +153,18 @@ class HttpClient:
         if not isinstance(answer, dict):
             raise HttpError(f"no JSON object from {url}", passing=False)
         return answer
+
+
+def retry_after_s(header: str) -> float:
+    """``Retry-After`` in seconds from now: a number of them, or a date (RFC 9110 §10.2.3); 0 for neither."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
 def is_loopback(host: str) -> bool:

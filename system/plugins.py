@@ -80,7 +80,7 @@ class Registry:
     ``key``: the setting that picks it; ``table``: built-in name -> ``module:Name``; ``given``: what a part is
     called with, by position, as words for an error; ``offered``: keywords that it gets if it has parameters
     of these names; ``options_key``: the setting that holds the options, if not beside ``key``; ``base``: the
-    class (``module:Name``) that a part is derived from, if there is one; ``method``: one that it must have.
+    class (``module:Name``) that a part is derived from, if there is one; ``methods``: it must have one.
     """
 
     key: str
@@ -89,7 +89,11 @@ class Registry:
     offered: tuple[str, ...] = ()
     options_key: str = ""
     base: str = ""
-    method: str = ""
+    methods: tuple[str, ...] = ()
+
+    def at(self, key: str) -> Registry:
+        """The same for a part that stands at ``key`` (``reward.parts[1]``), with its options beside it."""
+        return dataclasses.replace(self, key=f"{key}.name")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -141,8 +145,9 @@ class Registry:
         if self.base and name not in self.table and not issubclass(made, typing.cast(type, load(self.base))):
             base = self.base.replace(":", ".")
             raise PluginError(f"{self.key}={name!r}: {made.__name__} is not derived from {base}")
-        if self.method and not callable(getattr(made, self.method, None)):
-            raise PluginError(f"{self.key}={name!r}: {made.__name__} has no method {self.method}()")
+        if self.methods and not any(callable(getattr(made, method, None)) for method in self.methods):
+            needed = " or ".join(f"{method}()" for method in self.methods)
+            raise PluginError(f"{self.key}={name!r}: {made.__name__} has no method {needed}")
 
     def _keywords(
         self,
@@ -242,10 +247,11 @@ REWARDS = Registry(
     {
         "arpo": "system.rollout.rewards.arpo:ArpoReward",
         "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
+        "judge": "system.rollout.rewards.judge:Judge",
         "task": "system.tasks.base:task_reward",
     },
-    offered=("config",),
-    method="score",
+    offered=("config", "secret", "store"),
+    methods=("score", "score_group"),
 )
 SYNTAXES = Registry(
     "rollout.syntax",

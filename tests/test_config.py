@@ -195,7 +195,7 @@ def test_from_dict_refuses_unknown_keys():
 
 
 def test_every_setting_says_what_it_is_and_every_number_has_a_bound():
-    signed = {"branching.beta", "branching.tau", "learn.entropy_coef"}
+    signed = {"branching.beta", "branching.tau", "learn.entropy_coef", "reward.weight"}
     for key, one in settings().items():
         assert one.rule.text, key
         if one.kind in (int, float):

@@ -35,6 +35,7 @@ from system.rollout import process
 from system.rollout.branching import Arpo
 from system.rollout.context import RolloutContext
 from system.rollout.schedule import BarrierFree
+from system.rollout.scorer import Scorer
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
@@ -183,7 +184,7 @@ def _context(load: Load, engine: _CountedEngine, tools: ToolService, live: _Live
         tools=tools,
         syntax=TagSyntax(tools.specs),
         policy=Arpo(8, 0.5, 0.2),
-        scoring=Scoring(AnswerReward()),
+        scoring=Scoring([Scorer(AnswerReward())]),
         tokenizer=tokenizer,
         config=RolloutConfig(leaves=load.leaves, roots=load.roots, call_limit=3, max_response_tokens=2048),
         vocab_size=len(tokenizer),

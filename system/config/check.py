@@ -14,9 +14,10 @@ from system.config.guide import ACTIONS
 from system.config.mcp import place
 from system.config.rule import PartConfig
 from system.config.schema import Config
+from system.config.schema_reward import ON_LOOP, rewards
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
-from system.plugins import CREDITS, PluginError, nearest
+from system.plugins import CREDITS, REWARDS, PluginError, nearest
 
 INFORMED = ("a2tgpo", "igpo")  # credits that need the gold answer's scores
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
@@ -65,7 +66,7 @@ def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
     if rule.path and isinstance(value, str) and value.startswith("~"):
         yield f"{key}={value}: `~` stands for nothing here: write the whole path, or ${{oc.env:HOME}}"
     if rule.registry is not None:
-        for name in names_of(value):
+        for name in [] if key == "reward.name" and not value else names_of(value):  # see _rewards
             try:
                 rule.registry.check_name(name)
             except PluginError as error:
@@ -140,11 +141,18 @@ def part_problems(config: Config) -> list[str]:
     for one in settings().values():
         if (registry := one.rule.registry) is None:
             continue
-        value = one.of(config)
-        options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
-        for name in names_of(value):
+        if registry is REWARDS:
+            wanted = [(REWARDS.at(part.key), part.name, part.options) for part in rewards(config.reward)]
+        else:
+            value = one.of(config)
+            options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
+            of_each = isinstance(value, list)
+            wanted = [
+                (registry, name, options.get(name, {}) if of_each else options) for name in names_of(value)
+            ]
+        for kind, name, its in wanted:
             try:
-                registry.check(name, options.get(name, {}) if isinstance(value, list) else options)
+                kind.check(name, its)
             except PluginError as error:
                 problems += str(error).splitlines()
     if twice := [name for name in config.tools.names if config.tools.names.count(name) > 1]:
@@ -189,6 +197,39 @@ def _sizes(config: Config) -> Iterator[str]:
             f"engine.max_context={config.engine.max_context} must exceed "
             f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too"
         )
+
+
+def _rewards(config: Config) -> Iterator[str]:
+    """One reward or several, each of the latter against the rules of the former."""
+    section = config.reward
+    if bool(section.name) == bool(section.parts):
+        yield (
+            f"reward.name={section.name!r} beside reward.parts: write `reward: [{{name: …}}, …]` for several "
+            "rewards, or reward=NAME for one"
+        )
+        return
+    try:
+        chosen = rewards(section)
+    except ConfigError as error:
+        yield from str(error).splitlines()
+        return
+    for reward in chosen if section.parts else ():
+        for one in settings().values():
+            if one.section == "reward" and hasattr(reward, one.name):
+                own = REWARDS.at(reward.key) if one.rule.registry else None
+                rule = dataclasses.replace(one.rule, registry=own)
+                there = dataclasses.replace(one, section=reward.key, rule=rule)
+                yield from _broken_rules(there, getattr(reward, one.name))
+    for reward in chosen:
+        rate, at_once = reward.options.get("rate_per_s"), reward.concurrency or ON_LOOP
+        if isinstance(rate, int | float) and 0 < rate * reward.deadline_s < at_once:
+            yield (
+                f"{reward.key}.options.rate_per_s={rate:g}: with {at_once} scores at once the last waits "
+                f"{at_once / rate:g} s for its turn, longer than {reward.key}.deadline_s="
+                f"{reward.deadline_s:g}: lower {reward.key}.concurrency, or raise the deadline"
+            )
+    if not any(reward.weight for reward in chosen):
+        yield "reward: every weight is 0: every leaf would earn the same; give one another weight"
 
 
 def _engine(config: Config) -> Iterator[str]:
@@ -353,7 +394,10 @@ def _guide(config: Config) -> Iterator[str]:
         yield f"guide.text has no {ACTIONS}: put it where the demonstration's actions shall stand"
 
 
-AGREEMENTS = (_limits, _by_step, _sizes, _engine, _learner, _cluster, _shape, _guide, _void)
+AGREEMENTS = (
+    *(_limits, _by_step, _sizes, _rewards, _engine),
+    *(_learner, _cluster, _shape, _guide, _void),
+)
 
 
 def seconds(limit: str) -> int | None:

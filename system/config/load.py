@@ -16,6 +16,7 @@ from system.config.algorithms import ALGORITHMS
 from system.config.check import validate
 from system.config.hints import hint
 from system.config.schema import Config
+from system.config.schema_reward import RewardConfig
 from system.config.settings import settings
 from system.errors import ConfigError
 from system.plugins import KINDS, escape, nearest
@@ -178,12 +179,28 @@ def _expand(layer: dict[str, Any], values: Any) -> dict[str, Any]:
     expanded = dict(layer)
     for key, value in layer.items():
         inner = getattr(values, str(key), None)
-        if dataclasses.is_dataclass(inner):
+        if isinstance(inner, RewardConfig):
+            expanded[key] = value if isinstance(value, str) and "${" in value else _one_or_several(value)
+        elif dataclasses.is_dataclass(inner):
             if hasattr(inner, "name") and isinstance(value, str | int | float):
                 expanded[key] = {"name": str(value)}
             elif isinstance(value, dict):
                 expanded[key] = _expand(value, inner)
     return expanded
+
+
+def _one_or_several(reward: Any) -> Any:
+    """The section ``reward`` of a layer: who names one reward takes out several, and the other way round."""
+    if isinstance(reward, str | int | float):
+        reward = {"name": str(reward)}
+    if isinstance(reward, list):
+        reward = {"parts": reward}
+    if not isinstance(reward, dict):
+        return reward
+    if isinstance(parts := reward.get("parts"), list) and parts:
+        named = [{"name": one} if isinstance(one, str) else one for one in parts]
+        return {"name": "", "options": {REPLACE: True}, **reward, "parts": named}
+    return {"parts": [], **reward} if "name" in reward else reward
 
 
 def _make_room(merged: Any, layer: dict[str, Any], where: str = "") -> None:

@@ -15,7 +15,8 @@ from system.config.guide import GuideConfig
 from system.config.machines import ClusterConfig, SlurmConfig
 from system.config.rule import PartConfig, setting
 from system.config.schema_learn import LearnConfig
-from system.plugins import POLICIES, REWARDS, SYNTAXES, TASKS, TOOLS
+from system.config.schema_reward import RewardConfig
+from system.plugins import POLICIES, SYNTAXES, TASKS, TOOLS
 
 
 @dataclass
@@ -158,34 +159,6 @@ class BranchingConfig:
         8, "k: tokens after a tool result whose mean entropy decides (arpo-release: 20, their sum)", least=1
     )
     options: dict[str, Any] = setting({}, "the policy's own: arpo-calibrated's by, at2po's width, …")
-
-
-@dataclass
-class RewardConfig:
-    """What a finished branch is worth."""
-
-    name: str = setting("arpo", "which rule; task: the task scores its own answers", registry=REWARDS)
-    options: dict[str, Any] = setting({}, "the rule's own options")
-    deadline_s: float = setting(30.0, "one score; later, the leaf is unscored", above=0, safe_on_resume=True)
-    workers: int = setting(2, "processes that score, per rollout worker", least=1, safe_on_resume=True)
-    memory_mb: int = setting(1024, "of one such process, beyond its libraries", least=1, safe_on_resume=True)
-    confined: bool = setting(
-        True, "such a process writes no file and has no network; false: it may", safe_on_resume=True
-    )
-    overlong_buffer: int = setting(
-        0,
-        "tokens before rollout.max_response_tokens in which an answer's length begins to cost: a line from 0 "
-        "to overlong_penalty (DAPO's soft punishment); 0: none",
-        least=0,
-    )
-    overlong_penalty: float = setting(1.0, "what an answer at the limit loses", least=0)
-    failure_limit: float = setting(
-        0.2,
-        "share of the last 100 leaves that may fail to be scored before the run stops",
-        least=0,
-        most=1,
-        safe_on_resume=True,
-    )
 
 
 @dataclass

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
@@ -26,15 +27,16 @@ from urllib.parse import urlsplit
 from psutil import virtual_memory
 
 from system.cluster.placement import paper_nodes, place
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
 from system.engine.sglang.command import interpreter
 from system.errors import EXPECTED, EspalierError, told
 from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
-from system.plugins import POLICIES, REWARDS
+from system.plugins import POLICIES
 from system.rollout.branching import make_policy
 from system.rollout.chat import unknown_arguments
+from system.rollout.scorer import Scorer
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
 from system.tasks.vocabulary import unknown_tokens
 from system.tools.search_index import read_corpus
@@ -171,8 +173,8 @@ def task(config: Config) -> Iterator[Problem]:
                 remedy = "name their column (task.columns.demonstration), or take the settings of guide out"
                 yield Problem("guide", found, remedy)
     yield from _brought(config, made)
-    reward = config.reward
-    _own("reward.name", reward.name, lambda: REWARDS.make(reward.name, reward.options, config=first))
+    for number, reward in enumerate(rewards(config.reward)):
+        _own(f"{reward.key}.name", reward.name, partial(Scorer.of, first, number, reward))
 
 
 def _brought(config: Config, made: Task) -> Iterator[Problem]:
@@ -260,6 +262,12 @@ def servers(config: Config) -> Iterator[Problem]:
     asked = {f"engine.urls={url}": url for url in config.engine.urls}
     if "search" in config.tools.names and config.tools.search_url:
         asked[f"tools.search_url={config.tools.search_url}"] = config.tools.search_url
+    for reward in rewards(config.reward):
+        if url := reward.options.get("base_url"):
+            asked[f"{reward.key}.options.base_url={url}"] = str(url)
+        if (variable := reward.options.get("api_key_env")) and not os.environ.get(str(variable)):
+            found = "this environment variable is not set, or empty"
+            yield Problem(f"{reward.key}.options.api_key_env={variable}", found, "export it")
     address = config.cluster.address
     if re.fullmatch(r"[^/]+:\d+", address):
         asked[f"cluster.address={address}"] = address

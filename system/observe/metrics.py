@@ -9,6 +9,7 @@ group         what it answers
 ``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
 ``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth
 ``engine/``   the engine clients: requests by routing decision, prompt tokens and cache hits, resumed streams
+``reward/``   means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
 ``tools/``    per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
 ``eval/``     held-out questions
 ``time/``     wall time, throughput, idle time by actor and cause
@@ -69,7 +70,7 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     metrics["rollout/calls_per_leaf"] = mean(calls)
     outcomes = sum((one.outcomes for one in stats), Counter[str]())
     metrics |= {f"rollout/outcome/{name}": count / leaves for name, count in sorted(outcomes.items())}
-    metrics |= guide_metrics(stats) | expert_metrics(stats)
+    metrics |= guide_metrics(stats) | expert_metrics(stats) | reward_metrics(stats)
     for kind in sorted({one.task for one in stats}):
         of_kind = [one for one in stats if one.task == kind]
         metrics |= _scores(f"rollout/kind/{kind}", of_kind)
@@ -108,6 +109,36 @@ def expert_metrics(stats: Sequence[TreeStats]) -> Metrics:
         "rollout/expert/reward": mean(reward[known & led]),
         "rollout/expert/reward_beside": mean(reward[known & ~led]),
     }
+
+
+def reward_metrics(stats: Sequence[TreeStats]) -> Metrics:
+    """``reward/<name>``: the mean of what a reward said, unweighted, or of one of its parts; and the share of
+    leaves that could not be scored.
+    """
+    metrics: Metrics = {}
+    for name in dict.fromkeys(name for one in stats for name in one.parts):
+        values = np.concatenate([one.parts[name] for one in stats if name in one.parts])
+        metrics[f"reward/{name}"] = mean(values[np.isfinite(values)])
+    if failed := sum(one.failed for one in stats):
+        metrics["reward/failed_share"] = failed / sum(one.leaves for one in stats)
+    return metrics
+
+
+def reward_totals(counts: Mapping[str, float]) -> Metrics:
+    """What rewards counted, and of a judge the mean seconds of an answer and the share of requests that
+    nothing was sent for.
+    """
+    totals = dict(counts)
+    for key, seconds in counts.items():
+        judge, _, what = key.rpartition("/")
+        if what != "answer_s":
+            continue
+        spared = sum(counts.get(f"{judge}/{name}", 0.0) for name in ("cache_hits", "joins"))
+        if answers := counts.get(f"{judge}/answers"):
+            totals[f"{judge}/latency_s"] = seconds / answers
+        if asked := spared + counts.get(f"{judge}/requests", 0.0):
+            totals[f"{judge}/cache_share"] = spared / asked
+    return totals
 
 
 def engine_totals(counts: Mapping[str, float]) -> Metrics:

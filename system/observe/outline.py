@@ -22,6 +22,7 @@ from rich.tree import Tree as Guide
 
 from system.observe.terminal import visible
 from system.rollout.encode import OPENING_TOKENS, opening
+from system.text import one_line
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 from system.tree.stats import TreeStats
 
@@ -240,7 +241,17 @@ def _leaf_line(tree: Tree, leaf: int, view: View) -> Text:
     line.append(f"  reward {reward:.3f}" if math.isfinite(reward) else "  not scored")
     line.append(f"  A {_number(float(view.advantage[leaf]), '+.3f')}", "bold")
     outcome, origin = Outcome(int(tree.outcome[leaf])), Origin(int(tree.origin[leaf]))
-    return line.append(f"  {_words(outcome.name)}, {_words(origin.name)}", "dim")
+    line.append(f"  {_words(outcome.name)}, {_words(origin.name)}", "dim")
+    return line.append(f"  ({told})", "dim") if (told := _told_of(tree, leaf)) else line
+
+
+def _told_of(tree: Tree, leaf: int) -> str:
+    """What the rewards said of a leaf, by name; or why it has no score."""
+    if why := tree.meta.get("unscored", {}).get(str(leaf)):
+        return one_line(why)
+    parts = tree.meta.get("parts", ())
+    said = (parts[leaf] if leaf < len(parts) else None) or {}
+    return ", ".join(f"{name} {said[name]:.3g}" for name in tree.meta.get("measured", ()) if name in said)
 
 
 def _shorten(text: str, view: View) -> str:

@@ -21,6 +21,7 @@ from system.observe.metrics import (
     engine_totals,
     idle_metrics,
     mean,
+    reward_totals,
     rollout_metrics,
     tool_metrics,
     train_metrics,
@@ -197,13 +198,16 @@ class Recorder:
                 idle.add(actor, cause, seconds, span)
 
     def running_total(self, client: str, name: str, total: float) -> None:
-        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` for
-        a name that begins so, else ``engine/<name>``.
+        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` or
+        ``reward/<name>`` for a name that begins so, else ``engine/<name>``.
         """
         news = self._news((client, name), total)
         if name.startswith("tools/"):
             add(self._tool_counts, **{name: news})
             add(self._totals.tools, **{name.removeprefix("tools/"): news})
+        elif name.startswith("reward/"):
+            add(self._reward_counts, **{name: news})
+            add(self._totals.rewards, **{name.removeprefix("reward/"): news})
         else:
             add(self._engine, **{name: news})
             add(self._totals.engine, **{name: news})
@@ -242,6 +246,7 @@ class Recorder:
         record |= {name: mean(values) for name, values in self._gauges.items()}
         record |= {f"engine/{name}": value for name, value in sorted(engine_totals(self._engine).items())}
         record |= self._tool_counts
+        record |= reward_totals(self._reward_counts)
         record |= idle_metrics(self._idle)
         record["time/wall_s"] = self.wall_s
         record["time/window_s"] = elapsed
@@ -330,6 +335,7 @@ class Recorder:
         self._idle = Idle()
         self._engine: dict[str, float] = {}
         self._tool_counts: dict[str, float] = {}
+        self._reward_counts: dict[str, float] = {}
         self._gauges: defaultdict[str, list[float]] = defaultdict(list)
 
     def _write(self, record: Mapping[str, Any]) -> None:

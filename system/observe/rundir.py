@@ -13,6 +13,7 @@
       start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
       logs/            logs of the parts
+      judge/           verdicts of `reward=judge`, which a resumed run does not ask for again
       wandb/           Weights & Biases files (offline by default)
       summary.json     the run in one page
       key, ray-token   while it runs: what its servers and Ray want to be shown (of mode 0600)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from system.observe.metrics import Idle, engine_totals
+from system.observe.metrics import Idle, engine_totals, reward_totals
 from system.observe.rundir import RunDir
 
 
@@ -34,6 +34,7 @@ class Totals:
     idle: Idle = field(default_factory=Idle)  # since training began
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
+    rewards: dict[str, float] = field(default_factory=dict)  # what rewards counted, by "<reward>/<what>"
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
@@ -64,6 +65,7 @@ class Totals:
             "guided": dict(self.guided),
             "engine": engine_totals(self.engine),
             "tools": dict(sorted(self.tools.items())),
+            "rewards": dict(sorted(reward_totals(self.rewards).items())),
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},

@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, rewards
 from system.errors import EspalierError
 from system.models.directory import end_tokens
 from system.plugins import REWARDS, SYNTAXES, nearest
@@ -195,12 +195,14 @@ def make_chat(config: Config, tokenizer: Tokenizer, model_path: str, syntax: Syn
     how = config.task.tools_in_prompt
     if how == "auto" and not config.model.path:
         how = "none"
+    # Of several rewards, the first that asks for a form.
+    formats = (getattr(REWARDS.find(one.name), "answer_format", "") for one in rewards(config.reward))
     return Chat(
         tokenizer,
         syntax if config.rollout.call_limit else None,
         how=how,
         arguments=config.task.template,
-        answer_format=getattr(REWARDS.find(config.reward.name), "answer_format", ""),
+        answer_format=next(filter(None, formats), ""),
         ends=end_tokens(model_path),
     )
 

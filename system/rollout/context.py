@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
 from system.http import Keys
 from system.models.shape import vocabulary
-from system.plugins import REWARDS, SYNTAXES
+from system.plugins import SYNTAXES
 from system.rollout.branching import Policy, make_policy
 from system.rollout.chat import Chat, make_chat
 from system.rollout.encode import Tokenizer, encode_text
@@ -111,12 +112,18 @@ class RolloutContext:
 
 
 def build_context(
-    config: Config, model_path: str, engines: Sequence[str], tools: Mapping[str, str], keys: Keys
+    config: Config,
+    model_path: str,
+    engines: Sequence[str],
+    tools: Mapping[str, str],
+    keys: Keys,
+    store: Path | None = None,
 ) -> tuple[RolloutContext, ToolService, EnginePool]:
     """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
     ``tools`` (tool -> URL), which want to be shown ``keys``.
 
-    ``model_path`` is where the tokenizer lies.  Call inside a running event loop.
+    ``model_path`` is where the tokenizer lies; ``store``: what rewards keep for a resumed run goes below it.
+    Call inside a running event loop.
     """
     from transformers import AutoTokenizer  # slow import
 
@@ -136,7 +143,7 @@ def build_context(
         tools=service,
         syntax=syntax,
         policy=make_policy(config.branching),
-        scoring=Scoring.of(config, REWARDS.make(config.reward.name, config.reward.options, config=config)),
+        scoring=Scoring.of(config, keys.rewards.get, store),
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),

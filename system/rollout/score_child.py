@@ -1,8 +1,8 @@
 """The process in which a reward runs: ``python -m system.rollout.score_child``.
 
 It reads lines of JSON from its standard input and answers each with one: first the configuration, from which
-it makes the reward by name; then it gives up what it does not need; then one leaf a line.  Nothing but plain
-data crosses.  What a scorer prints goes nowhere.
+it makes the reward by name; then it gives up what it does not need; then a leaf, or all leaves of a tree, a
+line.  Nothing but plain data crosses.  What a scorer prints goes nowhere.
 
 Code that a scorer evaluates can still choose that scorer's answers until the process is replaced; it cannot
 write a file, reach the network, signal or start a process, or outlast ``reward.deadline_s``.
@@ -17,41 +17,53 @@ import signal
 import sys
 from typing import Any
 
-from system.config import Config, from_dict
-from system.plugins import REWARDS
-from system.rollout.reward import BranchView, Reward
-from system.rollout.scoring import ScoreFailed, normalised
+from system.config import ChosenReward, Config, from_dict, rewards
+from system.rollout.reward import BranchView, Score, ScoreFailed
+from system.rollout.scorer import each, groupwise, make_reward
 from system.tools.sandbox import lockdown
 from system.tools.sandbox.kernel import die_with_parent
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 
 
-def answer(name: str, reward: Reward, line: bytes) -> dict[str, Any]:
-    """The score of the leaf in ``line``, or {"error": why there is none}."""
+def answer(name: str, reward: Any, line: bytes) -> dict[str, Any]:
+    """The scores of the leaves in ``line``, or {"error": why there are none, "reason": …}."""
     try:
         request = json.loads(line)
-        prompt, branch = request["prompt"], request["branch"]
+        prompt = request["prompt"]
         prompt |= {"messages": tuple(prompt["messages"]), "answers": tuple(prompt["answers"])}
-        view = BranchView(
-            tuple((Kind(kind), text) for kind, text in branch["segments"]),
-            Outcome(branch["outcome"]),
-            tuple((tool, status) for tool, status in branch["tools"]),
-            branch["tokens"],
-        )
-        score = normalised(name, reward.score(Prompt(**prompt), view))
-        return {"value": score.value, "correct": score.correct, "parts": score.parts}
+        asked, views = Prompt(**prompt), [_view(branch) for branch in request["branches"]]
+        if groupwise(reward):
+            returned = reward.score_group(asked, views)
+        else:
+            returned = [reward.score(asked, view) for view in views]
+        return {"scores": [_plain(one) for one in each(name, returned, len(views))]}
     except ScoreFailed as error:
-        return {"error": str(error)}
+        return {"error": str(error), "reason": error.reason}
     except MemoryError:
-        return {"error": f"reward {name}: more memory than reward.memory_mb"}
+        return {"error": f"reward {name}: more memory than reward.memory_mb", "reason": "process"}
     except Exception as error:  # the scorer's own code
-        return {"error": f"reward {name}: {type(error).__name__}: {error!s:.500}"}
+        return {"error": f"reward {name}: {type(error).__name__}: {error!s:.500}", "reason": "exception"}
 
 
-def prepare(config: Config) -> Reward:
+def _view(branch: dict[str, Any]) -> BranchView:
+    return BranchView(
+        tuple((Kind(kind), text) for kind, text in branch["segments"]),
+        Outcome(branch["outcome"]),
+        tuple((tool, status) for tool, status in branch["tools"]),
+        branch["tokens"],
+    )
+
+
+def _plain(score: Score | ScoreFailed) -> dict[str, Any]:
+    if isinstance(score, ScoreFailed):
+        return {"error": str(score), "reason": score.reason}
+    return {"value": score.value, "correct": score.correct, "parts": score.parts}
+
+
+def prepare(config: Config, chosen: ChosenReward) -> Any:
     """The reward, made while this process may still do what it likes, and then confined."""
-    made = REWARDS.make(config.reward.name, config.reward.options, config=config)
+    made = make_reward(config, chosen)
     if config.reward.confined:
         lockdown.confine_scorer(config.reward.memory_mb, must=not getattr(made, "trusted", False))
     else:
@@ -72,14 +84,16 @@ def main() -> None:
         answers.flush()
 
     try:
-        config = from_dict(json.loads(incoming.readline()))
-        reward = prepare(config)
+        told = json.loads(incoming.readline())
+        config = from_dict(told["config"])
+        chosen = rewards(config.reward)[told["reward"]]
+        reward = prepare(config, chosen)
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)
     say({"ready": True})
     for line in incoming:
-        say(answer(config.reward.name, reward, line))
+        say(answer(chosen.shown, reward, line))
 
 
 if __name__ == "__main__":

@@ -1,79 +1,30 @@
 """Scores of leaves: each is made when its branch ends, beside the generation of the others.
 
-A reward that is ``async`` runs on the event loop.  Any other runs in a pool of child processes
-(:mod:`system.rollout.score_child`), confined unless ``reward.confined`` says otherwise: it may evaluate what
-the model wrote.  A score that fails is an outcome: the leaf stays unscored, and the reason is kept.
+A leaf's value is the weighted sum of what the rewards say (:mod:`system.rollout.scorer`: one reward).  A
+score that fails is never a number: the leaf stays unscored, and the reason is kept.  One rule ends a run
+whose rewards fail: more than ``reward.failure_limit`` of the last 100 leaves; of a reward with
+``on_failure: stop``, any.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import inspect
-import json
-import math
-import numbers
-import os
-import re
-import sys
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from system.config import Config, to_dict
-from system.errors import OF_OTHERS, ConfigError, EspalierError, asked_to_end
-from system.foreign import foreign
-from system.rollout.reward import BranchView, Reward, Score
-from system.text import as_text
+from system.config import Config, rewards
+from system.rollout.reward import BranchView, Score, ScoreFailed
+from system.rollout.score_pool import RewardBroken
+from system.rollout.scorer import LARGEST, Scorer
 from system.tree.prompt import Prompt
 
-LOST = (EOFError, OSError, ValueError, RecursionError)  # a child is gone, or what it says is no answer
+log = logging.getLogger(__name__)
+
 WINDOW = 100  # leaves that ``reward.failure_limit`` looks back over
-LARGEST = 3e38  # a record holds rewards as float32
-MAX_REPLY = 1 << 20  # bytes of one answer of a child
-_CHILD_ENVIRONMENT = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-# All of its parent's environment that a confined child gets: what it says is stored, and it may be hostile.
-_KEPT = re.compile(r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|VIRTUAL_ENV|PYTHON\w+|HF_HOME")
-
-
-class ScoreFailed(EspalierError):
-    """One leaf has no score.  The message names the reward."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(as_text(text))  # it may quote the model's answer
-
-
-class RewardBroken(ConfigError):
-    """The reward cannot be used, or fails too often for a run to teach anything."""
-
-
-def normalised(name: str, returned: Any) -> Score:
-    """What a reward returned as a :class:`Score` of plain floats.
-
-    A number (bool, int, float, a numpy scalar) is a value that is correct when it is at least 1.  Raises
-    :class:`ScoreFailed` for anything else, and for a value or part that is not finite.
-    """
-    score = returned if isinstance(returned, Score) else Score(returned, False)
-    value = _number(name, returned, score.value)
-    if not isinstance(score.parts, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]: a user's
-        raise ScoreFailed(f"reward {name}: parts are {score.parts!r:.200}, not a mapping")
-    parts = {str(key): _number(name, returned, part) for key, part in score.parts.items()}
-    correct = _number(name, returned, score.correct) != 0 if isinstance(returned, Score) else value >= 1
-    return Score(value, correct, parts)
-
-
-def _number(name: str, returned: Any, value: Any) -> float:
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()  # a numpy scalar
-    try:
-        number = float(value) if isinstance(value, numbers.Real) else math.nan
-    except OverflowError:  # an integer that no float can hold
-        number = math.inf
-    if not abs(number) <= LARGEST:
-        raise ScoreFailed(f"reward {name} returned {returned!r:.200}: a finite number or a Score is needed")
-    return number
 
 
 def overlong(tokens: int, *, limit: int, buffer: int, penalty: float) -> float:
@@ -84,39 +35,38 @@ def overlong(tokens: int, *, limit: int, buffer: int, penalty: float) -> float:
 
 
 class Scoring:
-    """Scores leaves with one reward, for all trees of a process."""
+    """The rewards of a run, for all trees of a process."""
 
     def __init__(
         self,
-        reward: Reward,
-        name: str = "",
+        scorers: Sequence[Scorer],
         *,
-        deadline_s: float = 60.0,
         failure_limit: float = 1.0,
-        pool: ScorePool | None = None,
+        close_deadline_s: float = 300.0,
         overlong: Callable[[int], float] = lambda _: 0.0,
     ) -> None:
-        """``pool`` scores in place of ``reward`` unless that is ``async``; without one, a reward that is not
-        ``async`` runs on the event loop.  ``overlong``: what is added for a branch of so many tokens.
-        """
-        self._overlong = overlong
-        self.reward, self.name = reward, name or type(reward).__name__
-        self.deadline_s, self.failure_limit = deadline_s, failure_limit
-        self.pool = None if inspect.iscoroutinefunction(reward.score) else pool
-        # A rule of ours may know some scores without work that has to go elsewhere; None: it does not.
-        self._quick: Callable[[Prompt, BranchView], Score | None] = getattr(reward, "quick", _not_quick)
-        self._failed: deque[bool] = deque(maxlen=WINDOW)
+        """``overlong``: what is added for a branch of so many tokens."""
+        self.scorers, self.failure_limit, self.close_deadline_s = scorers, failure_limit, close_deadline_s
+        self.overlong = overlong
+        self._reasons: deque[str] = deque(maxlen=WINDOW)  # of the last leaves; "": it was scored
+        self._failed: Counter[str] = Counter()
+        self._waited_s = 0.0
 
     @classmethod
-    def of(cls, config: Config, reward: Reward) -> Scoring:
-        """As ``config.reward`` says."""
+    def of(
+        cls, config: Config, secret: Callable[[str], str | None] = lambda _: None, store: Path | None = None
+    ) -> Scoring:
+        """As ``config.reward`` says.  ``secret``: the key that an environment variable of this name held when
+        the run began; ``store``: the directory for what a reward keeps for a resumed run.
+        """
         settings = config.reward
         return cls(
-            reward,
-            settings.name,
-            deadline_s=settings.deadline_s,
+            [
+                Scorer.of(config, number, chosen, secret=secret, store=store)
+                for number, chosen in enumerate(rewards(settings))
+            ],
             failure_limit=settings.failure_limit,
-            pool=ScorePool(config),
+            close_deadline_s=settings.close_deadline_s,
             overlong=partial(
                 overlong,
                 limit=config.rollout.max_response_tokens,
@@ -125,155 +75,172 @@ class Scoring:
             ),
         )
 
-    async def score(self, prompt: Prompt, branch: BranchView) -> Score:
-        """Raises :class:`ScoreFailed` for this leaf, :class:`RewardBroken` when too many failed."""
-        try:
-            score = await self._score(prompt, branch)
-        except ScoreFailed as error:
-            self._failed.append(True)
-            if (failed := sum(self._failed)) > self.failure_limit * WINDOW:
-                raise RewardBroken(
-                    f"{failed} of the last {len(self._failed)} leaves could not be scored, more than "
-                    f"reward.failure_limit={self.failure_limit:g} of {WINDOW}: {error}"
-                ) from error
-            raise
-        self._failed.append(False)
-        if added := self._overlong(branch.tokens):
-            return Score(score.value + added, score.correct, {**score.parts, "overlong": added})
-        return score
+    @property
+    def measured(self) -> list[str]:
+        """The names of parts that are metrics."""
+        return [*(name for scorer in self.scorers for name in scorer.measured), "overlong"]
 
-    async def _score(self, prompt: Prompt, branch: BranchView) -> Score:
-        if (score := self._quick(prompt, branch)) is not None:
-            return score
-        if self.pool is not None:
-            return await self.pool.score(prompt, branch)
-        deadline = asyncio.timeout(self.deadline_s)
-        try:
-            async with deadline:
-                returned: Any = self.reward.score(prompt, branch)
-                if inspect.isawaitable(returned):
-                    returned = await foreign(returned)
-        except OF_OTHERS as error:  # the user's own code
-            if isinstance(error, asyncio.CancelledError) and asked_to_end():
-                raise
-            if deadline.expired():
-                raise ScoreFailed(_late(self.name, self.deadline_s)) from error
-            raise ScoreFailed(f"reward {self.name}: {type(error).__name__}: {error}") from error
-        return normalised(self.name, returned)
+    def total(self, scores: Sequence[Score], branch: BranchView) -> Score:
+        """The value of a leaf from what each reward says of it, in their order; the first decides whether it
+        is correct.  Raises :class:`ScoreFailed` for a sum that no record can hold.
+        """
+        weighed = zip(self.scorers, scores, strict=True)
+        value = sum(scorer.chosen.weight * score.value for scorer, score in weighed)
+        parts = self.parts(dict(enumerate(scores)))
+        if added := self.overlong(branch.tokens):
+            value, parts = value + added, {**parts, "overlong": added}
+        if not abs(value) <= LARGEST:
+            raise ScoreFailed(f"the weighted sum of the rewards is {value}", "number")
+        return Score(value, scores[0].correct, parts)
 
+    def parts(self, scores: Mapping[int, Score]) -> dict[str, float]:
+        """The unweighted values by the rewards' labels, and their own parts below these; of the only reward
+        of a run, its parts.
+        """
+        found: dict[str, float] = {}
+        for number, score in sorted(scores.items()):
+            label = self.scorers[number].chosen.label
+            found |= {label: score.value} if label else {}
+            found |= {f"{label}/{name}" if label else name: part for name, part in score.parts.items()}
+        return found
 
-def _not_quick(prompt: Prompt, branch: BranchView) -> Score | None:
-    return None
+    def count(self, failed: ScoreFailed | None) -> None:
+        """One more leaf, scored unless it ``failed``.  Raises :class:`RewardBroken` when too many did."""
+        self._reasons.append(failed.reason if failed else "")
+        if failed is None:
+            return
+        self._failed[failed.reason] += 1
+        why = Counter(reason for reason in self._reasons if reason)
+        if why.total() > self.failure_limit * WINDOW:
+            told = ", ".join(f"{reason} {count}" for reason, count in why.most_common())
+            raise RewardBroken(
+                f"{why.total()} of the last {len(self._reasons)} leaves could not be scored ({told}), more "
+                f"than reward.failure_limit={self.failure_limit:g} of {WINDOW}: {failed}"
+            ) from failed
 
+    def waited(self, seconds: float) -> None:
+        """A tree has waited so long for its scores after its last branch had ended."""
+        self._waited_s += seconds
 
-def _late(name: str, deadline_s: float) -> str:
-    return f"reward {name}: no score within reward.deadline_s={deadline_s:g} s"
-
-
-class ScorePool:
-    """``reward.workers`` child processes, each started when it is first needed and after it was lost."""
-
-    def __init__(self, config: Config) -> None:
-        self.name, self.deadline_s = config.reward.name, config.reward.deadline_s
-        self._config = json.dumps(to_dict(config))
-        self._start_s = config.cluster.start_deadline_s  # it imports the reward's libraries
-        self._confined = config.reward.confined
-        self._free: asyncio.Queue[_Child | None] = asyncio.Queue()  # None: one that is not started
-        for _ in range(config.reward.workers):
-            self._free.put_nowait(None)
-
-    async def score(self, prompt: Prompt, branch: BranchView) -> Score:
-        """Raises :class:`ScoreFailed`, and :class:`RewardBroken` when no child can be started."""
-        try:
-            request = json.dumps({"prompt": asdict(prompt), "branch": asdict(branch)}).encode()
-        except (TypeError, ValueError) as error:
-            raise ScoreFailed(f"reward {self.name}: prompt {prompt.id!r} is not JSON: {error}") from error
-        child = await self._free.get()
-        try:
-            if child is None:
-                child = await self._start()
-            reply = await child.ask(request, self.deadline_s)
-        except BaseException as error:  # cancelled, too: what it would answer next is not known
-            if child is not None:
-                await child.end()
-                child = None
-            if isinstance(error, TimeoutError):
-                raise ScoreFailed(_late(self.name, self.deadline_s)) from error
-            if isinstance(error, LOST) and not isinstance(error, RewardBroken):
-                raise ScoreFailed(f"reward {self.name}: its process was lost, restarted") from error
-            raise
-        finally:
-            self._free.put_nowait(child)
-        return self._read(reply)
-
-    async def _start(self) -> _Child:
-        kept = {k: v for k, v in os.environ.items() if not self._confined or _KEPT.fullmatch(k)}
-        return await _Child.start(self.name, self._config, self._start_s, kept | _CHILD_ENVIRONMENT)
+    @property
+    def counters(self) -> dict[str, float]:
+        """Running totals, as ``reward/…``: leaves that failed by reason, seconds that trees waited for scores
+        when nothing else of them was left, and what rewards count themselves (``reward/<reward>/…``).
+        """
+        totals = {f"reward/failed/{reason}": float(count) for reason, count in self._failed.items()}
+        totals["reward/close_wait_s"] = self._waited_s
+        for scorer in self.scorers:
+            name = scorer.chosen.shown
+            totals |= {f"reward/{name}/{what}": total for what, total in scorer.counters.items()}
+        return totals
 
     async def close(self) -> None:
-        """End the idle children.  All die with this process in any case."""
-        for _ in range(self._free.qsize()):
-            if (child := self._free.get_nowait()) is not None:
-                await child.end()
-            self._free.put_nowait(None)
-
-    def _read(self, reply: Any) -> Score:
-        match reply:
-            case {"value": value, "correct": bool(correct), "parts": dict(parts)}:
-                return normalised(self.name, Score(value, correct, parts))
-            case {"error": error}:
-                raise ScoreFailed(f"{error}"[:1000])
-            case _:
-                raise ScoreFailed(f"reward {self.name}: its process answered {reply!r:.200}")
+        for scorer in self.scorers:
+            await scorer.close()
 
 
-class _Child:
-    """One process that scores, one leaf after the other."""
+class TreeScores:
+    """The scores of one tree's leaves."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, scoring: Scoring, prompt: Prompt, tasks: asyncio.TaskGroup) -> None:
+        """``tasks``: owns what scores."""
+        self._scoring, self._prompt, self._tasks = scoring, prompt, tasks
+        self._views: dict[int, BranchView] = {}  # of the leaves whose end says something about the policy
+        self._found: dict[tuple[int, int], Score | ScoreFailed] = {}  # by leaf and number of the reward
+        self._running: set[asyncio.Task[None]] = set()
+        self.scores: dict[int, Score] = {}
+        self.failures: dict[int, ScoreFailed] = {}
 
-    @classmethod
-    async def start(cls, name: str, config: str, deadline_s: float, environment: Mapping[str, str]) -> _Child:
-        """Raises :class:`RewardBroken` with what the child said."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "system.rollout.score_child"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            limit=MAX_REPLY,
-        )
-        child = cls(process)
+    def begin(self, leaf: int, view: BranchView) -> None:
+        """A branch has ended: score its leaf by every reward that looks at one alone."""
+        self._views[leaf] = view
+        for number, scorer in enumerate(self._scoring.scorers):
+            if not scorer.group:
+                self._start(number, scorer, [leaf])
+
+    async def close(self) -> None:
+        """Wait for all scores, then compare the leaves: ``scores`` and ``failures`` hold each leaf once.
+
+        Raises :class:`RewardBroken`.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        until = began + self._scoring.close_deadline_s
+        await self._wait(until)
+        for number, scorer in enumerate(self._scoring.scorers):
+            if scorer.group and self._views:
+                self._start(number, scorer, list(self._views))
+        await self._wait(until)
+        self._scoring.waited(loop.time() - began)
+        for leaf in self._views:
+            self._settle(leaf)
+
+    def record(self, leaves: int) -> dict[str, Any]:
+        """For the tree's ``meta``: ``parts`` of each of the ``leaves`` (None: nothing is known), ``unscored``
+        (why, by leaf) and ``measured`` (the names of parts that are metrics).
+        """
+        parts: list[dict[str, float] | None] = []
+        for leaf in range(leaves):
+            if (score := self.scores.get(leaf)) is not None:
+                parts.append(score.parts)
+            else:  # what the others said of it
+                parts.append(self._scoring.parts(self._good(leaf)) or None)
+        why = {str(leaf): str(failed) for leaf, failed in self.failures.items()}
+        measured = self._scoring.measured
+        return {"parts": parts, **({"unscored": why} if why else {}), "measured": measured}
+
+    def _start(self, number: int, scorer: Scorer, leaves: Sequence[int]) -> None:
+        name = f"score leaf {leaves[0]} of {self._prompt.id}"
+        task = self._tasks.create_task(self._score(number, scorer, leaves), name=name)
+        self._running.add(task)
+
+    async def _score(self, number: int, scorer: Scorer, leaves: Sequence[int]) -> None:
+        found: Iterable[Score | ScoreFailed]
         try:
-            ready = await child.ask(config.encode(), deadline_s)
-        except (TimeoutError, *LOST) as error:
-            await child.end()
-            raise RewardBroken(f"reward {name}: its process does not start: {error!r}") from error
-        except BaseException:
-            await child.end()
-            raise
-        if ready != {"ready": True}:
-            await child.end()
-            raise RewardBroken(f"reward {name}: its process does not start: {ready!r:.500}")
-        return child
+            found = await scorer.score(self._prompt, [self._views[leaf] for leaf in leaves])
+        except ScoreFailed as failed:
+            found = [failed] * len(leaves)
+        for leaf, one in zip(leaves, found, strict=True):
+            if isinstance(one, ScoreFailed) and scorer.chosen.on_failure == "stop":
+                raise RewardBroken(f"{scorer.chosen.key}.on_failure=stop, and {one.reason}: {one}") from one
+            self._found[leaf, number] = one
 
-    async def ask(self, line: bytes, deadline_s: float) -> Any:
-        """Raises TimeoutError, EOFError (it is gone), OSError, or ValueError (no JSON, or too much)."""
-        reader, writer = self._process.stdout, self._process.stdin
-        assert reader is not None
-        assert writer is not None
-        async with asyncio.timeout(deadline_s):
-            writer.write(line + b"\n")
-            await writer.drain()
-            reply = await reader.readline()
-        if not reply.endswith(b"\n"):
-            raise EOFError
-        return json.loads(reply)
+    async def _wait(self, until: float) -> None:
+        """For what runs, at most ``until`` then."""
+        if not self._running:
+            return
+        left = until - asyncio.get_running_loop().time()
+        _, late = await asyncio.wait(self._running, timeout=max(0.0, left))
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)
+        self._running.clear()
 
-    async def end(self) -> None:
-        """Kill it, and wait: SIGKILL takes effect at once."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-        await self._process.wait()
+    def _good(self, leaf: int) -> dict[int, Score]:
+        """What rewards said of a leaf, by their numbers."""
+        numbers = range(len(self._scoring.scorers))
+        found = {number: self._found.get((leaf, number)) for number in numbers}
+        return {number: one for number, one in found.items() if isinstance(one, Score)}
+
+    def _settle(self, leaf: int) -> None:
+        try:
+            self.scores[leaf] = self._scoring.total([*self._all(leaf)], self._views[leaf])
+        except ScoreFailed as failed:
+            log.warning("prompt %s, leaf %d: %s", self._prompt.id, leaf, failed)
+            self.failures[leaf] = failed
+        self._scoring.count(self.failures.get(leaf))
+
+    def _all(self, leaf: int) -> Iterable[Score]:
+        """What every reward says of a leaf.  Raises the first failure."""
+        for number, scorer in enumerate(self._scoring.scorers):
+            match self._found.get((leaf, number)):
+                case Score() as score:
+                    yield score
+                case ScoreFailed() as failed:
+                    raise failed
+                case _:
+                    limit = self._scoring.close_deadline_s
+                    name = scorer.chosen.shown
+                    text = f"reward {name}: no score within reward.close_deadline_s={limit:g} s"
+                    raise ScoreFailed(f"{text} of the tree's end", "deadline")

@@ -53,7 +53,8 @@ def fingerprint(config: Config) -> dict[str, Any]:
     }
     kept = {"rollout": rollout, "tools": values["tools"]["names"], "format": FORMAT}
     kept |= {section: values[section] for section in ("branching", "task", "model")}
-    kept["reward"] = {name: values["reward"][name] for name in ("name", "options")}
+    chosen = ("name", "options", "parts") if config.reward.parts else ("name", "options")
+    kept["reward"] = {name: values["reward"][name] for name in chosen}
     return json.loads(json.dumps(kept))
 
 

@@ -33,7 +33,7 @@ from system.rollout.probe import probe
 from system.rollout.request import GivenTokens, segment_request
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
-from system.rollout.scoring import ScoreFailed
+from system.rollout.scoring import TreeScores
 from system.rollout.syntax.base import MalformedCall, ParsedCall
 from system.text import described
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
@@ -99,8 +99,8 @@ class TreeRollout:
         self.log_vocab = math.log(context.vocab_size)
         self.call_limit = config.call_limit if context.tools.specs else 0
         self.group = asyncio.TaskGroup()
-        self.scores = asyncio.TaskGroup()  # outlives the branches' deadline
-        self.parts: dict[int, dict[str, float]] = {}  # of the scored leaves
+        self.beside = asyncio.TaskGroup()  # what scores; it outlives the branches' deadline
+        self.scores = TreeScores(context.scoring, prompt, self.beside)
 
     async def run(self) -> Tree:
         """Grow, score and close the tree.
@@ -111,17 +111,20 @@ class TreeRollout:
         """
         self.began_s = asyncio.get_running_loop().time()
         try:
-            async with self.scores:
+            async with self.beside:
                 for leaf in range(len(self.ended)):  # of a resumed tree
-                    self._spawn_score(leaf)
+                    self._begin_score(leaf)
                 if self.scores_answer and not self.resumed:
-                    self.scores.create_task(self.given.answer(self.growth.prompt, ""))
+                    self.beside.create_task(self.given.answer(self.growth.prompt, ""))
                 cut = await self._branches()
+                await self.scores.close()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
-        if len(self.parts) < min(2, self.budget):
+        for failed in self.scores.failures.values():
+            self.mishap("reward", str(failed))
+        if (scored := len(self.scores.scores)) < min(2, self.budget):
             outcomes = [outcome for _, outcome in self.ended]
-            raise too_few(self.prompt.id, outcomes, self.mishaps, len(self.parts), self.budget, cut)
+            raise too_few(self.prompt.id, outcomes, self.mishaps, scored, self.budget, cut)
         return self._close()
 
     async def _branches(self) -> bool:
@@ -218,25 +221,14 @@ class TreeRollout:
         del self.live[branch.key]
         self.growth.leaf(branch.node, outcome, branch.origin)
         self.ended.append((branch, outcome))
-        self._spawn_score(len(self.ended) - 1)
+        self._begin_score(len(self.ended) - 1)
 
-    def _spawn_score(self, leaf: int) -> None:
+    def _begin_score(self, leaf: int) -> None:
         """Score an ended branch while others grow, if its end says something about the policy."""
         branch, outcome = self.ended[leaf]
         if outcome.scored:
             tokens = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
-            view = BranchView(branch.segments, outcome, branch.tools, tokens)
-            self.scores.create_task(self._score(leaf, view), name=f"score {branch.key} of {self.prompt.id}")
-
-    async def _score(self, leaf: int, view: BranchView) -> None:
-        try:
-            score = await self.context.scoring.score(self.prompt, view)
-        except ScoreFailed as error:
-            log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
-            self.mishap("reward", str(error))
-        else:
-            self.growth.score(leaf, score.value, score.correct)
-            self.parts[leaf] = score.parts
+            self.scores.begin(leaf, BranchView(branch.segments, outcome, branch.tools, tokens))
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
@@ -278,7 +270,7 @@ class TreeRollout:
         if finish.type != "abort":
             self._measure(branch)
             if self.rescores:
-                self.scores.create_task(self.given.closed(branch.node, branch.request))
+                self.beside.create_task(self.given.closed(branch.node, branch.request))
         self._read(branch, Kind.MODEL, begin)
         return finish
 
@@ -400,7 +392,7 @@ class TreeRollout:
         self.growth.call(ToolCall(node, tool if tool in self.context.tools.specs else "", arguments, *about))
         branch.node = branch.answer = node
         if self.scores_answer:
-            self.scores.create_task(self.given.answer(node, branch.request))
+            self.beside.create_task(self.given.answer(node, branch.request))
         branch.calling = False
         branch.tools = (*branch.tools, (tool, str(outcome.status)))
         self._read(branch, Kind.TOOL, begin)
@@ -444,7 +436,9 @@ class TreeRollout:
             seed=self.seed,
             ticket=self.ticket,
             seconds={cause: round(value, 6) for cause, value in self.seconds.items()},
-            parts=[self.parts.get(leaf) for leaf in range(len(self.ended))],
             mishaps=self.mishaps,
+            **self.scores.record(len(self.ended)),
         )
+        for leaf, score in self.scores.scores.items():
+            self.growth.score(leaf, score.value, score.correct)
         return self.growth.close(self.context.now())

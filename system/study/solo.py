@@ -145,6 +145,7 @@ async def opened(config: Config, task: Task, model: Path, scratch: Path) -> Asyn
         context, tools, pool = build_context(config, str(model), [url], urls, keys)
         stack.push_async_callback(pool.close)
         stack.push_async_callback(tools.close)
+        stack.push_async_callback(context.scoring.close)
         await tools.check()
         trainer = stack.enter_context(_learner(config, model, scratch))
         http = await stack.enter_async_context(Http([url], keys.engines))

@@ -27,6 +27,7 @@ class ReasoningTask:
     """A reasoning-gym data set.  With ``reward.name=task`` its own scorer (0 to 1) is the reward."""
 
     name = "reasoning-gym"
+    measured = ("format", "answer")
 
     def __init__(self, config: Config, **options: Any) -> None:
         """``options`` go to the data set.  Raises ConfigError for an unknown data set or option."""

@@ -178,7 +178,7 @@ class _Guarded:
         self._limits, self._backoff_s, self._rng, self._clock = limits, patience.backoff_s, rng, clock
         self._retries = self._joins = self._cache_hits = 0
         self._slots = asyncio.Semaphore(limits.concurrency)
-        self._throttle = _throttler(limits.rate_per_s)
+        self._throttle = throttler(limits.rate_per_s)
         self.breaker = CircuitBreaker(
             patience.breaker_threshold, patience.breaker_pause_s, patience.breaker_max_pause_s, clock
         )
@@ -366,7 +366,7 @@ def _cleaned(arguments: Any) -> Any:
     return as_text(arguments) if isinstance(arguments, str) else arguments
 
 
-def _throttler(rate_per_s: float) -> Throttler | None:
+def throttler(rate_per_s: float) -> Throttler | None:
     """At most ``rate_per_s`` starts a second on average, also for rates below one or with a fraction."""
     if rate_per_s <= 0:
         return None

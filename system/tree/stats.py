@@ -7,7 +7,8 @@ trains on the tree reads the tree itself.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,8 @@ class TreeStats:
     seconds: float  # from the first root to the close
     rescored: int  # MODEL tokens that were scored when their nodes closed
     rescored_gap: float  # sum over these of |log-probability then - when sampled|, nats
+    parts: Mapping[str, Float32] = field(default_factory=dict[str, Float32])
+    # [L] by name: those numbers of the rewards that are metrics; NaN where one is not known
     guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
 
     @property
@@ -138,6 +141,7 @@ class TreeStats:
             seconds=max(0.0, tree.closed_s - tree.started_s),
             rescored=int(at_close.sum()),
             rescored_gap=float(gap.sum(dtype=np.float64)),
+            parts=_parts(tree),
             guide=tree.guide,
         )
 
@@ -155,6 +159,11 @@ class TreeStats:
     def zero_variance(self) -> bool:
         """All leaves with a reward earned the same: group-relative credit has nothing to teach here."""
         return self.rewards.size == 0 or float(np.ptp(self.rewards)) < 1e-6
+
+    @property
+    def failed(self) -> int:
+        """Leaves that no score came for, though they would have counted."""
+        return int((~np.isfinite(self.reward) & np.isin(self.outcome, _SCORED)).sum())
 
     # For credits
 
@@ -186,3 +195,15 @@ class TreeStats:
     def path(self, leaf: int) -> Int64:
         """Nodes from the root to leaf number ``leaf``, in order."""
         return path(self.parent, int(self.leaf[leaf]))
+
+
+def _parts(tree: Tree) -> dict[str, Float32]:
+    """The record's parts by name, of those that it says are measured."""
+    leaves = [one or {} for one in tree.meta.get("parts", ())]
+    if len(leaves) != tree.n_leaves:
+        return {}
+    return {
+        name: np.array([one.get(name, np.nan) for one in leaves], np.float32)
+        for name in tree.meta.get("measured", ())
+        if any(name in one for one in leaves)
+    }

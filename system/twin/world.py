@@ -26,6 +26,7 @@ from system.observe.rundir import RunDir
 from system.rollout.branching import make_policy
 from system.rollout.context import RolloutContext
 from system.rollout.failure import RolloutFailed
+from system.rollout.scorer import Scorer
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
@@ -113,7 +114,7 @@ class Twin:
             tools=self.tools,
             syntax=syntax,
             policy=policy,
-            scoring=Scoring(AnswerReward()),
+            scoring=Scoring([Scorer(AnswerReward())]),
             tokenizer=TwinTokenizer(self.agent),
             config=config.rollout,
             vocab_size=models.vocab,

@@ -50,7 +50,8 @@ async def test_workers_engines_and_tools_find_each_other(started: dict[str, tupl
     assert pool.engines["engine-1"] == f"http://127.0.0.1:{port}"
     tool, _, corpus, host, port = started["tool-python"]
     assert (tool, corpus, host) == ("python", "", "127.0.0.1")
-    _, model, engines, tools = started["rollout-1"]
+    _, model, engines, tools, run_dir = started["rollout-1"]
     assert (model, engines) == ("model", [*pool.engines.values()])
     assert tools == {"python": f"http://127.0.0.1:{port}"}
+    assert run_dir == Path()
     await pool.close()

@@ -137,6 +137,7 @@ def test_a_model_that_cannot_be_trained_is_refused_by_name(
     assert re.search(says, line), line
 
 
+JUDGE = f"reward=judge reward.options.base_url={DEAD}/v1 reward.options.model=m"
 RECIPES: list[tuple[str, str]] = [
     ("model.path=nowhere", r"model\.path: there is no directory nowhere; give a directory"),
     ("model.path=data.jsonl", r"model\.path: there is no directory data\.jsonl"),
@@ -160,6 +161,9 @@ RECIPES: list[tuple[str, str]] = [
     ("task=plain:Empty", r"task: empty has no training questions"),
     ("task=plain:Texts", r"task: a training question is a str; a task yields"),
     ("reward=foo:Bar", r"reward\.name='foo:Bar': ModuleNotFoundError"),
+    ("reward=[arpo,foo:Bar]", r"reward\.parts\[1\]\.name='foo:Bar': ModuleNotFoundError"),
+    ("reward=judge", r"reward\.options: judge needs base_url, model"),
+    (JUDGE, r"reward\.options\.base_url=http://127\.0\.0\.1:9/v1: does not answer"),
     ("reward=task", r"reward\.name=task, but the task 'jsonl' has no score"),
     ("learn.credit=foo:Bar", r"learn\.credit='foo:Bar'"),
     ("learn.credit.options.x=1", r"learn\.credit\.options\.x: .* no such option"),
@@ -202,6 +206,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "class Raises(Empty):\n    def train(self): return 1 / 0\n"
     )
     return tmp_path
+
+
+def test_a_judges_key_must_be_in_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load("plain.yaml", [*JUDGE.split(), "reward.options.api_key_env=SOME_KEY"])
+    told = "reward.options.api_key_env=SOME_KEY: this environment variable is not set, or empty; export it"
+    assert told in [str(one) for one in look(config)["servers"]]
+    monkeypatch.setenv("SOME_KEY", "sk-1")
+    assert told not in [str(one) for one in look(config)["servers"]]
 
 
 @pytest.mark.parametrize(("words", "says"), RECIPES)

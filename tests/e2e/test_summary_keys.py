@@ -12,12 +12,17 @@ from system.engine.router import Routed
 from system.observe.eval import EvalResult, EvalScores
 from system.observe.metrics import Idle
 from system.observe.totals import Totals
+from system.rollout.reward import REASONS
 
 OF_THE_POOL = (
     *("prompt_tokens", "cached_tokens", "resumed", "retried", "turn_waits", "turn_wait_s"),
     *("entropy_estimates", "entropy_error_nats"),
 )
 OF_A_TOOL = ("retries", "joins", "cache_hits", "breaker_opened", "breaker_rejected")
+OF_A_JUDGE = (
+    *("requests", "answers", "retries", "refused", "asked_again", "cache_hits", "joins", "answer_s"),
+    *("prompt_tokens", "completion_tokens", "cost"),
+)
 FULL = Totals(
     evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
     staleness=Counter({1: 2}),
@@ -31,6 +36,9 @@ FULL = Totals(
         1.0,
     ),
     tools={f"my.tool/{what}": 1.0 for what in OF_A_TOOL},
+    rewards={f"judge/{what}": 1.0 for what in OF_A_JUDGE}
+    | {"close_wait_s": 1.0}
+    | {f"failed/{reason}": 1.0 for reason in REASONS},
     mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
     weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),
 )

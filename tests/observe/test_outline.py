@@ -48,6 +48,14 @@ def test_the_whole_outline(tree: Tree):
     )
 
 
+def test_a_leaf_shows_what_each_reward_said_or_why_it_has_no_score(tree: Tree):
+    parts = [{"arpo": 1.1, "judge": 0.25, "other": 3.0}, {"arpo": 0.0}, None]
+    why = {"2": "reward judge: HTTP 500\n\x1b[2J"}
+    told = replace(tree, meta={**tree.meta, "parts": parts, "measured": ["arpo", "judge"], "unscored": why})
+    ends = [line.rpartition("  (")[2] for line in shown(told).splitlines() if "leaf" in line and "A " in line]
+    assert ends == ["arpo 1.1, judge 0.25)", "arpo 0)", "reward judge: HTTP 500 [2J)"]
+
+
 def test_a_leaf_where_a_sibling_went_on_is_shown_beside_it():
     text = shown(replace(make_tree(), leaf=np.array([2, 4, 5], np.int32)))
     lines = [line for line in text.splitlines() if "leaf 0" in line]

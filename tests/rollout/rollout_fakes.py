@@ -16,6 +16,7 @@ from system.plugins import SYNTAXES
 from system.rollout.branching import Arpo, Policy
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Reward, Score
+from system.rollout.scorer import Scorer
 from system.rollout.scoring import Scoring
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tree.prompt import Prompt
@@ -224,7 +225,7 @@ def make_world(
         tools=tools,
         syntax=SYNTAXES.make(syntax, {}, tools.specs),
         policy=policy or Arpo(4, 0.5, 0.2),
-        scoring=Scoring(reward or CountWords(), failure_limit=failure_limit),
+        scoring=Scoring([Scorer(reward or CountWords())], failure_limit=failure_limit),
         tokenizer=tokenizer,
         config=RolloutConfig(**config),
         vocab_size=vocab_size,

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from rollout_fakes import PROMPT, Segment, make_world
 
-from system.config import Config
-from system.config.schema import RewardConfig, RolloutConfig, TaskConfig
+from system.config import ChosenReward, Config, rewards
+from system.config.schema import RolloutConfig, TaskConfig
+from system.config.schema_reward import RewardConfig
 from system.foreign import LET_GO_S
 from system.rollout.failure import RolloutFailed
-from system.rollout.reward import BranchView, Score
+from system.rollout.reward import BranchView, Score, ScoreFailed
 from system.rollout.rewards.arpo import ArpoReward
-from system.rollout.scoring import RewardBroken, ScoreFailed, ScorePool, Scoring, normalised
+from system.rollout.score_pool import RewardBroken
+from system.rollout.scorer import Scorer, normalised
+from system.rollout.scoring import Scoring
 from system.rollout.tree_rollout import TreeRollout
 from system.tasks.base import make_task
 from system.tree.prompt import Prompt
@@ -80,17 +83,38 @@ class Raising:
         raise KeyError("odd")
 
 
+def scorer(reward: Any, deadline_s: float = 30.0, **chosen: Any) -> Scorer:
+    """One that runs on the event loop, unless it is said where."""
+    about: dict[str, Any] = {"name": type(reward).__name__, "run": "loop", "deadline_s": deadline_s, **chosen}
+    return Scorer(reward, ChosenReward(**about))
+
+
+async def scored(one: Scorer, prompt: Prompt = PROMPT, branch: BranchView = VIEW) -> Score:
+    (score,) = await one.score(prompt, [branch])
+    if isinstance(score, ScoreFailed):
+        raise score
+    return score
+
+
+def pooled(config: Config) -> Scorer:
+    """The configured reward, in its processes."""
+    (chosen,) = rewards(config.reward)
+    return Scorer.of(config, 0, chosen)
+
+
 def test_a_late_score_and_a_raising_reward_fail_one_leaf() -> None:
-    with pytest.raises(ScoreFailed, match=r"reward Late: no score within reward.deadline_s=0.01 s"):
-        asyncio.run(Scoring(Late(), deadline_s=0.01).score(PROMPT, VIEW))
-    with pytest.raises(ScoreFailed, match="reward Raising: KeyError: 'odd'"):
-        asyncio.run(Scoring(Raising()).score(PROMPT, VIEW))
+    with pytest.raises(ScoreFailed, match=r"reward Late: no score within reward.deadline_s=0.01 s") as late:
+        asyncio.run(scored(scorer(Late(), 0.01)))
+    assert late.value.reason == "deadline"
+    with pytest.raises(ScoreFailed, match="reward Raising: KeyError: 'odd'") as raised:
+        asyncio.run(scored(scorer(Raising())))
+    assert raised.value.reason == "exception"
 
 
 def test_a_reward_that_ignores_its_cancellation_is_late_all_the_same() -> None:
     async def play() -> float:
         with pytest.raises(ScoreFailed, match=r"reward Stubborn: no score within reward.deadline_s=2 s"):
-            await Scoring(Stubborn(), deadline_s=2).score(PROMPT, VIEW)
+            await scored(scorer(Stubborn(), 2))
         late = asyncio.get_running_loop().time()
         await asyncio.sleep(60)
         return late
@@ -109,19 +133,19 @@ class Raises:
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError("mine")])
 def test_a_reward_that_would_end_the_process_or_the_task_fails_one_leaf(error: BaseException) -> None:
     with pytest.raises(ScoreFailed, match=f"reward Raises: {type(error).__name__}"):
-        asyncio.run(Scoring(Raises(error)).score(PROMPT, VIEW))
+        asyncio.run(scored(scorer(Raises(error))))
 
 
 def test_an_error_may_quote_anything() -> None:
     """A model can make a reward quote half a character; what is said of it goes into logs."""
     with pytest.raises(ScoreFailed, match="ValueError: half \ufffd") as failed:
-        asyncio.run(Scoring(Raises(ValueError("half \ud800"))).score(PROMPT, VIEW))
+        asyncio.run(scored(scorer(Raises(ValueError("half \ud800")))))
     str(failed.value).encode()
 
 
 def test_a_score_is_cancelled_with_its_tree() -> None:
     async def run() -> None:
-        task = asyncio.create_task(Scoring(Late()).score(PROMPT, VIEW))
+        task = asyncio.create_task(scored(scorer(Late())))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -130,22 +154,30 @@ def test_a_score_is_cancelled_with_its_tree() -> None:
     asyncio.run(run())
 
 
-def test_too_many_failures_are_an_error_with_the_cause() -> None:
-    async def run() -> None:
-        scoring = Scoring(Raising(), failure_limit=0.2)
-        for _ in range(20):
-            with pytest.raises(ScoreFailed):
-                await scoring.score(PROMPT, VIEW)
-        with pytest.raises(RewardBroken, match=r"21 of the last 21 .*failure_limit=0.2.*KeyError: 'odd'"):
-            await scoring.score(PROMPT, VIEW)
+def test_too_many_failures_are_an_error_with_the_reasons() -> None:
+    scoring = Scoring([scorer(Raising())], failure_limit=0.2)
+    for reason in ("deadline", "exception") * 10:
+        scoring.count(ScoreFailed("reward Raising: odd", reason))
+        scoring.count(None)
+    said = r"21 of the last 41 .*\(exception 11, deadline 10\).*failure_limit=0.2 of 100: reward Raising: odd"
+    with pytest.raises(RewardBroken, match=said):
+        scoring.count(ScoreFailed("reward Raising: odd"))
+    assert scoring.counters["reward/failed/exception"] == 11
+    for _ in range(100):
+        scoring.count(None)
+    scoring.count(ScoreFailed("long ago is forgotten"))
 
-    asyncio.run(run())
 
-
-def test_an_error_of_configuration_in_the_child_stops_by_name() -> None:
-    config = Config(reward=RewardConfig(name="arpo", options={"none": 1}))
-    with pytest.raises(RewardBroken, match=r"reward arpo: its process does not start.*none"):
-        asyncio.run(ScorePool(config).score(PROMPT, VIEW))
+def test_an_error_of_configuration_in_the_child_stops_by_name(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "once_only.py").write_text(
+        "import os\nclass Once:\n    def __init__(self):\n"
+        f"        os.close(os.open({str(tmp_path / 'made')!r}, os.O_CREAT | os.O_EXCL))\n"
+        "    def score(self, prompt, branch):\n        return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = Config(reward=RewardConfig(name="once_only:Once"))
+    with pytest.raises(RewardBroken, match=r"reward once_only:Once: its process does not start.*FileExists"):
+        asyncio.run(scored(pooled(config)))
 
 
 def test_a_pool_scores_confines_and_outlives_its_scorers(tmp_path: Path, monkeypatch: Any) -> None:
@@ -156,10 +188,12 @@ def test_a_pool_scores_confines_and_outlives_its_scorers(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("SOME_API_KEY", "hunter2")
     config = Config(reward=RewardConfig(name="hostile_scorer:Evaluates", workers=1, memory_mb=256))
-    pool, written = ScorePool(config), tmp_path / "written"
+    one, written = pooled(config), tmp_path / "written"
+    pool = one.pool
+    assert pool is not None
 
     async def score(code: str) -> Score:
-        return await pool.score(PROMPT, BranchView(((Kind.MODEL, code),), Outcome.STOPPED))
+        return await scored(one, PROMPT, BranchView(((Kind.MODEL, code),), Outcome.STOPPED))
 
     async def refused(code: str, why: str) -> None:
         with pytest.raises(ScoreFailed, match=why):
@@ -191,24 +225,26 @@ def test_a_task_that_evaluates_answers_runs_confined(tmp_path: Path) -> None:
         task=TaskConfig(name="reasoning-gym", dataset="countdown", train_size=4, eval_size=2),
         reward=RewardConfig(name="task", workers=1),
     )
-    prompt, written, pool = make_task(config).train()[0], tmp_path / "written", ScorePool(config)
+    prompt, written, one = make_task(config).train()[0], tmp_path / "written", pooled(config)
+    pool = one.pool
+    assert pool is not None
 
     def said(answer: str) -> BranchView:
         text = f"<think></think><answer>\\boxed{{{answer}}}</answer>"
         return BranchView(((Kind.MODEL, text),), Outcome.STOPPED)
 
     async def run() -> None:
-        right = await pool.score(prompt, said(prompt.answers[0]))
+        right = await scored(one, prompt, said(prompt.answers[0]))
         assert right.correct
         try:
-            paid = await pool.score(prompt, said(f"__import__('pathlib').Path({str(written)!r}).touch()"))
+            paid = await scored(one, prompt, said(f"__import__('pathlib').Path({str(written)!r}).touch()"))
         except ScoreFailed:
             pass
         else:
             assert not paid.correct
         pool.deadline_s = 1.0
         with pytest.raises(ScoreFailed, match="no score within"):
-            await pool.score(prompt, said("9**9**9"))
+            await scored(one, prompt, said("9**9**9"))
         await pool.close()
 
     asyncio.run(run())
@@ -279,22 +315,16 @@ def test_long_answers_cost_as_dapo_has_it() -> None:
     expected = {100: 1, 120: 1.0, 140: 0.75, 160: 0.5, 200: 0.0, 230: -0.375}
     config = Config(
         rollout=RolloutConfig(max_response_tokens=200),
-        reward=RewardConfig(name="unused", overlong_buffer=80),
+        reward=RewardConfig(overlong_buffer=80),
     )
-    scoring = Scoring.of(config, Constant())  # pyright: ignore[reportArgumentType]
-    scoring.pool = None
+    scoring = Scoring.of(config)
     for tokens, value in expected.items():
-        score = asyncio.run(scoring.score(PROMPT, replace(VIEW, tokens=tokens)))
+        score = scoring.total([Score(1.0, True)], replace(VIEW, tokens=tokens))
         assert score.value == pytest.approx(value)
         assert score.parts == ({} if value == 1 else {"overlong": pytest.approx(value - 1)})
         assert score.correct
     world = make_world(lambda *_: Segment("word"), leaves=2, roots=2)
     seen: list[int] = []
-    world.context.scoring._overlong = lambda tokens: seen.append(tokens) or 0.0  # type: ignore[func-returns-value]
+    world.context.scoring.overlong = lambda tokens: seen.append(tokens) or 0.0  # type: ignore[func-returns-value]
     tree = asyncio.run(TreeRollout(world.context, PROMPT, seed=1).run())
     assert sorted(seen) == sorted(TreeStats.of(tree).response_tokens.tolist())
-
-
-class Constant:
-    def score(self, prompt: Prompt, branch: BranchView) -> float:
-        return 1.0

@@ -40,6 +40,7 @@ class ArpoReward:
 
     answer_format: ClassVar[str] = ANSWER_FORMAT
     trusted: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("format", "answer", "bonus")
 
     def quick(self, prompt: Prompt, branch: BranchView) -> Score | None:
         """The score where no formula has to be read, which takes microseconds; else None."""

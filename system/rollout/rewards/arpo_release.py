@@ -27,6 +27,7 @@ class ArpoReleaseReward:
 
     answer_format: ClassVar[str] = ANSWER_FORMAT
     trusted: ClassVar[bool] = True
+    measured: ClassVar[tuple[str, ...]] = ("format", "f1", "bonus")
 
     def score(self, prompt: Prompt, branch: BranchView) -> Score:
         text = branch.text

@@ -1,0 +1,160 @@
+"""The section ``reward``: what a finished branch is worth, by one reward or by several weighted ones."""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from system.config.rule import setting
+from system.errors import ConfigError
+from system.plugins import REWARDS, escape, nearest
+
+ON_LOOP = 64  # scores at once of one ``async`` reward, where nothing else is said
+
+
+@dataclass
+class RewardPart:
+    """One reward: which, where it runs, how long it may take."""
+
+    name: str = setting(
+        "arpo",
+        "which rule; task: the task scores its own answers; judge: a language model does. A list in place of "
+        "the section gives several, see parts",
+        registry=REWARDS,
+    )
+    options: dict[str, Any] = setting({}, "the rule's own options")
+    weight: float = setting(
+        1.0, "what its value is multiplied with; with several rewards, 0 only measures, below 0 punishes"
+    )
+    run: str = setting(
+        "auto",
+        "where it runs: loop (`async def`: it waits, and computes next to nothing), thread (plain Python "
+        "that waits for others), process (all that computes, or runs what a model wrote); auto: loop for an "
+        "`async def`, else process",
+        choices=("auto", "loop", "thread", "process"),
+        safe_on_resume=True,
+    )
+    deadline_s: float = setting(
+        30.0,
+        "one score, from when it begins; later, the leaf is unscored, and the process that is late replaced",
+        above=0,
+        safe_on_resume=True,
+    )
+    concurrency: int = setting(
+        0,
+        "scores at once, per rollout worker; others wait, which no deadline_s counts; 0: reward.workers in "
+        "threads and processes, 64 on the loop",
+        least=0,
+        safe_on_resume=True,
+    )
+    on_failure: str = setting(
+        "unscored",
+        "a leaf that it fails to score is left unscored (and failure_limit watches), or stops the run",
+        choices=("unscored", "stop"),
+        safe_on_resume=True,
+    )
+
+
+@dataclass
+class RewardConfig(RewardPart):
+    """What a finished branch is worth, by one reward or several (`docs/rewards.md`)."""
+
+    parts: list[dict[str, Any]] = setting(
+        [],
+        "several rewards, as `reward: [arpo, {name: judge, weight: 0.5}]` gives them: "
+        "{name, options, weight, run, deadline_s, concurrency, on_failure, label}; the first says what is "
+        "correct; what one leaves out is as in this section; label: its name in metrics, should two be alike",
+    )
+    close_deadline_s: float = setting(
+        300.0,
+        "a tree's wait for its scores after the end of its last branch; leaves without one then are unscored",
+        above=0,
+        safe_on_resume=True,
+    )
+    workers: int = setting(
+        2, "processes (or threads) of a reward, per rollout worker", least=1, safe_on_resume=True
+    )
+    memory_mb: int = setting(1024, "of one such process, beyond its libraries", least=1, safe_on_resume=True)
+    confined: bool = setting(
+        True, "such a process writes no file and has no network; false: it may", safe_on_resume=True
+    )
+    overlong_buffer: int = setting(
+        0,
+        "tokens before rollout.max_response_tokens in which an answer's length begins to cost: a line from 0 "
+        "to overlong_penalty (DAPO's soft punishment); 0: none",
+        least=0,
+    )
+    overlong_penalty: float = setting(1.0, "what an answer at the limit loses", least=0)
+    failure_limit: float = setting(
+        0.2,
+        "share of the last 100 leaves that may fail to be scored before the run stops with the reasons",
+        least=0,
+        most=1,
+        safe_on_resume=True,
+    )
+
+
+@dataclass
+class ChosenReward(RewardPart):
+    """One of the rewards of a run."""
+
+    label: str = ""  # in metrics and in a leaf's parts; "" where it is the only one
+    key: str = "reward"  # of the settings, for messages
+
+    @property
+    def shown(self) -> str:
+        """For messages."""
+        return self.label or self.name
+
+
+def rewards(config: RewardConfig) -> list[ChosenReward]:
+    """The rewards of a run, in order.  Raises :class:`ConfigError` with a line for each bad part."""
+    names = [one.name for one in dataclasses.fields(RewardPart)]
+    shared: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if not config.parts:
+        return [ChosenReward(**shared)]
+    shared |= {"name": "", "options": {}, "weight": 1.0}
+    problems: list[str] = []
+    chosen: list[ChosenReward] = []
+    for number, given in enumerate(config.parts):
+        key = f"reward.parts[{number}]"
+        try:
+            chosen.append(_chosen(key, shared, given))
+        except ConfigError as error:
+            problems.append(str(error))
+    labels = [one.label for one in chosen]
+    for one in chosen:
+        if labels.count(one.label) > 1:
+            problems.append(f"{one.key}.label: two rewards are called {one.label!r}: give one another label")
+            break
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return chosen
+
+
+def _chosen(key: str, shared: Mapping[str, Any], given: Mapping[str, Any]) -> ChosenReward:
+    known = [*shared, "label"]
+    if unknown := [str(name) for name in given if name not in known]:
+        close = nearest(unknown[0], known)
+        raise ConfigError(f"{key}.{unknown[0]}: a reward has {', '.join(known)}{close}")
+    try:
+        schema = OmegaConf.structured(ChosenReward(**shared, key=key))
+        merged = OmegaConf.merge(schema, {**escape(dict(given)), "options": {}})
+        one: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(one, ChosenReward)
+    if not one.name:
+        raise ConfigError(f"{key}.name is missing: one of {', '.join(REWARDS.names)}, or your own")
+    options = given.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{key}.options={options!r} must be a dictionary")
+    one.options = dict(options)
+    one.label = one.label or one.name.rpartition(":")[2]
+    return one

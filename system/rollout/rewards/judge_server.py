@@ -1,0 +1,203 @@
+"""The server of a judge: asked patiently, and never twice the same."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from system.errors import ConfigError
+from system.http import HttpClient, HttpError
+from system.rollout.reward import ScoreFailed
+from system.rollout.rewards.judge_prompt import Messages
+from system.tools.service import throttler
+
+BACKOFF_S, MOST_BACKOFF_S = 0.5, 30.0  # before the first retry, doubling; the wait is drawn in [half, whole]
+_MILLION = 1e6  # tokens that a price is for
+
+
+class JudgeServer:
+    """A model behind OpenAI's ``/chat/completions``."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        parameters: Mapping[str, Any],
+        *,
+        key: str,
+        retries: int,
+        try_s: float,
+        rate_per_s: float,
+        prices: tuple[float, float],
+    ) -> None:
+        """``parameters``: of the request, besides model and messages; ``prices``: of a million tokens read
+        and written.
+        """
+        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        self._model, self._parameters = model, parameters
+        self._http = HttpClient(keys={self.url: key})
+        self._retries, self._try_s, self._prices = retries, try_s, prices
+        self._throttle, self._rng = throttler(rate_per_s), random.Random()
+        self._quiet_until = 0.0  # on the event loop's clock: a Retry-After is meant for all requests
+        self.counts: Counter[str] = Counter()
+        self.amounts: dict[str, float] = {"answer_s": 0.0, "cost": 0.0}
+
+    def body(self, messages: Messages) -> dict[str, Any]:
+        """The request; of the ``parameters``, null leaves one out."""
+        whole = {"model": self._model, "messages": messages, "temperature": 0, **self._parameters}
+        return {name: value for name, value in whole.items() if value is not None}
+
+    async def ask(self, messages: Messages) -> str:
+        """What the model replies.  Raises :class:`ScoreFailed` when all attempts have failed."""
+        attempt = 0
+        while True:
+            try:
+                return await self._attempt(messages)
+            except HttpError as error:
+                if not error.passing or attempt >= self._retries:
+                    tried = f" (attempt {attempt + 1})" if attempt else ""
+                    raise ScoreFailed(f"judge: {error}{tried}", "endpoint") from error
+                await self._back_off(attempt, error.retry_after_s)
+            attempt += 1
+            self.counts["retries"] += 1
+
+    async def _attempt(self, messages: Messages) -> str:
+        loop = asyncio.get_running_loop()
+        if (quiet_s := self._quiet_until - loop.time()) > 0:
+            await asyncio.sleep(quiet_s * self._rng.uniform(1.0, 1.25))  # not all at the same moment
+        if self._throttle is not None:
+            await self._throttle.acquire()
+        self.counts["requests"] += 1
+        began = loop.time()
+        try:
+            answer = await self._http.request("POST", self.url, self.body(messages), self._try_s)
+        except HttpError as error:
+            self.counts["refused"] += error.status == 429
+            # No JSON with a good status: a proxy's page, perhaps; another attempt may fare better.
+            error.passing = error.passing or error.status == 0
+            raise
+        self.counts["answers"] += 1
+        self.amounts["answer_s"] += loop.time() - began
+        self._pay(answer.get("usage"))
+        return _content(answer, self.url)
+
+    async def _back_off(self, attempt: int, asked_s: float) -> None:
+        whole = min(BACKOFF_S * 2**attempt, MOST_BACKOFF_S)
+        now = asyncio.get_running_loop().time()
+        if asked_s > 0:
+            self._quiet_until = max(self._quiet_until, now + asked_s)
+        await asyncio.sleep(whole * self._rng.uniform(0.5, 1.0))
+
+    def _pay(self, usage: Any) -> None:
+        for name, price in zip(("prompt_tokens", "completion_tokens"), self._prices, strict=True):
+            tokens = usage.get(name) if isinstance(usage, dict) else None
+            if isinstance(tokens, int) and tokens > 0:
+                self.counts[name] += tokens
+                self.amounts["cost"] += tokens * price / _MILLION
+
+    async def close(self) -> None:
+        await self._http.close()
+
+
+def _content(answer: Mapping[str, Any], url: str) -> str:
+    """The text of the first choice.  Raises HttpError for an answer that has none: it may be tried again."""
+    match answer:
+        case {"choices": [{"message": {"content": str(text)}}, *_]}:
+            return text
+        case _:
+            raise HttpError(f"no choices[0].message.content in the answer of {url}")
+
+
+class Verdicts:
+    """Verdicts by request: of this run, of its earlier sessions, and those that are on their way.
+
+    Each process appends to a file of its own in ``directory``, a line of JSON per verdict, and reads all of
+    them when it starts.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        """None: they are kept for this process only.  Raises ConfigError if the directory cannot be made."""
+        self._known: dict[str, tuple[float, ...]] = {}
+        self._flights: dict[str, _Judging] = {}
+        self._path: Path | None = None
+        self.counts: Counter[str] = Counter()
+        if directory is None:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in sorted(directory.glob("*.jsonl")):
+                self._read(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{directory}: the judge's verdicts cannot be kept there ({error.strerror}): every rollout "
+                "worker needs the run directory under the same name"
+            ) from error
+        self._path = directory / f"{uuid.uuid4().hex}.jsonl"
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().splitlines():
+            try:
+                one = json.loads(line)
+                self._known[str(one["key"])] = tuple(float(grade) for grade in one["grades"])
+            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
+                continue
+
+    async def get(
+        self, key: str, judge: Callable[[], Awaitable[tuple[tuple[float, ...], str]]]
+    ) -> tuple[float, ...]:
+        """The grades for the request ``key``; ``judge`` is asked for them, and its reply, if nobody has been.
+
+        Equal requests share one flight, which ends early only when all who wait for it have gone.  A failure
+        is not kept.
+        """
+        if (grades := self._known.get(key)) is not None:
+            self.counts["cache_hits"] += 1
+            return grades
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Judging(asyncio.ensure_future(self._fly(key, judge)))
+        else:
+            self.counts["joins"] += 1
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                flight.task.cancel()
+                self._flights.pop(key, None)
+
+    async def _fly(
+        self, key: str, judge: Callable[[], Awaitable[tuple[tuple[float, ...], str]]]
+    ) -> tuple[float, ...]:
+        try:
+            grades, reply = await judge()
+            self._known[key] = grades
+            if self._path is not None:
+                line = json.dumps({"key": key, "grades": grades, "reply": reply})
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
+            return grades
+        finally:
+            flight = self._flights.get(key)
+            if flight is not None and flight.task is asyncio.current_task():
+                del self._flights[key]
+
+
+class _Judging:
+    """A request on its way, and how many wait for it."""
+
+    def __init__(self, task: asyncio.Task[tuple[float, ...]]) -> None:
+        self.task, self.waiting = task, 0
+
+
+def request_key(url: str, body: Mapping[str, Any]) -> str:
+    """A hash of all that a verdict depends on."""
+    return hashlib.sha256(json.dumps([url, body], sort_keys=True).encode()).hexdigest()
