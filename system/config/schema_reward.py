@@ -15,7 +15,7 @@ from system.config.rule import setting
 from system.errors import ConfigError
 from system.plugins import REWARDS, escape, nearest
 
-ON_LOOP = 64  # scores at once of one ``async`` reward, where nothing else is said
+ON_LOOP = 256  # scores at once of one ``async`` reward, where nothing else is said
 
 
 @dataclass
@@ -49,7 +49,7 @@ class RewardPart:
     concurrency: int = setting(
         0,
         "scores at once, per rollout worker; others wait, which no deadline_s counts; 0: reward.workers in "
-        "threads and processes, 64 on the loop",
+        "threads and processes, 256 on the loop",
         least=0,
         safe_on_resume=True,
     )

@@ -15,6 +15,7 @@ from system.config import RolloutConfig
 from system.rollout.branching import Never
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score
+from system.rollout.scorer import Scorer
 from system.rollout.scoring import Scoring
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.syntax.tags import TagSyntax
@@ -45,7 +46,7 @@ def context(client: EngineClient) -> RolloutContext:
         tools=NoTools(),
         syntax=TagSyntax({}),
         policy=Never(4),
-        scoring=Scoring(NoReward()),
+        scoring=Scoring([Scorer(NoReward())]),
         tokenizer=make_tokenizer(),
         config=RolloutConfig(leaves=LEAVES, roots=LEAVES, max_response_tokens=LENGTH),
         vocab_size=VOCAB,

@@ -290,7 +290,7 @@ def test_a_list_is_several_and_what_a_part_leaves_out_the_section_says(tmp_path:
         ("reward.name=", "write `reward:"),
         (
             "reward={name: judge, options: {base_url: 'http://j', model: m, rate_per_s: 1}}",
-            r"reward.options.rate_per_s=1: with 64 scores at once .*reward.concurrency",
+            r"reward.options.rate_per_s=1: with 256 scores at once .*reward.concurrency",
         ),
     ],
 )

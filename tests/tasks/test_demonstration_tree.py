@@ -14,6 +14,7 @@ from system.rollout.branching import Never
 from system.rollout.chat import Chat
 from system.rollout.context import RolloutContext
 from system.rollout.rewards.arpo import ArpoReward
+from system.rollout.scorer import Scorer
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
@@ -76,7 +77,7 @@ async def test_demonstrations_are_token_for_token_what_the_grower_makes():
                 tools=tools,
                 syntax=TagSyntax(tools.specs),
                 policy=Never(probe_tokens=8),
-                scoring=Scoring(ArpoReward()),
+                scoring=Scoring([Scorer(ArpoReward())]),
                 tokenizer=tokenizer,
                 config=RolloutConfig(leaves=1, roots=1),
                 vocab_size=len(tokenizer),
