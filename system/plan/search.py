@@ -129,7 +129,8 @@ def layouts(config: Config, gpus: int) -> Iterator[Candidate]:
     nodes = -(-gpus // node)
     in_a_node = [width for width in WIDTHS if width <= node]
     row, micro = row_tokens(config), config.learn.micro_tokens
-    ways = [cp for cp in WIDTHS if cp == 1 or (cp * SHARE <= row and cp * BLOCK <= micro)]
+    most = min(row // SHARE, micro // BLOCK) if config.learn.attention != "flash" else 1
+    ways = [cp for cp in WIDTHS if cp <= max(1, most)]
     for tp, pp, cp in product(in_a_node, WIDTHS, ways):
         for dp in range(1, gpus // (tp * pp * cp) + 1):
             ranks = tp * pp * cp * dp

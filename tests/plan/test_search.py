@@ -57,6 +57,8 @@ def test_where_paths_are_long_their_tokens_are_shared_where_that_serves() -> Non
     assert {layout.cp for layout in layouts(recipe("qwen3-32b-8x8"), 64)} == {1}
     few = recipe("qwen3-32b-8x8", *long, "learn.micro_tokens=256")
     assert {layout.cp for layout in layouts(few, 64)} == {1, 2}  # a block of 128 tokens for each rank
+    flash = recipe("qwen3-32b-8x8", *long, "learn.attention=flash")  # which takes whole rows only
+    assert {layout.cp for layout in layouts(flash, 64)} == {1}
     best, made = search(config, 64).best[0]  # a single tree: there is nothing for data-parallel ranks
     assert best.cp > 1 == best.dp
     assert made.config.learn.cp == best.cp
