@@ -254,6 +254,10 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ),
         ("learn.credit=igpo", "set rollout.score_answer=true too"),
         (
+            "learn.credit=a2tgpo learn.objective=a2tgpo",
+            "learn.credit=a2tgpo and learn.objective=a2tgpo: what",
+        ),
+        (
             "rollout.rescore=true engine.name=sglang engine.kv_after_update=keep",
             "rollout.rescore=true needs engine.kv_after_update=recompute",
         ),

@@ -12,6 +12,7 @@ from rollout_fakes import SPECS, Segment, World, make_world
 from test_guided import ACTIONS, SHOWN, TEXT
 
 from system.config import GuideConfig, load
+from system.learn.credit.gain import gains
 from system.observe.metrics import rollout_metrics
 from system.plugins import SYNTAXES
 from system.rollout.branching import Never, Policy, Random
@@ -151,6 +152,17 @@ def test_a_tree_with_an_experts_turns_goes_on_from_its_snapshot() -> None:
     tree, expected = run(interrupted()), grow(whole)
     assert texts(made, tree, Kind.EXPERT) == texts(whole, expected, Kind.EXPERT) != []
     assert TreeStats.of(tree).after_expert.sum() == 2
+
+
+def test_the_gold_answer_is_scored_behind_the_experts_results_too() -> None:
+    """So that a turn behind them has a gain, and the expert's own have."""
+    tree = grow(world(call_limit=4, score_answer=True))
+    known = np.isfinite(tree.answer_logprob)
+    assert (known == ~np.isin(tree.kind, (Kind.MODEL, Kind.EXPERT))).all()
+    experts = np.flatnonzero(tree.kind == Kind.EXPERT)
+    behind = [node for node in range(tree.n_nodes) if tree.parent[node] in experts]
+    assert experts.size
+    assert np.isfinite(gains(TreeStats.of(tree))[behind]).all()
 
 
 def test_turns_end_where_a_result_is_not_known() -> None:
