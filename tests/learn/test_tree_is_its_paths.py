@@ -389,6 +389,40 @@ def test_a_turns_clip_is_scaled_alike_wherever_its_tokens_are_packed(flat: bool)
     assert min(seen) < 1 < max(seen)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_the_engine_found_at_a_turns_close_is_the_proximal_policy(flat: bool) -> None:
+    """Where it is not known, that is the policy that sampled."""
+    rng = np.random.default_rng(2)
+    trees = random_trees(5)
+    for i, tree in enumerate(trees):
+        known = is_model(tree) & (rng.random(tree.n_tokens) < 0.8)
+        closed = np.where(known, tree.logprob - rng.random(tree.n_tokens), np.nan).astype(np.float32)
+        trees[i] = replace(
+            tree, closed_logprob=closed, closed_version=np.where(known, 3, -1).astype(np.int32)
+        )
+    expected = {
+        (i, float(tree.logprob[at])): float(np.nan_to_num(tree.closed_logprob[at], nan=tree.logprob[at]))
+        for i, tree in enumerate(trees)
+        for at in np.flatnonzero(is_model(tree))
+    }
+    planner = BatchPlanner(learner_config(credit="grpo", micro_tokens=48), flat=flat)
+    differ = 0
+    for batch in pack_share(planner.plan([TreeStats.of(tree) for tree in trees]), 0, dict(enumerate(trees)))[
+        0
+    ]:
+        row = Row(batch, torch.device("cpu"), trained=True)
+        row.anchor()
+        zero = torch.zeros(len(row.scored))
+        given = row.loss_tokens(zero, zero, 0, None)
+        assert given.anchored
+        assert given.proximal is not None
+        for at, proximal in zip(row.scored.tolist(), given.proximal.tolist(), strict=True):
+            if not np.isnan(mu := float(batch.logprob[at])):  # an expert's
+                assert proximal == pytest.approx(expected[int(batch.tree[at]), mu])
+                differ += proximal != mu
+    assert differ > 20
+
+
 def test_a_factor_without_entropies_says_what_it_needs() -> None:
     config = learner_config(credit="grpo")
     config.learn.entropy_factor = 0.2
