@@ -107,6 +107,17 @@ def test_calls_and_tokens_of_the_expert_count_against_the_limits() -> None:
     assert texts(made, grow(made), Kind.EXPERT) == [], "there would be no room for an answer"
 
 
+def test_a_branch_behind_the_expert_has_only_the_calls_that_the_expert_left() -> None:
+    made = make_world(
+        lambda text, rng: Segment("<search> q </search>"), policy=Never(4), leaves=4, roots=4, call_limit=3
+    )
+    made.context = replace(made.context, guide=GuideConfig(expert=1.0, text=TEXT))
+    tree = grow(made)
+    calls = [sum(tree.kind[node] == Kind.TOOL for node in TreeStats.of(tree).path(leaf)) for leaf in range(4)]
+    assert calls == [3] * 4, "all call as often as they may"
+    assert TreeStats.of(tree).after_expert.sum() == 2
+
+
 @pytest.mark.parametrize("options", [{"share": 0.0}, {"greedy": True}, {"guide": 1}, {"bare": True}])
 def test_where_no_expert_is_followed(options: dict[str, Any]) -> None:
     made = world(share=options.pop("share", 1.0))
