@@ -309,6 +309,7 @@ OBJECTIVES = Registry(
         "topr": "system.learn.gates:Topr",
         "aepo": "system.learn.gates:AepoClip",
         "at2po": "system.learn.gates:TurnClip",
+        "a2tgpo": "system.learn.gates:GainTurnClip",
         "gspo": "system.learn.gates:Gspo",
         "m2po": "system.learn.gates:M2po",
         "a3po": "system.learn.objective:LogLinear",

@@ -255,6 +255,10 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ),
         ("learn.credit=igpo", "set rollout.score_answer=true too"),
         (
+            "learn.credit=a2tgpo learn.objective=a2tgpo",
+            "learn.credit=a2tgpo and learn.objective=a2tgpo: what",
+        ),
+        (
             "rollout.rescore=true engine.name=sglang engine.kv_after_update=keep",
             "rollout.rescore=true needs engine.kv_after_update=recompute",
         ),
@@ -356,6 +360,7 @@ def test_an_algorithm_by_name_comes_before_other_settings(name: str, tmp_path: P
     set_by_it = dict(text.split("=") for text in ALGORITHMS[name])
     assert config.learn.credit.name == set_by_it["learn.credit"]
     assert config.learn.objective.name == set_by_it["learn.objective"]
+    assert part_problems(config) == []
     (tmp_path / "mine.yaml").write_text(f"base: {QUICKSTART}\nalgorithm: {name}\nbranching: none\n")
     mine = load(tmp_path / "mine.yaml")
     assert mine.learn == dataclasses.replace(config.learn, clip_low=mine.learn.clip_low)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from system.config import load
+from system.config.algorithms import ALGORITHMS
+from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES, POLICIES, Registry
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -39,3 +41,20 @@ def test_the_settings_it_names_are_there(document: Path) -> None:
         for word in name.split("."):
             at = at.get(word, "an entry of a dictionary") if isinstance(at, dict) else getattr(at, word, None)
         assert at is not None, f"{document.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    "parts", [CREDITS, OBJECTIVES, AGGREGATES, CORRECTIONS, POLICIES], ids=lambda one: one.key
+)
+def test_every_part_of_an_algorithm_stands_in_its_document(parts: Registry) -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    assert [name for name in parts.names if f"`{name}`" not in text and f"={name}`" not in text] == []
+
+
+def test_every_algorithm_and_planted_mistake_stands_in_the_document() -> None:
+    text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    named = text.partition("## All together")[2].partition("\n## ")[0]
+    assert [name for name in ALGORITHMS if f"`{name}`" not in named] == []
+    listed = re.findall(r"^\| (.*?) \| `", text.partition("## Planted mistakes")[2], re.MULTILINE)
+    planted = (ROOT / "tests" / "learn" / "plant_mutations.py").read_text(encoding="utf-8")
+    assert listed == re.findall(r'^    \("(.*?)", "', planted, re.MULTILINE)

@@ -35,6 +35,8 @@ def study(args: argparse.Namespace) -> int:
     `sampling`: does it pay to leave out trees without signal? Arms: all, dynamic.
     `measures`: what says best that the model is unsure? Arms: delta (calibrated), entropy, first, surprise,
     varentropy, siblings, treerl (inside turns) and random.
+    `data`: do a curriculum, or demonstrations, pay on few questions? Arms: epochs, curriculum, guided (of the
+    hopeless ones some trees) and expert (some branches begin with its turns).
     (system/study/questions.py says what each arm sets.) Every run is synchronous (flow.staleness=0), on one
     rank and the embedded engine. With 5 seeds p is at least 0.0625 for one task; all together can say more.
     The same command goes on after a stop: runs that are there are not made again. (It warns if the code has

@@ -40,7 +40,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "treepo": ("branching=random", "learn.credit=treepo", *_DAPO, _TOKENS),
     "gigpo": ("branching=random", "learn.credit=gigpo", *_PPO, _SEQUENCES),
     "a2tgpo": (
-        *("branching=none", "learn.credit=a2tgpo", "rollout.score_answer=true", "learn.objective=at2po"),
+        *("branching=none", "learn.credit=a2tgpo", "rollout.score_answer=true", "learn.objective=a2tgpo"),
         _SEQUENCES,
     ),
     "igpo": ("branching=none", "learn.credit=igpo", "rollout.score_answer=true", *_PPO, _SEQUENCES),

@@ -19,7 +19,8 @@ from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, REWARDS, PluginError, nearest
 
-INFORMED = ("a2tgpo", "igpo")  # credits that need the gold answer's scores
+# What needs the gold answer's scores.
+INFORMED = ("learn.credit=a2tgpo", "learn.credit=igpo", "learn.objective=a2tgpo")
 # SGLang's flags that the rest of the system depends on, and what sets each of them.
 SET_BY: dict[str, str] = {
     **dict.fromkeys(("model", "model_path"), "model.path"),
@@ -357,9 +358,11 @@ def _void(config: Config) -> Iterator[str]:
             f"rollout.{asks[0]}=true: SGLang scores given tokens at temperature 1 only: leave "
             f"rollout.temperature={rollout.temperature:g} at 1, or set engine=embedded"
         )
-    if learn.credit.name in INFORMED and not rollout.score_answer:
+    parts = (f"learn.credit={learn.credit.name}", f"learn.objective={learn.objective.name}")
+    informed = " and ".join(part for part in parts if part in INFORMED)
+    if informed and not rollout.score_answer:
         yield (
-            f"learn.credit={learn.credit.name} goes by how likely the gold answer becomes with each tool "
+            f"{informed}: what a turn is worth there is how likely the gold answer becomes with each tool "
             "result: set rollout.score_answer=true too"
         )
     if 0 < learn.dual_clip <= 1 + learn.clip_high:

@@ -137,7 +137,7 @@ class RolloutConfig:
     score_answer: bool = setting(
         False,
         "the engine scores the gold answer behind the prompt and behind each tool result, for "
-        "learn.credit=a2tgpo and igpo: a prefill of the result and the answer per result",
+        "credits and objectives by information gain: a prefill of the result and the answer per result",
         safe_on_resume=True,
     )
     answer_opening: str = setting(

@@ -6,7 +6,7 @@ fetches ``plan.trees(dp_rank)`` and packs them (:func:`system.tree.pack.pack_sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,17 +18,28 @@ from system.learn.credit.base import Credit, assign
 from system.plugins import AGGREGATES, CREDITS
 from system.tree.factor import EntropyFactor
 from system.tree.plan import Assigned, BatchPlan, Floats, plan_update, row_budget
-from system.tree.record import path_sum
+from system.tree.record import Float64, path_sum
 from system.tree.stats import TreeStats
 
 
 class BatchPlanner:
     """Plans batches for ``dp`` data-parallel ranks; the only state is the credit's own."""
 
-    def __init__(self, config: Config, *, flat: bool, dp: int = 1, pad_to: int = 1) -> None:
-        """``flat``: train root-to-leaf paths (``Objective.flat``).  Raises ``ConfigError``."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        flat: bool,
+        dp: int = 1,
+        pad_to: int = 1,
+        clip_scale: Callable[[TreeStats], Float64] | None = None,
+    ) -> None:
+        """``flat``: train root-to-leaf paths (``Objective.flat``); ``clip_scale``: the objective's, if it has
+        one.  Raises ``ConfigError``.
+        """
         learn = config.learn
         self.learn, self.flat, self.dp, self.pad_to = learn, flat, dp, pad_to
+        self.clip_scale = clip_scale
         self.credit: Credit = CREDITS.make(learn.credit.name, learn.credit.options)
         self.aggregate: Aggregate = AGGREGATES.make(
             learn.aggregate.name, learn.aggregate.options, length_cap=config.rollout.max_response_tokens
@@ -70,7 +81,9 @@ class BatchPlanner:
         assigned = Assigned(trees, gains, weights, self.credit.per, self.credit.hard)
         strength = learn.entropy_factor
         factor = EntropyFactor.over(strength, trees, weights) if strength else None
-        return BatchPlan(updates, self.pad_to, sum(not np.any(gain) for gain in gains), assigned, factor)
+        scale = [self.clip_scale(tree) for tree in trees] if self.clip_scale else None
+        silent = sum(not np.any(gain) for gain in gains)
+        return BatchPlan(updates, self.pad_to, silent, assigned, factor, scale)
 
     def supervised(self, trees: Sequence[TreeStats]) -> BatchPlan:
         """One step on every MODEL token, once per leaf through it, scored or not, all weighed alike."""

@@ -15,9 +15,12 @@ from typing import ClassVar
 
 import torch
 
+from system.learn.credit.gain import clip_scale
 from system.learn.divergence import MAX_LOG_RATIO
 from system.learn.objective import LossTokens, Objective, Ppo, Statistics, exp_ratio
 from system.plugins import PluginError
+from system.tree.record import Float64
+from system.tree.stats import TreeStats
 
 _MOST_LOG_RATIO = 10.0  # of a turn, as in the authors' code
 
@@ -124,6 +127,10 @@ class TurnClip(Gate):
         """[M] int64: tokens of one number share a ratio."""
         return t.node
 
+    def bounds(self, t: LossTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lowest and highest ratio, of all tokens or [M]."""
+        return t.logprob.new_tensor(self.low), t.logprob.new_tensor(self.high)
+
     def gains(self, t: LossTokens, ratio: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_ratio, unit = t.logprob.detach() - t.behaviour, self.unit(t)
         units = int(unit.max()) + 1
@@ -131,7 +138,40 @@ class TurnClip(Gate):
         count = log_ratio.new_zeros(units).index_add(0, unit, torch.ones_like(log_ratio))
         mean = (total / count.clamp(min=1))[unit]
         s = (mean.clamp(max=_MOST_LOG_RATIO) + t.logprob - t.logprob.detach()).exp()
-        return s.clamp(max=self.high), s.clamp(min=self.low)
+        low, high = self.bounds(t)
+        return s.clamp(max=high), s.clamp(min=low)
+
+
+class GainTurnClip(TurnClip):
+    """The same between 1 - c·ε_low and 1 + c·ε_high, where c goes by what the turn's result gained: A²TGPO's
+    adaptive clip (arXiv 2605.06200), c = 1 + β·(2σ(N) - 1) (:func:`system.learn.credit.gain.clip_scale`).
+
+    The turn of the answer, and one whose gain is unknown, has c = 1.  Needs ``rollout.score_answer=true``.
+    """
+
+    scales: ClassVar[bool] = True
+
+    def __init__(self, eps_low: float = 3e-3, eps_high: float = 4e-3, beta: float = 0.3) -> None:
+        if not 0 <= beta < 1:
+            raise PluginError(f"learn.objective.options.beta={beta:g}: it must lie within 0 and below 1")
+        super().__init__(eps_low, eps_high)
+        self.eps_low, self.eps_high, self.beta = eps_low, eps_high, beta
+
+    def clip_scale(self, tree: TreeStats) -> Float64:
+        return clip_scale(tree, self.beta)
+
+    def bounds(self, t: LossTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self._scale(t)
+        return 1 - c * self.eps_low, 1 + c * self.eps_high
+
+    def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
+        loss, statistics = super().loss(t)
+        statistics.maxima["clip_scale_max"] = self._scale(t).amax()
+        return loss, statistics
+
+    def _scale(self, t: LossTokens) -> torch.Tensor:
+        """[M] c of each token."""
+        return torch.ones_like(t.mult) if t.clip_scale is None else t.clip_scale
 
 
 class Gspo(TurnClip):

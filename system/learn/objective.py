@@ -24,6 +24,8 @@ import torch.distributed as dist
 from system.config import LearnConfig
 from system.learn.divergence import MAX_LOG_RATIO, MEASURES, Band, divergence, k3
 from system.plugins import OBJECTIVES, PluginError
+from system.tree.record import Float64
+from system.tree.stats import TreeStats
 
 # Statistics that are totals of an optimizer step; the other sums are reported as means.
 TOTALS = ("loss", "tokens", "tokens_computed")
@@ -50,6 +52,7 @@ class LossTokens:
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
     anchored: bool = False  # the proximal policy is the engine's at the close of each node, not the learner's
     guided: torch.Tensor | None = None  # 1 where μ was under another prompt than π_θ is; None: nowhere
+    clip_scale: torch.Tensor | None = None  # what :meth:`Objective.clip_scale` said; None: 1 everywhere
 
 
 @dataclass
@@ -112,6 +115,7 @@ class Objective(ABC):
     flat: ClassVar[bool] = False  # train root-to-leaf paths instead of trees
     supervised: ClassVar[bool] = False  # the model as it is: no temperature, no regularisers
     adapts: ClassVar[bool] = False  # it wants to see each optimizer step's tokens first: :meth:`adapt`
+    scales: ClassVar[bool] = False  # its clip is wider for some turns than for others: :meth:`clip_scale`
     importance: bool = True  # it weighs tokens by π_θ/μ or π_prox/μ, so that leaves should not be, too
 
     @abstractmethod
@@ -123,6 +127,12 @@ class Objective(ABC):
     def adapt(self, log_ratio: torch.Tensor, leaves: torch.Tensor) -> None:
         """Before an optimizer step, if ``adapts``: [n] log π_θ/μ of the tokens of all ranks, and [n, 2] how
         many leaves below each have a positive, and a negative, advantage.
+        """
+        raise NotImplementedError
+
+    def clip_scale(self, tree: TreeStats) -> Float64:
+        """When a batch is planned, if ``scales``: [J] what the clip's width is multiplied by in the tokens of
+        each node.
         """
         raise NotImplementedError
 

@@ -112,6 +112,7 @@ class Row:
             proximal=self.proximal,
             reference=reference,
             anchored=self.anchored,
+            clip_scale=pick(batch.clip_scale),
         )
 
 

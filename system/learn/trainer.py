@@ -66,7 +66,13 @@ class Trainer:
         self._padding = self._context.padding if self._context else row_padding(self.layout.device, spread)
         self.objective = make_objective(learn)
         self._now = config  # as it is at the step that is trained
-        self.planner = BatchPlanner(config, flat=self.objective.flat, dp=self.layout.dp, pad_to=self._padding)
+        self.planner = BatchPlanner(
+            config,
+            flat=self.objective.flat,
+            dp=self.layout.dp,
+            pad_to=self._padding,
+            clip_scale=self.objective.clip_scale if self.objective.scales else None,
+        )
         self.correction: Correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
         warnings = (
             inert_clip(self.objective, learn, config.run.by_step),

@@ -87,6 +87,14 @@ def prefixes(
     return [found[count] for count in drawn]
 
 
+def beginnings(growth: TreeBuilder, found: Sequence[Prefix]) -> list[int]:
+    """Where a new tree's branches may begin: its prompt, and the results of the expert on the way to the
+    deepest of ``found``.
+    """
+    deepest = max((prefix.node for prefix in found), default=growth.prompt)
+    return [node for node in growth.path(deepest) if growth.kind(node) != Kind.EXPERT]
+
+
 def _result(context: RolloutContext, text: str) -> Int32:
     """Token ids of what the expert was answered, put into the syntax's tags unless it stands in them."""
     if text.lstrip().startswith(context.syntax.result_open.strip()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,6 +92,11 @@ class GivenTokens:
             found := await self._score("answer", tokens, before.size + first, parent)
         ):
             self.growth.answer(node, float(found.logprob.mean(dtype=np.float64)))
+
+    async def answers(self, nodes: Sequence[int]) -> None:
+        """:meth:`answer` behind each of ``nodes``, on the way to which nothing was generated."""
+        for node in nodes:
+            await self.answer(node, "")
 
     @cached_property
     def _answer(self) -> tuple[Int32, int]:

@@ -27,7 +27,7 @@ from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
-from system.rollout.expert import led, prefixes
+from system.rollout.expert import beginnings, led, prefixes
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.probe import probe
 from system.rollout.request import GivenTokens, segment_request
@@ -115,7 +115,7 @@ class TreeRollout:
                 for leaf in range(len(self.ended)):  # of a resumed tree
                     self._begin_score(leaf)
                 if self.scores_answer and not self.resumed:
-                    self.beside.create_task(self.given.answer(self.growth.prompt, ""))
+                    self.beside.create_task(self.given.answers(beginnings(self.growth, self.prefixes)))
                 cut = await self._branches()
                 await self.scores.close()
         except ExceptionGroup as errors:

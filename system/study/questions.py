@@ -15,6 +15,7 @@ class Study:
     control: str
 
 
+_FEW = "task.train_size=64"
 QUESTIONS = {
     "branching": Study(
         "Does it pay to fork where the model is unsure?",
@@ -53,5 +54,21 @@ QUESTIONS = {
         "64 per step (DAPO's dynamic sampling, arXiv 2503.14476). What was left out counts as spent.",
         {"all": (), "dynamic": ("flow.skip_silent=64",)},
         control="all",
+    ),
+    "data": Study(
+        "Do pools by difficulty, or demonstrations, pay?",
+        "64 questions that come again and again: in epochs, by a curriculum of difficulty, with half of the "
+        "hopeless ones' trees guided by a demonstration (ActGuide), or with an expert's turns at the "
+        "beginning of some branches (E3-TIR).",
+        {
+            "epochs": (_FEW,),
+            "curriculum": (_FEW, "flow.curriculum=true"),
+            "guided": (
+                *(_FEW, "flow.curriculum=true", "flow.curriculum_hopeless=1"),
+                *("guide.hopeless=0.5", 'guide.text="\\n{actions}"', "learn.objective=ppo"),
+            ),
+            "expert": (_FEW, "guide.expert=0.5"),
+        },
+        control="epochs",
     ),
 }

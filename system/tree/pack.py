@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from system.tree.factor import EntropyFactor
 from system.tree.plan import BatchPlan, MicroBatch, Part, padded_size
-from system.tree.record import Kind, Tree, path, path_sum, subtree_end
+from system.tree.record import Float64, Kind, Tree, path, path_sum, subtree_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class PackedBatch:
     s_plus: NDArray[np.float32]  # [N] Σ w·max(A, 0) over the leaves below
     s_minus: NDArray[np.float32]  # [N] Σ w·min(A, 0) over the leaves below
     factor: NDArray[np.float32]  # [N] what S+ and S- were multiplied by; below 0 they have changed places
+    clip_scale: NDArray[np.float32]  # [N] what an objective that scales its clip multiplies the width by
     mult: NDArray[np.float32]  # [N] Σ w over the scored leaves below (weighs entropy bonus, KL, diagnostics)
     logprob: NDArray[np.float32]  # [N] behaviour log-probability; NaN on EXPERT tokens, which have none
     version: NDArray[np.int32]  # [N] behaviour weight version, -1 off the loss
@@ -50,15 +51,24 @@ def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list
     ``trees``: at least those of ``plan.trees(dp_rank)``, by index in the batch.
     """
     return [
-        [pack(micro_batch, trees, plan.pad_to, plan.factor) for micro_batch in ranks[dp_rank]]
+        [
+            pack(micro_batch, trees, plan.pad_to, plan.factor, plan.clip_scale)
+            for micro_batch in ranks[dp_rank]
+        ]
         for ranks in plan.updates
     ]
 
 
 def pack(
-    micro_batch: MicroBatch, trees: Mapping[int, Tree], pad_to: int = 1, factor: EntropyFactor | None = None
+    micro_batch: MicroBatch,
+    trees: Mapping[int, Tree],
+    pad_to: int = 1,
+    factor: EntropyFactor | None = None,
+    clip_scale: Sequence[Float64] | None = None,
 ) -> PackedBatch:
-    """One row, padded to a multiple of ``pad_to``.  ``trees``: at least those of the parts, by index."""
+    """One row, padded to a multiple of ``pad_to``.  ``trees``: at least those of the parts, by index;
+    ``factor`` and ``clip_scale`` as in :class:`system.tree.plan.BatchPlan`.
+    """
     n = padded_size(micro_batch, pad_to)
     batch = PackedBatch(
         tokens=np.zeros(n, np.int32),
@@ -68,6 +78,7 @@ def pack(
         s_plus=np.zeros(n, np.float32),
         s_minus=np.zeros(n, np.float32),
         factor=np.ones(n, np.float32),
+        clip_scale=np.ones(n, np.float32),
         mult=np.zeros(n, np.float32),
         logprob=np.zeros(n, np.float32),
         version=np.full(n, -1, np.int32),
@@ -79,6 +90,9 @@ def pack(
     base = 0
     for part in micro_batch:
         _write(batch, base, part, trees[part.tree], factor)
+        if clip_scale is not None:
+            nodes = batch.node[base : base + part.size] - batch.node[base]  # numbered within the part
+            batch.clip_scale[base : base + part.size] = clip_scale[part.tree][part.nodes][nodes]
         base += part.size
     return with_credit_of(batch, micro_batch)
 

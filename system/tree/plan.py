@@ -57,6 +57,7 @@ class BatchPlan:
     silent: int = 0  # trees whose advantages are all 0
     assigned: Assigned | None = None  # None: nothing was, the batch is supervised
     factor: EntropyFactor | None = None  # on each token's advantages
+    clip_scale: Sequence[Float64] | None = None  # on the clip's width, [J] per tree; None: 1 everywhere
 
     def trees(self, dp_rank: int) -> list[int]:
         """The trees, by index in the batch, that a data-parallel rank trains on."""

@@ -1,4 +1,4 @@
-"""Credits by information gain: by hand, and a second time path by path."""
+"""Credits and clip by information gain: by hand, and a second time path by path."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_algorithms import VECTORS, made
 from test_tree_is_its_paths import random_trees
 
 from system.learn.credit.base import assign
-from system.plugins import CREDITS, PluginError
+from system.learn.credit.gain import clip_scale, normal_gains
+from system.learn.objective import LossTokens
+from system.plugins import CREDITS, OBJECTIVES, PluginError
 from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome
 from system.tree.stats import TreeStats
@@ -91,6 +95,92 @@ def test_igpo_by_hand() -> None:
     assert a[2, hand.other] == pytest.approx(other + gamma * more + gamma**2 * r[2], abs=1e-5)
     for leaf, answer in enumerate([hand.short, hand.last, hand.end, hand.direct]):
         assert a[leaf, answer] == pytest.approx(r[leaf], abs=1e-5)
+
+
+def test_a2tgpo_as_derived_from_what_is_quoted_of_its_code() -> None:
+    """Normal gains, advantages and clip scales of three paths of one, two and three results."""
+    record = VECTORS["a2tgpo"]
+    growth = TreeBuilder("p", "t", [1], budget=3)
+    growth.answer(growth.prompt, math.log(0.2))
+    turns: dict[str, list[int]] = {}
+    for leaf, (name, raw) in enumerate(record["inputs"]["raw_ig"].items()):
+        above, p, turns[name] = growth.prompt, 0.2, []
+        for gain in [*raw, None]:
+            turns[name].append(growth.node(above, Kind.MODEL))
+            growth.extend(turns[name][-1], [1], -0.1, None, 0)
+            if gain is not None:
+                p += gain
+                above = growth.node(turns[name][-1], Kind.TOOL)
+                growth.extend(above, [1])
+                growth.answer(above, math.log(p))
+        reward = record["inputs"]["outcome"][name]
+        assert growth.leaf(turns[name][-1], Outcome.STOPPED, Origin.ROOT) == leaf
+        growth.score(leaf, reward, reward > 0)
+    tree, options = TreeStats.of(growth.close(0.0)), record["hyper"]
+    (a,) = assign(CREDITS.make("a2tgpo", {"alpha": options["alpha"], "gamma": options["gamma"]}), [tree])
+    scale = made("a2tgpo", {"beta": options["beta"]}).clip_scale(tree)
+    expected = record["expected"]
+    for leaf, (name, nodes) in enumerate(turns.items()):
+        results = [node + 1 for node in nodes[:-1]]
+        assert normal_gains(tree)[results] == pytest.approx(expected["norm_ig"][name], abs=2e-5)
+        assert a[leaf, nodes] == pytest.approx(expected["A"][name], abs=1e-5)
+        assert scale[nodes] == pytest.approx(expected["clip_scale"][name], abs=1e-5)
+
+
+def test_the_clip_is_wider_for_a_turn_that_gained_more_than_others() -> None:
+    """1 + β·(2σ(N) - 1) of the turn that called; 1 of answers, and where there is nothing to compare."""
+    hand = Hand()
+    scale = clip_scale(hand.tree, 0.5)
+    n1, n2 = z([0.3, 0.3, -0.1]), z([-0.1, 0.5])
+
+    def c(n: float) -> float:
+        return 1 + 0.5 * (2 / (1 + math.exp(-n)) - 1)
+
+    calling = [(hand.first, n1[0]), (hand.long, n2[0]), (hand.other, n1[2]), (hand.middle, n2[1])]
+    for node, n in calling:
+        assert scale[node] == pytest.approx(c(n), abs=1e-5)
+    assert scale[hand.first] > 1 > scale[hand.other]
+    assert (np.delete(scale, [node for node, _ in calling]) == 1).all()
+    unknown = Hand(unknown=True)
+    assert clip_scale(unknown.tree, 0.5)[[unknown.long, unknown.middle]].tolist() == [1, 1]
+
+
+def test_a_turns_bounds_are_scaled_on_both_sides() -> None:
+    """Four turns of two tokens, whose mean ratio lies between the widest bounds and those in the middle."""
+    scale = [1.0, 1.3, 0.7, 1.25]
+    for sign, log_ratio in ((1, math.log(1.0045)), (-1, math.log(0.9965))):
+        logprob = torch.full((8,), -1.0, dtype=torch.float64, requires_grad=True)
+        ones = torch.ones(8, dtype=torch.float64)
+        uneven = torch.tensor([1.5, 0.5] * 4, dtype=torch.float64) * log_ratio
+        tokens = LossTokens(
+            logprob=logprob,
+            entropy=0 * ones,
+            behaviour=logprob.detach() - uneven,
+            s_plus=ones * (sign > 0),
+            s_minus=-ones * (sign < 0),
+            mult=ones,
+            staleness=0 * ones,
+            node=torch.arange(4).repeat_interleave(2),
+            path=torch.zeros(8, dtype=torch.int64),
+            clip_scale=torch.tensor(scale).repeat_interleave(2),
+        )
+        loss, statistics = made("a2tgpo").loss(tokens)
+        loss.backward()
+        s = math.exp(log_ratio)
+        bound = [1 + 0.004 * c if sign > 0 else 1 - 0.003 * c for c in scale]
+        inside = [s < b if sign > 0 else s > b for b in bound]
+        assert inside == [False, True, False, True]
+        held = [s if free else b for free, b in zip(inside, bound, strict=True)]
+        assert float(loss) == pytest.approx(-sign * 2 * sum(held), abs=1e-6)
+        assert logprob.grad is not None
+        assert logprob.grad.tolist() == pytest.approx([-sign * s * free for free in inside for _ in "ab"])
+        assert float(statistics.maxima["clip_scale_max"]) == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.0])
+def test_a_clip_that_could_close_is_refused(beta: float) -> None:
+    with pytest.raises(PluginError, match=r"learn\.objective\.options\.beta"):
+        OBJECTIVES.make("a2tgpo", {"beta": beta})
 
 
 def test_a_gain_that_is_unknown_is_none() -> None:

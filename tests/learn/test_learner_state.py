@@ -25,10 +25,13 @@ from learner_reference import (
     train,
 )
 from test_learner_equality import open_trainer
+from test_tree_is_its_paths import answered
 
 from system.config import ConfigError, PartConfig
+from system.learn.credit.gain import clip_scale
 from system.learn.parallel import start
 from system.tree.record import Kind
+from system.tree.stats import TreeStats
 
 # A large eps: Adam divides by the gradient, and where that is rounding noise a small eps makes it ±lr.
 STEP: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0, "eps": 1e-4}
@@ -363,6 +366,24 @@ def test_the_learner_follows_the_courses_of_settings(ranks: Ranks, tiny_model: C
     )
     assert moving == fixed
     assert fixed["clip_high"] > 0
+
+
+def scaling_case(place: Place, model: str) -> tuple[float, float]:
+    """The widest clip of A²TGPO that a learner's tokens had, and the one of its trees."""
+    trainer = open_trainer(place, learner_config(objective="a2tgpo", credit="a2tgpo"), model)
+    try:
+        rng = np.random.default_rng(0)
+        trees = [answered(tree, rng) for tree in make_trees(1)]
+        widest = max(clip_scale(TreeStats.of(tree), 0.3).max() for tree in trees)
+        return train(trainer, trees)["clip_scale_max"], float(widest)
+    finally:
+        trainer.close()
+
+
+def test_the_learner_scales_the_clip_of_each_turn(ranks: Ranks, tiny_model: Callable[..., str]) -> None:
+    found, widest = ranks.run(scaling_case, world=1, model=tiny_model())[0]
+    assert found == pytest.approx(widest)
+    assert found > 1.05
 
 
 def adapting_case(place: Place, model: str, correction: PartConfig) -> dict[str, Any]:

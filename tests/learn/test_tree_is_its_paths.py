@@ -27,11 +27,12 @@ from system.learn.aggregate import leaf_weights
 from system.learn.batch import BatchPlanner
 from system.learn.correction import NodeRatios, spread, weigh
 from system.learn.credit.base import Credit, assign
+from system.learn.credit.gain import clip_scale
 from system.learn.gates import M2po
 from system.learn.objective import LossTokens, Objective, make_objective
 from system.learn.rows import Row
 from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
-from system.tree.pack import PackedBatch, pack, with_credit_of
+from system.tree.pack import PackedBatch, pack, pack_share, with_credit_of
 from system.tree.plan import BatchPlan, Part, flat_paths, node_credit, reweighed, signed_leaves
 from system.tree.record import Kind, Tree, TreeError
 from system.tree.stats import TreeStats
@@ -103,11 +104,12 @@ def test_a_tree_is_its_flat_paths(name: str, seed: int, aggregate: str) -> None:
     total = sum(tree.n_tokens for tree in trees)
     logprob = -torch.rand(total, generator=generator, dtype=torch.float64) * 4
     moved = torch.randn(total, generator=generator, dtype=torch.float64)
+    scale = scales(stats)
     for objective in OBJECTIVES.names:
         if made(objective).flat:
             continue  # trains the paths themselves
         (loss, gradient), (flat_loss, flat_gradient) = (
-            loss_of(objective, logprob, moved, *tokens) for tokens in (whole, paths)
+            loss_of(objective, logprob, moved, scale, *tokens) for tokens in (whole, paths)
         )
         assert loss == pytest.approx(flat_loss, abs=1e-12)
         torch.testing.assert_close(gradient, flat_gradient, rtol=1e-9, atol=1e-12)
@@ -179,17 +181,24 @@ def test_a_corrected_tree_is_its_corrected_paths(
         if made(objective).flat:
             continue  # trains the paths themselves
         (loss, gradient), *others = (
-            loss_of(objective, logprob, moved, *laid_out(trees, parts)) for parts in (by_hand, *trained)
+            loss_of(objective, logprob, moved, scales(stats), *laid_out(trees, parts))
+            for parts in (by_hand, *trained)
         )
         for other_loss, other in others:
             assert other_loss == pytest.approx(loss, abs=1e-9)
             torch.testing.assert_close(other, gradient, rtol=1e-6, atol=1e-9)
 
 
+def scales(stats: Sequence[TreeStats]) -> torch.Tensor:
+    """Of every token, what A²TGPO's clip is scaled by."""
+    return torch.from_numpy(np.concatenate([np.repeat(clip_scale(one, 0.3), one.length) for one in stats]))
+
+
 def loss_of(
     objective: str,
     logprob: torch.Tensor,
     moved: torch.Tensor,
+    scale: torch.Tensor,
     at: torch.Tensor,
     node: torch.Tensor,
     sums: torch.Tensor,
@@ -209,6 +218,7 @@ def loss_of(
         node=node,
         path=torch.zeros_like(node),
         proximal=here.detach() + 0.3 * step,
+        clip_scale=scale[at],
     )
     loss, _ = made(objective).loss(tokens)
     loss.backward()
@@ -344,6 +354,73 @@ def test_a_factor_on_tokens_is_the_same_on_a_tree_and_on_its_paths(correction: b
     assert sums[0].keys() == sums[1].keys()
     for key, three in sums[0].items():
         np.testing.assert_allclose(sums[1][key], three, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_turns_clip_is_scaled_alike_wherever_its_tokens_are_packed(flat: bool) -> None:
+    """By the results of the whole tree, also in rows that hold a part of it, and before padding."""
+    trees = random_trees(4)
+    stats = [TreeStats.of(tree) for tree in trees]
+    objective = made("a2tgpo")
+    planner = BatchPlanner(
+        learner_config(credit="a2tgpo", micro_tokens=48),
+        flat=flat,
+        pad_to=16,
+        clip_scale=objective.clip_scale,
+    )
+    plan = planner.plan(stats)
+    own = [np.repeat(objective.clip_scale(one), one.length) for one in stats]
+    expected = {
+        (i, float(tree.logprob[at])): own[i][at]
+        for i, tree in enumerate(trees)
+        for at in np.flatnonzero(is_model(tree))
+    }
+    seen: set[float] = set()
+    for batch in pack_share(plan, 0, dict(enumerate(trees)))[0]:
+        row = Row(batch, torch.device("cpu"), trained=True)
+        zero = torch.zeros(len(row.scored))
+        given = row.loss_tokens(zero, zero, 0, None).clip_scale
+        assert given is not None
+        for at, scale in zip(row.scored.tolist(), given.tolist(), strict=True):
+            if not np.isnan(batch.logprob[at]):  # an expert's
+                assert scale == pytest.approx(expected[int(batch.tree[at]), float(batch.logprob[at])])
+                seen.add(round(scale, 3))
+        assert (batch.clip_scale[batch.tree < 0] == 1).all()
+    assert min(seen) < 1 < max(seen)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_the_engine_found_at_a_turns_close_is_the_proximal_policy(flat: bool) -> None:
+    """Where it is not known, that is the policy that sampled."""
+    rng = np.random.default_rng(2)
+    trees = random_trees(5)
+    for i, tree in enumerate(trees):
+        known = is_model(tree) & (rng.random(tree.n_tokens) < 0.8)
+        closed = np.where(known, tree.logprob - rng.random(tree.n_tokens), np.nan).astype(np.float32)
+        trees[i] = replace(
+            tree, closed_logprob=closed, closed_version=np.where(known, 3, -1).astype(np.int32)
+        )
+    expected = {
+        (i, float(tree.logprob[at])): float(np.nan_to_num(tree.closed_logprob[at], nan=tree.logprob[at]))
+        for i, tree in enumerate(trees)
+        for at in np.flatnonzero(is_model(tree))
+    }
+    planner = BatchPlanner(learner_config(credit="grpo", micro_tokens=48), flat=flat)
+    differ = 0
+    for batch in pack_share(planner.plan([TreeStats.of(tree) for tree in trees]), 0, dict(enumerate(trees)))[
+        0
+    ]:
+        row = Row(batch, torch.device("cpu"), trained=True)
+        row.anchor()
+        zero = torch.zeros(len(row.scored))
+        given = row.loss_tokens(zero, zero, 0, None)
+        assert given.anchored
+        assert given.proximal is not None
+        for at, proximal in zip(row.scored.tolist(), given.proximal.tolist(), strict=True):
+            if not np.isnan(mu := float(batch.logprob[at])):  # an expert's
+                assert proximal == pytest.approx(expected[int(batch.tree[at]), mu])
+                differ += proximal != mu
+    assert differ > 20
 
 
 def test_a_factor_without_entropies_says_what_it_needs() -> None:

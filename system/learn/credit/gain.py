@@ -1,5 +1,5 @@
-"""Credit of each turn by its information gain: how much likelier the gold answer became with the turn's tool
-result, under the policy of then.
+"""Credit, and clip range, of each turn by its information gain: how much likelier the gold answer became with
+the turn's tool result, under the policy of then.
 
 A turn is what the model writes between the prompt, or a result, and the next result or the end; turn k of a
 path has k results before it, and its gain is p(answer | its result) - p(answer | what came before the turn),
@@ -74,20 +74,8 @@ class A2tgpo(GainCredit):
         self.alpha = alpha
 
     def of_tree(self, tree: TreeStats, outcome: Float64) -> Float64:
-        gained, turn = gains(tree), results_above(tree)
-        normal = np.zeros(tree.nodes)
-        for k in np.unique(turn[np.isfinite(gained)]):
-            normal += self._normal(tree, np.where(turn == k, gained, np.nan))
-        sums, left = self._spread(tree, normal, np.zeros(tree.leaves))
+        sums, left = self._spread(tree, normal_gains(tree), np.zeros(tree.leaves))
         return outcome[:, None] + self.alpha * sums / np.sqrt(np.maximum(left, 1))
-
-    def _normal(self, tree: TreeStats, values: Float64) -> Float64:
-        """[J] z-scores of what is known of ``values`` [J], each as often as leaves lie below; else 0."""
-        nodes = np.flatnonzero(np.isfinite(values) & (tree.scored_below > 0))
-        often = tree.scored_below[nodes]
-        result = np.zeros(tree.nodes)
-        result[nodes] = self._group.of_group(np.repeat(values[nodes], often))[np.cumsum(often) - 1]
-        return result
 
 
 class Igpo(GainCredit):
@@ -125,3 +113,28 @@ def gains(tree: TreeStats) -> Float64:
         written = tree.kind[parent] in (Kind.MODEL, Kind.EXPERT)  # within a turn
         before[node] = before[parent] if written else p[parent]
     return np.where(tree.kind == Kind.TOOL, p - before, np.nan)
+
+
+def normal_gains(tree: TreeStats) -> Float64:
+    """[J] N: z-score of each TOOL node's gain among the turns of its index in the tree, each as often as
+    scored leaves lie below it; 0 elsewhere, and where a gain is unknown or there is nothing to compare.
+    """
+    gained, turn, below = gains(tree), results_above(tree), tree.scored_below
+    group, normal = Grpo(), np.zeros(tree.nodes)
+    known = np.isfinite(gained) & (below > 0)
+    for k in np.unique(turn[known]):
+        nodes = np.flatnonzero(known & (turn == k))
+        often = below[nodes]
+        normal[nodes] = group.of_group(np.repeat(gained[nodes], often))[np.cumsum(often) - 1]
+    return normal
+
+
+def clip_scale(tree: TreeStats, beta: float) -> Float64:
+    """[J] c = 1 + β·(2σ(N) - 1) of the turn that called, N its result's :func:`normal_gains` and σ the
+    logistic function; 1 of other nodes.
+
+    A turn that another branch leaves in its middle stands in the tree in parts; the last one calls.
+    """
+    scale, result = np.ones(tree.nodes), np.flatnonzero(tree.kind == Kind.TOOL)
+    scale[tree.parent[result]] += beta * np.tanh(normal_gains(tree)[result] / 2)  # 2σ(x) - 1 = tanh(x/2)
+    return scale
