@@ -98,7 +98,8 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         live = [_restored(values) for values in fields["live"]]
         tree.live.update((branch.key, branch) for branch in live)
         tree.ended += [(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
-        tree.seconds, tree.spent_s = fields["seconds"], fields["spent_s"]
+        tree.seconds.update(fields["seconds"])
+        tree.spent_s = fields["spent_s"]
         tree.mishaps = [one for fields_ in fields["mishaps"] if (one := Mishap(*fields_)).kind != "reward"]
         return tree
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:

@@ -25,6 +25,7 @@ from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
+from system.rollout.calls import Calls
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
 from system.rollout.expert import led, prefixes
@@ -34,9 +35,6 @@ from system.rollout.request import GivenTokens, segment_request
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import ScoreFailed
-from system.rollout.syntax.base import MalformedCall, ParsedCall
-from system.text import described
-from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, ToolCall, Tree
@@ -99,6 +97,11 @@ class TreeRollout:
         self.log_vocab = math.log(context.vocab_size)
         self.call_limit = config.call_limit if context.tools.specs else 0
         self.group = asyncio.TaskGroup()
+        self.calls = Calls(
+            *(context, prompt.id, self.schedule, self.seconds, self.mishap),
+            self.group.create_task,
+            self._top_up,
+        )
         self.scores = asyncio.TaskGroup()  # outlives the branches' deadline
         self.parts: dict[int, dict[str, float]] = {}  # of the scored leaves
 
@@ -387,11 +390,7 @@ class TreeRollout:
         if not again:
             branch.calls += 1
             branch.calling = True
-        match self.context.syntax.parse(branch.segments[-1][1]) or MalformedCall("no tool call"):
-            case ParsedCall(tool, arguments):
-                outcome = await self._run_tool(branch, tool, arguments, again)
-            case MalformedCall(reason):
-                tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, f"Error: {reason}")
+        tool, arguments, outcome = await self.calls.make(branch, again)
         begin = self.growth.depth(branch.node)
         await self._wait(self.schedule.meet(branch))
         node = self.growth.node(branch.node, Kind.TOOL)
@@ -406,34 +405,6 @@ class TreeRollout:
         self._read(branch, Kind.TOOL, begin)
         if self.policy.lag and self._room(branch) > 0:
             self._decide(branch, node)
-
-    async def _run_tool(
-        self, branch: Branch, tool: str, arguments: dict[str, Any], again: bool
-    ) -> ToolOutcome:
-        context = CallContext(prompt_id=self.prompt.id, branch=branch.number, again=again)
-        patience_s = self.schedule.patience_s(tool)
-        watch = self.group.create_task(self._late(branch, patience_s)) if patience_s < math.inf else None
-        with Stopwatch(self.seconds, "tool") as clock:
-            try:
-                outcome = await self.context.tools.call(tool, arguments, context)
-            except Exception as error:  # the service promises not to raise; if it does, the agent goes on
-                log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
-                detail = described(error)
-                self.mishap("tool", f"{tool}: {detail}")
-                text = "Error: the tool is unavailable"
-                return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=detail)
-            finally:
-                branch.late = False
-                if watch is not None:
-                    watch.cancel()
-        self.schedule.answered(tool, outcome)
-        return outcome
-
-    async def _late(self, branch: Branch, patience_s: float) -> None:
-        """Its call is not answered within ``patience_s``: the tree waits no more for what it may fork."""
-        await asyncio.sleep(patience_s)
-        branch.late = True
-        self._top_up()
 
     # The close
 
