@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from system.tree.record import (
-    ARRAYS,
     ForkDecision,
     Int32,
     Kind,
@@ -28,6 +27,7 @@ from system.tree.record import (
     validate,
 )
 from system.tree.token_path import TokenPath
+from system.tree.values import plain, row, unsampled
 
 
 @dataclass(slots=True)
@@ -200,7 +200,7 @@ class TreeBuilder:
         if self.kind(node) != Kind.MODEL:
             raise TreeError(f"node {node}: only sampled tokens are scored at their close")
         own = self._node(node)
-        own.closed = _row(logprob, own.end - own.begin, np.float32, "logprob"), version
+        own.closed = row(logprob, own.end - own.begin, np.float32, "logprob"), version
 
     def answer(self, node: int, logprob: float) -> None:
         """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
@@ -245,7 +245,7 @@ class TreeBuilder:
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
             answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
-            meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
+            meta=plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
             sampled_prompt=self._sampled,
             guide=self.guide,
         )
@@ -256,7 +256,7 @@ class TreeBuilder:
         """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
         begin = self._nodes[0].end
         return arrays | {
-            name: np.concatenate([_unsampled(name, self._trained), array[begin:]])
+            name: np.concatenate([unsampled(name, self._trained), array[begin:]])
             for name, array in arrays.items()
         }
 
@@ -365,9 +365,9 @@ class TreeBuilder:
         entropy: ArrayLike | None,
         version: ArrayLike | None,
     ) -> None:
-        node.logprob.append(_row(0.0 if logprob is None else logprob, size, np.float32, "logprob"))
-        node.entropy.append(_row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
-        node.version.append(_row(-1 if version is None else version, size, np.int32, "version"))
+        node.logprob.append(row(0.0 if logprob is None else logprob, size, np.float32, "logprob"))
+        node.entropy.append(row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
+        node.version.append(row(-1 if version is None else version, size, np.int32, "version"))
 
     def _pieces(self) -> tuple[list[_Piece], dict[int, int]]:
         """(The closed tree's nodes in depth-first pre-order, the index of the one that each handle names.)
@@ -394,19 +394,6 @@ class TreeBuilder:
         return pieces, index
 
 
-def _plain(value: Any, where: str) -> Any:
-    """``value`` as JSON has it, numpy's numbers as Python's.  TreeError names what is not JSON."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TreeError(f"{where}: {type(value).__name__} is not JSON")
-
-
 def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
     arrays = {
@@ -421,19 +408,3 @@ def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
         arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
         arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
     return arrays
-
-
-def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
-    """A private copy [size] of ``values``; a single value stands for the whole chunk."""
-    row = np.array(values, dtype)  # a copy
-    if row.shape == (size,):
-        return row
-    if row.shape == ():
-        return np.full(size, row)
-    raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")
-
-
-def _unsampled(name: str, tokens: Int32) -> NDArray[Any]:
-    """The array ``name`` of a tree, of ``tokens`` that were not sampled."""
-    off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
-    return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])
