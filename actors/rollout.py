@@ -13,6 +13,7 @@ from system import config as configuration
 from system.rollout import process
 from system.rollout.context import build_context
 from system.rollout.guard import one_tree
+from system.rollout.planting import planted
 from system.rollout.snapshot import can_freeze, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.text import described
@@ -38,12 +39,15 @@ class RolloutWorker:
         """Return: this process is there.  Its tools may still be on their way back."""
 
     async def check_tools(self) -> None:
-        """Raise ToolStartError if a configured tool cannot work."""
+        """Raise ToolStartError if a configured tool cannot work, and what an environment has against it."""
         await self._tools.check()
+        if self._context.environments is not None:
+            await self._context.environments.check()
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of the engine client and of the tool service, since this process started."""
-        return self._engine.counters | self._tools.counters
+        """Running totals of the engine client, the tools and the environment, since this process started."""
+        environments = self._context.environments
+        return self._engine.counters | self._tools.counters | (environments.counters if environments else {})
 
     async def grow(
         self,
@@ -62,7 +66,7 @@ class RolloutWorker:
         """
         with one_tree(prompt.id):
             growing = (
-                TreeRollout(
+                await planted(
                     self._context, prompt, seed=seed, ticket=ticket, temperature=temperature, guide=guide
                 )
                 if start is None
@@ -93,5 +97,5 @@ class RolloutWorker:
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks.  Raises as :meth:`grow` does."""
         with one_tree(prompt.id):
-            one = TreeRollout(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
+            one = await planted(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
             return TreeStats.of(await one.run())

@@ -35,6 +35,7 @@ from system.models.shape import ModelShape, UnsupportedModel
 from system.plugins import POLICIES, REWARDS
 from system.rollout.branching import make_policy
 from system.rollout.chat import unknown_arguments
+from system.rollout.planting import misfits
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
 from system.tasks.vocabulary import unknown_tokens
 from system.tools.search_index import read_corpus
@@ -117,6 +118,7 @@ def parts(config: Config) -> Iterator[Problem]:
         return
     if config.branching.options or config.branching.name not in POLICIES.table:
         make_policy(config.branching)
+    yield from (Problem("", line) for line in misfits(config))
 
 
 def layout(config: Config) -> Iterator[Problem]:

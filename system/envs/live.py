@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from system.envs.arguments import typed
 from system.envs.journal import Entry, Journal, difference, seconds
 from system.envs.line import Line, Spot
 from system.envs.protocol import (
@@ -33,7 +34,7 @@ from system.envs.protocol import (
     checked,
 )
 from system.envs.service import EnvironmentService, Held, Raised, TooLate, plain
-from system.tools.outcome import ToolStatus
+from system.tools.outcome import ToolSpec, ToolStatus
 from system.tools.tool import CallRefused, ToolUnavailable
 from system.tree.prompt import Prompt
 
@@ -54,6 +55,11 @@ class TreeSessions:
         self._first: Held | None = None
         self._sessions: list[BranchSession] = []
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def turn_limit(self) -> int:
+        """Messages of a branch that are answered."""
+        return self.service.limits.turn_limit if self.service.environment.answers_messages else 0
 
     async def begin(self) -> str:
         """Open the first world, for whichever root comes first; returns what its model reads then.
@@ -132,14 +138,22 @@ class BranchSession:
         self._line = Line()
         self._fault: WorldFailed | ForkTooLate | None = None
 
+    @property
+    def tools(self) -> Mapping[str, ToolSpec]:
+        return self._service.environment.tools
+
     async def act(self, calls: Sequence[Acted], text: str) -> Observation:
         """Do one action: ``calls``, or the turn's ``text`` as a message where there are none.
 
         An action that failed without having an effect, as far as this branch is concerned, is answered so and
         stands in no journal.  Raises :class:`WorldFailed` where there is no world to act in.
         """
+        try:
+            made = tuple(Acted(call.tool, typed(self.tools[call.tool], call.arguments)) for call in calls)
+        except CallRefused as refusal:
+            return Observation.of(f"The call was refused: {refusal}.", ToolStatus.REJECTED)
         async with self._line.spot():
-            return await self._act(tuple(calls), text)
+            return await self._act(made, text)
 
     def fork(self, key: Sequence[int], at: int) -> BranchSession:
         """The session of a branch that goes on from after the first ``at`` of these actions; it begins to
@@ -254,7 +268,7 @@ class BranchSession:
         environment = self._service.environment
         if environment.effects == Effects.NONE:
             return True
-        return bool(calls) and all(environment.tools[call.tool].repeatable for call in calls)
+        return bool(calls) and all(self.tools[call.tool].repeatable for call in calls)
 
     async def _step(
         self, held: Held, calls: tuple[Acted, ...], text: str, step: int, seed: int | None

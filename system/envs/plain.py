@@ -31,15 +31,13 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 from system.envs.protocol import Action, Environment, ForkKind, Ids, Observation, Start, World
 from system.plugins import PluginError
 from system.text import as_text
 from system.tools.outcome import ToolSpec
-from system.tools.tool import CallRefused, argument_error
 
 NO_TOOLS = ("reset", "reward", "done", "reply", "reseed", "close", "fork", "normalise")
 FORKS = {"deepcopy": ForkKind.NATIVE, "replay": ForkKind.REPLAY, "none": ForkKind.NONE}
@@ -50,11 +48,6 @@ _TYPES: dict[Any, str] = {
     bool: "boolean",
     list: "array",
     dict: "object",
-}
-_READ: dict[str, Callable[[str], Any]] = {
-    "integer": int,
-    "number": float,
-    "boolean": lambda text: {"true": True, "false": False}[text.lower()],
 }
 _PARAMETER = re.compile(r"\s*(\w+)\s*(?:\([^)]*\))?:\s*(.+)")
 
@@ -84,7 +77,7 @@ class PlainEnvironment(Environment):
         self._normalise: Callable[[str], str] = getattr(kind, "normalise", str)
 
     def open(self, start: Start) -> World:
-        return PlainWorld(self._make(), start, self.tools)
+        return PlainWorld(self._make(), start)
 
     def normalise(self, text: str) -> str:
         return self._normalise(text)
@@ -93,9 +86,9 @@ class PlainEnvironment(Environment):
 class PlainWorld(World):
     """One object of the author's class."""
 
-    def __init__(self, made: Any, start: Start | None, tools: Mapping[str, ToolSpec]) -> None:
+    def __init__(self, made: Any, start: Start | None) -> None:
         """``start``: None for a copy, which has begun already."""
-        self._made, self._tools = made, tools
+        self._made = made
         if start is not None:
             self.reseed(start.seed)
             self.opening = as_text(made.reset(start.prompt))
@@ -106,8 +99,7 @@ class PlainWorld(World):
             answer = Observation(done=True) if said is None else _answer(said, role="user")
         else:
             (call,) = action.calls
-            arguments = _typed(self._tools[call.tool], call.arguments)
-            answer = _answer(getattr(self._made, call.tool)(**arguments))
+            answer = _answer(getattr(self._made, call.tool)(**call.arguments))
         if getattr(self._made, "done", False):
             return dataclasses.replace(answer, done=True)
         return answer
@@ -116,7 +108,7 @@ class PlainWorld(World):
         return {"reward": self._made.reward()}
 
     def fork(self, ids: Ids) -> World:
-        return PlainWorld(copy.deepcopy(self._made), None, self._tools)
+        return PlainWorld(copy.deepcopy(self._made), None)
 
     def reseed(self, seed: int) -> None:
         if hasattr(self._made, "reseed"):
@@ -196,16 +188,3 @@ def _schema(where: str, kind: Any) -> dict[str, Any]:
     raise PluginError(
         f"{where}: a tool's parameter is of JSON's types, or a list of one, a Literal or a union"
     )
-
-
-def _typed(spec: ToolSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``arguments`` with texts read as the numbers that are wanted: some call syntaxes know only texts."""
-    made = dict(arguments)
-    for name, value in arguments.items():
-        kind = spec.parameters["properties"].get(name, {}).get("type")
-        if isinstance(value, str) and kind in _READ:
-            with suppress(ValueError, KeyError):  # refused below
-                made[name] = _READ[kind](value.strip())
-    if problem := argument_error(spec.parameters, made):
-        raise CallRefused(problem)
-    return made

@@ -11,10 +11,12 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from system.config import EnvironmentConfig
+from system.config import Config, EnvironmentConfig
 from system.envs.calling import Caller, told
+from system.envs.make import make_environment
 from system.envs.protocol import CannotFork, Effects, Environment, ForkKind, Start, World, WorldFailed
 from system.errors import OF_OTHERS, EspalierError, asked_to_end
 from system.text import named
@@ -146,6 +148,41 @@ class EnvironmentService:
         """Return when all worlds that were retired are closed."""
         while self._closing:
             await asyncio.wait(self._closing)
+
+
+@dataclass(frozen=True, slots=True)
+class Environments:
+    """The environment that trains and, apart from it, the one in which is evaluated."""
+
+    train: EnvironmentService
+    eval: EnvironmentService
+
+    @classmethod
+    def of(cls, config: Config) -> Environments | None:
+        """As configured; None where the tools keep no state.  Raises :class:`.PluginError`."""
+        made = [make_environment(config.environment) for _ in range(2)]
+        train, evaluation = made
+        if train is None or evaluation is None:
+            return None
+        limits, run = config.environment, config.run.name
+        return cls(
+            EnvironmentService(train, limits, run, "train"),
+            EnvironmentService(evaluation, limits, run, "eval"),
+        )
+
+    @property
+    def counters(self) -> dict[str, float]:
+        return self.train.counters | self.eval.counters
+
+    async def check(self) -> None:
+        """Raise what the environment has against being used."""
+        await self.train.check()
+        await self.eval.check()
+
+    async def settle(self) -> None:
+        """Return when all worlds that were retired are closed."""
+        await self.train.settle()
+        await self.eval.settle()
 
 
 def plain(value: Any) -> Any:

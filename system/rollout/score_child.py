@@ -38,6 +38,8 @@ def answer(name: str, reward: Reward, line: bytes) -> dict[str, Any]:
             Outcome(branch["outcome"]),
             tuple((tool, status) for tool, status in branch["tools"]),
             branch["tokens"],
+            tuple(branch["steps"]),
+            branch["result"],
         )
         score = normalised(name, reward.score(Prompt(**prompt), view))
         return {"value": score.value, "correct": score.correct, "parts": score.parts}

@@ -16,12 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
+from system.envs.live import BranchSession, TreeSessions
+from system.envs.protocol import WorldFailed
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
@@ -37,7 +41,7 @@ from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import ScoreFailed
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
-from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, ToolCall, Tree
+from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, Tree
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,7 @@ class TreeRollout:
         temperature: float | None = None,
         guide: int = 0,
         growth: TreeBuilder | None = None,
+        sessions: TreeSessions | None = None,
     ) -> None:
         """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
         draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
@@ -67,7 +72,8 @@ class TreeRollout:
         forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``guide``: actions of the
         prompt's demonstration that the engine is told and the learner is not (:mod:`system.flow.guidance`).
         ``growth``: what was built before the run was resumed (see :mod:`system.rollout.snapshot`), its guide
-        included; None for a new tree.
+        included; None for a new tree.  ``sessions``: what its branches act in, if there is an environment
+        (:mod:`system.rollout.planting`).
         """
         config = context.config
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
@@ -95,13 +101,18 @@ class TreeRollout:
         self.spent_s = 0.0  # of the deadline, before the run was resumed
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
         self.log_vocab = math.log(context.vocab_size)
-        self.call_limit = config.call_limit if context.tools.specs else 0
+        self.sessions = sessions
         self.group = asyncio.TaskGroup()
         self.calls = Calls(
-            *(context, prompt.id, self.schedule, self.seconds, self.mishap),
+            *(context, self.growth, self.schedule, self.seconds, self.mishap),
             self.group.create_task,
             self._top_up,
+            sessions,
         )
+        self.call_limit = config.call_limit if self.calls.tools else 0
+        self.turn_limit = sessions.turn_limit if sessions is not None else 0
+        # Calls after which no branch forks any more; what a user says may come at any time.
+        self.last_fork = sys.maxsize if self.turn_limit else self.call_limit
         self.scores = asyncio.TaskGroup()  # outlives the branches' deadline
         self.parts: dict[int, dict[str, float]] = {}  # of the scored leaves
 
@@ -122,6 +133,9 @@ class TreeRollout:
                 cut = await self._branches()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
+        finally:
+            if self.sessions is not None:
+                await self.sessions.close()
         if len(self.parts) < min(2, self.budget):
             outcomes = [outcome for _, outcome in self.ended]
             raise too_few(self.prompt.id, outcomes, self.mishaps, len(self.parts), self.budget, cut)
@@ -158,7 +172,9 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes))
+            branch = led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes)
+            branch.session = self.sessions.root(key) if self.sessions is not None else None
+            self._start(branch)
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()
@@ -171,7 +187,7 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
-        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit, self.share)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.last_fork, self.share)
         if count and self.policy.expands:
             if self.live:
                 return
@@ -210,6 +226,10 @@ class TreeRollout:
             kind = ENGINE_LOST if isinstance(error, EngineLost) else "engine"
             self.mishap(kind, str(error))
             outcome = Outcome.ENGINE_ERROR
+        except WorldFailed as error:
+            log.warning("prompt %s: %s", self.prompt.id, error)
+            self.mishap(error.reason, error.detail)
+            outcome = Outcome.ENVIRONMENT
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
             raise
@@ -228,18 +248,26 @@ class TreeRollout:
         branch, outcome = self.ended[leaf]
         if outcome.scored:
             tokens = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
-            view = BranchView(branch.segments, outcome, branch.tools, tokens)
-            self.scores.create_task(self._score(leaf, view), name=f"score {branch.key} of {self.prompt.id}")
+            steps = self.growth.rewards(branch.node)
+            view = BranchView(branch.segments, outcome, branch.tools, tokens, steps)
+            work = self._score(leaf, view, branch.session)
+            self.scores.create_task(work, name=f"score {branch.key} of {self.prompt.id}")
+        elif branch.session is not None:
+            branch.session.end("its branch has ended")
 
-    async def _score(self, leaf: int, view: BranchView) -> None:
+    async def _score(self, leaf: int, view: BranchView, session: BranchSession | None) -> None:
         try:
+            if session is not None:
+                view = replace(view, result=await session.result())
+                session.end("its branch has ended")
             score = await self.context.scoring.score(self.prompt, view)
-        except ScoreFailed as error:
+        except (ScoreFailed, WorldFailed) as error:
             log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
-            self.mishap("reward", str(error))
+            self.mishap(error.reason if isinstance(error, WorldFailed) else "reward", str(error))
         else:
-            self.growth.score(leaf, score.value, score.correct)
-            self.parts[leaf] = score.parts
+            earned = sum(view.steps)
+            self.growth.score(leaf, score.value + earned, score.correct)
+            self.parts[leaf] = {**score.parts, "steps": earned} if view.steps else score.parts
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
@@ -253,9 +281,15 @@ class TreeRollout:
                     case Finish("stop", str()):
                         if branch.calls >= self.call_limit:
                             return Outcome.CALL_LIMIT
-                    case _:
+                    case _ if not self.turn_limit:
                         return Outcome.STOPPED
+                    case _:
+                        if branch.messages >= self.turn_limit:
+                            return Outcome.TURN_LIMIT
+                        branch.says = True
             await self._call(branch)
+            if branch.over:
+                return Outcome.ENDED
             if self._room(branch) == 0:
                 return Outcome.LENGTH
 
@@ -385,26 +419,18 @@ class TreeRollout:
     # Tools
 
     async def _call(self, branch: Branch) -> None:
-        """Make the call that the newest segment ends with and append what came of it, whatever it is."""
-        again = branch.calling  # under way when the tree was saved
-        if not again:
-            branch.calls += 1
-            branch.calling = True
-        tool, arguments, outcome = await self.calls.make(branch, again)
-        begin = self.growth.depth(branch.node)
+        """Make the call that the newest segment ends with, or pass it on as a message, and append what came
+        of it, whatever it is.
+        """
+        made = await self.calls.make(branch)
         await self._wait(self.schedule.meet(branch))
-        node = self.growth.node(branch.node, Kind.TOOL)
-        self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
-        about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
-        self.growth.call(ToolCall(node, tool if tool in self.context.tools.specs else "", arguments, *about))
-        branch.node = branch.answer = node
+        begin = self.growth.depth(branch.node)
+        self.calls.write(branch, made, self._room(branch))
         if self.scores_answer:
-            self.scores.create_task(self.given.answer(node, branch.request))
-        branch.calling = False
-        branch.tools = (*branch.tools, (tool, str(outcome.status)))
+            self.scores.create_task(self.given.answer(branch.node, branch.request))
         self._read(branch, Kind.TOOL, begin)
-        if self.policy.lag and self._room(branch) > 0:
-            self._decide(branch, node)
+        if self.policy.lag and self._room(branch) > 0 and not branch.over:
+            self._decide(branch, branch.node)
 
     # The close
 

@@ -44,6 +44,7 @@ class _Node:
     version: list[Int32] = field(default_factory=list)
     closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
     answer: float = math.nan  # :meth:`TreeBuilder.answer`
+    reward: float = 0.0  # :meth:`TreeBuilder.reward`
 
 
 @dataclass(slots=True)
@@ -206,6 +207,16 @@ class TreeBuilder:
         """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
         self._node(node).answer = logprob
 
+    def reward(self, node: int, value: float) -> None:
+        """Give ``node`` what its turn earned by itself, in the sight of an environment."""
+        if not math.isfinite(value):
+            raise TreeError(f"node {node}: a reward must be finite, not {value}")
+        self._node(node).reward += float(value)
+
+    def rewards(self, node: int) -> tuple[float, ...]:
+        """What the turns from the root to ``node`` earned, without those that earned nothing."""
+        return tuple(value for one in self.path(node) if (value := self._node(one).reward))
+
     def call(self, call: ToolCall) -> None:
         """Record a tool call; ``call.node`` is a handle."""
         self._node(call.node)
@@ -228,6 +239,9 @@ class TreeBuilder:
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
         answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
+        earned = np.zeros(len(kept), np.float32)
+        for handle, node in enumerate(self._nodes):
+            earned[index[handle]] += node.reward
         lengths[0] = self._trained.size
         grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
@@ -245,6 +259,7 @@ class TreeBuilder:
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
             answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
+            step_reward=earned if earned.any() else np.zeros(0, np.float32),
             meta=plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
             sampled_prompt=self._sampled,
             guide=self.guide,
@@ -303,8 +318,8 @@ class TreeBuilder:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
         Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
-        ``begin``, ``length``, ``answer``), nodes in the order of their handles; of a guided tree also the
-        ``trained_prompt``.  Rewards are not in it: they come at the close.
+        ``begin``, ``length``, ``answer``, ``reward``), nodes in the order of their handles; of a guided tree
+        also the ``trained_prompt``.  The leaves' rewards are not in it: they come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
@@ -314,6 +329,7 @@ class TreeBuilder:
             "begin": np.array([n.begin for n in nodes], np.int32),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
             "answer": np.array([n.answer for n in nodes], np.float32),
+            "reward": np.array([n.reward for n in nodes], np.float64),
         }
         fields = {
             **self._about,
@@ -344,6 +360,8 @@ class TreeBuilder:
                 growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
         for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
             growth.answer(number, logprob)
+        for number, value in enumerate(arrays["reward"].tolist()):
+            growth.reward(number, value)
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:

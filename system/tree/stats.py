@@ -74,7 +74,8 @@ class TreeStats:
     seconds: float  # from the first root to the close
     rescored: int  # MODEL tokens that were scored when their nodes closed
     rescored_gap: float  # sum over these of |log-probability then - when sampled|, nats
-    guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
+    guide: int  # actions of a demonstration that the prompt told which it was sampled from
+    step_reward: Float64  # [J] the record's; 0 throughout where no environment gave any
 
     @property
     def after_expert(self) -> NDArray[np.bool_]:
@@ -139,6 +140,9 @@ class TreeStats:
             rescored=int(at_close.sum()),
             rescored_gap=float(gap.sum(dtype=np.float64)),
             guide=tree.guide,
+            step_reward=tree.step_reward.astype(np.float64)
+            if tree.step_reward.size
+            else np.zeros(tree.n_nodes),
         )
 
     @property
