@@ -250,6 +250,7 @@ REWARDS = Registry(
         "arpo": "system.rollout.rewards.arpo:ArpoReward",
         "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
         "task": "system.tasks.base:task_reward",
+        "environment": "system.rollout.rewards.environment:EnvironmentReward",
     },
     offered=("config",),
     method="score",

@@ -314,7 +314,8 @@ class BranchSession:
         service, retries = self._service, self._service.limits.retries
         if self.attempt and not service.rebuilds:
             raise self._failure("world_lost", "the environment has no way to build it again")
-        service.counts["rebuilt"] += bool(self.attempt)
+        if self.attempt:
+            service.counts["rebuilt"] += 1
         for attempt in range(retries + 1):
             try:
                 return await self._opened(None)
