@@ -101,8 +101,8 @@ class Walks(GeneratedTask[Walk]):
     name = "walks"
 
     def __init__(self, config: Config, right: float = 0.4, slip: float = 0.45) -> None:
-        """``right``, ``slip``: the chances of the expert to go where the compass shows and, its habit, to turn
-        right from there.
+        """``right``, ``slip``: the chances of the expert to follow the compass and, its habit, to turn right
+        from there.
         """
         super().__init__(config, Skill(right, slip))
 

@@ -61,9 +61,8 @@ class PlainEnvironment(Environment):
         where = f"environment.name={name!r}"
         public = dict(_methods(kind))
         if slow := [one for one, method in public.items() if inspect.iscoroutinefunction(method)]:
-            raise PluginError(
-                f"{where}: {slow[0]} is async: write it without, or a whole {Environment.__module__}"
-            )
+            remedy = "write it without, or a whole environment (system/envs/protocol.py)"
+            raise PluginError(f"{where}: {slow[0]} is async: {remedy}")
         self.tools = {one: _spec(where, one, method) for one, method in public.items() if one not in NO_TOOLS}
         self.answers_messages, self.has_result = "reply" in public, "reward" in public
         if not self.tools and not self.answers_messages:

@@ -197,13 +197,14 @@ class Recorder:
                 idle.add(actor, cause, seconds, span)
 
     def running_total(self, client: str, name: str, total: float) -> None:
-        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` for
-        a name that begins so, else ``engine/<name>``.
+        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` or
+        ``environment/<name>`` for a name that begins so, else ``engine/<name>``.
         """
         news = self._news((client, name), total)
-        if name.startswith("tools/"):
+        group, _, rest = name.partition("/")
+        if group in ("tools", "environment"):
             add(self._tool_counts, **{name: news})
-            add(self._totals.tools, **{name.removeprefix("tools/"): news})
+            add(self._totals.tools if group == "tools" else self._totals.environment, **{rest: news})
         else:
             add(self._engine, **{name: news})
             add(self._totals.engine, **{name: news})

@@ -18,6 +18,10 @@ OF_THE_POOL = (
     *("entropy_estimates", "entropy_error_nats"),
 )
 OF_A_TOOL = ("retries", "joins", "cache_hits", "breaker_opened", "breaker_rejected")
+OF_AN_ENVIRONMENT = (
+    *("worlds", "steps", "rebuilt", "timeouts", "retries", "left_running", "close_failed"),
+    *("forks_native", "forks_refused", "replay_diverged"),
+)
 FULL = Totals(
     evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
     staleness=Counter({1: 2}),
@@ -31,6 +35,7 @@ FULL = Totals(
         1.0,
     ),
     tools={f"my.tool/{what}": 1.0 for what in OF_A_TOOL},
+    environment={f"train/{what}": 1.0 for what in OF_AN_ENVIRONMENT},
     mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
     weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),
 )

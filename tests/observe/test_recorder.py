@@ -102,6 +102,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "causes",
             "engine",
             "tools",
+            "environment",
             "wall_s",
             "idle",
             "idle_s",
