@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from system.config import load
 from system.envs.make import make_environment
 from system.envs.protocol import Acted, Action, Ids, Start
+from system.observe.prompts import describe
 from system.rollout.chat import planned_syntax
 from system.study.measure import Trial, measure
 from system.tasks.base import make_task
@@ -65,3 +67,8 @@ def test_it_is_learned_with_forks(
     assert accuracy[-1] > 0.8
     assert found["forks"]["count"] > 200
     assert not found["dropped"]
+
+
+def test_the_prompt_command_shows_what_the_world_begins_with(here: None) -> None:
+    told = "\n".join(describe(load("walk.yaml", []), 1))
+    assert re.search(r"Q: walk \d+ \?\n\n(north|east|south|west)\n", told)
