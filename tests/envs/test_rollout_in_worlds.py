@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_fakes import PROMPT, Script, Segment, make_world, ok
 from rollout_fakes import World as Made
+from test_live_properties import late
 
 from system.config import EnvironmentConfig
+from system.envs.live import BranchSession
 from system.envs.protocol import Action, Environment, ForkKind, Ids, Message, Observation, Start, World
 from system.envs.service import Environments, EnvironmentService
 from system.plugins import SYNTAXES
@@ -320,3 +322,27 @@ def test_an_evaluation_has_worlds_of_its_own() -> None:
     assert evaluation.counts["steps"] == 2
     assert not made.service.counts
     assert set(environments.counters) >= {"environment/eval/steps", "environment/eval/worlds"}
+
+
+def test_a_fork_that_comes_too_late_is_found_in_the_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What :func:`check` is there for: a world that is copied after its parent's next action."""
+
+    def grow(seed: int) -> None:
+        made = in_worlds(
+            lambda text, rng: Segment(f"<push> p{rng.integers(9)} </push>", entropy=1.0, first_s=0.0),
+            Tallies(mean_s=0.1),
+            policy=Random(2, 1.0),
+            leaves=4,
+            roots=1,
+            call_limit=6,
+        )
+        check(made, made.grown(seed))
+
+    def ten() -> None:
+        for seed in range(10):
+            grow(seed)
+
+    ten()
+    monkeypatch.setattr(BranchSession, "fork", late(check=False))
+    with pytest.raises(AssertionError):
+        ten()
