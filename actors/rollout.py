@@ -14,6 +14,7 @@ from system import config as configuration
 from system.rollout import process
 from system.rollout.context import build_context
 from system.rollout.guard import one_tree
+from system.rollout.planting import planted
 from system.rollout.snapshot import can_freeze, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.text import described
@@ -44,12 +45,16 @@ class RolloutWorker:
         """Return: this process is there.  Its tools may still be on their way back."""
 
     async def check_tools(self) -> None:
-        """Raise ToolStartError if a configured tool cannot work."""
+        """Raise ToolStartError if a configured tool cannot work, and what an environment has against it."""
         await self._tools.check()
+        if self._context.environments is not None:
+            await self._context.environments.check()
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of engine client, tool service and rewards, since this process started."""
-        return self._engine.counters | self._tools.counters | self._context.scoring.counters
+        """Running totals of engine client, tools, rewards and environment, since this process started."""
+        worlds = self._context.environments
+        own = self._engine.counters | self._tools.counters | self._context.scoring.counters
+        return own | (worlds.counters if worlds else {})
 
     async def grow(
         self,
@@ -68,7 +73,7 @@ class RolloutWorker:
         """
         with one_tree(prompt.id):
             growing = (
-                TreeRollout(
+                await planted(
                     self._context, prompt, seed=seed, ticket=ticket, temperature=temperature, guide=guide
                 )
                 if start is None
@@ -99,5 +104,5 @@ class RolloutWorker:
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
         """One branch, no forks.  Raises as :meth:`grow` does."""
         with one_tree(prompt.id):
-            one = TreeRollout(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
+            one = await planted(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
             return TreeStats.of(await one.run())

@@ -82,6 +82,7 @@ class RolloutPool:
         Raises what the first failing part raised: a tool that cannot work is named by its ToolStartError.
         """
         settings, deadline_s = to_dict(config), config.cluster.start_deadline_s
+        settings["run"]["name"] = config.run.name or logs.parent.name  # by which worlds know whose they are
         arrivals = arrivals or Arrivals()
         engines, servers, waiting = await _engines(config, model_path, places, logs)
         tools = {}

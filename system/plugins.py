@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import operator
@@ -114,12 +115,18 @@ class Registry:
         sets it: settings that several parts of a kind share.  Raises :class:`PluginError` for options that do
         not fit, and for a part that fails to be made.
         """
-        factory = self.find(name)
-        keywords = self._keywords(name, factory, options, len(given), offered)
+        factory = self.bound(name, options, *given, **offered)
         with blaming(f"{self.key}={name!r}"):  # the user's own code, or options that do not agree
-            made = factory(*given, **keywords)
+            made = factory()
         self._check_kind(name, type(made))
         return made
+
+    def bound(self, name: str, options: Mapping[str, Any], *given: Any, **offered: Any) -> Callable[[], Any]:
+        """What makes the part, as :meth:`make` would, each time it is called."""
+        factory = self.find(name)
+        return functools.partial(
+            factory, *given, **self._keywords(name, factory, options, len(given), offered)
+        )
 
     def check_name(self, name: str) -> None:
         """Raises :class:`PluginError` for a word that is no part of ours.  Imports nothing."""
@@ -249,6 +256,7 @@ REWARDS = Registry(
         "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
         "judge": "system.rollout.rewards.judge:Judge",
         "task": "system.tasks.base:task_reward",
+        "environment": "system.rollout.rewards.environment:EnvironmentReward",
     },
     offered=("config", "secret", "store"),
     methods=("score", "score_group"),
@@ -272,6 +280,7 @@ TOOLS = Registry(
     offered=("url", "top_k", "http"),
     options_key="tools.options",
 )
+ENVIRONMENTS = Registry("environment.name", {"tools": "system.envs.make:no_worlds"})
 CREDITS = Registry(
     "learn.credit",
     {

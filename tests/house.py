@@ -26,7 +26,7 @@ DYNAMIC = {
 
 # What vulture takes for dead, and who uses it: the names of methods, attributes, parameters and fields.
 ALIVE = {
-    "asyncio calls a loop's methods": "executor run_in_executor",
+    "asyncio calls a loop's methods": "executor",
     "a signal handler is given a frame": "frame",
     "pickle asks for it": "reducer_override",
     "rich calls it when the pipe is closed": "on_broken_pipe",

@@ -14,6 +14,7 @@ from typing import Any
 from system.config.guide import GuideConfig
 from system.config.machines import ClusterConfig, SlurmConfig
 from system.config.rule import PartConfig, setting
+from system.config.schema_environment import EnvironmentConfig
 from system.config.schema_learn import LearnConfig
 from system.config.schema_reward import RewardConfig
 from system.plugins import POLICIES, SYNTAXES, TASKS, TOOLS
@@ -340,6 +341,7 @@ class Config:
     branching: BranchingConfig = field(default_factory=BranchingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)

@@ -154,6 +154,22 @@ def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
             yield Finding(Level.PROBLEM, topic, found, one.remedy or "correct it in the recipe")
 
 
+def environment(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Worlds that are built again: do they answer as before?"""
+    if (tried := facts.replays) is None:
+        return
+    if tried.untried:
+        yield Finding(Level.WARNING, "replay", f"not tried: {tried.untried}", "look at it in a short run")
+        return
+    found = f"{tried.same} of {tried.tried} demonstrations answered the same when done again"
+    remedy = (
+        "draw from a generator that reseed(seed) sets, and take clocks and paths out by normalise(text): "
+        "forks and resumes that replay would end unscored"
+    )
+    fault = f": {tried.fault}" if tried.fault else ""
+    yield finding(tried.same < tried.tried, "replay", found + fault, remedy, stops=False)
+
+
 def slurm(facts: Facts, config: Config) -> Iterator[Finding]:
     told = facts.slurm
     if "SLURM_JOB_ID" not in told:
@@ -180,7 +196,7 @@ def nodes(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
-    *(software, gpus, stack, layout, sglang, network, room, sandbox, recipe, slurm, nodes),
+    *(software, gpus, stack, layout, sglang, network, room, sandbox, recipe, environment, slurm, nodes),
 )
 
 

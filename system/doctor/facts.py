@@ -23,6 +23,7 @@ from system.config import Config, ToolsConfig
 from system.doctor.cluster_facts import Nodes, gather_nodes
 from system.doctor.gpu_facts import Stack, gather_stack
 from system.doctor.preflight import Problem, look
+from system.doctor.replay_facts import Replays, replays
 from system.engine.sglang.command import SglangMissing, interpreter
 
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "aiohttp", "safetensors")
@@ -69,6 +70,7 @@ class Facts:
     sandbox: tuple[str, ...] = ()  # how programs are confined
     sandbox_error: str = ""
     preflight: Mapping[str, Sequence[Problem]] = field(default_factory=dict)  # topic -> what stops the recipe
+    replays: Replays | None = None  # None: there are no worlds, or none that would be replayed
     slurm: Mapping[str, str] = field(default_factory=dict)  # SLURM_* of the allocation this runs in
     stack: Stack = field(default_factory=Stack)  # below torch
     nodes: Nodes = field(default_factory=Nodes)  # of the allocation, where it has several
@@ -114,6 +116,7 @@ def gather(config: Config) -> Facts:
         sandbox=confined,
         sandbox_error=sandbox_error,
         preflight=look(config, without=("engine", "gpus")),  # which are looked at more closely here
+        replays=replays(config),
         slurm=slurm,
         stack=gather_stack(config, driver),
         nodes=gather_nodes(slurm, place),

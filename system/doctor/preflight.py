@@ -36,6 +36,7 @@ from system.models.shape import ModelShape, UnsupportedModel
 from system.plugins import POLICIES
 from system.rollout.branching import make_policy
 from system.rollout.chat import unknown_arguments
+from system.rollout.planting import misfits
 from system.rollout.scorer import Scorer
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
 from system.tasks.vocabulary import unknown_tokens
@@ -119,6 +120,7 @@ def parts(config: Config) -> Iterator[Problem]:
         return
     if config.branching.options or config.branching.name not in POLICIES.table:
         make_policy(config.branching)
+    yield from (Problem("", line) for line in misfits(config))
 
 
 def layout(config: Config) -> Iterator[Problem]:

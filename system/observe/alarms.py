@@ -21,7 +21,7 @@ SPIKE = 20.0  # times the median gradient norm
 SKIPPED = 0.3  # optimizer steps that were not taken
 PAID_NOT_RIGHT = 0.1  # the rise of the reward's mean, and the fall of the accuracy's
 
-_STOPPED = "rollout/outcome/stopped"
+_STOPPED, _ENDED = "rollout/outcome/stopped", "rollout/outcome/ended"  # by the model, by its environment
 
 Means = Mapping[str, float]  # metric -> its mean; NaN where unknown
 
@@ -42,6 +42,7 @@ class Alarms:
             # An outcome that no branch had has no key.
             value = record.get(key, 0.0 if key == _STOPPED and "rollout/leaves" in record else math.nan)
             if math.isfinite(value):
+                value += record.get(_ENDED, 0.0) if key == _STOPPED else 0.0
                 recent.append(value)
                 first = self._beginning.setdefault(key, [])
                 first += [value] if len(first) < WINDOW else []

@@ -1,6 +1,5 @@
 """From trees and events to one flat record of numbers: pure functions, one per group of keys.
 
-============  ========================================================================================
 group         what it answers
 ============  ========================================================================================
 ``train/``    the learner's step: loss and friends, reward and length of what was trained on
@@ -14,6 +13,22 @@ group         what it answers
 ``eval/``     held-out questions
 ``time/``     wall time, throughput, idle time by actor and cause
 ============  ========================================================================================
+=======
+===============  ========================================================================================
+group            what it answers
+===============  ========================================================================================
+``train/``       the learner's step: loss and friends, reward and length of what was trained on
+``learn/``       what ``learn.correction`` did to leaves: share rejected, effective sample size of the weights
+``rollout/``     trees closed since the last record: reward, accuracy, length, entropy, outcomes
+``tree/``        branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
+``flow/``        asynchrony: staleness, drops by reason, goodput, queue depth
+``engine/``      the engine clients: requests by routing decision, prompt tokens, cache hits, resumed streams
+``reward/``      means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
+``tools/``       per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
+``environment/`` worlds of training and of evaluation: opened, steps, forks by kind, what went wrong
+``eval/``        held-out questions
+``time/``        wall time, throughput, idle time by actor and cause
+===============  ========================================================================================
 
 A share lies in [0, 1]; ``_s`` is seconds.
 """
@@ -28,7 +43,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import Kind, ToolCall
+from system.tree.record import Kind, ToolCall, path_sum
 from system.tree.stats import TreeStats
 
 Metrics = dict[str, float]
@@ -66,6 +81,9 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
     if (known := np.isfinite(places)).any():  # behind how many prompts and results the answer was scored
         metrics["rollout/answer_scored_share"] = mean(known)
         metrics["rollout/answer_probability"] = mean(np.exp(places[known]))
+    if any(one.step_reward.any() for one in stats):
+        earned = [path_sum(one.parent, one.step_reward)[one.leaf] for one in stats]
+        metrics["rollout/step_reward"] = mean(np.concatenate(earned))  # part of a leaf's reward
     calls = np.concatenate([one.calls_per_leaf for one in stats])
     metrics["rollout/calls_per_leaf"] = mean(calls)
     outcomes = sum((one.outcomes for one in stats), Counter[str]())

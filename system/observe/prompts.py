@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from system.config import Config, ConfigError
+from system.envs.live import TreeSessions
+from system.envs.service import Environments
 from system.observe.terminal import shown, visible
 from system.rollout.chat import Chat, PromptError, make_chat, planned_syntax
 from system.rollout.encode import Tokenizer
+from system.rollout.planting import opened
 from system.tasks.base import HasTokenizer, Task, first, make_task, notes
 from system.tree.prompt import Prompt
 
@@ -22,7 +26,8 @@ _RULE = "─" * 72
 
 
 def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str]:
-    """The lines about the first ``count`` training or held-out questions; nothing is started.
+    """The lines about the first ``count`` training or held-out questions; nothing is started but, where there
+    is an environment, a world for each, which tells what it begins with.
 
     Text of the data is escaped, its line breaks kept.  Raises :class:`ConfigError`, also for a question that
     the chat template refuses.
@@ -37,8 +42,24 @@ def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str
     calls = syntax.stops if config.rollout.call_limit else ()
     yield f"a tool call ends at:      {', '.join(map(visible, calls)) or 'no tools'}"
     questions = task.eval() if held_out else task.train()
-    for number, prompt in enumerate(first(questions, count), 1):
+    asked = asyncio.run(_opened(config, first(questions, count)))
+    for number, prompt in enumerate(asked, 1):
         yield from _question(config, chat, prompt, f"{number} of {len(questions)}")
+
+
+async def _opened(config: Config, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """``prompts`` with what their worlds begin with.  Raises :class:`.WorldFailed`."""
+    if (environments := Environments.of(config)) is None:
+        return prompts
+    found: list[Prompt] = []
+    for prompt in prompts:
+        sessions = TreeSessions(environments.train, prompt, prompt.id, config.run.seed)
+        try:
+            found.append(opened(prompt, await sessions.begin()))
+        finally:
+            await sessions.close()
+    await environments.settle()
+    return found
 
 
 def _question(config: Config, chat: Chat, prompt: Prompt, number: str) -> Iterator[str]:

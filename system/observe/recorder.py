@@ -199,15 +199,16 @@ class Recorder:
 
     def running_total(self, client: str, name: str, total: float) -> None:
         """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` or
-        ``reward/<name>`` for a name that begins so, else ``engine/<name>``.
+        ``environment/<name>`` or ``reward/<name>`` for a name that begins so, else ``engine/<name>``.
         """
         news = self._news((client, name), total)
-        if name.startswith("tools/"):
+        group, _, rest = name.partition("/")
+        if group in ("tools", "environment"):
             add(self._tool_counts, **{name: news})
-            add(self._totals.tools, **{name.removeprefix("tools/"): news})
-        elif name.startswith("reward/"):
+            add(self._totals.tools if group == "tools" else self._totals.environment, **{rest: news})
+        elif group == "reward":
             add(self._reward_counts, **{name: news})
-            add(self._totals.rewards, **{name.removeprefix("reward/"): news})
+            add(self._totals.rewards, **{rest: news})
         else:
             add(self._engine, **{name: news})
             add(self._totals.engine, **{name: news})

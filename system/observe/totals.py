@@ -35,6 +35,7 @@ class Totals:
     engine: dict[str, float] = field(default_factory=dict)  # requests by routing decision, cache hits, …
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
     rewards: dict[str, float] = field(default_factory=dict)  # what rewards counted, by "<reward>/<what>"
+    environment: dict[str, float] = field(default_factory=dict)  # "<train | eval>/<what>": steps, forks, …
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
@@ -66,6 +67,7 @@ class Totals:
             "engine": engine_totals(self.engine),
             "tools": dict(sorted(self.tools.items())),
             "rewards": dict(sorted(reward_totals(self.rewards).items())),
+            "environment": dict(sorted(self.environment.items())),
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from system.engine.protocol import Finish
+from system.envs.live import BranchSession
 from system.tree.record import Kind, Origin
 
 
@@ -40,6 +41,11 @@ class Branch:
     answer: int | None = None  # the TOOL node that the policy has not decided upon
     forked: int = 0
     streak: int = 0  # :attr:`TreeState.streak`
+    session: BranchSession | None = None  # what it acts in, where there is an environment
+    # (calls, actions in the session) up to the end of each answer on its path.
+    passed: tuple[tuple[int, int], ...] = ()
+    says: bool = False  # its newest segment is no call but a message, which its session answers
+    over: bool = False  # its session has said that it ends here
 
     @classmethod
     def planted(cls, seed: int, key: tuple[int, ...], origin: Origin, node: int) -> Branch:
@@ -55,11 +61,19 @@ class Branch:
         self.forked += 1
         child.request, child.streak = self.request, self.streak
         child.segments = self.segments[:before]
-        child.calls = sum(kind == Kind.TOOL for kind, _ in child.segments)
+        child.passed = self.passed[: sum(kind == Kind.TOOL for kind, _ in child.segments)]
+        child.calls, actions = child.passed[-1] if child.passed else (0, 0)
         child.tools = self.tools[: child.calls]
+        if self.session is not None:
+            child.session = self.session.fork(child.key, actions)
         if inherits:
             child.baseline, child.has_baseline = self.baseline, self.has_baseline
         return child
+
+    @property
+    def messages(self) -> int:
+        """How many answers on its path are to messages, not to calls."""
+        return len(self.passed) - (self.passed[-1][0] if self.passed else 0)
 
     @property
     def undecided(self) -> bool:

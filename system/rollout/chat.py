@@ -18,11 +18,14 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from system.config import Config, ConfigError, rewards
+from system.envs.make import make_environment
+from system.envs.protocol import Environment
 from system.errors import EspalierError
 from system.models.directory import end_tokens
 from system.plugins import REWARDS, SYNTAXES, nearest
 from system.rollout.encode import OPENING_TOKENS, Tokenizer, decode, opening
 from system.rollout.syntax.base import Syntax, function_schema
+from system.tools.outcome import ToolSpec
 from system.tools.service import build_tools
 from system.tree.record import Int32, Kind
 
@@ -207,11 +210,25 @@ def make_chat(config: Config, tokenizer: Tokenizer, model_path: str, syntax: Syn
     )
 
 
+def make_syntax(config: Config, tools: Mapping[str, ToolSpec], environment: Environment | None) -> Syntax:
+    """The configured call syntax, with the ``tools`` that keep no state and those of the ``environment``.
+
+    Raises :class:`ConfigError` for two of one name.
+    """
+    more = environment.tools if environment else {}
+    if twice := sorted(tools.keys() & more.keys()):
+        raise ConfigError(
+            f"tools.names: {twice[0]!r} is a tool of environment.name={config.environment.name!r}, too: take "
+            "it out, or rename either"
+        )
+    return SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, {**tools, **more})
+
+
 def planned_syntax(config: Config) -> Syntax:
     """The configured call syntax with the configured tools, of which none is called: no server runs yet."""
     nowhere = "http://127.0.0.1"
     specs = build_tools(config.tools, {"search": nowhere, "python": nowhere}).specs
-    return SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, specs)
+    return make_syntax(config, specs, make_environment(config.environment))
 
 
 def unknown_arguments(template: str, arguments: Mapping[str, Any]) -> str:

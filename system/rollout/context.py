@@ -15,11 +15,12 @@ from system.config import Config, GuideConfig, RolloutConfig
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
+from system.envs.protocol import Message
+from system.envs.service import Environments
 from system.http import Keys
 from system.models.shape import vocabulary
-from system.plugins import SYNTAXES
 from system.rollout.branching import Policy, make_policy
-from system.rollout.chat import Chat, make_chat
+from system.rollout.chat import Chat, make_chat, make_syntax
 from system.rollout.encode import Tokenizer, encode_text
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
@@ -51,6 +52,7 @@ class RolloutContext:
     max_context: int = sys.maxsize  # tokens of a sequence, prompt included, that the engine takes
     asks: Chat | None = None  # None: the messages of a prompt as they are
     guide: GuideConfig = field(default_factory=GuideConfig)  # how a guided tree's prompt tells the actions
+    environments: Environments | None = None  # None: the tools keep no state
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
     def __post_init__(self) -> None:
@@ -70,7 +72,14 @@ class RolloutContext:
     @cached_property
     def _wrapping(self) -> tuple[Int32, Int32]:
         """Tokens before and after a tool's answer."""
-        before, after = self.syntax.result_open, self.syntax.result_close
+        return self._around(self.syntax.result_open, self.syntax.result_close)
+
+    @cached_property
+    def _message_wrapping(self) -> tuple[Int32, Int32]:
+        """Tokens before and after what a user says."""
+        return self._around(self.syntax.message_open, self.syntax.message_close)
+
+    def _around(self, before: str, after: str) -> tuple[Int32, Int32]:
         if self.syntax.new_turn:
             after += self.chat.opened
         return encode_text(self.tokenizer, before), encode_text(self.tokenizer, after)
@@ -103,10 +112,25 @@ class RolloutContext:
             sampled_prompt=self.encode_prompt(prompt, guide) if guide else (),
         )
 
+    def encode_answer(self, messages: Sequence[Message], room: int) -> Int32:
+        """Token ids of what the model reads after its turn, one message behind the other, at most ``room``.
+
+        Only here does an answer become tokens: what a chat template puts around it belongs here.
+        """
+        parts = [self._encode_message(message, room) for message in messages]
+        return np.concatenate([np.empty(0, np.int32), *parts])[:room]
+
+    def _encode_message(self, message: Message, room: int) -> Int32:
+        wrapping = self._message_wrapping if message.role == "user" else self._wrapping
+        return self._wrapped(message.text, wrapping, room)
+
     def encode_result(self, text: str, room: int) -> Int32:
         """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
+        return self._wrapped(text, self._wrapping, room)
+
+    def _wrapped(self, text: str, wrapping: tuple[Int32, Int32], room: int) -> Int32:
         limit = self.config.max_tool_result_tokens
-        before, after = self._wrapping
+        before, after = wrapping
         inner = encode_text(self.tokenizer, text[: limit * CHARS_PER_TOKEN], trusted=False)
         return np.concatenate([before, inner[: limit - before.size - after.size], after])[:room]
 
@@ -129,7 +153,8 @@ def build_context(
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
-    syntax = SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, service.specs)
+    environments = Environments.of(config)
+    syntax = make_syntax(config, service.specs, environments and environments.train.environment)
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
@@ -152,5 +177,6 @@ def build_context(
         - (SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore)),
         asks=make_chat(config, tokenizer, model_path, syntax),
         guide=config.guide,
+        environments=environments,
     )
     return context, service, engine

@@ -42,6 +42,7 @@ def led(branch: Branch, prefixes: Sequence[Prefix]) -> Branch:
         prefix = prefixes[branch.key[0]]
         branch.node = branch.answer = prefix.node
         branch.segments, branch.tools, branch.calls = prefix.segments, prefix.tools, len(prefix.tools)
+        branch.passed = tuple((calls, 0) for calls in range(1, branch.calls + 1))
     return branch
 
 

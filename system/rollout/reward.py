@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from system.errors import EspalierError
 from system.text import as_text
@@ -20,6 +20,8 @@ class BranchView:
     outcome: Outcome
     tools: tuple[tuple[str, str], ...] = ()  # (tool name, ToolStatus value) of each call made, in order
     tokens: int = 0  # after the prompt, tool results included: what rollout.max_response_tokens limits
+    steps: tuple[float, ...] = ()  # what single turns earned (an environment's), added to the score anyway
+    result: dict[str, Any] | None = None  # what the branch's world came to, where there is one that tells
 
     @property
     def text(self) -> str:

@@ -52,6 +52,8 @@ def _view(branch: dict[str, Any]) -> BranchView:
         Outcome(branch["outcome"]),
         tuple((tool, status) for tool, status in branch["tools"]),
         branch["tokens"],
+        tuple(branch["steps"]),
+        branch["result"],
     )
 
 

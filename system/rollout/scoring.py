@@ -89,6 +89,9 @@ class Scoring:
         parts = self.parts(dict(enumerate(scores)))
         if added := self.overlong(branch.tokens):
             value, parts = value + added, {**parts, "overlong": added}
+        if branch.steps:
+            earned = sum(branch.steps)
+            value, parts = value + earned, {**parts, "steps": earned}
         if not abs(value) <= LARGEST:
             raise ScoreFailed(f"the weighted sum of the rewards is {value}", "number")
         return Score(value, scores[0].correct, parts)

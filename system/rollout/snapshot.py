@@ -2,8 +2,9 @@
 
 ``freeze`` looks at a tree between two events of its loop: what its branches have written, what their random
 streams will draw next, whose tool call is under way (made again, if that does no harm), how much of the
-deadlines is spent.  ``thaw`` makes a tree of it that goes on.  Sampled tokens keep their log-probabilities
-and weight versions; what comes after is sampled, and stamped, by the weights of then.
+deadlines is spent, what was done in their sessions.  ``thaw`` makes a tree of it that goes on; its worlds
+are built again when they are needed.  Sampled tokens keep their log-probabilities and weight versions; what
+comes after is sampled, and stamped, by the weights of then.
 
 The format is safetensors: arrays by name, everything else as JSON in the metadata.  No code is in it.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,15 +25,18 @@ from safetensors.numpy import load, save
 
 from system.config import Config, settings, to_dict
 from system.engine.protocol import Finish
+from system.envs.journal import Book, Entry, read
+from system.envs.live import TreeSessions
 from system.errors import EspalierError
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
+from system.rollout.planting import opened
 from system.rollout.tree_rollout import TreeRollout
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Origin, Outcome, TreeError
 
-FORMAT = 4
+FORMAT = 5
 _NOT_KEPT_SO = ("began_s", "spent_s", "late", "measured")  # clocks, and what the tokens there tell
 _PLAIN = [  # the fields of a branch that JSON takes as they are
     field.name
@@ -55,6 +61,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     kept |= {section: values[section] for section in ("branching", "task", "model")}
     chosen = ("name", "options", "parts") if config.reward.parts else ("name", "options")
     kept["reward"] = {name: values["reward"][name] for name in chosen}
+    kept["environment"] = {name: values["environment"][name] for name in ("name", "options", "turn_limit")}
     return json.loads(json.dumps(kept))
 
 
@@ -67,14 +74,17 @@ def freeze(tree: TreeRollout) -> bytes:
     """The tree as it stands.  Call it on the tree's event loop."""
     now = asyncio.get_running_loop().time()
     arrays, growth = tree.growth.state()
+    book = Book()
     fields = {
         "format": FORMAT,
         "growth": growth,
         "seed": tree.seed,
         "temperature": tree.temperature,
         "started": {str(int(origin)): count for origin, count in tree.started.items()},
-        "live": [_branch(branch, now) for branch in tree.live.values()],
-        "ended": [[_branch(branch, now), int(outcome)] for branch, outcome in tree.ended],
+        "live": [_branch(branch, now, book) for branch in tree.live.values()],
+        "ended": [[_branch(branch, now, book), int(outcome)] for branch, outcome in tree.ended],
+        "opening": tree.sessions and tree.sessions.opening,
+        "journal": book.entries,
         "seconds": tree.seconds,
         "mishaps": tree.mishaps,
         "spent_s": _spent(tree.spent_s, tree.began_s, now),
@@ -92,21 +102,34 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         if growth.prompt_id != prompt.id:
             raise SnapshotError(f"a tree of prompt {growth.prompt_id!r}, not of {prompt.id!r}")
         temperature, seed = fields["temperature"], fields["seed"]
+        sessions, entries = None, read(fields["journal"])
+        if context.environments is not None:
+            opening: str = fields["opening"]
+            sessions = TreeSessions(context.environments.train, prompt, str(ticket), seed, opening)
+            prompt = opened(prompt, opening)
         tree = TreeRollout(
-            context, prompt, seed=seed, ticket=ticket, n=growth.budget, temperature=temperature, growth=growth
+            *(context, prompt),
+            seed=seed,
+            ticket=ticket,
+            n=growth.budget,
+            temperature=temperature,
+            growth=growth,
+            sessions=sessions,
         )
         tree.started.update({Origin(int(origin)): n for origin, n in fields["started"].items()})
-        live = [_restored(values) for values in fields["live"]]
-        tree.live.update((branch.key, branch) for branch in live)
-        tree.ended += [(_restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
-        tree.seconds, tree.spent_s = fields["seconds"], fields["spent_s"]
+        restored = partial(_restored, sessions=sessions, entries=entries)
+        tree.live.update((branch.key, branch) for branch in map(restored, fields["live"]))
+        tree.ended += [(restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
+        tree.seconds.update(fields["seconds"])
+        tree.spent_s = fields["spent_s"]
         tree.mishaps = [one for fields_ in fields["mishaps"] if (one := Mishap(*fields_)).kind != "reward"]
         return tree
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:
         raise SnapshotError(f"{type(error).__name__}: {error}") from error
 
 
-def _branch(branch: Branch, now: float) -> dict[str, Any]:
+def _branch(branch: Branch, now: float, book: Book) -> dict[str, Any]:
+    session = branch.session
     return {
         **{name: getattr(branch, name) for name in _PLAIN},
         "key": list(branch.key),
@@ -114,13 +137,15 @@ def _branch(branch: Branch, now: float) -> dict[str, Any]:
         "rng": branch.rng.bit_generator.state,
         "seeds": branch.seeds.bit_generator.state,
         "tools": branch.tools,
+        "passed": branch.passed,
+        "session": session and session.state(book.write(session.journal)),
         "segments": [[int(kind), text] for kind, text in branch.segments],
         "finish": None if branch.finish is None else asdict(branch.finish),
         "spent_s": _spent(branch.spent_s, branch.began_s, now),
     }
 
 
-def _restored(values: dict[str, Any]) -> Branch:
+def _restored(values: dict[str, Any], sessions: TreeSessions | None, entries: Sequence[Entry]) -> Branch:
     """The inverse of :func:`_branch`.  The engines have forgotten what they cached: no ``request``."""
     return Branch(
         key=tuple(values["key"]),
@@ -128,6 +153,8 @@ def _restored(values: dict[str, Any]) -> Branch:
         rng=_generator(values["rng"]),
         seeds=_generator(values["seeds"]),
         tools=tuple((tool, status) for tool, status in values["tools"]),
+        passed=tuple((calls, actions) for calls, actions in values["passed"]),
+        session=sessions.restored(values["session"], entries) if sessions is not None else None,
         segments=tuple((Kind(kind), text) for kind, text in values["segments"]),
         finish=None if values["finish"] is None else Finish(**values["finish"]),
         spent_s=values["spent_s"],

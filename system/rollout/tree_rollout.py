@@ -16,15 +16,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
+from system.envs.live import BranchSession, TreeSessions
+from system.envs.protocol import WorldFailed
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
+from system.rollout.calls import Calls
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
 from system.rollout.expert import beginnings, led, prefixes
@@ -34,12 +39,9 @@ from system.rollout.request import GivenTokens, segment_request
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import TreeScores
-from system.rollout.syntax.base import MalformedCall, ParsedCall
-from system.text import described
-from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
-from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, ToolCall, Tree
+from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, Tree
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class TreeRollout:
         temperature: float | None = None,
         guide: int = 0,
         growth: TreeBuilder | None = None,
+        sessions: TreeSessions | None = None,
     ) -> None:
         """``seed`` (≥ 0) drives sampling and branching: every branch has its own streams, so what a branch
         draws does not depend on the order of events.  ``ticket`` names this attempt (in ``meta`` and as the
@@ -69,7 +72,8 @@ class TreeRollout:
         forks, no barriers, temperature 0 unless ``temperature`` says otherwise.  ``guide``: actions of the
         prompt's demonstration that the engine is told and the learner is not (:mod:`system.flow.guidance`).
         ``growth``: what was built before the run was resumed (see :mod:`system.rollout.snapshot`), its guide
-        included; None for a new tree.
+        included; None for a new tree.  ``sessions``: what its branches act in, if there is an environment
+        (:mod:`system.rollout.planting`).
         """
         config = context.config
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
@@ -97,10 +101,17 @@ class TreeRollout:
         self.spent_s = 0.0  # of the deadline, before the run was resumed
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
         self.log_vocab = math.log(context.vocab_size)
-        self.call_limit = config.call_limit if context.tools.specs else 0
+        self.sessions = sessions
         self.group = asyncio.TaskGroup()
         self.beside = asyncio.TaskGroup()  # what scores; it outlives the branches' deadline
         self.scores = TreeScores(context.scoring, prompt, self.beside)
+        self.scored: list[asyncio.Task[None]] = []  # what begins to score ended branches
+        known = (context, self.growth, self.schedule, self.seconds, self.mishap)
+        self.calls = Calls(*known, self.group.create_task, self._top_up, sessions)
+        self.call_limit = config.call_limit if self.calls.tools else 0
+        self.turn_limit = sessions.turn_limit if sessions is not None else 0
+        # Calls after which no branch forks any more; what a user says may come at any time.
+        self.last_fork = sys.maxsize if self.turn_limit else self.call_limit
 
     async def run(self) -> Tree:
         """Grow, score and close the tree.
@@ -117,9 +128,13 @@ class TreeRollout:
                 if self.scores_answer and not self.resumed:
                     self.beside.create_task(self.given.answers(beginnings(self.growth, self.prefixes)))
                 cut = await self._branches()
+                await asyncio.gather(*self.scored)
                 await self.scores.close()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
+        finally:
+            if self.sessions is not None:
+                await self.sessions.close()
         for failed in self.scores.failures.values():
             self.mishap("reward", str(failed))
         if (scored := len(self.scores.scores)) < min(2, self.budget):
@@ -158,7 +173,9 @@ class TreeRollout:
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
             key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
-            self._start(led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes))
+            branch = led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes)
+            branch.session = self.sessions.root(key) if self.sessions is not None else None
+            self._start(branch)
 
     def _start(self, branch: Branch) -> None:
         branch.number = self.started.total()
@@ -171,7 +188,7 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
-        count = self.schedule.top_ups(self.live.values(), self._remaining, self.call_limit, self.share)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.last_fork, self.share)
         if count and self.policy.expands:
             if self.live:
                 return
@@ -210,6 +227,10 @@ class TreeRollout:
             kind = ENGINE_LOST if isinstance(error, EngineLost) else "engine"
             self.mishap(kind, str(error))
             outcome = Outcome.ENGINE_ERROR
+        except WorldFailed as error:
+            log.warning("prompt %s: %s", self.prompt.id, error)
+            self.mishap(error.reason, error.detail)
+            outcome = Outcome.ENVIRONMENT
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
             raise
@@ -228,7 +249,24 @@ class TreeRollout:
         branch, outcome = self.ended[leaf]
         if outcome.scored:
             tokens = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
-            self.scores.begin(leaf, BranchView(branch.segments, outcome, branch.tools, tokens))
+            steps = self.growth.rewards(branch.node)
+            view = BranchView(branch.segments, outcome, branch.tools, tokens, steps)
+            work = self._score(leaf, view, branch.session)
+            self.scored.append(self.beside.create_task(work, name=f"score {branch.key} of {self.prompt.id}"))
+        elif branch.session is not None:
+            branch.session.end("its branch has ended")
+
+    async def _score(self, leaf: int, view: BranchView, session: BranchSession | None) -> None:
+        """Begin to score, with the final state of the leaf's world."""
+        try:
+            if session is not None:
+                view = replace(view, result=await session.result())
+                session.end("its branch has ended")
+        except WorldFailed as error:
+            log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
+            self.mishap(error.reason, str(error))
+        else:
+            self.scores.begin(leaf, view)
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
@@ -242,9 +280,15 @@ class TreeRollout:
                     case Finish("stop", str()):
                         if branch.calls >= self.call_limit:
                             return Outcome.CALL_LIMIT
-                    case _:
+                    case _ if not self.turn_limit:
                         return Outcome.STOPPED
+                    case _:
+                        if branch.messages >= self.turn_limit:
+                            return Outcome.TURN_LIMIT
+                        branch.says = True
             await self._call(branch)
+            if branch.over:
+                return Outcome.ENDED
             if self._room(branch) == 0:
                 return Outcome.LENGTH
 
@@ -374,58 +418,18 @@ class TreeRollout:
     # Tools
 
     async def _call(self, branch: Branch) -> None:
-        """Make the call that the newest segment ends with and append what came of it, whatever it is."""
-        again = branch.calling  # under way when the tree was saved
-        if not again:
-            branch.calls += 1
-            branch.calling = True
-        match self.context.syntax.parse(branch.segments[-1][1]) or MalformedCall("no tool call"):
-            case ParsedCall(tool, arguments):
-                outcome = await self._run_tool(branch, tool, arguments, again)
-            case MalformedCall(reason):
-                tool, arguments, outcome = "", {}, ToolOutcome(ToolStatus.REJECTED, f"Error: {reason}")
-        begin = self.growth.depth(branch.node)
+        """Make the call that the newest segment ends with, or pass it on as a message, and append what came
+        of it, whatever it is.
+        """
+        made = await self.calls.make(branch)
         await self._wait(self.schedule.meet(branch))
-        node = self.growth.node(branch.node, Kind.TOOL)
-        self.growth.extend(node, self.context.encode_result(outcome.text, self._room(branch)))
-        about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
-        self.growth.call(ToolCall(node, tool if tool in self.context.tools.specs else "", arguments, *about))
-        branch.node = branch.answer = node
+        begin = self.growth.depth(branch.node)
+        self.calls.write(branch, made, self._room(branch))
         if self.scores_answer:
-            self.beside.create_task(self.given.answer(node, branch.request))
-        branch.calling = False
-        branch.tools = (*branch.tools, (tool, str(outcome.status)))
+            self.beside.create_task(self.given.answer(branch.node, branch.request))
         self._read(branch, Kind.TOOL, begin)
-        if self.policy.lag and self._room(branch) > 0:
-            self._decide(branch, node)
-
-    async def _run_tool(
-        self, branch: Branch, tool: str, arguments: dict[str, Any], again: bool
-    ) -> ToolOutcome:
-        context = CallContext(prompt_id=self.prompt.id, branch=branch.number, again=again)
-        patience_s = self.schedule.patience_s(tool)
-        watch = self.group.create_task(self._late(branch, patience_s)) if patience_s < math.inf else None
-        with Stopwatch(self.seconds, "tool") as clock:
-            try:
-                outcome = await self.context.tools.call(tool, arguments, context)
-            except Exception as error:  # the service promises not to raise; if it does, the agent goes on
-                log.exception("prompt %s: tool %s raised", self.prompt.id, tool)
-                detail = described(error)
-                self.mishap("tool", f"{tool}: {detail}")
-                text = "Error: the tool is unavailable"
-                return ToolOutcome(ToolStatus.UNAVAILABLE, text, clock.lap(), detail=detail)
-            finally:
-                branch.late = False
-                if watch is not None:
-                    watch.cancel()
-        self.schedule.answered(tool, outcome)
-        return outcome
-
-    async def _late(self, branch: Branch, patience_s: float) -> None:
-        """Its call is not answered within ``patience_s``: the tree waits no more for what it may fork."""
-        await asyncio.sleep(patience_s)
-        branch.late = True
-        self._top_up()
+        if self.policy.lag and self._room(branch) > 0 and not branch.over:
+            self._decide(branch, branch.node)
 
     # The close
 

@@ -32,7 +32,7 @@ from system.rollout import process
 from system.rollout.context import RolloutContext, build_context
 from system.rollout.failure import RolloutFailed
 from system.rollout.guard import one_tree
-from system.rollout.tree_rollout import TreeRollout
+from system.rollout.planting import planted
 from system.serving import serve
 from system.tasks.base import Task
 from system.tasks.inputs import corpus_file, demonstrations, make_model, warm_start
@@ -85,7 +85,7 @@ class Solo:
 
         async def answer(number: int, question: Prompt) -> TreeStats:
             with one_tree(question.id):
-                tree = await TreeRollout(self._context, question, seed=number, greedy=True).run()
+                tree = await (await planted(self._context, question, seed=number, greedy=True)).run()
             return TreeStats.of(tree)
 
         async with asyncio.TaskGroup() as tasks:
@@ -99,9 +99,8 @@ class Solo:
         temperature = at_step(self.config, ticket.start_version).rollout.temperature
         try:
             with one_tree(prompt.id):
-                growing = TreeRollout(
-                    self._context,
-                    prompt,
+                growing = await planted(
+                    *(self._context, prompt),
                     seed=seed,
                     ticket=ticket.number,
                     temperature=temperature,
@@ -147,6 +146,9 @@ async def opened(config: Config, task: Task, model: Path, scratch: Path) -> Asyn
         stack.push_async_callback(tools.close)
         stack.push_async_callback(context.scoring.close)
         await tools.check()
+        if context.environments is not None:
+            stack.push_async_callback(context.environments.settle)
+            await context.environments.check()
         trainer = stack.enter_context(_learner(config, model, scratch))
         http = await stack.enter_async_context(Http([url], keys.engines))
         transport = weights.make(config.engine, [url], model, config.model.dtype)

@@ -187,7 +187,7 @@ class _Guarded:
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         started = self._clock()
-        outcome = await self._answer(_cleaned(arguments), context)
+        outcome = await self._answer(cleaned(arguments), context)
         return replace(outcome, text=as_text(outcome.text), latency_s=self._clock() - started)
 
     async def problem(self) -> str:
@@ -357,12 +357,12 @@ def _checked(outcome: object) -> ToolOutcome:
     return replace(outcome, status=ToolStatus(outcome.status), text=as_text(outcome.text))
 
 
-def _cleaned(arguments: Any) -> Any:
+def cleaned(arguments: Any) -> Any:
     """``arguments``, JSON from a model, with texts that can be sent: JSON may spell lone surrogates."""
     if isinstance(arguments, Mapping):
-        return {as_text(key): _cleaned(value) for key, value in arguments.items()}
+        return {as_text(key): cleaned(value) for key, value in arguments.items()}
     if isinstance(arguments, list):
-        return [_cleaned(value) for value in arguments]
+        return [cleaned(value) for value in arguments]
     return as_text(arguments) if isinstance(arguments, str) else arguments
 
 

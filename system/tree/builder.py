@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from system.tree.record import (
-    ARRAYS,
     ForkDecision,
     Int32,
     Kind,
@@ -28,6 +27,7 @@ from system.tree.record import (
     validate,
 )
 from system.tree.token_path import TokenPath
+from system.tree.values import plain, row, unsampled
 
 
 @dataclass(slots=True)
@@ -44,6 +44,7 @@ class _Node:
     version: list[Int32] = field(default_factory=list)
     closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
     answer: float = math.nan  # :meth:`TreeBuilder.answer`
+    reward: float = 0.0  # :meth:`TreeBuilder.reward`
 
 
 @dataclass(slots=True)
@@ -200,11 +201,21 @@ class TreeBuilder:
         if self.kind(node) != Kind.MODEL:
             raise TreeError(f"node {node}: only sampled tokens are scored at their close")
         own = self._node(node)
-        own.closed = _row(logprob, own.end - own.begin, np.float32, "logprob"), version
+        own.closed = row(logprob, own.end - own.begin, np.float32, "logprob"), version
 
     def answer(self, node: int, logprob: float) -> None:
         """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
         self._node(node).answer = logprob
+
+    def reward(self, node: int, value: float) -> None:
+        """Give ``node`` what its turn earned by itself, in the sight of an environment."""
+        if not math.isfinite(value):
+            raise TreeError(f"node {node}: a reward must be finite, not {value}")
+        self._node(node).reward += float(value)
+
+    def rewards(self, node: int) -> tuple[float, ...]:
+        """What the turns from the root to ``node`` earned, without those that earned nothing."""
+        return tuple(value for one in self.path(node) if (value := self._node(one).reward))
 
     def call(self, call: ToolCall) -> None:
         """Record a tool call; ``call.node`` is a handle."""
@@ -228,6 +239,9 @@ class TreeBuilder:
         kept = [self._nodes[piece.handle] for piece in pieces]
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
         answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
+        earned = np.zeros(len(kept), np.float32)
+        for handle, node in enumerate(self._nodes):
+            earned[index[handle]] += node.reward
         lengths[0] = self._trained.size
         grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
@@ -245,7 +259,8 @@ class TreeBuilder:
             forks=tuple(replace(f, node=index[f.node]) for f in self._forks),
             closed_s=now,
             answer_logprob=answers if np.isfinite(answers).any() else np.zeros(0, np.float32),
-            meta=_plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
+            step_reward=earned if earned.any() else np.zeros(0, np.float32),
+            meta=plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
             sampled_prompt=self._sampled,
             guide=self.guide,
         )
@@ -256,7 +271,7 @@ class TreeBuilder:
         """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
         begin = self._nodes[0].end
         return arrays | {
-            name: np.concatenate([_unsampled(name, self._trained), array[begin:]])
+            name: np.concatenate([unsampled(name, self._trained), array[begin:]])
             for name, array in arrays.items()
         }
 
@@ -303,8 +318,8 @@ class TreeBuilder:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
         Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
-        ``begin``, ``length``, ``answer``), nodes in the order of their handles; of a guided tree also the
-        ``trained_prompt``.  Rewards are not in it: they come at the close.
+        ``begin``, ``length``, ``answer``, ``reward``), nodes in the order of their handles; of a guided tree
+        also the ``trained_prompt``.  The leaves' rewards are not in it: they come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
@@ -314,6 +329,7 @@ class TreeBuilder:
             "begin": np.array([n.begin for n in nodes], np.int32),
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
             "answer": np.array([n.answer for n in nodes], np.float32),
+            "reward": np.array([n.reward for n in nodes], np.float64),
         }
         fields = {
             **self._about,
@@ -344,6 +360,8 @@ class TreeBuilder:
                 growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
         for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
             growth.answer(number, logprob)
+        for number, value in enumerate(arrays["reward"].tolist()):
+            growth.reward(number, value)
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:
@@ -365,9 +383,9 @@ class TreeBuilder:
         entropy: ArrayLike | None,
         version: ArrayLike | None,
     ) -> None:
-        node.logprob.append(_row(0.0 if logprob is None else logprob, size, np.float32, "logprob"))
-        node.entropy.append(_row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
-        node.version.append(_row(-1 if version is None else version, size, np.int32, "version"))
+        node.logprob.append(row(0.0 if logprob is None else logprob, size, np.float32, "logprob"))
+        node.entropy.append(row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
+        node.version.append(row(-1 if version is None else version, size, np.int32, "version"))
 
     def _pieces(self) -> tuple[list[_Piece], dict[int, int]]:
         """(The closed tree's nodes in depth-first pre-order, the index of the one that each handle names.)
@@ -394,19 +412,6 @@ class TreeBuilder:
         return pieces, index
 
 
-def _plain(value: Any, where: str) -> Any:
-    """``value`` as JSON has it, numpy's numbers as Python's.  TreeError names what is not JSON."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TreeError(f"{where}: {type(value).__name__} is not JSON")
-
-
 def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
     arrays = {
@@ -421,19 +426,3 @@ def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
         arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
         arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
     return arrays
-
-
-def _row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
-    """A private copy [size] of ``values``; a single value stands for the whole chunk."""
-    row = np.array(values, dtype)  # a copy
-    if row.shape == (size,):
-        return row
-    if row.shape == ():
-        return np.full(size, row)
-    raise TreeError(f"{name} has shape {row.shape} beside {size} tokens")
-
-
-def _unsampled(name: str, tokens: Int32) -> NDArray[Any]:
-    """The array ``name`` of a tree, of ``tokens`` that were not sampled."""
-    off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
-    return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])

@@ -49,11 +49,17 @@ class Outcome(IntEnum):
     DEADLINE = 3  # the branch's or the tree's deadline passed
     ENGINE_ERROR = 4  # the engine gave up on it after its retries
     CANCELLED = 5  # cut off from outside (shutdown, abort)
+    ENDED = 6  # its environment said that the episode is over
+    ENVIRONMENT = 7  # its environment failed: there is no world any more to act in
+    TURN_LIMIT = 8  # it said one thing more than its environment answers
 
     @property
     def scored(self) -> bool:
         """Whether the reward of such a branch says something about the policy (our deadline does not)."""
-        return self in (Outcome.STOPPED, Outcome.LENGTH, Outcome.CALL_LIMIT)
+        return self in _SCORED
+
+
+_SCORED = (Outcome.STOPPED, Outcome.LENGTH, Outcome.CALL_LIMIT, Outcome.ENDED, Outcome.TURN_LIMIT)
 
 
 class Origin(IntEnum):
@@ -136,6 +142,9 @@ class Tree:
     # [P] the prompt that all below was sampled from; none: the root's own tokens
     sampled_prompt: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
     guide: int = 0  # actions of a demonstration that it tells
+    # [J] what an environment gave for the turn that ends with this node, part of the rewards of all leaves
+    # below; none: it gave nothing.
+    step_reward: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def n_tokens(self) -> int:
@@ -177,7 +186,7 @@ _TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.
 # A tree's arrays and their types, as annotated.
 ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
 # Those of them that may be empty; a file of before they were there has none.
-OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob", "sampled_prompt")
+OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob", "sampled_prompt", "step_reward")
 
 
 def token_node(tree: Tree) -> Int32:
@@ -235,6 +244,7 @@ def validate(tree: Tree) -> None:
         (np.isfinite(tree.logprob[sampled]), "a sampled token whose log-probability is not finite"),
         (tree.logprob[~sampled] == 0, "a log-probability on a token that was not sampled"),
         (tree.tokens >= 0, "a negative token id"),
+        (np.isfinite(tree.step_reward), "what a turn earned is not finite"),
         (tree.sampled_prompt >= 0, "a negative token id in the prompt that was sampled from"),
         (
             (tree.guide > 0) == tree.guided,
@@ -259,6 +269,7 @@ def _check_arrays(tree: Tree) -> None:
     sizes |= dict.fromkeys(("closed_logprob", "closed_version"), tree.n_tokens if tree.rescored else 0)
     sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
     sizes["answer_logprob"] = tree.n_nodes if tree.answer_logprob.size else 0
+    sizes["step_reward"] = tree.n_nodes if tree.step_reward.size else 0
     sizes["sampled_prompt"] = tree.sampled_prompt.size  # any
     for name, dtype in ARRAYS.items():
         array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)

@@ -75,6 +75,7 @@ class TreeStats:
     seconds: float  # from the first root to the close
     rescored: int  # MODEL tokens that were scored when their nodes closed
     rescored_gap: float  # sum over these of |log-probability then - when sampled|, nats
+    step_reward: Float64  # [J] the record's; 0 throughout where no environment gave any
     parts: Mapping[str, Float32] = field(default_factory=dict[str, Float32])
     # [L] by name: those numbers of the rewards that are metrics; NaN where one is not known
     guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
@@ -143,6 +144,9 @@ class TreeStats:
             rescored_gap=float(gap.sum(dtype=np.float64)),
             parts=_parts(tree),
             guide=tree.guide,
+            step_reward=tree.step_reward.astype(np.float64)
+            if tree.step_reward.size
+            else np.zeros(tree.n_nodes),
         )
 
     @property

@@ -23,6 +23,10 @@ OF_A_JUDGE = (
     *("requests", "answers", "retries", "refused", "asked_again", "cache_hits", "joins", "answer_s"),
     *("prompt_tokens", "completion_tokens", "cost"),
 )
+OF_AN_ENVIRONMENT = (
+    *("worlds", "steps", "rebuilt", "timeouts", "retries", "left_running", "close_failed"),
+    *("forks_native", "forks_refused", "replay_diverged"),
+)
 FULL = Totals(
     evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
     staleness=Counter({1: 2}),
@@ -39,6 +43,7 @@ FULL = Totals(
     rewards={f"judge/{what}": 1.0 for what in OF_A_JUDGE}
     | {"close_wait_s": 1.0}
     | {f"failed/{reason}": 1.0 for reason in REASONS},
+    environment={f"train/{what}": 1.0 for what in OF_AN_ENVIRONMENT},
     mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
     weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),
 )

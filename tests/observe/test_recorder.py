@@ -103,6 +103,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "engine",
             "tools",
             "rewards",
+            "environment",
             "wall_s",
             "idle",
             "idle_s",

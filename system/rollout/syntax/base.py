@@ -34,6 +34,9 @@ class Syntax(ABC):
     result_open: str  # what stands before a tool's answer ...
     result_close: str  # ... and after it
     new_turn = False  # whether that ends with a new turn of the model, as the chat template opens one
+    # The same around what a user says after the model's turn has ended.
+    message_open = "\n<user>\n"
+    message_close = "\n</user>\n"
 
     def __init__(self, specs: Mapping[str, ToolSpec]) -> None:
         self.specs = dict(specs)

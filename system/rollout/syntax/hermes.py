@@ -34,6 +34,8 @@ class HermesSyntax(Syntax):
     result_open = "<|im_end|>\n<|im_start|>user\n<tool_response>\n"
     result_close = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     new_turn = True
+    message_open = "\n<|im_start|>user\n"
+    message_close = "<|im_end|>\n<|im_start|>assistant\n"
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
         end = segment_text.rfind(CLOSE)

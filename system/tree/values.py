@@ -1,0 +1,40 @@
+"""What is given to a growing tree, in the form in which the record has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from system.tree.record import ARRAYS, Int32, TreeError
+
+
+def plain(value: Any, where: str) -> Any:
+    """``value`` as JSON has it, numpy's numbers as Python's.  TreeError names what is not JSON."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TreeError(f"{where}: {type(value).__name__} is not JSON")
+
+
+def row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
+    """A private copy [size] of ``values``; a single value stands for the whole chunk."""
+    copy = np.array(values, dtype)
+    if copy.shape == (size,):
+        return copy
+    if copy.shape == ():
+        return np.full(size, copy)
+    raise TreeError(f"{name} has shape {copy.shape} beside {size} tokens")
+
+
+def unsampled(name: str, tokens: Int32) -> NDArray[Any]:
+    """The array ``name`` of a tree, of ``tokens`` that were not sampled."""
+    off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
+    return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])
