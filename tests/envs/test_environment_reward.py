@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from system.config import load
-from system.plugins import REWARDS
-from system.rollout.reward import BranchView
-from system.rollout.scoring import ScoreFailed, ScorePool, Scoring
+from system.rollout.reward import BranchView, Score, ScoreFailed
+from system.rollout.scoring import Scoring
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 
@@ -23,27 +22,38 @@ def view(result: dict[str, Any] | None, *steps: float) -> BranchView:
     return BranchView(((Kind.MODEL, "word"),), Outcome.ENDED, steps=steps, result=result)
 
 
+async def scored(scoring: Scoring, branch: BranchView) -> Score:
+    """What the run's one reward says of a branch, the environment's own steps added."""
+    try:
+        (found,) = await scoring.scorers[0].score(PROMPT, [branch])
+    finally:
+        await scoring.close()
+    if isinstance(found, ScoreFailed):
+        raise found
+    return scoring.total([found], branch)
+
+
 @pytest.mark.parametrize(
     ("branch", "value", "correct"),
     [
         (view({"reward": 1}), 1.0, True),
-        (view({"reward": 0.5}, 0.25), 0.5, False),  # the steps are added by whoever asked
-        (view({"reward": 0.5}, 0.75, -0.25), 0.5, True),
-        (view(None, 1.0), 0.0, True),
+        (view({"reward": 0.5}, 0.25), 0.75, False),
+        (view({"reward": 0.5}, 0.75, -0.25), 1.0, True),
+        (view(None, 1.0), 1.0, True),
         (view({"other": 3}), 0.0, False),
     ],
 )
 async def test_the_worlds_own_reward(branch: BranchView, value: float, correct: bool) -> None:
-    scoring = Scoring(REWARDS.make("environment", {}), "environment")
-    score = await scoring.score(PROMPT, branch)
+    score = await scored(Scoring.of(load(None, ["reward=environment"])), branch)
     assert (score.value, score.correct) == (value, correct)
+    assert score.parts == ({"steps": sum(branch.steps)} if branch.steps else {})
 
 
 async def test_what_is_no_number_is_no_score() -> None:
-    scoring = Scoring(REWARDS.make("environment", {"right": 0.5}), "environment")
-    assert (await scoring.score(PROMPT, view({"reward": 0.5}))).correct
+    config = load(None, ["reward=environment", "reward.options.right=0.5"])
+    assert (await scored(Scoring.of(config), view({"reward": 0.5}))).correct
     with pytest.raises(ScoreFailed, match="the world's reward is 'much', no number"):
-        await scoring.score(PROMPT, view({"reward": "much"}))
+        await scored(Scoring.of(config), view({"reward": "much"}))
 
 
 def test_a_reward_in_a_process_of_its_own_sees_steps_and_result(
@@ -54,12 +64,7 @@ def test_a_reward_in_a_process_of_its_own_sees_steps_and_result(
         "        return sum(branch.steps) + branch.result['state']['place']\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    pool = ScorePool(load(None, ["reward=seen:Seen"]))
-
-    async def main() -> float:
-        try:
-            return (await pool.score(PROMPT, view({"state": {"place": 4}}, 0.5, 0.25))).value
-        finally:
-            await pool.close()
-
-    assert asyncio.run(main()) == 4.75
+    scoring = Scoring.of(load(None, ["reward=seen:Seen"]))
+    assert scoring.scorers[0].pool is not None
+    found = asyncio.run(scored(scoring, view({"state": {"place": 4}}, 0.5, 0.25)))
+    assert (found.value, found.parts) == (5.5, {"steps": 0.75})

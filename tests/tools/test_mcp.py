@@ -174,7 +174,7 @@ def test_a_servers_secrets_do_not_show() -> None:
 async def test_a_tool_that_a_tag_cannot_hold_is_refused(serve: Callable[..., ToolService]) -> None:
     tools = serve({**CLOCK, "include": ["convert_time"]})
     with pytest.raises(
-        PluginError, match=r"'convert_time' takes more than one text .* rollout\.syntax=hermes"
+        PluginError, match=r"'convert_time' needs more than one argument .* rollout\.syntax=hermes"
     ):
         TagSyntax(tools.specs)
 

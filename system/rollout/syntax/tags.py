@@ -60,12 +60,11 @@ class TagSyntax(Syntax):
 
 def _holds_one(spec: ToolSpec) -> None:
     """Raises PluginError for a tool that needs more than the one text that stands between its tags."""
-    known = spec.parameters.get("properties", {})
-    more = [key for key in spec.parameters.get("required", ()) if key != spec.primary]
-    if more or known.get(spec.primary, {}).get("type", "string") != "string":
+    if more := [key for key in spec.parameters.get("required", ()) if key != spec.primary]:
+        needed = ", ".join([spec.primary, *more])
         raise PluginError(
-            f"the tool {spec.name!r} takes more than one text ({', '.join(known)}), and a tag holds one: "
-            "take rollout.syntax=hermes, or leave the tool out"
+            f"the tool {spec.name!r} needs more than one argument ({needed}), and a tag holds one: take "
+            "rollout.syntax=hermes, or leave the tool out"
         )
 
 
