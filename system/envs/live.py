@@ -160,13 +160,13 @@ class BranchSession:
         come to be at once.  Whatever fails is told when it is first used.
         """
         child = self._tree.forked(self, key, at)
-        limits, replayed = self._service.limits, self._service.environment.forks == ForkKind.REPLAY
-        if replayed and (cost := seconds(child.journal)) > limits.replay_s:
-            why = f"its actions took {cost:.1f} s, more than environment.replay_s={limits.replay_s:g}"
-            child._fault = self._failure("fork_dear", why)
+        most_s, kind = self._service.limits.replay_s, self._service.environment.forks
+        replayed = kind == ForkKind.REPLAY or at < len(self.journal)
+        if replayed and (cost := seconds(child.journal)) > most_s:
+            why = f"its actions took {cost:.1f} s, more than environment.replay_s={most_s:g}"
+            child._failure("fork_dear", why)
             return child
-        mine = child._line.spot()
-        its = None if replayed or at < len(self.journal) else self._line.spot()
+        mine, its = child._line.spot(), None if replayed else self._line.spot()
         self._tree.spawn(child._come(self, at, mine, its), *(spot for spot in (mine, its) if spot))
         return child
 

@@ -118,7 +118,7 @@ class RolloutContext:
         Only here does an answer become tokens: what a chat template puts around it belongs here.
         """
         parts = [self._encode_message(message, room) for message in messages]
-        return np.concatenate([np.empty(0, np.int32), *parts])[:room]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])[:room]
 
     def _encode_message(self, message: Message, room: int) -> Int32:
         wrapping = self._message_wrapping if message.role == "user" else self._wrapping

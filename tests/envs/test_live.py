@@ -183,10 +183,14 @@ def test_a_fork_that_would_replay_for_too_long_is_given_up() -> None:
         for what in "ab":
             await session.act(push(what, before_s=2.0), "")
         child = session.fork((0, 0), 2)
-        await session.act(push("c"), "")
-        await child.act(push("d"), "")
+        assert said(await session.act(push("c"), ""))[0] == "ok"  # the parent is not concerned
+        with pytest.raises(WorldFailed) as caught:
+            await child.act(push("d"), "")
+        assert caught.value.reason == "fork_dear"
+        assert "0.0 (from 0)" in caught.value.detail
+        assert said(await session.act(push("e"), ""))[0] == "ok"
 
-    assert failure(main()).reason == "fork_dear"
+    run(main())
 
 
 def test_a_fork_from_the_past_is_replayed() -> None:
