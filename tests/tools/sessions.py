@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from system.tools.sandbox.sandbox import Sandbox
@@ -46,7 +45,8 @@ def state(pid: int) -> str:
 
 
 def scratch_directories(warden: int) -> list[str]:
-    return os.listdir(f"/proc/{warden}/root/scratch")
+    lines = Path(f"/proc/{warden}/mountinfo").read_text().splitlines()
+    return [where for where in (line.split()[4] for line in lines) if where.startswith("/scratch/")]
 
 
 async def text(session: PythonSession, code: str) -> str:

@@ -39,11 +39,13 @@ def fresh_main() -> dict[str, object]:
     return module.__dict__
 
 
-def run_cell(source: str, namespace: dict[str, object], join_threads: Callable[[], None]) -> int:
+def run_cell(
+    source: str, namespace: dict[str, object], join_threads: Callable[[], None], filename: str = FILENAME
+) -> int:
     """Execute ``source`` in ``namespace``, wait for its threads, and print what it fails with.  Returns the
-    exit code a script has."""
+    exit code a script has.  ``filename``: what tracebacks call it, beginning as :data:`FILENAME` does."""
     try:
-        execute(unfenced(source), namespace)
+        execute(unfenced(source), namespace, filename)
         join_threads()
     except SystemExit as stop:
         return _exit_code(stop.code)
@@ -90,14 +92,14 @@ def flush() -> None:
             continue
 
 
-def execute(source: str, namespace: dict[str, object]) -> None:
+def execute(source: str, namespace: dict[str, object], filename: str = FILENAME) -> None:
     """Run the program in ``namespace`` and print its value.  Raises what it raises; :func:`told` shows it."""
-    linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
-    tree = ast.parse(source, FILENAME)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    tree = ast.parse(source, filename)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, FILENAME, "exec"), namespace)
+    exec(compile(tree, filename, "exec"), namespace)
     if isinstance(last, ast.Expr):
-        value = eval(compile(ast.Expression(last.value), FILENAME, "eval"), namespace)
+        value = eval(compile(ast.Expression(last.value), filename, "eval"), namespace)
         if value is not None:
             print(repr(value))
 
@@ -126,7 +128,7 @@ def _exit_code(code: object) -> int:
 def told(error: BaseException) -> str:
     """The traceback of what :func:`execute` raised, as the program's author reads it."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename != FILENAME:
+    while frames is not None and not frames.tb_frame.f_code.co_filename.startswith(FILENAME[:-1]):
         frames = frames.tb_next  # our own frames say nothing to the program's author
     return "".join(traceback.format_exception(type(error), error, frames))
 

@@ -49,7 +49,7 @@ class _Session:
     """One interpreter; a fork of it goes on with a copy of this."""
 
     def __init__(self, control: socket.socket, home: str):
-        self._control, self._home = control, home
+        self._control, self._home, self._cells = control, home, 0
 
     def begin(self, confinement: lockdown.Confinement, directories: str, uid: int | None, seed: int) -> None:
         kernel.set_name("sandbox-session")
@@ -99,8 +99,10 @@ class _Session:
         program.take_outputs()
         if seed is not None:
             _seed(seed)
+        self._cells += 1
+        filename = f"<python {self._cells}>"  # a function keeps the lines of the cell that it stands in
         try:
-            return program.run_cell(code, self._namespace, program.join_own_threads)
+            return program.run_cell(code, self._namespace, program.join_own_threads, filename)
         finally:
             program.flush()
 
