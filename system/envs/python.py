@@ -57,12 +57,13 @@ class PythonEnvironment(Environment):
         output_chars: int = _USUAL.output_chars,
         packages: list[str] | None = None,
         concurrency: int = 16,
-        live_sessions: int = 500,
+        live_sessions: int = 2000,
+        live_mb: int = 8192,
     ) -> None:
         """``wall_s``, ``cpu_s``, ``output_chars``: of one call; ``memory_mb``: of one session; ``packages``:
         installed ones that may be imported (None: ``tools.python_packages`` as they come); ``concurrency``:
-        calls that run at once; ``live_sessions``: beyond that the one which was idle longest is given up, and
-        built again when its branch goes on.
+        calls that run at once; ``live_sessions``, ``live_mb``: beyond so many sessions, or so much memory of
+        their states, the one which was idle longest is given up, and built again when its branch goes on.
         """
         limits = SandboxLimits(wall_s, cpu_s, memory_mb, output_chars)
         offered = ToolsConfig().python_packages if packages is None else packages
@@ -70,8 +71,9 @@ class PythonEnvironment(Environment):
         self.tools = {"python": SPEC}
         self._starting = asyncio.Lock()
         self._trees: dict[tuple[str, str, str], _Tree] = {}
-        self._most, self._live = live_sessions, 0
-        self._idle: dict[PythonWorld, None] = {}  # with a session that waits, the one idle longest first
+        self._most, self._most_mb = live_sessions, live_mb
+        self._live: dict[PythonWorld, PythonSession] = {}
+        self._idle: dict[PythonWorld, None] = {}  # those of them that wait, the one idle longest first
 
     async def check(self) -> None:
         """Raises :class:`.ToolUnavailable` with what is missing."""
@@ -109,7 +111,7 @@ class PythonEnvironment(Environment):
 
     async def forked(self, key: tuple[str, str, str], session: PythonSession) -> World:
         """A world with a copy of ``session``.  Raises :class:`CannotFork`."""
-        await self._make_room()
+        await self.make_room(1)
         self._trees[key].worlds += 1
         try:
             return PythonWorld(self, key, await session.fork())
@@ -119,28 +121,29 @@ class PythonEnvironment(Environment):
                 raise CannotFork(str(error)) from error
             raise
 
-    def rests(self, world: PythonWorld, live: bool) -> None:
-        """``world`` waits with its session, if that is ``live``, or has none any more."""
-        self._idle.pop(world, None)
-        if live:
+    def rests(self, world: PythonWorld, session: PythonSession | None) -> None:
+        """``world`` waits with its session, or has none any more."""
+        self.acts(world)
+        self._live.pop(world, None)
+        if session is not None:
+            self._live[world] = session
             self._idle[world] = None
 
     def acts(self, world: PythonWorld) -> None:
         """``world`` needs its session."""
         self._idle.pop(world, None)
 
-    def counts(self, more: int) -> None:
-        """So many sessions more."""
-        self._live += more
-
-    async def _make_room(self) -> None:
-        """For one session more.  Those that run something are few, and stay."""
-        while self._live >= self._most and self._idle:
+    async def make_room(self, more: int = 0) -> None:
+        """For so many sessions more.  Those that run something are few, and stay."""
+        while self._idle and (
+            len(self._live) + more > self._most
+            or sum(session.held_mb for session in self._live.values()) > self._most_mb
+        ):
             await next(iter(self._idle)).park()
 
     async def _session(self, tree: _Tree, seed: int) -> PythonSession:
         """Raises :class:`.ToolUnavailable`."""
-        await self._make_room()
+        await self.make_room(1)
         try:
             async with tree.changing:
                 if tree.sessions is None:
@@ -176,8 +179,7 @@ class PythonWorld(World):
         self._environment, self._tree = environment, tree
         self._session: PythonSession | None = session
         self._seed: int | None = None  # to draw by from the next action on
-        environment.counts(+1)
-        environment.rests(self, True)
+        environment.rests(self, session)
 
     async def step(self, action: Action) -> Observation:
         messages: list[Message] = []
@@ -190,6 +192,7 @@ class PythonWorld(World):
             if self._session is None:
                 raise CallRefused(f"{result.text}\nThe state is as before the call.")
             messages.append(Message(result.text, status=str(result.status)))
+        await self._environment.make_room()
         return Observation(tuple(messages))
 
     async def _run(self, code: str, within_s: float) -> SandboxResult:
@@ -224,17 +227,11 @@ class PythonWorld(World):
 
     async def park(self) -> None:
         """Do without a session."""
-        session = self._session
-        self._environment.rests(self, False)
+        session, self._session = self._session, None
+        self._environment.rests(self, None)
         if session is not None:
-            self._forget()
             await session.close()
 
     def _rests(self, session: PythonSession) -> None:
-        if not session.alive:
-            self._forget()
-        self._environment.rests(self, session.alive)
-
-    def _forget(self) -> None:
-        self._session = None
-        self._environment.counts(-1)
+        self._session = session if session.alive else None
+        self._environment.rests(self, self._session)

@@ -54,7 +54,7 @@ class Tree:
         await self.sessions.close()
         await self.service.settle()
         assert not self.environment._trees
-        assert self.environment._live == 0
+        assert not self.environment._live
         assert not self.environment._idle
         await self.environment._sandbox.close()
 
@@ -123,8 +123,19 @@ async def test_idle_sessions_beyond_the_bound_are_built_again_when_needed() -> N
         for step in range(2):
             for i, branch in enumerate(branches):
                 assert (await told(branch, f"x.append({i}); x"))[1] == str([i] * (step + 1))
-                assert tree.environment._live <= 3
+                assert len(tree.environment._live) <= 3
         assert tree.service.counts["rebuilt"] > 0
+
+
+async def test_large_states_beyond_the_bound_are_built_again_when_needed() -> None:
+    async with (tree := Tree(live_mb=100)) as root:
+        await act(root, "x = 1")
+        branches = [root.fork((0, i), 1) for i in range(4)]
+        for branch in branches:
+            assert await told(branch, "large = list(range(10**6)); x") == ("ok", "1")  # 40 MB
+            assert sum(session.held_mb for session in tree.environment._live.values()) < 100
+        assert len(tree.environment._live) < 4
+        assert await told(branches[0], "len(large)") == ("ok", "1000000")
 
 
 async def test_a_killed_warden_costs_a_rebuild() -> None:

@@ -114,16 +114,30 @@ print(len(found), repr(socket.socket(fileno=os.dup(found[0])).getpeername()))
     assert await text(session, code) == "1 ''"
 
 
-async def test_threads_are_limited(session: PythonSession) -> None:
+@pytest.mark.parametrize("end", ["time.sleep(600)", "pass"])
+async def test_a_thread_bomb_ends_its_session(session: PythonSession, end: str) -> None:
+    """What the kernel counts together are the threads of all sessions of a tree."""
     code = """
 import threading, time
+threading.stack_size(1 << 15)
 try:
     for count in range(999):
         threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 except RuntimeError:
     print(count)
 """
-    assert int(await text(session, code)) <= 16  # 8 MB each of 128 MB; and of all sessions 32
+    result = await session.run(code + end)
+    assert result.reason == "Stopped: the program ran more than 8 threads."
+    assert int(result.stdout or 0) <= LIMITS.threads * LIMITS.branches + 2
+    assert not session.alive
+
+
+async def test_as_many_threads_as_may_be(session: PythonSession) -> None:
+    code = (
+        "import threading, time\nthreading.stack_size(1 << 16)\n"
+        "for _ in range(8): threading.Thread(target=time.sleep, args=(0.1,)).start()"
+    )
+    assert await text(session, code) == ""
 
 
 # --- kill -9 -----------------------------------------------------------------------------------------------

@@ -74,13 +74,16 @@ class Looks:
                     continue
         return found
 
-    def peak_mb(self, pid: int) -> float:
-        """Most memory that it has had at once; 0 where that is not told any more."""
+    def memory_mb(self, pid: int) -> tuple[float, float]:
+        """(Most memory that it has had at once, what it has now of its own or copied when written to); zeros
+        where that is not told any more."""
         try:
             lines = self._read(pid, "status").splitlines()
         except Unseen:
-            return 0.0
-        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+            return 0.0, 0.0
+        found = dict(line.split(":", 1) for line in lines if line.startswith(("VmHWM:", "RssAnon:")))
+        peak, own = (int(found.get(name, "0").split()[0]) / 1024 for name in ("VmHWM", "RssAnon"))
+        return peak, own
 
     def shares(self, pid: int, known: Collection[str], directories: str, home: str) -> str:
         """What ``pid`` may have in common with the process that it was forked from; empty: nothing.

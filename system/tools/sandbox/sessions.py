@@ -90,7 +90,9 @@ class SessionTree:
         if "refused" in reply:
             session.alive = session.alive and not reply["ended"]
             raise NotForked(f"the session cannot be forked: {reply['refused']}")
-        return PythonSession(self, reply["session"])
+        child = PythonSession(self, reply["session"])
+        child.held_mb = session.held_mb
+        return child
 
 
 class PythonSession:
@@ -99,6 +101,7 @@ class PythonSession:
     def __init__(self, tree: SessionTree, name: str):
         self._tree, self.name = tree, name
         self.alive = True  # False: its process has ended, and its state with it
+        self.held_mb = 0.0  # memory of its state, what it still shares with other sessions included
 
     async def run(
         self, code: str, *, deadline_s: float | None = None, seed: int | None = None
@@ -124,7 +127,7 @@ class PythonSession:
             except BaseException:
                 self.alive = False
                 raise
-        self.alive = not reply["ended"]
+        self.alive, self.held_mb = not reply["ended"], reply["held_mb"]
         return SandboxResult.of(reply, limits, wall_s)
 
     async def fork(self, within_s: float = 10.0) -> PythonSession:

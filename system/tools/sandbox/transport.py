@@ -33,7 +33,8 @@ def send(channel: socket.socket, values: dict[str, Any], descriptors: Sequence[i
     data = json.dumps(values).encode()
     data = _LENGTH.pack(len(data)) + data
     sent = socket.send_fds(channel, [data], descriptors) if descriptors else 0
-    channel.sendall(data[sent:])
+    if sent < len(data):
+        channel.sendall(data[sent:])
 
 
 def receive(channel: socket.socket, most: int) -> Received:

@@ -55,8 +55,9 @@ class _Refused(Exception):
 class _Live:
     """A session, seen from outside."""
 
-    def __init__(self, control: socket.socket, socket_link: str, home: str, pid: int):
-        self.control, self.home, self.pid = control, home, pid
+    def __init__(self, control: socket.socket, socket_link: str, home: str, pid: int, bare_mb: float):
+        """``bare_mb``: the memory of an interpreter without state."""
+        self.control, self.home, self.pid, self.bare_mb = control, home, pid, bare_mb
         self.pidfd = os.pidfd_open(pid)
         self.socket_link = socket_link
         self.links = {"/dev/null", socket_link}  # what its descriptors may be at a fork
@@ -179,7 +180,8 @@ class TreeWarden:
                     self._gate.add(listener)
                 if "ready" not in ready.values:
                     raise _Refused(f"a session could not be confined: {ready.values.get('failed')}")
-                return self._added(_Live(ours, link, home, ready.sender))
+                _, bare_mb = self._looks.memory_mb(ready.sender)
+                return self._added(_Live(ours, link, home, ready.sender, bare_mb))
             except BaseException:
                 ours.close()
                 self._remove(home)
@@ -244,7 +246,8 @@ class TreeWarden:
             with suppress(OSError):  # it is gone, as another end will tell
                 used = cpu_s(live.pid) - before
             left = self._limits.cpu_s - used
-            return (None if left > 0 else Ending("cpu")), max(_LEAST_LOOK_S, left / (os.cpu_count() or 1))
+            ending = Ending("cpu") if left <= 0 else self._too_many(live)
+            return ending, max(_LEAST_LOOK_S, left / (os.cpu_count() or 1))
 
         with suppress(OSError):
             before = cpu_s(live.pid)
@@ -263,12 +266,14 @@ class TreeWarden:
                 }
                 ending = watch(ends, output.captures, began + wall_s, look)
                 look()
+                if ending.how == "answered" and (excess := self._too_many(live)):
+                    ending = excess
                 if ending.how == "answered":
                     code = _exit_code(live.answer(_ANSWER_S).values)
         except _Ended:
             pass
         finally:
-            peak_mb = self._looks.peak_mb(live.pid)
+            peak_mb, own_mb = self._looks.memory_mb(live.pid)
             if code is None:
                 self._kill(live)
             else:
@@ -281,12 +286,22 @@ class TreeWarden:
             "exit_code": killed if code is None else code,
             "ended": code is None,
             "timed_out": ending.how == "deadline",
-            "excess": "",
+            "excess": ending.told,
+            "held_mb": max(0.0, own_mb - live.bare_mb),
             "wall_s": time.monotonic() - began,
             "cpu_s": used,
             "peak_rss_mb": peak_mb,
             **output.told(),
         }
+
+    def _too_many(self, live: _Live) -> Ending | None:
+        """Its threads, of which the kernel counts those of a tree."""
+        try:
+            if self._looks.threads(live.pid) <= self._limits.threads + 1:
+                return None
+        except Unseen:  # it is gone, as another end will tell
+            return None
+        return Ending("filled", f"the program ran more than {self._limits.threads} threads")
 
     # A fork
 
@@ -353,7 +368,7 @@ class TreeWarden:
             hello = _answer(ours, max(0.0, until - time.monotonic()))
             if hello.values != {"forked": False} or hello.sender in before:
                 raise _Ended
-            child = _Live(ours, link, home, hello.sender)
+            child = _Live(ours, link, home, hello.sender, live.bare_mb)
             child.links = {*live.links, link} - {live.socket_link}
             child.signal(signal.SIGSTOP)
             return child
