@@ -280,7 +280,10 @@ TOOLS = Registry(
     offered=("url", "top_k", "http"),
     options_key="tools.options",
 )
-ENVIRONMENTS = Registry("environment.name", {"tools": "system.envs.make:no_worlds"})
+ENVIRONMENTS = Registry(
+    "environment.name",
+    {"tools": "system.envs.make:no_worlds", "python": "system.envs.python:PythonEnvironment"},
+)
 CREDITS = Registry(
     "learn.credit",
     {

@@ -13,7 +13,7 @@ from actors.cli.command import RECIPE, argument, command, split
 
 BENCHMARKS = (
     *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights"),
-    *("gpu", "memory", "judge"),
+    *("gpu", "memory", "judge", "sessions"),
 )
 
 
@@ -65,6 +65,7 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
       espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
       espalier bench judge             whole runs with and without a slow judge: what the engine waits
+      espalier bench sessions          python sessions: a fork, a cell, memory, with 1, 100 and 2,000 alive
       espalier bench throughput        whole runs: sync and async, linear and trees, by spread of tool latency
       espalier bench twin RUN OTHER    the digital twin, calibrated on RUN, predicts OTHER
       espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN

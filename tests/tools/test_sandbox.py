@@ -253,6 +253,6 @@ async def test_the_interpreter_is_ours(sandbox: Sandbox) -> None:
 
 
 async def test_an_interpreter_that_dies_tells_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("system.tools.sandbox.sandbox._BOOT", "raise SystemExit('bad interpreter')")
+    monkeypatch.setattr("system.tools.sandbox.server._BOOT", "raise SystemExit('bad interpreter')")
     with pytest.raises(SandboxUnavailable, match="died while starting: bad interpreter"):
         await Sandbox().start()

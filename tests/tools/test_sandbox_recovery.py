@@ -98,7 +98,7 @@ async def test_a_program_killed_from_outside_is_an_error(fresh: Sandbox) -> None
 async def test_a_stopped_warden_does_not_hold_a_call_for_ever(
     fresh: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("system.tools.sandbox.sandbox._GRACE_S", 0.2)
+    monkeypatch.setattr("system.tools.sandbox.sessions.GRACE_S", 0.2)
     assert fresh.pid is not None
     call = asyncio.ensure_future(fresh.run("import time\ntime.sleep(0.5)\nprint('done')", deadline_s=3.0))
     warden, _ = await running_call(fresh.pid)

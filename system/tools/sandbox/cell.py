@@ -55,17 +55,33 @@ def build(settings: Settings) -> int:
 def enter_call(settings: Settings, uid: int | None, proc: int) -> str:
     """Give this process (a call's warden) a mount namespace with an empty scratch directory for ``uid``, and
     its next child a PID namespace.  Returns the scratch directory."""
-    flags = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID
-    if uid is None:  # a user namespace per call: RLIMIT_NPROC then counts this call's threads alone
-        _unshare_user(flags, proc)
-        owner = ""
-    else:
-        kernel.unshare(flags)
-        owner = f",uid={uid},gid={uid}"
+    _enter(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID, uid, proc)
+    mount_scratch(settings, uid, SCRATCH)
+    return SCRATCH
+
+
+def enter_tree(uid: int | None, proc: int) -> str:
+    """A mount namespace for the warden of a tree of sessions.  Returns a directory for their scratch
+    directories, in which a session can look none of them up."""
+    _enter(kernel.CLONE_NEWNS, uid, proc)
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    kernel.mount("sessions", SCRATCH, "tmpfs", flags, "mode=0111,size=1m")
+    return SCRATCH
+
+
+def mount_scratch(settings: Settings, uid: int | None, target: str) -> None:
+    """An empty directory of limited size for ``uid``, over the directory ``target``."""
+    owner = "" if uid is None else f",uid={uid},gid={uid}"
     size = settings.limits.disk_mb << 20
     options = f"mode=0700,size={size},nr_inodes={settings.limits.files}{owner}"
-    kernel.mount("scratch", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
-    return SCRATCH
+    kernel.mount("scratch", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
+
+
+def _enter(flags: int, uid: int | None, proc: int) -> None:
+    if uid is None:  # a user namespace per call: RLIMIT_NPROC then counts this call's threads alone
+        _unshare_user(flags, proc)
+    else:
+        kernel.unshare(flags)
 
 
 def _unshare_user(flags: int, proc: int) -> None:

@@ -18,20 +18,21 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import math
 import os
-import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from system.tools.sandbox import cell, kernel, lockdown, program, quota
 from system.tools.sandbox.packages import Finder
+from system.tools.sandbox.process import become_program, end_with
 from system.tools.sandbox.scratch import remove_tree
 from system.tools.sandbox.settings import Settings
+from system.tools.sandbox.tree_warden import TreeWarden
+from system.tools.sandbox.watch import Ending, Output, watch
 
 _READ_SIZE = 1 << 16
 _REQUEST_DEADLINE_S = 10.0
@@ -84,7 +85,8 @@ def _serve(control: socket.socket, confinement: lockdown.Confinement) -> None:
             return
         if os.fork() == 0:
             control.close()
-            _end_with(_Warden(confinement, socket.socket(fileno=descriptors[0])).serve)
+            warden = _Warden if message == b"c" else TreeWarden
+            end_with(warden(confinement, socket.socket(fileno=descriptors[0])).serve)
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -95,16 +97,6 @@ def _wait_for_wardens() -> None:
         os.wait()  # while SIGCHLD is ignored, this waits for all children and then has none to report
     except ChildProcessError:
         return
-
-
-def _end_with(action: Callable[[], None]) -> None:
-    """Run ``action`` as the whole of a forked process's life: it never returns into its parent's stack."""
-    code = 70
-    try:
-        action()
-        code = 0
-    finally:
-        os._exit(code)
 
 
 class _Warden:
@@ -145,87 +137,50 @@ class _Warden:
 
     def _run(self, request: dict[str, Any], scratch: str, uid: int | None) -> dict[str, Any] | None:
         """Run the program to its end or its deadline; None when the caller went away."""
-        started = time.monotonic()
-        out, err = os.pipe(), os.pipe()
+        settings, started = self._confinement.settings, time.monotonic()
+        output = Output(settings.limits.output_chars)
         ours, leash = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             ours.close()
-            _end_with(lambda: self._become_program(request["code"], scratch, uid, out[1], err[1], leash))
-        for end in (out[1], err[1]):
-            os.close(end)
+            end_with(lambda: self._become_program(request["code"], scratch, uid, output.given, leash))
+        output.close_given()
         leash.close()
-        child = os.pidfd_open(pid)
-        kept = 4 * self._confinement.settings.limits.output_chars  # UTF-8: at most four bytes a character
-        stdout, stderr = _Capture(kept), _Capture(kept)
-        watched = (
-            None if self._confinement.settings.namespaces else scratch
-        )  # a cell's tmpfs has its own size
+        ends = {os.pidfd_open(pid): Ending("exited"), self._channel.fileno(): Ending("abandoned")}
+        look = None if settings.namespaces else partial(self._look, scratch, pid)  # a cell is of limited size
         try:
-            outputs, until = {out[0]: stdout, err[0]: stderr}, started + request["wall_s"]
-            ending, excess = self._watch(child, outputs, until, pid, watched)
+            ending = watch(ends, output.captures, started + request["wall_s"], look)
         finally:
             os.kill(pid, signal.SIGKILL)  # the program is one process: with it, everything it started is gone
             _, status, usage = os.wait4(pid, 0)
-        if ending == "abandoned":
+        if ending.how == "abandoned":
             return None
         if failure := ours.recv(_READ_SIZE):  # only an unconfined child could have written it
             return {"failed": failure.decode()}
-        for end, capture in ((out[0], stdout), (err[0], stderr)):
-            os.set_blocking(end, False)
-            while capture.read(end):
-                pass
+        output.drain()
         return {
             "exit_code": os.waitstatus_to_exitcode(status),
-            "timed_out": ending == "deadline",
-            "excess": excess,
+            "timed_out": ending.how == "deadline",
+            "excess": ending.told,
             "wall_s": time.monotonic() - started,
             "cpu_s": usage.ru_utime + usage.ru_stime,
             "peak_rss_mb": usage.ru_maxrss / 1024,
-            "stdout": stdout.head.decode(errors="replace"),
-            "stdout_bytes": stdout.total,
-            "stderr": stderr.tail.decode(errors="replace"),
-            "stderr_bytes": stderr.total,
+            **output.told(),
         }
 
-    def _watch(
-        self, child: int, outputs: dict[int, _Capture], deadline: float, pid: int, scratch: str | None
-    ) -> tuple[str, str]:
-        """Collect output until the program "exited", its "deadline" passed, the caller "abandoned" it, or it
-        has "filled" its directory ``scratch``: then, the second value says how."""
-        poller = select.poll()
-        for descriptor in (child, self._channel.fileno(), *outputs):
-            poller.register(descriptor, select.POLLIN)
-        look = math.inf if scratch is None else time.monotonic() + quota.PAUSE_S
-        while True:
-            now = time.monotonic()
-            if now >= deadline:
-                return "deadline", ""
-            if scratch is not None and now >= look:
-                if excess := quota.excess(scratch, pid, self._confinement.settings.limits):
-                    return "filled", excess
-                looked = time.monotonic()
-                look = looked + max(quota.PAUSE_S, quota.SHARE * (looked - now))
-            for descriptor, _ in poller.poll(max(0.0, min(deadline, look) - time.monotonic()) * 1000):
-                if descriptor == self._channel.fileno():  # nothing more is ever sent: this is its end
-                    return "abandoned", ""
-                if descriptor == child:
-                    return "exited", ""
-                if not outputs[descriptor].read(descriptor):
-                    poller.unregister(descriptor)
+    def _look(self, scratch: str, pid: int) -> tuple[Ending | None, float]:
+        """Whether it has filled its directory."""
+        began = time.monotonic()
+        if excess := quota.excess(scratch, pid, self._confinement.settings.limits):
+            return Ending("filled", excess), 0.0
+        return None, max(quota.PAUSE_S, quota.SHARE * (time.monotonic() - began))
 
     def _become_program(
-        self, code: str, scratch: str, uid: int | None, out: int, err: int, leash: socket.socket
+        self, code: str, scratch: str, uid: int | None, given: tuple[int, int], leash: socket.socket
     ) -> None:
         os.setsid()
         kernel.set_name("sandbox-python")
-        null = os.open(os.devnull, os.O_RDWR)
-        for source, target in ((null, 0), (out, 1), (err, 2)):
-            os.dup2(source, target)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_DFL)
-        os.environ["HOME"] = os.environ["TMPDIR"] = scratch
-        program.take_streams()
+        become_program(scratch, *given)
         try:
             lockdown.confine(self._confinement, scratch, uid, leash.fileno())
         except Exception as error:  # whatever it is, the program must not run, and the caller must hear why
@@ -233,22 +188,3 @@ class _Warden:
             raise
         leash.close()
         program.leave(program.run(code))
-
-
-class _Capture:
-    """The first and the last ``limit`` bytes of a stream, and how many there were."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self.head, self.tail, self.total = bytearray(), bytearray(), 0
-
-    def read(self, descriptor: int) -> bool:
-        """Take what a pipe has; False at its end, or when a non-blocking one is empty."""
-        try:
-            data = os.read(descriptor, _READ_SIZE)
-        except BlockingIOError:
-            return False
-        self.total += len(data)
-        self.head += data[: max(0, self._limit - len(self.head))]
-        self.tail = (self.tail + data)[-self._limit :]
-        return bool(data)

@@ -8,7 +8,7 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from system.tools.sandbox import cell, kernel, seccomp
@@ -46,6 +46,8 @@ class Confinement:
     landlock: int  # ABI version, 0: none
     readable: tuple[tuple[int, int], ...]  # (O_PATH descriptor, Landlock rights) of what any program may read
     syscalls: bytes  # the seccomp filter, for process id _ANY_PID
+    session_syscalls: bytes  # a session's, and what leaves its forks to its warden
+    session_forks: bytes
     first_uid: int | None  # user id to drop to, see _unprivileged_uid; None: we are not root
     proc: int  # descriptor of the host's /proc, -1 outside a cell
 
@@ -78,6 +80,8 @@ def prepare(settings: Settings) -> Confinement:
         landlock=landlock,
         readable=tuple(_readable(settings)) if landlock else (),
         syscalls=seccomp.program(kernel.MACHINE, _ANY_PID),
+        session_syscalls=seccomp.session_program(kernel.MACHINE),
+        session_forks=seccomp.fork_program(kernel.MACHINE),
         first_uid=_unprivileged_uid(settings),
         proc=proc,
     )
@@ -98,16 +102,46 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
     kernel.die_with_parent(signal.SIGKILL)  # after the change of user, which would clear it
     if select.select([leash], [], [], 0)[0]:
         raise ProcessLookupError("the warden is gone")
-    os.chdir(scratch)
+    _enclose(confinement, scratch, scratch, leash)
+    own = os.getpid().to_bytes(4, sys.byteorder)
+    kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
+
+
+def confine_session(
+    confinement: Confinement,
+    directories: str,
+    home: str,
+    uid: int | None,
+    control: int,
+    listen: Callable[[int], None],
+) -> None:
+    """The same for a session, whose forks will be confined alike and have other homes in ``directories``,
+    and whose CPU time its warden measures, cell by cell.  It is the child of a PID namespace's first process
+    and dies with that.  Its forks are asked for at a descriptor, given to ``listen``.
+    """
+    limits = confinement.settings.limits
+    _limit(resource.RLIMIT_NOFILE, limits.open_files)
+    tasks = limits.threads * limits.branches + 1  # all sessions of the tree, and the first process
+    _limit(resource.RLIMIT_NPROC, tasks + _foreign_tasks(confinement, uid))
+    if uid:
+        _become(uid)
+    _enclose(confinement, directories, home, control)
+    listener = kernel.install_listened_filter(confinement.session_forks)
+    listen(listener)
+    os.close(listener)
+    kernel.install_filter(confinement.session_syscalls)
+
+
+def _enclose(confinement: Confinement, writable: str, home: str, kept: int) -> None:
+    """Keep this process to its directories and from all privileges, and close its descriptors."""
+    os.chdir(home)
     os.umask(0o077)
     kernel.no_new_privileges()
     if confinement.landlock:
-        kernel.landlock_restrict(_landlock_ruleset(confinement, scratch))
+        kernel.landlock_restrict(_landlock_ruleset(confinement, writable))
     kernel.drop_capabilities()
-    os.closerange(3, leash)
-    os.closerange(leash + 1, MAX_DESCRIPTORS)
-    own = os.getpid().to_bytes(4, sys.byteorder)
-    kernel.install_filter(confinement.syscalls.replace(_ANY_PID.to_bytes(4, sys.byteorder), own))
+    os.closerange(3, kept)
+    os.closerange(kept + 1, MAX_DESCRIPTORS)
 
 
 def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:

@@ -13,8 +13,10 @@ import linecache
 import os
 import re
 import sys
+import threading
 import traceback
 import types
+from collections.abc import Callable
 
 FILENAME = "<python>"
 _FENCED = re.compile(r"\s*(`{3,})[^\S\n]*[\w.+-]*[^\S\n]*\n(.*?)(?:\n?[^\S\n]*\1)?\s*", re.DOTALL)
@@ -23,16 +25,28 @@ _FENCED = re.compile(r"\s*(`{3,})[^\S\n]*[\w.+-]*[^\S\n]*\n(.*?)(?:\n?[^\S\n]*\1
 def run(source: str) -> int:
     """Execute ``source`` in a fresh ``__main__`` and print what it fails with.  Returns the exit code a
     script has."""
-    source = unfenced(source)
+    return run_cell(source, fresh_main(), _join_threads)
+
+
+def fresh_main() -> dict[str, object]:
+    """The names of a new, empty ``__main__``."""
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     builtins.__dict__.update(exit=sys.exit, quit=sys.exit)  # which the site module, left out here, provides
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         numpy_random.seed()  # imported before the fork: every call would draw the same
     sys.modules["__main__"] = module
+    return module.__dict__
+
+
+def run_cell(
+    source: str, namespace: dict[str, object], join_threads: Callable[[], None], filename: str = FILENAME
+) -> int:
+    """Execute ``source`` in ``namespace``, wait for its threads, and print what it fails with.  Returns the
+    exit code a script has.  ``filename``: what tracebacks call it, beginning as :data:`FILENAME` does."""
     try:
-        execute(source, module.__dict__)
-        _join_threads()
+        execute(unfenced(source), namespace, filename)
+        join_threads()
     except SystemExit as stop:
         return _exit_code(stop.code)
     except BaseException as error:
@@ -50,6 +64,11 @@ def unfenced(source: str) -> str:
 def take_streams() -> None:
     """New text streams on descriptors 0, 1 and 2, which have changed under Python's feet."""
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    take_outputs()
+
+
+def take_outputs() -> None:
+    """The same for descriptors 1 and 2."""
     sys.stdout = sys.__stdout__ = _text_writer(1)
     sys.stderr = sys.__stderr__ = _text_writer(2)
 
@@ -60,31 +79,43 @@ def _text_writer(descriptor: int) -> io.TextIOWrapper:
 
 def leave(code: int) -> None:
     """End this process at once, with what was printed."""
+    flush()
+    os._exit(code & 0xFF)
+
+
+def flush() -> None:
+    """Let go of all that was printed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError, AttributeError):  # closed or replaced by the program: nothing to flush
             continue
-    os._exit(code & 0xFF)
 
 
-def execute(source: str, namespace: dict[str, object]) -> None:
+def execute(source: str, namespace: dict[str, object], filename: str = FILENAME) -> None:
     """Run the program in ``namespace`` and print its value.  Raises what it raises; :func:`told` shows it."""
-    linecache.cache[FILENAME] = (len(source), None, source.splitlines(keepends=True), FILENAME)
-    tree = ast.parse(source, FILENAME)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    tree = ast.parse(source, filename)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, FILENAME, "exec"), namespace)
+    exec(compile(tree, filename, "exec"), namespace)
     if isinstance(last, ast.Expr):
-        value = eval(compile(ast.Expression(last.value), FILENAME, "eval"), namespace)
+        value = eval(compile(ast.Expression(last.value), filename, "eval"), namespace)
         if value is not None:
             print(repr(value))
 
 
 def _join_threads() -> None:
     """Wait for the program's threads, as the interpreter does at its end."""
-    threading = sys.modules.get("threading")
-    if threading is not None:
-        threading._shutdown()
+    vars(threading)["_shutdown"]()
+
+
+def join_own_threads() -> None:
+    """Wait for the threads that a cell has left; daemons and the workers of a pool live on to the next."""
+    pools = sys.modules.get("concurrent.futures.thread")
+    idle: set[threading.Thread] = set() if pools is None else set(pools._threads_queues)
+    for thread in set(threading.enumerate()) - idle - {threading.current_thread()}:
+        if not thread.daemon:
+            thread.join()
 
 
 def _exit_code(code: object) -> int:
@@ -97,7 +128,7 @@ def _exit_code(code: object) -> int:
 def told(error: BaseException) -> str:
     """The traceback of what :func:`execute` raised, as the program's author reads it."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename != FILENAME:
+    while frames is not None and not frames.tb_frame.f_code.co_filename.startswith(FILENAME[:-1]):
         frames = frames.tb_next  # our own frames say nothing to the program's author
     return "".join(traceback.format_exception(type(error), error, frames))
 

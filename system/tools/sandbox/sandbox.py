@@ -15,28 +15,19 @@ call is one process: its limits hold for the whole call, and killing it leaves n
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import re
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from system.errors import EspalierError
 from system.scratch import Scratch
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox import escape_test
+from system.tools.sandbox import escape_test, sessions
+from system.tools.sandbox.channel import Lost, SandboxUnavailable
 from system.tools.sandbox.packages import find
 from system.tools.sandbox.result import SandboxResult
-from system.tools.sandbox.scratch import remove_tree
+from system.tools.sandbox.server import ForkServer
 from system.tools.sandbox.settings import SandboxLimits, Settings
 
 log = logging.getLogger(__name__)
@@ -59,26 +50,8 @@ PRELOADED = (
     "string",
     "typing",
 )
-_ROOT = str(Path(__file__).resolve().parents[3])
-_BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from system.tools.sandbox.forkserver import main; "
-    "del sys.path[0]; main()"
-)
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "TZ": "UTC"}  # no secrets; one order of sets
-_START_DEADLINE_S = 60.0  # packages take seconds to import on a busy machine
-_GRACE_S = 3.0  # what a warden may take beyond a call's wall deadline
-_STOP_DEADLINE_S, _STOP_PAUSE_S = 5.0, 0.05
-_MAX_CODE_BYTES = 1 << 20
 _ATTEMPTS = 3  # of one call, each with a warden of its own
 _SERVERS = 10  # fork servers that may die under one call before it has begun
-
-
-class SandboxUnavailable(EspalierError, RuntimeError):
-    """No mechanism of this machine gives the guarantees; the message says what is missing."""
-
-
-class _Lost(Exception):
-    """The fork server, or a call's warden, died."""
 
 
 class Sandbox:
@@ -108,10 +81,10 @@ class Sandbox:
         names = "|".join(map(re.escape, self.packages.modules))
         self._naming = re.compile(rf"\b(?:{names})\b") if names else None
         self._slots = asyncio.Semaphore(concurrency)
-        self._dying: list[_ForkServer] = []  # dead themselves, with calls that still run
+        self._dying: list[ForkServer] = []  # dead themselves, with calls that still run
         self._burials: set[asyncio.Future[None]] = set()
         self._ways = (True, False) if namespaces is None else (namespaces,)
-        self._way = self._ways[0]
+        self._way, self._missing = self._ways[0], list[str]()  # why it is none of those before it
 
     async def start(self) -> None:
         """Find a way to confine programs on this machine and try it out.
@@ -122,7 +95,7 @@ class Sandbox:
             raise SandboxUnavailable("the python sandbox needs Linux")
         if self.packages.missing:
             log.warning("not installed, so not offered to programs: %s", ", ".join(self.packages.missing))
-        missing: list[str] = []
+        missing = self._missing = list[str]()
         for way in self._ways:
             self._way = way
             try:
@@ -143,9 +116,9 @@ class Sandbox:
         does. A cancelled call is killed.
         """
         wall_s = min(self.limits.wall_s, deadline_s if deadline_s is not None else self.limits.wall_s)
-        if len(code.encode(errors="replace")) > _MAX_CODE_BYTES:
+        if len(code.encode(errors="replace")) > sessions.MAX_CODE_BYTES:
             return SandboxResult(
-                ToolStatus.ERROR, "", "", 1, f"the program is longer than {_MAX_CODE_BYTES} bytes"
+                ToolStatus.ERROR, "", "", 1, f"the program is longer than {sessions.MAX_CODE_BYTES} bytes"
             )
         if wall_s <= 0:
             return SandboxResult(ToolStatus.TIMEOUT, "", "", 1, "no time left to run the program")
@@ -162,8 +135,8 @@ class Sandbox:
             while attempts < _ATTEMPTS and deaths < _SERVERS:
                 server = await self._running_server(line)
                 try:
-                    reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + _GRACE_S)
-                except _Lost:  # the program may run again: nothing it did has left the sandbox
+                    reply = await server.call({"code": code, "wall_s": wall_s}, wall_s + sessions.GRACE_S)
+                except Lost:  # the program may run again: nothing it did has left the sandbox
                     if server.dead:  # a call that has begun outlives its fork server: this one had not
                         deaths += 1
                     else:
@@ -173,10 +146,56 @@ class Sandbox:
                     self._bury()
                 if "failed" in reply:
                     raise SandboxUnavailable(f"a call could not be confined: {reply['failed']}")
-                return self._result(reply, wall_s)
+                return SandboxResult.of(reply, self.limits, wall_s)
         raise SandboxUnavailable(
             f"a call's process was lost {attempts} times, its fork server {deaths} times"
         )
+
+    async def tree(self, *, packages: bool = False) -> sessions.SessionTree:
+        """Sessions that fork.  ``packages``: from an interpreter with the packages loaded.
+
+        Raises :class:`SandboxUnavailable`: without namespaces there is no first process that keeps sessions
+        together, and nothing that hides their files from one another.
+        """
+        if not self._plain.proved:
+            raise SandboxUnavailable("the sandbox has not been started")
+        line = self._loaded if packages and self.packages.modules else self._plain
+        if not line.proved:
+            await self._open(line)
+        if not line.sessions_proved:
+            await self._prove_sessions(line)
+        return await self._tree(line)
+
+    async def _tree(self, line: _Line) -> sessions.SessionTree:
+        for _ in range(_SERVERS):
+            server = await self._running_server(line)
+            try:
+                channel = await server.tree()
+            except Lost:
+                continue
+            return sessions.SessionTree(server, channel, self.limits, self._slots)
+        raise SandboxUnavailable(f"its fork server was lost {_SERVERS} times")
+
+    async def _prove_sessions(self, line: _Line) -> None:
+        """Try to escape from a session, and from a fork of it."""
+        if not self._way:
+            raise SandboxUnavailable(
+                "python sessions need namespaces (mount, network, IPC, PID), which are not to be had here"
+                + "".join(f": {reason}" for reason in self._missing)
+            )
+        async with line.changing_sessions:
+            if line.sessions_proved:
+                return
+            tree = await self._tree(line)
+            try:
+                first = await tree.open()
+                await escape_test.verify(first.run)
+                await escape_test.verify((await first.fork()).run)
+                line.sessions_proved = True
+            except (escape_test.Escaped, sessions.SessionLost, sessions.NotForked) as error:
+                raise SandboxUnavailable(f"python sessions cannot be confined here: {error}") from error
+            finally:
+                await tree.close()
 
     async def close(self) -> None:
         """Kill what still runs and remove every scratch directory."""
@@ -186,7 +205,7 @@ class Sandbox:
                 line.beginning.cancel()
                 await asyncio.gather(line.beginning, return_exceptions=True)
             servers += [line.server] if line.server else []
-            line.beginning, line.server, line.proved = None, None, False
+            line.beginning, line.server, line.proved, line.sessions_proved = None, None, False, False
         for server in servers:
             await server.stop()
         await asyncio.gather(*self._burials)
@@ -224,7 +243,7 @@ class Sandbox:
                 server, line.server = line.server, None
                 await server.stop()
 
-    async def _running_server(self, line: _Line) -> _ForkServer:
+    async def _running_server(self, line: _Line) -> ForkServer:
         async with line.changing:
             if line.server is None:
                 raise SandboxUnavailable("the sandbox has been closed")
@@ -242,10 +261,10 @@ class Sandbox:
             self._burials.add(burial)
             burial.add_done_callback(self._burials.discard)
 
-    async def _start_server(self, line: _Line) -> _ForkServer:
+    async def _start_server(self, line: _Line) -> ForkServer:
         scratch = await asyncio.to_thread(Scratch.make, "sandbox")
         offered = (self._paths, self.packages.modules, self.packages.readable, line.preload)
-        server = _ForkServer(scratch, Settings(str(scratch.path), self._way, self.limits, *offered))
+        server = ForkServer(scratch, Settings(str(scratch.path), self._way, self.limits, *offered))
         try:
             self.mechanisms = await server.greet()
         except BaseException:
@@ -253,184 +272,14 @@ class Sandbox:
             raise
         return server
 
-    def _result(self, reply: dict[str, Any], wall_s: float) -> SandboxResult:
-        limit, code = self.limits.output_chars, reply["exit_code"]
-        stdout, cut_out = _shortened(reply["stdout"], reply["stdout_bytes"], limit, head=True)
-        stderr, cut_err = _shortened(reply["stderr"], reply["stderr_bytes"], limit, head=False)
-        status, reason = ToolStatus.OK if code == 0 else ToolStatus.ERROR, ""
-        if reply["excess"]:
-            status, reason = ToolStatus.ERROR, f"Stopped: {reply['excess']}."
-        elif reply["timed_out"]:
-            status, reason = ToolStatus.TIMEOUT, f"Stopped: the program ran longer than {wall_s:g} s."
-        elif code == -signal.SIGKILL and reply["cpu_s"] >= self.limits.cpu_s - 0.5:
-            status, reason = (
-                ToolStatus.TIMEOUT,
-                f"Stopped: the program used more than {self.limits.cpu_s:g} s of CPU time.",
-            )
-        elif code < 0:
-            reason = f"The program was killed by {signal.Signals(-code).name}."
-        elif code > 0 and not stderr:
-            reason = f"The program exited with code {code}."
-        return SandboxResult(
-            status=status,
-            stdout=stdout,
-            stderr=stderr,
-            exit_code=code,
-            reason=reason,
-            wall_s=reply["wall_s"],
-            cpu_s=reply["cpu_s"],
-            peak_rss_mb=reply["peak_rss_mb"],
-            truncated=cut_out or cut_err,
-        )
-
 
 class _Line:
     """One fork server after another that have imported the same."""
 
     def __init__(self, preload: Sequence[str]):
         self.preload = tuple(preload)
-        self.server: _ForkServer | None = None
+        self.server: ForkServer | None = None
         self.beginning: asyncio.Task[None] | None = None
         self.proved = False  # nothing escapes from the first
         self.changing = asyncio.Lock()
-
-
-class _ForkServer:
-    """The parent's end of :mod:`system.tools.sandbox.forkserver`."""
-
-    def __init__(self, scratch: Scratch, settings: Settings):
-        self._scratch, self._settings = scratch, settings
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
-        flags = ("-s", "-S", "-P")  # no user or site packages, no current directory on the path
-        arguments = (_ROOT, str(theirs.fileno()), settings.to_json())
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, *flags, "-c", _BOOT, *arguments],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                env=_ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,
-            )
-        self._calls: set[socket.socket] = set()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._calls)
-
-    @property
-    def dead(self) -> bool:
-        """Whether nobody is left at the other end of the control channel."""
-        try:
-            return not self._control.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    async def greet(self) -> list[str]:
-        """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason."""
-        try:
-            async with asyncio.timeout(_START_DEADLINE_S):
-                data = await asyncio.get_running_loop().sock_recv(self._control, 1 << 16)
-        except TimeoutError:
-            raise SandboxUnavailable(
-                f"the fork server did not start within {_START_DEADLINE_S:g} s"
-            ) from None
-        except OSError as error:
-            raise SandboxUnavailable(f"the fork server could not be heard: {error}") from error
-        if not data:
-            raise SandboxUnavailable(f"the fork server died while starting: {self._last_error()}")
-        hello: dict[str, Any] = json.loads(data)
-        if "failed" in hello:
-            raise SandboxUnavailable(hello["failed"])
-        return hello["ready"]
-
-    def _last_error(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line), "no reason given")
-
-    async def call(self, request: dict[str, Any], deadline_s: float) -> dict[str, Any]:
-        """One request, one reply.  Raises _Lost if the server or the call's warden is dead or silent."""
-        loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        self._calls.add(ours)
-        try:
-            ours.setblocking(False)
-            try:
-                async with asyncio.timeout(deadline_s):
-                    with theirs:
-                        await self._pass_on(theirs)
-                    await loop.sock_sendall(ours, json.dumps(request).encode() + b"\n")
-                    return json.loads(await _line(ours))
-            except TimeoutError:
-                raise _Lost from None
-            except OSError as error:
-                raise _Lost from error
-        finally:
-            self._calls.discard(ours)
-            ours.close()  # tells the warden, if it still runs, to kill the program
-
-    async def _pass_on(self, theirs: socket.socket) -> None:
-        while True:
-            try:
-                socket.send_fds(self._control, [b"c"], [theirs.fileno()])
-                return
-            except BlockingIOError:  # its queue is full; it forks about a thousand times a second
-                await asyncio.sleep(0.005)
-
-    async def stop(self) -> None:
-        """End every call, then the server, then remove what they wrote."""
-        for call in list(self._calls):
-            with contextlib.suppress(OSError):
-                call.shutdown(socket.SHUT_RDWR)
-        self._control.close()
-        try:
-            await asyncio.to_thread(self._process.wait, _STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
-        self._errors.close()
-        await self._remove_base()
-
-    async def _remove_base(self) -> None:
-        """A warden that has lost its fork server may still be removing its own scratch directory."""
-        until = time.monotonic() + _STOP_DEADLINE_S
-        try:
-            while (left := until - time.monotonic()) > 0:
-                try:
-                    if await asyncio.to_thread(remove_tree, self._settings.base, left):
-                        return
-                except OSError:
-                    await asyncio.sleep(_STOP_PAUSE_S)
-            log.warning("the sandbox's directory %s could not be removed", self._settings.base)
-        finally:
-            self._scratch.release()
-
-
-async def _line(channel: socket.socket) -> bytes:
-    loop, data = asyncio.get_running_loop(), bytearray()
-    while not data.endswith(b"\n"):
-        chunk = await loop.sock_recv(channel, 1 << 16)
-        if not chunk:
-            raise ConnectionResetError("closed before the reply was complete")
-        data += chunk
-    return bytes(data)
-
-
-def _shortened(text: str, total_bytes: int, limit: int, *, head: bool) -> tuple[str, bool]:
-    """At most the first (``head``) or last ``limit`` characters, with a note of what is missing; whether it
-    is."""
-    if len(text) <= limit and total_bytes <= len(text.encode()):
-        return text, False
-    note = f"[output cut: {total_bytes} bytes in all]"
-    return f"{text[:limit]}\n… {note}" if head else f"{note} …\n{text[-limit:]}", True
+        self.sessions_proved, self.changing_sessions = False, asyncio.Lock()

@@ -7,14 +7,18 @@ Allowed: ordinary file, memory, time and signal-handling calls, threads.  Not al
 - ``fork``, ``clone`` without CLONE_THREAD, ``execve``: a call is one process.  That makes the CPU, memory and
   file-size limits, which the kernel counts per process, limits on the call, and killing that process ends
   everything;
-- ``kill``/``tgkill`` of anyone but oneself, F_SETOWN/F_SETSIG (signals by way of a descriptor), ``ptrace``,
-  ``process_vm_*``, ``pidfd_*``, ``prlimit64`` on others: no touching other processes of the same user;
+- ``kill``/``tgkill`` of anyone but oneself (of anyone, in a session), F_SETOWN/F_SETSIG (signals by way of a
+  descriptor), ``ptrace``, ``process_vm_*``, ``pidfd_*``, ``prlimit64`` on others: no touching other processes
+  of the same user;
 - ``truncate``, ``open(O_RDONLY | O_TRUNC)`` (Landlock before Linux 6.2 lets them pass), ``chmod``, ``chown``,
   ``utime``, ``setxattr`` (which Landlock never restricts): no change outside the scratch directory, not even
   to metadata;
 - ``memfd_create``, System V and POSIX IPC: memory that RLIMIT_AS does not count;
 - ``mount``, ``unshare``, ``setns``, ``bpf``, ``io_uring_*``, ``keyctl``, ``kexec_load``, ``perf_event_open``,
   ``userfaultfd``, …: the parts of the kernel where its holes are found.
+
+A session may fork when its warden lets it: ``clone`` as the C library's fork() makes it passes the list, and
+:func:`fork_program`, a second filter, leaves it to the warden.  Of its children a session hears nothing.
 
 The filter is a classic BPF program over ``struct seccomp_data`` (Linux,
 Documentation/userspace-api/seccomp_filter.rst).
@@ -25,9 +29,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 # name: (x86_64, aarch64); None where the architecture has no such call
 _PLAIN: dict[str, tuple[int | None, int | None]] = {
@@ -87,6 +92,8 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # tabl
 
 _X32_BIT = 0x40000000  # the x32 calls of x86_64 would slip past a filter on plain numbers
 _CLONE_THREAD = 0x00010000
+_CLONE_IDS = 0x01200000  # CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID, as fork() of the C library sets them
+FORKS = (signal.SIGCHLD | _CLONE_IDS, int(signal.SIGCHLD))  # flags of clone for a fork and nothing else
 # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PRCTLS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
@@ -99,8 +106,10 @@ _FCNTLS = (
 _LOAD, _AND, _RETURN = 0x20, 0x54, 0x06  # BPF: A = word at k; A &= k; return k
 _EQUAL, _GREATER, _AT_LEAST = 0x15, 0x25, 0x35  # BPF: if A ? k jump over jt else jf instructions
 _ALLOW, _ERRNO, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+_USER_NOTIFICATION = 0x7FC00000
 
 Instruction = tuple[int, int, int, int]  # code, jt, jf, k
+Checked = tuple[tuple[int | None, int | None], list[Instruction]]  # numbers as in _PLAIN, what decides
 _ARCH_OFFSET, _NUMBER_OFFSET = 4, 0
 
 
@@ -110,6 +119,43 @@ def supported(machine: str) -> bool:
 
 def program(machine: str, pid: int) -> bytes:
     """The filter for a process that knows itself as ``pid``, which installs it before it starts a thread."""
+    return _compiled(machine, _checked(pid))
+
+
+def session_program(machine: str) -> bytes:
+    """The filter for a session and all that will be forked from it.  It needs :func:`fork_program` as well.
+
+    Its process ids are many: it signals none of them, and waits for none.
+    """
+    recvmsg = {"recvmsg": ((47, 212), [(_RETURN, 0, 0, _ALLOW)])}  # it gets what its warden sends, no more
+    checked = _checked(0) | {
+        "kill": ((62, 129), [_refuse()]),
+        "tgkill": ((234, 131), [_refuse()]),
+        "clone": ((56, 220), [*_unless_masked(0, _CLONE_THREAD, 0)[:-1], *_one_of(0, FORKS)]),
+        "wait4": ((61, 260), [_refuse(errno.ECHILD)]),
+        "waitid": ((247, 95), [_refuse(errno.ECHILD)]),
+    }
+    return _compiled(machine, checked | recvmsg)
+
+
+def fork_program(machine: str) -> bytes:
+    """The filter that leaves each ``clone`` which is no thread to whoever listens, and allows all else."""
+    column, _ = _ARCHITECTURES[machine]
+    clone = (56, 220)[column]
+    code: list[Instruction] = [
+        (_LOAD, 0, 0, _NUMBER_OFFSET),
+        (_EQUAL, 0, 4, clone),
+        _load_argument(0),
+        (_AND, 0, 0, _CLONE_THREAD),
+        (_EQUAL, 0, 1, 0),
+        (_RETURN, 0, 0, _USER_NOTIFICATION),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    return _packed(code)
+
+
+def _compiled(machine: str, checked: Mapping[str, Checked]) -> bytes:
+    """The list of what is allowed: ``_PLAIN`` but for what is ``checked``, and what that allows."""
     column, arch = _ARCHITECTURES[machine]
     code: list[Instruction] = [
         (_LOAD, 0, 0, _ARCH_OFFSET),
@@ -119,17 +165,21 @@ def program(machine: str, pid: int) -> bytes:
     ]
     if machine == "x86_64":
         code += [(_AT_LEAST, 0, 1, _X32_BIT), (_RETURN, 0, 0, _KILL_PROCESS)]
-    numbers = [pair[column] for pair in _PLAIN.values()]
+    numbers = [pair[column] for name, pair in _PLAIN.items() if name not in checked]
     for low, high in _ranges(n for n in numbers if n is not None):
         code += [(_AT_LEAST, 0, 2, low), (_GREATER, 1, 0, high), (_RETURN, 0, 0, _ALLOW)]
-    for pair, body in _checked(pid).values():
+    for pair, body in checked.values():
         if (number := pair[column]) is not None:
             code += [(_EQUAL, 0, len(body), number), *body]
     code.append((_RETURN, 0, 0, _ERRNO | errno.EPERM))
+    return _packed(code)
+
+
+def _packed(code: Iterable[Instruction]) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-def _checked(pid: int) -> dict[str, tuple[tuple[int | None, int | None], list[Instruction]]]:
+def _checked(pid: int) -> dict[str, Checked]:
     """Calls that are allowed for some arguments only: their numbers, as in ``_PLAIN``, and instructions that
     decide, each path of which returns."""
     opening = (os.O_ACCMODE | os.O_TRUNC, os.O_RDONLY | os.O_TRUNC)

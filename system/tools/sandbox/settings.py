@@ -29,6 +29,7 @@ class SandboxLimits:
     disk_mb: int = 64  # all files together
     open_files: int = 64
     threads: int = 16  # a call is one process
+    branches: int = 48  # most sessions of a tree at once
 
     @property
     def files(self) -> int:

@@ -1,0 +1,55 @@
+"""Sessions for tests, and looks at their processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from system.tools.sandbox.sandbox import Sandbox
+from system.tools.sandbox.sessions import PythonSession
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def descendants(pid: int) -> list[int]:
+    found = children(pid)
+    return found + [one for child in found for one in descendants(child)]
+
+
+def wardens(box: Sandbox) -> list[int]:
+    """Processes of trees, the newest last."""
+    assert box.pid is not None
+    return [pid for pid in children(box.pid) if name(pid) == "sandbox-tree"]
+
+
+def name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and state(pid) not in "ZX"]
+
+
+def state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def scratch_directories(warden: int) -> list[str]:
+    lines = Path(f"/proc/{warden}/mountinfo").read_text().splitlines()
+    return [where for where in (line.split()[4] for line in lines) if where.startswith("/scratch/")]
+
+
+async def text(session: PythonSession, code: str) -> str:
+    result = await session.run(code)
+    assert result.status == "ok", result.text
+    return result.text
