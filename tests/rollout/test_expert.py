@@ -81,7 +81,7 @@ def test_half_of_the_roots_go_on_from_the_experts_turns_which_stand_there_once()
 def test_a_reward_sees_the_experts_turns_and_calls_as_the_branchs_own() -> None:
     made = world()
     grow(made)
-    seen = [view for view in made.context.scoring.reward.views if len(view.segments) > 1]  # type: ignore[attr-defined]
+    seen = [view for view in made.context.scoring.scorers[0].reward.views if len(view.segments) > 1]
     assert len(seen) == 2
     for view in seen:
         assert view.segments[0] == (Kind.MODEL, ACTIONS[0])
