@@ -321,7 +321,8 @@ class BranchSession:
                 return await self._opened(None)
             except (TooLate, ToolUnavailable) as error:
                 if attempt == retries:
-                    raise self._failure("open_failed", str(error)) from error
+                    reason = "world_lost" if self.journal else "open_failed"
+                    raise self._failure(reason, str(error)) from error
                 service.counts["retries"] += 1
                 await asyncio.sleep(BACKOFF_S * 2**attempt)
             except (Raised, CallRefused) as error:

@@ -203,13 +203,16 @@ def test_branches_read_what_their_own_path_brings_about(data: st.DataObject) -> 
         branch_deadline_s=data.draw(st.sampled_from([1e6, 15.0]), "branch deadline"),
     )
     with contextlib.suppress(RolloutFailed):  # by its deadlines
-        check_tree(made, made.grown(seed, pauses))
-
-
-def check_tree(made: InWorlds, tree: Tree) -> None:
-    allowed = {Outcome.STOPPED, Outcome.CALL_LIMIT, Outcome.LENGTH, Outcome.DEADLINE}
-    assert {Outcome(one) for one in tree.outcome} <= allowed
-    check(made, tree)
+        tree = made.grown(seed, pauses)
+        allowed = {Outcome.STOPPED, Outcome.CALL_LIMIT, Outcome.LENGTH, Outcome.DEADLINE}
+        if mean_s > step_s / 10:  # to build a world again may be late time after time
+            allowed.add(Outcome.ENVIRONMENT)
+            assert (
+                set(made.service.counts) & {"timeouts", "world_lost"}
+                or Outcome.ENVIRONMENT not in tree.outcome
+            )
+        assert {Outcome(one) for one in tree.outcome} <= allowed
+        check(made, tree)
 
 
 def pushing(text: str, rng: np.random.Generator) -> Segment:
