@@ -12,6 +12,7 @@ from rollout_fakes import SPECS, Segment, World, make_world
 from test_guided import ACTIONS, SHOWN, TEXT
 
 from system.config import GuideConfig, load
+from system.learn.credit.gain import gains
 from system.observe.metrics import rollout_metrics
 from system.plugins import SYNTAXES
 from system.rollout.branching import Never, Policy, Random
@@ -106,6 +107,17 @@ def test_calls_and_tokens_of_the_expert_count_against_the_limits() -> None:
     assert texts(made, grow(made), Kind.EXPERT) == [], "there would be no room for an answer"
 
 
+def test_a_branch_behind_the_expert_has_only_the_calls_that_the_expert_left() -> None:
+    made = make_world(
+        lambda text, rng: Segment("<search> q </search>"), policy=Never(4), leaves=4, roots=4, call_limit=3
+    )
+    made.context = replace(made.context, guide=GuideConfig(expert=1.0, text=TEXT))
+    tree = grow(made)
+    calls = [sum(tree.kind[node] == Kind.TOOL for node in TreeStats.of(tree).path(leaf)) for leaf in range(4)]
+    assert calls == [3] * 4, "all call as often as they may"
+    assert TreeStats.of(tree).after_expert.sum() == 2
+
+
 @pytest.mark.parametrize("options", [{"share": 0.0}, {"greedy": True}, {"guide": 1}, {"bare": True}])
 def test_where_no_expert_is_followed(options: dict[str, Any]) -> None:
     made = world(share=options.pop("share", 1.0))
@@ -151,6 +163,17 @@ def test_a_tree_with_an_experts_turns_goes_on_from_its_snapshot() -> None:
     tree, expected = run(interrupted()), grow(whole)
     assert texts(made, tree, Kind.EXPERT) == texts(whole, expected, Kind.EXPERT) != []
     assert TreeStats.of(tree).after_expert.sum() == 2
+
+
+def test_the_gold_answer_is_scored_behind_the_experts_results_too() -> None:
+    """So that a turn behind them has a gain, and the expert's own have."""
+    tree = grow(world(call_limit=4, score_answer=True))
+    known = np.isfinite(tree.answer_logprob)
+    assert (known == ~np.isin(tree.kind, (Kind.MODEL, Kind.EXPERT))).all()
+    experts = np.flatnonzero(tree.kind == Kind.EXPERT)
+    behind = [node for node in range(tree.n_nodes) if tree.parent[node] in experts]
+    assert experts.size
+    assert np.isfinite(gains(TreeStats.of(tree))[behind]).all()
 
 
 def test_turns_end_where_a_result_is_not_known() -> None:

@@ -197,7 +197,9 @@ async def test_trees_outlive_their_fork_server_and_new_ones_are_had(box: Sandbox
     assert await text(await child.fork(), "x") == "5"
     assert await text(parent, "x") == "5"
     (newer, _), _, _, _ = await grown(box)
-    assert await text(newer, "x") == "5"
+    assert (await box.run("1")).text == "1"
+    await asyncio.sleep(0.2)
+    assert await text(newer, "x") == await text(child, "x") == "5"
     await box.close()
     await eventually(lambda: not alive([warden, first, *processes]), 4, "a process is left")
 

@@ -55,6 +55,11 @@ class ForkServer(Channel):
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def busy(self) -> bool:
+        """Also when it is dead itself: calls and trees outlive it."""
+        return super().busy or bool(self.trees)
+
     async def greet(self) -> list[str]:
         """Wait until it is ready; returns the mechanisms.  Raises SandboxUnavailable with its reason."""
         try:

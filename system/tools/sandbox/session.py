@@ -7,18 +7,20 @@ says; this only has to be right for programs that leave it alone.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import random
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from system.tools.sandbox import kernel, lockdown, program, transport
 from system.tools.sandbox.process import become_program, end_with
 
+_Path = TypeVar("_Path", str, bytes)
+_where = os.getcwd  # as it is before a session replaces it
 MOST_BYTES = 16 << 20  # of a message from the warden, which has code in it
 
 
@@ -41,7 +43,7 @@ def first_process(
         (control,) = asked.descriptors
         if os.fork() == 0:
             session = _Session(socket.socket(fileno=control), asked.values["home"])
-            end_with(partial(session.begin, confinement, directories, uid, asked.values["seed"]))
+            end_with(functools.partial(session.begin, confinement, directories, uid, asked.values["seed"]))
         os.close(control)
 
 
@@ -50,6 +52,7 @@ class _Session:
 
     def __init__(self, control: socket.socket, home: str):
         self._control, self._home, self._cells = control, home, 0
+        self._told_where = False  # a program that was may have kept a path that a fork makes invalid
 
     def begin(self, confinement: lockdown.Confinement, directories: str, uid: int | None, seed: int) -> None:
         kernel.set_name("sandbox-session")
@@ -64,6 +67,7 @@ class _Session:
             self._answer({"failed": f"{type(error).__name__}: {error}"})
             raise
         self._namespace = program.fresh_main()
+        os.getcwd, os.getcwdb = self._noted(os.getcwd), self._noted(os.getcwdb)
         _seed(seed)
         self._answer({"ready": True})
         self._serve()
@@ -106,7 +110,20 @@ class _Session:
         finally:
             program.flush()
 
+    def _noted(self, tell_where: Callable[[], _Path]) -> Callable[[], _Path]:
+        """What all of Python's library asks where it is."""
+
+        @functools.wraps(tell_where)
+        def noted() -> _Path:
+            self._told_where = True
+            return tell_where()
+
+        return noted
+
     def _fork(self, theirs: int) -> None:
+        if self._told_where:
+            os.close(theirs)
+            return self._answer({"told_where": True})
         drawn = random.getstate()  # its module seeds it anew in a child
         try:
             pid = os.fork()
@@ -131,7 +148,7 @@ class _Session:
         if tempfile is not None and tempfile.tempdir == old:
             tempfile.tempdir = home
         try:
-            where = os.getcwd()
+            where = _where()
         except OSError:
             where = old
         if where == old or where.startswith(old + "/"):  # a parent's directory has moved under its feet

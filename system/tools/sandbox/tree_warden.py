@@ -133,6 +133,7 @@ class TreeWarden:
             threading.Thread(target=self._serve_call, args=(call,), daemon=True).start()
 
     def _serve_call(self, call: socket.socket) -> None:
+        reply = None
         with call:
             call.settimeout(_REQUEST_S)
             try:
@@ -140,8 +141,14 @@ class TreeWarden:
                 reply = self._done(request, call)
                 if reply is not None:
                     call.sendall(json.dumps(reply).encode() + b"\n")
-            except (OSError, ValueError):  # the caller has gone
-                return
+                    call.settimeout(None)
+                    call.recv(1)  # its end; an error if the reply was not read
+            except (OSError, ValueError):  # the caller has gone: nobody knows of a session that it asked for
+                live = self._sessions.get((reply or {}).get("session", ""))
+                if live is not None:
+                    with live.lock:
+                        if not live.dead:
+                            self._kill(live)
 
     def _done(self, request: dict[str, Any], call: socket.socket) -> dict[str, Any] | None:
         """The reply; None when the caller went away."""
@@ -361,6 +368,8 @@ class TreeWarden:
                 with theirs:
                     live.say({"home": live.home}, (theirs.fileno(),), _ANSWER_S)
                 told = live.answer(max(0.0, until - time.monotonic())).values
+            if "told_where" in told:
+                raise _Refused("it knows the path of its directory")
             if "failed" in told:
                 raise _Refused("the kernel gives it no second process")
             if told != {"forked": True}:
