@@ -27,7 +27,7 @@ from system.tools.http_tools import PythonTool
 from system.tools.sandbox.channel import SandboxUnavailable
 from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
-from system.tools.sandbox.sessions import NotForked, PythonSession, SessionLost, SessionTree
+from system.tools.sandbox.sessions import NotForked, PythonSession, SessionLost, SessionTree, TreeFull
 from system.tools.tool import CallRefused, ToolUnavailable, argument_error
 
 _USUAL = SandboxLimits()
@@ -146,11 +146,15 @@ class PythonEnvironment(Environment):
         await self.make_room(1)
         try:
             async with tree.changing:
-                if tree.sessions is None:
+                if not tree.sessions:
                     async with self._starting:
                         await self._sandbox.start()
-                    tree.sessions = await self._sandbox.tree(packages=True)
-            return await tree.sessions.open(seed)
+                    tree.sessions.append(await self._sandbox.tree(packages=True))
+                try:
+                    return await tree.sessions[-1].open(seed)
+                except TreeFull:
+                    tree.sessions.append(await self._sandbox.tree(packages=True))
+                return await tree.sessions[-1].open(seed)
         except SessionLost as error:  # its warden has died
             await tree.close()
             raise ToolUnavailable(str(error), delivered=False) from error
@@ -164,12 +168,12 @@ class _Tree:
 
     def __init__(self) -> None:
         self.worlds, self.changing = 0, asyncio.Lock()
-        self.sessions: SessionTree | None = None
+        self.sessions: list[SessionTree] = []  # further ones where one was full
 
     async def close(self) -> None:
-        sessions, self.sessions = self.sessions, None
-        if sessions is not None:
-            await sessions.close()
+        sessions, self.sessions = self.sessions, []
+        for one in sessions:
+            await one.close()
 
 
 class PythonWorld(World):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,12 +139,22 @@ async def test_large_states_beyond_the_bound_are_built_again_when_needed() -> No
         assert await told(branches[0], "len(large)") == ("ok", "1000000")
 
 
+async def test_a_tree_of_more_branches_than_sessions_belong_together() -> None:
+    tree = Tree()
+    tree.environment._sandbox.limits = replace(tree.environment._sandbox.limits, branches=3)
+    async with tree as root:
+        await act(root, "x = 1")
+        branches = [root.fork((0, i), 1) for i in range(7)]
+        assert [await told(branch, "x") for branch in branches] == [("ok", "1")] * 7
+        assert len(tree.environment._trees["r", "train", "1"].sessions) == 3
+        assert tree.service.counts["forks_native"] == 2
+
+
 async def test_a_killed_warden_costs_a_rebuild() -> None:
     async with (tree := Tree()) as root:
         await act(root, "x = 1")
         (one,) = tree.environment._trees.values()
-        assert one.sessions is not None
-        await one.sessions.close()  # as if it had died
+        await one.sessions[0].close()  # as if it had died
         assert await told(root, "x + 1") == ("ok", "2")
 
 

@@ -14,7 +14,7 @@ from sessions import alive, children, descendants, scratch_directories, state, t
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
-from system.tools.sandbox.sessions import NotForked, PythonSession, SessionLost, SessionTree
+from system.tools.sandbox.sessions import NotForked, PythonSession, SessionLost, SessionTree, TreeFull
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIMITS = SandboxLimits(wall_s=20.0, cpu_s=2.0, memory_mb=128, file_mb=4, disk_mb=8, threads=8, branches=12)
@@ -197,7 +197,7 @@ async def test_memory_and_disk_are_limited_and_the_session_lives_on(tree: Sessio
 async def test_a_tree_has_so_many_sessions_and_no_more(tree: SessionTree) -> None:
     sessions = [await tree.open() for _ in range(LIMITS.branches - 1)]
     await refused(sessions[0], "12 sessions, as many as it may have")
-    with pytest.raises(SandboxUnavailable, match="as many as it may have"):
+    with pytest.raises(TreeFull, match="as many as it may have"):
         await tree.open()
     await sessions[1].close()
     await sessions[0].fork()
@@ -263,6 +263,7 @@ async def test_siblings_neither_see_nor_find_each_other(tree: SessionTree) -> No
             "ChildProcessError",
         ), (code, result.text)
     assert await text(parent, "open('secret').read()") == "'mine'"
+    assert "ChildProcessError" in (await parent.run("os.wait()", deadline_s=2.0)).text  # though it has one
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,15 @@ async def test_a_program_cannot_fork(tree: SessionTree) -> None:
 
 SPOILED = {
     "it forks twice": "def fork():\n    pid = real()\n    real()\n    return pid\nos.fork = fork",
+    "it forks twice, and its child does not": (
+        "def fork():\n    pid = real()\n    if pid:\n        real()\n    return pid\nos.fork = fork"
+    ),
+    "it alone keeps its child's socket": (
+        "def fork():\n    pid = real()\n    if pid:\n        [os.dup(n) for n in range(3, 30) if there(n)]\n"
+        "    return pid\n"
+        "def there(n):\n    try:\n        return os.fstat(n)\n    except OSError:\n        return None\n"
+        "os.fork = fork"
+    ),
     "it never comes back": "import time\nos.fork = lambda: time.sleep(600)",
     "it ends": "os.fork = lambda: os._exit(0)",
     "a child of its own": (
@@ -361,7 +371,7 @@ SPOILED = {
         "os.fork = fork"
     ),
     "it keeps its child's socket": (
-        "def fork():\n    os.dup(max(n for n in range(64) if there(n)))\n    return real()\n"
+        "def fork():\n    [os.dup(n) for n in range(3, 30) if there(n)]\n    return real()\n"
         "def there(n):\n    try:\n        return os.fstat(n)\n    except OSError:\n        return None\n"
         "os.fork = fork"
     ),

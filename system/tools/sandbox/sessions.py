@@ -32,6 +32,10 @@ class NotForked(EspalierError):
     """The session cannot be forked as it is now; the message says why.  It may be replayed."""
 
 
+class TreeFull(EspalierError):
+    """The tree has as many sessions as it may have; another tree may be begun."""
+
+
 class SessionTree:
     """Sessions that may be forked from one another.  ``close`` it."""
 
@@ -41,7 +45,7 @@ class SessionTree:
 
     async def open(self, seed: int = 0) -> PythonSession:
         """A new interpreter, which draws by ``seed``.  Raises :class:`SessionLost` when the tree's warden has
-        died, SandboxUnavailable when the session could not be confined."""
+        died, :class:`TreeFull`, and SandboxUnavailable when the session could not be confined."""
         return await self._born(self._opened(seed))
 
     async def close(self) -> None:
@@ -58,6 +62,8 @@ class SessionTree:
             raise SessionLost("the warden of the session died, or did not answer") from None
         if "failed" in reply:
             raise SandboxUnavailable(f"the sandbox failed: {reply['failed']}")
+        if "full" in reply:
+            raise TreeFull(reply["full"])
         if "gone" in reply:
             raise SessionLost("the session has ended")
         return reply
@@ -148,5 +154,5 @@ async def _turn_away(coming: asyncio.Future[PythonSession]) -> None:
     try:
         session = await coming
         await session.close()
-    except (NotForked, SessionLost, SandboxUnavailable):
+    except (NotForked, SessionLost, TreeFull, SandboxUnavailable):
         return

@@ -11,7 +11,8 @@ Over the channel comes one socket per call, as for :mod:`.forkserver`; its one r
 - ``run {session, code, wall_s, seed}`` → what a call's warden replies, with ``ended``: the session is gone
 - ``fork {session, wall_s}`` → ``{session}``, or ``{refused, ended}``: why not, and whether it is gone
 
-``{failed}`` is the answer when the sandbox itself is at fault, ``{gone}`` for a session that is not there.
+``{failed}`` is the answer when the sandbox itself is at fault, ``{full}`` when no session more may be opened,
+``{gone}`` for a session that is not there.
 The warden stands outside the confinement.  It has a thread for each call; one session is never asked two
 things at once.  A session that runs no cell is stopped, so that threads and timers which it left behind take
 no time.  When the channel or process 1 ends, the warden ends and takes everything with it.
@@ -50,6 +51,10 @@ class _Ended(Exception):
 
 class _Refused(Exception):
     """This cannot be done now; says why.  Nothing has changed."""
+
+
+class _NoRoom(_Refused):
+    """The tree has as many sessions as it may have."""
 
 
 class _Live:
@@ -169,6 +174,8 @@ class TreeWarden:
                     case _:
                         self._kill(live)
                         return {}
+        except _NoRoom as full:
+            return {"full": str(full)}
         except (OSError, _Ended, _Refused) as error:
             return {"failed": f"{type(error).__name__}: {error}"}
 
@@ -199,7 +206,7 @@ class TreeWarden:
         """For one session more."""
         with self._lock:
             if len(self._sessions) + self._coming >= self._limits.branches:
-                raise _Refused(f"the tree has {self._limits.branches} sessions, as many as it may have")
+                raise _NoRoom(f"the tree has {self._limits.branches} sessions, as many as it may have")
             self._coming += 1
         try:
             yield
