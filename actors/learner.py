@@ -19,7 +19,6 @@ from ray.exceptions import RayError
 from actors import keys, raylet
 from actors.placement import Placement
 from actors.ray_support import answer, answers, spawn
-from actors.serving import free_port
 from system import config as configuration
 from system.config import ClusterConfig
 from system.engine.sglang.command import NCCL
@@ -58,10 +57,19 @@ class LearnerRank:
         self._updates: list[list[PackedBatch]] = []  # this rank's share of it
         self._measured: dict[str, float] = {}  # while preparing it
         self._credit_before: Any = None
+        self._meeting: Any = None  # rank 0's server, where the ranks find each other
 
     def address(self) -> str:
-        """Where rank 0 gathers the process group."""
-        return f"tcp://{ray.util.get_node_ip_address()}:{free_port(ray.util.get_node_ip_address())}"
+        """Where rank 0 gathers the process group.  It listens from here on, so that nobody takes the port;
+        ``multi_tenant`` has the group that this process forms use this very server.
+        """
+        import torch.distributed as dist
+
+        host = ray.util.get_node_ip_address()
+        self._meeting = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host, 0, is_master=True, wait_for_workers=False, multi_tenant=True
+        )
+        return f"tcp://{host}:{self._meeting.port}"
 
     def setup(self, config: dict[str, Any], hf_path: str, init_method: str) -> list[str]:
         """Load the model; returns warnings about the settings."""

@@ -21,9 +21,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import raylet
 from actors.ray_support import ActorLost, NodeLost, answer, watched
-from actors.serving import free_port
 from system.cluster.placement import Node, Seat, place
 from system.config import Config
+from system.serving import free_port
 
 T = TypeVar("T")
 

@@ -7,7 +7,6 @@ back after Ray restarted the actor, which re-runs ``__init__`` only.
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -32,10 +31,3 @@ class LoopThread:
         turned = threading.Event()
         self._loop.call_soon_threadsafe(turned.set)
         turned.wait()
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on now.  Fixed for a run, so that a restarted server is found where it was."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])

@@ -14,12 +14,16 @@ neither a foreign name for itself nor what a page can send without being asked:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import os
+import random
 import re
 import signal
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -130,3 +134,27 @@ async def json_object(request: web.Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise web.HTTPBadRequest(text="send a JSON object")
     return body
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port nobody listens on now.  Fixed for a run, so that a restarted server is found where it was.
+
+    It is not one of those that the system hands out by itself, to connections and to servers that ask for
+    any: between this look and the server's start another process would sooner or later be given it.
+    """
+    for port in random.sample(_ours(), 50):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((host, port))
+            return port
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _ours() -> range:
+    """Above the ports of Ray's workers, below those that the system hands out."""
+    try:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        lowest = 32768
+    return range(20_000, lowest) if lowest >= 20_100 else range(20_000, 32_768)

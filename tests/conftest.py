@@ -12,6 +12,8 @@ from subprocess import DEVNULL
 
 import pytest
 
+from system.serving import free_port
+
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,9 +37,7 @@ class HttpServer:
     def __init__(self, script: Path) -> None:
         self._command = ["node", str(script), "streamableHttp"]
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = int(probe.getsockname()[1])
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}/mcp"
 
     def start(self) -> None:

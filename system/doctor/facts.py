@@ -25,6 +25,7 @@ from system.doctor.gpu_facts import Stack, gather_stack
 from system.doctor.preflight import Problem, look
 from system.doctor.replay_facts import Replays, replays
 from system.engine.sglang.command import SglangMissing, interpreter
+from system.serving import free_port
 
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "aiohttp", "safetensors")
 COLLECTIVE_DEADLINE_S = 90.0
@@ -125,12 +126,10 @@ def gather(config: Config) -> Facts:
 
 def all_reduce(backend: str, world: int, deadline_s: float = COLLECTIVE_DEADLINE_S) -> str:
     """Add up a tensor over ``world`` processes of this machine; the error, if there was one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _ALL_REDUCE, backend, str(rank), str(world), str(port)],
+            [sys.executable, "-c", _ALL_REDUCE, backend, str(rank), str(world), port],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
 from system.engine.sglang.server import SglangServer
+from system.serving import free_port as a_free_port
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +52,7 @@ async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., A
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A port nobody listens on now."""
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return find
+    return a_free_port
 
 
 @pytest.fixture(scope="session")

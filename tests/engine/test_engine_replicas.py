@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +17,7 @@ import pytest
 from engine_models import EngineClient, Served, TinyModel, assert_exact, collect, joined, prompt, request
 
 from system.engine.protocol import Chunk
+from system.serving import free_port
 
 
 @dataclass
@@ -32,10 +32,7 @@ class Process:
 @asynccontextmanager
 async def server_process(model: TinyModel, port: int = 0) -> AsyncIterator[Process]:
     """An embedded server in a process of its own, which may be killed."""
-    if not port:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    port = port or free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "system.engine.embedded", "--model", str(model.path), "--port", str(port)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +36,7 @@ from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
 from system.engine.stream import CutGuard, EventSplitter
+from system.serving import free_port
 from system.serving import serve as serve_app
 
 
@@ -185,10 +185,7 @@ def test_cut_guard_sees_only_matches_across_the_cut() -> None:
 
 
 async def test_connection_refused_is_an_error_in_time() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    client = EngineClient([url], deadline_s=20, retries=2)
+    client = EngineClient([f"http://127.0.0.1:{free_port()}"], deadline_s=20, retries=2)
     began = time.monotonic()
     with pytest.raises(EngineError, match="gave up after 3 failures"):
         await collect(client, request("a", prompt(5)))
@@ -213,9 +210,7 @@ async def test_a_silent_server_is_given_up_at_the_deadline() -> None:
 
 
 async def test_a_killed_server_is_an_error_within_the_deadline(tiny: Callable[..., TinyModel]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "system.engine.embedded", "--model", str(tiny().path), "--port", str(port)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -53,6 +53,7 @@ class Ranks:
     def __init__(self) -> None:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
+        self._folder, self._meetings = tempfile.TemporaryDirectory(), 0
 
     def _start(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -67,7 +68,8 @@ class Ranks:
         self, function: Callable[..., Any], *, world: int = 2, deadline_s: float = DEADLINE_S, **kwargs: Any
     ) -> list[Any]:
         self._start(world)
-        init_method = f"tcp://127.0.0.1:{free_port()}"
+        self._meetings += 1  # a file, not a port that another process may take in the meantime
+        init_method = f"file://{self._folder.name}/{self._meetings}"
         for rank in range(world):
             self._pipes[rank].send((function, Place(rank, world, init_method), kwargs))
         results: dict[int, Any] = {}
@@ -90,9 +92,3 @@ class Ranks:
             process.kill()
             process.join(timeout=10)
         self._processes, self._pipes = [], []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

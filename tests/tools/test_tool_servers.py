@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from polling import eventually
 
 from system.config import ToolsConfig
 from system.http import HttpClient
-from system.serving import AppServer, serve
+from system.serving import AppServer, free_port, serve
 from system.tools import python_server, search_server
 from system.tools.http_tools import PROTOCOLS, SearchTool
 from system.tools.outcome import CallContext, ToolStatus
@@ -187,9 +186,7 @@ async def test_search_results_as_bare_text(search: AppServer) -> None:
 
 @pytest.mark.parametrize("tool", ["search", "python"])
 async def test_as_a_program(tool: str, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    arguments = ["--port", str(port)]
+    arguments = ["--port", str(port := free_port())]
     if tool == "search":
         lines = [json.dumps(asdict(document)) + "\n" for document in DOCUMENTS]
         (tmp_path / "corpus.jsonl").write_text("".join(lines))
