@@ -43,10 +43,11 @@ class SessionTree:
         self._server, self._channel, self.limits, self.slots = server, channel, limits, slots
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def open(self, seed: int = 0) -> PythonSession:
-        """A new interpreter, which draws by ``seed``.  Raises :class:`SessionLost` when the tree's warden has
+    async def open(self, seed: int = 0, **more: Any) -> PythonSession:
+        """A new session: an interpreter, which draws by ``seed``; ``more``: what a shell begins with
+        (:mod:`.shell_warden`).  Raises :class:`SessionLost` when the tree's warden has
         died, :class:`TreeFull`, and SandboxUnavailable when the session could not be confined."""
-        return await self._born(self._opened(seed))
+        return await self._born(self._opened(seed=seed, **more))
 
     async def close(self) -> None:
         """End all sessions; their processes and directories are gone when this returns."""
@@ -68,8 +69,8 @@ class SessionTree:
             raise SessionLost("the session has ended")
         return reply
 
-    async def _opened(self, seed: int) -> PythonSession:
-        return PythonSession(self, (await self.ask(_OPEN_S, do="open", seed=seed))["session"])
+    async def _opened(self, **asked: Any) -> PythonSession:
+        return PythonSession(self, (await self.ask(_OPEN_S, do="open", **asked))["session"])
 
     async def _born(self, coming: Awaitable[PythonSession]) -> PythonSession:
         """The session that is ``coming``; when nobody waits for it any more, it is closed."""
