@@ -16,7 +16,8 @@ from system.tools.sandbox.settings import DEVICES, Settings, readable_directorie
 
 SCRATCH = "/scratch"
 GIVEN = "/given"  # what the sessions of a shell may begin with; no command sees it
-WORK, TMP, STATE = OF_SHELL = ("/work", "/tmp", "/state")  # a shell's directories
+WORK, TMP = "/work", "/tmp"  # of a shell
+OF_SHELL = (WORK, TMP, "/state")
 _READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
 
 

@@ -184,6 +184,8 @@ def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
     for path, allowed in rights.items():
         if os.path.exists(path):
             yield os.open(path, os.O_PATH | os.O_CLOEXEC), allowed
+    if settings.shell is not None:  # what stands where, of a file system that has nothing but these
+        yield os.open("/", os.O_PATH | os.O_CLOEXEC), _READ_DIR
 
 
 def _limit_all(settings: Settings) -> None:

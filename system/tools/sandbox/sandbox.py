@@ -182,7 +182,8 @@ class Sandbox:
         """Try to escape from a session, and from a fork of it."""
         if not self._way:
             raise SandboxUnavailable(
-                "sessions need namespaces (mount, network, IPC, PID), which are not to be had here"
+                ("python sessions" if self._shell is None else "shells")
+                + " need namespaces (mount, network, IPC, PID), which are not to be had here"
                 + "".join(f": {reason}" for reason in self._missing)
             )
         async with line.changing_sessions:
@@ -198,7 +199,7 @@ class Sandbox:
                         await escape_test.verify(escape_test.as_command(session.run), shell=True)
                 line.sessions_proved = True
             except (escape_test.Escaped, sessions.SessionLost, sessions.NotForked) as error:
-                raise SandboxUnavailable(f"sessions cannot be confined here: {error}") from error
+                raise SandboxUnavailable(f"its sessions cannot be confined here: {error}") from error
             finally:
                 await tree.close()
 

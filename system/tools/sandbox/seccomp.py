@@ -100,6 +100,8 @@ _OF_SHELLS: dict[str, tuple[int | None, int | None]] = {  # beside those
     "sendmsg": (46, 211), "recvmsg": (47, 212),
 }  # fmt: skip
 
+_SET_ATTRIBUTE = {"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)}
+
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # table column, AUDIT_ARCH_*
 
 _X32_BIT = 0x40000000  # the x32 calls of x86_64 would slip past a filter on plain numbers
@@ -168,6 +170,8 @@ def shell_program(machine: str) -> bytes:
             (56, 220),
             [_load_argument(0), (_AND, 0, 0, _CLONE_NEW), (_EQUAL, 0, 1, 0), *allowed, _refuse()],
         ),
+        # As where a file system keeps none: `sed -i` and `cp` then do without.
+        **{name: (numbers, [_refuse(errno.EOPNOTSUPP)]) for name, numbers in _SET_ATTRIBUTE.items()},
         "mknod": ((133, None), [_load_argument(1), *fifo]),
         "mknodat": ((259, 33), [_load_argument(2), *fifo]),
     }

@@ -140,8 +140,8 @@ class ShellWarden(SessionWarden[_Shell]):
 
     def _run(self, live: _Shell, request: dict[str, Any], call: socket.socket) -> dict[str, Any] | None:
         began = time.monotonic()
-        code = request["code"]
-        running = _Running(self, live.home, lambda: _become_bash(code))
+        code, begin = request["code"], _BEGIN if not request["fresh"] else 'eval "$(printf %s "$@")"'
+        running = _Running(self, live.home, lambda: _become_bash(begin, code))
         ends = {running.pidfd: Ending("exited"), call.fileno(): Ending("abandoned")}
         ending = Ending("abandoned")
         try:
@@ -326,15 +326,19 @@ class _Runner:
             TZ="UTC",
             PYTHONHASHSEED="0",
             PYTHONDONTWRITEBYTECODE="1",
+            **{
+                f"GIT_{who}_NAME": "agent" for who in ("AUTHOR", "COMMITTER")
+            },  # git takes no commit from nobody
+            **{f"GIT_{who}_EMAIL": "agent@localhost" for who in ("AUTHOR", "COMMITTER")},
         )
         action()
 
 
-def _become_bash(code: str) -> None:
+def _become_bash(begin: str, code: str) -> None:
     code = code.encode(errors="replace").decode().replace("\0", "")
     parts = [code[at : at + _ARGUMENT] for at in range(0, len(code), _ARGUMENT)]
     environment = os.environ | {"BASH_FUNC__espalier_keep%%": _KEEP}  # as bash exports a function
-    os.execve("/bin/bash", ["bash", "--noprofile", "--norc", "-c", _BEGIN, "bash", *parts], environment)
+    os.execve("/bin/bash", ["bash", "--noprofile", "--norc", "-c", begin, "bash", *parts], environment)
 
 
 def _used_mb(home: str) -> float:
