@@ -20,8 +20,9 @@ from system.envs.protocol import (
     Start,
     Undone,
     World,
+    WorldFailed,
 )
-from system.tools.outcome import ToolSpec
+from system.tools.outcome import ToolSpec, ToolStatus
 from system.tools.sandbox.channel import SandboxUnavailable
 from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.sandbox import Sandbox
@@ -70,7 +71,18 @@ class SessionEnvironment(Environment):
         return {"seed": start.seed}
 
     async def prepare(self, session: SandboxSession, prompt: Prompt) -> None:
-        """Bring a new ``session`` to where a world of ``prompt`` begins.  Raises :class:`.WorldFailed`."""
+        """Bring a new ``session`` to where a world of ``prompt`` begins: it runs ``extra["setup"]``, of which
+        the model reads nothing.  Raises :class:`.WorldFailed` where it fails, and :class:`.ToolUnavailable`.
+        """
+        if not (setup := text_of(prompt, "setup")):
+            return
+        try:
+            result = await session.run(setup, deadline_s=self.call_s)
+        except (SessionLost, SandboxUnavailable) as error:
+            raise ToolUnavailable(str(error), delivered=False) from error
+        if result.status != ToolStatus.OK:
+            await session.close()
+            raise wrong(prompt, "setup", result.text)
 
     def prompt(self, key: tuple[str, str, str]) -> Prompt:
         """Of the tree ``key``."""
@@ -232,3 +244,16 @@ class SessionWorld(World):
     def _rests(self, session: SandboxSession) -> None:
         self._session = session if session.alive else None
         self._environment.rests(self, self._session)
+
+
+def text_of(prompt: Prompt, name: str) -> str:
+    """``extra[name]`` of a question; empty where it has none.  Raises :class:`.WorldFailed` for no text."""
+    text: Any = prompt.extra.get(name, "")
+    if not isinstance(text, str):
+        raise wrong(prompt, name, f"{text!r:.200} is no text")
+    return text
+
+
+def wrong(prompt: Prompt, name: str, fault: str) -> WorldFailed:
+    """What is wrong with ``extra[name]`` of a question."""
+    return WorldFailed("open_failed", f"question {prompt.id!r}: extra.{name}: {fault}")

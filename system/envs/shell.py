@@ -5,7 +5,7 @@ the branch forks.  What a question brings along stands in its ``extra``:
 
 - ``directory``: one below ``environment.options.directories``, of which ``/work`` is a copy;
 - ``files``: ``{path: text}``, written there;
-- ``setup``: commands that are run first;
+- ``setup``: commands that are run first (:meth:`.SessionEnvironment.prepare`);
 - ``check``: commands that say at the end whether it is right, by their exit code: what ``reward=environment``
   takes; ``check_files``: ``{path: text}``, written before that, which the model never sees.
 """
@@ -18,12 +18,11 @@ from pathlib import Path, PurePosixPath
 from shlex import quote
 from typing import Any, ClassVar, cast
 
-from system.envs.protocol import Start, WorldFailed
-from system.envs.sessions import SessionEnvironment, SessionWorld
+from system.envs.protocol import Start
+from system.envs.sessions import SessionEnvironment, SessionWorld, text_of, wrong
 from system.tools.outcome import ToolSpec, ToolStatus
-from system.tools.sandbox.channel import SandboxUnavailable
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
-from system.tools.sandbox.sessions import NotForked, SandboxSession, SessionLost
+from system.tools.sandbox.sessions import NotForked, SandboxSession
 from system.tools.sandbox.settings import Shell
 from system.tools.tool import ToolUnavailable
 from system.tree.prompt import Prompt
@@ -70,10 +69,9 @@ class ShellEnvironment(SessionEnvironment):
         """``wall_s``, ``cpu_s``, ``memory_mb``, ``output_chars``, ``processes``: of one call, with all that
         it starts; ``disk_mb``: files of one session, held in memory; ``readable``: directories beside the
         system's own that commands may read and run programs from; ``directories``: where those stand that a
-        question may name; ``check_s``: of ``setup`` and of ``check``, within ``environment.open_s`` and
-        ``result_s``; ``concurrency``: calls that run at once; ``live_sessions``, ``live_mb``: beyond so many
-        sessions, or so much memory of their files, the one which was idle longest is given up, and built
-        again when its branch goes on.
+        question may name; ``check_s``: of ``check``, within ``environment.result_s``; ``concurrency``: calls
+        that run at once; ``live_sessions``, ``live_mb``: beyond so many sessions, or so much memory of their
+        files, the one which was idle longest is given up, and built again when its branch goes on.
         """
         limits = SandboxLimits(
             *(max(wall_s, check_s), cpu_s, memory_mb, output_chars),
@@ -95,17 +93,6 @@ class ShellEnvironment(SessionEnvironment):
         more = {"given": self._directory(start.prompt), "files": _files(start.prompt, "files")}
         return super().begins(start) | more
 
-    async def prepare(self, session: SandboxSession, prompt: Prompt) -> None:
-        if not (setup := _text(prompt, "setup")):
-            return
-        try:
-            result = await session.run(setup, deadline_s=self._check_s)
-        except (SessionLost, SandboxUnavailable) as error:
-            raise ToolUnavailable(str(error), delivered=False) from error
-        if result.status != ToolStatus.OK:
-            await session.close()
-            raise _wrong(prompt, "setup", result.text)
-
     def world(self, key: tuple[str, str, str], session: SandboxSession) -> SessionWorld:
         return ShellWorld(self, key, session)
 
@@ -114,20 +101,20 @@ class ShellEnvironment(SessionEnvironment):
 
         It begins in /work without the session's variables and functions: these could answer in its place.
         """
-        if not (check := _text(prompt, "check")):
+        if not (check := text_of(prompt, "check")):
             return None
         files = _files(prompt, "check_files")
         result = await session.run(_written(files) + check, deadline_s=self._check_s, fresh=True)
         return {"reward": float(result.status == ToolStatus.OK), "check": result.text}
 
     def _directory(self, prompt: Prompt) -> str:
-        name = _text(prompt, "directory")
+        name = text_of(prompt, "directory")
         if not name:
             return ""
         if self._given is None:
-            raise _wrong(prompt, "directory", "environment.options.directories does not say where it stands")
+            raise wrong(prompt, "directory", "environment.options.directories does not say where it stands")
         if _leads_out(name) or not (self._given / name).is_dir():
-            raise _wrong(prompt, "directory", f"{name!r} is no directory in {self._given}")
+            raise wrong(prompt, "directory", f"{name!r} is no directory in {self._given}")
         return name
 
     def normalise(self, text: str) -> str:
@@ -170,22 +157,11 @@ def _leads_out(path: str) -> bool:
 def _files(prompt: Prompt, name: str) -> dict[str, str]:
     files: Any = prompt.extra.get(name, {})
     if not isinstance(files, dict):
-        raise _wrong(prompt, name, f"{files!r:.200} is no object of paths and texts")
+        raise wrong(prompt, name, f"{files!r:.200} is no object of paths and texts")
     named = cast("dict[Any, Any]", files)
     for path, text in named.items():
         if not isinstance(path, str) or not isinstance(text, str):
-            raise _wrong(prompt, name, f"{path!r:.200}: {text!r:.200} is no path with a text")
+            raise wrong(prompt, name, f"{path!r:.200}: {text!r:.200} is no path with a text")
         if not path or "\0" in path or _leads_out(path):
-            raise _wrong(prompt, name, f"{path!r:.200} leads out of /work")
+            raise wrong(prompt, name, f"{path!r:.200} leads out of /work")
     return named
-
-
-def _text(prompt: Prompt, name: str) -> str:
-    text: Any = prompt.extra.get(name, "")
-    if not isinstance(text, str):
-        raise _wrong(prompt, name, f"{text!r:.200} is no text")
-    return text
-
-
-def _wrong(prompt: Prompt, name: str, fault: str) -> WorldFailed:
-    return WorldFailed("open_failed", f"question {prompt.id!r}: extra.{name}: {fault}")
