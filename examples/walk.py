@@ -155,7 +155,7 @@ class PythonWalks(Walks):
     """
 
     def answer(self, question: Walk) -> str:
-        return str(random.Random(f"house {question.number}").randint(10, 99))
+        return str(random.Random(f"house {question.number}").randint(1, 9))
 
     def extra(self, question: Walk) -> dict[str, Any]:
         setup = _SETUP.format(way=question.way, house=self.answer(question), ways=WAYS)
