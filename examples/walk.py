@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from system.config import Config
 from system.envs.protocol import Message, Observation
@@ -128,3 +128,51 @@ class Walks(GeneratedTask[Walk]):
     def tokenizer(self):
         words = [*WAYS, *(f" {way}" for way in WAYS), "there", "\n\n", "Q: walk ", " ?", " "]
         return tiny_tokenizer.build([*tiny_tokenizer.syntax("walk"), *words, *tiny_tokenizer.numbers()])
+
+
+_SETUP = """
+east, north = {way}
+
+def look():
+    if not (east or north):
+        print({house})
+    elif abs(north) >= abs(east):
+        print("north" if north > 0 else "south")
+    else:
+        print("east" if east > 0 else "west")
+
+def walk(way):
+    global east, north
+    to_east, to_north = {ways}[way]
+    east, north = east - to_east, north - to_north
+    look()
+"""
+
+
+class PythonWalks(Walks):
+    """The same walk in the interpreter of ``environment=python``, which keeps where the walker stands; at the
+    end the number of a house is seen, which is the answer (walk_python.yaml).
+    """
+
+    def answer(self, question: Walk) -> str:
+        return str(random.Random(f"house {question.number}").randint(1, 9))
+
+    def extra(self, question: Walk) -> dict[str, Any]:
+        setup = _SETUP.format(way=question.way, house=self.answer(question), ways=WAYS)
+        return {"setup": setup}
+
+    def demonstrate(self, question: Walk, prompt: Prompt, skill: Skill, rng: random.Random) -> Demonstration:
+        city, render, segments = City(), TagSyntax({}).render_result, list[tuple[str, str]]()
+        shown = city.reset(prompt)
+        segments += [("model", " <think> </think> <python> look() </python>"), ("tool", render(shown))]
+        while not city.done and len(segments) < 2 * (STEPS + 2):
+            way = skill.choose(city.compass, list(WAYS), rng)
+            city.walk(way)
+            shown = self.answer(question) if city.done else city.compass
+            segments += [("model", f" <python> walk('{way}') </python>"), ("tool", render(shown))]
+        house = shown if city.done else "0"
+        return Demonstration(prompt, (*segments, ("model", f" <answer> \\boxed{{{house}}} </answer>")))
+
+    def tokenizer(self):
+        words = [*WAYS, " look()", " walk('", "')", "Q: walk ", " ?", " ", " \\boxed{", "}"]
+        return tiny_tokenizer.build([*tiny_tokenizer.syntax("python"), *words, *tiny_tokenizer.numbers()])

@@ -282,7 +282,11 @@ TOOLS = Registry(
 )
 ENVIRONMENTS = Registry(
     "environment.name",
-    {"tools": "system.envs.make:no_worlds", "python": "system.envs.python:PythonEnvironment"},
+    {
+        "tools": "system.envs.make:no_worlds",
+        "python": "system.envs.python:PythonEnvironment",
+        "bash": "system.envs.shell:ShellEnvironment",
+    },
 )
 CREDITS = Registry(
     "learn.credit",

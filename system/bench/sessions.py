@@ -22,7 +22,7 @@ import psutil
 from system.bench.report import Report
 from system.config import ToolsConfig
 from system.tools.sandbox.sandbox import Sandbox
-from system.tools.sandbox.sessions import PythonSession, SessionTree
+from system.tools.sandbox.sessions import SandboxSession, SessionTree
 
 _T = TypeVar("_T")
 LEAVES, ROOTS = 16, 4
@@ -36,7 +36,7 @@ class _Grown:
     """Sessions that are alive, and what it took."""
 
     trees: list[SessionTree] = field(default_factory=list[SessionTree])
-    sessions: list[PythonSession] = field(default_factory=list[PythonSession])
+    sessions: list[SandboxSession] = field(default_factory=list[SandboxSession])
     open_ms: list[float] = field(default_factory=list[float])
     fork_ms: list[float] = field(default_factory=list[float])
     cell_ms: list[float] = field(default_factory=list[float])
@@ -124,7 +124,7 @@ async def _grow(box: Sandbox, grown: _Grown, leaves: int, packages: bool) -> Non
     """One tree more."""
     tree = await box.tree(packages=packages)
     grown.trees.append(tree)
-    sessions: list[PythonSession] = []
+    sessions: list[SandboxSession] = []
     for i in range(leaves):
         if i < ROOTS:
             session = await _timed(tree.open(i), grown.open_ms)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from system.envs.protocol import (
     Ids,
     Observation,
     Start,
+    Undone,
     WorldFailed,
     checked,
 )
@@ -39,7 +40,7 @@ from system.tools.tool import CallRefused, ToolUnavailable
 from system.tree.prompt import Prompt
 
 BACKOFF_S = 0.5  # before the first further attempt, doubling
-_FAILURES = (TooLate, Raised, ToolUnavailable, CallRefused)
+_FAILURES = (TooLate, Raised, ToolUnavailable, CallRefused, Undone)
 
 
 class TreeSessions:
@@ -234,15 +235,13 @@ class BranchSession:
                 answer = await self._step(held, calls, text, len(self.journal), self._seed)
             except CallRefused as refusal:  # it has changed nothing
                 return Observation.of(f"{name} refused the call: {refusal}", ToolStatus.REJECTED)
+            except Undone as undone:
+                return self._without(f"{undone.text}\n", undone.status)
             except TooLate:
                 service.counts["timeouts"] += 1
-                self.discard("an action took too long")
-                if not service.rebuilds:
-                    raise self._failure(
-                        "world_lost", f"{name}: no answer within {limits.step_s:g} s"
-                    ) from None
-                late = f"{name} did not answer within {limits.step_s:g} s. The state is as before the call."
-                return Observation.of(late, ToolStatus.TIMEOUT)
+                return self._without(
+                    f"{name} did not answer within {limits.step_s:g} s. ", ToolStatus.TIMEOUT
+                )
             except ToolUnavailable as error:
                 safe = repeatable or not error.delivered
                 if error.retryable and safe and tries < limits.retries:
@@ -263,6 +262,13 @@ class BranchSession:
             self.journal = (*self.journal, Entry(calls, text, answer, taken, self._seed))
             self._seed = None
             return answer
+
+    def _without(self, what: str, status: ToolStatus) -> Observation:
+        """The answer to an action that left the world in no known state: the next one is built without it."""
+        self.discard("an action left it in no known state")
+        if not self._service.rebuilds:
+            raise self._failure("world_lost", what)
+        return Observation.of(f"{what}The state is as before the call.", status)
 
     def _repeatable(self, calls: Sequence[Acted]) -> bool:
         environment = self._service.environment
@@ -325,7 +331,7 @@ class BranchSession:
                     raise self._failure(reason, str(error)) from error
                 service.counts["retries"] += 1
                 await asyncio.sleep(BACKOFF_S * 2**attempt)
-            except (Raised, CallRefused) as error:
+            except (Raised, CallRefused, Undone) as error:
                 raise self._failure("open_failed", str(error)) from error
             except WorldFailed as error:
                 raise self._known(error) from error
@@ -351,11 +357,14 @@ class BranchSession:
         if before is not None and normalise(before) != normalise(now):
             self._diverged(0, f"the opening was {before!r:.300}, now {now!r:.300}")
         for step, entry in enumerate(self.journal):
-            answer = await self._step(held, entry.calls, entry.text, step, entry.seed)
+            try:
+                answer = await self._step(held, entry.calls, entry.text, step, entry.seed)
+            except Undone as undone:
+                self._diverged(step + 1, f"this time it was not done: {undone.text:.300}")
             if found := difference(entry.answer, answer, normalise):
                 self._diverged(step + 1, found)
 
-    def _diverged(self, step: int, found: str) -> None:
+    def _diverged(self, step: int, found: str) -> NoReturn:
         raise self._failure("replay_diverged", f"step {step}: {found}")
 
     async def _come(self, parent: BranchSession, at: int, mine: Spot, its: Spot | None) -> None:
@@ -370,7 +379,7 @@ class BranchSession:
                     if isinstance(given, Held):
                         self._held = given
                     elif given is not None:
-                        self._held = await self._from_saved(given.saved)
+                        self._held = await self._from_saved(*given)
                     if self._held is not None:
                         self._service.counts[f"forks_{self._service.environment.forks}"] += 1
                         return
@@ -383,15 +392,16 @@ class BranchSession:
         except _FAILURES as error:
             self._fault = self._failure("fork_failed", str(error))
 
-    async def _copied(self, parent: BranchSession) -> Held | _Saved | None:
-        """A copy of the parent's world, or what to open one from; None: neither can be had, it is counted."""
+    async def _copied(self, parent: BranchSession) -> Held | tuple[Any] | None:
+        """A copy of the parent's world, or (what to open one from,), which may be
+        anything; None: neither can be had, it is counted."""
         held, kind = parent._held, self._service.environment.forks
         limit = self._service.limits.fork_s
         if held is None:
             return None
         try:
             if kind == ForkKind.SNAPSHOT:
-                return _Saved(await parent._ask(held, limit, "save", held.world.save))
+                return (await parent._ask(held, limit, "save", held.world.save),)
             ids = self._ids(len(self.journal))
             with parent._given_up(held, "its copy"):
                 made = await self._service.world(held.caller, limit, "fork", held.world.fork, ids)
@@ -428,13 +438,6 @@ class BranchSession:
     def _known(self, error: WorldFailed) -> WorldFailed:
         """``error`` as the end of this session, counted once."""
         return error if error is self._fault else self._failure(error.reason, error.detail)
-
-
-class _Saved:
-    """What a world was saved as; it may be anything, also None."""
-
-    def __init__(self, saved: Any) -> None:
-        self.saved = saved
 
 
 def _label(key: Sequence[int]) -> str:

@@ -122,8 +122,8 @@ class World(ABC):
 
     @abstractmethod
     def step(self, action: Action) -> Observation | Any:
-        """Raises :class:`.ToolUnavailable` where the action could not be made, or may not have been; what
-        else it raises, the model is told.  May be ``async``.
+        """Raises :class:`.ToolUnavailable` where the action could not be made, or may not have been, and
+        :class:`Undone` where it ended the world; what else it raises, the model is told.  May be ``async``.
         """
 
     def result(self) -> Mapping[str, Any] | Any | None:
@@ -173,6 +173,16 @@ class Environment(ABC):
 
 class CannotFork(EspalierError):
     """This world cannot be copied or saved as it is now; replay may do it."""
+
+
+class Undone(EspalierError):
+    """An action ended the world that it was made in.  The branch reads ``text``, with its ``status``, and
+    goes on in a world that is built again without the action.
+    """
+
+    def __init__(self, text: str, status: ToolStatus = ToolStatus.ERROR) -> None:
+        super().__init__(text, status)
+        self.text, self.status = text, status
 
 
 class WorldFailed(EspalierError):

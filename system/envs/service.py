@@ -17,7 +17,7 @@ from typing import Any
 from system.config import Config, EnvironmentConfig
 from system.envs.calling import Caller, told
 from system.envs.make import make_environment
-from system.envs.protocol import CannotFork, Effects, Environment, ForkKind, Start, World, WorldFailed
+from system.envs.protocol import CannotFork, Effects, Environment, ForkKind, Start, Undone, World, WorldFailed
 from system.errors import OF_OTHERS, EspalierError, asked_to_end
 from system.text import named
 from system.tools.tool import CallRefused, ToolUnavailable
@@ -28,6 +28,7 @@ PLAIN_ERRORS = (
     CallRefused,
     CannotFork,
     ToolUnavailable,
+    Undone,
     WorldFailed,
 )  # that an author raises to say something
 

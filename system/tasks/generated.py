@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from system.config import Config, ConfigError
 from system.tasks.base import Demonstration, sizes
@@ -53,6 +53,10 @@ class GeneratedTask(ABC, Generic[Q]):
     def demonstrate(self, question: Q, prompt: Prompt, skill: Skill, rng: random.Random) -> Demonstration:
         """How an expert of ``skill`` answers, with the texts that the real tools return."""
 
+    def extra(self, question: Q) -> dict[str, Any]:
+        """What an environment is told of the question; as JSON."""
+        return {}
+
     def key(self, question: Q, index: int) -> str:
         """The end of the prompt's id: what a tool may know of the question."""
         return str(index)
@@ -88,6 +92,7 @@ class GeneratedTask(ABC, Generic[Q]):
                 messages=({"role": "user", "content": question.text},),
                 answers=(self.answer(question),),
                 kind=question.kind,
+                extra=self.extra(question),
             )
             for i, question in enumerate(questions)
         ]

@@ -57,7 +57,10 @@ def test_a_plain_class_is_taken_with_its_options() -> None:
             ["environment=plain_worlds:Searching", "tools.names=[search]"],
             "'search' is a tool of environment.name='plain_worlds:Searching', too: take it out",
         ),
-        (["environment=toolz"], "environment.name='toolz': choose one of tools, python, or your own as"),
+        (
+            ["environment=toolz"],
+            "environment.name='toolz': choose one of tools, python, bash, or your own as",
+        ),
         (["environment=plain_worlds:Absent"], "has no attribute 'Absent'"),
         (["environment.step_s=0"], "environment.step_s=0.0 must be above 0"),
     ],

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from system.tools.sandbox.sandbox import Sandbox
-from system.tools.sandbox.sessions import PythonSession
+from system.tools.sandbox.sessions import SandboxSession
 
 
 def children(pid: int) -> list[int]:
-    try:
-        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+    """Of all its threads."""
+    found: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [int(text) for text in listed.read_text().split()]
+    return found
 
 
 def descendants(pid: int) -> list[int]:
@@ -49,7 +52,7 @@ def scratch_directories(warden: int) -> list[str]:
     return [where for where in (line.split()[4] for line in lines) if where.startswith("/scratch/")]
 
 
-async def text(session: PythonSession, code: str) -> str:
+async def text(session: SandboxSession, code: str) -> str:
     result = await session.run(code)
     assert result.status == "ok", result.text
     return result.text

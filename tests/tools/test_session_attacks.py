@@ -20,7 +20,7 @@ from test_sandbox_attacks import FILE_ATTACKS, PROCESS_ATTACKS, TRY
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
-from system.tools.sandbox.sessions import PythonSession, SessionLost
+from system.tools.sandbox.sessions import SandboxSession, SessionLost
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIMITS = SandboxLimits(memory_mb=128, file_mb=4, disk_mb=8, threads=8, branches=4)
@@ -38,7 +38,7 @@ async def box() -> AsyncIterator[Sandbox]:
 
 
 @pytest_asyncio.fixture(loop_scope="module", params=["a session", "a fork"])
-async def session(request: pytest.FixtureRequest, box: Sandbox) -> AsyncIterator[PythonSession]:
+async def session(request: pytest.FixtureRequest, box: Sandbox) -> AsyncIterator[SandboxSession]:
     tree = await box.tree()
     session = await tree.open()
     if request.param == "a fork":
@@ -47,7 +47,7 @@ async def session(request: pytest.FixtureRequest, box: Sandbox) -> AsyncIterator
     await tree.close()
 
 
-async def attempt(session: PythonSession, *actions: str, setup: str = "") -> None:
+async def attempt(session: SandboxSession, *actions: str, setup: str = "") -> None:
     await text(session, f"{TRY}\n{setup}")
     for action in actions:
         result = await session.run(f"attempt({action!r})")
@@ -55,7 +55,7 @@ async def attempt(session: PythonSession, *actions: str, setup: str = "") -> Non
         assert result.status is ToolStatus.OK, (action, result.text)
 
 
-async def test_nothing_outside_is_read_or_changed(session: PythonSession, outside: Path) -> None:
+async def test_nothing_outside_is_read_or_changed(session: SandboxSession, outside: Path) -> None:
     (outside / "secret").write_text("secret")
     (outside / "secret").chmod(0o666)
     await attempt(session, *FILE_ATTACKS, setup=f"D = {str(outside)!r}")
@@ -91,7 +91,7 @@ OF_SESSIONS = [
 ]
 
 
-async def test_no_other_process_is_touched_or_started(session: PythonSession, box: Sandbox) -> None:
+async def test_no_other_process_is_touched_or_started(session: SandboxSession, box: Sandbox) -> None:
     before = descendants(wardens(box)[-1])
     await attempt(
         session, *PROCESS_ATTACKS, *OF_SESSIONS, setup=f"PARENT, SERVER = {os.getpid()}, {box.pid}\n{SETUP}"
@@ -99,7 +99,7 @@ async def test_no_other_process_is_touched_or_started(session: PythonSession, bo
     assert descendants(wardens(box)[-1]) == before
 
 
-async def test_only_the_socket_to_its_warden_is_open(session: PythonSession) -> None:
+async def test_only_the_socket_to_its_warden_is_open(session: SandboxSession) -> None:
     code = """
 import os, socket
 found = []
@@ -115,7 +115,7 @@ print(len(found), repr(socket.socket(fileno=os.dup(found[0])).getpeername()))
 
 
 @pytest.mark.parametrize("end", ["time.sleep(600)", "pass"])
-async def test_a_thread_bomb_ends_its_session(session: PythonSession, end: str) -> None:
+async def test_a_thread_bomb_ends_its_session(session: SandboxSession, end: str) -> None:
     """What the kernel counts together are the threads of all sessions of a tree."""
     code = """
 import threading, time
@@ -132,7 +132,7 @@ except RuntimeError:
     assert not session.alive
 
 
-async def test_as_many_threads_as_may_be(session: PythonSession) -> None:
+async def test_as_many_threads_as_may_be(session: SandboxSession) -> None:
     code = (
         "import threading, time\nthreading.stack_size(1 << 16)\n"
         "for _ in range(8): threading.Thread(target=time.sleep, args=(0.1,)).start()"
@@ -143,7 +143,7 @@ async def test_as_many_threads_as_may_be(session: PythonSession) -> None:
 # --- kill -9 -----------------------------------------------------------------------------------------------
 
 
-async def grown(box: Sandbox) -> tuple[list[PythonSession], int, int, list[int]]:
+async def grown(box: Sandbox) -> tuple[list[SandboxSession], int, int, list[int]]:
     """A session and its fork, their warden, process 1, and their processes."""
     tree = await box.tree()
     parent = await tree.open()

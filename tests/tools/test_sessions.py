@@ -14,7 +14,7 @@ from sessions import alive, children, descendants, scratch_directories, state, t
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
-from system.tools.sandbox.sessions import NotForked, PythonSession, SessionLost, SessionTree, TreeFull
+from system.tools.sandbox.sessions import NotForked, SandboxSession, SessionLost, SessionTree, TreeFull
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIMITS = SandboxLimits(wall_s=20.0, cpu_s=2.0, memory_mb=128, file_mb=4, disk_mb=8, threads=8, branches=12)
@@ -45,7 +45,7 @@ async def tree(box: Sandbox) -> AsyncIterator[SessionTree]:
     await eventually(lambda: not alive(all_of_it), 4, "a process is left")
 
 
-async def refused(session: PythonSession, why: str) -> None:
+async def refused(session: SandboxSession, why: str) -> None:
     """It cannot be forked, and goes on as if nobody had tried."""
     with pytest.raises(NotForked, match=why):
         await session.fork()

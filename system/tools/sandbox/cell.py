@@ -8,12 +8,16 @@ Works as root, and as any user where the kernel and its security modules permit 
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from system.tools.sandbox import kernel
 from system.tools.sandbox.settings import DEVICES, Settings, readable_directories, readable_files
 
 SCRATCH = "/scratch"
+GIVEN = "/given"  # what the sessions of a shell may begin with; no command sees it
+WORK, TMP = "/work", "/tmp"  # of a shell
+OF_SHELL = (WORK, TMP, "/state")
 _READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
 
 
@@ -47,6 +51,11 @@ def build(settings: Settings) -> int:
             library = kernel.ATTR_NODEV if file in settings.readable else kernel.ATTR_NOEXEC
             _bind(file, target, _READ_ONLY | library)
     os.mkdir(root + SCRATCH)
+    if settings.shell is not None:
+        for directory in (*OF_SHELL, GIVEN):
+            os.mkdir(root + directory)
+        if settings.shell.given:
+            _bind(settings.shell.given, root + GIVEN, _READ_ONLY | kernel.ATTR_NODEV)
     kernel.pivot_root(root)
     kernel.mount_attributes("/", _READ_ONLY, recursive=False)
     return proc
@@ -69,12 +78,25 @@ def enter_tree(uid: int | None, proc: int) -> str:
     return SCRATCH
 
 
+def enter_command(home: str) -> None:
+    """A mount namespace for one command of a shell, which sees the directories of its session's ``home`` and
+    no other session's, and for this process's next child a PID namespace."""
+    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
+    for directory in OF_SHELL:
+        kernel.mount(home + directory, directory, None, kernel.MS_BIND)
+    for hidden in (SCRATCH, GIVEN):
+        with contextlib.suppress(OSError):  # nothing is mounted there
+            kernel.unmount(hidden)
+
+
 def mount_scratch(settings: Settings, uid: int | None, target: str) -> None:
-    """An empty directory of limited size for ``uid``, over the directory ``target``."""
+    """An empty directory of limited size for ``uid``, over the directory ``target``.  Programs in it run only
+    where there are others to run."""
     owner = "" if uid is None else f",uid={uid},gid={uid}"
     size = settings.limits.disk_mb << 20
     options = f"mode=0700,size={size},nr_inodes={settings.limits.files}{owner}"
-    kernel.mount("scratch", target, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | (kernel.MS_NOEXEC if settings.shell is None else 0)
+    kernel.mount("scratch", target, "tmpfs", flags, options)
 
 
 def _enter(flags: int, uid: int | None, proc: int) -> None:

@@ -70,9 +70,19 @@ print(json.dumps(got_through))
 """
 
 
-async def verify(run: Callable[[str], Awaitable[SandboxResult]]) -> None:
-    """Attempt the escapes in programs that ``run`` confines.  Raises :class:`Escaped` naming those that
-    succeeded.
+Run = Callable[[str], Awaitable[SandboxResult]]
+
+
+def as_command(run: Run) -> Run:
+    """Run a program of Python's as a command of a shell."""
+    return lambda code: run(f"exec python3 - <<'espalier-ends'\n{code}\nespalier-ends")
+
+
+async def verify(run: Run, *, shell: bool = False) -> None:
+    """Attempt the escapes in programs that ``run`` confines, or, in a ``shell``,
+    that start others and have a temporary directory of their own.
+
+    Raises :class:`Escaped` naming those that succeeded.
     """
     outside = Path(tempfile.mkdtemp(prefix="espalier-probe-"))
     temporary = Path(tempfile.gettempdir()) / f"{outside.name}.write"
@@ -95,7 +105,8 @@ async def verify(run: Callable[[str], Awaitable[SandboxResult]]) -> None:
             result = await run(code)
             if result.status is not ToolStatus.OK:
                 raise Escaped(f"a harmless program fails inside: {result.text}")
-            got_through = {*json.loads(result.stdout), *_traces(outside, temporary)}
+            allowed = {"new_process", "write_temporary"} if shell else set[str]()
+            got_through = {*json.loads(result.stdout), *_traces(outside, temporary)} - allowed
         got_through |= {"tcp"} if connected.is_set() else set()
         if got_through:
             raise Escaped(f"not prevented: {', '.join(sorted(got_through))}")

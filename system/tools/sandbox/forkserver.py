@@ -31,6 +31,7 @@ from system.tools.sandbox.packages import Finder
 from system.tools.sandbox.process import become_program, end_with
 from system.tools.sandbox.scratch import remove_tree
 from system.tools.sandbox.settings import Settings
+from system.tools.sandbox.shell_warden import ShellWarden
 from system.tools.sandbox.tree_warden import TreeWarden
 from system.tools.sandbox.watch import Ending, Output, watch
 
@@ -85,7 +86,7 @@ def _serve(control: socket.socket, confinement: lockdown.Confinement) -> None:
             return
         if os.fork() == 0:
             control.close()
-            warden = _Warden if message == b"c" else TreeWarden
+            warden = _WARDENS[message]
             end_with(warden(confinement, socket.socket(fileno=descriptors[0])).serve)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -188,3 +189,10 @@ class _Warden:
             raise
         leash.close()
         program.leave(program.run(code))
+
+
+_WARDENS: dict[bytes, type[_Warden] | type[TreeWarden] | type[ShellWarden]] = {
+    b"c": _Warden,
+    b"t": TreeWarden,
+    b"s": ShellWarden,
+}

@@ -8,7 +8,7 @@ import resource
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from system.tools.sandbox import cell, kernel, seccomp
@@ -48,6 +48,7 @@ class Confinement:
     syscalls: bytes  # the seccomp filter, for process id _ANY_PID
     session_syscalls: bytes  # a session's, and what leaves its forks to its warden
     session_forks: bytes
+    shell_syscalls: bytes
     first_uid: int | None  # user id to drop to, see _unprivileged_uid; None: we are not root
     proc: int  # descriptor of the host's /proc, -1 outside a cell
 
@@ -82,6 +83,7 @@ def prepare(settings: Settings) -> Confinement:
         syscalls=seccomp.program(kernel.MACHINE, _ANY_PID),
         session_syscalls=seccomp.session_program(kernel.MACHINE),
         session_forks=seccomp.fork_program(kernel.MACHINE),
+        shell_syscalls=seccomp.shell_program(kernel.MACHINE),
         first_uid=_unprivileged_uid(settings),
         proc=proc,
     )
@@ -132,7 +134,20 @@ def confine_session(
     kernel.install_filter(confinement.session_syscalls)
 
 
-def _enclose(confinement: Confinement, writable: str, home: str, kept: int) -> None:
+def confine_command(confinement: Confinement, uid: int | None, leash: int) -> None:
+    """The same for a command of a shell, which starts programs, in the namespaces of
+    :func:`.cell.enter_command`.  Its processes are counted, and their memory and time, by its warden."""
+    limits = confinement.settings.limits
+    _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
+    _limit(resource.RLIMIT_NOFILE, limits.open_files)
+    _limit(resource.RLIMIT_NPROC, limits.threads * limits.branches + _foreign_tasks(confinement, uid))
+    if uid:
+        _become(uid)
+    _enclose(confinement, cell.OF_SHELL, cell.WORK, leash)
+    kernel.install_filter(confinement.shell_syscalls)
+
+
+def _enclose(confinement: Confinement, writable: str | Sequence[str], home: str, kept: int) -> None:
     """Keep this process to its directories and from all privileges, and close its descriptors."""
     os.chdir(home)
     os.umask(0o077)
@@ -144,8 +159,9 @@ def _enclose(confinement: Confinement, writable: str, home: str, kept: int) -> N
     os.closerange(kept + 1, MAX_DESCRIPTORS)
 
 
-def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:
-    """Read Python's library, write only ``scratch``; no TCP, no signal or abstract socket to the outside."""
+def _landlock_ruleset(confinement: Confinement, writable: str | Sequence[str]) -> int:
+    """Read Python's library, write only what is ``writable``; no TCP, no signal or abstract socket to
+    the outside."""
     version = confinement.landlock
     handled = _ALL_FS[max(v for v in _ALL_FS if v <= version)]
     ruleset = kernel.landlock_ruleset(
@@ -153,9 +169,10 @@ def _landlock_ruleset(confinement: Confinement, scratch: str) -> int:
     )
     for handle, rights in confinement.readable:
         kernel.landlock_allow(ruleset, handle, rights)
-    handle = os.open(scratch, os.O_PATH | os.O_CLOEXEC)
-    kernel.landlock_allow(ruleset, handle, handled)
-    os.close(handle)
+    for directory in (writable,) if isinstance(writable, str) else writable:
+        handle = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+        kernel.landlock_allow(ruleset, handle, handled)
+        os.close(handle)
     return ruleset
 
 
@@ -167,6 +184,8 @@ def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
     for path, allowed in rights.items():
         if os.path.exists(path):
             yield os.open(path, os.O_PATH | os.O_CLOEXEC), allowed
+    if settings.shell is not None:  # what stands where, of a file system that has nothing but these
+        yield os.open("/", os.O_PATH | os.O_CLOEXEC), _READ_DIR
 
 
 def _limit_all(settings: Settings) -> None:

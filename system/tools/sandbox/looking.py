@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _PAUSE_S, _STOPS_S = 0.0005, 2.0
 _PF_EXITING = 0x4  # linux/sched.h
@@ -14,6 +16,14 @@ _CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 
 class Unseen(Exception):
     """It has gone, or may not be looked at; says what."""
+
+
+class Family(NamedTuple):
+    """What several processes have together."""
+
+    threads: int
+    memory_mb: float  # what they share counts for each
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,28 @@ class Looks:
                 except Unseen:
                     continue
         return found
+
+    def family(self, first: int) -> Family:
+        """``first`` apart, all that came of it and is there."""
+        parents: dict[int, tuple[int, list[str]]] = {}
+        for name in self._listed("."):
+            if name.isdigit():
+                with suppress(Unseen):
+                    state = self._state(int(name))
+                    parents[int(name)] = int(state[1]), state
+        found, again = {first}, True
+        while again:
+            more = {pid for pid, (parent, _) in parents.items() if parent in found} - found
+            found, again = found | more, bool(more)
+        states = [state for pid, (_, state) in parents.items() if pid in found]
+        page, tick = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
+        own = [parents[pid][1] for pid in found - {first} if pid in parents]
+        return Family(
+            threads=sum(int(state[17]) for state in own),
+            memory_mb=sum(int(state[21]) for state in own) * page / (1 << 20),
+            # Of children that were waited for, their parents keep the time.
+            cpu_s=sum(int(time) for state in states for time in state[11:15]) / tick,
+        )
 
     def memory_mb(self, pid: int) -> tuple[float, float]:
         """(Most memory that it has had at once, what it has now of its own or copied when written to); zeros

@@ -28,7 +28,7 @@ from system.tools.sandbox.channel import Lost, SandboxUnavailable
 from system.tools.sandbox.packages import find
 from system.tools.sandbox.result import SandboxResult
 from system.tools.sandbox.server import ForkServer
-from system.tools.sandbox.settings import SandboxLimits, Settings
+from system.tools.sandbox.settings import SandboxLimits, Settings, Shell
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +66,19 @@ class Sandbox:
         paths: Sequence[str] = (),
         preload: Sequence[str] = PRELOADED,
         namespaces: bool | None = None,
+        shell: Shell | None = None,
     ):
         """``packages``: installed ones that programs may import, with what these require; nothing else of
         site-packages is readable; ``paths``: further directories of packages; ``preload``: modules imported
         once, before any call, so that a call gets them free.  So are the packages, in a fork server of their
         own for programs that name one: every fork copies the page tables of all that is loaded.
         ``namespaces``: insist on the first way of confinement, or on the second (None: the first that works).
+        ``shell``: the sessions of its trees run commands of bash, not Python.
         """
         self.limits = limits or SandboxLimits()
         self.mechanisms: list[str] = []  # what confines a call here; filled by start
         self.packages = find(packages)
-        self._paths = tuple(paths)
+        self._paths, self._shell = tuple(paths), shell
         self._plain, self._loaded = _Line(preload), _Line((*preload, *self.packages.imported))
         names = "|".join(map(re.escape, self.packages.modules))
         self._naming = re.compile(rf"\b(?:{names})\b") if names else None
@@ -180,7 +182,8 @@ class Sandbox:
         """Try to escape from a session, and from a fork of it."""
         if not self._way:
             raise SandboxUnavailable(
-                "python sessions need namespaces (mount, network, IPC, PID), which are not to be had here"
+                ("python sessions" if self._shell is None else "shells")
+                + " need namespaces (mount, network, IPC, PID), which are not to be had here"
                 + "".join(f": {reason}" for reason in self._missing)
             )
         async with line.changing_sessions:
@@ -189,11 +192,14 @@ class Sandbox:
             tree = await self._tree(line)
             try:
                 first = await tree.open()
-                await escape_test.verify(first.run)
-                await escape_test.verify((await first.fork()).run)
+                for session in (first, await first.fork()):
+                    if self._shell is None:
+                        await escape_test.verify(session.run)
+                    else:
+                        await escape_test.verify(escape_test.as_command(session.run), shell=True)
                 line.sessions_proved = True
             except (escape_test.Escaped, sessions.SessionLost, sessions.NotForked) as error:
-                raise SandboxUnavailable(f"python sessions cannot be confined here: {error}") from error
+                raise SandboxUnavailable(f"its sessions cannot be confined here: {error}") from error
             finally:
                 await tree.close()
 
@@ -264,7 +270,8 @@ class Sandbox:
     async def _start_server(self, line: _Line) -> ForkServer:
         scratch = await asyncio.to_thread(Scratch.make, "sandbox")
         offered = (self._paths, self.packages.modules, self.packages.readable, line.preload)
-        server = ForkServer(scratch, Settings(str(scratch.path), self._way, self.limits, *offered))
+        settings = Settings(str(scratch.path), self._way, self.limits, *offered, self._shell)
+        server = ForkServer(scratch, settings)
         try:
             self.mechanisms = await server.greet()
         except BaseException:

@@ -17,6 +17,8 @@ Allowed: ordinary file, memory, time and signal-handling calls, threads.  Not al
 - ``mount``, ``unshare``, ``setns``, ``bpf``, ``io_uring_*``, ``keyctl``, ``kexec_load``, ``perf_event_open``,
   ``userfaultfd``, …: the parts of the kernel where its holes are found.
 
+Commands of a shell (:func:`shell_program`) start processes; there is no other filter that allows it.
+
 A session may fork when its warden lets it: ``clone`` as the C library's fork() makes it passes the list, and
 :func:`fork_program`, a second filter, leaves it to the warden.  Of its children a session hears nothing.
 
@@ -31,6 +33,7 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -88,10 +91,22 @@ _PLAIN: dict[str, tuple[int | None, int | None]] = {
     "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "getrandom": (318, 278),
 }  # fmt: skip
 
+_OF_SHELLS: dict[str, tuple[int | None, int | None]] = {  # beside those
+    "execve": (59, 221), "execveat": (322, 281), "fork": (57, None), "vfork": (58, None), "tkill": (200, 130),
+    "setpgid": (109, 154), "setsid": (112, 157), "setpriority": (141, 140), "flock": (73, 32),
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "truncate": (76, 45), "utimensat": (280, 88), "utimes": (235, None), "utime": (132, None),
+    "futimesat": (261, None), "sync": (162, 81), "syncfs": (306, 267), "getitimer": (36, 102),
+    "sendmsg": (46, 211), "recvmsg": (47, 212),
+}  # fmt: skip
+
+_SET_ATTRIBUTE = {"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)}
+
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # table column, AUDIT_ARCH_*
 
 _X32_BIT = 0x40000000  # the x32 calls of x86_64 would slip past a filter on plain numbers
 _CLONE_THREAD = 0x00010000
+_CLONE_NEW = 0x7E020080  # CLONE_NEW*: namespaces
 _CLONE_IDS = 0x01200000  # CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID, as fork() of the C library sets them
 FORKS = (signal.SIGCHLD | _CLONE_IDS, int(signal.SIGCHLD))  # flags of clone for a fork and nothing else
 # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
@@ -136,6 +151,31 @@ def session_program(machine: str) -> bytes:
         "waitid": ((247, 95), [_refuse(errno.ECHILD)]),
     }
     return _compiled(machine, checked | recvmsg)
+
+
+def shell_program(machine: str) -> bytes:
+    """The filter for commands and all that they start, in a PID namespace and a file system of their own.
+
+    They may start programs and processes, signal what they can see, and change the metadata of files, of
+    which they can write their own only.  No namespaces, no network.
+    """
+    allowed: list[Instruction] = [(_RETURN, 0, 0, _ALLOW)]
+    free = {name: (numbers, allowed) for name, numbers in _OF_SHELLS.items()}
+    fifo = [(_AND, 0, 0, stat.S_IFMT(0xFFFF)), (_EQUAL, 0, 1, stat.S_IFIFO), *allowed, _refuse()]
+    checked = _checked(0) | {
+        "kill": ((62, 129), allowed),
+        "tgkill": ((234, 131), allowed),
+        "prlimit64": ((302, 261), allowed),
+        "clone": (
+            (56, 220),
+            [_load_argument(0), (_AND, 0, 0, _CLONE_NEW), (_EQUAL, 0, 1, 0), *allowed, _refuse()],
+        ),
+        # As where a file system keeps none: `sed -i` and `cp` then do without.
+        **{name: (numbers, [_refuse(errno.EOPNOTSUPP)]) for name, numbers in _SET_ATTRIBUTE.items()},
+        "mknod": ((133, None), [_load_argument(1), *fifo]),
+        "mknodat": ((259, 33), [_load_argument(2), *fifo]),
+    }
+    return _compiled(machine, checked | free)
 
 
 def fork_program(machine: str) -> bytes:

@@ -84,11 +84,12 @@ class ForkServer(Channel):
         return next((line for line in reversed(lines) if line), "no reason given")
 
     async def tree(self) -> Channel:
-        """A warden of sessions that fork (:mod:`system.tools.sandbox.tree_warden`).  Raises Lost."""
+        """A warden of sessions that fork (:mod:`system.tools.sandbox.tree_warden`, or
+        :mod:`~system.tools.sandbox.shell_warden`).  Raises Lost."""
         tree = Channel()
         try:
             with tree.theirs:
-                await self.pass_on(b"t", tree.theirs)
+                await self.pass_on(b"t" if self._settings.shell is None else b"s", tree.theirs)
         except OSError as error:
             tree.control.close()
             raise Lost from error

@@ -43,10 +43,11 @@ class SessionTree:
         self._server, self._channel, self.limits, self.slots = server, channel, limits, slots
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def open(self, seed: int = 0) -> PythonSession:
-        """A new interpreter, which draws by ``seed``.  Raises :class:`SessionLost` when the tree's warden has
+    async def open(self, seed: int = 0, **more: Any) -> SandboxSession:
+        """A new session: an interpreter, which draws by ``seed``; ``more``: what a shell begins with
+        (:mod:`.shell_warden`).  Raises :class:`SessionLost` when the tree's warden has
         died, :class:`TreeFull`, and SandboxUnavailable when the session could not be confined."""
-        return await self._born(self._opened(seed))
+        return await self._born(self._opened(seed=seed, **more))
 
     async def close(self) -> None:
         """End all sessions; their processes and directories are gone when this returns."""
@@ -68,10 +69,10 @@ class SessionTree:
             raise SessionLost("the session has ended")
         return reply
 
-    async def _opened(self, seed: int) -> PythonSession:
-        return PythonSession(self, (await self.ask(_OPEN_S, do="open", seed=seed))["session"])
+    async def _opened(self, **asked: Any) -> SandboxSession:
+        return SandboxSession(self, (await self.ask(_OPEN_S, do="open", **asked))["session"])
 
-    async def _born(self, coming: Awaitable[PythonSession]) -> PythonSession:
+    async def _born(self, coming: Awaitable[SandboxSession]) -> SandboxSession:
         """The session that is ``coming``; when nobody waits for it any more, it is closed."""
         task = asyncio.ensure_future(coming)
         try:
@@ -83,11 +84,11 @@ class SessionTree:
                 turning_away.add_done_callback(self._closing.discard)
             raise
 
-    async def forked(self, session: PythonSession, within_s: float) -> PythonSession:
-        """See :meth:`PythonSession.fork`."""
+    async def forked(self, session: SandboxSession, within_s: float) -> SandboxSession:
+        """See :meth:`SandboxSession.fork`."""
         return await self._born(self._copied(session, within_s))
 
-    async def _copied(self, session: PythonSession, within_s: float) -> PythonSession:
+    async def _copied(self, session: SandboxSession, within_s: float) -> SandboxSession:
         try:
             reply = await self.ask(within_s, do="fork", session=session.name, wall_s=within_s)
         except SessionLost:
@@ -96,12 +97,12 @@ class SessionTree:
         if "refused" in reply:
             session.alive = session.alive and not reply["ended"]
             raise NotForked(f"the session cannot be forked: {reply['refused']}")
-        child = PythonSession(self, reply["session"])
+        child = SandboxSession(self, reply["session"])
         child.held_mb = session.held_mb
         return child
 
 
-class PythonSession:
+class SandboxSession:
     """One interpreter with its state.  It is asked one thing at a time."""
 
     def __init__(self, tree: SessionTree, name: str):
@@ -110,9 +111,10 @@ class PythonSession:
         self.held_mb = 0.0  # memory of its state, what it still shares with other sessions included
 
     async def run(
-        self, code: str, *, deadline_s: float | None = None, seed: int | None = None
+        self, code: str, *, deadline_s: float | None = None, seed: int | None = None, fresh: bool = False
     ) -> SandboxResult:
-        """Run a cell, within the limits of a call; ``seed``: what it draws by from now on.
+        """Run a cell, within the limits of a call; ``seed``: what it draws by from now on; ``fresh``, of a
+        shell: without the variables and functions of earlier commands.
 
         A cell that takes too long or dies ends the session (:attr:`alive`).  Raises :class:`SessionLost` when
         it was gone before, and SandboxUnavailable.  A cancelled cell ends the session.
@@ -128,7 +130,7 @@ class PythonSession:
         async with self._tree.slots:
             try:
                 reply = await self._tree.ask(
-                    wall_s, do="run", session=self.name, code=code, wall_s=wall_s, seed=seed
+                    wall_s, do="run", session=self.name, code=code, wall_s=wall_s, seed=seed, fresh=fresh
                 )
             except BaseException:
                 self.alive = False
@@ -136,7 +138,7 @@ class PythonSession:
         self.alive, self.held_mb = not reply["ended"], reply["held_mb"]
         return SandboxResult.of(reply, limits, wall_s)
 
-    async def fork(self, within_s: float = 10.0) -> PythonSession:
+    async def fork(self, within_s: float = 10.0) -> SandboxSession:
         """A second session in the same state, with a copy of its files.  Raises :class:`NotForked`,
         :class:`SessionLost` or SandboxUnavailable."""
         return await self._tree.forked(self, within_s)
@@ -150,7 +152,7 @@ class PythonSession:
             return
 
 
-async def _turn_away(coming: asyncio.Future[PythonSession]) -> None:
+async def _turn_away(coming: asyncio.Future[SandboxSession]) -> None:
     try:
         session = await coming
         await session.close()

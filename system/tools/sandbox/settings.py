@@ -13,6 +13,10 @@ if TYPE_CHECKING:  # the fork server imports nothing but the standard library
     from system.config import ToolsConfig
 
 SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo")
+PROGRAMS = (
+    *("/usr/bin", "/bin", "/usr/local/bin", "/usr/local/lib", "/usr/libexec", "/usr/share", "/usr/include"),
+    "/etc/alternatives",
+)
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
@@ -47,6 +51,14 @@ class SandboxLimits:
 
 
 @dataclass(frozen=True)
+class Shell:
+    """What commands may use beside the system's own programs."""
+
+    readable: Sequence[str] = ()  # directories; programs in their "bin" are found
+    given: str = ""  # a directory of directories, one of which a session may begin with a copy of
+
+
+@dataclass(frozen=True)
 class Settings:
     """Where and how programs run; the same for every call."""
 
@@ -57,6 +69,7 @@ class Settings:
     modules: Mapping[str, str] = field(default_factory=dict[str, str])  # installed ones by name: their places
     readable: Sequence[str] = ()  # what these modules consist of: directories and files
     preload: Sequence[str] = ()  # modules imported once, before any call
+    shell: Shell | None = None  # what commands may use, where these are run
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -64,7 +77,8 @@ class Settings:
     @classmethod
     def from_json(cls, text: str) -> Settings:
         values = json.loads(text)
-        return cls(**values | {"limits": SandboxLimits(**values["limits"])})
+        shell = values["shell"] and Shell(**values["shell"])
+        return cls(**values | {"limits": SandboxLimits(**values["limits"]), "shell": shell})
 
 
 def readable_directories(settings: Settings) -> list[str]:
@@ -72,6 +86,8 @@ def readable_directories(settings: Settings) -> list[str]:
     uses."""
     library = os.path.join(sys.base_prefix, "lib")
     candidates = [*SYSTEM_LIBRARIES, library, *sys.path, *settings.paths, *settings.readable]
+    if settings.shell is not None:
+        candidates += [*PROGRAMS, os.path.join(sys.base_prefix, "bin"), *settings.shell.readable]
     kept: list[str] = []
     for path in candidates:
         inside = any(path == other or path.startswith(other + "/") for other in kept)

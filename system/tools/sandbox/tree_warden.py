@@ -5,22 +5,13 @@
     Sandbox ──control──► fork server ──fork──► tree warden ──fork──► process 1 ──fork──► session ──fork──► …
        └────── a channel per tree ───────────────┘ └── a socket per session: cells, forks ──┘
 
-Over the channel comes one socket per call, as for :mod:`.forkserver`; its one request is ``{do, …}``:
-
-- ``open {seed}`` → ``{session}``;  ``close {session}`` → ``{}``
-- ``run {session, code, wall_s, seed}`` → what a call's warden replies, with ``ended``: the session is gone
-- ``fork {session, wall_s}`` → ``{session}``, or ``{refused, ended}``: why not, and whether it is gone
-
-``{failed}`` is the answer when the sandbox itself is at fault, ``{full}`` when no session more may be opened,
-``{gone}`` for a session that is not there.
-The warden stands outside the confinement.  It has a thread for each call; one session is never asked two
-things at once.  A session that runs no cell is stopped, so that threads and timers which it left behind take
+Calls are those of :mod:`.session_warden`; ``open {seed}`` and ``run {…, seed}`` say what a session draws by.
+A session that runs no cell is stopped, so that threads and timers which it left behind take
 no time.  When the channel or process 1 ends, the warden ends and takes everything with it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -35,26 +26,14 @@ from system.tools.sandbox import cell, kernel, transport
 from system.tools.sandbox.copying import NotCopied, copy_tree
 from system.tools.sandbox.fork_gate import ForkGate
 from system.tools.sandbox.lockdown import Confinement
-from system.tools.sandbox.looking import Looks, Unseen, cpu_s
+from system.tools.sandbox.looking import Unseen, cpu_s
 from system.tools.sandbox.process import end_with
 from system.tools.sandbox.session import first_process
+from system.tools.sandbox.session_warden import Ended, Refused, SessionWarden
 from system.tools.sandbox.watch import Ending, Output, watch
 
-_REQUEST_S, _ANSWER_S, _BEGINS_S, _DIES_S = 10.0, 2.0, 10.0, 5.0
+_ANSWER_S, _BEGINS_S, _DIES_S = 2.0, 10.0, 5.0
 _LEAST_LOOK_S = 0.01
-_STACK_BYTES = 256 << 10  # of a warden's thread
-
-
-class _Ended(Exception):
-    """The session has died, or does not keep to what its loop does: it is killed."""
-
-
-class _Refused(Exception):
-    """This cannot be done now; says why.  Nothing has changed."""
-
-
-class _NoRoom(_Refused):
-    """The tree has as many sessions as it may have."""
 
 
 class _Live:
@@ -86,133 +65,59 @@ class _Live:
         try:
             transport.send(self.control, values, descriptors)
         except OSError as error:
-            raise _Ended from error
+            raise Ended from error
 
     def answer(self, within_s: float) -> transport.Received:
         return _answer(self.control, within_s)
 
 
-class TreeWarden:
+class TreeWarden(SessionWarden[_Live]):
     """See the module."""
 
     def __init__(self, confinement: Confinement, channel: socket.socket):
-        self._confinement, self._channel = confinement, channel
-        self._limits = confinement.settings.limits
-        self._looks = Looks(confinement.proc)
-        self._uid = confinement.uid()
-        self._sessions: dict[str, _Live] = {}
-        self._coming = 0  # sessions that begin
-        self._lock = threading.Lock()
+        super().__init__(confinement, channel)
         self._beginning = threading.Lock()  # one session at a time, so that no process goes unnoticed
 
     def serve(self) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         kernel.set_name("sandbox-tree")
-        self._directories = cell.enter_tree(self._uid, self._confinement.proc)
+        self._directories = cell.enter_tree(self.uid, self.confinement.proc)
         self._first, theirs = socket.socketpair()
         pid = self._first_pid = kernel.fork_first()
         if pid == 0:
             self._first.close()
             self._channel.close()
-            end_with(lambda: first_process(self._confinement, self._directories, self._uid, theirs))
+            end_with(lambda: first_process(self.confinement, self._directories, self.uid, theirs))
         theirs.close()
         try:
-            kernel.one_arena()
-            threading.stack_size(_STACK_BYTES)
             self._gate = ForkGate()
             self._serve_calls(os.pidfd_open(pid))
         finally:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)  # which returns when all sessions are gone
 
-    def _serve_calls(self, first: int) -> None:
-        poller = select.poll()
-        poller.register(first, select.POLLIN)
-        poller.register(self._channel, select.POLLIN)
-        while first not in dict(poller.poll()):
-            message, descriptors, _, _ = socket.recv_fds(self._channel, 16, 1)
-            if not message:
-                return
-            call = socket.socket(fileno=descriptors[0])
-            threading.Thread(target=self._serve_call, args=(call,), daemon=True).start()
-
-    def _serve_call(self, call: socket.socket) -> None:
-        reply = None
-        with call:
-            call.settimeout(_REQUEST_S)
-            try:
-                request = json.loads(call.makefile("rb").readline())
-                reply = self._done(request, call)
-                if reply is not None:
-                    call.sendall(json.dumps(reply).encode() + b"\n")
-                    call.settimeout(None)
-                    call.recv(1)  # its end; an error if the reply was not read
-            except (OSError, ValueError):  # the caller has gone: nobody knows of a session that it asked for
-                live = self._sessions.get((reply or {}).get("session", ""))
-                if live is not None:
-                    with live.lock:
-                        if not live.dead:
-                            self._kill(live)
-
-    def _done(self, request: dict[str, Any], call: socket.socket) -> dict[str, Any] | None:
-        """The reply; None when the caller went away."""
-        try:
-            if request["do"] == "open":
-                return {"session": self._open(request["seed"])}
-            live = self._sessions.get(request["session"])
-            if live is None:
-                return {"gone": True}
-            with live.lock:
-                if live.dead:
-                    return {"gone": True}
-                match request["do"]:
-                    case "run":
-                        return self._run(live, request, call)
-                    case "fork":
-                        return self._fork(live, time.monotonic() + request["wall_s"])
-                    case _:
-                        self._kill(live)
-                        return {}
-        except _NoRoom as full:
-            return {"full": str(full)}
-        except (OSError, _Ended, _Refused) as error:
-            return {"failed": f"{type(error).__name__}: {error}"}
-
     # Beginning and end
 
-    def _open(self, seed: int) -> str:
+    def _open(self, request: dict[str, Any]) -> str:
         with self._room(), self._beginning:
             ours, theirs, link = _control()
             home = self._new_home()
             try:
                 with theirs:
-                    transport.send(self._first, {"home": home, "seed": seed}, [theirs.fileno()])
+                    transport.send(self._first, {"home": home, "seed": request["seed"]}, [theirs.fileno()])
                 listening = _answer(ours, _BEGINS_S)
                 ready = listening if "failed" in listening.values else _answer(ours, _BEGINS_S)
                 for listener in listening.descriptors:
                     self._gate.add(listener)
                 if "ready" not in ready.values:
-                    raise _Refused(f"a session could not be confined: {ready.values.get('failed')}")
-                _, bare_mb = self._looks.memory_mb(ready.sender)
+                    raise Refused(f"a session could not be confined: {ready.values.get('failed')}")
+                _, bare_mb = self.looks.memory_mb(ready.sender)
                 return self._added(_Live(ours, link, home, ready.sender, bare_mb))
             except BaseException:
                 ours.close()
                 self._remove(home)
                 raise
-
-    @contextmanager
-    def _room(self) -> Generator[None]:
-        """For one session more."""
-        with self._lock:
-            if len(self._sessions) + self._coming >= self._limits.branches:
-                raise _NoRoom(f"the tree has {self._limits.branches} sessions, as many as it may have")
-            self._coming += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._coming -= 1
 
     def _added(self, live: _Live) -> str:
         live.signal(signal.SIGSTOP)
@@ -232,25 +137,10 @@ class TreeWarden:
         live.control.close()
         self._remove(live.home)
 
-    def _new_home(self) -> str:
-        """An empty directory that nobody knows of."""
-        home = self._unused_name()
-        cell.mount_scratch(self._confinement.settings, self._uid, home)
-        return home
-
-    def _unused_name(self) -> str:
-        home = os.path.join(self._directories, os.urandom(8).hex())
-        os.mkdir(home, 0)
-        return home
-
-    def _remove(self, home: str) -> None:
-        kernel.unmount(home)
-        os.rmdir(home)
-
     # A cell
 
     def _run(self, live: _Live, request: dict[str, Any], call: socket.socket) -> dict[str, Any] | None:
-        began, wall_s, output = time.monotonic(), request["wall_s"], Output(self._limits.output_chars)
+        began, wall_s, output = time.monotonic(), request["wall_s"], Output(self.limits.output_chars)
         links = {live.socket_link, "/dev/null", *(f"pipe:[{os.fstat(end).st_ino}]" for end in output.given)}
         used = before = 0.0
         code: int | None = None
@@ -259,7 +149,7 @@ class TreeWarden:
             nonlocal used
             with suppress(OSError):  # it is gone, as another end will tell
                 used = cpu_s(live.pid) - before
-            left = self._limits.cpu_s - used
+            left = self.limits.cpu_s - used
             ending = Ending("cpu") if left <= 0 else self._too_many(live)
             return ending, max(_LEAST_LOOK_S, left / (os.cpu_count() or 1))
 
@@ -284,16 +174,16 @@ class TreeWarden:
                     ending = excess
                 if ending.how == "answered":
                     code = _exit_code(live.answer(_ANSWER_S).values)
-        except _Ended:
+        except Ended:
             pass
         finally:
-            peak_mb, own_mb = self._looks.memory_mb(live.pid)
+            peak_mb, own_mb = self.looks.memory_mb(live.pid)
             if code is None:
                 self._kill(live)
             else:
                 live.links = links
             output.drain()
-        if ending.how == "abandoned" or (code is None and self._looks.ending(self._first_pid)):
+        if ending.how == "abandoned" or (code is None and self.looks.ending(self._first_pid)):
             return None
         killed = -signal.SIGKILL if ending.how == "cpu" else 1
         return {
@@ -311,11 +201,11 @@ class TreeWarden:
     def _too_many(self, live: _Live) -> Ending | None:
         """Its threads, of which the kernel counts those of a tree."""
         try:
-            if self._looks.threads(live.pid) <= self._limits.threads + 1:
+            if self.looks.threads(live.pid) <= self.limits.threads + 1:
                 return None
         except Unseen:  # it is gone, as another end will tell
             return None
-        return Ending("filled", f"the program ran more than {self._limits.threads} threads")
+        return Ending("filled", f"the program ran more than {self.limits.threads} threads")
 
     # A fork
 
@@ -323,24 +213,24 @@ class TreeWarden:
         home = ""
         try:
             with self._room():
-                self._looks.wait_stopped(live.pid)
-                if self._looks.threads(live.pid) > 1:
-                    raise _Refused("it runs more than one thread")
+                self.looks.wait_stopped(live.pid)
+                if self.looks.threads(live.pid) > 1:
+                    raise Refused("it runs more than one thread")
                 home = self._new_home()
-                copy_tree(live.home, home, self._uid, until)
+                copy_tree(live.home, home, self.uid, until)
                 return {"session": self._added(self._forked(live, home, until))}
-        except (NotCopied, Unseen, _Refused) as refusal:
+        except (NotCopied, Unseen, Refused) as refusal:
             if home:
                 self._remove(home)
             return {"refused": str(refusal), "ended": False}
-        except (OSError, _Ended):
+        except (OSError, Ended):
             if home:
                 self._remove(home)
             self._kill(live)
             return {"refused": "its process did not answer, and was ended", "ended": True}
 
     def _forked(self, live: _Live, home: str, until: float) -> _Live:
-        """The child of ``live`` whose directory is ``home``.  Raises _Refused with ``live`` as it was."""
+        """The child of ``live`` whose directory is ``home``.  Raises Refused with ``live`` as it was."""
         ours, theirs, link = _control()
         child: _Live | None = None
         try:
@@ -349,7 +239,7 @@ class TreeWarden:
             with child.awake():
                 child.say({"home": home}, (), _ANSWER_S)
                 if child.answer(_ANSWER_S).values != {"moved": True}:
-                    raise _Ended
+                    raise Ended
             self._check_apart(live, child)
             moved = self._unused_name()
             kernel.move_mount(live.home, moved)  # its child knows the old name, and nobody this one
@@ -376,21 +266,21 @@ class TreeWarden:
                     live.say({"home": live.home}, (theirs.fileno(),), _ANSWER_S)
                 told = live.answer(max(0.0, until - time.monotonic())).values
             if "told_where" in told:
-                raise _Refused("it knows the path of its directory")
+                raise Refused("it knows the path of its directory")
             if "failed" in told:
-                raise _Refused("the kernel gives it no second process")
+                raise Refused("the kernel gives it no second process")
             if told != {"forked": True}:
-                raise _Ended
+                raise Ended
             hello = _answer(ours, max(0.0, until - time.monotonic()))
             if hello.values != {"forked": False} or hello.sender in before:
-                raise _Ended
+                raise Ended
             child = _Live(ours, link, home, hello.sender, live.bare_mb)
             child.links = {*live.links, link} - {live.socket_link}
             child.signal(signal.SIGSTOP)
             return child
         except BaseException:
             self._gate.disarm()
-            for pid in self._looks.children({live.pid, self._first_pid}):
+            for pid in self.looks.children({live.pid, self._first_pid}):
                 if pid not in before:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -399,17 +289,17 @@ class TreeWarden:
             self._gate.disarm()
 
     def _check_apart(self, live: _Live, child: _Live) -> None:
-        """Raise _Refused if parent and child have anything in common that either can change."""
+        """Raise Refused if parent and child have anything in common that either can change."""
         for one in (live, child):
-            self._looks.wait_stopped(one.pid)
-            if self._looks.threads(one.pid) > 1:
-                raise _Ended
-        if self._looks.parent(child.pid) != live.pid:
-            raise _Ended
-        if shared := self._looks.shares(child.pid, child.links, self._directories, child.home):
-            raise _Refused(shared)
-        if shared := self._looks.shares(live.pid, live.links, self._directories, live.home):
-            raise _Refused(shared)
+            self.looks.wait_stopped(one.pid)
+            if self.looks.threads(one.pid) > 1:
+                raise Ended
+        if self.looks.parent(child.pid) != live.pid:
+            raise Ended
+        if shared := self.looks.shares(child.pid, child.links, self._directories, child.home):
+            raise Refused(shared)
+        if shared := self.looks.shares(live.pid, live.links, self._directories, live.home):
+            raise Refused(shared)
 
 
 def _control() -> tuple[socket.socket, socket.socket, str]:
@@ -424,11 +314,11 @@ def _answer(control: socket.socket, within_s: float) -> transport.Received:
     try:
         return transport.receive(control, transport.ANSWER_BYTES)
     except (OSError, ValueError, RecursionError) as error:
-        raise _Ended from error
+        raise Ended from error
 
 
 def _exit_code(told: dict[str, Any]) -> int:
     code = told.get("exit_code")
     if not isinstance(code, int):
-        raise _Ended
+        raise Ended
     return code & 0xFF

@@ -1,0 +1,167 @@
+"""``environment=bash``: commands in directories that keep what was done, such as a repository to be mended.
+
+A session is a file system of its own in the sandbox (:mod:`system.tools.sandbox.shell_warden`), copied where
+the branch forks.  What a question brings along stands in its ``extra``:
+
+- ``directory``: one below ``environment.options.directories``, of which ``/work`` is a copy;
+- ``files``: ``{path: text}``, written there;
+- ``setup``: commands that are run first (:meth:`.SessionEnvironment.prepare`);
+- ``check``: commands that say at the end whether it is right, by their exit code: what ``reward=environment``
+  takes; ``check_files``: ``{path: text}``, written before that, which the model never sees.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from shlex import quote
+from typing import Any, ClassVar, cast
+
+from system.envs.protocol import Start
+from system.envs.sessions import SessionEnvironment, SessionWorld, text_of, wrong
+from system.tools.outcome import ToolSpec, ToolStatus
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
+from system.tools.sandbox.sessions import NotForked, SandboxSession
+from system.tools.sandbox.settings import Shell
+from system.tools.tool import ToolUnavailable
+from system.tree.prompt import Prompt
+
+# A date, a time of day, the user id of a tree's commands, an object in memory: never the same twice.
+_OF_THE_MOMENT = re.compile(
+    r"\b\d{4}-\d\d-\d\d\b|\b(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) +\d{1,2}\b"
+    r"|\b\d{1,2}:\d\d(?::\d\d(?:\.\d+)?)?\b|\b18(?:79|8[0-3])\d{6}\b|\b0x[0-9a-f]{6,}\b"
+)
+
+
+class ShellEnvironment(SessionEnvironment):
+    """Shells."""
+
+    has_result = True
+    spec = ToolSpec(
+        "bash",
+        "Run commands of bash in /work and get what they print. Files, variables, functions and the working "
+        "directory are there in the next call; processes end with the call. There is no network.",
+        {
+            "type": "object",
+            "properties": {"command": {"type": "string", "description": "the commands"}},
+            "required": ["command"],
+        },
+        primary="command",
+    )
+    trial: ClassVar[tuple[str, str]] = ("echo $((6 * 7))", "42")
+
+    def __init__(
+        self,
+        wall_s: float = 15.0,
+        cpu_s: float = 15.0,
+        memory_mb: int = 1024,
+        output_chars: int = 4000,
+        disk_mb: int = 256,
+        processes: int = 64,
+        readable: list[str] | None = None,
+        directories: str = "",
+        check_s: float = 8.0,
+        concurrency: int = 16,
+        live_sessions: int = 2000,
+        live_mb: int = 8192,
+    ) -> None:
+        """``wall_s``, ``cpu_s``, ``memory_mb``, ``output_chars``, ``processes``: of one call, with all that
+        it starts; ``disk_mb``: files of one session, held in memory; ``readable``: directories beside the
+        system's own that commands may read and run programs from; ``directories``: where those stand that a
+        question may name; ``check_s``: of ``check``, within ``environment.result_s``; ``concurrency``: calls
+        that run at once; ``live_sessions``, ``live_mb``: beyond so many sessions, or so much memory of their
+        files, the one which was idle longest is given up, and built again when its branch goes on.
+        """
+        limits = SandboxLimits(
+            *(max(wall_s, check_s), cpu_s, memory_mb, output_chars),
+            file_mb=disk_mb,
+            disk_mb=disk_mb,
+            open_files=256,
+            threads=processes,
+        )
+        self._given = Path(directories).resolve() if directories else None
+        for directory in (*(readable or ()), *([self._given] if self._given else ())):
+            if not Path(directory).is_dir():
+                raise ValueError(f"environment.options: {str(directory)!r} is no directory")
+        shell = Shell(tuple(readable or ()), str(self._given or ""))
+        sandbox = Sandbox(limits, concurrency=concurrency, namespaces=True, shell=shell)
+        super().__init__(sandbox, live_sessions, live_mb, wall_s)
+        self._check_s = check_s
+
+    def begins(self, start: Start) -> dict[str, Any]:
+        more = {"given": self._directory(start.prompt), "files": _files(start.prompt, "files")}
+        return super().begins(start) | more
+
+    def world(self, key: tuple[str, str, str], session: SandboxSession) -> SessionWorld:
+        return ShellWorld(self, key, session)
+
+    async def checked(self, session: SandboxSession, prompt: Prompt) -> dict[str, Any] | None:
+        """What the check of ``prompt`` says of ``session``, which it may change; None: there is none.
+
+        It begins in /work without the session's variables and functions: these could answer in its place.
+        """
+        if not (check := text_of(prompt, "check")):
+            return None
+        files = _files(prompt, "check_files")
+        result = await session.run(_written(files) + check, deadline_s=self._check_s, fresh=True)
+        return {"reward": float(result.status == ToolStatus.OK), "check": result.text}
+
+    def _directory(self, prompt: Prompt) -> str:
+        name = text_of(prompt, "directory")
+        if not name:
+            return ""
+        if self._given is None:
+            raise wrong(prompt, "directory", "environment.options.directories does not say where it stands")
+        if _leads_out(name) or not (self._given / name).is_dir():
+            raise wrong(prompt, "directory", f"{name!r} is no directory in {self._given}")
+        return name
+
+    def normalise(self, text: str) -> str:
+        return _OF_THE_MOMENT.sub("…", text)
+
+
+class ShellWorld(SessionWorld):
+    """A shell's session, which is checked at the end."""
+
+    async def result(self) -> dict[str, Any] | None:
+        """The check runs in a copy, where there can be one: what it does is no part of the world."""
+        assert isinstance(self._environment, ShellEnvironment)
+        prompt = self._environment.prompt(self._tree)
+        if self._session is None:
+            raise ToolUnavailable("its session is gone")
+        try:
+            copy = await self._session.fork()
+        except NotForked:
+            return await self._environment.checked(self._session, prompt)
+        try:
+            return await self._environment.checked(copy, prompt)
+        finally:
+            await copy.close()
+
+
+def _written(files: Mapping[str, str]) -> str:
+    """Commands that write ``files``, whatever a session has put in their place."""
+    return "".join(
+        f"rm -rf {quote(path)}; mkdir -p {quote(str(PurePosixPath(path).parent))}\n"
+        f"printf %s {quote(text)} > {quote(path)}\n"
+        for path, text in files.items()
+    )
+
+
+def _leads_out(path: str) -> bool:
+    found = PurePosixPath(path)
+    return found.is_absolute() or ".." in found.parts
+
+
+def _files(prompt: Prompt, name: str) -> dict[str, str]:
+    files: Any = prompt.extra.get(name, {})
+    if not isinstance(files, dict):
+        raise wrong(prompt, name, f"{files!r:.200} is no object of paths and texts")
+    named = cast("dict[Any, Any]", files)
+    for path, text in named.items():
+        if not isinstance(path, str) or not isinstance(text, str):
+            raise wrong(prompt, name, f"{path!r:.200}: {text!r:.200} is no path with a text")
+        if not path or "\0" in path or _leads_out(path):
+            raise wrong(prompt, name, f"{path!r:.200} leads out of /work")
+    return named

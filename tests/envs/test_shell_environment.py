@@ -1,0 +1,237 @@
+"""The bash environment under the rollout's sessions: files, checks, forks, equality with replay."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from system.config import EnvironmentConfig
+from system.envs.live import BranchSession, TreeSessions
+from system.envs.make import make_environment
+from system.envs.protocol import Acted, ForkKind, WorldFailed
+from system.envs.service import EnvironmentService
+from system.envs.shell import ShellEnvironment
+from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
+from system.tools.sandbox.settings import Shell
+from system.tools.tool import ToolUnavailable
+from system.tree.prompt import Prompt
+
+LIMITS = EnvironmentConfig(name="bash")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def usable() -> AsyncIterator[None]:
+    box = Sandbox(namespaces=True, shell=Shell())
+    try:
+        await box.start()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    finally:
+        await box.close()
+    yield
+
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("usable")]
+
+
+class Tree:
+    """One tree in an environment, whose processes are gone after the block."""
+
+    def __init__(self, extra: dict[str, Any] | None = None, **options: Any) -> None:
+        self.environment = ShellEnvironment(**options)
+        self.service = EnvironmentService(self.environment, LIMITS, "r", "train")
+        prompt = Prompt("p", ({"role": "user", "content": "?"},), (), extra=extra or {})
+        self.sessions = TreeSessions(self.service, prompt, "1", 0)
+
+    async def __aenter__(self) -> BranchSession:
+        try:
+            await self.sessions.begin()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self.sessions.root((0,))
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.sessions.close()
+        await self.service.settle()
+        assert not self.environment._trees
+        assert not self.environment._live
+        await self.environment._sandbox.close()
+
+
+async def told(session: BranchSession, command: str) -> tuple[str, str]:
+    observation = await session.act([Acted("bash", {"command": command})], "")
+    return observation.messages[-1].status, observation.messages[-1].text
+
+
+async def test_it_is_named_and_checked() -> None:
+    made = make_environment(EnvironmentConfig(name="bash", options={"processes": 20}))
+    assert isinstance(made, ShellEnvironment)
+    assert (made.forks, list(made.tools)) == (ForkKind.NATIVE, ["bash"])
+    await made.check()
+    await made._sandbox.close()
+
+
+async def test_without_namespaces_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(self: Sandbox) -> None:
+        raise SandboxUnavailable("not here: with namespaces: no")
+
+    monkeypatch.setattr(Sandbox, "start", start)
+    with pytest.raises(ToolUnavailable, match="with namespaces: no"):
+        await ShellEnvironment().check()
+
+
+async def test_a_question_brings_files_and_a_check(tmp_path: Path) -> None:
+    (tmp_path / "add").mkdir()
+    (tmp_path / "add" / "add.sh").write_text("echo $(($1 - $2))\n")
+    extra = {
+        "directory": "add",
+        "files": {"README": "add.sh adds"},
+        "setup": "git init -q; git add -A; git commit -qm first",
+        "check": "test $(sh add.sh 2 3) = 5 && sh tests/more.sh",
+        "check_files": {"tests/more.sh": "test $(sh add.sh 1 1) = 2\n"},
+    }
+    async with (tree := Tree(extra, directories=str(tmp_path))) as root:
+        assert await told(root, "ls; git log --oneline | wc -l") == ("ok", "README\nadd.sh\n1")
+        child = root.fork((0, 1), 1)
+        assert await told(child, "sed -i s/-/+/ add.sh; git diff --stat | tail -1 | wc -w") == ("ok", "7")
+        assert (await child.result() or {})["reward"] == 1.0
+        assert (await root.result() or {})["reward"] == 0.0
+        assert await told(root, "ls") == ("ok", "README\nadd.sh"), "the check runs in a copy"
+        assert tree.service.counts["forks_native"] == 1
+
+
+async def test_what_a_session_defined_does_not_answer_for_the_check() -> None:
+    extra = {"check": "python3 t.py", "check_files": {"t.py": "raise SystemExit(1)\n"}}
+    async with Tree(extra) as root:
+        await told(root, "python3() { true; }; export -f python3; mkdir bin; cp /bin/true bin/python3")
+        await told(root, "export PATH=/work/bin:$PATH BASH_ENV=/work/x; trap 'exit 0' EXIT; mkdir t.py")
+        assert (await root.result() or {})["reward"] == 0.0
+
+
+async def test_a_check_that_does_not_end_is_not_passed() -> None:
+    async with Tree({"check": "sleep 60"}, check_s=0.5) as root:
+        result = await root.result() or {}
+        assert (result["reward"], "0.5 s" in result["check"]) == (0.0, True)
+
+
+async def test_no_check_no_result() -> None:
+    async with Tree() as root:
+        assert await root.result() is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ({"files": {"../x": ""}}, "extra.files: '../x' leads out of /work"),
+        ({"files": {"/etc/x": ""}}, "leads out of /work"),
+        ({"files": ["x"]}, "no object of paths and texts"),
+        ({"files": {"x": 1}}, "no path with a text"),
+        ({"setup": "exit 3"}, "extra.setup: The program exited with code 3"),
+        ({"directory": "x"}, "environment.options.directories does not say"),
+        ({"directory": 5}, "5 is no text"),
+    ],
+)
+async def test_a_question_that_cannot_be_begun_is_named(extra: dict[str, Any], why: str) -> None:
+    with pytest.raises(WorldFailed) as caught:
+        async with Tree(extra):
+            pass
+    assert why in str(caught.value)
+    assert "question 'p'" in str(caught.value)
+
+
+async def test_a_directory_outside_is_not_given(tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "given" / "link").symlink_to(tmp_path / "secret")
+    for name in ("../secret", str(tmp_path / "secret"), "link"):
+        with pytest.raises((WorldFailed, ToolUnavailable)):
+            async with Tree({"directory": name}, directories=str(tmp_path / "given")):
+                pass
+    with pytest.raises(ValueError, match="no directory"):
+        ShellEnvironment(directories=str(tmp_path / "none"))
+
+
+async def test_a_command_that_ends_the_session_never_was() -> None:
+    async with (tree := Tree(wall_s=1.0)) as root:
+        await told(root, "echo a > f")
+        child = root.fork((0, 1), 1)
+        status, text = await told(root, "echo b >> f; sleep 60")
+        assert (status, text.splitlines()) == (
+            "timeout",
+            ["Stopped: the program ran longer than 1 s.", "The state is as before the call."],
+        )
+        assert await told(root, "cat f") == ("ok", "a")
+        assert await told(child, "cat f") == ("ok", "a")
+        assert tree.service.counts["rebuilt"] == 1
+
+
+async def test_large_files_beyond_the_bound_are_made_again() -> None:
+    async with (tree := Tree(live_mb=12)) as root:
+        branches = [root, *(root.fork((0, i), 0) for i in range(1, 4))]
+        for branch in branches:
+            assert await told(branch, "head -c 5000000 /dev/zero > large; ls") == ("ok", "large")
+        assert len(tree.environment._live) < 4
+        for branch in branches:
+            assert await told(branch, "wc -c < large") == ("ok", "5000000")
+        assert tree.service.counts["rebuilt"] > 0
+
+
+COMMANDS = (
+    "echo $((x += 1)); echo $x >> log",
+    "cat log 2>&1",
+    "mkdir -p d/e; cd d; pwd",
+    "cd ..; ls",
+    "f() { echo f $x $1; }; f 1",
+    "f 2",
+    "export Y=$RANDOM_NOT; a+=(v); echo ${#a[@]}",
+    "rm -rf d; pwd",
+    "ln -s log l; cat l",
+    "ln log hard; ls",
+    "mkfifo p; ls",
+    "rm -f hard p; ls -la",
+    "exit 4",
+    "git init -q g && cd g && echo a > a && git add a && git commit -qm m && git log --format=%s",
+    "date > now; cat now; id",
+    "python3 -c 'print(sorted(__import__(\"os\").listdir()))'",
+    "false",
+    "tar cf t.tar log; tar tf t.tar; rm t.tar",
+)
+PROGRAMS = st.lists(
+    st.tuples(st.integers(0, 99), st.sampled_from(COMMANDS), st.booleans()), min_size=3, max_size=12
+)
+
+
+def test_copies_and_replay_answer_the_same() -> None:
+    """Each branch of a random tree sees what a session that is given its path alone sees."""
+    counts: Counter[str] = Counter()
+
+    async def grown(program: Sequence[tuple[int, str, bool]]) -> None:
+        async with (tree := Tree()) as root:
+            branches = [root]
+            for which, code, forks in program:
+                branch = branches[which % len(branches)]
+                if forks and len(branches) < 6:
+                    branches.append(branch.fork((0, len(branches)), len(branch.journal)))
+                await told(branch, code)
+            for branch in branches:
+                await branch.world()
+                branch.discard("to build it again, compared with what it was answered")
+                await branch.world()
+        counts.update(tree.service.counts)
+
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(PROGRAMS)
+    def same(program: Sequence[tuple[int, str, bool]]) -> None:
+        asyncio.run(grown(program))
+
+    same()
+    assert counts["forks_native"] > counts["forks_refused"]
