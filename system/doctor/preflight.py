@@ -31,6 +31,7 @@ from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
 from system.engine.sglang.command import interpreter
 from system.errors import EXPECTED, EspalierError, told
+from system.learn.sizes import context_block
 from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
 from system.plugins import POLICIES
@@ -124,9 +125,16 @@ def parts(config: Config) -> Iterator[Problem]:
 
 
 def layout(config: Config) -> Iterator[Problem]:
-    """Would learner, engines and servers fit on the nodes that are asked for?"""
+    """Would learner, engines and servers fit on the nodes that are asked for, and rows on the learner?"""
+    learn, gpu = config.learn, config.cluster.gpus_per_node > 0
+    least = learn.cp * context_block(learn.tp, learn.sequence_parallel, gpu=gpu)
+    if learn.cp > 1 and learn.micro_tokens < least:
+        yield Problem(
+            f"learn.micro_tokens={learn.micro_tokens}",
+            f"a row has no block for each of the learn.cp={learn.cp} ranks",
+            f"raise it to {least} or more, or lower learn.cp",
+        )
     place(config, paper_nodes(config))
-    yield from ()
 
 
 def model(config: Config) -> Iterator[Problem]:

@@ -147,6 +147,10 @@ RECIPES: list[tuple[str, str]] = [
         r"model\.path: 4 of the first 5 tokens of questions .* unknown .*'1'.*; take a",
     ),
     ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
+    (
+        "learn.cp=4 learn.micro_tokens=63",
+        r"learn\.micro_tokens=63: .* no block for each of the learn\.cp=4 ranks; raise it to 64 or more",
+    ),
     ("task.path=none.jsonl", r"task\.path: no such data file: none\.jsonl \(looked in /.*\)"),
     ("task.path=dta.jsonl", r"task\.path: no such data file: dta\.jsonl .*; did you mean data\.jsonl\?"),
     ("task.path=latin.jsonl", r"latin\.jsonl, line 1: not UTF-8 \(byte 0x\w\w at \d+\): convert"),
