@@ -34,6 +34,7 @@ from system.errors import EXPECTED, EspalierError, told
 from system.learn.sizes import context_block
 from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
+from system.plan.memory import WIDTH, averages
 from system.plugins import POLICIES
 from system.rollout.branching import make_policy
 from system.rollout.chat import unknown_arguments
@@ -231,18 +232,29 @@ def _own(field: str, name: str, call: Callable[[], T]) -> T:
 
 
 def disk(config: Config) -> Iterator[Problem]:
-    """Can ``run.dir`` be written, and does it hold a checkpoint?"""
-    wanted, field = Path(config.run.dir).absolute(), f"run.dir={config.run.dir}"
+    """Can ``run.dir`` be written, and does it hold a checkpoint?  The same of ``engine.weights_dir``, which
+    holds what servers have loaded and what they are to load.
+    """
+    needed = SLACK + _checkpoint_bytes(config)
+    yield from _kept(f"run.dir={config.run.dir}", Path(config.run.dir), needed, "one checkpoint takes")
+    engine = config.engine
+    if engine.weights == "disk" and engine.weights_dir:
+        needed = 2 * WIDTH[config.model.dtype] * _parameters(config)
+        field = f"engine.weights_dir={engine.weights_dir}"
+        yield from _kept(field, Path(engine.weights_dir), needed, "two updates take")
+
+
+def _kept(field: str, wanted: Path, needed: int, what: str) -> Iterator[Problem]:
+    """Can files be written in a directory that may not be there yet, and so many bytes of them?"""
+    wanted = wanted.absolute()
     there = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
     if not there.is_dir():
         yield Problem(field, f"{there} is no directory", "name one that can be written")
     elif fault := _unwritable(there):
         yield Problem(field, f"it cannot be written: {fault}", "name one that can")
-    else:
-        free, needed = disk_usage(there).free, SLACK + _checkpoint_bytes(config)
-        if free < needed:
-            found = f"{_gib(free)} are free there, one checkpoint takes {_gib(needed)}"
-            yield Problem(field, found, "make room, or name a larger file system")
+    elif (free := disk_usage(there).free) < needed:
+        found = f"{_gib(free)} are free there, {what} {_gib(needed)}"
+        yield Problem(field, found, "make room, or name a larger file system")
 
 
 def _gib(size: int) -> str:
@@ -250,9 +262,15 @@ def _gib(size: int) -> str:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Float32 weights and both of Adam's moments; of a model made here (a few megabytes) none."""
+    """Float32 weights, both of Adam's moments, and the models that are kept besides."""
+    besides = (config.learn.kl_coef > 0) + averages(config.learn)
+    return (12 + besides * WIDTH[config.model.dtype]) * _parameters(config)
+
+
+def _parameters(config: Config) -> int:
+    """Of the model; of one that is made here (a few megabytes) none."""
     try:
-        return 12 * ModelShape.from_directory(config.model.path).parameters if config.model.path else 0
+        return ModelShape.from_directory(config.model.path).parameters if config.model.path else 0
     except UnsupportedModel:
         return 0  # told by :func:`model`
 

@@ -227,7 +227,11 @@ class GpuPlan:
         flow, learn = self.config.flow, self.config.learn
         trees = flow.batch_leaves // self.config.rollout.leaves // learn.updates
         few = f"learn.dp={learn.dp} is more than the {count(trees, 'tree')} of an update: lower it"
-        return [*([few] if learn.dp > trees else []), *self._spare_engines]
+        engine = self.config.engine
+        slow = f"weights are published as by engine.weights=distributed, not as by {engine.weights}"
+        other = engine.name == "sglang" and engine.weights not in ("auto", "distributed")
+        told = ((few, learn.dp > trees), (slow, other))
+        return [*(note for note, true in told if true), *self._spare_engines]
 
     @property
     def _spare_engines(self) -> list[str]:

@@ -319,6 +319,30 @@ def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: py
     assert "TMPDIR" in str(found["scratch"][0])
 
 
+def test_a_checkpoint_is_as_large_as_what_it_keeps(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, besides = ModelShape.from_config(SHAPE).parameters, ["learn.kl_coef=0.1"]
+    for more, each in (([], 12), (besides, 16), ([*besides, "learn.proximal=average"], 20)):
+        needed = preflight.SLACK + each * parameters
+        for free, problems in ((needed - 1, 1), (needed, 0)):
+            told = type("Usage", (), {"free": free})
+            monkeypatch.setattr(preflight, "disk_usage", lambda _, told=told: told)
+            assert len(look(load("plain.yaml", more))["run directory"]) == problems, more
+
+
+def test_the_directory_for_weights_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(where: str) -> list[str]:
+        settings = ["engine=sglang", "engine.weights=disk", f"engine.weights_dir={where}"]
+        return [str(one) for one in look(load("plain.yaml", settings))["run directory"]]
+
+    assert found("weights/of/all") == []
+    (line,) = found("data.jsonl")
+    assert line.startswith("engine.weights_dir=data.jsonl: ")
+    assert "is no directory" in line
+    assert "cannot be written" in found("/proc/here")[0]
+    monkeypatch.setattr(preflight, "disk_usage", lambda _: type("Usage", (), {"free": 1}))
+    assert "two updates take" in found("weights")[1]
+
+
 def test_a_machine_that_does_not_hold_an_offloaded_optimizer(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -318,8 +318,10 @@ async def test_disk_keeps_what_each_server_has_loaded_until_it_has_loaded_the_ne
     assert there() == {last}
 
 
-def test_runs_may_share_a_directory_for_weights(tmp_path: Path) -> None:
-    mine, theirs = Disk(tmp_path), Disk(tmp_path)
+def test_runs_may_share_a_directory_for_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine, theirs = Disk(Path("weights")), Disk(Path("weights"))
+    assert mine.directory.is_absolute()  # servers may stand elsewhere
     for disk, value in ((mine, 1.0), (theirs, 2.0)):
         disk.stage({"a": torch.full((3,), value)})
     theirs.clear()

@@ -344,6 +344,12 @@ def test_what_would_fail_once_started_is_a_problem(overrides: list[str], problem
     assert any(problem in one for one in plan(config(*overrides), gpus=64).problems)
 
 
+def test_publishing_is_forecast_for_one_way_and_says_so() -> None:
+    note = "weights are published as by engine.weights=distributed, not as by disk"
+    assert note in plan(config("engine=sglang", "engine.weights=disk"), gpus=8).notes
+    assert not any("published" in one for one in plan(config("engine=sglang"), gpus=8).notes)
+
+
 def test_data_parallel_ranks_without_a_tree_are_told() -> None:
     layout = ["learn.tp=1", "learn.sequence_parallel=false", "learn.dp=33", "learn.updates=4"]
     made = plan(config(*layout), gpus=64)

@@ -102,7 +102,7 @@ def _own(owner: Disk, root: Path | None) -> Path:
     if root is None:
         path = Scratch.make("weights").path
     else:
-        path = root / f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+        path = root.absolute() / f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
         path.mkdir(parents=True)
     weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
     return path
