@@ -160,6 +160,12 @@ def model(config: Config) -> Iterator[Problem]:
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
     for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
         yield Problem("", line)
+    if config.engine.max_context > shape.max_position:  # SGLang does not start then
+        yield Problem(
+            f"engine.max_context={config.engine.max_context}",
+            f"{path} knows {shape.max_position} positions (max_position_embeddings)",
+            "lower it, or name a model that was trained on more",
+        )
 
 
 def task(config: Config) -> Iterator[Problem]:

@@ -230,7 +230,9 @@ class GpuPlan:
         engine = self.config.engine
         slow = f"weights are published as by engine.weights=distributed, not as by {engine.weights}"
         other = engine.name == "sglang" and engine.weights not in ("auto", "distributed")
-        told = ((few, learn.dp > trees), (slow, other))
+        known, context = self.shape.max_position, engine.max_context
+        far = f"engine.max_context={context:,} needs a model trained on more than {known:,} positions"
+        told = ((few, learn.dp > trees), (slow, other), (far, context > known))
         return [*(note for note, true in told if true), *self._spare_engines]
 
     @property

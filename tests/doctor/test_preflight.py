@@ -148,6 +148,10 @@ RECIPES: list[tuple[str, str]] = [
     ),
     ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
     (
+        "engine.max_context=32769",
+        r"engine\.max_context=32769: model knows 32768 positions .*; lower it, or name a model",
+    ),
+    (
         "learn.cp=4 learn.micro_tokens=63",
         r"learn\.micro_tokens=63: .* no block for each of the learn\.cp=4 ranks; raise it to 64 or more",
     ),

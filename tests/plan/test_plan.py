@@ -344,6 +344,14 @@ def test_what_would_fail_once_started_is_a_problem(overrides: list[str], problem
     assert any(problem in one for one in plan(config(*overrides), gpus=64).problems)
 
 
+def test_contexts_beyond_the_models_positions_are_told() -> None:
+    long = ["engine.max_context=65536", "learn.recompute=full"]
+    assert (
+        "engine.max_context=65,536 needs a model trained on more than 32,768 positions"
+        in plan(config(*long), gpus=8).notes
+    )
+
+
 def test_publishing_is_forecast_for_one_way_and_says_so() -> None:
     note = "weights are published as by engine.weights=distributed, not as by disk"
     assert note in plan(config("engine=sglang", "engine.weights=disk"), gpus=8).notes
