@@ -175,8 +175,11 @@ class RunActors:
         corpus = corpus_file(config, task, run_dir.root)
         learner = LearnerGroup(config.learn.ranks, places, config.cluster)
         await arrivals.of("a new model", asyncio.to_thread(make_model, model, config, task))
+        root, settings = run_dir.root.resolve(), to_dict(config)
+        # By which a directory of weights that runs share knows whose is what.
+        settings["run"] |= {"dir": str(root.parent), "name": root.name}
         async with asyncio.TaskGroup() as starting:
-            starting.create_task(arrivals.of("learner", learner.start(to_dict(config), str(model))))
+            starting.create_task(arrivals.of("learner", learner.start(settings, str(model))))
             growing = starting.create_task(
                 RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve(), arrivals)
             )

@@ -335,7 +335,7 @@ def ports(config: Config) -> Iterator[Problem]:
 def memory(config: Config) -> Iterator[Problem]:
     """Does this machine hold an offloaded optimizer, and its copy while a checkpoint is written?"""
     if config.learn.offload and not _joins(config):
-        free, needed = virtual_memory().available, 2 * _checkpoint_bytes(config)
+        free, needed = virtual_memory().available, 12 * _parameters(config) + _checkpoint_bytes(config)
         if free < needed:
             found = f"{_gib(free)} of memory are free, optimizer and checkpoint take {_gib(needed)}"
             yield Problem(

@@ -284,6 +284,10 @@ async def test_disk_leaves_a_complete_directory_and_no_older_one(
         assert [*(tmp_path / "out").glob("*/*")] == [directory]
 
 
+def updates(root: Path) -> set[Path]:
+    return {*root.glob("*/update-*")}
+
+
 async def test_disk_keeps_what_each_server_has_loaded_until_it_has_loaded_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,26 +305,23 @@ async def test_disk_keeps_what_each_server_has_loaded_until_it_has_loaded_the_ne
         disk.clear()
         return directory
 
-    def there() -> set[Path]:
-        return {*tmp_path.glob("*/update-*")}
-
     first = await update(one, other)
-    assert there() == {first}
+    assert updates(tmp_path) == {first}
     deaf.add(one.url)
     await update(one)
-    assert there() == {first}
+    assert updates(tmp_path) == {first}
     deaf.clear()
     alone = await update(other)  # one that was restarted is brought up by itself
-    assert there() == {first, alone}
+    assert updates(tmp_path) == {first, alone}
     await update(one, other, sent=False)  # refused before it was sent
-    assert there() == {first, alone}
+    assert updates(tmp_path) == {first, alone}
     last = await update(one, other)
-    assert there() == {last}
+    assert updates(tmp_path) == {last}
 
 
 def test_runs_may_share_a_directory_for_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mine, theirs = Disk(Path("weights")), Disk(Path("weights"))
+    mine, theirs = (Disk(Path("weights"), Path(run)) for run in ("runs/s0", "runs/s0-2"))
     assert mine.directory.is_absolute()  # servers may stand elsewhere
     for disk, value in ((mine, 1.0), (theirs, 2.0)):
         disk.stage({"a": torch.full((3,), value)})
@@ -330,6 +331,19 @@ def test_runs_may_share_a_directory_for_weights(tmp_path: Path, monkeypatch: pyt
     del mine, disk
     gc.collect()
     assert not file.exists()  # what was the run's goes with it
+
+
+async def test_a_run_that_is_resumed_takes_over_what_it_left_when_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, (server,) = Disk(tmp_path, Path("run")), answering(monkeypatch, "http://127.0.0.1:1")
+    for disk in (killed, killed, Disk(tmp_path, Path("run"))):
+        disk.stage({"a": torch.ones(3)})
+        directory = disk.directory
+        await disk.connect([server])
+        await disk.deliver([server], flush_cache=True)
+        disk.clear()
+    assert updates(tmp_path) == {directory}
 
 
 def test_stripes_are_of_like_size_and_readers_have_time_by_size() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import socket
-import uuid
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +29,13 @@ class Disk(Carrier):
     load fails.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        """``root``: where this carrier makes a directory of its own, which goes with it: several runs may
-        share one.  None takes a temporary directory of this machine, for servers on it.
+    def __init__(self, root: Path | None = None, run: Path | None = None) -> None:
+        """``root``: which several runs may share.  Each has a directory of its own in it, by its run
+        directory ``run``, which goes with the carrier; what a run that was killed has left, it takes over
+        when it is resumed.  None takes a temporary directory of this machine, for servers on it.
         """
         super().__init__()
-        self._root = _own(self, root)
+        self._root = _own(self, root, run or Path.cwd())
         self._loaded: dict[str, Path] = {}  # URL -> the last that this server has loaded
         self._number = 0
         self._files: dict[str, str] = {}
@@ -97,12 +97,13 @@ def deadline_s(weight_bytes: int, readers: int) -> float:
     return CONTROL_DEADLINE_S + weight_bytes * readers / SLOWEST_BYTES_S
 
 
-def _own(owner: Disk, root: Path | None) -> Path:
+def _own(owner: Disk, root: Path | None, run: Path) -> Path:
     """A directory in ``root``, or in the system's temporary one, that goes with ``owner``."""
     if root is None:
         path = Scratch.make("weights").path
     else:
-        path = root.absolute() / f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-        path.mkdir(parents=True)
+        whole = hashlib.sha256(str(run.absolute()).encode()).hexdigest()
+        path = root.absolute() / f"{run.absolute().name}-{whole[:12]}"
+        path.mkdir(parents=True, exist_ok=True)
     weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
     return path
