@@ -131,6 +131,13 @@ def _give_up(failure: Exception | str) -> NoReturn:
     os._exit(1)
 
 
+def named(urls: Sequence[str]) -> dict[str, str]:
+    """The servers at ``urls``, which somebody else started, by name.  Without the slash at their end: a path
+    is put behind each, and SGLang knows none that begins with two.
+    """
+    return {f"engine-{number}": url.rstrip("/") for number, url in enumerate(urls)}
+
+
 async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> None:
     """Return once the servers at ``urls``, which somebody else started, serve as this system needs them.
 

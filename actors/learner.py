@@ -127,8 +127,9 @@ class LearnerRank:
             if self._transport is None:
                 from system.engine import weights
 
-                engine, address = self._config.engine, ray.util.get_node_ip_address()
-                self._transport = weights.make(engine, urls, self._model, self._config.model.dtype, address)
+                config, address = self._config, ray.util.get_node_ip_address()
+                run, dtype = Path(config.run.dir, config.run.name), config.model.dtype
+                self._transport = weights.make(config.engine, urls, self._model, dtype, address, run)
             buckets = self._trainer.export(on_gpu=self._transport.on_gpu)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from actors.engine import EngineActor, attached
+from actors.engine import EngineActor, attached, named
 from actors.heartbeat import Watched
 from actors.learner import LearnerGroup
 from actors.placement import Placement
@@ -134,8 +134,9 @@ async def _engines(
     """
     engine = config.engine
     if engine.urls:
-        ready = attached(engine.urls, engine.start_deadline_s, not engine.entropy_top_k)
-        return {f"engine-{number}": url for number, url in enumerate(engine.urls)}, {}, {"engines": ready}
+        urls = named(engine.urls)
+        ready = attached([*urls.values()], engine.start_deadline_s, not engine.entropy_top_k)
+        return urls, {}, {"engines": ready}
     # Of the server, and of the actor's own process.
     deadline = engine.start_deadline_s + config.cluster.start_deadline_s
     names = [f"engine-{number}" for number in range(engine.replicas)]
@@ -174,8 +175,11 @@ class RunActors:
         corpus = corpus_file(config, task, run_dir.root)
         learner = LearnerGroup(config.learn.ranks, places, config.cluster)
         await arrivals.of("a new model", asyncio.to_thread(make_model, model, config, task))
+        root, settings = run_dir.root.resolve(), to_dict(config)
+        # By which a directory of weights that runs share knows whose is what.
+        settings["run"] |= {"dir": str(root.parent), "name": root.name}
         async with asyncio.TaskGroup() as starting:
-            starting.create_task(arrivals.of("learner", learner.start(to_dict(config), str(model))))
+            starting.create_task(arrivals.of("learner", learner.start(settings, str(model))))
             growing = starting.create_task(
                 RolloutPool.start(config, str(model), corpus, places, run_dir.logs.resolve(), arrivals)
             )

@@ -277,6 +277,10 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ("tools.names=python", "tools.names: write a list: [python]"),
         ("tools.names={}", "tools.names: write a list"),
         ("engine.urls=[[[]]]", "engine.urls: [[]] must be a text"),
+        (
+            "engine=sglang engine.urls=[http://a:1,http://b:1,http://a:1/]",
+            "engine.urls names http://a:1 more than once",
+        ),
         ("branching.alpha=50", "branching.alpha=50.0 must be in [0, 1]"),
         ("warmstart.demos=0", "warmstart.demos=0 must be 1 or more"),
     ],

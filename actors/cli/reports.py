@@ -6,7 +6,7 @@ import argparse
 import inspect
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from actors.cli.command import RECIPE, argument, command, split
@@ -110,24 +110,24 @@ def plan(args: argparse.Namespace) -> int:
 
     examples:
       espalier plan configs/quickstart.yaml --gpus 8 model.path=Qwen2.5-7B model.dtype=bfloat16 learn.tp=4
-      espalier plan my.yaml --gpus 64 --gpu h200 --response 6000 --calls 4 --tool-s 2.5
+      espalier plan configs/qwen3-14b-8x8.yaml --gpu h200 --response 6000 --calls 4 --tool-s 2.5
       espalier plan my.yaml --gpus 64 --search     learn.tp, pp, cp, dp and recompute, engine.tp and replicas
 
     Nothing is started or downloaded: a model is known by its directory (config.json) or its name. Speeds are
     a roofline with the assumptions of system/plan/hardware.py; the memory model is that of Korthikanti et al.
     (2022). Exit code 1: it would not fit. `espalier bench scale` simulates the run itself.
     """
+    from system.cluster.placement import PlacementError, paper_nodes, place
     from system.config import load
+    from system.errors import ConfigError
     from system.plan import AgentWorkload, named_gpus, plan, search, table, text
 
     config = load(*split(args.words, "espalier plan configs/quickstart.yaml --gpus 8"))
-    given = {
-        "prompt_tokens": args.prompt,
-        "response_tokens": args.response,
-        "calls": args.calls,
-        "tool_s": args.tool_s,
-    }
-    workload = replace(AgentWorkload.guess(config), **{k: v for k, v in given.items() if v is not None})
+    if args.gpus is not None and args.gpus < 1:
+        raise ConfigError(f"--gpus {args.gpus}: give 1 or more, or leave it out")
+    workload = AgentWorkload.guess(config).told(
+        config, prompt_tokens=args.prompt, response_tokens=args.response, calls=args.calls, tool_s=args.tool_s
+    )
     gpu, gpus = args.gpu or config.cluster.gpu, args.gpus or named_gpus(config)
     if args.search:
         found = search(config, gpus, gpu=gpu, workload=workload)
@@ -138,6 +138,12 @@ def plan(args: argparse.Namespace) -> int:
     else:
         made = plan(config, gpus, gpu=gpu, workload=workload)
     print(text(made))
+    if not args.search and args.gpus is None and config.cluster.gpus_per_node:
+        try:
+            place(config, paper_nodes(config))
+        except PlacementError as error:
+            print(f"PROBLEM: {error}")
+            return 1
     return 0 if made.fits else 1
 
 

@@ -268,6 +268,9 @@ def _engine(config: Config) -> Iterator[str]:
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 yield f"{key}: {url!r} must begin with http:// or https://"
+    servers = [url.rstrip("/") for url in engine.urls]
+    if twice := sorted({url for url in servers if servers.count(url) > 1}):
+        yield f"engine.urls names {', '.join(twice)} more than once: a server is one engine"
     tools = config.tools
     for key, name, its_server, server in (
         ("engine.api_key_env", engine.api_key_env, "engine.urls", engine.urls),

@@ -24,7 +24,8 @@ def examine(stack: Stack, config: Config) -> Iterator[Finding]:
     if stack.compiler is not None:
         yield compiler(stack.compiler)
     yield from headers(stack)
-    yield peers(stack.no_peer)
+    if stack.gpus > 1:
+        yield peers(stack.no_peer)
     if stack.memlock is not None and config.cluster.nodes > 1:
         yield memlock(stack.memlock)
 

@@ -48,7 +48,8 @@ class Stack:
     glibc: tuple[int, ...] = ()
     compiler: str | None = None  # its path; empty: there is none
     interpreters: Mapping[str, TorchSeen] = field(default_factory=dict)
-    no_peer: tuple[tuple[int, int], ...] = ()  # pairs of GPUs that cannot read each other's memory
+    gpus: int = 0  # that torch can use here
+    no_peer: tuple[tuple[int, int], ...] = ()  # pairs of them that cannot read each other's memory
     memlock: int | None = None  # soft limit in bytes; -1: none
 
 
@@ -60,12 +61,14 @@ def gather_stack(config: Config, driver: str) -> Stack:
     if own_servers(config):
         with contextlib.suppress(SglangMissing):  # which another check tells
             pythons[SGLANG] = interpreter(config.engine)
+    gpus = _usable()
     return Stack(
         driver=numbers(driver),
         glibc=numbers(platform.libc_ver()[1]),
         compiler=next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), ""),
         interpreters={name: look_at(python) for name, python in pythons.items()},
-        no_peer=_strangers(),
+        gpus=gpus,
+        no_peer=_strangers(gpus),
         memlock=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
     )
 
@@ -100,9 +103,14 @@ def look_at(python: str) -> TorchSeen:
         return TorchSeen(error=str(error) or type(error).__name__)
 
 
-def _strangers() -> tuple[tuple[int, int], ...]:
+def _usable() -> int:
     import torch
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _strangers(gpus: int) -> tuple[tuple[int, int], ...]:
+    import torch
+
+    pairs = [(a, b) for a in range(gpus) for b in range(gpus) if a != b]
     return tuple(pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair))

@@ -31,8 +31,10 @@ from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
 from system.engine.sglang.command import interpreter
 from system.errors import EXPECTED, EspalierError, told
+from system.learn.sizes import context_block
 from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
+from system.plan.memory import WIDTH, averages
 from system.plugins import POLICIES
 from system.rollout.branching import make_policy
 from system.rollout.chat import unknown_arguments
@@ -124,9 +126,16 @@ def parts(config: Config) -> Iterator[Problem]:
 
 
 def layout(config: Config) -> Iterator[Problem]:
-    """Would learner, engines and servers fit on the nodes that are asked for?"""
+    """Would learner, engines and servers fit on the nodes that are asked for, and rows on the learner?"""
+    learn, gpu = config.learn, config.cluster.gpus_per_node > 0
+    least = learn.cp * context_block(learn.tp, learn.sequence_parallel, gpu=gpu)
+    if learn.cp > 1 and learn.micro_tokens < least:
+        yield Problem(
+            f"learn.micro_tokens={learn.micro_tokens}",
+            f"a row has no block for each of the learn.cp={learn.cp} ranks",
+            f"raise it to {least} or more, or lower learn.cp",
+        )
     place(config, paper_nodes(config))
-    yield from ()
 
 
 def model(config: Config) -> Iterator[Problem]:
@@ -151,6 +160,12 @@ def model(config: Config) -> Iterator[Problem]:
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
     for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
         yield Problem("", line)
+    if config.engine.max_context > shape.max_position:  # SGLang does not start then
+        yield Problem(
+            f"engine.max_context={config.engine.max_context}",
+            f"{path} knows {shape.max_position} positions (max_position_embeddings)",
+            "lower it, or name a model that was trained on more",
+        )
 
 
 def task(config: Config) -> Iterator[Problem]:
@@ -223,18 +238,29 @@ def _own(field: str, name: str, call: Callable[[], T]) -> T:
 
 
 def disk(config: Config) -> Iterator[Problem]:
-    """Can ``run.dir`` be written, and does it hold a checkpoint?"""
-    wanted, field = Path(config.run.dir).absolute(), f"run.dir={config.run.dir}"
+    """Can ``run.dir`` be written, and does it hold a checkpoint?  The same of ``engine.weights_dir``, which
+    holds what servers have loaded and what they are to load.
+    """
+    needed = SLACK + _checkpoint_bytes(config)
+    yield from _kept(f"run.dir={config.run.dir}", Path(config.run.dir), needed, "one checkpoint takes")
+    engine = config.engine
+    if engine.weights == "disk" and engine.weights_dir:
+        needed = 2 * WIDTH[config.model.dtype] * _parameters(config)
+        field = f"engine.weights_dir={engine.weights_dir}"
+        yield from _kept(field, Path(engine.weights_dir), needed, "two updates take")
+
+
+def _kept(field: str, wanted: Path, needed: int, what: str) -> Iterator[Problem]:
+    """Can files be written in a directory that may not be there yet, and so many bytes of them?"""
+    wanted = wanted.absolute()
     there = next(path for path in (wanted, *wanted.parents) if os.path.lexists(path))
     if not there.is_dir():
         yield Problem(field, f"{there} is no directory", "name one that can be written")
     elif fault := _unwritable(there):
         yield Problem(field, f"it cannot be written: {fault}", "name one that can")
-    else:
-        free, needed = disk_usage(there).free, SLACK + _checkpoint_bytes(config)
-        if free < needed:
-            found = f"{_gib(free)} are free there, one checkpoint takes {_gib(needed)}"
-            yield Problem(field, found, "make room, or name a larger file system")
+    elif (free := disk_usage(there).free) < needed:
+        found = f"{_gib(free)} are free there, {what} {_gib(needed)}"
+        yield Problem(field, found, "make room, or name a larger file system")
 
 
 def _gib(size: int) -> str:
@@ -242,9 +268,15 @@ def _gib(size: int) -> str:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Float32 weights and both of Adam's moments; of a model made here (a few megabytes) none."""
+    """Float32 weights, both of Adam's moments, and the models that are kept besides."""
+    besides = (config.learn.kl_coef > 0) + averages(config.learn)
+    return (12 + besides * WIDTH[config.model.dtype]) * _parameters(config)
+
+
+def _parameters(config: Config) -> int:
+    """Of the model; of one that is made here (a few megabytes) none."""
     try:
-        return 12 * ModelShape.from_directory(config.model.path).parameters if config.model.path else 0
+        return ModelShape.from_directory(config.model.path).parameters if config.model.path else 0
     except UnsupportedModel:
         return 0  # told by :func:`model`
 
@@ -303,7 +335,7 @@ def ports(config: Config) -> Iterator[Problem]:
 def memory(config: Config) -> Iterator[Problem]:
     """Does this machine hold an offloaded optimizer, and its copy while a checkpoint is written?"""
     if config.learn.offload and not _joins(config):
-        free, needed = virtual_memory().available, 2 * _checkpoint_bytes(config)
+        free, needed = virtual_memory().available, 12 * _parameters(config) + _checkpoint_bytes(config)
         if free < needed:
             found = f"{_gib(free)} of memory are free, optimizer and checkpoint take {_gib(needed)}"
             yield Problem(

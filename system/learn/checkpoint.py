@@ -62,6 +62,7 @@ from system.learn.shards import MappedParameter, WeightMap
 from system.learn.weights import take_name
 
 MANIFEST = "manifest.json"
+PLAN = ".metadata"  # torch's own: which boxes are in which file
 SLOWEST = 50e6  # bytes per second of one rank, below which writing a checkpoint counts as stuck
 
 
@@ -149,7 +150,7 @@ class TrainingState:
             digests = {name: digest for part in _from_all(mine, self._group) for name, digest in part.items()}
             if rank == 0:
                 with (partial / MANIFEST).open("w") as file:
-                    json.dump(contents | {"files": digests}, file, indent=2)
+                    json.dump(_sealed(contents | {"files": digests}), file, indent=2)
                     file.flush()
                     os.fsync(file.fileno())
                 take_name(partial, path)
@@ -160,7 +161,8 @@ class TrainingState:
         """Restore everything :meth:`save` wrote, whatever layout wrote it; returns its ``extra``.
 
         Collective over all ranks.  Raises :class:`CheckpointError` on all of them, before anything is
-        changed, when the checkpoint is missing, incomplete, damaged, or of another model.
+        changed, when the checkpoint is missing, incomplete, damaged, or of another model; and, when a part of
+        it may have been taken, if it cannot be read after all.
         """
         self.saved()
         manifest = _verified(path, self._layout, self._group)
@@ -168,7 +170,11 @@ class TrainingState:
         reader = FileSystemReader(path)
         planner = _BoxLoader([_whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
         _agree(path, planner.problems, self._group)
-        read_boxes({}, storage_reader=reader, planner=planner, process_group=self._group)
+        try:
+            read_boxes({}, storage_reader=reader, planner=planner, process_group=self._group)
+        except CheckpointException as error:  # no Exception, and the same on every rank
+            cause, _ = next(iter(error.failures.values()))
+            raise CheckpointError(f"{path}: it cannot be read: {cause}") from error
         self._optimizer.resume(manifest["step"])
         torch.set_rng_state(rng)
         return manifest["extra"]
@@ -328,12 +334,23 @@ def _verified(path: Path, layout: Layout, group: dist.ProcessGroup) -> dict[str,
     return manifest
 
 
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a digest of itself, as JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(manifest))
+    return plain | {"digest": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+
+
 def _manifest(file: Path) -> dict[str, Any]:
-    manifest = json.loads(file.read_text())
-    files, extra = dict(manifest["files"]), dict(manifest["extra"])
-    if not files:
-        raise ValueError("it names no files")
-    return {"step": int(manifest["step"]), "extra": extra, "files": files}
+    manifest: dict[str, Any] = dict(json.loads(file.read_text()))
+    digest = manifest.pop("digest", None)
+    if digest not in (None, _sealed(manifest)["digest"]):  # until 2026-11-28 there was none
+        raise ValueError("its digest is another")
+    files, extra, step = dict(manifest["files"]), dict(manifest["extra"]), manifest["step"]
+    if PLAN not in files or len(files) == 1:
+        raise ValueError("it does not name all files")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step {step}")
+    return {"step": step, "extra": extra, "files": files}
 
 
 def _agree(path: Path, problems: list[str], group: dist.ProcessGroup) -> None:

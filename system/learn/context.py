@@ -10,7 +10,6 @@ whole row, and what follows (objectives that look at whole turns or paths, stati
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +21,8 @@ from numpy.typing import NDArray
 
 from system.config import ConfigError, LearnConfig
 from system.learn.parallel import Layout
-from system.learn.sizes import BLOCK
+from system.learn.sizes import context_block
 from system.tree.record import Int64
-
-CPU_BLOCK = 16  # where attention works on queries, not on blocks: less padding
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,7 @@ class Context:
         """
         if learn.cp == 1:
             return None
-        block = CPU_BLOCK if layout.device.type == "cpu" else BLOCK
-        if learn.sequence_parallel:  # a rank's tokens are spread over the tensor-parallel ranks
-            block = math.lcm(block, learn.tp)
+        block = context_block(learn.tp, learn.sequence_parallel, gpu=layout.device.type != "cpu")
         if learn.micro_tokens < learn.cp * block:
             raise ConfigError(
                 f"learn.micro_tokens={learn.micro_tokens} are less than a block of {block} tokens for each "

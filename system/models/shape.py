@@ -75,22 +75,28 @@ class ModelShape:
                 "model's float32 or bfloat16 weights"
             )
         bias = bool(config.get("attention_bias", False))
-        heads = int(config["num_attention_heads"])
+        tied = config.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise UnsupportedModel(f"tie_word_embeddings {tied!r}; it is true or false")
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = _size(config, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UnsupportedModel(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
         return cls(
             family=family,
-            vocab=int(config["vocab_size"]),
-            hidden=int(config["hidden_size"]),
-            layers=int(config["num_hidden_layers"]),
+            vocab=_size(config, "vocab_size"),
+            hidden=hidden,
+            layers=_size(config, "num_hidden_layers"),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(
-                config.get("head_dim") or (config["hidden_size"] // heads if family == "qwen2" else 128)
-            ),
-            ffn=int(config["intermediate_size"]),
+            kv_heads=kv_heads,
+            head_dim=_size(config, "head_dim", hidden // heads if family == "qwen2" else 128),
+            ffn=_size(config, "intermediate_size"),
             eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=_rope_theta(config),
-            max_position=int(config.get("max_position_embeddings", 32768)),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            max_position=_size(config, "max_position_embeddings", 32768),
+            tied=tied,
             qkv_bias=True if family == "qwen2" else bias,
             o_bias=False if family == "qwen2" else bias,
             qk_norm=family == "qwen3",
@@ -163,6 +169,15 @@ def vocabulary(directory: str | Path) -> int:
     file = Path(directory) / "config.json"
     config: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number above 0.  Raises KeyError where there is neither one nor a default."""
+    value = config[name] if default is None else config.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModel(f"{name} {value!r}; it is a whole number above 0")
+    return value
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float:

@@ -97,6 +97,11 @@ def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str =
     return WIDTH[dtype] * 2 * shape.kv_heads * shape.head_dim / learn.tp * learn.cp
 
 
+def averages(learn: LearnConfig) -> bool:
+    """Whether a moving average of the weights is kept (``Trainer.average``)."""
+    return learn.proximal == "average" and learn.objective.name == "decoupled"
+
+
 def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
     """What a learner rank keeps in its host's memory: the state of an offloaded optimizer, and what is on its
     way.
@@ -150,4 +155,6 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + shape.hidden * share)
     if learn.kl_coef > 0:
         parts["reference"] = width * parameters
+    if averages(learn):
+        parts["average"] = width * parameters
     return parts

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
+from system.learn.sizes import context_block
 from system.models.known import shape_of
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS, NODE, Gpu
@@ -24,46 +25,10 @@ from system.plan.memory import (
     learner_memory,
 )
 from system.plan.speed import EngineRoofline, LearnerRoofline, PublishRoofline
+from system.plan.workload import AgentWorkload
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "room in the engines"
 FEW = 16  # sequences of one engine, below which a step costs hardly less than one of so many
-
-
-@dataclass(frozen=True, slots=True)
-class AgentWorkload:
-    """What the agent does, on average per branch.  Guesses until a run has measured it."""
-
-    prompt_tokens: float = 512.0
-    response_tokens: float = 2048.0  # model and tool tokens after the prompt, of one leaf's path
-    tool_share: float = 0.25  # of those, tokens that tools wrote
-    calls: float = 2.0  # tool calls
-    tool_s: float = 1.0  # seconds per call
-    shared: float = 0.3  # share of a leaf's path that siblings have computed already
-
-    @classmethod
-    def guess(cls, config: Config) -> AgentWorkload:
-        """Half the response budget and half the call limit, a prompt that leaves room for a response; sharing
-        only where trees fork.
-        """
-        rollout, usual = config.rollout, cls()
-        room = config.engine.max_context - rollout.max_response_tokens
-        return replace(
-            usual,
-            prompt_tokens=min(usual.prompt_tokens, max(1.0, room)),
-            response_tokens=rollout.max_response_tokens / 2,
-            calls=rollout.call_limit / 2,
-            shared=usual.shared if config.branching.name != "none" else 0.0,
-        )
-
-    @property
-    def generated(self) -> float:
-        """Tokens that the model has to sample for one more leaf."""
-        return self.response_tokens * (1 - self.tool_share) * (1 - self.shared)
-
-    @property
-    def packed(self) -> float:
-        """Tokens that the learner computes for one more leaf; the prompt is counted with the tree."""
-        return self.response_tokens * (1 - self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +181,22 @@ class GpuPlan:
         ]
         if shape.layers % learn.pp:
             problems.append(f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers")
+        least = learn.cp * context_block(learn.tp, learn.sequence_parallel, gpu=True)
+        if learn.cp > 1 and learn.micro_tokens < least:
+            problems.append(
+                f"learn.micro_tokens={learn.micro_tokens} have no block for each of the learn.cp={learn.cp} "
+                f"ranks: raise it to {least} or more, or lower learn.cp"
+            )
+        if uneven(shape, self.engine.tp):
+            problems.append(
+                f"engine.tp={self.engine.tp} does not divide the model's heads={shape.heads} and "
+                f"ffn={shape.ffn}, or neither divides kv_heads={shape.kv_heads} nor is a multiple of it"
+            )
+        if self.engine.tp > self.node:
+            problems.append(
+                f"engine.tp={self.engine.tp}: an engine lies on one node, which has {self.node} GPUs "
+                "(cluster.gpus_per_node): lower it"
+            )
         if rank.total > self.gpu.memory:
             relief = (  # the cheapest first
                 (
@@ -243,6 +224,19 @@ class GpuPlan:
     @property
     def notes(self) -> list[str]:
         """What does not use these GPUs well."""
+        flow, learn = self.config.flow, self.config.learn
+        trees = flow.batch_leaves // self.config.rollout.leaves // learn.updates
+        few = f"learn.dp={learn.dp} is more than the {count(trees, 'tree')} of an update: lower it"
+        engine = self.config.engine
+        slow = f"weights are published as by engine.weights=distributed, not as by {engine.weights}"
+        other = engine.name == "sglang" and engine.weights not in ("auto", "distributed")
+        known, context = self.shape.max_position, engine.max_context
+        far = f"engine.max_context={context:,} needs a model trained on more than {known:,} positions"
+        told = ((few, learn.dp > trees), (slow, other), (far, context > known))
+        return [*(note for note, true in told if true), *self._spare_engines]
+
+    @property
+    def _spare_engines(self) -> list[str]:
         engines, replicas = self.engines, self.config.engine.replicas
         decoding = self.forecast.running * engines
         if (enough := max(1, math.ceil(decoding / FEW))) < engines:
@@ -253,7 +247,8 @@ class GpuPlan:
             ]
         if replicas == engines:
             return []
-        return [f"{engines} engines fit: set engine.replicas={engines} (it is {replicas})"]
+        fit = f"{count(engines, 'engine')} fit{'s' * (engines == 1)}"
+        return [f"{fit}: set engine.replicas={engines} (it is {replicas})"]
 
     @property
     def node(self) -> int:
@@ -287,6 +282,8 @@ class GpuPlan:
         trees = flow.batch_leaves / rollout.leaves
         fresh = trees * work.prompt_tokens + flow.batch_leaves * work.response_tokens * work.tool_share
         packed = flow.batch_leaves * work.packed + trees * work.prompt_tokens
+        if learn.objective.name == "grpo-flat":  # paths, each by itself
+            packed = flow.batch_leaves * (work.prompt_tokens + work.response_tokens)
         sglang = self.config.engine.name == "sglang"  # the embedded engine goes over between two steps
         gpu = self.gpu if sglang else replace(self.gpu, bucket_s=0.0, swap_s=0.0)
         trainer = LearnerRoofline(self.shape, learn, self.gpu, context, self.node)
@@ -311,6 +308,12 @@ class GpuPlan:
             decode_s=decode_s,
             tools_s=tools_s,
         )
+
+
+def uneven(shape: ModelShape, tp: int) -> bool:
+    """Whether SGLang cannot split the model over ``tp`` GPUs: it copies key and value heads, nothing else."""
+    heads = shape.kv_heads % tp and tp % shape.kv_heads
+    return bool(shape.heads % tp or shape.ffn % tp or heads)
 
 
 def row_tokens(config: Config) -> int:

@@ -15,7 +15,8 @@ from itertools import product
 from system.config import Config, ConfigError
 from system.learn.sizes import BLOCK
 from system.plan.hardware import GIB, NODE
-from system.plan.plan import AgentWorkload, GpuPlan, count, duration, plan, row_tokens
+from system.plan.plan import GpuPlan, count, duration, plan, row_tokens, uneven
+from system.plan.workload import AgentWorkload
 
 ALIKE = 0.05  # steps that differ by less are equally fast, as far as a roofline knows
 FULL = 0.95  # of a GPU's memory: the rest is for what the allocator cannot use
@@ -152,7 +153,7 @@ def objection(made: GpuPlan) -> str:
         return f"learn.tp={learn.tp} does not divide the model's heads, kv_heads or ffn"
     if shape.layers % learn.pp:
         return f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers"
-    if shape.heads % engine.tp or shape.ffn % engine.tp:
+    if uneven(shape, engine.tp):
         return f"engine.tp={engine.tp} does not divide the model's heads or ffn"
     if made.learner_memory.total > FULL * made.gpu.memory:
         return f"a learner rank needs more than {FULL:.0%} of its GPU's {made.gpu.memory / GIB:.1f} GiB"
@@ -166,11 +167,17 @@ def objection(made: GpuPlan) -> str:
 
 def table(config: Config, gpus: int, found: Found) -> str:
     """What ``espalier plan --search`` prints before the plan of the fastest."""
-    lines = [
-        f"{found.fitting:,} of {found.tried:,} layouts fit on {gpus} GPUs; the fastest first (steps within "
-        f"{ALIKE:.0%} of each other count as equal: then those of fewer parts, and with more memory left)"
-    ]
-    if found.best:
+    lines = [f"{found.fitting:,} of {found.tried:,} layouts fit on {gpus} GPUs"]
+    if not found.best:
+        lines[0] += (
+            ": give more of them or larger ones (--gpu), or lower learn.micro_tokens and engine.max_context; "
+            "learn.offload=true, which is not searched, may fit: plan it without --search"
+        )
+    else:
+        lines[0] += (
+            f"; the fastest first (steps within {ALIKE:.0%} of each other count as equal: then those of "
+            "fewer parts, and with more memory left)"
+        )
         rows = [("learner", "recompute", "engines", "a step", "idle: engines, learner", "memory of a rank")]
         rows += [_row(layout, made) for layout, made in found.best]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

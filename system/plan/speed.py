@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from system.config import LearnConfig
 from system.models.shape import ModelShape
 from system.plan.hardware import NODE, Gpu
-from system.plan.memory import WIDTH, EngineLayout, kv_capacity
+from system.plan.memory import WIDTH, EngineLayout, averages, kv_capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,19 @@ class LearnerRoofline:
 
     @property
     def _scored(self) -> float:
-        """Share of the tokens that take a forward pass more, for the proximal policy or a correction."""
+        """Forward passes more, of a token on average: of the reference model, for the proximal policy or a
+        correction, for an objective that looks ahead (``Trainer.train``).
+        """
         learn = self.learn
-        if learn.correction.name != "none":
-            return 1.0
-        return (learn.updates - 1) / learn.updates if learn.objective.name == "decoupled" else 0.0
+        corrects, objective = learn.correction.name != "none", learn.objective.name
+        known = learn.proximal == "closed" and (corrects or objective == "decoupled")  # from the engines
+        later = (learn.updates - 1) / learn.updates  # of the tokens, those of all updates but the first
+        passes = float(learn.kl_coef > 0)
+        if corrects or objective == "decoupled":
+            passes += 0.0 if known else 1.0 if corrects or averages(learn) else later
+        if objective == "m2po":
+            passes += later if corrects and not known else 1.0
+        return passes
 
     @property
     def flops(self) -> float:

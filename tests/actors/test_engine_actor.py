@@ -9,7 +9,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from actors.engine import attached
+from actors.engine import attached, named
 from actors.ray_support import StartFailed
 
 META: dict[str, Any] = {
@@ -61,3 +61,8 @@ async def test_one_without_our_plug_in_is_refused_with_the_remedy(serve: Callabl
 async def test_one_that_does_not_answer_is_refused_by_the_deadline() -> None:
     with pytest.raises(StartFailed, match=r"not ready within 0\.5 s"):
         await attached(["http://127.0.0.1:9"], 0.5, entropies=True)
+
+
+def test_an_address_may_end_in_a_slash() -> None:
+    """`//server_info`, which an update asks first, is an unknown path to SGLang."""
+    assert named(["http://a:1/", "http://b:2"]) == {"engine-0": "http://a:1", "engine-1": "http://b:2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from actors import learner
 from actors.learner import LearnerGroup, LearnerRank, TreesLost
 from system.config import ClusterConfig, Config, PartConfig
+from system.engine.weights.base import PushReport
 from system.learn.batch import BatchPlanner
 from system.learn.credit.base import Credit
 from system.tree.builder import TreeBuilder
@@ -129,3 +131,26 @@ async def test_a_lost_tree_is_named_and_nothing_has_changed(
     await one.train(7, [tree for tree in trees if tree.reference != 2])
     assert [trainer.planner.credit.batches for trainer in trainers] == [1, 1]
     assert all(trainer.stepped for trainer in trainers)
+
+
+def test_a_transport_knows_the_run_by_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    class Transport:
+        on_gpu = False
+
+        async def push(self, *_: Any) -> PushReport:
+            return PushReport(bytes=7)
+
+    def make(*arguments: Any) -> Transport:
+        given.extend(arguments)
+        return Transport()
+
+    monkeypatch.setattr("system.engine.weights.make", make)
+    monkeypatch.setattr(learner.ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    rank: Any = object.__new__(LearnerRank)
+    rank._rank, rank._transport, rank._model, rank._config = 0, None, "model", Config()
+    rank._config.run.dir, rank._config.run.name = "/shared/runs", "mine-s0"
+    rank._trainer = SimpleNamespace(export=lambda on_gpu: iter([]))
+    assert rank.publish(["http://10.0.0.2:1"], 3, 5.0).bytes == 7
+    assert given[-2:] == ["10.0.0.1", Path("/shared/runs/mine-s0")]

@@ -115,6 +115,7 @@ def test_a_sound_cluster_has_nothing_against_it(
         glibc=(2, 35),
         compiler="/usr/bin/cc",
         interpreters={LEARNER: TorchSeen("2.13.0", "13.0"), SGLANG: TorchSeen("2.14.1", "13.0")},
+        gpus=config.cluster.gpus_per_node,
         memlock=-1,
     )
     each = [

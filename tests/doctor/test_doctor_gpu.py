@@ -23,6 +23,7 @@ STACK = Stack(
     glibc=(2, 35),
     compiler="/usr/bin/cc",
     interpreters={LEARNER: LEARNS, SGLANG: SERVES},
+    gpus=8,
     memlock=-1,
 )
 NODES = Nodes(2, (NodeSeen("n1", 0.1, "", "580.1", 8), NodeSeen("n2", 0.3, "", "580.1", 8)))
@@ -41,6 +42,12 @@ def test_sound_machines_have_nothing_to_mend() -> None:
     assert {finding.level for finding in found} == {Level.OK}
     assert len(found) == 11
     assert not any(finding.remedy for finding in found)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_nothing_is_said_of_ways_between_gpus_where_there_are_no_two(gpus: int) -> None:
+    found = [*gpu_checks.examine(replace(STACK, gpus=gpus), recipe())]
+    assert "gpu to gpu" not in {one.topic for one in found}
 
 
 def with_torch(name: str, seen: TorchSeen) -> Stack:
@@ -197,7 +204,7 @@ def test_this_machine_says_what_it_has() -> None:
     assert found.compiler is not None
     assert found.memlock is not None
     if not torch.cuda.is_available():
-        assert found.no_peer == ()
+        assert (found.gpus, found.no_peer) == (0, ())
 
 
 def look_at_without_torch() -> TorchSeen:

@@ -147,6 +147,14 @@ RECIPES: list[tuple[str, str]] = [
         r"model\.path: 4 of the first 5 tokens of questions .* unknown .*'1'.*; take a",
     ),
     ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
+    (
+        "engine.max_context=32769",
+        r"engine\.max_context=32769: model knows 32768 positions .*; lower it, or name a model",
+    ),
+    (
+        "learn.cp=4 learn.micro_tokens=63",
+        r"learn\.micro_tokens=63: .* no block for each of the learn\.cp=4 ranks; raise it to 64 or more",
+    ),
     ("task.path=none.jsonl", r"task\.path: no such data file: none\.jsonl \(looked in /.*\)"),
     ("task.path=dta.jsonl", r"task\.path: no such data file: dta\.jsonl .*; did you mean data\.jsonl\?"),
     ("task.path=latin.jsonl", r"latin\.jsonl, line 1: not UTF-8 \(byte 0x\w\w at \d+\): convert"),
@@ -313,6 +321,30 @@ def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: py
     found = look(load("plain.yaml"))
     assert "make room" in str(found["run directory"][0])
     assert "TMPDIR" in str(found["scratch"][0])
+
+
+def test_a_checkpoint_is_as_large_as_what_it_keeps(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, besides = ModelShape.from_config(SHAPE).parameters, ["learn.kl_coef=0.1"]
+    for more, each in (([], 12), (besides, 16), ([*besides, "learn.proximal=average"], 20)):
+        needed = preflight.SLACK + each * parameters
+        for free, problems in ((needed - 1, 1), (needed, 0)):
+            told = type("Usage", (), {"free": free})
+            monkeypatch.setattr(preflight, "disk_usage", lambda _, told=told: told)
+            assert len(look(load("plain.yaml", more))["run directory"]) == problems, more
+
+
+def test_the_directory_for_weights_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(where: str) -> list[str]:
+        settings = ["engine=sglang", "engine.weights=disk", f"engine.weights_dir={where}"]
+        return [str(one) for one in look(load("plain.yaml", settings))["run directory"]]
+
+    assert found("weights/of/all") == []
+    (line,) = found("data.jsonl")
+    assert line.startswith("engine.weights_dir=data.jsonl: ")
+    assert "is no directory" in line
+    assert "cannot be written" in found("/proc/here")[0]
+    monkeypatch.setattr(preflight, "disk_usage", lambda _: type("Usage", (), {"free": 1}))
+    assert "two updates take" in found("weights")[1]
 
 
 def test_a_machine_that_does_not_hold_an_offloaded_optimizer(

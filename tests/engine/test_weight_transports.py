@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 
 from system.config import ConfigError, EngineConfig, load
 from system.engine.control import Http
+from system.engine.protocol import EngineError
 from system.engine.weights import choose, distributed, make
 from system.engine.weights.base import Kv, PushReport
 from system.engine.weights.digest import Digests, sha256_hash, word_hash
@@ -245,24 +248,102 @@ def test_cuda_handles_name_the_device_by_its_uuid() -> None:
     assert uuid.encode() in base64.b64decode(handles(bucket))
 
 
-async def test_disk_leaves_a_complete_directory_and_no_older_one(tmp_path: Path) -> None:
+def answering(monkeypatch: pytest.MonkeyPatch, *urls: str, deaf: Collection[str] = ()) -> list[PushTarget]:
+    """Servers that take whatever they are told, but those that are ``deaf`` while they are in it."""
+    http = Http()
+
+    async def call(url: str, body: Any = None, limit_s: float = 0) -> dict[str, Any]:
+        if any(url.startswith(one) for one in deaf):
+            raise EngineError(f"{url}: deaf")
+        return {}
+
+    monkeypatch.setattr(http, "call", call)
+    return [PushTarget(url, http, 1, "cpu", "") for url in urls]
+
+
+async def test_disk_leaves_a_complete_directory_and_no_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = shape(tmp_path)
     weights = counted(model)
     names = list(weights)
     disk = Disk(tmp_path / "out")
-    server = PushTarget("http://127.0.0.1:1", Http(), 1, "cpu", "")
+    servers = answering(monkeypatch, "http://127.0.0.1:1")
     for _ in range(3):
         for i in range(2):
             disk.stage({name: weights[name] for name in names[i::2]})
         directory = disk.directory
-        await disk.connect([server])
+        await disk.connect(servers)
+        assert not await disk.deliver(servers, flush_cache=True)
         disk.clear()
         index = json.loads((directory / INDEX).read_text())
         assert set(index["weight_map"]) == set(weights)
         read = {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
         assert all(torch.equal(read[name], tensor) for name, tensor in weights.items())
         assert len(set(index["weight_map"].values())) == 2 * STRIPES
-        assert list((tmp_path / "out").iterdir()) == [directory]
+        assert [*(tmp_path / "out").glob("*/*")] == [directory]
+
+
+def updates(root: Path) -> set[Path]:
+    return {*root.glob("*/update-*")}
+
+
+async def test_disk_keeps_what_each_server_has_loaded_until_it_has_loaded_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang goes back to it where a load fails."""
+    deaf = set[str]()
+    one, other = answering(monkeypatch, "http://127.0.0.1:1", "http://127.0.0.1:2", deaf=deaf)
+    disk = Disk(tmp_path)
+
+    async def update(*servers: PushTarget, sent: bool = True) -> Path:
+        disk.stage({"a": torch.ones(3)})
+        directory = disk.directory
+        if sent:
+            await disk.connect(servers)
+            await disk.deliver(servers, flush_cache=True)
+        disk.clear()
+        return directory
+
+    first = await update(one, other)
+    assert updates(tmp_path) == {first}
+    deaf.add(one.url)
+    await update(one)
+    assert updates(tmp_path) == {first}
+    deaf.clear()
+    alone = await update(other)  # one that was restarted is brought up by itself
+    assert updates(tmp_path) == {first, alone}
+    await update(one, other, sent=False)  # refused before it was sent
+    assert updates(tmp_path) == {first, alone}
+    last = await update(one, other)
+    assert updates(tmp_path) == {last}
+
+
+def test_runs_may_share_a_directory_for_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine, theirs = (Disk(Path("weights"), Path(run)) for run in ("runs/s0", "runs/s0-2"))
+    assert mine.directory.is_absolute()  # servers may stand elsewhere
+    for disk, value in ((mine, 1.0), (theirs, 2.0)):
+        disk.stage({"a": torch.full((3,), value)})
+    theirs.clear()
+    (file,) = mine.directory.glob("*.safetensors")
+    assert load_file(file)["a"].tolist() == [1.0] * 3
+    del mine, disk
+    gc.collect()
+    assert not file.exists()  # what was the run's goes with it
+
+
+async def test_a_run_that_is_resumed_takes_over_what_it_left_when_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, (server,) = Disk(tmp_path, Path("run")), answering(monkeypatch, "http://127.0.0.1:1")
+    for disk in (killed, killed, Disk(tmp_path, Path("run"))):
+        disk.stage({"a": torch.ones(3)})
+        directory = disk.directory
+        await disk.connect([server])
+        await disk.deliver([server], flush_cache=True)
+        disk.clear()
+    assert updates(tmp_path) == {directory}
 
 
 def test_stripes_are_of_like_size_and_readers_have_time_by_size() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -141,6 +143,59 @@ def test_a_full_disk_is_an_error_of_the_disk_that_names_the_place(
     partial = f"{path}.partial"
     assert found[0] == [(errno.EFBIG, partial), (errno.EFBIG, f"{partial}/model.safetensors")]
     assert not Path(path).exists()
+
+
+def harmed_case(place: Place, model: str, path: str) -> dict[str, str]:
+    """What loading says of a checkpoint whose manifest is harmed in one way or another; then it is loaded."""
+    from system.learn.checkpoint import MANIFEST, CheckpointError
+
+    trainer, manifest = open_trainer(place, learner_config(), model), Path(path) / MANIFEST
+    try:
+        train(trainer, make_trees(4))
+        trainer.save(path, {"version": 12, "nan": math.nan, "by number": {1: (2, 3)}})
+        trainer.saved()
+        whole = manifest.read_text()
+        keys: dict[str, Any] = json.loads(whole)
+        old = {name: value for name, value in keys.items() if name != "digest"}  # as it was written before
+        files = {name: digest for name, digest in keys["files"].items() if name != ".metadata"}
+        said: dict[str, str] = {}
+        for what, text in {
+            "digit": whole.replace('"version": 12', '"version": 13'),
+            "step": whole.replace('"step": 1', '"step": 3'),
+            "no plan": json.dumps(old | {"files": files}),
+            "plan alone": json.dumps(old | {"files": {".metadata": keys["files"][".metadata"]}}),
+            "negative": json.dumps(old | {"step": -4}),
+            "fraction": json.dumps(old | {"step": 1.7}),
+            "list": "[1, 2]",
+        }.items():
+            assert text != whole
+            manifest.write_text(text)
+            with pytest.raises(CheckpointError) as error:
+                trainer.load(path)
+            said[what] = str(error.value)
+        manifest.write_text(json.dumps(old))
+        trainer.load(path)
+        manifest.write_text(whole)
+        trainer.load(path)
+        with patch("torch.load", side_effect=OSError(errno.EIO, "Input/output error")):
+            with pytest.raises(CheckpointError) as error:
+                trainer.load(path)
+            said["read"] = str(error.value)
+        return said
+    finally:
+        trainer.close()
+
+
+def test_a_manifest_is_proved_as_the_files_are(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    (said,) = ranks.run(harmed_case, world=1, model=tiny_model(), path=str(path))
+    assert "it cannot be read: [Errno 5]" in said.pop("read")
+    for what, message in said.items():
+        assert message.startswith(f"{path}: manifest.json is damaged: "), what
+    assert "its digest is another" in said["digit"]
+    assert "its digest is another" in said["step"]
 
 
 def credit_state_case(place: Place, model: str, path: str) -> dict[str, Any]:

@@ -64,6 +64,15 @@ def test_what_a_file_leaves_out_is_as_in_transformers(family: str, kind: Any, tm
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"hidden_size": 0}, "hidden_size 0; it is a whole number above 0"),
+        ({"num_hidden_layers": -8}, "num_hidden_layers -8;"),
+        ({"num_attention_heads": 1.5}, "num_attention_heads 1.5;"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0;"),
+        ({"vocab_size": "151"}, "vocab_size '151';"),
+        ({"vocab_size": None}, "vocab_size None;"),
+        ({"head_dim": True}, "head_dim True;"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 6 is no multiple of num_key_value_heads 4"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings 'no'; it is true or false"),
     ],
 )
 def test_refuses_by_name_what_would_be_computed_wrongly(

@@ -176,6 +176,46 @@ def test_what_is_recomputed_exchanged_or_scored_once_more_costs_time() -> None:
     assert LearnerRoofline(SEVEN, LearnConfig(tp=4, recompute="full"), H100).mfu < 0.75 * H100.train_mfu
 
 
+def test_every_forward_pass_that_the_trainer_takes_costs_a_third_of_a_step() -> None:
+    def passes(**learn: object) -> float:
+        roof, alone = (
+            LearnerRoofline(SEVEN, LearnConfig(tp=1, **one), H100, context=4096)  # type: ignore
+            for one in (learn, {"objective": PPO})
+        )
+        return 3 * (roof.token_s / alone.token_s - 1)
+
+    for learn, expected in (
+        ({}, 0.0),  # decoupled, whose first update needs none
+        ({"updates": 4}, 0.75),
+        ({"updates": 4, "proximal": "closed"}, 0.0),  # known from the engines
+        ({"updates": 4, "proximal": "average"}, 1.0),
+        ({"objective": PPO, "updates": 4, "proximal": "average"}, 0.0),  # keeps none
+        ({"objective": PPO, "correction": PartConfig("seq-tis")}, 1.0),
+        ({"correction": PartConfig("seq-tis"), "proximal": "closed"}, 0.0),
+        ({"objective": PartConfig("m2po"), "updates": 4}, 1.0),
+        ({"objective": PartConfig("m2po"), "updates": 4, "correction": PartConfig("seq-tis")}, 1.75),
+        ({"objective": PPO, "kl_coef": 0.1}, 1.0),
+        ({"updates": 4, "kl_coef": 0.1}, 1.75),
+    ):
+        assert passes(**learn) == pytest.approx(expected), learn
+
+
+def test_models_that_are_kept_besides_take_memory() -> None:
+    plain = learner_memory(SEVEN, LearnConfig(tp=2)).parts
+    for kept, learn in (
+        ("reference", LearnConfig(tp=2, kl_coef=0.1)),
+        ("average", LearnConfig(tp=2, proximal="average")),
+    ):
+        parts = learner_memory(SEVEN, learn).parts
+        assert parts == {**plain, kept: plain["weights"], "reserved": parts["reserved"]}
+    assert "average" not in learner_memory(SEVEN, LearnConfig(proximal="average", objective=PPO)).parts
+
+
+def test_a_flat_objective_trains_on_whole_paths() -> None:
+    flat = plan(config("learn.objective=grpo-flat"), gpus=8).forecast.train_s
+    assert flat > 1.3 * plan(config("learn.objective=ppo"), gpus=8).forecast.train_s
+
+
 def test_a_pipeline_waits_in_every_update_and_for_the_stage_with_the_head() -> None:
     def train_s(**learn: int) -> float:
         return LearnerRoofline(SEVEN, LearnConfig(tp=1, objective=PPO, **learn), H100).train_s(32 * 4096)  # type: ignore
@@ -291,6 +331,39 @@ def test_staleness_zero_adds_the_times_up() -> None:
     assert plan(config("engine.kv_after_update=keep"), gpus=8).forecast.refill_s == 0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["engine.tp=8"], "engine.tp=8 does not divide the model's heads=28"),
+        (["engine.tp=7"], "nor is a multiple of it"),
+        (["model.path=Qwen3-14B", "engine.tp=8", "cluster.gpus_per_node=4"], "which has 4 GPUs"),
+        (["learn.cp=4", "learn.micro_tokens=511"], "raise it to 512 or more, or lower learn.cp"),
+    ],
+)
+def test_what_would_fail_once_started_is_a_problem(overrides: list[str], problem: str) -> None:
+    assert any(problem in one for one in plan(config(*overrides), gpus=64).problems)
+
+
+def test_contexts_beyond_the_models_positions_are_told() -> None:
+    long = ["engine.max_context=65536", "learn.recompute=full"]
+    assert (
+        "engine.max_context=65,536 needs a model trained on more than 32,768 positions"
+        in plan(config(*long), gpus=8).notes
+    )
+
+
+def test_publishing_is_forecast_for_one_way_and_says_so() -> None:
+    note = "weights are published as by engine.weights=distributed, not as by disk"
+    assert note in plan(config("engine=sglang", "engine.weights=disk"), gpus=8).notes
+    assert not any("published" in one for one in plan(config("engine=sglang"), gpus=8).notes)
+
+
+def test_data_parallel_ranks_without_a_tree_are_told() -> None:
+    layout = ["learn.tp=1", "learn.sequence_parallel=false", "learn.dp=33", "learn.updates=4"]
+    made = plan(config(*layout), gpus=64)
+    assert made.notes[0] == "learn.dp=33 is more than the 32 trees of an update: lower it"
+
+
 def test_too_few_gpus_is_an_error_that_counts_them() -> None:
     with pytest.raises(ConfigError, match=r"4 GPUs: the learner takes 4 .* and an engine 1"):
         plan(config(), gpus=4)
@@ -306,6 +379,36 @@ def test_the_command_prints_a_plan_and_fails_what_does_not_fit(
     assert "8.19 billion parameters, on 8 x h100" in out
     assert "tool calls of 2 s" in out
     assert main(["plan", str(recipe), "--gpus", "2", "learn.tp=1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--gpus 0", "--gpus 0: give 1 or more"),
+        ("--response 0 --calls 0", "--response 0: give a mean of 1 to rollout.max_response_tokens=16384"),
+        ("--response -5", "--response -5: give a mean of 1 to"),
+        ("--response 20000", "--response 20000: give a mean of 1 to rollout.max_response_tokens=16384"),
+        ("--prompt nan", "--prompt nan: give a mean of 1 to engine.max_context=18432"),
+        ("--calls 11", "--calls 11: give a mean of 0 to rollout.call_limit=10"),
+        ("--tool-s -3", "--tool-s -3: give a mean of 0 or more"),
+        ("--tool-s inf", "--tool-s inf: give a mean of 0 or more"),
+        ("--prompt 9000 --response 15000", "are 24000 tokens, more than engine.max_context=18432"),
+    ],
+)
+def test_what_no_branch_has_is_refused_by_its_option(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(Path(__file__).parents[2] / "configs" / "qwen3-14b-4x8.yaml")
+    assert main(["plan", recipe, *words.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["engine.replicas=100", "cluster.learner_nodes=3"])
+def test_what_the_nodes_do_not_hold_does_not_fit(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(Path(__file__).parents[2] / "configs" / "qwen3-14b-4x8.yaml")
+    assert main(["plan", recipe, override]) == 1
+    assert "PROBLEM: engine.replicas=" in capsys.readouterr().out
+    assert main(["plan", recipe]) == 0
 
 
 def test_of_a_tiny_model_it_says_what_is_there_and_nothing_that_contradicts_itself(

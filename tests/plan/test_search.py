@@ -101,4 +101,5 @@ def test_the_command_prints_the_best_and_why_others_are_not(capsys: pytest.Captu
     assert main(["plan", str(CONFIGS / "qwen3-32b-4x8.yaml"), "--search", "--gpus", "4"]) == 1
     out = capsys.readouterr().out
     assert out.startswith("0 of ")
+    assert "give more of them or larger ones" in out
     assert "the first" not in out

@@ -25,12 +25,18 @@ def choose(engine: EngineConfig, urls: list[str], gpu: bool) -> str:
 
 
 def make(
-    engine: EngineConfig, urls: list[str], model_path: str | Path, dtype: str, address: str = "127.0.0.1"
+    engine: EngineConfig,
+    urls: list[str],
+    model_path: str | Path,
+    dtype: str,
+    address: str = "127.0.0.1",
+    run: Path | None = None,
 ) -> Transport:
     """The configured transport to the servers at ``urls``.
 
     ``model_path`` is the directory the engines were started from: it says which tensors the model has, and
-    ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process.
+    ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process;
+    ``run`` is the run's directory.
     Raises :class:`~system.config.ConfigError` and ``UnsupportedModel``.
     """
     import torch
@@ -52,7 +58,7 @@ def make(
                     "engine.weights=disk with engines on other machines: set engine.weights_dir to a "
                     "directory that the learner and all engines see under the same name"
                 )
-            carrier = Disk(Path(engine.weights_dir) if engine.weights_dir else None)
+            carrier = Disk(Path(engine.weights_dir) if engine.weights_dir else None, run)
         case "distributed":
             carrier = Distributed(address)
         case _:

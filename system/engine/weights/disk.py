@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -24,15 +25,18 @@ class Disk(Carrier):
     """``/update_weights_from_disk``.
 
     Works between any two machines that share a file system, and is the slowest way.  Each update has a
-    directory of its own under ``root``; the last one that was loaded stays, because SGLang goes back to it
-    when a later load fails.
+    directory of its own; the last one that a server loaded stays, because SGLang goes back to it when a later
+    load fails.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        """``root``: None takes a temporary directory of this machine, for servers on it."""
+    def __init__(self, root: Path | None = None, run: Path | None = None) -> None:
+        """``root``: which several runs may share.  Each has a directory of its own in it, by its run
+        directory ``run``, which goes with the carrier; what a run that was killed has left, it takes over
+        when it is resumed.  None takes a temporary directory of this machine, for servers on it.
+        """
         super().__init__()
-        self._root = root or _own(self)
-        self._root.mkdir(parents=True, exist_ok=True)
+        self._root = _own(self, root, run or Path.cwd())
+        self._loaded: dict[str, Path] = {}  # URL -> the last that this server has loaded
         self._number = 0
         self._files: dict[str, str] = {}
         self._bytes = 0
@@ -68,12 +72,14 @@ class Disk(Carrier):
             model_path=str(self.directory),
             flush_cache=flush_cache,
         )
+        self._loaded[server.url] = self.directory
 
     def clear(self) -> None:
         if self._files:
-            for old in self._root.glob("update-*"):
-                if old != self.directory:
-                    shutil.rmtree(old)
+            kept = set(self._loaded.values())
+            for update in self._root.glob("update-*"):
+                if update not in kept:
+                    shutil.rmtree(update)
             self._number += 1
         self._files, self._bytes = {}, 0
 
@@ -91,8 +97,13 @@ def deadline_s(weight_bytes: int, readers: int) -> float:
     return CONTROL_DEADLINE_S + weight_bytes * readers / SLOWEST_BYTES_S
 
 
-def _own(owner: Disk) -> Path:
-    """A temporary directory that goes with ``owner``."""
-    scratch = Scratch.make("weights")
-    weakref.finalize(owner, shutil.rmtree, scratch.path, ignore_errors=True)
-    return scratch.path
+def _own(owner: Disk, root: Path | None, run: Path) -> Path:
+    """A directory in ``root``, or in the system's temporary one, that goes with ``owner``."""
+    if root is None:
+        path = Scratch.make("weights").path
+    else:
+        whole = hashlib.sha256(str(run.absolute()).encode()).hexdigest()
+        path = root.absolute() / f"{run.absolute().name}-{whole[:12]}"
+        path.mkdir(parents=True, exist_ok=True)
+    weakref.finalize(owner, shutil.rmtree, path, ignore_errors=True)
+    return path
