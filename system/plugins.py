@@ -246,6 +246,7 @@ TASKS = Registry(
         "hops": "system.tasks.study.hops:HopsTask",
         "code": "system.tasks.study.code:CodeTask",
         "game": "system.tasks.study.game:GameTask",
+        "gymnasium": "system.tasks.gym:GymTask",
     },
     given=("config",),
 )
@@ -286,6 +287,7 @@ ENVIRONMENTS = Registry(
         "tools": "system.envs.make:no_worlds",
         "python": "system.envs.python:PythonEnvironment",
         "bash": "system.envs.shell:ShellEnvironment",
+        "gymnasium": "system.envs.gym:GymEnvironment",
     },
 )
 CREDITS = Registry(

@@ -34,6 +34,7 @@ ALIVE = {
     "Ray reads it": "ENABLE_RAY_CLUSTER",
     "mpmath reads it": "dps",
     "numpy reads it": "writeable",
+    "gymnasium draws from it": "np_random",
     "Python reads it": "dont_write_bytecode __stdout__ __stderr__",
     "tokenizers read it": "pre_tokenizer",
     "transformers saves it with the model": "generation_config",
