@@ -80,8 +80,10 @@ class Calls:
     def write(self, branch: Branch, made: Made, room: int) -> None:
         """Append what the model reads of it, at most ``room`` tokens, to the branch."""
         growth, session = self._growth, branch.session
+        ended = int(growth.path_tokens(branch.node)[-1]) in self._context.chat.ends
+        tokens = self._context.encode_answer(made.messages, room, ended=ended)
         node = growth.node(branch.node, Kind.TOOL)
-        growth.extend(node, self._context.encode_answer(made.messages, room))
+        growth.extend(node, tokens)
         if made.answer is not None:
             growth.reward(branch.node, made.answer.reward or 0.0)
             branch.over = made.answer.over

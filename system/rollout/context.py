@@ -21,7 +21,7 @@ from system.http import Keys
 from system.models.shape import vocabulary
 from system.rollout.branching import Policy, make_policy
 from system.rollout.chat import Chat, make_chat, make_syntax
-from system.rollout.encode import Tokenizer, encode_text
+from system.rollout.encode import Tokenizer, encode_text, fitted
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.scoring import Scoring
@@ -56,7 +56,7 @@ class RolloutContext:
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
 
     def __post_init__(self) -> None:
-        wrapping = sum(tokens.size for tokens in self._wrapping)
+        wrapping = self._overhead
         if self.config.max_tool_result_tokens <= wrapping:
             raise ValueError(
                 f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
@@ -73,6 +73,13 @@ class RolloutContext:
     def _wrapping(self) -> tuple[Int32, Int32]:
         """Tokens before and after a tool's answer."""
         return self._around(self.syntax.result_open, self.syntax.result_close)
+
+    @cached_property
+    def _overhead(self) -> int:
+        """Tokens around a tool's answer."""
+        if (codec := self.chat.codec) and self.syntax.specs:
+            return codec.overhead(("tool",))
+        return sum(tokens.size for tokens in self._wrapping)
 
     @cached_property
     def _message_wrapping(self) -> tuple[Int32, Int32]:
@@ -112,11 +119,18 @@ class RolloutContext:
             sampled_prompt=self.encode_prompt(prompt, guide) if guide else (),
         )
 
-    def encode_answer(self, messages: Sequence[Message], room: int) -> Int32:
+    def encode_answer(self, messages: Sequence[Message], room: int, *, ended: bool) -> Int32:
         """Token ids of what the model reads after its turn, one message behind the other, at most ``room``.
+        ``ended``: the turn's last token is one that ends it.
 
-        Only here does an answer become tokens: what a chat template puts around it belongs here.
+        Only here does an answer become tokens.  Raises :class:`.TemplateRefused` for messages that the chat
+        template has no exact form for.
         """
+        if codec := self.chat.codec:
+            if not messages:
+                return np.empty(0, np.int32)
+            said = [{"role": message.role, "content": self._fitted(message.text)} for message in messages]
+            return codec.increment(said, ended=ended)[:room]
         parts = [self._encode_message(message, room) for message in messages]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])[:room]
 
@@ -124,9 +138,12 @@ class RolloutContext:
         wrapping = self._message_wrapping if message.role == "user" else self._wrapping
         return self._wrapped(message.text, wrapping, room)
 
-    def encode_result(self, text: str, room: int) -> Int32:
-        """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
-        return self._wrapped(text, self._wrapping, room)
+    def _fitted(self, text: str) -> str:
+        """The beginning of ``text`` that has room in an answer.  (A template that writes it as JSON makes
+        more tokens of it.)
+        """
+        limit = self.config.max_tool_result_tokens
+        return fitted(self.tokenizer, text[: limit * CHARS_PER_TOKEN], limit - self._overhead)
 
     def _wrapped(self, text: str, wrapping: tuple[Int32, Int32], room: int) -> Int32:
         limit = self.config.max_tool_result_tokens
@@ -154,7 +171,8 @@ def build_context(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
     environments = Environments.of(config)
-    syntax = make_syntax(config, service.specs, environments and environments.train.environment)
+    environment = environments.train.environment if environments else None
+    syntax = make_syntax(config, service.specs, environment)
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
@@ -175,7 +193,7 @@ def build_context(
         max_context=config.engine.max_context
         # A score of the whole sequence comes with one more token.
         - (SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore)),
-        asks=make_chat(config, tokenizer, model_path, syntax),
+        asks=make_chat(config, tokenizer, model_path, syntax, environment),
         guide=config.guide,
         environments=environments,
     )

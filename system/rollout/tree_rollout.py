@@ -29,6 +29,7 @@ from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.calls import Calls
+from system.rollout.codec import TemplateRefused
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
 from system.rollout.expert import beginnings, led, prefixes
@@ -227,6 +228,10 @@ class TreeRollout:
         except WorldFailed as error:
             log.warning("prompt %s: %s", self.prompt.id, error)
             self.mishap(error.reason, error.detail)
+            outcome = Outcome.ENVIRONMENT
+        except TemplateRefused as error:
+            log.warning("prompt %s: %s", self.prompt.id, error)
+            self.mishap("template", str(error))
             outcome = Outcome.ENVIRONMENT
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
