@@ -42,7 +42,8 @@ def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str
     ends = ", ".join(f"{visible(tokenizer.decode([end]))} ({end})" for end in chat.ends)
     yield f"the model's turn ends at: {ends or 'no token: only at rollout.max_response_tokens'}"
     calls = syntax.stops if config.rollout.call_limit else ()
-    yield f"a tool call ends at:      {', '.join(map(visible, calls)) or 'no tools'}"
+    goes_on = ", where the turn goes on" if syntax.several and calls else ""
+    yield f"a tool call ends at:      {', '.join(map(visible, calls)) or 'no tools'}{goes_on}"
     yield from map(visible, _answers(chat, answered_roles(config, syntax, environment)))
     questions = task.eval() if held_out else task.train()
     asked = asyncio.run(_opened(config, first(questions, count)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -73,7 +74,7 @@ class Branch:
     @property
     def messages(self) -> int:
         """How many answers on its path are to messages, not to calls."""
-        return len(self.passed) - (self.passed[-1][0] if self.passed else 0)
+        return sum(before == after for (before, _), (after, _) in pairwise([(0, 0), *self.passed]))
 
     @property
     def undecided(self) -> bool:

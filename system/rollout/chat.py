@@ -229,6 +229,11 @@ def make_chat(
         ends=end_tokens(model_path),
         answers=config.rollout.answers,
     )
+    if config.rollout.calls_per_turn == "many" and syntax.specs and not chat.codec:
+        raise ConfigError(
+            "rollout.calls_per_turn=many: a turn of several calls ends where the chat template ends it: set "
+            "rollout.answers=template, with a model that has a chat template"
+        )
     if chat.codec:
         for roles in answered_roles(config, syntax, environment):
             try:
@@ -242,7 +247,7 @@ def answered_roles(config: Config, syntax: Syntax, environment: Environment | No
     """Who may speak behind the model's turn, as far as that is known before a run."""
     roles: list[tuple[str, ...]] = []
     if syntax.specs and config.rollout.call_limit:
-        roles.append(("tool",))
+        roles += [("tool",), ("tool", "tool")][: 2 if config.rollout.calls_per_turn == "many" else 1]
     if environment and environment.answers_messages:
         roles.append(("user",))
     return roles
@@ -259,7 +264,9 @@ def make_syntax(config: Config, tools: Mapping[str, ToolSpec], environment: Envi
             f"tools.names: {twice[0]!r} is a tool of environment.name={config.environment.name!r}, too: take "
             "it out, or rename either"
         )
-    return SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, {**tools, **more})
+    syntax = SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, {**tools, **more})
+    syntax.several = config.rollout.calls_per_turn == "many"
+    return syntax
 
 
 def planned_syntax(config: Config) -> Syntax:

@@ -69,6 +69,16 @@ class RolloutContext:
         """How the model is asked."""
         return self.asks or Chat(self.tokenizer)
 
+    @property
+    def several_calls(self) -> bool:
+        """Whether a turn may make several calls; it ends at its own end then, not at the first of them."""
+        return self.config.calls_per_turn == "many"
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which generation stops."""
+        return () if self.several_calls else self.syntax.stops
+
     @cached_property
     def _wrapping(self) -> tuple[Int32, Int32]:
         """Tokens before and after a tool's answer."""

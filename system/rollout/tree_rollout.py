@@ -267,7 +267,7 @@ class TreeRollout:
                         return Outcome.CANCELLED
                     case Finish("length"):
                         return Outcome.LENGTH
-                    case Finish("stop", str()):
+                    case finish if self.calls.asked(branch, finish):
                         if branch.calls >= self.call_limit:
                             return Outcome.CALL_LIMIT
                     case _ if not self.turn_limit:

@@ -173,10 +173,10 @@ def talking(name: str, script: Script, environment: Environment | None = None, *
     return made
 
 
-async def grown(world: Made, **how: Any) -> Tree:
+async def grown(world: Made, seed: int = 1) -> Tree:
     assert world.context.environments is not None
     try:
-        return await (await planted(world.context, PROMPT, seed=1, **how)).run()
+        return await (await planted(world.context, PROMPT, seed=seed)).run()
     finally:
         await world.context.environments.settle()
 
