@@ -12,6 +12,7 @@ import numpy as np
 
 from system.engine.protocol import Finish
 from system.envs.live import BranchSession
+from system.rollout.codec import ChatMessage
 from system.tree.record import Kind, Origin
 
 
@@ -45,6 +46,8 @@ class Branch:
     session: BranchSession | None = None  # what it acts in, where there is an environment
     # (calls, actions in the session) up to the end of each answer on its path.
     passed: tuple[tuple[int, int], ...] = ()
+    # Of a tree's first root: what it read at each answer, as a chat template gets it; not kept over a resume.
+    heard: tuple[tuple[ChatMessage, ...], ...] = ()
     says: bool = False  # its newest segment is no call but a message, which its session answers
     over: bool = False  # its session has said that it ends here
 
@@ -72,6 +75,11 @@ class Branch:
         return child
 
     @property
+    def first(self) -> bool:
+        """Whether it is its tree's first root."""
+        return self.key == (0,)
+
+    @property
     def messages(self) -> int:
         """How many answers on its path are to messages, not to calls."""
         return sum(before == after for (before, _), (after, _) in pairwise([(0, 0), *self.passed]))
@@ -95,9 +103,6 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.switch(self._cause)
-
-    def lap(self) -> float:
-        return self._clock() - self._since
 
     def switch(self, cause: str) -> None:
         now = self._clock()

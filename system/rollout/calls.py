@@ -93,7 +93,8 @@ class Calls:
         """Append what the model reads of it, at most ``room`` tokens, to the branch."""
         growth, session = self._growth, branch.session
         ended = int(growth.path_tokens(branch.node)[-1]) in self._context.chat.ends
-        tokens = self._context.encode_answer(self._messages(branch, made), room, ended=ended)
+        messages = self._messages(branch, made)
+        tokens = self._context.encode_answer(messages, room, ended=ended)
         node = growth.node(branch.node, Kind.TOOL)
         growth.extend(node, tokens)
         if answers := [one.answer for one in made if one.answer is not None]:
@@ -105,6 +106,8 @@ class Calls:
             growth.call(ToolCall(node, tool, one.arguments, *about))
             branch.tools = (*branch.tools, (one.tool, str(outcome.status)))
         branch.passed = (*branch.passed, (branch.calls, len(session.journal) if session is not None else 0))
+        if branch.first and self._context.chat.codec:
+            branch.heard = (*branch.heard, self._context.heard(messages))
         branch.node = branch.answer = node
         branch.calling = branch.says = False
 

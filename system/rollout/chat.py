@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -39,6 +39,13 @@ _ANSWER = "<answer>"
 
 class PromptError(EspalierError, ValueError):
     """Messages that cannot be made a prompt, for instance because the chat template refuses them."""
+
+
+class Told(NamedTuple):
+    """A conversation as the model is asked."""
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None  # that the chat template tells of
 
 
 class Chat:
@@ -94,18 +101,23 @@ class Chat:
         say).
         Raises :class:`PromptError` for messages that the template refuses, and for none.
         """
-        by = self.told_by(messages)
-        tools = self._tools() if by == "template" else None
-        told = self._with_words(messages, self._syntax.describe() if self._syntax and by == "words" else "")
-        if guide:  # only now: its actions are calls, as if the messages told of the tools
-            told = _guided(told, guide)
+        told = self.told(messages, guide)
         if self._templated:
-            ids = self._apply(told, tools, tokenize=True, return_dict=False)
+            ids = self._apply(told.messages, told.tools, tokenize=True, return_dict=False)
         else:
-            ids = self.tokenizer.encode("\n".join(message["content"] for message in told))
+            ids = self.tokenizer.encode("\n".join(message["content"] for message in told.messages))
         if not len(ids):
             raise PromptError("the prompt has no tokens: the question is empty")
         return np.asarray(ids, np.int32)
+
+    def told(self, messages: Messages, guide: str = "") -> Told:
+        """What :meth:`encode` makes the prompt of."""
+        by = self.told_by(messages)
+        words = self._syntax.describe() if self._syntax and by == "words" else ""
+        told = self._with_words(messages, words)
+        if guide:  # only now: its actions are calls, as if the messages told of the tools
+            told = _guided(told, guide)
+        return Told(told, self._tools() if by == "template" else None)
 
     def told_by(self, messages: Messages) -> str:
         """Who tells of the tools: "template", "words" (the syntax's), "data" (the messages), or "nobody"."""

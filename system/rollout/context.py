@@ -20,7 +20,8 @@ from system.envs.service import Environments
 from system.http import Keys
 from system.models.shape import vocabulary
 from system.rollout.branching import Policy, make_policy
-from system.rollout.chat import Chat, make_chat, make_syntax
+from system.rollout.chat import Chat, Told, make_chat, make_syntax
+from system.rollout.drift import HistoryDrift
 from system.rollout.encode import Tokenizer, encode_text, fitted
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
@@ -54,6 +55,7 @@ class RolloutContext:
     guide: GuideConfig = field(default_factory=GuideConfig)  # how a guided tree's prompt tells the actions
     environments: Environments | None = None  # None: the tools keep no state
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
+    drift: HistoryDrift = field(init=False)
 
     def __post_init__(self) -> None:
         wrapping = self._overhead
@@ -62,6 +64,7 @@ class RolloutContext:
                 f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
                 f"the result's own tags take {wrapping} tokens"
             )
+        object.__setattr__(self, "drift", HistoryDrift(self.chat))
         object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
 
     @cached_property
@@ -107,12 +110,18 @@ class RolloutContext:
 
         Raises :class:`PromptError`, and :class:`RolloutFailed` for one that leaves no room for a response.
         """
-        hint = self.guide.told(prompt.actions[:guide]) if guide else ""
-        tokens = self.chat.encode(prompt.messages, hint)
+        tokens = self.chat.encode(prompt.messages, self._hint(prompt, guide))
         if tokens.size >= self.max_context:
             fault = f"{tokens.size} tokens, and engine.max_context leaves room for {self.max_context}"
             raise RolloutFailed(prompt.id, "prompt_too_long", f"{fault}: raise it, or take the question out")
         return tokens
+
+    def told(self, prompt: Prompt, guide: int = 0) -> Told:
+        """What :meth:`encode_prompt` makes tokens of."""
+        return self.chat.told(prompt.messages, self._hint(prompt, guide))
+
+    def _hint(self, prompt: Prompt, guide: int) -> str:
+        return self.guide.told(prompt.actions[:guide]) if guide else ""
 
     def plant(self, prompt: Prompt, budget: int, guide: int = 0) -> TreeBuilder:
         """A tree of nothing but its prompt, and, with a ``guide``, of the one that is sampled from.
@@ -129,6 +138,10 @@ class RolloutContext:
             sampled_prompt=self.encode_prompt(prompt, guide) if guide else (),
         )
 
+    def heard(self, messages: Sequence[Message]) -> tuple[dict[str, str], ...]:
+        """``messages`` as a chat template gets them: long ones are cut."""
+        return tuple({"role": one.role, "content": self._fitted(one.text)} for one in messages)
+
     def encode_answer(self, messages: Sequence[Message], room: int, *, ended: bool) -> Int32:
         """Token ids of what the model reads after its turn, one message behind the other, at most ``room``.
         ``ended``: the turn's last token is one that ends it.
@@ -139,8 +152,7 @@ class RolloutContext:
         if codec := self.chat.codec:
             if not messages:
                 return np.empty(0, np.int32)
-            said = [{"role": message.role, "content": self._fitted(message.text)} for message in messages]
-            return codec.increment(said, ended=ended)[:room]
+            return codec.increment(self.heard(messages), ended=ended)[:room]
         parts = [self._encode_message(message, room) for message in messages]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])[:room]
 

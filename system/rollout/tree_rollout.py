@@ -418,7 +418,12 @@ class TreeRollout:
         if self.scores_answer:
             self.beside.create_task(self.given.answer(branch.node, branch.request))
         self._read(branch, Kind.TOOL, begin)
-        if self.policy.lag and self._room(branch) > 0 and not branch.over:
+        if branch.over or self._room(branch) == 0:
+            return
+        if branch.first:
+            told = self.context.told(self.prompt, self.growth.guide)
+            self.context.drift.look(told, branch, self.growth.path_tokens(branch.node))
+        if self.policy.lag:
             self._decide(branch, branch.node)
 
     # The close

@@ -224,3 +224,42 @@ def test_answers_that_the_template_cannot_put_end_the_branch_unscored() -> None:
     )
     with pytest.raises(RolloutFailed, match=r"template.* no exact form for messages of \[tool, user\]"):
         run(grown(world))
+
+
+# Drift
+
+
+def drift(world: Made) -> tuple[float, float]:
+    counted = world.context.drift.counters
+    return counted["chat/turns"], counted["chat/drift"]
+
+
+def thinking(text: str, rng: np.random.Generator) -> Segment:
+    return Segment(f"<think>\nhm\n</think>\n\nI say {text.count('heard')}.")
+
+
+@pytest.mark.parametrize(("name", "differ"), [("qwen2.5", 0), ("qwen3-keeps", 0), ("qwen3", 2)])
+def test_a_template_that_forgets_thoughts_drifts(name: str, differ: int) -> None:
+    world = talking(name, thinking, leaves=4, roots=2)
+    run(grown(world))
+    assert drift(world) == (2, differ)  # of one root: two messages were answered
+
+
+def test_a_template_that_writes_an_answer_differently_later_drifts() -> None:
+    world = told("hermes", calling, lambda *_: ok("found it"), leaves=2, roots=2, answers="template")
+    run(TreeRollout(world.context, PROMPT, seed=1).run())
+    assert drift(world) == (2, 1)  # what stood behind the first answer when that was the last
+
+
+def test_what_is_cut_drifts_no_more_than_the_whole() -> None:
+    world = told("qwen2.5", calling, lambda *_: ok("found it " + "x" * 5000), leaves=2, roots=2)
+    run(TreeRollout(world.context, PROMPT, seed=1).run())
+    assert drift(world) == (2, 0)
+
+
+def test_where_the_syntax_writes_the_answers_nothing_is_looked_at() -> None:
+    world = make_world(
+        lambda text, rng: Segment("so" if "found" in text else "<search> x </search>"), leaves=2
+    )
+    run(TreeRollout(world.context, PROMPT, seed=1).run())
+    assert not world.context.drift.counters
