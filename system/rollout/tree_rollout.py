@@ -20,16 +20,16 @@ import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, cast
 
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
-from system.envs.live import BranchSession, TreeSessions
+from system.envs.live import TreeSessions
 from system.envs.protocol import WorldFailed
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.calls import Calls
+from system.rollout.codec import TemplateRefused
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
 from system.rollout.expert import beginnings, led, prefixes
@@ -104,8 +104,7 @@ class TreeRollout:
         self.sessions = sessions
         self.group = asyncio.TaskGroup()
         self.beside = asyncio.TaskGroup()  # what scores; it outlives the branches' deadline
-        self.scores = TreeScores(context.scoring, prompt, self.beside)
-        self.scored: list[asyncio.Task[None]] = []  # what begins to score ended branches
+        self.scores = TreeScores(context.scoring, prompt, self.beside, self.mishap)
         known = (context, self.growth, self.schedule, self.seconds, self.mishap)
         self.calls = Calls(*known, self.group.create_task, self._top_up, sessions)
         self.call_limit = config.call_limit if self.calls.tools else 0
@@ -128,7 +127,6 @@ class TreeRollout:
                 if self.scores_answer and not self.resumed:
                     self.beside.create_task(self.given.answers(beginnings(self.growth, self.prefixes)))
                 cut = await self._branches()
-                await asyncio.gather(*self.scored)
                 await self.scores.close()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
@@ -231,6 +229,10 @@ class TreeRollout:
             log.warning("prompt %s: %s", self.prompt.id, error)
             self.mishap(error.reason, error.detail)
             outcome = Outcome.ENVIRONMENT
+        except TemplateRefused as error:
+            log.warning("prompt %s: %s", self.prompt.id, error)
+            self.mishap("template", str(error))
+            outcome = Outcome.ENVIRONMENT
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
             raise
@@ -250,23 +252,11 @@ class TreeRollout:
         if outcome.scored:
             tokens = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
             steps = self.growth.rewards(branch.node)
-            view = BranchView(branch.segments, outcome, branch.tools, tokens, steps)
-            work = self._score(leaf, view, branch.session)
-            self.scored.append(self.beside.create_task(work, name=f"score {branch.key} of {self.prompt.id}"))
+            self.scores.begin(
+                leaf, BranchView(branch.segments, outcome, branch.tools, tokens, steps), branch.session
+            )
         elif branch.session is not None:
             branch.session.end("its branch has ended")
-
-    async def _score(self, leaf: int, view: BranchView, session: BranchSession | None) -> None:
-        """Begin to score, with the final state of the leaf's world."""
-        try:
-            if session is not None:
-                view = replace(view, result=await session.result())
-                session.end("its branch has ended")
-        except WorldFailed as error:
-            log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
-            self.mishap(error.reason, str(error))
-        else:
-            self.scores.begin(leaf, view)
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""
@@ -277,7 +267,7 @@ class TreeRollout:
                         return Outcome.CANCELLED
                     case Finish("length"):
                         return Outcome.LENGTH
-                    case Finish("stop", str()):
+                    case finish if self.calls.asked(branch, finish):
                         if branch.calls >= self.call_limit:
                             return Outcome.CALL_LIMIT
                     case _ if not self.turn_limit:
@@ -428,7 +418,12 @@ class TreeRollout:
         if self.scores_answer:
             self.beside.create_task(self.given.answer(branch.node, branch.request))
         self._read(branch, Kind.TOOL, begin)
-        if self.policy.lag and self._room(branch) > 0 and not branch.over:
+        if branch.over or self._room(branch) == 0:
+            return
+        if branch.first:
+            told = self.context.told(self.prompt, self.growth.guide)
+            self.context.drift.look(told, branch, self.growth.path_tokens(branch.node))
+        if self.policy.lag:
             self._decide(branch, branch.node)
 
     # The close
