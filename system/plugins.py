@@ -288,6 +288,7 @@ ENVIRONMENTS = Registry(
         "python": "system.envs.python:PythonEnvironment",
         "bash": "system.envs.shell:ShellEnvironment",
         "gymnasium": "system.envs.gym:GymEnvironment",
+        "mcp": "system.envs.mcp:McpEnvironment",
     },
 )
 CREDITS = Registry(

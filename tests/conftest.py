@@ -17,7 +17,18 @@ from system.serving import free_port
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The script of MCP's own test server, from npm, to run with ``node``: skipped by name where npm is not
+    """The script of MCP's own test server."""
+    return mcp_server(tmp_path_factory, "server-everything")
+
+
+@pytest.fixture(scope="session")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script of an MCP server that remembers what it is told, in the file $MEMORY_FILE_PATH."""
+    return mcp_server(tmp_path_factory, "server-memory")
+
+
+def mcp_server(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """The script of one of npm's MCP servers, to run with ``node``: skipped by name where npm is not
     installed, and failed there if ``ESPALIER_REQUIRE_NPM`` is set.
     """
     npm = shutil.which("npm")
@@ -25,7 +36,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
         missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_NPM") else pytest.skip
         missing("npm is not installed")
     there = tmp_path_factory.mktemp("npm")
-    package = "@modelcontextprotocol/server-everything"
+    package = f"@modelcontextprotocol/{name}"
     command = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(there), f"{package}@2026.8.31"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     return there / "node_modules" / package / "dist" / "index.js"

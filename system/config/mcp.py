@@ -53,10 +53,8 @@ class McpPlace:
         return value
 
 
-def place(number: int, given: Mapping[str, Any]) -> McpPlace:
-    """An entry of ``tools.mcp`` in form.  Raises ConfigError naming the field."""
-    where = f"tools.mcp[{number}]"
-
+def place(where: str, given: Mapping[str, Any]) -> McpPlace:
+    """An entry of ``tools.mcp``, the setting ``where``, in form.  Raises ConfigError naming the field."""
     for key in given:
         if key not in _KNOWN:
             known = ", ".join(_KNOWN)

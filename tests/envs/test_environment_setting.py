@@ -59,7 +59,7 @@ def test_a_plain_class_is_taken_with_its_options() -> None:
         ),
         (
             ["environment=toolz"],
-            "environment.name='toolz': choose one of tools, python, bash, gymnasium, or your own",
+            "environment.name='toolz': choose one of tools, python, bash, gymnasium, mcp, or your own",
         ),
         (["environment=plain_worlds:Absent"], "has no attribute 'Absent'"),
         (["environment.step_s=0"], "environment.step_s=0.0 must be above 0"),

@@ -164,11 +164,11 @@ async def test_what_cannot_work_is_said_at_the_start(
 )
 def test_an_entry_says_what_is_wrong_with_it(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        place(2, given)
+        place("tools.mcp[2]", given)
 
 
 def test_a_servers_secrets_do_not_show() -> None:
-    assert "hush" not in repr(place(0, {"command": "x", "env": {"TOKEN": "hush"}}))
+    assert "hush" not in repr(place("tools.mcp[0]", {"command": "x", "env": {"TOKEN": "hush"}}))
 
 
 async def test_a_tool_that_a_tag_cannot_hold_is_refused(serve: Callable[..., ToolService]) -> None:

@@ -60,6 +60,11 @@ class McpServer:
         self._mending: asyncio.Task[_Connection] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
 
+    @property
+    def gone(self) -> bool:
+        """Whether it was there, and the next call would start or reach it anew."""
+        return self.starts > 0 and (self._connection is None or self._connection.over)
+
     async def tools(self) -> list[Tool]:
         """All it offers.  Raises :class:`ToolUnavailable`."""
         session, found, cursor = (await self._connected()).session.result(), [], None

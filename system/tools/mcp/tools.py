@@ -55,7 +55,7 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]]) -> list[McpTool]:
     """
     made: list[McpTool] = []
     for number, given in enumerate(servers):
-        server = McpServer(there := place(number, given))
+        server = McpServer(there := place(f"tools.mcp[{number}]", given))
         made += [McpTool(server, spec, name) for spec, name in listed(there)]
     return made
 

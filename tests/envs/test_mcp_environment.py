@@ -1,0 +1,125 @@
+"""An MCP server that others wrote, which remembers: one for each branch, forked by copy and by replay."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from system.config import EnvironmentConfig
+from system.envs.live import BranchSession, TreeSessions
+from system.envs.make import make_environment
+from system.envs.protocol import Acted
+from system.envs.service import EnvironmentService
+from system.errors import EspalierError
+from system.tree.prompt import Prompt
+
+CLOCK = {"command": [sys.executable, "-m", "mcp_server_time"]}
+Opened = Callable[..., TreeSessions]
+
+
+@pytest.fixture
+async def opened(memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Opened]:
+    """``opened(fork=…)``: a tree of servers that remember, which are gone after the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trees: list[TreeSessions] = []
+
+    def make(**options: Any) -> TreeSessions:
+        server = {
+            "command": ["node", str(memory)],
+            "env": {"MEMORY_FILE_PATH": "{directory}/memory.jsonl"},
+            "include": ["create_entities", "read_graph"],
+        }
+        config = EnvironmentConfig(name="mcp", options={"server": server, **options})
+        environment = make_environment(config)
+        assert environment is not None
+        prompt = Prompt("p", ({"role": "user", "content": "?"},), ())
+        trees.append(TreeSessions(EnvironmentService(environment, config, "r", "train"), prompt, "1", 0))
+        return trees[-1]
+
+    before = set(psutil.Process().children(recursive=True))
+    yield make
+    for tree in trees:
+        await tree.close()
+        await tree.service.settle()
+    left = {one for one in psutil.Process().children(recursive=True) if one.status() != "zombie"} - before
+    assert not left, "no server may outlive its branch"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("espalier-mcp-")], "no directory"
+
+
+async def remember(branch: BranchSession, name: str) -> str:
+    entity = {"name": name, "entityType": "thing", "observations": []}
+    seen = await branch.act([Acted("create_entities", {"entities": [entity]})], "")
+    return seen.messages[0].status
+
+
+async def remembered(branch: BranchSession) -> list[str]:
+    seen = await branch.act([Acted("read_graph", {})], "")
+    return [entity["name"] for entity in json.loads(seen.messages[0].text)["entities"]]
+
+
+@pytest.mark.parametrize(("fork", "counted"), [("copy", "forks_native"), ("replay", "forks_replay")])
+async def test_each_branch_remembers_its_own(opened: Opened, fork: str, counted: str) -> None:
+    tree = opened(fork=fork)
+    await tree.begin()
+    root, other = tree.root((0,)), tree.root((1,))
+    assert await remember(root, "a") == "ok"
+    child = root.fork((0, 1), 1)
+    assert await remember(root, "b") == "ok"
+    assert await remember(child, "c") == "ok"
+    assert await remembered(root) == ["a", "b"]
+    assert await remembered(child) == ["a", "c"]
+    assert await remembered(other) == []
+    assert tree.service.counts[counted] == 1
+
+
+async def test_a_killed_server_is_built_again_with_what_it_knew(opened: Opened) -> None:
+    tree = opened(fork="replay")
+    await tree.begin()
+    root = tree.root((0,))
+    await remember(root, "a")
+    for process in psutil.Process().children(recursive=True):
+        if any("memory" in word for word in process.cmdline()):
+            process.kill()
+    assert await remember(root, "b") == "ok"
+    assert await remembered(root) == ["a", "b"]
+    assert tree.service.counts["rebuilt"] == 1
+
+
+async def test_a_refusal_is_the_models_to_mend(opened: Opened) -> None:
+    tree = opened()
+    await tree.begin()
+    root = tree.root((0,))
+    seen = await root.act([Acted("create_entities", {"entities": 5})], "")
+    assert seen.messages[0].status == "rejected"
+    assert await remembered(root) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"server": CLOCK, "fork": "copy"}, "does not say {directory}"),
+        ({"server": {**CLOCK, "pure": ["get_current_time"]}}, "environment.options.server.pure"),
+        ({"server": {"comand": "x"}}, "environment.options.server.comand: no such key"),
+        ({"server": CLOCK, "ignore": ["("]}, "environment.options.ignore"),
+        ({}, "environment.options.server: name the command"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(EspalierError) as caught:
+        make_environment(EnvironmentConfig(name="mcp", options=options))
+    assert why in str(caught.value)
+
+
+async def test_what_may_differ_is_left_out_of_the_comparison() -> None:
+    options = {"server": {**CLOCK, "include": ["get_current_time"]}, "ignore": [r"T\d\d:\d\d:\d\d"]}
+    environment = make_environment(EnvironmentConfig(name="mcp", options=options))
+    assert environment is not None
+    assert environment.normalise("2026-01-01T10:11:12+01:00") == "2026-01-01…+01:00"
