@@ -293,3 +293,24 @@ def test_sampled_tokens_are_never_made_anew() -> None:
 
 def test_the_keeping_template_is_qwen3_s_but_for_what_it_forgets() -> None:
     assert FAMILIES["qwen3-keeps"].template == QWEN3_KEEPS != FAMILIES["qwen3"].template
+
+
+def test_tools_are_rendered_only_where_they_change_what_stands_behind_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, told = codec("qwen2.5", tools=True), []
+    wanted = one.increment([TOOL], ended=True).tolist()
+    assert wanted == codec("qwen2.5").increment([TOOL], ended=True).tolist()
+    rendered = one.rendered
+    monkeypatch.setattr(
+        one,
+        "rendered",
+        lambda messages, tools=(), **more: told.append(tools) or rendered(messages, tools, **more),
+    )
+    assert one.increment([TOOL], ended=True).tolist() == wanted
+    assert list(map(len, told)) == [0]
+    template = FAMILIES["chatml"].template.replace(
+        "'<|im_end|>\\n' }}", "'<|im_end|>' + (tools | length | string if tools else '') + '\\n' }}"
+    )
+    other = ChatCodec(Family(template).tokenizer(), TOOLS)
+    assert text(other, other.increment([TOOL], ended=True)).startswith("1\n<|im_start|>tool\n42<|im_end|>1\n")
