@@ -179,7 +179,7 @@ class ChatCodec:
         return f"{name}: behind [{anchor.name}], {size} tokens of glue: {self.closing + glue!r}{past}"
 
     def _without_tools(self, roles: Sequence[str], tools: Schemas) -> bool:
-        """Whether the same stands behind the model's turn where the template is told of no ``tools``, which may
+        """Whether the same stands behind the model's turn where the template is told no ``tools``, which may
         be long and would be told in every rendering.
         """
         own = self.tried(roles, tools)
