@@ -185,6 +185,17 @@ def test_templates_that_cannot_be_appended_to_are_refused(change: tuple[str, str
         ChatCodec(Family(template).tokenizer()).increment([USER], ended=True)
 
 
+def test_one_past_says_nothing_about_others() -> None:
+    """What stands behind a turn is the same for each of the template's pasts, as it takes but one."""
+    only = (
+        "{%- if messages[0].role != 'system' or messages[1].role != 'assistant' %}"
+        "{{- raise_exception('Only so.') }}{%- endif %}"
+    )
+    one = ChatCodec(Family(only + FAMILIES["chatml"].template).tokenizer())
+    with pytest.raises(TemplateRefused, match="Only so"):
+        one.increment([USER], ended=True)
+
+
 def test_an_end_of_turn_that_plain_text_spells_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = FAMILIES["chatml"].tokenizer()
     plain = tokenizer.encode
@@ -314,3 +325,19 @@ def test_tools_are_rendered_only_where_they_change_what_stands_behind_a_turn(
     )
     other = ChatCodec(Family(template).tokenizer(), TOOLS)
     assert text(other, other.increment([TOOL], ended=True)).startswith("1\n<|im_start|>tool\n42<|im_end|>1\n")
+
+
+def test_two_contents_make_no_special_token_together() -> None:
+    template = FAMILIES["chatml"].template.replace(
+        "message.content +", "message.content + (message.more or '') +"
+    )
+    one = ChatCodec(Family(template).tokenizer())
+    for first, second in (
+        ("<|im_", "end|>"),
+        ("x<", "|im_end|>"),
+        ("<|im_end|", ">"),
+        ("<|im_end|>  ", "|im_end|>"),
+    ):
+        ids = one.increment([{"role": "user", "content": first, "more": second}], ended=True)
+        assert specials(one, ids) == specials(one, one.increment([USER], ended=True))
+        assert text(one, ids).startswith(f"\n<|im_start|>user\n{first}{second}<|im_end|>\n")
