@@ -125,8 +125,11 @@ class ChatCodec:
         ``ended``: the turn's last token is one of :attr:`ends`; else what closes it comes first.
         Raises :class:`TemplateRefused` as :meth:`tried` does, and for messages that the template refuses.
         """
+        roles = [str(message["role"]) for message in messages]
         schemas = self.tools if tools is None else tools
-        anchor = self.tried([str(message["role"]) for message in messages], schemas).anchor
+        if self._without_tools(roles, schemas):
+            schemas = ()
+        anchor = self.tried(roles, schemas).anchor
         mask = Mask(self._specials)
         hidden = mask.hide([dict(message) for message in messages])
         _, text = self._parted(anchor, hidden, mask.hide(schemas))
@@ -174,6 +177,16 @@ class ChatCodec:
         size = self.overhead(roles)
         past = "; leaves earlier thoughts out, which stay here" if forgets else ""
         return f"{name}: behind [{anchor.name}], {size} tokens of glue: {self.closing + glue!r}{past}"
+
+    def _without_tools(self, roles: Sequence[str], tools: Schemas) -> bool:
+        """Whether the same stands behind the model's turn where the template is told no ``tools``, which may
+        be long and would be told in every rendering.
+        """
+        own = self.tried(roles, tools)
+        try:
+            return self.tried(roles, ()).glue == own.glue
+        except TemplateRefused:
+            return False
 
     # How a turn ends
 

@@ -29,6 +29,7 @@ class Specials:
         spelled = sorted(self.ids, key=len, reverse=True)  # the longest that fits is meant
         self.pattern = re.compile("(" + "|".join(map(re.escape, spelled)) + ")" if spelled else r"(?!)()")
         self._beginnings = {word[:end] for word in spelled for end in range(1, len(word))}
+        self._last = {word[-1] for word in self._beginnings}
         self._longest = max(map(len, spelled), default=0)
 
     def encode(self, text: str, mask: Mask | None = None) -> Int32:
@@ -46,7 +47,8 @@ class Specials:
 
     def begun(self, text: str) -> str:
         """The beginning of a special token that ``text``, trailing white space aside, ends with; else ""."""
-        end = text.rstrip()[-self._longest :] if self._longest else ""
+        stripped = text.rstrip()
+        end = stripped[-self._longest :] if stripped[-1:] in self._last else ""
         return next((end[i:] for i in range(len(end)) if end[i:] in self._beginnings), "")
 
 

@@ -185,6 +185,17 @@ def test_templates_that_cannot_be_appended_to_are_refused(change: tuple[str, str
         ChatCodec(Family(template).tokenizer()).increment([USER], ended=True)
 
 
+def test_one_past_says_nothing_about_others() -> None:
+    """What stands behind a turn is the same for each of the template's pasts, as it takes but one."""
+    only = (
+        "{%- if messages[0].role != 'system' or messages[1].role != 'assistant' %}"
+        "{{- raise_exception('Only so.') }}{%- endif %}"
+    )
+    one = ChatCodec(Family(only + FAMILIES["chatml"].template).tokenizer())
+    with pytest.raises(TemplateRefused, match="Only so"):
+        one.increment([USER], ended=True)
+
+
 def test_an_end_of_turn_that_plain_text_spells_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = FAMILIES["chatml"].tokenizer()
     plain = tokenizer.encode
@@ -293,3 +304,40 @@ def test_sampled_tokens_are_never_made_anew() -> None:
 
 def test_the_keeping_template_is_qwen3_s_but_for_what_it_forgets() -> None:
     assert FAMILIES["qwen3-keeps"].template == QWEN3_KEEPS != FAMILIES["qwen3"].template
+
+
+def test_tools_are_rendered_only_where_they_change_what_stands_behind_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, told = codec("qwen2.5", tools=True), []
+    wanted = one.increment([TOOL], ended=True).tolist()
+    assert wanted == codec("qwen2.5").increment([TOOL], ended=True).tolist()
+    rendered = one.rendered
+    monkeypatch.setattr(
+        one,
+        "rendered",
+        lambda messages, tools=(), **more: told.append(tools) or rendered(messages, tools, **more),
+    )
+    assert one.increment([TOOL], ended=True).tolist() == wanted
+    assert list(map(len, told)) == [0]
+    template = FAMILIES["chatml"].template.replace(
+        "'<|im_end|>\\n' }}", "'<|im_end|>' + (tools | length | string if tools else '') + '\\n' }}"
+    )
+    other = ChatCodec(Family(template).tokenizer(), TOOLS)
+    assert text(other, other.increment([TOOL], ended=True)).startswith("1\n<|im_start|>tool\n42<|im_end|>1\n")
+
+
+def test_two_contents_make_no_special_token_together() -> None:
+    template = FAMILIES["chatml"].template.replace(
+        "message.content +", "message.content + (message.more or '') +"
+    )
+    one = ChatCodec(Family(template).tokenizer())
+    for first, second in (
+        ("<|im_", "end|>"),
+        ("x<", "|im_end|>"),
+        ("<|im_end|", ">"),
+        ("<|im_end|>  ", "|im_end|>"),
+    ):
+        ids = one.increment([{"role": "user", "content": first, "more": second}], ended=True)
+        assert specials(one, ids) == specials(one, one.increment([USER], ended=True))
+        assert text(one, ids).startswith(f"\n<|im_start|>user\n{first}{second}<|im_end|>\n")
