@@ -88,7 +88,7 @@ def _limits(config: Config) -> Iterator[str]:
     """MCP servers; the limits of single tools, each against the rule of the setting that it stands in for."""
     for number, server in enumerate(config.tools.mcp):
         try:
-            place(number, server)
+            place(f"tools.mcp[{number}]", server)
         except ConfigError as error:
             yield str(error)
     for name, limits in config.tools.limits.items():
