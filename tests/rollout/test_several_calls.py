@@ -27,6 +27,7 @@ from system.envs.protocol import (
     WorldFailed,
 )
 from system.plugins import SYNTAXES
+from system.rollout.branch import Branch
 from system.rollout.branching import Never, Random
 from system.rollout.chat import make_chat, make_syntax
 from system.rollout.failure import RolloutFailed
@@ -117,6 +118,14 @@ def test_a_history_that_is_written_anew_is_refused() -> None:
 
 
 # Whole trees
+
+
+def test_answers_to_messages_are_told_from_answers_to_several_calls() -> None:
+    """Two calls in a turn, a message, a call, a message."""
+    branch = Branch.planted(0, (0,), Origin.ROOT, 0)
+    assert branch.messages == 0
+    branch.passed = ((2, 2), (2, 3), (3, 4), (3, 5))
+    assert branch.messages == 2
 
 
 def at_once(*calls: str) -> Any:
