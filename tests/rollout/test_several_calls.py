@@ -15,10 +15,22 @@ from rollout_fakes import World as Made
 from test_template_answers import Talker, Talkers, grown, paths, talking, text, told
 
 from system.config import Config, ConfigError, load
-from system.envs.protocol import Action, Environment, ForkKind, Ids, Observation, Start, World
+from system.envs.protocol import (
+    Action,
+    Environment,
+    ForkKind,
+    Ids,
+    Message,
+    Observation,
+    Start,
+    World,
+    WorldFailed,
+)
 from system.plugins import SYNTAXES
+from system.rollout.branch import Branch
 from system.rollout.branching import Never, Random
 from system.rollout.chat import make_chat, make_syntax
+from system.rollout.failure import RolloutFailed
 from system.rollout.planting import planted
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.syntax.base import MalformedCall, ParsedCall
@@ -106,6 +118,14 @@ def test_a_history_that_is_written_anew_is_refused() -> None:
 
 
 # Whole trees
+
+
+def test_answers_to_messages_are_told_from_answers_to_several_calls() -> None:
+    """Two calls in a turn, a message, a call, a message."""
+    branch = Branch.planted(0, (0,), Origin.ROOT, 0)
+    assert branch.messages == 0
+    branch.passed = ((2, 2), (2, 3), (3, 4), (3, 5))
+    assert branch.messages == 2
 
 
 def at_once(*calls: str) -> Any:
@@ -284,3 +304,46 @@ def test_a_turn_that_was_under_way_is_not_done_twice(pause: float) -> None:
         assert asked[:4] == seen
     assert (tree.kind == Kind.TOOL).sum() == 4
     assert len(tree.calls) == 8
+
+
+class Chatty(Slow):
+    """Says something to every look but the second, and shows nothing at that one."""
+
+    async def step(self, action: Action) -> Observation:
+        self.seen = (*self.seen, action.calls[0].arguments["what"])
+        if len(self.seen) == 2:
+            return Observation()
+        return Observation((Message("Well.", "user"), Message(f"seen {len(self.seen)}")))
+
+
+class Chattys(Slows):
+    async def open(self, start: Start) -> World:
+        return Chatty(0)
+
+
+def test_every_call_has_an_answer_and_users_speak_behind_them() -> None:
+    turn = "\n".join(call("look", what=what) for what in "abc")
+    world = looking(at_once(turn), Chattys())
+    tree = run(grown(world))
+    codec = world.context.chat.codec
+    assert codec is not None
+    answers = [{"role": "tool", "content": said} for said in ("seen 1", "", "seen 3")]
+    users = [{"role": "user", "content": "Well."}] * 2
+    said = [*PROMPT.messages, {"role": "assistant", "content": turn}, *answers, *users]
+    assert text(world, paths(tree)[0]) == codec.rendered(said, codec.tools) + "So.<|im_end|>"
+
+
+def test_a_world_that_is_lost_ends_the_turn_and_the_other_calls() -> None:
+    class Lost(Slow):
+        async def step(self, action: Action) -> Observation:
+            raise WorldFailed("world_lost", "gone")
+
+    class Losts(Slows):
+        async def open(self, start: Start) -> World:
+            return Lost(0)
+
+    turn = [call("look", what="a"), call("search", query="x")]
+    world = looking(at_once(*turn), Losts(), answer=lambda *_: ok("found it", 1000.0))
+    with pytest.raises(RolloutFailed, match=r"environment.*gone"):
+        run(grown(world))
+    assert world.tools.running == 0
