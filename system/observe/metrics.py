@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import Kind, ToolCall, path_sum
+from system.tree.record import Kind, ToolCall
 from system.tree.stats import TreeStats
 
 Metrics = dict[str, float]
@@ -82,7 +82,7 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
         metrics["rollout/answer_scored_share"] = mean(known)
         metrics["rollout/answer_probability"] = mean(np.exp(places[known]))
     if any(one.step_reward.any() for one in stats):
-        earned = [path_sum(one.parent, one.step_reward)[one.leaf] for one in stats]
+        earned = [one.along(one.step_reward) for one in stats]
         metrics["rollout/step_reward"] = mean(np.concatenate(earned))  # part of a leaf's reward
     calls = np.concatenate([one.calls_per_leaf for one in stats])
     metrics["rollout/calls_per_leaf"] = mean(calls)
