@@ -12,11 +12,14 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from system.config import Config, rewards
+from system.envs.live import BranchSession
+from system.envs.protocol import WorldFailed
 from system.rollout.reward import BranchView, Score, ScoreFailed
 from system.rollout.score_pool import RewardBroken
 from system.rollout.scorer import LARGEST, Scorer
@@ -145,17 +148,34 @@ class Scoring:
 class TreeScores:
     """The scores of one tree's leaves."""
 
-    def __init__(self, scoring: Scoring, prompt: Prompt, tasks: asyncio.TaskGroup) -> None:
-        """``tasks``: owns what scores."""
-        self._scoring, self._prompt, self._tasks = scoring, prompt, tasks
+    def __init__(
+        self, scoring: Scoring, prompt: Prompt, tasks: asyncio.TaskGroup, mishap: Callable[[str, str], None]
+    ) -> None:
+        """``tasks``: owns what scores.  ``mishap``: is told what failed of the leaves' worlds."""
+        self._scoring, self._prompt, self._tasks, self._mishap = scoring, prompt, tasks, mishap
+        self._beginning: list[asyncio.Task[None]] = []  # ended branches whose worlds are asked first
         self._views: dict[int, BranchView] = {}  # of the leaves whose end says something about the policy
         self._found: dict[tuple[int, int], Score | ScoreFailed] = {}  # by leaf and number of the reward
         self._running: set[asyncio.Task[None]] = set()
         self.scores: dict[int, Score] = {}
         self.failures: dict[int, ScoreFailed] = {}
 
-    def begin(self, leaf: int, view: BranchView) -> None:
-        """A branch has ended: score its leaf by every reward that looks at one alone."""
+    def begin(self, leaf: int, view: BranchView, session: BranchSession | None) -> None:
+        """A branch has ended: score its leaf by every reward that looks at one alone, with the final state of
+        its world, which ends then.
+        """
+        name = f"begin to score leaf {leaf} of {self._prompt.id}"
+        self._beginning.append(self._tasks.create_task(self._begin(leaf, view, session), name=name))
+
+    async def _begin(self, leaf: int, view: BranchView, session: BranchSession | None) -> None:
+        if session is not None:
+            try:
+                view = replace(view, result=await session.result())
+            except WorldFailed as error:
+                log.warning("prompt %s, leaf %d: %s", self._prompt.id, leaf, error)
+                self._mishap(error.reason, str(error))
+                return
+            session.end("its branch has ended")
         self._views[leaf] = view
         for number, scorer in enumerate(self._scoring.scorers):
             if not scorer.group:
@@ -166,6 +186,7 @@ class TreeScores:
 
         Raises :class:`RewardBroken`.
         """
+        await asyncio.gather(*self._beginning)
         loop = asyncio.get_running_loop()
         began = loop.time()
         until = began + self._scoring.close_deadline_s

@@ -20,11 +20,10 @@ import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, cast
 
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish
-from system.envs.live import BranchSession, TreeSessions
+from system.envs.live import TreeSessions
 from system.envs.protocol import WorldFailed
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
@@ -104,8 +103,7 @@ class TreeRollout:
         self.sessions = sessions
         self.group = asyncio.TaskGroup()
         self.beside = asyncio.TaskGroup()  # what scores; it outlives the branches' deadline
-        self.scores = TreeScores(context.scoring, prompt, self.beside)
-        self.scored: list[asyncio.Task[None]] = []  # what begins to score ended branches
+        self.scores = TreeScores(context.scoring, prompt, self.beside, self.mishap)
         known = (context, self.growth, self.schedule, self.seconds, self.mishap)
         self.calls = Calls(*known, self.group.create_task, self._top_up, sessions)
         self.call_limit = config.call_limit if self.calls.tools else 0
@@ -128,7 +126,6 @@ class TreeRollout:
                 if self.scores_answer and not self.resumed:
                     self.beside.create_task(self.given.answers(beginnings(self.growth, self.prefixes)))
                 cut = await self._branches()
-                await asyncio.gather(*self.scored)
                 await self.scores.close()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
@@ -250,23 +247,11 @@ class TreeRollout:
         if outcome.scored:
             tokens = self.growth.depth(branch.node) - self.growth.depth(self.growth.prompt)
             steps = self.growth.rewards(branch.node)
-            view = BranchView(branch.segments, outcome, branch.tools, tokens, steps)
-            work = self._score(leaf, view, branch.session)
-            self.scored.append(self.beside.create_task(work, name=f"score {branch.key} of {self.prompt.id}"))
+            self.scores.begin(
+                leaf, BranchView(branch.segments, outcome, branch.tools, tokens, steps), branch.session
+            )
         elif branch.session is not None:
             branch.session.end("its branch has ended")
-
-    async def _score(self, leaf: int, view: BranchView, session: BranchSession | None) -> None:
-        """Begin to score, with the final state of the leaf's world."""
-        try:
-            if session is not None:
-                view = replace(view, result=await session.result())
-                session.end("its branch has ended")
-        except WorldFailed as error:
-            log.warning("prompt %s, leaf %d: %s", self.prompt.id, leaf, error)
-            self.mishap(error.reason, str(error))
-        else:
-            self.scores.begin(leaf, view)
 
     async def _write(self, branch: Branch) -> Outcome:
         """Alternate between the model and the tools until the branch ends."""

@@ -31,6 +31,7 @@ class Syntax(ABC):
     """
 
     stops: tuple[str, ...]  # stop strings: each one completes a call
+    opens: tuple[str, ...]  # what a call may begin with
     result_open: str  # what stands before a tool's answer ...
     result_close: str  # ... and after it
     new_turn = False  # whether that ends with a new turn of the model, as the chat template opens one

@@ -1,0 +1,238 @@
+"""One run of an agent, as its endpoint sees it: turns are asked for until it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Collection, Coroutine
+from typing import Any
+
+import numpy as np
+
+from system.agents.forest import Episode, trained_ends
+from system.agents.generate import write_turn
+from system.agents.mapping import Place, RequestMap
+from system.agents.messages import ChatRequest, FunctionCall, NormalMessage, Refusal, canonical
+from system.agents.model import FROZEN, ServedModel
+from system.agents.turn import AgentTurn
+from system.agents.wire import Answer
+from system.engine.protocol import EngineError, EngineLost, GenerateRequest, Sampling
+from system.plugins import PluginError
+from system.rollout.syntax.base import Syntax
+from system.text import described
+from system.tree.record import Outcome
+
+log = logging.getLogger(__name__)
+
+
+class AgentSession:
+    """Open until its agent is done.  Requests may come side by side."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        url: str,
+        prompt_id: str,
+        seed: int,
+        *,
+        deadline_s: float,
+        turns: int = 0,
+        temperature: float | None = None,
+        trained: Collection[str] = (),
+    ) -> None:
+        """``turns``: answers of the trained model at most; 0: any number.  ``temperature``: another than the
+        model's.  ``trained``: names under which the model is trained; none: all but :data:`FROZEN`.
+
+        Call inside a running event loop.
+        """
+        self.key = secrets.token_urlsafe(24)  # whoever knows it may use the session, and nothing else
+        self.openai_url, self.anthropic_url = f"{url}/s/{self.key}/v1", f"{url}/s/{self.key}"
+        self.prompt_id, self.seed = prompt_id, seed
+        self.counters: Counter[str] = Counter()
+        self.limit: Outcome | None = None  # the rule of ours that the newest request met
+        self._closed = False
+        self._model, self._turns, self._trained = model, turns, frozenset(trained)
+        self._temperature = model.temperature if temperature is None else temperature
+        self._deadline_s, self._route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
+        self._map = RequestMap(model.rendering)
+        self._rids: dict[int, str] = {}  # by MODEL piece: the request that wrote it
+        self._asked: defaultdict[bytes, list[AgentTurn]] = defaultdict(list)  # by body
+        self._working: dict[AgentTurn, bool] = {}  # and whether it counts as a turn
+        self._seeds = np.random.Generator(np.random.PCG64(seed))
+        self._expiry = asyncio.get_running_loop().call_later(deadline_s, self._expire)
+
+    def ask(self, request: ChatRequest, digest: bytes, retry: bool) -> AgentTurn:
+        """The answer to ``request``, on its way.
+
+        ``digest``: of the body as it was sent; ``retry``: the client says that it sends it again.  Then it
+        gets the answer that it did not get, if there is one.  Raises :class:`Refusal`.
+        """
+        self._refuse_late()
+        if retry and (known := [turn for turn in self._asked[digest] if not turn.failed]):
+            self.counters["retries"] += 1
+            return next((turn for turn in known if not turn.handed_out), known[-1])
+        trains = request.model in self._trained if self._trained else request.model != FROZEN
+        if trains and self._turns and self.counters["turns"] + sum(self._working.values()) >= self._turns:
+            self.limit = Outcome.TURN_LIMIT
+            raise Refusal(429, f"the {self._turns} turns of this session are spent", code="turn_limit")
+        syntax = self._syntax(request)
+        place = self._map.place(request)
+        room = self._model.max_context - place.size
+        if room < 1:
+            self.limit = Outcome.LENGTH
+            longest = self._model.max_context
+            raise Refusal(
+                400,
+                f"the prompt is too long: {place.size} tokens; this model's maximum context length is "
+                f"{longest} tokens, with the answer",
+                code="context_length_exceeded",
+                field="messages",
+            )
+        self.limit = None
+        self.counters["rewrites"] += int(place.turn < 0 and bool(self._map.forest.pieces))
+        self.counters["tool_choice"] += int(request.forced)
+        turn = AgentTurn(uuid.uuid4().hex, place.size)
+        self._asked[digest].append(turn)
+        self._working[turn] = trains
+        work = self._work(turn, request, place, syntax, trains)
+        task = turn.begin(self._answered(turn, work))
+        task.add_done_callback(lambda _: self._working.pop(turn, None))
+        return turn
+
+    def count(self, request: ChatRequest) -> int:
+        """Tokens of the prompt that ``request`` would make.  Raises :class:`Refusal`."""
+        self._refuse_late()
+        return self._map.place(request).size
+
+    def close(self, outcome: Outcome) -> Episode:
+        """End it: no request is answered any more, and those on their way are given up.
+
+        ``outcome``: ENDED where the agent finished, ENVIRONMENT where it failed, or another.  Where a limit of
+        ours stopped it, that is the outcome.
+        """
+        if self._closed:
+            raise RuntimeError("the session is closed already")
+        self._closed = True
+        self._expiry.cancel()
+        self._give_up("the session is closed")
+        if outcome in (Outcome.ENDED, Outcome.ENVIRONMENT) and self.limit is not None:
+            outcome = self.limit
+        counters = dict(self.counters)
+        forest = self._map.forest
+        return Episode(
+            key=self.key,
+            seed=self.seed,
+            prompt_id=self.prompt_id,
+            forest=forest,
+            outcome=outcome,
+            chosen=trained_ends(forest),
+            calls=self._map.calls,
+            rewrites=counters.pop("rewrites", 0),
+            retries=counters.pop("retries", 0),
+            counters=counters,
+        )
+
+    # The end
+
+    def _expire(self) -> None:
+        self.limit = Outcome.DEADLINE
+        self._give_up(self._late())
+
+    def _late(self) -> str:
+        return f"the session's {self._deadline_s:g} s are over"
+
+    def _refuse_late(self) -> None:
+        if self._closed:
+            raise Refusal(409, "the session is closed", code="session_closed")
+        if self.limit == Outcome.DEADLINE:
+            raise Refusal(409, self._late(), code="session_over")
+
+    def _give_up(self, why: str) -> None:
+        for turn in list(self._working):
+            turn.fail(Refusal(409, why, code="session_over"))
+
+    # One turn
+
+    def _syntax(self, request: ChatRequest) -> Syntax | None:
+        """How the model writes calls of the tools that it is told of."""
+        if not request.tools:
+            return None
+        try:
+            return self._model.syntax(request.specs())
+        except PluginError as error:
+            raise Refusal(400, f"tools: {error}", field="tools") from error
+
+    async def _answered(self, turn: AgentTurn, work: Coroutine[Any, Any, Answer]) -> None:
+        """Have the answer written; say why there is none, where there is none."""
+        try:
+            turn.complete(await work)
+        except EngineLost as error:
+            turn.fail(Refusal(503, f"no engine could be reached: {error}", code="engine_lost"))
+        except EngineError as error:
+            turn.fail(Refusal(500, f"the engine failed: {error}", code="engine_failed"))
+        except Exception as error:  # a fault of ours must not leave a client waiting
+            log.exception("an answer to the agent of prompt %s failed", self.prompt_id)
+            turn.fail(Refusal(500, f"the answer failed: {described(error)}", code="failed"))
+        finally:
+            self.counters["given_up"] += int(turn.failed)
+
+    async def _work(
+        self, turn: AgentTurn, request: ChatRequest, place: Place, syntax: Syntax | None, trains: bool
+    ) -> Answer:
+        """Generate the answer, and record it now that it is whole."""
+        room = self._model.max_context - place.size
+        most = min(room, request.max_tokens or room)
+        asked = GenerateRequest(
+            rid=f"{self._route}:{turn.key}",
+            input_ids=self._map.prompt(place),
+            sampling=self._sampling(request, most, syntax, trains),
+            route=self._route,
+            parent=self._rids.get(place.turn, ""),
+        )
+        whole, written, stopped = await write_turn(self._model, asked, syntax, request.stops, turn.say)
+        calls = tuple(
+            FunctionCall(call.tool, canonical(call.arguments), uuid.uuid4().hex[:20])
+            for call in written.calls
+        )
+        piece = self._map.commit(place, whole)
+        self._rids[piece] = asked.rid
+        said = NormalMessage("assistant", written.text, calls, written.reasoning)
+        self._map.given(request, place, piece, said)
+        turn.when_handed = lambda out: setattr(self._map.forest.pieces[piece], "trained", out and trains)
+        cut = whole.finish is not None and whole.finish.type == "length"
+        if cut and most == room:
+            self.limit = Outcome.LENGTH
+        self.counters["turns" if trains else "frozen_turns"] += 1
+        self.counters["malformed"] += int(written.malformed)
+        return Answer(
+            id=turn.key,
+            reasoning=written.reasoning,
+            text=written.text,
+            calls=calls,
+            finish="length" if cut else "calls" if calls else "stop",
+            stopped=stopped,
+            prompt_tokens=place.size,
+            cached_tokens=whole.cached_tokens,
+            tokens=whole.tokens.size,
+        )
+
+    def _sampling(self, request: ChatRequest, most: int, syntax: Syntax | None, trains: bool) -> Sampling:
+        """Ours, for what is trained on; the client's, where nothing is."""
+        model = self._model
+        temperature, top_p = self._temperature, model.top_p
+        if not trains:
+            temperature = temperature if request.temperature is None else request.temperature
+            top_p = top_p if request.top_p is None else request.top_p
+        eos = model.tokenizer.eos_token_id
+        return Sampling(
+            max_new_tokens=most,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=model.top_k,
+            stop=syntax.stops if syntax and model.one_call else (),
+            stop_token_ids=tuple(end for end in model.rendering.ends if end != eos),
+            seed=int(self._seeds.integers(2**31)),
+        )
