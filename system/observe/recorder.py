@@ -27,10 +27,10 @@ from system.observe.metrics import (
     train_metrics,
     tree_metrics,
 )
-from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
 from system.observe.totals import Totals, add, highest
+from system.redact import redact
 from system.text import one_line
 from system.tree.stats import TreeStats
 
