@@ -284,6 +284,7 @@ ENVIRONMENTS = Registry(
     "environment.name",
     {"tools": "system.envs.make:no_worlds", "python": "system.envs.python:PythonEnvironment"},
 )
+AGENTS = Registry("agent.run", {}, given=("session", "task"))
 CREDITS = Registry(
     "learn.credit",
     {

@@ -249,10 +249,11 @@ def _leaf_line(tree: Tree, leaf: int, view: View) -> Text:
 
 def _told_of(tree: Tree, leaf: int) -> str:
     """What the rewards said of a leaf, by name; or why it has no score."""
-    if why := tree.meta.get("unscored", {}).get(str(leaf)):
+    number = int(tree.episode[leaf]) if tree.episode.size else leaf
+    if why := tree.meta.get("unscored", {}).get(str(number)):
         return one_line(why)
     parts = tree.meta.get("parts", ())
-    said = (parts[leaf] if leaf < len(parts) else None) or {}
+    said = (parts[number] if number < len(parts) else None) or {}
     return ", ".join(f"{name} {said[name]:.3g}" for name in tree.meta.get("measured", ()) if name in said)
 
 

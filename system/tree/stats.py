@@ -119,7 +119,6 @@ class TreeStats:
             forks=origins[Origin.FORK],
             top_ups=origins[Origin.TOP_UP],
             correct=judged[judged >= 0] == 1,
-            parts={name: values[first] for name, values in chains.parts.items()},
             ends=tree.leaf[order] if several else np.zeros(0, np.int32),
             owner=tree.episode[order] if several else np.zeros(0, np.int32),
         )
@@ -268,9 +267,9 @@ class TreeStats:
 
 
 def _parts(tree: Tree) -> dict[str, Float32]:
-    """The record's parts by name, of those that it says are measured."""
+    """The record's parts by name, of those that it says are measured: of its episodes, if it has such."""
     leaves = [one or {} for one in tree.meta.get("parts", ())]
-    if len(leaves) != tree.n_leaves:
+    if len(leaves) != (np.unique(tree.episode).size or tree.n_leaves):
         return {}
     return {
         name: np.array([one.get(name, np.nan) for one in leaves], np.float32)
