@@ -163,7 +163,12 @@ class AnswerReader:
         """What of the held text is no beginning of one of ``marks``, nor spaces before one."""
         size = len(self._held)
         begun = max(
-            (n for mark in marks for n in range(1, min(len(mark), size + 1)) if self._held.endswith(mark[:n])),
+            (
+                n
+                for mark in marks
+                for n in range(1, min(len(mark), size + 1))
+                if self._held.endswith(mark[:n])
+            ),
             default=0,
         )
         text = self._held[: size - begun].rstrip()
@@ -232,6 +237,4 @@ class _TextOf:
 
     def _decode(self, end: int) -> str:
         ids = self._ids[self._start : end]
-        return str(
-            self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,7 +1,7 @@
 """The server that other people's agents speak to: each session in the words of the provider they know.
 
-A session's key is all that a client needs, and all that it may use: in the URL (``/s/KEY/v1/…``) or as the API
-key.  It says nothing of what it opens.
+A session's key is all that a client needs, and all that it may use: in the URL (``/s/KEY/v1/…``) or as the
+API key.  It says nothing of what it opens.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from system.agents.messages import ChatRequest, Refusal
 from system.agents.model import FROZEN, ServedModel
 from system.agents.session import AgentSession
 from system.agents.turn import AgentTurn
-from system.agents.wire import Wire
+from system.agents.wire import Dialect
 from system.agents.wire_chat import ChatWire
 from system.serving import AppServer, serve
 
 MAX_BODY_BYTES = 64 << 20
 KEEP_ALIVE_S = 10.0  # clients drop streams that are silent for longer than 20 s or so
+CLOSED = 10_000  # closed sessions that are remembered, so that a late request is told why it is refused
 NAME = "espalier"  # of the trained model, where clients ask which there are
 RETRIES = "x-stainless-retry-count"  # the official clients say so when they send a request again
 # Neither official client then sends the request again, which it would for these.
@@ -47,6 +48,7 @@ class AgentEndpoint:
         self._model, self._host, self._port = model, host, port
         self._trained, self._keep_alive_s = tuple(trained), keep_alive_s
         self._sessions: dict[bytes, AgentSession] = {}  # by the digest of its key
+        self._closed: dict[bytes, None] = {}  # likewise, the oldest first
         self._server: AppServer | None = None
 
     async def start(self) -> str:
@@ -83,8 +85,15 @@ class AgentEndpoint:
             trained=self._trained,
         )
         self._sessions[_digest(session.key)] = session
-        session.when_closed = lambda: self._sessions.pop(_digest(session.key), None)
+        session.when_closed = lambda: self._forget(_digest(session.key))
         return session
+
+    def _forget(self, digest: bytes) -> None:
+        """What was said stays with the episode; here, only that there was such a session."""
+        del self._sessions[digest]
+        self._closed[digest] = None
+        if len(self._closed) > CLOSED:
+            del self._closed[next(iter(self._closed))]
 
     # Requests
 
@@ -97,7 +106,7 @@ class AgentEndpoint:
             app.router.add_get(f"{root}/v1/models", self._models)
         return app
 
-    def _answering(self, wire: Wire) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _answering(self, wire: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         """The handler of requests in the words of ``wire``."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
@@ -117,7 +126,7 @@ class AgentEndpoint:
         return handle
 
     async def _whole(
-        self, request: web.Request, wire: Wire, asked: ChatRequest, turn: AgentTurn
+        self, request: web.Request, wire: Dialect, asked: ChatRequest, turn: AgentTurn
     ) -> web.StreamResponse:
         try:
             async with aclosing(turn.deltas(self._keep_alive_s)) as deltas:
@@ -133,7 +142,7 @@ class AgentEndpoint:
         return response
 
     async def _stream(
-        self, request: web.Request, wire: Wire, asked: ChatRequest, turn: AgentTurn
+        self, request: web.Request, wire: Dialect, asked: ChatRequest, turn: AgentTurn
     ) -> web.StreamResponse:
         events = wire.events(turn.key, asked)
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
@@ -180,7 +189,10 @@ class AgentEndpoint:
         if not shown:
             kind, _, shown = request.headers.get("Authorization", "").partition(" ")
             shown = shown.strip() if kind.lower() == "bearer" else ""
-        session = self._sessions.get(_digest(shown))
+        digest = _digest(shown)
+        if digest in self._closed:
+            raise Refusal(409, "the session is closed", code="session_over")
+        session = self._sessions.get(digest)
         if session is None or not hmac.compare_digest(session.key.encode(), shown.encode(errors="replace")):
             raise Refusal(
                 401,
@@ -210,6 +222,6 @@ async def _body(request: web.Request) -> tuple[Mapping[str, Any], bytes]:
     return cast("dict[str, Any]", body), raw
 
 
-def _refused(wire: Wire, refusal: Refusal) -> web.Response:
+def _refused(wire: Dialect, refusal: Refusal) -> web.Response:
     headers = FINAL.get(refusal.status, {})
     return web.json_response(wire.error(refusal), status=refusal.status, headers=headers)

@@ -1,9 +1,9 @@
 """From requests to places in a session's forest.
 
-A request is mapped by meaning first: where its messages begin as a conversation of this session did, up to an
-answer that was given, that answer's own tokens stand for it, and what comes behind it is appended.  Where the
-agent has rewritten what was said, its request is rendered as a whole, and goes on from the deepest piece whose
-tokens it repeats.  Nothing that was sampled is ever made tokens again, or taken away.
+A request is mapped by meaning first: where its messages begin as a conversation of this session did, up to
+an answer that was given, that answer's own tokens stand for it, and what comes behind it is appended.  Where
+the agent has rewritten what was said, its request is rendered as a whole, and goes on from the deepest piece
+whose tokens it repeats.  Nothing that was sampled is ever made tokens again, or taken away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from system.rollout.codec import TemplateRefused
 from system.tree.record import Int32, Kind
 
 
-class Place(NamedTuple):
+class RequestPlace(NamedTuple):
     """Where a request goes on."""
 
     piece: int  # -1: nowhere
@@ -52,7 +52,7 @@ class RequestMap:
         self._given: defaultdict[bytes, list[_Given]] = defaultdict(list)  # by the messages up to it
         self._made: dict[str, FunctionCall] = {}  # by id
 
-    def place(self, request: ChatRequest) -> Place:
+    def place(self, request: ChatRequest) -> RequestPlace:
         """Where ``request`` goes on.  Raises :class:`.Refusal` for messages that cannot be rendered."""
         number, turn = self._newest(request)
         fresh = request.messages[number:]
@@ -65,7 +65,7 @@ class RequestMap:
             except TemplateRefused:  # no exact form behind a turn: it has one as part of the whole
                 pass
             else:
-                return Place(turn, told, path.size + told.size, turn, fresh)
+                return RequestPlace(turn, told, path.size + told.size, turn, fresh)
         try:
             whole = self._rendering.prompt(
                 [message.rendered() for message in request.messages], request.tools
@@ -73,21 +73,21 @@ class RequestMap:
         except TemplateRefused as refused:
             raise Refusal(400, f"messages: {refused}", field="messages") from refused
         piece, size = self._deepest(whole)
-        return Place(piece, whole[size:], whole.size, -1, ())
+        return RequestPlace(piece, whole[size:], whole.size, -1, ())
 
-    def prompt(self, place: Place) -> Int32:
+    def prompt(self, place: RequestPlace) -> Int32:
         """All tokens [P] of a request at ``place``."""
         before = self.forest.tokens(place.piece) if place.piece >= 0 else np.empty(0, np.int32)
         return np.concatenate([before, place.told])
 
-    def commit(self, place: Place, turn: Chunk) -> int:
+    def commit(self, place: RequestPlace, turn: Chunk) -> int:
         """Add the model's ``turn`` and what it answers; the turn's piece, which is not trained on so far."""
         above = self._told(place)
         return self.forest.add_turn(
             above, turn.tokens, turn.logprob, turn.entropy, turn.version, trained=False
         )
 
-    def given(self, request: ChatRequest, place: Place, piece: int, message: NormalMessage) -> None:
+    def given(self, request: ChatRequest, place: RequestPlace, piece: int, message: NormalMessage) -> None:
         """From now on ``message`` behind those of ``request`` stands for ``piece``."""
         known = ChatRequest((*request.messages, message), request.tools)
         self._given[known.prefixes()[-1]].append(_Given(piece, place.turn, message.reasoning))
@@ -112,8 +112,8 @@ class RequestMap:
 
     def _deepest(self, tokens: Int32) -> tuple[int, int]:
         """The deepest piece on the way of ``tokens`` [P], and how many of them stand up to its end."""
-        best = (-1, 0)
-        waiting = [best]
+        best: tuple[int, int] = (-1, 0)
+        waiting: list[tuple[int, int]] = [best]
         while waiting:
             piece, begin = waiting.pop()
             for child in self.forest.children(piece):
@@ -124,7 +124,7 @@ class RequestMap:
                     best = max(best, (child, end), key=lambda found: found[1])
         return best
 
-    def _told(self, place: Place) -> int:
+    def _told(self, place: RequestPlace) -> int:
         """The piece that the answer to a request at ``place`` hangs below."""
         if not place.told.size:
             return place.piece

@@ -7,14 +7,14 @@ import logging
 import secrets
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import numpy as np
 
 from system.agents.forest import Episode, trained_ends
 from system.agents.generate import write_turn
-from system.agents.mapping import Place, RequestMap
+from system.agents.mapping import RequestPlace, RequestMap
 from system.agents.messages import ChatRequest, FunctionCall, NormalMessage, Refusal, canonical
 from system.agents.model import FROZEN, ServedModel
 from system.agents.turn import AgentTurn
@@ -53,6 +53,7 @@ class AgentSession:
         self.prompt_id, self.seed = prompt_id, seed
         self.counters: Counter[str] = Counter()
         self.limit: Outcome | None = None  # the rule of ours that the newest request met
+        self.when_closed: Callable[[], None] = lambda: None
         self._closed = False
         self._model, self._turns, self._trained = model, turns, frozenset(trained)
         self._temperature = model.temperature if temperature is None else temperature
@@ -110,12 +111,13 @@ class AgentSession:
     def close(self, outcome: Outcome) -> Episode:
         """End it: no request is answered any more, and those on their way are given up.
 
-        ``outcome``: ENDED where the agent finished, ENVIRONMENT where it failed, or another.  Where a limit of
-        ours stopped it, that is the outcome.
+        ``outcome``: ENDED where the agent finished, ENVIRONMENT where it failed, or another.  Where a limit
+        of ours stopped it, that is the outcome.
         """
         if self._closed:
             raise RuntimeError("the session is closed already")
         self._closed = True
+        self.when_closed()
         self._expiry.cancel()
         self._give_up("the session is closed")
         if outcome in (Outcome.ENDED, Outcome.ENVIRONMENT) and self.limit is not None:
@@ -146,7 +148,7 @@ class AgentSession:
 
     def _refuse_late(self) -> None:
         if self._closed:
-            raise Refusal(409, "the session is closed", code="session_closed")
+            raise Refusal(409, "the session is closed", code="session_over")
         if self.limit == Outcome.DEADLINE:
             raise Refusal(409, self._late(), code="session_over")
 
@@ -180,7 +182,7 @@ class AgentSession:
             self.counters["given_up"] += int(turn.failed)
 
     async def _work(
-        self, turn: AgentTurn, request: ChatRequest, place: Place, syntax: Syntax | None, trains: bool
+        self, turn: AgentTurn, request: ChatRequest, place: RequestPlace, syntax: Syntax | None, trains: bool
     ) -> Answer:
         """Generate the answer, and record it now that it is whole."""
         room = self._model.max_context - place.size

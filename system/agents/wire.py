@@ -45,7 +45,7 @@ class Events(Protocol):
     def failed(self, refusal: Refusal) -> bytes: ...
 
 
-class Wire(Protocol):
+class Dialect(Protocol):
     """One provider's words."""
 
     name: str
@@ -126,5 +126,6 @@ def refuse(body: Mapping[str, Any], fields: Collection[str], why: str) -> None:
 
 
 CHANGES = (
-    "it changes the distribution that the recorded log-probabilities describe, so it is not served: leave it out"
+    "it changes the distribution that the recorded log-probabilities describe, so it is not served: leave it "
+    "out"
 )

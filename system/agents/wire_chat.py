@@ -171,7 +171,9 @@ def _called(given: Mapping[str, Any], where: str) -> FunctionCall:
         name = f"{where}.tool_calls"
         raise Refusal(400, f"{name}: expected calls of functions, with a name", field=name)
     function = cast("dict[str, Any]", told)
-    return FunctionCall(function["name"], canonical(function.get("arguments") or {}), as_text(given.get("id")))
+    return FunctionCall(
+        function["name"], canonical(function.get("arguments") or {}), as_text(given.get("id"))
+    )
 
 
 def _tool(given: Mapping[str, Any], number: int) -> dict[str, Any]:
