@@ -14,7 +14,7 @@ import numpy as np
 
 from system.agents.forest import Episode, trained_ends
 from system.agents.generate import write_turn
-from system.agents.mapping import RequestPlace, RequestMap
+from system.agents.mapping import RequestMap, RequestPlace
 from system.agents.messages import ChatRequest, FunctionCall, NormalMessage, Refusal, canonical
 from system.agents.model import FROZEN, ServedModel
 from system.agents.turn import AgentTurn
@@ -93,7 +93,8 @@ class AgentSession:
                 field="messages",
             )
         self.limit = None
-        self.counters["rewrites"] += int(place.turn < 0 and bool(self._map.forest.pieces))
+        anew = place.turn < 0 and place.told.size > 0  # not even the same request once more
+        self.counters["rewrites"] += int(anew and bool(self._map.forest.pieces))
         self.counters["tool_choice"] += int(request.forced)
         turn = AgentTurn(uuid.uuid4().hex, place.size)
         self._asked[digest].append(turn)
