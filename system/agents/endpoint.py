@@ -22,6 +22,7 @@ from system.agents.turn import AgentTurn
 from system.agents.wire import Dialect
 from system.agents.wire_anthropic import AnthropicWire
 from system.agents.wire_chat import ChatWire
+from system.agents.wire_responses import ResponsesWire
 from system.serving import AppServer, serve
 
 MAX_BODY_BYTES = 64 << 20
@@ -100,7 +101,8 @@ class AgentEndpoint:
 
     def _app(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        for wire, path in ((ChatWire(), "chat/completions"), (AnthropicWire(), "messages")):
+        paths = {"chat/completions": ChatWire(), "responses": ResponsesWire(), "messages": AnthropicWire()}
+        for path, wire in paths.items():
             for root in ("", "/s/{key}"):
                 app.router.add_post(f"{root}/v1/{path}", self._answering(wire))
         for root in ("", "/s/{key}"):

@@ -80,6 +80,7 @@ class ChatRequest:
     top_p: float | None = None
     forced: bool = False  # a tool choice other than "auto", which is not enforced
     usage: bool = False  # a stream is to tell of its tokens
+    previous: str = ""  # the id of the answer that these messages come behind; "": they are all there are
 
     def prefixes(self) -> list[bytes]:
         """A digest for each beginning of the messages, from none of them to all: equal beginnings, told the
