@@ -20,7 +20,9 @@ from system.agents.model import FROZEN, ServedModel
 from system.agents.session import AgentSession
 from system.agents.turn import AgentTurn
 from system.agents.wire import Dialect
+from system.agents.wire_anthropic import AnthropicWire
 from system.agents.wire_chat import ChatWire
+from system.agents.wire_responses import ResponsesWire
 from system.serving import AppServer, serve
 
 MAX_BODY_BYTES = 64 << 20
@@ -99,10 +101,12 @@ class AgentEndpoint:
 
     def _app(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        for wire, path in ((ChatWire(), "chat/completions"),):
+        paths = {"chat/completions": ChatWire(), "responses": ResponsesWire(), "messages": AnthropicWire()}
+        for path, wire in paths.items():
             for root in ("", "/s/{key}"):
                 app.router.add_post(f"{root}/v1/{path}", self._answering(wire))
         for root in ("", "/s/{key}"):
+            app.router.add_post(f"{root}/v1/messages/count_tokens", self._count)
             app.router.add_get(f"{root}/v1/models", self._models)
         return app
 
@@ -162,6 +166,15 @@ class AgentEndpoint:
             await response.write(events.end(turn.answer))
             await response.write_eof()
         return response
+
+    async def _count(self, request: web.Request) -> web.StreamResponse:
+        wire = AnthropicWire()
+        try:
+            session = self._session(request)
+            body, _ = await _body(request)
+            return web.json_response({"input_tokens": session.count(wire.asked(body))})
+        except Refusal as refusal:
+            return _refused(wire, refusal)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         try:

@@ -80,6 +80,7 @@ class ChatRequest:
     top_p: float | None = None
     forced: bool = False  # a tool choice other than "auto", which is not enforced
     usage: bool = False  # a stream is to tell of its tokens
+    previous: str = ""  # the id of the answer that these messages come behind; "": they are all there are
 
     def prefixes(self) -> list[bytes]:
         """A digest for each beginning of the messages, from none of them to all: equal beginnings, told the
@@ -155,17 +156,19 @@ def text_of(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
         return as_text(content)
     if not isinstance(content, list):
         raise Refusal(400, f"{where}: expected a text or a list of parts", field=where)
-    texts: list[str] = []
-    for i, part in enumerate(cast("list[Any]", content)):
-        if isinstance(part, str):
-            texts.append(as_text(part))
-            continue
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds:
-            name = f"{where}[{i}]"
-            raise Refusal(400, f"{name}: the model reads text, and this is of type {kind!r}", field=name)
-        texts.append(as_text(part.get("text", part.get("refusal", ""))))
-    return "\n".join(texts)
+    return "\n".join(
+        part_text(part, f"{where}[{i}]", kinds) for i, part in enumerate(cast("list[Any]", content))
+    )
+
+
+def part_text(part: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
+    """The text of one part of a content.  Raises :class:`Refusal` as :func:`text_of` does."""
+    if isinstance(part, str):
+        return as_text(part)
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in kinds:
+        raise Refusal(400, f"{where}: the model reads text, and this is of type {kind!r}", field=where)
+    return as_text(part.get("text", part.get("refusal", "")))
 
 
 def _spec(tool: Mapping[str, Any]) -> ToolSpec:

@@ -8,14 +8,15 @@ import secrets
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from system.agents.forest import Episode, trained_ends
 from system.agents.generate import write_turn
-from system.agents.mapping import RequestPlace, RequestMap
-from system.agents.messages import ChatRequest, FunctionCall, NormalMessage, Refusal, canonical
+from system.agents.mapping import RequestMap, RequestPlace
+from system.agents.messages import ChatRequest, FunctionCall, NormalMessage, Refusal, canonical, normalised
 from system.agents.model import FROZEN, ServedModel
 from system.agents.turn import AgentTurn
 from system.agents.wire import Answer
@@ -60,6 +61,7 @@ class AgentSession:
         self._deadline_s, self._route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
         self._map = RequestMap(model.rendering)
         self._rids: dict[int, str] = {}  # by MODEL piece: the request that wrote it
+        self._said: dict[str, tuple[NormalMessage, ...]] = {}  # by answer: all messages up to it
         self._asked: defaultdict[bytes, list[AgentTurn]] = defaultdict(list)  # by body
         self._working: dict[AgentTurn, bool] = {}  # and whether it counts as a turn
         self._seeds = np.random.Generator(np.random.PCG64(seed))
@@ -79,6 +81,7 @@ class AgentSession:
         if trains and self._turns and self.counters["turns"] + sum(self._working.values()) >= self._turns:
             self.limit = Outcome.TURN_LIMIT
             raise Refusal(429, f"the {self._turns} turns of this session are spent", code="turn_limit")
+        request = self._whole(request)
         syntax = self._syntax(request)
         place = self._map.place(request)
         room = self._model.max_context - place.size
@@ -93,7 +96,8 @@ class AgentSession:
                 field="messages",
             )
         self.limit = None
-        self.counters["rewrites"] += int(place.turn < 0 and bool(self._map.forest.pieces))
+        anew = place.turn < 0 and place.told.size > 0  # not even the same request once more
+        self.counters["rewrites"] += int(anew and bool(self._map.forest.pieces))
         self.counters["tool_choice"] += int(request.forced)
         turn = AgentTurn(uuid.uuid4().hex, place.size)
         self._asked[digest].append(turn)
@@ -106,7 +110,7 @@ class AgentSession:
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that ``request`` would make.  Raises :class:`Refusal`."""
         self._refuse_late()
-        return self._map.place(request).size
+        return self._map.place(self._whole(request)).size
 
     def close(self, outcome: Outcome) -> Episode:
         """End it: no request is answered any more, and those on their way are given up.
@@ -158,6 +162,18 @@ class AgentSession:
 
     # One turn
 
+    def _whole(self, request: ChatRequest) -> ChatRequest:
+        """``request`` with the messages that it goes on from."""
+        if not request.previous:
+            return request
+        if (before := self._said.get(request.previous)) is None:
+            field = "previous_response_id"
+            raise Refusal(404, f"{field}: no answer of this session has this id", field=field)
+        # What the system was told before is not told again, as OpenAI has it.
+        told = [one for one in before if one.role != "system"]
+        system = [one for one in request.messages[:1] if one.role == "system"]
+        return replace(request, messages=normalised([*system, *told, *request.messages[len(system) :]]))
+
     def _syntax(self, request: ChatRequest) -> Syntax | None:
         """How the model writes calls of the tools that it is told of."""
         if not request.tools:
@@ -172,6 +188,7 @@ class AgentSession:
         try:
             turn.complete(await work)
         except EngineLost as error:
+            self.counters["engine_lost"] += 1
             turn.fail(Refusal(503, f"no engine could be reached: {error}", code="engine_lost"))
         except EngineError as error:
             turn.fail(Refusal(500, f"the engine failed: {error}", code="engine_failed"))
@@ -203,6 +220,7 @@ class AgentSession:
         self._rids[piece] = asked.rid
         said = NormalMessage("assistant", written.text, calls, written.reasoning)
         self._map.given(request, place, piece, said)
+        self._said[turn.key] = (*request.messages, said)
         turn.when_handed = lambda out: setattr(self._map.forest.pieces[piece], "trained", out and trains)
         cut = whole.finish is not None and whole.finish.type == "length"
         if cut and most == room:
