@@ -1,4 +1,4 @@
-"""An agent as anybody would write it, with OpenAI's client: it knows nothing of training, and is trained as it is.
+"""An agent as anybody would write it, with OpenAI's client: it knows nothing of training, and needs not to.
 
     espalier train search_agent.yaml
 

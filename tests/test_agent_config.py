@@ -31,6 +31,7 @@ def run(session: object, task: object, effort: int = 1) -> None:
         (["rollout.schedule=eager"], "rollout.schedule=eager is for branches"),
         (["guide.others=0.5"], "it says itself what the model is told"),
         (["agent.deadline_s=900"], "agent.deadline_s=900 exceeds rollout.tree_deadline_s=600"),
+        (["agent.concurrency=4"], "agent.concurrency=4 is below rollout.leaves=8"),
         (["agent.turns=-1"], "agent.turns=-1 must be 0 or more"),
     ],
 )
@@ -38,6 +39,12 @@ def test_what_an_agent_does_not_go_with(words: list[str], says: str) -> None:
     load(None, list(FITS))
     with pytest.raises(ConfigError, match=says):
         load(None, [*FITS, *words])
+
+
+def test_only_as_many_groups_run_as_there_is_room_for_their_episodes() -> None:
+    config = load(None, [*FITS, "agent.concurrency=20", "rollout.workers=3", "rollout.concurrency=50"])
+    assert config.trees_at_once == 6  # 2 of 8 episodes on each worker
+    assert load(None, ["agent.concurrency=20", "rollout.concurrency=50"]).trees_at_once == 50
 
 
 def test_no_agent_is_no_agent() -> None:
@@ -59,7 +66,7 @@ def test_a_function_that_is_not_there_or_takes_other_options(words: list[str], s
 
 
 def test_a_word_that_is_no_path_is_refused() -> None:
-    with pytest.raises(ConfigError, match="agent.run='runs'"):
+    with pytest.raises(ConfigError, match=r"agent\.run='runs'"):
         load(None, ["branching=none", "tools.names=[]", "agent.run=runs"])
 
 

@@ -115,9 +115,10 @@ class ProgramAgent:
         finally:
             await asyncio.to_thread(program.remove)
         if ended.code != 0:
-            how = f"signal {-ended.code}" if ended.code < 0 else f"code {ended.code}"
             last = next((line for line in reversed(ended.shown.splitlines()) if line.strip()), "no output")
-            raise AgentFailed(f"the agent's program ended with {how}: {last}", ended.shown[-SHOWN:])
+            raise AgentFailed(
+                f"the agent's program ended with code {ended.code}: {last}", ended.shown[-SHOWN:]
+            )
         return Ran(_last_object(ended.stdout), ended.shown[-SHOWN:])
 
 

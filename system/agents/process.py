@@ -11,14 +11,14 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from system.engine.sglang import supervisor
 from system.redact import HIDDEN, redact
 
 KEPT = 64 << 10  # bytes of each stream that are kept, the last
@@ -48,7 +48,7 @@ class Program:
 class Ended:
     """A program that is gone."""
 
-    code: int  # below 0: the signal that ended it
+    code: int  # 128 + n: signal n ended it
     stdout: str  # the last KEPT bytes, without the secret
     stderr: str
 
@@ -81,28 +81,32 @@ async def run_program(
 ) -> Ended:
     """Run ``words`` in the program's directory until it ends, and end with it whatever it has started.
 
-    When this is cancelled, all of it is asked to end, and killed after ``GRACE_S``.  Raises OSError where it
-    cannot be started.
+    When this is cancelled, all of it is asked to end, and killed after ``GRACE_S``; when this process dies,
+    at once.  Raises OSError where it cannot be started.
     """
     scratch = str(program.directory)
+    env = {**inherited(keep), "TMPDIR": scratch, **environment}
+    if shutil.which(words[0], path=env["PATH"]) is None:
+        raise FileNotFoundError(f"there is no program {words[0]!r}")
     process = await asyncio.create_subprocess_exec(
-        *words,
-        stdin=DEVNULL,
+        *(sys.executable, "-I", "-S", supervisor.__file__, *words),
+        stdin=PIPE,
         stdout=PIPE,
         stderr=PIPE,
         cwd=scratch,
-        env={**inherited(keep), "TMPDIR": scratch, **environment},
+        env=env,
         start_new_session=True,
     )
-    tails = [_Tail(), _Tail()]
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
+    tails = [_Tail(), _Tail()]
     streams = zip(tails, (process.stdout, process.stderr), strict=True)
     reading = [asyncio.create_task(tail.read(stream)) for tail, stream in streams]
     try:
         await _gone(process)
     finally:
-        await _end(process)
+        await _end(process, process.stdin)
         await asyncio.wait(reading, timeout=DRAIN_S)  # a stranger may hold the other end
         for task in reading:
             task.cancel()
@@ -136,18 +140,13 @@ async def _gone(process: Process) -> None:
         waiting.cancel()
 
 
-async def _end(process: Process) -> None:
-    """End the group: whoever is left of it."""
+async def _end(process: Process, owned: asyncio.StreamWriter) -> None:
+    """End the supervisor, which ends the group: whoever is left of it."""
     try:
         if process.returncode is None:
-            _signal(process.pid, signal.SIGTERM)
+            process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(_gone(process), GRACE_S)
     finally:
-        _signal(process.pid, signal.SIGKILL)
+        owned.close()  # it then kills
     await _gone(process)
-
-
-def _signal(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)

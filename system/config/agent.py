@@ -32,6 +32,11 @@ def agent_problems(config: Config) -> Iterator[str]:
         yield f"{key}: rollout.{asks[0]}=true is for branches that grow here: take it out"
     if rollout.schedule != "barrier-free":
         yield f"{key}: rollout.schedule={rollout.schedule} is for branches that grow here: take it out"
+    if agent.concurrency < rollout.leaves:
+        yield (
+            f"agent.concurrency={agent.concurrency} is below rollout.leaves={rollout.leaves}, and the "
+            "episodes of a question run together: raise the former"
+        )
     if agent.deadline_s > rollout.tree_deadline_s:
         yield (
             f"agent.deadline_s={agent.deadline_s:g} exceeds rollout.tree_deadline_s="

@@ -353,3 +353,11 @@ class Config:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def trees_at_once(self) -> int:
+        """How many trees grow at once; those of agents, as many as find their episodes' places free."""
+        rollout, agent = self.rollout, self.agent
+        if not agent.on:
+            return rollout.concurrency
+        return min(rollout.concurrency, rollout.workers * max(agent.concurrency // rollout.leaves, 1))

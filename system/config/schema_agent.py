@@ -34,7 +34,9 @@ class AgentConfig:
     deadline_s: float = setting(
         300.0, "seconds of one episode; then its processes are killed", above=0, safe_on_resume=True
     )
-    concurrency: int = setting(64, "episodes at once, per rollout worker", least=1, safe_on_resume=True)
+    concurrency: int = setting(
+        64, "episodes at once, per rollout worker: rollout.leaves or more", least=1, safe_on_resume=True
+    )
     columns: list[str] = setting(
         [], "columns of the data that the agent is told with its task; gold answers, it never is"
     )

@@ -91,7 +91,7 @@ async def test_a_program_that_fails_says_how(tmp_path: Path) -> None:
     with pytest.raises(AgentFailed, match="code 1: no such model") as failed:
         await program(tmp_path, code)(SESSION, TASK)
     assert "hunter2" not in failed.value.output
-    with pytest.raises(AgentFailed, match=r"agent\.command: .*No such file"):
+    with pytest.raises(AgentFailed, match=r"agent\.command: .*there is no program"):
         await ProgramAgent(AgentConfig(command="/no/such/program"), tmp_path)(SESSION, TASK)
 
 
@@ -225,3 +225,25 @@ def test_rewards_are_numbers() -> None:
 def test_a_column_that_is_not_there_is_named() -> None:
     with pytest.raises(AgentFailed, match=r"no column 'image' \(known: repo, gold\)"):
         told(PROMPT, ["image"])
+
+
+async def test_programs_do_not_outlive_a_worker_that_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pid"
+    code = f"import os, time; open({str(pids)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    (tmp_path / "agent.py").write_text(code)
+    (tmp_path / "scratch").mkdir()
+    worker = f"""
+import asyncio
+from pathlib import Path
+from system.agents.launch import ProgramAgent, SessionAddress
+from system.config import AgentConfig
+scratch = Path({str(tmp_path / "scratch")!r})
+agent = ProgramAgent(AgentConfig(command="python {tmp_path / "agent.py"}"), scratch)
+asyncio.run(agent(SessionAddress("", "", "key", "m", 0), {{"question": ""}}))
+"""
+    running = await asyncio.create_subprocess_exec(sys.executable, "-c", worker)
+    while not (pids.exists() and pids.read_text()):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    running.kill()
+    await running.wait()
+    assert gone(int(pids.read_text()))
