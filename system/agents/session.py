@@ -22,6 +22,7 @@ from system.agents.turn import AgentTurn
 from system.agents.wire import Answer
 from system.engine.protocol import EngineError, EngineLost, GenerateRequest, Sampling
 from system.plugins import PluginError
+from system.rollout.codec import TemplateRefused
 from system.rollout.syntax.base import Syntax
 from system.text import described
 from system.tree.record import Outcome
@@ -61,6 +62,7 @@ class AgentSession:
         self._deadline_s, self._route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
         self._map = RequestMap(model.rendering)
         self._rids: dict[int, str] = {}  # by MODEL piece: the request that wrote it
+        self._words: dict[bytes, str] = {}  # on tools, by these
         self._said: dict[str, tuple[NormalMessage, ...]] = {}  # by answer: all messages up to it
         self._asked: defaultdict[bytes, list[AgentTurn]] = defaultdict(list)  # by body
         self._working: dict[AgentTurn, bool] = {}  # and whether it counts as a turn
@@ -83,6 +85,7 @@ class AgentSession:
             raise Refusal(429, f"the {self._turns} turns of this session are spent", code="turn_limit")
         request = self._whole(request)
         syntax = self._syntax(request)
+        request = self._taught(request, syntax)
         place = self._map.place(request)
         room = self._model.max_context - place.size
         if room < 1:
@@ -110,7 +113,8 @@ class AgentSession:
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that ``request`` would make.  Raises :class:`Refusal`."""
         self._refuse_late()
-        return self._map.place(self._whole(request)).size
+        request = self._whole(request)
+        return self._map.place(self._taught(request, self._syntax(request))).size
 
     def close(self, outcome: Outcome) -> Episode:
         """End it: no request is answered any more, and those on their way are given up.
@@ -170,9 +174,10 @@ class AgentSession:
             field = "previous_response_id"
             raise Refusal(404, f"{field}: no answer of this session has this id", field=field)
         # What the system was told before is not told again, as OpenAI has it.
-        told = [one for one in before if one.role != "system"]
-        system = [one for one in request.messages[:1] if one.role == "system"]
-        return replace(request, messages=normalised([*system, *told, *request.messages[len(system) :]]))
+        told = before[int(before[0].role == "system") :]
+        new = int(request.messages[0].role == "system")
+        messages = [*request.messages[:new], *told, *request.messages[new:]]
+        return replace(request, messages=normalised(messages))
 
     def _syntax(self, request: ChatRequest) -> Syntax | None:
         """How the model writes calls of the tools that it is told of."""
@@ -182,6 +187,23 @@ class AgentSession:
             return self._model.syntax(request.specs())
         except PluginError as error:
             raise Refusal(400, f"tools: {error}", field="tools") from error
+
+    def _taught(self, request: ChatRequest, syntax: Syntax | None) -> ChatRequest:
+        """``request`` with words on its tools in the system message, where nothing else tells of them."""
+        if syntax is None:
+            return request
+        first = request.messages[0]
+        has_system = first.role == "system"
+        key = request.prefixes()[int(has_system)]
+        if key not in self._words:
+            try:
+                self._words[key] = self._model.words(first.text if has_system else "", request.tools, syntax)
+            except TemplateRefused as refused:
+                raise Refusal(400, f"tools: {refused}", field="tools") from refused
+        if not (words := self._words[key]):
+            return request
+        told = [*request.messages[: int(has_system)], NormalMessage("system", words)]
+        return replace(request, messages=normalised([*told, *request.messages[int(has_system) :]]))
 
     async def _answered(self, turn: AgentTurn, work: Coroutine[Any, Any, Answer]) -> None:
         """Have the answer written; say why there is none, where there is none."""
