@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,8 @@ class AgentSession:
         self.counters: Counter[str] = Counter()
         self.limit: Outcome | None = None  # the rule of ours that the newest request met
         self.when_closed: Callable[[], None] = lambda: None
-        self._closed = False
+        self._closed = self._done = False
+        self.result: dict[str, Any] = {}  # that was reported
         self._model, self._turns, self._trained = model, turns, frozenset(trained)
         self._temperature = model.temperature if temperature is None else temperature
         self._deadline_s, self._route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
@@ -116,6 +118,26 @@ class AgentSession:
         request = self._whole(request)
         return self._map.place(self._taught(request, self._syntax(request))).size
 
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Add to the episode's result: what the agent, or its surroundings, say of it.
+
+        ``reward``, a finite number, and ``correct`` are what they are in an agent's result.  Raises
+        :class:`Refusal`.
+        """
+        self._refuse_late()
+        reward = result.get("reward", 0.0)
+        if type(reward) not in (int, float) or not math.isfinite(reward):
+            raise Refusal(400, "reward: expected a finite number", field="reward")
+        if type(result.get("correct", False)) is not bool:
+            raise Refusal(400, "correct: expected true or false", field="correct")
+        self.result |= result
+
+    def finish(self) -> None:
+        """The agent says that it is done: it is answered no more.  Raises :class:`Refusal`."""
+        self._refuse_late()
+        self._done = True
+        self._give_up("the session is done")
+
     def close(self, outcome: Outcome) -> Episode:
         """End it: no request is answered any more, and those on their way are given up.
 
@@ -139,6 +161,9 @@ class AgentSession:
             forest=forest,
             outcome=outcome,
             chosen=trained_ends(forest),
+            reward=float(self.result.get("reward", math.nan)),
+            correct=int(self.result.get("correct", -1)),
+            result=dict(self.result),
             calls=self._map.calls,
             rewrites=counters.pop("rewrites", 0),
             retries=counters.pop("retries", 0),
@@ -155,8 +180,8 @@ class AgentSession:
         return f"the session's {self._deadline_s:g} s are over"
 
     def _refuse_late(self) -> None:
-        if self._closed:
-            raise Refusal(409, "the session is closed", code="session_over")
+        if self._closed or self._done:
+            raise Refusal(409, f"the session is {'closed' if self._closed else 'done'}", code="session_over")
         if self.limit == Outcome.DEADLINE:
             raise Refusal(409, self._late(), code="session_over")
 
