@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
+import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
 from hashlib import sha256
@@ -15,7 +17,7 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from system.agents.messages import ChatRequest, Refusal
+from system.agents.messages import ChatRequest, Refusal, valid
 from system.agents.model import FROZEN, ServedModel
 from system.agents.session import AgentSession
 from system.agents.turn import AgentTurn
@@ -24,12 +26,16 @@ from system.agents.wire_anthropic import AnthropicWire
 from system.agents.wire_chat import ChatWire
 from system.agents.wire_responses import ResponsesWire
 from system.serving import AppServer, serve
+from system.text import described
+
+log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
 KEEP_ALIVE_S = 10.0  # clients drop streams that are silent for longer than 20 s or so
 CLOSED = 10_000  # closed sessions that are remembered, so that a late request is told why it is refused
 NAME = "espalier"  # of the trained model, where clients ask which there are
 RETRIES = "x-stainless-retry-count"  # the official clients say so when they send a request again
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a character, perhaps without its other half
 # Neither official client then sends the request again, which it would for these.
 FINAL = {409: {"x-should-retry": "false"}, 429: {"x-should-retry": "false"}}
 
@@ -108,6 +114,8 @@ class AgentEndpoint:
         for root in ("", "/s/{key}"):
             app.router.add_post(f"{root}/v1/messages/count_tokens", self._count)
             app.router.add_get(f"{root}/v1/models", self._models)
+            app.router.add_post(f"{root}/reward", self._reward)
+            app.router.add_post(f"{root}/done", self._done)
         return app
 
     def _answering(self, wire: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -123,6 +131,9 @@ class AgentEndpoint:
                 turn = session.ask(asked, digest, retry)
             except Refusal as refusal:
                 return _refused(wire, refusal)
+            except Exception as error:  # a fault of ours, or of a chat template: the client is told, too
+                log.exception("a request to the endpoint failed")
+                return _refused(wire, Refusal(500, f"the request failed: {described(error)}", code="failed"))
             if asked.stream:
                 return await self._stream(request, wire, asked, turn)
             return await self._whole(request, wire, asked, turn)
@@ -176,6 +187,22 @@ class AgentEndpoint:
         except Refusal as refusal:
             return _refused(wire, refusal)
 
+    async def _reward(self, request: web.Request) -> web.StreamResponse:
+        try:
+            session = self._session(request)
+            body, _ = await _body(request)
+            session.report(body)
+        except Refusal as refusal:
+            return _refused(ChatWire(), refusal)
+        return web.json_response({"result": session.result})
+
+    async def _done(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._session(request).finish()
+        except Refusal as refusal:
+            return _refused(ChatWire(), refusal)
+        return web.json_response({"done": True})
+
     async def _models(self, request: web.Request) -> web.StreamResponse:
         try:
             self._session(request)
@@ -228,6 +255,8 @@ async def _body(request: web.Request) -> tuple[Mapping[str, Any], bytes]:
         raise Refusal(413, f"the request is longer than {MAX_BODY_BYTES} bytes", code="too_large") from error
     try:
         body = json.loads(raw)
+        if _SURROGATE.search(raw):
+            body = valid(body)
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is no JSON: {error}") from error
     if not isinstance(body, dict):

@@ -103,7 +103,7 @@ def canonical(arguments: Any) -> str:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             return arguments
-    return json.dumps(arguments, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(valid(arguments), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def normalised(messages: Sequence[NormalMessage]) -> tuple[NormalMessage, ...]:
@@ -134,6 +134,15 @@ def normalised(messages: Sequence[NormalMessage]) -> tuple[NormalMessage, ...]:
     return tuple(whole)
 
 
+def valid(value: Any) -> Any:
+    """A JSON value with texts that UTF-8 can hold."""
+    if isinstance(value, dict):
+        return {as_text(key): valid(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [valid(one) for one in cast("list[Any]", value)]
+    return as_text(value) if isinstance(value, str) else value
+
+
 def function(name: Any, description: Any, parameters: Any, where: str) -> dict[str, Any]:
     """A tool as chat templates know tools.  Raises :class:`Refusal` naming ``where``."""
     if not isinstance(name, str) or not name:
@@ -141,6 +150,8 @@ def function(name: Any, description: Any, parameters: Any, where: str) -> dict[s
     if parameters is not None and not isinstance(parameters, dict):
         raise Refusal(400, f"{where}: the parameters of {name!r} are no JSON schema", field=where)
     schema = cast("dict[str, Any]", parameters or {"type": "object", "properties": {}})
+    if not isinstance(schema.get("properties", {}), dict):
+        raise Refusal(400, f"{where}: the properties of {name!r} are no JSON object", field=where)
     return {
         "type": "function",
         "function": {"name": name, "description": as_text(description), "parameters": schema},
@@ -174,8 +185,14 @@ def part_text(part: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
 def _spec(tool: Mapping[str, Any]) -> ToolSpec:
     told = tool["function"]
     schema = told["parameters"]
-    names = [*schema.get("required", ()), *schema.get("properties", {})]
-    return ToolSpec(told["name"], told["description"], schema, primary=names[0] if names else "input")
+    required, properties = schema.get("required"), schema.get("properties", {})
+    names = [*(required if isinstance(required, list) else ()), *properties]
+    return ToolSpec(
+        told["name"],
+        told["description"],
+        schema,
+        primary=next((n for n in names if isinstance(n, str)), "input"),
+    )
 
 
 def _templated(call: FunctionCall) -> dict[str, Any]:

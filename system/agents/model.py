@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from system.engine.protocol import Engine
+from system.rollout.codec import ChatCodec
 from system.rollout.encode import Tokenizer, encode_text
 from system.rollout.syntax.base import Syntax
 from system.rollout.syntax.tags import TagSyntax
@@ -54,6 +55,17 @@ class ServedModel:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+
+    def words(self, system: str, tools: Sequence[Mapping[str, Any]], syntax: Syntax) -> str:
+        """What is to be said of ``tools`` besides what the ``system`` message and the chat template say; "":
+        nothing.  A model without a template knows the tools of its task.
+
+        Raises :class:`.TemplateRefused`.
+        """
+        if not isinstance(self.rendering, ChatCodec):
+            return ""
+        told = self.rendering.rendered([{"role": "user", "content": "?"}], tools)
+        return "" if syntax.is_told_in(f"{system}\n{told}") else syntax.describe()
 
 
 class PlainRendering:

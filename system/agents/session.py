@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from system.agents.turn import AgentTurn
 from system.agents.wire import Answer
 from system.engine.protocol import EngineError, EngineLost, GenerateRequest, Sampling
 from system.plugins import PluginError
+from system.rollout.codec import TemplateRefused
 from system.rollout.syntax.base import Syntax
 from system.text import described
 from system.tree.record import Outcome
@@ -55,12 +57,14 @@ class AgentSession:
         self.counters: Counter[str] = Counter()
         self.limit: Outcome | None = None  # the rule of ours that the newest request met
         self.when_closed: Callable[[], None] = lambda: None
-        self._closed = False
+        self._closed = self._done = False
+        self.result: dict[str, Any] = {}  # that was reported
         self._model, self._turns, self._trained = model, turns, frozenset(trained)
         self._temperature = model.temperature if temperature is None else temperature
         self._deadline_s, self._route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
         self._map = RequestMap(model.rendering)
         self._rids: dict[int, str] = {}  # by MODEL piece: the request that wrote it
+        self._words: dict[bytes, str] = {}  # on tools, by these
         self._said: dict[str, tuple[NormalMessage, ...]] = {}  # by answer: all messages up to it
         self._asked: defaultdict[bytes, list[AgentTurn]] = defaultdict(list)  # by body
         self._working: dict[AgentTurn, bool] = {}  # and whether it counts as a turn
@@ -83,6 +87,7 @@ class AgentSession:
             raise Refusal(429, f"the {self._turns} turns of this session are spent", code="turn_limit")
         request = self._whole(request)
         syntax = self._syntax(request)
+        request = self._taught(request, syntax)
         place = self._map.place(request)
         room = self._model.max_context - place.size
         if room < 1:
@@ -110,7 +115,28 @@ class AgentSession:
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that ``request`` would make.  Raises :class:`Refusal`."""
         self._refuse_late()
-        return self._map.place(self._whole(request)).size
+        request = self._whole(request)
+        return self._map.place(self._taught(request, self._syntax(request))).size
+
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Add to the episode's result: what the agent, or its surroundings, say of it.
+
+        ``reward``, a finite number, and ``correct`` are what they are in an agent's result.  Raises
+        :class:`Refusal`.
+        """
+        self._refuse_late()
+        reward = result.get("reward", 0.0)
+        if type(reward) not in (int, float) or not math.isfinite(reward):
+            raise Refusal(400, "reward: expected a finite number", field="reward")
+        if type(result.get("correct", False)) is not bool:
+            raise Refusal(400, "correct: expected true or false", field="correct")
+        self.result |= result
+
+    def finish(self) -> None:
+        """The agent says that it is done: it is answered no more.  Raises :class:`Refusal`."""
+        self._refuse_late()
+        self._done = True
+        self._give_up("the session is done")
 
     def close(self, outcome: Outcome) -> Episode:
         """End it: no request is answered any more, and those on their way are given up.
@@ -135,6 +161,9 @@ class AgentSession:
             forest=forest,
             outcome=outcome,
             chosen=trained_ends(forest),
+            reward=float(self.result.get("reward", math.nan)),
+            correct=int(self.result.get("correct", -1)),
+            result=dict(self.result),
             calls=self._map.calls,
             rewrites=counters.pop("rewrites", 0),
             retries=counters.pop("retries", 0),
@@ -151,8 +180,8 @@ class AgentSession:
         return f"the session's {self._deadline_s:g} s are over"
 
     def _refuse_late(self) -> None:
-        if self._closed:
-            raise Refusal(409, "the session is closed", code="session_over")
+        if self._closed or self._done:
+            raise Refusal(409, f"the session is {'closed' if self._closed else 'done'}", code="session_over")
         if self.limit == Outcome.DEADLINE:
             raise Refusal(409, self._late(), code="session_over")
 
@@ -170,9 +199,10 @@ class AgentSession:
             field = "previous_response_id"
             raise Refusal(404, f"{field}: no answer of this session has this id", field=field)
         # What the system was told before is not told again, as OpenAI has it.
-        told = [one for one in before if one.role != "system"]
-        system = [one for one in request.messages[:1] if one.role == "system"]
-        return replace(request, messages=normalised([*system, *told, *request.messages[len(system) :]]))
+        told = before[int(before[0].role == "system") :]
+        new = int(request.messages[0].role == "system")
+        messages = [*request.messages[:new], *told, *request.messages[new:]]
+        return replace(request, messages=normalised(messages))
 
     def _syntax(self, request: ChatRequest) -> Syntax | None:
         """How the model writes calls of the tools that it is told of."""
@@ -182,6 +212,23 @@ class AgentSession:
             return self._model.syntax(request.specs())
         except PluginError as error:
             raise Refusal(400, f"tools: {error}", field="tools") from error
+
+    def _taught(self, request: ChatRequest, syntax: Syntax | None) -> ChatRequest:
+        """``request`` with words on its tools in the system message, where nothing else tells of them."""
+        if syntax is None:
+            return request
+        first = request.messages[0]
+        has_system = first.role == "system"
+        key = request.prefixes()[int(has_system)]
+        if key not in self._words:
+            try:
+                self._words[key] = self._model.words(first.text if has_system else "", request.tools, syntax)
+            except TemplateRefused as refused:
+                raise Refusal(400, f"tools: {refused}", field="tools") from refused
+        if not (words := self._words[key]):
+            return request
+        told = [*request.messages[: int(has_system)], NormalMessage("system", words)]
+        return replace(request, messages=normalised([*told, *request.messages[int(has_system) :]]))
 
     async def _answered(self, turn: AgentTurn, work: Coroutine[Any, Any, Answer]) -> None:
         """Have the answer written; say why there is none, where there is none."""

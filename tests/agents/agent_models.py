@@ -31,6 +31,7 @@ TEMPLATE = """\
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
     {{- 'Tools:' }}
     {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\nCall: <tool_call>{"name": <name>, "arguments": <object>}</tool_call>' }}
     {{- '<|im_end|>\n' }}
 {%- elif messages[0].role == 'system' %}
     {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}

@@ -15,7 +15,7 @@ from agent_models import ADD, BAD, CLOSE, DONE, END, LOOK, OPEN, SAY, THINK, THO
 from aiohttp import web
 from test_chat_sdk import TOOLS, client
 
-from system.engine.protocol import EngineLost
+from system.engine.protocol import EngineError, EngineLost
 from system.serving import serve
 from system.tree.record import Kind, Outcome
 
@@ -440,10 +440,10 @@ async def test_an_answer_that_fills_the_context_ends_the_episode_by_length(scrip
 async def test_the_deadline_ends_it(scripted: Start) -> None:
     there, engine = await scripted(ANSWER)
     engine.going.clear()
-    session = await there.open(deadline_s=0.3)
-    with pytest.raises(openai.ConflictError, match=r"0.3 s are over"):
+    session = await there.open(deadline_s=1.5)
+    with pytest.raises(openai.ConflictError, match=r"1.5 s are over"):
         await ask(session, [USER])
-    with pytest.raises(openai.ConflictError, match=r"0.3 s are over"):
+    with pytest.raises(openai.ConflictError, match=r"1.5 s are over"):
         await ask(session, [USER])
     episode = session.close(Outcome.ENVIRONMENT)
     assert episode.outcome == Outcome.DEADLINE
@@ -466,12 +466,11 @@ async def test_keys_open_their_own_session_and_no_other(scripted: Start) -> None
 
 
 async def test_a_stream_that_fails_says_so(scripted: Start) -> None:
-    there, engine = await scripted(ANSWER)
-    engine.going.clear()
-    session = await there.open(deadline_s=0.3)
+    there, _ = await scripted(EngineError("broken"))
+    session = await there.open()
     async with client(session) as sdk:
         stream = await sdk.chat.completions.create(model="m", messages=[USER], stream=True)
-        with pytest.raises(openai.APIError, match="are over"):
+        with pytest.raises(openai.APIError, match="broken"):
             async for _ in stream:
                 pass
     assert not session.close(Outcome.ENDED).forest.pieces
