@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -85,9 +86,11 @@ class GroupRollout:
         for failed in self._scores.failures.values():
             self.mishap("reward", str(failed))
         episodes = [self._episode(number) for number in range(self.budget)]
-        for number, score in (self._scores.scores | self._given).items():
-            one = episodes[number]
-            one.reward, one.correct, one.parts = score.value, int(score.correct), score.parts
+        scores = self._scores.scores | self._given
+        for number, one in enumerate(episodes):
+            one.reward, one.correct = math.nan, -1  # whatever a failed one reported
+            if (score := scores.get(number)) is not None:
+                one.reward, one.correct, one.parts = score.value, int(score.correct), score.parts
         scored = sum(one.correct >= 0 for one in episodes)
         if scored < min(2, self.budget):
             outcomes = [one.outcome for one in episodes]
@@ -158,21 +161,24 @@ class GroupRollout:
             return Ran(output=error.output), Outcome.ENVIRONMENT
 
     def _score(self, number: int, episode: Episode, ran: Ran) -> None:
-        """Take the agent's own word for it, or begin to score what it said."""
+        """Take the agent's own word for it, or begin to score what it said.
+
+        What it returned goes before what was reported to its session.
+        """
+        result = episode.result = episode.result | dict(ran.result)
         try:
-            for piece, value in zip(_turns(episode.forest), turn_rewards_of(ran.result), strict=False):
+            for piece, value in zip(_turns(episode.forest), turn_rewards_of(result), strict=False):
                 episode.forest.pieces[piece].reward = value
-            own = reward_of(ran.result)
+            own = reward_of(result)
         except AgentFailed as error:
             self.mishap("reward", str(error))
             return
-        episode.result = dict(ran.result)
         view = self._view(episode)
         if own is None:
             self._scores.begin(number, view, None)
             return
         value = own + sum(view.steps)
-        right = ran.result.get("correct", value >= 1)
+        right = result.get("correct", value >= 1)
         self._given[number] = Score(value, bool(right), {"agent": own})
 
     def _view(self, episode: Episode) -> BranchView:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from agent_models import ScriptedEngine, served
@@ -142,6 +143,31 @@ async def test_an_agents_own_reward_goes_before_the_configured_one() -> None:
     assert tree.step_reward.sum() == 0.5
     assert TreeStats.of(tree).parts["agent"].tolist()[0] == 0.25
     assert len(bench.reward.seen) == 1
+
+
+async def test_a_reward_may_be_reported_to_the_session_and_a_failed_agents_is_not_taken() -> None:
+    async def report(session: SessionAddress, reward: float) -> None:
+        async with httpx.AsyncClient() as http:
+            told = await http.post(f"{session.anthropic_url}/reward", json={"reward": reward, "correct": True})
+            assert told.status_code == 200, told.text
+
+    async def reports(session: SessionAddress, task: Mapping[str, Any]) -> None:
+        await says(session, task)
+        await report(session, 0.5)
+
+    async def breaks(session: SessionAddress, task: Mapping[str, Any]) -> None:
+        await reports(session, task)
+        raise AgentFailed("then it broke")
+
+    async def knows_better(session: SessionAddress, task: Mapping[str, Any]) -> Any:
+        await reports(session, task)
+        return {"reward": 0.25, "correct": True}
+
+    lines = [f"41.{END}"] * 3
+    launch = numbered(reports, breaks, knows_better)
+    tree = await Bench(launch, *lines, agent={"concurrency": 1}, leaves=3, roots=3).tree()
+    np.testing.assert_array_equal(tree.reward, [0.5, np.nan, 0.25])
+    assert tree.correct.tolist() == [1, -1, 1]
 
 
 async def test_what_an_agent_says_it_came_to_is_scored_in_place_of_its_last_words() -> None:
