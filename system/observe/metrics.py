@@ -1,19 +1,5 @@
 """From trees and events to one flat record of numbers: pure functions, one per group of keys.
 
-group         what it answers
-============  ========================================================================================
-``train/``    the learner's step: loss and friends, reward and length of what was trained on
-``learn/``    what ``learn.correction`` did to leaves: share rejected, effective sample size of the weights
-``rollout/``  trees closed since the last record: reward, accuracy, length, entropy, outcomes
-``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
-``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth
-``engine/``   the engine clients: requests by routing decision, prompt tokens and cache hits, resumed streams
-``reward/``   means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
-``tools/``    per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
-``eval/``     held-out questions
-``time/``     wall time, throughput, idle time by actor and cause
-============  ========================================================================================
-=======
 ===============  ========================================================================================
 group            what it answers
 ===============  ========================================================================================
@@ -26,6 +12,7 @@ group            what it answers
 ``reward/``      means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
 ``tools/``       per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
 ``environment/`` worlds of training and of evaluation: opened, steps, forks by kind, what went wrong
+``agent/``       runs of an agent of one's own: turns, rewrites, retries, failed, late
 ``eval/``        held-out questions
 ``time/``        wall time, throughput, idle time by actor and cause
 ===============  ========================================================================================
