@@ -8,8 +8,9 @@ import math
 import secrets
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,9 +108,9 @@ class AgentSession:
         turn = AgentTurn(uuid.uuid4().hex, place.size)
         self._asked[digest].append(turn)
         self._working[turn] = trains
-        work = self._work(turn, request, place, syntax, trains)
+        work = partial(self._work, turn, request, place, syntax, trains)
         task = turn.begin(self._answered(turn, work))
-        task.add_done_callback(lambda _: self._working.pop(turn, None))
+        task.add_done_callback(lambda _: self._working.pop(turn, None))  # also if it never ran
         return turn
 
     def count(self, request: ChatRequest) -> int:
@@ -153,6 +154,7 @@ class AgentSession:
         if outcome in (Outcome.ENDED, Outcome.ENVIRONMENT) and self.limit is not None:
             outcome = self.limit
         counters = dict(self.counters)
+        counters["given_up"] = sum(turn.failed for turns in self._asked.values() for turn in turns)
         forest = self._map.forest
         return Episode(
             key=self.key,
@@ -230,10 +232,10 @@ class AgentSession:
         told = [*request.messages[: int(has_system)], NormalMessage("system", words)]
         return replace(request, messages=normalised([*told, *request.messages[int(has_system) :]]))
 
-    async def _answered(self, turn: AgentTurn, work: Coroutine[Any, Any, Answer]) -> None:
+    async def _answered(self, turn: AgentTurn, work: Callable[[], Awaitable[Answer]]) -> None:
         """Have the answer written; say why there is none, where there is none."""
         try:
-            turn.complete(await work)
+            turn.complete(await work())
         except EngineLost as error:
             self.counters["engine_lost"] += 1
             turn.fail(Refusal(503, f"no engine could be reached: {error}", code="engine_lost"))
@@ -243,7 +245,7 @@ class AgentSession:
             log.exception("an answer to the agent of prompt %s failed", self.prompt_id)
             turn.fail(Refusal(500, f"the answer failed: {described(error)}", code="failed"))
         finally:
-            self.counters["given_up"] += int(turn.failed)
+            self._working.pop(turn, None)  # now: the client's next request may be here before the task's end
 
     async def _work(
         self, turn: AgentTurn, request: ChatRequest, place: RequestPlace, syntax: Syntax | None, trains: bool
