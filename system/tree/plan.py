@@ -203,15 +203,15 @@ def flat_paths(
     for end, leaf in tree.chains():
         if not weight[leaf] > 0:
             continue
-        if leaf != last:
+        if leaf != last and tree.ends.size:
             done[:], last = False, leaf
         nodes = path(tree.parent, end)
         own = advantage[nodes] if per == "node" else advantage[leaf]
         a = own[nodes] if per == "path" else np.broadcast_to(own, nodes.shape)
         praised = (tree.kind[nodes] == Kind.EXPERT) & (a > 0)
         w = np.where((tree.kind[nodes] == Kind.MODEL) | praised, float(weight[leaf]), 0.0)
-        w[done[nodes]] = 0.0
-        done[nodes] = True
+        if tree.ends.size:
+            w[done[nodes]], done[nodes] = 0.0, True
         credit = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0), w], axis=1)
         if not drop_zero or np.any(credit[:, :2]):
             parts.append(Part(index, nodes, credit, int(tree.length[nodes].sum()), leaf))
