@@ -54,6 +54,7 @@ class RolloutWorker:
         """Running totals of engine client, tools, rewards and environment, since this process started."""
         worlds = self._context.environments
         own = self._engine.counters | self._tools.counters | self._context.scoring.counters
+        own |= self._context.drift.counters
         return own | (worlds.counters if worlds else {})
 
     async def grow(

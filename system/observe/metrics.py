@@ -26,6 +26,7 @@ group            what it answers
 ``reward/``      means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
 ``tools/``       per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
 ``environment/`` worlds of training and of evaluation: opened, steps, forks by kind, what went wrong
+``chat/``        turns looked at, and those that the chat template would write differently by now
 ``eval/``        held-out questions
 ``time/``        wall time, throughput, idle time by actor and cause
 ===============  ========================================================================================

@@ -199,13 +199,14 @@ class Recorder:
 
     def running_total(self, client: str, name: str, total: float) -> None:
         """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` or
-        ``environment/<name>`` or ``reward/<name>`` for a name that begins so, else ``engine/<name>``.
+        ``environment/<name>``, ``chat/<name>`` or ``reward/<name>`` for a name that begins so, else
+        ``engine/<name>``.
         """
         news = self._news((client, name), total)
         group, _, rest = name.partition("/")
-        if group in ("tools", "environment"):
+        if group in ("tools", "environment", "chat"):
             add(self._tool_counts, **{name: news})
-            add(self._totals.tools if group == "tools" else self._totals.environment, **{rest: news})
+            add(getattr(self._totals, group), **{rest: news})
         elif group == "reward":
             add(self._reward_counts, **{name: news})
             add(self._totals.rewards, **{rest: news})
