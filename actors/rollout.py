@@ -58,6 +58,7 @@ class RolloutWorker:
         worlds = self._context.environments
         own = self._engine.counters | self._tools.counters | self._context.scoring.counters
         own |= self._agents.counters if self._agents else {}
+        own |= self._context.drift.counters
         return own | (worlds.counters if worlds else {})
 
     async def grow(

@@ -94,21 +94,24 @@ class RequestMap:
         self._made |= {call.id: call for call in message.calls}
 
     def _newest(self, request: ChatRequest) -> tuple[int, int]:
-        """How many messages, up to the newest answer of ours that they lead to; and that answer's piece."""
+        """How many messages, up to the newest answer of ours that they lead to; and that answer's piece.
+
+        Of several answers that read alike, one that what comes behind was said to is meant, then the newest.
+        """
         prefixes = request.prefixes()
-        number, turn = 0, -1
+        number = 0
+        meant = {-1}
         for i, message in enumerate(request.messages, 1):
             if message.role != "assistant":
                 continue
-            same = [
+            same = {
                 one.piece
                 for one in self._given.get(prefixes[i], ())
-                if message.reasoning.strip() in ("", one.reasoning.strip())
-                and (one.before == turn or one.before == -1)
-            ]
+                if message.reasoning.strip() in ("", one.reasoning.strip()) and one.before in (meant | {-1})
+            }
             if same:
-                number, turn = i, same[-1]
-        return number, turn
+                number, meant = i, same
+        return number, max(meant)
 
     def _deepest(self, tokens: Int32) -> tuple[int, int]:
         """The deepest piece on the way of ``tokens`` [P], and how many of them stand up to its end."""

@@ -211,9 +211,11 @@ class AgentSession:
         if not request.tools:
             return None
         try:
-            return self._model.syntax(request.specs())
+            syntax = self._model.syntax(request.specs())
         except PluginError as error:
             raise Refusal(400, f"tools: {error}", field="tools") from error
+        syntax.several = not self._model.one_call
+        return syntax
 
     def _taught(self, request: ChatRequest, syntax: Syntax | None) -> ChatRequest:
         """``request`` with words on its tools in the system message, where nothing else tells of them."""

@@ -173,6 +173,11 @@ def _sizes(config: Config) -> Iterator[str]:
     """Trees, batches and what an engine holds."""
     rollout, flow, learn = config.rollout, config.flow, config.learn
     batch_trees = flow.batch_leaves // rollout.leaves
+    if rollout.history == "template":
+        yield (
+            "rollout.history=template is not there yet: what was said before a user speaks again stays as it "
+            "was said; set rollout.history=keep, or give the model a chat template that leaves nothing out"
+        )
     if rollout.roots > rollout.leaves:
         yield f"rollout.roots={rollout.roots} must lie between 1 and rollout.leaves={rollout.leaves}"
     if rollout.schedule == "lockstep" and (flow.staleness or rollout.concurrency < batch_trees):

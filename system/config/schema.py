@@ -121,6 +121,26 @@ class RolloutConfig:
     workers: int = setting(1, "processes that grow trees", least=1, safe_on_resume=True)
     concurrency: int = setting(32, "trees growing at once, over all workers", least=1, safe_on_resume=True)
     syntax: PartConfig = setting(PartConfig("tags"), "how the model writes a tool call", registry=SYNTAXES)
+    answers: str = setting(
+        "auto",
+        "what stands around the answers of tools and users: template: what the model's chat template writes "
+        "there, up to the model's next turn; syntax: what the call syntax writes; auto: template where it "
+        "teaches a syntax whose calls end a turn (hermes, qwen3-coder), else syntax",
+        choices=("auto", "template", "syntax"),
+    )
+    calls_per_turn: str = setting(
+        "one",
+        "one: a turn ends at its first tool call; many: at the token with which the model ends it, and its "
+        "calls are made side by side (those into one environment one after the other), which needs answers "
+        "by the chat template",
+        choices=("one", "many"),
+    )
+    history: str = setting(
+        "keep",
+        "what was said before stays as it was said (keep), also where a chat template would leave earlier "
+        "thoughts out once a user speaks again (template: not there yet)",
+        choices=("keep", "template"),
+    )
     max_response_tokens: int = setting(256, "per branch, tool results included", least=1)
     max_tool_result_tokens: int = setting(128, "a longer tool result is cut", least=1)
     call_limit: int = setting(4, "tool calls per branch", least=0)

@@ -13,6 +13,7 @@ group            what it answers
 ``tools/``       per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
 ``environment/`` worlds of training and of evaluation: opened, steps, forks by kind, what went wrong
 ``agent/``       runs of an agent of one's own: turns, rewrites, retries, failed, late
+``chat/``        turns looked at, and those that the chat template would write differently by now
 ``eval/``        held-out questions
 ``time/``        wall time, throughput, idle time by actor and cause
 ===============  ========================================================================================

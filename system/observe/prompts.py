@@ -8,9 +8,10 @@ from pathlib import Path
 
 from system.config import Config, ConfigError
 from system.envs.live import TreeSessions
+from system.envs.make import make_environment
 from system.envs.service import Environments
 from system.observe.terminal import shown, visible
-from system.rollout.chat import Chat, PromptError, make_chat, planned_syntax
+from system.rollout.chat import Chat, PromptError, answered_roles, make_chat, planned_syntax
 from system.rollout.encode import Tokenizer
 from system.rollout.planting import opened
 from system.tasks.base import HasTokenizer, Task, first, make_task, notes
@@ -35,16 +36,28 @@ def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str
     task = make_task(config)
     tokenizer = _tokenizer(config, task)
     syntax = planned_syntax(config)
-    chat = make_chat(config, tokenizer, config.model.path, syntax)
+    environment = make_environment(config.environment)
+    chat = make_chat(config, tokenizer, config.model.path, syntax, environment)
     yield from map(shown, notes(config, task))
     ends = ", ".join(f"{visible(tokenizer.decode([end]))} ({end})" for end in chat.ends)
     yield f"the model's turn ends at: {ends or 'no token: only at rollout.max_response_tokens'}"
     calls = syntax.stops if config.rollout.call_limit else ()
-    yield f"a tool call ends at:      {', '.join(map(visible, calls)) or 'no tools'}"
+    goes_on = ", where the turn goes on" if syntax.several and calls else ""
+    yield f"a tool call ends at:      {', '.join(map(visible, calls)) or 'no tools'}{goes_on}"
+    yield from map(visible, _answers(chat, answered_roles(config, syntax, environment)))
     questions = task.eval() if held_out else task.train()
     asked = asyncio.run(_opened(config, first(questions, count)))
     for number, prompt in enumerate(asked, 1):
         yield from _question(config, chat, prompt, f"{number} of {len(questions)}")
+
+
+def _answers(chat: Chat, several: Sequence[Sequence[str]]) -> Iterator[str]:
+    """What stands around answers, by who speaks."""
+    if chat.codec is None:
+        yield "answers stand in:         the call syntax's words (rollout.answers)"
+        return
+    for roles in several:
+        yield f"answers stand in:         the chat template's; {chat.codec.described(roles)}"
 
 
 async def _opened(config: Config, prompts: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -199,12 +199,12 @@ class Recorder:
 
     def running_total(self, client: str, name: str, total: float) -> None:
         """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>``,
-        ``environment/<name>``, ``agent/<name>`` or ``reward/<name>`` for a name that begins so, else
-        ``engine/<name>``.
+        ``environment/<name>``, ``agent/<name>``, ``chat/<name>`` or ``reward/<name>`` for a name that
+        begins so, else ``engine/<name>``.
         """
         news = self._news((client, name), total)
         group, _, rest = name.partition("/")
-        if group in ("tools", "environment", "agent"):
+        if group in ("tools", "environment", "agent", "chat"):
             add(self._tool_counts, **{name: news})
             add(getattr(self._totals, group), **{rest: news})
         elif group == "reward":

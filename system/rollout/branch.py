@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
 
 from system.engine.protocol import Finish
 from system.envs.live import BranchSession
+from system.rollout.codec import ChatMessage
 from system.tree.record import Kind, Origin
 
 
@@ -44,6 +46,8 @@ class Branch:
     session: BranchSession | None = None  # what it acts in, where there is an environment
     # (calls, actions in the session) up to the end of each answer on its path.
     passed: tuple[tuple[int, int], ...] = ()
+    # Of a tree's first root: what it read at each answer, as a chat template gets it; not kept over a resume.
+    heard: tuple[tuple[ChatMessage, ...], ...] = ()
     says: bool = False  # its newest segment is no call but a message, which its session answers
     over: bool = False  # its session has said that it ends here
 
@@ -71,9 +75,14 @@ class Branch:
         return child
 
     @property
+    def first(self) -> bool:
+        """Whether it is its tree's first root."""
+        return self.key == (0,)
+
+    @property
     def messages(self) -> int:
         """How many answers on its path are to messages, not to calls."""
-        return len(self.passed) - (self.passed[-1][0] if self.passed else 0)
+        return sum(before == after for (before, _), (after, _) in pairwise([(0, 0), *self.passed]))
 
     @property
     def undecided(self) -> bool:
@@ -94,9 +103,6 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.switch(self._cause)
-
-    def lap(self) -> float:
-        return self._clock() - self._since
 
     def switch(self, cause: str) -> None:
         now = self._clock()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
@@ -23,6 +23,7 @@ from system.envs.protocol import Environment
 from system.errors import EspalierError
 from system.models.directory import end_tokens
 from system.plugins import REWARDS, SYNTAXES, nearest
+from system.rollout.codec import ChatCodec, TemplateRefused
 from system.rollout.encode import OPENING_TOKENS, Tokenizer, decode, opening
 from system.rollout.syntax.base import Syntax, function_schema
 from system.tools.outcome import ToolSpec
@@ -40,6 +41,13 @@ class PromptError(EspalierError, ValueError):
     """Messages that cannot be made a prompt, for instance because the chat template refuses them."""
 
 
+class Told(NamedTuple):
+    """A conversation as the model is asked."""
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None  # that the chat template tells of
+
+
 class Chat:
     """One way of asking, with one tokenizer."""
 
@@ -52,13 +60,15 @@ class Chat:
         arguments: Mapping[str, Any] | None = None,
         answer_format: str = "",
         ends: Iterable[int] = (),
+        answers: str = "syntax",
     ) -> None:
         """``syntax``: of the tools that may be called, if any.  ``how``: ``task.tools_in_prompt``.
         ``arguments``: of the chat template.  ``answer_format``: what the reward wants the model to be told.
-        ``ends``: tokens that end a turn, besides the tokenizer's and the template's.
+        ``ends``: tokens that end a turn, besides the tokenizer's and the template's.  ``answers``:
+        ``rollout.answers``.
 
-        Raises :class:`ConfigError` for arguments that the template does not know, and where ``how`` is
-        "template" and the template does not teach the syntax.
+        Raises :class:`ConfigError` for arguments that the template does not know, where ``how`` is "template"
+        and the template does not teach the syntax, and for ``answers`` that the template cannot put.
         """
         self.tokenizer, self._how = tokenizer, how
         self._syntax = syntax if syntax and syntax.specs else None
@@ -74,8 +84,12 @@ class Chat:
                 "rollout.syntax; set words, or the syntax that is the template's own"
             )
         eos = tokenizer.eos_token_id
-        known = {end for end in (eos, self._end_of_turn) if end is not None}
-        self.ends = tuple(sorted(known | set(ends)))
+        known = {end for end in (eos, self._end_of_turn, *ends) if end is not None}
+        taught = bool(self._syntax and self._syntax.new_turn and self._teaches)
+        by_template = answers == "template" or (answers == "auto" and taught)
+        self.codec = self._made_codec(answers, known) if by_template else None
+        """What puts answers by the chat template; None: the call syntax's words stand around them."""
+        self.ends = self.codec.ends if self.codec else tuple(sorted(known))
         self.stop_ids = tuple(end for end in self.ends if end != eos)  # at EOS every engine stops by itself
 
     def encode(self, messages: Messages, guide: str = "") -> Int32:
@@ -87,18 +101,23 @@ class Chat:
         say).
         Raises :class:`PromptError` for messages that the template refuses, and for none.
         """
-        by = self.told_by(messages)
-        tools = self._tools() if by == "template" else None
-        told = self._with_words(messages, self._syntax.describe() if self._syntax and by == "words" else "")
-        if guide:  # only now: its actions are calls, as if the messages told of the tools
-            told = _guided(told, guide)
+        told = self.told(messages, guide)
         if self._templated:
-            ids = self._apply(told, tools, tokenize=True, return_dict=False)
+            ids = self._apply(told.messages, told.tools, tokenize=True, return_dict=False)
         else:
-            ids = self.tokenizer.encode("\n".join(message["content"] for message in told))
+            ids = self.tokenizer.encode("\n".join(message["content"] for message in told.messages))
         if not len(ids):
             raise PromptError("the prompt has no tokens: the question is empty")
         return np.asarray(ids, np.int32)
+
+    def told(self, messages: Messages, guide: str = "") -> Told:
+        """What :meth:`encode` makes the prompt of."""
+        by = self.told_by(messages)
+        words = self._syntax.describe() if self._syntax and by == "words" else ""
+        told = self._with_words(messages, words)
+        if guide:  # only now: its actions are calls, as if the messages told of the tools
+            told = _guided(told, guide)
+        return Told(told, self._tools() if by == "template" else None)
 
     def told_by(self, messages: Messages) -> str:
         """Who tells of the tools: "template", "words" (the syntax's), "data" (the messages), or "nobody"."""
@@ -153,6 +172,13 @@ class Chat:
         ids: list[int] = self.tokenizer.encode(after, add_special_tokens=False)
         return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
 
+    def _made_codec(self, answers: str, ends: Iterable[int]) -> ChatCodec:
+        tools = self._tools() if self._how != "none" else []
+        try:
+            return ChatCodec(self.tokenizer, tools, self._arguments, ends)
+        except TemplateRefused as refused:
+            raise ConfigError(f"rollout.answers={answers}: {refused}") from refused
+
     def _tools(self) -> list[dict[str, Any]]:
         return [function_schema(spec) for spec in self._syntax.specs.values()] if self._syntax else []
 
@@ -189,7 +215,13 @@ class Chat:
             raise PromptError(f"the chat template refuses the messages: {error}") from error
 
 
-def make_chat(config: Config, tokenizer: Tokenizer, model_path: str, syntax: Syntax) -> Chat:
+def make_chat(
+    config: Config,
+    tokenizer: Tokenizer,
+    model_path: str,
+    syntax: Syntax,
+    environment: Environment | None = None,
+) -> Chat:
     """The way of asking that is configured.  ``model_path``: where the model's generation config lies.
 
     ``auto`` adds nothing for a model that is made here: it knows its task's own prompts and nothing else.
@@ -200,14 +232,37 @@ def make_chat(config: Config, tokenizer: Tokenizer, model_path: str, syntax: Syn
         how = "none"
     # Of several rewards, the first that asks for a form.
     formats = (getattr(REWARDS.find(one.name), "answer_format", "") for one in rewards(config.reward))
-    return Chat(
+    chat = Chat(
         tokenizer,
         syntax if config.rollout.call_limit else None,
         how=how,
         arguments=config.task.template,
         answer_format=next(filter(None, formats), ""),
         ends=end_tokens(model_path),
+        answers=config.rollout.answers,
     )
+    if config.rollout.calls_per_turn == "many" and syntax.specs and not chat.codec:
+        raise ConfigError(
+            "rollout.calls_per_turn=many: a turn of several calls ends where the chat template ends it: set "
+            "rollout.answers=template, with a model that has a chat template"
+        )
+    if chat.codec:
+        for roles in answered_roles(config, syntax, environment):
+            try:
+                chat.codec.tried(roles)
+            except TemplateRefused as refused:
+                raise ConfigError(f"rollout.answers={config.rollout.answers}: {refused}") from refused
+    return chat
+
+
+def answered_roles(config: Config, syntax: Syntax, environment: Environment | None) -> list[tuple[str, ...]]:
+    """Who may speak behind the model's turn, as far as that is known before a run."""
+    roles: list[tuple[str, ...]] = []
+    if syntax.specs and config.rollout.call_limit:
+        roles += [("tool",), ("tool", "tool")][: 2 if config.rollout.calls_per_turn == "many" else 1]
+    if environment and environment.answers_messages:
+        roles.append(("user",))
+    return roles
 
 
 def make_syntax(config: Config, tools: Mapping[str, ToolSpec], environment: Environment | None) -> Syntax:
@@ -221,7 +276,9 @@ def make_syntax(config: Config, tools: Mapping[str, ToolSpec], environment: Envi
             f"tools.names: {twice[0]!r} is a tool of environment.name={config.environment.name!r}, too: take "
             "it out, or rename either"
         )
-    return SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, {**tools, **more})
+    syntax = SYNTAXES.make(config.rollout.syntax.name, config.rollout.syntax.options, {**tools, **more})
+    syntax.several = config.rollout.calls_per_turn == "many"
+    return syntax
 
 
 def planned_syntax(config: Config) -> Syntax:

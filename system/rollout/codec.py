@@ -34,6 +34,7 @@ Schemas = Sequence[Mapping[str, Any]]
 """Tools as OpenAI's chat completions have them."""
 
 ROLES = ("tool", "user", "system")  # that may speak behind the model's turn
+_GAP = re.compile(r"<\d+>")  # where a content stands in a glue
 _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.DOTALL)
 # What the conversations that are tried begin with.
 _USER, _SYSTEM = {"role": "user", "content": "Is it so?"}, {"role": "system", "content": "Be brief, now."}
@@ -156,6 +157,13 @@ class ChatCodec:
             raise TemplateRefused(f"the chat template refuses the messages: {error}") from error
         return str(text)
 
+    def overhead(self, roles: Sequence[str]) -> int:
+        """Tokens that the template writes around messages of these ``roles``, the turn's end included.
+
+        Raises as :meth:`tried` does.
+        """
+        return self._specials.encode(self.closing + _GAP.sub("", self.tried(roles).glue)).size
+
     def described(self, roles: Sequence[str]) -> str:
         """A line on what was found for messages of these ``roles``, or why they are refused."""
         name = ", ".join(roles)
@@ -163,7 +171,7 @@ class ChatCodec:
             anchor, forgets, glue = self.tried(roles)
         except TemplateRefused as refused:
             return f"{name}: {refused}"
-        size = self._specials.encode(glue).size
+        size = self.overhead(roles)
         past = "; leaves earlier thoughts out, which stay here" if forgets else ""
         return f"{name}: behind [{anchor.name}], {size} tokens of glue: {self.closing + glue!r}{past}"
 

@@ -20,8 +20,9 @@ from system.envs.service import Environments
 from system.http import Keys
 from system.models.shape import vocabulary
 from system.rollout.branching import Policy, make_policy
-from system.rollout.chat import Chat, make_chat, make_syntax
-from system.rollout.encode import Tokenizer, encode_text
+from system.rollout.chat import Chat, Told, make_chat, make_syntax
+from system.rollout.drift import HistoryDrift
+from system.rollout.encode import Tokenizer, encode_text, fitted
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.scoring import Scoring
@@ -54,14 +55,16 @@ class RolloutContext:
     guide: GuideConfig = field(default_factory=GuideConfig)  # how a guided tree's prompt tells the actions
     environments: Environments | None = None  # None: the tools keep no state
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
+    drift: HistoryDrift = field(init=False)
 
     def __post_init__(self) -> None:
-        wrapping = sum(tokens.size for tokens in self._wrapping)
+        wrapping = self._overhead
         if self.config.max_tool_result_tokens <= wrapping:
             raise ValueError(
                 f"rollout.max_tool_result_tokens={self.config.max_tool_result_tokens}: "
                 f"the result's own tags take {wrapping} tokens"
             )
+        object.__setattr__(self, "drift", HistoryDrift(self.chat))
         object.__setattr__(self, "schedule", make_schedule(self.config.schedule))
 
     @cached_property
@@ -69,10 +72,27 @@ class RolloutContext:
         """How the model is asked."""
         return self.asks or Chat(self.tokenizer)
 
+    @property
+    def several_calls(self) -> bool:
+        """Whether a turn may make several calls; it ends at its own end then, not at the first of them."""
+        return self.config.calls_per_turn == "many"
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which generation stops."""
+        return () if self.several_calls else self.syntax.stops
+
     @cached_property
     def _wrapping(self) -> tuple[Int32, Int32]:
         """Tokens before and after a tool's answer."""
         return self._around(self.syntax.result_open, self.syntax.result_close)
+
+    @cached_property
+    def _overhead(self) -> int:
+        """Tokens around a tool's answer."""
+        if (codec := self.chat.codec) and self.syntax.specs:
+            return codec.overhead(("tool",))
+        return sum(tokens.size for tokens in self._wrapping)
 
     @cached_property
     def _message_wrapping(self) -> tuple[Int32, Int32]:
@@ -90,12 +110,18 @@ class RolloutContext:
 
         Raises :class:`PromptError`, and :class:`RolloutFailed` for one that leaves no room for a response.
         """
-        hint = self.guide.told(prompt.actions[:guide]) if guide else ""
-        tokens = self.chat.encode(prompt.messages, hint)
+        tokens = self.chat.encode(prompt.messages, self._hint(prompt, guide))
         if tokens.size >= self.max_context:
             fault = f"{tokens.size} tokens, and engine.max_context leaves room for {self.max_context}"
             raise RolloutFailed(prompt.id, "prompt_too_long", f"{fault}: raise it, or take the question out")
         return tokens
+
+    def told(self, prompt: Prompt, guide: int = 0) -> Told:
+        """What :meth:`encode_prompt` makes tokens of."""
+        return self.chat.told(prompt.messages, self._hint(prompt, guide))
+
+    def _hint(self, prompt: Prompt, guide: int) -> str:
+        return self.guide.told(prompt.actions[:guide]) if guide else ""
 
     def plant(self, prompt: Prompt, budget: int, guide: int = 0) -> TreeBuilder:
         """A tree of nothing but its prompt, and, with a ``guide``, of the one that is sampled from.
@@ -112,11 +138,21 @@ class RolloutContext:
             sampled_prompt=self.encode_prompt(prompt, guide) if guide else (),
         )
 
-    def encode_answer(self, messages: Sequence[Message], room: int) -> Int32:
-        """Token ids of what the model reads after its turn, one message behind the other, at most ``room``.
+    def heard(self, messages: Sequence[Message]) -> tuple[dict[str, str], ...]:
+        """``messages`` as a chat template gets them: long ones are cut."""
+        return tuple({"role": one.role, "content": self._fitted(one.text)} for one in messages)
 
-        Only here does an answer become tokens: what a chat template puts around it belongs here.
+    def encode_answer(self, messages: Sequence[Message], room: int, *, ended: bool) -> Int32:
+        """Token ids of what the model reads after its turn, one message behind the other, at most ``room``.
+        ``ended``: the turn's last token is one that ends it.
+
+        Only here does an answer become tokens.  Raises :class:`.TemplateRefused` for messages that the chat
+        template has no exact form for.
         """
+        if codec := self.chat.codec:
+            if not messages:
+                return np.empty(0, np.int32)
+            return codec.increment(self.heard(messages), ended=ended)[:room]
         parts = [self._encode_message(message, room) for message in messages]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int32), *parts])[:room]
 
@@ -124,9 +160,12 @@ class RolloutContext:
         wrapping = self._message_wrapping if message.role == "user" else self._wrapping
         return self._wrapped(message.text, wrapping, room)
 
-    def encode_result(self, text: str, room: int) -> Int32:
-        """Token ids of a tool's answer in its tags, at most ``room`` and ``max_tool_result_tokens``."""
-        return self._wrapped(text, self._wrapping, room)
+    def _fitted(self, text: str) -> str:
+        """The beginning of ``text`` that has room in an answer.  (A template that writes it as JSON makes
+        more tokens of it.)
+        """
+        limit = self.config.max_tool_result_tokens
+        return fitted(self.tokenizer, text[: limit * CHARS_PER_TOKEN], limit - self._overhead)
 
     def _wrapped(self, text: str, wrapping: tuple[Int32, Int32], room: int) -> Int32:
         limit = self.config.max_tool_result_tokens
@@ -154,7 +193,8 @@ def build_context(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
     environments = Environments.of(config)
-    syntax = make_syntax(config, service.specs, environments and environments.train.environment)
+    environment = environments.train.environment if environments else None
+    syntax = make_syntax(config, service.specs, environment)
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
@@ -175,7 +215,7 @@ def build_context(
         max_context=config.engine.max_context
         # A score of the whole sequence comes with one more token.
         - (SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore)),
-        asks=make_chat(config, tokenizer, model_path, syntax),
+        asks=make_chat(config, tokenizer, model_path, syntax, environment),
         guide=config.guide,
         environments=environments,
     )

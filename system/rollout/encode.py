@@ -36,6 +36,15 @@ def encode_text(tokenizer: Tokenizer, text: str, *, trusted: bool = True) -> Int
     return np.asarray(ids, np.int32)
 
 
+def fitted(tokenizer: Tokenizer, text: str, most: int) -> str:
+    """The beginning of ``text`` that makes ``most`` tokens or fewer, all of it if it can be."""
+    ids = encode_text(tokenizer, text, trusted=False)
+    if ids.size <= most:
+        return text
+    cut = tokenizer.decode(ids[: max(0, most)].tolist(), clean_up_tokenization_spaces=False)
+    return cut.rstrip("\ufffd")  # half a letter
+
+
 def decode(tokenizer: Tokenizer, tokens: NDArray[np.integer], ends: Iterable[int]) -> str:
     """The text of ``tokens`` [k], special tokens included (tags may be such), those that end a turn
     excepted."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from system.envs.protocol import Message
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
 from system.rollout.encode import encode_text
@@ -100,4 +101,4 @@ def _result(context: RolloutContext, text: str) -> Int32:
     """Token ids of what the expert was answered, put into the syntax's tags unless it stands in them."""
     if text.lstrip().startswith(context.syntax.result_open.strip()):
         return encode_text(context.tokenizer, text)
-    return context.encode_result(text, context.config.max_tool_result_tokens)
+    return context.encode_answer((Message(text),), context.config.max_tool_result_tokens, ended=False)

@@ -88,8 +88,10 @@ def misfits(config: Config) -> Iterator[str]:
             f"{name} is where they end: set guide.expert=0"
         )
     templated = bool(config.model.path and chat_template(config.model.path))
-    if environment.answers_messages and templated and not syntax.new_turn:
+    own = syntax.new_turn or config.rollout.answers == "template"
+    if environment.answers_messages and templated and not own:
         yield (
             f"{name} answers messages, and rollout.syntax={config.rollout.syntax.name} has no turns of a "
-            "chat template for that: take the syntax that the template teaches, such as hermes"
+            "chat template for that: set rollout.answers=template, or take the syntax that the template "
+            "teaches, such as hermes"
         )

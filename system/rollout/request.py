@@ -43,7 +43,7 @@ def segment_request(
             temperature=temperature,
             top_p=context.config.top_p,
             top_k=context.config.top_k,
-            stop=context.syntax.stops,
+            stop=context.stops,
             stop_token_ids=context.chat.stop_ids,
             seed=branch.seed,
         ),

@@ -29,6 +29,7 @@ from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
 from system.rollout.calls import Calls
+from system.rollout.codec import TemplateRefused
 from system.rollout.context import RolloutContext
 from system.rollout.expansion import Beginning, expansion
 from system.rollout.expert import beginnings, led, prefixes
@@ -228,6 +229,10 @@ class TreeRollout:
             log.warning("prompt %s: %s", self.prompt.id, error)
             self.mishap(error.reason, error.detail)
             outcome = Outcome.ENVIRONMENT
+        except TemplateRefused as error:
+            log.warning("prompt %s: %s", self.prompt.id, error)
+            self.mishap("template", str(error))
+            outcome = Outcome.ENVIRONMENT
         except BaseException:  # cancelled: the tree is at its end, but others may be waiting for this branch
             self.schedule.leave(branch)
             raise
@@ -262,7 +267,7 @@ class TreeRollout:
                         return Outcome.CANCELLED
                     case Finish("length"):
                         return Outcome.LENGTH
-                    case Finish("stop", str()):
+                    case finish if self.calls.asked(branch, finish):
                         if branch.calls >= self.call_limit:
                             return Outcome.CALL_LIMIT
                     case _ if not self.turn_limit:
@@ -413,7 +418,12 @@ class TreeRollout:
         if self.scores_answer:
             self.beside.create_task(self.given.answer(branch.node, branch.request))
         self._read(branch, Kind.TOOL, begin)
-        if self.policy.lag and self._room(branch) > 0 and not branch.over:
+        if branch.over or self._room(branch) == 0:
+            return
+        if branch.first:
+            told = self.context.told(self.prompt, self.growth.guide)
+            self.context.drift.look(told, branch, self.growth.path_tokens(branch.node))
+        if self.policy.lag:
             self._decide(branch, branch.node)
 
     # The close

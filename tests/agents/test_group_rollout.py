@@ -148,7 +148,9 @@ async def test_an_agents_own_reward_goes_before_the_configured_one() -> None:
 async def test_a_reward_may_be_reported_to_the_session_and_a_failed_agents_is_not_taken() -> None:
     async def report(session: SessionAddress, reward: float) -> None:
         async with httpx.AsyncClient() as http:
-            told = await http.post(f"{session.anthropic_url}/reward", json={"reward": reward, "correct": True})
+            told = await http.post(
+                f"{session.anthropic_url}/reward", json={"reward": reward, "correct": True}
+            )
             assert told.status_code == 200, told.text
 
     async def reports(session: SessionAddress, task: Mapping[str, Any]) -> None:

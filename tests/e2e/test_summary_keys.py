@@ -44,6 +44,7 @@ FULL = Totals(
     | {"close_wait_s": 1.0}
     | {f"failed/{reason}": 1.0 for reason in REASONS},
     environment={f"train/{what}": 1.0 for what in OF_AN_ENVIRONMENT},
+    chat={"turns": 2.0, "drift": 1.0},
     mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
     weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),
 )

@@ -79,3 +79,4 @@ def test_messages_need_a_syntax_that_has_turns(tmp_path: Path) -> None:
     words = ["environment=plain_worlds:Asking", f"model.path={tmp_path}"]
     assert any("rollout.syntax=tags has no turns" in line for line in problems(*words))
     assert not any("has no turns" in line for line in problems(*words, "rollout.syntax=hermes"))
+    assert not any("has no turns" in line for line in problems(*words, "rollout.answers=template"))

@@ -104,6 +104,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "tools",
             "rewards",
             "environment",
+            "chat",
             "wall_s",
             "idle",
             "idle_s",

@@ -77,7 +77,7 @@ Script = Callable[[str, np.random.Generator], Segment]
 class ScriptedEngine:
     """Streams what the script says.  Deterministic in (prompt tokens, seed)."""
 
-    tokenizer: PieceTokenizer
+    tokenizer: Any  # a PieceTokenizer, or a real one
     script: Script
     prompt_text: str
     running: int = 0
@@ -85,6 +85,7 @@ class ScriptedEngine:
     scored: list[GenerateRequest] = field(default_factory=list)
     closed_early: int = 0
     streamed: int = 0
+    end: int = 0  # token that ends a turn
     score_s: float = 0.2  # seconds for a score
     scores: Scores = lambda asked, call: -np.arange(asked.score_from, asked.input_ids.size) / 1000
 
@@ -106,7 +107,7 @@ class ScriptedEngine:
                 (s for s in request.sampling.stop if said.text.endswith(s)), None
             )
             if matched is None:
-                ids, matched = [*ids, 0], 0
+                ids, matched = [*ids, self.end], self.end
             finish = Finish("stop", matched)
             if len(ids) > request.sampling.max_new_tokens:
                 ids, finish = ids[: request.sampling.max_new_tokens], Finish("length")
@@ -200,7 +201,7 @@ class World:
     context: RolloutContext
     engine: ScriptedEngine
     tools: ScriptedTools
-    tokenizer: PieceTokenizer
+    tokenizer: Any  # the engine's
 
     def text(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from system.plugins import nearest
 from system.tools.outcome import ToolSpec
+
+_THOUGHT_ENDS = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +31,14 @@ class MalformedCall:
 class Syntax(ABC):
     """One way of writing tool calls, for the tools in ``specs``.
 
-    One call at a time: generation stops at the first one that is complete.
+    With ``rollout.calls_per_turn=one`` generation stops at the first one that is complete.
     """
 
     stops: tuple[str, ...]  # stop strings: each one completes a call
     opens: tuple[str, ...]  # what a call may begin with
     result_open: str  # what stands before a tool's answer ...
     result_close: str  # ... and after it
+    several = False  # whether a turn may make several calls (:meth:`calls`), each in tags of its own
     new_turn = False  # whether that ends with a new turn of the model, as the chat template opens one
     # The same around what a user says after the model's turn has ended.
     message_open = "\n<user>\n"
@@ -51,6 +56,15 @@ class Syntax(ABC):
         prompt or the last tool result, nothing older: a stray closing tag cannot find its opener in the
         prompt or in a tool's answer.
         """
+
+    def calls(self, turn_text: str) -> list[ParsedCall | MalformedCall]:
+        """All calls of a whole turn in the order in which they are written, each up to its closing tag; what
+        the model thought aloud before (up to the last ``</think>``) makes none.
+        """
+        said = turn_text.rpartition(_THOUGHT_ENDS)[2]
+        ends = sorted(match.end() for stop in self.stops for match in re.finditer(re.escape(stop), said))
+        pieces = [said[begin:end] for begin, end in pairwise([0, *ends])]
+        return [call for piece in pieces if (call := self.parse(piece)) is not None]
 
     def render_result(self, text: str) -> str:
         """A tool's answer as the model reads it."""

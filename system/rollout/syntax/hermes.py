@@ -18,12 +18,16 @@ from system.tools.outcome import ToolSpec
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FORM = '{"name": <tool>, "arguments": {...}}'
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
-_ONE = "one call at a time: wait for its result, then make the next"
+ONE = {
+    False: "one call at a time: wait for its result, then make the next",
+    True: f"write each call in {OPEN} and {CLOSE} of its own",
+}
 
 
 class HermesSyntax(Syntax):
     """Generation stops at ``</tool_call>``.  The end of the model's turn and the opening of its next one are
-    inserted with the result, so the model makes one call at a time.
+    inserted with the result, so the model makes one call at a time.  (With ``rollout.calls_per_turn=many`` it
+    ends its turn itself.)
 
     What can be meant in one way only is taken so: arguments as JSON text, ``parameters`` for ``arguments``,
     OpenAI's ``{"type": "function", "function": {…}}``, a list of one call, a Markdown fence, line breaks
@@ -60,12 +64,12 @@ class HermesSyntax(Syntax):
             return MalformedCall(f"the tool call is not valid JSON: nested too deeply; write {FORM}")
         if rest := text[end:].strip():
             if rest[0] in "{[,":
-                return MalformedCall(f"several calls in one {OPEN}: {_ONE}")
+                return MalformedCall(f"several calls in one {OPEN}: {ONE[self.several]}")
             return MalformedCall(
                 f"the tool call goes on after its end, at {_near(rest, 0)}; write only {FORM}"
             )
         if isinstance(call, list) and len(call) > 1:
-            return MalformedCall(f"a list of {len(call)} calls: {_ONE}")
+            return MalformedCall(f"a list of {len(call)} calls: {ONE[self.several]}")
         return self._checked(call[0] if isinstance(call, list) and call else call)
 
     def _checked(self, call: Any) -> ParsedCall | MalformedCall:

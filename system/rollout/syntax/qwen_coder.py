@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from system.rollout.syntax.base import MalformedCall, ParsedCall
-from system.rollout.syntax.hermes import CLOSE, OPEN, HermesSyntax, signatures
+from system.rollout.syntax.hermes import CLOSE, ONE, OPEN, HermesSyntax, signatures
 
 FUNCTION, END = "<function=", "</function>"
 FORM = f"{OPEN}\n{FUNCTION}name>\n<parameter=key>\nvalue\n</parameter>\n{END}\n{CLOSE}"
@@ -43,7 +43,7 @@ class QwenCoderSyntax(HermesSyntax):
         if not found or CLOSE in content:
             return MalformedCall(f"{CLOSE} without {FUNCTION}name>: write\n{FORM}")
         if FUNCTION in content:
-            return MalformedCall("two calls in one: make one, wait for its result, then make the next")
+            return MalformedCall(f"two calls in one: {ONE[self.several]}")
         return self._read(content)
 
     def _read(self, content: str) -> ParsedCall | MalformedCall:
@@ -74,10 +74,8 @@ class QwenCoderSyntax(HermesSyntax):
         return text
 
     def describe(self) -> str:
-        return (
-            f"{signatures(self.specs.values())}\n\n"
-            f"To call a function, reply in this form, with nothing after it:\n{FORM}"
-        )
+        alone = "" if self.several else ", with nothing after it"
+        return f"{signatures(self.specs.values())}\n\nTo call a function, reply in this form{alone}:\n{FORM}"
 
     def is_told_in(self, text: str) -> bool:
         return FUNCTION in text and all(name in text for name in self.specs)
