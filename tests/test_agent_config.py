@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from system.agents.forking import misfits
 from system.config import AgentConfig, ConfigError, load
 from system.config.check import part_problems
 from system.doctor.preflight import look
@@ -68,6 +69,20 @@ def test_a_function_that_is_not_there_or_takes_other_options(words: list[str], s
 def test_a_word_that_is_no_path_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"agent\.run='runs'"):
         load(None, ["branching=none", "tools.names=[]", "agent.run=runs"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [
+        ("none", "never forks"),
+        ("treerl", "forks where no request"),
+        ("arpo-release", "forks where no"),
+    ],
+)
+def test_a_policy_that_no_replay_can_follow(policy: str, says: str) -> None:
+    config = load(None, [*FITS, "agent.forks=replay", f"branching={policy}"])
+    assert any(says in line for line in misfits(config))
+    assert not [*misfits(load(None, [*FITS, "agent.forks=replay", "branching=arpo"]))]
 
 
 def test_the_example_has_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ log-probabilities exactly, and the learner sees nothing of agents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ import numpy as np
 from system.agents.forest import Episode, Forest, Piece
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
-from system.tree.record import Int32, Kind, Origin, ToolCall, Tree, TreeError
+from system.tree.record import ForkDecision, Int32, Kind, Origin, ToolCall, Tree, TreeError
+
+Turn = tuple[int, int]
+"""(number of the episode, number of the piece)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class _Stretch:
     ends: tuple[int, ...]  # where each of them ends in ``tokens``
     tokens: Int32  # [t]
     turn: Piece | None  # None: context
+    whose: tuple[int, int] = (-1, -1)  # the (episode, piece) that sampled the turn
 
 
 class _Place(NamedTuple):
@@ -52,7 +56,7 @@ class _Place(NamedTuple):
     def opens(self) -> tuple[int, ...]:
         """Equal for places that one node may begin at: by the next token of context, or by the turn."""
         run = self.chain[self.run]
-        return (self.episode, run.pieces[0]) if run.turn is not None else (int(run.tokens[self.at]),)
+        return run.whose if run.turn is not None else (int(run.tokens[self.at]),)
 
     def after(self, count: int) -> _Place:
         """The place ``count`` tokens on, within the run."""
@@ -69,17 +73,24 @@ def plant_group(
     meta: dict[str, Any] | None = None,
     started_s: float = 0.0,
     closed_s: float = 0.0,
+    origins: Sequence[Origin] = (),
+    same: Mapping[Turn, Turn] | None = None,
+    forks: Sequence[tuple[Turn, ForkDecision]] = (),
 ) -> Tree:
     """One tree of ``episodes`` of the same ``prompt``: a leaf for each of an episode's chosen chains, cut
     behind its last turn that is trained on; of an episode without any, one at the root.
 
-    ``started_s``, ``closed_s``: unix time.  Raises :class:`TreeError` where no episode has a turn to train
-    on, and where what they asked begins with different tokens.
+    ``started_s``, ``closed_s``: unix time.  ``origins``: of each episode; none: all are roots.  ``same``:
+    turns that an episode was only told again -> those that were sampled.  ``forks``: what was decided at the
+    beginnings of turns, whatever node they name.
+
+    Raises :class:`TreeError` where no episode has a turn to train on, and where what they asked begins with
+    different tokens.
     """
     asked = [
         _Place(number, chain)
         for number, one in enumerate(episodes)
-        for chain in chains(one.forest, one.chosen)
+        for chain in chains(one.forest, one.chosen, number, same or {})
     ]
     if not asked:
         raise TreeError(f"prompt {prompt.id!r}: no agent of its {len(episodes)} has a turn to train on")
@@ -92,36 +103,45 @@ def plant_group(
     growth = TreeBuilder(prompt.id, prompt.kind, asked[0].rest[:root], budget, meta, started_s)
     nodes: dict[tuple[int, int], int] = {}  # (episode, piece) -> the node that its last token is in
     ends = _grow(growth, asked, root, nodes)
+    first: dict[int, int] = {}  # of a node with calls: the first episode through it
     for number, episode in enumerate(episodes):
         for node in ends.get(number, [growth.prompt]):
-            leaf = growth.leaf(node, episode.outcome, Origin.ROOT, number)
+            leaf = growth.leaf(node, episode.outcome, origins[number] if origins else Origin.ROOT, number)
             if np.isfinite(episode.reward):
                 growth.score(leaf, episode.reward, bool(episode.correct))
         for call in episode.calls:
-            if (node := nodes.get((number, call.piece))) is not None:
+            node = nodes.get((number, call.piece))
+            if node is not None and first.setdefault(node, number) == number:  # a fork was told of it again
                 growth.call(ToolCall(node, call.tool, call.arguments, "ok", 0.0))
+    for (number, piece), decision in forks:
+        above = episodes[number].forest.pieces[piece].parent
+        if (node := nodes.get((number, above))) is not None:
+            growth.fork(replace(decision, node=node))
     return growth.close(closed_s)
 
 
-def chains(forest: Forest, chosen: Sequence[int]) -> list[tuple[_Stretch, ...]]:
+def chains(
+    forest: Forest, chosen: Sequence[int], number: int = 0, same: Mapping[Turn, Turn] | None = None
+) -> list[tuple[_Stretch, ...]]:
     """The token paths to ``chosen`` pieces, each cut behind its last trained turn; none that has no such
-    turn, and none that another one goes on from.
+    turn, and none that another one goes on from.  ``number``: of the episode; ``same`` as in
+    :func:`plant_group`.
     """
     last = [[piece for piece in forest.path(end) if forest.pieces[piece].trained][-1:] for end in chosen]
     ends = list(dict.fromkeys(piece for found in last for piece in found))
     inner = {piece for end in ends for piece in forest.path(end)[:-1]}
-    return [tuple(_runs(forest, end)) for end in ends if end not in inner]
+    return [tuple(_runs(forest, end, number, same or {})) for end in ends if end not in inner]
 
 
-def _runs(forest: Forest, end: int) -> Iterator[_Stretch]:
+def _runs(forest: Forest, end: int, number: int, same: Mapping[Turn, Turn]) -> Iterator[_Stretch]:
     by_author = groupby(forest.path(end), lambda piece: piece if forest.pieces[piece].trained else -1)
     for turn, run in by_author:
         numbers = tuple(run)
         tokens = [forest.pieces[piece].tokens for piece in numbers]
         ends = np.cumsum([len(own) for own in tokens]).tolist()
-        yield _Stretch(
-            numbers, tuple(ends), np.concatenate(tokens), forest.pieces[turn] if turn >= 0 else None
-        )
+        piece = forest.pieces[turn] if turn >= 0 else None
+        whose = same.get((number, turn), (number, turn))
+        yield _Stretch(numbers, tuple(ends), np.concatenate(tokens), piece, whose)
 
 
 def common(texts: Sequence[Int32]) -> int:

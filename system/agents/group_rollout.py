@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 
 from system.agents.forest import Episode, Forest
+from system.agents.forking import Forking
 from system.agents.group import plant_group
 from system.agents.launch import AgentFailed, Ran, reward_of, told, turn_rewards_of
+from system.agents.replay import Script
 from system.agents.runner import AgentRunner, address
 from system.agents.session import AgentSession
 from system.errors import leaves
+from system.rollout.branching import Never
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.reward import BranchView, Score
 from system.rollout.scoring import TreeScores
 from system.text import one_line
 from system.tree.prompt import Prompt
-from system.tree.record import Kind, Mishap, Outcome, Tree
+from system.tree.record import Kind, Mishap, Origin, Outcome, Tree
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,18 @@ class GroupRollout:
         self._episodes: dict[int, Episode] = {}
         self._kept: dict[int, _Kept] = {}
         self._given: dict[int, Score] = {}  # by the agents themselves
+        self._origins: list[Origin] = []
+        policy = Never(1) if greedy else context.policy
+        self._roots = min(context.config.roots, self.budget) if policy.can_fork else self.budget
+        self._forking = Forking(
+            policy,
+            runner.engine,
+            seed=seed,
+            budget=self.budget,
+            vocab_size=context.vocab_size,
+            start=lambda script, baseline: self._start(Origin.FORK, script, baseline),
+        )
+        self._agents = asyncio.TaskGroup()
         self._beside = asyncio.TaskGroup()  # what scores; it outlives the episodes' deadline
         self._scores = TreeScores(context.scoring, prompt, self._beside, self.mishap)
 
@@ -91,6 +106,8 @@ class GroupRollout:
             one.reward, one.correct = math.nan, -1  # whatever a failed one reported
             if (score := scores.get(number)) is not None:
                 one.reward, one.correct, one.parts = score.value, int(score.correct), score.parts
+        if self._forking.failed is not None:
+            raise self._forking.failed
         scored = sum(one.correct >= 0 for one in episodes)
         if scored < min(2, self.budget):
             outcomes = [one.outcome for one in episodes]
@@ -102,25 +119,36 @@ class GroupRollout:
             meta=self._meta(episodes),
             started_s=started_s,
             closed_s=self.context.now(),
+            origins=self._origins + [Origin.TOP_UP] * self._forking.remaining,
+            same=self._forking.same,
+            forks=self._forking.decisions,
         )
 
     async def _run_agents(self) -> bool:
         """Run all; returns whether the tree's deadline cut them off."""
         deadline = asyncio.timeout(self.context.config.tree_deadline_s)
         try:
-            async with deadline, asyncio.TaskGroup() as group:
-                for number in range(self.budget):
-                    group.create_task(self._run_agent(number), name=f"agent {number} of {self.prompt.id}")
+            async with deadline, self._agents:
+                for _ in range(self._roots):
+                    self._start(Origin.ROOT)
         except TimeoutError:
             if not deadline.expired():
                 raise
             return True
         return False
 
-    async def _run_agent(self, number: int) -> None:
+    def _start(self, origin: Origin, script: Script | None = None, baseline: float = math.nan) -> None:
+        """Start one more agent of the budget; a fork with what it is told again."""
+        number = self._forking.begin()
+        self._origins.append(origin)
+        work = self._run_agent(number, script or Script.none(), baseline)
+        self._agents.create_task(work, name=f"agent {number} of {self.prompt.id}")
+
+    async def _run_agent(self, number: int, script: Script, baseline: float) -> None:
         async with self.runner.limit:
             seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
             session = await self.runner.open(self.prompt.id, seed, self.temperature)
+            self._forking.watch(number, session, script, baseline)
             clock = asyncio.get_running_loop().time
             began = clock()
             ran, outcome = Ran(), Outcome.DEADLINE  # also where the tree's own cuts it off
@@ -129,6 +157,9 @@ class GroupRollout:
             finally:
                 episode = session.close(outcome)
                 self._episodes[number] = episode
+                if self._forking.end(number, session, script):
+                    self._origins[number] = Origin.TOP_UP
+                    episode.counters["diverged"] = 1
                 self.runner.count(episode)
                 self._kept[number] = _Kept(
                     outcome=episode.outcome.name.lower(),
@@ -142,6 +173,9 @@ class GroupRollout:
                 self.mishap(ENGINE_LOST, f"an engine was lost under an agent of {self.prompt.id}")
             if episode.outcome.scored:
                 self._score(number, episode, ran)
+        if not self._forking.live:
+            for _ in range(self._forking.remaining):
+                self._start(Origin.TOP_UP)
 
     async def _agent(self, session: AgentSession) -> tuple[Ran, Outcome]:
         """Run the agent in ``session`` until it ends, or has to."""

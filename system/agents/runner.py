@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -11,6 +12,7 @@ from system.agents.endpoint import NAME, AgentEndpoint
 from system.agents.forest import Episode
 from system.agents.launch import Launch, SessionAddress, make_launch
 from system.agents.model import PlainRendering, Rendering, ServedModel
+from system.agents.replay import ReplayingEngine
 from system.agents.session import AgentSession
 from system.config import Config
 from system.plugins import SYNTAXES
@@ -26,7 +28,8 @@ class AgentRunner:
     def __init__(self, config: Config, context: RolloutContext, launch: Launch, model: ServedModel) -> None:
         self.settings, self.context, self.launch = config.agent, context, launch
         self.limit = asyncio.Semaphore(config.agent.concurrency)
-        self._endpoint = AgentEndpoint(model)
+        self.engine = ReplayingEngine(model.engine)
+        self._endpoint = AgentEndpoint(replace(model, engine=self.engine))
         self._starting = asyncio.Lock()
         self._started = False
         self._counts: Counter[str] = Counter()

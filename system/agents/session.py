@@ -58,11 +58,13 @@ class AgentSession:
         self.counters: Counter[str] = Counter()
         self.limit: Outcome | None = None  # the rule of ours that the newest request met
         self.when_closed: Callable[[], None] = lambda: None
+        # Told of each turn that is recorded: its piece, its request's id, whether it is trained on.
+        self.when_recorded: Callable[[int, str, bool], None] = lambda piece, rid, trains: None
         self._closed = self._done = False
         self.result: dict[str, Any] = {}  # that was reported
         self._model, self._turns, self._trained = model, turns, frozenset(trained)
         self._temperature = model.temperature if temperature is None else temperature
-        self._deadline_s, self._route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
+        self._deadline_s, self.route = deadline_s, f"{prompt_id}:{uuid.uuid4().hex[:12]}"
         self._map = RequestMap(model.rendering)
         self._rids: dict[int, str] = {}  # by MODEL piece: the request that wrote it
         self._words: dict[bytes, str] = {}  # on tools, by these
@@ -256,10 +258,10 @@ class AgentSession:
         room = self._model.max_context - place.size
         most = min(room, request.max_tokens or room)
         asked = GenerateRequest(
-            rid=f"{self._route}:{turn.key}",
+            rid=f"{self.route}:{turn.key}",
             input_ids=self._map.prompt(place),
             sampling=self._sampling(request, most, syntax, trains),
-            route=self._route,
+            route=self.route,
             parent=self._rids.get(place.turn, ""),
         )
         whole, written, stopped = await write_turn(self._model, asked, syntax, request.stops, turn.say)
@@ -269,6 +271,7 @@ class AgentSession:
         )
         piece = self._map.commit(place, whole)
         self._rids[piece] = asked.rid
+        self.when_recorded(piece, asked.rid, trains)
         said = NormalMessage("assistant", written.text, calls, written.reasoning)
         self._map.given(request, place, piece, said)
         self._said[turn.key] = (*request.messages, said)

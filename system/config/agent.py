@@ -17,10 +17,11 @@ def agent_problems(config: Config) -> Iterator[str]:
         yield f"agent.command and agent.run={agent.run}: which agent is it? take out either"
     if agent.options and not agent.run:
         yield "agent.options are keywords of a function: a command has words, and agent.env"
-    if config.branching.name != "none":
+    if config.branching.name != "none" and agent.forks == "none":
         yield (
             f"{key}: what such an agent remembers is out of reach, so it cannot be forked, and "
-            f"branching={config.branching.name} forks: set branching=none"
+            f"branching={config.branching.name} forks: set branching=none, or agent.forks=replay if its "
+            "tools answer alike each time"
         )
     if config.tools.names or config.tools.mcp:
         yield f"{key}: an agent brings its own tools: set tools.names=[] and no tools.mcp"

@@ -37,6 +37,12 @@ class AgentConfig:
     concurrency: int = setting(
         64, "episodes at once, per rollout worker: rollout.leaves or more", least=1, safe_on_resume=True
     )
+    forks: str = setting(
+        "none",
+        "replay: an agent is forked by starting another one, which is answered as the first was up to the "
+        "fork; that needs tools that answer alike each time",
+        choices=("none", "replay"),
+    )
     columns: list[str] = setting(
         [], "columns of the data that the agent is told with its task; gold answers, it never is"
     )
