@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from system.agents.group import Turn
-from system.agents.replay import Recorded, ReplayingEngine, Script, Told
+from system.agents.replay import RecordedTurn, ReplayingEngine, ReplayScript, RetoldTurn
 from system.agents.session import AgentSession
 from system.config import Config
 from system.rollout.branching import Policy, Probe, TreeState, decided, make_policy
@@ -22,10 +22,10 @@ from system.tree.record import Float32, ForkDecision, Int32
 class _Growing:
     """An agent at work, as far as forks of it go."""
 
-    script: Script
+    script: ReplayScript
     baseline: float
     rng: np.random.Generator
-    told: list[Told] = field(default_factory=list[Told])  # all its turns so far
+    told: list[RetoldTurn] = field(default_factory=list[RetoldTurn])  # all its turns so far
     own: int = 0  # of them, those that were sampled for it, and are trained on
     streak: int = 0  # :attr:`TreeState.streak`
 
@@ -41,7 +41,7 @@ class Forking:
         seed: int,
         budget: int,
         vocab_size: int,
-        start: Callable[[Script, float], None],
+        start: Callable[[ReplayScript, float], None],
     ) -> None:
         """``start``: starts an agent with what it is told again, and the baseline of the one it forks."""
         self._policy, self._engine, self._start = policy, engine, start
@@ -63,7 +63,7 @@ class Forking:
         self.started, self.live = self.started + 1, self.live + 1
         return self.started - 1
 
-    def watch(self, number: int, session: AgentSession, script: Script, baseline: float) -> None:
+    def watch(self, number: int, session: AgentSession, script: ReplayScript, baseline: float) -> None:
         """Agent ``number`` begins in ``session``."""
         if not self._policy.can_fork:
             return
@@ -79,7 +79,7 @@ class Forking:
 
         session.when_recorded = recorded
 
-    def end(self, number: int, session: AgentSession, script: Script) -> bool:
+    def end(self, number: int, session: AgentSession, script: ReplayScript) -> bool:
         """It has ended; whether it never came to its fork, as it asked for something else before."""
         self.live -= 1
         self._growing.pop(number, None)
@@ -90,13 +90,15 @@ class Forking:
         agent = self._growing[number]
         recorded, whose = self._engine.take(rid)
         before = list(agent.told)
-        agent.told.append(Told(whose or (number, piece), recorded))
+        agent.told.append(RetoldTurn(whose or (number, piece), recorded))
         if whose is not None:
             self.same[number, piece] = whose
         elif trains:
             self._look(number, agent, piece, recorded, before)
 
-    def _look(self, number: int, agent: _Growing, piece: int, recorded: Recorded, before: list[Told]) -> None:
+    def _look(
+        self, number: int, agent: _Growing, piece: int, recorded: RecordedTurn, before: list[RetoldTurn]
+    ) -> None:
         """Let the policy look at a turn that was sampled, and fork before it."""
         k = self._policy.probe_tokens
         tokens = _joined(recorded, "tokens").astype(np.int32)[:k]
@@ -131,10 +133,10 @@ class Forking:
         for _ in range(forks):
             self.forks += 1
             inherited = agent.baseline if self._policy.inherits else math.nan
-            self._start(Script(before, recorded.prompt), inherited)
+            self._start(ReplayScript(before, recorded.prompt), inherited)
 
 
-def _joined(recorded: Recorded, name: str) -> Float32:
+def _joined(recorded: RecordedTurn, name: str) -> Float32:
     return np.concatenate([np.zeros(0, np.float32), *(getattr(chunk, name) for chunk in recorded.chunks)])
 
 

@@ -15,7 +15,7 @@ from system.agents.forest import Episode, Forest
 from system.agents.forking import Forking
 from system.agents.group import plant_group
 from system.agents.launch import AgentFailed, Ran, reward_of, told, turn_rewards_of
-from system.agents.replay import Script
+from system.agents.replay import ReplayScript
 from system.agents.runner import AgentRunner, address
 from system.agents.session import AgentSession
 from system.errors import leaves
@@ -137,14 +137,14 @@ class GroupRollout:
             return True
         return False
 
-    def _start(self, origin: Origin, script: Script | None = None, baseline: float = math.nan) -> None:
+    def _start(self, origin: Origin, script: ReplayScript | None = None, baseline: float = math.nan) -> None:
         """Start one more agent of the budget; a fork with what it is told again."""
         number = self._forking.begin()
         self._origins.append(origin)
-        work = self._run_agent(number, script or Script.none(), baseline)
+        work = self._run_agent(number, script or ReplayScript.none(), baseline)
         self._agents.create_task(work, name=f"agent {number} of {self.prompt.id}")
 
-    async def _run_agent(self, number: int, script: Script, baseline: float) -> None:
+    async def _run_agent(self, number: int, script: ReplayScript, baseline: float) -> None:
         async with self.runner.limit:
             seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
             session = await self.runner.open(self.prompt.id, seed, self.temperature)

@@ -19,7 +19,7 @@ from system.tree.record import Int32
 
 
 @dataclass(slots=True)
-class Recorded:
+class RecordedTurn:
     """One request, and what the engine sampled for it."""
 
     prompt: Int32  # [P]
@@ -27,17 +27,17 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RetoldTurn:
     """A turn that an episode was given: whose turn it is in the first place, and what was recorded of it."""
 
     turn: tuple[int, int]  # (episode, piece) that sampled it
-    recorded: Recorded
+    recorded: RecordedTurn
 
 
-class Script:
+class ReplayScript:
     """What one agent is told again."""
 
-    def __init__(self, turns: Sequence[Told], fork: Int32) -> None:
+    def __init__(self, turns: Sequence[RetoldTurn], fork: Int32) -> None:
         """``turns``: in the order they were told; ``fork``: the prompt [P] whose turn is sampled anew."""
         self._left, self._fork = list(turns), fork
         self.forked = False  # the fork was reached
@@ -49,13 +49,13 @@ class Script:
         return self.forked or self.diverged
 
     @classmethod
-    def none(cls) -> Script:
+    def none(cls) -> ReplayScript:
         """That of an agent that goes on by itself from the start."""
         script = cls((), np.empty(0, np.int32))
         script.forked = True
         return script
 
-    def next(self, prompt: Int32) -> Told | None:
+    def next(self, prompt: Int32) -> RetoldTurn | None:
         """The turn that answers ``prompt``; None: it is to be sampled."""
         if self.over:
             return None
@@ -74,8 +74,10 @@ class ReplayingEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.scripts: dict[str, Script] = {}  # by route
-        self._asked: dict[str, tuple[Recorded, tuple[int, int] | None]] = {}  # by request, until it is taken
+        self.scripts: dict[str, ReplayScript] = {}  # by route
+        self._asked: dict[
+            str, tuple[RecordedTurn, tuple[int, int] | None]
+        ] = {}  # by request, until it is taken
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
         script = self.scripts.get(request.route)
@@ -89,14 +91,14 @@ class ReplayingEngine:
             for chunk in told.recorded.chunks:
                 yield chunk
             return
-        recorded = Recorded(request.input_ids)
+        recorded = RecordedTurn(request.input_ids)
         self._asked[request.rid] = recorded, None
         async with aclosing(cast("AsyncGenerator[Chunk]", self._engine.generate(request))) as stream:
             async for chunk in stream:
                 recorded.chunks.append(chunk)
                 yield chunk
 
-    def take(self, rid: str) -> tuple[Recorded, tuple[int, int] | None]:
+    def take(self, rid: str) -> tuple[RecordedTurn, tuple[int, int] | None]:
         """What was recorded of a request, and, if it was told again, whose turn it is."""
         return self._asked.pop(rid)
 

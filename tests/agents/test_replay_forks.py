@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 from test_group_rollout import END, Bench
 
 from system.agents.launch import Ran, SessionAddress
-from system.agents.replay import Recorded, Script, Told
+from system.agents.replay import RecordedTurn, ReplayScript, RetoldTurn
 from system.rollout.branching import Decision, EntropyUnknown, Policy
 from system.tree.record import Kind, Origin, Outcome, validate
 from system.tree.stats import TreeStats
@@ -133,13 +133,13 @@ async def test_an_evaluation_does_not_fork() -> None:
 
 def test_a_script_answers_what_was_asked_and_nothing_else() -> None:
     prompts = [np.array(ids, np.int32) for ids in ([1], [1, 2], [1, 2, 3])]
-    told = [Told((0, number), Recorded(prompt)) for number, prompt in enumerate(prompts)]
-    script = Script(told[:2], prompts[2])
+    told = [RetoldTurn((0, number), RecordedTurn(prompt)) for number, prompt in enumerate(prompts)]
+    script = ReplayScript(told[:2], prompts[2])
     assert script.next(prompts[1]) is told[1]  # side by side, they may come in another order
     assert script.next(prompts[0]) is told[0]
     assert script.next(prompts[2]) is None
     assert (script.forked, script.diverged) == (True, False)
     assert script.next(prompts[0]) is None  # from now on, everything is sampled
-    early = Script(told[:2], prompts[2])
+    early = ReplayScript(told[:2], prompts[2])
     assert early.next(prompts[2]) is None
     assert early.diverged

@@ -49,7 +49,7 @@ def test_a_program_is_trained_unchanged(tmp_path: Path) -> None:
     assert summary["eval"]["after"]["questions"] == 3
     assert not summary["causes"]
     agent = summary["agent"]
-    assert agent["episodes"] == summary["leaves"] + 2 * 3
+    assert agent["episodes"] >= summary["leaves"] + 2 * 3  # and those of groups that nobody waited for
     assert agent["turns"] >= agent["episodes"]
     assert agent["failed"] == agent["rewrites"] == 0
     # What the learner computes of the very weights that sampled is what the engine said: nothing was
