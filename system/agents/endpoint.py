@@ -26,13 +26,14 @@ from system.agents.wire_anthropic import AnthropicWire
 from system.agents.wire_chat import ChatWire
 from system.agents.wire_responses import ResponsesWire
 from system.serving import AppServer, serve
-from system.text import described
+from system.text import described, one_line
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
 KEEP_ALIVE_S = 10.0  # clients drop streams that are silent for longer than 20 s or so
 CLOSED = 10_000  # closed sessions that are remembered, so that a late request is told why it is refused
+LISTED = 200  # fields without effect that are told of
 NAME = "espalier"  # of the trained model, where clients ask which there are
 RETRIES = "x-stainless-retry-count"  # the official clients say so when they send a request again
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a character, perhaps without its other half
@@ -57,6 +58,7 @@ class AgentEndpoint:
         self._trained, self._keep_alive_s = tuple(trained), keep_alive_s
         self._sessions: dict[bytes, AgentSession] = {}  # by the digest of its key
         self._closed: dict[bytes, None] = {}  # likewise, the oldest first
+        self._listed: set[str] = set()  # fields without effect that were listed
         self._server: AppServer | None = None
 
     async def start(self) -> str:
@@ -114,6 +116,7 @@ class AgentEndpoint:
         for root in ("", "/s/{key}"):
             app.router.add_post(f"{root}/v1/messages/count_tokens", self._count)
             app.router.add_get(f"{root}/v1/models", self._models)
+            app.router.add_get(f"{root}/v1/models/{{name}}", self._models)
             app.router.add_post(f"{root}/reward", self._reward)
             app.router.add_post(f"{root}/done", self._done)
         return app
@@ -126,6 +129,7 @@ class AgentEndpoint:
                 session = self._session(request)
                 body, raw = await _body(request)
                 asked = wire.asked(body)
+                self._list(body.keys() - wire.known)
                 digest = sha256(request.path.encode() + b"\n" + raw).digest()
                 retry = request.headers.get(RETRIES, "0") not in ("", "0")
                 turn = session.ask(asked, digest, retry)
@@ -208,20 +212,18 @@ class AgentEndpoint:
             self._session(request)
         except Refusal as refusal:
             return _refused(ChatWire(), refusal)
-        data = [
-            {
-                "id": name,
-                "object": "model",
-                "type": "model",
-                "display_name": name,
-                "created": 0,
-                "created_at": "1970-01-01T00:00:00Z",
-                "owned_by": NAME,
-            }
-            for name in (*(self._trained or (NAME,)), FROZEN)
-        ]
-        more = {"has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return web.json_response({"object": "list", "data": data, **more})
+        names = [*(self._trained or (NAME,)), FROZEN]
+        if asked := request.match_info.get("name"):
+            return web.json_response(_model(asked))
+        ends = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+        return web.json_response({"object": "list", "data": [_model(name) for name in names], **ends})
+
+    def _list(self, fields: Collection[str]) -> None:
+        """Say once which fields of requests have no effect."""
+        if new := sorted({one_line(name) for name in fields} - self._listed):
+            if len(self._listed) < LISTED:
+                log.info("fields of agents' requests without effect on what is trained: %s", ", ".join(new))
+            self._listed.update(new[:LISTED])
 
     def _session(self, request: web.Request) -> AgentSession:
         """Whose key the request shows, in its path or else as an API key.  Raises :class:`Refusal`."""
@@ -240,6 +242,19 @@ class AgentEndpoint:
                 code="invalid_api_key",
             )
         return session
+
+
+def _model(name: str) -> dict[str, Any]:
+    """A model as both providers' clients know models."""
+    return {
+        "id": name,
+        "object": "model",
+        "type": "model",
+        "display_name": name,
+        "created": 0,
+        "created_at": "1970-01-01T00:00:00Z",
+        "owned_by": NAME,
+    }
 
 
 def _digest(key: str) -> bytes:

@@ -42,14 +42,13 @@ async def write_turn(
     finish = whole.finish
     if not reader.stopped and (finish is None or finish.type == "abort"):
         raise EngineError(f"the engine gave the answer up: {finish.message if finish else 'no reason'}")
-    ended = finish is not None and finish.type == "stop" and not reader.stopped
-    rest, written = reader.finish(ended)
+    rest, written = reader.finish(finish is not None and finish.type == "stop")
     say(rest)
     return whole, written, reader.stopped
 
 
 def _up_to_stop(chunk: Chunk, reader: AnswerReader, say: Callable[[Sequence[Delta]], None]) -> Chunk:
-    """Read ``chunk``; its tokens up to the one that completes a stop string."""
+    """Read ``chunk``; its tokens up to the one that completes a stop string, which finishes nothing."""
     for i, token in enumerate(chunk.tokens.tolist(), 1):
         if deltas := reader.feed(token):
             say(deltas)

@@ -49,6 +49,7 @@ class Dialect(Protocol):
     """One provider's words."""
 
     name: str
+    known: frozenset[str]  # fields of a request that have an effect here, or are refused
 
     def asked(self, body: Mapping[str, Any]) -> ChatRequest:
         """The request in normal form.  Raises :class:`Refusal` naming the field."""

@@ -45,6 +45,9 @@ _THOUGHTS = ("thinking", "redacted_thinking")
 
 class AnthropicWire:
     name = "anthropic"
+    known = frozenset([
+        "model", "messages", "system", "tools", "tool_choice", "max_tokens", "stop_sequences", "stream",
+        "output_config", "output_format", "mcp_servers", "container"])  # fmt: skip
 
     def asked(self, body: Mapping[str, Any]) -> ChatRequest:
         form = body.get("output_config")

@@ -37,6 +37,10 @@ _KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_f
 
 class ChatWire:
     name = "chat"
+    known = frozenset([
+        "model", "messages", "tools", "tool_choice", "max_tokens", "max_completion_tokens", "stop",
+        "stream", "stream_options", "n", "logit_bias", "response_format", "functions", "function_call",
+        "audio"])  # fmt: skip
 
     def asked(self, body: Mapping[str, Any]) -> ChatRequest:
         if body.get("n") not in (None, 1):

@@ -28,6 +28,9 @@ _PREFIX = "resp_"
 
 class ResponsesWire:
     name = "responses"
+    known = frozenset([
+        "model", "input", "instructions", "tools", "tool_choice", "max_output_tokens", "stream", "text",
+        "previous_response_id", "conversation", "prompt", "background"])  # fmt: skip
 
     def asked(self, body: Mapping[str, Any]) -> ChatRequest:
         refuse(body, ("conversation", "prompt"), "nothing is kept here but this session: send the messages")

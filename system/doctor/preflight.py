@@ -31,12 +31,14 @@ from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
 from system.engine.sglang.command import interpreter
+from system.envs.make import make_environment
 from system.errors import EXPECTED, EspalierError, told
 from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
 from system.plugins import POLICIES
 from system.rollout.branching import make_policy
-from system.rollout.chat import unknown_arguments
+from system.rollout.chat import make_chat, planned_syntax, unknown_arguments
+from system.rollout.encode import local_tokenizer
 from system.rollout.planting import misfits
 from system.rollout.scorer import Scorer
 from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
@@ -152,6 +154,21 @@ def model(config: Config) -> Iterator[Problem]:
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
     for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
         yield Problem("", line)
+
+
+def chat(config: Config) -> Iterator[Problem]:
+    """Can the model's chat template put answers, where it is to (``rollout.answers``)?"""
+    path, answers = config.model.path, config.rollout.answers
+    wanted = answers == "template" or config.rollout.calls_per_turn == "many"
+    if not path or not directory.chat_template(path):
+        if wanted:
+            keys = f"rollout.answers={answers}, rollout.calls_per_turn={config.rollout.calls_per_turn}"
+            remedy = "set model.path to a model that has one, or take these settings out"
+            yield Problem(keys, "the model has no chat template", remedy)
+        return
+    syntax = planned_syntax(config)
+    if wanted or (answers == "auto" and syntax.new_turn):
+        make_chat(config, local_tokenizer(path), path, syntax, make_environment(config.environment))
 
 
 def task(config: Config) -> Iterator[Problem]:
@@ -377,6 +394,7 @@ ANYWHERE: dict[str, Check] = {
     "parts": parts,
     "layout": layout,
     "model": model,
+    "chat": chat,
     "task": task,
     "run directory": disk,
 }
@@ -389,4 +407,4 @@ ON_THE_SPOT: dict[str, Check] = {
     "scratch": scratch,
 }
 LATER = ", ".join(ON_THE_SPOT)  # for people who submit
-IN_CONTAINER = ("model", "task")  # may lie elsewhere in one: paths are those of its mounts
+IN_CONTAINER = ("model", "chat", "task")  # may lie elsewhere in one: paths are those of its mounts

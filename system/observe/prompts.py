@@ -12,7 +12,7 @@ from system.envs.make import make_environment
 from system.envs.service import Environments
 from system.observe.terminal import shown, visible
 from system.rollout.chat import Chat, PromptError, answered_roles, make_chat, planned_syntax
-from system.rollout.encode import Tokenizer
+from system.rollout.encode import Tokenizer, local_tokenizer
 from system.rollout.planting import opened
 from system.tasks.base import HasTokenizer, Task, first, make_task, notes
 from system.tree.prompt import Prompt
@@ -109,9 +109,4 @@ def _tokenizer(config: Config, task: Task) -> Tokenizer:
         )
     if not Path(path).is_dir():
         raise ConfigError(f"model.path: there is no directory {path}: give one in Hugging Face format")
-    from transformers import AutoTokenizer  # slow import
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: no tokenizer: {error}") from error
+    return local_tokenizer(path)

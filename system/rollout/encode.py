@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from system.config import ConfigError
 from system.tree.record import Int32
 
 Tokenizer = Any
@@ -22,6 +23,16 @@ Tokenizer = Any
 
 OPENING_TOKENS = 64  # more than what a chat template opens, even where every byte is a token
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*(?:</\1>\s*)?\Z")
+
+
+def local_tokenizer(path: str) -> Tokenizer:
+    """The one in the directory ``path``.  Raises :class:`ConfigError` for none that can be read."""
+    from transformers import AutoTokenizer  # slow import
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path}: no tokenizer: {error}") from error
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, trusted: bool = True) -> Int32:

@@ -196,6 +196,21 @@ async def test_of_equal_answers_the_thoughts_tell_which_one_is_meant(scripted: S
     assert "One." in engine.tokenizer.decode(engine.requests[2].input_ids)
 
 
+async def test_answers_that_read_alike_are_told_apart_by_what_they_were_said_behind(scripted: Start) -> None:
+    thoughts = [f"{THINK}One.{THOUGHT}", f"{THINK}Two.{THOUGHT}"]
+    there, engine = await scripted(*[thought + ANSWER for thought in thoughts], ANSWER, ANSWER, ANSWER)
+    session = await there.open()
+    firsts = [said(await ask(session, [USER])) for _ in thoughts]
+    more: dict[str, Any] = {"role": "user", "content": "And?"}
+    chats = [[USER, first, more] for first in firsts]
+    seconds = [said(await ask(session, chat)) for chat in chats]
+    await ask(session, [*chats[0], seconds[0], more])  # where the answer of the other chat is newer
+    assert session.close(Outcome.ENDED).rewrites == 0
+    text = engine.tokenizer.decode(engine.requests[4].input_ids)
+    assert "One." in text
+    assert "Two." not in text
+
+
 # Retries
 
 
@@ -281,6 +296,55 @@ async def test_a_retry_joins_an_answer_on_its_way(scripted: Start) -> None:
     assert parents(session.close(Outcome.ENDED)) == [-1, 0]
 
 
+async def test_an_answer_goes_on_while_anybody_reads_it(scripted: Start) -> None:
+    there, engine = await scripted(ANSWER)
+    engine.going.clear()
+    session = await there.open()
+    async with aiohttp.ClientSession() as http:
+        url, body = f"{session.openai_url}/chat/completions", {"model": "m", "messages": [USER]}
+        first = asyncio.create_task(http.post(url, json=body))
+        while not engine.requests:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(http.post(url, json=body, headers={"x-stainless-retry-count": "1"}))
+        while not session.counters["retries"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0.2)
+        engine.going.set()
+        assert (await (await second).json())["choices"][0]["message"]["content"] == DONE
+    assert trained(session.close(Outcome.ENDED)) == [1]
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_an_answer_that_was_not_handed_out_whole_is_not_trained_on(
+    scripted: Start, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    there, engine = await scripted(ANSWER)
+    session = await there.open()
+    ends = web.Response.write_eof
+    times = 0
+
+    async def breaks(self: web.Response, data: bytes = b"") -> None:
+        nonlocal times
+        times += 1
+        if times == 1:
+            raise ConnectionResetError("cut")
+        await ends(self, data)
+
+    monkeypatch.setattr(web.Response, "write_eof", breaks)
+    async with openai.AsyncOpenAI(base_url=session.openai_url, api_key="x", max_retries=int(again)) as sdk:
+        asked: dict[str, Any] = {"model": "m", "messages": [USER]}
+        if again:
+            assert (await sdk.chat.completions.create(**asked)).choices[0].message.content == DONE
+        else:
+            with pytest.raises(openai.APIError):
+                await sdk.chat.completions.create(**asked)
+    episode = session.close(Outcome.ENDED)
+    assert len(engine.requests) == 1
+    assert parents(episode) == [-1, 0]
+    assert trained(episode) == ([1] if again else [])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_hangs_up_leaves_nothing(scripted: Start, stream: bool) -> None:
     there, engine = await scripted(BOTH, ANSWER)
@@ -342,9 +406,9 @@ async def test_a_turn_that_was_cut_is_closed_and_gone_on_with(scripted: Start) -
     session = await there.open()
     first = await ask(session, [USER], max_tokens=4)
     assert first.finish_reason == "length"
+    assert session.limit is None  # the client's own limit, not ours
     await ask(session, [USER, said(first), {"role": "user", "content": "Go on."}])
     episode = session.close(Outcome.ENDED)
-    assert episode.outcome == Outcome.ENDED  # the client's limit, not ours
     assert episode.rewrites == 0
     text = engine.tokenizer.decode(engine.requests[1].input_ids)
     assert "assistant\nSome<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>" in text
@@ -415,6 +479,20 @@ async def test_turns_are_counted_and_the_client_does_not_ask_again(scripted: Sta
     assert session.close(Outcome.ENDED).outcome == Outcome.TURN_LIMIT
 
 
+async def test_turns_on_their_way_count(scripted: Start) -> None:
+    there, engine = await scripted(ANSWER)
+    engine.going.clear()
+    session = await there.open(turns=1)
+    first = asyncio.create_task(ask(session, [USER]))
+    while not engine.requests:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    with pytest.raises(openai.RateLimitError):
+        await ask(session, [USER])
+    engine.going.set()
+    assert (await first).message.content == DONE
+    session.close(Outcome.ENDED)
+
+
 async def test_a_full_context_is_said_so_and_may_be_mended(scripted: Start) -> None:
     there, _ = await scripted(ANSWER, max_context=700)
     session = await there.open()
@@ -458,6 +536,7 @@ async def test_keys_open_their_own_session_and_no_other(scripted: Start) -> None
     session = await there.open()
     async with openai.AsyncOpenAI(base_url=f"{there.url}/v1", api_key=session.key) as sdk:
         assert [model.id for model in (await sdk.models.list()).data] == ["espalier", "espalier-frozen"]
+        assert (await sdk.models.retrieve("gpt-4o")).id == "gpt-4o"
         await sdk.chat.completions.create(model="m", messages=[USER])  # the key alone is enough
     async with openai.AsyncOpenAI(base_url=f"{there.url}/v1", api_key=session.key[:-1]) as sdk:
         with pytest.raises(openai.AuthenticationError, match="no open session has this key"):
@@ -510,6 +589,20 @@ async def test_other_fields_are_taken_and_a_tool_choice_is_counted(scripted: Sta
     await ask(session, [USER], **more, extra_body={"thinking": {"budget": 1}})
     assert session.close(Outcome.ENDED).counters["tool_choice"] == 1
     assert (engine.requests[0].sampling.top_p, engine.requests[0].sampling.temperature) == (1.0, 1.0)
+
+
+async def test_fields_without_effect_are_listed_once(
+    scripted: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "system.agents.endpoint")
+    there, _ = await scripted(ANSWER, ANSWER)
+    session = await there.open()
+    for _ in range(2):
+        await ask(session, [USER], metadata={"a": "b"}, extra_body={"thinking\n": 1}, stop=["x"])
+    listed = [record.getMessage() for record in caplog.records]
+    assert len(listed) == 1
+    assert ": metadata, thinking" in listed[0]
+    assert "stop" not in listed[0]
 
 
 async def test_bodies_that_are_none(scripted: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from system.engine.embedded import EmbeddedEngine
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
 from system.engine.sglang.server import SglangServer
 from system.serving import free_port as a_free_port
+
+sys.path.append(str(Path(__file__).parent.parent / "rollout"))  # the fakes of the rollouts serve here, too
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_templates import FAMILIES
 from chat_tokenizers import chatml
 
 from actors.cli.main import main
@@ -74,6 +75,23 @@ def test_a_question_that_the_template_refuses_is_named(
     template.write_text("{{ raise_exception('no system') if messages[0].role == 'system' else 'x' }}")
     assert main(["prompt", str(recipe)]) == 2
     assert "question data/1: the chat template refuses the messages: no system" in capsys.readouterr().err
+
+
+def test_it_says_what_stands_around_answers(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FAMILIES["qwen3"].tokenizer().save_pretrained(recipe.parent / "model")
+    asked = ["prompt", str(recipe), "rollout.syntax=hermes", "task.template={enable_thinking: false}"]
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("answers stand in:")]
+    assert "the chat template's; tool: behind [user, assistant with a thought], " in line
+    assert r"<|im_end|>\n<|im_start|>user\n<tool_response>\n<0>\n</tool_response><|im_end|>" in line
+    assert line.endswith(r"<think>\n\n</think>\n\n'")
+    assert main([*asked, "rollout.calls_per_turn=many"]) == 0
+    out = capsys.readouterr().out
+    assert "a tool call ends at:      </tool_call>, where the turn goes on" in out
+    assert out.count("answers stand in:") == 2
+    assert main([*asked, "rollout.answers=syntax"]) == 0
+    assert "answers stand in:         the call syntax's words (rollout.answers)" in capsys.readouterr().out
 
 
 def test_the_quickstart_keeps_its_tokens(capsys: pytest.CaptureFixture[str]) -> None:

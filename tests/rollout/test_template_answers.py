@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from chat_tokenizers import CHATML, HERMES_TOOLS, chatml
 from rollout_fakes import PROMPT, SPECS, Answer, Script, Segment, make_world, ok
 from rollout_fakes import World as Made
 
-from system.config import ConfigError, EnvironmentConfig
+from system.config import ConfigError, EnvironmentConfig, load
+from system.doctor import preflight
 from system.envs.protocol import Action, Environment, ForkKind, Ids, Message, Observation, Start, World
 from system.envs.service import Environments, EnvironmentService
 from system.plugins import SYNTAXES
@@ -263,3 +266,30 @@ def test_where_the_syntax_writes_the_answers_nothing_is_looked_at() -> None:
     )
     run(TreeRollout(world.context, PROMPT, seed=1).run())
     assert not world.context.drift.counters
+
+
+# Before a run
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("qwen2.5", ["rollout.syntax=hermes"], ""),
+        ("qwen2.5", ["rollout.syntax=hermes", "rollout.calls_per_turn=many"], ""),
+        ("gemma", [], ""),  # tags, which need no template
+        ("gemma", ["rollout.syntax=hermes"], ""),  # which it does not teach
+        ("gemma", ["rollout.answers=template"], r"rollout.answers=template: .* \[tool\] .* must alternate"),
+        ("qwen2.5", ["rollout.calls_per_turn=many"], "rollout.calls_per_turn=many: .* set rollout.answers"),
+        ("", ["rollout.answers=template"], "the model has no chat template"),
+    ],
+)
+def test_what_the_template_cannot_put_is_told_before_the_start(
+    tmp_path: Path, name: str, words: list[str], said: str
+) -> None:
+    if name:
+        FAMILIES[name].tokenizer().save_pretrained(tmp_path)
+        words = [*words, f"model.path={tmp_path}"]
+    others = set(preflight.ANYWHERE) - {"chat"}
+    found = preflight.look(load("configs/quickstart.yaml", words), login=True, without=others)["chat"]
+    assert re.search(said, "\n".join(map(str, found)))
+    assert bool(found) == bool(said)
