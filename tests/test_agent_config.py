@@ -82,7 +82,27 @@ def test_a_word_that_is_no_path_is_refused() -> None:
 def test_a_policy_that_no_replay_can_follow(policy: str, says: str) -> None:
     config = load(None, [*FITS, "agent.forks=replay", f"branching={policy}"])
     assert any(says in line for line in misfits(config))
-    assert not [*misfits(load(None, [*FITS, "agent.forks=replay", "branching=arpo"]))]
+    assert not [
+        *misfits(load(None, [*FITS, "agent.command=python x.py", "agent.forks=replay", "branching=arpo"]))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("no-such-program --fast", "there is no program 'no-such-program'"),
+        ("./README.md", "there is no program './README.md'"),
+        ("python 'unfinished", "No closing quotation"),
+        (" ", "has no words"),
+    ],
+)
+def test_a_command_that_cannot_be_run(command: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    config = load(None, list(FITS))
+    config.agent.command = command
+    assert says in next(misfits(config))
+    config.agent.command = "python examples/search_agent.py {question}"
+    assert not [*misfits(config)]
 
 
 def test_the_example_has_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from system.agents.group import Turn
+from system.agents.launch import command_problem
 from system.agents.replay import RecordedTurn, ReplayingEngine, ReplayScript, RetoldTurn
 from system.agents.session import AgentSession
 from system.config import Config
@@ -141,7 +142,11 @@ def _joined(recorded: RecordedTurn, name: str) -> Float32:
 
 
 def misfits(config: Config) -> Iterator[str]:
-    """What of the configured policy no agent can do, a line each with the remedy."""
+    """What is wrong with the agent's command, and what of the policy no agent can do: a line each with the
+    remedy.
+    """
+    if problem := command_problem(config.agent):
+        yield problem
     if not config.agent.on or config.agent.forks == "none":
         return
     policy, name = make_policy(config.branching), config.branching.name

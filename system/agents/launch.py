@@ -12,13 +12,14 @@ import json
 import math
 import numbers
 import shlex
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from system.agents.process import Program, run_program
+from system.agents.process import Program, inherited, run_program
 from system.config import AgentConfig
 from system.errors import EspalierError
 from system.foreign import foreign
@@ -65,6 +66,23 @@ class Launch(Protocol):
 def make_launch(settings: AgentConfig, directory: Path) -> Launch:
     """As the configuration says; programs get directories of their own below ``directory``."""
     return ProgramAgent(settings, directory) if settings.command else FunctionAgent(settings)
+
+
+def command_problem(settings: AgentConfig) -> str:
+    """What is wrong with the command, with the remedy; "" for nothing."""
+    try:
+        words = shlex.split(settings.command)
+    except ValueError as error:
+        return f"agent.command={settings.command!r}: {error}: write it as a shell would take it"
+    if settings.command and not words:
+        return "agent.command has no words: name the program"
+    path = {**inherited(()), **settings.env}["PATH"]
+    if words and shutil.which(_whole(words[0]), path=path) is None:
+        return (
+            f"agent.command: there is no program {words[0]!r} that can be run, on PATH or from here: correct "
+            "it, or make it executable"
+        )
+    return ""
 
 
 def told(prompt: Prompt, columns: list[str]) -> dict[str, Any]:
