@@ -638,3 +638,5 @@ async def test_every_piece_of_a_context_was_told(scripted: Start) -> None:
         if piece.kind == Kind.MODEL:
             request = engine.requests[i // 2]
             assert episode.forest.tokens(piece.parent).tolist() == request.input_ids.tolist()
+            # Every token has its own weights' version: they may change while it is said.
+            assert piece.version.tolist() == [7 + token // engine.chunk for token in range(piece.tokens.size)]
