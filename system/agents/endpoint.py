@@ -16,6 +16,7 @@ from hashlib import sha256
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from system.agents.messages import ChatRequest, Refusal, valid
 from system.agents.model import FROZEN, ServedModel
@@ -108,7 +109,7 @@ class AgentEndpoint:
     # Requests
 
     def _app(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_shaped])
         paths = {"chat/completions": ChatWire(), "responses": ResponsesWire(), "messages": AnthropicWire()}
         for path, wire in paths.items():
             for root in ("", "/s/{key}"):
@@ -242,6 +243,20 @@ class AgentEndpoint:
                 code="invalid_api_key",
             )
         return session
+
+
+@web.middleware
+async def _shaped(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A path or method that is not served, as the client knows errors."""
+    try:
+        return await handler(request)
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed) as error:
+        wire = AnthropicWire() if "anthropic-version" in request.headers else ChatWire()
+        told = (
+            f"{error.reason}: the base URL ends with /s/KEY/v1 for OpenAI's clients and with /s/KEY for "
+            "Anthropic's; chat/completions, responses, messages, messages/count_tokens and models are served"
+        )
+        return _refused(wire, Refusal(error.status, told, code="not_found"))
 
 
 def _model(name: str) -> dict[str, Any]:

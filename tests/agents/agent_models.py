@@ -173,7 +173,8 @@ class EngineBooks(dict[str, EngineRecord]):
 
 
 class ScriptedEngine:
-    """Says the next of ``lines``, a few tokens at a time; an error among them is raised."""
+    """Says the next of ``lines``, a few tokens at a time, each time under newer weights; an error among them
+    is raised."""
 
     def __init__(self, lines: Sequence[str | Exception], chunk: int = 3, pause_s: float = 0.0) -> None:
         self.tokenizer = make_tokenizer()
@@ -197,7 +198,7 @@ class ScriptedEngine:
                 part = np.asarray(cut[i : i + self.chunk], np.int32)
                 scores = -np.arange(1, part.size + 1, dtype=np.float32)
                 whole = i + self.chunk >= len(cut)
-                yield Chunk(part, scores, scores, part * 0 + 7, finish if whole else None)
+                yield Chunk(part, scores, scores, part * 0 + 7 + i // self.chunk, finish if whole else None)
                 await self.going.wait()
                 await asyncio.sleep(self.pause_s)
         finally:

@@ -48,6 +48,25 @@ async def test_tools_that_the_template_leaves_out_are_told_in_words(stack: Async
     assert text.startswith(f"<|im_start|>system\n{own}")
 
 
+async def test_a_thought_that_the_template_opens_is_a_thought(stack: AsyncExitStack) -> None:
+    engine = ScriptedEngine(["Hm, what may it be?\n</think>\n\n" + DONE + END, DONE + END])
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+    endpoint = AgentEndpoint(served(engine, tokenizer))
+    stack.push_async_callback(endpoint.stop)
+    await endpoint.start()
+    session = await endpoint.open("p", 0, deadline_s=60)
+    first = await ask(session, [USER], tools=[])
+    assert (first.message.reasoning_content, first.message.content) == ("Hm, what may it be?", DONE)
+    retold = {"role": "assistant", "content": DONE}  # without the thought
+    await ask(session, [USER, retold, USER], tools=[])
+    episode = session.close(Outcome.ENDED)
+    assert episode.rewrites == 0
+    text = tokenizer.decode(engine.requests[1].input_ids)
+    assert text.count("Hm, what may it be?") == 1
+    assert text.endswith("<|im_start|>assistant\n<think>\n")
+
+
 async def test_tools_that_the_template_tells_are_told_once(scripted: Start) -> None:
     there, engine = await scripted(DONE + END)
     session = await there.open()
