@@ -167,6 +167,7 @@ class Conductor:
             engines_back,
             self.recorder.mishap,
         )
+        await self._read_counters()  # of what it did, too: after the last one nobody else asks
         self.recorder.evaluated(self.version, result, which)
         self.progress.note(f"held-out accuracy {which} training: {result.total.accuracy:.3f}")
         self.progress.phase(TRAINING)

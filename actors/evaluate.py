@@ -79,7 +79,7 @@ async def answer_questions(
     ``engines_back`` is awaited, with the cause, before another attempt at one whose engine was lost.
     """
     failures: list[RolloutFailed | ActorLost] = []
-    limit = asyncio.Semaphore(config.rollout.concurrency * config.rollout.leaves)
+    limit = asyncio.Semaphore(config.trees_at_once * config.rollout.leaves)
     deadline, back_s = tree_answer_s(config), config.cluster.start_deadline_s
 
     async def ask(number: int, question: Prompt) -> TreeStats | Prompt:

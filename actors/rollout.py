@@ -1,4 +1,4 @@
-"""A rollout worker: grows many trees at once on one event loop."""
+"""A rollout worker: grows many trees at once on one event loop, or runs groups of agents in their place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import ray
 
 from actors import keys
 from system import config as configuration
+from system.agents.group_rollout import GroupRollout
+from system.agents.runner import AgentRunner
 from system.rollout import process
 from system.rollout.context import build_context
 from system.rollout.guard import one_tree
@@ -35,6 +37,7 @@ class RolloutWorker:
         self._context, self._tools, self._engine = build_context(
             settings, model, engines, tools, keys.held(), store
         )
+        self._agents = AgentRunner.of(settings, self._context) if settings.agent.on else None
         self._growing: dict[int, TreeRollout] = {}
 
     async def beat(self) -> int:
@@ -54,6 +57,7 @@ class RolloutWorker:
         """Running totals of engine client, tools, rewards and environment, since this process started."""
         worlds = self._context.environments
         own = self._engine.counters | self._tools.counters | self._context.scoring.counters
+        own |= self._agents.counters if self._agents else {}
         own |= self._context.drift.counters
         return own | (worlds.counters if worlds else {})
 
@@ -73,6 +77,10 @@ class RolloutWorker:
         tree, and ConfigError for what would with every tree.
         """
         with one_tree(prompt.id):
+            if self._agents is not None:
+                group = GroupRollout(self._agents, prompt, seed=seed, ticket=ticket, temperature=temperature)
+                tree = await group.run()
+                return tree, TreeStats.of(tree)
             growing = (
                 await planted(
                     self._context, prompt, seed=seed, ticket=ticket, temperature=temperature, guide=guide
@@ -103,7 +111,10 @@ class RolloutWorker:
         return list(found), found
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
-        """One branch, no forks.  Raises as :meth:`grow` does."""
+        """One branch, no forks; or one run of the agent.  Raises as :meth:`grow` does."""
         with one_tree(prompt.id):
+            if self._agents is not None:
+                alone = GroupRollout(self._agents, prompt, seed=seed, greedy=True, temperature=temperature)
+                return TreeStats.of(await alone.run())
             one = await planted(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
             return TreeStats.of(await one.run())

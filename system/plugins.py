@@ -291,6 +291,7 @@ ENVIRONMENTS = Registry(
         "mcp": "system.envs.mcp:McpEnvironment",
     },
 )
+AGENTS = Registry("agent.run", {}, given=("session", "task"))
 CREDITS = Registry(
     "learn.credit",
     {

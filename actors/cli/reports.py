@@ -166,8 +166,8 @@ def doctor(args: argparse.Namespace) -> int:
     from system.config import load
     from system.doctor.checks import examine, stops
     from system.doctor.facts import gather
-    from system.observe.redact import redact
     from system.observe.terminal import shown
+    from system.redact import redact
 
     config = load(*split(args.words))
     findings = examine(gather(config), config)
@@ -206,7 +206,7 @@ def config(args: argparse.Namespace) -> int:
         print(markdown() if args.markdown else text(args.explain), end="")
         return 0
     from system.config import from_dict, load, to_dict, to_yaml
-    from system.observe.redact import HIDDEN, redact
+    from system.redact import HIDDEN, redact
 
     values = to_dict(load(*split(args.words)))
     if (printed := redact(values)) != values:

@@ -13,9 +13,9 @@ from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
 from system.cluster.script import queue_options, render
 from system.config import Config, ConfigError, load, to_dict
-from system.observe.redact import redact
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 from system.observe.terminal import shown
+from system.redact import redact
 
 SUBMISSION = "slurm/submission.json"
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")

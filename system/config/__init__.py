@@ -23,6 +23,7 @@ from system.config.schema import ModelConfig as ModelConfig
 from system.config.schema import RolloutConfig as RolloutConfig
 from system.config.schema import SlurmConfig as SlurmConfig
 from system.config.schema import ToolsConfig as ToolsConfig
+from system.config.schema_agent import AgentConfig as AgentConfig
 from system.config.schema_environment import EnvironmentConfig as EnvironmentConfig
 from system.config.schema_learn import LearnConfig as LearnConfig
 from system.config.schema_reward import ChosenReward as ChosenReward

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from system.config.agent import agent_problems
 from system.config.by_step import at_step, course_problems
 from system.config.guide import ACTIONS
 from system.config.mcp import place
@@ -36,6 +37,7 @@ SET_BY: dict[str, str] = {
     "random_seed": "run.seed",
     **dict.fromkeys(("api_key", "admin_api_key"), "the system"),  # a flag is read by every user of a machine
 }
+MAY_BE_EMPTY = ("reward.name", "agent.run")  # see _rewards, AgentConfig.on
 TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size")
 
 # Of our credits, all but this one know a leaf's worth only beside others of its tree.
@@ -67,7 +69,7 @@ def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
     if rule.path and isinstance(value, str) and value.startswith("~"):
         yield f"{key}={value}: `~` stands for nothing here: write the whole path, or ${{oc.env:HOME}}"
     if rule.registry is not None:
-        for name in [] if key == "reward.name" and not value else names_of(value):  # see _rewards
+        for name in [] if key in MAY_BE_EMPTY and not value else names_of(value):
             try:
                 rule.registry.check_name(name)
             except PluginError as error:
@@ -148,6 +150,8 @@ def part_problems(config: Config) -> list[str]:
             value = one.of(config)
             options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
             of_each = isinstance(value, list)
+            if one.key in MAY_BE_EMPTY and not value:
+                continue
             wanted = [
                 (registry, name, options.get(name, {}) if of_each else options) for name in names_of(value)
             ]
@@ -406,7 +410,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 
 AGREEMENTS = (
-    *(_limits, _by_step, _sizes, _rewards, _engine),
+    *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
     *(_learner, _cluster, _shape, _guide, _void),
 )
 

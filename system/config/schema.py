@@ -14,6 +14,7 @@ from typing import Any
 from system.config.guide import GuideConfig
 from system.config.machines import ClusterConfig, SlurmConfig
 from system.config.rule import PartConfig, setting
+from system.config.schema_agent import AgentConfig
 from system.config.schema_environment import EnvironmentConfig
 from system.config.schema_learn import LearnConfig
 from system.config.schema_reward import RewardConfig
@@ -362,6 +363,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
@@ -371,3 +373,11 @@ class Config:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def trees_at_once(self) -> int:
+        """How many trees grow at once; those of agents, as many as find their episodes' places free."""
+        rollout, agent = self.rollout, self.agent
+        if not agent.on:
+            return rollout.concurrency
+        return min(rollout.concurrency, rollout.workers * max(agent.concurrency // rollout.leaves, 1))

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from psutil import virtual_memory
 
+from system.agents.forking import misfits as agent_misfits
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
@@ -124,7 +125,7 @@ def parts(config: Config) -> Iterator[Problem]:
         return
     if config.branching.options or config.branching.name not in POLICIES.table:
         make_policy(config.branching)
-    yield from (Problem("", line) for line in misfits(config))
+    yield from (Problem("", line) for line in (*misfits(config), *agent_misfits(config)))
 
 
 def layout(config: Config) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from system.flow.ledger import Ledger
 
 def may_start(ledger: Ledger, config: Config) -> bool:
     """AReaL's staleness bound (arXiv 2505.24298 §5.1): fewer than (η + 1)·B leaves are in flight, and fewer
-    than ``rollout.concurrency`` trees grow.
+    than ``Config.trees_at_once`` trees grow.
 
     AReaL compares the leaves taken on since the beginning, those of failed trees given back, with
     (η + version + 1)·B.  Of these, version·B have been trained on, and the rest is what the ledger has in
@@ -25,4 +25,4 @@ def may_start(ledger: Ledger, config: Config) -> bool:
     """
     batch_trees = config.flow.batch_leaves // config.rollout.leaves
     in_flight = (config.flow.staleness + 1) * batch_trees
-    return ledger.in_flight < in_flight and len(ledger.growing) < config.rollout.concurrency
+    return ledger.in_flight < in_flight and len(ledger.growing) < config.trees_at_once

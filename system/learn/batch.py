@@ -97,5 +97,6 @@ class BatchPlanner:
     def _budget(self, trees: Sequence[TreeStats], flat: bool) -> int:
         sizes = [int(tree.length.sum()) for tree in trees]
         if flat:
-            sizes = [int(n) for tree in trees for n in path_sum(tree.parent, tree.length)[tree.leaf]]
+            each = [(tree, path_sum(tree.parent, tree.length)) for tree in trees]
+            sizes = [int(sums[end]) for tree, sums in each for end, _ in tree.chains()]
         return row_budget(sizes, self.learn.micro_tokens, self.dp, self.pad_to)

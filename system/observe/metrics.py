@@ -1,19 +1,5 @@
 """From trees and events to one flat record of numbers: pure functions, one per group of keys.
 
-group         what it answers
-============  ========================================================================================
-``train/``    the learner's step: loss and friends, reward and length of what was trained on
-``learn/``    what ``learn.correction`` did to leaves: share rejected, effective sample size of the weights
-``rollout/``  trees closed since the last record: reward, accuracy, length, entropy, outcomes
-``tree/``     branching: fork rate, ΔH, probabilities, top-ups, sharing, shape
-``flow/``     asynchrony: staleness, drops by reason, goodput, queue depth
-``engine/``   the engine clients: requests by routing decision, prompt tokens and cache hits, resumed streams
-``reward/``   means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
-``tools/``    per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
-``eval/``     held-out questions
-``time/``     wall time, throughput, idle time by actor and cause
-============  ========================================================================================
-=======
 ===============  ========================================================================================
 group            what it answers
 ===============  ========================================================================================
@@ -26,6 +12,7 @@ group            what it answers
 ``reward/``      means of the rewards' numbers by name; leaves that failed, by reason; what a judge counts
 ``tools/``       per tool: calls, outcome shares, latency by status; retries, joins, cache hits, open breakers
 ``environment/`` worlds of training and of evaluation: opened, steps, forks by kind, what went wrong
+``agent/``       runs of an agent of one's own: turns, rewrites, retries, failed, late
 ``chat/``        turns looked at, and those that the chat template would write differently by now
 ``eval/``        held-out questions
 ``time/``        wall time, throughput, idle time by actor and cause
@@ -44,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import Kind, ToolCall, path_sum
+from system.tree.record import Kind, ToolCall
 from system.tree.stats import TreeStats
 
 Metrics = dict[str, float]
@@ -83,7 +70,7 @@ def rollout_metrics(stats: Sequence[TreeStats]) -> Metrics:
         metrics["rollout/answer_scored_share"] = mean(known)
         metrics["rollout/answer_probability"] = mean(np.exp(places[known]))
     if any(one.step_reward.any() for one in stats):
-        earned = [path_sum(one.parent, one.step_reward)[one.leaf] for one in stats]
+        earned = [one.along(one.step_reward) for one in stats]
         metrics["rollout/step_reward"] = mean(np.concatenate(earned))  # part of a leaf's reward
     calls = np.concatenate([one.calls_per_leaf for one in stats])
     metrics["rollout/calls_per_leaf"] = mean(calls)

@@ -41,7 +41,7 @@ class View:
     """How to show a tree."""
 
     decode: Decode
-    advantage: NDArray[np.floating]  # [L]; of a credit per node, that of the leaf's node
+    advantage: NDArray[np.floating]  # [L]; of a credit per node or path, that of the leaf's node
     credit: str = ""  # the estimator's name
     full: bool = False  # whole texts, with their line breaks
     entropy: bool = False  # colour by token entropy, and a bar per token
@@ -146,7 +146,8 @@ def _head(tree: Tree, view: View) -> Text:
         first.append(f"reward {stats.rewards.mean():.3f} ± {stats.rewards.std():.3f}")
     origins = ((stats.roots, "root"), (stats.forks, "fork"), (stats.top_ups, "top-up"))
     budget = tree.budget or stats.leaves
-    first.append(f"{stats.leaves} of {budget} leaves: " + ", ".join(_count(*origin) for origin in origins))
+    leaves = f"episodes in {_count(tree.n_leaves, 'chain')}" if tree.episode.size else "leaves"
+    first.append(f"{stats.leaves} of {budget} {leaves}: " + ", ".join(_count(*origin) for origin in origins))
     second = [_count(len(tree.calls), "tool call"), _count(tree.n_tokens, "token")]
     if stats.flat:
         second[-1] += f", {stats.unique / stats.flat:.0%} of the flattened paths'"
@@ -238,6 +239,7 @@ def _leaf_line(tree: Tree, leaf: int, view: View) -> Text:
     reward, correct = float(tree.reward[leaf]), int(tree.correct[leaf])
     mark, style = {1: ("✓", "bold green"), 0: ("✗", "bold red")}.get(correct, ("?", "bold yellow"))
     line = Text.assemble((f"{mark} leaf {leaf}", style))
+    line.append(f" of episode {tree.episode[leaf]}" if tree.episode.size else "", style)
     line.append(f"  reward {reward:.3f}" if math.isfinite(reward) else "  not scored")
     line.append(f"  A {_number(float(view.advantage[leaf]), '+.3f')}", "bold")
     outcome, origin = Outcome(int(tree.outcome[leaf])), Origin(int(tree.origin[leaf]))
@@ -247,10 +249,11 @@ def _leaf_line(tree: Tree, leaf: int, view: View) -> Text:
 
 def _told_of(tree: Tree, leaf: int) -> str:
     """What the rewards said of a leaf, by name; or why it has no score."""
-    if why := tree.meta.get("unscored", {}).get(str(leaf)):
+    number = int(tree.episode[leaf]) if tree.episode.size else leaf
+    if why := tree.meta.get("unscored", {}).get(str(number)):
         return one_line(why)
     parts = tree.meta.get("parts", ())
-    said = (parts[leaf] if leaf < len(parts) else None) or {}
+    said = (parts[number] if number < len(parts) else None) or {}
     return ", ".join(f"{name} {said[name]:.3g}" for name in tree.meta.get("measured", ()) if name in said)
 
 

@@ -27,10 +27,10 @@ from system.observe.metrics import (
     train_metrics,
     tree_metrics,
 )
-from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
 from system.observe.totals import Totals, add, highest
+from system.redact import redact
 from system.text import one_line
 from system.tree.stats import TreeStats
 
@@ -198,13 +198,13 @@ class Recorder:
                 idle.add(actor, cause, seconds, span)
 
     def running_total(self, client: str, name: str, total: float) -> None:
-        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>`` or
-        ``environment/<name>``, ``chat/<name>`` or ``reward/<name>`` for a name that begins so, else
-        ``engine/<name>``.
+        """What ``client`` counted since it started; summed over the clients, it becomes ``tools/<name>``,
+        ``environment/<name>``, ``agent/<name>``, ``chat/<name>`` or ``reward/<name>`` for a name that
+        begins so, else ``engine/<name>``.
         """
         news = self._news((client, name), total)
         group, _, rest = name.partition("/")
-        if group in ("tools", "environment", "chat"):
+        if group in ("tools", "environment", "agent", "chat"):
             add(self._tool_counts, **{name: news})
             add(getattr(self._totals, group), **{rest: news})
         elif group == "reward":

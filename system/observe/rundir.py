@@ -34,7 +34,7 @@ from typing import Any
 from system.config import Config, ConfigError, load, to_dict, to_yaml
 from system.errors import naming
 from system.observe.jsonl import jsonable
-from system.observe.redact import redact
+from system.redact import redact
 
 _SEAL = "# sha256 of the lines above: "
 _LAST_SECTION = "\nslurm:"

@@ -10,6 +10,7 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from system.config import Config, ConfigError
@@ -44,9 +45,11 @@ def view(run_dir: RunDir, config: Config, tree: Tree, *, full: bool = False, ent
     """How to show ``tree`` of a run: with the run's tokenizer and its credit."""
     credit = CREDITS.make(config.learn.credit.name, config.learn.credit.options)
     (advantage,) = assign(credit, [TreeStats.of(tree)])
+    episode = tree.episode if tree.episode.size else np.arange(tree.n_leaves)
+    read = {"leaf": (episode,), "node": (tree.leaf,), "path": (episode, tree.leaf)}[credit.per]
     return View(
         decode=_decoder(run_dir, config),
-        advantage=advantage if credit.per == "leaf" else advantage[tree.leaf],
+        advantage=advantage[read],
         credit=config.learn.credit.name,
         full=full,
         entropy=entropy,

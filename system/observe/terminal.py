@@ -6,7 +6,7 @@ Whatever is printed goes through :func:`visible`, or through :func:`shown` where
 
 from __future__ import annotations
 
-from system.observe.redact import redact
+from system.redact import redact
 
 _REPLACED = {
     **{code: chr(0x2400 + code) for code in range(32)},

@@ -36,6 +36,7 @@ class Totals:
     tools: dict[str, float] = field(default_factory=dict)  # "<tool>/<what>": retries, joined calls, …
     rewards: dict[str, float] = field(default_factory=dict)  # what rewards counted, by "<reward>/<what>"
     environment: dict[str, float] = field(default_factory=dict)  # "<train | eval>/<what>": steps, forks, …
+    agent: dict[str, float] = field(default_factory=dict)  # episodes, turns, rewrites, retries, failed, …
     chat: dict[str, float] = field(default_factory=dict)  # turns looked at, and those that drift
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
@@ -69,6 +70,7 @@ class Totals:
             "tools": dict(sorted(self.tools.items())),
             "rewards": dict(sorted(reward_totals(self.rewards).items())),
             "environment": dict(sorted(self.environment.items())),
+            "agent": dict(sorted(self.agent.items())),
             "chat": dict(sorted(self.chat.items())),
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),

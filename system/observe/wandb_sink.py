@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from system.config import Config, to_dict
-from system.observe.redact import redact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED
 from system.observe.terminal import shown
+from system.redact import redact
 
 INIT_DEADLINE_S = 30.0
 FINISH_DEADLINE_S = 60.0

@@ -22,11 +22,11 @@ def probe(growth: TreeBuilder, branch: Branch, result: int, tokens: int) -> Prob
         branch.baseline,
         growth.entropies(node)[:tokens],
         growth.logprobs(node)[:tokens],
-        tuple(_shared(own, other) for other in others if other.size),
+        tuple(shared_start(own, other) for other in others if other.size),
     )
 
 
-def _shared(one: Int32, other: Int32) -> float:
+def shared_start(one: Int32, other: Int32) -> float:
     """The share of the tokens that both have, of which there is one at least, before the first difference."""
     both = min(one.size, other.size)
     differs = np.flatnonzero(one[:both] != other[:both])

@@ -52,6 +52,7 @@ class _Leaf:
     node: int
     outcome: Outcome
     origin: Origin
+    episode: int = -1  # -1: its own
     reward: float = math.nan
     correct: int = -1
 
@@ -181,10 +182,13 @@ class TreeBuilder:
         own = self._node(node)
         return own.path.view(0, own.end)
 
-    def leaf(self, node: int, outcome: Outcome, origin: Origin) -> int:
-        """Declare that a branch ended at ``node``, and why; returns the leaf's index in the Tree."""
+    def leaf(self, node: int, outcome: Outcome, origin: Origin, episode: int = -1) -> int:
+        """Declare that a branch ended at ``node``, and why; returns the leaf's index in the Tree.
+
+        ``episode``: the run of an agent that it is of; of all leaves of a tree, or of none.
+        """
         self._node(node).leaves += 1
-        self._leaves.append(_Leaf(node, Outcome(outcome), Origin(origin)))
+        self._leaves.append(_Leaf(node, Outcome(outcome), Origin(origin), episode))
         return len(self._leaves) - 1
 
     def score(self, leaf: int, value: float, correct: bool) -> None:
@@ -242,6 +246,7 @@ class TreeBuilder:
         earned = np.zeros(len(kept), np.float32)
         for handle, node in enumerate(self._nodes):
             earned[index[handle]] += node.reward
+        episodes = np.array([leaf.episode for leaf in self._leaves], np.int32)
         lengths[0] = self._trained.size
         grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
@@ -263,6 +268,7 @@ class TreeBuilder:
             meta=plain(self.meta, f"tree of prompt {self.prompt_id!r}: meta"),
             sampled_prompt=self._sampled,
             guide=self.guide,
+            episode=episodes if (episodes >= 0).any() else np.zeros(0, np.int32),
         )
         validate(tree)
         return tree
@@ -334,7 +340,7 @@ class TreeBuilder:
         fields = {
             **self._about,
             "meta": self.meta,
-            "leaves": [[leaf.node, int(leaf.outcome), int(leaf.origin)] for leaf in self._leaves],
+            "leaves": [[x.node, int(x.outcome), int(x.origin), x.episode] for x in self._leaves],
             "calls": [asdict(call) for call in self._calls],
             "forks": [asdict(fork) for fork in self._forks],
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from system.tree.record import Float32, Kind, TreeError, leaf_sum
+from system.tree.record import Float32, Kind, TreeError
 from system.tree.stats import TreeStats
 
 
@@ -35,7 +35,7 @@ class EntropyFactor:
         """
         total = np.zeros(3)  # how many, their sum, the sum of their squares
         for tree, weight in zip(trees, weights, strict=True):
-            below = leaf_sum(tree.parent, tree.leaf, np.asarray(weight) > 0) * (tree.kind == Kind.MODEL)
+            below = tree.sum_below(np.asarray(weight) > 0) * (tree.kind == Kind.MODEL)
             known = tree.entropy_known > 0
             each = [tree.entropy_known, tree.entropy_sum, tree.entropy_square_sum]
             total += np.array([column[known] for column in each], np.float64) @ below[known]

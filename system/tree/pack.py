@@ -174,6 +174,7 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         correct=tree.correct[only],
         outcome=tree.outcome[only],
         origin=tree.origin[only],
+        episode=np.zeros(min(tree.episode.size, 1), np.int32),
         calls=tuple(replace(c, node=index[c.node]) for c in tree.calls if c.node in index),
         forks=tuple(replace(f, node=index[f.node]) for f in tree.forks if f.node in index),
     )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.tree.factor import EntropyFactor
-from system.tree.record import Float64, Int64, Kind, TreeError, leaf_sum, path
+from system.tree.record import Float64, Int64, Kind, TreeError, path
 from system.tree.stats import TreeStats
 
 Floats = NDArray[np.floating[Any]]
@@ -72,7 +72,7 @@ def where_read(tree: TreeStats, per: Per, counts: NDArray[np.bool_]) -> NDArray[
     if per == "leaf":
         return counts
     if per == "node":
-        return leaf_sum(tree.parent, tree.leaf, counts) > 0
+        return tree.sum_below(counts) > 0
     return tree.on_path & counts[:, None]
 
 
@@ -80,6 +80,9 @@ def node_credit(
     tree: TreeStats, advantage: Floats, weight: Floats, *, per: Per, hard: bool = False
 ) -> Float64:
     """[J, 3] S+, S- and multiplicity of each node; 0 on nodes that are neither MODEL nor EXPERT.
+
+    The leaves are those of the statistics: an episode is one of them, and counts once for a token however
+    many of its chains hold it.
 
     An EXPERT node has what its leaves of positive advantage give it: those that earned less than others are
     the model's fault, who went on from there (E3-TIR's stop of the gradient on expert prefixes, arXiv
@@ -103,10 +106,10 @@ def node_credit(
     a = np.where(read, a, 0.0)
     if not np.all(np.isfinite(a)):
         raise ValueError(f"tree of prompt {tree.prompt_id!r}: a weighted {per} has no finite advantage")
-    count, total = leaf_sum(tree.parent, tree.leaf, np.stack([w > 0, w], axis=1)).T
+    count, total = tree.sum_below(np.stack([w > 0, w], axis=1)).T
     if hard or per == "node":
         if per != "node":
-            summed = a.sum(0) if per == "path" else leaf_sum(tree.parent, tree.leaf, a)
+            summed = a.sum(0) if per == "path" else tree.sum_below(a)
             a = summed / np.maximum(count, 1)
         total = total / np.maximum(count, 1) if hard else total
         credit = np.stack([total * np.maximum(a, 0), total * np.minimum(a, 0), total], axis=1)
@@ -114,7 +117,7 @@ def node_credit(
         credit = np.stack([w @ np.maximum(a, 0), w @ np.minimum(a, 0), total], axis=1)
     else:
         signed = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0)], axis=1)
-        credit = np.column_stack([leaf_sum(tree.parent, tree.leaf, signed), total])
+        credit = np.column_stack([tree.sum_below(signed), total])
     if np.any(expert := tree.kind == Kind.EXPERT):
         credit[expert, 1], credit[expert, 2] = 0, _praised(tree, a, w, total, per, hard)[expert]
     credit[(tree.kind != Kind.MODEL) & ~expert] = 0
@@ -125,7 +128,7 @@ def _praised(tree: TreeStats, a: Floats, w: Float64, total: Float64, per: Per, h
     """[J] the weight of the leaves below each node whose advantage there is positive."""
     if hard or per == "node":
         return total * (a > 0)
-    return w @ (a > 0) if per == "path" else leaf_sum(tree.parent, tree.leaf, w * (a > 0))
+    return w @ (a > 0) if per == "path" else tree.sum_below(w * (a > 0))
 
 
 def signed_leaves(made: Assigned, part: Part) -> Float64:
@@ -140,9 +143,9 @@ def signed_leaves(made: Assigned, part: Part) -> Float64:
     if made.per == "path":
         below = np.einsum("l,ljs->js", (w > 0).astype(np.float64), signs)
     elif made.per == "node":
-        below = leaf_sum(tree.parent, tree.leaf, w > 0)[:, None] * signs
+        below = tree.sum_below(w > 0)[:, None] * signs
     else:
-        below = leaf_sum(tree.parent, tree.leaf, signs & (w > 0)[:, None])
+        below = tree.sum_below(signs & (w > 0)[:, None])
     below[tree.kind == Kind.EXPERT, 1] = 0
     return below[part.nodes]
 
@@ -159,7 +162,7 @@ def whole_tree(
     """
     if drop_zero and not np.any(credit[:, :2]):
         return []
-    live = leaf_sum(tree.parent, tree.leaf, np.asarray(weight) > 0) > 0
+    live = tree.sum_below(np.asarray(weight) > 0) > 0
     has_live_child = np.zeros(tree.nodes, bool)
     has_live_child[tree.parent[1:][live[1:]]] = True
     parts: list[Part] = []
@@ -189,18 +192,26 @@ def whole_tree(
 def flat_paths(
     index: int, tree: TreeStats, advantage: Floats, weight: Floats, per: Per, drop_zero: bool = False
 ) -> list[Part]:
-    """A part for every weighted leaf: its root path with its own weight, as if nothing were shared.
+    """A part for every weighted leaf: its root path with its own weight, as if nothing were shared; of an
+    episode, one for each of its chains, whose tokens weigh in the first that holds them.
 
     A node's own advantage (``per="node"``) stands on every path through it, so the sums over all paths are
     :func:`node_credit`'s.
     """
     parts: list[Part] = []
-    for leaf in np.flatnonzero(np.asarray(weight) > 0).tolist():
-        nodes = tree.path(leaf)
+    done, last = np.zeros(tree.nodes, bool), -1  # nodes that an earlier chain of the same episode holds
+    for end, leaf in tree.chains():
+        if not weight[leaf] > 0:
+            continue
+        if leaf != last and tree.ends.size:
+            done[:], last = False, leaf
+        nodes = path(tree.parent, end)
         own = advantage[nodes] if per == "node" else advantage[leaf]
         a = own[nodes] if per == "path" else np.broadcast_to(own, nodes.shape)
         praised = (tree.kind[nodes] == Kind.EXPERT) & (a > 0)
         w = np.where((tree.kind[nodes] == Kind.MODEL) | praised, float(weight[leaf]), 0.0)
+        if tree.ends.size:
+            w[done[nodes]], done[nodes] = 0.0, True
         credit = np.stack([w * np.maximum(a, 0), w * np.minimum(a, 0), w], axis=1)
         if not drop_zero or np.any(credit[:, :2]):
             parts.append(Part(index, nodes, credit, int(tree.length[nodes].sum()), leaf))
@@ -294,7 +305,7 @@ def reweighed(plan: BatchPlan, factors: Sequence[Floats]) -> BatchPlan:
     credit: list[Float64] = []
     for tree, a, w, factor in zip(made.trees, made.advantages, made.weights, factors, strict=True):
         if made.per == "node":  # each leaf below has its own share of the node's
-            total, kept = leaf_sum(tree.parent, tree.leaf, np.stack([w, w * factor], axis=1)).T
+            total, kept = tree.sum_below(np.stack([w, w * factor], axis=1)).T
             a = a * kept / np.where(total > 0, total, 1)
         else:
             a = a * (factor[:, None] if made.per == "path" else factor)

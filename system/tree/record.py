@@ -145,6 +145,9 @@ class Tree:
     # [J] what an environment gave for the turn that ends with this node, part of the rewards of all leaves
     # below; none: it gave nothing.
     step_reward: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    # [L] the run of an agent that each leaf is of, numbered from 0: its requests may have had several ends.
+    # Leaves of one episode share reward, outcome and origin, and count once; none: each leaf is its own.
+    episode: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def n_tokens(self) -> int:
@@ -186,7 +189,7 @@ _TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.
 # A tree's arrays and their types, as annotated.
 ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
 # Those of them that may be empty; a file of before they were there has none.
-OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob", "sampled_prompt", "step_reward")
+OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob", "sampled_prompt", "step_reward", "episode")
 
 
 def token_node(tree: Tree) -> Int32:
@@ -271,6 +274,7 @@ def _check_arrays(tree: Tree) -> None:
     sizes["answer_logprob"] = tree.n_nodes if tree.answer_logprob.size else 0
     sizes["step_reward"] = tree.n_nodes if tree.step_reward.size else 0
     sizes["sampled_prompt"] = tree.sampled_prompt.size  # any
+    sizes["episode"] = tree.n_leaves if tree.episode.size else 0
     for name, dtype in ARRAYS.items():
         array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)
         _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
@@ -304,6 +308,13 @@ def _check_leaves(tree: Tree) -> None:
     _require((tree.correct >= -1) & (tree.correct <= 1), tree, "`correct` outside -1, 0, 1")
     agree = (tree.correct >= 0) == np.isfinite(tree.reward)
     _require(agree, tree, "`correct` and reward disagree on which leaves are scored")
+    if tree.episode.size:
+        numbers, first, of = np.unique(tree.episode, return_index=True, return_inverse=True)
+        _require(numbers == np.arange(numbers.size), tree, "its episodes are not numbered from 0 on")
+        for name in ("reward", "correct", "outcome", "origin"):
+            values = getattr(tree, name)
+            same = np.array_equal(values[first][of], values, equal_nan=name == "reward")
+            _require(same, tree, f"leaves of one episode have not the same {name}")
 
 
 def _require(ok: bool | np.bool_ | NDArray[np.bool_], tree: Tree, defect: str) -> None:

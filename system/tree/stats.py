@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +30,20 @@ from system.tree.record import (
     leaf_sum,
     path,
     path_sum,
+    subtree_sum,
 )
 
+_Number = TypeVar("_Number", np.int64, np.float64)
 _SCORED = np.array([outcome for outcome in Outcome if outcome.scored], np.int8)
 
 
 @dataclass(frozen=True, slots=True)
 class TreeStats:
-    """A tree with J nodes in depth-first pre-order, L leaves, C of them judged, and D branching decisions."""
+    """A tree with J nodes in depth-first pre-order, L leaves, C of them judged, and D branching decisions.
+
+    Where the record has episodes, a leaf here is one of these, with M >= L chains of nodes in all: what is
+    said of its path is said of the nodes of all its chains, each once.
+    """
 
     prompt_id: str
     task: str
@@ -48,7 +55,7 @@ class TreeStats:
     entropy_square_sum: Float64  # [J] of their squares; 0 without any
     entropy_known: Int64  # [J] how many are
     answer: Float64  # [J] the record's ``answer_logprob``; NaN throughout where no answers were scored
-    leaf: Int32  # [L] the node each leaf ends at
+    leaf: Int32  # [L] the node each leaf ends at; of an episode, its last chain
     reward: Float32  # [L] score; NaN when the leaf was not scored
     outcome: Int8  # [L] an ``Outcome``
     calls: tuple[ToolCall, ...]  # without their arguments
@@ -79,14 +86,48 @@ class TreeStats:
     parts: Mapping[str, Float32] = field(default_factory=dict[str, Float32])
     # [L] by name: those numbers of the rewards that are metrics; NaN where one is not known
     guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
+    # [M] the node each chain ends at, and the episode, a leaf here, it is of; empty where each has one chain
+    ends: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    owner: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def after_expert(self) -> NDArray[np.bool_]:
         """[L] whether a leaf's path begins with turns of an expert."""
-        return path_sum(self.parent, (self.kind == Kind.EXPERT).astype(np.int64))[self.leaf] > 0
+        return self.along((self.kind == Kind.EXPERT).astype(np.int64)) > 0
 
     @classmethod
     def of(cls, tree: Tree) -> TreeStats:
+        return cls._of_leaves(tree) if not tree.episode.size else cls._of_episodes(tree)
+
+    @classmethod
+    def _of_episodes(cls, tree: Tree) -> TreeStats:
+        """Those of the leaves, made into those of the episodes."""
+        chains = cls._of_leaves(tree)
+        first = np.unique(tree.episode, return_index=True)[1]
+        last = tree.n_leaves - 1 - np.unique(tree.episode[::-1], return_index=True)[1]
+        order = np.argsort(tree.episode, kind="stable")  # an episode's chains one after the other
+        several = first.size < tree.n_leaves
+        origins = Counter(tree.origin[first].tolist())
+        judged = tree.correct[first]
+        stats = replace(
+            chains,
+            leaf=tree.leaf[last],
+            reward=tree.reward[first],
+            outcome=tree.outcome[first],
+            leaves=first.size,
+            roots=origins[Origin.ROOT],
+            forks=origins[Origin.FORK],
+            top_ups=origins[Origin.TOP_UP],
+            correct=judged[judged >= 0] == 1,
+            ends=tree.leaf[order] if several else np.zeros(0, np.int32),
+            owner=tree.episode[order] if several else np.zeros(0, np.int32),
+        )
+        calls = np.bincount([call.node for call in tree.calls], minlength=tree.n_nodes).astype(np.int64)
+        sampled = np.where(stats.kind == Kind.MODEL, stats.length, 0)
+        return replace(stats, response_tokens=stats.along(sampled), calls_per_leaf=stats.along(calls))
+
+    @classmethod
+    def _of_leaves(cls, tree: Tree) -> TreeStats:
         length = np.diff(tree.start, append=tree.n_tokens).astype(np.int64)
         model = tree.kind == Kind.MODEL
         rewarded = np.isfinite(tree.reward)
@@ -182,29 +223,53 @@ class TreeStats:
     @property
     def scored_below(self) -> Int64:
         """[J] scored leaves at or below each node."""
-        return leaf_sum(self.parent, self.leaf, self.scored).astype(np.int64)
+        return self.sum_below(self.scored).astype(np.int64)
 
     @property
     def mean_reward_below(self) -> Float64:
         """[J] mean reward of the scored leaves at or below each node; NaN without any."""
-        total = leaf_sum(self.parent, self.leaf, np.where(self.scored, self.reward, 0.0))
+        total = self.sum_below(np.where(self.scored, self.reward, 0.0))
         with np.errstate(invalid="ignore"):
             return total / self.scored_below
 
     @property
     def on_path(self) -> NDArray[np.bool_]:
         """[L, J] whether a node lies on the path to a leaf."""
-        return leaf_sum(self.parent, self.leaf, np.eye(self.leaves)).T > 0
+        if not self.ends.size:
+            return leaf_sum(self.parent, self.leaf, np.eye(self.leaves)).T > 0
+        at_node = np.zeros((self.nodes, self.leaves), np.int64)
+        at_node[self.ends, self.owner] = 1
+        return subtree_sum(self.parent, at_node).T > 0
 
     def path(self, leaf: int) -> Int64:
         """Nodes from the root to leaf number ``leaf``, in order."""
-        return path(self.parent, int(self.leaf[leaf]))
+        if not self.ends.size:
+            return path(self.parent, int(self.leaf[leaf]))
+        return np.flatnonzero(self.on_path[leaf])
+
+    def chains(self) -> list[tuple[int, int]]:
+        """[M] (the node that a chain ends at, its leaf), those of a leaf one after the other."""
+        if not self.ends.size:
+            return [(node, leaf) for leaf, node in enumerate(self.leaf.tolist())]
+        return list(zip(self.ends.tolist(), self.owner.tolist(), strict=True))
+
+    def sum_below(self, values: NDArray[Any]) -> Float64:
+        """[J, ...] sum of finite ``values`` [L, ...] over the leaves at or below each node, each once."""
+        if not self.ends.size:
+            return leaf_sum(self.parent, self.leaf, values)
+        return np.tensordot(self.on_path.astype(np.float64), values, axes=(0, 0))
+
+    def along(self, values: NDArray[_Number]) -> NDArray[_Number]:
+        """[L] sum of ``values`` [J] over the nodes of each leaf's path, each once."""
+        if not self.ends.size:
+            return path_sum(self.parent, values)[self.leaf]
+        return np.where(self.on_path, values, 0).sum(axis=1)
 
 
 def _parts(tree: Tree) -> dict[str, Float32]:
-    """The record's parts by name, of those that it says are measured."""
+    """The record's parts by name, of those that it says are measured: of its episodes, if it has such."""
     leaves = [one or {} for one in tree.meta.get("parts", ())]
-    if len(leaves) != tree.n_leaves:
+    if len(leaves) != (np.unique(tree.episode).size or tree.n_leaves):
         return {}
     return {
         name: np.array([one.get(name, np.nan) for one in leaves], np.float32)

@@ -7,7 +7,7 @@ Any Parquet reader understands the files, for example DuckDB::
 Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``calls`` and ``forks`` are lists
 of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text.  ``number`` counts the trees of the
 directory. The schema's version stands in the file's metadata under ``espalier.schema``; a column that came
-later (``sampled_prompt``, ``step_reward``) may be missing, and then has its default.
+later (``sampled_prompt``, ``step_reward``, ``episode``) may be missing, and then has its default.
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ OF_AN_ENVIRONMENT = (
     *("worlds", "steps", "rebuilt", "timeouts", "retries", "left_running", "close_failed"),
     *("forks_native", "forks_refused", "replay_diverged"),
 )
+OF_AGENTS = (
+    *("episodes", "turns", "frozen_turns", "rewrites", "retries", "failed", "late", "diverged"),
+    *("engine_lost", "given_up", "malformed", "tool_choice"),
+)
 FULL = Totals(
     evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
     staleness=Counter({1: 2}),
@@ -44,6 +48,7 @@ FULL = Totals(
     | {"close_wait_s": 1.0}
     | {f"failed/{reason}": 1.0 for reason in REASONS},
     environment={f"train/{what}": 1.0 for what in OF_AN_ENVIRONMENT},
+    agent=dict.fromkeys(OF_AGENTS, 1.0),
     chat={"turns": 2.0, "drift": 1.0},
     mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
     weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from numpy.typing import NDArray
 from observe_trees import NAN, make_tree
 from rich.console import Console
 
+from system.config import Config
 from system.observe.outline import View, outline, pieces, sparkline, table
+from system.observe.rundir import RunDir
+from system.observe.show import view
 from system.observe.terminal import visible
 from system.tree.record import ForkDecision, ToolCall, Tree
 
@@ -54,6 +58,33 @@ def test_a_leaf_shows_what_each_reward_said_or_why_it_has_no_score(tree: Tree):
     told = replace(tree, meta={**tree.meta, "parts": parts, "measured": ["arpo", "judge"], "unscored": why})
     ends = [line.rpartition("  (")[2] for line in shown(told).splitlines() if "leaf" in line and "A " in line]
     assert ends == ["arpo 1.1, judge 0.25)", "arpo 0)", "reward judge: HTTP 500 [2J)"]
+
+
+def test_chains_of_one_episode_say_whose_they_are(tree: Tree):
+    text = shown(replace(tree, episode=np.array([0, 1, 1], np.int32)))
+    assert "2 of 3 episodes in 3 chains" in text
+    assert [line.partition("leaf ")[2][:14] for line in text.splitlines() if " leaf " in line] == [
+        "0 of episode 0",
+        "1 of episode 1",
+        "2 of episode 1",
+    ]
+
+
+@pytest.mark.parametrize("credit", ["grpo", "vineppo", "gigpo"])
+def test_a_chain_shows_the_advantage_of_its_episode(tree: Tree, tmp_path: Path, credit: str):
+    config = Config()
+    config.learn.credit.name = credit
+    one = replace(
+        tree,
+        episode=np.array([0, 0, 1], np.int32),
+        reward=np.array([1, 1, 0], np.float32),
+        correct=np.array([1, 1, 0], np.int8),
+        outcome=np.zeros(3, np.int8),
+        origin=np.zeros(3, np.int8),
+    )
+    first, second, other = view(RunDir(tmp_path), config, one).advantage.tolist()
+    assert first == pytest.approx(second) or credit == "gigpo"  # whose steps differ
+    assert second > 0 > other
 
 
 def test_a_leaf_where_a_sibling_went_on_is_shown_beside_it():

@@ -104,6 +104,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "tools",
             "rewards",
             "environment",
+            "agent",
             "chat",
             "wall_s",
             "idle",
@@ -315,11 +316,13 @@ def test_a_resume_counts_its_start_as_the_first_session_did(
 def test_the_tools_totals_reach_record_and_summary(recorder: Recorder):
     for client, retries in (("rollout-0", 2), ("rollout-1", 3)):
         recorder.running_total(client, "tools/search/retries", retries)
+        recorder.running_total(client, "agent/turns", 5)
         recorder.running_total(client, "requests", 10)
     record = recorder.flush(1)
     assert (record["tools/search/retries"], record["engine/requests"]) == (5, 20)
     assert recorder.summary()["tools"] == {"search/retries": 5}
     assert recorder.summary()["engine"] == {"requests": 20}
+    assert (record["agent/turns"], recorder.summary()["agent"]) == (10, {"turns": 10})
     assert "tools/search/retries" not in recorder.flush(2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -204,3 +204,14 @@ def forests(draw: st.DrawFn, max_trees: int = 4) -> list[Tree]:
         grow(draw(st.integers(0, 2**32 - 1)), draw(st.integers(0, 40)), first_token=10_000 * i)[0].close(2.0)
         for i in range(count)
     ]
+
+
+def of_episodes(tree: Tree, seed: int) -> Tree:
+    """The same tree, its leaves dealt out at random to a few episodes that have one reward each."""
+    rng = np.random.default_rng([seed, 2])
+    drawn = rng.integers(0, 1 + tree.n_leaves // 2, tree.n_leaves)
+    _, first, episode = np.unique(drawn, return_index=True, return_inverse=True)
+    shared = {
+        name: getattr(tree, name)[first][episode] for name in ("reward", "correct", "outcome", "origin")
+    }
+    return replace(tree, episode=episode.astype(np.int32), **shared)

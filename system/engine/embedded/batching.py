@@ -17,7 +17,7 @@ from system.engine.embedded.model import Batch, KVSegment
 _FREE_PADDING = 256
 
 
-class Piece:
+class RowSlice:
     """Positions ``start[i] .. stop[i]`` of row i in a contiguous range of rows, computed together."""
 
     __slots__ = ("even", "keys", "padded", "positions", "row_of", "rows", "start", "width", "widths")
@@ -51,7 +51,7 @@ class Batcher:
         self,
         tokens: NDArray[np.int32],
         decoding: NDArray[np.int64],
-        pieces: Sequence[Piece] = (),
+        pieces: Sequence[RowSlice] = (),
     ) -> Batch:
         """``tokens [rows, context]`` holds every row's tokens.  The first rows, of ``decoding [n]`` tokens,
         compute their last token each; then come the pieces.
@@ -87,7 +87,7 @@ class Batcher:
             segments.append(KVSegment(first, last, first, last - first, 1, keys, None, own))
         return segments
 
-    def _segment(self, piece: Piece, offset: int) -> KVSegment:
+    def _segment(self, piece: RowSlice, offset: int) -> KVSegment:
         width = piece.width
         query = piece.start[:, None, None, None]
         if width > 1:  # positions of the (padded) queries

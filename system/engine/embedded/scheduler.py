@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from system.config import EngineConfig
-from system.engine.embedded.batching import Batcher, Piece, similar_widths
+from system.engine.embedded.batching import Batcher, RowSlice, similar_widths
 from system.engine.embedded.grouping import Regrouping
 from system.engine.embedded.job import Event, Job
 from system.engine.embedded.model import Batch, Decoder, KVStore
@@ -284,7 +284,7 @@ class Scheduler:
         # A very long prompt: all but its last part in passes of its own.
         while admitted.suffix > self._max_prefill:
             stop = admitted.cached + self._max_prefill
-            piece = Piece(row, np.array([admitted.cached]), np.array([stop]))
+            piece = RowSlice(row, np.array([admitted.cached]), np.array([stop]))
             nobody = np.zeros(0, np.int64)
             batch = self._batcher.pack(self._slots.tokens, nobody, [piece])
             self._score(job, self._decoder.forward(self.weights, self._kv, batch), admitted.cached)
@@ -307,7 +307,7 @@ class Scheduler:
         pieces, length = [], self._rows.length
         for first, last in similar_widths([one.suffix for one in admitted]):
             start = np.array([one.cached for one in admitted[first:last]])
-            pieces.append(Piece(decoding + first, start, length[decoding + first : decoding + last]))
+            pieces.append(RowSlice(decoding + first, start, length[decoding + first : decoding + last]))
         return self._batcher.pack(self._slots.tokens, length[:decoding], pieces)
 
     def _regroup(self, decoding: int) -> None:

@@ -97,8 +97,10 @@ class At2po(NodeCredit):
         z = centre(r) / (r.std() + 1e-6)
         surprise = turn_surprise(tree) if self.softmax else np.zeros(tree.nodes)
         held: list[list[tuple[float, float]]] = [[] for _ in range(tree.nodes)]  # (H, V) of each child
-        for node, v in zip(tree.leaf[tree.scored].tolist(), z.tolist(), strict=True):
-            held[node].append((float(surprise[node]), v))
+        of_leaf = dict(zip(np.flatnonzero(tree.scored).tolist(), z.tolist(), strict=True))
+        for node, leaf in tree.chains():
+            if leaf in of_leaf:
+                held[node].append((float(surprise[node]), of_leaf[leaf]))
         value = np.full(tree.nodes, np.nan)
         for node in range(tree.nodes - 1, -1, -1):  # children before parents
             if held[node]:

@@ -10,7 +10,7 @@ from system.learn.credit.base import Credit
 from system.learn.credit.group import GroupCredit, Grpo, centre
 from system.learn.credit.reinforce import whitened
 from system.plugins import PluginError
-from system.tree.record import Float64, Int64, path_sum
+from system.tree.record import Float64, Int64
 from system.tree.stats import TreeStats
 
 
@@ -85,7 +85,7 @@ class Ucpo(GroupCredit):
         for tree, a in zip(batch, result, strict=True):
             right = tree.scored & (tree.reward > 0)
             if (n := int(right.sum())) > 1:
-                total = path_sum(tree.parent, tree.logprob)[tree.leaf[right]]
+                total = tree.along(tree.logprob)[right]
                 a[right] *= n * self._shares(total / np.maximum(tree.response_tokens[right], 1))
         return result
 

@@ -35,6 +35,7 @@ class Syntax(ABC):
     """
 
     stops: tuple[str, ...]  # stop strings: each one completes a call
+    opens: tuple[str, ...]  # what a call may begin with
     result_open: str  # what stands before a tool's answer ...
     result_close: str  # ... and after it
     several = False  # whether a turn may make several calls (:meth:`calls`), each in tags of its own

@@ -35,6 +35,7 @@ class HermesSyntax(Syntax):
     """
 
     stops = (CLOSE,)
+    opens: tuple[str, ...] = (OPEN,)
     result_open = "<|im_end|>\n<|im_start|>user\n<tool_response>\n"
     result_close = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     new_turn = True

@@ -31,6 +31,7 @@ class QwenCoderSyntax(HermesSyntax):
     leave it out at times.  A value is text where the tool's schema says so, or says nothing, else JSON.
     """
 
+    opens = (OPEN, FUNCTION)
     result_close = "\n</tool_response>\n<|im_end|>\n<|im_start|>assistant\n"
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:

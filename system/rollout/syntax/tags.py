@@ -30,6 +30,7 @@ class TagSyntax(Syntax):
         for spec in specs.values():
             _holds_one(spec)
         self.stops = tuple(f"</{name}>" for name in self.specs)
+        self.opens = tuple(f"<{name}>" for name in self.specs)
 
     def parse(self, segment_text: str) -> ParsedCall | MalformedCall | None:
         end, name = max(((segment_text.rfind(f"</{name}>"), name) for name in self.specs), default=(-1, ""))

@@ -22,8 +22,8 @@ from system.config import Config, load, settings, to_dict
 from system.observe import wandb_sink
 from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import Recorder
-from system.observe.redact import HIDDEN, redact
 from system.observe.rundir import RunDir
+from system.redact import HIDDEN, redact
 
 TEXT = "hunter2-Zq9"  # nothing about it looks like a secret
 

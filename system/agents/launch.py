@@ -1,0 +1,252 @@
+"""Running an agent of somebody else's, once: as a program of its own, or as a Python function.
+
+The agent is told its task as JSON and where its session is, and does the rest.  What it says of itself at its
+end is its result: a JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import numbers
+import shlex
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from system.agents.process import Program, inherited, run_program
+from system.config import AgentConfig
+from system.errors import EspalierError
+from system.foreign import foreign
+from system.plugins import AGENTS
+from system.text import as_text, described
+from system.tree.prompt import Prompt
+
+SHOWN = 2000  # characters of an agent's output that are kept with its episode
+
+
+class AgentFailed(EspalierError):
+    """An agent that did not come to its end, and the last of what it put out."""
+
+    def __init__(self, text: str, output: str = "") -> None:
+        super().__init__(text)
+        self.output = output
+
+
+@dataclass(frozen=True, slots=True)
+class SessionAddress:
+    """Where an agent finds its model."""
+
+    openai_url: str  # base URL for clients of OpenAI's API
+    anthropic_url: str  # base URL for clients of Anthropic's API
+    api_key: str
+    model: str  # by which name it is trained
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How a run ended that came to its end."""
+
+    result: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    output: str = ""  # the last of it, without the session's key
+
+
+class Launch(Protocol):
+    """One run of the agent.  Raises :class:`AgentFailed`.  When it is cancelled, nothing of it goes on."""
+
+    async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran: ...
+
+
+def make_launch(settings: AgentConfig, directory: Path) -> Launch:
+    """As the configuration says; programs get directories of their own below ``directory``."""
+    return ProgramAgent(settings, directory) if settings.command else FunctionAgent(settings)
+
+
+def command_problem(settings: AgentConfig) -> str:
+    """What is wrong with the command, with the remedy; "" for nothing."""
+    try:
+        words = shlex.split(settings.command)
+    except ValueError as error:
+        return f"agent.command={settings.command!r}: {error}: write it as a shell would take it"
+    if settings.command and not words:
+        return "agent.command has no words: name the program"
+    path = {**inherited(()), **settings.env}["PATH"]
+    if words and shutil.which(_whole(words[0]), path=path) is None:
+        return (
+            f"agent.command: there is no program {words[0]!r} that can be run, on PATH or from here: correct "
+            "it, or make it executable"
+        )
+    return ""
+
+
+def told(prompt: Prompt, columns: list[str]) -> dict[str, Any]:
+    """What an agent is told of its task.  Raises :class:`AgentFailed` for a column that there is not."""
+    if missing := [name for name in columns if name not in prompt.extra]:
+        known = ", ".join(prompt.extra) or "none"
+        raise AgentFailed(
+            f"agent.columns: question {prompt.id} has no column {missing[0]!r} (known: {known})"
+        )
+    return {
+        "id": prompt.id,
+        "kind": prompt.kind,
+        "messages": [dict(message) for message in prompt.messages],
+        "question": prompt.messages[-1]["content"] if prompt.messages else "",
+        "extra": {name: prompt.extra[name] for name in columns},
+    }
+
+
+class ProgramAgent:
+    """A program in a process group and a directory of its own."""
+
+    def __init__(self, settings: AgentConfig, directory: Path) -> None:
+        self._words = [_whole(word) for word in shlex.split(settings.command)]
+        self._settings, self._directory = settings, directory
+
+    async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran:
+        program = Program.prepared(self._directory, session.api_key)
+        prompt = program.directory / "prompt.json"
+        prompt.write_text(json.dumps({**task, "seed": session.seed}, ensure_ascii=False), encoding="utf-8")
+        known = {"{prompt}": str(prompt), "{question}": str(task["question"])}
+        words = [_filled(word, known) for word in self._words]
+        environment = {
+            "OPENAI_BASE_URL": session.openai_url,
+            "OPENAI_API_KEY": session.api_key,
+            "ANTHROPIC_BASE_URL": session.anthropic_url,
+            "ANTHROPIC_API_KEY": session.api_key,
+            "ESPALIER_SESSION": session.api_key,
+            "ESPALIER_MODEL": session.model,
+            "ESPALIER_PROMPT": str(prompt),
+            "ESPALIER_SEED": str(session.seed),
+        }
+        try:
+            ended = await run_program(
+                program, words, {**self._settings.env, **environment}, self._settings.env_from
+            )
+        except (OSError, ValueError) as error:  # no such program, a NUL in a question
+            raise AgentFailed(f"agent.command: {described(error)}") from error
+        finally:
+            await asyncio.to_thread(program.remove)
+        if ended.code != 0:
+            last = next((line for line in reversed(ended.shown.splitlines()) if line.strip()), "no output")
+            raise AgentFailed(
+                f"the agent's program ended with code {ended.code}: {last}", ended.shown[-SHOWN:]
+            )
+        return Ran(_last_object(ended.stdout), ended.shown[-SHOWN:])
+
+
+class FunctionAgent:
+    """A Python function, ``async`` or not, of this process: ``run(session, task, **options)``.
+
+    What it returns is its result: a dictionary, a number (its reward), a text (its answer), or nothing.  One
+    that is not ``async`` runs in a thread, which nobody can end: past its deadline it is left behind, and
+    finds its session closed.
+    """
+
+    def __init__(self, settings: AgentConfig) -> None:
+        self._name, self._options = settings.run, settings.options
+        self._function = AGENTS.find(settings.run)
+
+    async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran:
+        bound = AGENTS.bound(self._name, self._options, session, dict(task))
+        try:
+            if inspect.iscoroutinefunction(self._function):
+                value = await foreign(bound())
+            else:
+                value = await _in_thread(bound)
+            return Ran(_as_result(value))
+        except AgentFailed:
+            raise
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            raise AgentFailed(f"agent.run={self._name}: {described(error)}") from error
+
+
+def reward_of(result: Mapping[str, Any]) -> float | None:
+    """The reward that an agent's own result tells, or None.  Raises :class:`AgentFailed` for no number."""
+    if (value := result.get("reward")) is None:
+        return None
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise AgentFailed(f"the agent's result has reward {value!r:.100}, which is no finite number")
+    return float(value)
+
+
+def turn_rewards_of(result: Mapping[str, Any]) -> list[float]:
+    """What single turns earned, in their order.  Raises :class:`AgentFailed` for no numbers."""
+    values: Any = result.get("turn_rewards", [])
+    if not isinstance(values, list) or not all(
+        isinstance(one, numbers.Real) and math.isfinite(one) for one in cast("list[Any]", values)
+    ):
+        raise AgentFailed(f"the agent's result has turn_rewards {values!r:.100}, no list of finite numbers")
+    return [float(one) for one in cast("list[float]", values)]
+
+
+def _as_result(value: Any) -> Mapping[str, Any]:
+    """Raises :class:`AgentFailed` for what is no result."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"text": as_text(value)}
+    if isinstance(value, numbers.Real):
+        return {"reward": float(value)}
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in cast("Mapping[Any, Any]", value).items()}
+    kind = type(value).__name__
+    raise AgentFailed(f"agent.run returned a {kind}: return a dictionary, a number, a text or None")
+
+
+def _last_object(text: str) -> dict[str, Any]:
+    """The JSON object that the last line with any text is; none: an empty one."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    try:
+        found: Any = json.loads(lines[-1]) if lines else None
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
+def _filled(word: str, known: Mapping[str, str]) -> str:
+    """``word`` with what it names, in one go: a question may spell out another name."""
+    for name, value in known.items():
+        if name in word:
+            before, _, after = word.partition(name)
+            return _filled(before, known) + value + _filled(after, known)
+    return word
+
+
+def _whole(word: str) -> str:
+    """A path that is there, from the directory that the run was started in: the program has another."""
+    path = Path(word)
+    return str(path.resolve()) if path.is_file() or ("/" in word and path.exists()) else word
+
+
+async def _in_thread(work: Callable[[], Any]) -> Any:
+    """The value of ``work`` in a thread of its own, which no end of this process waits for."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if done.done():  # nobody waits any more
+            return
+        done.set_result((value, error))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(settle, value, error)
+        except RuntimeError:  # the loop is gone
+            return
+
+    threading.Thread(target=run, name="agent", daemon=True).start()
+    value, error = await done
+    if error is not None:
+        raise error
+    return await foreign(value) if inspect.isawaitable(value) else value

@@ -1,0 +1,92 @@
+"""What a rollout worker runs agents with: the endpoint, the launcher, the limits; the same for all groups."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from typing import Self
+
+from system.agents.endpoint import NAME, AgentEndpoint
+from system.agents.forest import Episode
+from system.agents.launch import Launch, SessionAddress, make_launch
+from system.agents.model import PlainRendering, Rendering, ServedModel
+from system.agents.replay import ReplayingEngine
+from system.agents.session import AgentSession
+from system.config import Config
+from system.plugins import SYNTAXES
+from system.rollout.codec import ChatCodec
+from system.rollout.context import RolloutContext
+from system.scratch import Scratch
+from system.tree.record import Outcome
+
+
+class AgentRunner:
+    """Opens sessions and runs agents in them, ``agent.concurrency`` at once."""
+
+    def __init__(self, config: Config, context: RolloutContext, launch: Launch, model: ServedModel) -> None:
+        self.settings, self.context, self.launch = config.agent, context, launch
+        self.limit = asyncio.Semaphore(config.agent.concurrency)
+        self.engine = ReplayingEngine(model.engine)
+        self._endpoint = AgentEndpoint(replace(model, engine=self.engine))
+        self._starting = asyncio.Lock()
+        self._started = False
+        self._counts: Counter[str] = Counter()
+
+    @classmethod
+    def of(cls, config: Config, context: RolloutContext) -> Self:
+        """Raises :class:`ConfigError` for a function that cannot be had, and a model that cannot be asked."""
+        scratch = Scratch.make("agents")
+        return cls(config, context, make_launch(config.agent, scratch.path), served(config, context))
+
+    async def open(self, prompt_id: str, seed: int, temperature: float) -> AgentSession:
+        """A session for one episode; the endpoint starts with the first."""
+        async with self._starting:
+            if not self._started:
+                await self._endpoint.start()
+                self._started = True
+        return await self._endpoint.open(
+            prompt_id,
+            seed,
+            deadline_s=self.settings.deadline_s,
+            turns=self.settings.turns,
+            temperature=temperature,
+        )
+
+    def count(self, episode: Episode) -> None:
+        """One more episode has ended."""
+        own = {name: count for name, count in episode.counters.items() if count}
+        own |= {"episodes": 1, "rewrites": episode.rewrites, "retries": episode.retries}
+        own["failed"] = int(episode.outcome == Outcome.ENVIRONMENT)
+        own["late"] = int(episode.outcome == Outcome.DEADLINE)
+        self._counts.update(own)
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Running totals, as ``agent/…``."""
+        return {f"agent/{name}": float(count) for name, count in self._counts.items()}
+
+
+def address(session: AgentSession) -> SessionAddress:
+    """What the agent of ``session`` is told of it."""
+    return SessionAddress(session.openai_url, session.anthropic_url, session.key, NAME, session.seed)
+
+
+def served(config: Config, context: RolloutContext) -> ServedModel:
+    """The run's model, as sessions speak with it."""
+    tokenizer = context.tokenizer
+    rendering: Rendering = PlainRendering(tokenizer)
+    if tokenizer.chat_template:
+        rendering = ChatCodec(tokenizer, arguments=config.task.template, ends=context.chat.ends)
+    return ServedModel(
+        engine=context.engine,
+        tokenizer=tokenizer,
+        rendering=rendering,
+        syntax=partial(SYNTAXES.make, config.rollout.syntax.name, config.rollout.syntax.options),
+        one_call=not context.syntax.new_turn,
+        max_context=context.max_context,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+    )

@@ -1,0 +1,58 @@
+"""The configuration's section on agents of one's own, which are trained through an endpoint, unchanged."""
+
+# ruff: noqa: RUF009 -- `setting` makes a dataclass field
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from system.config.rule import setting
+from system.plugins import AGENTS
+
+
+@dataclass
+class AgentConfig:
+    """The agent that is run, once for every leaf, and the limits around a run; neither command nor run: the
+    branches of rollout.* are the agents.
+    """
+
+    command: str = setting(
+        "",
+        "a program, run for each episode: {prompt} in it is the path of a JSON file that tells the task, "
+        "{question} the text of its last message (docs/agents.md)",
+    )
+    run: str = setting(
+        "", "or a Python function, package.module:function, called with (session, task)", registry=AGENTS
+    )
+    options: dict[str, Any] = setting({}, "further keywords of that function")
+    turns: int = setting(
+        0,
+        "answers of the model per episode, at most; 0: as many as it asks for",
+        least=0,
+        safe_on_resume=True,
+    )
+    deadline_s: float = setting(
+        300.0, "seconds of one episode; then its processes are killed", above=0, safe_on_resume=True
+    )
+    concurrency: int = setting(
+        64, "episodes at once, per rollout worker: rollout.leaves or more", least=1, safe_on_resume=True
+    )
+    forks: str = setting(
+        "none",
+        "replay: an agent is forked by starting another one, which is answered as the first was up to the "
+        "fork; that needs tools that answer alike each time",
+        choices=("none", "replay"),
+    )
+    columns: list[str] = setting(
+        [], "columns of the data that the agent is told with its task; gold answers, it never is"
+    )
+    env: dict[str, str] = setting({}, "environment variables of the command, besides those it inherits")
+    env_from: list[str] = setting(
+        [],
+        "variables that it inherits though they look like secrets (…KEY, …TOKEN, …): the others it does not",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether an agent of one's own is trained."""
+        return bool(self.command or self.run)
