@@ -45,7 +45,7 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ProcessEnd:
     """A program that is gone."""
 
     code: int  # 128 + n: signal n ended it
@@ -78,7 +78,7 @@ def inherited(keep: Sequence[str]) -> dict[str, str]:
 
 async def run_program(
     program: Program, words: Sequence[str], environment: Mapping[str, str], keep: Sequence[str] = ()
-) -> Ended:
+) -> ProcessEnd:
     """Run ``words`` in the program's directory until it ends, and end with it whatever it has started.
 
     When this is cancelled, all of it is asked to end, and killed after ``GRACE_S``; when this process dies,
@@ -112,7 +112,7 @@ async def run_program(
             task.cancel()
     out, err = (tail.text.replace(program.secret, HIDDEN) for tail in tails)
     assert process.returncode is not None
-    return Ended(process.returncode, out, err)
+    return ProcessEnd(process.returncode, out, err)
 
 
 class _Tail:
