@@ -176,7 +176,7 @@ RECIPES: list[tuple[str, str]] = [
     (f"tools.names=[search] tools.search_url={DEAD}", r"tools\.search_url=.*:9: does not answer .*refused"),
     (
         f"tools.names=[browse] tools.browse_allow=[{DEAD}/wiki/]",
-        r"tools\.browse_allow=http://127\.0\.0\.1:9/: does not answer .*refused",
+        r"tools\.browse_allow=http://127\.0\.0\.1:9: does not answer .*refused",
     ),
     (f"engine=sglang engine.urls=[{DEAD}]", r"engine\.urls=http://127\.0\.0\.1:9: does not answer"),
     ("engine=sglang engine.urls=['http://[']", r"engine\.urls=http://\[: does not answer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -11,6 +12,10 @@ from browsing import Site, browse, browser, pdf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from system.config.load import load
+from system.rollout.chat import planned_syntax
+from system.rollout.syntax.base import ParsedCall
+from system.rollout.syntax.tags import TagSyntax
 from system.tools.browse.document import (
     AROUND,
     WebDocument,
@@ -21,8 +26,10 @@ from system.tools.browse.document import (
     windows,
 )
 from system.tools.browse.reading import clean, decoded
-from system.tools.outcome import ToolStatus
+from system.tools.outcome import CallContext, ToolStatus
 from system.tools.service import ToolService
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest_asyncio.fixture
@@ -186,6 +193,34 @@ def test_a_passage_names_the_page_that_it_is_on(position: int, size: int) -> Non
     shown = shown_passages(WebDocument("u", "t", text), "needle", 1, size)
     page = int(shown.split("[page ")[1].split("]")[0])
     assert "needle" in shown_page(WebDocument("u", "t", text), page, size)
+
+
+async def test_a_tag_holds_a_call(site: Site, tools: ToolService) -> None:
+    site.pages["/long"] = "<p>word</p>" * 400
+    call = TagSyntax(tools.specs).parse(f"<think> on </think> <browse> {site.url}/long#page=2 </browse>")
+    assert isinstance(call, ParsedCall)
+    outcome = await tools.call(call.tool, call.arguments, CallContext())
+    assert "page 2 of 5" in outcome.text
+
+
+async def test_links_are_listed_up_to_a_number(site: Site, tools: ToolService) -> None:
+    site.pages["/many"] = "".join(f"<a href=/{number}>x</a> " for number in range(45))
+    site.pages["/base"] = '<base href="/below/"><a href="one">x</a><a href="one">again</a><a href="">here</a>'
+    many = (await browse(tools, f"{site.url}/many")).text
+    assert f"[L40] {site.url}/39\n(5 more links on this page are not listed)" in many
+    based = (await browse(tools, f"{site.url}/base")).text
+    assert based.count(f"{site.url}/below/one") == 1
+    assert based.count("[L1]") == 3
+
+
+def test_the_recipe_of_the_document_runs() -> None:
+    recipe = (ROOT / "examples" / "deep_search.yaml").read_text()
+    assert f"```yaml\n{recipe[recipe.index('tools:') :]}```" in (ROOT / "docs" / "browse.md").read_text()
+    assert [*planned_syntax(load(ROOT / "examples" / "deep_search.yaml")).specs] == [
+        "search",
+        "browse",
+        "python",
+    ]
 
 
 async def test_calls_at_once_for_one_document_fetch_it_once(site: Site, tools: ToolService) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+import zlib
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -297,6 +298,16 @@ async def test_a_large_pdf_is_refused(site: Site, tools: ToolService) -> None:
     kind = {"Content-Type": "application/pdf"}
     site.pages["/large"] = (200, kind, pdf(["One."]) + b" " * 1_100_000)
     assert "larger than 1 MB" in (await browse(tools, f"{site.url}/large")).text
+
+
+async def test_a_pdf_that_inflates_to_gigabytes_is_given_up(site: Site, tools: ToolService) -> None:
+    stream = zlib.compress(zlib.compress(b" " * (1 << 28)))  # twice, as PDF allows: a few hundred bytes
+    body = pdf(["MARK"]).replace(b"/Length", b"/Filter [/FlateDecode /FlateDecode] /Length")
+    start, end = body.index(b"stream\n") + 7, body.index(b"\nendstream")
+    site.pages["/bomb"] = (200, {"Content-Type": "application/pdf"}, body[:start] + stream + body[end:])
+    outcome = await browse(tools, f"{site.url}/bomb")
+    assert outcome.status in (ToolStatus.ERROR, ToolStatus.TIMEOUT)
+    assert (await browse(tools, f"{site.url}/")).status is ToolStatus.OK
 
 
 async def test_a_page_that_hangs_its_reader_holds_nobody_up(site: Site) -> None:

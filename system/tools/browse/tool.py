@@ -1,6 +1,6 @@
 """The tool ``browse``: opens a web page or a PDF that the model names, and shows its text page by page.
 
-It is called ``browse`` after the web browser of ARPO's deep search.  Others call theirs ``visit``, which takes
+It is called ``browse`` after the web browser of ARPO's deep search.  Others have a ``visit``, which takes
 a goal and answers with a second model's summary; this one shows the text itself, so that an answer is a
 function of the document, and the other name keeps a model that learned ``visit`` from expecting a summary.
 """
