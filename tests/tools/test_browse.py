@@ -94,7 +94,7 @@ async def test_pages_and_words_can_be_asked_for_in_the_url_itself(site: Site, to
     assert beyond.status is ToolStatus.REJECTED
     assert "there is no page 99" in beyond.text
     assert (await browse(tools, f"{site.url}/long", page=0)).status is ToolStatus.REJECTED
-    assert (await browse(tools, f"{site.url}/long", find="x" * 201)).status is ToolStatus.REJECTED
+    assert (await browse(tools, f"{site.url}/long", find="x" * 101)).status is ToolStatus.REJECTED
 
 
 async def test_a_main_part_stands_for_the_page_unless_it_is_next_to_nothing(
@@ -221,6 +221,20 @@ def test_the_recipe_of_the_document_runs() -> None:
         "browse",
         "python",
     ]
+
+
+def test_passages_are_no_longer_than_a_page_and_go_on_from_the_next() -> None:
+    text = "".join(f"needle {number} " + "word " * 300 for number in range(40))
+    document = WebDocument("u", "t", text)
+    shown = shown_passages(document, "needle", 1, 2000)
+    assert shown.startswith("t\nu\n40 matches for 'needle' in ")
+    assert shown.count("needle ") == 4  # the first is of 250 characters, the others of 500
+    assert len(shown) < 2200
+    page = int(shown.split("further matches from page ")[1].split()[0])
+    later = shown_passages(document, "needle", page, 2000)
+    assert f"from page {page} on" in later
+    assert "needle 0 " not in later
+    assert "needle 4 " in later
 
 
 async def test_calls_at_once_for_one_document_fetch_it_once(site: Site, tools: ToolService) -> None:

@@ -205,6 +205,17 @@ async def test_a_name_that_leads_to_a_private_address_is_not_followed(
     await opened.close()
 
 
+@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "127.0.0.1."])
+async def test_other_spellings_of_this_machine_lead_nowhere(site: Site, host: str) -> None:
+    """Also where somebody allowed them: an address that is meant is to be written as one."""
+    url = site.url.replace("127.0.0.1", host)
+    tools = browser([url], retries=0)
+    outcome = await browse(tools, url)
+    await tools.close()
+    assert outcome.status is not ToolStatus.OK
+    assert not site.asked
+
+
 async def test_nothing_of_ours_is_shown_and_no_cookie_is_kept(site: Site) -> None:
     site.pages["/first"] = (200, {"Set-Cookie": "a=b", **HTML}, b"<p>one")
     tools = browser([site.url], browse_agent="tester (me@example.org)")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MAX_LINKS = 40  # listed below a page
 MAX_PASSAGES = 8  # shown of one search
 AROUND = 250  # characters before and after what was found
-MAX_FIND = 200  # characters of what is looked for
+MAX_FIND = 100  # characters of what is looked for
 _MARKER = re.compile(r"\[L(\d{1,6})\]")
 
 
@@ -52,7 +52,8 @@ def shown_page(document: WebDocument, number: int, size: int) -> str:
 
 
 def shown_passages(document: WebDocument, find: str, first: int, size: int) -> str:
-    """The passages around ``find``, white space and case aside, from page ``first`` on."""
+    """The passages around ``find``, white space and case aside, from page ``first`` on: at most
+    ``MAX_PASSAGES``, and about as long as a page.  Raises ValueError for a page that is not there."""
     pieces = pages(document.text, size)
     starts = [0]
     for piece in pieces:
@@ -65,9 +66,11 @@ def shown_passages(document: WebDocument, find: str, first: int, size: int) -> s
     if not spans:
         return f"{head}\nno match for {find!r} in {where}"
     passages: list[str] = []
+    room = size
     for number, (start, end) in enumerate(windows(spans, len(document.text))):
         page = _page_of(starts, spans_in(spans, start, end)[0])
-        if number == MAX_PASSAGES:
+        room -= end - start
+        if number == MAX_PASSAGES or (number and room < 0):
             passages.append(f"further matches from page {page} on")
             break
         passages.append(f"[page {page}] …{document.text[start:end].strip()}…")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 MAX_LINKS = 5000  # of one document
+MAX_INDENT = 8  # lists within lists
 _DROPPED = frozenset(
     [
         "script",
@@ -160,7 +161,7 @@ def _walked(root: LexborNode, link: Callable[[str], str | None]) -> tuple[str, t
                 if tag in ("ul", "ol"):
                     lists.append(1 if tag == "ol" else -1)
                 elif tag == "li":
-                    writer.exactly("  " * max(0, len(lists) - 1) + _bullet(lists))
+                    writer.exactly("  " * min(max(0, len(lists) - 1), MAX_INDENT) + _bullet(lists))
                 elif tag == "tr":
                     cells.append(0)
                 elif tag == "pre":
