@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Site:
         self.pages: dict[str, Any] = {"/": ARTICLE}
         self.asked: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []  # of requests
         self.app = web.Application()
         self.app.router.add_get("/{path:.*}", self._answer)
         self.url = ""
@@ -48,6 +50,7 @@ class Site:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.asked[request.path] += 1
         self.headers.append(dict(request.headers))
+        self.times.append(time.monotonic())
         page = self.pages.get(request.path)
         if page is None:
             return web.Response(status=404, text="nothing here")

@@ -152,7 +152,7 @@ class Fetcher:
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-                auto_decompress=False,  # here, by pieces: see _Inflated
+                auto_decompress=False,  # here, by pieces: see Inflated
             )
         return self._session
 
@@ -179,14 +179,14 @@ class Fetcher:
 
     async def _body(self, response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
         """At most ``most_bytes`` of the body, inflated, and whether there was more."""
-        body = _Inflated(response.headers.get("Content-Encoding", ""), self._most)
+        body = Inflated(response.headers.get("Content-Encoding", ""), self._most)
         async for chunk in response.content.iter_chunked(1 << 16):
             if body.full(chunk):
                 return bytes(body.data[: self._most]), True
         return bytes(body.data), False
 
 
-class _Inflated:
+class Inflated:
     """A body as it arrives, never much more than ``most`` bytes of it: a few may inflate to gigabytes."""
 
     def __init__(self, encoding: str, most: int):
