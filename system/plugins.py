@@ -276,9 +276,10 @@ TOOLS = Registry(
     {
         "search": "system.tools.http_tools:SearchTool",
         "python": "system.tools.http_tools:PythonTool",
+        "browse": "system.tools.browse.tool:BrowseTool",
         "guess": "system.tasks.study.game:GuessTool",
     },
-    offered=("url", "top_k", "http"),
+    offered=("url", "top_k", "http", "tools_config", "run_directory"),
     options_key="tools.options",
 )
 ENVIRONMENTS = Registry(

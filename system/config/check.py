@@ -19,6 +19,7 @@ from system.config.schema_reward import ON_LOOP, rewards
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, REWARDS, PluginError, nearest
+from system.urls import Allowed
 
 # What needs the gold answer's scores.
 INFORMED = ("learn.credit=a2tgpo", "learn.credit=igpo", "learn.objective=a2tgpo")
@@ -87,12 +88,19 @@ def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
 
 
 def _limits(config: Config) -> Iterator[str]:
-    """MCP servers; the limits of single tools, each against the rule of the setting that it stands in for."""
+    """MCP servers; what may be browsed; the limits of single tools, each against the rule of the setting
+    that it stands in for."""
     for number, server in enumerate(config.tools.mcp):
         try:
             place(f"tools.mcp[{number}]", server)
         except ConfigError as error:
             yield str(error)
+    try:
+        Allowed(config.tools.browse_allow, config.tools.browse_private)
+    except ConfigError as error:
+        yield str(error)
+    if "browse" in config.tools.names and not config.tools.browse_allow:
+        yield "tools.browse_allow is empty, so browse may open nothing: name what it may, or take browse out"
     for name, limits in config.tools.limits.items():
         where = f"tools.limits.{name}"
         if name not in config.tools.names and not config.tools.mcp:  # whose tools are not known yet

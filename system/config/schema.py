@@ -221,6 +221,29 @@ class ToolsConfig:
         ["numpy", "sympy"], "installed packages that programs may import, with what these need"
     )
     python_output_chars: int = setting(2000, "of what a program prints, the rest is cut", least=1)
+    browse_allow: list[str] = setting(
+        [],
+        "what browse may open, nothing else: [https://en.wikipedia.org/, http://127.0.0.1:8000/wiki/], "
+        "https://*.wikipedia.org/ for all hosts below, https:// for all public ones",
+    )
+    browse_private: list[str] = setting(
+        [], "private networks that the hosts of browse_allow may be in: [10.0.0.0/8]; others are not reached"
+    )
+    browse_agent: str = setting(
+        "espalier-browse/0.1", "the User-Agent that browse shows; many sites want a way to reach you in it"
+    )
+    browse_page_chars: int = setting(
+        8000, "characters of one page of a document that browse shows", least=500
+    )
+    browse_mb: float = setting(8.0, "megabytes of a document that browse reads at most", above=0)
+    browse_pdf_pages: int = setting(300, "pages of a PDF that browse reads at most", least=1)
+    browse_rate_per_s: float = setting(
+        2.0, "pages a second that a rollout worker fetches from one host; 0: unlimited", least=0
+    )
+    browse_cache: str = setting(
+        "", "directory that keeps what browse has read, for several runs; empty: the run's own", path=True
+    )
+    browse_cache_mb: float = setting(1024.0, "megabytes kept there; 0: nothing is kept", least=0)
 
 
 @dataclass

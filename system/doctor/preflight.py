@@ -47,6 +47,7 @@ from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, 
 from system.tasks.vocabulary import unknown_tokens
 from system.tools.search_index import read_corpus
 from system.tree.prompt import Prompt
+from system.urls import Allowed
 
 ROWS = 32  # of the data, that are read
 ANSWER_S = 2.0  # a server, all of them asked at once
@@ -314,6 +315,10 @@ def servers(config: Config) -> Iterator[Problem]:
     asked = {f"engine.urls={url}": url for url in config.engine.urls}
     if "search" in config.tools.names and config.tools.search_url:
         asked[f"tools.search_url={config.tools.search_url}"] = config.tools.search_url
+    if "browse" in config.tools.names:
+        for base in Allowed(config.tools.browse_allow).bases:
+            if base.url:
+                asked[f"tools.browse_allow={base.url}"] = base.url
     for reward in rewards(config.reward):
         if url := reward.options.get("base_url"):
             asked[f"{reward.key}.options.base_url={url}"] = str(url)

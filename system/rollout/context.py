@@ -185,13 +185,14 @@ def build_context(
     """What a worker's rollouts need, and what they talk to: the engines at ``engines``, the tool servers at
     ``tools`` (tool -> URL), which want to be shown ``keys``.
 
-    ``model_path`` is where the tokenizer lies; ``store``: what rewards keep for a resumed run goes below it.
+    ``model_path`` is where the tokenizer lies; ``store``: what rewards and tools keep for a
+    resumed run goes below it.
     Call inside a running event loop.
     """
     from transformers import AutoTokenizer  # slow import
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    service, top_k = build_tools(config.tools, tools, keys.tools), config.engine.entropy_top_k
+    service, top_k = build_tools(config.tools, tools, keys.tools, store), config.engine.entropy_top_k
     environments = Environments.of(config)
     environment = environments.train.environment if environments else None
     syntax = make_syntax(config, service.specs, environment)

@@ -16,6 +16,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from asyncio_throttle.throttler import Throttler
@@ -110,14 +111,18 @@ class ToolService:
 
 
 def build_tools(
-    config: ToolsConfig, urls: Mapping[str, str], keys: Mapping[str, str] | None = None
+    config: ToolsConfig,
+    urls: Mapping[str, str],
+    keys: Mapping[str, str] | None = None,
+    run_directory: Path | None = None,
 ) -> ToolService:
     """The tools of ``config.names`` (of :data:`TOOLS`, or one's own as "package.module:Class"), with their
     ``config.options`` and ``config.limits``.
 
     ``urls`` says where the servers are: {"search": …, "python": …}; ``config.search_url`` goes before
-    ``urls["search"]``.  ``keys``: what the tools' servers want to be shown.  Raises :class:`ToolStartError`
-    for a name that cannot be made into a tool.
+    ``urls["search"]``.  ``keys``: what the tools' servers want to be shown; ``run_directory``: what tools
+    keep for a run's workers and its resumption goes below it.  Raises :class:`ToolStartError` for a name
+    that cannot be made into a tool.
     """
     known = {"search": config.search_url or urls.get("search", ""), "python": urls.get("python", "")}
     shown = {url: keys[tool] for tool, url in known.items() if url and keys and tool in keys}
@@ -132,7 +137,13 @@ def build_tools(
             )
         try:
             tool = TOOLS.make(
-                name, config.options.get(name, {}), url=known.get(name), top_k=config.search_top_k, http=http
+                name,
+                config.options.get(name, {}),
+                url=known.get(name),
+                top_k=config.search_top_k,
+                http=http,
+                tools_config=replace(config, **config.limits.get(name, {})),
+                run_directory=run_directory,
             )
         except PluginError as error:
             what = "cannot be made" if is_path(name) else "unknown"

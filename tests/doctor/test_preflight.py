@@ -182,6 +182,10 @@ RECIPES: list[tuple[str, str]] = [
     ("tools.names=[search] tools.corpus=none.jsonl", r"no such corpus: none\.jsonl"),
     ("tools.names=[search] tools.corpus=data.jsonl", r"data\.jsonl:1: expected"),
     (f"tools.names=[search] tools.search_url={DEAD}", r"tools\.search_url=.*:9: does not answer .*refused"),
+    (
+        f"tools.names=[browse] tools.browse_allow=[{DEAD}/wiki/]",
+        r"tools\.browse_allow=http://127\.0\.0\.1:9: does not answer .*refused",
+    ),
     (f"engine=sglang engine.urls=[{DEAD}]", r"engine\.urls=http://127\.0\.0\.1:9: does not answer"),
     ("engine=sglang engine.urls=['http://[']", r"engine\.urls=http://\[: does not answer"),
     ("engine=sglang engine.python=/none", r"no SGLang for /none: run `make sglang`"),
