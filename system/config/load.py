@@ -80,8 +80,11 @@ def _files(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, 
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base:` leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    if path.is_dir():
+        raise ConfigError(f"no such configuration file: {path} is a directory; name a recipe (a YAML file)")
     if not path.is_file():
-        raise ConfigError(f"no such configuration file: {path}")
+        beside = [one.name for one in path.parent.glob("*.yaml")]
+        raise ConfigError(f"no such configuration file: {path}{nearest(path.name, beside)}")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # the YAML library raises many kinds
