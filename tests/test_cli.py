@@ -362,6 +362,10 @@ def test_a_closed_pipe_is_no_error(run_with_trees: RunDir):
         (["config", "broken.yaml"], "broken.yaml: not readable as YAML"),
         (["config", "deep.yaml"], "deep.yaml: not readable as YAML"),
         (["config", "."], "is a directory; name a recipe"),
+        (
+            ["config", "tools.mcp=[npx]"],
+            "tools.mcp: 'npx' must be a dictionary; see: espalier config --explain",
+        ),
         (["config", "tools.names={}"], "override 'tools.names={}'"),
         (["config", "engine.urls=[[[]]]"], "engine.urls: [[]] must be a text"),
         (["config", "slurm.env={A: {B: c}}"], "slurm.env: {'B': 'c'} must be a text"),

@@ -165,6 +165,9 @@ def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
         return f"{path}: write a list: [{example}]"
     if typing.get_origin(one.kind) is dict and not (named or isinstance(value, dict)):
         return f"{path}={value!r} must be a dictionary: in a shell in quotes, '{path}={{a: 1}}'"
+    entries = value if one.kind == list[dict[str, Any]] and isinstance(value, list) else []
+    if wrong := [entry for entry in entries if not isinstance(entry, dict)]:
+        return f"{path}: {wrong[0]!r} must be a dictionary; see: espalier config --explain {path}"
     layer = {key: value}
     try:
         _make_room(merged[section], layer, f"{section}.")
