@@ -32,7 +32,7 @@ def submit(args: argparse.Namespace) -> int:
       espalier submit configs/qwen3-14b-2x8.yaml --nodes 4 --time 12:00:00 slurm.partition=gpu
       espalier submit configs/quickstart.yaml --sweep flow.staleness=0,1,2,4 --sweep run.seed=0,1
       espalier submit configs/qwen3-14b-2x8.yaml --sweep cluster.nodes=2,4,8 --at-once 1
-      espalier submit --resume runs/qwen3-14b-s0
+      espalier submit --resume runs/qwen3-14b-2x8-s0
 
     What can be told in a second to be wrong is told first, all at once (exit code 2; a dry run goes on).
     Whether the nodes have ports, GPUs and scratch space, and reach the servers, the job finds out.
@@ -77,7 +77,7 @@ def status(args: argparse.Namespace) -> int:
     """Show a submitted run: its jobs, steps and attempts; or a sweep's table.
 
     examples:
-      espalier status runs/qwen3-14b-s0
+      espalier status runs/qwen3-14b-2x8-s0
       espalier status runs/quickstart-sweep     prints the table; writes summary.json, summary.md, summary.png
     """
     from system.cluster.status import status
@@ -96,8 +96,8 @@ def cancel(args: argparse.Namespace) -> int:
     """Stop a submitted run or sweep; running jobs save a checkpoint first.
 
     examples:
-      espalier cancel runs/qwen3-14b-s0          save and stop; espalier submit --resume goes on
-      espalier cancel runs/qwen3-14b-s0 --now    without a checkpoint
+      espalier cancel runs/qwen3-14b-2x8-s0          save and stop; espalier submit --resume goes on
+      espalier cancel runs/qwen3-14b-2x8-s0 --now    without a checkpoint
     """
     from system.cluster.status import cancel
 
@@ -116,10 +116,10 @@ def logs(args: argparse.Namespace) -> int:
     """Print the logs of a run, by component.
 
     examples:
-      espalier logs runs/quickstart-s0                    which logs there are
-      espalier logs runs/quickstart-s0 learner            the newest lines of every learner rank
-      espalier logs runs/qwen3-14b-s0 driver --follow
-      espalier logs runs/qwen3-14b-s0 engine --attempt 0  every engine's, of the first attempt
+      espalier logs runs/quickstart-s0                        which logs there are
+      espalier logs runs/quickstart-s0 learner                the newest lines of every learner rank
+      espalier logs runs/qwen3-14b-2x8-s0 driver --follow
+      espalier logs runs/qwen3-14b-2x8-s0 engine --attempt 0  every engine's, of the first attempt
     """
     from system.cluster.status import logs
 

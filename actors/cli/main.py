@@ -7,6 +7,7 @@ when it runs, so ``--help`` answers at once and a command never waits for a libr
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import sys
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] in commands:  # intermixed: overrides may stand before and after options
             args = commands[argv[0]].parse_intermixed_args(argv[1:])
         else:
+            if close := difflib.get_close_matches(argv[0], commands, n=1):
+                print(f"espalier: did you mean espalier {close[0]}?", file=sys.stderr)
             args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has said what is wrong, or printed the help
         return stop.code if isinstance(stop.code, int) else errors.USAGE

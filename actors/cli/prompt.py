@@ -10,7 +10,7 @@ from actors.cli.command import argument, command, split
 
 @command(
     argument(
-        "words", nargs="+", metavar="CONFIG | N | KEY=VALUE", help="a recipe, how many questions, overrides"
+        "words", nargs="*", metavar="CONFIG | N | KEY=VALUE", help="a recipe, how many questions, overrides"
     ),
     argument("--held-out", action="store_true", help="of the held-out questions"),
 )

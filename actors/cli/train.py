@@ -77,7 +77,7 @@ def evaluate(args: argparse.Namespace) -> int:
     elif args.config is None:
         raise ConfigError(
             f"{target} is no run directory (no config.yaml); for a model directory give a recipe: "
-            f"espalier eval {target} --config configs/quickstart.yaml"
+            "espalier eval MODEL_DIR --config configs/quickstart.yaml"
         )
     else:
         config, model = load(args.config, overrides), target

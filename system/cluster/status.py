@@ -67,6 +67,8 @@ def log_files(root: Path, attempt: int | None = None) -> list[Path]:
     """The logs of a run, one per component.  Of a submitted one: the jobs', and of an attempt (the newest,
     unless one is named) the nodes' and each actor's.
     """
+    if not root.is_dir():
+        raise RunDirError(f"no such run directory: {root}")
     tried = sorted((root / "attempts").glob("[0-9][0-9][0-9]"))
     if attempt is not None:
         tried = [path for path in tried if int(path.name) == attempt]

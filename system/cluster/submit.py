@@ -69,7 +69,12 @@ def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run
     if resume:
         _refuse_twice(root)
         run.write_config(config)
-    job = slurm.sbatch(_write_script(root, render(config, root)))
+    script = _write_script(root, render(config, root))
+    try:
+        job = slurm.sbatch(script)
+    except ConfigError as error:
+        again = f"not submitted; when that is mended: espalier submit --resume {run.root}"
+        raise ConfigError(f"{error}\n{again}") from error
     _record(root, [job])
     print(f"\nrun directory: {run.root}\nsubmitted as job {job}; see: espalier status {run.root}")
     return 0
@@ -177,6 +182,8 @@ def _record(root: Path, jobs: Sequence[str]) -> None:
 
 def jobs_of(root: Path) -> list[str]:
     """The jobs a run or sweep was submitted as.  Raises RunDirError for one that was not."""
+    if not root.is_dir():
+        raise RunDirError(f"no such run directory: {root}")
     path = root / SUBMISSION
     if not path.is_file():
         raise RunDirError(f"{root} was not submitted: it has no {SUBMISSION}")

@@ -47,7 +47,7 @@ def text(wanted: str = "") -> str:
         section, _, key = wanted.rpartition(".")
         known = [one.name for one in settings().values() if one.section == section]
         if not known:
-            known, section, key = [one.name for one in dataclasses.fields(Config)], "", wanted
+            known, section, key = [*(one.name for one in dataclasses.fields(Config)), "algorithm"], "", wanted
         close = hint(key, known, f"{section}." if section else "")
         raise ConfigError(f"no setting or section {wanted!r}{close}")
     lines: list[str] = []

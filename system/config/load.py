@@ -80,8 +80,11 @@ def _files(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, 
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base:` leads back to itself: {' -> '.join(map(str, (*seen, path)))}")
+    if path.is_dir():
+        raise ConfigError(f"no such configuration file: {path} is a directory; name a recipe (a YAML file)")
     if not path.is_file():
-        raise ConfigError(f"no such configuration file: {path}")
+        beside = [one.name for one in path.parent.glob("*.yaml")]
+        raise ConfigError(f"no such configuration file: {path}{nearest(path.name, beside)}")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # the YAML library raises many kinds
@@ -162,6 +165,9 @@ def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
         return f"{path}: write a list: [{example}]"
     if typing.get_origin(one.kind) is dict and not (named or isinstance(value, dict)):
         return f"{path}={value!r} must be a dictionary: in a shell in quotes, '{path}={{a: 1}}'"
+    entries = value if one.kind == list[dict[str, Any]] and isinstance(value, list) else []
+    if wrong := [entry for entry in entries if not isinstance(entry, dict)]:
+        return f"{path}: {wrong[0]!r} must be a dictionary; see: espalier config --explain {path}"
     layer = {key: value}
     try:
         _make_room(merged[section], layer, f"{section}.")

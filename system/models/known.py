@@ -7,6 +7,7 @@ from pathlib import Path
 
 from system.config import ConfigError, ModelConfig
 from system.models.shape import ModelShape
+from system.plugins import nearest
 
 TINY_VOCAB = 512  # of a model that the run will make; its tokenizer does not exist yet
 
@@ -67,5 +68,8 @@ def shape_of(model: ModelConfig) -> ModelShape:
         name = name.removesuffix(ending)
     if name in KNOWN:
         return KNOWN[name]
-    known = ", ".join(shape.name for shape in KNOWN.values())
-    raise ConfigError(f"model.path={model.path}: neither a directory with a config.json nor one of {known}")
+    names = [shape.name for shape in KNOWN.values()]
+    raise ConfigError(
+        f"model.path={model.path}: neither a directory with a config.json nor one of {', '.join(names)}"
+        f"{nearest(Path(model.path).name, names)}"
+    )

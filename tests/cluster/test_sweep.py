@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from actors.cli.main import main
+from system.cluster import slurm
 from system.cluster.status import attempts
 from system.cluster.submit import sweep_points
 from system.cluster.sweep import results, summarise
@@ -51,6 +52,22 @@ def test_one_job_array_per_number_of_nodes(capsys: pytest.CaptureFixture[str], t
     assert shown.count("#SBATCH --nodes=1\n") == shown.count("#SBATCH --nodes=2\n") == 1
     assert "points/003" in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_slurm_refuses_can_be_submitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(script: Path) -> str:
+        raise ConfigError(f"sbatch: no partition for {script.name}")
+
+    monkeypatch.setattr(slurm, "sbatch", refuse)
+    assert main(["submit", str(QUICKSTART), f"run.dir={tmp_path}", "run.name=one"]) == 2
+    told = capsys.readouterr().err
+    assert "sbatch: no partition for job.sh" in told
+    assert f"not submitted; when that is mended: espalier submit --resume {tmp_path / 'one'}" in told
+    monkeypatch.setattr(slurm, "sbatch", lambda script: "17")
+    assert main(["submit", "--resume", str(tmp_path / "one")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def point(root: Path, name: str, ends: dict[str, Any] | None, summary: dict[str, Any] | None = None) -> None:

@@ -130,7 +130,7 @@ async def test_a_server_that_hangs_is_replaced(serve: Callable[..., ToolService]
 async def test_what_cannot_work_is_said_at_the_start(
     serve: Callable[..., ToolService], tmp_path: Path
 ) -> None:
-    with pytest.raises(ToolStartError, match=r"no-such-program --flag: .*No such file"):
+    with pytest.raises(ToolStartError, match=r"tools\.mcp\[0\]: no-such-program --flag: .*No such file"):
         serve({"command": "no-such-program --flag"})
     with pytest.raises(ToolStartError, match=r"it said: bad luck"):
         serve({"command": [sys.executable, "-c", "import sys; sys.exit('bad luck')"]})

@@ -15,6 +15,7 @@ from system.errors import ConfigError
 from system.plugins import nearest
 from system.tools.mcp.server import McpServer
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
+from system.tools.tool import ToolUnavailable
 
 if TYPE_CHECKING:
     from mcp.types import CallToolResult, Tool
@@ -64,7 +65,10 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]]) -> list[McpTool]:
 def listed(there: McpPlace) -> tuple[tuple[ToolSpec, str], ...]:
     """What a server offers, each with the server's own name for it; asked once per process.  Blocks."""
     with ThreadPoolExecutor(1) as thread:  # there may be an event loop in this one
-        offered = thread.submit(asyncio.run, _ask(there)).result()
+        try:
+            offered = thread.submit(asyncio.run, _ask(there)).result()
+        except ToolUnavailable as error:
+            raise ToolUnavailable(f"{there.where}: {error}", delivered=error.delivered) from error
     names = [tool.name for tool in offered]
     named = {"names": dict(there.names), "include": there.include, "pure": there.pure}
     for key, those in (named | {"idempotent": there.idempotent}).items():
