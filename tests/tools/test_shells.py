@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -215,3 +216,25 @@ async def test_long_and_odd_commands(tree: SessionTree) -> None:
     assert await text(shell, "#" + "x" * 400_000 + "\necho 'tail'") == "tail"
     assert await text(shell, "echo ä\0b \ud800") == "äb ?"
     assert "line 3" in (await shell.run("\n\nnosuchprogram")).text
+
+
+async def test_many_deep_copies_at_once_leave_descriptors_for_calls() -> None:
+    """Each copy holds two descriptors for each directory on its way down."""
+    limits = dataclasses.replace(LIMITS, branches=40)
+    box = Sandbox(limits, namespaces=True, shell=Shell())
+    try:
+        await box.start()
+        tree = await box.tree()
+        first = await tree.open()
+        fill = "for i in {1..300}; do echo $i > $i; done"
+        await text(first, f"d=$(printf 'd/%.0s' {{1..30}}); mkdir -p $d; cd $d; {fill}")
+        deep = [first, *[await first.fork() for _ in range(11)]]
+        others = [await tree.open() for _ in range(6)]
+
+        async def called(shell: SandboxSession) -> None:
+            for _ in range(3):
+                assert await text(shell, "echo on") == "on"
+
+        await asyncio.gather(*(shell.fork() for shell in deep), *map(called, others))
+    finally:
+        await box.close()

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from system.tools.sandbox import cell, kernel, lockdown, transport
-from system.tools.sandbox.copying import NotCopied, copy_tree
+from system.tools.sandbox.copying import NotCopied
 from system.tools.sandbox.process import end_with
 from system.tools.sandbox.session_warden import Refused, SessionWarden
 from system.tools.sandbox.watch import Ending, Output, watch
@@ -94,7 +94,7 @@ class ShellWarden(SessionWarden[_Shell]):
                     self._own(home + directory)
                 if given := request.get("given"):
                     until = time.monotonic() + _FILES_S
-                    copy_tree(f"{cell.GIVEN}/{given}", home + cell.WORK, self.uid, until)
+                    self._copy(f"{cell.GIVEN}/{given}", home + cell.WORK, until)
                 if files := request.get("files"):
                     self._write(home, files)
                 return self._added(home)
@@ -170,7 +170,7 @@ class ShellWarden(SessionWarden[_Shell]):
         with self._room():
             home = self._new_home()
             try:
-                copy_tree(live.home, home, self.uid, until)
+                self._copy(live.home, home, until)
                 return {"session": self._added(home)}
             except NotCopied as refusal:
                 self._remove(home)
