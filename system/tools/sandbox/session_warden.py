@@ -4,7 +4,8 @@ Over the channel comes one socket per call, as for :mod:`.forkserver`; its one r
 
 - ``open {…}`` → ``{session}``;  ``close {session}`` → ``{}``
 - ``run {session, code, wall_s, …}`` → what a call's warden replies, with ``ended``: the session is gone
-- ``fork {session, wall_s}`` → ``{session}``, or ``{refused, ended}``: why not, and whether it is gone
+- ``fork {session, wall_s}`` → ``{session}`` (of a shell ``held_mb`` as well), or
+  ``{refused, ended}``: why not, and whether it is gone
 
 ``{failed}`` is the answer when the sandbox itself is at fault, ``{full}`` when no session more may be opened,
 ``{gone}`` for a session that is not there.  A warden stands outside the confinement.  It has a thread for
@@ -133,7 +134,7 @@ class SessionWarden(ABC, Generic[_Kept]):
                     return {"gone": True}
                 match request["do"]:
                     case "run":
-                        return self._run(live, request, call)
+                        return self._ran(live, request, call)
                     case "fork":
                         return self._fork(live, time.monotonic() + request["wall_s"])
                     case _:
@@ -143,6 +144,15 @@ class SessionWarden(ABC, Generic[_Kept]):
             return {"full": str(full)}
         except (OSError, Ended, Refused) as error:
             return {"failed": f"{type(error).__name__}: {error}"}
+
+    def _ran(self, live: _Kept, request: dict[str, Any], call: socket.socket) -> dict[str, Any] | None:
+        """A session whose call the sandbox could not run is not used again by whoever asked."""
+        try:
+            return self._run(live, request, call)
+        except BaseException:
+            if not live.dead:
+                self._kill(live)
+            raise
 
     @contextmanager
     def _room(self) -> Generator[None]:

@@ -171,7 +171,7 @@ class ShellWarden(SessionWarden[_Shell]):
             home = self._new_home()
             try:
                 self._copy(live.home, home, until)
-                return {"session": self._added(home)}
+                return {"session": self._added(home), "held_mb": _used_mb(home)}
             except NotCopied as refusal:
                 self._remove(home)
                 return {"refused": str(refusal), "ended": False}
@@ -194,8 +194,13 @@ class _Running:
         self._began = time.monotonic()
         with warden.beginning:  # another runner would inherit the ends that are given to this one
             self.output = Output(self._limits.output_chars)
-            self._pipe, theirs = socket.socketpair()
-            self._runner = os.fork()
+            try:
+                self._pipe, theirs = socket.socketpair()
+                self._runner = os.fork()
+            except OSError:
+                self.output.close_given()
+                self.output.drain()
+                raise
             if self._runner == 0:
                 self._pipe.close()
                 end_with(lambda: _Runner(warden, home, self.output.given, theirs).run(action))
