@@ -22,7 +22,7 @@ from system.envs.protocol import Start
 from system.envs.sessions import SessionEnvironment, SessionWorld, text_of, wrong
 from system.tools.outcome import ToolSpec, ToolStatus
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
-from system.tools.sandbox.sessions import NotForked, SandboxSession, TreeFull
+from system.tools.sandbox.sessions import MAX_CODE_BYTES, NotForked, SandboxSession, TreeFull
 from system.tools.sandbox.settings import Shell
 from system.tools.tool import ToolUnavailable
 from system.tree.prompt import Prompt
@@ -90,6 +90,7 @@ class ShellEnvironment(SessionEnvironment):
         self._check_s = check_s
 
     def begins(self, start: Start) -> dict[str, Any]:
+        _check_of(start.prompt)  # what is wrong with it, the model's work should not come to nothing by
         more = {"given": self._directory(start.prompt), "files": _files(start.prompt, "files")}
         return super().begins(start) | more
 
@@ -102,10 +103,8 @@ class ShellEnvironment(SessionEnvironment):
         It begins in /work without the session's variables and functions, and with an empty home (python runs
         what it finds in the home's site-packages): these could answer in its place.
         """
-        if not (check := text_of(prompt, "check")):
+        if not (code := _check_of(prompt)):
             return None
-        files = _files(prompt, "check_files")
-        code = f"{_written(files)}HOME=$(mktemp -d) || exit 1\n{check}"
         result = await session.run(code, deadline_s=self._check_s, fresh=True)
         return {"reward": float(result.status == ToolStatus.OK), "check": result.text}
 
@@ -146,6 +145,15 @@ class ShellWorld(SessionWorld):
             await copy.close()
 
 
+def _check_of(prompt: Prompt) -> str:
+    """The commands that check a question's answer; empty: there is no check.  Raises WorldFailed."""
+    check, files = text_of(prompt, "check"), _files(prompt, "check_files")
+    code = f"{_written(files)}HOME=$(mktemp -d) || exit 1\n{check}" if check else ""
+    if len(code.encode(errors="replace")) > MAX_CODE_BYTES:
+        raise wrong(prompt, "check_files", f"with the check they are longer than {MAX_CODE_BYTES} bytes")
+    return code
+
+
 def _written(files: Mapping[str, str]) -> str:
     """Commands that write ``files`` over whatever a session has put in their place.
 
@@ -153,7 +161,7 @@ def _written(files: Mapping[str, str]) -> str:
     session's own, which would pass.
     """
     return "".join(
-        f"rm -rf {quote(path)} && mkdir -p {quote(str(PurePosixPath(path).parent))} "
+        f"rm -rf -- {quote(path)} && mkdir -p -- {quote(str(PurePosixPath(path).parent))} "
         f"&& printf %s {quote(text)} > {quote(path)} "
         f"|| {{ echo {quote(f'The file of the check {path} could not be written.')} >&2; exit 1; }}\n"
         for path, text in files.items()

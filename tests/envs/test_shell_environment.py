@@ -98,7 +98,7 @@ async def test_a_question_brings_files_and_a_check(tmp_path: Path) -> None:
         "files": {"README": "add.sh adds"},
         "setup": "git init -q; git add -A; git commit -qm first",
         "check": "test $(sh add.sh 2 3) = 5 && sh tests/more.sh",
-        "check_files": {"tests/more.sh": "test $(sh add.sh 1 1) = 2\n"},
+        "check_files": {"tests/more.sh": "test $(sh add.sh 1 1) = 2\n", "-f/'b\n$(exit)": "'%s\n"},
     }
     async with (tree := Tree(extra, directories=str(tmp_path))) as root:
         assert await told(root, "ls; git log --oneline | wc -l") == ("ok", "README\nadd.sh\n1")
@@ -173,6 +173,11 @@ async def test_no_check_no_result() -> None:
         ({"files": {"/etc/x": ""}}, "leads out of /work"),
         ({"files": ["x"]}, "no object of paths and texts"),
         ({"files": {"x": 1}}, "no path with a text"),
+        ({"check": "true", "check_files": {"x": 1}}, "no path with a text"),
+        (
+            {"check": "true", "check_files": {"x": "y" * (1 << 20)}},
+            "extra.check_files: with the check they are longer",
+        ),
         ({"setup": "exit 3"}, "extra.setup: The program exited with code 3"),
         ({"directory": "x"}, "environment.options.directories does not say"),
         ({"directory": 5}, "5 is no text"),
