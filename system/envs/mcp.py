@@ -10,7 +10,6 @@ import asyncio
 import dataclasses
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -30,6 +29,7 @@ from system.envs.protocol import (
     World,
 )
 from system.plugins import PluginError
+from system.scratch import Scratch
 from system.tools.mcp.server import McpServer
 from system.tools.mcp.tools import listed, outcome
 from system.tools.outcome import ToolSpec, ToolStatus
@@ -74,7 +74,7 @@ class McpEnvironment(Environment):
         self.names = {spec.name: name for spec, name in offered}  # ours -> the server's
 
     async def open(self, start: Start) -> World:
-        directory = await asyncio.to_thread(_new_directory) if self._directory else None
+        directory = await _new_directory() if self._directory else None
         world = McpWorld(self, directory)
         try:
             await world.server.check()
@@ -88,15 +88,15 @@ class McpEnvironment(Environment):
             text = pattern.sub("…", text)
         return text
 
-    def server(self, directory: Path | None) -> McpServer:
+    def server(self, directory: Scratch | None) -> McpServer:
         """A server whose directory is this one; it starts when it is first asked something."""
-        return McpServer(_filled(self._place, directory))
+        return McpServer(_filled(self._place, directory.path if directory else None))
 
 
 class McpWorld(World):
     """A server, as long as it is there: where it has gone, so has its state."""
 
-    def __init__(self, environment: McpEnvironment, directory: Path | None) -> None:
+    def __init__(self, environment: McpEnvironment, directory: Scratch | None) -> None:
         self._environment, self._directory = environment, directory
         self.server = environment.server(directory)
 
@@ -124,10 +124,11 @@ class McpWorld(World):
             raise CannotFork("its MCP server has gone")
         await self.server.close()
         self.server = self._environment.server(self._directory)
-        copy = await asyncio.to_thread(_new_directory)
+        copy = await _new_directory()
         world = McpWorld(self._environment, copy)
         try:
-            await asyncio.to_thread(shutil.copytree, self._directory, copy, symlinks=True, dirs_exist_ok=True)
+            places = self._directory.path, copy.path
+            await asyncio.to_thread(shutil.copytree, *places, symlinks=True, dirs_exist_ok=True)
             await world.server.check()
         except BaseException as error:
             await world.close("it was not copied")
@@ -139,22 +140,40 @@ class McpWorld(World):
     async def close(self, why: str) -> None:
         await self.server.close()
         if self._directory is not None:
-            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+            directory, self._directory = self._directory, None
+            await asyncio.to_thread(_remove, directory)
 
 
 @cache
 def _offered(there: McpPlace) -> tuple[tuple[ToolSpec, str], ...]:
     """The tools of a server that is started once, to ask; blocks."""
-    directory = _new_directory() if _names_directory(there) else None
+    directory = Scratch.make("mcp") if _names_directory(there) else None
     try:
-        return listed(_filled(there, directory))
+        return listed(_filled(there, directory.path if directory else None))
     finally:
         if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
 
 
-def _new_directory() -> Path:
-    return Path(tempfile.mkdtemp(prefix="espalier-mcp-"))
+async def _new_directory() -> Scratch:
+    """It goes with this process; and at once where nobody waits for it any more."""
+    making = asyncio.ensure_future(asyncio.to_thread(Scratch.make, "mcp"))
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_remove_unwanted)
+        raise
+
+
+def _remove_unwanted(made: asyncio.Future[Scratch]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        _remove(made.result())
+
+
+def _remove(directory: Scratch) -> None:
+    """What a server still writes into it is removed with those of processes that have ended."""
+    shutil.rmtree(directory.path, ignore_errors=True)
+    directory.release()
 
 
 def _names_directory(there: McpPlace) -> bool:

@@ -22,7 +22,7 @@ from system.envs.protocol import Start
 from system.envs.sessions import SessionEnvironment, SessionWorld, text_of, wrong
 from system.tools.outcome import ToolSpec, ToolStatus
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
-from system.tools.sandbox.sessions import NotForked, SandboxSession
+from system.tools.sandbox.sessions import MAX_CODE_BYTES, NotForked, SandboxSession, TreeFull
 from system.tools.sandbox.settings import Shell
 from system.tools.tool import ToolUnavailable
 from system.tree.prompt import Prompt
@@ -90,6 +90,7 @@ class ShellEnvironment(SessionEnvironment):
         self._check_s = check_s
 
     def begins(self, start: Start) -> dict[str, Any]:
+        _check_of(start.prompt)  # what is wrong with it, the model's work should not come to nothing by
         more = {"given": self._directory(start.prompt), "files": _files(start.prompt, "files")}
         return super().begins(start) | more
 
@@ -99,12 +100,12 @@ class ShellEnvironment(SessionEnvironment):
     async def checked(self, session: SandboxSession, prompt: Prompt) -> dict[str, Any] | None:
         """What the check of ``prompt`` says of ``session``, which it may change; None: there is none.
 
-        It begins in /work without the session's variables and functions: these could answer in its place.
+        It begins in /work without the session's variables and functions, and with an empty home (python runs
+        what it finds in the home's site-packages): these could answer in its place.
         """
-        if not (check := text_of(prompt, "check")):
+        if not (code := _check_of(prompt)):
             return None
-        files = _files(prompt, "check_files")
-        result = await session.run(_written(files) + check, deadline_s=self._check_s, fresh=True)
+        result = await session.run(code, deadline_s=self._check_s, fresh=True)
         return {"reward": float(result.status == ToolStatus.OK), "check": result.text}
 
     def _directory(self, prompt: Prompt) -> str:
@@ -125,26 +126,44 @@ class ShellWorld(SessionWorld):
     """A shell's session, which is checked at the end."""
 
     async def result(self) -> dict[str, Any] | None:
-        """The check runs in a copy, where there can be one: what it does is no part of the world."""
+        """The check runs in a copy, where there can be one: what it does is no part of the world.  Else it
+        takes the session, which is built again should the branch go on."""
         assert isinstance(self._environment, ShellEnvironment)
         prompt = self._environment.prompt(self._tree)
         if self._session is None:
             raise ToolUnavailable("its session is gone")
         try:
             copy = await self._session.fork()
-        except NotForked:
-            return await self._environment.checked(self._session, prompt)
+        except (NotForked, TreeFull):
+            try:
+                return await self._environment.checked(self._session, prompt)
+            finally:
+                await self.park()
         try:
             return await self._environment.checked(copy, prompt)
         finally:
             await copy.close()
 
 
+def _check_of(prompt: Prompt) -> str:
+    """The commands that check a question's answer; empty: there is no check.  Raises WorldFailed."""
+    check, files = text_of(prompt, "check"), _files(prompt, "check_files")
+    code = f"{_written(files)}HOME=$(mktemp -d) || exit 1\n{check}" if check else ""
+    if len(code.encode(errors="replace")) > MAX_CODE_BYTES:
+        raise wrong(prompt, "check_files", f"with the check they are longer than {MAX_CODE_BYTES} bytes")
+    return code
+
+
 def _written(files: Mapping[str, str]) -> str:
-    """Commands that write ``files``, whatever a session has put in their place."""
+    """Commands that write ``files`` over whatever a session has put in their place.
+
+    Where one cannot be written (a closed directory, a full disk) they end the check: what stands there is the
+    session's own, which would pass.
+    """
     return "".join(
-        f"rm -rf {quote(path)}; mkdir -p {quote(str(PurePosixPath(path).parent))}\n"
-        f"printf %s {quote(text)} > {quote(path)}\n"
+        f"rm -rf -- {quote(path)} && mkdir -p -- {quote(str(PurePosixPath(path).parent))} "
+        f"&& printf %s {quote(text)} > {quote(path)} "
+        f"|| {{ echo {quote(f'The file of the check {path} could not be written.')} >&2; exit 1; }}\n"
         for path, text in files.items()
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -15,9 +16,11 @@ import pytest
 from system.config import EnvironmentConfig
 from system.envs.live import BranchSession, TreeSessions
 from system.envs.make import make_environment
-from system.envs.protocol import Acted
+from system.envs.mcp import McpEnvironment
+from system.envs.protocol import Acted, Ids, Start
 from system.envs.service import EnvironmentService
 from system.errors import EspalierError
+from system.scratch import sweep
 from system.tree.prompt import Prompt
 
 CLOCK = {"command": [sys.executable, "-m", "mcp_server_time"]}
@@ -123,3 +126,29 @@ async def test_what_may_differ_is_left_out_of_the_comparison() -> None:
     environment = make_environment(EnvironmentConfig(name="mcp", options=options))
     assert environment is not None
     assert environment.normalise("2026-01-01T10:11:12+01:00") == "2026-01-01…+01:00"
+
+
+async def test_directories_do_not_outlive_who_wanted_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one whose opening was given up, nor, for long, those of a process that was killed."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    server = {**CLOCK, "cwd": "{directory}", "include": ["get_current_time"]}
+    environment = McpEnvironment(server)
+    start = Start(Ids("r", "train", "1", "0", "", 1, 0), Prompt("p", (), ()), 0, 10.0, None)
+    opening = asyncio.ensure_future(environment.open(start))
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    for _ in range(80):
+        if os.listdir(tmp_path):
+            await asyncio.sleep(0.05)
+    assert not os.listdir(tmp_path)
+
+    world = await environment.open(start)
+    (directory,) = os.listdir(tmp_path)
+    os.utime(tmp_path / directory, (0, 0))
+    assert sweep(tmp_path) == [], "it has an owner"
+    await world.close("")
+    assert not os.listdir(tmp_path)

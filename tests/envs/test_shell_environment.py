@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ async def test_a_question_brings_files_and_a_check(tmp_path: Path) -> None:
         "files": {"README": "add.sh adds"},
         "setup": "git init -q; git add -A; git commit -qm first",
         "check": "test $(sh add.sh 2 3) = 5 && sh tests/more.sh",
-        "check_files": {"tests/more.sh": "test $(sh add.sh 1 1) = 2\n"},
+        "check_files": {"tests/more.sh": "test $(sh add.sh 1 1) = 2\n", "-f/'b\n$(exit)": "'%s\n"},
     }
     async with (tree := Tree(extra, directories=str(tmp_path))) as root:
         assert await told(root, "ls; git log --oneline | wc -l") == ("ok", "README\nadd.sh\n1")
@@ -115,6 +116,43 @@ async def test_what_a_session_defined_does_not_answer_for_the_check() -> None:
         await told(root, "python3() { true; }; export -f python3; mkdir bin; cp /bin/true bin/python3")
         await told(root, "export PATH=/work/bin:$PATH BASH_ENV=/work/x; trap 'exit 0' EXIT; mkdir t.py")
         assert (await root.result() or {})["reward"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "mkdir t; echo exit 0 > t/t.sh; chmod 444 t/t.sh; chmod 555 t",
+        "mkdir /tmp/t; echo exit 0 > /tmp/t/t.sh; chmod 444 /tmp/t/t.sh; chmod 555 /tmp/t; ln -s /tmp/t t",
+        "for i in 1 2 3; do head -c 3000000 /dev/zero > f$i; done",
+    ],
+)
+async def test_check_files_that_cannot_be_written_pass_nothing(code: str) -> None:
+    hidden = "#" + "x" * 9000 + "\nexit 1\n"
+    async with Tree({"check": "sh t/t.sh", "check_files": {"t/t.sh": hidden}}, disk_mb=4) as root:
+        await told(root, code)
+        result = await root.result() or {}
+        assert result["reward"] == 0.0
+        assert "The file of the check t/t.sh could not be written." in result["check"]
+
+
+async def test_the_check_has_a_home_of_its_own() -> None:
+    async with Tree({"check": "python3 -c 'raise SystemExit(1)'"}) as root:
+        await told(root, "d=$(python3 -m site --user-site); mkdir -p $d; cd $d")
+        await told(root, "echo 'import os; os._exit(0)' > usercustomize.py; cd")
+        assert (await told(root, "python3 -c 'print(1)'"))[1] == ""
+        assert (await root.result() or {})["reward"] == 0.0
+
+
+async def test_a_full_tree_is_checked_as_any_other() -> None:
+    tree = Tree({"check": "test $(cat f) = 1; rm f"})
+    box = tree.environment._sandbox
+    box.limits = dataclasses.replace(box.limits, branches=2)
+    async with tree as root:
+        await told(root, "echo 1 > f")
+        child = root.fork((0, 1), 1)
+        assert await told(child, "echo 2 > f") == ("ok", "")
+        assert (await root.result() or {})["reward"] == 1.0
+        assert await told(root, "cat f") == ("ok", "1"), "the check took its session, not its files"
 
 
 async def test_a_check_that_does_not_end_is_not_passed() -> None:
@@ -135,6 +173,11 @@ async def test_no_check_no_result() -> None:
         ({"files": {"/etc/x": ""}}, "leads out of /work"),
         ({"files": ["x"]}, "no object of paths and texts"),
         ({"files": {"x": 1}}, "no path with a text"),
+        ({"check": "true", "check_files": {"x": 1}}, "no path with a text"),
+        (
+            {"check": "true", "check_files": {"x": "y" * (1 << 20)}},
+            "extra.check_files: with the check they are longer",
+        ),
         ({"setup": "exit 3"}, "extra.setup: The program exited with code 3"),
         ({"directory": "x"}, "environment.options.directories does not say"),
         ({"directory": 5}, "5 is no text"),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 from polling import eventually
-from sessions import alive, children, descendants, name, text
+from sessions import alive, children, descendants, name, scratch_directories, text
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
@@ -215,3 +217,52 @@ async def test_long_and_odd_commands(tree: SessionTree) -> None:
     assert await text(shell, "#" + "x" * 400_000 + "\necho 'tail'") == "tail"
     assert await text(shell, "echo ä\0b \ud800") == "äb ?"
     assert "line 3" in (await shell.run("\n\nnosuchprogram")).text
+
+
+async def test_many_deep_copies_at_once_leave_descriptors_for_calls() -> None:
+    """Each copy holds two descriptors for each directory on its way down."""
+    limits = dataclasses.replace(LIMITS, branches=40)
+    box = Sandbox(limits, namespaces=True, shell=Shell())
+    try:
+        await box.start()
+        tree = await box.tree()
+        first = await tree.open()
+        fill = "for i in {1..300}; do echo $i > $i; done"
+        await text(first, f"d=$(printf 'd/%.0s' {{1..30}}); mkdir -p $d; cd $d; {fill}")
+        deep = [first, *[await first.fork() for _ in range(11)]]
+        others = [await tree.open() for _ in range(6)]
+
+        async def called(shell: SandboxSession) -> None:
+            for _ in range(3):
+                assert await text(shell, "echo on") == "on"
+
+        await asyncio.gather(*(shell.fork() for shell in deep), *map(called, others))
+    finally:
+        await box.close()
+
+
+async def test_a_command_that_cannot_be_begun_leaves_nothing(box: Sandbox, tree: SessionTree) -> None:
+    """Its session is of no use to anybody, and is not kept."""
+    shell, pid = await tree.open(), warden(box)
+    await text(shell, "true")
+    held = {int(one) for one in os.listdir(f"/proc/{pid}/fd")}
+    free = [number for number in range(max(held) + 9) if number not in held]
+    most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    for few in (2, 4, 6):  # the first is the call's own
+        one = await tree.open()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[few], most[1]))
+        try:
+            with pytest.raises(SandboxUnavailable, match="Too many open files"):
+                await one.run("true")
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, most)
+    assert await text(shell, "echo on") == "on"
+    await eventually(lambda: {int(one) for one in os.listdir(f"/proc/{pid}/fd")} == held, 4, "descriptors")
+    assert len(scratch_directories(pid)) == 1
+
+
+async def test_a_copy_of_a_file_with_holes_is_counted_as_it_is(tree: SessionTree) -> None:
+    shell = await tree.open()
+    await text(shell, "truncate -s 3M holes")
+    assert shell.held_mb < 1
+    assert (await shell.fork()).held_mb > 2.9

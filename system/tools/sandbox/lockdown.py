@@ -21,7 +21,7 @@ from system.tools.sandbox.settings import (
     readable_files,
 )
 
-MAX_DESCRIPTORS = 256  # of the fork server and its wardens
+MAX_DESCRIPTORS = 1000  # of the fork server and its wardens; select takes no more than 1024
 
 # Access rights of Landlock (linux/landlock.h); the ABI version in which each group appeared decides what is
 # handled.
@@ -97,7 +97,6 @@ def confine(confinement: Confinement, scratch: str, uid: int | None, leash: int)
     """
     limits = confinement.settings.limits
     _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
-    _limit(resource.RLIMIT_NOFILE, limits.open_files)
     _limit(resource.RLIMIT_NPROC, limits.threads + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
@@ -122,7 +121,6 @@ def confine_session(
     and dies with that.  Its forks are asked for at a descriptor, given to ``listen``.
     """
     limits = confinement.settings.limits
-    _limit(resource.RLIMIT_NOFILE, limits.open_files)
     tasks = limits.threads * limits.branches + 1  # all sessions of the tree, and the first process
     _limit(resource.RLIMIT_NPROC, tasks + _foreign_tasks(confinement, uid))
     if uid:
@@ -139,7 +137,6 @@ def confine_command(confinement: Confinement, uid: int | None, leash: int) -> No
     :func:`.cell.enter_command`.  Its processes are counted, and their memory and time, by its warden."""
     limits = confinement.settings.limits
     _limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
-    _limit(resource.RLIMIT_NOFILE, limits.open_files)
     _limit(resource.RLIMIT_NPROC, limits.threads * limits.branches + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
@@ -148,7 +145,7 @@ def confine_command(confinement: Confinement, uid: int | None, leash: int) -> No
 
 
 def _enclose(confinement: Confinement, writable: str | Sequence[str], home: str, kept: int) -> None:
-    """Keep this process to its directories and from all privileges, and close its descriptors."""
+    """Keep this process to its directories and from all privileges, and close and bound its descriptors."""
     os.chdir(home)
     os.umask(0o077)
     kernel.no_new_privileges()
@@ -157,6 +154,8 @@ def _enclose(confinement: Confinement, writable: str | Sequence[str], home: str,
     kernel.drop_capabilities()
     os.closerange(3, kept)
     os.closerange(kept + 1, MAX_DESCRIPTORS)
+    # Not before: it bounds the number of a new descriptor, and the warden's have been inherited.
+    _limit(resource.RLIMIT_NOFILE, confinement.settings.limits.open_files)
 
 
 def _landlock_ruleset(confinement: Confinement, writable: str | Sequence[str]) -> int:

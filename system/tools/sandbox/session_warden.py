@@ -4,7 +4,8 @@ Over the channel comes one socket per call, as for :mod:`.forkserver`; its one r
 
 - ``open {…}`` → ``{session}``;  ``close {session}`` → ``{}``
 - ``run {session, code, wall_s, …}`` → what a call's warden replies, with ``ended``: the session is gone
-- ``fork {session, wall_s}`` → ``{session}``, or ``{refused, ended}``: why not, and whether it is gone
+- ``fork {session, wall_s}`` → ``{session}`` (of a shell ``held_mb`` as well), or
+  ``{refused, ended}``: why not, and whether it is gone
 
 ``{failed}`` is the answer when the sandbox itself is at fault, ``{full}`` when no session more may be opened,
 ``{gone}`` for a session that is not there.  A warden stands outside the confinement.  It has a thread for
@@ -25,11 +26,13 @@ from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from system.tools.sandbox import cell, kernel
+from system.tools.sandbox.copying import NotCopied, copy_tree
 from system.tools.sandbox.lockdown import Confinement
 from system.tools.sandbox.looking import Looks
 
 _REQUEST_S = 10.0
 _STACK_BYTES = 256 << 10  # of a thread
+_COPIES = 8  # at once: each holds two descriptors for every directory on its way down
 
 
 class Ended(Exception):
@@ -68,6 +71,7 @@ class SessionWarden(ABC, Generic[_Kept]):
         self._sessions: dict[str, _Kept] = {}
         self._coming = 0  # sessions that begin
         self._lock = threading.Lock()
+        self._copies = threading.Semaphore(_COPIES)
 
     @abstractmethod
     def _open(self, request: dict[str, Any]) -> str:
@@ -95,8 +99,9 @@ class SessionWarden(ABC, Generic[_Kept]):
             message, descriptors, _, _ = socket.recv_fds(self._channel, 16, 1)
             if not message:
                 return
-            call = socket.socket(fileno=descriptors[0])
-            threading.Thread(target=self._serve_call, args=(call,), daemon=True).start()
+            if descriptors:  # none could be had: that call has ended, the others go on
+                call = socket.socket(fileno=descriptors[0])
+                threading.Thread(target=self._serve_call, args=(call,), daemon=True).start()
 
     def _serve_call(self, call: socket.socket) -> None:
         reply = None
@@ -129,7 +134,7 @@ class SessionWarden(ABC, Generic[_Kept]):
                     return {"gone": True}
                 match request["do"]:
                     case "run":
-                        return self._run(live, request, call)
+                        return self._ran(live, request, call)
                     case "fork":
                         return self._fork(live, time.monotonic() + request["wall_s"])
                     case _:
@@ -139,6 +144,15 @@ class SessionWarden(ABC, Generic[_Kept]):
             return {"full": str(full)}
         except (OSError, Ended, Refused) as error:
             return {"failed": f"{type(error).__name__}: {error}"}
+
+    def _ran(self, live: _Kept, request: dict[str, Any], call: socket.socket) -> dict[str, Any] | None:
+        """A session whose call the sandbox could not run is not used again by whoever asked."""
+        try:
+            return self._run(live, request, call)
+        except BaseException:
+            if not live.dead:
+                self._kill(live)
+            raise
 
     @contextmanager
     def _room(self) -> Generator[None]:
@@ -163,6 +177,15 @@ class SessionWarden(ABC, Generic[_Kept]):
         home = os.path.join(self._directories, os.urandom(8).hex())
         os.mkdir(home, 0)
         return home
+
+    def _copy(self, source: str, target: str, until: float) -> None:
+        """Raises NotCopied."""
+        if not self._copies.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise NotCopied("too many others are being copied")
+        try:
+            copy_tree(source, target, self.uid, until)
+        finally:
+            self._copies.release()
 
     def _remove(self, home: str) -> None:
         kernel.unmount(home)

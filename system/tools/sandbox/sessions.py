@@ -98,7 +98,7 @@ class SessionTree:
             session.alive = session.alive and not reply["ended"]
             raise NotForked(f"the session cannot be forked: {reply['refused']}")
         child = SandboxSession(self, reply["session"])
-        child.held_mb = session.held_mb
+        child.held_mb = reply.get("held_mb", session.held_mb)  # a file with holes has none in a copy
         return child
 
 

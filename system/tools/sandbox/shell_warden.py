@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from system.tools.sandbox import cell, kernel, lockdown, transport
-from system.tools.sandbox.copying import NotCopied, copy_tree
+from system.tools.sandbox.copying import NotCopied
 from system.tools.sandbox.process import end_with
 from system.tools.sandbox.session_warden import Refused, SessionWarden
 from system.tools.sandbox.watch import Ending, Output, watch
@@ -94,7 +94,7 @@ class ShellWarden(SessionWarden[_Shell]):
                     self._own(home + directory)
                 if given := request.get("given"):
                     until = time.monotonic() + _FILES_S
-                    copy_tree(f"{cell.GIVEN}/{given}", home + cell.WORK, self.uid, until)
+                    self._copy(f"{cell.GIVEN}/{given}", home + cell.WORK, until)
                 if files := request.get("files"):
                     self._write(home, files)
                 return self._added(home)
@@ -170,8 +170,8 @@ class ShellWarden(SessionWarden[_Shell]):
         with self._room():
             home = self._new_home()
             try:
-                copy_tree(live.home, home, self.uid, until)
-                return {"session": self._added(home)}
+                self._copy(live.home, home, until)
+                return {"session": self._added(home), "held_mb": _used_mb(home)}
             except NotCopied as refusal:
                 self._remove(home)
                 return {"refused": str(refusal), "ended": False}
@@ -194,8 +194,13 @@ class _Running:
         self._began = time.monotonic()
         with warden.beginning:  # another runner would inherit the ends that are given to this one
             self.output = Output(self._limits.output_chars)
-            self._pipe, theirs = socket.socketpair()
-            self._runner = os.fork()
+            try:
+                self._pipe, theirs = socket.socketpair()
+                self._runner = os.fork()
+            except OSError:
+                self.output.close_given()
+                self.output.drain()
+                raise
             if self._runner == 0:
                 self._pipe.close()
                 end_with(lambda: _Runner(warden, home, self.output.given, theirs).run(action))

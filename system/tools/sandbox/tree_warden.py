@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from system.tools.sandbox import cell, kernel, transport
-from system.tools.sandbox.copying import NotCopied, copy_tree
+from system.tools.sandbox.copying import NotCopied
 from system.tools.sandbox.fork_gate import ForkGate
 from system.tools.sandbox.lockdown import Confinement
 from system.tools.sandbox.looking import Unseen, cpu_s
@@ -217,7 +217,7 @@ class TreeWarden(SessionWarden[_Live]):
                 if self.looks.threads(live.pid) > 1:
                     raise Refused("it runs more than one thread")
                 home = self._new_home()
-                copy_tree(live.home, home, self.uid, until)
+                self._copy(live.home, home, until)
                 return {"session": self._added(self._forked(live, home, until))}
         except (NotCopied, Unseen, Refused) as refusal:
             if home:

@@ -35,7 +35,13 @@ class Output:
 
     def __init__(self, output_chars: int):
         kept = 4 * output_chars  # UTF-8: at most four bytes a character
-        out, err = os.pipe(), os.pipe()
+        out = os.pipe()
+        try:
+            err = os.pipe()
+        except OSError:
+            os.close(out[0])
+            os.close(out[1])
+            raise
         self.given = (out[1], err[1])
         self._stdout, self._stderr = Capture(kept), Capture(kept)
         self.captures = {out[0]: self._stdout, err[0]: self._stderr}
