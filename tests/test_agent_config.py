@@ -33,6 +33,14 @@ def run(session: object, task: object, effort: int = 1) -> None:
         (["guide.others=0.5"], "it says itself what the model is told"),
         (["agent.deadline_s=900"], "agent.deadline_s=900 exceeds rollout.tree_deadline_s=600"),
         (["agent.concurrency=4"], "agent.concurrency=4 is below rollout.leaves=8"),
+        (
+            ["agent.command=", "agent.run=mine:run", "agent.env={MODE: fast}"],
+            "agent.env is the environment of a",
+        ),
+        (["agent.command=", "agent.run=mine:run", "agent.env_from=[HF_TOKEN]"], "agent.env_from is the"),
+        (["agent.env={OPENAI_API_KEY: mine}"], "OPENAI_API_KEY says where the session is"),
+        (["agent.env_from=[ANTHROPIC_API_KEY]"], "ANTHROPIC_API_KEY says where the session is"),
+        (["agent.env={'A=B': c}"], "'A=B' is no name of a variable"),
         (["agent.turns=-1"], "agent.turns=-1 must be 0 or more"),
     ],
 )

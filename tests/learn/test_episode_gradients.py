@@ -1,5 +1,5 @@
-"""Episodes of many chains: the learner's gradient is that of their chains, each by itself in Hugging Face, with
-numbers worked out here: an episode is one member of its group, and a token of it weighs once.
+"""Episodes of many chains: the learner's gradient is that of their chains, each by itself in Hugging Face,
+with numbers worked out here: an episode is one member of its group, and a token of it weighs once.
 """
 
 from __future__ import annotations
