@@ -116,3 +116,16 @@ def test_a_command_that_cannot_be_run(command: str, says: str, monkeypatch: pyte
 def test_the_example_has_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     assert not any(look(load(EXAMPLES / "search_agent.yaml")).values())
+
+
+def test_a_column_that_is_not_there_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1 + 1?", "answer": "2", "repo": "a"}\n')
+    words = ["task=jsonl", f"task.path={data}", "agent.columns=[repo, rebo]"]
+    problems = [str(one) for one in look(load(EXAMPLES / "search_agent.yaml", words))["task"]]
+    (told,) = [one for one in problems if one.startswith("agent.columns")]
+    assert "has a column 'rebo'; name columns that are there: " in told
+    assert "repo" in told

@@ -98,8 +98,19 @@ def told(prompt: Prompt, columns: list[str]) -> dict[str, Any]:
         "kind": prompt.kind,
         "messages": [dict(message) for message in prompt.messages],
         "question": prompt.messages[-1]["content"] if prompt.messages else "",
-        "extra": {name: prompt.extra[name] for name in columns},
+        "extra": {name: _copied(prompt.extra[name]) for name in columns},
     }
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with lists and dictionaries of its own: a function may write into what it is told, which the
+    other episodes and the reward read as well.
+    """
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list):
+        return [_copied(one) for one in cast("list[Any]", value)]
+    return value
 
 
 class ProgramAgent:

@@ -14,8 +14,9 @@ import pytest
 from test_group_rollout import END, Bench, numbered, says
 from test_launch import SESSION, TASK, program
 
-from system.agents.launch import AgentFailed, FunctionAgent, SessionAddress
+from system.agents.launch import AgentFailed, FunctionAgent, SessionAddress, told
 from system.config import AgentConfig
+from system.tree.prompt import Prompt
 
 
 def returning(value: Any) -> Any:
@@ -139,3 +140,9 @@ async def test_a_reward_that_no_record_holds_is_not_taken(reward: Any) -> None:
     tree = await Bench(numbered(reports, says), *[f"42{END}"] * 2, agent={"concurrency": 1}).tree()
     assert statuses == [400]
     assert tree.reward.tolist() == [1.0, 1.0]
+
+
+def test_what_an_agent_writes_into_its_task_is_its_own() -> None:
+    prompt = Prompt("q", ({"role": "user", "content": "?"},), ("4",), "sum", {"tests": [{"in": [1]}]})
+    told(prompt, ["tests"])["extra"]["tests"][0]["in"].clear()
+    assert prompt.extra == {"tests": [{"in": [1]}]}
