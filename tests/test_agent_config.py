@@ -33,6 +33,14 @@ def run(session: object, task: object, effort: int = 1) -> None:
         (["guide.others=0.5"], "it says itself what the model is told"),
         (["agent.deadline_s=900"], "agent.deadline_s=900 exceeds rollout.tree_deadline_s=600"),
         (["agent.concurrency=4"], "agent.concurrency=4 is below rollout.leaves=8"),
+        (
+            ["agent.command=", "agent.run=mine:run", "agent.env={MODE: fast}"],
+            "agent.env is the environment of a",
+        ),
+        (["agent.command=", "agent.run=mine:run", "agent.env_from=[HF_TOKEN]"], "agent.env_from is the"),
+        (["agent.env={OPENAI_API_KEY: mine}"], "OPENAI_API_KEY says where the session is"),
+        (["agent.env_from=[ANTHROPIC_API_KEY]"], "ANTHROPIC_API_KEY says where the session is"),
+        (["agent.env={'A=B': c}"], "'A=B' is no name of a variable"),
         (["agent.turns=-1"], "agent.turns=-1 must be 0 or more"),
     ],
 )
@@ -108,3 +116,16 @@ def test_a_command_that_cannot_be_run(command: str, says: str, monkeypatch: pyte
 def test_the_example_has_all_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     assert not any(look(load(EXAMPLES / "search_agent.yaml")).values())
+
+
+def test_a_column_that_is_not_there_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1 + 1?", "answer": "2", "repo": "a"}\n')
+    words = ["task=jsonl", f"task.path={data}", "agent.columns=[repo, rebo]"]
+    problems = [str(one) for one in look(load(EXAMPLES / "search_agent.yaml", words))["task"]]
+    (told,) = [one for one in problems if one.startswith("agent.columns")]
+    assert "has a column 'rebo'; name columns that are there: " in told
+    assert "repo" in told

@@ -136,6 +136,8 @@ class AgentEndpoint:
                 turn = session.ask(asked, digest, retry)
             except Refusal as refusal:
                 return _refused(wire, refusal)
+            except RecursionError:
+                return _refused(wire, _too_deep())
             except Exception as error:  # a fault of ours, or of a chat template: the client is told, too
                 log.exception("a request to the endpoint failed")
                 return _refused(wire, Refusal(500, f"the request failed: {described(error)}", code="failed"))
@@ -191,6 +193,8 @@ class AgentEndpoint:
             return web.json_response({"input_tokens": session.count(wire.asked(body))})
         except Refusal as refusal:
             return _refused(wire, refusal)
+        except RecursionError:
+            return _refused(wire, _too_deep())
 
     async def _reward(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -283,8 +287,10 @@ async def _body(request: web.Request) -> tuple[Mapping[str, Any], bytes]:
         raw = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise Refusal(413, f"the request is longer than {MAX_BODY_BYTES} bytes", code="too_large") from error
+    except web.RequestPayloadError as error:
+        raise Refusal(400, f"the body cannot be read: {error}") from error
     try:
-        body = json.loads(raw)
+        body = json.loads(raw.decode())  # of bytes, json.loads would let halves of characters pass
         if _SURROGATE.search(raw):
             body = valid(body)
     except (ValueError, RecursionError) as error:
@@ -292,6 +298,10 @@ async def _body(request: web.Request) -> tuple[Mapping[str, Any], bytes]:
     if not isinstance(body, dict):
         raise Refusal(400, "the body is no JSON object")
     return cast("dict[str, Any]", body), raw
+
+
+def _too_deep() -> Refusal:
+    return Refusal(400, "the body is nested too deeply: its messages or tools are no texts and plain schemas")
 
 
 def _refused(wire: Dialect, refusal: Refusal) -> web.Response:

@@ -14,7 +14,7 @@ import numpy as np
 from system.agents.forest import Episode, Forest
 from system.agents.forking import Forking
 from system.agents.group import plant_group
-from system.agents.launch import AgentFailed, Ran, reward_of, told, turn_rewards_of
+from system.agents.launch import AgentFailed, Ran, correct_of, reward_of, told, turn_rewards_of
 from system.agents.replay import ReplayScript
 from system.agents.runner import AgentRunner, address
 from system.agents.session import AgentSession
@@ -22,6 +22,7 @@ from system.errors import leaves
 from system.rollout.branching import Never
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.reward import BranchView, Score
+from system.rollout.scorer import held
 from system.rollout.scoring import TreeScores
 from system.text import one_line
 from system.tree.prompt import Prompt
@@ -201,19 +202,21 @@ class GroupRollout:
         """
         result = episode.result = episode.result | dict(ran.result)
         try:
-            for piece, value in zip(_turns(episode.forest), turn_rewards_of(result), strict=False):
-                episode.forest.pieces[piece].reward = value
-            own = reward_of(result)
+            turns = _turns(episode.forest)
+            earned = turn_rewards_of(result, len(turns))
+            own, right = reward_of(result), correct_of(result)
+            value = (own or 0.0) + sum(earned)
+            if held(value) is None:
+                raise AgentFailed(f"the agent's result has rewards that come to {value}")
         except AgentFailed as error:
             self.mishap("reward", str(error))
             return
-        view = self._view(episode)
+        for piece, reward in zip(turns, earned, strict=False):  # later turns earned nothing by themselves
+            episode.forest.pieces[piece].reward = reward
         if own is None:
-            self._scores.begin(number, view, None)
+            self._scores.begin(number, self._view(episode), None)
             return
-        value = own + sum(view.steps)
-        right = result.get("correct", value >= 1)
-        self._given[number] = Score(value, bool(right), {"agent": own})
+        self._given[number] = Score(value, value >= 1 if right is None else right, {"agent": own})
 
     def _view(self, episode: Episode) -> BranchView:
         """The episode as a reward sees it: its last chain as text, or what the agent says it came to."""

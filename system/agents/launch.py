@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import math
 import numbers
+import re
 import shlex
 import shutil
 import threading
@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from system.agents.process import Program, inherited, run_program
+from system.agents.process import KEPT, Program, inherited, run_program
 from system.config import AgentConfig
 from system.errors import EspalierError
-from system.foreign import foreign
+from system.foreign import CancelledItself, foreign
 from system.plugins import AGENTS
+from system.rollout.scorer import held
 from system.text import as_text, described
 from system.tree.prompt import Prompt
 
@@ -97,8 +98,19 @@ def told(prompt: Prompt, columns: list[str]) -> dict[str, Any]:
         "kind": prompt.kind,
         "messages": [dict(message) for message in prompt.messages],
         "question": prompt.messages[-1]["content"] if prompt.messages else "",
-        "extra": {name: prompt.extra[name] for name in columns},
+        "extra": {name: _copied(prompt.extra[name]) for name in columns},
     }
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with lists and dictionaries of its own: a function may write into what it is told, which the
+    other episodes and the reward read as well.
+    """
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list):
+        return [_copied(one) for one in cast("list[Any]", value)]
+    return value
 
 
 class ProgramAgent:
@@ -109,9 +121,16 @@ class ProgramAgent:
         self._settings, self._directory = settings, directory
 
     async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran:
+        try:
+            text = json.dumps({**task, "seed": session.seed})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise AgentFailed(
+                f"agent.columns: a column of question {task['id']} is nothing that JSON can hold ({error}): "
+                "take it out, or let the task make it a text"
+            ) from error
         program = Program.prepared(self._directory, session.api_key)
         prompt = program.directory / "prompt.json"
-        prompt.write_text(json.dumps({**task, "seed": session.seed}, ensure_ascii=False), encoding="utf-8")
+        prompt.write_text(text, encoding="utf-8")
         known = {"{prompt}": str(prompt), "{question}": str(task["question"])}
         words = [_filled(word, known) for word in self._words]
         environment = {
@@ -137,7 +156,7 @@ class ProgramAgent:
             raise AgentFailed(
                 f"the agent's program ended with code {ended.code}: {last}", ended.shown[-SHOWN:]
             )
-        return Ran(_last_object(ended.stdout), ended.shown[-SHOWN:])
+        return Ran(_last_object(ended.stdout, ended.cut), ended.shown[-SHOWN:])
 
 
 class FunctionAgent:
@@ -160,9 +179,9 @@ class FunctionAgent:
             else:
                 value = await _in_thread(bound)
             return Ran(_as_result(value))
-        except AgentFailed:
+        except (AgentFailed, asyncio.CancelledError, GeneratorExit):
             raise
-        except (Exception, SystemExit, KeyboardInterrupt) as error:
+        except BaseException as error:  # a framework's own ends must not be the worker's
             raise AgentFailed(f"agent.run={self._name}: {described(error)}") from error
 
 
@@ -170,19 +189,36 @@ def reward_of(result: Mapping[str, Any]) -> float | None:
     """The reward that an agent's own result tells, or None.  Raises :class:`AgentFailed` for no number."""
     if (value := result.get("reward")) is None:
         return None
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if (number := held(value)) is None:
         raise AgentFailed(f"the agent's result has reward {value!r:.100}, which is no finite number")
-    return float(value)
+    return number
 
 
-def turn_rewards_of(result: Mapping[str, Any]) -> list[float]:
-    """What single turns earned, in their order.  Raises :class:`AgentFailed` for no numbers."""
+def correct_of(result: Mapping[str, Any]) -> bool | None:
+    """Whether an agent's own result says that it was right, or None.  Raises :class:`AgentFailed` for what is
+    neither true nor false.
+    """
+    if (value := result.get("correct")) is None:
+        return None
+    if (number := held(value)) not in (0, 1):
+        raise AgentFailed(f"the agent's result has correct {value!r:.100}: expected true or false")
+    return number == 1
+
+
+def turn_rewards_of(result: Mapping[str, Any], turns: int) -> list[float]:
+    """What single turns earned, in their order.  Raises :class:`AgentFailed` for no numbers, and for more
+    than there were ``turns``: which of them are meant, nobody can tell.
+    """
     values: Any = result.get("turn_rewards", [])
-    if not isinstance(values, list) or not all(
-        isinstance(one, numbers.Real) and math.isfinite(one) for one in cast("list[Any]", values)
-    ):
+    found = [held(one) for one in cast("list[Any]", values)] if isinstance(values, list) else [None]
+    numbers = [one for one in found if one is not None]
+    if len(numbers) < len(found):
         raise AgentFailed(f"the agent's result has turn_rewards {values!r:.100}, no list of finite numbers")
-    return [float(one) for one in cast("list[float]", values)]
+    if len(numbers) > turns:
+        raise AgentFailed(
+            f"the agent's result has turn_rewards of {len(numbers)} turns, but {turns} were handed out to it"
+        )
+    return numbers
 
 
 def _as_result(value: Any) -> Mapping[str, Any]:
@@ -191,17 +227,24 @@ def _as_result(value: Any) -> Mapping[str, Any]:
         return {}
     if isinstance(value, str):
         return {"text": as_text(value)}
-    if isinstance(value, numbers.Real):
-        return {"reward": float(value)}
+    if isinstance(value, numbers.Real) or held(value) is not None:
+        return {"reward": value}
     if isinstance(value, Mapping):
         return {str(key): item for key, item in cast("Mapping[Any, Any]", value).items()}
     kind = type(value).__name__
     raise AgentFailed(f"agent.run returned a {kind}: return a dictionary, a number, a text or None")
 
 
-def _last_object(text: str) -> dict[str, Any]:
-    """The JSON object that the last line with any text is; none: an empty one."""
-    lines = [line for line in text.splitlines() if line.strip()]
+def _last_object(text: str, cut: bool) -> dict[str, Any]:
+    """The JSON object that the last line with any text is; none: an empty one.  ``cut``: the beginning of
+    ``text`` is missing.  Raises :class:`AgentFailed` where that is the beginning of the object.
+    """
+    lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]
+    if cut and len(lines) == 1 and lines[0].rstrip().endswith("}"):
+        raise AgentFailed(
+            f"the last line that the agent's program printed has more than {KEPT} bytes: print a shorter "
+            "result"
+        )
     try:
         found: Any = json.loads(lines[-1]) if lines else None
     except (ValueError, RecursionError):
@@ -247,6 +290,8 @@ async def _in_thread(work: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, name="agent", daemon=True).start()
     value, error = await done
+    if isinstance(error, asyncio.CancelledError):  # nobody has cancelled us
+        raise CancelledItself from error
     if error is not None:
         raise error
     return await foreign(value) if inspect.isawaitable(value) else value

@@ -51,6 +51,7 @@ class ProcessEnd:
     code: int  # 128 + n: signal n ended it
     stdout: str  # the last KEPT bytes, without the secret
     stderr: str
+    cut: bool = False  # there was more of stdout before
 
     @property
     def shown(self) -> str:
@@ -112,7 +113,7 @@ async def run_program(
             task.cancel()
     out, err = (tail.text.replace(program.secret, HIDDEN) for tail in tails)
     assert process.returncode is not None
-    return ProcessEnd(process.returncode, out, err)
+    return ProcessEnd(process.returncode, out, err, tails[0].cut)
 
 
 class _Tail:
@@ -120,10 +121,12 @@ class _Tail:
 
     def __init__(self) -> None:
         self._kept = b""
+        self.cut = False  # there was more
 
     async def read(self, stream: asyncio.StreamReader) -> None:
         while chunk := await stream.read(KEPT):
-            self._kept = (self._kept + chunk)[-KEPT:]
+            whole = self._kept + chunk
+            self._kept, self.cut = whole[-KEPT:], self.cut or len(whole) > KEPT
 
     @property
     def text(self) -> str:

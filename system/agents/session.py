@@ -25,6 +25,7 @@ from system.agents.wire import Answer
 from system.engine.protocol import EngineError, EngineLost, GenerateRequest, Sampling
 from system.plugins import PluginError
 from system.rollout.codec import TemplateRefused
+from system.rollout.scorer import held
 from system.rollout.syntax.base import Syntax
 from system.text import described
 from system.tree.record import Outcome
@@ -129,7 +130,7 @@ class AgentSession:
         """
         self._refuse_late()
         reward = result.get("reward", 0.0)
-        if type(reward) not in (int, float) or not math.isfinite(reward):
+        if type(reward) not in (int, float) or held(reward) is None:
             raise Refusal(400, "reward: expected a finite number", field="reward")
         if type(result.get("correct", False)) is not bool:
             raise Refusal(400, "correct: expected true or false", field="correct")

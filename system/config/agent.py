@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from system.config.schema import Config
+
+OURS = (  # variables in which a command finds its session
+    "OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY",
+    "ESPALIER_SESSION", "ESPALIER_MODEL", "ESPALIER_PROMPT", "ESPALIER_SEED",
+)  # fmt: skip
+_NAME = re.compile(r"[^=\0]+")
 
 
 def agent_problems(config: Config) -> Iterator[str]:
@@ -17,6 +24,16 @@ def agent_problems(config: Config) -> Iterator[str]:
         yield f"agent.command and agent.run={agent.run}: which agent is it? take out either"
     if agent.options and not agent.run:
         yield "agent.options are keywords of a function: a command has words, and agent.env"
+    if not agent.command and (unused := [name for name in ("env", "env_from") if getattr(agent, name)]):
+        yield (
+            f"agent.{unused[0]} is the environment of a command, and {key} is a function, which has the "
+            "worker's: take it out, or give agent.options"
+        )
+    for name in sorted({*agent.env, *agent.env_from}):
+        if name in OURS:
+            yield f"agent.env and .env_from: {name} says where the session is, and is set anew: take it out"
+        elif not _NAME.fullmatch(name):
+            yield f"agent.env and .env_from: {name!r} is no name of a variable: correct it"
     if config.branching.name != "none" and agent.forks == "none":
         yield (
             f"{key}: what such an agent remembers is out of reach, so it cannot be forked, and "

@@ -204,6 +204,13 @@ def task(config: Config) -> Iterator[Problem]:
             unknown = unknown_tokens(config.model.path, rows[:ROWS])
             if unknown and unknown.too_many:
                 yield Problem("model.path", str(unknown), "take a model that can read them")
+            for name in config.agent.columns if config.agent.on else ():
+                if rows and not any(name in row.extra for row in rows[:ROWS]):
+                    known = (
+                        ", ".join(dict.fromkeys(key for row in rows[:ROWS] for key in row.extra)) or "none"
+                    )
+                    found = f"none of the first questions of {made.name} has a column {name!r}"
+                    yield Problem("agent.columns", found, f"name columns that are there: {known}")
             if config.guide.shows and not any(row.actions for row in rows[:ROWS]):
                 found = f"none of the first questions of {made.name} has a demonstration with actions"
                 remedy = "name their column (task.columns.demonstration), or take the settings of guide out"

@@ -34,6 +34,16 @@ Schemas = Sequence[Mapping[str, Any]]
 """Tools as OpenAI's chat completions have them."""
 
 ROLES = ("tool", "user", "system")  # that may speak behind the model's turn
+# What rendering raises: jinja2's own, and what expressions of a template do (1 / 0, a range without end).
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _GAP = re.compile(r"<\d+>")  # where a content stands in a glue
 _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.DOTALL)
 # What the conversations that are tried begin with.
@@ -111,7 +121,7 @@ class ChatCodec:
         """
         mask = Mask(self._specials)
         text = self.rendered(mask.hide(messages), mask.hide(self.tools if tools is None else tools))
-        ids = self._specials.encode(text, mask)
+        ids = self._encoded(text, mask)
         if not ids.size:
             raise TemplateRefused("the prompt has no tokens: the chat template makes no text of the messages")
         return ids
@@ -133,7 +143,7 @@ class ChatCodec:
         mask = Mask(self._specials)
         hidden = mask.hide([dict(message) for message in messages])
         _, text = self._parted(anchor, hidden, mask.hide(schemas))
-        ids = self._specials.encode(text, mask)
+        ids = self._encoded(text, mask)
         return ids if ended else np.concatenate([self._specials.encode(self.closing), ids])
 
     def tried(self, roles: Sequence[str], tools: Schemas | None = None) -> Tried:
@@ -156,7 +166,7 @@ class ChatCodec:
         known = {**self._arguments, **options, "tokenize": False}
         try:
             text = self.tokenizer.apply_chat_template(given, tools=list(tools) or None, **known)
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise TemplateRefused(f"the chat template refuses the messages: {error}") from error
         return str(text)
 
@@ -177,6 +187,18 @@ class ChatCodec:
         size = self.overhead(roles)
         past = "; leaves earlier thoughts out, which stay here" if forgets else ""
         return f"{name}: behind [{anchor.name}], {size} tokens of glue: {self.closing + glue!r}{past}"
+
+    def _encoded(self, text: str, mask: Mask) -> Int32:
+        """Token ids [k] of the template's ``text``.  Raises :class:`TemplateRefused` where it has written
+        what is hidden in it in other letters: the model would read something that nobody said.
+        """
+        if mask.damaged(text):
+            raise TemplateRefused(
+                "the chat template writes contents in other letters (upper, replace, truncate, …), so that "
+                "special tokens that they spell out cannot be told from its own: take the filter out of the "
+                "template, or these tokens out of the contents"
+            )
+        return self._specials.encode(text, mask)
 
     def _without_tools(self, roles: Sequence[str], tools: Schemas) -> bool:
         """Whether the same stands behind the model's turn where the template is told no ``tools``, which may

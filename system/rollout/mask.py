@@ -77,6 +77,11 @@ class Mask:
             return [self.hide(one) for one in value]
         return value
 
+    def damaged(self, text: str) -> bool:
+        """Whether something that was hidden stands in a template's ``text`` in other letters, or in part."""
+        whole = len(re.findall(self._word + r"\d+z", text))
+        return text.casefold().count(self._word[1:9]) > whole
+
     def restored(self, text: str) -> str:
         """``text`` with everything that was hidden."""
         if not self._hidden:

@@ -38,14 +38,21 @@ def normalised(name: str, returned: Any) -> Score:
     return Score(value, correct, parts)
 
 
-def _number(name: str, returned: Any, value: Any) -> float:
+def held(value: Any) -> float | None:
+    """The number ``value`` (bool, int, float, a numpy scalar) as a record can hold it; None for anything
+    else, and for one that is not finite or too large.
+    """
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()  # a numpy scalar
     try:
         number = float(value) if isinstance(value, numbers.Real) else math.nan
     except OverflowError:  # an integer that no float can hold
-        number = math.inf
-    if not abs(number) <= LARGEST:
+        return None
+    return number if abs(number) <= LARGEST else None
+
+
+def _number(name: str, returned: Any, value: Any) -> float:
+    if (number := held(value)) is None:
         what = f"reward {name} returned {returned!r:.200}: a finite number or a Score is needed"
         raise ScoreFailed(what, "number")
     return number

@@ -173,3 +173,56 @@ async def test_a_reward_is_reported_and_the_end_told(scripted: Start) -> None:
     episode = session.close(Outcome.ENDED)
     assert (episode.reward, episode.correct, episode.outcome) == (0.5, 1, Outcome.ENDED)
     assert episode.result["note"] == "well"
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("raw", "headers", "says"),
+    [
+        (b'{"model": "m\xed\xa0\x80"}', {}, "the body is no JSON"),
+        (json.dumps(CHAT).encode("utf-16"), {}, "the body is no JSON"),
+        (b"no gzip", {"Content-Encoding": "gzip"}, "the body cannot be read"),
+        (b"[" * 100_000, {}, "the body is no JSON"),
+    ],
+)
+async def test_a_body_that_cannot_be_read_is_refused(
+    scripted: Start, raw: bytes, headers: dict[str, str], says: str
+) -> None:
+    there, engine = await scripted(DONE + END)
+    session = await there.open()
+    headers = {"Content-Type": "application/json", **headers}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
+        for path in ("v1/chat/completions", "v1/messages", "v1/messages/count_tokens", "reward"):
+            async with http.post(f"{session.anthropic_url}/{path}", data=raw, headers=headers) as answer:
+                assert answer.status == 400
+                assert says in (await answer.json())["error"]["message"]
+    assert not engine.requests
+    session.close(Outcome.ENDED)
+
+
+@pytest.mark.parametrize("where", ["schema", "arguments"])
+async def test_what_is_nested_too_deeply_is_refused(scripted: Start, where: str) -> None:
+    """Not a fault of ours, at which a client would send it again."""
+    there, _ = await scripted(DONE + END)
+    session = await there.open()
+    body = copy.deepcopy(CHAT)
+    if where == "schema":
+        body["tools"][0]["function"]["parameters"]["properties"]["a"] = nested(600)
+    else:
+        body["messages"][2]["tool_calls"][0]["function"]["arguments"] = (
+            '{"a": ' + json.dumps(nested(600)) + "}"
+        )
+    anthropic = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}
+    anthropic["tools"] = [{"name": "a", "input_schema": {"type": "object", "properties": {"a": nested(600)}}}]
+    async with aiohttp.ClientSession() as http:
+        async with http.post(f"{session.openai_url}/chat/completions", json=body) as answer:
+            assert answer.status == 400, await answer.text()
+        async with http.post(f"{session.anthropic_url}/v1/messages/count_tokens", json=anthropic) as answer:
+            assert answer.status == 400, await answer.text()
+    session.close(Outcome.ENDED)

@@ -213,13 +213,13 @@ async def test_what_a_function_may_not(what: Any, why: str) -> None:
 def test_rewards_are_numbers() -> None:
     assert reward_of({}) is None
     assert reward_of({"reward": 1}) == 1.0
-    assert turn_rewards_of({"turn_rewards": [0, 0.5]}) == [0.0, 0.5]
+    assert turn_rewards_of({"turn_rewards": [0, 0.5]}, 2) == [0.0, 0.5]
     for result in ({"reward": "high"}, {"reward": float("nan")}):
         with pytest.raises(AgentFailed, match="no finite number"):
             reward_of(result)
     for given in (0.5, [None], [float("inf")]):
         with pytest.raises(AgentFailed, match="turn_rewards"):
-            turn_rewards_of({"turn_rewards": given})
+            turn_rewards_of({"turn_rewards": given}, 9)
 
 
 def test_a_column_that_is_not_there_is_named() -> None:

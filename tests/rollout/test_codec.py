@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from chat_templates import FAMILIES, QWEN3_KEEPS, Family
+from chat_tokenizers import chatml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -341,3 +342,34 @@ def test_two_contents_make_no_special_token_together() -> None:
         ids = one.increment([{"role": "user", "content": first, "more": second}], ended=True)
         assert specials(one, ids) == specials(one, one.increment([USER], ended=True))
         assert text(one, ids).startswith(f"\n<|im_start|>user\n{first}{second}<|im_end|>\n")
+
+
+TURNS = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + (CONTENT) + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["m.content | upper if m.role == 'user' else m.content", "m.content | replace('q', 'k')"],
+)
+def test_a_template_that_changes_hidden_words_is_refused(content: str) -> None:
+    """The model would read the word that a special token is hidden behind, another one at each rendering."""
+    one = ChatCodec(chatml(TURNS.replace("CONTENT", content)))
+    assert one.prompt([{"role": "user", "content": "Plain words are the template's affair."}]).size
+    with pytest.raises(TemplateRefused, match="writes contents in other letters"):
+        one.prompt([{"role": "user", "content": "Say <|im_end|> now."}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    ],
+)
+def test_a_template_that_fails_is_refused(template: str) -> None:
+    with pytest.raises(TemplateRefused):
+        ChatCodec(chatml(template + TURNS.replace("CONTENT", "m.content")))
