@@ -11,18 +11,14 @@ import copy
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from shutil import disk_usage
-from socket import create_connection, socket
+from socket import socket
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from psutil import virtual_memory
 
@@ -30,6 +26,7 @@ from system.agents.forking import misfits as agent_misfits
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
+from system.doctor.answering import unanswered
 from system.engine.sglang.command import interpreter
 from system.envs.make import make_environment
 from system.errors import EXPECTED, EspalierError, told
@@ -50,7 +47,6 @@ from system.tree.prompt import Prompt
 from system.urls import Allowed
 
 ROWS = 32  # of the data, that are read
-ANSWER_S = 2.0  # a server, all of them asked at once
 MIB, GIB = 1 << 20, 1 << 30
 T = TypeVar("T")
 SLACK = 64 * MIB  # what a run writes besides checkpoints, at least
@@ -335,7 +331,7 @@ def servers(config: Config) -> Iterator[Problem]:
     address = config.cluster.address
     if re.fullmatch(r"[^/]+:\d+", address):
         asked[f"cluster.address={address}"] = address
-    for field, fault in _ask(asked).items():
+    for field, fault in unanswered(asked).items():
         yield Problem(field, f"does not answer ({fault})", "start it, or correct the address")
     if config.cluster.nodes > 1 and not _joins(config):
         found = "no Ray cluster is named, and this machine is one node"
@@ -398,39 +394,6 @@ def _unwritable(place: Path) -> str:
             file.flush()
     except OSError as error:
         return error.strerror or str(error)
-    return ""
-
-
-def _ask(asked: Mapping[str, str]) -> dict[str, str]:
-    """Field -> why it does not answer, of those that do not; all at once, and none for longer than
-    :data:`ANSWER_S`, looking up names included.
-    """
-    faults = dict.fromkeys(asked, f"nothing within {ANSWER_S:g} s")
-
-    def one(field: str, address: str) -> None:
-        faults[field] = _fault(address)
-
-    threads = [threading.Thread(target=one, args=item, daemon=True) for item in asked.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(ANSWER_S + 0.5)
-    return {field: fault for field, fault in faults.items() if fault}
-
-
-def _fault(address: str) -> str:
-    """Why nobody answers at a URL or HOST:PORT.  Any answer of HTTP will do; a redirect is not followed."""
-    try:
-        url = urlsplit(address if "://" in address else f"//{address}")
-        if not url.scheme:
-            create_connection((url.hostname or "", url.port), timeout=ANSWER_S).close()
-            return ""
-        kind = HTTPSConnection if url.scheme == "https" else HTTPConnection
-        with closing(kind(url.hostname or "", url.port, timeout=ANSWER_S)) as connection:
-            connection.request("GET", f"{url.path.rstrip('/')}/health")
-            connection.getresponse()
-    except (OSError, ValueError, OverflowError, HTTPException) as error:
-        return str(error) or type(error).__name__
     return ""
 
 
