@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from actors.cli.main import main
 from system.config import load
-from system.doctor import preflight
+from system.doctor import answering, preflight
 from system.doctor.preflight import look, require
 from system.models.directory import INDEX, SINGLE, faults
 from system.models.shape import ModelShape
@@ -308,7 +308,7 @@ def test_any_answer_of_a_server_will_do_and_no_redirect_is_followed(place: Path)
 
 
 def test_a_silent_server_is_told_in_time(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "ANSWER_S", 0.2)
+    monkeypatch.setattr(answering, "ANSWER_S", 0.2)
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # accepts, and never answers
         config = load(
             "plain.yaml", ["tools.names=[search]", f"tools.search_url=http://127.0.0.1:{server.server_port}"]
