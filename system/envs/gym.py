@@ -29,6 +29,7 @@ from system.envs.protocol import (
     Observation,
     Start,
     World,
+    WorldFailed,
 )
 from system.plugins import PluginError
 from system.text import as_text
@@ -105,7 +106,11 @@ class GymEnvironment(Environment):
         return gymnasium.make(self._id, **self._make)
 
     def open(self, start: Start) -> World:
-        return GymWorld(self, self.made(), int(start.prompt.extra.get("seed", start.seed)))
+        seed = str(start.prompt.extra.get("seed", start.seed))  # a number as text, in a table
+        if not (seed.isascii() and seed.isdecimal()):
+            fault = f"extra.seed: {seed:.200} is no whole number from 0 on"
+            raise WorldFailed("open_failed", f"question {start.prompt.id!r}: {fault}")
+        return GymWorld(self, self.made(), int(seed))
 
 
 class GymWorld(World):

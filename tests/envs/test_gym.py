@@ -16,7 +16,7 @@ from system.config import Config, ConfigError, EnvironmentConfig, load
 from system.envs.gym import GymEnvironment
 from system.envs.live import BranchSession, TreeSessions
 from system.envs.make import make_environment
-from system.envs.protocol import Acted, ForkKind
+from system.envs.protocol import Acted, ForkKind, WorldFailed
 from system.envs.service import EnvironmentService
 from system.plugins import PluginError
 from system.tasks.base import make_task
@@ -188,3 +188,11 @@ def test_the_task_is_a_seed_for_each_question() -> None:
         make_task(configured(*here))
     with pytest.raises((ConfigError, PluginError), match=r"goes with environment\.name=gymnasium"):
         make_task(configured("task.options.instructions=x"))
+
+
+@pytest.mark.parametrize("seed", ["x", -1, None, 1.5])
+async def test_a_seed_that_is_none_is_named(seed: Any) -> None:
+    tree = sessions(DRY, {"seed": seed})
+    with pytest.raises(WorldFailed, match=r"question 'p': extra.seed: .* is no whole number from 0 on"):
+        await tree.begin()
+    await tree.close()
