@@ -184,7 +184,7 @@ async def test_a_killed_warden_or_first_process_takes_its_tree_along_and_no_othe
         await call
     with pytest.raises(SessionLost):
         await parent.run("x")
-    await eventually(lambda: not alive([warden, first, *processes]), 4, "a process is left")
+    await eventually(lambda: not alive([warden, first, *processes]), 20, "a process is left")
     assert await text(other, "x") == "5"
     await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # the channels of two trees
@@ -201,7 +201,7 @@ async def test_trees_outlive_their_fork_server_and_new_ones_are_had(box: Sandbox
     await asyncio.sleep(0.2)
     assert await text(newer, "x") == await text(child, "x") == "5"
     await box.close()
-    await eventually(lambda: not alive([warden, first, *processes]), 4, "a process is left")
+    await eventually(lambda: not alive([warden, first, *processes]), 20, "a process is left")
 
 
 async def test_a_killed_owner_leaves_nothing() -> None:

@@ -42,7 +42,7 @@ async def tree(box: Sandbox) -> AsyncIterator[SessionTree]:
     yield tree
     all_of_it += descendants(warden)
     await tree.close()
-    await eventually(lambda: not alive(all_of_it), 4, "a process is left")
+    await eventually(lambda: not alive(all_of_it), 20, "a process is left")
 
 
 async def refused(session: SandboxSession, why: str) -> None:
@@ -394,7 +394,7 @@ async def test_a_spoiled_fork_leaves_nothing_and_nobody_else_minds(
     await text(session, f"import os\nreal = os.fork\n{SPOILED[how]}")
     with pytest.raises(NotForked):
         await session.fork(1.5)
-    await eventually(lambda: set(descendants(warden)) <= before, 4, "a stolen process is left")
+    await eventually(lambda: set(descendants(warden)) <= before, 20, "a stolen process is left")
     assert set(scratch_directories(warden)) <= places
     assert len(before - set(descendants(warden))) == (not session.alive)
     assert await text(await other.fork(), "x") == "5"
@@ -426,7 +426,7 @@ async def test_a_cancelled_cell_ends_its_session_alone(tree: SessionTree, box: S
     with pytest.raises(asyncio.CancelledError):
         await call
     assert not session.alive
-    await eventually(lambda: len(descendants(wardens(box)[-1])) == before - 1, 4, "it still runs")
+    await eventually(lambda: len(descendants(wardens(box)[-1])) == before - 1, 20, "it still runs")
     assert await text(other, "1") == "1"
 
 
@@ -440,7 +440,7 @@ async def test_what_is_cancelled_while_it_comes_to_be_is_closed(tree: SessionTre
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert await text(await session.fork(), "1") == "1"
-    await eventually(lambda: len(descendants(warden)) == before + 1, 4, "a session is left")
+    await eventually(lambda: len(descendants(warden)) == before + 1, 20, "a session is left")
 
 
 async def test_what_comes_too_late_for_its_caller_is_closed(
@@ -456,7 +456,7 @@ async def test_what_comes_too_late_for_its_caller_is_closed(
             with pytest.raises(SessionLost):
                 await tree.open()
     assert await text(await session.fork(), "1") == "1"
-    await eventually(lambda: len(descendants(warden)) == before + 1, 4, "a session is left")
+    await eventually(lambda: len(descendants(warden)) == before + 1, 20, "a session is left")
 
 
 async def test_many_at_once(tree: SessionTree) -> None:

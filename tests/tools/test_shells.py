@@ -48,7 +48,7 @@ async def tree(box: Sandbox) -> AsyncIterator[SessionTree]:
     await tree.close()
     assert box.pid is not None
     pid = box.pid
-    await eventually(lambda: not descendants(pid), 4, "a process is left")
+    await eventually(lambda: not descendants(pid), 20, "a process is left")
 
 
 def warden(box: Sandbox) -> int:
@@ -58,7 +58,7 @@ def warden(box: Sandbox) -> int:
 
 
 async def idle(box: Sandbox) -> None:
-    await eventually(lambda: not children(warden(box)), 4, "something of a command is left")
+    await eventually(lambda: not children(warden(box)), 20, "something of a command is left")
 
 
 async def test_files_variables_functions_and_the_directory_stay(tree: SessionTree) -> None:
@@ -175,7 +175,7 @@ async def test_files_are_bounded(tree: SessionTree) -> None:
 async def test_whoever_gives_up_leaves_nothing_running(box: Sandbox, tree: SessionTree) -> None:
     shell = await tree.open()
     running = asyncio.create_task(shell.run("sleep 60 & sleep 60"))
-    await eventually(lambda: len(descendants(warden(box))) >= 4, 4, "it does not begin")
+    await eventually(lambda: len(descendants(warden(box))) >= 4, 20, "it does not begin")
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -202,14 +202,14 @@ async def test_many_at_once_keep_apart(tree: SessionTree) -> None:
 async def test_a_killed_warden_takes_all_with_it(box: Sandbox, tree: SessionTree) -> None:
     shell = await tree.open()
     running = asyncio.create_task(shell.run("sleep 60"))
-    await eventually(lambda: len(descendants(warden(box))) >= 3, 4, "it does not begin")
+    await eventually(lambda: len(descendants(warden(box))) >= 3, 20, "it does not begin")
     pid = warden(box)
     below = descendants(pid)
 
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(Exception, match="died"):
         await running
-    await eventually(lambda: not alive(below), 4, "something of a command is left")
+    await eventually(lambda: not alive(below), 20, "something of a command is left")
 
 
 async def test_long_and_odd_commands(tree: SessionTree) -> None:
@@ -257,7 +257,7 @@ async def test_a_command_that_cannot_be_begun_leaves_nothing(box: Sandbox, tree:
         finally:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, most)
     assert await text(shell, "echo on") == "on"
-    await eventually(lambda: {int(one) for one in os.listdir(f"/proc/{pid}/fd")} == held, 4, "descriptors")
+    await eventually(lambda: {int(one) for one in os.listdir(f"/proc/{pid}/fd")} == held, 20, "descriptors")
     assert len(scratch_directories(pid)) == 1
 
 
