@@ -245,6 +245,7 @@ async def test_a_command_that_cannot_be_begun_leaves_nothing(box: Sandbox, tree:
     """Its session is of no use to anybody, and is not kept."""
     shell, pid = await tree.open(), warden(box)
     await text(shell, "true")
+    await eventually(lambda: len(os.listdir(f"/proc/{pid}/task")) == 1, 20, "a call is not over")
     held = {int(one) for one in os.listdir(f"/proc/{pid}/fd")}
     free = [number for number in range(max(held) + 9) if number not in held]
     most = resource.prlimit(pid, resource.RLIMIT_NOFILE)
