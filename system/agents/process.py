@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
@@ -152,4 +153,10 @@ async def _end(process: Process, owned: asyncio.StreamWriter) -> None:
                 await asyncio.wait_for(_gone(process), GRACE_S)
     finally:
         owned.close()  # it then kills
+        if process.returncode is None:
+            process.send_signal(signal.SIGCONT)  # the program may have stopped it
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(_gone(process), GRACE_S)
+    if process.returncode is None:
+        process.kill()  # and with it, by the kernel, what it has started
     await _gone(process)

@@ -218,7 +218,11 @@ async def test_what_is_nested_too_deeply_is_refused(scripted: Start, where: str)
         body["messages"][2]["tool_calls"][0]["function"]["arguments"] = (
             '{"a": ' + json.dumps(nested(600)) + "}"
         )
-    anthropic = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "?"}]}
+    anthropic: dict[str, Any] = {
+        "model": "m",
+        "max_tokens": 1,
+        "messages": [{"role": "user", "content": "?"}],
+    }
     anthropic["tools"] = [{"name": "a", "input_schema": {"type": "object", "properties": {"a": nested(600)}}}]
     async with aiohttp.ClientSession() as http:
         async with http.post(f"{session.openai_url}/chat/completions", json=body) as answer:

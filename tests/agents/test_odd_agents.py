@@ -146,3 +146,13 @@ def test_what_an_agent_writes_into_its_task_is_its_own() -> None:
     prompt = Prompt("q", ({"role": "user", "content": "?"},), ("4",), "sum", {"tests": [{"in": [1]}]})
     told(prompt, ["tests"])["extra"]["tests"][0]["in"].clear()
     assert prompt.extra == {"tests": [{"in": [1]}]}
+
+
+async def test_a_program_that_stops_its_supervisor_ends_all_the_same(tmp_path: Path) -> None:
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGSTOP); time.sleep(600)"
+    running = asyncio.create_task(program(tmp_path, code)(SESSION, TASK))
+    await asyncio.sleep(1.5)
+    running.cancel()
+    ended, _ = await asyncio.wait([running], timeout=15)
+    assert ended
+    assert running.cancelled()
