@@ -8,20 +8,11 @@ from typing import Any
 
 LET_GO_S = 1.0  # for a part that is cancelled to close what it holds
 
-
-class CancelledItself(Exception):
-    """A user's part that ended by a cancellation of its own making, which is a failure like any other."""
-
-    def __str__(self) -> str:
-        return "it ended by a cancellation of its own (asyncio.CancelledError)"
-
-
 _left: set[asyncio.Task[Any]] = set()  # cancelled, and still there: kept until they end
 
 
 async def foreign(work: Awaitable[Any]) -> Any:
-    """The value of ``work``, which runs in a task of its own; raises what it raises, and
-    :class:`CancelledItself` for a cancellation that is not ours.
+    """The value of ``work``, which runs in a task of its own; raises what it raises.
 
     When this wait is cancelled, so is ``work``.  If it goes on regardless, it is left behind after
     ``LET_GO_S``, and whatever comes of it is forgotten.
@@ -35,8 +26,6 @@ async def foreign(work: Awaitable[Any]) -> Any:
         task.add_done_callback(_forget)
         await asyncio.wait([task], timeout=LET_GO_S)
         raise
-    if task.cancelled():
-        raise CancelledItself
     value, error = task.result()
     if error is not None:
         raise error

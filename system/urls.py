@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from yarl import URL
 
-from system.errors import ConfigError
+from system.errors import ConfigError, EspalierError
 
 MAX_URL = 2000  # characters
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -18,7 +18,7 @@ _SCHEMES = ("http", "https")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-class UrlRefused(ValueError):
+class UrlRefused(EspalierError, ValueError):
     """A URL that may not be opened; the message is for the model."""
 
 

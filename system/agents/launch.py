@@ -21,8 +21,8 @@ from typing import Any, Protocol, cast
 
 from system.agents.process import KEPT, Program, inherited, run_program
 from system.config import AgentConfig
-from system.errors import EspalierError
-from system.foreign import CancelledItself, foreign
+from system.errors import EspalierError, asked_to_end
+from system.foreign import foreign
 from system.plugins import AGENTS
 from system.rollout.scorer import held
 from system.text import as_text, described
@@ -179,8 +179,12 @@ class FunctionAgent:
             else:
                 value = await _in_thread(bound)
             return Ran(_as_result(value))
-        except (AgentFailed, asyncio.CancelledError, GeneratorExit):
+        except (AgentFailed, GeneratorExit):
             raise
+        except asyncio.CancelledError as error:
+            if asked_to_end():
+                raise
+            raise AgentFailed(f"agent.run={self._name}: it ended by a cancellation of its own") from error
         except BaseException as error:  # a framework's own ends must not be the worker's
             raise AgentFailed(f"agent.run={self._name}: {described(error)}") from error
 
@@ -290,8 +294,6 @@ async def _in_thread(work: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, name="agent", daemon=True).start()
     value, error = await done
-    if isinstance(error, asyncio.CancelledError):  # nobody has cancelled us
-        raise CancelledItself from error
     if error is not None:
         raise error
     return await foreign(value) if inspect.isawaitable(value) else value

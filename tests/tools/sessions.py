@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from system.tools.sandbox.sessions import SandboxSession
 def children(pid: int) -> list[int]:
     """Of all its threads."""
     found: list[int] = []
-    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found += [int(text) for text in listed.read_text().split()]
+    with suppress(OSError):  # it may end at any moment
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                listed = Path(f"/proc/{pid}/task/{thread}/children").read_text()
+                found += [int(text) for text in listed.split()]
     return found
 
 

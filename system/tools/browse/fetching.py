@@ -17,6 +17,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from system.errors import EspalierError
 from system.http import CONNECT_S, retry_after_s
 from system.urls import Allowed, UrlRefused
 
@@ -28,7 +29,7 @@ _FIRST_PAUSE_S = 0.5  # before the first further attempt, doubling
 _MAX_HOSTS = 4096  # whose last fetch is remembered
 
 
-class FetchFailed(Exception):
+class FetchFailed(EspalierError):
     """No document; the message is for the model.  ``passing``: it may be there later."""
 
     def __init__(self, message: str, *, passing: bool = False, retry_after_s: float = 0.0):

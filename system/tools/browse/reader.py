@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import system
+from system.errors import EspalierError
 from system.tools.browse.document import WebDocument
 from system.tools.browse.reading import Request
 
@@ -19,7 +20,7 @@ PROCESSES = 4  # at once, per worker
 _ROOT = Path(system.__path__[0]).parent  # where the package is found
 
 
-class ReadFailed(Exception):
+class ReadFailed(EspalierError):
     """A document that cannot be read; the message is for the model."""
 
 

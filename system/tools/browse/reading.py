@@ -22,6 +22,7 @@ from typing import Any
 
 from yarl import URL
 
+from system.errors import EspalierError
 from system.urls import Allowed, UrlRefused
 
 MEMORY_BYTES = 1 << 30
@@ -37,7 +38,7 @@ _AS_BROWSERS_DO = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030"
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-class Unreadable(ValueError):
+class Unreadable(EspalierError, ValueError):
     """A document that cannot be made into text; the message is for the model."""
 
 
