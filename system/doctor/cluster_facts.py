@@ -113,9 +113,11 @@ def _ask(count: int, path: str, deadline_s: float) -> tuple[Heard, str]:
     listener = threading.Thread(target=said.extend, args=(srun.stderr,), daemon=True)
     listener.start()
     for line in srun.stdout:
-        if line.startswith("{"):
-            at, told = time.time(), json.loads(line)
+        at = time.time()
+        while line.startswith("{"):  # of two tasks that speak at once, srun may write the line's end late
+            told, end = json.JSONDecoder().raw_decode(line)
             heard.setdefault(told["task"], []).append((at, told))
+            line = line[end:].lstrip()
     srun.wait()
     late.cancel()
     listener.join(5)
