@@ -14,7 +14,9 @@ tokens, so a full server frees rows·v/L rows per second; ``ahead`` = max(0, run
 them must become free first.  The second term is prefill: the prompts on their way that have no token yet
 (``pending``) and what of this one the server does not hold, at p tokens/s.  The request goes where the delay
 is smallest, and stays with its KV when that is no worse; so it spills exactly when computing the ``held``
-tokens again elsewhere costs less than the queue that this avoids.
+tokens again elsewhere costs less than the queue that this avoids.  Where there is no queue to avoid it stays
+whatever the rates say: one slow first token (a processor taken away for a moment) makes a server look slow
+that is not.
 
 v, p and L are moving averages of what the streams themselves show.  ``running``, ``waiting`` and ``rows``
 come from the server's reports (other clients send there, too), brought up to date by what this client has
@@ -153,7 +155,7 @@ class Router:
         if homes := [url for url in owners if url in usable]:
             home = max(homes, key=lambda url: (self._in_cache(held, url), -self._servers[url].occupancy))
             best = min(usable, key=delays.__getitem__)
-            spill = delays[best] < delays[home] < math.inf
+            spill = self._queued(home) and delays[best] < delays[home] < math.inf
             url, kind = (best, Routed.SPILL) if spill else (home, Routed.AFFINITY)
         elif owners or avoid:
             url, kind = min(usable, key=lambda url: (delays[url], self._load(url))), Routed.FAILOVER
@@ -189,6 +191,11 @@ class Router:
         """Least loaded first; of equals, the one that has been given less so far."""
         server = self._servers[url]
         return server.ahead, server.occupancy, server.pending, server.placed
+
+    def _queued(self, url: str) -> bool:
+        """Whether a request sent there now waits for others: for a row, or for their prefill."""
+        server = self._servers[url]
+        return server.ahead > 0 or server.pending > 0
 
     def _delay(self, url: str, missing: int) -> float:
         """Seconds until the first token of one more request with ``missing`` tokens to prefill; infinite

@@ -106,6 +106,20 @@ def test_when_every_server_is_out_something_is_still_chosen() -> None:
     assert single.place("r", 10, 0.0, avoid=(A,)).url == A
 
 
+def test_one_slow_first_token_does_not_drive_a_tree_from_an_idle_server() -> None:
+    router = Router([A, B])
+    for i in range(2):  # each server is as fast as the other
+        serve(router, router.place(f"w{i}", 50, 0.0, tree=f"w{i}"))
+    home = router.place("r0", 500, 1.0, tree="t")
+    router.sent(home, 1.0)
+    router.streamed(home, 1, 0, 0, 1.0 + 100.0)  # the process stood still
+    router.end(home, finished=True)
+    child = router.place("r1", 505, 102.0, tree="t", parent="r0")
+    assert (child.url, child.kind) == (home.url, Routed.AFFINITY)
+    # A request that is computed there now is a queue, and costs what the server has shown.
+    assert router.place("r2", 505, 102.0, tree="t", parent="r0").kind is Routed.SPILL
+
+
 def test_memory_is_bounded() -> None:
     router = Router([A, B], memory=10)
     for i in range(100):
