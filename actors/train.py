@@ -20,8 +20,10 @@ from actors.rollout_pool import RunActors
 from system.config import Config, ConfigError
 from system.errors import DONE, EXPECTED, FAILED, INTERRUPTED, LOST, STOPPED, exit_code, leaves, told
 from system.observe import lease
+from system.observe.hub import PushFailed, push
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
+from system.observe.publish import write_card
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
@@ -66,6 +68,8 @@ def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
     with ray_session(config, run_dir.root) as joined:
         try:
             code = asyncio.run(_run(config, run_dir, task, joined))
+            if code == DONE:
+                _deliver(config, run_dir)
         except* ConfigError as errors:
             raise next(leaves(errors)) from None
         except* (*EXPECTED, RayError) as errors:
@@ -78,11 +82,22 @@ def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
     return code
 
 
+def _deliver(config: Config, run_dir: RunDir) -> None:
+    """The model's card; and the upload that was asked for."""
+    write_card(run_dir, config.run.push)
+    if config.run.push:
+        print(f"{shown(push(run_dir.model, config.run.push))}: uploaded", flush=True)
+
+
 def _failed(errors: BaseException, run_dir: RunDir) -> int:
     """Say why the run failed and how to go on; returns the exit code."""
     for error in leaves(errors):
         print(f"espalier: {shown(told(error))}", file=sys.stderr)
     code = exit_code(errors, lost=(RayError,))
+    if all(isinstance(error, PushFailed) for error in leaves(errors)):
+        again = f"espalier export {run_dir.root} --push OWNER/NAME"
+        print(f"espalier: the run has come to its end; upload its model again with {again}", file=sys.stderr)
+        return code
     when = "" if code == LOST else "once that is mended, "
     again = f"espalier train --resume {run_dir.root}"
     print(f"espalier: the run failed; {when}go on with {again}", file=sys.stderr)

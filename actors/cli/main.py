@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from actors.cli.chaos import chaos
 from actors.cli.cluster import cancel, logs, status, submit
+from actors.cli.export import export
 from actors.cli.prompt import prompt
 from actors.cli.reports import bench, config, doctor, plan, tree
 from actors.cli.study import study
@@ -23,7 +24,8 @@ from actors.cli.train import evaluate, train
 from system import errors
 
 COMMANDS = (
-    train, evaluate, prompt, tree, bench, study, plan, submit, status, cancel, logs, doctor, config, chaos,
+    train, evaluate, export, prompt, tree, bench, study, plan, submit, status, cancel, logs, doctor, config,
+    chaos,
 )  # fmt: skip
 
 

@@ -36,6 +36,9 @@ class RunConfig:
         "settings that change: {rollout.temperature: [[0, 1.0], [100, 0.8]]}, a line from step to step; also "
         "learn.clip_low and learn.clip_high",
     )
+    push: str = setting(
+        "", "owner/name: at its end the model is uploaded there (HF_TOKEN, HF_ENDPOINT)", safe_on_resume=True
+    )
     stop_at_accuracy: float = setting(
         0.0,
         "end early once training accuracy (moving mean, 0 to 1) reaches this; 0: never",

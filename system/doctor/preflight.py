@@ -33,6 +33,7 @@ from system.errors import EXPECTED, EspalierError, told
 from system.learn.sizes import context_block
 from system.models import directory
 from system.models.shape import ModelShape, UnsupportedModel
+from system.observe import hub
 from system.plan.memory import WIDTH, averages
 from system.plugins import POLICIES
 from system.rollout.branching import make_policy
@@ -397,6 +398,12 @@ def _unwritable(place: Path) -> str:
     return ""
 
 
+def upload(config: Config) -> Iterator[Problem]:
+    """Where the model shall go at the end of the run."""
+    if config.run.push and (why := hub.problem(config.run.push)):
+        yield Problem(f"run.push={config.run.push}", why)
+
+
 ANYWHERE: dict[str, Check] = {
     "parts": parts,
     "layout": layout,
@@ -412,6 +419,7 @@ ON_THE_SPOT: dict[str, Check] = {
     "ports": ports,
     "memory": memory,
     "scratch": scratch,
+    "hub": upload,
 }
 LATER = ", ".join(ON_THE_SPOT)  # for people who submit
 IN_CONTAINER = ("model", "chat", "task")  # may lie elsewhere in one: paths are those of its mounts

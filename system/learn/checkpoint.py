@@ -59,7 +59,7 @@ from system.learn.model import TreeGPTModel
 from system.learn.optimizer import Adam, StateSlice
 from system.learn.parallel import COLLECTIVE_DEADLINE, Layout
 from system.learn.shards import MappedParameter, WeightMap
-from system.learn.weights import take_name
+from system.models.files import take_name
 
 MANIFEST = "manifest.json"
 PLAN = ".metadata"  # torch's own: which boxes are in which file
@@ -113,7 +113,7 @@ class TrainingState:
         replaces an older one.
         """
         self.saved()
-        own = [_whole("rng", torch.get_rng_state())] if self._layout.rank == 0 else []
+        own = [whole("rng", torch.get_rng_state())] if self._layout.rank == 0 else []
         copies = [
             replace(box, data=box.data.to("cpu", copy=True)) for box in (*own, *self._held(writing=True))
         ]
@@ -168,7 +168,7 @@ class TrainingState:
         manifest = _verified(path, self._layout, self._group)
         rng = torch.get_rng_state()
         reader = FileSystemReader(path)
-        planner = _BoxLoader([_whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
+        planner = BoxLoader([whole("rng", rng), *self._held(writing=False)], reader.read_metadata())
         _agree(path, planner.problems, self._group)
         try:
             read_boxes({}, storage_reader=reader, planner=planner, process_group=self._group)
@@ -222,7 +222,7 @@ class TrainingState:
                 a = end
 
 
-def _whole(name: str, tensor: torch.Tensor) -> Box:
+def whole(name: str, tensor: torch.Tensor) -> Box:
     return Box(name, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
 
 
@@ -278,7 +278,7 @@ class _BoxSaver(DefaultSavePlanner):
         return self._boxes[index.fqn, tuple(index.offset)].data
 
 
-class _BoxLoader(DefaultLoadPlanner):
+class BoxLoader(DefaultLoadPlanner):
     """Fills this rank's boxes from whatever boxes were written; ``problems`` says why it cannot, if so."""
 
     def __init__(self, boxes: Iterable[Box], metadata: Metadata) -> None:
@@ -316,22 +316,26 @@ class _BoxLoader(DefaultLoadPlanner):
 
 def _verified(path: Path, layout: Layout, group: dist.ProcessGroup) -> dict[str, Any]:
     """The manifest, once the ranks have compared every file with it."""
-    manifest: dict[str, Any] = {"files": {}}
+    manifest, problems = look(path, layout.rank, dist.get_world_size())
+    _agree(path, problems, group)
+    return manifest
+
+
+def look(path: Path, rank: int = 0, world: int = 1) -> tuple[dict[str, Any], list[str]]:
+    """The manifest of a checkpoint, and what is wrong with this rank's share of the files it names."""
+    if not (path / MANIFEST).is_file():
+        return {"files": {}}, [f"it is not a learner checkpoint ({MANIFEST} is missing)"]
+    try:
+        manifest = _manifest(path / MANIFEST)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        return {"files": {}}, [f"{MANIFEST} is damaged: {error!r}"]
     problems: list[str] = []
-    if (path / MANIFEST).is_file():
-        try:
-            manifest = _manifest(path / MANIFEST)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            problems.append(f"{MANIFEST} is damaged: {error!r}")
-    else:
-        problems.append(f"it is not a learner checkpoint ({MANIFEST} is missing)")
-    for name in sorted(manifest["files"])[layout.rank :: dist.get_world_size()]:
+    for name in sorted(manifest["files"])[rank::world]:
         if not (path / name).is_file():
             problems.append(f"{name} is missing")
         elif _digest(path / name) != manifest["files"][name]:
             problems.append(f"{name} is damaged: its digest is not the manifest's")
-    _agree(path, problems, group)
-    return manifest
+    return manifest, problems
 
 
 def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,9 @@ it.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +19,11 @@ from megatron.core.transformer.module import param_is_not_shared
 from safetensors import safe_open
 
 from system.config import ConfigError
-from system.errors import naming
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
-from system.models.directory import INDEX, SINGLE, weight_files
-from system.models.files import write_index, write_weights
+from system.models.directory import weight_files
+from system.models.files import write_model
 
 Bucket = dict[str, torch.Tensor]
 
@@ -152,43 +148,11 @@ def save_hf(
 ) -> None:
     """Write a complete Hugging Face directory, in files of at most ``file_bytes`` (one parameter at least).
 
-    Collective; only rank 0 touches the disk.  Configuration and tokenizer files are copied from ``source``.
-    The directory appears under its name only when complete, and replaces an older one.
+    Collective; only rank 0 touches the disk, as :func:`~system.models.files.write_model` does.
     """
     export = Export(model, layout, file_bytes)
     if layout.rank != 0:
         for _ in export.buckets():
             pass
         return
-    partial = path.with_name(path.name + ".partial")
-    with naming(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for file in Path(source).iterdir():
-            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
-                shutil.copy(file, partial)
-        config: dict[str, Any] = json.loads((partial / "config.json").read_text())
-        config.pop("torch_dtype", None)  # an older name of it
-        config["dtype"] = str(model.config.params_dtype).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        where: dict[str, str] = {}
-        total, count = 0, len(export.plan)
-        for number, bucket in enumerate(export.buckets(), 1):
-            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            write_weights(bucket, partial / name)
-            where |= dict.fromkeys(bucket, name)
-            total += sum(t.nbytes for t in bucket.values())
-            bucket.clear()  # before the next one is gathered
-        if count > 1:
-            write_index(partial, where, total)
-        take_name(partial, path)
-
-
-def take_name(partial: Path, path: Path) -> None:
-    """Give a finished directory its final name, in place of an older one."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    write_model(path, source, model.config.params_dtype, export.buckets(), len(export.plan))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from system.models.directory import INDEX
+from system.errors import naming
+from system.models.directory import INDEX, SINGLE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the name that a configuration uses
 
@@ -32,3 +35,49 @@ def write_index(directory: Path, where: Mapping[str, str], total_bytes: int) -> 
     """Write the index of weights that lie in several files; ``where``: as :func:`.directory.weight_files`."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": where}
     (directory / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def write_model(
+    path: Path,
+    source: str | Path,
+    dtype: torch.dtype,
+    buckets: Iterable[dict[str, torch.Tensor]],
+    count: int,
+) -> None:
+    """Write a complete Hugging Face directory: each of ``count`` buckets is a file of weights.
+
+    Configuration, tokenizer and chat template are copied from ``source``.  The directory appears under its
+    name only when complete, and replaces an older one.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with naming(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in Path(source).iterdir():
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
+                shutil.copy(file, partial)
+        config: dict[str, Any] = json.loads((partial / "config.json").read_text())
+        config.pop("torch_dtype", None)  # an older name of it
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        where: dict[str, str] = {}
+        total = 0
+        for number, bucket in enumerate(buckets, 1):
+            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            write_weights(bucket, partial / name)
+            where |= dict.fromkeys(bucket, name)
+            total += sum(tensor.nbytes for tensor in bucket.values())
+            bucket.clear()  # before the next one is made
+        if count > 1:
+            write_index(partial, where, total)
+        take_name(partial, path)
+
+
+def take_name(partial: Path, path: Path) -> None:
+    """Give a finished directory its final name, in place of an older one."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

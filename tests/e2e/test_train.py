@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load
 from summary_keys import unexplained
 
+from actors.cli.main import main
 from system.chaos import run as chaos
 from system.chaos.account import account
 from system.observe.jsonl import read_jsonl
@@ -70,6 +71,11 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     # Weights arrived in flight: tokens of more than one version were trained on.
     assert len({int(v) for tree in trees for v in tree.version if v >= 0}) > 1
     assert (run.directory / "model" / "model.safetensors").is_file()
+    assert "after training" in (run.directory / "model" / "README.md").read_text()
+    extracted = run.directory.parent / "extracted"
+    assert main(["export", str(run.directory), "--step", "4", "--to", str(extracted)]) == 0
+    files = [(one / "model.safetensors").read_bytes() for one in (extracted, run.directory / "model")]
+    assert files[0] == files[1], "the last checkpoint's model is the trained one"
     assert (run.directory / "curves" / "overview.png").stat().st_size > 10_000
     logs = {path.name for path in (run.directory / "logs").iterdir()}
     assert logs >= {f"{name}.log" for name in ("learner-0", "engine-0", "rollout-0", "tool-search")}

@@ -1,0 +1,76 @@
+"""The model of a checkpoint as Hugging Face files, by one process that needs neither the model nor a GPU.
+
+A checkpoint names its tensors as Hugging Face does, so they are read file by file as they will be written.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
+
+from system.errors import CheckpointError
+from system.learn.checkpoint import BoxLoader, look, whole
+from system.models.files import write_model
+from system.models.shape import ModelShape
+
+FILE_BYTES = 2**31  # of one file of weights, at most (one tensor at least)
+
+
+def extract(
+    checkpoint: Path,
+    source: str | Path,
+    target: Path,
+    dtype: torch.dtype,
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write the model of ``checkpoint`` into ``target`` as a complete Hugging Face directory.
+
+    ``source``: the model that training began with, which has its configuration and tokenizer.  In memory
+    there is one file at a time.  Raises :class:`CheckpointError` for a checkpoint that is damaged, or of
+    another model.
+    """
+    _, problems = look(checkpoint)
+    if problems:
+        raise CheckpointError(f"{checkpoint}: {problems[0]}")
+    files = _files(ModelShape.from_directory(source).tensors(), dtype.itemsize, file_bytes)
+    buckets = (_read(checkpoint, shapes, dtype) for shapes in files)
+    write_model(target, source, dtype, buckets, len(files))
+
+
+def _files(
+    shapes: dict[str, tuple[int, ...]], width: int, file_bytes: int
+) -> list[dict[str, tuple[int, ...]]]:
+    """The tensors of each file, in their order."""
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = prod(shape) * width
+        if filled and filled + size > file_bytes:
+            files.append({})
+            filled = 0
+        files[-1][name] = shape
+        filled += size
+    return files
+
+
+def _read(
+    checkpoint: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    boxes = [whole(f"parameter/{name}", tensor) for name, tensor in tensors.items()]
+    reader = FileSystemReader(checkpoint)
+    planner = BoxLoader(boxes, reader.read_metadata())
+    if planner.problems:
+        raise CheckpointError(f"{checkpoint}: {planner.problems[0]}")
+    try:
+        read_boxes({}, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:  # no Exception
+        cause, _ = next(iter(error.failures.values()))
+        raise CheckpointError(f"{checkpoint}: it cannot be read: {cause}") from error
+    return tensors

@@ -1,0 +1,156 @@
+"""The model card: what a trained model is, how it was made and what it scores, from its run's own records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, cast
+
+from system.config import Config, to_dict
+from system.config.settings import settings
+from system.redact import redact
+from system.text import one_line
+
+CARD = "README.md"
+# Sections that make the model what it is.  What is left out says where the run was: paths, hosts, accounts.
+_MADE_BY = (
+    "run", "model", "task", "warmstart", "rollout", "branching", "reward", "guide", "flow", "learn", "eval",
+)  # fmt: skip
+_PLACES = ("run.name", "run.dir", "task.path", "task.eval_path")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MARKUP = re.compile(r"([\\`*_\[\]<>|#&~])")
+_Z = NormalDist().inv_cdf(0.975)
+
+
+def model_card(config: Config, summary: Mapping[str, Any], *, name: str, version: int) -> str:
+    """Markdown, with the head that a hub reads.
+
+    ``summary``: of the run, whose model of step ``version`` this is.  Its figures of the end are left out if
+    that is not its last step.
+    """
+    last = summary.get("versions") == version
+    scores: Mapping[str, Any] = summary.get("eval", {})
+    evaluated = {when: one for when, one in scores.items() if one and (last or when == "before")}
+    lines = [
+        *_head(config),
+        f"# {_text(name)}",
+        "",
+        f"Trained with Espalier by reinforcement learning on trees of trajectories, from {_base(config)}: "
+        f"{version} steps of {config.flow.batch_leaves} trajectories on the task {_text(config.task.name)}.",
+        "",
+        *_scores(evaluated),
+        *(_totals(summary) if last else ()),
+        "## Settings",
+        "",
+        "Those that are not the default, as `espalier train` takes them; where the data lay is left out.",
+        "",
+        *(f"    {line}" for line in _settings(config)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def accuracy(share: float, questions: int) -> str:
+    """A share of right answers in per cent, with its 95 % interval over the questions.
+
+    Wilson's interval: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference,
+    JASA 22 (1927).
+    """
+    if not questions or math.isnan(share):
+        return "–"
+    scale = 1 + _Z**2 / questions
+    middle = (share + _Z**2 / (2 * questions)) / scale
+    half = _Z * math.sqrt(share * (1 - share) / questions + _Z**2 / (4 * questions**2)) / scale
+    return f"{share:.1%} ({max(0.0, middle - half):.1%} to {min(1.0, middle + half):.1%})"
+
+
+def _head(config: Config) -> Iterator[str]:
+    """YAML; JSON texts are YAML's, too."""
+    yield "---"
+    yield "library_name: transformers"
+    yield "pipeline_tag: text-generation"
+    if base := _hub_name(config):
+        yield f"base_model: {json.dumps(base)}"
+    yield "tags: [reinforcement-learning, tool-use, espalier]"
+    yield "---"
+    yield ""
+
+
+def _hub_name(config: Config) -> str:
+    """The name on the hub of the model that training began with: the end of its directory, if so written."""
+    parts = Path(config.model.path).parts[-2:]
+    name = "/".join(parts)
+    return name if len(Path(config.model.path).parts) == 2 and _HUB_NAME.fullmatch(name) else ""
+
+
+def _base(config: Config) -> str:
+    if not config.model.path:
+        return "a small model of random weights that the run made"
+    return _text(_hub_name(config) or Path(config.model.path).name)
+
+
+def _scores(evaluated: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    if not evaluated:
+        return
+    yield "## Held-out questions"
+    yield ""
+    yield "| " + " | ".join(["questions", *(_text(when) + " training" for when in evaluated)]) + " |"
+    yield "| --- |" + " --- |" * len(evaluated)
+    kinds = list(dict.fromkeys(kind for one in evaluated.values() for kind in one.get("kinds", {})))
+    for kind in ["", *(kinds if len(kinds) > 1 else ())]:
+        found = [one["kinds"].get(kind, {}) if kind else one for one in evaluated.values()]
+        cells = (accuracy(one.get("accuracy") or 0.0, one.get("questions", 0)) for one in found)
+        count = max(one.get("questions", 0) for one in found)
+        yield "| " + " | ".join([f"{_text(kind or 'all')}: {count}", *cells]) + " |"
+    yield ""
+    yield "Share answered right, and its 95 % interval over the questions."
+    yield ""
+
+
+def _totals(summary: Mapping[str, Any]) -> Iterator[str]:
+    tokens = summary.get("tokens", {})
+    figures = {
+        "trees": summary.get("trees"),
+        "trajectories": summary.get("leaves"),
+        "forks": summary.get("forks"),
+        "tool calls": summary.get("tool_calls"),
+        "tokens generated": tokens.get("generated"),
+        "tokens trained on": tokens.get("trained"),
+        "hours": round(summary.get("wall_s", 0.0) / 3600, 2),
+    }
+    yield "## Training"
+    yield ""
+    yield "| what | how much |"
+    yield "| --- | --- |"
+    for what, value in figures.items():
+        if value:
+            yield f"| {what} | {value:,} |"
+    yield ""
+
+
+def _settings(config: Config) -> Iterator[str]:
+    given, default = to_dict(config), to_dict(Config())
+    for key, one in settings().items():
+        value = given[one.section][one.name]
+        if one.section not in _MADE_BY or key in _PLACES or value == default[one.section][one.name]:
+            continue
+        value = redact(_nowhere(value), one.name)
+        yield f"{key}={one_line(value if isinstance(value, str) else json.dumps(value))}"
+
+
+def _nowhere(value: Any) -> Any:
+    """``value`` with the last part of paths alone, which tell of no machine."""
+    if isinstance(value, Mapping):
+        return {key: _nowhere(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_nowhere(item) for item in cast("list[Any]", value)]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _text(value: object) -> str:
+    """Text of the run's in a line of Markdown: nothing in it is markup."""
+    return _MARKUP.sub(r"\\\1", one_line(value))

@@ -1,0 +1,92 @@
+"""A run's model with its card: in its run directory, in another one, or on a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from system.errors import ConfigError, naming
+from system.observe import hub
+from system.observe.card import CARD, model_card
+from system.observe.rundir import RunDir, write_atomic
+
+
+def publish(
+    run: RunDir, step: int | None, target: Path | None, repository: str, *, public: bool = False
+) -> Iterator[str]:
+    """Write the model of a run into ``target``, and upload it to ``repository``; either may be none (None,
+    "").  Yields a line for each thing done.
+
+    ``step``: of the checkpoint whose model it is; None: the trained model.  Raises :class:`ConfigError` for
+    what cannot be, before anything is written, and :class:`~system.observe.hub.PushFailed`.
+    """
+    if repository and (why := hub.problem(repository)):
+        raise ConfigError(f"--push: {why}")
+    source = run.model if step is None else run.checkpoints / f"v{step:06d}"
+    if not source.is_dir():
+        raise ConfigError(_missing(run, step))
+    if target is not None and target.exists():
+        raise ConfigError(f"--to {target}: it is there already: name a new directory, or remove it")
+    if target is None:
+        with tempfile.TemporaryDirectory(dir=run.root, prefix="export-") as scratch:
+            directory = Path(scratch) / "model"
+            _write(run, step, source, directory, repository)
+            yield _pushed(directory, repository, public)
+        return
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    _write(run, step, source, target, repository)
+    yield f"{target}: the model of step {_version(run, step)}"
+    if repository:
+        yield _pushed(target, repository, public)
+
+
+def write_card(run: RunDir, name: str = "") -> None:
+    """Beside the trained model, once the summary is written."""
+    write_atomic(run.model / CARD, _card(run, None, name))
+
+
+def _write(run: RunDir, step: int | None, source: Path, directory: Path, repository: str) -> None:
+    if step is None:
+        partial = directory.with_name(directory.name + ".partial")
+        shutil.copytree(source, partial)
+        partial.rename(directory)
+    else:
+        import torch  # a second
+
+        from system.learn.extract import extract
+
+        config = run.config()
+        began = Path(config.model.path) if config.model.path else run.start
+        extract(source, began, directory, getattr(torch, config.model.dtype))
+    write_atomic(directory / CARD, _card(run, step, repository))
+
+
+def _pushed(directory: Path, repository: str, public: bool) -> str:
+    return f"{hub.push(directory, repository, public=public)}: uploaded"
+
+
+def _card(run: RunDir, step: int | None, name: str) -> str:
+    return model_card(run.config(), _summary(run), name=name or run.name, version=_version(run, step))
+
+
+def _version(run: RunDir, step: int | None) -> int:
+    return int(_summary(run).get("versions", 0)) if step is None else step
+
+
+def _summary(run: RunDir) -> dict[str, Any]:
+    """Empty while the run goes on."""
+    return json.loads(run.summary_path.read_text()) if run.summary_path.is_file() else {}
+
+
+def _missing(run: RunDir, step: int | None) -> str:
+    there = [str(int(name[1:])) for name in sorted(os.listdir(run.checkpoints)) if name[1:].isdecimal()]
+    steps = f"--step may be {', '.join(there)}" if there else "there is no checkpoint either"
+    if step is None:
+        return f"{run.root} has no trained model: it has not come to its end; {steps}"
+    return f"{run.root} has no checkpoint of step {step}; {steps}"

@@ -1,0 +1,163 @@
+"""A model card says what the run says, and nothing of its machine; a model goes to a hub, whole."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stand_in_hub import TOKEN, Hub
+
+from system.config import Config, PartConfig
+from system.observe import hub
+from system.observe.card import accuracy, model_card
+from system.observe.rundir import RunDir
+
+SUMMARY: dict[str, Any] = {
+    "versions": 20,
+    "eval": {
+        "before": {"accuracy": 0.25, "questions": 8, "kinds": {"a|b": {"accuracy": 0.5, "questions": 4}}},
+        "after": {
+            "accuracy": 0.75,
+            "questions": 8,
+            "kinds": {
+                "a|b": {"accuracy": 1.0, "questions": 4},
+                "<script>": {"accuracy": None, "questions": 4},
+            },
+        },
+    },
+    "trees": 80,
+    "forks": 1234,
+    "tokens": {"generated": 5, "trained": 4},
+    "wall_s": 5400.0,
+}
+
+
+@pytest.mark.parametrize(("right", "questions"), [(0, 8), (3, 8), (8, 8), (150, 200)])
+def test_an_interval_holds_the_shares_that_would_not_surprise(right: int, questions: int) -> None:
+    """Wilson's: those of which the share found is at most 1.96 standard deviations away."""
+    found = right / questions
+    shares = np.linspace(0, 1, 100_001)
+    near = shares[abs(found - shares) <= 1.959964 * np.sqrt(shares * (1 - shares) / questions)]
+    assert accuracy(found, questions) == f"{found:.1%} ({near.min():.1%} to {near.max():.1%})"
+
+
+def test_a_card_has_the_figures_of_its_run(config: Config) -> None:
+    config.model.path, config.learn.lr = "Qwen/Qwen3-8B", 3e-6
+    config.learn.credit = PartConfig("group", {"key": "v"})
+    card = model_card(config, SUMMARY, name="me/it", version=20)
+    head = card.split("---\n")[1]
+    assert 'base_model: "Qwen/Qwen3-8B"\n' in head
+    assert "| all: 8 | 25.0% (7.1% to 59.1%) | 75.0% (40.9% to 92.9%) |" in card
+    assert "| a\\|b: 4 | 50.0% (15.0% to 85.0%) | 100.0% (51.0% to 100.0%) |" in card
+    assert "| forks | 1,234 |" in card
+    assert "| hours | 1.5 |" in card
+    assert "    learn.lr=3e-06\n" in card
+    assert "<script>" not in card
+
+
+def test_a_card_of_an_earlier_step_has_no_later_figures(config: Config) -> None:
+    card = model_card(config, SUMMARY, name="it", version=10)
+    assert "25.0%" in card
+    assert "75.0%" not in card
+    assert "1,234" not in card
+    assert "10 steps" in card
+    assert "Held-out" not in model_card(config, {}, name="it", version=10)
+
+
+def test_a_card_tells_of_no_machine_and_no_secret(config: Config) -> None:
+    config.model.path = "/data/of/ours/model-x"
+    config.task.path = "/data/of/ours/questions.jsonl"
+    config.reward = type(config.reward)(name="judge", options={"api_key": "sk-123", "file": "/data/x.yaml"})
+    config.cluster.address = "10.0.0.1:6379"
+    card = model_card(config, SUMMARY, name="it", version=20)
+    for secret in ("/data", "sk-123", "10.0.0.1", config.run.dir):
+        assert secret not in card
+    assert "model.path=model-x" in card
+    assert "base_model" not in card
+
+
+@pytest.fixture
+def finished(run_dir: RunDir) -> RunDir:
+    """A run that has come to its end."""
+    run_dir.model.mkdir()
+    (run_dir.model / "config.json").write_text("{}")
+    (run_dir.model / "model.safetensors").write_bytes(os.urandom(100_000))
+    run_dir.write_summary(SUMMARY)
+    return run_dir
+
+
+@pytest.fixture
+def stand_in() -> Iterator[Hub]:
+    one = Hub()
+    yield one
+    one.close()
+
+
+def export(run: RunDir, *words: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of ``espalier export``, in a process: the library reads its environment once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "actors.cli.main", "export", str(run.root), *words],
+        env={**os.environ, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", **environment},
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_model_goes_to_a_hub_with_its_card(finished: RunDir, stand_in: Hub) -> None:
+    code, output = export(finished, "--push", "me/it", HF_ENDPOINT=stand_in.url)
+    assert code == 0, output
+    assert f"{stand_in.url}/me/it: uploaded" in output
+    assert stand_in.repository == "me/it"
+    assert stand_in.private
+    for file in finished.model.iterdir():
+        assert stand_in.files[file.name] == file.read_bytes()
+    assert "75.0%" in stand_in.files["README.md"].decode()
+    assert not [*finished.root.glob("export-*")]
+
+
+def test_what_a_hub_says_is_told(finished: RunDir, stand_in: Hub) -> None:
+    stand_in.full = True
+    code, output = export(finished, "--push", "me/it", HF_ENDPOINT=stand_in.url)
+    assert code == 1
+    assert "espalier: me/it did not take the model" in output
+    assert "Storage limit reached" in output
+    code, output = export(finished, "--push", "me/it", HF_ENDPOINT=stand_in.url, HF_TOKEN="hf_other")
+    assert (code, "401" in output, "hf_other" in output) == (1, True, False)
+    stand_in.close()
+    code, output = export(finished, "--push", "me/it", HF_ENDPOINT=stand_in.url)
+    assert (code, "did not take the model" in output, "Traceback" in output) == (1, True, False)
+
+
+def test_what_cannot_be_exported_is_told(finished: RunDir, tmp_path: Path) -> None:
+    there = str(tmp_path)
+    for words, says in (
+        (["--push", "it"], "--push: 'it' is no repository: write it as owner/name"),
+        ([], "say where to"),
+        (["--public", "--to", there + "/x"], "--public goes with --push"),
+        (["--to", there], "it is there already"),
+        (["--to", there + "/x", "--step", "7"], "no checkpoint of step 7; there is no checkpoint either"),
+    ):
+        code, output = export(finished, *words)
+        assert (code, says in output) == (2, True), output
+
+
+def test_without_a_token_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "set HF_TOKEN" in hub.problem("me/it")
+
+
+def test_a_finished_model_is_copied_with_its_card(finished: RunDir, tmp_path: Path) -> None:
+    code, output = export(finished, "--to", str(tmp_path / "models" / "it"))
+    assert (code, "the model of step 20" in output) == (0, True)
+    assert (tmp_path / "models" / "it" / "README.md").read_text().count("75.0%") == 1
