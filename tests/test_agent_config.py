@@ -102,6 +102,7 @@ def test_a_policy_that_no_replay_can_follow(policy: str, says: str) -> None:
         ("./README.md", "there is no program './README.md'"),
         ("python 'unfinished", "No closing quotation"),
         (" ", "has no words"),
+        ("python x.py --ask={quesion}", "{quesion} stands for nothing: {question} is filled in"),
     ],
 )
 def test_a_command_that_cannot_be_run(command: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_a_command_that_cannot_be_run(command: str, says: str, monkeypatch: pyte
     config = load(None, list(FITS))
     config.agent.command = command
     assert says in next(misfits(config))
-    config.agent.command = "python examples/search_agent.py {question}"
+    config.agent.command = "python examples/search_agent.py {question} '{print}'"
     assert not [*misfits(config)]
 
 

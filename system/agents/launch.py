@@ -7,6 +7,7 @@ end is its result: a JSON object.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import inspect
 import json
 import numbers
@@ -29,6 +30,9 @@ from system.text import as_text, described
 from system.tree.prompt import Prompt
 
 SHOWN = 2000  # characters of an agent's output that are kept with its episode
+FILLED_IN: tuple[str, ...] = ("{prompt}", "{question}")  # in a command
+_BRACED = re.compile(r"\{\w+\}")
+_MISTYPED = 0.85  # so similar is {quesion}; {print} is another program's own word
 
 
 class AgentFailed(EspalierError):
@@ -77,6 +81,12 @@ def command_problem(settings: AgentConfig) -> str:
         return f"agent.command={settings.command!r}: {error}: write it as a shell would take it"
     if settings.command and not words:
         return "agent.command has no words: name the program"
+    for word in words[1:]:
+        for braced in _BRACED.findall(word):
+            if braced not in FILLED_IN and (
+                meant := difflib.get_close_matches(braced, FILLED_IN, n=1, cutoff=_MISTYPED)
+            ):
+                return f"agent.command: {braced} stands for nothing: {meant[0]} is filled in"
     path = {**inherited(()), **settings.env}["PATH"]
     if words and shutil.which(_whole(words[0]), path=path) is None:
         return (
@@ -131,7 +141,7 @@ class ProgramAgent:
         program = Program.prepared(self._directory, session.api_key)
         prompt = program.directory / "prompt.json"
         prompt.write_text(text, encoding="utf-8")
-        known = {"{prompt}": str(prompt), "{question}": str(task["question"])}
+        known: Mapping[str, str] = dict(zip(FILLED_IN, (str(prompt), str(task["question"])), strict=True))
         words = [_filled(word, known) for word in self._words]
         environment = {
             "OPENAI_BASE_URL": session.openai_url,

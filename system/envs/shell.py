@@ -3,7 +3,7 @@
 A session is a file system of its own in the sandbox (:mod:`system.tools.sandbox.shell_warden`), copied where
 the branch forks.  What a question brings along stands in its ``extra``:
 
-- ``directory``: one below ``environment.options.directories``, of which ``/work`` is a copy;
+- ``directory``: one below ``environment.options.directories``, of which ``/files`` is a copy;
 - ``files``: ``{path: text}``, written there;
 - ``setup``: commands that are run first (:meth:`.SessionEnvironment.prepare`);
 - ``check``: commands that say at the end whether it is right, by their exit code: what ``reward=environment``
@@ -40,7 +40,7 @@ class ShellEnvironment(SessionEnvironment):
     has_result = True
     spec = ToolSpec(
         "bash",
-        "Run commands of bash in /work and get what they print. Files, variables, functions and the working "
+        "Run commands of bash in /files and get what they print. Files, variables, functions and the working "
         "directory are there in the next call; processes end with the call. There is no network.",
         {
             "type": "object",
@@ -100,7 +100,7 @@ class ShellEnvironment(SessionEnvironment):
     async def checked(self, session: SandboxSession, prompt: Prompt) -> dict[str, Any] | None:
         """What the check of ``prompt`` says of ``session``, which it may change; None: there is none.
 
-        It begins in /work without the session's variables and functions, and with an empty home (python runs
+        It begins in /files without the session's variables and functions, and with an empty home (python runs
         what it finds in the home's site-packages): these could answer in its place.
         """
         if not (code := _check_of(prompt)):
@@ -182,5 +182,5 @@ def _files(prompt: Prompt, name: str) -> dict[str, str]:
         if not isinstance(path, str) or not isinstance(text, str):
             raise wrong(prompt, name, f"{path!r:.200}: {text!r:.200} is no path with a text")
         if not path or "\0" in path or _leads_out(path):
-            raise wrong(prompt, name, f"{path!r:.200} leads out of /work")
+            raise wrong(prompt, name, f"{path!r:.200} leads out of /files")
     return named

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from grown import Tree, forks_equal_replay
+from sandboxes import running
 
 from system.config import EnvironmentConfig
-from system.envs.live import BranchSession, TreeSessions
+from system.envs.live import BranchSession
 from system.envs.make import make_environment
 from system.envs.protocol import Acted, ForkKind, Observation
 from system.envs.python import PythonEnvironment
-from system.envs.service import EnvironmentService
 from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 from system.tools.tool import ToolUnavailable
 from system.tree.prompt import Prompt
@@ -29,35 +26,12 @@ LIMITS = EnvironmentConfig(name="python")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def usable() -> AsyncIterator[None]:
-    box = Sandbox(namespaces=True)
-    try:
-        await box.start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    finally:
-        await box.close()
-    yield
+    async with running(Sandbox(namespaces=True)):
+        yield
 
 
-class Tree:
-    """One tree in an environment, whose processes are gone after the block."""
-
-    def __init__(self, **options: Any) -> None:
-        self.environment = PythonEnvironment(**{"packages": [], **options})
-        self.service = EnvironmentService(self.environment, LIMITS, "r", "train")
-        self.sessions = TreeSessions(self.service, PROMPT, "1", 0)
-
-    async def __aenter__(self) -> BranchSession:
-        await self.sessions.begin()
-        return self.sessions.root((0,))
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.sessions.close()
-        await self.service.settle()
-        assert not self.environment._trees
-        assert not self.environment._live
-        assert not self.environment._idle
-        await self.environment._sandbox.close()
+def grown(**options: Any) -> Tree:
+    return Tree(PythonEnvironment(**{"packages": [], **options}))
 
 
 async def act(session: BranchSession, *codes: str) -> Observation:
@@ -76,7 +50,7 @@ async def test_branches_fork_with_their_state() -> None:
     made = make_environment(EnvironmentConfig(name="python", options={"cpu_s": 3, "packages": []}))
     assert isinstance(made, PythonEnvironment)
     assert (made.forks, list(made.tools)) == (ForkKind.NATIVE, ["python"])
-    async with (tree := Tree()) as root:
+    async with (tree := grown()) as root:
         await act(root, "x = [1]", "open('f', 'w').write('a')")
         child = root.fork((0, 1), 1)
         assert await told(root, "x.append(2); x") == ("ok", "[1, 2]")
@@ -88,7 +62,7 @@ async def test_branches_fork_with_their_state() -> None:
 
 
 async def test_what_cannot_be_copied_is_replayed() -> None:
-    async with (tree := Tree()) as root:
+    async with (tree := grown()) as root:
         await act(root, "f = open('f', 'w'); x = 7; print(f.fileno() > 2)")
         child = root.fork((0, 1), 1)
         assert await told(child, "(x, f.closed)") == ("ok", "(7, False)")
@@ -104,7 +78,7 @@ async def test_what_cannot_be_copied_is_replayed() -> None:
     ],
 )
 async def test_a_call_that_ends_the_session_never_was(code: str, why: str) -> None:
-    async with (tree := Tree(wall_s=1.0)) as root:
+    async with (tree := grown(wall_s=1.0)) as root:
         await act(root, "x = 1")
         child = root.fork((0, 1), 1)
         _, text = await told(root, code)
@@ -118,7 +92,7 @@ async def test_a_call_that_ends_the_session_never_was(code: str, why: str) -> No
 
 
 async def test_idle_sessions_beyond_the_bound_are_built_again_when_needed() -> None:
-    async with (tree := Tree(live_sessions=3)) as root:
+    async with (tree := grown(live_sessions=3)) as root:
         await act(root, "import random\nx = []")
         branches = [root.fork((0, i), 1) for i in range(6)]
         for step in range(2):
@@ -129,7 +103,7 @@ async def test_idle_sessions_beyond_the_bound_are_built_again_when_needed() -> N
 
 
 async def test_large_states_beyond_the_bound_are_built_again_when_needed() -> None:
-    async with (tree := Tree(live_mb=100)) as root:
+    async with (tree := grown(live_mb=100)) as root:
         await act(root, "x = 1")
         branches = [root.fork((0, i), 1) for i in range(4)]
         for branch in branches:
@@ -140,7 +114,7 @@ async def test_large_states_beyond_the_bound_are_built_again_when_needed() -> No
 
 
 async def test_a_tree_of_more_branches_than_sessions_belong_together() -> None:
-    tree = Tree()
+    tree = grown()
     tree.environment._sandbox.limits = replace(tree.environment._sandbox.limits, branches=3)
     async with tree as root:
         await act(root, "x = 1")
@@ -151,7 +125,7 @@ async def test_a_tree_of_more_branches_than_sessions_belong_together() -> None:
 
 
 async def test_a_killed_warden_costs_a_rebuild() -> None:
-    async with (tree := Tree()) as root:
+    async with (tree := grown()) as root:
         await act(root, "x = 1")
         (one,) = tree.environment._trees.values()
         await one.sessions[0].close()  # as if it had died
@@ -176,7 +150,7 @@ async def test_check() -> None:
 
 
 async def test_packages_are_loaded_and_draw_by_the_seed() -> None:
-    async with Tree(packages=["numpy"]) as root:
+    async with grown(packages=["numpy"]) as root:
         code = "import numpy as np\nnp.random.rand() < 2, np.arange(3).sum()"
         assert (await told(root, code))[0] == "ok"
         child = root.fork((0, 1), 1)
@@ -211,34 +185,9 @@ CELLS = (
     "import threading\nthreading.Thread(target=lambda: print('t')).start()",
     "import functools\ng = functools.lru_cache(lambda n: random.random())\ng(1) == g(1)",
 )
-PROGRAMS = st.lists(
-    st.tuples(st.integers(0, 99), st.sampled_from(CELLS), st.booleans()), min_size=3, max_size=14
-)
 
 
 def test_native_forks_and_replay_answer_the_same() -> None:
     """Each branch of a random tree sees what a session that is given its path alone sees."""
-    counts: Counter[str] = Counter()
-
-    async def grown(program: Sequence[tuple[int, str, bool]]) -> None:
-        async with (tree := Tree()) as root:
-            branches = [root]
-            for which, code, forks in program:
-                branch = branches[which % len(branches)]
-                if forks and len(branches) < 6:
-                    branches.append(branch.fork((0, len(branches)), len(branch.journal)))
-                await act(branch, code)
-            for branch in branches:
-                await branch.world()
-                branch.discard("to build it again, compared with what it was answered")
-                await branch.world()
-        counts.update(tree.service.counts)
-
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-    @example([(0, CELLS[0], True)] * 5)
-    @given(PROGRAMS)
-    def same(program: Sequence[tuple[int, str, bool]]) -> None:
-        asyncio.run(grown(program))
-
-    same()
-    assert counts["forks_native"] >= 5, "those of the program that is always among them"
+    forks = forks_equal_replay(grown, act, CELLS, examples=12)
+    assert forks >= 5, "those of the program that is always among them"

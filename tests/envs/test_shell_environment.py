@@ -2,70 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from grown import Tree, forks_equal_replay
+from sandboxes import running
 
 from system.config import EnvironmentConfig
-from system.envs.live import BranchSession, TreeSessions
+from system.envs.live import BranchSession
 from system.envs.make import make_environment
 from system.envs.protocol import Acted, ForkKind, WorldFailed
-from system.envs.service import EnvironmentService
 from system.envs.shell import ShellEnvironment
 from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
 from system.tools.sandbox.settings import Shell
 from system.tools.tool import ToolUnavailable
-from system.tree.prompt import Prompt
 
 LIMITS = EnvironmentConfig(name="bash")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def usable() -> AsyncIterator[None]:
-    box = Sandbox(namespaces=True, shell=Shell())
-    try:
-        await box.start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    finally:
-        await box.close()
-    yield
+    async with running(Sandbox(namespaces=True, shell=Shell())):
+        yield
 
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("usable")]
 
 
-class Tree:
-    """One tree in an environment, whose processes are gone after the block."""
-
-    def __init__(self, extra: dict[str, Any] | None = None, **options: Any) -> None:
-        self.environment = ShellEnvironment(**options)
-        self.service = EnvironmentService(self.environment, LIMITS, "r", "train")
-        prompt = Prompt("p", ({"role": "user", "content": "?"},), (), extra=extra or {})
-        self.sessions = TreeSessions(self.service, prompt, "1", 0)
-
-    async def __aenter__(self) -> BranchSession:
-        try:
-            await self.sessions.begin()
-        except BaseException:
-            await self.__aexit__()
-            raise
-        return self.sessions.root((0,))
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.sessions.close()
-        await self.service.settle()
-        assert not self.environment._trees
-        assert not self.environment._live
-        await self.environment._sandbox.close()
+def grown(extra: dict[str, Any] | None = None, **options: Any) -> Tree:
+    return Tree(ShellEnvironment(**options), extra)
 
 
 async def told(session: BranchSession, command: str) -> tuple[str, str]:
@@ -100,7 +69,7 @@ async def test_a_question_brings_files_and_a_check(tmp_path: Path) -> None:
         "check": "test $(sh add.sh 2 3) = 5 && sh tests/more.sh",
         "check_files": {"tests/more.sh": "test $(sh add.sh 1 1) = 2\n", "-f/'b\n$(exit)": "'%s\n"},
     }
-    async with (tree := Tree(extra, directories=str(tmp_path))) as root:
+    async with (tree := grown(extra, directories=str(tmp_path))) as root:
         assert await told(root, "ls; git log --oneline | wc -l") == ("ok", "README\nadd.sh\n1")
         child = root.fork((0, 1), 1)
         assert await told(child, "sed -i s/-/+/ add.sh; git diff --stat | tail -1 | wc -w") == ("ok", "7")
@@ -112,9 +81,9 @@ async def test_a_question_brings_files_and_a_check(tmp_path: Path) -> None:
 
 async def test_what_a_session_defined_does_not_answer_for_the_check() -> None:
     extra = {"check": "python3 t.py", "check_files": {"t.py": "raise SystemExit(1)\n"}}
-    async with Tree(extra) as root:
+    async with grown(extra) as root:
         await told(root, "python3() { true; }; export -f python3; mkdir bin; cp /bin/true bin/python3")
-        await told(root, "export PATH=/work/bin:$PATH BASH_ENV=/work/x; trap 'exit 0' EXIT; mkdir t.py")
+        await told(root, "export PATH=/files/bin:$PATH BASH_ENV=/files/x; trap 'exit 0' EXIT; mkdir t.py")
         assert (await root.result() or {})["reward"] == 0.0
 
 
@@ -128,7 +97,7 @@ async def test_what_a_session_defined_does_not_answer_for_the_check() -> None:
 )
 async def test_check_files_that_cannot_be_written_pass_nothing(code: str) -> None:
     hidden = "#" + "x" * 9000 + "\nexit 1\n"
-    async with Tree({"check": "sh t/t.sh", "check_files": {"t/t.sh": hidden}}, disk_mb=4) as root:
+    async with grown({"check": "sh t/t.sh", "check_files": {"t/t.sh": hidden}}, disk_mb=4) as root:
         await told(root, code)
         result = await root.result() or {}
         assert result["reward"] == 0.0
@@ -136,7 +105,7 @@ async def test_check_files_that_cannot_be_written_pass_nothing(code: str) -> Non
 
 
 async def test_the_check_has_a_home_of_its_own() -> None:
-    async with Tree({"check": "python3 -c 'raise SystemExit(1)'"}) as root:
+    async with grown({"check": "python3 -c 'raise SystemExit(1)'"}) as root:
         await told(root, "d=$(python3 -m site --user-site); mkdir -p $d; cd $d")
         await told(root, "echo 'import os; os._exit(0)' > usercustomize.py; cd")
         assert (await told(root, "python3 -c 'print(1)'"))[1] == ""
@@ -144,7 +113,7 @@ async def test_the_check_has_a_home_of_its_own() -> None:
 
 
 async def test_a_full_tree_is_checked_as_any_other() -> None:
-    tree = Tree({"check": "test $(cat f) = 1; rm f"})
+    tree = grown({"check": "test $(cat f) = 1; rm f"})
     box = tree.environment._sandbox
     box.limits = dataclasses.replace(box.limits, branches=2)
     async with tree as root:
@@ -156,21 +125,21 @@ async def test_a_full_tree_is_checked_as_any_other() -> None:
 
 
 async def test_a_check_that_does_not_end_is_not_passed() -> None:
-    async with Tree({"check": "sleep 60"}, check_s=0.5) as root:
+    async with grown({"check": "sleep 60"}, check_s=0.5) as root:
         result = await root.result() or {}
         assert (result["reward"], "0.5 s" in result["check"]) == (0.0, True)
 
 
 async def test_no_check_no_result() -> None:
-    async with Tree() as root:
+    async with grown() as root:
         assert await root.result() is None
 
 
 @pytest.mark.parametrize(
     ("extra", "why"),
     [
-        ({"files": {"../x": ""}}, "extra.files: '../x' leads out of /work"),
-        ({"files": {"/etc/x": ""}}, "leads out of /work"),
+        ({"files": {"../x": ""}}, "extra.files: '../x' leads out of /files"),
+        ({"files": {"/etc/x": ""}}, "leads out of /files"),
         ({"files": ["x"]}, "no object of paths and texts"),
         ({"files": {"x": 1}}, "no path with a text"),
         ({"check": "true", "check_files": {"x": 1}}, "no path with a text"),
@@ -185,7 +154,7 @@ async def test_no_check_no_result() -> None:
 )
 async def test_a_question_that_cannot_be_begun_is_named(extra: dict[str, Any], why: str) -> None:
     with pytest.raises(WorldFailed) as caught:
-        async with Tree(extra):
+        async with grown(extra):
             pass
     assert why in str(caught.value)
     assert "question 'p'" in str(caught.value)
@@ -197,14 +166,14 @@ async def test_a_directory_outside_is_not_given(tmp_path: Path) -> None:
     (tmp_path / "given" / "link").symlink_to(tmp_path / "secret")
     for name in ("../secret", str(tmp_path / "secret"), "link"):
         with pytest.raises((WorldFailed, ToolUnavailable)):
-            async with Tree({"directory": name}, directories=str(tmp_path / "given")):
+            async with grown({"directory": name}, directories=str(tmp_path / "given")):
                 pass
     with pytest.raises(ValueError, match="no directory"):
         ShellEnvironment(directories=str(tmp_path / "none"))
 
 
 async def test_a_command_that_ends_the_session_never_was() -> None:
-    async with (tree := Tree(wall_s=1.0)) as root:
+    async with (tree := grown(wall_s=1.0)) as root:
         await told(root, "echo a > f")
         child = root.fork((0, 1), 1)
         status, text = await told(root, "echo b >> f; sleep 60")
@@ -218,7 +187,7 @@ async def test_a_command_that_ends_the_session_never_was() -> None:
 
 
 async def test_large_files_beyond_the_bound_are_made_again() -> None:
-    async with (tree := Tree(live_mb=12)) as root:
+    async with (tree := grown(live_mb=12)) as root:
         branches = [root, *(root.fork((0, i), 0) for i in range(1, 4))]
         for branch in branches:
             assert await told(branch, "head -c 5000000 /dev/zero > large; ls") == ("ok", "large")
@@ -248,34 +217,9 @@ COMMANDS = (
     "false",
     "tar cf t.tar log; tar tf t.tar; rm t.tar",
 )
-PROGRAMS = st.lists(
-    st.tuples(st.integers(0, 99), st.sampled_from(COMMANDS), st.booleans()), min_size=3, max_size=12
-)
 
 
 def test_copies_and_replay_answer_the_same() -> None:
     """Each branch of a random tree sees what a session that is given its path alone sees."""
-    counts: Counter[str] = Counter()
-
-    async def grown(program: Sequence[tuple[int, str, bool]]) -> None:
-        async with (tree := Tree()) as root:
-            branches = [root]
-            for which, code, forks in program:
-                branch = branches[which % len(branches)]
-                if forks and len(branches) < 6:
-                    branches.append(branch.fork((0, len(branches)), len(branch.journal)))
-                await told(branch, code)
-            for branch in branches:
-                await branch.world()
-                branch.discard("to build it again, compared with what it was answered")
-                await branch.world()
-        counts.update(tree.service.counts)
-
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-    @example([(0, COMMANDS[0], True)] * 5)
-    @given(PROGRAMS)
-    def same(program: Sequence[tuple[int, str, bool]]) -> None:
-        asyncio.run(grown(program))
-
-    same()
-    assert counts["forks_native"] >= 5, "those of the program that is always among them"
+    forks = forks_equal_replay(grown, told, COMMANDS, examples=10)
+    assert forks >= 5, "those of the program that is always among them"

@@ -140,6 +140,8 @@ CALL = '{"name": "search", "arguments": {"query": "x"}}'
         (f"<tool_call>{CALL}\n{CALL}</tool_call>", "several calls in one <tool_call>: one call at a time"),
         (f"<tool_call>{CALL} and so on</tool_call>", "goes on after its end, at 'and so on'"),
         ("<tool_call>\n<function=search>\n</function>\n</tool_call>", 'not valid JSON.*write {"name"'),
+        (f"<tool_call>{'[' * 99_999}</tool_call>", "nested too deeply"),
+        (f'<tool_call>{{"name": {"7" * 5000}}}</tool_call>', "a number is too long"),
     ],
 )
 def test_hermes_says_where_and_why_it_refuses(text: str, reason: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from sandboxes import running
 
-from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
 
 LIMITS = SandboxLimits(
     wall_s=20.0, cpu_s=5.0, memory_mb=128, output_chars=2000, file_mb=4, disk_mb=16, threads=8
@@ -20,13 +21,8 @@ LIMITS = SandboxLimits(
     scope="module", loop_scope="module", params=[True, False], ids=["namespaces", "landlock"]
 )
 async def sandbox(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
-    box = Sandbox(LIMITS, namespaces=request.param)
-    try:
-        await box.start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    yield box
-    await box.close()
+    async with running(Sandbox(LIMITS, namespaces=request.param)) as box:
+        yield box
 
 
 @pytest.fixture

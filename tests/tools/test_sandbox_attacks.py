@@ -370,6 +370,30 @@ async def test_memory_bomb(sandbox: Sandbox, code: str) -> None:
     assert result.peak_rss_mb < 300
 
 
+async def test_memory_that_no_address_is_left_of_cannot_be_had(sandbox: Sandbox) -> None:
+    """Pages of shared memory without a file stay until all of it is unmapped."""
+    code = (
+        "import mmap, os\n"
+        "for flags in (mmap.MAP_SHARED, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS):\n"
+        "    try:\n"
+        "        print(mmap.mmap(-1, 4096, flags=flags))\n"
+        "    except OSError as error:\n"
+        "        print(error)\n"
+        "try:\n"
+        "    file = open('/dev/zero', 'r+b', buffering=0)\n"
+        "    print(sum(file.read(100)))\n"
+        "    print(mmap.mmap(file.fileno(), 4096))\n"
+        "except OSError as error:\n"
+        "    print(type(error).__name__)\n"
+        "len(mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))"
+    )
+    *refused, private = (await sandbox.run(code)).stdout.splitlines()
+    assert refused[:2] == ["[Errno 12] Cannot allocate memory"] * 2
+    # With namespaces it gives zeros, and cannot be mapped; without, it is not given.
+    assert refused[2:] in (["0", "OSError"], ["PermissionError"])
+    assert private == "4096"
+
+
 async def test_huge_number_runs_into_the_deadline(sandbox: Sandbox) -> None:
     result = await sandbox.run("9 ** 9 ** 9", deadline_s=0.5)
     assert result.status in (ToolStatus.TIMEOUT, ToolStatus.ERROR)

@@ -14,21 +14,17 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from sandboxes import running
 
 from system.tools.outcome import ToolStatus
 from system.tools.sandbox.result import SandboxResult
-from system.tools.sandbox.sandbox import Sandbox, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox
 
 
 @pytest_asyncio.fixture(params=[True, False], ids=["namespaces", "landlock"])
 async def fresh(request: pytest.FixtureRequest) -> AsyncIterator[Sandbox]:
-    box = Sandbox(namespaces=request.param)
-    try:
-        await box.start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    yield box
-    await box.close()
+    async with running(Sandbox(namespaces=request.param)) as box:
+        yield box
 
 
 def children(pid: int) -> list[int]:

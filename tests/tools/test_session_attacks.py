@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from polling import eventually
+from sandboxes import running
 from sessions import alive, children, descendants, name, text, wardens
 from test_sandbox_attacks import FILE_ATTACKS, PROCESS_ATTACKS, TRY
 
 from system.tools.outcome import ToolStatus
-from system.tools.sandbox.sandbox import Sandbox, SandboxLimits, SandboxUnavailable
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
 from system.tools.sandbox.sessions import SandboxSession, SessionLost
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -28,13 +29,8 @@ LIMITS = SandboxLimits(memory_mb=128, file_mb=4, disk_mb=8, threads=8, branches=
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def box() -> AsyncIterator[Sandbox]:
-    box = Sandbox(LIMITS, namespaces=True)
-    try:
-        await box.start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    yield box
-    await box.close()
+    async with running(Sandbox(LIMITS, namespaces=True)) as box:
+        yield box
 
 
 @pytest_asyncio.fixture(loop_scope="module", params=["a session", "a fork"])

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 from polling import eventually
+from sandboxes import running
 from sessions import alive, children, descendants, name, scratch_directories, text
 
 from system.tools.outcome import ToolStatus
@@ -31,13 +32,8 @@ async def box(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sandbox
     (given / "project" / "src").mkdir(parents=True)
     (given / "project" / "src" / "run.sh").write_text("echo ran\n")
     (given / "other").mkdir()
-    box = Sandbox(LIMITS, namespaces=True, shell=Shell(given=str(given)))
-    try:
-        await box.start()
-    except SandboxUnavailable as error:
-        pytest.skip(str(error))
-    yield box
-    await box.close()
+    async with running(Sandbox(LIMITS, namespaces=True, shell=Shell(given=str(given)))) as box:
+        yield box
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -63,13 +59,13 @@ async def idle(box: Sandbox) -> None:
 
 async def test_files_variables_functions_and_the_directory_stay(tree: SessionTree) -> None:
     shell = await tree.open(files={"a/b.txt": "line\n", "ü.txt": "ä"})
-    assert await text(shell, "pwd; cat a/b.txt ü.txt") == "/work\nline\nä"
+    assert await text(shell, "pwd; cat a/b.txt ü.txt") == "/files\nline\nä"
     await text(shell, "x=5; y=(1 '2 3'); export Z=$'a\\nb'; declare -A m=([k]=v); f() { echo f $x; }; cd a")
-    assert await text(shell, "pwd; f; echo ${#y[@]} ${m[k]}; printenv Z") == "/work/a\nf 5\n2 v\na\nb"
+    assert await text(shell, "pwd; f; echo ${#y[@]} ${m[k]}; printenv Z") == "/files/a\nf 5\n2 v\na\nb"
     await text(shell, "readonly R=1; unset x; set -- 1 2; shopt -s nullglob")
     assert await text(shell, "echo ${R-none} ${x-none} $# $?") == "none none 0 0"
     assert (await shell.run("exit 3")).exit_code == 3
-    assert await text(shell, "pwd") == "/work/a"
+    assert await text(shell, "pwd") == "/files/a"
     assert await text(shell, "env | grep -c espalier; grep -c espalier /state/*; true") == (
         "0\n/state/cwd:0\n/state/functions:0\n/state/variables:0"
     )
@@ -94,8 +90,8 @@ async def test_a_fork_is_a_copy(tree: SessionTree) -> None:
     shell = await tree.open(given="project")
     await text(shell, "x=1; ln -s src link; cd link; . ./run.sh")
     child = await shell.fork()
-    assert await text(child, "pwd; echo $x; echo new > ../new; x=2") == "/work/src\n1"
-    assert await text(shell, "pwd; echo $x; ls ..") == "/work/src\n1\nlink\nsrc"
+    assert await text(child, "pwd; echo $x; echo new > ../new; x=2") == "/files/src\n1"
+    assert await text(shell, "pwd; echo $x; ls ..") == "/files/src\n1\nlink\nsrc"
     grandchild = await child.fork()
     assert await text(grandchild, "cat ../new; echo $x; readlink ../link") == "new\n2\nsrc"
     await child.close()
@@ -115,15 +111,15 @@ async def test_what_no_copy_can_equal_is_not_copied(tree: SessionTree, code: str
 
 async def test_sessions_and_the_machine_are_out_of_reach(box: Sandbox, tree: SessionTree) -> None:
     one, other = await tree.open(files={"secret": "1"}), await tree.open()
-    assert await text(one, "ls /scratch /given /work") == "/given:\n\n/scratch:\n\n/work:\nsecret"
-    assert await text(other, "ls /work /tmp | grep -c secret; true") == "0"
+    assert await text(one, "ls /scratch /given /files") == "/files:\nsecret\n\n/given:\n\n/scratch:"
+    assert await text(other, "ls /files /tmp | grep -c secret; true") == "0"
     tries = {
         "exec 3<>/dev/tcp/127.0.0.1/22": "not permitted",
         "cat /etc/shadow": "No such file",
         f"kill -9 {warden(box)}": "No such process",
         "kill 1": "not permitted",
         "unshare -r true": "not permitted",
-        "mount -t tmpfs x /work": "superuser",
+        "mount -t tmpfs x /files": "superuser",
         "chmod u+s /usr/bin/env": "Read-only|not permitted",
         "echo > /usr/bin/new": "Read-only|Permission denied",
         "mknod d c 1 3": "not permitted",

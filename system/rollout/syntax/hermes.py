@@ -60,8 +60,9 @@ class HermesSyntax(Syntax):
         except json.JSONDecodeError as error:
             where = f"{error.msg}, line {error.lineno}, column {error.colno}, at {_near(text, error.pos)}"
             return MalformedCall(f"the tool call is not valid JSON: {where}; write {FORM}")
-        except (ValueError, RecursionError):
-            return MalformedCall(f"the tool call is not valid JSON: nested too deeply; write {FORM}")
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
+            return MalformedCall(f"the tool call is not valid JSON: {why}; write {FORM}")
         if rest := text[end:].strip():
             if rest[0] in "{[,":
                 return MalformedCall(f"several calls in one {OPEN}: {ONE[self.several]}")

@@ -16,8 +16,10 @@ from system.tools.sandbox.settings import DEVICES, Settings, readable_directorie
 
 SCRATCH = "/scratch"
 GIVEN = "/given"  # what the sessions of a shell may begin with; no command sees it
-WORK, TMP = "/work", "/tmp"  # of a shell
-OF_SHELL = (WORK, TMP, "/state")
+FILES, TMP = "/files", "/tmp"  # of a shell
+OF_SHELL = (FILES, TMP, "/state")
+# In the cell it is /dev/full, which reads alike: mapped, the other one is memory that no limit counts.
+ZEROS = "/dev/zero"
 _READ_ONLY = kernel.ATTR_RDONLY | kernel.ATTR_NOSUID
 
 
@@ -42,9 +44,10 @@ def build(settings: Settings) -> int:
         else:
             os.makedirs(_inside(root, directory), exist_ok=True)
             _bind(directory, _inside(root, directory), _READ_ONLY | kernel.ATTR_NODEV)
-    for file in (*readable_files(settings), *DEVICES):
+    files = {file: file for file in (*readable_files(settings), *DEVICES)} | {ZEROS: "/dev/full"}
+    for name, file in files.items():
         if os.path.exists(file):
-            target = _inside(root, file)
+            target = _inside(root, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             with open(target, "x"):
                 pass

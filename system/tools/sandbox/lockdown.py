@@ -140,7 +140,7 @@ def confine_command(confinement: Confinement, uid: int | None, leash: int) -> No
     _limit(resource.RLIMIT_NPROC, limits.threads * limits.branches + _foreign_tasks(confinement, uid))
     if uid:
         _become(uid)
-    _enclose(confinement, cell.OF_SHELL, cell.WORK, leash)
+    _enclose(confinement, cell.OF_SHELL, cell.FILES, leash)
     kernel.install_filter(confinement.shell_syscalls)
 
 
@@ -177,9 +177,9 @@ def _landlock_ruleset(confinement: Confinement, writable: str | Sequence[str]) -
 
 def _readable(settings: Settings) -> Iterator[tuple[int, int]]:
     rights = dict.fromkeys(readable_directories(settings), _READ)
-    rights |= dict.fromkeys(readable_files(settings), _READ_FILE) | dict.fromkeys(
-        DEVICES, _READ_FILE | _WRITE_FILE
-    )
+    rights |= dict.fromkeys(readable_files(settings), _READ_FILE)
+    devices = (*DEVICES, cell.ZEROS) if settings.namespaces else DEVICES
+    rights |= dict.fromkeys(devices, _READ_FILE | _WRITE_FILE)
     for path, allowed in rights.items():
         if os.path.exists(path):
             yield os.open(path, os.O_PATH | os.O_CLOEXEC), allowed

@@ -13,7 +13,8 @@ Allowed: ordinary file, memory, time and signal-handling calls, threads.  Not al
 - ``truncate``, ``open(O_RDONLY | O_TRUNC)`` (Landlock before Linux 6.2 lets them pass), ``chmod``, ``chown``,
   ``utime``, ``setxattr`` (which Landlock never restricts): no change outside the scratch directory, not even
   to metadata;
-- ``memfd_create``, System V and POSIX IPC: memory that RLIMIT_AS does not count;
+- ``memfd_create``, System V and POSIX IPC, ``mmap(MAP_SHARED | MAP_ANONYMOUS)``: memory that stays when no
+  address of it is left, so that no limit counts it;
 - ``mount``, ``unshare``, ``setns``, ``bpf``, ``io_uring_*``, ``keyctl``, ``kexec_load``, ``perf_event_open``,
   ``userfaultfd``, …: the parts of the kernel where its holes are found.
 
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import signal
 import socket
@@ -66,7 +68,7 @@ _PLAIN: dict[str, tuple[int | None, int | None]] = {
     "recvfrom": (45, 207), "sendto": (44, 206), "shutdown": (48, 210), "getsockopt": (55, 209),
     "setsockopt": (54, 208), "getsockname": (51, 204), "getpeername": (52, 205),
     # memory
-    "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233),
+    "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216), "madvise": (28, 233),
     "brk": (12, 214), "msync": (26, 227), "mincore": (27, 232), "membarrier": (324, 283),
     # oneself
     "exit": (60, 93), "exit_group": (231, 94), "getpid": (39, 172), "getppid": (110, 173),
@@ -109,6 +111,8 @@ _CLONE_THREAD = 0x00010000
 _CLONE_NEW = 0x7E020080  # CLONE_NEW*: namespaces
 _CLONE_IDS = 0x01200000  # CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID, as fork() of the C library sets them
 FORKS = (signal.SIGCHLD | _CLONE_IDS, int(signal.SIGCHLD))  # flags of clone for a fork and nothing else
+_MAP_TYPE = 0x0F  # of the flags of mmap: shared, private, …
+_SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PRCTLS = (15, 16, 0x53564D41)  # PR_SET_NAME PR_GET_NAME PR_SET_VMA
@@ -232,6 +236,7 @@ def _checked(pid: int) -> dict[str, Checked]:
         "prlimit64": ((302, 261), _one_of(0, (0, pid))),
         "kill": ((62, 129), _one_of(0, (pid,))),
         "tgkill": ((234, 131), _one_of(0, (pid,))),
+        "mmap": ((9, 222), _unless_masked(3, _MAP_TYPE | mmap.MAP_ANONYMOUS, _SHARED, errno.ENOMEM)),
         "clone": ((56, 220), _unless_masked(0, _CLONE_THREAD, 0)),
         # Its flags lie in memory, out of a filter's sight; on ENOSYS the C library uses clone.
         "clone3": ((435, 435), [_refuse(errno.ENOSYS)]),
@@ -260,9 +265,9 @@ def _one_of(index: int, values: Sequence[int], otherwise: int = errno.EPERM) -> 
     return [_load_argument(index), *tests, _refuse(otherwise), (_RETURN, 0, 0, _ALLOW)]
 
 
-def _unless_masked(index: int, mask: int, refused: int) -> list[Instruction]:
+def _unless_masked(index: int, mask: int, refused: int, number: int = errno.EPERM) -> list[Instruction]:
     compare = [(_AND, 0, 0, mask), (_EQUAL, 1, 0, refused)]
-    return [_load_argument(index), *compare, (_RETURN, 0, 0, _ALLOW), _refuse()]
+    return [_load_argument(index), *compare, (_RETURN, 0, 0, _ALLOW), _refuse(number)]
 
 
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ PROGRAMS = (
     "/etc/alternatives",
 )
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/urandom")
 
 
 @dataclass(frozen=True, slots=True)

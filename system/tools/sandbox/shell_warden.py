@@ -7,7 +7,7 @@
 
 Calls are those of :mod:`.session_warden`; ``open {given, files}`` says what a session begins with.
 
-A session is a file system of limited size with three directories: ``/work``, ``/tmp``, and ``/state``, which
+A session is a file system of limited size with three directories: ``/files``, ``/tmp``, and ``/state``, which
 has the working directory, variables and functions of the last command.  Nothing runs between two commands:
 each has a PID namespace of its own, whose end ends all that it started.  So a fork is a copy of files.
 """
@@ -94,7 +94,7 @@ class ShellWarden(SessionWarden[_Shell]):
                     self._own(home + directory)
                 if given := request.get("given"):
                     until = time.monotonic() + _FILES_S
-                    self._copy(f"{cell.GIVEN}/{given}", home + cell.WORK, until)
+                    self._copy(f"{cell.GIVEN}/{given}", home + cell.FILES, until)
                 if files := request.get("files"):
                     self._write(home, files)
                 return self._added(home)
@@ -325,7 +325,7 @@ class _Runner:
         os.environ.clear()
         os.environ.update(
             PATH=":".join(dict.fromkeys([*own, "/usr/local/bin", "/usr/bin", "/bin"])),
-            HOME=cell.WORK,
+            HOME=cell.FILES,
             TMPDIR=cell.TMP,
             LANG="C.UTF-8",
             TZ="UTC",
