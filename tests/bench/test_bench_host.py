@@ -11,7 +11,7 @@ from system.bench.host import Load, make_plan, measure, stub
 from system.engine.pool import EnginePool
 from system.engine.protocol import GenerateRequest, Sampling
 
-LOAD = Load(24, 16, 4000.0, warm_s=1.0, measured_s=1.5, tool_s=0.02, leaves=8, roots=4)
+LOAD = Load(24, 16, 4000.0, warm_s=1.0, measured_s=4.0, tool_s=0.02, leaves=8, roots=4)
 
 
 async def test_the_client_reads_from_the_stub_what_its_plan_says() -> None:
