@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import ThreadedResolver, web
 from browsing import Site, bomb, browse, browser, dripping, endless, pdf
+from polling import eventually
 from sessions import children, command
 
 from system.config.load import load
@@ -328,6 +329,10 @@ async def test_a_pdf_that_inflates_to_gigabytes_is_given_up(site: Site, tools: T
     assert (await browse(tools, f"{site.url}/")).status is ToolStatus.OK
 
 
+def reads(pid: int) -> bool:
+    return "system.tools.browse.reading" in command(pid)
+
+
 async def test_a_page_that_hangs_its_reader_holds_nobody_up(site: Site) -> None:
     """A parser needs minutes for elements nested so deep: its process is ended, and the loop never waits."""
     site.pages["/deep"] = "<div>" * 200_000 + "bottom"
@@ -339,7 +344,7 @@ async def test_a_page_that_hangs_its_reader_holds_nobody_up(site: Site) -> None:
         beats += 1
     assert (await deep).status is ToolStatus.TIMEOUT
     assert beats >= 20  # of 150 on a machine that has nothing else to do
-    assert not [pid for pid in children(os.getpid()) if "system.tools.browse.reading" in command(pid)]
+    await eventually(lambda: not any(map(reads, children(os.getpid()))), 20, "its reader still runs")
     assert (await browse(tools, f"{site.url}/")).status is ToolStatus.OK
     await tools.close()
 
