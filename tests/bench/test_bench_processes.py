@@ -50,7 +50,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
             time.sleep(0.05)
             children = psutil.Process(owner.pid).children()
         owner.kill()
-    ended, left = psutil.wait_procs(children, timeout=30)
+    ended, left = psutil.wait_procs(children, timeout=60)
     for child in left:
         child.kill()
     assert (len(ended), left) == (1, [])

@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any) -> N
     below = [process for process in run.descendants() if not name(process).endswith("Agent")]
     os.kill(run.process.pid, signal.SIGINT)
     assert run.wait(60) == 3
-    _, alive = psutil.wait_procs(below, timeout=30)
+    _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive, f"outlived the run: {alive}"
     reached = run.steps()
     kept_trees = run.directory / "checkpoints" / f"v{newest_checkpoint(run.directory):06d}.trees"

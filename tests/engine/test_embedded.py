@@ -34,7 +34,7 @@ from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateReque
 
 async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:
     """Poll the server until it says so."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not reached((await served.client.infos())[0]):  # noqa: ASYNC110 (a server's state, not an event)
             await asyncio.sleep(0.002)
 
