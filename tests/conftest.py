@@ -6,13 +6,20 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL
 
+import psutil
 import pytest
+from hypothesis import settings
 
 from system.serving import free_port
+
+# Seconds say nothing of what is computed: another process may have had the core meanwhile.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +47,22 @@ def mcp_server(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
     command = [npm, "install", "--no-audit", "--no-fund", "--prefix", str(there), f"{package}@2026.8.31"]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     return there / "node_modules" / package / "dist" / "index.js"
+
+
+def living() -> dict[int, list[str]]:
+    """The processes below this one that have not ended, by what they were started with."""
+    found: dict[int, list[str]] = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a zombie is none, either
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = process.cmdline()
+    return found
+
+
+@pytest.fixture
+def below() -> Callable[[], dict[int, list[str]]]:
+    """``below()``: the words of the processes below this one that have not ended, by their number."""
+    return living
 
 
 class HttpServer:

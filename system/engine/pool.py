@@ -254,6 +254,7 @@ class EnginePool:
             await asyncio.sleep(_REPORT_S)
 
     async def _report_of(self, url: str) -> None:
+        own = self._router.own(url)
         try:
             report = await EngineControl(url, self._http).info(_REPORT_DEADLINE_S)
         except Unreachable:
@@ -261,7 +262,7 @@ class EnginePool:
         except EngineError as error:  # slow or starting: its requests will show
             log.debug("no report: %s", error)
         else:
-            self._router.report(url, report)
+            self._router.report(url, report, own)
 
     # One attempt
 

@@ -304,17 +304,22 @@ class Router:
         self.failed(url, now)
         self._servers[url].life += 1
 
-    def report(self, url: str, info: EngineInfo) -> None:
-        """What the server says about itself, just now."""
+    def own(self, url: str) -> int:
+        """Requests of this client that are at the server now."""
+        return sum(not math.isnan(one.sent_s) for one in self._servers[url].open)
+
+    def report(self, url: str, info: EngineInfo, own: int = 0) -> None:
+        """What the server says about itself, just now.
+
+        ``own``: :meth:`own` of when it was asked: a request that has ended since may be in what it says.
+        """
         server = self._servers[url]
         server.failed_s = -math.inf
         server.paused = info.paused
         if info.weight_version < server.version:  # it was restarted with its first weights
             server.life += 1
         server.version = info.weight_version
-        server.others = max(
-            0, info.running + info.waiting - sum(not math.isnan(p.sent_s) for p in server.open)
-        )
+        server.others = max(0, info.running + info.waiting - max(own, self.own(url)))
         server.rows = info.max_running or math.inf
         if info.waiting and server.full and info.running and not info.paused:
             # Twice in a row requests wait: it is full, of KV memory if not of rows.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -92,13 +93,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 async def test_nothing_listens_beyond_loopback_and_all_keys_are_private(cluster: Path) -> None:
     sleeper = spawn(Sleeper, "listener")
     await answer(sleeper.sleep.remote(0.0), 60, "a nap")
-    here = psutil.Process()
-    found = [
-        connection.laddr.ip
-        for process in [here, *here.children(recursive=True)]
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    here, found = psutil.Process(), list[str]()
+    for process in [here, *here.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # Ray ends processes as it likes
+            open_ones = process.net_connections("inet")
+            found += [one.laddr.ip for one in open_ones if one.status == psutil.CONN_LISTEN]
     assert len(found) > 3, "Ray's own servers"
     assert {ip.removeprefix("::ffff:") for ip in found} == {"127.0.0.1"}
     root = cluster.parent
@@ -107,7 +106,9 @@ async def test_nothing_listens_beyond_loopback_and_all_keys_are_private(cluster:
     assert await answer(sleeper.held.remote(), 60, "its keys") == key.read_text() == keys.held().engines
     assert token.read_text() != key.read_text()
     for process in here.children(recursive=True):
-        seen = " ".join(process.cmdline()) + str(process.environ())
+        seen = ""
+        with suppress(psutil.NoSuchProcess):
+            seen = " ".join(process.cmdline()) + str(process.environ())
         assert token.read_text() not in seen
         assert key.read_text() not in seen
 
@@ -172,6 +173,13 @@ async def test_a_killed_actor_is_lost_once_and_then_back_if_it_may_restart() -> 
     assert await answer(phoenix.pid.remote(), 60, "pid") > 0
 
 
+async def heard(beats: Heartbeats, name: str) -> None:
+    """Return once the actor has answered."""
+    async with asyncio.timeout(60):
+        while name not in beats._pulses or not beats._pulses[name].pid:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 async def test_a_frozen_actor_is_killed_and_comes_back_and_a_busy_one_is_left_alone() -> None:
@@ -182,12 +190,12 @@ async def test_a_frozen_actor_is_killed_and_comes_back_and_a_busy_one_is_left_al
     watch = asyncio.create_task(beats.watch())
     first = await answer(frozen.pid.remote(), 60, "pid")
     nap = asyncio.ensure_future(answer(busy.sleep.remote(5.0), 60, "longer than silence may be"))
-    await asyncio.sleep(1.0)  # heard once
+    await heard(beats, "frozen")
     os.kill(first, signal.SIGSTOP)
     began = time.monotonic()
     while not said and not watch.done():  # noqa: ASYNC110
         await asyncio.sleep(0.1)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     await returned(frozen, 60, "frozen")
     assert await answer(frozen.pid.remote(), 60, "pid") != first
     assert await nap == 5.0
@@ -211,9 +219,9 @@ async def test_an_actor_that_does_not_return_ends_the_run_by_its_silence() -> No
 async def test_nobody_is_dead_because_this_process_stood_still() -> None:
     actor, said = spawn(Sleeper, "patient"), list[str]()
     pid = await answer(actor.pid.remote(), 60, "pid")
-    watch = asyncio.create_task(
-        Heartbeats(lambda: {"a": Watched(actor, {}, True)}, 2, 60, said.append).watch()
-    )
+    beats = Heartbeats(lambda: {"a": Watched(actor, {}, True)}, 2, 60, said.append)
+    watch = asyncio.create_task(beats.watch())
+    await heard(beats, "a")
     nap = asyncio.ensure_future(answer(actor.sleep.remote(0.3), 1.0, "a short nap"))
     await asyncio.sleep(0.5)
     time.sleep(5)  # noqa: ASYNC251 -- as a suspended process does

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -237,7 +236,7 @@ async def test_a_deadline_ends_one_agent_and_not_the_others() -> None:
     bench = Bench(
         numbered(sleeps, says, says),
         *[f"It is 42.{END}"] * 2,
-        agent={"deadline_s": 0.3},
+        agent={"deadline_s": 3.0},
         leaves=3,
         roots=3,
     )
@@ -253,11 +252,9 @@ async def test_the_trees_deadline_ends_all_that_are_left_and_those_that_wait() -
         agent={"concurrency": 1},
         leaves=4,
         roots=4,
-        tree_deadline_s=1.0,
+        tree_deadline_s=4.0,
     )
-    began = time.monotonic()
-    tree = await bench.tree()
-    assert time.monotonic() - began < 10
+    tree = await asyncio.wait_for(bench.tree(), 60)  # one sleeps for ten minutes
     assert tree.outcome.tolist() == [Outcome.ENDED] * 2 + [Outcome.DEADLINE] * 2
     assert tree.meta["agents"][3] == {
         "outcome": "deadline",

@@ -41,7 +41,7 @@ def program(tmp_path: Path, code: str, words: str = "", **settings: Any) -> Prog
     return ProgramAgent(AgentConfig(command=command, **settings), tmp_path / "scratch")
 
 
-def gone(pid: int, within_s: float = 5.0) -> bool:
+def gone(pid: int, within_s: float = 20.0) -> bool:
     until = time.monotonic() + within_s
     while time.monotonic() < until:
         try:
@@ -161,8 +161,11 @@ def in_a_thread(session: SessionAddress, task: dict[str, Any]) -> Any:
     return "on the main thread" if threading.current_thread() is threading.main_thread() else "elsewhere"
 
 
-def sleeps(session: SessionAddress, task: dict[str, Any]) -> Any:
-    time.sleep(1)
+LET_GO = threading.Event()
+
+
+def stuck(session: SessionAddress, task: dict[str, Any]) -> Any:
+    LET_GO.wait()
 
 
 def gives(session: SessionAddress, task: dict[str, Any], what: Any = None) -> Any:
@@ -183,11 +186,12 @@ async def test_a_function_runs_on_the_loop_or_in_a_thread() -> None:
 
 
 async def test_a_thread_past_its_deadline_is_left_behind() -> None:
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.1):
-            await agent("sleeps")(SESSION, TASK)
-    assert time.monotonic() - began < 0.9
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await agent("stuck")(SESSION, TASK)
+    finally:
+        LET_GO.set()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from system.bench.host import Load, make_plan, measure, stub
 from system.engine.pool import EnginePool
 from system.engine.protocol import GenerateRequest, Sampling
 
-LOAD = Load(24, 16, 4000.0, warm_s=1.0, measured_s=1.5, tool_s=0.02, leaves=8, roots=4)
+LOAD = Load(24, 16, 4000.0, warm_s=1.0, measured_s=4.0, tool_s=0.02, leaves=8, roots=4)
 
 
 async def test_the_client_reads_from_the_stub_what_its_plan_says() -> None:
@@ -21,7 +21,7 @@ async def test_the_client_reads_from_the_stub_what_its_plan_says() -> None:
         try:
             for seed in (3, 64 + 5):  # the second segment over the first one's connection
                 request = GenerateRequest(f"r{seed}", np.arange(9, dtype=np.int32), Sampling(500, seed=seed))
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     chunks = [chunk async for chunk in client.generate(request)]
                 tokens = np.concatenate([chunk.tokens for chunk in chunks])
                 assert tokens.tolist() == plan.segments[seed % 64]

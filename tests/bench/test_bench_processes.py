@@ -5,12 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from system.bench.processes import run_to_end
+
+
+def words(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):  # the test fails below
+        return process.cmdline()
+    return []
 
 
 async def test_a_process_is_run_to_its_end(tmp_path: Path) -> None:
@@ -26,9 +33,10 @@ async def test_a_process_that_fails_is_named_by_its_last_line_and_its_log(tmp_pa
 
 
 async def test_a_process_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    before = set(psutil.Process().children())
     with pytest.raises(TimeoutError, match=r"not done after 0\.5 s; see .*/log"):
         await run_to_end("http.server", "0", log=tmp_path / "log", limit_s=0.5)
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= before
 
 
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
@@ -38,11 +46,11 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code]) as owner:
         until, children = time.monotonic() + 60, []
-        while not (children and "http.server" in children[0].cmdline()) and time.monotonic() < until:
+        while not (children and "http.server" in words(children[0])) and time.monotonic() < until:
             time.sleep(0.05)
             children = psutil.Process(owner.pid).children()
         owner.kill()
-    ended, left = psutil.wait_procs(children, timeout=30)
+    ended, left = psutil.wait_procs(children, timeout=60)
     for child in left:
         child.kill()
     assert (len(ended), left) == (1, [])

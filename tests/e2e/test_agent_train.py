@@ -25,6 +25,7 @@ def test_a_program_is_trained_unchanged(tmp_path: Path) -> None:
         "agent.run=",
         f"agent.command=python {EXAMPLES / 'search_agent.py'} {{question}}",
         "agent.concurrency=4",
+        "agent.deadline_s=300",  # each is a program, which a busy machine starts slowly
         f"run.dir={tmp_path}",
         "run.name=mine",
         "run.steps=2",

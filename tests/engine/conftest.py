@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_models import SGLANG_KEY, EngineClient, Served, TinyModel, make_model
+from engine_models import SGLANG_KEY, EngineClient, Paced, Served, TinyModel, make_model
 
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
@@ -36,15 +36,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
 
 @pytest.fixture
 async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., Any]]:
-    """``await serve(family, tied, **engine_config)``: a server that ends with the test."""
+    """``await serve(family, tied, **engine_config)``: a server that ends with the test.
+
+    ``pass_s``: seconds that a step of it takes at least.
+    """
     running: list[Served] = []
 
-    async def start(family: str = "qwen3", tied: bool = True, **settings: Any) -> Served:
+    async def start(family: str = "qwen3", tied: bool = True, pass_s: float = 0.0, **settings: Any) -> Served:
         model = tiny(family, tied)
         defaults: dict[str, Any] = {"device": "cpu", "max_running": 32, "max_context": 256, "cache_slots": 32}
         engine = EmbeddedEngine(EngineConfig(**{**defaults, **settings}), model.path, seed=0)
+        pace = Paced(engine, pass_s)
         url = await engine.start()
-        running.append(Served(model, engine, EngineClient([url], deadline_s=60, stall_s=30)))
+        running.append(Served(model, engine, EngineClient([url], deadline_s=60, stall_s=30), pace))
         return running[-1]
 
     yield start

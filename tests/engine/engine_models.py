@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,21 @@ class EngineClient(EnginePool):
                 await asyncio.sleep(0.1)
 
 
+class Paced:
+    """A decoder that takes so long for a pass at least: what is to happen while tokens come, does."""
+
+    def __init__(self, engine: EmbeddedEngine, pass_s: float) -> None:
+        self.decoder, self.pass_s = engine._scheduler._decoder, pass_s
+        engine._scheduler._decoder = self  # type: ignore[assignment]
+
+    def forward(self, *given: Any) -> Any:
+        time.sleep(self.pass_s)
+        return self.decoder.forward(*given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+
 @dataclass
 class Served:
     """A running server and a client of it."""
@@ -149,6 +165,7 @@ class Served:
     model: TinyModel
     engine: EmbeddedEngine
     client: EngineClient
+    pace: Paced
 
     @property
     def url(self) -> str:

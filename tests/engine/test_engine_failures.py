@@ -46,7 +46,7 @@ async def together(served: Served, prompts: list[Any]) -> list[Chunk]:
     asked = []
     for number, ids in enumerate(prompts):
         asked.append(asyncio.create_task(collect(served.client, request(str(number), ids, 8))))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while served.engine._scheduler.waiting <= number:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
     await served.client.post("/continue_generation")

@@ -29,12 +29,30 @@ class Process:
         self.process.send_signal(signal.SIGKILL)
 
 
+# The server, each step of which takes so many seconds longer.
+PACED = """
+import sys, time
+from system.engine.embedded import __main__ as server, model
+forward = model.Decoder.forward
+def paced(*given):
+    time.sleep({pass_s})
+    return forward(*given)
+model.Decoder.forward = paced
+server.main(sys.argv[1:])
+"""
+
+
 @asynccontextmanager
-async def server_process(model: TinyModel, port: int = 0) -> AsyncIterator[Process]:
-    """An embedded server in a process of its own, which may be killed."""
+async def server_process(model: TinyModel, port: int = 0, pass_s: float = 0.0) -> AsyncIterator[Process]:
+    """An embedded server in a process of its own, which may be killed.
+
+    ``pass_s``: seconds that a step of it takes at least.  It goes on while this process stands still: what is
+    to happen in the middle of an answer needs one that is slow.
+    """
     port = port or free_port()
+    program = PACED.format(pass_s=pass_s)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "system.engine.embedded", "--model", str(model.path), "--port", str(port)),
+        *(sys.executable, "-c", program, "--model", str(model.path), "--port", str(port)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
@@ -51,7 +69,7 @@ async def test_a_branch_goes_on_elsewhere_when_its_server_is_killed(tiny: Callab
     Afterwards the killed server comes back and is used again.
     """
     model, ids = tiny(), prompt(12)
-    async with server_process(model) as first, server_process(model) as second:
+    async with server_process(model, pass_s=0.005) as first, server_process(model, pass_s=0.005) as second:
         client = EngineClient([first.url, second.url], deadline_s=60)
         await client.wait_ready(60)
         whole = joined(await collect(client, request("whole", ids, 400, seed=3)))
@@ -97,11 +115,11 @@ async def test_a_paused_server_is_avoided_and_comes_back(pair: tuple[Served, Ser
         await collect(client, replace(request(f"p{i}", prompt(5, i), 2), route=f"p{i}"))
     assert second.engine.load_report()["requests"] == 6
     await first.client.resume()
-    before = first.engine.load_report()["requests"]
-    await asyncio.sleep(1.5)
-    for i in range(6):
-        await collect(client, replace(request(f"q{i}", prompt(5, i), 2), route=f"q{i}"))
-    assert first.engine.load_report()["requests"] > before
+    before, number = first.engine.load_report()["requests"], 0
+    async with asyncio.timeout(60):  # its next report says that it goes on
+        while first.engine.load_report()["requests"] == before:
+            await collect(client, replace(request(f"q{number}", prompt(5, number), 2), route=f"q{number}"))
+            number += 1
     await client.close()
 
 
@@ -151,21 +169,21 @@ async def test_turns_are_bounded_fair_and_counted(serve: Callable[..., Any]) -> 
 
 
 async def test_a_request_that_waits_for_its_turn_can_be_given_up(serve: Callable[..., Any]) -> None:
-    one = await serve("qwen3", True)
+    one = await serve("qwen3", True, pass_s=0.01)
     client = EngineClient([one.url], in_flight=1, deadline_s=60)
     running = asyncio.create_task(collect(client, request("runs", prompt(5), 240)))
     waiting = [asyncio.create_task(collect(client, request(f"w{i}", prompt(5), 240))) for i in range(3)]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (await one.client.infos())[0].running:  # noqa: ASYNC110 (a server's state)
             await asyncio.sleep(0.002)
     waiting[0].cancel()
-    await asyncio.wait(waiting[:1], timeout=5)
+    await asyncio.wait(waiting[:1], timeout=60)
     assert waiting[0].cancelled()
     assert not running.done()
     for task in (running, *waiting[1:]):
         task.cancel()
-    await asyncio.wait((running, *waiting[1:]), timeout=5)
-    async with asyncio.timeout(10):
+    await asyncio.wait((running, *waiting[1:]), timeout=60)
+    async with asyncio.timeout(60):
         while (await one.client.infos())[0].running:  # noqa: ASYNC110 (a server's state)
             await asyncio.sleep(0.002)
     late = joined(await collect(client, request("late", prompt(5), 4)))
@@ -182,5 +200,6 @@ async def test_a_request_that_waits_too_long_says_so(serve: Callable[..., Any]) 
     )
     assert all("not done within 0.4 s" in str(result) for result in results)
     await one.client.resume()
+    client._deadline_s = 60.0
     assert joined(await collect(client, request("late", prompt(5), 4))).tokens.size == 4
     await client.close()

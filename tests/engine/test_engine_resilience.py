@@ -6,10 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,6 +27,7 @@ from engine_models import (
     request,
     text_of,
 )
+from test_engine_replicas import server_process
 
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
@@ -115,7 +112,9 @@ async def test_one_connection_serves_one_request_after_another(monkeypatch: pyte
         for number in range(4):
             (chunk,) = await collect(client, request(f"r{number}", prompt(3)))
             assert chunk.tokens.tolist() == [5]
-            await asyncio.sleep(0.06)
+            async with asyncio.timeout(60):
+                while client._endings:  # noqa: ASYNC110 (whose last one reads the stream to its end)
+                    await asyncio.sleep(0.01)
         assert len(peers) == 1
     finally:
         await client.close()
@@ -210,28 +209,18 @@ async def test_a_silent_server_is_given_up_at_the_deadline() -> None:
 
 
 async def test_a_killed_server_is_an_error_within_the_deadline(tiny: Callable[..., TinyModel]) -> None:
-    port = free_port()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "system.engine.embedded", "--model", str(tiny().path), "--port", str(port)),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-    )
-    client = EngineClient([f"http://127.0.0.1:{port}"], deadline_s=30, retries=2)
-    try:
+    async with server_process(tiny(), pass_s=0.005) as server:
+        client = EngineClient([server.url], deadline_s=30, retries=2)
         await client.wait_ready(60)
         chunks = client.generate(request("a", prompt(5), 450))
         got = len((await anext(chunks)).tokens)
-        process.send_signal(signal.SIGKILL)
+        server.kill()
         began = time.monotonic()
         with pytest.raises(EngineError):  # noqa: PT012 (any of the reads may be the one that fails)
             while True:
                 got += len((await anext(chunks)).tokens)
         assert 0 < got < 450
         assert time.monotonic() - began < 30
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
         await client.close()
 
 
@@ -239,6 +228,7 @@ async def test_an_engine_that_fails_says_so(one: Served, monkeypatch: pytest.Mon
     def broken(self: Any) -> None:
         raise MemoryError("no room for keys")
 
+    one.pace.pass_s = 0.01
     client = EngineClient([one.url], retries=1)
     task = asyncio.create_task(collect(client, request("a", prompt(5), 200)))
     await asyncio.sleep(0.05)
@@ -361,6 +351,7 @@ async def test_bad_requests_are_named(one: Served) -> None:
 
 
 async def test_a_duplicate_request_id_is_refused(one: Served) -> None:
+    one.pace.pass_s = 0.01
     body = {
         "rid": "twice",
         "stream": True,
@@ -369,12 +360,13 @@ async def test_a_duplicate_request_id_is_refused(one: Served) -> None:
     }
     async with aiohttp.ClientSession() as session:
         first = asyncio.create_task(session.post(f"{one.url}/generate", json=body))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not (await one.client.infos())[0].running:  # noqa: ASYNC110 (another process's state)
                 await asyncio.sleep(0.002)
         async with session.post(f"{one.url}/generate", json=body) as second:
             assert second.status == 400
             assert "twice" in await second.text()
+        one.pace.pass_s = 0.0
         answer = await first
         assert answer.status == 200, "the first one must not suffer"
         results = list(EventSplitter().feed(await answer.read()))

@@ -82,7 +82,10 @@ async def test_a_tree_survives_new_weights_a_killed_engine_and_a_restart(
     tiny: Callable[..., TinyModel],
 ) -> None:
     models = {0: tiny("qwen3", True, 0), 1: tiny("qwen3", True, 1)}
-    async with server_process(models[0]) as first, server_process(models[0]) as second:
+    async with (
+        server_process(models[0], pass_s=0.01) as first,
+        server_process(models[0], pass_s=0.01) as second,
+    ):
         client = EngineClient([first.url, second.url], deadline_s=120)
         await client.wait_ready(60)
         growing = TreeRollout(context(client), PROMPT, seed=5)

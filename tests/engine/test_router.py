@@ -63,6 +63,20 @@ def test_load_of_other_clients_counts_once() -> None:
     assert [router.place(f"n{i}", 50, 1.0, tree=f"n{i}").url for i in range(2)] == [mine.url, mine.url]
 
 
+def test_a_request_that_ends_while_a_report_is_on_its_way_is_nobody_elses() -> None:
+    router = Router([A, B])
+    mine = router.place("r0", 50, 0.0, tree="t0")
+    router.sent(mine, 0.0)
+    asked = router.own(mine.url)
+    router.end(mine, finished=True)
+    router.report(mine.url, info(running=1), asked)
+    placed = set[str]()
+    for i in range(2):
+        placed.add((new := router.place(f"n{i}", 50, 1.0, tree=f"n{i}")).url)
+        router.end(new)
+    assert placed == {A, B}, "neither is busier than the other"
+
+
 def test_failed_and_paused_servers_are_left_and_come_back() -> None:
     router = Router([A, B])
     first = router.place("r0", 50, 0.0, tree="t")

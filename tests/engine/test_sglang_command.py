@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -172,9 +173,15 @@ def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
-def gone(processes: list[psutil.Process], within_s: float = 10.0) -> bool:
+def runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it may end between two looks
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def gone(processes: list[psutil.Process], within_s: float = 20.0) -> bool:
     until = time.monotonic() + within_s
-    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
+    while any(map(runs, processes)):
         if time.monotonic() > until:
             return False
         time.sleep(0.05)
@@ -183,7 +190,7 @@ def gone(processes: list[psutil.Process], within_s: float = 10.0) -> bool:
 
 def settled(pid: int, count: int) -> list[psutil.Process]:
     """The descendants of ``pid`` once there are ``count`` of them."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while len(found := family(pid)) < count:
         assert time.monotonic() < until, found
         time.sleep(0.05)
@@ -203,8 +210,8 @@ def test_ready_then_stopped_with_all_it_started(start: Callable[..., SglangServe
 def test_an_early_end_and_a_missed_deadline_carry_the_log(start: Callable[..., SglangServer]) -> None:
     with pytest.raises(ServerFailed, match=r"ended with status 1(?s:.*)fake server(?s:.*)no such model"):
         start("broken").wait_ready(20)
-    with pytest.raises(ServerFailed, match=r"not ready within 1.5 s(?s:.*)fake server") as missed:
-        start("never").wait_ready(1.5)
+    with pytest.raises(ServerFailed, match=r"not ready within 4 s(?s:.*)fake server") as missed:
+        start("never").wait_ready(4.0)
     assert "no such model" not in str(missed.value), "the log of an earlier start"
 
 
@@ -224,7 +231,7 @@ def test_a_server_that_hangs_is_killed(
     processes = settled(server._supervisor.pid, 2)
     next(p for p in processes if len(p.cmdline()) > 3).suspend()
     assert "no answer for 0.5 s, killed" in str(server.wait(hung_s=0.5))
-    assert gone(processes, 3)
+    assert gone(processes)
 
 
 def test_a_server_that_ignores_sigterm_is_killed_at_once_on_demand(
@@ -234,7 +241,7 @@ def test_a_server_that_ignores_sigterm_is_killed_at_once_on_demand(
     server.wait_ready(20)
     processes = settled(server._supervisor.pid, 2)
     server.kill()
-    assert gone(processes, 3)
+    assert gone(processes)
 
 
 @pytest.mark.parametrize("victim", ["owner", "supervisor"])
@@ -262,9 +269,9 @@ def test_no_orphan_is_left_when_the_owner_or_the_warden_is_killed(
     leader = next(p for p in processes if str(port) in p.cmdline())
     os.kill(owner.pid if victim == "owner" else supervisor, signal.SIGKILL)
     # A killed supervisor takes the server with it; SGLang's own children look after themselves in that case.
-    assert gone(processes if victim == "owner" else [leader], 5)
+    assert gone(processes if victim == "owner" else [leader])
     for process in [psutil.Process(owner.pid), *processes]:
-        if process.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     owner.wait()
     owner.stdout.close()

@@ -327,17 +327,32 @@ async def test_what_cannot_be_copied_is_replayed() -> None:
     await sessions.close()
 
 
+class Heavy(Heap):
+    let_go = threading.Event()
+
+    def lay(self, stone: str) -> str:
+        """Lay a stone on the heap, a heavy one when it may be let go."""
+        if stone == "heavy":
+            self.let_go.wait()
+        return super().lay(stone)
+
+
 async def test_a_slow_method_holds_up_nobody_and_is_undone() -> None:
-    sessions, session = await one_root(heap(), replace(LIMITS, step_s=0.3, close_s=5.0))
-    began = time.monotonic()
-    slow = asyncio.create_task(session.act(lay(stone="a", seconds=1.0), ""))
-    await asyncio.sleep(0.05)
-    assert time.monotonic() - began < 0.25  # the loop turns
-    assert said(await slow)[0] == ToolStatus.TIMEOUT
-    assert said(await session.act(lay(stone="b"), "")) == ("ok", "b")
-    await sessions.close()
-    await sessions.service.settle()  # which waits for the thread before it closes that world
-    assert time.monotonic() - began > 0.9
+    Heavy.closed = 0
+    environment = PlainEnvironment("x:Heavy", Heavy, Heavy)
+    sessions, session = await one_root(environment, replace(LIMITS, step_s=1.5, close_s=60.0))
+    try:
+        late = await session.act(lay(stone="heavy"), "")
+        assert said(late)[0] == ToolStatus.TIMEOUT, "the loop turns, and finds it late"
+        assert said(await session.act(lay(stone="b"), "")) == ("ok", "b")
+        await sessions.close()
+        settled = asyncio.create_task(sessions.service.settle())
+        await asyncio.sleep(0.1)
+        assert not settled.done(), "that world is closed when its thread is done with it"
+    finally:
+        Heavy.let_go.set()
+    await settled
+    assert Heavy.closed == 2
 
 
 def test_the_tools_of_a_plain_class() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from system.config import EnvironmentConfig
@@ -25,10 +25,13 @@ from system.tree.prompt import Prompt
 
 CLOCK = {"command": [sys.executable, "-m", "mcp_server_time"]}
 Opened = Callable[..., TreeSessions]
+Below = Callable[[], dict[int, list[str]]]
 
 
 @pytest.fixture
-async def opened(memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Opened]:
+async def opened(
+    memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, below: Below
+) -> AsyncIterator[Opened]:
     """``opened(fork=…)``: a tree of servers that remember, which are gone after the test."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -47,13 +50,12 @@ async def opened(memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         trees.append(TreeSessions(EnvironmentService(environment, config, "r", "train"), prompt, "1", 0))
         return trees[-1]
 
-    before = set(psutil.Process().children(recursive=True))
+    before = below()
     yield make
     for tree in trees:
         await tree.close()
         await tree.service.settle()
-    left = {one for one in psutil.Process().children(recursive=True) if one.status() != "zombie"} - before
-    assert not left, "no server may outlive its branch"
+    assert not below().keys() - before.keys(), "no server may outlive its branch"
     assert not [name for name in os.listdir(tmp_path) if name.startswith("espalier-mcp-")], "no directory"
 
 
@@ -83,14 +85,14 @@ async def test_each_branch_remembers_its_own(opened: Opened, fork: str, counted:
     assert tree.service.counts[counted] == 1
 
 
-async def test_a_killed_server_is_built_again_with_what_it_knew(opened: Opened) -> None:
+async def test_a_killed_server_is_built_again_with_what_it_knew(opened: Opened, below: Below) -> None:
     tree = opened(fork="replay")
     await tree.begin()
     root = tree.root((0,))
     await remember(root, "a")
-    for process in psutil.Process().children(recursive=True):
-        if any("memory" in word for word in process.cmdline()):
-            process.kill()
+    for pid, words in below().items():
+        if any("memory" in word for word in words):
+            os.kill(pid, signal.SIGKILL)
     assert await remember(root, "b") == "ok"
     assert await remembered(root) == ["a", "b"]
     assert tree.service.counts["rebuilt"] == 1

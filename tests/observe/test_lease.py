@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -52,15 +51,16 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_the_touches_of_another_machine_tell(tmp_path: Path) -> None:
-    done = threading.Event()
+    taken, done = threading.Event(), threading.Event()
 
     def elsewhere() -> None:
         with held(tmp_path, beat_s=0.05, host="node-a"):
+            taken.set()
             done.wait()
 
     other = threading.Thread(target=elsewhere)
     other.start()
-    time.sleep(0.1)
+    assert taken.wait(60)
     with pytest.raises(RunDirError, match="on node-a"), held(tmp_path, look_s=1.0, host="node-b"):
         pass
     done.set()

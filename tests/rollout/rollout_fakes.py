@@ -61,6 +61,7 @@ class Segment:
     text: str  # a closing tool tag at its end stops it; otherwise it ends with EOS
     entropy: Sequence[float] | float = 1.0  # nats, per token (the last one repeats)
     first_s: float = 0.5  # seconds until the first token
+    after: asyncio.Event | None = None  # without which there is none
     token_s: float = 0.01  # seconds per further token
     chunk: int = 3  # tokens per chunk
     fail_after: int | None = None  # EngineError after so many tokens
@@ -113,6 +114,8 @@ class ScriptedEngine:
                 ids, finish = ids[: request.sampling.max_new_tokens], Finish("length")
             levels = [said.entropy] if isinstance(said.entropy, float | int) else list(said.entropy)
             await asyncio.sleep(said.first_s)
+            if said.after is not None:
+                await said.after.wait()
             for begin in range(0, len(ids), said.chunk):
                 part = ids[begin : begin + said.chunk]
                 end = begin + len(part)

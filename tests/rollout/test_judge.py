@@ -120,6 +120,13 @@ def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_server, "BACKOFF_S", 0.01)
 
 
+async def counted(judge: Judge, what: str, times: int) -> None:
+    """Return once the judge's counter says so."""
+    async with asyncio.timeout(60):
+        while judge.counters.get(what, 0) < times:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def score(judge: Judge, prompt: Prompt = PROMPT, branch: BranchView | None = None) -> Score:
     try:
         return await judge.score(prompt, branch or said("<think></think>me"))
@@ -181,7 +188,7 @@ async def test_a_retry_after_holds_for_all_requests() -> None:
         made = judge.made()
         began = time.monotonic()
         first = asyncio.create_task(made.score(PROMPT, said("one")))
-        await asyncio.sleep(0.3)
+        await counted(made, "refused", 1)
         assert (await made.score(PROMPT, said("two"))).correct  # it was not sent at once
         assert time.monotonic() - began >= 1.0
         assert (await first).correct
@@ -401,23 +408,29 @@ def test_options_that_cannot_be_are_refused_by_name(options: dict[str, Any], say
 
 async def test_judging_overlaps_with_generation_and_a_failure_is_one_leaf() -> None:
     still_writing: list[int] = []
-    count = itertools.count()
+    count, turns, last_began = itertools.count(), [asyncio.Event() for _ in range(5)], 0.0
+    turns[0].set()
 
     async def slow(body: dict[str, Any]) -> web.Response:
+        nonlocal last_began
         await asyncio.sleep(0.2)
         still_writing.append(world.engine.running)
+        turns[len(still_writing)].set()  # each goes on once the one before it has its verdict
+        if len(still_writing) == 3:
+            last_began = time.monotonic()
         if "odd1" in body["messages"][1]["content"]:
             return web.Response(status=400, text="I do not grade this")
         return message(RIGHT)
 
     def script(text: str, rng: np.random.Generator) -> Segment:
-        return Segment(f" odd{(number := next(count))}", first_s=0.05 + 0.5 * number)
+        return Segment(f" odd{(number := next(count))}", first_s=0.0, after=turns[number])
 
     async with served(slow) as judge:
         made = judge.made()
         world = make_world(script, leaves=4, roots=4)
         scoring = Scoring([Scorer(made, ChosenReward(name="judge", run="loop"))])
         tree = await TreeRollout(replace(world.context, scoring=scoring), PROMPT, seed=1).run()
+        waited_s = time.monotonic() - last_began
         assert still_writing == [3, 2, 1, 0]  # each but the last verdict came while others were written
         await made.close()
     assert tree.reward.tolist() == pytest.approx([1.0, math.nan, 1.0, 1.0], nan_ok=True)
@@ -428,7 +441,7 @@ async def test_judging_overlaps_with_generation_and_a_failure_is_one_leaf() -> N
     assert stats.failed == 1
     metrics = reward_metrics([stats])
     assert metrics == {"reward/correctness": 1.0, "reward/failed_share": 0.25}
-    assert 0.1 < scoring.counters["reward/close_wait_s"] < 1.0
+    assert 0.1 < scoring.counters["reward/close_wait_s"] < waited_s, "of the last verdict alone"
     assert scoring.counters["reward/failed/endpoint"] == 1
     assert scoring.counters["reward/judge/requests"] == 4
 
@@ -438,7 +451,8 @@ async def test_a_tree_that_is_gone_on_with_is_not_judged_again(tmp_path: Path) -
     count = itertools.count()
 
     def script(text: str, rng: np.random.Generator) -> Segment:
-        return Segment(f" answer{(number := next(count))}", first_s=0.05 if number < 2 else 1.0)
+        number = next(count)
+        return Segment(f" answer{number}", first_s=600.0 if number in (2, 3) else 0.05)
 
     def context(judge: Judge) -> RolloutContext:
         return replace(
@@ -450,7 +464,7 @@ async def test_a_tree_that_is_gone_on_with_is_not_judged_again(tmp_path: Path) -
         first = judge.made(store=tmp_path)
         tree = TreeRollout(context(first), PROMPT, seed=1)
         growing = asyncio.create_task(tree.run())
-        await asyncio.sleep(0.6)
+        await counted(first, "answers", 2)
         assert len(judge.requests) == 2
         saved = freeze(tree)
         growing.cancel()

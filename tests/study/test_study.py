@@ -117,7 +117,7 @@ def test_what_a_killed_study_has_started_ends_with_it(tmp_path: Path) -> None:
             time.sleep(0.2)
             began = psutil.Process(study.pid).children(recursive=True)
         study.kill()
-    ended, left = psutil.wait_procs(began, timeout=30)
+    ended, left = psutil.wait_procs(began, timeout=60)
     for process in left:
         process.kill()
     assert len(ended) >= 3

@@ -39,6 +39,13 @@ def name(pid: int) -> str:
         return ""
 
 
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 def alive(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and state(pid) not in "ZX"]
 

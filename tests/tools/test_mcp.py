@@ -24,10 +24,12 @@ from system.tools.service import Patience, ToolService, ToolStartError, build_to
 CLOCK = {"command": [sys.executable, "-m", "mcp_server_time"]}
 PARIS = {"timezone": "Europe/Paris"}
 FAST = Patience(backoff_s=0.01)
+Below = Callable[[], dict[int, list[str]]]
+Servers = Callable[[], list[psutil.Process]]
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Callable[..., ToolService]]:
+async def serve(below: Below) -> AsyncIterator[Callable[..., ToolService]]:
     """``serve({entry of tools.mcp}, …, setting=…)``: a service that ends with the test, and its servers."""
     services: list[ToolService] = []
 
@@ -35,16 +37,16 @@ async def serve() -> AsyncIterator[Callable[..., ToolService]]:
         services.append(build_tools(ToolsConfig(names=[], mcp=list(servers), **settings), {}))
         return services[-1]
 
-    before = set(psutil.Process().children(recursive=True))
+    before = below()
     yield make
     for service in services:
         await service.close()
-    left = {one for one in psutil.Process().children(recursive=True) if one.status() != "zombie"} - before
-    assert not left, "no server may outlive its service"
+    assert not below().keys() - before.keys(), "no server may outlive its service"
 
 
-def servers() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children(recursive=True) if "mcp_server_time" in one.cmdline()]
+@pytest.fixture
+def servers(below: Below) -> Callable[[], list[psutil.Process]]:
+    return lambda: [psutil.Process(pid) for pid, words in below().items() if "mcp_server_time" in words]
 
 
 async def call(tools: ToolService, name: str, arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
@@ -83,14 +85,18 @@ async def test_a_servers_tools_are_listed_described_and_called(serve: Callable[.
     assert (await call(tools, spec.name, {}))[0] is ToolStatus.REJECTED
 
 
-async def test_many_calls_at_once_share_one_server(serve: Callable[..., ToolService]) -> None:
+async def test_many_calls_at_once_share_one_server(
+    serve: Callable[..., ToolService], servers: Servers
+) -> None:
     tools = serve({**CLOCK, "names": {"get_current_time": "now"}})
     found = await asyncio.gather(*(call(tools, "now", PARIS) for _ in range(50)))
     assert {status for status, _ in found} == {ToolStatus.OK}
     assert len(servers()) == 1
 
 
-async def test_a_server_that_dies_is_started_again(serve: Callable[..., ToolService]) -> None:
+async def test_a_server_that_dies_is_started_again(
+    serve: Callable[..., ToolService], servers: Servers
+) -> None:
     tools = serve({**CLOCK, "names": {"get_current_time": "now"}, "idempotent": ["get_current_time"]})
     assert (await call(tools, "now", PARIS))[0] is ToolStatus.OK
     (first,) = servers()
@@ -102,7 +108,7 @@ async def test_a_server_that_dies_is_started_again(serve: Callable[..., ToolServ
 
 
 async def test_a_call_that_may_have_had_its_effect_is_not_sent_again(
-    serve: Callable[..., ToolService],
+    serve: Callable[..., ToolService], servers: Servers
 ) -> None:
     tools = serve({**CLOCK, "names": {"get_current_time": "now"}})
     await tools.check()
@@ -117,7 +123,7 @@ async def test_a_call_that_may_have_had_its_effect_is_not_sent_again(
     assert (await call(tools, "now", PARIS))[0] is ToolStatus.OK
 
 
-async def test_a_server_that_hangs_is_replaced(serve: Callable[..., ToolService]) -> None:
+async def test_a_server_that_hangs_is_replaced(serve: Callable[..., ToolService], servers: Servers) -> None:
     tools = serve({**CLOCK, "names": {"get_current_time": "now"}}, deadline_s=2.0)
     await works(tools, "now", PARIS)
     (server,) = servers()

@@ -204,7 +204,7 @@ async def test_a_caller_that_gives_up_does_not_stop_the_packages_from_loading() 
     try:
         await box.start()
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(box.run("import numpy\n1"), 0.01)
+            await asyncio.wait_for(box.run("import numpy\nimport time\ntime.sleep(60)"), 0.01)
         assert (await box.run("2")).text == "2"
         assert (await box.run("import numpy\n3")).text == "3"
         cut = asyncio.create_task(box.run("import numpy\nimport time\ntime.sleep(9)"))
@@ -218,7 +218,8 @@ async def test_a_caller_that_gives_up_does_not_stop_the_packages_from_loading() 
 async def test_closing_while_the_packages_load() -> None:
     box = Sandbox(packages=["numpy"])
     await box.start()
-    calls = [asyncio.create_task(box.run("import numpy\n1")) for _ in range(3)]
+    code = "import numpy\nimport time\ntime.sleep(60)"  # not over before the end, however long that takes
+    calls = [asyncio.create_task(box.run(code)) for _ in range(3)]
     await asyncio.sleep(0.05)
     await box.close()
     ended = await asyncio.gather(*calls, return_exceptions=True)

@@ -182,8 +182,9 @@ async def test_a_killed_warden_or_first_process_takes_its_tree_along_and_no_othe
         await parent.run("x")
     await eventually(lambda: not alive([warden, first, *processes]), 20, "a process is left")
     assert await text(other, "x") == "5"
-    await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # the channels of two trees
+    await eventually(
+        lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, 20, "more than the channels of two trees"
+    )
 
 
 async def test_trees_outlive_their_fork_server_and_new_ones_are_had(box: Sandbox) -> None:
@@ -203,14 +204,14 @@ async def test_trees_outlive_their_fork_server_and_new_ones_are_had(box: Sandbox
 async def test_a_killed_owner_leaves_nothing() -> None:
     script = """
 import asyncio
-from system.tools.sandbox.sandbox import Sandbox
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
 async def main():
-    box = Sandbox(namespaces=True)
+    box = Sandbox(SandboxLimits(wall_s=600), namespaces=True)
     await box.start()
     session = await (await box.tree()).open()
     child = await session.fork()
     print(box.pid, flush=True)
-    cells = [one.run("import time\\ntime.sleep(600)", deadline_s=10) for one in (session, child)]
+    cells = [one.run("import time\\ntime.sleep(600)") for one in (session, child)]
     await asyncio.gather(*cells)
 asyncio.run(main())
 """
@@ -226,4 +227,4 @@ asyncio.run(main())
         processes = [server, *descendants(server)]
         owner.kill()
     assert len(processes) >= 5
-    await eventually(lambda: not alive(processes), 5, "a process is left")
+    await eventually(lambda: not alive(processes), 20, "a process is left")

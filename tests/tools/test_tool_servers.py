@@ -23,7 +23,7 @@ from system.serving import AppServer, free_port, serve
 from system.tools import python_server, search_server
 from system.tools.http_tools import PROTOCOLS, SearchTool
 from system.tools.outcome import CallContext, ToolStatus
-from system.tools.sandbox.sandbox import Sandbox
+from system.tools.sandbox.sandbox import Sandbox, SandboxLimits
 from system.tools.search_index import Document, SearchIndex
 from system.tools.service import ToolService, build_tools
 
@@ -43,7 +43,7 @@ async def search() -> AsyncIterator[AppServer]:
 
 @pytest_asyncio.fixture
 async def python() -> AsyncIterator[AppServer]:
-    server = await serve(python_server.create_app(Sandbox()))
+    server = await serve(python_server.create_app(Sandbox(SandboxLimits(wall_s=600))))
     yield server
     await server.close()
 
@@ -147,11 +147,11 @@ async def test_search_refuses_malformed_requests(search: AppServer, body: dict) 
 async def test_a_client_that_goes_away_ends_its_program(python: AppServer) -> None:
     pid = (await get(f"{python.url}/health"))["pid"]
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    call = asyncio.ensure_future(post(f"{python.url}/run", {"code": "import time\ntime.sleep(9)"}))
-    await eventually(children.read_text, 8, "its program never ran")
+    call = asyncio.ensure_future(post(f"{python.url}/run", {"code": "import time\ntime.sleep(600)"}))
+    await eventually(children.read_text, 20, "its program never ran")
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
-    await eventually(lambda: not children.read_text(), 2, "its program still runs")
+    await eventually(lambda: not children.read_text(), 20, "its program still runs")
 
 
 async def test_the_built_tools_end_to_end(search: AppServer, python: AppServer) -> None:

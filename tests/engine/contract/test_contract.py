@@ -22,6 +22,7 @@ from engine_models import (
     VOCAB,
     EngineClient,
     Growing,
+    Served,
     TinyModel,
     assert_exact,
     collect,
@@ -48,6 +49,12 @@ class Subject:
     name: str
     model: TinyModel
     client: EngineClient
+    served: Served | None = None  # the embedded engine
+
+    def pace(self, pass_s: float) -> None:
+        """Seconds that a step takes at least.  SGLang's steps take as long as they take."""
+        if self.served is not None:
+            self.served.pace.pass_s = pass_s
 
     async def info(self) -> EngineInfo:
         return (await self.client.infos())[0]
@@ -67,7 +74,7 @@ async def subject(
     model = tiny("qwen3", False)
     if request.param == "embedded":
         served = await serve("qwen3", False, max_context=512)
-        yield Subject("embedded", model, served.client)
+        yield Subject("embedded", model, served.client, served)
         return
     client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60, key=SGLANG_KEY)
     try:
@@ -251,6 +258,7 @@ async def test_a_request_that_cannot_be_served_is_refused_at_once(subject: Subje
 
 
 async def test_abort_returns_what_there_is(subject: Subject) -> None:
+    subject.pace(0.01)
     growing = Growing(subject.client, request("a", prompt(5), 400))
     other = Growing(subject.client, request("ab", prompt(6), 60))  # a prefix of its id is aborted, not it
     await growing.begun()
@@ -267,7 +275,7 @@ async def test_closing_the_iterator_aborts_on_the_server(subject: Subject) -> No
     chunks = subject.client.generate(request("a", prompt(5), 450))
     await anext(chunks)
     await chunks.aclose()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await subject.info()).running:  # noqa: ASYNC110 (a server's state, not an event)
             await asyncio.sleep(0.05)
 
@@ -295,9 +303,11 @@ async def test_a_fork_shares_its_parents_prefix(subject: Subject) -> None:
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 async def test_pause_stops_and_continue_goes_on(subject: Subject, mode: Any) -> None:
     ids = prompt(10)
+    subject.pace(0.01)
     growing = Growing(subject.client, request("a", ids, 400))
     await growing.begun()
     await subject.client.pause(mode)
+    subject.pace(0.0)
     try:
         assert (await subject.info()).paused
         assert await subject.client.healthy(), "paused is not dead"
@@ -315,6 +325,7 @@ async def test_pause_stops_and_continue_goes_on(subject: Subject, mode: Any) -> 
 
 
 async def test_pause_abort_ends_everything(subject: Subject) -> None:
+    subject.pace(0.01)
     growing = [Growing(subject.client, request(str(i), prompt(9, i), 400)) for i in range(3)]
     for each in growing:
         await each.begun()
@@ -334,10 +345,12 @@ async def test_every_token_carries_the_version_that_made_it(
     """New weights in the middle of generation: each token equals the model of its version."""
     new = tiny("qwen3", False, 1)
     prompts = [prompt(20 + i, i) for i in range(4)]
+    subject.pace(0.01)
     growing = [Growing(subject.client, request(f"u{i}", p, 300)) for i, p in enumerate(prompts)]
     for each in growing:
         await each.begun()
     await subject.client.pause("retract")
+    subject.pace(0.0)
     try:
         await subject.load(new, 7)
     finally:
@@ -382,10 +395,12 @@ async def test_flush_forgets_prefixes_and_is_refused_while_busy(subject: Subject
     await collect(subject.client, request("warm", ids, 5))
     await subject.client.flush_cache()
     assert joined(await collect(subject.client, request("cold", ids, 5))).cached_tokens == 0
+    subject.pace(0.01)
     growing = Growing(subject.client, request("busy", ids, 300))
     await growing.begun()
     with pytest.raises(EngineError):
         await subject.client.flush_cache()
+    subject.pace(0.0)
     await growing.whole()
 
 
@@ -411,6 +426,6 @@ async def test_a_mixed_load_of_64(subject: Subject) -> None:
         assert len(out.tokens) == n
         assert_exact(subject.model, ids, out)
     await growing[-1].whole()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (info := await subject.info()).running or info.waiting:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
