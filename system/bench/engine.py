@@ -37,13 +37,13 @@ from numpy.typing import NDArray
 from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
 
 from system.bench.processes import cpu_s, server
-from system.bench.random_model import random_qwen3
+from system.bench.random_model import random_model
 from system.bench.report import Report
 from system.config import ModelConfig
 from system.engine.control import EngineControl, Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import SPEED_COUNTERS, GenerateRequest, Sampling
-from system.tasks.tiny_model import qwen3_config
+from system.tasks.tiny_model import tiny_config
 
 VOCAB = 512
 REQUESTS = 64
@@ -101,7 +101,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            model = random_qwen3(Path(scratch), qwen3_config(ModelConfig(), VOCAB, eos_token_id=0), seed=0)
+            model = random_model(Path(scratch), tiny_config(ModelConfig(), VOCAB, eos_token_id=0), seed=0)
             samples, sums = asyncio.run(_measure(model, scratch, rounds, new_tokens))
     finally:
         torch.set_num_threads(before)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen3ForCausalLM
 
-from system.bench.random_model import forked_tree, random_qwen3
+from system.bench.random_model import forked_tree, random_model
 from system.bench.report import Report
 from system.bench.shard import (
     LARGE,
@@ -211,7 +211,7 @@ def learner(
     device's time goes.
     """
     with tempfile.TemporaryDirectory() as directory:
-        random_qwen3(Path(directory), qwen3(scale), 0, device.type)
+        random_model(Path(directory), qwen3(scale), 0, device.type)
         config = _config(scale, recompute)
         config.learn.attention, config.learn.offload = kernels, offload
         plan = learner_memory(ModelShape.from_directory(directory), config.learn, "bfloat16")
@@ -278,7 +278,7 @@ def weights(scale: Scale, device: torch.device) -> dict[str, Any]:
     """Four layers: the export that engines are fed from, and a checkpoint, in GB/s."""
     few = replace(scale, layers=min(4, scale.layers))
     with tempfile.TemporaryDirectory() as directory:
-        random_qwen3(Path(directory), qwen3(few), 0, device.type)
+        random_model(Path(directory), qwen3(few), 0, device.type)
         trainer = _trainer(_config(few, "full"), directory)
         figures: dict[str, Any] = {}
         for turn in ("first", "second"):

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from system.bench.random_model import forked_tree, random_qwen3
+from system.bench.random_model import forked_tree, random_model
 from system.bench.report import Report
 from system.config import Config
-from system.tasks.tiny_model import qwen3_config
+from system.tasks.tiny_model import tiny_config
 from system.tree.pack import flatten, pack_share
 from system.tree.record import Tree, token_node
 from system.tree.stats import TreeStats
@@ -79,7 +79,7 @@ def _measure(config: Config, cases: tuple[Case, ...], leaves: int, rounds: int) 
     from system.learn.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as directory:
-        random_qwen3(Path(directory), qwen3_config(config.model, VOCAB, eos_token_id=0), seed=0)
+        random_model(Path(directory), tiny_config(config.model, VOCAB, eos_token_id=0), seed=0)
         trainer = Trainer(config, directory, rank=0, world=1, init_method=f"file://{directory}/meeting-point")
         try:
             results = []

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, Tree
 
 
-def random_qwen3(path: Path, config: Qwen3Config, seed: int, device: str = "cpu") -> Qwen3ForCausalLM:
-    """A Qwen3 of ``config``'s shape and dtype with random weights, saved to ``path`` as Hugging Face does."""
+def random_model(path: Path, config: PreTrainedConfig, seed: int, device: str = "cpu") -> Any:
+    """A model of ``config``'s shape and dtype with random weights, saved to ``path`` as Hugging Face does."""
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)  # in its dtype, which a constructor overlooks

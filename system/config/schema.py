@@ -48,6 +48,9 @@ class RunConfig:
     )
 
 
+MADE_FAMILIES = ("qwen3", "qwen2", "llama", "mistral")  # those of system/models/families
+
+
 @dataclass
 class ModelConfig:
     """The model that is trained: a given one, or the shape of a tiny one that is made for the task."""
@@ -56,6 +59,9 @@ class ModelConfig:
         "", "Hugging Face directory; empty: a tiny model of the shape below is made", path=True
     )
     dtype: str = setting("float32", "of the weights in engines and learner", choices=("float32", "bfloat16"))
+    family: str = setting(
+        "qwen3", "of a model made here; a given one's is in its config.json", choices=MADE_FAMILIES
+    )
     hidden_size: int = setting(96, "width of the residual stream of a model made here", least=1)
     layers: int = setting(2, "its layers", least=1)
     heads: int = setting(4, "its attention heads", least=1)

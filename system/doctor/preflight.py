@@ -32,7 +32,8 @@ from system.envs.make import make_environment
 from system.errors import EXPECTED, EspalierError, told
 from system.learn.sizes import context_block
 from system.models import directory
-from system.models.shape import ModelShape, UnsupportedModel
+from system.models.reading import UnsupportedModel
+from system.models.shape import ModelShape
 from system.observe import hub
 from system.plan.memory import WIDTH, averages
 from system.plugins import POLICIES
@@ -161,11 +162,17 @@ def model(config: Config) -> Iterator[Problem]:
     sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
     for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
         yield Problem("", line)
-    if config.engine.max_context > shape.max_position:  # SGLang does not start then
+    if config.engine.max_context > shape.max_position:
         yield Problem(
             f"engine.max_context={config.engine.max_context}",
             f"{path} knows {shape.max_position} positions (max_position_embeddings)",
-            "lower it, or name a model that was trained on more",
+            "lower it, name a model that was trained on more, or stretch this one by YaRN (docs/models.md)",
+        )
+    if config.engine.name == "sglang" and shape.rope.own_scale:
+        yield Problem(
+            "model.path",
+            f"{path} sets attention_factor of its rotary embedding, which SGLang does not read",
+            "take it out of config.json if it is what YaRN says anyway, or set engine=embedded",
         )
 
 

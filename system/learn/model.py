@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 dense language models on megatron-core's ``GPTModel``, reading packed trees.
+"""Dense language models of our families on megatron-core's ``GPTModel``, reading packed trees.
 
 Two things differ from the stock model: the layers attend through
 :class:`~system.learn.attention.TreeAttention`, which rotates queries and keys by explicit positions (a
@@ -9,7 +9,6 @@ the packed row), and the head is :mod:`system.learn.head`.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,9 +47,13 @@ class RMSNorm(nn.Module):
 class TreeGPTModel(GPTModel):
     """This rank's stage of a ``GPTModel`` that scores tokens of a packed row at their predictors."""
 
+    frequencies: torch.Tensor  # [head_dim / 2] float32
+
     def __init__(self, *, shape: ModelShape, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
         self.shape = shape
+        # Computed on the CPU, as by transformers: a GPU's powers differ in the last bit.
+        self.register_buffer("frequencies", shape.rope.frequencies(shape.head_dim), persistent=False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, tokens: torch.Tensor, position: torch.Tensor, mask: TreeMask, rows: torch.Tensor
@@ -68,9 +71,7 @@ class TreeGPTModel(GPTModel):
         hidden]`` under sequence parallelism).
         """
         hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
-        width = self.config.kv_channels
-        assert width is not None
-        row = RowContext(mask, Rotary(position, width, self.shape.rope_theta))
+        row = RowContext(mask, Rotary(position, self.frequencies, self.shape.rope.scale))
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, attention_bias=row)
         if not self.post_process:
             return hidden
@@ -88,18 +89,8 @@ class TreeGPTModel(GPTModel):
         return weight
 
 
-def read_shape(path: str | Path) -> ModelShape:
-    """The model in ``path``; raises ``ConfigError`` when this learner cannot run such a model."""
-    shape = ModelShape.from_directory(path)
-    if shape.family == "qwen3" and shape.qkv_bias:
-        raise ConfigError(f"{path}: the learner does not support Qwen3 with attention biases")
-    return shape
-
-
 def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of a Qwen2/Qwen3 model.  Raises ``ConfigError`` if the layout
-    does not divide it.
-    """
+    """Megatron's configuration of a model.  Raises ``ConfigError`` if the layout does not divide it."""
     tp, pp = learn.tp, learn.pp
     divided = {
         "num_attention_heads": shape.heads,
@@ -129,8 +120,8 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.family.qkv_bias,
+        qk_layernorm=shape.family.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,

@@ -1,5 +1,5 @@
-"""Rotary position embedding (RoFormer, Su et al., 2021) by explicit positions, in float32 whatever the
-model's dtype: cosines in bfloat16 are known to two or three digits.
+"""Turning the queries and keys of a packed row by explicit positions (:mod:`system.models.rope`), in float32
+whatever the model's dtype: cosines in bfloat16 are known to two or three digits.
 """
 
 from __future__ import annotations
@@ -7,16 +7,16 @@ from __future__ import annotations
 import torch
 
 from system.learn import fused
+from system.models.rope import turns
 
 
 class Rotary:
     """The rotation of one packed row of N tokens, shared by all layers."""
 
-    def __init__(self, position: torch.Tensor, dimensions: int, theta: float) -> None:
-        """``position`` ``[N]`` int64; ``dimensions``: of a head; ``theta``: the base of the wavelengths."""
-        exponent = torch.arange(0, dimensions, 2, dtype=torch.float32, device=position.device) / dimensions
-        angles = position.float()[:, None, None, None] * (1.0 / theta**exponent)
-        self.cos, self.sin = angles.cos(), angles.sin()  # [N, 1, 1, d/2] float32
+    def __init__(self, position: torch.Tensor, frequencies: torch.Tensor, scale: float = 1.0) -> None:
+        """``position`` ``[N]`` int64; ``frequencies`` ``[d/2]`` float32; ``scale``: of cosines and sines."""
+        cos, sin = turns(frequencies, scale, position)
+        self.cos, self.sin = cos[:, None, None], sin[:, None, None]  # [N, 1, 1, d/2] float32
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[N, 1, heads, d]``, queries or keys, rotated; rounded to their dtype once."""

@@ -17,23 +17,22 @@ from system.models.shape import ModelShape
 
 Split = Literal["replicated", "query-groups", "columns", "gate-up", "vocabulary"]
 
-# Megatron name within a layer -> (how it is split over tensor-parallel ranks, Hugging Face names within the
-# layer).
+# Megatron name within a layer -> (how it is split over tensor-parallel ranks, the parts that it is made of).
 _LAYER: dict[str, tuple[Split, tuple[str, ...]]] = {
-    "input_layernorm.weight": ("replicated", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": ("query-groups", tuple(f"self_attn.{x}_proj.weight" for x in "qkv")),
-    "self_attention.linear_qkv.bias": ("query-groups", tuple(f"self_attn.{x}_proj.bias" for x in "qkv")),
-    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
-    "self_attention.q_layernorm.weight": ("replicated", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": ("replicated", ("self_attn.k_norm.weight",)),
-    "pre_mlp_layernorm.weight": ("replicated", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": ("gate-up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
+    "input_layernorm.weight": ("replicated", ("attention_norm",)),
+    "self_attention.linear_qkv.weight": ("query-groups", ("q", "k", "v")),
+    "self_attention.linear_qkv.bias": ("query-groups", ("q_bias", "k_bias", "v_bias")),
+    "self_attention.linear_proj.weight": ("columns", ("out",)),
+    "self_attention.q_layernorm.weight": ("replicated", ("q_norm",)),
+    "self_attention.k_layernorm.weight": ("replicated", ("k_norm",)),
+    "pre_mlp_layernorm.weight": ("replicated", ("mlp_norm",)),
+    "mlp.linear_fc1.weight": ("gate-up", ("gate", "up")),
+    "mlp.linear_fc2.weight": ("columns", ("down",)),
 }
-_TOP: dict[str, tuple[Split, tuple[str, ...]]] = {
-    "embedding.word_embeddings.weight": ("vocabulary", ("model.embed_tokens.weight",)),
-    "decoder.final_layernorm.weight": ("replicated", ("model.norm.weight",)),
-    "output_layer.weight": ("vocabulary", ("lm_head.weight",)),
+_TOP: dict[str, tuple[Split, str]] = {
+    "embedding.word_embeddings.weight": ("vocabulary", "embedding"),
+    "decoder.final_layernorm.weight": ("replicated", "norm"),
+    "output_layer.weight": ("vocabulary", "head"),
 }
 
 
@@ -82,7 +81,7 @@ class WeightMap:
 
     def __init__(self, shape: ModelShape, tp: int, pp: int) -> None:
         self.tp, self.pp, self.tied = tp, pp, shape.tied
-        self._layers, self._groups = shape.layers, shape.kv_heads
+        self._shape, self._layers, self._groups = shape, shape.layers, shape.kv_heads
         self._shapes = shape.tensors()
 
     def parameters(self) -> list[MappedParameter]:
@@ -94,8 +93,8 @@ class WeightMap:
             stage, local = divmod(layer, per_stage)
             names += [
                 (stage, f"decoder.layers.{local}.{suffix}")
-                for suffix, (_, short) in _LAYER.items()
-                if f"model.layers.{layer}.{short[0]}" in self._shapes
+                for suffix, (_, parts) in _LAYER.items()
+                if parts[0] in self._shape.layer_parts
             ]
         names += [(self.pp - 1, name) for name in (top[1:2] if self.tied else top[1:])]
         return [self.parameter(stage, name) for stage, name in names]
@@ -107,12 +106,13 @@ class WeightMap:
     def parameter(self, stage: int, key: str) -> MappedParameter:
         """Where a stage's parameter comes from."""
         if key in _TOP:
-            split, names = _TOP["embedding.word_embeddings.weight" if self.is_copy(key) else key]
+            split, part = _TOP["embedding.word_embeddings.weight" if self.is_copy(key) else key]
+            names = (self._shape.tensor(part),)
         else:
             _decoder, _layers, local, suffix = key.split(".", 3)
             layer = stage * (self._layers // self.pp) + int(local)
-            split, short = _LAYER[suffix]
-            names = tuple(f"model.layers.{layer}.{n}" for n in short)
+            split, parts = _LAYER[suffix]
+            names = tuple(self._shape.tensor(part, layer) for part in parts)
         return MappedParameter(stage, key, split, {name: self._shapes[name] for name in names})
 
     def blocks(self, mapped: MappedParameter, rank: int) -> list[RowBlock]:

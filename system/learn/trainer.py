@@ -23,7 +23,7 @@ from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
-from system.learn.model import TreeGPTModel, build, read_shape, transformer_config
+from system.learn.model import TreeGPTModel, build, transformer_config
 from system.learn.objective import (
     TOTALS,
     LossTokens,
@@ -41,6 +41,7 @@ from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
 from system.learn.weights import Export
 from system.models.files import DTYPES
+from system.models.shape import ModelShape
 from system.plugins import CORRECTIONS
 from system.tree.pack import PackedBatch, pack, with_credit_of
 from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
@@ -79,7 +80,7 @@ class Trainer:
             twice_weighed(self.correction, self.objective),
         )
         self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
-        shape = read_shape(hf_path)
+        shape = ModelShape.from_directory(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer, learn.attention)
         weights.load(self.model, self.layout, hf_path)

@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from system.models.shape import ModelShape, UnsupportedModel
+from system.models.reading import UnsupportedModel
+from system.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 SINGLE = "model.safetensors"
@@ -23,7 +24,7 @@ _MOST_HEADER = 100 << 20  # bytes; safetensors' own limit
 def weight_files(directory: str | Path) -> dict[str, str]:
     """Tensor name -> name of the file that holds it.
 
-    Raises :class:`~system.models.shape.UnsupportedModel` when there are no safetensors weights, or not all.
+    Raises :class:`~system.models.reading.UnsupportedModel` when there are no safetensors weights, or not all.
     """
     root = Path(directory)
     if (root / INDEX).is_file():
@@ -43,7 +44,7 @@ def weight_files(directory: str | Path) -> dict[str, str]:
 def header(path: Path) -> dict[str, dict[str, Any]]:
     """Tensor name -> {dtype, shape, data_offsets} of a safetensors file that is as long as it says.
 
-    Raises :class:`~system.models.shape.UnsupportedModel` otherwise.
+    Raises :class:`~system.models.reading.UnsupportedModel` otherwise.
     """
     with path.open("rb") as file:
         start = file.read(8)

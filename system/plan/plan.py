@@ -231,7 +231,7 @@ class GpuPlan:
         slow = f"weights are published as by engine.weights=distributed, not as by {engine.weights}"
         other = engine.name == "sglang" and engine.weights not in ("auto", "distributed")
         known, context = self.shape.max_position, engine.max_context
-        far = f"engine.max_context={context:,} needs a model trained on more than {known:,} positions"
+        far = f"engine.max_context={context:,} needs a model of {context:,} positions, not of {known:,}"
         told = ((few, learn.dp > trees), (slow, other), (far, context > known))
         return [*(note for note, true in told if true), *self._spare_engines]
 

@@ -1,4 +1,4 @@
-"""A new, tiny Qwen3 model for a task that brings its own tokenizer."""
+"""A new, tiny model for a task that brings its own tokenizer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from system.config import ModelConfig
+from system.models.families import family_of
 
 MAX_POSITIONS = 4096
 ROPE_THETA = 10_000.0
@@ -31,10 +38,10 @@ def create_model(path: Path, tokenizer: PreTrainedTokenizerBase, config: ModelCo
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if not isinstance(eos, int) or not isinstance(pad, int):
         raise ValueError("the tokenizer of a new model needs an EOS and a padding token")
-    shape = qwen3_config(config, len(tokenizer), bos_token_id=None, eos_token_id=eos, pad_token_id=pad)
+    shape = tiny_config(config, len(tokenizer), bos_token_id=None, eos_token_id=eos, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(shape)
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # the norms' weights stay at 1
@@ -46,9 +53,12 @@ def create_model(path: Path, tokenizer: PreTrainedTokenizerBase, config: ModelCo
     tokenizer.save_pretrained(str(path))
 
 
-def qwen3_config(config: ModelConfig, vocab: int, **tokens: Any) -> Qwen3Config:
-    """A Qwen3 of ``config``'s shape and dtype with tied embeddings.  ``tokens``: ids of special tokens."""
-    return Qwen3Config(
+def tiny_config(config: ModelConfig, vocab: int, **tokens: Any) -> PreTrainedConfig:
+    """``config``'s family, shape and dtype, with tied embeddings.  ``tokens``: ids of special tokens."""
+    family = family_of(config.family)
+    whole = {"sliding_window": None} if family.window and not family.window_switch else {}
+    return AutoConfig.for_model(
+        family.name,
         vocab_size=vocab,
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_size,
@@ -60,5 +70,6 @@ def qwen3_config(config: ModelConfig, vocab: int, **tokens: Any) -> Qwen3Config:
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         dtype=config.dtype,
+        **whole,
         **tokens,
     )

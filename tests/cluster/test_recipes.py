@@ -25,7 +25,7 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if load(path).cluster.g
 
 def test_there_are_recipes_for_every_size() -> None:
     sizes = [f"qwen3-{size}b-{nodes}x8" for size in (14, 32) for nodes in (2, 4, 8, 16)]
-    released = ["arpo-7b-reasoning", "arpo-8b-deepsearch", "arpo-14b-deepsearch"]
+    released = ["arpo-7b-reasoning", "arpo-llama-8b-reasoning", "arpo-8b-deepsearch", "arpo-14b-deepsearch"]
     assert {path.stem for path in RECIPES} == {*sizes, *released, "qwen3-14b-1x8"}
 
 
@@ -58,6 +58,7 @@ def test_the_layout_divides_and_fits(path: Path) -> None:
 
 RELEASED = {
     "arpo-7b-reasoning": (10_000, 2, 128, 16, 16, 8, 1536, 4096, 3),
+    "arpo-llama-8b-reasoning": (10_000, 2, 128, 16, 16, 8, 1536, 4096, 3),  # the 7B script's
     "arpo-8b-deepsearch": (1_071, 5, 128, 16, 16, 8, 2000, 10_000, 6),
     "arpo-14b-deepsearch": (1_071, 5, 64, 8, 12, 6, 2000, 6192, 6),
 }

@@ -114,7 +114,7 @@ MODELS: list[tuple[str, Callable[[Path], object]]] = [
     (r"has no tokenizer; copy it", lambda m: (m / "tokenizer.json").unlink()),
     (r"tokenizer\.json cannot be loaded", lambda m: (m / "tokenizer.json").write_text("{}")),
     (r"tokenizer_config\.json is not JSON", lambda m: (m / "tokenizer_config.json").write_bytes(b"\xff")),
-    (r"model_type 'llama'; supported: qwen2, qwen3", edited("config.json", model_type="llama")),
+    (r"model_type 'olmo'; supported: llama, mistral, qwen2, qwen3", edited("config.json", model_type="olmo")),
     (r"config\.json: not the config\.json of a model", lambda m: (m / "config.json").write_text("{")),
     (r"config\.json: not the config\.json of a", lambda m: (m / "config.json").write_bytes(b'{"a": "\xe9"}')),
     (r"config\.json: not the config\.json", lambda m: (m / "config.json").write_text("[" * 100_000)),
@@ -149,7 +149,7 @@ RECIPES: list[tuple[str, str]] = [
     ("learn.tp=4", r"learn\.tp=4 must divide model's heads=2, model's kv_heads=2"),
     (
         "engine.max_context=32769",
-        r"engine\.max_context=32769: model knows 32768 positions .*; lower it, or name a model",
+        r"engine\.max_context=32769: model knows 32768 positions .*; lower it, name a model",
     ),
     (
         "learn.cp=4 learn.micro_tokens=63",

@@ -22,13 +22,13 @@ sys.path.append(str(Path(__file__).parent.parent / "rollout"))  # the fakes of t
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
-    """``tiny(family, tied, seed)``: made once per session."""
-    made: dict[tuple[str, bool, int], TinyModel] = {}
+    """``tiny(family, tied, seed, rope)``: made once per session."""
+    made: dict[tuple[str, bool, int, str], TinyModel] = {}
 
-    def get(family: str = "qwen3", tied: bool = True, seed: int = 0) -> TinyModel:
-        key = (family, tied, seed)
+    def get(family: str = "qwen3", tied: bool = True, seed: int = 0, rope: str = "default") -> TinyModel:
+        key = (family, tied, seed, rope)
         if key not in made:
-            made[key] = make_model(tmp_path_factory.mktemp("model"), family, tied, seed)
+            made[key] = make_model(tmp_path_factory.mktemp("model"), *key)
         return made[key]
 
     return get
@@ -36,14 +36,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
 
 @pytest.fixture
 async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., Any]]:
-    """``await serve(family, tied, **engine_config)``: a server that ends with the test.
+    """``await serve(family, tied, rope, **engine_config)``: a server that ends with the test.
 
     ``pass_s``: seconds that a step of it takes at least.
     """
     running: list[Served] = []
 
-    async def start(family: str = "qwen3", tied: bool = True, pass_s: float = 0.0, **settings: Any) -> Served:
-        model = tiny(family, tied)
+    async def start(
+        family: str = "qwen3", tied: bool = True, rope: str = "default", pass_s: float = 0.0, **settings: Any
+    ) -> Served:
+        model = tiny(family, tied, rope=rope)
         defaults: dict[str, Any] = {"device": "cpu", "max_running": 32, "max_context": 256, "cache_slots": 32}
         engine = EmbeddedEngine(EngineConfig(**{**defaults, **settings}), model.path, seed=0)
         pace = Paced(engine, pass_s)

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2/Qwen3 models on disk, their Hugging Face twins, and comparisons of engines with these."""
+"""Tiny random models on disk, their Hugging Face twins, and comparisons of engines with these."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from family_models import family_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from system.engine.control import EngineControl
 from system.engine.embedded import EmbeddedEngine
@@ -27,7 +28,6 @@ VOCAB = 320
 SGLANG_KEY = "3c" * 32  # what the real server of the tests wants to be shown
 EOS = 0
 TOLERANCE = 1e-4
-VARIANTS = [("qwen2", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
 _TEXT = ["the quick brown fox <search> jumps over </search> the lazy dog <answer> 42 </answer> é ü 世界"] * 20
 
 
@@ -64,7 +64,7 @@ def text_of() -> Callable[[list[int]], str]:
     return lambda tokens: str(tokenizer.decode(tokens))
 
 
-def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
+def make_model(path: Path, family: str, tied: bool, seed: int, rope: str = "default") -> TinyModel:
     """Random weights, scaled up so that the distributions are far from uniform and differ between seeds."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -75,15 +75,15 @@ def make_model(path: Path, family: str, tied: bool, seed: int) -> TinyModel:
         "num_key_value_heads": 2,
         "head_dim": 12,
         "max_position_embeddings": 512,
-        "tie_word_embeddings": tied,
         "eos_token_id": EOS,
         "bos_token_id": None,
         "pad_token_id": None,
         "initializer_range": 0.25,
     }
     torch.manual_seed(seed)
-    qwen2 = family == "qwen2"
-    hf = (Qwen2ForCausalLM(Qwen2Config(**sizes)) if qwen2 else Qwen3ForCausalLM(Qwen3Config(**sizes))).eval()
+    hf: Any = AutoModelForCausalLM.from_config(
+        family_config(family, tied, rope, **sizes), dtype=torch.float32
+    ).eval()
     with torch.no_grad():  # biases and norms start at constants that would hide mistakes
         for name, tensor in hf.named_parameters():
             if "norm" in name:

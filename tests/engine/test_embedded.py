@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ import torch
 from engine_models import (
     EOS,
     TOLERANCE,
-    VARIANTS,
     VOCAB,
     EngineClient,
     Served,
@@ -22,14 +22,17 @@ from engine_models import (
     collect,
     joined,
     log_p,
+    make_model,
     prompt,
     request,
 )
+from family_models import NAMES, VARIANTS, documented, register
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import Chunk, EngineError, EngineInfo, GenerateRequest, Sampling
+from system.models.families import FAMILIES
 
 
 async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:
@@ -39,9 +42,7 @@ async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-@pytest.fixture(
-    params=VARIANTS, ids=[f"{family}-{'tied' if tied else 'untied'}" for family, tied in VARIANTS]
-)
+@pytest.fixture(params=VARIANTS, ids=NAMES)
 async def served(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Served:
     return await serve(*request.param)
 
@@ -122,12 +123,12 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
     assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
 
 
-@pytest.mark.parametrize(("family", "tied"), VARIANTS)
+@pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
 async def test_bfloat16_follows_its_hugging_face_twin(
-    tiny: Callable[..., TinyModel], family: str, tied: bool
+    tiny: Callable[..., TinyModel], family: str, tied: bool, rope: str
 ) -> None:
     """Rounds wherever the model in bfloat16 rounds when it decodes with a cache, as the engine does."""
-    model = tiny(family, tied)
+    model = tiny(family, tied, rope=rope)
     engine = EmbeddedEngine(
         EngineConfig(device="cpu", max_running=4, cache_slots=4), model.path, dtype="bfloat16"
     )
@@ -143,6 +144,19 @@ async def test_bfloat16_follows_its_hugging_face_twin(
     full = log_p(model, ids, out.tokens).numpy()[np.arange(40), out.tokens]
     engine_off, full_off = np.abs(out.logprob - twin).mean(), np.abs(full - twin).mean()
     assert engine_off < 0.1 * full_off, "float32 is ten times as far away"
+    await client.close()
+    await engine.stop()
+
+
+async def test_a_family_is_added_as_the_documentation_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the engine; the learner's part is in tests/learn/test_families.py."""
+    monkeypatch.setitem(FAMILIES, "seed_oss", register(documented()))
+    model = make_model(tmp_path, "seed_oss", False, 0, "yarn")
+    engine = EmbeddedEngine(EngineConfig(device="cpu", max_running=4, cache_slots=4), model.path)
+    client, ids = EngineClient([await engine.start()]), prompt(30)
+    assert_exact(model, ids, joined(await collect(client, request("new", ids, 40))))
     await client.close()
     await engine.stop()
 
@@ -267,7 +281,8 @@ async def test_update_in_flight_recomputes(
 ) -> None:
     """Every token equals the model whose version it carries, given everything before it."""
     family, tied = served.model.hf.config.model_type, served.model.hf.config.tie_word_embeddings
-    new = tiny(family, tied, 1)
+    rope = served.model.hf.config.rope_parameters["rope_type"]
+    new = tiny(family, tied, 1, rope)
     prompts = [prompt(20 + i, i) for i in range(6)]
     served.pace.pass_s = 0.02
     tasks = [

@@ -17,13 +17,13 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """A function (family, tied) -> directory of a tiny model, made once per session."""
-    made: dict[tuple[str, bool], Path] = {}
+    """A function (family, tied, rope) -> directory of a tiny model, made once per session."""
+    made: dict[tuple[str, bool, str], Path] = {}
 
-    def get(family: str = "qwen3", *, tied: bool = False) -> str:
-        if (family, tied) not in made:
-            made[family, tied] = tmp_path_factory.mktemp(f"{family}-{tied}")
-            save_tiny_model(made[family, tied], family, tied=tied)
-        return str(made[family, tied])
+    def get(family: str = "qwen3", *, tied: bool = False, rope: str = "default") -> str:
+        if (key := (family, tied, rope)) not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}-{tied}-{rope}")
+            save_tiny_model(made[key], family, tied=tied, rope=rope)
+        return str(made[key])
 
     return get

@@ -63,18 +63,16 @@ def save_tiny_model(
     family: str,
     *,
     tied: bool,
+    rope: str = "default",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     file_size: str = "1GB",
     **overrides: Any,
 ) -> None:
     """A random Hugging Face model whose every tensor matters (norms and biases off their initial values)."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from family_models import family_config
+    from transformers import AutoModelForCausalLM
 
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[family]
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
@@ -84,12 +82,11 @@ def save_tiny_model(
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
-    if family == "qwen3":
+    if family != "qwen2":
         shape["head_dim"] = 32  # not hidden_size / heads, on purpose
-    model = model_class(config_class(**(shape | overrides))).float()
+    config = family_config(family, tied, rope, **(shape | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

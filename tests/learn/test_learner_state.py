@@ -259,15 +259,19 @@ def save_hf_case(place: Place, model: str, path: str) -> list[np.ndarray]:
         trainer.close()
 
 
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("family", "tied", "rope"),
+    [("qwen2", True, "default"), ("llama", False, "llama3"), ("qwen3", False, "yarn")],
+)
 def test_saved_model_loads_in_transformers(
-    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path, family: str, tied: bool
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path, family: str, tied: bool, rope: str
 ) -> None:
-    source, out = Path(tiny_model(family, tied=tied)), tmp_path / "model"
+    source, out = Path(tiny_model(family, tied=tied, rope=rope)), tmp_path / "model"
     (source / "tokenizer.json").write_text("{}")  # any file that travels with a model
     mine = ranks.run(save_hf_case, world=2, model=str(source), path=str(out))[0]
     assert (out / "tokenizer.json").read_text() == "{}"
-    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    written, given = (json.loads((at / "config.json").read_text()) for at in (out, source))
+    assert written == given | {"dtype": "float32"}, "what its family has of its own is kept"
     hf = load_hf(out)
     for tree, values in zip(make_trees(9), mine, strict=True):
         for leaf in range(tree.n_leaves):
@@ -542,10 +546,9 @@ def test_what_cannot_run_is_refused_by_name(
         start(learner_config(tp=2, pp=2), rank=0, world=3, init_method="")
     hard = {"objective": "grpo-flat", "credit": "arpo-hard"}
     assert "arpo-hard" in ranks.run(refusal_case, world=1, model=tiny_model(), learn=hard)[0]
-    rope = tmp_path / "yarn"
-    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 1024}
-    save_tiny_model(rope, "qwen3", tied=False, rope_parameters=yarn)
-    assert "yarn" in ranks.run(refusal_case, world=1, model=str(rope), learn={})[0]
+    rope = tmp_path / "dynamic"
+    save_tiny_model(rope, "qwen3", tied=False, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    assert "dynamic" in ranks.run(refusal_case, world=1, model=str(rope), learn={})[0]
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((Path(tiny_model()) / "config.json").read_text())

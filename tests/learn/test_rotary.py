@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from system.learn.rotary import Rotary
+from system.models.rope import Rope
 
 
 def by_definition(x: torch.Tensor, position: torch.Tensor, theta: float) -> torch.Tensor:
@@ -24,7 +25,7 @@ def test_queries_and_their_gradient_are_turned_in_float32(dtype: torch.dtype) ->
     position = torch.tensor([0, 1, 7, 7, 300, 4000])
     x, weight = (torch.randn(6, 1, 3, 64, generator=generator).to(dtype) for _ in range(2))
     x.requires_grad_()
-    turned = Rotary(position, 64, 1e6)(x)
+    turned = Rotary(position, Rope(1e6).frequencies(64))(x)
     turned.backward(weight)
     assert x.grad is not None
     exact, back = by_definition(x.detach(), position, 1e6), by_definition(weight, -position, 1e6)

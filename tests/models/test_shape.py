@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, Qwen2Config, Qwen3Config
+import torch
+from family_models import NAMES, VARIANTS, family_config
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from system.config import ConfigError
+from system.config import ConfigError, ModelConfig
+from system.config.schema import MADE_FAMILIES
 from system.models.directory import weight_files
+from system.models.families import FAMILIES
 from system.models.files import write_index
-from system.models.shape import ModelShape, UnsupportedModel
+from system.models.known import shape_of
+from system.models.reading import UnsupportedModel
+from system.models.shape import ModelShape
 
 SIZES = {
     "vocab_size": 151,
@@ -24,46 +30,74 @@ SIZES = {
 QWEN3 = {"model_type": "qwen3", **SIZES}
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("theta", [10_000.0, 1e6])
-@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config])
-def test_reads_what_transformers_reads(kind: Any, theta: float, tied: bool, tmp_path: Path) -> None:
-    written = kind(
-        **SIZES, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": theta}
-    )
+@pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
+def test_reads_what_transformers_reads(family: str, tied: bool, rope: str, tmp_path: Path) -> None:
+    written = family_config(family, tied, rope, **SIZES)
     written.save_pretrained(tmp_path)
     hf, shape = AutoConfig.from_pretrained(tmp_path), ModelShape.from_directory(tmp_path)
-    assert shape.family == hf.model_type
+    assert shape.family.name == hf.model_type
     assert (shape.vocab, shape.hidden, shape.layers) == (hf.vocab_size, hf.hidden_size, hf.num_hidden_layers)
     assert (shape.heads, shape.kv_heads) == (hf.num_attention_heads, hf.num_key_value_heads)
     assert shape.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
     assert (shape.ffn, shape.eps) == (hf.intermediate_size, hf.rms_norm_eps)
-    assert (shape.rope_theta, shape.max_position) == (theta, hf.max_position_embeddings)
+    assert (shape.rope.theta, shape.rope.kind) == (hf.rope_parameters["rope_theta"], rope)
+    assert shape.max_position == hf.max_position_embeddings * (2 if rope == "linear" else 1)
     assert shape.tied == tied
 
 
-@pytest.mark.parametrize(("family", "kind"), [("qwen2", Qwen2Config), ("qwen3", Qwen3Config)])
-def test_what_a_file_leaves_out_is_as_in_transformers(family: str, kind: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_file_leaves_out_is_as_in_transformers(family: str, tmp_path: Path) -> None:
     config = {"model_type": family, **SIZES}
+    if FAMILIES[family].window and not FAMILIES[family].window_switch:
+        config["sliding_window"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
     hf, shape = AutoConfig.from_pretrained(tmp_path), ModelShape.from_directory(tmp_path)
-    assert isinstance(hf, kind)
     assert shape.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
     assert (shape.eps, shape.max_position) == (hf.rms_norm_eps, hf.max_position_embeddings)
-    assert shape.rope_theta == hf.rope_parameters["rope_theta"]
+    assert shape.rope.theta == hf.rope_parameters["rope_theta"]
     assert shape.tied == hf.tie_word_embeddings
     older = ModelShape.from_config({**config, "rope_theta": 5e5})  # as files of transformers 4 have it
-    assert older.rope_theta == 5e5
+    assert older.rope.theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [*((family, {}) for family in FAMILIES), ("llama", {"num_key_value_heads": None})],
+)
+def test_key_and_value_heads_that_a_file_does_not_say(
+    family: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {
+        **SIZES,
+        "model_type": family,
+        "sliding_window": None,
+        "num_attention_heads": 64,
+        "hidden_size": 128,
+    }
+    del config["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config | said))
+    hf = AutoConfig.from_pretrained(tmp_path)
+    assert ModelShape.from_directory(tmp_path).kv_heads == hf.num_key_value_heads
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "olmo"}, "model_type 'olmo'; supported: llama, mistral, qwen2, qwen3, dense"),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' (a mixture of experts)"),
+        ({"model_type": "gemma3_text"}, "model_type 'gemma3_text' (norms by 1 + weight"),
+        ({"model_type": "qwen3_next"}, "does not branch within a packed tree"),
+        ({"use_sliding_window": True}, "use_sliding_window: attention reaches back 4096 tokens"),
+        ({"model_type": "mistral"}, "sliding_window: attention reaches back 4096 tokens"),
+        ({"model_type": "mistral", "sliding_window": 128}, "knows 131072 positions"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias True: biases of the output"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias True: biases of the output"),
+        ({"attention_bias": True}, "attention_bias True: a bias of the output"),
+        ({"model_type": "qwen2", "dual_chunk_attention_config": {"chunk_size": 8}}, "attention by chunks"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'factor' is missing"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps 0; it is a number above 0"),
         ({"hidden_size": 0}, "hidden_size 0; it is a whole number above 0"),
         ({"num_hidden_layers": -8}, "num_hidden_layers -8;"),
         ({"num_attention_heads": 1.5}, "num_attention_heads 1.5;"),
@@ -93,12 +127,49 @@ def test_a_missing_file_or_size_is_a_config_error_that_names_it(tmp_path: Path) 
         ModelShape.from_directory(tmp_path)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_the_parameters_are_those_of_the_tensors(family: str, tied: bool) -> None:
-    config = {**SIZES, "model_type": family, "tie_word_embeddings": tied, "attention_bias": True}
-    shape = ModelShape.from_config(config)
+def test_a_window_as_long_as_the_context_is_none() -> None:
+    short = {"model_type": "mistral", **SIZES, "sliding_window": 4096, "max_position_embeddings": 4096}
+    assert ModelShape.from_config(short).max_position == 4096
+    none = {"model_type": "mistral", **SIZES, "sliding_window": None}
+    assert ModelShape.from_config(none).max_position == 131_072
+    off = {"model_type": "qwen2", **SIZES, "use_sliding_window": False, "sliding_window": 16}
+    assert ModelShape.from_config(off).max_position == 32_768
+
+
+@pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
+def test_the_tensors_are_those_of_the_model(family: str, tied: bool, rope: str) -> None:
+    config = family_config(family, tied, rope, **SIZES)
+    shape = ModelShape.from_config(config.to_dict())
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config)
+    assert shape.tensors() == {name: tuple(tensor.shape) for name, tensor in hf.named_parameters()}
     assert shape.parameters == sum(math.prod(tensor) for tensor in shape.tensors().values())
+
+
+# As published in the metadata of their files.
+@pytest.mark.parametrize(
+    ("path", "parameters", "positions"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 32_768),
+        ("Qwen/Qwen3-14B", 14_768_307_200, 40_960),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 131_072),
+        ("meta-llama/Meta-Llama-3.1-8B", 8_030_261_248, 131_072),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400, 131_072),
+        ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, 131_072),
+        ("meta-llama/Llama-3.3-70B-Instruct", 70_553_706_496, 131_072),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, 32_768),
+        ("mistralai/Mistral-Nemo-Instruct-2407", 12_247_782_400, 131_072),
+    ],
+)
+def test_published_models_are_known_by_name(path: str, parameters: int, positions: int) -> None:
+    shape = shape_of(ModelConfig(path=path))
+    assert (shape.parameters, shape.max_position) == (parameters, positions)
+
+
+def test_every_family_can_be_made() -> None:
+    assert set(MADE_FAMILIES) == set(FAMILIES)
+    for family in MADE_FAMILIES:
+        assert shape_of(ModelConfig(family=family)).family is FAMILIES[family]
 
 
 def test_weights_that_are_not_all_there_are_refused_by_name(tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_what_would_fail_once_started_is_a_problem(overrides: list[str], problem
 def test_contexts_beyond_the_models_positions_are_told() -> None:
     long = ["engine.max_context=65536", "learn.recompute=full"]
     assert (
-        "engine.max_context=65,536 needs a model trained on more than 32,768 positions"
+        "engine.max_context=65,536 needs a model of 65,536 positions, not of 32,768"
         in plan(config(*long), gpus=8).notes
     )
 

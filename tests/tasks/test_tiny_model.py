@@ -10,8 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from system.config import ModelConfig
+from system.config.schema import MADE_FAMILIES
+from system.models import directory
+from system.models.shape import ModelShape
 from system.tasks.quickstart import vocabulary
-from system.tasks.tiny_model import create_model
+from system.tasks.tiny_model import MAX_POSITIONS, create_model
 
 
 def test_model_loads_offline_and_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -29,6 +32,16 @@ def test_model_loads_offline_and_computes(tmp_path: Path, monkeypatch: pytest.Mo
     assert logits.shape == (1, 5, len(tokenizer))
     assert torch.isfinite(logits).all()
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+@pytest.mark.parametrize("family", MADE_FAMILIES)
+def test_a_model_of_every_family_is_made(tmp_path: Path, family: str):
+    tokenizer = vocabulary.build()
+    create_model(tmp_path, tokenizer, ModelConfig(family=family, layers=1), seed=0)
+    assert list(directory.faults(tmp_path)) == []
+    shape = ModelShape.from_directory(tmp_path)
+    assert (shape.family.name, shape.tied, shape.vocab) == (family, True, len(tokenizer))
+    assert (shape.head_dim, shape.max_position) == (24, MAX_POSITIONS)
 
 
 def test_weights_follow_from_the_seed_and_leave_the_global_one_alone(tmp_path: Path):

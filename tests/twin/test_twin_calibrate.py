@@ -15,7 +15,7 @@ from system.bench.twin import run
 from system.config import ConfigError
 from system.observe.jsonl import JsonlWriter
 from system.observe.rundir import RunDir
-from system.tasks.tiny_model import qwen3_config
+from system.tasks.tiny_model import tiny_config
 from system.tree.store import TreeWriter
 from system.twin.agent import AgentModel
 from system.twin.calibrate import Calibration, fit_agent, fit_engine, fit_tools, nonnegative
@@ -57,7 +57,7 @@ def record(tmp_path: Path, name: str, *overrides: str) -> RunDir:
     directory = RunDir.create(settings, name)
     directory.write_config(settings)
     directory.start.mkdir(exist_ok=True)
-    qwen3_config(settings.model, WORLD.vocab).save_pretrained(directory.start)
+    tiny_config(settings.model, WORLD.vocab).save_pretrained(directory.start)
     twin = KeepingTwin(settings, WORLD, 64)
     virtually(twin.run())
     log, trees = JsonlWriter(directory.metrics_path), TreeWriter(directory.trees)

@@ -1,4 +1,4 @@
-"""The embedded engine: a small server of our own for Qwen2/Qwen3-class models that speaks SGLang's
+"""The embedded engine: a small server of our own for dense models that speaks SGLang's
 protocol.
 """
 

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = EngineConfig()
     parser = argparse.ArgumentParser(prog="python -m system.engine.embedded", description=__doc__)
     parser.add_argument(
-        "--model", required=True, help="Hugging Face model directory (qwen2 or qwen3, safetensors)"
+        "--model", required=True, help="Hugging Face model directory (a dense model, safetensors)"
     )
     parser.add_argument("--host", help="address to listen on (default: loopback only)")
     parser.add_argument("--port", type=int, default=30000)

@@ -27,7 +27,7 @@ _HANDOVER_S = 5e-3
 
 
 class EngineCore:
-    """A Qwen2/Qwen3-class dense model that decodes, and whose weights can be exchanged meanwhile.
+    """A dense model that decodes, and whose weights can be exchanged meanwhile.
 
     The model's dtype decides the KV cache's too.  ``seed`` makes requests that bring no seed of their own
     repeatable in their order of arrival.

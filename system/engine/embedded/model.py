@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from system.engine.embedded.weights import LayerWeights, Weights
+from system.models.rope import turns
 from system.models.shape import ModelShape
 
 _SCORED = 256  # rows whose logits over the whole vocabulary are held at one time, to score given tokens
@@ -110,12 +111,7 @@ class Decoder:
 
     def __init__(self, shape: ModelShape, context: int, dtype: torch.dtype, device: torch.device):
         self.shape = shape
-        half = shape.head_dim // 2
-        # Angles in float32, as the Hugging Face model computes them: at position 1000 its rounding is
-        # visible.
-        frequency = 1.0 / shape.rope_theta ** (torch.arange(half, dtype=torch.float32) / half)
-        angle = torch.arange(context, dtype=torch.float32)[:, None] * frequency
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = turns(shape.rope.frequencies(shape.head_dim), shape.rope.scale, torch.arange(context))
         # rotate_half(x)·sin == roll(x, D/2)·[-sin, sin]: the sign lives in the table, not in the step.
         self._cos = torch.cat([cos, cos], -1)[:, None].to(device, dtype)  # [context, 1, D]
         self._sin = torch.cat([-sin, sin], -1)[:, None].to(device, dtype)
@@ -172,7 +168,7 @@ class Decoder:
             for segment in batch.segments
         ]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(mixed, layer.out, layer.out_bias)
+        return F.linear(mixed, layer.out)
 
     def _attend(self, segment: KVSegment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q ``[stop - start, H, D]``, k and v ``[rows, G, keys, D]`` -> ``[stop - start, H·D]``."""
@@ -193,6 +189,6 @@ class Decoder:
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + ε), rounded to x's dtype, then times ``scale`` (Zhang & Sennrich 2019; rounding as in
-    Qwen).
+    Hugging Face's models).
     """
     return F.rms_norm(x, (x.shape[-1],), None, eps) * scale

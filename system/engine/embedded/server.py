@@ -36,7 +36,7 @@ _SWITCH_INTERVAL_S = 1e-4
 
 
 class EmbeddedEngine(EngineCore):
-    """Qwen2/Qwen3-class dense models behind SGLang's HTTP protocol, in this process.
+    """Dense models behind SGLang's HTTP protocol, in this process.
 
     ``await start()`` serves until ``await stop()``; both belong to one event loop.
     """

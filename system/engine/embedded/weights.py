@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from system.errors import EspalierError
 from system.models.directory import weight_files
 from system.models.shape import ModelShape
+
+_COMPUTED = "rotary_emb.inv_freq"  # in files of early Llamas
 
 
 class WeightsError(EspalierError, ValueError):
@@ -31,7 +34,6 @@ class LayerWeights:
     qkv_bias: Tensor | None  # [(H + 2G)·D]
     qk_norm: Tensor | None  # [H + G, D]: the q scale repeated for each q head, then the k scale
     out: Tensor  # [E, H·D]
-    out_bias: Tensor | None  # [E]
     ffn_norm: Tensor  # [E]
     gate_up: Tensor  # [2F, E]
     down: Tensor  # [E, F]
@@ -50,7 +52,8 @@ def check(shape: ModelShape, dtype: torch.dtype, tensors: Mapping[str, Tensor]) 
     expected = shape.tensors()
     for name, tensor in tensors.items():
         if name not in expected:
-            tied = " (the model's output head is tied to its embedding)" if name == "lm_head.weight" else ""
+            is_head = name == shape.tensor("head")
+            tied = " (the model's output head is tied to its embedding)" if is_head else ""
             raise WeightsError(f"{name}: no such tensor in this model{tied}")
         if tuple(tensor.shape) != expected[name]:
             raise WeightsError(f"{name}: shape {tuple(tensor.shape)}, expected {expected[name]}")
@@ -67,18 +70,16 @@ def check_complete(shape: ModelShape, names: Container[str]) -> None:
         )
 
 
-# What the fields of a layer hold: these Hugging Face tensors of it, stacked.
+# What the fields of a layer hold: these parts of it, stacked.
 _STACKED = {
-    "attention_norm": ("input_layernorm.weight",),
-    "qkv": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-    "qkv_bias": tuple(f"self_attn.{part}_proj.bias" for part in "qkv"),
-    "out": ("self_attn.o_proj.weight",),
-    "out_bias": ("self_attn.o_proj.bias",),
-    "ffn_norm": ("post_attention_layernorm.weight",),
-    "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "down": ("mlp.down_proj.weight",),
+    "attention_norm": ("attention_norm",),
+    "qkv": ("q", "k", "v"),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "out": ("out",),
+    "ffn_norm": ("mlp_norm",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
 }
-_Q_NORM, _K_NORM = "self_attn.q_norm.weight", "self_attn.k_norm.weight"
 
 
 def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device) -> Weights:
@@ -89,38 +90,38 @@ def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device)
 
     layers = []
     for index in range(shape.layers):
-        layer = f"model.layers.{index}."
+        name = partial(shape.tensor, layer=index)
         fields: dict[str, Any] = {
-            field: stack(*(layer + part for part in parts)) if layer + parts[0] in tensors else None
+            field: stack(*map(name, parts)) if parts[0] in shape.layer_parts else None
             for field, parts in _STACKED.items()
         }
         qk_norm = None
-        if shape.qk_norm:
-            q_scale, k_scale = stack(layer + _Q_NORM), stack(layer + _K_NORM)
+        if shape.family.qk_norm:
+            q_scale, k_scale = stack(name("q_norm")), stack(name("k_norm"))
             qk_norm = torch.cat([q_scale.expand(shape.heads, -1), k_scale.expand(shape.kv_heads, -1)])
         layers.append(LayerWeights(**fields, qk_norm=qk_norm))
-    embed = stack("model.embed_tokens.weight")
-    head = embed if shape.tied else stack("lm_head.weight")
-    return Weights(embed=embed, layers=tuple(layers), norm=stack("model.norm.weight"), head=head)
+    embed = stack(shape.tensor("embedding"))
+    head = embed if shape.tied else stack(shape.tensor("head"))
+    return Weights(embed=embed, layers=tuple(layers), norm=stack(shape.tensor("norm")), head=head)
 
 
 def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The held weights under their Hugging Face names (views, no copies): the inverse of :func:`fuse`."""
     sizes = shape.tensors()
-    yield "model.embed_tokens.weight", weights.embed
+    yield shape.tensor("embedding"), weights.embed
     for index, held in enumerate(weights.layers):
-        layer = f"model.layers.{index}."
+        name = partial(shape.tensor, layer=index)
         for field, parts in _STACKED.items():
             stacked: Tensor | None = getattr(held, field)
             if stacked is not None:
-                names = [layer + part for part in parts]
-                yield from zip(names, stacked.split([sizes[name][0] for name in names]), strict=True)
+                names = [name(part) for part in parts]
+                yield from zip(names, stacked.split([sizes[one][0] for one in names]), strict=True)
         if held.qk_norm is not None:
-            yield layer + _Q_NORM, held.qk_norm[0]
-            yield layer + _K_NORM, held.qk_norm[shape.heads]
-    yield "model.norm.weight", weights.norm
+            yield name("q_norm"), held.qk_norm[0]
+            yield name("k_norm"), held.qk_norm[shape.heads]
+    yield shape.tensor("norm"), weights.norm
     if not shape.tied:
-        yield "lm_head.weight", weights.head
+        yield shape.tensor("head"), weights.head
 
 
 @torch.inference_mode()
@@ -130,8 +131,8 @@ def load(path: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device
     for file in sorted(set(weight_files(path).values())):
         with safe_open(path / file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (the reader is not a mapping)
-                if name == "lm_head.weight" and shape.tied:
-                    continue  # some exporters write the tied head a second time
+                if (name == shape.tensor("head") and shape.tied) or name.endswith(_COMPUTED):
+                    continue  # some exporters write the tied head a second time, and older ones frequencies
                 tensors[name] = reader.get_tensor(name).to(dtype)
     check(shape, dtype, tensors)
     check_complete(shape, tensors)

@@ -141,6 +141,8 @@ def _environment(engine: EngineConfig, cpu: bool, cores: Sequence[int], paused: 
         "PYTHONPATH": str(IN_SERVER / "plugin"),
         "HF_HUB_OFFLINE": "1",  # the model is a directory
         "TOKENIZERS_PARALLELISM": "false",
+        # It reads no YaRN factor off a config.json; that the model knows so many positions has been checked.
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # /health must answer while generation is paused
         "ESPALIER_START_PAUSED": str(int(paused)),
         "ESPALIER_GROUP_DEADLINE_S": str(GROUP_DEADLINE_S),

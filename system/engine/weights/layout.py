@@ -2,8 +2,8 @@
 
 SGLang fuses the q, k and v projections into ``qkv_proj`` and gate and up into ``gate_up_proj``, and splits
 what can be split over its tensor-parallel ranks; its weight checker digests exactly these fused shards.
-Follows ``load_weights`` of SGLang 0.5 (``models/qwen2.py``, ``models/qwen3.py``), ``QKVParallelLinear``,
-``VocabParallelEmbedding`` and, for what a CPU pads, ``configs/update_config.py``.
+Follows ``load_weights`` of SGLang 0.5 (``models/llama.py``, ``models/qwen2.py``, ``models/qwen3.py``),
+``QKVParallelLinear``, ``VocabParallelEmbedding`` and, for what a CPU pads, ``configs/update_config.py``.
 """
 
 from __future__ import annotations
