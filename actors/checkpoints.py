@@ -45,7 +45,7 @@ def saved_trees_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".trees")
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
     """A free name for what is of no more use: the same may have been damaged before."""
     names = (path.with_name(f"{path.name}.unused{n or ''}") for n in itertools.count())
     return next(name for name in names if not name.exists())
@@ -93,7 +93,7 @@ async def restore_newest(
             unused.append((path, f"{path}: it was trained on other trees than {ledger.name} says"))
             continue
         for old, why in unused:
-            old.rename(_aside(old))
+            old.rename(aside(old))
             tell(f"checkpoint not used: {why}; going back to step {version_of(path)}")
         _split_off(ledger, len(events), damage, tell)
         return Restored(path, extra)
@@ -110,6 +110,6 @@ async def restore_newest(
 def _split_off(ledger: Path, events: int, damage: str, tell: Callable[[str], None]) -> None:
     """Go on after the first ``events`` events; the damaged rest is kept."""
     if damage:
-        rest = _aside(ledger)
+        rest = aside(ledger)
         split_off(ledger, events, rest)
         tell(f"{damage}; the ledger from there on is kept as {rest}")

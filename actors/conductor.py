@@ -27,8 +27,8 @@ from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
+from system.sft.demonstrations import warm_start
 from system.tasks.base import Task, first
-from system.tasks.inputs import warm_start
 from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges

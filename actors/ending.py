@@ -10,14 +10,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
+from typing import Protocol
 
 from system.errors import INTERRUPTED
-from system.flow.loop import TrainingLoop
 from system.observe.progress import Progress
 
 AT_ONCE_S = 4.0  # after a second signal
 CLEAN_S = 10.0  # after a first one during the start
 EXIT_DEADLINE_S = 60.0  # for Ray to shut down, threads to end, and the libraries' exit hooks (W&B's waits)
+
+
+class Stoppable(Protocol):
+    """What goes on until it is asked to stop: it finishes its step then."""
+
+    stopping: asyncio.Event
+
+    def stop(self) -> None: ...
 
 
 class Signals:
@@ -27,7 +35,7 @@ class Signals:
         # Asks for an orderly end; false where there is none to ask for: nothing has begun, or it was asked.
         self.stop: Callable[[], bool] = lambda: False
 
-    def stops(self, training: TrainingLoop, progress: Progress) -> None:
+    def stops(self, training: Stoppable, progress: Progress) -> None:
         """From now on there is something to save."""
 
         def stop() -> bool:
@@ -67,11 +75,16 @@ def signals() -> Generator[Signals]:
         for number in numbers:
             loop.remove_signal_handler(number)
             if asked:  # what comes now only tidies up
-                signal.signal(number, lambda *_: exit_within(AT_ONCE_S, INTERRUPTED, explain=False))
+                signal.signal(number, _end_at_once)
 
 
-def exit_within(deadline_s: float, code: int, explain: bool = True) -> None:
-    """End this process with ``code`` after ``deadline_s`` seconds, should it still be there.
+def _end_at_once(*_: object) -> None:
+    exit_within(AT_ONCE_S, INTERRUPTED, explain=False)
+
+
+def exit_within(deadline_s: float, code: int, explain: bool = True) -> threading.Timer:
+    """End this process with ``code`` after ``deadline_s`` seconds, should it still be there, unless what is
+    returned is cancelled.
 
     ``explain``: it then prints what each thread waited for.  What it started ends with it: Ray's processes
     and W&B's service watch for that.
@@ -88,3 +101,4 @@ def exit_within(deadline_s: float, code: int, explain: bool = True) -> None:
     timer = threading.Timer(deadline_s, end)
     timer.daemon = True
     timer.start()
+    return timer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,23 +40,45 @@ def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
     task = make_task(config)
     for note in notes(config, task):
         print(shown(note), file=sys.stderr)
+    questions = first(task.eval(), config.eval.questions)
+    return EvalResult.of(*_parted(_answered(config, task, model_dir, questions))).to_dict()
+
+
+def right_samples(config: Config, task: Task, model_dir: Path, samples: int) -> list[int]:
+    """For each held-out question how many of so many answers, sampled at ``rollout.temperature``, are
+    right.
+    """
+    asked = first(task.eval(), config.eval.questions)
+    sampling = copy.deepcopy(config)
+    sampling.eval.temperature = config.rollout.temperature
+    answers = _answered(sampling, task, model_dir, [one for one in asked for _ in range(samples)])
+    right = [isinstance(one, TreeStats) and bool(one.correct.all() and one.correct.size) for one in answers]
+    return [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
+
+
+def _answered(
+    config: Config, task: Task, model_dir: Path, questions: Sequence[Prompt]
+) -> list[TreeStats | Prompt]:
+    """The answers of the model in ``model_dir``, by engines and workers of their own."""
     with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
-        return asyncio.run(_evaluate(config, task, model_dir, Path(scratch), joined))
+        return asyncio.run(_ask_pool(config, task, model_dir, questions, Path(scratch), joined))
 
 
-async def _evaluate(
-    config: Config, task: Task, model_dir: Path, scratch: Path, joined: bool
-) -> dict[str, Any]:
-    places = await Placement.claim(config, joined=joined)
+async def _ask_pool(
+    config: Config,
+    task: Task,
+    model_dir: Path,
+    questions: Sequence[Prompt],
+    scratch: Path,
+    joined: bool,
+) -> list[TreeStats | Prompt]:
+    places = await Placement.claim(config, joined=joined, only="rollout")
     logs = scratch / "logs"
     logs.mkdir()
     pool = await RolloutPool.start(config, str(model_dir), corpus_file(config, task, scratch), places, logs)
     try:
-        questions = first(task.eval(), config.eval.questions)
-        result = await answer_questions(
-            config, pool, questions, lambda: None, EngineOutage(config, pool.engines).wait, _tell
-        )
-        return result.to_dict()
+        outage = EngineOutage(config, pool.engines).wait
+        return await ask_each(config, pool, questions, lambda: None, outage, _tell)
     finally:
         await pool.close()
 
@@ -72,7 +95,27 @@ async def answer_questions(
     engines_back: Callable[[str], Awaitable[None]],
     mishap: Callable[[str, str], None],
 ) -> EvalResult:
-    """One branch per question with the engines' current weights, at ``eval.temperature``.
+    """What :func:`ask_each` finds, in figures."""
+    results = await ask_each(config, pool, questions, answered, engines_back, mishap)
+    return EvalResult.of(*_parted(results))
+
+
+def _parted(results: Sequence[TreeStats | Prompt]) -> tuple[list[TreeStats], list[str]]:
+    """The answers, and the kinds of the questions without."""
+    stats = [one for one in results if isinstance(one, TreeStats)]
+    return stats, [one.kind for one in results if isinstance(one, Prompt)]
+
+
+async def ask_each(
+    config: Config,
+    pool: RolloutPool,
+    questions: Sequence[Prompt],
+    answered: Callable[[], None],
+    engines_back: Callable[[str], Awaitable[None]],
+    mishap: Callable[[str, str], None],
+) -> list[TreeStats | Prompt]:
+    """One branch per question with the engines' current weights, at ``eval.temperature``; the question itself
+    where it was not answered.
 
     ``answered`` is called after each.  A question that no attempt answers counts as wrong, and ``mishap`` is
     told why: a kind and a text.  When none is answered, raises what the last attempt at one raised.
@@ -112,7 +155,6 @@ async def answer_questions(
     async with asyncio.TaskGroup() as tasks:
         asked = [tasks.create_task(ask(i, q)) for i, q in enumerate(questions)]
     results = [task.result() for task in asked]
-    stats = [one for one in results if isinstance(one, TreeStats)]
-    if failures and not stats:
+    if failures and not any(isinstance(one, TreeStats) for one in results):
         raise failures[-1]
-    return EvalResult.of(stats, [one.kind for one in results if isinstance(one, Prompt)])
+    return results

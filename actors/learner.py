@@ -82,9 +82,16 @@ class LearnerRank:
         return self._trainer.warnings
 
     def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
+        return self._trainer.supervise(self._supervised(trees), lr)
+
+    def supervised_loss(self, trees: Sequence[Tree]) -> float:
+        return self._trainer.supervised_loss(self._supervised(trees))
+
+    def _supervised(self, trees: Sequence[Tree]) -> list[PackedBatch]:
+        """This rank's share of a supervised batch."""
         plan = self._trainer.planner.supervised([TreeStats.of(tree) for tree in trees])
         (micro_batches,) = pack_share(plan, self._trainer.layout.dp_rank, dict(enumerate(trees)))
-        return self._trainer.supervise(micro_batches, lr)
+        return micro_batches
 
     def reset_optimizer(self) -> None:
         self._trainer.reset_optimizer()
@@ -209,9 +216,14 @@ class LearnerGroup:
         self.warnings = (await self._all("setup", config, hf_path, address))[0]
 
     async def supervise(self, trees: Sequence[Tree], lr: float) -> dict[str, float]:
-        """One supervised step of the warm start."""
+        """One supervised step."""
         shared = ray.put(trees)  # once for all ranks
         return (await self._all("supervise", shared, lr))[0]
+
+    async def supervised_loss(self, trees: Sequence[Tree]) -> float:
+        """Nats per token of the model on what it is to say in ``trees``; nothing changes."""
+        shared = ray.put(trees)
+        return (await self._all("supervised_loss", shared))[0]
 
     async def reset_optimizer(self) -> None:
         """Where reinforcement learning begins."""

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import raylet
 from actors.ray_support import ActorLost, NodeLost, answer, watched
-from system.cluster.placement import Node, Seat, place
+from system.cluster.placement import Node, Only, Seat, place
 from system.config import Config
 from system.serving import free_port
 
@@ -69,8 +69,9 @@ class Placement:
         return self.places[actor]
 
     @classmethod
-    async def claim(cls, config: Config, *, joined: bool) -> Placement:
+    async def claim(cls, config: Config, *, joined: bool, only: Only = "") -> Placement:
         """Plan and reserve.  ``joined``: Ray's cluster is one we were given, not this machine alone.
+        ``only``: as of :func:`place`.
 
         Raises PlacementError where the nodes cannot hold the run, ActorLost where they are not there, or not
         free, by ``cluster.join_deadline_s``.
@@ -79,7 +80,7 @@ class Placement:
             nodes = await _joined_nodes(config)
         else:
             nodes = [Node(LOOPBACK, config.cluster.gpus_per_node, os.uname().nodename)]
-        seats = place(config, nodes)
+        seats = place(config, nodes, only)
         if not joined and not config.cluster.gpus_per_node:
             hosts = {seat.actor: config.engine.host for seat in seats if seat.actor.startswith("engine-")}
             return cls(nodes, seats, {it.actor: Place(hosts.get(it.actor, LOOPBACK)) for it in seats}, joined)

@@ -6,31 +6,30 @@ import asyncio
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from ray.exceptions import RayError
 
 from actors.checkpoints import checkpoints, restore_newest, version_of
 from actors.conductor import Conductor
-from actors.ending import EXIT_DEADLINE_S, Signals, exit_within, signals
+from actors.delivery import deliver
+from actors.ending import Signals, signals
 from actors.heartbeat import Heartbeats
 from actors.placement import Placement
-from actors.ray_support import StartFailed, ray_session, watched
+from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
+from actors.session import in_session
 from system.config import Config, ConfigError
-from system.errors import DONE, EXPECTED, FAILED, INTERRUPTED, LOST, STOPPED, exit_code, leaves, told
+from system.errors import DONE, STOPPED
 from system.observe import lease
-from system.observe.hub import PushFailed, push
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
-from system.observe.publish import write_card
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
 from system.observe.totals import report
 from system.observe.wandb_sink import WandbSink
+from system.sft.demonstrations import demonstrations
 from system.tasks.base import Task, make_task, notes
-from system.tasks.inputs import demonstrations
 from system.text import described
 
 
@@ -40,6 +39,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     The configuration has passed :func:`system.doctor.preflight.require`.
     """
     old = RunDir.open(resume) if resume else None
+    if old and old.sft_path.is_file():
+        raise ConfigError(f"{resume} is a supervised run: go on with espalier sft --resume {resume}")
     if old and (version := _finished(old)) >= config.run.steps:
         print(f"{resume} ended at step {version}, and is left as it is; to go on, set run.steps above that")
         return DONE
@@ -49,7 +50,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
         run_dir.write_config(config)
         print(f"run directory: {run_dir.root}", *map(shown, notes(config, task)), sep="\n", flush=True)
         try:
-            return _in_session(config, run_dir, task)
+            again = f"espalier train --resume {run_dir.root}"
+            return in_session(config, run_dir.root, partial(_run_and_deliver, config, run_dir, task), again)
         except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
             if resume is None:
                 shutil.rmtree(run_dir.root, ignore_errors=True)
@@ -62,46 +64,9 @@ def _finished(run_dir: RunDir) -> int:
     return version_of(saved[-1]) if saved and run_dir.model.is_dir() else -1
 
 
-def _in_session(config: Config, run_dir: RunDir, task: Task) -> int:
-    """The run while Ray is there; returns the process's exit code."""
-    code = FAILED
-    with ray_session(config, run_dir.root) as joined:
-        try:
-            code = asyncio.run(_run(config, run_dir, task, joined))
-            if code == DONE:
-                _deliver(config, run_dir)
-        except* ConfigError as errors:
-            raise next(leaves(errors)) from None
-        except* (*EXPECTED, RayError) as errors:
-            code = _failed(errors, run_dir)
-        except* asyncio.CancelledError:  # by a signal
-            print("espalier: interrupted", file=sys.stderr)
-            code = INTERRUPTED
-        finally:
-            exit_within(EXIT_DEADLINE_S, code)
-    return code
-
-
-def _deliver(config: Config, run_dir: RunDir) -> None:
-    """The model's card; and the upload that was asked for."""
-    write_card(run_dir, config.run.push)
-    if config.run.push:
-        print(f"{shown(push(run_dir.model, config.run.push))}: uploaded", flush=True)
-
-
-def _failed(errors: BaseException, run_dir: RunDir) -> int:
-    """Say why the run failed and how to go on; returns the exit code."""
-    for error in leaves(errors):
-        print(f"espalier: {shown(told(error))}", file=sys.stderr)
-    code = exit_code(errors, lost=(RayError,))
-    if all(isinstance(error, PushFailed) for error in leaves(errors)):
-        again = f"espalier export {run_dir.root} --push OWNER/NAME"
-        print(f"espalier: the run has come to its end; upload its model again with {again}", file=sys.stderr)
-        return code
-    when = "" if code == LOST else "once that is mended, "
-    again = f"espalier train --resume {run_dir.root}"
-    print(f"espalier: the run failed; {when}go on with {again}", file=sys.stderr)
-    return code
+async def _run_and_deliver(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
+    code = await _run(config, run_dir, task, joined)
+    return deliver(config, run_dir) if code == DONE else code  # nothing else goes on meanwhile
 
 
 async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
@@ -124,11 +89,11 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish()
         if summary["versions"]:
-            _draw(run_dir)
+            draw_curves(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
 
 
-def _draw(run_dir: RunDir) -> None:
+def draw_curves(run_dir: RunDir) -> None:
     """The curves; a run that cannot be drawn ends as it would."""
     from system.observe import plots  # slow import, and Ray's processes end meanwhile
 

@@ -16,7 +16,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 _FILE = re.compile(r"`((?:system|actors|configs|docs|examples|slurm|tests)/[\w./*{},-]*)`")
 _LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
 _SETTING = re.compile(
-    r"`((?:run|task|model|warmstart|rollout|branching|tools|reward|engine|flow|learn|eval|checkpoint|observe"
+    r"`((?:run|task|model|warmstart|sft|rollout|branching|tools|reward|engine|flow|learn|eval|checkpoint|observe"
     r"|cluster|slurm)\.[a-z_.]+)(?:=[^`]*)?`"
 )
 

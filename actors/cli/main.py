@@ -19,13 +19,14 @@ from actors.cli.cluster import cancel, logs, status, submit
 from actors.cli.export import export
 from actors.cli.prompt import prompt
 from actors.cli.reports import bench, config, doctor, plan, tree
+from actors.cli.sft import sft
 from actors.cli.study import study
 from actors.cli.train import evaluate, train
 from system import errors
 
 COMMANDS = (
-    train, evaluate, export, prompt, tree, bench, study, plan, submit, status, cancel, logs, doctor, config,
-    chaos,
+    train, sft, evaluate, export, prompt, tree, bench, study, plan, submit, status, cancel, logs, doctor,
+    config, chaos,
 )  # fmt: skip
 
 

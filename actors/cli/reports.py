@@ -100,6 +100,7 @@ def bench(args: argparse.Namespace) -> int:
     argument("--gpus", type=int, metavar="N", help="default: what the configuration names"),
     argument("--gpu", default="", help="h100, h200 or a100; default: cluster.gpu"),
     argument("--search", action="store_true", help="find the fastest layout that fits them"),
+    argument("--sft", action="store_true", help="of espalier sft: the learner alone, on all of its GPUs"),
     argument("--prompt", type=float, metavar="TOKENS", help="mean tokens of a prompt"),
     argument("--response", type=float, metavar="TOKENS", help="mean tokens of a response"),
     argument("--calls", type=float, help="mean tool calls of a branch"),
@@ -112,6 +113,7 @@ def plan(args: argparse.Namespace) -> int:
       espalier plan configs/quickstart.yaml --gpus 8 model.path=Qwen2.5-7B model.dtype=bfloat16 learn.tp=4
       espalier plan configs/qwen3-14b-8x8.yaml --gpu h200 --response 6000 --calls 4 --tool-s 2.5
       espalier plan my.yaml --gpus 64 --search     learn.tp, pp, cp, dp and recompute, engine.tp and replicas
+      espalier plan configs/arpo-sft-8b.yaml --sft
 
     Nothing is started or downloaded: a model is known by its directory (config.json) or its name. Speeds are
     a roofline with the assumptions of system/plan/hardware.py; the memory model is that of Korthikanti et al.
@@ -120,9 +122,14 @@ def plan(args: argparse.Namespace) -> int:
     from system.cluster.placement import PlacementError, paper_nodes, place
     from system.config import load
     from system.errors import ConfigError
-    from system.plan import AgentWorkload, named_gpus, plan, search, table, text
+    from system.plan import AgentWorkload, named_gpus, plan, search, supervised_plan, table, text
 
     config = load(*split(args.words, "espalier plan configs/quickstart.yaml --gpus 8"))
+    if args.sft:
+        place(config, paper_nodes(config), "learner")
+        lines, fits = supervised_plan(config, gpu=args.gpu or config.cluster.gpu)
+        print(lines)
+        return 0 if fits else 1
     if args.gpus is not None and args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus}: give 1 or more, or leave it out")
     workload = AgentWorkload.guess(config).told(

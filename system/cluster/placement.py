@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from system.config import Config, ConfigError
 
 SERVED_TOOLS = ("search", "python")  # tools that have a server of ours
+Only = Literal["", "learner", "rollout"]
 
 
 class PlacementError(ConfigError):
@@ -60,19 +62,29 @@ def served_tools(config: Config) -> list[str]:
     ]
 
 
-def place(config: Config, nodes: Sequence[Node]) -> list[Seat]:
+def place(config: Config, nodes: Sequence[Node], only: Only = "") -> list[Seat]:
     """A seat for every actor of a training run; raises :class:`PlacementError` where there are too few GPUs.
 
-    ``nodes[:cluster.learner_nodes]`` are the learner's alone; with 0 all nodes are shared.
+    ``nodes[:cluster.learner_nodes]`` are the learner's alone; with 0 all nodes are shared.  ``only``: the
+    learner runs by itself, or what answers questions does, on all nodes.
     """
+    everywhere = [*range(len(nodes))]
+    free = Counter({number: node.gpus for number, node in enumerate(nodes)})
+    if only == "learner":
+        return _learner(config, nodes, everywhere, free)
+    if only == "rollout":
+        return _rollout(config, nodes, everywhere, free)
     split = config.cluster.learner_nodes
     learner = list(range(split or len(nodes)))
     rollout = list(range(split, len(nodes)))
     if not rollout or split > len(nodes):
         raise PlacementError(f"cluster.learner_nodes={split}, but there are {len(nodes)} nodes")
-    free = Counter({number: node.gpus for number, node in enumerate(nodes)})
-    seats = _learner(config, nodes, learner, free)
-    seats += _engines(config, nodes, rollout, free)
+    return _learner(config, nodes, learner, free) + _rollout(config, nodes, rollout, free)
+
+
+def _rollout(config: Config, nodes: Sequence[Node], rollout: list[int], free: Counter[int]) -> list[Seat]:
+    """Engines, rollout workers and the servers of tools."""
+    seats = _engines(config, nodes, rollout, free)
     # The driver sits on the first node, so the turns begin at the other end.
     turns = rollout[::-1]
     seats += [Seat(f"rollout-{n}", turns[n % len(turns)]) for n in range(config.rollout.workers)]

@@ -28,5 +28,6 @@ from system.config.schema_environment import EnvironmentConfig as EnvironmentCon
 from system.config.schema_learn import LearnConfig as LearnConfig
 from system.config.schema_reward import ChosenReward as ChosenReward
 from system.config.schema_reward import rewards as rewards
+from system.config.schema_sft import SftConfig as SftConfig
 from system.config.settings import settings as settings
 from system.errors import ConfigError as ConfigError

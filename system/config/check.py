@@ -16,6 +16,7 @@ from system.config.mcp import place
 from system.config.rule import PartConfig
 from system.config.schema import Config
 from system.config.schema_reward import ON_LOOP, rewards
+from system.config.schema_sft import sft_problems
 from system.config.settings import Setting, settings
 from system.errors import ConfigError
 from system.plugins import CREDITS, REWARDS, PluginError, nearest
@@ -401,6 +402,11 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
+def _sft(config: Config) -> Iterator[str]:
+    """Supervised learning on conversations."""
+    yield from sft_problems(config.sft)
+
+
 def _guide(config: Config) -> Iterator[str]:
     """Guided trees."""
     if config.guide.hopeless and not config.flow.curriculum:
@@ -419,7 +425,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
-    *(_learner, _cluster, _shape, _guide, _void),
+    *(_learner, _cluster, _shape, _guide, _sft, _void),
 )
 
 

@@ -18,6 +18,7 @@ from system.config.schema_agent import AgentConfig
 from system.config.schema_environment import EnvironmentConfig
 from system.config.schema_learn import LearnConfig
 from system.config.schema_reward import RewardConfig
+from system.config.schema_sft import SftConfig
 from system.plugins import POLICIES, SYNTAXES, TASKS, TOOLS
 
 
@@ -390,6 +391,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     branching: BranchingConfig = field(default_factory=BranchingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

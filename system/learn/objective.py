@@ -315,7 +315,7 @@ class LogLinear(Decoupled):
 
 
 class NegativeLogLikelihood(Objective):
-    """The warm start's Σ -mult·log π_θ."""
+    """Supervised learning's Σ -mult·log π_θ."""
 
     supervised: ClassVar[bool] = True
 

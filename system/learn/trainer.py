@@ -158,10 +158,22 @@ class Trainer:
         return combined
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
-        """Warm start: one optimizer step on the mean negative log-likelihood of the MODEL tokens of this
-        rank's micro-batches (:meth:`BatchPlanner.supervised`).
+        """One optimizer step on the mean negative log-likelihood of the MODEL tokens of this rank's
+        micro-batches (:meth:`BatchPlanner.supervised`), those of all ranks weighed alike.
         """
         return self._update(NegativeLogLikelihood(), self._rows(micro_batches), 0, lr)
+
+    def supervised_loss(self, micro_batches: Sequence[PackedBatch]) -> float:
+        """What :meth:`supervise` would step on: nats per token, over all ranks."""
+        rows = self._rows(micro_batches)
+        total = torch.zeros(1, dtype=torch.float64, device=self.layout.device)
+        for row, logprob in zip(rows, self._score(self.model, rows, temperature=1.0), strict=True):
+            if logprob is not None:  # on the last pipeline stage
+                weight = torch.from_numpy(row.batch.mult[row.scored]).to(total)
+                total -= (weight * logprob).sum()
+        for group in (self.layout.dp_group, self.layout.pp_group):
+            torch.distributed.all_reduce(total, group=group)
+        return float(total)
 
     def logprobs(self, trees: Sequence[Tree]) -> list[NDArray[np.float32]]:
         """Per tree [T]: every token's log-probability under the current policy; NaN at the first token."""
@@ -337,15 +349,19 @@ class Trainer:
             end=learn.lr_end,
         )
 
-    def _score(self, model: TreeGPTModel, rows: Sequence[Row]) -> list[torch.Tensor | None]:
-        """[M] log-probabilities of each row's targets, without gradient; None before the last stage."""
+    def _score(
+        self, model: TreeGPTModel, rows: Sequence[Row], temperature: float | None = None
+    ) -> list[torch.Tensor | None]:
+        """[M] log-probabilities of each row's targets, without gradient; None before the last stage.
+        ``temperature``: the rollout's by default.
+        """
+        divisor = self._now.rollout.temperature if temperature is None else temperature
 
         def compute(i: int) -> torch.Tensor:
             output = rows[i].run(model)
             if not self.layout.last_stage:
                 return output
-            temperature = self._now.rollout.temperature
-            return rows[i].logprob_entropy(output, model, self.layout, temperature)[0]
+            return rows[i].logprob_entropy(output, model, self.layout, divisor)[0]
 
         scores = Pipeline(model, self.layout).score([row.tokens.numel() for row in rows], compute)
         return [*scores] if self.layout.last_stage else [None] * len(rows)

@@ -18,9 +18,10 @@ from system.text import one_line
 CARD = "README.md"
 # Sections that make the model what it is.  What is left out says where the run was: paths, hosts, accounts.
 _MADE_BY = (
-    "run", "model", "task", "warmstart", "rollout", "branching", "reward", "guide", "flow", "learn", "eval",
+    "run", "model", "task", "sft", "warmstart", "rollout", "branching", "reward", "guide", "flow", "learn",
+    "eval",
 )  # fmt: skip
-_PLACES = ("run.name", "run.dir", "task.path", "task.eval_path")
+_PLACES = ("run.name", "run.dir", "run.push", "task.path", "task.eval_path", "sft.path", "sft.eval_path")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#&~])")
 _Z = NormalDist().inv_cdf(0.975)
@@ -39,10 +40,10 @@ def model_card(config: Config, summary: Mapping[str, Any], *, name: str, version
         *_head(config),
         f"# {_text(name)}",
         "",
-        f"Trained with Espalier by reinforcement learning on trees of trajectories, from {_base(config)}: "
-        f"{version} steps of {config.flow.batch_leaves} trajectories on the task {_text(config.task.name)}.",
+        f"Trained with Espalier {_how(config, summary, version)}.",
         "",
         *_scores(evaluated),
+        *_losses(summary, version),
         *(_totals(summary) if last else ()),
         "## Settings",
         "",
@@ -93,6 +94,18 @@ def _base(config: Config) -> str:
     return _text(_hub_name(config) or Path(config.model.path).name)
 
 
+def _how(config: Config, summary: Mapping[str, Any], version: int) -> str:
+    if data := summary.get("data"):  # of a supervised run
+        counted = (
+            f"{data['conversations']:,} conversations ({data['learned_tokens']:,} tokens of the model's)"
+        )
+        return f"on {counted}, from {_base(config)}: step {version} of {summary.get('steps')}"
+    return (
+        f"by reinforcement learning on trees of trajectories, from {_base(config)}: {version} steps of "
+        f"{config.flow.batch_leaves} trajectories on the task {_text(config.task.name)}"
+    )
+
+
 def _scores(evaluated: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     if not evaluated:
         return
@@ -108,6 +121,19 @@ def _scores(evaluated: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join([f"{_text(kind or 'all')}: {count}", *cells]) + " |"
     yield ""
     yield "Share answered right, and its 95 % interval over the questions."
+    yield ""
+
+
+def _losses(summary: Mapping[str, Any], version: int) -> Iterator[str]:
+    """Of a supervised run."""
+    if not (held_out := [one for one in summary.get("held_out", ()) if one["step"] <= version]):
+        return
+    yield "## Held-out conversations"
+    yield ""
+    yield "| step | loss, nats per token |"
+    yield "| --- | --- |"
+    for one in held_out:
+        yield f"| {one['step']} | {one['loss']:.4f} |"
     yield ""
 
 

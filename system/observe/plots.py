@@ -205,6 +205,12 @@ def _idle(ax: Axes, records: Records) -> None:
 
 
 CURVES = (
+    Curve(
+        "supervised",
+        "Supervised loss, nats per token",
+        (("sft/loss", "trained on", BLUE), ("sft/held_out_loss", "held out", ORANGE, "o-")),
+    ),
+    Curve("supervised_rate", "Supervised learning rate", (("sft/lr", "", GREEN),), top=0),
     Curve("accuracy", "Accuracy", _accuracy),
     Curve(
         "reward",

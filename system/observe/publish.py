@@ -76,7 +76,11 @@ def _card(run: RunDir, step: int | None, name: str) -> str:
 
 
 def _version(run: RunDir, step: int | None) -> int:
-    return int(_summary(run).get("versions", 0)) if step is None else step
+    """The step of the model: of the trained one, the last, or the one that a supervised run chose."""
+    if step is not None:
+        return step
+    summary = _summary(run)
+    return int(summary.get("versions", summary.get("chosen", {}).get("step", 0)))
 
 
 def _summary(run: RunDir) -> dict[str, Any]:

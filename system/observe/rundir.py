@@ -12,6 +12,8 @@
       curves/          PNG curves
       start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
+      sft.json         of a supervised run: what its data were
+      candidates/      of a supervised run: the models that one is chosen of
       logs/            logs of the parts
       judge/           verdicts of `reward=judge`, which a resumed run does not ask for again
       wandb/           Weights & Biases files (offline by default)
@@ -54,6 +56,7 @@ class RunDir:
         self.trees, self.checkpoints, self.curves = root / "trees", root / "checkpoints", root / "curves"
         self.start, self.model = root / "start", root / "model"
         self.logs, self.wandb = root / "logs", root / "wandb"
+        self.sft_path, self.candidates = root / "sft.json", root / "candidates"
 
     @classmethod
     def create(cls, config: Config, config_name: str = "run") -> RunDir:

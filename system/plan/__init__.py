@@ -2,6 +2,7 @@
 
 from system.plan.plan import GpuPlan, named_gpus, plan, text
 from system.plan.search import search, table
+from system.plan.supervised import supervised_plan
 from system.plan.workload import AgentWorkload
 
-__all__ = ["AgentWorkload", "GpuPlan", "named_gpus", "plan", "search", "table", "text"]
+__all__ = ["AgentWorkload", "GpuPlan", "named_gpus", "plan", "search", "supervised_plan", "table", "text"]

@@ -379,18 +379,18 @@ def text(plan: GpuPlan) -> str:
     forecast = p.forecast
     split = f"tp {learn.tp} · pp {learn.pp} · cp {learn.cp} · dp {learn.dp}, {p.config.model.dtype}"
     lines = [
-        f"{p.shape.name}: {_parameters(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
+        f"{p.shape.name}: {parameter_count(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
         f"({_size(p.gpu.memory)} each)",
         "",
         f"learner  {count(learn.ranks, 'GPU')}: {split}, micro-batches of up to {p.row_tokens:,} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),
-        _filled(p.learner_memory, p.gpu.memory),
+        filled(p.learner_memory, p.gpu.memory),
         *([f"  {_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
         "",
         f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each",
-        _filled(p.engine_memory, p.gpu.memory),
+        filled(p.engine_memory, p.gpu.memory),
         f"  {p.kv_tokens:,} tokens of KV cache per engine",
         "",
         f"forecast, with {forecast.branches:,.0f} branches in flight",
@@ -410,7 +410,8 @@ def text(plan: GpuPlan) -> str:
     return "\n".join(lines)
 
 
-def _filled(memory: Memory, available: float) -> str:
+def filled(memory: Memory, available: float) -> str:
+    """What fills a GPU's memory, in a line."""
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.parts.items())
     return f"  {_size(memory.total)} of {_size(available)} per GPU: {parts}"
 
@@ -430,7 +431,8 @@ def duration(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms" if seconds >= 1e-3 else "less than 1 ms"
 
 
-def _parameters(count: float) -> str:
+def parameter_count(count: float) -> str:
+    """``14.8e9`` -> ``14.8 billion``."""
     for unit, name in ((1e9, "billion"), (1e6, "million")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"

@@ -172,6 +172,16 @@ class Chat:
         ids: list[int] = self.tokenizer.encode(after, add_special_tokens=False)
         return ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else None
 
+    @cached_property
+    def turns(self) -> ChatCodec | None:
+        """What puts a user's messages between turns, also where the call syntax puts the tools' answers; None
+        without a chat template.  Raises :class:`.TemplateRefused` for a template of which no exact tokens can
+        be had.
+        """
+        if self.codec or not self._templated:
+            return self.codec
+        return ChatCodec(self.tokenizer, (), self._arguments, self.ends)
+
     def _made_codec(self, answers: str, ends: Iterable[int]) -> ChatCodec:
         tools = self._tools() if self._how != "none" else []
         try:

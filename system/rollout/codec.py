@@ -146,6 +146,22 @@ class ChatCodec:
         ids = self._encoded(text, mask)
         return ids if ended else np.concatenate([self._specials.encode(self.closing), ids])
 
+    def said(self, turn: ChatMessage, answers: Sequence[ChatMessage], tools: Schemas | None = None) -> Int32:
+        """Token ids [k] of a ``turn`` of the model as the template writes it, up to the token that ends it,
+        with its thought and its calls, which are given as fields; ``answers``: what tools say behind it.
+
+        Raises :class:`TemplateRefused` where that cannot be told from what stands around it.
+        """
+        schemas = self.tools if tools is None else tools
+        mask = Mask(self._specials)
+        given, told = mask.hide([turn, *_paired(answers)]), mask.hide(schemas)
+        before = self.rendered([_USER], told, add_generation_prompt=True)
+        whole = self.rendered([_USER, *given], told, add_generation_prompt=bool(answers))
+        text, ends, _ = whole.removeprefix(before).partition(self._closer)
+        if not whole.startswith(before) or not ends:
+            raise TemplateRefused("the chat template writes the model's turn otherwise than it begins one")
+        return self._encoded(text + ends, mask)
+
     def tried(self, roles: Sequence[str], tools: Schemas | None = None) -> Tried:
         """The anchor for messages of these ``roles``.  Raises :class:`TemplateRefused` where none will do."""
         schemas = self.tools if tools is None else tools

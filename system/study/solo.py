@@ -34,8 +34,9 @@ from system.rollout.failure import RolloutFailed
 from system.rollout.guard import one_tree
 from system.rollout.planting import planted
 from system.serving import serve
+from system.sft.demonstrations import demonstrations, warm_start
 from system.tasks.base import Task
-from system.tasks.inputs import corpus_file, demonstrations, make_model, warm_start
+from system.tasks.inputs import corpus_file, make_model
 from system.tools.servers import application
 from system.tree.pack import pack_share
 from system.tree.prompt import Prompt

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,15 @@ def data_files(path: str) -> list[tuple[Path, str]]:
     return [(Path(root, name), name.partition(".")[0]) for name in names]
 
 
-def rows(path: Path) -> Iterator[tuple[int, str, Row]]:
-    """(number from 1, where it stands, the row) of one file; of JSON lines the number is the line's."""
-    read = {".parquet": _parquet, ".json": _json, ".jsonl": _json_lines}.get(_kind(path), _table)
+def rows(path: Path, damaged: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, str, Row]]:
+    """(number from 1, where it stands, the row) of one file; of JSON lines the number is the line's.
+
+    ``damaged``: told of each of the JSON lines that is none, which is then left out; without it the first one
+    is raised.
+    """
+    read = {".parquet": _parquet, ".json": _json}.get(_kind(path), _table)
     try:
-        yield from read(path)
+        yield from _json_lines(path, damaged) if _kind(path) == ".jsonl" else read(path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not readable as gzip: {error}") from error
 
@@ -118,15 +122,27 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, str, Row]]:
+def _json_lines(
+    path: Path, damaged: Callable[[DataError], None] | None = None
+) -> Iterator[tuple[int, str, Row]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON: {error}") from error
-            yield number, where, _object(value, where)
+                value = _object(_parsed(line, where), where)
+            except DataError as error:
+                if damaged is None:
+                    raise
+                damaged(error)
+                continue
+            yield number, where, value
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
 
 
 def _json(path: Path) -> Iterator[tuple[int, str, Row]]:

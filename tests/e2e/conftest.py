@@ -34,14 +34,14 @@ SMALL = (
 
 
 class Run:
-    """One ``espalier train`` process and the processes below it."""
+    """One ``espalier train`` (or ``sft``) process and the processes below it."""
 
-    def __init__(self, directory: Path, arguments: list[str]) -> None:
+    def __init__(self, directory: Path, arguments: list[str], command: str = "train") -> None:
         self.directory = directory
         self.log = directory.parent / f"{directory.name}.log"
         self._out = self.log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "actors.cli.main", "train", *arguments],
+            [sys.executable, "-m", "actors.cli.main", command, *arguments],
             cwd=ROOT,
             stdout=self._out,
             stderr=subprocess.STDOUT,

@@ -70,6 +70,21 @@ def test_a_card_of_an_earlier_step_has_no_later_figures(config: Config) -> None:
     assert "Held-out" not in model_card(config, {}, name="it", version=10)
 
 
+def test_the_card_of_a_supervised_run(config: Config) -> None:
+    summary = {
+        "steps": 30,
+        "data": {"conversations": 1200, "learned_tokens": 34_567},
+        "held_out": [{"step": 10, "loss": 1.25}, {"step": 20, "loss": 0.5}, {"step": 30, "loss": 0.75}],
+        "chosen": {"step": 20},
+    }
+    card = model_card(config, summary, name="it", version=20)
+    assert "on 1,200 conversations (34,567 tokens of the model's)" in card
+    assert "step 20 of 30." in card
+    assert "| 20 | 0.5000 |" in card
+    assert "0.7500" not in card
+    assert "reinforcement" not in card.split("---")[2].split("## Settings")[0]
+
+
 def test_a_card_tells_of_no_machine_and_no_secret(config: Config) -> None:
     config.model.path = "/data/of/ours/model-x"
     config.task.path = "/data/of/ours/questions.jsonl"

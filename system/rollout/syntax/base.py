@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from system.plugins import nearest
+from system.plugins import PluginError, nearest
 from system.tools.outcome import ToolSpec
 
 _THOUGHT_ENDS = "</think>"
@@ -43,6 +43,9 @@ class Syntax(ABC):
     # The same around what a user says after the model's turn has ended.
     message_open = "\n<user>\n"
     message_close = "\n</user>\n"
+    # A result within a text that holds several turns, as data have it: what opens and closes it (regular
+    # expressions), white space of the tags included.
+    in_text = (r"\s*<result>\n?", r"\n?</result>")
 
     def __init__(self, specs: Mapping[str, ToolSpec]) -> None:
         self.specs = dict(specs)
@@ -69,6 +72,15 @@ class Syntax(ABC):
     def render_result(self, text: str) -> str:
         """A tool's answer as the model reads it."""
         return f"{self.result_open}{text}{self.result_close}"
+
+    def write(self, call: ParsedCall) -> str:
+        """The call as the model writes it, which :meth:`parse` reads: for calls that data hold as fields.
+
+        Raises :class:`PluginError` for one that cannot be written so.
+        """
+        raise PluginError(
+            f"{type(self).__name__} has no write(call): give it one, or write the calls into the contents"
+        )
 
     @abstractmethod
     def describe(self) -> str:

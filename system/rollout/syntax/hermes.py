@@ -39,6 +39,10 @@ class HermesSyntax(Syntax):
     result_open = "<|im_end|>\n<|im_start|>user\n<tool_response>\n"
     result_close = "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     new_turn = True
+    in_text = (
+        r"\s*(?:<\|im_end\|>\s*<\|im_start\|>(?:user|tool)\s*)?<tool_response>\n?",
+        r"\n?</tool_response>(?:\s*<\|im_end\|>\s*<\|im_start\|>assistant\n)?",
+    )
     message_open = "\n<|im_start|>user\n"
     message_close = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -88,6 +92,10 @@ class HermesSyntax(Syntax):
             kind = type(arguments).__name__
             return MalformedCall(f'"arguments" must be a JSON object, not a {kind}: write {FORM}')
         return ParsedCall(name, arguments)
+
+    def write(self, call: ParsedCall) -> str:
+        made = {"name": call.tool, "arguments": call.arguments}
+        return f"{OPEN}\n{json.dumps(made, ensure_ascii=False)}\n{CLOSE}"
 
     def describe(self) -> str:
         """The tool section in the wording of Qwen's chat template, which the models know."""

@@ -73,6 +73,14 @@ class QwenCoderSyntax(HermesSyntax):
                 return json.loads(text)
         return text
 
+    def write(self, call: ParsedCall) -> str:
+        texts = (
+            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for key, value in call.arguments.items()
+        )
+        filled = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts)
+        return f"{OPEN}\n{FUNCTION}{call.tool}>\n{filled}{END}\n{CLOSE}"
+
     def describe(self) -> str:
         alone = "" if self.several else ", with nothing after it"
         return f"{signatures(self.specs.values())}\n\nTo call a function, reply in this form{alone}:\n{FORM}"

@@ -45,6 +45,13 @@ class TagSyntax(Syntax):
             return MalformedCall(f"{opener} is empty")
         return ParsedCall(name, {self.specs[name].primary: content})
 
+    def write(self, call: ParsedCall) -> str:
+        spec = self.specs.get(call.tool)
+        key = spec.primary if spec else next(iter(call.arguments), "")
+        if call.arguments.keys() != {key}:
+            raise PluginError(f"a tag holds one argument, the call of {call.tool!r} has {[*call.arguments]}")
+        return f"<{call.tool}> {call.arguments[key]} </{call.tool}>"
+
     def describe(self) -> str:
         tools = "\n".join(
             f"- {spec.name}: {spec.description} Call it as <{spec.name}> {spec.primary} </{spec.name}>."

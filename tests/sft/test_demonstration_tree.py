@@ -19,8 +19,8 @@ from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
+from system.sft.demonstrations import demonstration_tree
 from system.tasks.base import Demonstration
-from system.tasks.demos import demonstration_tree
 from system.tasks.quickstart import vocabulary
 from system.tasks.quickstart.task import QuickstartTask
 from system.tools import python_server, search_server

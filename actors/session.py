@@ -1,0 +1,59 @@
+"""A run's time with Ray: from its start to the exit code, whatever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+
+from actors.ending import EXIT_DEADLINE_S, exit_within
+from actors.ray_support import ray_session
+from system.config import Config, ConfigError
+from system.errors import EXPECTED, FAILED, INTERRUPTED, LOST, exit_code, leaves, told
+from system.observe.terminal import shown
+
+
+def in_session(
+    config: Config,
+    root: Path,
+    work: Callable[[bool], Coroutine[Any, Any, int]],
+    again: str,
+    *,
+    last: bool = True,
+) -> int:
+    """Do ``work`` (told whether Ray's cluster was given to us) while Ray is there; returns the process's exit
+    code.  ``again``: the command that goes on with a run that failed.
+
+    The process ends soon after, should anything in it hang; not before this returns, where it is not the
+    ``last`` that it does.
+    """
+    code = FAILED
+    with ray_session(config, root) as joined:
+        try:
+            code = asyncio.run(work(joined))
+        except* ConfigError as errors:
+            raise next(leaves(errors)) from None
+        except* (*EXPECTED, RayError) as errors:
+            code = _failed(errors, again)
+        except* asyncio.CancelledError:  # by a signal
+            print("espalier: interrupted", file=sys.stderr)
+            code = INTERRUPTED
+        finally:
+            ending = exit_within(EXIT_DEADLINE_S, code)
+    if not last:
+        ending.cancel()
+    return code
+
+
+def _failed(errors: BaseException, again: str) -> int:
+    """Say why the run failed and how to go on; returns the exit code."""
+    for error in leaves(errors):
+        print(f"espalier: {shown(told(error))}", file=sys.stderr)
+    code = exit_code(errors, lost=(RayError,))
+    when = "" if code == LOST else "once that is mended, "
+    print(f"espalier: the run failed; {when}go on with {again}", file=sys.stderr)
+    return code

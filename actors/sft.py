@@ -1,0 +1,191 @@
+"""A supervised run, from its first line to its last: what ``espalier sft`` does."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors.delivery import deliver
+from actors.ending import signals
+from actors.evaluate import right_samples
+from actors.heartbeat import Heartbeats, Watched
+from actors.learner import LearnerGroup
+from actors.placement import Placement
+from actors.ray_support import StartFailed, watched
+from actors.session import in_session
+from actors.supervised import SftState, Supervised, finished
+from system.config import Config, PartConfig, to_dict
+from system.errors import DONE, STOPPED, ConfigError
+from system.observe import lease
+from system.observe.jsonl import JsonlWriter
+from system.observe.progress import Progress
+from system.observe.recorder import Status
+from system.observe.rundir import RunDir, write_atomic
+from system.observe.sinks import Sink
+from system.observe.terminal import shown
+from system.observe.wandb_sink import WandbSink
+from system.redact import redact
+from system.sft.choice import SavedModel, chosen, rule
+from system.sft.data import SplitData, read
+from system.sft.prepare import prepare
+from system.tasks.base import Task, make_task
+from system.tasks.inputs import make_model
+
+
+def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
+    """Start a supervised run, or go on with the one in ``resume``; returns the process's exit code.
+
+    The configuration has passed :func:`system.doctor.preflight.require`.
+    """
+    old = RunDir.open(resume) if resume else None
+    if old and not old.sft_path.is_file():
+        raise ConfigError(f"{resume} is no supervised run: go on with espalier train --resume {resume}")
+    if old and finished(old):
+        print(f"{resume} has ended, and is left as it is; its model is {old.model}")
+        return DONE
+    data = read(config.sft, config.run.seed)  # all of it: nothing is made before
+    task = make_task(config) if config.sft.samples or not config.model.path else None
+    run_dir = old or RunDir.create(config, f"{config_name}-sft")
+    with lease.held(run_dir.root):
+        run_dir.write_config(config)
+        print(f"run directory: {run_dir.root}", flush=True)
+        run = _SftRun(config, run_dir, data, task, rule(config.sft))
+        again = f"espalier sft --resume {run_dir.root}"
+        try:
+            code = in_session(config, run_dir.root, run.learn, again, last=not config.sft.samples)
+        except StartFailed:  # nothing has happened that a run directory could tell
+            if resume is None:
+                shutil.rmtree(run_dir.root, ignore_errors=True)
+            raise
+        return run.conclude() if code == DONE else code
+
+
+@dataclass
+class _SftRun:
+    """What a supervised run is, and what has come of it."""
+
+    config: Config
+    run_dir: RunDir
+    data: SplitData
+    task: Task | None
+    how: str  # its model is chosen
+    state: SftState = field(default_factory=SftState)
+
+    @property
+    def model(self) -> Path:
+        """The start model: given, or made for this run."""
+        return Path(self.config.model.path) if self.config.model.path else self.run_dir.start
+
+    async def learn(self, joined: bool) -> int:
+        """All that happens while the learner is there."""
+        config, run_dir = self.config, self.run_dir
+        sinks: list[Sink] = [JsonlWriter(run_dir.metrics_path), WandbSink(run_dir, config)]
+        try:
+            began = time.monotonic()
+            with Progress(
+                lambda: Status(step=self.state.step, wall_s=time.monotonic() - began),
+                total_steps=0,
+                interval_s=config.observe.progress_s,
+            ) as progress:
+                drawing = asyncio.create_task(progress.run())
+                try:
+                    with signals() as ending:
+                        places = await Placement.claim(config, joined=joined, only="learner")
+                        learner = LearnerGroup(config.learn.ranks, places, config.cluster)
+                        supervised = Supervised(
+                            config, run_dir, self.state, learner, sinks, progress, self.how
+                        )
+                        ending.stops(supervised, progress)
+                        work = self._train(supervised, learner, places)
+                        return await places.watch_during(work)
+                finally:
+                    drawing.cancel()
+                    await asyncio.gather(drawing, return_exceptions=True)
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    async def _train(self, supervised: Supervised, learner: LearnerGroup, places: Placement) -> int:
+        config, run_dir, progress = self.config, self.run_dir, supervised.progress
+        if not config.model.path:
+            assert self.task is not None
+            await asyncio.to_thread(make_model, self.model, config, self.task)
+        progress.phase(
+            "starting", detail=f"waiting for the learner, encoding {len(self.data.train)} conversations"
+        )
+        settings = to_dict(_supervised(config))
+        beats = Heartbeats(
+            lambda: {name: Watched(it, places[name].options, False) for name, it in learner.ranks.items()},
+            config.cluster.silent_s,
+            config.cluster.start_deadline_s,
+            progress.note,
+        )
+
+        async def work() -> int:
+            async with asyncio.TaskGroup() as starting:
+                starting.create_task(learner.start(settings, str(self.model)))
+                encoding = starting.create_task(asyncio.to_thread(prepare, config, self.data, self.model))
+            prepared = encoding.result()
+            progress.note(prepared.told())
+            write_atomic(run_dir.sft_path, json.dumps(prepared.facts(), indent=2) + "\n")
+            return DONE if await supervised.run(prepared) else STOPPED
+
+        return await watched(work(), beats.watch())
+
+    def conclude(self) -> int:
+        """Choose a model, and say which and why."""
+        config, run_dir, state = self.config, self.run_dir, self.state
+        candidates = [SavedModel(**one) for one in state.candidates]
+        if samples := config.sft.samples:
+            assert self.task is not None
+            for one in candidates:
+                print(f"{self.how} of the model of step {one.step} …", flush=True)
+                one.rate(right_samples(config, self.task, state.path(run_dir, one.step), samples), samples)
+                print(f"  {one.solved:.3f} ({one.accuracy:.3f} of all samples right)", flush=True)
+        best, why = chosen(candidates, self.how)
+        facts = json.loads(run_dir.sft_path.read_text(encoding="utf-8"))
+        run_dir.write_summary(
+            {
+                "steps": state.step,
+                "epochs": config.sft.epochs,
+                "data": facts,
+                "trained_tokens": state.tokens,
+                "loss": {"first": state.first_loss, "last": state.last_loss},
+                "held_out": state.held_out,
+                "candidates": [one.facts() for one in candidates],
+                "chosen": {"step": best.step, "by": self.how, "why": why},
+                "wall_s": state.wall_s,
+                "seed": config.run.seed,
+                "config": redact(to_dict(config)),
+            }
+        )
+        _draw(run_dir)
+        state.path(run_dir, best.step).rename(run_dir.model)
+        if config.sft.keep == "chosen":
+            shutil.rmtree(run_dir.candidates)
+        for line in (
+            f"{state.step} steps, {state.tokens} tokens learned, loss {state.first_loss:.3f} -> "
+            f"{state.last_loss:.3f}, {state.wall_s:.0f} s",
+            f"model of step {best.step}: {why}",
+            f"go on with: espalier train RECIPE model.path={run_dir.model}",
+        ):
+            print(shown(line))
+        return deliver(config, run_dir)
+
+
+def _supervised(config: Config) -> Config:
+    """What the learner is told: of reinforcement learning it needs no model but its own."""
+    told = copy.deepcopy(config)
+    told.learn.kl_coef, told.learn.proximal, told.learn.correction = 0.0, "start", PartConfig("none")
+    return told
+
+
+def _draw(run_dir: RunDir) -> None:
+    from actors.train import draw_curves
+
+    draw_curves(run_dir)

@@ -1,0 +1,120 @@
+"""Supervised runs through the command line: broken off, gone on with, their model chosen and trained on."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from safetensors.torch import load_file
+
+from system.observe.sinks import history
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+ROOT = Path(__file__).parents[2]
+WAIT_S = 240.0
+
+Begin = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What examples/conversations.py writes, in small."""
+    directory = tmp_path_factory.mktemp("data") / "first"
+    runpy.run_path(str(ROOT / "examples" / "conversations.py"))["main"](directory, rows=100, held_out=6)
+    return directory
+
+
+@pytest.fixture
+def begin(tmp_path: Path, data: Path) -> Iterator[Begin]:
+    """Start a small run of examples/first.yaml under a name, or go on with it."""
+    runs: list[Run] = []
+
+    def start(name: str, *overrides: str, command: str = "sft", resume: bool = False) -> Run:
+        fresh = [
+            "examples/first.yaml", f"run.dir={tmp_path}", f"run.name={name}",
+            f"sft.path={data}/conversations.jsonl", f"task.path={data}/conversations.jsonl",
+            f"task.eval_path={data}/held-out.jsonl", f"tools.corpus={data}/documents.jsonl",
+            "observe.wandb=disabled", "observe.progress_s=1", "sft.batch=8", "sft.epochs=2",
+        ]  # fmt: skip
+        if not any(word.startswith("model.path=") for word in overrides):
+            fresh.append(f"model.path={data}/model")
+        start = ["--resume", str(tmp_path / name)] if resume else fresh
+        runs.append(Run(tmp_path / name, [*start, *overrides], command))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def losses(run: Run) -> list[tuple[int, str, float]]:
+    """Every loss that counts, with its step."""
+    kept = history(run.directory / "metrics.jsonl")
+    keys = ("sft/loss", "sft/held_out_loss")
+    return [(one["step"], key, one[key]) for one in kept for key in keys if key in one]
+
+
+def steps(run: Run) -> int:
+    path = run.directory / "metrics.jsonl"
+    return path.read_text().count("sft/loss") if path.exists() else 0
+
+
+def test_a_run_that_was_killed_and_stopped_has_the_same_losses(begin: Begin) -> None:
+    whole = begin("whole")
+    assert whole.wait(WAIT_S) == 0, whole.output()
+    broken = begin("broken", "checkpoint.every=4")
+    broken.wait_for(lambda: steps(broken) >= 6, WAIT_S, "six steps")
+    broken.kill()  # SIGKILL, to all of its processes
+    before = steps(broken)
+    broken = begin("broken", resume=True)
+    broken.wait_for(lambda: steps(broken) >= before + 3, WAIT_S, "three steps more")
+    broken.process.send_signal(signal.SIGINT)
+    assert broken.wait(WAIT_S) == 3, broken.output()
+    assert "go on with espalier sft --resume" in broken.output()
+    broken = begin("broken", resume=True)
+    assert broken.wait(WAIT_S) == 0, broken.output()
+    assert losses(broken) == losses(whole)
+    assert [step for step, key, _ in losses(whole) if key == "sft/loss"] == list(range(1, 25))
+    models = [load_file(run.directory / "model" / "model.safetensors") for run in (whole, broken)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    summary, other = whole.summary(), broken.summary()
+    assert summary["candidates"] == other["candidates"]
+    assert summary["chosen"] == other["chosen"]
+    assert "resumed at step" in broken.output()
+    again = begin("broken", resume=True)
+    assert again.wait(WAIT_S) == 0
+    assert "has ended" in again.output()
+    wrong = begin("broken", command="train", resume=True)
+    assert wrong.wait(WAIT_S) == 2
+    assert "is a supervised run: go on with espalier sft --resume" in wrong.output()
+
+
+def test_a_model_is_chosen_by_what_it_solves_and_trained_on(begin: Begin) -> None:
+    run = begin("chosen", "sft.choose=pass@2", "sft.epochs=2", "sft.keep=all")
+    assert run.wait(WAIT_S) == 0, run.output()
+    summary: dict[str, Any] = run.summary()
+    found = summary["candidates"]
+    assert [one["step"] for one in found] == [12, 24]
+    assert all(0 <= one["accuracy"] <= one["solved"] <= 1 for one in found)
+    best = max(found, key=lambda one: (one["solved"], one["accuracy"], one["step"]))
+    assert summary["chosen"]["step"] == best["step"]
+    assert summary["chosen"]["by"] == "pass@2"
+    assert "the highest pass@2" in summary["chosen"]["why"]
+    facts = json.loads((run.directory / "sft.json").read_text())
+    assert summary["data"] == facts
+    assert 0 < facts["learned_tokens"] < facts["tokens"]
+    assert (run.directory / "curves" / "supervised.png").is_file()
+    assert [path.name for path in (run.directory / "candidates").iterdir()] == [
+        f"step-{step:06d}" for step in (12, 24) if step != best["step"]
+    ]
+    trained = begin(
+        "arpo", f"model.path={run.directory}/model", "run.steps=1", "eval.questions=2", command="train"
+    )
+    assert trained.wait(WAIT_S) == 0, trained.output()

@@ -1,0 +1,88 @@
+"""From files to examples: what is counted, what is refused, and before anything is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from system.config import Config, ConfigError
+from system.doctor.supervised import require
+from system.sft.data import read
+from system.sft.prepare import prepare
+from system.tasks.files import DataError
+from system.tasks.quickstart import vocabulary
+from system.tasks.tiny_model import create_model
+
+CALL = " <think> a </think> <search> person Halwin </search>"
+SAID = f"{CALL} <result>\nperson Halwin\n</result> <answer> </answer>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    create_model(path, vocabulary.build(), Config().model, seed=0)
+    return path
+
+
+def recipe(model: Path, path: Path, *said: str, **sft: Any) -> Config:
+    rows = [{"prompt": f"Q: {i}", "completion": one} for i, one in enumerate(said)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config()
+    config.model.path, config.sft.path, config.run.dir = str(model), str(path), str(path.parent / "runs")
+    config.task.tools_in_prompt = "none"
+    for name, value in sft.items():
+        setattr(config.sft, name, value)
+    return config
+
+
+def test_what_became_of_the_rows(model: Path, tmp_path: Path) -> None:
+    long = SAID.replace(" <answer> </answer>", " home" * 60)
+    config = recipe(model, tmp_path / "a.jsonl", SAID, SAID, "a </result>", long, max_tokens=40, skip=0.3)
+    found = prepare(config, read(config.sft, 0), model)
+    assert (len(found.train), found.unusable, found.too_long, found.cut) == (2, 1, 1, 0)
+    assert "1 unusable rows left out; 1 too long" in found.told()
+    config.sft.too_long = "cut"
+    cut = prepare(config, read(config.sft, 0), model)
+    assert (len(cut.train), cut.too_long, cut.cut) == (3, 0, 1)
+    assert cut.digest != found.digest
+    assert cut.facts()["learned_tokens"] < cut.facts()["tokens"]
+    assert prepare(config, read(config.sft, 0), model).digest == cut.digest
+
+
+def test_rows_that_cannot_be_put_are_told_by_line(model: Path, tmp_path: Path) -> None:
+    config = recipe(model, tmp_path / "a.jsonl", SAID, "a </result>", SAID)
+    with pytest.raises(DataError) as caught:
+        prepare(config, read(config.sft, 0), model)
+    first, last = str(caught.value).splitlines()
+    assert first.startswith(f"{tmp_path}/a.jsonl, line 2: '</result>' ends a result that has not begun")
+    assert "1 of 3 rows (33.33%)" in last
+
+
+def test_none_that_fits_is_an_error(model: Path, tmp_path: Path) -> None:
+    config = recipe(model, tmp_path / "a.jsonl", SAID, max_tokens=5)
+    with pytest.raises(DataError, match=r"no conversation that is trained on has 5 tokens or fewer"):
+        prepare(config, read(config.sft, 0), model)
+
+
+def test_all_that_is_wrong_is_told_at_once(model: Path, tmp_path: Path) -> None:
+    require(recipe(model, tmp_path / "a.jsonl", SAID))
+    config = recipe(model, tmp_path / "a.jsonl", SAID, eval_path=str(tmp_path / "b.jsonl"))
+    config.cluster.gpus_per_node, config.learn.tp = 1, 2
+    with pytest.raises(ConfigError) as caught:
+        require(config)
+    told = str(caught.value)
+    assert "sft.eval_path: no such data file" in told
+    assert "the learner needs 2 GPUs" in told
+    with pytest.raises(ConfigError, match=r"sft.path: empty; name the conversations"):
+        require(Config())
+
+
+def test_a_choice_by_questions_needs_some(model: Path, tmp_path: Path) -> None:
+    config = recipe(model, tmp_path / "a.jsonl", SAID, choose="pass@2")
+    config.task.name, config.task.path = "jsonl", str(tmp_path / "a.jsonl")
+    config.tools.names = ["python"]
+    with pytest.raises(ConfigError, match=r"sft.choose=pass@2: task 'jsonl' has no held-out questions"):
+        require(config)
