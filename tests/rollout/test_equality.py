@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,12 +57,21 @@ PIECES = re.findall(
 TEXTS = st.lists(st.sampled_from([*PIECES, " ", "  "]), max_size=12).map("".join) | st.text(max_size=30)
 
 
-@settings(max_examples=1500, derandomize=True, deadline=2000, database=None)
+@contextmanager
+def in_two_seconds() -> Iterator[None]:
+    """Of this process's time: another one may have had the core meanwhile."""
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 2.0
+
+
+@settings(max_examples=1500, derandomize=True, database=None)
 @given(TEXTS, TEXTS)
 def test_equality_holds_its_promises_for_any_two_texts(a: str, b: str) -> None:
-    assert equal(a, a)
-    assert equal(a, b) is equal(b, a)
-    assert equal(f" {a} ", a)  # white space around an answer is nothing
+    with in_two_seconds():
+        assert equal(a, a)
+        assert equal(a, b) is equal(b, a)
+        assert equal(f" {a} ", a)  # white space around an answer is nothing
 
 
 FORMS = ["{},{}", r"\{{{},{}\}}", "({},{})", "[{},{}]", "{}+{}", r"\begin{{pmatrix}}{}&{}\end{{pmatrix}}"]
@@ -69,12 +80,13 @@ SIGNED = st.sampled_from(
 )
 
 
-@settings(max_examples=60, derandomize=True, deadline=2000, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(SIGNED, SIGNED, st.sampled_from(FORMS))
 def test_a_sign_is_never_lost(a: str, b: str, form: str) -> None:
-    assert equal(form.format(a, b), form.format(a, b).replace(",", " , "))
-    assert not equal(form.format(a, b), form.format("-" + a, b))
-    assert not equal(form.format(a, b), form.format(a, "-" + b).replace("+-", "-"))
+    with in_two_seconds():
+        assert equal(form.format(a, b), form.format(a, b).replace(",", " , "))
+        assert not equal(form.format(a, b), form.format("-" + a, b))
+        assert not equal(form.format(a, b), form.format(a, "-" + b).replace("+-", "-"))
 
 
 HOSTILE = [
@@ -128,19 +140,19 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_answers_are_decided_in_two_seconds(text: str) -> None:
     for other in ("1", "x+1", text + "+1", "(" + text + ",1)", "x=" + text):
-        began = time.process_time()
-        assert equal(text, other) is equal(other, text)
-        assert time.process_time() - began < 2.0
+        with in_two_seconds():
+            assert equal(text, other) is equal(other, text)
 
 
 @pytest.mark.parametrize("form", [r"\sin(x+{0})\cos(x+{0})", "((x+{0})(y+{0}))z", "1+[[x+{0}]]+[y+{0}]"])
 @pytest.mark.parametrize("n", [9, 38])
 def test_long_sets_are_decided_in_two_seconds(form: str, n: int) -> None:
     items = [form.format(i) for i in range(n)]
-    began = time.process_time()
-    same = equal("{" + ",".join(items) + "}", "{" + ",".join(f"{item}+0" for item in reversed(items)) + "}")
+    with in_two_seconds():
+        same = equal(
+            "{" + ",".join(items) + "}", "{" + ",".join(f"{item}+0" for item in reversed(items)) + "}"
+        )
     assert same is (n == 9)  # the longer is too long to be read
-    assert time.process_time() - began < 2.0
 
 
 def test_a_worker_that_reads_no_formula_does_not_import_sympy() -> None:

@@ -314,7 +314,7 @@ async def test_copies_of_links_and_closed_files(tree: SessionTree) -> None:
     await text(session, make)
     child = await session.fork()
     look = (
-        "[(n, os.lstat(n).st_mode, os.lstat(n).st_uid, int(os.lstat(n).st_mtime)) for n in os.listdir()], "
+        "[(n, os.lstat(n).st_mode, os.lstat(n).st_uid, os.lstat(n).st_mtime_ns) for n in os.listdir()], "
         "os.readlink('root'), open('d/-rf *').read()"
     )
     assert await text(session, look) == await text(child, look)

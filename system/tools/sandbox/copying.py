@@ -60,7 +60,7 @@ class _Copy:
             self.directory(name, old, name, new, depth - 1)
         elif stat.S_ISLNK(found.st_mode):
             os.symlink(os.readlink(name, dir_fd=old), name, dir_fd=new)
-            self._own(name, new)
+            self._link_like(found, name, new)
         elif stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
             self._file(name, old, new)
         else:
@@ -87,9 +87,12 @@ class _Copy:
         os.chmod(new, stat.S_IMODE(found.st_mode))
         os.utime(new, ns=(found.st_atime_ns, found.st_mtime_ns))
 
-    def _own(self, name: str, new: int) -> None:
+    def _link_like(self, found: os.stat_result, name: str, new: int) -> None:
+        """Owner and times; a link has no mode of its own."""
         if self._owner is not None:
             os.chown(name, self._owner, self._owner, dir_fd=new, follow_symlinks=False)
+        times = (found.st_atime_ns, found.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=new, follow_symlinks=False)
 
 
 def _newest_first(directory: str) -> bool:
