@@ -22,7 +22,7 @@ def sft(args: argparse.Namespace) -> int:
       espalier train my.yaml model.path=runs/my-sft-s0/model           goes on by reinforcement
       espalier sft my.yaml sft.eval_share=0.02 sft.epochs=2 sft.lr=1e-5
       espalier sft my.yaml sft.choose=pass@4                           the epoch whose model solves most
-      espalier sft configs/arpo-sft-8b.yaml                            ARPO's recipe
+      espalier sft configs/sft/arpo-8b.yaml                            ARPO's recipe
       espalier sft --resume runs/my-sft-s0
 
     A row is a conversation, in one of four forms, which its columns tell:

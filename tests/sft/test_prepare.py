@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from system.config import Config, ConfigError
+from actors.cli.main import main
+from system.cluster.placement import paper_nodes, place
+from system.config import Config, ConfigError, load
 from system.doctor.supervised import require
 from system.sft.data import read
 from system.sft.prepare import prepare
@@ -86,3 +88,18 @@ def test_a_choice_by_questions_needs_some(model: Path, tmp_path: Path) -> None:
     config.tools.names = ["python"]
     with pytest.raises(ConfigError, match=r"sft.choose=pass@2: task 'jsonl' has no held-out questions"):
         require(config)
+
+
+def test_arpo_s_recipe_has_its_figures_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[2] / "configs" / "sft" / "arpo-8b.yaml"
+    config = load(path)
+    sft = config.sft
+    assert (sft.epochs, sft.batch, sft.lr, sft.lr_decay, sft.warmup) == (3, 16, 7e-6, "cosine", 0.1)
+    assert (sft.max_tokens, config.model.dtype) == (15000, "bfloat16")
+    assert len(place(config, paper_nodes(config), "learner")) == 8
+    assert main(["plan", str(path), "--sft"]) == 0
+    told = capsys.readouterr().out
+    assert "8 GPUs (h100)" in told
+    assert "no engines beside it" in told
+    assert main(["plan", str(path), "--sft", "learn.tp=1", "learn.recompute=none"]) == 1
+    assert "PROBLEM: a learner rank does not fit" in capsys.readouterr().out
