@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from system.tasks.files import DataError
 from system.tasks.quickstart import vocabulary
 from system.tasks.tiny_model import create_model
 
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 CALL = " <think> a </think> <search> person Halwin </search>"
 SAID = f"{CALL} <result>\nperson Halwin\n</result> <answer> </answer>"
 
@@ -103,3 +105,16 @@ def test_arpo_s_recipe_has_its_figures_and_fits(capsys: pytest.CaptureFixture[st
     assert "no engines beside it" in told
     assert main(["plan", str(path), "--sft", "learn.tp=1", "learn.recompute=none"]) == 1
     assert "PROBLEM: a learner rank does not fit" in capsys.readouterr().out
+
+
+def test_what_is_learned_is_shown(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe(model, tmp_path / "a.jsonl", SAID, SAID)
+    words = [f"model.path={model}", f"sft.path={tmp_path}/a.jsonl", "task.tools_in_prompt=none"]
+    assert main(["sft", "--show", "1", str(QUICKSTART), *words]) == 0
+    told = capsys.readouterr().out
+    assert told.count("--- ") == 1
+    assert "tokens] <result>" not in told
+    assert re.search(
+        r"\[LEARNED, \d+ tokens\]  <think>.*</search>\n\[read only, \d+ tokens\]  <result>\n", told
+    )
+    assert re.search(r"\[LEARNED, \d+ tokens\]  <answer> </answer><eos>\n", told)
