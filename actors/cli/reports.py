@@ -113,7 +113,7 @@ def plan(args: argparse.Namespace) -> int:
       espalier plan configs/quickstart.yaml --gpus 8 model.path=Qwen2.5-7B model.dtype=bfloat16 learn.tp=4
       espalier plan configs/qwen3-14b-8x8.yaml --gpu h200 --response 6000 --calls 4 --tool-s 2.5
       espalier plan my.yaml --gpus 64 --search     learn.tp, pp, cp, dp and recompute, engine.tp and replicas
-      espalier plan configs/arpo-sft-8b.yaml --sft
+      espalier plan configs/sft/arpo-8b.yaml --sft
 
     Nothing is started or downloaded: a model is known by its directory (config.json) or its name. Speeds are
     a roofline with the assumptions of system/plan/hardware.py; the memory model is that of Korthikanti et al.

@@ -13,6 +13,7 @@ from actors.cli.train import unsafe_on_resume
 @command(
     RECIPE,
     argument("--resume", metavar="RUN", type=Path, help="go on with the supervised run in this directory"),
+    argument("--show", metavar="N", type=int, help="print the first N conversations and what is learned"),
 )
 def sft(args: argparse.Namespace) -> int:
     """Teach a model by conversations, before it is trained by reinforcement.
@@ -22,8 +23,9 @@ def sft(args: argparse.Namespace) -> int:
       espalier train my.yaml model.path=runs/my-sft-s0/model           goes on by reinforcement
       espalier sft my.yaml sft.eval_share=0.02 sft.epochs=2 sft.lr=1e-5
       espalier sft my.yaml sft.choose=pass@4                           the epoch whose model solves most
-      espalier sft configs/arpo-sft-8b.yaml                            ARPO's recipe
+      espalier sft configs/sft/arpo-8b.yaml                            ARPO's recipe
       espalier sft --resume runs/my-sft-s0
+      espalier sft my.yaml --show 2                                    what would be learned; nothing starts
 
     A row is a conversation, in one of four forms, which its columns tell:
       {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}
@@ -44,6 +46,13 @@ def sft(args: argparse.Namespace) -> int:
     config, name = configured(args.words, args.resume, "espalier sft my.yaml sft.path=conversations.jsonl")
     for key in unsafe_on_resume(args.words) if args.resume else ():
         print(f"WARNING: {key} changes in the middle of a run: the checkpoint may not fit", file=sys.stderr)
+    if args.show is not None:
+        from system.observe.terminal import visible
+        from system.sft.show import shown_examples
+
+        for line in shown_examples(config, args.show):
+            print(visible(line, breaks=True))
+        return 0
     require(config, args.resume)
     from actors.sft import sft  # Ray is imported when nothing stands against the run
 

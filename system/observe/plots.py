@@ -50,7 +50,7 @@ def draw(run_dir: RunDir) -> list[Path]:
     """Draw every curve that has data into ``curves/``; returns the files, the overview first."""
     records = history(run_dir.metrics_path)
     files, drawn = [], []
-    for curve in CURVES:
+    for curve in (*SUPERVISED, *CURVES):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         if _panel(figure.subplots(), curve, records):
             path = run_dir.curves / f"{curve.name}.png"
@@ -204,13 +204,15 @@ def _idle(ax: Axes, records: Records) -> None:
         _line(ax, filled, key, f"{actor}: {cause}", _CYCLE[i % 6], "-" if i < 6 else "--")
 
 
-CURVES = (
+SUPERVISED = (
     Curve(
         "supervised",
-        "Supervised loss, nats per token",
+        "Loss, nats per token",
         (("sft/loss", "trained on", BLUE), ("sft/held_out_loss", "held out", ORANGE, "o-")),
     ),
-    Curve("supervised_rate", "Supervised learning rate", (("sft/lr", "", GREEN),), top=0),
+    Curve("supervised_rate", "Learning rate", (("sft/lr", "of the step", GREEN),), top=0),
+)
+CURVES = (
     Curve("accuracy", "Accuracy", _accuracy),
     Curve(
         "reward",

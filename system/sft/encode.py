@@ -59,10 +59,7 @@ class Encoder:
 
     def _nodes(self, one: Conversation) -> Iterator[Node]:
         asked = one.question
-        yield (
-            Kind.PROMPT,
-            (self._template().prompt(asked, one.tools) if one.tools else self._chat.encode(asked)),
-        )
+        yield Kind.PROMPT, self._prompt(one)
         # Turns of the assistant, and what others say between them.
         groups = groupby(one.messages[len(asked) :], lambda message: message["role"] == "assistant")
         runs = [list(run) for _, run in groups]
@@ -89,6 +86,8 @@ class Encoder:
         """
         calls, text = said.get("tool_calls", ()), said["content"]
         if said.get("reasoning_content") or (calls and self._chat.codec):
+            if any(part.kind == Kind.TOOL for part in parted(text, self._syntax)):
+                raise RowUnusable("a result stands in the text of a message whose calls are fields")
             written = {key: value for key, value in said.items() if key != "weight"}
             if not self._chat.codec:  # the template writes the thought, the syntax the calls
                 written.pop("tool_calls", None)

@@ -110,7 +110,8 @@ def test_a_model_is_chosen_by_what_it_solves_and_trained_on(begin: Begin) -> Non
     facts = json.loads((run.directory / "sft.json").read_text())
     assert summary["data"] == facts
     assert 0 < facts["learned_tokens"] < facts["tokens"]
-    assert (run.directory / "curves" / "supervised.png").is_file()
+    curves = {path.stem for path in (run.directory / "curves").iterdir()}
+    assert curves == {"overview", "supervised", "supervised_rate"}
     assert [path.name for path in (run.directory / "candidates").iterdir()] == [
         f"step-{step:06d}" for step in (12, 24) if step != best["step"]
     ]

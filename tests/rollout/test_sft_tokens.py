@@ -305,6 +305,12 @@ def test_what_cannot_be_put_says_why(messages: list[dict[str, Any]], reason: str
     assert reason in str(caught.value)
 
 
+def test_a_result_in_the_text_beside_calls_as_fields_is_refused() -> None:
+    turn = said("a <tool_response>b</tool_response>", tool_calls=[{"name": "search", "arguments": {}}])
+    with pytest.raises(RowUnusable, match="a result stands in the text of a message whose"):
+        example(chat("qwen2.5"), HERMES, USER, turn, heard("x"), said("y"))
+
+
 def test_fields_need_a_template() -> None:
     from rollout_fakes import PieceTokenizer
 

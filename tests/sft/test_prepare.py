@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from system.config import Config, ConfigError
+from actors.cli.main import main
+from system.cluster.placement import paper_nodes, place
+from system.config import Config, ConfigError, load
 from system.doctor.supervised import require
 from system.sft.data import read
 from system.sft.prepare import prepare
@@ -16,6 +19,7 @@ from system.tasks.files import DataError
 from system.tasks.quickstart import vocabulary
 from system.tasks.tiny_model import create_model
 
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 CALL = " <think> a </think> <search> person Halwin </search>"
 SAID = f"{CALL} <result>\nperson Halwin\n</result> <answer> </answer>"
 
@@ -86,3 +90,31 @@ def test_a_choice_by_questions_needs_some(model: Path, tmp_path: Path) -> None:
     config.tools.names = ["python"]
     with pytest.raises(ConfigError, match=r"sft.choose=pass@2: task 'jsonl' has no held-out questions"):
         require(config)
+
+
+def test_arpo_s_recipe_has_its_figures_and_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[2] / "configs" / "sft" / "arpo-8b.yaml"
+    config = load(path)
+    sft = config.sft
+    assert (sft.epochs, sft.batch, sft.lr, sft.lr_decay, sft.warmup) == (3, 16, 7e-6, "cosine", 0.1)
+    assert (sft.max_tokens, config.model.dtype) == (15000, "bfloat16")
+    assert len(place(config, paper_nodes(config), "learner")) == 8
+    assert main(["plan", str(path), "--sft"]) == 0
+    told = capsys.readouterr().out
+    assert "8 GPUs (h100)" in told
+    assert "no engines beside it" in told
+    assert main(["plan", str(path), "--sft", "learn.tp=1", "learn.recompute=none"]) == 1
+    assert "PROBLEM: a learner rank does not fit" in capsys.readouterr().out
+
+
+def test_what_is_learned_is_shown(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe(model, tmp_path / "a.jsonl", SAID, SAID)
+    words = [f"model.path={model}", f"sft.path={tmp_path}/a.jsonl", "task.tools_in_prompt=none"]
+    assert main(["sft", "--show", "1", str(QUICKSTART), *words]) == 0
+    told = capsys.readouterr().out
+    assert told.count("--- ") == 1
+    assert "tokens] <result>" not in told
+    assert re.search(
+        r"\[LEARNED, \d+ tokens\]  <think>.*</search>\n\[read only, \d+ tokens\]  <result>\n", told
+    )
+    assert re.search(r"\[LEARNED, \d+ tokens\]  <answer> </answer><eos>\n", told)
