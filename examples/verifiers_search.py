@@ -79,7 +79,7 @@ class SearchTask(vf.Task[Data]):
         """The box holds the answer."""
         said = trace.branches[-1].messages[-1].content if trace.branches else ""
         boxes = re.findall(r"\\boxed\{(.*?)\}", said or "")
-        return float(boxes[-1:] == [self.data.answer])
+        return float([one.strip() for one in boxes[-1:]] == [self.data.answer])
 
     @vf.reward(weight=0.05)
     async def tidy(self, trace) -> float:

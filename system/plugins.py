@@ -169,9 +169,8 @@ class Registry:
         offered: Mapping[str, Any],
     ) -> dict[str, Any]:
         """``options`` converted to what the parameters after the first ``given`` ones are annotated with."""
-        where = (
-            f"{self.options_key}.{name}" if self.options_key else f"{self.key.removesuffix('.name')}.options"
-        )
+        section = self.key.removesuffix(".name").removesuffix(".run")
+        where = f"{self.options_key}.{name}" if self.options_key else f"{section}.options"
         try:
             parameters = list(inspect.signature(factory).parameters.values())
         except ValueError:  # some classes written in C do not tell: they get no options

@@ -43,21 +43,21 @@ class VerifiersTask:
     @cached_property
     def _prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Held out, and trained on.  Raises ConfigError for whatever the other interpreter says."""
+        train, held_out = self._train_size, self._eval_size
+        wanted = {"train": train, "eval": held_out} if self._apart else {"train": train + held_out}
+        tasks = questions(self._python, self._spec, wanted, self._agent, self._within_s)
+        found = {
+            split: [_prompt(f"{self.name}/{split}/{i}", split, one) for i, one in enumerate(tasks[split])]
+            for split in wanted
+        }
         if self._apart:
-            return self._asked("eval", self._eval_size), self._asked("train", self._train_size)
-        found = self._asked("train", self._eval_size + self._train_size)
-        if self._eval_size and len(found) <= self._eval_size:
+            return found["eval"], found["train"]
+        if held_out and len(found["train"]) <= held_out:
             raise ConfigError(
-                f"task.eval_size={self._eval_size}: the taskset has only {len(found)} tasks, and none would "
+                f"task.eval_size={held_out}: the taskset has only {len(found['train'])} tasks, and none would "
                 "be left to train on: lower it, or set agent.options.held_out"
             )
-        return found[: self._eval_size], found[self._eval_size :]
-
-    def _asked(self, split: str, most: int) -> list[Prompt]:
-        if most == 0:
-            return []
-        found = questions(self._python, self._spec, split, most, self._agent, self._within_s)
-        return [_prompt(f"{self.name}/{split}/{number}", split, one) for number, one in enumerate(found)]
+        return found["train"][:held_out], found["train"][held_out:]
 
 
 def _prompt(key: str, split: str, task: dict[str, Any]) -> Prompt:

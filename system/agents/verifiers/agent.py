@@ -59,3 +59,7 @@ class VerifiersAgent:
         if "error" in answer:
             raise AgentFailed(f"verifiers: {answer['error']}".replace(session.api_key, "…"))
         return {**answer, "correct": answer["reward"] >= self._right}
+
+    async def close(self) -> None:
+        """End the server; it ends with this process, too."""
+        await self._server.close()

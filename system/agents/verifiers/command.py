@@ -62,13 +62,13 @@ def surroundings(python: str, settings: AgentConfig) -> dict[str, str]:
 
 
 def questions(
-    python: str, spec: Mapping[str, Any], split: str, most: int, settings: AgentConfig, within_s: float
-) -> list[dict[str, Any]]:
-    """The first ``most`` tasks of ``split``, {"key", "data"} each.
+    python: str, spec: Mapping[str, Any], most: Mapping[str, int], settings: AgentConfig, within_s: float
+) -> dict[str, list[dict[str, Any]]]:
+    """By split, the first ``most[split]`` tasks, {"key", "data"} each.
 
     Raises :class:`ConfigError` naming the field, for whatever goes wrong over there.
     """
-    asked = json.dumps({**spec, "split": split, "most": most}).encode() + b"\n"
+    asked = json.dumps({**spec, "most": dict(most)}).encode() + b"\n"
     with tempfile.TemporaryFile() as errors:
         try:
             done = subprocess.run(

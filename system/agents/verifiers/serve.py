@@ -136,17 +136,20 @@ def _freeze_fixed_seats(env: Any) -> None:
     env.setup = setup_and_freeze
 
 
-def questions(spec: Spec) -> list[dict[str, Any]]:
-    """The first ``most`` tasks of ``split``: {"key", "data"} each, data as JSON holds them.
+def questions(spec: Spec) -> dict[str, list[dict[str, Any]]]:
+    """By split, the first ``spec["most"][split]`` tasks: {"key", "data"} each, data as JSON holds them.
 
     Raises :class:`Wrong`.
     """
-    env = Loaded(spec).envs[spec["split"]]
+    loaded = Loaded(spec)
+    found: dict[str, list[dict[str, Any]]] = {}
     try:
-        tasks = list(itertools.islice(iter(env.taskset), spec["most"]))
-        return [{"key": task.key, "data": task.data.model_dump(mode="json")} for task in tasks]
+        for split, most in spec["most"].items():
+            tasks = itertools.islice(iter(loaded.envs[split].taskset), most)
+            found[split] = [{"key": task.key, "data": task.data.model_dump(mode="json")} for task in tasks]
     except (Exception, SystemExit) as error:
         raise Wrong("environment", f"its tasks cannot be read: {_text(error)}") from error
+    return found
 
 
 # --- the server ---------------------------------------------------------------------------------------------

@@ -112,10 +112,11 @@ class EpisodeServer:
         try:
             answer = await child.ask(request)
         except asyncio.CancelledError:
-            if await child.cancel():
-                self._idle.append(child)
-            else:
-                child.kill()
+            kept = False
+            try:
+                kept = await child.cancel()
+            finally:  # also where this is cancelled once more
+                self._idle.append(child) if kept else child.kill()
             raise
         except EpisodeFailed as error:
             child.kill()
@@ -151,15 +152,20 @@ class EpisodeServer:
             return self._idle.pop()
         if not self._coming.empty():  # one that nobody waited for any more
             return self._coming.get_nowait()
-        server = await self._server
-        server.write(b"fork\n")
+        (await self._server).write(b"fork\n")
+        coming = asyncio.create_task(self._coming.get())
         try:
-            async with asyncio.timeout(FORK_S + self._start_s):
-                return await self._coming.get()
-        except TimeoutError as error:
-            raise EpisodeFailed(
-                f"no process for it came up; the last output: {self.output[-500:]}"
-            ) from error
+            await asyncio.wait(
+                [coming, self._over], timeout=FORK_S + self._start_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            coming.cancel()
+            if coming.done() and not coming.cancelled():
+                self._idle.append(coming.result())
+        if not self._idle:
+            why = "the server died" if self._over.done() else "no process for it came up"
+            raise EpisodeFailed(f"{why}; the last output: {self.output[-500:] or 'none'}")
+        return self._idle.pop()
 
     async def _start(self) -> None:
         """Have the server loaded."""
@@ -167,7 +173,7 @@ class EpisodeServer:
         if self._failed is not None and clock() < self._failed[0] + AGAIN_S:
             raise self._failed[1]
         try:
-            if self._process is None or self._process.returncode is not None:
+            if self._process is None or self._over.done():
                 await self.close()
                 await self._begin()
             if not self._told.done():
@@ -185,6 +191,7 @@ class EpisodeServer:
         loop = asyncio.get_running_loop()
         self._server: asyncio.Future[StreamWriter] = loop.create_future()
         self._told: asyncio.Future[dict[str, Any]] = loop.create_future()
+        self._over: asyncio.Future[None] = loop.create_future()  # since the server is gone
         self._coming: asyncio.Queue[_Child] = asyncio.Queue()
         self._tail = Tail()
         self._listening = await asyncio.start_unix_server(self._connected, self._path, limit=LIMIT)
@@ -225,5 +232,9 @@ class EpisodeServer:
         elif "server" in hello and not self._server.done():
             self._server.set_result(writer)
             writer.write(json.dumps(self._spec).encode() + b"\n")
-            if told := await reader.readline():
-                self._told.set_result(json.loads(told))
+            try:
+                if told := await reader.readline():
+                    self._told.set_result(json.loads(told))
+                await reader.read()
+            finally:
+                self._over.set_result(None)
