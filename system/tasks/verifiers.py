@@ -54,8 +54,8 @@ class VerifiersTask:
             return found["eval"], found["train"]
         if held_out and len(found["train"]) <= held_out:
             raise ConfigError(
-                f"task.eval_size={held_out}: the taskset has only {len(found['train'])} tasks, and none would "
-                "be left to train on: lower it, or set agent.options.held_out"
+                f"task.eval_size={held_out}: the taskset has only {len(found['train'])} tasks, and none "
+                "would be left to train on: lower it, or set agent.options.held_out"
             )
         return found["train"][:held_out], found["train"][held_out:]
 

@@ -42,7 +42,7 @@ class ServerRefused(EspalierError):
         self.message = message
 
 
-class _Child:
+class _Fork:
     """A fork of the server, which runs one episode at a time."""
 
     def __init__(self, process: int, reader: StreamReader, writer: StreamWriter) -> None:
@@ -98,7 +98,7 @@ class EpisodeServer:
         self._python, self._spec, self._environment = python, spec, environment
         self._path, self._start_s = directory / "verifiers.socket", start_s
         self._starting = asyncio.Lock()
-        self._idle: list[_Child] = []
+        self._idle: list[_Fork] = []
         self._process: Process | None = None
         self._failed: tuple[float, EspalierError] | None = None  # when it could not be started, and why
 
@@ -144,7 +144,7 @@ class EpisodeServer:
         """The last that server and children put out."""
         return redact(self._tail.text.rstrip())
 
-    async def _child(self) -> _Child:
+    async def _child(self) -> _Fork:
         """One that is idle, or a new one."""
         async with self._starting:
             await self._start()
@@ -192,7 +192,7 @@ class EpisodeServer:
         self._server: asyncio.Future[StreamWriter] = loop.create_future()
         self._told: asyncio.Future[dict[str, Any]] = loop.create_future()
         self._over: asyncio.Future[None] = loop.create_future()  # since the server is gone
-        self._coming: asyncio.Queue[_Child] = asyncio.Queue()
+        self._coming: asyncio.Queue[_Fork] = asyncio.Queue()
         self._tail = Tail()
         self._listening = await asyncio.start_unix_server(self._connected, self._path, limit=LIMIT)
         self._process = await asyncio.create_subprocess_exec(
@@ -228,7 +228,7 @@ class EpisodeServer:
         """The server comes first, then its children."""
         hello = json.loads(await reader.readline() or b"{}")
         if "child" in hello:
-            self._coming.put_nowait(_Child(hello["child"], reader, writer))
+            self._coming.put_nowait(_Fork(hello["child"], reader, writer))
         elif "server" in hello and not self._server.done():
             self._server.set_result(writer)
             writer.write(json.dumps(self._spec).encode() + b"\n")
