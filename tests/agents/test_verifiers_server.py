@@ -143,6 +143,14 @@ async def test_children_of_a_server_with_threads_load_by_themselves(bench: Bench
     assert first["reward"] == 1.0
 
 
+async def test_a_process_ends_after_its_last_episode(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LIFE", 2)
+    agent = bench.agent()
+    processes = [int((await agent(SESSION, does("right")))["parts"]["process"]) for _ in range(3)]
+    assert processes[0] == processes[1] != processes[2]
+    assert await gone(processes[0])
+
+
 async def test_nothing_is_left_when_the_worker_is_gone(bench: Bench) -> None:
     agent = bench.agent()
     process = int((await agent(SESSION, does("right")))["parts"]["process"])

@@ -26,6 +26,8 @@ from system.redact import redact
 LIMIT = 64 << 20  # bytes of a line
 GRACE_S = 2.0  # for an episode that is cancelled to give back what it holds
 FORK_S = 60.0  # for a child to be there
+# Episodes of a process: verifiers keeps a client, of about a megabyte, for each address that a model has had.
+LIFE = 50
 AGAIN_S = 30.0  # between two tries to start it
 LONGEST_PATH = 100  # of a socket, in bytes
 
@@ -47,9 +49,11 @@ class _Fork:
 
     def __init__(self, process: int, reader: StreamReader, writer: StreamWriter) -> None:
         self.process, self._reader, self._writer = process, reader, writer
+        self.episodes = 0  # that it has run
 
     async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer.  Raises :class:`EpisodeFailed` where it dies."""
+        self.episodes += 1
         self._writer.write(json.dumps(request).encode() + b"\n")
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()
@@ -72,6 +76,10 @@ class _Fork:
         except (EpisodeFailed, TimeoutError):
             return False
         return True
+
+    def retire(self) -> None:
+        """Let it close what it holds, and end."""
+        self._writer.close()
 
     def kill(self) -> None:
         """End it, and all that it has started."""
@@ -121,7 +129,10 @@ class EpisodeServer:
         except EpisodeFailed as error:
             child.kill()
             raise EpisodeFailed(f"{error}; the last output: {self.output[-500:] or 'none'}") from error
-        self._idle.append(child)
+        if child.episodes < LIFE:
+            self._idle.append(child)
+        else:
+            child.retire()
         return answer
 
     async def close(self) -> None:
