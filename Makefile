@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
+VERIFIERS := .venv-verifiers
+VERIFIERS_NEEDS := system/agents/verifiers/requirements.txt
 SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Which build of SGLang: what is asked for, what is there already, or what this machine suggests.  A login node, which
@@ -18,13 +20,16 @@ SUGGESTED = $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; \
   elif command -v sbatch >/dev/null 2>&1; then echo ask; else echo cpu; fi)
 SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
 
-.PHONY: install gpu sglang sglang-build train test test-sglang test-slurm lint types house check clean help
+.PHONY: install gpu sglang sglang-build verifiers train test test-sglang test-slurm test-verifiers lint types house \
+  check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
-	@echo "make test                                install, then run the tests that need neither SGLang nor Slurm"
-	@echo "make test-sglang, make test-slurm        the others; they install SGLang for CPU, and Slurm by apt as root"
+	@echo "make test                                install, then run the tests that need nothing else"
+	@echo "make test-sglang, make test-slurm        others; they install SGLang for CPU, and Slurm by apt as root"
+	@echo "make test-verifiers                      those with the real verifiers, which it installs"
 	@echo "make sglang [BUILD=gpu|cpu]              install SGLang into $(SGLANG), for engine=sglang"
+	@echo "make verifiers                           install verifiers into $(VERIFIERS), for agent.run=verifiers"
 	@echo "make gpu                                 install everything for GPUs, also where there is none (a login node)"
 	@echo "make check                               formatting, lint, types and the rules of the house"
 
@@ -82,6 +87,15 @@ sglang-build:
 	  *) echo "SGLang: BUILD=$(BUILD): it is gpu or cpu" >&2; exit 2;; \
 	esac
 
+# Prime Intellect's verifiers, in an environment of its own: it pins other versions of openai and mcp.
+$(VERIFIERS)/.installed: $(VERIFIERS_NEEDS)
+	@test -x $(VERIFIERS)/bin/python || $(PYTHON) -m venv $(VERIFIERS)
+	@echo "Installing verifiers into $(VERIFIERS) (a minute, 0.6 GB, once) ..."
+	@$(VERIFIERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(VERIFIERS_NEEDS)
+	@touch $@
+
+verifiers: $(VERIFIERS)/.installed
+
 train: install
 	$(BIN)/espalier train $(CONFIG) run.seed=$(SEED) $(ARGS)
 
@@ -89,13 +103,19 @@ train: install
 # partly waits, beside everything else.  ARGS="-n 0" runs them in one process, as pytest alone does.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  -m "not gpu and not sglang and not slurm" $(ARGS)
+	  -m "not gpu and not sglang and not slurm and not verifiers" $(ARGS)
 
 # Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.
 test-sglang: install
 	@$(MAKE) --no-print-directory sglang BUILD=$(SGLANG_BUILD:ask=cpu) || \
 	  echo "SKIP: SGLang cannot be installed into $(SGLANG) (see above): its tests are skipped by name"
 	$(BIN)/python -m pytest -m "sglang and not gpu" $(ARGS)
+
+# With the real verifiers (skipped by name where it cannot be installed).
+test-verifiers: install
+	@$(MAKE) --no-print-directory verifiers || \
+	  echo "SKIP: verifiers cannot be installed into $(VERIFIERS) (see above): its tests are skipped by name"
+	$(BIN)/python -m pytest -m "verifiers and not gpu" $(ARGS)
 
 test-slurm: install
 	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 -m "slurm and not gpu" $(ARGS)
@@ -115,4 +135,4 @@ house: install
 check: lint types house
 
 clean:
-	rm -rf $(VENV) $(SGLANG) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -81,7 +81,9 @@ class Registry:
     ``key``: the setting that picks it; ``table``: built-in name -> ``module:Name``; ``given``: what a part is
     called with, by position, as words for an error; ``offered``: keywords that it gets if it has parameters
     of these names; ``options_key``: the setting that holds the options, if not beside ``key``; ``base``: the
-    class (``module:Name``) that a part is derived from, if there is one; ``methods``: it must have one.
+    class (``module:Name``) that a part is derived from, if there is one; ``methods``: it must have one;
+    ``first_made``: a class among them is called with its options alone, and what that makes is called with
+    what is given.
     """
 
     key: str
@@ -91,6 +93,7 @@ class Registry:
     options_key: str = ""
     base: str = ""
     methods: tuple[str, ...] = ()
+    first_made: bool = False
 
     def at(self, key: str) -> Registry:
         """The same for a part that stands at ``key`` (``reward.parts[1]``), with its options beside it."""
@@ -143,7 +146,8 @@ class Registry:
         """
         if options or name not in self.table:
             offered, factory = dict.fromkeys(self.offered, True), self.find(name)
-            self._keywords(name, factory, options, len(self.given), offered)
+            first = self.first_made and inspect.isclass(factory)
+            self._keywords(name, factory, options, 0 if first else len(self.given), offered)
             if inspect.isclass(factory):
                 self._check_kind(name, factory)
 
@@ -165,9 +169,8 @@ class Registry:
         offered: Mapping[str, Any],
     ) -> dict[str, Any]:
         """``options`` converted to what the parameters after the first ``given`` ones are annotated with."""
-        where = (
-            f"{self.options_key}.{name}" if self.options_key else f"{self.key.removesuffix('.name')}.options"
-        )
+        section = self.key.removesuffix(".name").removesuffix(".run")
+        where = f"{self.options_key}.{name}" if self.options_key else f"{section}.options"
         try:
             parameters = list(inspect.signature(factory).parameters.values())
         except ValueError:  # some classes written in C do not tell: they get no options
@@ -247,6 +250,7 @@ TASKS = Registry(
         "code": "system.tasks.study.code:CodeTask",
         "game": "system.tasks.study.game:GameTask",
         "gymnasium": "system.tasks.gym:GymTask",
+        "verifiers": "system.tasks.verifiers:VerifiersTask",
     },
     given=("config",),
 )
@@ -292,7 +296,13 @@ ENVIRONMENTS = Registry(
         "mcp": "system.envs.mcp:McpEnvironment",
     },
 )
-AGENTS = Registry("agent.run", {}, given=("session", "task"))
+AGENTS = Registry(
+    "agent.run",
+    {"verifiers": "system.agents.verifiers.agent:VerifiersAgent"},
+    given=("session", "task"),
+    offered=("settings", "directory"),
+    first_made=True,
+)
 CREDITS = Registry(
     "learn.credit",
     {

@@ -29,7 +29,9 @@ class Machine:
     def __init__(self, place: Path, *programs: str) -> None:
         self.place, self.calls = place / "checkout", place / "calls"
         (self.place / "system/engine/sglang").mkdir(parents=True)
+        (self.place / "system/agents/verifiers").mkdir(parents=True)
         for name in (
+            "system/agents/verifiers/requirements.txt",
             "Makefile",
             "pyproject.toml",
             *(f"system/engine/sglang/{p.name}" for p in NEEDS.glob("*.txt")),
@@ -120,6 +122,18 @@ def test_make_gpu_refuses_a_cpu_build_of_torch(tmp_path: Path) -> None:
     assert code == 2
     assert ".venv holds a CPU build of PyTorch" in said
     assert "sglang" not in installs
+
+
+def test_make_verifiers_installs_its_pins_once_into_an_environment_of_its_own(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    code, said, installs = machine.make("verifiers")
+    assert code == 0, said
+    assert ".venv-verifiers/bin -m pip install" in installs
+    assert "-r system/agents/verifiers/requirements.txt" in installs
+    needs = (ROOT / "system/agents/verifiers/requirements.txt").read_text().splitlines()
+    assert "verifiers==0.4.0" in needs
+    assert all("==" in line for line in needs if not line.startswith("#"))
+    assert machine.make("verifiers")[2] == ""
 
 
 def recipe(name: str) -> str:

@@ -14,7 +14,15 @@ import numpy as np
 from system.agents.forest import Episode, Forest
 from system.agents.forking import Forking
 from system.agents.group import plant_group
-from system.agents.launch import AgentFailed, Ran, correct_of, reward_of, told, turn_rewards_of
+from system.agents.launch import (
+    AgentFailed,
+    Ran,
+    correct_of,
+    parts_of,
+    reward_of,
+    told,
+    turn_rewards_of,
+)
 from system.agents.replay import ReplayScript
 from system.agents.runner import AgentRunner, address
 from system.agents.session import AgentSession
@@ -183,7 +191,7 @@ class GroupRollout:
         deadline = asyncio.timeout(self.runner.settings.deadline_s)
         try:
             async with deadline:
-                task = told(self.prompt, self.runner.settings.columns)
+                task = told(self.prompt, self.runner.columns)
                 return await self.runner.launch(address(session), task), Outcome.ENDED
         except TimeoutError:
             if not deadline.expired():
@@ -205,6 +213,9 @@ class GroupRollout:
             turns = _turns(episode.forest)
             earned = turn_rewards_of(result, len(turns))
             own, right = reward_of(result), correct_of(result)
+            parts = {f"agent/{name}": value for name, value in parts_of(result).items()}
+            if own is None and self.runner.judges:
+                raise AgentFailed(f"an episode that ended by {episode.outcome.name} has no reward of its own")
             value = (own or 0.0) + sum(earned)
             if held(value) is None:
                 raise AgentFailed(f"the agent's result has rewards that come to {value}")
@@ -216,7 +227,7 @@ class GroupRollout:
         if own is None:
             self._scores.begin(number, self._view(episode), None)
             return
-        self._given[number] = Score(value, value >= 1 if right is None else right, {"agent": own})
+        self._given[number] = Score(value, value >= 1 if right is None else right, {"agent": own, **parts})
 
     def _view(self, episode: Episode) -> BranchView:
         """The episode as a reward sees it: its last chain as text, or what the agent says it came to."""
@@ -251,7 +262,8 @@ class GroupRollout:
         scores = self._scores.record(self.budget)
         for number, score in self._given.items():
             scores["parts"][number] = score.parts
-        scores["measured"] = [*scores["measured"], "agent"]
+        names = ["agent", *(name for score in self._given.values() for name in score.parts)]
+        scores["measured"] = [*scores["measured"], *self.runner.measured(dict.fromkeys(names))]
         missing = _Kept(outcome=Outcome.DEADLINE.name.lower(), seconds=0.0)
         return {
             "question": self.prompt.messages[-1]["content"] if self.prompt.messages else "",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import inspect
 import json
 import numbers
@@ -33,6 +34,8 @@ SHOWN = 2000  # characters of an agent's output that are kept with its episode
 FILLED_IN: tuple[str, ...] = ("{prompt}", "{question}")  # in a command
 _BRACED = re.compile(r"\{\w+\}")
 _MISTYPED = 0.85  # so similar is {quesion}; {print} is another program's own word
+MOST_PARTS = 32  # of an agent's own reward
+_PART = re.compile(r"[\w.-]{1,64}")
 
 
 class AgentFailed(EspalierError):
@@ -69,8 +72,11 @@ class Launch(Protocol):
 
 
 def make_launch(settings: AgentConfig, directory: Path) -> Launch:
-    """As the configuration says; programs get directories of their own below ``directory``."""
-    return ProgramAgent(settings, directory) if settings.command else FunctionAgent(settings)
+    """As the configuration says; programs get directories of their own below ``directory``.
+
+    Raises :class:`ConfigError` for a function that cannot be had.
+    """
+    return ProgramAgent(settings, directory) if settings.command else FunctionAgent(settings, directory)
 
 
 def command_problem(settings: AgentConfig) -> str:
@@ -175,16 +181,29 @@ class FunctionAgent:
     What it returns is its result: a dictionary, a number (its reward), a text (its answer), or nothing.  One
     that is not ``async`` runs in a thread, which nobody can end: past its deadline it is left behind, and
     finds its session closed.
+
+    Of a class, an object is made here, with ``options``, and called ``(session, task)`` for each episode.
+    ``columns``: of the data, those that it needs, whatever ``agent.columns`` says.  ``judges``: no reward but
+    its own scores its episodes.
     """
 
-    def __init__(self, settings: AgentConfig) -> None:
-        self._name, self._options = settings.run, settings.options
-        self._function = AGENTS.find(settings.run)
+    def __init__(self, settings: AgentConfig, directory: Path | None = None) -> None:
+        self._name = settings.run
+        found = AGENTS.find(settings.run)
+        if inspect.isclass(found):
+            made = AGENTS.make(settings.run, settings.options, settings=settings, directory=directory)
+            self._bind, function = functools.partial(functools.partial, made), made.__call__
+        else:
+            made = function = found
+            self._bind = functools.partial(AGENTS.bound, settings.run, settings.options)
+        self._is_async = inspect.iscoroutinefunction(function)
+        self.columns = tuple(getattr(made, "columns", ()))
+        self.judges = bool(getattr(made, "judges", False))
 
     async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran:
-        bound = AGENTS.bound(self._name, self._options, session, dict(task))
+        bound = self._bind(session, dict(task))
         try:
-            if inspect.iscoroutinefunction(self._function):
+            if self._is_async:
                 value = await foreign(bound())
             else:
                 value = await _in_thread(bound)
@@ -217,6 +236,22 @@ def correct_of(result: Mapping[str, Any]) -> bool | None:
     if (number := held(value)) not in (0, 1):
         raise AgentFailed(f"the agent's result has correct {value!r:.100}: expected true or false")
     return number == 1
+
+
+def parts_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """What an agent's own reward is made of, by name.  Raises :class:`AgentFailed` for no finite numbers, and
+    for names that are none.
+    """
+    found: Any = result.get("parts", {})
+    given = cast("dict[Any, Any]", found) if isinstance(found, dict) else {"parts": None}
+    parts = {str(name): held(value) for name, value in list(given.items())[:MOST_PARTS]}
+    for name, value in parts.items():
+        if value is None or not _PART.fullmatch(name):
+            raise AgentFailed(
+                f"the agent's result has the part {name!r:.100}: {given.get(name)!r:.100}: expected a finite "
+                "number by a name of letters, digits and _.-"
+            )
+    return {name: value for name, value in parts.items() if value is not None}
 
 
 def turn_rewards_of(result: Mapping[str, Any], turns: int) -> list[float]:

@@ -102,11 +102,11 @@ async def run_program(
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    tails = [_Tail(), _Tail()]
+    tails = [Tail(), Tail()]
     streams = zip(tails, (process.stdout, process.stderr), strict=True)
     reading = [asyncio.create_task(tail.read(stream)) for tail, stream in streams]
     try:
-        await _gone(process)
+        await gone(process)
     finally:
         await _end(process, process.stdin)
         await asyncio.wait(reading, timeout=DRAIN_S)  # a stranger may hold the other end
@@ -117,7 +117,7 @@ async def run_program(
     return ProcessEnd(process.returncode, out, err, tails[0].cut)
 
 
-class _Tail:
+class Tail:
     """The last bytes of a stream."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class _Tail:
         return self._kept.decode("utf-8", "replace")
 
 
-async def _gone(process: Process) -> None:
+async def gone(process: Process) -> None:
     """Wait for the process alone: ``Process.wait`` of some versions waits for all who hold its pipes."""
     waiting = asyncio.create_task(process.wait())
     try:
@@ -150,13 +150,13 @@ async def _end(process: Process, owned: asyncio.StreamWriter) -> None:
         if process.returncode is None:
             process.terminate()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(_gone(process), GRACE_S)
+                await asyncio.wait_for(gone(process), GRACE_S)
     finally:
         owned.close()  # it then kills
         if process.returncode is None:
             process.send_signal(signal.SIGCONT)  # the program may have stopped it
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(_gone(process), GRACE_S)
+        await asyncio.wait_for(gone(process), GRACE_S)
     if process.returncode is None:
         process.kill()  # and with it, by the kernel, what it has started
-    await _gone(process)
+    await gone(process)

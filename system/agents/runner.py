@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Self
 
 from system.agents.endpoint import NAME, AgentEndpoint
 from system.agents.forest import Episode
-from system.agents.launch import Launch, SessionAddress, make_launch
+from system.agents.launch import MOST_PARTS, Launch, SessionAddress, make_launch
 from system.agents.model import PlainRendering, Rendering, ServedModel
 from system.agents.replay import ReplayingEngine
 from system.agents.session import AgentSession
@@ -27,6 +28,9 @@ class AgentRunner:
 
     def __init__(self, config: Config, context: RolloutContext, launch: Launch, model: ServedModel) -> None:
         self.settings, self.context, self.launch = config.agent, context, launch
+        self.columns = [*config.agent.columns, *getattr(launch, "columns", ())]
+        self.judges = bool(getattr(launch, "judges", False))  # no other reward scores
+        self._parts: dict[str, None] = {}  # of agents' own rewards, that are measured
         self.limit = asyncio.Semaphore(config.agent.concurrency)
         self.engine = ReplayingEngine(model.engine)
         self._endpoint = AgentEndpoint(replace(model, engine=self.engine))
@@ -61,6 +65,13 @@ class AgentRunner:
         own["failed"] = int(episode.outcome == Outcome.ENVIRONMENT)
         own["late"] = int(episode.outcome == Outcome.DEADLINE)
         self._counts.update(own)
+
+    def measured(self, parts: Iterable[str]) -> list[str]:
+        """Of the names, those that become metrics: the first few of the run."""
+        for name in parts:
+            if len(self._parts) < MOST_PARTS:
+                self._parts[name] = None
+        return [name for name in parts if name in self._parts]
 
     @property
     def counters(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from system.config.schema import Config
+from system.plugins import AGENTS
 
 OURS = (  # variables in which a command finds its session
     "OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY",
@@ -24,7 +25,8 @@ def agent_problems(config: Config) -> Iterator[str]:
         yield f"agent.command and agent.run={agent.run}: which agent is it? take out either"
     if agent.options and not agent.run:
         yield "agent.options are keywords of a function: a command has words, and agent.env"
-    if not agent.command and (unused := [name for name in ("env", "env_from") if getattr(agent, name)]):
+    starts = agent.command or agent.run in AGENTS.names  # of ours, those that start programs
+    if not starts and (unused := [name for name in ("env", "env_from") if getattr(agent, name)]):
         yield (
             f"agent.{unused[0]} is the environment of a command, and {key} is a function, which has the "
             "worker's: take it out, or give agent.options"

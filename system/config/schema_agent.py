@@ -22,9 +22,12 @@ class AgentConfig:
         "{question} the text of its last message (docs/agents.md)",
     )
     run: str = setting(
-        "", "or a Python function, package.module:function, called with (session, task)", registry=AGENTS
+        "",
+        "or a Python function, package.module:function, called with (session, task), or a class whose "
+        "objects are called so; verifiers: an environment of verifiers' (docs/verifiers.md)",
+        registry=AGENTS,
     )
-    options: dict[str, Any] = setting({}, "further keywords of that function")
+    options: dict[str, Any] = setting({}, "further keywords of that function, or those of that class")
     turns: int = setting(
         0,
         "answers of the model per episode, at most; 0: as many as it asks for",

@@ -36,7 +36,7 @@ from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub
 from system.plan.memory import WIDTH, averages
-from system.plugins import POLICIES
+from system.plugins import AGENTS, POLICIES, TASKS
 from system.rollout.branching import make_policy
 from system.rollout.chat import make_chat, planned_syntax, unknown_arguments
 from system.rollout.encode import local_tokenizer
@@ -215,6 +215,11 @@ def task(config: Config) -> Iterator[Problem]:
                     )
                     found = f"none of the first questions of {made.name} has a column {name!r}"
                     yield Problem("agent.columns", found, f"name columns that are there: {known}")
+            for name in _needed(config):
+                if rows and not any(name in row.extra for row in rows[:ROWS]):
+                    found = f"it plays questions with a column {name!r}, which those of {made.name} have not"
+                    named = name if name in TASKS.names else "a task that has it"
+                    yield Problem(f"agent.run={config.agent.run}", found, f"set task.name={named}")
             if config.guide.shows and not any(row.actions for row in rows[:ROWS]):
                 found = f"none of the first questions of {made.name} has a demonstration with actions"
                 remedy = "name their column (task.columns.demonstration), or take the settings of guide out"
@@ -222,6 +227,11 @@ def task(config: Config) -> Iterator[Problem]:
     yield from _brought(config, made)
     for number, reward in enumerate(rewards(config.reward)):
         _own(f"{reward.key}.name", reward.name, partial(Scorer.of, first, number, reward))
+
+
+def _needed(config: Config) -> tuple[str, ...]:
+    """Columns of the data that the agent asks for by itself."""
+    return tuple(getattr(AGENTS.find(config.agent.run), "columns", ())) if config.agent.run else ()
 
 
 def _brought(config: Config, made: Task) -> Iterator[Problem]:

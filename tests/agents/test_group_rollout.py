@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,6 +143,53 @@ async def test_an_agents_own_reward_goes_before_the_configured_one() -> None:
     assert tree.step_reward.sum() == 0.5
     assert TreeStats.of(tree).parts["agent"].tolist()[0] == 0.25
     assert len(bench.reward.seen) == 1
+
+
+async def test_what_an_agents_own_reward_is_made_of_is_measured() -> None:
+    def scored(parts: Any) -> Any:
+        async def one(session: SessionAddress, task: Mapping[str, Any]) -> Any:
+            await ask(session, "One.")
+            return {"reward": 0.5, "parts": parts}
+
+        return one
+
+    alone = {"concurrency": 1, "deadline_s": 60.0}
+    wrong = [scored({"a": math.nan}), scored({"a b": 1.0}), scored([1.0])]
+    agents = [scored({"right": 1.0, "brief": -0.5}), scored({"right": 0.0}), *wrong]
+    bench = Bench(numbered(*agents), *[f"It is 42.{END}"] * 5, agent=alone, leaves=5, tree_deadline_s=120.0)
+    tree = await bench.tree()
+    parts = TreeStats.of(tree).parts
+    assert parts["agent/right"].tolist()[:2] == [1.0, 0.0]
+    assert parts["agent/brief"][0] == -0.5
+    assert np.isnan(parts["agent/brief"][1:]).all()
+    assert tree.correct.tolist()[2:] == [-1, -1, -1]  # not scored
+    assert [one[1].count("has the part") for one in tree.meta["mishaps"]] == [1, 1, 1]
+
+
+def test_only_so_many_names_of_parts_become_metrics() -> None:
+    runner = Bench(numbered()).runner
+    assert runner.measured(["agent", "x"]) == ["agent", "x"]
+    many = [f"made up {number}" for number in range(100)]
+    assert len(runner.measured(many)) == 30
+    assert runner.measured(["x", "made up 99"]) == ["x"]
+
+
+async def test_an_agent_that_judges_by_itself_is_judged_by_nobody_else() -> None:
+    async def silent(session: SessionAddress, task: Mapping[str, Any]) -> Any:
+        await ask(session, "One.")
+
+    async def sure(session: SessionAddress, task: Mapping[str, Any]) -> Any:
+        await ask(session, "One.")
+        return {"reward": 1.0}
+
+    launch = numbered(silent, sure, sure)
+    launch.judges = True  # type: ignore[attr-defined]
+    alone = {"concurrency": 1, "deadline_s": 60.0}
+    bench = Bench(launch, *[f"It is 42.{END}"] * 3, agent=alone, leaves=3, tree_deadline_s=120.0)
+    tree = await bench.tree()
+    assert not bench.reward.seen
+    assert tree.correct.tolist() == [-1, 1, 1]
+    assert "ended by ENDED has no reward of its own" in tree.meta["mishaps"][0][1]
 
 
 async def test_a_reward_may_be_reported_to_the_session_and_a_failed_agents_is_not_taken() -> None:
