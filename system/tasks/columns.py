@@ -33,6 +33,8 @@ SYSTEMS = ("system", "system_prompt")
 DEMONSTRATIONS = ("demonstration", "trajectory", "actions")
 _ANSWERED = ("messages", "conversations")  # these end with the answer
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
+_OF_TOOLS = ("tool", "observation", "function", "function_call", "tool_call")  # calls and answers
+_OF_MODEL = ("assistant", "gpt", "function_call", "tool_call")
 _DEPTH = 32
 
 Messages = tuple[dict[str, str], ...]
@@ -71,7 +73,9 @@ class Columns:
                 f"{where}: no question: expected the column {wanted}; found: {columns}; "
                 "task.columns.question names it"
             )
-        messages = _messages(find(row, column), f"{where}, column {column}")
+        value = find(row, column)
+        value = _asked(_listed(value)) if column in _ANSWERED else value
+        messages = _messages(value, f"{where}, column {column}")
         if column == "instruction" and isinstance(extended := row.get("input"), str) and extended.strip():
             messages = (
                 *messages[:-1],
@@ -196,6 +200,18 @@ def _messages(value: Any, where: str) -> Messages:
     if not isinstance(value, list | tuple) or not value:
         raise RowUnusable(f"{where}: expected a text, or a list of {{role, content}}")
     return tuple(_message(message, f"{where}[{i}]") for i, message in enumerate(value))
+
+
+def _asked(value: Any) -> Any:
+    """Of a conversation in which tools are called what is asked, and the last thing said: what the model did
+    in between is not told."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        return value
+    speakers = [message.get("role", message.get("from")) for message in value]
+    if not any(one in _OF_TOOLS for one in speakers) and not any(one.get("tool_calls") for one in value):
+        return value
+    first = next((i for i, one in enumerate(speakers) if one in _OF_MODEL), len(value))
+    return [*value[:first], *value[max(first, len(value) - 1) :]]
 
 
 def _listed(value: Any) -> Any:

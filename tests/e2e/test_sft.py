@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from system.observe.sinks import history
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several runs, each with sessions of its own
 ROOT = Path(__file__).parents[2]
 WAIT_S = 240.0
 
@@ -97,8 +97,8 @@ def test_a_run_that_was_killed_and_stopped_has_the_same_losses(begin: Begin) -> 
 
 
 def test_a_model_is_chosen_by_what_it_solves_and_trained_on(begin: Begin) -> None:
-    run = begin("chosen", "sft.choose=pass@2", "sft.epochs=2", "sft.keep=all")
-    assert run.wait(WAIT_S) == 0, run.output()
+    run = begin("chosen", "sft.choose=pass@2", "eval.questions=3", "sft.keep=all")
+    assert run.wait(2 * WAIT_S) == 0, run.output()
     summary: dict[str, Any] = run.summary()
     found = summary["candidates"]
     assert [one["step"] for one in found] == [12, 24]

@@ -457,3 +457,24 @@ def test_guides_are_read_from_files(tmp_path: Path):
     assert JsonlTask(config).train()[0].actions == ()
     config.guide.others = 0.5
     assert JsonlTask(config).train()[0].actions == ("x",)
+
+
+def test_a_conversation_with_calls_is_asked_without_them() -> None:
+    """The rows that `espalier sft` learns from, as questions: nothing of what the model did is told."""
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    openai = [{"role": "system", "content": "S"}, {"role": "user", "content": "Who?"}, call,
+              {"role": "tool", "content": "Ada"}, {"role": "assistant", "content": "Ada."}]  # fmt: skip
+    sharegpt = [{"from": "human", "value": "Who?"}, {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "Ada"}, {"from": "gpt", "value": "Ada."}]  # fmt: skip
+    one = Columns({}).prompt({"messages": openai}, "x", "1")
+    other = Columns({}).prompt({"conversations": sharegpt, "system": "S", "answer": "Ada"}, "x", "2")
+    assert one.messages == other.messages
+    assert [message["content"] for message in one.messages] == ["S", "Who?"]
+    assert (one.answers, other.answers) == (("Ada.",), ("Ada",))
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"},
+             {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]  # fmt: skip
+    assert len(Columns({}).prompt({"messages": plain}, "x", "3").messages) == 3
