@@ -166,8 +166,9 @@ def test_published_models_are_known_by_name(path: str, parameters: int, position
     assert (shape.parameters, shape.max_position) == (parameters, positions)
 
 
-def test_every_family_can_be_made() -> None:
-    assert set(MADE_FAMILIES) == set(FAMILIES)
+def test_models_made_here_are_of_a_family() -> None:
+    assert set(MADE_FAMILIES) <= set(FAMILIES)
+    assert "qwen2" not in MADE_FAMILIES
     for family in MADE_FAMILIES:
         assert shape_of(ModelConfig(family=family)).family is FAMILIES[family]
 
