@@ -38,7 +38,8 @@ async def test_a_family_is_served_and_takes_new_weights(
     rope: str,
 ) -> None:
     old, new = (tiny(family, tied, seed, rope) for seed in (0, 1))
-    url = await asyncio.to_thread(start_sglang(old).wait_ready, 400.0)
+    server = start_sglang(old)
+    url = await asyncio.to_thread(server.wait_ready, 400.0)
     client = EngineClient([url], deadline_s=120, key=SGLANG_KEY)
     transport = SGLangTransport(Distributed("127.0.0.1", TorchGroup), old.path, "float32")
     try:
@@ -53,3 +54,4 @@ async def test_a_family_is_served_and_takes_new_weights(
             assert_exact(model, ids, out)
     finally:
         await client.close()
+        server.stop()
