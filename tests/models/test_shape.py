@@ -47,7 +47,7 @@ def test_reads_what_transformers_reads(family: str, tied: bool, rope: str, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_file_leaves_out_is_as_in_transformers(family: str, tmp_path: Path) -> None:
-    config = {"model_type": family, **SIZES}
+    config: dict[str, Any] = {"model_type": family, **SIZES}
     if FAMILIES[family].window and not FAMILIES[family].window_switch:
         config["sliding_window"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
