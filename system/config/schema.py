@@ -49,7 +49,8 @@ class RunConfig:
     )
 
 
-MADE_FAMILIES = ("qwen3", "qwen2", "llama", "mistral")  # those of system/models/families
+# Of system/models/families; not qwen2, for which transformers loads Qwen's own tokenizer, whatever is there.
+MADE_FAMILIES = ("qwen3", "llama", "mistral")
 
 
 @dataclass

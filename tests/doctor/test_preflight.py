@@ -228,6 +228,22 @@ def test_a_judges_key_must_be_in_the_environment(place: Path, monkeypatch: pytes
     assert told not in [str(one) for one in look(config)["servers"]]
 
 
+def test_a_model_stretched_by_yarn_reaches_further(place: Path) -> None:
+    """And SGLang, which does not read a factor that the file sets itself, is refused then."""
+
+    def problems(*words: str, **rope: float) -> list[str]:
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768, **rope}
+        edited("config.json", rope_scaling=yarn)(place / "model")
+        return [str(one) for one in look(load("plain.yaml", list(words)))["model"]]
+
+    assert problems("engine.max_context=131072") == []
+    (told,) = problems("engine.max_context=131073")
+    assert "model knows 131072 positions" in told
+    assert problems("engine.max_context=131072", attention_factor=1.2) == []
+    (told,) = problems("engine=sglang", attention_factor=1.2)
+    assert "attention_factor of its rotary embedding, which SGLang does not read" in told
+
+
 @pytest.mark.parametrize(("words", "says"), RECIPES)
 def test_a_recipe_that_cannot_run_is_one_line_and_leaves_nothing(
     words: str, says: str, place: Path, capsys: pytest.CaptureFixture[str]

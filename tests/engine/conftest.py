@@ -69,8 +69,8 @@ def free_port() -> Callable[[], int]:
 def start_sglang(
     tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Iterator[Callable[..., SglangServer]]:
-    """``start_sglang(**environment)``: a real SGLang server of the model ``tiny("qwen3", False)`` on CPU,
-    which may still be loading, and ends with the session.
+    """``start_sglang(model, **environment)``: a real SGLang server on CPU of that model, or of
+    ``tiny("qwen3", False)``, which may still be loading, and ends with the session.
 
     Skipped by name where SGLang is not installed, and failed there if ``ESPALIER_REQUIRE_SGLANG`` is set, as
     CI does.
@@ -78,7 +78,7 @@ def start_sglang(
     engine = EngineConfig(name="sglang", device="cpu", max_running=32, max_context=512, cache_slots=32)
     running: list[SglangServer] = []
 
-    def start(**environment: str) -> SglangServer:
+    def start(model: TinyModel | None = None, **environment: str) -> SglangServer:
         try:
             python = interpreter(engine)
         except SglangMissing as error:
@@ -88,7 +88,7 @@ def start_sglang(
         command = server_command(
             engine,
             python=python,
-            model=str(tiny("qwen3", False).path),
+            model=str((model or tiny("qwen3", False)).path),
             dtype="float32",
             port=port,
             cpu=True,

@@ -47,7 +47,7 @@ def test_reads_what_transformers_reads(family: str, tied: bool, rope: str, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_file_leaves_out_is_as_in_transformers(family: str, tmp_path: Path) -> None:
-    config = {"model_type": family, **SIZES}
+    config: dict[str, Any] = {"model_type": family, **SIZES}
     if FAMILIES[family].window and not FAMILIES[family].window_switch:
         config["sliding_window"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -166,8 +166,9 @@ def test_published_models_are_known_by_name(path: str, parameters: int, position
     assert (shape.parameters, shape.max_position) == (parameters, positions)
 
 
-def test_every_family_can_be_made() -> None:
-    assert set(MADE_FAMILIES) == set(FAMILIES)
+def test_models_made_here_are_of_a_family() -> None:
+    assert set(MADE_FAMILIES) <= set(FAMILIES)
+    assert "qwen2" not in MADE_FAMILIES
     for family in MADE_FAMILIES:
         assert shape_of(ModelConfig(family=family)).family is FAMILIES[family]
 

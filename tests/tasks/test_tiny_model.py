@@ -42,6 +42,13 @@ def test_a_model_of_every_family_is_made(tmp_path: Path, family: str):
     shape = ModelShape.from_directory(tmp_path)
     assert (shape.family.name, shape.tied, shape.vocab) == (family, True, len(tokenizer))
     assert (shape.head_dim, shape.max_position) == (24, MAX_POSITIONS)
+    words = "Q: 47 plus 12 ?"
+    assert AutoTokenizer.from_pretrained(tmp_path).encode(words) == tokenizer.encode(words)
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    spread = {part: weights[f"model.layers.0.self_attn.{part}_proj.weight"].std().item() for part in "qkv"}
+    wide = 96**-0.5
+    expected = {"q": wide, "k": wide, "v": wide} if family == "qwen3" else {"q": 0.02, "k": 0.02, "v": wide}
+    assert spread == pytest.approx(expected, rel=0.05)
 
 
 def test_weights_follow_from_the_seed_and_leave_the_global_one_alone(tmp_path: Path):

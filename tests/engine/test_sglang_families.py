@@ -1,0 +1,57 @@
+"""SGLang computes what other families' models say, and holds what it is sent: proved by its own digests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from engine_models import (
+    SGLANG_KEY,
+    EngineClient,
+    TinyModel,
+    assert_exact,
+    collect,
+    joined,
+    prompt,
+    request,
+)
+
+from system.engine.control import Http
+from system.engine.sglang.server import SglangServer
+from system.engine.weights.distributed import Distributed, TorchGroup
+from system.engine.weights.sglang import SGLangTransport
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "rope"),
+    [("llama", False, "llama3"), ("mistral", True, "linear"), ("qwen3", False, "yarn")],
+)
+async def test_a_family_is_served_and_takes_new_weights(
+    start_sglang: Callable[..., SglangServer],
+    tiny: Callable[..., TinyModel],
+    family: str,
+    tied: bool,
+    rope: str,
+) -> None:
+    old, new = (tiny(family, tied, seed, rope) for seed in (0, 1))
+    server = start_sglang(old)
+    url = await asyncio.to_thread(server.wait_ready, 400.0)
+    client = EngineClient([url], deadline_s=120, key=SGLANG_KEY)
+    transport = SGLangTransport(Distributed("127.0.0.1", TorchGroup), old.path, "float32")
+    try:
+        for version, model in enumerate((old, new)):
+            if version:
+                async with Http([url], SGLANG_KEY) as http:
+                    report = await transport.push(http, [url], [model.weights()], version, "recompute")
+                assert not report.failures
+            ids = prompt(60, version)
+            out = joined(await collect(client, request(f"v{version}", ids, 40)))
+            assert np.all(out.version == version)
+            assert_exact(model, ids, out)
+    finally:
+        await client.close()
+        server.stop()
