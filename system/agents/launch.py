@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -184,7 +184,7 @@ class FunctionAgent:
 
     Of a class, an object is made here, with ``options``, and called ``(session, task)`` for each episode.
     ``columns``: of the data, those that it needs, whatever ``agent.columns`` says.  ``judges``: no reward but
-    its own scores its episodes.
+    its own scores its episodes.  ``async check()``: raises what keeps it from working, before the first.
     """
 
     def __init__(self, settings: AgentConfig, directory: Path | None = None) -> None:
@@ -197,8 +197,14 @@ class FunctionAgent:
             made = function = found
             self._bind = functools.partial(AGENTS.bound, settings.run, settings.options)
         self._is_async = inspect.iscoroutinefunction(function)
+        self._check: Callable[[], Awaitable[None]] | None = getattr(made, "check", None)
         self.columns = tuple(getattr(made, "columns", ()))
         self.judges = bool(getattr(made, "judges", False))
+
+    async def check(self) -> None:
+        """Raises what the agent's own ``check`` raises."""
+        if self._check is not None:
+            await foreign(self._check())
 
     async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran:
         bound = self._bind(session, dict(task))

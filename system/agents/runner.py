@@ -11,7 +11,7 @@ from typing import Self
 
 from system.agents.endpoint import NAME, AgentEndpoint
 from system.agents.forest import Episode
-from system.agents.launch import MOST_PARTS, Launch, SessionAddress, make_launch
+from system.agents.launch import MOST_PARTS, FunctionAgent, Launch, SessionAddress, make_launch
 from system.agents.model import PlainRendering, Rendering, ServedModel
 from system.agents.replay import ReplayingEngine
 from system.agents.session import AgentSession
@@ -43,6 +43,11 @@ class AgentRunner:
         """Raises :class:`ConfigError` for a function that cannot be had, and a model that cannot be asked."""
         scratch = Scratch.make("agents")
         return cls(config, context, make_launch(config.agent, scratch.path), served(config, context))
+
+    async def check(self) -> None:
+        """Raises what keeps the agent from working, as far as it can tell."""
+        if isinstance(self.launch, FunctionAgent):
+            await self.launch.check()
 
     async def open(self, prompt_id: str, seed: int, temperature: float) -> AgentSession:
         """A session for one episode; the endpoint starts with the first."""

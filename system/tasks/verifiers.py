@@ -46,8 +46,9 @@ class VerifiersTask:
         train, held_out = self._train_size, self._eval_size
         wanted = {"train": train, "eval": held_out} if self._apart else {"train": train + held_out}
         tasks = questions(self._python, self._spec, wanted, self._agent, self._within_s)
+        kind = str(self._spec["train"]["taskset"]["id"])
         found = {
-            split: [_prompt(f"{self.name}/{split}/{i}", split, one) for i, one in enumerate(tasks[split])]
+            split: [_prompt(f"{kind}/{split}/{i}", kind, split, one) for i, one in enumerate(tasks[split])]
             for split in wanted
         }
         if self._apart:
@@ -60,7 +61,7 @@ class VerifiersTask:
         return found["train"][:held_out], found["train"][held_out:]
 
 
-def _prompt(key: str, split: str, task: dict[str, Any]) -> Prompt:
+def _prompt(key: str, kind: str, split: str, task: dict[str, Any]) -> Prompt:
     """The question as it is shown; what is asked in truth, the environment says."""
     data: dict[str, Any] = task["data"]
     asked: Any = data.get("prompt")
@@ -74,7 +75,7 @@ def _prompt(key: str, split: str, task: dict[str, Any]) -> Prompt:
         id=key,
         messages=shown,
         answers=(),
-        kind=str(data.get("name") or ""),
+        kind=kind,
         extra={COLUMN: {"split": split, "data": data}},
     )
 

@@ -179,6 +179,18 @@ async def test_a_server_that_cannot_load_is_not_started_for_each_episode(
         await slow(SESSION, does("right"))
 
 
+async def test_a_worker_loads_the_environment_before_the_first_episode(bench: Bench, tmp_path: Path) -> None:
+    launch = FunctionAgent(settings(environment="none"), tmp_path)
+    with pytest.raises(ConfigError, match=r"agent\.options\.environment: .*taskset 'none' not found"):
+        await launch.check()
+    agent = bench.agent()
+    await agent.check()
+    process = agent._server._process
+    assert (await agent(SESSION, does("right")))["reward"] == 1.0
+    assert agent._server._process is process
+    await FunctionAgent(AgentConfig(run=f"{__name__}:Counting")).check()  # has nothing to check
+
+
 # The task, and what is told before anything starts
 
 

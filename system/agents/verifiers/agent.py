@@ -22,7 +22,7 @@ class VerifiersAgent:
 
     def __init__(
         self,
-        environment: Any,
+        environment: Any = "",
         held_out: dict[str, Any] | None = None,
         python: str = "",
         right: float = 1.0,
@@ -59,6 +59,16 @@ class VerifiersAgent:
         if "error" in answer:
             raise AgentFailed(f"verifiers: {answer['error']}".replace(session.api_key, "…"))
         return {**answer, "correct": answer["reward"] >= self._right}
+
+    async def check(self) -> None:
+        """Start the server, which loads the environment: on this machine, perhaps, it cannot.
+
+        Raises :class:`ConfigError` for what is to be mended, :class:`EpisodeFailed` for what else happened.
+        """
+        try:
+            await self._server.ready()
+        except ServerRefused as refused:
+            raise told_wrong(self._python, refused.message) from refused
 
     async def close(self) -> None:
         """End the server; it ends with this process, too."""

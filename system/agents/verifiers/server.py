@@ -25,6 +25,7 @@ from system.redact import redact
 
 LIMIT = 64 << 20  # bytes of a line
 GRACE_S = 2.0  # for an episode that is cancelled to give back what it holds
+DRAIN_S = 0.2
 FORK_S = 60.0  # for a child to be there
 # Episodes of a process: verifiers keeps a client, of about a megabyte, for each address that a model has had.
 LIFE = 50
@@ -128,12 +129,18 @@ class EpisodeServer:
             raise
         except EpisodeFailed as error:
             child.kill()
+            await asyncio.sleep(DRAIN_S)  # for its last output to be read
             raise EpisodeFailed(f"{error}; the last output: {self.output[-500:] or 'none'}") from error
         if child.episodes < LIFE:
             self._idle.append(child)
         else:
             child.retire()
         return answer
+
+    async def ready(self) -> None:
+        """Return once the environments are loaded.  Raises as :meth:`run`."""
+        async with self._starting:
+            await self._start()
 
     async def close(self) -> None:
         """End the server and its children, whoever is left of them."""
@@ -157,8 +164,7 @@ class EpisodeServer:
 
     async def _child(self) -> _Fork:
         """One that is idle, or a new one."""
-        async with self._starting:
-            await self._start()
+        await self.ready()
         if self._idle:
             return self._idle.pop()
         if not self._coming.empty():  # one that nobody waited for any more
