@@ -30,6 +30,7 @@ from system.study.statistics import (
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
+@pytest.mark.timeout(600)
 def test_a_study_makes_its_runs_once_and_says_what_they_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -111,6 +111,7 @@ def test_habits_and_tools_come_back_from_trees() -> None:
     assert tool.result_tokens.mean == pytest.approx(64, abs=1)
 
 
+@pytest.mark.timeout(600)
 def test_a_calibrated_twin_predicts_runs_it_has_not_seen(tmp_path: Path, shown: RunDir) -> None:
     others = [
         record(tmp_path, "synchronous", "flow.staleness=0"),
