@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 Spec = dict[str, Any]  # {"train": environment, "eval": environment or None, "turns": int}
 
 
-class Wrong(Exception):
+class _Wrong(Exception):
     """What a user has to mend.  ``field``: python or environment."""
 
     def __init__(self, field: str, text: str) -> None:
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
         answer = _own_stdout()
         try:
             found: dict[str, Any] = {"questions": questions(spec)}
-        except Wrong as wrong:
+        except _Wrong as wrong:
             found = {"error": str(wrong), "field": wrong.field}
         with answer:
             answer.write(json.dumps(found).encode() + b"\n")
@@ -77,7 +77,7 @@ class Loaded:
     """The environments of a run, by split, and verifiers itself."""
 
     def __init__(self, spec: Spec) -> None:
-        """Raises :class:`Wrong`."""
+        """Raises :class:`_Wrong`."""
         try:
             # The first is what the first episode would import otherwise, in each child.
             import openai.resources.chat  # pyright: ignore[reportUnusedImport]  # noqa: F401
@@ -87,7 +87,7 @@ class Loaded:
             )
             from verifiers.v1.utils import loaders  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise Wrong("python", f"{sys.executable} has no verifiers 0.4 ({error})") from error
+            raise _Wrong("python", f"{sys.executable} has no verifiers 0.4 ({error})") from error
         self.vf: Any = vf
         self.envs: dict[str, Any] = {}
         for split in ("train", "eval"):
@@ -101,11 +101,11 @@ class Loaded:
                     setattr(config, name, seat.model_copy(update={"max_turns": min(turns, default=None)}))
                 self.envs[split] = env = loaders.load_environment(config)
             except (Exception, SystemExit) as error:  # the user's code, or settings that it refuses
-                raise Wrong("environment", _text(error)) from error
+                raise _Wrong("environment", _text(error)) from error
             _freeze_fixed_seats(env)
             data = type(env.taskset).task_type().data_type()
             if hidden := [name for name, field in data.model_fields.items() if field.exclude]:
-                raise Wrong(
+                raise _Wrong(
                     "environment",
                     f"{data.__name__} is written down without {', '.join(hidden)} (exclude=True), and tasks "
                     "are sent to where episodes run: take exclude out",
@@ -139,7 +139,7 @@ def _freeze_fixed_seats(env: Any) -> None:
 def questions(spec: Spec) -> dict[str, list[dict[str, Any]]]:
     """By split, the first ``spec["most"][split]`` tasks: {"key", "data"} each, data as JSON holds them.
 
-    Raises :class:`Wrong`.
+    Raises :class:`_Wrong`.
     """
     loaded = Loaded(spec)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -148,7 +148,7 @@ def questions(spec: Spec) -> dict[str, list[dict[str, Any]]]:
             tasks = itertools.islice(iter(loaded.envs[split].taskset), most)
             found[split] = [{"key": task.key, "data": task.data.model_dump(mode="json")} for task in tasks]
     except (Exception, SystemExit) as error:
-        raise Wrong("environment", f"its tasks cannot be read: {_text(error)}") from error
+        raise _Wrong("environment", f"its tasks cannot be read: {_text(error)}") from error
     return found
 
 
@@ -164,7 +164,7 @@ def serve(path: str) -> None:
         spec = json.loads(asked.readline())
         try:
             loaded = Loaded(spec)
-        except Wrong as wrong:
+        except _Wrong as wrong:
             _say(line, {"error": str(wrong), "field": wrong.field})
             return
         # A process with threads cannot be forked and go on: locks that they hold would never be released.
