@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
 
 from system.errors import CheckpointError
 from system.learn.checkpoint import BoxLoader, look, whole
-from system.models.files import write_model
+from system.models.files import by_bytes, write_model
 from system.models.shape import ModelShape
 
 FILE_BYTES = 2**31  # of one file of weights, at most (one tensor at least)
@@ -38,25 +38,10 @@ def extract(
     _, problems = look(checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint}: {problems[0]}")
-    files = _files(ModelShape.from_directory(source).tensors(), dtype.itemsize, file_bytes)
-    buckets = (_read(checkpoint, shapes, dtype) for shapes in files)
+    shapes = ModelShape.from_directory(source).tensors()
+    files = by_bytes(((name, prod(shape) * dtype.itemsize) for name, shape in shapes.items()), file_bytes)
+    buckets = (_read(checkpoint, {name: shapes[name] for name in names}, dtype) for names in files)
     write_model(target, source, dtype, buckets, len(files))
-
-
-def _files(
-    shapes: dict[str, tuple[int, ...]], width: int, file_bytes: int
-) -> list[dict[str, tuple[int, ...]]]:
-    """The tensors of each file, in their order."""
-    files: list[dict[str, tuple[int, ...]]] = [{}]
-    filled = 0
-    for name, shape in shapes.items():
-        size = prod(shape) * width
-        if filled and filled + size > file_bytes:
-            files.append({})
-            filled = 0
-        files[-1][name] = shape
-        filled += size
-    return files
 
 
 def _read(

@@ -23,7 +23,7 @@ from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
 from system.models.directory import weight_files
-from system.models.files import write_model
+from system.models.files import by_bytes, write_model
 
 Bucket = dict[str, torch.Tensor]
 
@@ -76,14 +76,7 @@ class Export:
         self._model, self._layout = model, layout
         self._map = WeightMap.of(model)
         size = model.config.params_dtype.itemsize
-        self.plan: list[list[MappedParameter]] = [[]]
-        filled = 0
-        for mapped in self._map.parameters():
-            if filled and filled + mapped.numel * size > max_bytes:
-                self.plan.append([])
-                filled = 0
-            self.plan[-1].append(mapped)
-            filled += mapped.numel * size
+        self.plan = by_bytes(((one, one.numel * size) for one in self._map.parameters()), max_bytes)
 
     def buckets(self, *, on_gpu: bool = False) -> Iterator[Bucket]:
         """The buckets, each with copies of its own, on CPU or (``on_gpu``) where gathered; collective.

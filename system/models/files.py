@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,21 @@ from safetensors.torch import save_file
 from system.errors import naming
 from system.models.directory import INDEX, SINGLE
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the name that a configuration uses
+
+
+def by_bytes(things: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
+    """What each file (or bucket) holds, in order: things with their bytes, up to ``most``, or one alone."""
+    files: list[list[T]] = [[]]
+    filled = 0
+    for thing, size in things:
+        if filled and filled + size > most:
+            files.append([])
+            filled = 0
+        files[-1].append(thing)
+        filled += size
+    return files
 
 
 def write_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from system.config import Config, to_dict
 from system.config.settings import settings
+from system.observe.hub import REPOSITORY
 from system.redact import redact
 from system.text import one_line
 
@@ -22,7 +23,6 @@ _MADE_BY = (
     "eval",
 )  # fmt: skip
 _PLACES = ("run.name", "run.dir", "run.push", "task.path", "task.eval_path", "sft.path", "sft.eval_path")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#&~])")
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -85,7 +85,7 @@ def _hub_name(config: Config) -> str:
     """The name on the hub of the model that training began with: the end of its directory, if so written."""
     parts = Path(config.model.path).parts[-2:]
     name = "/".join(parts)
-    return name if len(Path(config.model.path).parts) == 2 and _HUB_NAME.fullmatch(name) else ""
+    return name if len(Path(config.model.path).parts) == 2 and REPOSITORY.fullmatch(name) else ""
 
 
 def _base(config: Config) -> str:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from summary_keys import unexplained
+from example_runs import EXAMPLES, trained
 
 from system.tree.record import Kind, Outcome, validate
 from system.tree.store import read_trees
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.slow
@@ -26,26 +21,13 @@ def test_a_program_is_trained_unchanged(tmp_path: Path) -> None:
         f"agent.command=python {EXAMPLES / 'search_agent.py'} {{question}}",
         "agent.concurrency=4",
         "agent.deadline_s=300",  # each is a program, which a busy machine starts slowly
-        f"run.dir={tmp_path}",
-        "run.name=mine",
         "run.steps=2",
         "rollout.leaves=4",
         "flow.batch_leaves=8",
         "warmstart.steps=150",
         "eval.questions=3",
-        "observe.wandb=disabled",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "actors.cli.main", "train", "search_agent.yaml", *words],
-        cwd=EXAMPLES,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        timeout=560,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
-    assert not unexplained(summary)
+    summary = trained("search_agent.yaml", tmp_path, *words)
     assert summary["versions"] == 2
     assert summary["eval"]["after"]["questions"] == 3
     assert not summary["causes"]

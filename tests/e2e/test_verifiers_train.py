@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from summary_keys import unexplained
+from example_runs import trained
 
 from system.agents.verifiers.command import interpreter
 from system.config import ConfigError
 from system.tree.record import Kind, validate
 from system.tree.store import read_trees
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.verifiers
@@ -29,8 +25,6 @@ def test_an_environment_of_verifiers_is_trained_as_it_is(tmp_path: Path) -> None
         missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_VERIFIERS") else pytest.skip
         missing(f"verifiers is not installed: {error}")
     words = (
-        f"run.dir={tmp_path}",
-        "run.name=mine",
         "run.steps=1",
         "agent.concurrency=4",
         "rollout.leaves=4",
@@ -38,19 +32,8 @@ def test_an_environment_of_verifiers_is_trained_as_it_is(tmp_path: Path) -> None
         "warmstart.steps=100",
         "warmstart.demos=512",
         "eval.questions=2",
-        "observe.wandb=disabled",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "actors.cli.main", "train", "verifiers_search.yaml", *words],
-        cwd=EXAMPLES,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        timeout=560,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((tmp_path / "mine" / "summary.json").read_text())
-    assert not unexplained(summary)
+    summary = trained("verifiers_search.yaml", tmp_path, *words)
     assert (summary["versions"], summary["eval"]["after"]["questions"]) == (1, 2)
     agent = summary["agent"]
     assert agent["episodes"] >= summary["leaves"] + 2 * 2
