@@ -43,8 +43,8 @@ def hold(keys: Keys) -> None:
 def made(config: Config, root: Path) -> Generator[None]:
     """Hold new keys for the length of the block, with a copy in ``root``.
 
-    Raises ConfigError where ``engine.api_key_env``, ``tools.search_key_env`` or the ``api_key_env`` of a
-    reward names no variable.
+    Raises ConfigError where ``engine.api_key_env``, ``teacher.api_key_env``, ``tools.search_key_env`` or the
+    ``api_key_env`` of a reward names no variable.
     """
     engine, tools = config.engine, config.tools
     own = secrets.token_hex(32)
@@ -55,6 +55,7 @@ def made(config: Config, root: Path) -> Generator[None]:
             "search": _named("tools.search_key_env", tools.search_key_env) if tools.search_url else own,
         },
         rewards=_of_rewards(config),
+        teacher=_named("teacher.api_key_env", config.teacher.api_key_env),
     )
     with private_file(root / SERVERS, own):
         hold(keys)

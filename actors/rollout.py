@@ -48,14 +48,16 @@ class RolloutWorker:
         """Return: this process is there.  Its tools may still be on their way back."""
 
     async def check_tools(self) -> None:
-        """Raise ToolStartError if a configured tool cannot work, and what an environment or an agent has
-        against it.
+        """Raise ToolStartError if a configured tool cannot work, and what an environment, an agent or a
+        teacher has against it.
         """
         await self._tools.check()
         if self._agents is not None:
             await self._agents.check()
         if self._context.environments is not None:
             await self._context.environments.check()
+        if self._context.teacher is not None:
+            await self._context.teacher.check()
 
     async def counters(self) -> dict[str, float]:
         """Running totals of engine client, tools, rewards and environment, since this process started."""

@@ -54,6 +54,7 @@ class Keys:
     engines: str = field(default="", repr=False)
     tools: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by the tool's name
     rewards: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by their variable's name
+    teacher: str = field(default="", repr=False)
 
 
 class HttpClient:

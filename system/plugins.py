@@ -324,6 +324,7 @@ CREDITS = Registry(
         "gigpo": "system.learn.credit.step:GiGpo",
         "a2tgpo": "system.learn.credit.gain:A2tgpo",
         "igpo": "system.learn.credit.gain:Igpo",
+        "none": "system.learn.credit.none:NoCredit",  # the teacher alone
     },
     base="system.learn.credit.base:Credit",
 )

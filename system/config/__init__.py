@@ -29,5 +29,6 @@ from system.config.schema_learn import LearnConfig as LearnConfig
 from system.config.schema_reward import ChosenReward as ChosenReward
 from system.config.schema_reward import rewards as rewards
 from system.config.schema_sft import SftConfig as SftConfig
+from system.config.schema_teacher import TeacherConfig as TeacherConfig
 from system.config.settings import settings as settings
 from system.errors import ConfigError as ConfigError

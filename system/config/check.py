@@ -18,6 +18,7 @@ from system.config.schema import Config
 from system.config.schema_reward import ON_LOOP, rewards
 from system.config.schema_sft import sft_problems
 from system.config.settings import Setting, settings
+from system.config.teacher import teacher_problems
 from system.errors import ConfigError
 from system.plugins import CREDITS, REWARDS, PluginError, nearest
 from system.urls import Allowed
@@ -281,17 +282,22 @@ def _engine(config: Config) -> Iterator[str]:
     for flag in engine.sglang:
         if setter := SET_BY.get(str(flag).replace("-", "_")):
             yield f"engine.sglang.{flag} is set by {setter}: take it out of engine.sglang"
-    search = config.tools.search_url
-    for key, urls in (("engine.urls", engine.urls), ("tools.search_url", [search] if search else [])):
+    search, teacher = config.tools.search_url, config.teacher
+    for key, urls in (
+        ("engine.urls", engine.urls),
+        ("teacher.urls", teacher.urls),
+        ("tools.search_url", [search] if search else []),
+    ):
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 yield f"{key}: {url!r} must begin with http:// or https://"
-    servers = [url.rstrip("/") for url in engine.urls]
-    if twice := sorted({url for url in servers if servers.count(url) > 1}):
-        yield f"engine.urls names {', '.join(twice)} more than once: a server is one engine"
+        servers = [url.rstrip("/") for url in urls]
+        if twice := sorted({url for url in servers if servers.count(url) > 1}):
+            yield f"{key} names {', '.join(twice)} more than once: a server is one engine"
     tools = config.tools
     for key, name, its_server, server in (
         ("engine.api_key_env", engine.api_key_env, "engine.urls", engine.urls),
+        ("teacher.api_key_env", teacher.api_key_env, "teacher.urls", teacher.urls),
         ("tools.search_key_env", tools.search_key_env, "tools.search_url", tools.search_url),
     ):
         if name and not re.fullmatch(r"[A-Za-z_]\w*", name):
@@ -395,7 +401,8 @@ def _void(config: Config) -> Iterator[str]:
         if getattr(learn, name) == 1:
             yield f"learn.{name}=1 must be below 1: Adam's mean would never move"
     credit = learn.credit.name
-    if rollout.leaves == 1 and credit in CREDITS.names and credit != OVER_THE_BATCH and config.run.steps:
+    compares = credit in CREDITS.names and credit not in (OVER_THE_BATCH, "none")
+    if rollout.leaves == 1 and compares and config.run.steps:
         yield (
             f"rollout.leaves=1 leaves learn.credit={credit} nothing to compare a leaf with: every advantage "
             f"would be 0; set rollout.leaves=2 or more, or learn.credit={OVER_THE_BATCH}"
@@ -425,7 +432,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
-    *(_learner, _cluster, _shape, _guide, _sft, _void),
+    *(_learner, _cluster, _shape, _guide, _sft, teacher_problems, _void),
 )
 
 

@@ -19,6 +19,7 @@ from system.config.schema_environment import EnvironmentConfig
 from system.config.schema_learn import LearnConfig
 from system.config.schema_reward import RewardConfig
 from system.config.schema_sft import SftConfig
+from system.config.schema_teacher import TeacherConfig
 from system.plugins import POLICIES, SYNTAXES, TASKS, TOOLS
 
 
@@ -403,6 +404,7 @@ class Config:
     flow: FlowConfig = field(default_factory=FlowConfig)
     guide: GuideConfig = field(default_factory=GuideConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

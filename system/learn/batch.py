@@ -39,6 +39,7 @@ class BatchPlanner:
         """
         learn = config.learn
         self.learn, self.flat, self.dp, self.pad_to = learn, flat, dp, pad_to
+        self.taught = config.teacher.source != "none"
         self.clip_scale = clip_scale
         self.credit: Credit = CREDITS.make(learn.credit.name, learn.credit.options)
         self.aggregate: Aggregate = AGGREGATES.make(
@@ -55,7 +56,7 @@ class BatchPlanner:
         learn = self.learn
         gains = assign(self.credit, trees)
         # Trees without signal do not move the loss unless a regulariser acts on every token.
-        drop_zero = not learn.kl_coef and not learn.entropy_coef
+        drop_zero = not learn.kl_coef and not learn.entropy_coef and not self.taught
         updates: list[Any] = []
         weights: list[Floats] = []
         bounds = np.linspace(0, len(trees), learn.updates + 1).astype(int).tolist()

@@ -50,6 +50,7 @@ class LossTokens:
     path: torch.Tensor  # int64, 0 or more: tokens of one number are one root-to-leaf path, if ``flat``
     proximal: torch.Tensor | None = None  # under the policy at the start of the batch; None: the current one
     reference: torch.Tensor | None = None  # under the frozen reference model; None: no KL term
+    teacher: torch.Tensor | None = None  # under the teacher, NaN where unknown; None: nobody teaches
     anchored: bool = False  # the proximal policy is the engine's at the close of each node, not the learner's
     guided: torch.Tensor | None = None  # 1 where μ was under another prompt than π_θ is; None: nowhere
     clip_scale: torch.Tensor | None = None  # what :meth:`Objective.clip_scale` said; None: 1 everywhere

@@ -82,9 +82,17 @@ class Row:
         return torch.where(sampled.isnan(), 0.0, logprob.double() - sampled)
 
     def loss_tokens(
-        self, logprob: torch.Tensor, entropy: torch.Tensor, version: int, reference: torch.Tensor | None
+        self,
+        logprob: torch.Tensor,
+        entropy: torch.Tensor,
+        version: int,
+        reference: torch.Tensor | None,
+        average: torch.Tensor | None = None,
     ) -> LossTokens:
-        """The objective's view of the row.  ``version``: the weight version that is being trained."""
+        """The objective's view of the row.  ``version``: the weight version that is being trained;
+        ``average``: [M] log-probabilities under the average that teaches; None: the trees have the teacher's,
+        if there is one.
+        """
 
         def pick(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array[self.scored].astype(np.float32)).to(logprob.device)
@@ -97,6 +105,8 @@ class Row:
         # What nothing sampled has a ratio of 1: μ is the policy that is trained, or where it is known π_prox.
         own = logprob.detach() if self.proximal is None else self.proximal
         behaviour = torch.where(sampled > 0, behaviour, own.to(behaviour))
+        # Of what nothing sampled, no teacher says anything.
+        teacher = pick(batch.teacher) if average is None else torch.where(sampled > 0, average, torch.nan)
         return LossTokens(
             logprob=logprob,
             entropy=entropy,
@@ -111,6 +121,7 @@ class Row:
             path=count(np.cumsum(batch.predictor < 0) - 1),
             proximal=self.proximal,
             reference=reference,
+            teacher=teacher,
             anchored=self.anchored,
             clip_scale=pick(batch.clip_scale),
         )

@@ -23,6 +23,7 @@ from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
+from system.learn.distill import reverse_kl
 from system.learn.model import TreeGPTModel, build, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -47,8 +48,8 @@ from system.tree.pack import PackedBatch, pack, with_credit_of
 from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
 
-# Among what a checkpoint keeps besides tensors: the credit's state, the total weight of the average.
-_CREDIT, _AVERAGE = "credit", "average"
+# Among what a checkpoint keeps besides tensors: the credit's state, the total weights of the averages.
+_CREDIT, _AVERAGE, _TEACHER = "credit", "average", "teacher"
 
 
 class Trainer:
@@ -92,6 +93,9 @@ class Trainer:
         if learn.proximal == "average" and self.objective.ratio == "proximal":
             lag = config.flow.staleness + config.flow.window
             self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))
+        self.teacher: MovingAverage[TreeGPTModel] | None = None
+        if config.teacher.source == "average":
+            self.teacher = MovingAverage(build(shape, transformer, learn.attention), config.teacher.decay)
         self._follow()
         with cpu.scope():
             # A gradient is reduced to the ranks that step with it.
@@ -104,7 +108,8 @@ class Trainer:
             else DeviceAdam(self.ddp, transformer, learn)
         )
         average = self.average.model if self.average else None
-        others = {"reference": self.reference, "average": average}
+        teacher = self.teacher.model if self.teacher else None
+        others = {"reference": self.reference, "average": average, "teacher": teacher}
         kept = {kind: model for kind, model in others.items() if model}
         self._state = TrainingState(self.layout, self.model, self.optimizer, kept)
 
@@ -150,6 +155,8 @@ class Trainer:
             results.append(self._update(self.objective, step, version, self._lr()))
             if self.average:
                 self.average.update(self.model)
+            if self.teacher:
+                self.teacher.update(self.model)
         combined = _combine(results) | corrected
         if self.average:
             combined["proximal_active"] = active = active_share(combined)
@@ -224,6 +231,8 @@ class Trainer:
             extra = {**extra, _CREDIT: state}
         if self.average:
             extra = {**extra, _AVERAGE: self.average.weight}
+        if self.teacher:
+            extra = {**extra, _TEACHER: self.teacher.weight}
         self._state.save(Path(path), extra=extra)
 
     def saved(self, *, wait: bool = True) -> bool:
@@ -238,6 +247,9 @@ class Trainer:
         weight = extra.pop(_AVERAGE, 1.0)
         if self.average:
             self.average.weight = weight
+        weight = extra.pop(_TEACHER, 1.0)
+        if self.teacher:
+            self.teacher.weight = weight
         return extra
 
     def close(self) -> None:
@@ -305,6 +317,9 @@ class Trainer:
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
             references = self._score(self.reference, rows)
+        taught: list[torch.Tensor | None] = [None] * len(rows)
+        if self.teacher and not objective.supervised:
+            taught = self._score(self.teacher.model, rows)
         self.optimizer.zero_grad()
         statistics = self._no_statistics(objective)
 
@@ -314,7 +329,8 @@ class Trainer:
             if not self.layout.last_stage:
                 return output
             logprob, entropy = row.logprob_entropy(output, self.model, self.layout, temperature)
-            loss, measured = self._loss(objective, row.loss_tokens(logprob, entropy, version, references[i]))
+            tokens = row.loss_tokens(logprob, entropy, version, references[i], taught[i])
+            loss, measured = self._loss(objective, tokens)
             measured.sums["tokens_computed"] = loss.new_tensor(int((row.batch.tree >= 0).sum())).detach()
             statistics.add(measured)
             return loss
@@ -335,8 +351,13 @@ class Trainer:
         return stats
 
     def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
-        learn = self.learn
-        return row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
+        learn, teacher = self.learn, self.config.teacher
+        loss, measured = row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
+        if teacher.source != "none" and not objective.supervised:
+            kl, sums = reverse_kl(tokens, learn.tis_cap)
+            loss = loss + teacher.coef * kl
+            measured.sums |= {**sums, "loss": loss.detach()}
+        return loss, measured
 
     def _lr(self) -> float:
         learn = self.learn
@@ -367,11 +388,12 @@ class Trainer:
         return [*scores] if self.layout.last_stage else [None] * len(rows)
 
     def _follow(self) -> None:
-        """Reference model and average := the current weights."""
+        """Reference model and averages := the current weights."""
         if self.reference is not None:
             self.reference.load_state_dict(self.model.state_dict())
-        if self.average is not None:
-            self.average.reset(self.model)
+        for average in (self.average, self.teacher):
+            if average is not None:
+                average.reset(self.model)
 
     def _no_statistics(self, objective: Objective) -> Statistics:
         """What every rank begins with: one without micro-batches, or not on the last pipeline stage, measures
@@ -380,7 +402,7 @@ class Trainer:
         zero = torch.zeros(1, device=self.layout.device)
         reference = zero if self.reference and not objective.supervised else None
         none = zero.long()
-        token = LossTokens(zero, zero, zero, zero, zero, zero, zero, none, none, None, reference)
+        token = LossTokens(*([zero] * 7), node=none, path=none, reference=reference, teacher=zero)
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()

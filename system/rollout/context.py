@@ -27,6 +27,7 @@ from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.base import Syntax
+from system.rollout.teacher import Teacher
 from system.tools.outcome import Tools
 from system.tools.service import ToolService, build_tools
 from system.tree.builder import TreeBuilder
@@ -54,6 +55,7 @@ class RolloutContext:
     asks: Chat | None = None  # None: the messages of a prompt as they are
     guide: GuideConfig = field(default_factory=GuideConfig)  # how a guided tree's prompt tells the actions
     environments: Environments | None = None  # None: the tools keep no state
+    teacher: Teacher | None = None  # None: no server teaches
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
     drift: HistoryDrift = field(init=False)
 
@@ -219,5 +221,6 @@ def build_context(
         asks=make_chat(config, tokenizer, model_path, syntax, environment),
         guide=config.guide,
         environments=environments,
+        teacher=Teacher(config.teacher, len(tokenizer), keys.teacher) if config.teacher.urls else None,
     )
     return context, service, engine

@@ -39,6 +39,7 @@ from system.rollout.request import GivenTokens, segment_request
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import TreeScores
+from system.rollout.teacher import Lessons
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import ForkDecision, Kind, Mishap, Origin, Outcome, Tree
@@ -102,6 +103,7 @@ class TreeRollout:
         self.began_s = math.nan  # on the event loop's clock; NaN: not yet
         self.log_vocab = math.log(context.vocab_size)
         self.sessions = sessions
+        self.lessons = Lessons(None if greedy else context.teacher, self.growth, self.route, self.mishap)
         self.group = asyncio.TaskGroup()
         self.beside = asyncio.TaskGroup()  # what scores; it outlives the branches' deadline
         self.scores = TreeScores(context.scoring, prompt, self.beside, self.mishap)
@@ -127,6 +129,7 @@ class TreeRollout:
                 if self.scores_answer and not self.resumed:
                     self.beside.create_task(self.given.answers(beginnings(self.growth, self.prefixes)))
                 cut = await self._branches()
+                await self.lessons.rest()
                 await self.scores.close()
         except ExceptionGroup as errors:
             raise next(leaves(errors)) from errors  # the groups have cancelled and awaited all others
@@ -138,6 +141,7 @@ class TreeRollout:
         if (scored := len(self.scores.scores)) < min(2, self.budget):
             outcomes = [outcome for _, outcome in self.ended]
             raise too_few(self.prompt.id, outcomes, self.mishaps, scored, self.budget, cut)
+        self.lessons.over()
         return self._close()
 
     async def _branches(self) -> bool:
@@ -305,6 +309,8 @@ class TreeRollout:
             self._measure(branch)
             if self.rescores:
                 self.beside.create_task(self.given.closed(branch.node, branch.request))
+            if self.lessons.on:
+                self.beside.create_task(self.lessons.node(branch.node))
         self._read(branch, Kind.MODEL, begin)
         return finish
 

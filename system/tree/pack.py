@@ -43,6 +43,7 @@ class PackedBatch:
     node: NDArray[np.int32]  # [N] the token's node, numbered through the row; -1 for padding
     # [N] log-probability under the weights at its node's close; the behaviour one where it was not scored
     closed: NDArray[np.float32]
+    teacher: NDArray[np.float32]  # [N] log-probability under the teacher; NaN where it is not known
 
 
 def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list[list[PackedBatch]]:
@@ -86,6 +87,7 @@ def pack(
         tree=np.full(n, -1, np.int32),
         node=np.full(n, -1, np.int32),
         closed=np.zeros(n, np.float32),
+        teacher=np.full(n, np.nan, np.float32),
     )
     base = 0
     for part in micro_batch:
@@ -139,6 +141,8 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree, factor: Entrop
     if tree.rescored:
         closed = tree.closed_logprob[source]
         batch.closed[rows] = np.where(np.isnan(closed), batch.logprob[rows], closed)
+    if tree.taught:
+        batch.teacher[rows] = tree.teacher_logprob[source]
     batch.mult[rows] = np.repeat(part.credit[:, 2], length)
     if factor is not None:
         batch.factor[rows] = factor.of(tree.entropy[source])
@@ -165,6 +169,7 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         version=tree.version[source],
         closed_logprob=tree.closed_logprob[source] if tree.rescored else tree.closed_logprob,
         closed_version=tree.closed_version[source] if tree.rescored else tree.closed_version,
+        teacher_logprob=tree.teacher_logprob[source] if tree.taught else tree.teacher_logprob,
         answer_logprob=tree.answer_logprob[nodes] if tree.answer_logprob.size else tree.answer_logprob,
         start=start.astype(np.int32),
         parent=np.arange(-1, nodes.size - 1, dtype=np.int32),

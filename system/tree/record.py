@@ -136,6 +136,9 @@ class Tree:
     # held when its node closed, nats, NaN where it was not scored; [T] the version of these, -1 there.
     closed_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
     closed_version: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # With ``teacher.urls``, else empty: [T] log-probability of a token under the teacher, nats, NaN where it
+    # was not scored.
+    teacher_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
     # With ``rollout.score_answer``, else empty: [J] mean log-probability, over its tokens, of the gold answer
     # behind this node, under the weights of then, nats; NaN on MODEL nodes and where it was not scored.
     answer_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -167,6 +170,11 @@ class Tree:
         return self.closed_logprob.size > 0
 
     @property
+    def taught(self) -> bool:
+        """Whether a teacher scored some nodes."""
+        return self.teacher_logprob.size > 0
+
+    @property
     def guided(self) -> bool:
         """Whether it was sampled from another prompt than it is trained under."""
         return self.sampled_prompt.size > 0
@@ -189,7 +197,10 @@ _TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.
 # A tree's arrays and their types, as annotated.
 ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
 # Those of them that may be empty; a file of before they were there has none.
-OPTIONAL = ("closed_logprob", "closed_version", "answer_logprob", "sampled_prompt", "step_reward", "episode")
+OPTIONAL = (
+    *("closed_logprob", "closed_version", "teacher_logprob"),
+    *("answer_logprob", "sampled_prompt", "step_reward", "episode"),
+)
 
 
 def token_node(tree: Tree) -> Int32:
@@ -259,6 +270,10 @@ def validate(tree: Tree) -> None:
         known = np.isfinite(tree.closed_logprob)
         _require(known == (tree.closed_version >= 0), tree, "scores at the close and their versions disagree")
         _require(sampled[known], tree, "a score at the close of a token that was not sampled")
+    if tree.taught:
+        unknown = np.isnan(tree.teacher_logprob)
+        _require(sampled | unknown, tree, "a teacher's score of a token that was not sampled")
+        _require(unknown | np.isfinite(tree.teacher_logprob), tree, "an infinite score by the teacher")
     if tree.answer_logprob.size:
         unknown = np.isnan(tree.answer_logprob)
         _require(unknown | (tree.kind != Kind.MODEL), tree, "an answer scored behind a MODEL node")
@@ -270,6 +285,7 @@ def validate(tree: Tree) -> None:
 def _check_arrays(tree: Tree) -> None:
     sizes: dict[str, int] = dict.fromkeys(("tokens", "logprob", "entropy", "version"), tree.n_tokens)
     sizes |= dict.fromkeys(("closed_logprob", "closed_version"), tree.n_tokens if tree.rescored else 0)
+    sizes["teacher_logprob"] = tree.n_tokens if tree.taught else 0
     sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
     sizes["answer_logprob"] = tree.n_nodes if tree.answer_logprob.size else 0
     sizes["step_reward"] = tree.n_nodes if tree.step_reward.size else 0

@@ -6,8 +6,10 @@ A synchronous one, with parts of one's own, is in tests/test_examples.py.
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from safetensors.numpy import load
 from summary_keys import unexplained
 
 from actors.cli.main import main
+from system import config as configuration
 from system.chaos import run as chaos
 from system.chaos.account import account
 from system.observe.jsonl import read_jsonl
 from system.rollout import in_flight
 from system.rollout.in_flight import SavedTree
+from system.tasks.base import make_task
+from system.tasks.tiny_model import create_model
 from system.tree.record import Kind, Tree, validate
 from system.tree.stats import TreeStats
 from system.tree.store import read_trees
@@ -88,9 +93,31 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     assert_nothing_lost(run.directory, summary)
 
 
-def test_a_run_that_scores_its_turns_and_its_answers(start: Callable[..., Any]) -> None:
-    """A²TGPO's credit, and decoupled against what the engine found when each turn ended."""
+@pytest.fixture
+def teacher(tmp_path: Path) -> Iterator[str]:
+    """The address of an engine that serves a model with the quickstart's tokenizer, to whom every token is
+    about equally likely.
+    """
+    config = configuration.load(ROOT / "configs" / "quickstart.yaml")
+    tokenizer = make_task(config).tokenizer()
+    create_model(tmp_path / "teacher", tokenizer, config.model, seed=5)
+    words = [sys.executable, "-m", "system.engine.embedded", "--model", str(tmp_path / "teacher")]
+    words += ["--port", "0", "--max-context", "256", "--max-running", "32", "--threads", "1"]
+    server = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[-1]
+    finally:
+        server.kill()
+        server.wait(30)
+
+
+def test_a_run_that_scores_its_turns_and_its_answers(start: Callable[..., Any], teacher: str) -> None:
+    """A²TGPO's credit, decoupled against what the engine found when each turn ended, and a teacher."""
     run = start(
+        f"teacher.urls=[{teacher}]",
+        "teacher.source=server",
+        "teacher.coef=0.1",
         "run.steps=3",
         "rollout.rescore=true",
         "learn.proximal=closed",
@@ -112,12 +139,15 @@ def test_a_run_that_scores_its_turns_and_its_answers(start: Callable[..., Any]) 
         same = known & (tree.closed_version == tree.version)
         assert np.abs(tree.closed_logprob - tree.logprob)[same].max() < 1e-4
         assert np.isfinite(stats.answer[tree.kind != Kind.MODEL]).all()
+        assert (np.isfinite(tree.teacher_logprob) == (tree.version >= 0)).all()
     steps = [record for record in read_jsonl(run.directory / "metrics.jsonl") if "train/loss" in record]
     grown = [record for record in steps if "rollout/rescored_share" in record]  # since the last, trees closed
     assert grown
     assert {record["rollout/rescored_share"] for record in grown} == {1}
     assert all(0 < record["rollout/answer_probability"] < 1 for record in grown)
     assert all(math.isfinite(record["train/loss"]) for record in steps)
+    assert {record["train/teacher_scored"] for record in steps} == {1}
+    assert all(record["train/teacher_kl"] > 1 for record in steps), "it has learned nothing"
     assert steps[0]["train/ratio_mean"] == pytest.approx(1, abs=1e-3)
     assert max(record["train/ratio_max"] for record in steps[1:]) > 1.001, "what the learner has moved since"
 

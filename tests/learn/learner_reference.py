@@ -159,7 +159,7 @@ def make_trees(seed: int) -> list[Tree]:
     rng = np.random.default_rng(seed)
     shapes = (SHAPE, CHAIN, STAR, SHAPE, STAR)
     trees = [make_tree(shape, rng, prompt=f"p{i}", guide=i % 2) for i, shape in enumerate(shapes)]
-    return [rescored(tree, np.random.default_rng([seed, i])) for i, tree in enumerate(trees)]
+    return [taught(rescored(tree, np.random.default_rng([seed, i])), i) for i, tree in enumerate(trees)]
 
 
 def rescored(tree: Tree, rng: np.random.Generator) -> Tree:
@@ -171,6 +171,14 @@ def rescored(tree: Tree, rng: np.random.Generator) -> Tree:
         closed_logprob=np.where(known, tree.logprob + noise, np.float32(np.nan)),
         closed_version=np.where(known, 6, -1).astype(np.int32),
     )
+
+
+def taught(tree: Tree, seed: int) -> Tree:
+    """The same tree, most of whose turns a teacher has scored."""
+    rng = np.random.default_rng([seed, 1])
+    known = np.repeat((tree.kind == Kind.MODEL) & (rng.random(tree.n_nodes) < 0.8), tree.end - tree.start)
+    scores = rng.normal(-3.0, 1.0, tree.n_tokens).astype(np.float32)
+    return replace(tree, teacher_logprob=np.where(known, scores, np.float32(np.nan)))
 
 
 def path_tokens(tree: Tree, leaf: int) -> np.ndarray:
@@ -201,6 +209,7 @@ def flat_loss(
     temperature: float = 1.0,
     reference: Any = None,
     proximal: Any = None,
+    teacher_coef: float = 0.0,
 ) -> torch.Tensor:
     """The step's loss by its definition, path by path, in PPO's own words (minimum of two products).
 
@@ -239,6 +248,10 @@ def flat_loss(
                     anchor, _ = path_logprobs(reference, tree.tokens[index], temperature)
                 d = anchor - logp
                 each = each + learn.kl_coef * (d.exp() - d - 1)
+            if teacher_coef:
+                gap = (logp.detach() - torch.from_numpy(tree.teacher_logprob[index][1:])).nan_to_num(0.0)
+                scale = (logp.detach() - behaviour).exp().clamp(max=learn.tis_cap)
+                each = each + teacher_coef * scale * gap * (logp - logp.detach() + 1)
             total = total + float(w[leaf]) * each[mask].sum()
     return total
 

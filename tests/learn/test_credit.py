@@ -15,7 +15,7 @@ from system.tree.stats import TreeStats
 
 NAN = float("nan")
 WHITENED = ("reinforce++", "reinforce++-baseline")  # over the batch: a group says nothing on its own
-GROUPED = [name for name in CREDITS.names if name not in WHITENED]
+GROUPED = [name for name in CREDITS.names if name not in (*WHITENED, "none")]
 
 # The fixture of `algorithm_vectors.json`: rewards and MODEL tokens of the leaves of four groups.
 REWARDS = {"A": [1, 0, 1, 0, 0], "B": [0.25, 1, 0, 0.75], "C": [1.0], "D": [0.5, 0.5, 0.5]}

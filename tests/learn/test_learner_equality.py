@@ -70,6 +70,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "micro_tokens": 48,
     },
     "m2po, cut": {"objective": "m2po", "micro_tokens": 48},
+    "a teacher alone, cut": {"teacher": 1.0, "credit": "none", "micro_tokens": 48},
+    "a teacher beside rewards, cut": {"teacher": 0.3, "objective": "ppo", "micro_tokens": 48},
+    "a teacher beside rewards, flat": {"teacher": 0.3, "objective": "grpo-flat"},
     "grpo-flat, leaves rejected": {
         "objective": "grpo-flat",
         "correction": PartConfig("geo-reject", {"low": 0.4, "high": 2.5}),
@@ -187,7 +190,11 @@ def gradient_case(
             changes = {
                 k: PartConfig(v) if isinstance(v, str) and k != "proximal" else v
                 for k, v in OBJECTIVES[name].items()
+                if k != "teacher"
             }
+            coef = OBJECTIVES[name].get("teacher", 0.0)
+            config.teacher.source = "server" if coef else "none"
+            config.teacher.coef = coef
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)
@@ -202,7 +209,7 @@ def gradient_case(
             if learn.objective.name == "m2po":
                 learn.clip_low, learn.clip_high = m2po_clip(hf, trees, gains, 0.04)
                 learn.dual_clip = 0.0
-            loss = flat_loss(hf, trees, gains, weights, learn, reference=reference)
+            loss = flat_loss(hf, trees, gains, weights, learn, reference=reference, teacher_coef=coef)
             loss.backward()
             report[name] = stats | {
                 "gradient error": relative_distance(mine, gradients(hf)) if mine else 0.0,
@@ -241,6 +248,9 @@ def test_tree_gradient_equals_flat_paths(
             if "rejected" in name:
                 assert 0.1 < got["learn/rejected_leaves"] < 0.9, name
                 assert got["learn/effective_sample_size"] == pytest.approx(1 - got["learn/rejected_leaves"])
+            if "teacher" in name:
+                assert 0.5 < got["teacher_scored"] < 1.0, name
+                assert abs(got["teacher_kl"]) > 0.1, name
         decoupled = report["decoupled, cut"]
         assert decoupled["ratio_mean"] == pytest.approx(1.0)
         assert 0 < decoupled["tis_capped"] < 1

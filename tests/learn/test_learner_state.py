@@ -198,6 +198,52 @@ def test_a_manifest_is_proved_as_the_files_are(
     assert "its digest is another" in said["step"]
 
 
+def average_teacher_case(place: Place, model: str, path: str) -> dict[str, Any]:
+    """Self-distillation: what the average says before and after a step, and of which weights it is."""
+    config = learner_config(credit="none", **(STEP | {"grad_clip": 0.0}))
+    config.teacher.source, config.teacher.decay = "average", 0.5
+    trainer = open_trainer(place, config, model)
+    try:
+        first = weights_of(trainer)
+        said = [train(trainer, make_trees(4))["teacher_kl"]]
+        with torch.no_grad():  # alone it would stay where it is
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.5)
+        said.append(train(trainer, make_trees(4))["teacher_kl"])
+        second = weights_of(trainer)
+        trainer.save(path, {})
+        trainer.saved()
+        assert trainer.teacher is not None
+        kept, weight = [p.clone() for p in trainer.teacher.model.parameters()], trainer.teacher.weight
+        train(trainer, make_trees(5))
+        trainer.load(path)
+        again = [*trainer.teacher.model.parameters()]
+        model_now, trainer.model = trainer.model, trainer.teacher.model
+        taught = weights_of(trainer)
+        trainer.model = model_now
+        expected = {n: (first[n] * 0.75 + second[n]) / 1.75 for n in first}  # β² + β, and 1
+        return {
+            "said": said,
+            "error": max(float(np.abs(taught[n] - expected[n]).max()) for n in expected),
+            "moved": max(float(np.abs(second[n] - first[n]).max()) for n in expected),
+            "loaded": all(torch.equal(a, b) for a, b in zip(kept, again, strict=True)),
+            "weight": (weight, trainer.teacher.weight),
+        }
+    finally:
+        trainer.close()
+
+
+def test_an_average_of_the_weights_teaches_them(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    (found,) = ranks.run(average_teacher_case, world=1, model=tiny_model(), path=str(tmp_path / "v1"))
+    assert found["said"][0] == pytest.approx(0, abs=1e-6), "it is the model itself as yet"
+    assert abs(found["said"][1]) > 1e-3
+    assert found["error"] < 1e-3 < 0.1 < found["moved"], "the average of the weights after each step"
+    assert found["loaded"]
+    assert found["weight"] == (1.75, 1.75)
+
+
 def credit_state_case(place: Place, model: str, path: str) -> dict[str, Any]:
     config = learner_config(tp=2, **STEP)
     config.learn.credit = PartConfig("test_batch:Running")

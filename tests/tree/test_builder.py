@@ -34,6 +34,11 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
         assert tree.closed_version.tolist() == [version for _, version in closed]
     else:
         assert {version for _, version in closed} == {-1}
+    scores = [x for n in nodes for x in n.teacher]
+    if tree.taught:
+        np.testing.assert_array_equal(tree.teacher_logprob, np.float32(scores))
+    else:
+        assert np.isnan(scores).all()
     assert tree.kind.tolist() == [n.kind for n in nodes]
     assert (tree.end - tree.start).tolist() == [len(n.tokens) for n in nodes]
     parents = [-1 if n.parent < 0 else index[naive.nearest(n.parent)] for n in nodes]

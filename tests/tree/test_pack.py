@@ -208,6 +208,9 @@ def test_flat_paths_are_valid_trees_of_the_same_tokens(trees: list[Tree]) -> Non
                 index = np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in nodes])
                 np.testing.assert_array_equal(path.closed_logprob, tree.closed_logprob[index])
                 np.testing.assert_array_equal(path.closed_version, tree.closed_version[index])
+            if tree.taught:
+                index = np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in nodes])
+                np.testing.assert_array_equal(path.teacher_logprob, tree.teacher_logprob[index])
             if tree.answer_logprob.size:
                 np.testing.assert_array_equal(path.answer_logprob, tree.answer_logprob[nodes])
 

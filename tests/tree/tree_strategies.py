@@ -20,11 +20,12 @@ class NaiveNode:
     entropy: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
     closed: list[tuple[float, int]] = field(default_factory=list)  # score at the close, and its version
+    teacher: list[float] = field(default_factory=list)  # its scores; NaN: none
     answer: float = np.nan
     at: int | None = None  # tokens of its parent that come before it; None: all
 
     def part(self, parent: int, begin: int, end: int) -> NaiveNode:
-        columns = (self.tokens, self.logprob, self.entropy, self.version, self.closed)
+        columns = (self.tokens, self.logprob, self.entropy, self.version, self.closed, self.teacher)
         return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns], answer=self.answer)
 
 
@@ -178,15 +179,22 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
 
 
 def _rescore(growth: TreeBuilder, naive: Naive, rng: np.random.Generator) -> None:
-    """Of every second tree, score most of the nodes that were sampled, and the answer behind most others."""
-    some = rng.random() < 0.5
+    """Of every second tree, score most of the nodes that were sampled, and the answer behind most others;
+    of every second one a teacher scores most.
+    """
+    some, teaches = rng.random(2) < 0.5
     for number, node in enumerate(naive.nodes):
         node.closed = [(np.nan, -1)] * len(node.tokens)
         if some and node.kind == Kind.MODEL and rng.random() < 0.7:
             logprob, version = -rng.random(len(node.tokens)).astype(np.float32), int(rng.integers(0, 9))
             growth.rescore(number, logprob, version)
             node.closed = [(value, version) for value in logprob.tolist()]
-        elif some and node.kind != Kind.MODEL and rng.random() < 0.7:
+        node.teacher = [np.nan] * len(node.tokens)
+        if teaches and node.kind == Kind.MODEL and rng.random() < 0.7:
+            scores = -rng.random(len(node.tokens)).astype(np.float32)
+            growth.teach(number, scores)
+            node.teacher = scores.tolist()
+        if some and node.kind != Kind.MODEL and rng.random() < 0.7:
             node.answer = float(np.float32(-rng.random()))
             growth.answer(number, node.answer)
 

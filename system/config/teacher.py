@@ -1,0 +1,37 @@
+"""What on-policy distillation does not go with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from system.config.schema import Config
+
+
+def teacher_problems(config: Config) -> Iterator[str]:
+    """A line each, with the remedy."""
+    teacher, rollout = config.teacher, config.rollout
+    key = f"teacher.source={teacher.source}"
+    if (teacher.source == "server") != bool(teacher.urls):
+        yield (
+            f"{key} and teacher.urls={teacher.urls}: set both, teacher.source=server and "
+            "teacher.urls=[http://host:port], or neither"
+        )
+    if teacher.source == "none" and config.learn.credit.name == "none":
+        yield "learn.credit=none leaves nothing to learn from: set teacher.source, or another credit"
+    if teacher.source != "server":
+        return
+    if rollout.temperature != 1 or "rollout.temperature" in config.run.by_step:
+        yield (
+            f"{key}: SGLang scores given tokens at temperature 1 only: leave rollout.temperature="
+            f"{rollout.temperature:g} at 1, in run.by_step, too"
+        )
+    if config.guide.on:
+        yield (
+            f"{key}: a guided tree is sampled under another prompt than it is trained under, and a teacher "
+            "reads one: set guide.hopeless and guide.others to 0"
+        )
+    if config.agent.on:
+        yield (
+            f"{key}: a teacher reads branches that grow here, and an agent's do not: set "
+            "teacher.source=average, or none"
+        )

@@ -1,0 +1,92 @@
+"""On-policy distillation's questions: how likely a tree's tokens are to a teacher that a server holds."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from system.config import ConfigError, TeacherConfig
+from system.engine.pool import EnginePool
+from system.engine.protocol import EngineError
+from system.engine.score import score
+from system.rollout.failure import RolloutFailed
+from system.tree.builder import TreeBuilder
+
+
+class Teacher:
+    """The servers at ``teacher.urls``.  They speak as an engine does, and are never given new weights."""
+
+    def __init__(self, config: TeacherConfig, vocab: int, key: str = "") -> None:
+        """``vocab``: tokens of the student's tokenizer; ``key``: what the servers want to be shown."""
+        self._config, self._vocab, self._key = config, vocab, key
+        self.pool = self._pool(config.urls)
+
+    def _pool(self, urls: list[str]) -> EnginePool:
+        config = self._config
+        return EnginePool(urls, deadline_s=config.deadline_s, in_flight=config.concurrency, key=self._key)
+
+    async def check(self) -> None:
+        """Have every server score the last token of our vocabulary.  Raises ConfigError for one that cannot:
+        its model reads other tokens than ours, or it is not there.
+        """
+        for number, url in enumerate(self._config.urls):
+            pool, tokens = self._pool([url]), np.array([0, self._vocab - 1], np.int32)
+            try:
+                await score(pool, tokens, 1, rid=f"teacher check {uuid.uuid4().hex}")
+            except EngineError as error:
+                raise ConfigError(
+                    f"teacher.urls[{number}]={url} cannot score token {self._vocab - 1}, the last of the "
+                    f"model's tokenizer: {error!s}: start a server (SGLang's, or espalier's own) of "
+                    "a model with the same tokenizer there"
+                ) from error
+            finally:
+                await pool.close()
+
+
+@dataclass
+class Lessons:
+    """Has a teacher score what one tree's branches have written, each node once."""
+
+    teacher: Teacher | None  # None: there are no questions
+    growth: TreeBuilder
+    route: str
+    mishap: Callable[[str, str], None]  # is told what failed: of which kind, and why
+    asked: set[int] = field(default_factory=set[int])
+    failed: list[str] = field(default_factory=list[str])
+    answered: int = 0  # nodes
+
+    @property
+    def on(self) -> bool:
+        return self.teacher is not None
+
+    async def node(self, node: int) -> None:
+        """Score the tokens of MODEL node ``node``, which has closed.  A failure leaves them unscored."""
+        self.asked.add(node)
+        if self.teacher is None or not (own := self.growth.n_tokens(node)):
+            return
+        tokens = self.growth.path_tokens(node)
+        rid = f"{self.route}:teacher:{uuid.uuid4().hex[:12]}"
+        try:
+            found = await score(self.teacher.pool, tokens, tokens.size - own, rid=rid, route=self.route)
+        except EngineError as error:
+            self.failed.append(str(error))
+            self.mishap("teacher", self.failed[-1])
+        else:
+            self.answered += 1
+            self.growth.teach(node, found.logprob)
+
+    async def rest(self) -> None:
+        """Score the nodes that nobody has asked about: cut off, or written before the run was resumed."""
+        if self.teacher is None:
+            return
+        late = [node for node in self.growth.untaught() if node not in self.asked]
+        await asyncio.gather(*(self.node(node) for node in late))
+
+    def over(self) -> None:
+        """The tree has ended.  Raises :class:`RolloutFailed` if every question failed."""
+        if self.failed and not self.answered:
+            raise RolloutFailed(self.growth.prompt_id, "teacher", self.failed[0])

@@ -1,0 +1,71 @@
+"""What a growing tree consists of: its nodes and leaves, and the pieces of nodes that it closes into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.tree.record import Int32, Kind, Origin, Outcome
+from system.tree.token_path import TokenPath
+
+
+@dataclass(slots=True)
+class GrowingNode:
+    parent: int
+    kind: Kind
+    path: TokenPath  # the parent's until the node's first token, which may copy it
+    begin: int  # index of the node's first token on its path
+    end: int  # one past its last
+    children: list[int] = field(default_factory=list)
+    leaves: int = 0
+    logprob: list[NDArray[np.float32]] = field(default_factory=list)
+    entropy: list[NDArray[np.float32]] = field(default_factory=list)
+    version: list[Int32] = field(default_factory=list)
+    closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
+    teacher: NDArray[np.float32] | None = None  # :meth:`TreeBuilder.teach`
+    answer: float = math.nan  # :meth:`TreeBuilder.answer`
+    reward: float = 0.0  # :meth:`TreeBuilder.reward`
+
+
+@dataclass(slots=True)
+class GrowingLeaf:
+    node: int
+    outcome: Outcome
+    origin: Origin
+    episode: int = -1  # -1: its own
+    reward: float = math.nan
+    correct: int = -1
+
+
+class NodePiece(NamedTuple):
+    """A node of the closed tree: the tokens of one node of the growth from depth ``begin`` to ``end``."""
+
+    handle: int
+    begin: int
+    end: int
+    parent: int  # index of the piece above, -1 for the root
+
+
+def token_arrays(nodes: Sequence[GrowingNode]) -> dict[str, Any]:
+    """The arrays [T] of the tokens of ``nodes``, one node after the other."""
+    arrays = {
+        "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
+        "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
+        "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
+        "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
+    }
+    if any(n.closed for n in nodes):
+        closed = [n.closed or (np.full(n.end - n.begin, np.nan, np.float32), -1) for n in nodes]
+        sizes = [n.end - n.begin for n in nodes]
+        arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
+        arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
+    if any(n.teacher is not None for n in nodes):
+        arrays["teacher_logprob"] = np.concatenate(
+            [np.full(n.end - n.begin, np.nan, np.float32) if n.teacher is None else n.teacher for n in nodes]
+        )
+    return arrays
