@@ -85,6 +85,19 @@ class LearnConfig:
         "a token's advantages times 1 + this·z(the entropy it was sampled with) (AEPO's code: 0.2); 0: off",
         least=0,
     )
+    teacher: str = setting(
+        "none",
+        "on-policy distillation: who says of sampled tokens how likely they should have been: server (the "
+        "model at teacher.urls), average (of the weights that are trained), none",
+        choices=("none", "server", "average"),
+    )
+    teacher_coef: float = setting(
+        1.0,
+        "weight of the reverse KL to the teacher beside the objective's loss; learn.credit=none leaves the "
+        "rewards out",
+        above=0,
+    )
+    teacher_decay: float = setting(0.99, "of the average that teaches, per optimizer step", least=0, most=1)
     bucket_mb: int = setting(64, "weight export bucket", least=1)
 
     @property

@@ -9,16 +9,16 @@ from system.config.schema import Config
 
 def teacher_problems(config: Config) -> Iterator[str]:
     """A line each, with the remedy."""
-    teacher, rollout = config.teacher, config.rollout
-    key = f"teacher.source={teacher.source}"
-    if (teacher.source == "server") != bool(teacher.urls):
+    learn, teacher, rollout = config.learn, config.teacher, config.rollout
+    key = f"learn.teacher={learn.teacher}"
+    if (learn.teacher == "server") != bool(teacher.urls):
         yield (
-            f"{key} and teacher.urls={teacher.urls}: set both, teacher.source=server and "
+            f"{key} and teacher.urls={teacher.urls}: set both, learn.teacher=server and "
             "teacher.urls=[http://host:port], or neither"
         )
-    if teacher.source == "none" and config.learn.credit.name == "none":
-        yield "learn.credit=none leaves nothing to learn from: set teacher.source, or another credit"
-    if teacher.source != "server":
+    if learn.teacher == "none" and learn.credit.name == "none":
+        yield "learn.credit=none leaves nothing to learn from: set learn.teacher, or another credit"
+    if learn.teacher != "server":
         return
     if rollout.temperature != 1 or "rollout.temperature" in config.run.by_step:
         yield (
@@ -33,5 +33,5 @@ def teacher_problems(config: Config) -> Iterator[str]:
     if config.agent.on:
         yield (
             f"{key}: a teacher reads branches that grow here, and an agent's do not: set "
-            "teacher.source=average, or none"
+            "learn.teacher=average, or none"
         )

@@ -35,7 +35,7 @@ from system.models import directory
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub
-from system.plan.memory import WIDTH, averages
+from system.plan.memory import WIDTH, besides
 from system.plugins import AGENTS, POLICIES, TASKS
 from system.rollout.branching import make_policy
 from system.rollout.chat import make_chat, planned_syntax, unknown_arguments
@@ -309,8 +309,7 @@ def _gib(size: int) -> str:
 
 def _checkpoint_bytes(config: Config) -> int:
     """Float32 weights, both of Adam's moments, and the models that are kept besides."""
-    besides = (config.learn.kl_coef > 0) + averages(config.learn)
-    return (12 + besides * WIDTH[config.model.dtype]) * _parameters(config)
+    return (12 + len(besides(config.learn)) * WIDTH[config.model.dtype]) * _parameters(config)
 
 
 def _parameters(config: Config) -> int:

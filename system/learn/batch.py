@@ -39,7 +39,7 @@ class BatchPlanner:
         """
         learn = config.learn
         self.learn, self.flat, self.dp, self.pad_to = learn, flat, dp, pad_to
-        self.taught = config.teacher.source != "none"
+        self.taught = config.learn.teacher != "none"
         self.clip_scale = clip_scale
         self.credit: Credit = CREDITS.make(learn.credit.name, learn.credit.options)
         self.aggregate: Aggregate = AGGREGATES.make(

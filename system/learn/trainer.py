@@ -94,8 +94,10 @@ class Trainer:
             lag = config.flow.staleness + config.flow.window
             self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))
         self.teacher: MovingAverage[TreeGPTModel] | None = None
-        if config.teacher.source == "average":
-            self.teacher = MovingAverage(build(shape, transformer, learn.attention), config.teacher.decay)
+        if config.learn.teacher == "average":
+            self.teacher = MovingAverage(
+                build(shape, transformer, learn.attention), config.learn.teacher_decay
+            )
         self._follow()
         with cpu.scope():
             # A gradient is reduced to the ranks that step with it.
@@ -351,11 +353,11 @@ class Trainer:
         return stats
 
     def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
-        learn, teacher = self.learn, self.config.teacher
+        learn = self.learn
         loss, measured = row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
-        if teacher.source != "none" and not objective.supervised:
+        if learn.teacher != "none" and not objective.supervised:
             kl, sums = reverse_kl(tokens, learn.tis_cap)
-            loss = loss + teacher.coef * kl
+            loss = loss + learn.teacher_coef * kl
             measured.sums |= {**sums, "loss": loss.detach()}
         return loss, measured
 

@@ -98,8 +98,14 @@ def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str =
 
 
 def averages(learn: LearnConfig) -> bool:
-    """Whether a moving average of the weights is kept (``Trainer.average``)."""
+    """Whether a moving average of the weights is the proximal policy (``Trainer.average``)."""
     return learn.proximal == "average" and learn.objective.name == "decoupled"
+
+
+def besides(learn: LearnConfig) -> list[str]:
+    """The models that the learner keeps besides the one it trains."""
+    kept = {"reference": learn.kl_coef > 0, "average": averages(learn), "teacher": learn.teacher == "average"}
+    return [name for name, there in kept.items() if there]
 
 
 def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
@@ -153,8 +159,4 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         share = shape.vocab / learn.tp
         chunk = min(tokens * share, LOGITS)
         parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + shape.hidden * share)
-    if learn.kl_coef > 0:
-        parts["reference"] = width * parameters
-    if averages(learn):
-        parts["average"] = width * parameters
-    return parts
+    return parts | dict.fromkeys(besides(learn), width * parameters)

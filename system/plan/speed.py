@@ -82,14 +82,14 @@ class LearnerRoofline:
 
     @property
     def _scored(self) -> float:
-        """Forward passes more, of a token on average: of the reference model, for the proximal policy or a
-        correction, for an objective that looks ahead (``Trainer.train``).
+        """Forward passes more, of a token on average: of the reference model or an average that teaches,
+        for the proximal policy or a correction, for an objective that looks ahead (``Trainer.train``).
         """
         learn = self.learn
         corrects, objective = learn.correction.name != "none", learn.objective.name
         known = learn.proximal == "closed" and (corrects or objective == "decoupled")  # from the engines
         later = (learn.updates - 1) / learn.updates  # of the tokens, those of all updates but the first
-        passes = float(learn.kl_coef > 0)
+        passes = float(learn.kl_coef > 0) + (learn.teacher == "average")
         if corrects or objective == "decoupled":
             passes += 0.0 if known else 1.0 if corrects or averages(learn) else later
         if objective == "m2po":

@@ -116,8 +116,8 @@ def test_a_run_that_scores_its_turns_and_its_answers(start: Callable[..., Any], 
     """A²TGPO's credit, decoupled against what the engine found when each turn ended, and a teacher."""
     run = start(
         f"teacher.urls=[{teacher}]",
-        "teacher.source=server",
-        "teacher.coef=0.1",
+        "learn.teacher=server",
+        "learn.teacher_coef=0.1",
         "run.steps=3",
         "rollout.rescore=true",
         "learn.proximal=closed",

@@ -193,8 +193,8 @@ def gradient_case(
                 if k != "teacher"
             }
             coef = OBJECTIVES[name].get("teacher", 0.0)
-            config.teacher.source = "server" if coef else "none"
-            config.teacher.coef = coef
+            config.learn.teacher = "server" if coef else "none"
+            config.learn.teacher_coef = coef
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)

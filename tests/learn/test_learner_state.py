@@ -201,7 +201,7 @@ def test_a_manifest_is_proved_as_the_files_are(
 def average_teacher_case(place: Place, model: str, path: str) -> dict[str, Any]:
     """Self-distillation: what the average says before and after a step, and of which weights it is."""
     config = learner_config(credit="none", **(STEP | {"grad_clip": 0.0}))
-    config.teacher.source, config.teacher.decay = "average", 0.5
+    config.learn.teacher, config.learn.teacher_decay = "average", 0.5
     trainer = open_trainer(place, config, model)
     try:
         first = weights_of(trainer)

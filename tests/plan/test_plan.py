@@ -190,6 +190,7 @@ def test_every_forward_pass_that_the_trainer_takes_costs_a_third_of_a_step() -> 
         ({"updates": 4, "proximal": "closed"}, 0.0),  # known from the engines
         ({"updates": 4, "proximal": "average"}, 1.0),
         ({"objective": PPO, "updates": 4, "proximal": "average"}, 0.0),  # keeps none
+        ({"objective": PPO, "teacher": "average"}, 1.0),
         ({"objective": PPO, "correction": PartConfig("seq-tis")}, 1.0),
         ({"correction": PartConfig("seq-tis"), "proximal": "closed"}, 0.0),
         ({"objective": PartConfig("m2po"), "updates": 4}, 1.0),
@@ -205,6 +206,7 @@ def test_models_that_are_kept_besides_take_memory() -> None:
     for kept, learn in (
         ("reference", LearnConfig(tp=2, kl_coef=0.1)),
         ("average", LearnConfig(tp=2, proximal="average")),
+        ("teacher", LearnConfig(tp=2, teacher="average")),
     ):
         parts = learner_memory(SEVEN, learn).parts
         assert parts == {**plain, kept: plain["weights"], "reserved": parts["reserved"]}
