@@ -192,10 +192,9 @@ def gradient_case(
                 for k, v in OBJECTIVES[name].items()
                 if k != "teacher"
             }
-            coef = OBJECTIVES[name].get("teacher", 0.0)
-            config.learn.teacher = "server" if coef else "none"
-            config.learn.teacher_coef = coef
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
+            if coef := OBJECTIVES[name].get("teacher", 0.0):
+                learn.teacher, learn.teacher_coef = "server", coef
             frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
             trainer.objective = make_objective(learn)
             trainer.correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
