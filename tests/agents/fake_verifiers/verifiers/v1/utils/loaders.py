@@ -25,7 +25,7 @@ def load_environment(config: Any) -> Env:
         case "panics":
             raise Panic("at src/lib.rs:7")
         case "numpy":
-            importlib.import_module("numpy")
+            importlib.import_module("numpy.random")
         case "starts":  # and leaves a process that holds all that it can
             multiprocessing.get_context("fork").Process(target=time.sleep, args=(600.125,)).start()
             Path(os.environ["STARTED"]).write_text(str(multiprocessing.active_children()[0].pid))
