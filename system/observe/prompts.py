@@ -40,6 +40,8 @@ def describe(config: Config, count: int, held_out: bool = False) -> Iterator[str
     chat = make_chat(config, tokenizer, config.model.path, syntax, environment)
     yield from map(shown, notes(config, task))
     ends = ", ".join(f"{visible(tokenizer.decode([end]))} ({end})" for end in chat.ends)
+    if config.agent.on:
+        yield "the agent asks the model in words of its own; what follows is what would be asked without it"
     yield f"the model's turn ends at: {ends or 'no token: only at rollout.max_response_tokens'}"
     calls = syntax.stops if config.rollout.call_limit else ()
     goes_on = ", where the turn goes on" if syntax.several and calls else ""

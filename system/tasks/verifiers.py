@@ -46,6 +46,13 @@ class VerifiersTask:
         train, held_out = self._train_size, self._eval_size
         wanted = {"train": train, "eval": held_out} if self._apart else {"train": train + held_out}
         tasks = questions(self._python, self._spec, wanted, self._agent, self._within_s)
+        for split, most in wanted.items():
+            if most and not tasks[split]:
+                field = "held_out" if split == "eval" else "environment"
+                raise ConfigError(
+                    f"agent.options.{field}: the taskset has no tasks with these settings: its load() "
+                    "yields none; correct them, or the taskset"
+                )
         kind = str(self._spec["train"]["taskset"]["id"])
         found = {
             split: [_prompt(f"{kind}/{split}/{i}", kind, split, one) for i, one in enumerate(tasks[split])]

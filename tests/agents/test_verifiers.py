@@ -120,6 +120,11 @@ def test_other_settings_of_the_taskset_are_held_out() -> None:
     [
         ("no_such_taskset", "agent.options.environment: .*'no_such_taskset' not found"),
         ({"taskset": {"id": "verifiers_games", "splt": "x"}}, "agent.options.environment: .*splt"),
+        (
+            {"taskset": {"id": "verifiers_games"}},
+            r"agent plays in Prime's sandboxes, .*agent\.env_from=\[PRIME_API_KEY\], or have it play on this "
+            r"machine: \{taskset: \{id: verifiers_games\}, agent: \{runtime: \{type: subprocess\}\}\}",
+        ),
     ],
 )
 def test_what_verifiers_refuses_is_told_with_the_field(environment: Any, says: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from system.agents.launch import AgentFailed, FunctionAgent, SessionAddress
+from system.agents.launch import AgentFailed, FunctionAgent, SessionAddress, parts_of
 from system.agents.verifiers import server as serving
 from system.agents.verifiers.agent import COLUMN, VerifiersAgent
 from system.agents.verifiers.command import REMEDY, interpreter
@@ -70,6 +70,7 @@ async def test_an_episode_is_scored_by_its_environment(bench: Bench) -> None:
     right, half = await asyncio.gather(agent(SESSION, does("right")), agent(SESSION, does("half")))
     assert (right["reward"], right["correct"], right["parts"]["right"]) == (1.0, True, 1.0)
     assert "late" not in right["parts"]  # what was not scored
+    assert parts_of(right)["judge_how_wéll_"] == 2.0  # a name that metrics can have
     assert (half["reward"], half["correct"]) == (0.25, True)
     assert right["parts"]["process"] != half["parts"]["process"]  # a process for each at a time
     again = await agent(SESSION, does("half"))
@@ -87,6 +88,10 @@ async def test_what_an_environment_prints_is_no_answer_and_there_is_nothing_to_r
         ("raise", "ValueError: no luck with http://h/s/…/v1"),
         ("fail", "TaskError: its reward raised"),
         ("exit", "SystemExit: 4"),
+        ("panic", "Panic: at src/lib.rs:7"),
+        ("secret", "Incorrect API key provided: <redacted>"),
+        ("exit beside", "its process died; the last output: .*not authenticated: log in"),
+        ("interrupt", "its process died"),
         ("two", "2 trained agents played"),
         ("die", "its process died; the last output: .*its last words"),
     ],
@@ -103,6 +108,20 @@ async def test_a_reward_that_is_no_number_is_none(bench: Bench) -> None:
 
     with pytest.raises(AgentFailed, match="no finite number"):
         reward_of(await bench.agent()(SESSION, does("nan")))
+
+
+async def test_a_process_that_died_between_two_episodes_is_not_the_next_ones_end(bench: Bench) -> None:
+    agent = bench.agent()
+    process = int((await agent(SESSION, does("right")))["parts"]["process"])
+    os.kill(process, signal.SIGKILL)
+    assert await gone(process)
+    assert (await agent(SESSION, does("right")))["parts"]["process"] != process
+
+
+async def test_forks_do_not_draw_the_same_numbers(bench: Bench) -> None:
+    agent = bench.agent(environment="numpy")
+    draws = await asyncio.gather(*(agent(SESSION, does("right")) for _ in range(3)))
+    assert len({one["parts"]["draw"] for one in draws}) == 3
 
 
 @pytest.mark.parametrize(("what", "stays"), [("wait", True), ("hang", False)])
@@ -149,6 +168,14 @@ async def test_a_process_ends_after_its_last_episode(bench: Bench, monkeypatch: 
     processes = [int((await agent(SESSION, does("right")))["parts"]["process"]) for _ in range(3)]
     assert processes[0] == processes[1] != processes[2]
     assert await gone(processes[0])
+
+
+async def test_a_process_whose_threads_hang_ends_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "LIFE", 1)
+    process = int((await bench.agent()(SESSION, does("linger")))["parts"]["process"])
+    assert await gone(process)
 
 
 async def test_nothing_is_left_when_the_worker_is_gone(bench: Bench) -> None:
@@ -218,7 +245,12 @@ def test_the_first_tasks_are_held_out_and_the_others_trained_on() -> None:
         ({"environment": {"agent": {}}}, r"agent\.options\.environment=.*: name a taskset"),
         ({"environment": ""}, r"agent\.options\.environment='': name a taskset"),
         ({"python": "/no/python"}, r"agent\.options\.python: there is no interpreter /no/python: make verif"),
-        ({"environment": "slow", "start_s": 2.0}, r"did not load within 2 s: raise agent\.options\.start_s"),
+        (
+            {"environment": "slow", "start_s": 2.0},
+            r"did not load within 2 s \(.*\): raise agent\.options\.start_s",
+        ),
+        ({"environment": "panics"}, r"agent\.options\.environment: Panic: at src/lib\.rs:7"),
+        ({"environment": "empty"}, r"agent\.options\.environment: the taskset has no tasks"),
         ({"pyhton": "x"}, r"agent\.options\.pyhton: verifiers has no such option; did you mean python\?"),
         ({"right": "much"}, r"agent\.options\.right='much' must be a number"),
     ],
@@ -227,6 +259,21 @@ def test_what_is_wrong_is_told_before_anything_starts(options: dict[str, Any], s
     found = look(config("task.eval_size=2", **options))
     lines = "\n".join(str(one) for problems in found.values() for one in problems)
     assert re.search(says, lines), lines
+
+
+def test_what_does_not_load_in_time_says_what_it_put_out_last(tmp_path: Path) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\necho reading its data >&2\nexec sleep 600\n")
+    slow.chmod(0o755)
+    with pytest.raises(ConfigError, match=r"within 2 s \(its last line: reading its data\)"):
+        make_task(config(python=str(slow), start_s=2.0)).train()
+
+
+async def test_what_an_environment_starts_while_its_tasks_are_read_is_ended(tmp_path: Path) -> None:
+    made, started = config("task.eval_size=2", environment="starts"), tmp_path / "started"
+    made.agent.env["STARTED"] = str(started)
+    assert len(await asyncio.to_thread(make_task(made).train)) == 4
+    assert await gone(int(started.read_text()))
 
 
 def test_an_interpreter_without_verifiers_is_told_with_the_remedy() -> None:

@@ -40,6 +40,7 @@ def test_the_first_questions_are_shown_as_the_model_gets_them(
     assert main(["prompt", str(recipe), "2", "task.tools_in_prompt=none"]) == 0
     out = capsys.readouterr().out
     assert "training data: 3 rows of" in out
+    assert "in words of its own" not in out
     assert "1 skipped, the first:" in out
     assert "line 2: no answer" in out
     assert "ends at: <|endoftext|> (256), <|im_end|> (258)" in out
@@ -53,6 +54,13 @@ def test_the_first_questions_are_shown_as_the_model_gets_them(
     assert not set("\x1b\u202e") & set(out)
     tokens = len(f"{HOSTILE}".encode()) + 3 + len("user\n\nassistant\n")
     assert f"tokens: {tokens}; engine.max_context=1024 leaves {1024 - tokens}\n" in out
+
+
+def test_it_says_that_an_agent_asks_in_words_of_its_own(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prompt", str(recipe), "agent.command=true", "branching=none", "tools.names=[]"]) == 0
+    assert "the agent asks the model in words of its own" in capsys.readouterr().out
 
 
 def test_it_says_who_tells_of_the_tools_and_how_little_room_is_left(

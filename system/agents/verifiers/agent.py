@@ -10,6 +10,7 @@ from system.agents.launch import AgentFailed, SessionAddress
 from system.agents.verifiers.command import interpreter, specification, surroundings, told_wrong
 from system.agents.verifiers.server import EpisodeFailed, EpisodeServer, ServerRefused
 from system.config import AgentConfig
+from system.redact import redact
 
 COLUMN = "verifiers"  # of a question: {"split", "data"}, the task as verifiers writes tasks down
 
@@ -57,7 +58,8 @@ class VerifiersAgent:
         except EpisodeFailed as error:
             raise AgentFailed(f"verifiers: {error}", self._server.output) from error
         if "error" in answer:
-            raise AgentFailed(f"verifiers: {answer['error']}".replace(session.api_key, "…"))
+            told = redact(str(answer["error"]).replace(session.api_key, "…"))
+            raise AgentFailed(f"verifiers: {told}")
         return {**answer, "correct": answer["reward"] >= self._right}
 
     async def check(self) -> None:

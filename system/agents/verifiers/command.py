@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from system.agents.process import inherited
 from system.config import AgentConfig
@@ -69,36 +71,48 @@ def questions(
     Raises :class:`ConfigError` naming the field, for whatever goes wrong over there.
     """
     asked = json.dumps({**spec, "most": dict(most)}).encode() + b"\n"
-    with tempfile.TemporaryFile() as errors:
+    # Files, not pipes: the end of a pipe is not seen while a program that the environment started holds it.
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [python, "-P", SERVE, "questions"],
-                input=asked,
-                stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE,
+                stdout=answer,
                 stderr=errors,
                 env=surroundings(python, settings),
-                timeout=within_s,
-                check=False,
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired as error:
-            raise ConfigError(
-                f"agent.options.environment: it did not load within {within_s:g} s: raise "
-                "agent.options.start_s, or make it quicker"
-            ) from error
         except OSError as error:
             raise ConfigError(f"agent.options.python={python}: {error}: {REMEDY}") from error
-        errors.seek(max(0, errors.tell() - 2000))
-        last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-    try:
-        found: dict[str, Any] = json.loads(done.stdout)
-    except ValueError as error:
-        told = redact(last[0]) if last else "it said nothing"
-        raise ConfigError(
-            f"agent.options.python={python}: it ended with code {done.returncode} ({told}): {REMEDY}"
-        ) from error
+        try:
+            process.communicate(asked, timeout=within_s)
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(
+                f"agent.options.environment: it did not load within {within_s:g} s (its last line: "
+                f"{_last_line(errors)}): raise agent.options.start_s, or make it quicker"
+            ) from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # whatever it has started and left
+            process.wait()
+        answer.seek(0)
+        try:
+            found: dict[str, Any] = json.load(answer)
+        except ValueError as error:
+            raise ConfigError(
+                f"agent.options.python={python}: it ended with code {process.returncode} "
+                f"({_last_line(errors)}): {REMEDY}"
+            ) from error
     if "error" in found:
         raise told_wrong(python, found)
     return found["questions"]
+
+
+def _last_line(output: IO[bytes]) -> str:
+    """The last that was put out, without secrets."""
+    output.seek(max(0, output.seek(0, os.SEEK_END) - 2000))
+    lines = output.read().decode("utf-8", "replace").strip().splitlines()
+    return redact(lines[-1]) if lines else "it said nothing"
 
 
 def told_wrong(python: str, message: Mapping[str, Any]) -> ConfigError:

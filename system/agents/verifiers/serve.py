@@ -18,14 +18,17 @@ import gc
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import traceback
 from typing import Any
 
 FROZEN = "espalier-frozen"  # the model's name for seats that are not trained
 SHOWN = 2000  # characters of an error that are told
+CLOSE_S = 30  # for a child to give back what it holds, then a signal ends it: a thread of its may hang
 MOST_PARTS, LONGEST_NAME = 32, 64  # of a reward
 _PR_SET_PDEATHSIG = 1
 Spec = dict[str, Any]  # {"train": environment, "eval": environment or None, "turns": int}
@@ -43,6 +46,7 @@ def main(words: list[str]) -> None:
     """Does what the words say, and exits with 0; what is wrong is told in JSON."""
     mode = words[0]
     if mode == "questions":
+        _die_with_parent()
         spec = json.loads(sys.stdin.buffer.readline())
         answer = _own_stdout()
         try:
@@ -100,8 +104,9 @@ class Loaded:
                     turns = [most for most in (spec["turns"], seat.max_turns) if most]
                     setattr(config, name, seat.model_copy(update={"max_turns": min(turns, default=None)}))
                 self.envs[split] = env = loaders.load_environment(config)
-            except (Exception, SystemExit) as error:  # the user's code, or settings that it refuses
+            except BaseException as error:  # the user's code, or settings that it refuses
                 raise _Wrong("environment", _text(error)) from error
+            _look_at_runtimes(config, agent_config_fields(config))
             _freeze_fixed_seats(env)
             data = type(env.taskset).task_type().data_type()
             if hidden := [name for name, field in data.model_fields.items() if field.exclude]:
@@ -116,6 +121,26 @@ class Loaded:
         env = self.envs[split]
         kind = type(env.taskset).task_type()
         return kind(kind.data_type().model_validate(data), env.config.taskset.task)
+
+
+def _look_at_runtimes(config: Any, seats: dict[str, Any]) -> None:
+    """Prime's sandboxes, where programs of agents run by default, ask for an account: without one each
+    episode would end in its beginning.  Raises :class:`_Wrong`.
+    """
+    remote = [name for name, seat in seats.items() if seat.runtime.type == "prime"]
+    if not remote:
+        return
+    from verifiers.v1.utils.prime import ensure_prime_auth  # pyright: ignore[reportMissingImports]
+
+    try:
+        ensure_prime_auth()
+    except SystemExit as error:
+        raise _Wrong(
+            "environment",
+            f"{remote[0]} plays in Prime's sandboxes, and verifiers is {error}; pass the key on with "
+            f"agent.env_from=[PRIME_API_KEY], or have it play on this machine: {{taskset: {{id: "
+            f"{config.taskset.id}}}, {remote[0]}: {{runtime: {{type: subprocess}}}}}}",
+        ) from error
 
 
 def _freeze_fixed_seats(env: Any) -> None:
@@ -147,7 +172,7 @@ def questions(spec: Spec) -> dict[str, list[dict[str, Any]]]:
         for split, most in spec["most"].items():
             tasks = itertools.islice(iter(loaded.envs[split].taskset), most)
             found[split] = [{"key": task.key, "data": task.data.model_dump(mode="json")} for task in tasks]
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise _Wrong("environment", f"its tasks cannot be read: {_text(error)}") from error
     return found
 
@@ -182,8 +207,10 @@ def serve(path: str) -> None:
                 os.close(line.detach())
                 try:
                     _child(path, loaded)
-                finally:
-                    os._exit(0)
+                except BaseException:  # told, as the interpreter would have: nothing else says why it died
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
 
 
 def _die_with_parent() -> None:
@@ -198,6 +225,8 @@ def _say(line: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _child(path: str, loaded: Loaded | None) -> None:
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()  # as Python does with its own: else all forks draw the same numbers
     if loaded is None:
         loaded = Loaded(json.loads(os.environ.pop("ESPALIER_SPEC")))
     with contextlib.suppress(ConnectionError, KeyboardInterrupt):
@@ -209,6 +238,8 @@ async def _episodes(path: str, loaded: Loaded) -> None:
     reader, writer = await asyncio.open_unix_connection(path, limit=1 << 30)
     writer.write(json.dumps({"child": os.getpid()}).encode() + b"\n")
     running: asyncio.Task[dict[str, Any]] | None = None
+    main = asyncio.current_task()
+    assert main is not None
     async with contextlib.AsyncExitStack() as served:
         open_envs: set[str] = set()
 
@@ -221,8 +252,14 @@ async def _episodes(path: str, loaded: Loaded) -> None:
                 return await _episode(loaded, env, asked)
             except asyncio.CancelledError:
                 return {"error": "cancelled"}
-            except (Exception, SystemExit) as error:  # data for the other side, not the child's end
+            except BaseException as error:  # data for the other side, not the child's end
                 return {"error": _text(error)}
+
+        def tell(done: asyncio.Task[dict[str, Any]]) -> None:
+            if main.done() or main.cancelling():  # all ends, by an exit or a signal: told where it ends
+                return
+            told = {"error": "cancelled"} if done.cancelled() else done.result()
+            writer.write(json.dumps(told).encode() + b"\n")
 
         while line := await reader.readline():
             asked = json.loads(line)
@@ -231,11 +268,8 @@ async def _episodes(path: str, loaded: Loaded) -> None:
                     running.cancel()
                 continue
             running = asyncio.create_task(answer(asked))
-            running.add_done_callback(
-                lambda done: writer.write(
-                    json.dumps({"error": "cancelled"} if done.cancelled() else done.result()).encode() + b"\n"
-                )
-            )
+            running.add_done_callback(tell)
+        signal.alarm(CLOSE_S)
         if running is not None:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -260,7 +294,10 @@ async def _episode(loaded: Loaded, env: Any, asked: dict[str, Any]) -> dict[str,
     (trace,) = trained
     parts = {name: reward.value for name, reward in trace.rewards.items() if reward is not None}
     parts |= {name: value for name, value in trace.metrics.items() if value is not None}
-    shown = {name[:LONGEST_NAME]: float(parts[name]) for name in list(parts)[:MOST_PARTS]}
+    shown = {
+        re.sub(r"[^\w.-]", "_", name)[:LONGEST_NAME] or "_": float(parts[name])
+        for name in list(parts)[:MOST_PARTS]
+    }
     return {"reward": float(trace.reward), "parts": shown}
 
 

@@ -52,6 +52,11 @@ class _Fork:
         self.process, self._reader, self._writer = process, reader, writer
         self.episodes = 0  # that it has run
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is known to be dead, with nothing more to say."""
+        return self._reader.at_eof()
+
     async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer.  Raises :class:`EpisodeFailed` where it dies."""
         self.episodes += 1
@@ -165,8 +170,11 @@ class EpisodeServer:
     async def _child(self) -> _Fork:
         """One that is idle, or a new one."""
         await self.ready()
-        if self._idle:
-            return self._idle.pop()
+        while self._idle:
+            child = self._idle.pop()
+            if not child.ended:
+                return child
+            child.kill()  # what it has started
         if not self._coming.empty():  # one that nobody waited for any more
             return self._coming.get_nowait()
         (await self._server).write(b"fork\n")

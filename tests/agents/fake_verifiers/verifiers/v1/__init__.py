@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ class EvalClientConfig:
 class ModelContext:
     model: str
     client: EvalClientConfig
+
+
+class Panic(BaseException):
+    """As extensions in Rust raise, and pytest.fail."""
+
+
+async def exits() -> None:
+    sys.exit("not authenticated: log in")
 
 
 class Data(SimpleNamespace):
@@ -47,9 +56,13 @@ class Task:
 
 
 class Taskset:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def __iter__(self):
         print("an environment may print")
-        return (Task(Data(prompt=f"question {number}", does="right")) for number in range(6))
+        tasks = 0 if self.name == "empty" else 6
+        return (Task(Data(prompt=f"question {number}", does="right")) for number in range(tasks))
 
     @classmethod
     def task_type(cls) -> type[Task]:
@@ -58,7 +71,7 @@ class Taskset:
 
 class Env:
     def __init__(self, config: Any) -> None:
-        self.config, self.taskset, self.runs = config, Taskset(), 0
+        self.config, self.taskset, self.runs = config, Taskset(config.taskset.id), 0
 
     async def setup(self, agents: Any) -> None:
         pass
@@ -75,8 +88,22 @@ class Env:
         match task.data.does:
             case "raise":
                 raise ValueError(f"no luck with {context.client.base_url}")
+            case "panic":
+                raise Panic("at src/lib.rs:7")
+            case "secret":
+                raise ValueError("Incorrect API key provided: sk-abcdefghijklmnop")
             case "exit":
                 sys.exit(4)
+            case "interrupt":
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)  # noqa: ASYNC251 -- for it to arrive
+                await asyncio.sleep(600)
+            case "exit beside":
+                asyncio.create_task(exits())  # noqa: RUF006
+                await asyncio.sleep(600)
+            case "linger":
+                asyncio.get_running_loop().run_in_executor(None, time.sleep, 600)
+                sys.modules["__main__"].CLOSE_S = 1
             case "die":
                 print("its last words", flush=True)
                 os._exit(3)
@@ -87,11 +114,12 @@ class Env:
             case "print":
                 os.write(1, b'{"reward": 7}\n' * 1000)
                 print(input.__name__, sys.stdin.read())
+        draw = numpy.random.random() if (numpy := sys.modules.get("numpy")) else 0.0
         reward = {"nan": float("nan"), "right": 1.0}.get(task.data.does, 0.25)
         trace = SimpleNamespace(
             agent=SimpleNamespace(trainable=True, name="agent"),
             rewards={"right": SimpleNamespace(value=reward), "late": None},
-            metrics={"process": os.getpid(), "runs": self.runs},
+            metrics={"judge/how wéll?": 2.0, "process": os.getpid(), "runs": self.runs, "draw": draw},
             reward=reward,
             ok=True,
         )
