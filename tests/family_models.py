@@ -40,15 +40,21 @@ VARIANTS = [
     for tied in (False, True)
 ]
 NAMES = [f"{family}-{'tied' if tied else 'untied'}-{rope}" for family, tied, rope in VARIANTS]
+DENSE = [one for one in VARIANTS if not FAMILIES[one[0]].experts]
+DENSE_NAMES = [NAMES[VARIANTS.index(one)] for one in DENSE]
 
 
 def family_config(family: str, tied: bool, rope: str = "default", **sizes: Any) -> PreTrainedConfig:
     """transformers' configuration of a model without a window of attention."""
     known = FAMILIES.get(family)
-    whole = {"sliding_window": None} if known and known.window and not known.window_switch else {}
-    return AutoConfig.for_model(
-        family, tie_word_embeddings=tied, **({"rope_parameters": dict(ROPES[rope])} | whole | sizes)
-    )
+    own: dict[str, Any] = {}
+    if known and known.window and not known.window_switch:
+        own["sliding_window"] = None
+    if known and known.experts:  # untied: in all layers; tied: not in the first, weights add up to less
+        own = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        own |= {"norm_topk_prob": not tied, "mlp_only_layers": [0] if tied else []}
+    own |= {"rope_parameters": dict(ROPES[rope])}
+    return AutoConfig.for_model(family, tie_word_embeddings=tied, **(own | sizes))
 
 
 def documented() -> str:

@@ -99,6 +99,7 @@ def test_override_values_keep_their_types():
         ("learn.tp=3", "learn.tp=3 must divide model.heads=4"),
         ("learn.cp=0", "learn.cp=0 must be"),
         ("model.hidden_size=97", "multiple of model.heads"),
+        ("model.experts_per_token=9", "experts_per_token=9 is more than model.experts=8"),
         ("engine.max_context=256", "must exceed rollout.max_response_tokens=256"),
     ],
 )

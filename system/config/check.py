@@ -346,6 +346,8 @@ def _shape(config: Config) -> Iterator[str]:
             f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "
             f"and that of model.kv_heads={model.kv_heads}"
         )
+    if model.experts_per_token > model.experts:
+        yield f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}"
     sizes = {name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_size", "layers")}
     yield from undivided(config, {f"model.{name}": size for name, size in sizes.items()})
 

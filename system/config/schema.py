@@ -50,7 +50,7 @@ class RunConfig:
 
 
 # Of system/models/families; not qwen2, for which transformers loads Qwen's own tokenizer, whatever is there.
-MADE_FAMILIES = ("qwen3", "llama", "mistral")
+MADE_FAMILIES = ("qwen3", "qwen3_moe", "llama", "mistral")
 
 
 @dataclass
@@ -69,6 +69,9 @@ class ModelConfig:
     heads: int = setting(4, "its attention heads", least=1)
     kv_heads: int = setting(2, "its key and value heads (grouped-query attention)", least=1)
     ffn_size: int = setting(256, "width of its feed-forward layers", least=1)
+    experts: int = setting(8, "experts of a layer, where they are mixtures (model.family=qwen3_moe)", least=1)
+    experts_per_token: int = setting(2, "experts that a token goes through", least=1)
+    expert_size: int = setting(128, "width of an expert", least=1)
 
 
 @dataclass

@@ -159,7 +159,13 @@ def model(config: Config) -> Iterator[Problem]:
         shape = ModelShape.from_directory(path)
     except UnsupportedModel:
         return  # one of the faults
-    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
+    if shape.experts:
+        yield Problem(
+            "model.path",
+            f"{path} is a mixture of experts, which can be planned and not be trained yet",
+            "name a dense model",
+        )
+    sizes = shape.divided() | {"layers": shape.layers}
     for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
         yield Problem("", line)
     if config.engine.max_context > shape.max_position:

@@ -92,6 +92,8 @@ class TreeGPTModel(GPTModel):
 def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a model.  Raises ``ConfigError`` if the layout does not divide it."""
     tp, pp = learn.tp, learn.pp
+    if shape.experts:
+        raise ConfigError(f"model_type {shape.family.name}: the learner computes no mixture of experts yet")
     divided = {
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,

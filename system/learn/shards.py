@@ -94,7 +94,7 @@ class WeightMap:
             names += [
                 (stage, f"decoder.layers.{local}.{suffix}")
                 for suffix, (_, parts) in _LAYER.items()
-                if parts[0] in self._shape.layer_parts
+                if parts[0] in self._shape.layer_parts(layer)
             ]
         names += [(self.pp - 1, name) for name in (top[1:2] if self.tied else top[1:])]
         return [self.parameter(stage, name) for stage, name in names]

@@ -114,10 +114,18 @@ def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") 
     return Memory({"optimizer": (_ADAM + _MASTER) * parameters, "staged": staged})
 
 
+def stage_layers(shape: ModelShape, learn: LearnConfig, stage: int) -> range:
+    """The layers of a pipeline stage."""
+    each = -(-shape.layers // learn.pp)
+    return range(stage * each, min((stage + 1) * each, shape.layers))
+
+
 def _parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
     """Of a rank on a pipeline stage."""
-    layers = -(-shape.layers // learn.pp)
-    parameters = layers * (shape.matrices_per_layer / learn.tp + shape.norms_per_layer)
+    parameters = sum(
+        (shape.matrices(at) + shape.of_experts(at)) / learn.tp + shape.copied(at)
+        for at in stage_layers(shape, learn, stage)
+    )
     first, last = stage == 0, stage == learn.pp - 1
     tables = first + (last and not (shape.tied and first))  # a tied head is a second copy on another stage
     return parameters + tables * shape.embedding / learn.tp

@@ -110,7 +110,7 @@ class LearnerRoofline:
     def _slowest(self) -> float:
         """Work of the last pipeline stage, in those of the average one."""
         shape, pp = self.shape, self.learn.pp
-        return (shape.layers * shape.matrices_per_layer + pp * shape.embedding) / shape.active
+        return (shape.active + (pp - 1) * shape.embedding) / shape.active
 
     @property
     def _attention(self) -> float:
@@ -123,8 +123,8 @@ class LearnerRoofline:
         shape = self.shape
         return {
             "none": 0.0,
-            "selective": 2.0 * shape.layers * 3 * shape.hidden * shape.ffn,
-            "full": 2.0 * shape.layers * shape.matrices_per_layer + self._attention,
+            "selective": 2.0 * sum(shape.mlp(at) for at in range(shape.layers)),
+            "full": 2.0 * (shape.active - shape.embedding) + self._attention,
         }[self.learn.recompute]
 
     @property

@@ -401,3 +401,15 @@ def test_ray_is_not_imported_before_problems_are_told(place: Path) -> None:
     assert done.stdout == "2 []\n", done.stderr
     assert "there is no directory nowhere" in done.stderr
     assert not (place / "runs").exists()
+
+
+def test_a_mixture_of_experts_is_refused_by_name(place: Path) -> None:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    edited("config.json", model_type="qwen3_moe", **experts)(place / "model")
+    told = [str(one) for one in look(load("plain.yaml"))["model"]]
+    assert any(
+        "model is a mixture of experts, which can be planned and not be trained yet" in one for one in told
+    )
+    assert any(
+        "tensors are missing, first model.layers.0.mlp.experts.0.down_proj.weight" in one for one in told
+    )

@@ -26,7 +26,7 @@ from engine_models import (
     prompt,
     request,
 )
-from family_models import NAMES, VARIANTS, documented, register
+from family_models import DENSE, DENSE_NAMES, documented, register
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from system.config import EngineConfig
@@ -42,7 +42,7 @@ async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-@pytest.fixture(params=VARIANTS, ids=NAMES)
+@pytest.fixture(params=DENSE, ids=DENSE_NAMES)
 async def served(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Served:
     return await serve(*request.param)
 
@@ -123,7 +123,7 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
     assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
 
 
-@pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
+@pytest.mark.parametrize(("family", "tied", "rope"), DENSE, ids=DENSE_NAMES)
 async def test_bfloat16_follows_its_hugging_face_twin(
     tiny: Callable[..., TinyModel], family: str, tied: bool, rope: str
 ) -> None:

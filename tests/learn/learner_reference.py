@@ -96,7 +96,7 @@ def save_tiny_model(
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(path, max_shard_size=file_size)
 
 

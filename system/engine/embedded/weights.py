@@ -92,7 +92,7 @@ def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device)
     for index in range(shape.layers):
         name = partial(shape.tensor, layer=index)
         fields: dict[str, Any] = {
-            field: stack(*map(name, parts)) if parts[0] in shape.layer_parts else None
+            field: stack(*map(name, parts)) if parts[0] in shape.layer_parts(index) else None
             for field, parts in _STACKED.items()
         }
         qk_norm = None

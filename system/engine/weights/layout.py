@@ -37,6 +37,8 @@ class Fuser:
 
     def __init__(self, shape: ModelShape, tp: int, device: str) -> None:
         """``device``: "cpu" or "cuda".  Raises :class:`ShardError` for a split whose layout is not known."""
+        if shape.experts:
+            raise ShardError(f"{shape.family.title}: where SGLang keeps experts is not known here yet")
         if shape.heads % tp:
             raise ShardError(f"{shape.heads} heads cannot be split over {tp} tensor-parallel ranks")
         copies = tp % shape.kv_heads == 0 and device == "cuda"  # more ranks than key/value heads
