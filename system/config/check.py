@@ -11,6 +11,7 @@ from typing import Any
 
 from system.config.agent import agent_problems
 from system.config.by_step import at_step, course_problems
+from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.mcp import place
 from system.config.rule import PartConfig
@@ -346,8 +347,6 @@ def _shape(config: Config) -> Iterator[str]:
             f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "
             f"and that of model.kv_heads={model.kv_heads}"
         )
-    if model.experts_per_token > model.experts:
-        yield f"model.experts_per_token={model.experts_per_token} is more than model.experts={model.experts}"
     sizes = {name: getattr(model, name) for name in ("heads", "kv_heads", "ffn_size", "layers")}
     yield from undivided(config, {f"model.{name}": size for name, size in sizes.items()})
 
@@ -427,7 +426,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
-    *(_learner, _cluster, _shape, _guide, _sft, _void),
+    *(_learner, _cluster, _shape, expert_rules, _guide, _sft, _void),
 )
 
 

@@ -30,8 +30,10 @@ from system.doctor.answering import unanswered
 from system.engine.sglang.command import interpreter
 from system.envs.make import make_environment
 from system.errors import EXPECTED, EspalierError, told
+from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models import directory
+from system.models.known import shape_of
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub
@@ -146,6 +148,7 @@ def model(config: Config) -> Iterator[Problem]:
     if not path:
         if problem := unknown_arguments("", config.task.template):
             yield Problem("", problem)
+        yield from (Problem("", line) for line in expert_problems(shape_of(config.model), config.learn))
         return
     if not Path(path).is_dir():
         remedy = "give a directory in Hugging Face format; a model's name on the hub is not downloaded"
@@ -161,12 +164,11 @@ def model(config: Config) -> Iterator[Problem]:
         return  # one of the faults
     if shape.experts:
         yield Problem(
-            "model.path",
-            f"{path} is a mixture of experts, which can be planned and not be trained yet",
-            "name a dense model",
+            "engine.name", f"{path} has experts, which no engine computes yet", "name a dense model"
         )
-    sizes = shape.divided() | {"layers": shape.layers}
-    for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
+    sizes = shape.divided(whole_experts=config.learn.ep > 1) | {"layers": shape.layers}
+    lines = undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()})
+    for line in (*lines, *expert_problems(shape, config.learn)):
         yield Problem("", line)
     if config.engine.max_context > shape.max_position:
         yield Problem(

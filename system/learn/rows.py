@@ -46,6 +46,8 @@ class Row:
         self.tokens = put(tokens)  # [n] int64
         self.position = put(position)  # [n] int64
         self.mask = TreeMask(put(batch.exit), query, gather)
+        padding = batch.tree < 0 if share is None else batch.tree[share.index] < 0
+        self.padding = torch.from_numpy(padding).to(device)  # [n] bool
         self.predictor = put(predictor)  # [m] int64 rows that are projected
         self.target = put(target)  # [m] int64 the tokens they predict
         self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
@@ -53,7 +55,7 @@ class Row:
 
     def run(self, model: TreeGPTModel) -> torch.Tensor:
         """The forward pass of this rank's stage: hidden states, on the last one those of the predictors."""
-        return model(self.tokens, self.position, self.mask, self.predictor)
+        return model(self.tokens, self.position, self.mask, self.predictor, self.padding)
 
     def logprob_entropy(
         self, hidden: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
+from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models.known import shape_of
 from system.models.shape import ModelShape
@@ -176,9 +177,10 @@ class GpuPlan:
         shape, learn, rank = self.shape, self.config.learn, self.learner_memory
         problems = [
             f"learn.tp={learn.tp} does not divide the model's {name}={size}"
-            for name, size in shape.divided().items()
+            for name, size in shape.divided(whole_experts=learn.ep > 1).items()
             if size % learn.tp
         ]
+        problems += expert_problems(shape, learn)
         if shape.layers % learn.pp:
             problems.append(f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers")
         least = learn.cp * context_block(learn.tp, learn.sequence_parallel, gpu=True)

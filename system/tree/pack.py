@@ -69,8 +69,20 @@ def pack(
     """One row, padded to a multiple of ``pad_to``.  ``trees``: at least those of the parts, by index;
     ``factor`` and ``clip_scale`` as in :class:`system.tree.plan.BatchPlan`.
     """
-    n = padded_size(micro_batch, pad_to)
-    batch = PackedBatch(
+    batch = padding(padded_size(micro_batch, pad_to))
+    base = 0
+    for part in micro_batch:
+        _write(batch, base, part, trees[part.tree], factor)
+        if clip_scale is not None:
+            nodes = batch.node[base : base + part.size] - batch.node[base]  # numbered within the part
+            batch.clip_scale[base : base + part.size] = clip_scale[part.tree][part.nodes][nodes]
+        base += part.size
+    return with_credit_of(batch, micro_batch)
+
+
+def padding(n: int) -> PackedBatch:
+    """A row of ``n`` tokens that nothing is learnt from."""
+    return PackedBatch(
         tokens=np.zeros(n, np.int32),
         position=np.zeros(n, np.int32),
         exit=np.arange(1, n + 1, dtype=np.int32),  # a padding token attends to itself: no empty softmax row
@@ -87,14 +99,6 @@ def pack(
         node=np.full(n, -1, np.int32),
         closed=np.zeros(n, np.float32),
     )
-    base = 0
-    for part in micro_batch:
-        _write(batch, base, part, trees[part.tree], factor)
-        if clip_scale is not None:
-            nodes = batch.node[base : base + part.size] - batch.node[base]  # numbered within the part
-            batch.clip_scale[base : base + part.size] = clip_scale[part.tree][part.nodes][nodes]
-        base += part.size
-    return with_credit_of(batch, micro_batch)
 
 
 def with_credit_of(batch: PackedBatch, micro_batch: MicroBatch) -> PackedBatch:

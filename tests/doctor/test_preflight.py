@@ -403,13 +403,23 @@ def test_ray_is_not_imported_before_problems_are_told(place: Path) -> None:
     assert not (place / "runs").exists()
 
 
-def test_a_mixture_of_experts_is_refused_by_name(place: Path) -> None:
+def test_what_a_mixture_of_experts_needs(place: Path) -> None:
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
     edited("config.json", model_type="qwen3_moe", **experts)(place / "model")
-    told = [str(one) for one in look(load("plain.yaml"))["model"]]
-    assert any(
-        "model is a mixture of experts, which can be planned and not be trained yet" in one for one in told
-    )
-    assert any(
-        "tensors are missing, first model.layers.0.mlp.experts.0.down_proj.weight" in one for one in told
-    )
+
+    def told(*words: str) -> str:
+        return "\n".join(str(one) for one in look(load("plain.yaml", list(words)))["model"])
+
+    assert "tensors are missing, first model.layers.0.mlp.experts.0.down_proj.weight" in told()
+    assert "engine.name: model has experts, which no engine computes yet" in told()
+    assert "learn.tp=2 with a mixture of experts: every rank" in told("learn.tp=2")
+    assert "learn.ep=4 does not divide the model's 2 experts" in told("learn.ep=4", "learn.dp=4")
+    made = "model.path=", "model.family=qwen3_moe", "task=quickstart", "learn.tp=2"
+    assert "set learn.sequence_parallel=true" in told(*made)
+    assert "learn." not in told(*made, "learn.sequence_parallel=true")
+
+
+def test_experts_of_a_model_without_any_are_refused(place: Path) -> None:
+    for words in ("learn.ep=2 learn.dp=2", "learn.aux_loss=0.01"):
+        (told,) = look(load("plain.yaml", words.split()))["model"]
+        assert f"{words.split()[0]}: the model has no experts; take it out" in str(told)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_models import DENSE, DENSE_NAMES, documented, register
+from family_models import NAMES, VARIANTS, documented, register
 from learner_ranks import Place, Ranks
 from learner_reference import (
     credit_of,
@@ -78,7 +78,7 @@ def assert_equal(reports: list[dict[str, Any]], model: str) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize(("family", "tied", "rope"), DENSE, ids=DENSE_NAMES)
+@pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
 def test_a_family_equals_hugging_face(
     ranks: Ranks, tiny_model: Callable[..., str], family: str, tied: bool, rope: str, layout: str
 ) -> None:
