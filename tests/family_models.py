@@ -6,9 +6,11 @@ A family that is registered is tested without being named here.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from system.models.families import FAMILIES, ModelFamily
@@ -40,8 +42,6 @@ VARIANTS = [
     for tied in (False, True)
 ]
 NAMES = [f"{family}-{'tied' if tied else 'untied'}-{rope}" for family, tied, rope in VARIANTS]
-DENSE = [one for one in VARIANTS if not FAMILIES[one[0]].experts]
-DENSE_NAMES = [NAMES[VARIANTS.index(one)] for one in DENSE]
 
 
 def family_config(family: str, tied: bool, rope: str = "default", **sizes: Any) -> PreTrainedConfig:
@@ -70,3 +70,21 @@ def register(source: str) -> ModelFamily:
     exec(source, made)
     FAMILIES[made["FAMILY"].name] = made["FAMILY"]
     return made["FAMILY"]
+
+
+def as_in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers holds the experts of a layer in one tensor; its files have each by itself."""
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition("experts.")
+        for expert, own in enumerate(tensor if part else []):
+            match part:
+                case "gate_up_proj":
+                    gate, up = own.chunk(2)
+                    named |= {f"{layer}experts.{expert}.gate_proj.weight": gate}
+                    named |= {f"{layer}experts.{expert}.up_proj.weight": up}
+                case _:
+                    named[f"{layer}experts.{expert}.{part}.weight"] = own
+        if not part:
+            named[name] = tensor
+    return named

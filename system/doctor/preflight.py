@@ -162,10 +162,6 @@ def model(config: Config) -> Iterator[Problem]:
         shape = ModelShape.from_directory(path)
     except UnsupportedModel:
         return  # one of the faults
-    if shape.experts:
-        yield Problem(
-            "engine.name", f"{path} has experts, which no engine computes yet", "name a dense model"
-        )
     sizes = shape.divided(whole_experts=config.learn.ep > 1) | {"layers": shape.layers}
     lines = undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()})
     for line in (*lines, *expert_problems(shape, config.learn)):

@@ -26,7 +26,7 @@ from engine_models import (
     prompt,
     request,
 )
-from family_models import DENSE, DENSE_NAMES, documented, register
+from family_models import NAMES, VARIANTS, documented, register
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from system.config import EngineConfig
@@ -42,7 +42,7 @@ async def until(served: Served, reached: Callable[[EngineInfo], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-@pytest.fixture(params=DENSE, ids=DENSE_NAMES)
+@pytest.fixture(params=VARIANTS, ids=NAMES)
 async def served(request: pytest.FixtureRequest, serve: Callable[..., Any]) -> Served:
     return await serve(*request.param)
 
@@ -109,8 +109,9 @@ async def test_samples_follow_the_distribution(one: Served) -> None:
     assert chi2 < freedom + 6 * np.sqrt(2 * freedom) + 12
 
 
-async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
-    ids = prompt(15)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+async def test_a_seed_gives_the_same_tokens_in_any_company(serve: Callable[..., Any], family: str) -> None:
+    one, ids = await serve(family), prompt(15)
     alone = joined(await collect(one.client, request("alone", ids, 40, seed=7)))
     crowd = [request(f"c{i}", prompt(5 + i, i), 10 + i) for i in range(20)]
     outs = await asyncio.gather(
@@ -123,7 +124,7 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
     assert joined(outs[-1]).tokens.tolist() != alone.tokens.tolist()
 
 
-@pytest.mark.parametrize(("family", "tied", "rope"), DENSE, ids=DENSE_NAMES)
+@pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
 async def test_bfloat16_follows_its_hugging_face_twin(
     tiny: Callable[..., TinyModel], family: str, tied: bool, rope: str
 ) -> None:

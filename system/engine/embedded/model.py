@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from system.engine.embedded.experts import choose, mixture
 from system.engine.embedded.weights import LayerWeights, Weights
 from system.models.rope import turns
 from system.models.shape import ModelShape
@@ -124,10 +125,16 @@ class Decoder:
         x = F.embedding(batch.tokens, weights.embed)
         for index, layer in enumerate(weights.layers):
             x = x + self._attention(index, layer, kv, batch, x, cos, sin)
-            gate_up = F.linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up)
-            gate, up = gate_up.chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            x = x + self._mlp(layer, rms_norm(x, layer.ffn_norm, eps))
         return x
+
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        """``[T, E]`` of normed hidden states ``[T, E]``."""
+        if layer.router is not None and self.shape.experts is not None:
+            choice, weight = choose(x, layer.router, self.shape.experts)
+            return mixture(x, choice, weight, layer.gate_up, layer.down)
+        gate, up = F.linear(x, layer.gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, layer.down)
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
         """``[N, V]`` in float32 of hidden states ``[N, E]``."""

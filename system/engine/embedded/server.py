@@ -36,7 +36,7 @@ _SWITCH_INTERVAL_S = 1e-4
 
 
 class EmbeddedEngine(EngineCore):
-    """Dense models behind SGLang's HTTP protocol, in this process.
+    """Models behind SGLang's HTTP protocol, in this process.
 
     ``await start()`` serves until ``await stop()``; both belong to one event loop.
     """
