@@ -6,9 +6,11 @@ A family that is registered is tested without being named here.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from system.models.families import FAMILIES, ModelFamily
@@ -55,6 +57,24 @@ def family_config(family: str, tied: bool, rope: str = "default", **sizes: Any) 
         own |= {"norm_topk_prob": not tied, "mlp_only_layers": [0] if tied else []}
     own |= {"rope_parameters": dict(ROPES[rope])}
     return AutoConfig.for_model(family, tie_word_embeddings=tied, **(own | sizes))
+
+
+def as_in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers holds the experts of a layer in one tensor; its files have each by itself."""
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition("experts.")
+        for expert, own in enumerate(tensor if part else []):
+            match part:
+                case "gate_up_proj":
+                    gate, up = own.chunk(2)
+                    named |= {f"{layer}experts.{expert}.gate_proj.weight": gate}
+                    named |= {f"{layer}experts.{expert}.up_proj.weight": up}
+                case _:
+                    named[f"{layer}experts.{expert}.{part}.weight"] = own
+        if not part:
+            named[name] = tensor
+    return named
 
 
 def documented() -> str:

@@ -411,7 +411,7 @@ def test_what_a_mixture_of_experts_needs(place: Path) -> None:
         return "\n".join(str(one) for one in look(load("plain.yaml", list(words)))["model"])
 
     assert "tensors are missing, first model.layers.0.mlp.experts.0.down_proj.weight" in told()
-    assert "engine.name: model has experts, which no engine computes yet" in told()
+    assert "engine.name: model has experts, which embedded does not compute; set engine=sglang" in told()
     assert "learn.tp=2 with a mixture of experts: every rank" in told("learn.tp=2")
     assert "learn.ep=4 does not divide the model's 2 experts" in told("learn.ep=4", "learn.dp=4")
     made = "model.path=", "model.family=qwen3_moe", "task=quickstart", "learn.tp=2"

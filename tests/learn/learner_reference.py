@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from family_models import as_in_files
 
 from system.config import Config, LearnConfig, PartConfig
 from system.learn.aggregate import leaf_weights
@@ -289,24 +290,6 @@ def leaf_factor(correction: PartConfig, log_ratio: torch.Tensor) -> float:
 def gradients(model: Any) -> dict[str, np.ndarray]:
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: tensor.numpy().copy() for n, tensor in as_in_files(found).items()}
-
-
-def as_in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers holds the experts of a layer in one tensor; its files have each by itself."""
-    named: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, part = name.partition("experts.")
-        for expert, own in enumerate(tensor if part else []):
-            match part:
-                case "gate_up_proj":
-                    gate, up = own.chunk(2)
-                    named |= {f"{layer}experts.{expert}.gate_proj.weight": gate}
-                    named |= {f"{layer}experts.{expert}.up_proj.weight": up}
-                case _:
-                    named[f"{layer}experts.{expert}.{part}.weight"] = own
-        if not part:
-            named[name] = tensor
-    return named
 
 
 def relative_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
