@@ -57,21 +57,6 @@ def family_config(family: str, tied: bool, rope: str = "default", **sizes: Any) 
     return AutoConfig.for_model(family, tie_word_embeddings=tied, **(own | sizes))
 
 
-def documented() -> str:
-    """The file of a new family that ``docs/models.md`` shows."""
-    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    return source
-
-
-def register(source: str) -> ModelFamily:
-    """What adding a file of this content, and its line, does."""
-    made: dict[str, Any] = {}
-    exec(source, made)
-    FAMILIES[made["FAMILY"].name] = made["FAMILY"]
-    return made["FAMILY"]
-
-
 def as_in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers holds the experts of a layer in one tensor; its files have each by itself."""
     named: dict[str, torch.Tensor] = {}
@@ -88,3 +73,18 @@ def as_in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not part:
             named[name] = tensor
     return named
+
+
+def documented() -> str:
+    """The file of a new family that ``docs/models.md`` shows."""
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    return source
+
+
+def register(source: str) -> ModelFamily:
+    """What adding a file of this content, and its line, does."""
+    made: dict[str, Any] = {}
+    exec(source, made)
+    FAMILIES[made["FAMILY"].name] = made["FAMILY"]
+    return made["FAMILY"]

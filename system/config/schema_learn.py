@@ -102,6 +102,16 @@ class LearnConfig:
         return self.tp * self.pp * self.cp * self.dp
 
     @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights, but for experts."""
+        return self.cp * self.dp
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.copies * self.tp // self.ep if self.ep > 1 else self.copies
+
+    @property
     def expert_tp(self) -> int:
         """Ranks that each expert is split over."""
         return self.tp if self.ep == 1 else 1

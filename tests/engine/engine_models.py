@@ -41,8 +41,8 @@ class TinyModel:
     def weights(self) -> dict[str, torch.Tensor]:
         """Tensors as a learner would send them: Hugging Face names, a tied head only once."""
         tied = self.hf.config.tie_word_embeddings
-        named = as_in_files(self.hf.state_dict())
-        return {name: tensor for name, tensor in named.items() if not (tied and name == "lm_head.weight")}
+        held = as_in_files(self.hf.state_dict())
+        return {k: v for k, v in held.items() if not (tied and k == "lm_head.weight")}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

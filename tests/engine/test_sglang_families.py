@@ -28,7 +28,12 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.mark.parametrize(
     ("family", "tied", "rope"),
-    [("llama", False, "llama3"), ("mistral", True, "linear"), ("qwen3", False, "yarn")],
+    [
+        ("llama", False, "llama3"),
+        ("mistral", True, "linear"),
+        ("qwen3", False, "yarn"),
+        ("qwen3_moe", False, "default"),
+    ],
 )
 async def test_a_family_is_served_and_takes_new_weights(
     start_sglang: Callable[..., SglangServer],

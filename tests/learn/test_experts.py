@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family_models import as_in_files
 from learner_ranks import Place, Ranks
 from learner_reference import (
-    as_in_files,
     credit_of,
     flat_loss,
     gradients,
