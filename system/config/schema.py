@@ -170,6 +170,12 @@ class RolloutConfig:
         "learn.proximal=closed: a prefill of the turn per turn",
         safe_on_resume=True,
     )
+    replay_routes: bool = setting(
+        True,
+        "of a mixture of experts: the learner sends every token through the experts that the engine chose "
+        "(R3), and the policy learns how much each of them counts; false: it chooses anew",
+        safe_on_resume=True,
+    )
     score_answer: bool = setting(
         False,
         "the engine scores the gold answer behind the prompt and behind each tool result, for "

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from system.tree.node import GrowingLeaf, GrowingNode, NodePiece, token_arrays
 from system.tree.record import (
     ForkDecision,
     Int32,
@@ -26,44 +27,9 @@ from system.tree.record import (
     TreeError,
     validate,
 )
+from system.tree.routes import Routes, recorded
 from system.tree.token_path import TokenPath
 from system.tree.values import plain, row, unsampled
-
-
-@dataclass(slots=True)
-class _Node:
-    parent: int
-    kind: Kind
-    path: TokenPath  # the parent's until the node's first token, which may copy it
-    begin: int  # index of the node's first token on its path
-    end: int  # one past its last
-    children: list[int] = field(default_factory=list)
-    leaves: int = 0
-    logprob: list[NDArray[np.float32]] = field(default_factory=list)
-    entropy: list[NDArray[np.float32]] = field(default_factory=list)
-    version: list[Int32] = field(default_factory=list)
-    closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
-    answer: float = math.nan  # :meth:`TreeBuilder.answer`
-    reward: float = 0.0  # :meth:`TreeBuilder.reward`
-
-
-@dataclass(slots=True)
-class _Leaf:
-    node: int
-    outcome: Outcome
-    origin: Origin
-    episode: int = -1  # -1: its own
-    reward: float = math.nan
-    correct: int = -1
-
-
-class _Piece(NamedTuple):
-    """A node of the closed tree: the tokens of one node of the growth from depth ``begin`` to ``end``."""
-
-    handle: int
-    begin: int
-    end: int
-    parent: int  # index of the piece above, -1 for the root
 
 
 class TreeBuilder:
@@ -104,9 +70,9 @@ class TreeBuilder:
             "budget": budget,
             "started_s": started_s,
         }
-        root = _Node(parent=-1, kind=Kind.PROMPT, path=TokenPath(tokens), begin=0, end=int(tokens.size))
+        root = GrowingNode(parent=-1, kind=Kind.PROMPT, path=TokenPath(tokens), begin=0, end=int(tokens.size))
         self._nodes = [root]
-        self._leaves: list[_Leaf] = []
+        self._leaves: list[GrowingLeaf] = []
         self._calls: list[ToolCall] = []
         self._forks: list[ForkDecision] = []
         self._annotate(root, int(tokens.size), None, None, None)
@@ -137,7 +103,7 @@ class TreeBuilder:
         if begin != above.end and not (kind == above.kind == Kind.MODEL and above.begin < begin < above.end):
             raise TreeError(f"node {parent}: a child cannot begin at {at}; only MODEL goes on inside MODEL")
         above.children.append(len(self._nodes))
-        self._nodes.append(_Node(parent=parent, kind=kind, path=above.path, begin=begin, end=begin))
+        self._nodes.append(GrowingNode(parent=parent, kind=kind, path=above.path, begin=begin, end=begin))
         return len(self._nodes) - 1
 
     def extend(
@@ -188,7 +154,7 @@ class TreeBuilder:
         ``episode``: the run of an agent that it is of; of all leaves of a tree, or of none.
         """
         self._node(node).leaves += 1
-        self._leaves.append(_Leaf(node, Outcome(outcome), Origin(origin), episode))
+        self._leaves.append(GrowingLeaf(node, Outcome(outcome), Origin(origin), episode))
         return len(self._leaves) - 1
 
     def score(self, leaf: int, value: float, correct: bool) -> None:
@@ -206,6 +172,33 @@ class TreeBuilder:
             raise TreeError(f"node {node}: only sampled tokens are scored at their close")
         own = self._node(node)
         own.closed = row(logprob, own.end - own.begin, np.float32, "logprob"), version
+
+    def route(self, node: int, first: int, routes: Routes) -> None:
+        """Record the experts that tokens on the way to the end of ``node`` went through: those of numbers
+        ``first``, ``first`` + 1, …, counted from the root.  What is recorded already stays.
+        """
+        own = self._node(node)
+        end, stop = own.end, first + len(routes)
+        if not 0 <= first <= stop <= end:
+            raise TreeError(f"node {node}: routes of tokens {first} to {stop} on a path of {end}")
+        while end > first:
+            low, high = max(own.begin, first), min(end, stop)
+            if low < high:
+                own.route(low, routes[low - first : high - first])
+            end = own.begin
+            if own.parent < 0:
+                break
+            own = self._node(own.parent)
+
+    def unrouted(self, node: int) -> int:
+        """Number, from the root, of the first token on the way to the end of ``node`` whose experts are not
+        recorded; its depth if there is none.
+        """
+        path = [self._node(one) for one in self.path(node)]
+        ends = [*(below.begin for below in path[1:]), path[-1].end]
+        return next(
+            (first for own, end in zip(path, ends, strict=True) if (first := own.unrouted()) < end), ends[-1]
+        )
 
     def answer(self, node: int, logprob: float) -> None:
         """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
@@ -248,7 +241,7 @@ class TreeBuilder:
             earned[index[handle]] += node.reward
         episodes = np.array([leaf.episode for leaf in self._leaves], np.int32)
         lengths[0] = self._trained.size
-        grown = _token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
+        grown = token_arrays([self._nodes[handle] for handle in dict.fromkeys(p.handle for p in pieces)])
         tree = Tree(
             **self._about,
             **self._under_trained(grown),
@@ -275,9 +268,11 @@ class TreeBuilder:
 
     def _under_trained(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
+        if not self._sampled.size:
+            return arrays
         begin = self._nodes[0].end
         return arrays | {
-            name: np.concatenate([unsampled(name, self._trained), array[begin:]])
+            name: np.concatenate([unsampled(name, self._trained, array), array[begin:]])
             for name, array in arrays.items()
         }
 
@@ -329,7 +324,7 @@ class TreeBuilder:
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
-            **_token_arrays(nodes),
+            **token_arrays(nodes),
             "parent": np.array([n.parent for n in nodes], np.int32),
             "kind": np.array([n.kind for n in nodes], np.int8),
             "begin": np.array([n.begin for n in nodes], np.int32),
@@ -364,6 +359,10 @@ class TreeBuilder:
             growth.extend(node, arrays["tokens"][own], **(sampled if kind == Kind.MODEL else {}))
             if "closed_version" in arrays and (version := arrays["closed_version"][own]).max(initial=-1) >= 0:
                 growth.rescore(node, arrays["closed_logprob"][own], int(version[0]))
+            if "routes" in arrays and recorded(arrays["routes"][own]).any():
+                growth._node(node).route(begin, arrays["routes"][own])
+        if "routes" in arrays and recorded(arrays["routes"][: ends[0]]).any():
+            growth._node(growth.prompt).route(0, arrays["routes"][: ends[0]])
         for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
             growth.answer(number, logprob)
         for number, value in enumerate(arrays["reward"].tolist()):
@@ -376,14 +375,14 @@ class TreeBuilder:
             growth.fork(ForkDecision(**fork))
         return growth
 
-    def _node(self, handle: int) -> _Node:
+    def _node(self, handle: int) -> GrowingNode:
         if not 0 <= handle < len(self._nodes):
             raise TreeError(f"no node {handle}: the growth has {len(self._nodes)} nodes")
         return self._nodes[handle]
 
     def _annotate(
         self,
-        node: _Node,
+        node: GrowingNode,
         size: int,
         logprob: ArrayLike | None,
         entropy: ArrayLike | None,
@@ -393,12 +392,12 @@ class TreeBuilder:
         node.entropy.append(row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
         node.version.append(row(-1 if version is None else version, size, np.int32, "version"))
 
-    def _pieces(self) -> tuple[list[_Piece], dict[int, int]]:
+    def _pieces(self) -> tuple[list[NodePiece], dict[int, int]]:
         """(The closed tree's nodes in depth-first pre-order, the index of the one that each handle names.)
 
         The pieces of a node follow one another: a piece's first child is the rest of its node.
         """
-        pieces: list[_Piece] = []
+        pieces: list[NodePiece] = []
         index: dict[int, int] = {}
         stack = [(0, 0, -1)]  # (handle, depth at which the rest of it begins, piece above)
         while stack:
@@ -407,7 +406,7 @@ class TreeBuilder:
             begins = [self._nodes[child].begin for child in node.children]
             end = min((cut for cut in begins if cut > begin), default=node.end)
             if end > begin:
-                pieces.append(_Piece(handle, begin, end, above))
+                pieces.append(NodePiece(handle, begin, end, above))
                 above = len(pieces) - 1
             here = [child for child, cut in zip(node.children, begins, strict=True) if cut == end]
             stack.extend((child, end, above) for child in reversed(here))
@@ -416,19 +415,3 @@ class TreeBuilder:
             else:
                 index[handle] = above
         return pieces, index
-
-
-def _token_arrays(nodes: Sequence[_Node]) -> dict[str, Any]:
-    """The arrays [T] of the tokens of ``nodes``, one node after the other."""
-    arrays = {
-        "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
-        "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
-        "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
-        "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
-    }
-    if any(n.closed for n in nodes):
-        closed = [n.closed or (np.full(n.end - n.begin, np.nan, np.float32), -1) for n in nodes]
-        sizes = [n.end - n.begin for n in nodes]
-        arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
-        arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
-    return arrays

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.errors import EspalierError
+from system.tree.routes import Routes, no_routes, route_defect
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -136,6 +137,9 @@ class Tree:
     # held when its node closed, nats, NaN where it was not scored; [T] the version of these, -1 there.
     closed_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
     closed_version: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # With ``rollout.replay_routes``, else empty: [T, sparse layers, k] the experts that a token went through
+    # when the engine computed its keys and values (:mod:`system.tree.routes`).
+    routes: Routes = field(default_factory=no_routes)
     # With ``rollout.score_answer``, else empty: [J] mean log-probability, over its tokens, of the gold answer
     # behind this node, under the weights of then, nats; NaN on MODEL nodes and where it was not scored.
     answer_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -165,6 +169,11 @@ class Tree:
     def rescored(self) -> bool:
         """Whether some nodes were scored when they closed."""
         return self.closed_logprob.size > 0
+
+    @property
+    def routed(self) -> bool:
+        """Whether the experts of some tokens were recorded."""
+        return self.routes.size > 0
 
     @property
     def guided(self) -> bool:
@@ -259,6 +268,10 @@ def validate(tree: Tree) -> None:
         known = np.isfinite(tree.closed_logprob)
         _require(known == (tree.closed_version >= 0), tree, "scores at the close and their versions disagree")
         _require(sampled[known], tree, "a score at the close of a token that was not sampled")
+    if tree.routed:
+        _require(len(tree.routes) == tree.n_tokens, tree, f"routes of {len(tree.routes)} tokens")
+        defect = route_defect(tree.routes)
+        _require(not defect, tree, defect)
     if tree.answer_logprob.size:
         unknown = np.isnan(tree.answer_logprob)
         _require(unknown | (tree.kind != Kind.MODEL), tree, "an answer scored behind a MODEL node")

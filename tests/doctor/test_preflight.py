@@ -417,6 +417,11 @@ def test_what_a_mixture_of_experts_needs(place: Path) -> None:
     made = "model.path=", "model.family=qwen3_moe", "task=quickstart", "learn.tp=2"
     assert "set learn.sequence_parallel=true" in told(*made)
     assert "learn." not in told(*made, "learn.sequence_parallel=true")
+    agent = ("agent.run=my:agent", "branching=none", "tools.names=[]", "learn.sequence_parallel=true")
+    assert "rollout.replay_routes: of what an agent's model says" in told(*made, *agent)
+    assert "rollout.replay_routes: of what an agent's model says" in told(*agent)
+    assert "replay_routes" not in told(*made, *agent, "rollout.replay_routes=false")
+    assert "replay_routes" not in told(*made)
 
 
 def test_experts_of_a_model_without_any_are_refused(place: Path) -> None:

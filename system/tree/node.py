@@ -1,0 +1,89 @@
+"""What a growing tree consists of: its nodes and leaves, and the pieces of nodes that it closes into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from system.tree.record import Int32, Kind, Origin, Outcome
+from system.tree.routes import Routes, recorded, unrecorded
+from system.tree.token_path import TokenPath
+
+
+@dataclass(slots=True)
+class GrowingNode:
+    parent: int
+    kind: Kind
+    path: TokenPath  # the parent's until the node's first token, which may copy it
+    begin: int  # index of the node's first token on its path
+    end: int  # one past its last
+    children: list[int] = field(default_factory=list)
+    leaves: int = 0
+    logprob: list[NDArray[np.float32]] = field(default_factory=list)
+    entropy: list[NDArray[np.float32]] = field(default_factory=list)
+    version: list[Int32] = field(default_factory=list)
+    closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
+    routes: Routes | None = None  # [m, S, k] of its first m tokens, :meth:`TreeBuilder.route`
+    answer: float = math.nan  # :meth:`TreeBuilder.answer`
+    reward: float = 0.0  # :meth:`TreeBuilder.reward`
+
+    def routes_like(self, like: Routes) -> Routes:
+        """[n, S, k] of all its tokens."""
+        held = unrecorded(0, like) if self.routes is None else self.routes
+        return np.concatenate([held, unrecorded(self.end - self.begin - len(held), like)])
+
+    def route(self, first: int, routes: Routes) -> None:
+        """Take ``routes`` of its tokens from number ``first`` of the path on; what is recorded stays."""
+        self.routes = self.routes_like(routes)
+        own = self.routes[first - self.begin :][: len(routes)]
+        missing = ~recorded(own)
+        own[missing] = routes[missing]
+
+    def unrouted(self) -> int:
+        """Number on the path of its first token without a record; its end: there is none."""
+        if self.routes is None:
+            return self.begin
+        missing = np.flatnonzero(~recorded(self.routes))
+        return self.begin + int(missing[0] if missing.size else len(self.routes))
+
+
+@dataclass(slots=True)
+class GrowingLeaf:
+    node: int
+    outcome: Outcome
+    origin: Origin
+    episode: int = -1  # -1: its own
+    reward: float = math.nan
+    correct: int = -1
+
+
+class NodePiece(NamedTuple):
+    """A node of the closed tree: the tokens of one node of the growth from depth ``begin`` to ``end``."""
+
+    handle: int
+    begin: int
+    end: int
+    parent: int  # index of the piece above, -1 for the root
+
+
+def token_arrays(nodes: Sequence[GrowingNode]) -> dict[str, Any]:
+    """The arrays [T] of the tokens of ``nodes``, one node after the other."""
+    arrays: dict[str, Any] = {
+        "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
+        "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
+        "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
+        "version": np.concatenate([chunk for n in nodes for chunk in n.version]),
+    }
+    if any(n.closed for n in nodes):
+        closed = [n.closed or (np.full(n.end - n.begin, np.nan, np.float32), -1) for n in nodes]
+        sizes = [n.end - n.begin for n in nodes]
+        arrays["closed_logprob"] = np.concatenate([logprob for logprob, _ in closed])
+        arrays["closed_version"] = np.repeat([version for _, version in closed], sizes).astype(np.int32)
+    if (like := next((n.routes for n in nodes if n.routes is not None), None)) is not None:
+        arrays["routes"] = np.concatenate([n.routes_like(like) for n in nodes])
+    return arrays
