@@ -18,11 +18,13 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from system.config import LearnConfig
 from system.learn import cpu
 from system.learn.parallel import Layout
+from system.learn.replay import Forced, split
 from system.models.experts import Experts
 
 
@@ -117,23 +119,43 @@ class ExpertRouter(TopKRouter):
         device = self.weight.device if config.use_cpu_initialization else torch.cuda.current_device()
         # [E] tokens of this rank that went to each expert since the step began
         self.load = torch.zeros(len(self.weight), dtype=torch.int64, device=device)
+        # Tokens since then: all, those whose experts were given, and of these the ones that would have others
+        self.replayed = torch.zeros(3, dtype=torch.int64, device=device)
         self.balance = 0.0  # what the loss of a token counts in the step's: coefficient / tokens of the step
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and choice (bool) ``[n, E]`` for ``logits`` ``[n, 1, E]``; ``padding_mask``: ``[n, 1]``."""
+        """Weights and choice (bool) ``[n, E]`` for ``logits`` ``[n, 1, E]``; ``padding_mask``: ``[n, 1]``, or
+        with the experts that are given ``[n, 1, 1 + s·E]`` (:mod:`system.learn.replay`).
+        """
+        real, taken = None, None
+        if padding_mask is not None:
+            padding, taken = split(padding_mask, self._place, len(self.weight))
+            real = ~padding
+        forced = None if taken is None else Forced(taken)
+        self.router_replay: Any = forced
         probs, chosen = super().routing(logits)
+        self.router_replay = None
         # A pass without gradients scores, or will be computed again.
         if not torch.is_grad_enabled():
             return probs, chosen
-        counted = chosen if padding_mask is None else chosen & ~padding_mask.reshape(-1, 1)
+        counted = chosen if real is None else chosen & real[:, None]
         self.load += counted.sum(0)
+        self.replayed[0] += counted.any(1).sum()
+        if forced is not None and real is not None:
+            self.replayed[1:] += forced.counts(real)
         if self.balance:
             real = counted.any(1, keepdim=True)
             loss = self._balancing(logits.flatten(0, -2), counted, real)
             probs = moe_utils.MoEAuxLossAutoScaler.apply(probs, self.balance * loss)
         return probs, chosen
+
+    @property
+    def _place(self) -> int:
+        """Its number among the routers of the stage, from 0."""
+        sparse: Any = self.config.moe_layer_freq
+        return sum(sparse[get_transformer_layer_offset(self.config) : (self.layer_number or 1) - 1])
 
     def _balancing(self, logits: torch.Tensor, chosen: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """This rank's part of the row's loss times the row's tokens; the ranks of a row add up to it."""
@@ -158,24 +180,34 @@ class Loads:
         dist.all_reduce(total, group=self._layout.dp_group)
         for router in self._routers:
             router.load.zero_()
+            router.replayed.zero_()
             router.balance = self._coefficient / max(float(total), 1.0)
 
     def statistics(self) -> dict[str, float]:
-        """The fullest expert's tokens over the mean of its layer: the mean over the layers, and the largest;
-        collective over all ranks.
+        """The fullest expert's tokens over the mean of its layer: the mean over the layers, and the largest.
+        And the share of tokens that went through given experts, and of these those that would have chosen
+        others.  Collective over all ranks.
         """
         layout = self._layout
-        sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=layout.device)
         worst = torch.zeros((), dtype=torch.float64, device=layout.device)
         if self._routers:
-            load = torch.stack([router.load for router in self._routers]).double()  # [layers, E]
+            each = [torch.cat([router.load, router.replayed]) for router in self._routers]
+            counts = torch.stack(each).double()  # [layers, E + 3]
             for group in (layout.tp_group, layout.cp_group, layout.dp_group):
-                dist.all_reduce(load, group=group)
+                dist.all_reduce(counts, group=group)
+            load, replayed = counts[:, :-3], counts[:, -3:]
             fullest = load.amax(1) / load.mean(1).clamp(min=1e-9)
-            sums += torch.stack([fullest.sum(), fullest.new_tensor(float(len(load)))])
+            sums += torch.cat([fullest.sum()[None], fullest.new_tensor([len(load)]), replayed.sum(0)])
             worst = fullest.max()
         dist.all_reduce(sums, group=layout.pp_group)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=layout.pp_group)
-        if not float(sums[1]):
+        fullest, layers, tokens, given, others = sums.tolist()
+        if not layers:
             return {}
-        return {"expert_load": float(sums[0] / sums[1]), "expert_load_max": float(worst)}
+        return {
+            "expert_load": fullest / layers,
+            "expert_load_max": float(worst),
+            "routes_replayed": given / max(tokens, 1.0),
+            "routes_changed": others / max(given, 1.0),
+        }

@@ -185,7 +185,7 @@ class Trainer:
             packed = pack([whole], {0: tree}, self._padding)
             rows.append(Row(packed, self.layout.device, trained=False, context=self._context))
         results = []
-        for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
+        for tree, row, scores in zip(trees, rows, self._score(self.model, rows, replays=False), strict=True):
             if scores is None:
                 scores = torch.empty(len(row.scored), device=self.layout.device)
             # From the last stage to the others.
@@ -253,7 +253,8 @@ class Trainer:
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
         device, context = self.layout.device, self._context
-        return [Row(batch, device, trained=True, context=context) for batch in micro_batches]
+        replays = self.config.rollout.replay_routes
+        return [Row(one, device, trained=True, context=context, replays=replays) for one in micro_batches]
 
     def _correct(self, plan: BatchPlan, steps: Sequence[Sequence[Row]]) -> dict[str, float]:
         """Multiply each leaf's share of S+ and S- by its weight; returns what that did."""
@@ -306,7 +307,7 @@ class Trainer:
         started = time.perf_counter()
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
-            references = self._score(self.reference, rows)
+            references = self._score(self.reference, rows, replays=False)
         self.optimizer.zero_grad()
         statistics = self._no_statistics(objective)
         self._loads.begin(sum(int((row.batch.tree >= 0).sum()) for row in rows))
@@ -357,16 +358,21 @@ class Trainer:
         )
 
     def _score(
-        self, model: TreeGPTModel, rows: Sequence[Row], temperature: float | None = None
+        self,
+        model: TreeGPTModel,
+        rows: Sequence[Row],
+        temperature: float | None = None,
+        *,
+        replays: bool = True,
     ) -> list[torch.Tensor | None]:
         """[M] log-probabilities of each row's targets, without gradient; None before the last stage.
-        ``temperature``: the rollout's by default.
+        ``temperature``: the rollout's by default; ``replays`` as in :meth:`Row.run`.
         """
         divisor = self._now.rollout.temperature if temperature is None else temperature
         passes = self._passes(rows)
 
         def compute(i: int) -> torch.Tensor:
-            output = passes[i].run(model)
+            output = passes[i].run(model, replays=replays)
             if not self.layout.last_stage:
                 return output
             return passes[i].logprob_entropy(output, model, self.layout, divisor)[0]
