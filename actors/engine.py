@@ -22,6 +22,7 @@ from system.config import Config
 from system.engine.control import EngineControl, Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import EngineError, GenerateRequest, Sampling
+from system.engine.routes import RouteFormat
 from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.sglang.server import ServerFailed, SglangServer
 
@@ -102,6 +103,7 @@ class EngineActor:
             cores=sorted(os.sched_getaffinity(0)),
             paused=restarted,
             key=keys.held().engines,
+            routes=settings.rollout.replay_routes and RouteFormat.of_directory(model_path) is not None,
         )
         server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
         try:

@@ -6,9 +6,11 @@ A family that is registered is tested without being named here.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from system.models.families import FAMILIES, ModelFamily
@@ -45,10 +47,32 @@ NAMES = [f"{family}-{'tied' if tied else 'untied'}-{rope}" for family, tied, rop
 def family_config(family: str, tied: bool, rope: str = "default", **sizes: Any) -> PreTrainedConfig:
     """transformers' configuration of a model without a window of attention."""
     known = FAMILIES.get(family)
-    whole = {"sliding_window": None} if known and known.window and not known.window_switch else {}
-    return AutoConfig.for_model(
-        family, tie_word_embeddings=tied, **({"rope_parameters": dict(ROPES[rope])} | whole | sizes)
-    )
+    own: dict[str, Any] = {}
+    if known and known.window and not known.window_switch:
+        own["sliding_window"] = None
+    if known and known.experts:  # untied: in all layers; tied: not in the first, weights add up to less
+        own = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        own |= {"norm_topk_prob": not tied, "mlp_only_layers": [0] if tied else []}
+    own |= {"rope_parameters": dict(ROPES[rope])}
+    return AutoConfig.for_model(family, tie_word_embeddings=tied, **(own | sizes))
+
+
+def as_in_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers holds the experts of a layer in one tensor; its files have each by itself."""
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition("experts.")
+        for expert, own in enumerate(tensor if part else []):
+            match part:
+                case "gate_up_proj":
+                    gate, up = own.chunk(2)
+                    named |= {f"{layer}experts.{expert}.gate_proj.weight": gate}
+                    named |= {f"{layer}experts.{expert}.up_proj.weight": up}
+                case _:
+                    named[f"{layer}experts.{expert}.{part}.weight"] = own
+        if not part:
+            named[name] = tensor
+    return named
 
 
 def documented() -> str:

@@ -40,10 +40,11 @@ ALIVE = {
     "transformers saves it with the model": "generation_config",
     "torch's checkpoint calls a planner's methods": "create_local_plan create_global_plan lookup_object "
     "lookup_tensor",
-    "Megatron passes it to an attention module": "layer_number attn_mask_type attention_type "
+    "Megatron passes it to an attention module": "attn_mask_type attention_type "
     "attention_dropout attention_mask packed_seq_params",
     "Megatron reads it from its modules": "core_attention input_layernorm pre_mlp_layernorm "
-    "q_layernorm k_layernorm",
+    "q_layernorm k_layernorm router_replay",
+    "Megatron's router calls it": "get_replay_topk",
     "counted for /v1/loads, whole": "moment_rr moment_rp moment_pp moment_rt moment_pt "
     "requests recomputed_sequences idle_updating_s",
     "the python server replies with its result, whole": "peak_rss_mb",

@@ -99,6 +99,9 @@ def test_override_values_keep_their_types():
         ("learn.tp=3", "learn.tp=3 must divide model.heads=4"),
         ("learn.cp=0", "learn.cp=0 must be"),
         ("model.hidden_size=97", "multiple of model.heads"),
+        ("learn.ep=3", "learn.ep=3 must be a multiple of learn.tp=2 and divide learn.tp"),
+        ("learn.ep=4", "learn.dp=2: its ranks are some of those"),
+        ("model.experts_per_token=9", "experts_per_token=9 is more than model.experts=8"),
         ("engine.max_context=256", "must exceed rollout.max_response_tokens=256"),
     ],
 )

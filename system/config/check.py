@@ -11,6 +11,7 @@ from typing import Any
 
 from system.config.agent import agent_problems
 from system.config.by_step import at_step, course_problems
+from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.mcp import place
 from system.config.rule import PartConfig
@@ -432,7 +433,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
-    *(_learner, _cluster, _shape, _guide, _sft, teacher_problems, _void),
+    *(_learner, _cluster, _shape, expert_rules, _guide, _sft, teacher_problems, _void),
 )
 
 

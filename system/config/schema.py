@@ -51,7 +51,7 @@ class RunConfig:
 
 
 # Of system/models/families; not qwen2, for which transformers loads Qwen's own tokenizer, whatever is there.
-MADE_FAMILIES = ("qwen3", "llama", "mistral")
+MADE_FAMILIES = ("qwen3", "qwen3_moe", "llama", "mistral")
 
 
 @dataclass
@@ -70,6 +70,9 @@ class ModelConfig:
     heads: int = setting(4, "its attention heads", least=1)
     kv_heads: int = setting(2, "its key and value heads (grouped-query attention)", least=1)
     ffn_size: int = setting(256, "width of its feed-forward layers", least=1)
+    experts: int = setting(8, "experts of a layer, where they are mixtures (model.family=qwen3_moe)", least=1)
+    experts_per_token: int = setting(2, "experts that a token goes through", least=1)
+    expert_size: int = setting(128, "width of an expert", least=1)
 
 
 @dataclass
@@ -166,6 +169,12 @@ class RolloutConfig:
         False,
         "when a turn ends, the engine scores its tokens once more, all under the weights it holds then, for "
         "learn.proximal=closed: a prefill of the turn per turn",
+        safe_on_resume=True,
+    )
+    replay_routes: bool = setting(
+        True,
+        "of a mixture of experts: the learner sends every token through the experts that the engine chose "
+        "(R3), and the policy learns how much each of them counts; false: it chooses anew",
         safe_on_resume=True,
     )
     score_answer: bool = setting(

@@ -17,6 +17,12 @@ class LearnConfig:
     pp: int = setting(1, "pipeline parallel: stages that hold consecutive layers", least=1)
     cp: int = setting(1, "context parallel: ranks that a micro-batch's tokens are spread over", least=1)
     dp: int = setting(1, "data parallel: model copies, each with its share of the micro-batches", least=1)
+    ep: int = setting(
+        1,
+        "expert parallel: ranks, of those of tp, cp and dp, that share the experts of a mixture; 1: each "
+        "expert is split over the TP ranks",
+        least=1,
+    )
     sequence_parallel: bool = setting(False, "split activations between attention and MLP over TP ranks too")
     distributed_optimizer: bool = setting(False, "split the optimizer state over the CP and DP ranks")
     offload: bool = setting(
@@ -26,7 +32,7 @@ class LearnConfig:
     )
     recompute: str = setting(
         "none",
-        "in the backward pass: selective (norms and MLP), full (every layer)",
+        "in the backward pass: selective (norms, MLP and experts), full (every layer)",
         choices=("none", "selective", "full"),
     )
     attention: str = setting(
@@ -98,9 +104,27 @@ class LearnConfig:
         above=0,
     )
     teacher_decay: float = setting(0.99, "of the average that teaches, per optimizer step", least=0, most=1)
+    aux_loss: float = setting(
+        0.0, "of a mixture of experts: weight of the loss that balances their load; 0: off", least=0
+    )
     bucket_mb: int = setting(64, "weight export bucket", least=1)
 
     @property
     def ranks(self) -> int:
         """Processes, and GPUs, of the learner."""
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same weights, but for experts."""
+        return self.cp * self.dp
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.copies * self.tp // self.ep if self.ep > 1 else self.copies
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that each expert is split over."""
+        return self.tp if self.ep == 1 else 1

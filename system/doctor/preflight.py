@@ -27,11 +27,13 @@ from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
 from system.doctor.answering import unanswered
+from system.doctor.experts import expert_misfits
 from system.engine.sglang.command import interpreter
 from system.envs.make import make_environment
 from system.errors import EXPECTED, EspalierError, told
 from system.learn.sizes import context_block
 from system.models import directory
+from system.models.known import shape_of
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub
@@ -146,6 +148,7 @@ def model(config: Config) -> Iterator[Problem]:
     if not path:
         if problem := unknown_arguments("", config.task.template):
             yield Problem("", problem)
+        yield from (Problem("", line) for line in expert_misfits(config, shape_of(config.model)))
         return
     if not Path(path).is_dir():
         remedy = "give a directory in Hugging Face format; a model's name on the hub is not downloaded"
@@ -159,8 +162,9 @@ def model(config: Config) -> Iterator[Problem]:
         shape = ModelShape.from_directory(path)
     except UnsupportedModel:
         return  # one of the faults
-    sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn, "layers": shape.layers}
-    for line in undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()}):
+    sizes = shape.divided(whole_experts=config.learn.ep > 1) | {"layers": shape.layers}
+    lines = undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()})
+    for line in (*lines, *expert_misfits(config, shape)):
         yield Problem("", line)
     if config.engine.max_context > shape.max_position:
         yield Problem(

@@ -23,7 +23,8 @@ from system.engine.entropy import TopEntropy
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest
 from system.engine.request import generate_body
 from system.engine.router import Assignment, Router
-from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader
+from system.engine.routes import RouteFormat
+from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader, WantedRoutes
 from system.http import CONNECT_S
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ class EnginePool:
     broke, with its tokens so far as part of the prompt.  ``in_flight`` bounds this pool's requests at one
     server; more wait for their turn, first come, first served.  ``estimate``: what to make of the top
     log-probabilities of servers that give no entropies.  ``vocab``: tokens that the model knows; others are
-    the server's error.  ``key``: what the servers want to be shown.
+    the server's error.  ``key``: what the servers want to be shown.  ``routes``: what a record of experts
+    looks like; None: none can be asked for.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class EnginePool:
         estimate: TopEntropy | None = None,
         vocab: int | None = None,
         key: str = "",
+        routes: RouteFormat | None = None,
     ):
         if not urls:
             raise ValueError("a pool of engines needs at least one URL")
@@ -102,7 +105,7 @@ class EnginePool:
         self._endings: set[asyncio.Task[None]] = set()
         self._reporter: asyncio.Task[None] | None = None
         self._reported = asyncio.Event()  # once every server has been asked
-        self._estimate, self._vocab = estimate, vocab
+        self._estimate, self._vocab, self._routes = estimate, vocab, routes
         self._counters = defaultdict[str, float](float, turn_wait_s=0.0)
 
     @property
@@ -276,7 +279,7 @@ class EnginePool:
         rid, scored, estimate = asked.rid, None, self._estimate
         if asked.score_from is not None:  # the one token that comes with the scores needs no entropy
             scored, estimate = asked.input_ids[asked.score_from :], None
-        reader = StreamReader(estimate, self._vocab, scored)
+        reader = StreamReader(estimate, self._vocab, scored, self._wanted(progress))
         # With a cut behind it, a stop string across the cut must be noticed at its own token.
         every_token, top = progress.guard.watching, estimate.k if estimate else 0
         body = generate_body(
@@ -316,6 +319,16 @@ class EnginePool:
                 self._in_background(_read_out(response))
             else:
                 response.close()
+
+    def _wanted(self, progress: _Progress) -> WantedRoutes | None:
+        """The records that the next attempt asks for."""
+        if (first := progress.request.routes_from) is None:
+            return None
+        if self._routes is None:
+            raise EngineError(
+                f"request {progress.request.rid!r}: experts of a model that has none, or unknown"
+            )
+        return WantedRoutes(self._routes, first, progress.size)
 
     def _account(self, progress: _Progress, place: Assignment, chunk: Chunk, text: str) -> Chunk:
         if chunk.tokens.size:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.errors import EspalierError
+from system.tree.routes import Routes
 
 # What the digital twin's speed model of an engine is fitted to, as far as the server counts it.
 SPEED_COUNTERS = (
@@ -54,6 +55,8 @@ class GenerateRequest:
     parent: str = ""  # rid of the request whose tokens it goes on from: that one's server holds its prefix
     said: str = ""  # end of the text that this segment had produced when it was cut: stop strings may span it
     score_from: int | None = None  # scores of the given tokens from this one on, 1 or later, are wanted
+    # The experts of the tokens from this one on are wanted, of a model that has some.
+    routes_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,9 @@ class Chunk:
     # [P - score_from] log-probability of the given tokens, temperature applied, under the weights of the
     # first new token; with that one, where they were asked for.
     scores: NDArray[np.float32] | None = None
+    # [P + all new tokens - 1 - routes_from, sparse layers, k] the experts that the tokens went through, of
+    # all but the newest one (:mod:`system.tree.routes`); on the last chunk, where they were asked for.
+    routes: Routes | None = None
 
 
 class EngineError(EspalierError, RuntimeError):

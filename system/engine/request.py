@@ -46,6 +46,8 @@ def generate_body(
         # Where the list of input log-probabilities begins; its first entry has none.
         "logprob_start_len": None if request.score_from is None else request.score_from - 1,
         "return_sampling_mask": truncated or None,
+        "return_routed_experts": request.routes_from is not None or None,
+        "routed_experts_start_len": request.routes_from,
         "top_logprobs_num": top_logprobs or None,
     }
     return orjson.dumps(_given(body), option=orjson.OPT_SERIALIZE_NUMPY)

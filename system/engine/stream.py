@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from system.engine.entropy import TopEntropy, entropy_bounds
 from system.engine.protocol import Chunk, EngineError, Finish
+from system.engine.routes import RouteFormat
+from system.tree.routes import Routes
 
 MAX_MESSAGE_BYTES = 64 << 20
 ROUNDING = 1e-2  # nats that a bound may be passed by: a server may compute in bfloat16
@@ -49,6 +52,24 @@ class EventSplitter:
             yield message
 
 
+@dataclass(frozen=True, slots=True)
+class WantedRoutes:
+    """The records of experts that one call asks for: of the tokens from ``first`` on."""
+
+    format: RouteFormat
+    first: int
+    prompt: int  # tokens of the call's prompt
+
+    def read(self, meta: dict[str, Any], new: int) -> Routes:
+        """Of a call that has ended with ``new`` tokens."""
+        if meta.get("routed_experts") is None:
+            raise MalformedStream(
+                "routed_experts: the server has no record; start it with --enable-return-routed-experts, or "
+                "set rollout.replay_routes=false"
+            )
+        return self.format.read(meta["routed_experts"], self.prompt + new - 1 - self.first)
+
+
 class StreamReader:
     """Turns the messages of one ``/generate`` call into chunks of new tokens.
 
@@ -62,15 +83,17 @@ class StreamReader:
         estimate: TopEntropy | None = None,
         vocab: int | None = None,
         scored: NDArray[np.int32] | None = None,
+        routes: WantedRoutes | None = None,
     ) -> None:
         """``estimate``: what to make of the top log-probabilities of a server that gives no entropies.
         ``vocab``: tokens that the model knows; None: not known here.  ``scored``: the given tokens at the end
-        of the prompt, one or more, whose log-probabilities were asked for.
+        of the prompt, one or more, whose log-probabilities were asked for.  ``routes``: which records of
+        experts were.
         """
         self.count = 0  # output tokens of this call so far
         self.estimated, self.error = 0, 0.0  # entropies that are estimates; nats they may be off, summed
         self._text = 0  # characters of text so far, when cumulative
-        self._estimate, self._vocab, self._scored = estimate, vocab, scored
+        self._estimate, self._vocab, self._scored, self._routes = estimate, vocab, scored, routes
         self._version = 0  # of the newest token so far
 
     def read(self, message: dict[str, Any]) -> tuple[Chunk, str]:
@@ -103,14 +126,17 @@ class StreamReader:
         kept = meta.get("output_token_sampling_logprobs")
         logprob = [pair[0] for pair in pairs] if kept is None else [_number(value) for value in fresh(kept)]
         text = str(message.get("text", ""))
+        finish = _finish(meta.get("finish_reason"))
+        whole = finish is not None and finish.type != "abort"
         chunk = Chunk(
             tokens=tokens,
             logprob=_numbers(logprob),
             entropy=self._entropy(meta, fresh, new),
             version=versions(meta, start, total),
-            finish=_finish(meta.get("finish_reason")),
+            finish=finish,
             cached_tokens=int(meta.get("cached_tokens") or 0),
             scores=self._scores(meta) if self._scored is not None and new and not start else None,
+            routes=self._routes.read(meta, total) if self._routes and whole else None,
         )
         self._check(chunk, exact=meta.get("entropy") is not None)
         self.count = total

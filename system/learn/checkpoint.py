@@ -189,7 +189,8 @@ class TrainingState:
             mapped = self._where.parameter(layout.pp_rank, key)
             if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
                 continue
-            mine = not writing or number % layout.copies == layout.copy  # the copies share the work
+            copies, copy = layout.held(experts=bool(mapped.experts))
+            mine = not writing or number % copies == copy  # the copies share the work
             parts = [] if writing else [StateSlice("parameter", parameter.detach(), 0)]
             parts += self._optimizer.slices(parameter, mine)
             if mine:
@@ -208,7 +209,7 @@ class TrainingState:
         flat = tensor.view(-1)
         stop = start + flat.numel()
         width = shape[1] if len(shape) == 2 else 1
-        for block in self._where.blocks(mapped, self._layout.tp_rank):
+        for block in self._where.blocks(mapped, self._layout.part(experts=bool(mapped.experts))):
             a, b = max(start, block.start * width), min(stop, (block.start + block.rows) * width)
             while a < b:
                 row, column = divmod(a, width)

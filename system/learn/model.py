@@ -1,4 +1,4 @@
-"""Dense language models of our families on megatron-core's ``GPTModel``, reading packed trees.
+"""Language models of our families on megatron-core's ``GPTModel``, reading packed trees.
 
 Two things differ from the stock model: the layers attend through
 :class:`~system.learn.attention.TreeAttention`, which rotates queries and keys by explicit positions (a
@@ -20,11 +20,13 @@ from megatron.core.tensor_parallel import random
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from system.config import ConfigError, LearnConfig
-from system.learn import cpu
+from system.learn import cpu, experts
 from system.learn.attention import RowContext, TreeAttention, TreeMask, choose_kernels
+from system.learn.expert_layout import expert_problems
 from system.learn.rotary import Rotary
 from system.models.shape import ModelShape
 
@@ -56,13 +58,19 @@ class TreeGPTModel(GPTModel):
         self.register_buffer("frequencies", shape.rope.frequencies(shape.head_dim), persistent=False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, tokens: torch.Tensor, position: torch.Tensor, mask: TreeMask, rows: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        position: torch.Tensor,
+        mask: TreeMask,
+        rows: torch.Tensor,
+        padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states: at chosen rows on the last pipeline stage (those that :attr:`output_weight`
         projects), at all of them on the others.
 
         ``tokens`` and ``position`` ``[N]`` int64, of the row or of this rank's share of it; ``rows`` ``[M]``
-        int64 indices into them, repeats allowed (the children of a fork share a predictor).  A later stage
+        int64 indices into them, repeats allowed (the children of a fork share a predictor); ``padding``
+        ``[N]`` bool: tokens that do not count in the load of experts (none by default).  A later stage
         reads the hidden states given to ``set_input_tensor`` instead of the tokens.  Under sequence
         parallelism tp divides N.
 
@@ -72,7 +80,14 @@ class TreeGPTModel(GPTModel):
         """
         hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
         row = RowContext(mask, Rotary(position, self.frequencies, self.shape.rope.scale))
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, attention_bias=row)
+        if padding is not None and self.config.sequence_parallel:
+            padding = padding.chunk(self.config.tensor_model_parallel_size)[self.pg_collection.tp.rank()]
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            attention_bias=row,
+            padding_mask=None if padding is None else padding[None],
+        )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -92,20 +107,20 @@ class TreeGPTModel(GPTModel):
 def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of a model.  Raises ``ConfigError`` if the layout does not divide it."""
     tp, pp = learn.tp, learn.pp
-    divided = {
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.ffn,
-    }
-    for name, value in divided.items():
+    for name, value in shape.divided(whole_experts=learn.ep > 1).items():
         if value % tp:
             raise ConfigError(f"learn.tp={tp} does not divide the model's {name}={value}")
     if shape.layers % pp:
         raise ConfigError(f"learn.pp={pp} does not divide the model's {shape.layers} layers")
+    for problem in expert_problems(shape, learn):
+        raise ConfigError(problem)
     on_cpu = cpu.needed()
     checkpointing: dict[str, dict[str, Any]] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp"]},
+        "selective": {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm", "mlp", *(["moe"] if shape.experts else [])],
+        },
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
     return TransformerConfig(
@@ -148,7 +163,26 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         **checkpointing[learn.recompute],
+        **(experts.settings(shape.experts, shape.layers, learn) if shape.experts else {}),
     )
+
+
+def _layer(config: TransformerConfig, kernels: str, sparse: bool) -> Any:
+    """What a layer is made of; a ``sparse`` one has experts in place of its MLP."""
+    count = config.num_moe_experts if sparse else None
+    layer = get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=config.qk_layernorm, num_experts=count, moe_grouped_gemm=False
+    )
+    parts: Any = layer.submodules
+    attention = parts.self_attention.submodules
+    attention.core_attention = partial(TreeAttention, kernels=kernels)
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if sparse:
+        parts.mlp.submodules.experts = experts.GroupedExperts
+        parts.mlp.submodules.router = experts.ExpertRouter
+    return layer
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -161,19 +195,19 @@ def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPT
 
     ``kernels``: ``learn.attention``.  Raises ``ConfigError`` where they cannot be had.
     """
+    if shape.experts:
+        experts.install()
     kernels = choose_kernels(kernels, config.params_dtype, shape.head_dim, config.context_parallel_size)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    parts: Any = layer.submodules
-    attention = parts.self_attention.submodules
-    attention.core_attention = partial(TreeAttention, kernels=kernels)
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    first = get_transformer_layer_offset(config)
+    layers = [
+        _layer(config, kernels, shape.sparse(layer))
+        for layer in range(first, first + get_num_layers_to_build(config))
+    ]
     # By default megatron-core 0.16.1 takes FP8 to be in use here (`False is not None`), and then needs
     # TransformerEngine: no norm could be recomputed without it.
     tensor_parallel.CheckpointWithoutOutput = partial(random.CheckpointWithoutOutput, fp8=None)  # pyright: ignore
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
     norm: Any = RMSNorm  # Megatron takes a class here, whatever its annotation says
-    spec: Any = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=norm)
+    spec: Any = TransformerBlockSubmodules(layers, layer_norm=norm)
     with cpu.scope():
         model = TreeGPTModel(
             config=config,

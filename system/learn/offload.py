@@ -75,8 +75,13 @@ class HostAdam(Adam):
         """``ddp``: with ``use_distributed_optimizer``, so that each rank reduces a share."""
         super().__init__(learn)
         self._ddp, self._layout = ddp, layout
-        buffers: Any = ddp.buffers  # in place of a torch module's own
-        self._shares = [share for buffer in buffers for share in _shares(buffer, layout)]
+        both: Any = (ddp.buffers, ddp.expert_parallel_buffers)  # the first in place of a torch module's own
+        self._shares = [
+            share
+            for experts, buffers in enumerate(both)
+            for buffer in buffers
+            for share in _shares(buffer, *layout.held(experts=bool(experts)))
+        ]
         self._spans = {
             id(span.parameter): (share, span) for share in self._shares for span in share.spans
         }  # a parameter has one span at most
@@ -207,13 +212,15 @@ class Link:
             return self._stream.record_event().synchronize
 
 
-def _shares(buffer: Any, layout: Layout) -> Iterator[Share]:
-    """This rank's shares of one of DDP's buffers, a share per bucket."""
+def _shares(buffer: Any, copies: int, copy: int) -> Iterator[Share]:
+    """This rank's shares of one of DDP's buffers, a share per bucket: it is number ``copy`` of the ``copies``
+    ranks that hold the same.
+    """
     places = [(begin, end, parameter) for parameter, (begin, end, _) in buffer.param_index_map.items()]
     places.sort(key=lambda place: place[0])
     for bucket in buffer.buckets:
-        size = len(bucket.grad_data) // layout.copies
-        mine = slice(layout.copy * size, (layout.copy + 1) * size)
+        size = len(bucket.grad_data) // copies
+        mine = slice(copy * size, (copy + 1) * size)
         first = bucket.offset + mine.start
         spans = [
             Span(parameter, max(begin - first, 0), min(end - first, size), max(first - begin, 0))

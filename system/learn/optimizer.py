@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -124,7 +125,13 @@ class DeviceAdam(Adam):
     def _clip(self, limit: float) -> float:
         with cpu.scope():
             self._optimizer.prepare_grads()
-            return float(self._optimizer.clip_grad_norm(limit))
+            # Over all of them: the experts of a mixture that are not everywhere have an optimizer of their
+            # own, with which Megatron's `clip_grad_norm` fails.
+            norm = float(self._optimizer.get_grad_norm())
+            for inner in self._inner:
+                if parameters := inner.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, limit, norm)
+        return norm
 
     def _apply(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -162,6 +169,8 @@ class DeviceAdam(Adam):
                 start = inner._get_model_param_range_map(parameter)["param"].start  # pyright: ignore[reportPrivateUsage]
             elif mine:
                 main = getattr(parameter, "main_param", parameter)  # float32 where the model is bfloat16
+                if main not in inner.optimizer.state:
+                    continue  # another one steps it
             else:
                 continue
             yield StateSlice("parameter", main.detach(), start)

@@ -21,7 +21,8 @@ class Layout:
     """Where this rank stands.
 
     Ranks are numbered with the tensor-parallel rank fastest, then the context-parallel rank, the
-    data-parallel rank and the pipeline stage.  Ranks with equal ``dp_rank`` train on the same rows; those of
+    data-parallel rank and the pipeline stage; expert parallelism takes ``ep`` of a stage together, as they
+    are numbered.  Ranks with equal ``dp_rank`` train on the same rows; those of
     them with equal ``cp_rank`` hold one model copy.  Rank 0 stands first in all: it reports metrics and
     receives exported weights; the loss is known on the last stage.
     """
@@ -36,6 +37,7 @@ class Layout:
     pp_rank: int
     cp_rank: int
     dp_rank: int
+    ep: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
@@ -54,6 +56,40 @@ class Layout:
     def copy(self) -> int:
         """Which of them this rank is."""
         return self.cp_rank + self.cp * self.dp_rank
+
+    @property
+    def _index(self) -> int:
+        """Which rank of its pipeline stage this is."""
+        return self.tp_rank + self.tp * self.copy
+
+    @property
+    def ep_rank(self) -> int:
+        """Which of the parts of the experts this rank holds."""
+        return self._index % self.ep
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same parts of experts as this one, itself among them."""
+        return self.tp * self.copies // self.ep if self.ep > 1 else self.copies
+
+    @property
+    def expert_copy(self) -> int:
+        """Which of them this rank is."""
+        return self._index // self.ep if self.ep > 1 else self.copy
+
+    def part(self, *, experts: bool) -> int:
+        """Which share of a parameter, or of ``experts``, this rank holds (``WeightMap.blocks``)."""
+        return self.ep_rank if experts and self.ep > 1 else self.tp_rank
+
+    def holder(self, part: int, stage: int, *, experts: bool) -> int:
+        """The first rank of a stage that holds a share."""
+        if experts and self.ep > 1:  # the first `ep` ranks of a stage
+            return part + self.global_rank(tp_rank=0, cp_rank=0, dp_rank=0, pp_rank=stage)
+        return self.global_rank(tp_rank=part, cp_rank=0, dp_rank=0, pp_rank=stage)
+
+    def held(self, *, experts: bool) -> tuple[int, int]:
+        """Ranks that hold the same share as this one, and which of them this is."""
+        return (self.expert_copies, self.expert_copy) if experts else (self.copies, self.copy)
 
     def global_rank(self, *, tp_rank: int, cp_rank: int, dp_rank: int, pp_rank: int) -> int:
         return tp_rank + self.tp * (cp_rank + self.cp * (dp_rank + self.dp * pp_rank))
@@ -98,6 +134,8 @@ def lay_out(config: Config, rank: int, device: torch.device) -> Layout:
         tensor_model_parallel_size=learn.tp,
         pipeline_model_parallel_size=learn.pp,
         context_parallel_size=learn.cp,
+        expert_model_parallel_size=learn.ep,
+        expert_tensor_parallel_size=learn.expert_tp,
         distributed_timeout_minutes=int(COLLECTIVE_DEADLINE.total_seconds() // 60),
         create_gloo_process_groups=False,  # for Megatron's own checkpoints
     )
@@ -115,6 +153,7 @@ def lay_out(config: Config, rank: int, device: torch.device) -> Layout:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        ep=learn.ep,
         tp_group=_group(parallel_state.get_tensor_model_parallel_group()),
         pp_group=_group(parallel_state.get_pipeline_model_parallel_group()),
         cp_group=_group(parallel_state.get_context_parallel_group()),

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from system.learn.attention import TreeMask
 from system.learn.context import Context, RowShare
@@ -13,6 +14,7 @@ from system.learn.head import logprob_entropy
 from system.learn.model import TreeGPTModel
 from system.learn.objective import LossTokens
 from system.learn.parallel import Layout
+from system.learn.replay import RoutesOfRow
 from system.learn.sizes import BLOCK
 from system.tree.pack import PackedBatch
 
@@ -25,9 +27,17 @@ class Row:
     """
 
     def __init__(
-        self, batch: PackedBatch, device: torch.device, *, trained: bool, context: Context | None = None
+        self,
+        batch: PackedBatch,
+        device: torch.device,
+        *,
+        trained: bool,
+        context: Context | None = None,
+        replays: bool = True,
     ) -> None:
-        """``trained``: score the tokens that are trained on, not every one that has a predecessor."""
+        """``trained``: score the tokens that are trained on, not every one that has a predecessor.
+        ``replays``: tokens go through the experts that an engine chose, where a record says which.
+        """
 
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array.astype(np.int64)).to(device)
@@ -46,14 +56,25 @@ class Row:
         self.tokens = put(tokens)  # [n] int64
         self.position = put(position)  # [n] int64
         self.mask = TreeMask(put(batch.exit), query, gather)
+        padding = batch.tree < 0 if share is None else batch.tree[share.index] < 0
+        self.padding = torch.from_numpy(padding).to(device)  # [n] bool
+        index = None if share is None else share.index
+        known = batch.routes if replays else None
+        self._routes = None if known is None else RoutesOfRow(known, index, device)
         self.predictor = put(predictor)  # [m] int64 rows that are projected
         self.target = put(target)  # [m] int64 the tokens they predict
         self.proximal: torch.Tensor | None = None  # [M] :attr:`LossTokens.proximal`
         self.anchored = False  # :attr:`LossTokens.anchored`
 
-    def run(self, model: TreeGPTModel) -> torch.Tensor:
-        """The forward pass of this rank's stage: hidden states, on the last one those of the predictors."""
-        return model(self.tokens, self.position, self.mask, self.predictor)
+    def run(self, model: TreeGPTModel, *, replays: bool = True) -> torch.Tensor:
+        """The forward pass of this rank's stage: hidden states, on the last one those of the predictors.
+
+        ``replays``: through the experts of the record, if there is one; the policy's passes all do.
+        """
+        padding = self.padding
+        if replays and self._routes is not None:
+            padding = self._routes.beside(padding, model.shape.experts, _stage(model))
+        return model(self.tokens, self.position, self.mask, self.predictor, padding)
 
     def logprob_entropy(
         self, hidden: torch.Tensor, model: TreeGPTModel, layout: Layout, temperature: float
@@ -125,6 +146,12 @@ class Row:
             anchored=self.anchored,
             clip_scale=pick(batch.clip_scale),
         )
+
+
+def _stage(model: TreeGPTModel) -> range:
+    """The layers that this rank's stage has, by their numbers from 0."""
+    first = get_transformer_layer_offset(model.config)
+    return range(first, first + model.decoder.num_layers_per_pipeline_rank)
 
 
 def row_padding(device: torch.device, spread: int = 1) -> int:

@@ -7,7 +7,9 @@ tensor-parallel shard is a list of :class:`RowBlock`, consecutive rows, each a b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -15,9 +17,12 @@ import torch
 from system.learn.model import TreeGPTModel, padded_vocab_size
 from system.models.shape import ModelShape
 
-Split = Literal["replicated", "query-groups", "columns", "gate-up", "vocabulary"]
+Split = Literal[
+    "replicated", "query-groups", "columns", "gate-up", "vocabulary", "experts-gate-up", "experts-columns"
+]
 
-# Megatron name within a layer -> (how it is split over tensor-parallel ranks, the parts that it is made of).
+# Megatron name within a layer -> (how it is split over ranks, the parts that it is made of: the experts' of
+# each of them).
 _LAYER: dict[str, tuple[Split, tuple[str, ...]]] = {
     "input_layernorm.weight": ("replicated", ("attention_norm",)),
     "self_attention.linear_qkv.weight": ("query-groups", ("q", "k", "v")),
@@ -28,6 +33,9 @@ _LAYER: dict[str, tuple[Split, tuple[str, ...]]] = {
     "pre_mlp_layernorm.weight": ("replicated", ("mlp_norm",)),
     "mlp.linear_fc1.weight": ("gate-up", ("gate", "up")),
     "mlp.linear_fc2.weight": ("columns", ("down",)),
+    "mlp.router.weight": ("replicated", ("router",)),
+    "mlp.experts.fc1": ("experts-gate-up", ("expert_gate", "expert_up")),
+    "mlp.experts.fc2": ("experts-columns", ("expert_down",)),
 }
 _TOP: dict[str, tuple[Split, str]] = {
     "embedding.word_embeddings.weight": ("vocabulary", "embedding"),
@@ -60,6 +68,7 @@ class MappedParameter:
     key: str  # name on its stage
     split: Split
     shapes: dict[str, tuple[int, ...]]  # full shapes of the Hugging Face tensors it is made of
+    experts: range = range(0)  # those that the tensors are of, equally many of each
 
     @property
     def replicated(self) -> bool:
@@ -77,10 +86,11 @@ class WeightMap:
     @staticmethod
     def of(model: TreeGPTModel) -> WeightMap:
         config = model.config
-        return WeightMap(model.shape, config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+        tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        return WeightMap(model.shape, tp, pp, config.expert_model_parallel_size)
 
-    def __init__(self, shape: ModelShape, tp: int, pp: int) -> None:
-        self.tp, self.pp, self.tied = tp, pp, shape.tied
+    def __init__(self, shape: ModelShape, tp: int, pp: int, ep: int = 1) -> None:
+        self.tp, self.pp, self.ep, self.tied = tp, pp, ep, shape.tied
         self._shape, self._layers, self._groups = shape, shape.layers, shape.kv_heads
         self._shapes = shape.tensors()
 
@@ -94,10 +104,24 @@ class WeightMap:
             names += [
                 (stage, f"decoder.layers.{local}.{suffix}")
                 for suffix, (_, parts) in _LAYER.items()
-                if parts[0] in self._shape.layer_parts
+                if parts[0] in self._parts(layer)
             ]
         names += [(self.pp - 1, name) for name in (top[1:2] if self.tied else top[1:])]
         return [self.parameter(stage, name) for stage, name in names]
+
+    def pieces(self) -> Iterator[MappedParameter]:
+        """The same, but of the experts each by itself: all of a layer's are too much at one time."""
+        for mapped in self.parameters():
+            if not mapped.experts:
+                yield mapped
+            for expert in mapped.experts:
+                of_each = len(mapped.shapes) // len(mapped.experts)
+                names = islice(mapped.shapes.items(), expert * of_each, (expert + 1) * of_each)
+                yield replace(mapped, shapes=dict(names), experts=range(expert, expert + 1))
+
+    def _parts(self, layer: int) -> set[str]:
+        experts = self._shape.expert_parts if self._shape.sparse(layer) else {}
+        return {*self._shape.layer_parts(layer), *experts}
 
     def is_copy(self, key: str) -> bool:
         """Whether a parameter is the tied head of a last stage that is not the first: the embedding again."""
@@ -105,18 +129,36 @@ class WeightMap:
 
     def parameter(self, stage: int, key: str) -> MappedParameter:
         """Where a stage's parameter comes from."""
+        experts = range(0)
         if key in _TOP:
             split, part = _TOP["embedding.word_embeddings.weight" if self.is_copy(key) else key]
-            names = (self._shape.tensor(part),)
+            names = [self._shape.tensor(part)]
         else:
             _decoder, _layers, local, suffix = key.split(".", 3)
             layer = stage * (self._layers // self.pp) + int(local)
             split, parts = _LAYER[suffix]
-            names = tuple(self._shape.tensor(part, layer) for part in parts)
-        return MappedParameter(stage, key, split, {name: self._shapes[name] for name in names})
+            if self._shape.experts and parts[0] in self._shape.expert_parts:
+                experts = range(self._shape.experts.count)
+            of = experts or (None,)
+            names = [self._shape.tensor(part, layer, expert) for expert in of for part in parts]
+        return MappedParameter(stage, key, split, {name: self._shapes[name] for name in names}, experts)
+
+    def holders(self, mapped: MappedParameter) -> list[int]:
+        """Which tensor-parallel ranks hold a share of a parameter, or of experts which parts of them."""
+        if mapped.replicated:
+            return [0]
+        if not mapped.experts or self.ep == 1:
+            return list(range(self.tp))
+        return sorted({expert // self._experts_here for expert in mapped.experts})
+
+    @property
+    def _experts_here(self) -> int:
+        """Experts that a rank holds of a layer."""
+        return self._shape.experts.count // self.ep if self._shape.experts else 0
 
     def blocks(self, mapped: MappedParameter, rank: int) -> list[RowBlock]:
-        """The boxes that tensor-parallel rank ``rank`` holds of a parameter, in its row order.
+        """The boxes that tensor-parallel rank ``rank`` holds of a parameter, in its row order; of experts
+        under expert parallelism those of part ``rank``.
 
         Rows of the parameter beyond the last block pad the vocabulary and lie in no tensor.
         """
@@ -146,11 +188,37 @@ class WeightMap:
                     for local in range(here)
                     for i, name in enumerate(names)
                 ]
+            case "experts-gate-up" | "experts-columns":
+                return self._expert_blocks(mapped, rank)
+
+    def _expert_blocks(self, mapped: MappedParameter, rank: int) -> list[RowBlock]:
+        """Of the experts that a rank holds whole (``ep``), or of its share of every expert."""
+        names, each = list(mapped.shapes), len(mapped.shapes) // len(mapped.experts)
+        part, share = (rank, 0) if self.ep > 1 else (0, rank)
+        blocks: list[RowBlock] = []
+        for number, expert in enumerate(mapped.experts):
+            local = expert - part * self._experts_here
+            if 0 <= local < self._experts_here:
+                for i, name in enumerate(names[number * each : (number + 1) * each]):
+                    rows, columns = mapped.shapes[name]
+                    row = column = 0
+                    if mapped.split == "experts-columns":
+                        column = share * (columns // self._expert_shares)
+                    else:
+                        rows //= self._expert_shares
+                        row = share * rows
+                    blocks.append(RowBlock((local * each + i) * rows, rows, name, row, column))
+        return blocks
+
+    @property
+    def _expert_shares(self) -> int:
+        """Ranks that an expert is split over."""
+        return self.tp if self.ep == 1 else 1
 
     def shard_shape(self, mapped: MappedParameter) -> tuple[int, ...]:
-        """Shape of one rank's parameter."""
-        rows = sum(
-            block.rows for block in self.blocks(mapped, 0)
-        )  # only the last ranks' vocabulary is padded
+        """Shape of one rank's parameter, or piece of it."""
+        # Only the last ranks' vocabulary is padded.
+        rows = sum(block.rows for block in self.blocks(mapped, self.holders(mapped)[0]))
         _, *width = next(iter(mapped.shapes.values()))
-        return (rows, *(n // self.tp if mapped.split == "columns" else n for n in width))
+        shares = {"columns": self.tp, "experts-columns": self._expert_shares}.get(mapped.split, 1)
+        return (rows, *(n // shares for n in width))

@@ -24,6 +24,7 @@ from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.distill import reverse_kl
+from system.learn.experts import Loads
 from system.learn.model import TreeGPTModel, build, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -44,7 +45,7 @@ from system.learn.weights import Export
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
 from system.plugins import CORRECTIONS
-from system.tree.pack import PackedBatch, pack, with_credit_of
+from system.tree.pack import PackedBatch, pack, padding, with_credit_of
 from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
 
@@ -85,6 +86,7 @@ class Trainer:
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
         self.model = build(shape, transformer, learn.attention)
         weights.load(self.model, self.layout, hf_path)
+        self._loads = Loads(self.model, self.layout, learn)
         self.reference: TreeGPTModel | None = None
         if learn.kl_coef:
             self.reference = build(shape, transformer, learn.attention)
@@ -192,7 +194,7 @@ class Trainer:
             packed = pack([whole], {0: tree}, self._padding)
             rows.append(Row(packed, self.layout.device, trained=False, context=self._context))
         results = []
-        for tree, row, scores in zip(trees, rows, self._score(self.model, rows), strict=True):
+        for tree, row, scores in zip(trees, rows, self._score(self.model, rows, replays=False), strict=True):
             if scores is None:
                 scores = torch.empty(len(row.scored), device=self.layout.device)
             # From the last stage to the others.
@@ -265,7 +267,8 @@ class Trainer:
 
     def _rows(self, micro_batches: Sequence[PackedBatch]) -> list[Row]:
         device, context = self.layout.device, self._context
-        return [Row(batch, device, trained=True, context=context) for batch in micro_batches]
+        replays = self.config.rollout.replay_routes
+        return [Row(one, device, trained=True, context=context, replays=replays) for one in micro_batches]
 
     def _correct(self, plan: BatchPlan, steps: Sequence[Sequence[Row]]) -> dict[str, float]:
         """Multiply each leaf's share of S+ and S- by its weight; returns what that did."""
@@ -318,18 +321,22 @@ class Trainer:
         started = time.perf_counter()
         references: list[torch.Tensor | None] = [None] * len(rows)
         if self.reference and not objective.supervised:
-            references = self._score(self.reference, rows)
+            references = self._score(self.reference, rows, replays=False)
         taught: list[torch.Tensor | None] = [None] * len(rows)
         if self.teacher and not objective.supervised:
-            taught = self._score(self.teacher.model, rows)
+            taught = self._score(self.teacher.model, rows, replays=False)
         self.optimizer.zero_grad()
         statistics = self._no_statistics(objective)
+        self._loads.begin(sum(int((row.batch.tree >= 0).sum()) for row in rows))
+        passes = self._passes(rows)
 
         def compute(i: int) -> torch.Tensor:
-            row = rows[i]
+            row = passes[i]
             output = row.run(self.model)
             if not self.layout.last_stage:
                 return output
+            if i >= len(rows):
+                return 0.0 * output.sum()
             logprob, entropy = row.logprob_entropy(output, self.model, self.layout, temperature)
             tokens = row.loss_tokens(logprob, entropy, version, references[i], taught[i])
             loss, measured = self._loss(objective, tokens)
@@ -337,7 +344,7 @@ class Trainer:
             statistics.add(measured)
             return loss
 
-        Pipeline(self.model, self.layout).train([row.tokens.numel() for row in rows], compute)
+        Pipeline(self.model, self.layout).train([row.tokens.numel() for row in passes], compute)
         # A rank without micro-batches still joins the reduction, with zeros.
         finalize_model_grads([self.ddp])
         if self.layout.device.type == "cuda":
@@ -347,6 +354,7 @@ class Trainer:
         groups = (self.layout.dp_group, self.layout.pp_group)
         stats = statistics.reduce(groups)
         stats |= {"grad_norm": grad_norm, "weight_norm": weights.norm(self.model, self.layout), "lr": lr}
+        stats |= self._loads.statistics()
         stats["skipped_steps"] = 0.0 if applied else 1.0
         stats["time_compute_s"] = computed - started
         stats["time_optimizer_s"] = time.perf_counter() - computed
@@ -373,21 +381,38 @@ class Trainer:
         )
 
     def _score(
-        self, model: TreeGPTModel, rows: Sequence[Row], temperature: float | None = None
+        self,
+        model: TreeGPTModel,
+        rows: Sequence[Row],
+        temperature: float | None = None,
+        *,
+        replays: bool = True,
     ) -> list[torch.Tensor | None]:
         """[M] log-probabilities of each row's targets, without gradient; None before the last stage.
-        ``temperature``: the rollout's by default.
+        ``temperature``: the rollout's by default; ``replays`` as in :meth:`Row.run`.
         """
         divisor = self._now.rollout.temperature if temperature is None else temperature
+        passes = self._passes(rows)
 
         def compute(i: int) -> torch.Tensor:
-            output = rows[i].run(model)
+            output = passes[i].run(model, replays=replays)
             if not self.layout.last_stage:
                 return output
-            return rows[i].logprob_entropy(output, model, self.layout, divisor)[0]
+            return passes[i].logprob_entropy(output, model, self.layout, divisor)[0]
 
-        scores = Pipeline(model, self.layout).score([row.tokens.numel() for row in rows], compute)
-        return [*scores] if self.layout.last_stage else [None] * len(rows)
+        scores = Pipeline(model, self.layout).score([row.tokens.numel() for row in passes], compute)
+        return [*scores[: len(rows)]] if self.layout.last_stage else [None] * len(rows)
+
+    def _passes(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, and under expert parallelism as many silent ones behind them as make their number that of
+        every data-parallel rank: in each layer all ranks exchange tokens.
+        """
+        if self.layout.ep == 1:
+            return [*rows]
+        most = torch.tensor(len(rows), device=self.layout.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=self.layout.dp_group)
+        silent = self._rows([padding(self._padding)] * (int(most) - len(rows)))
+        return [*rows, *silent]
 
     def _follow(self) -> None:
         """Reference model and averages := the current weights."""

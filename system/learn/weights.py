@@ -1,9 +1,8 @@
 """Weights between Hugging Face files and Megatron's shards, in both directions, never whole in one process.
 
 Loading reads of each Hugging Face tensor only the slices that this rank holds.  Exporting brings the shards
-of one parameter at a time to rank 0, from all tensor-parallel ranks and pipeline stages, and hands the
-Hugging Face tensors on in buckets of bounded size: rank 0 holds one bucket, one parameter and one shard of
-it.
+of one parameter (or of one expert) at a time to rank 0, from all ranks that hold one, and hands the Hugging
+Face tensors on in buckets of bounded size: rank 0 holds one bucket, one parameter and one shard of it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
         mapped = where.parameter(layout.pp_rank, key)
         assert tuple(parameter.shape) == where.shard_shape(mapped), key
         filled = 0
-        for block in where.blocks(mapped, layout.tp_rank):
+        for block in where.blocks(mapped, layout.part(experts=bool(mapped.experts))):
             name, shape = block.name, mapped.shapes[block.name]
             if name not in file_of:
                 raise ConfigError(f"{path}: the weights lack {name}")
@@ -58,9 +57,11 @@ def norm(model: TreeGPTModel, layout: Layout) -> float:
     """L2 norm of all weights, those that several ranks hold counted once; collective."""
     square = torch.zeros((), dtype=torch.float64, device=layout.device)
     for parameter in model.parameters():
-        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
+        _, copy = layout.held(experts=not getattr(parameter, "allreduce", True))
+        own = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+        if own and copy == 0:
             square += parameter.float().norm().double() ** 2
-    for group in (layout.tp_group, layout.pp_group):
+    for group in (layout.tp_group, layout.cp_group, layout.dp_group, layout.pp_group):
         dist.all_reduce(square, group=group)
     return math.sqrt(float(square))
 
@@ -72,11 +73,11 @@ class Export:
     """
 
     def __init__(self, model: TreeGPTModel, layout: Layout, max_bytes: int) -> None:
-        """``max_bytes``: size of a bucket, exceeded only by a parameter that is larger alone."""
+        """``max_bytes``: size of a bucket, exceeded only by a parameter (or expert) that is larger alone."""
         self._model, self._layout = model, layout
         self._map = WeightMap.of(model)
         size = model.config.params_dtype.itemsize
-        self.plan = by_bytes(((one, one.numel * size) for one in self._map.parameters()), max_bytes)
+        self.plan = by_bytes(((one, one.numel * size) for one in self._map.pieces()), max_bytes)
 
     def buckets(self, *, on_gpu: bool = False) -> Iterator[Bucket]:
         """The buckets, each with copies of its own, on CPU or (``on_gpu``) where gathered; collective.
@@ -101,18 +102,19 @@ class Export:
 
     @torch.no_grad()
     def gather(self, mapped: MappedParameter, shard: torch.Tensor | None) -> Bucket:
-        """The full tensors of one parameter, on rank 0 and its device; collective.
+        """The full tensors of one parameter, or of some experts of it, on rank 0 and its device; collective.
 
-        ``shard`` is this rank's part of it (or of a tensor of the same shape, such as its gradient), used
-        where this rank owns one.
+        ``shard`` is this rank's part of the parameter (or of a tensor of the same shape, such as its
+        gradient), used where this rank owns one.
         """
         layout = self._layout
-        owners = [0] if mapped.replicated else range(layout.tp)
-        ranks = [layout.global_rank(tp_rank=tp, cp_rank=0, dp_rank=0, pp_rank=mapped.stage) for tp in owners]
+        owners, experts = self._map.holders(mapped), bool(mapped.experts)
+        ranks = [layout.holder(part, mapped.stage, experts=experts) for part in owners]
         if layout.rank != 0:
             if layout.rank in ranks:
                 assert shard is not None
-                dist.send(shard.detach().contiguous(), dst=0)
+                own = self._rows(mapped, owners[ranks.index(layout.rank)])
+                dist.send(shard.detach()[own].contiguous(), dst=0)
             return {}
         like = next(self._model.parameters()) if shard is None else shard
         full = {
@@ -120,9 +122,10 @@ class Export:
             for name, shape in mapped.shapes.items()
         }
         received: torch.Tensor | None = None
-        for tp_rank, rank in zip(owners, ranks, strict=True):
+        for owner, rank in zip(owners, ranks, strict=True):
+            rows = self._rows(mapped, owner)
             if rank == 0:
-                part = shard
+                part = None if shard is None else shard[rows]
             else:
                 if received is None:
                     shape = self._map.shard_shape(mapped)
@@ -130,10 +133,15 @@ class Export:
                 dist.recv(received, src=rank)
                 part = received
             assert part is not None
-            for block in self._map.blocks(mapped, tp_rank):
-                rows = part[block.start : block.start + block.rows]
-                full[block.name][block.box(part)].copy_(rows)
+            for block in self._map.blocks(mapped, owner):
+                first = block.start - rows.start
+                full[block.name][block.box(part)].copy_(part[first : first + block.rows])
         return full
+
+    def _rows(self, mapped: MappedParameter, owner: int) -> slice:
+        """The rows of a parameter that a piece of it is; of a whole one all."""
+        start = self._map.blocks(mapped, owner)[0].start if mapped.experts else 0
+        return slice(start, start + self._map.shard_shape(mapped)[0])
 
 
 def save_hf(

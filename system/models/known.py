@@ -18,6 +18,15 @@ _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.
 # What published models of a series have in common; positions: of the instruction-tuned ones.
 _QWEN25 = {"model_type": "qwen2", "rope_theta": 1e6, "max_position_embeddings": 32_768}
 _QWEN3 = {"model_type": "qwen3", "rope_theta": 1e6, "max_position_embeddings": 40_960}
+_A3B: dict[str, Any] = _QWEN3 | {
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+_A22B = _A3B | {"moe_intermediate_size": 1536}
 _LLAMA31: dict[str, Any] = {
     "model_type": "llama",
     "rope_theta": 5e5,
@@ -70,6 +79,8 @@ KNOWN: dict[str, ModelShape] = {
         _shape("Qwen3-8B", _QWEN3, 151_936, 4096, 36, 32, 8, 12_288, False),
         _shape("Qwen3-14B", _QWEN3, 151_936, 5120, 40, 40, 8, 17_408, False),
         _shape("Qwen3-32B", _QWEN3, 151_936, 5120, 64, 64, 8, 25_600, False),
+        _shape("Qwen3-30B-A3B", _A3B, 151_936, 2048, 48, 32, 4, 6144, False),
+        _shape("Qwen3-235B-A22B", _A22B, 151_936, 4096, 94, 64, 4, 12_288, False),
         _shape("Llama-3.1-8B", _LLAMA31, 128_256, 4096, 32, 32, 8, 14_336, False),
         _shape("Llama-3.1-70B", _LLAMA31, 128_256, 8192, 80, 64, 8, 28_672, False),
         _shape("Llama-3.2-1B", _LLAMA32, 128_256, 2048, 16, 32, 8, 8192, True),
@@ -90,7 +101,13 @@ def shape_of(model: ModelConfig) -> ModelShape:
     """
     if not model.path:
         sizes = model.hidden_size, model.layers, model.heads, model.kv_heads, model.ffn_size
-        alike = {"model_type": model.family, "sliding_window": None}
+        alike = {
+            "model_type": model.family,
+            "sliding_window": None,
+            "num_experts": model.experts,
+            "num_experts_per_tok": model.experts_per_token,
+            "moe_intermediate_size": model.expert_size,
+        }
         tiny = _shape("tiny", alike, TINY_VOCAB, *sizes, tied=True)
         return replace(tiny, head_dim=model.hidden_size // model.heads)
     if (Path(model.path) / "config.json").is_file():

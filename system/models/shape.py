@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says about a dense model of our families, and what follows from it: the
+"""What a Hugging Face ``config.json`` says about a model of our families, and what follows from it: the
 tensors such a model has, its parameters and its KV cache.  Engine, learner and plans read it here: none of
 them has to import transformers for it.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system.models.experts import Experts
 from system.models.families import ModelFamily, family_of
 from system.models.reading import UnsupportedModel, number, whole
 from system.models.rope import Rope
@@ -18,7 +19,7 @@ from system.models.rope import Rope
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a dense decoder, and the family that it is of (names as in the field, not as in any one config
+    """Sizes of a decoder, and the family that it is of (names as in the field, not as in any one config
     file).
     """
 
@@ -29,11 +30,12 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    ffn: int  # width of the MLP of a layer that is not sparse
     eps: float
     rope: Rope
     max_position: int  # positions that it knows
     tied: bool  # the output head is the embedding
+    experts: Experts | None = None  # of the sparse layers, if there are any
     name: str = ""  # for people
 
     @classmethod
@@ -77,13 +79,15 @@ class ModelShape:
             raise UnsupportedModel(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
             )
+        layers = whole(config, "num_hidden_layers")
         return cls(
             family=family,
             vocab=whole(config, "vocab_size"),
             hidden=hidden,
-            layers=whole(config, "num_hidden_layers"),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
+            experts=Experts.read(config, layers) if family.experts else None,
             head_dim=whole(config, "head_dim", family.head_dim or hidden // heads),
             ffn=whole(config, "intermediate_size"),
             eps=number(config, "rms_norm_eps", 1e-6),
@@ -93,17 +97,43 @@ class ModelShape:
             name=name,
         )
 
-    @property
-    def matrices_per_layer(self) -> int:
-        """Parameters of one layer that tensor parallelism divides: projections and their biases."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        biases = q + 2 * kv if self.family.qkv_bias else 0
-        return self.hidden * (2 * q + 2 * kv + 3 * self.ffn) + biases
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return self.experts is not None and self.experts.at(layer)
+
+    def divided(self, *, whole_experts: bool = False) -> dict[str, int]:
+        """Sizes that tensor parallelism divides, by name; ``whole_experts``: it leaves those undivided."""
+        sizes = {"heads": self.heads, "kv_heads": self.kv_heads}
+        if self.experts is None or self.experts.layers < self.layers:
+            sizes["ffn"] = self.ffn
+        if self.experts and not whole_experts:
+            sizes["experts' ffn"] = self.experts.ffn
+        return sizes
 
     @property
-    def norms_per_layer(self) -> int:
-        """Parameters of one layer that every tensor-parallel rank holds."""
-        return 2 * self.hidden + (2 * self.head_dim if self.family.qk_norm else 0)
+    def attention_matrices(self) -> int:
+        """Parameters of one layer's projections to and from its heads, with their biases."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = q + 2 * kv if self.family.qkv_bias else 0
+        return self.hidden * (2 * q + 2 * kv) + biases
+
+    def matrices(self, layer: int) -> int:
+        """Parameters of a layer that tensor parallelism divides, but for experts."""
+        return self.attention_matrices + (0 if self.sparse(layer) else 3 * self.hidden * self.ffn)
+
+    def copied(self, layer: int) -> int:
+        """Parameters of a layer that every tensor-parallel rank holds: norms, and the router."""
+        router = self.hidden * self.experts.count if self.experts and self.sparse(layer) else 0
+        return 2 * self.hidden + (2 * self.head_dim if self.family.qk_norm else 0) + router
+
+    def of_experts(self, layer: int) -> int:
+        """Parameters of all experts of a layer."""
+        return self.experts.count * self._expert if self.experts and self.sparse(layer) else 0
+
+    @property
+    def _expert(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.hidden * self.experts.ffn if self.experts else 0
 
     @property
     def embedding(self) -> int:
@@ -113,21 +143,31 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """All of them; the head counts unless it is the embedding."""
-        layers = self.layers * (self.matrices_per_layer + self.norms_per_layer)
-        return layers + self.hidden + self.embedding * (1 if self.tied else 2)
+        each = (self.matrices(at) + self.copied(at) + self.of_experts(at) for at in range(self.layers))
+        return sum(each) + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    def mlp(self, layer: int) -> int:
+        """Parameters of a layer's MLP that a token is multiplied with: of a sparse layer the router and the
+        experts that are chosen.
+        """
+        if self.experts and self.sparse(layer):
+            return self.hidden * self.experts.count + self.experts.chosen * self._expert
+        return 3 * self.hidden * self.ffn
 
     @property
     def active(self) -> int:
-        """Parameters that a token is multiplied with: all but the embedding table it is looked up in."""
-        return self.layers * self.matrices_per_layer + self.embedding
+        """Parameters that a token is multiplied with: neither the embedding table it is looked up in, nor the
+        experts that are not chosen for it.
+        """
+        mlps = sum(self.mlp(at) for at in range(self.layers))
+        return self.layers * self.attention_matrices + mlps + self.embedding
 
     def kv_bytes_per_token(self, width: int = 2) -> int:
         """Key and value of one token in all layers, at ``width`` bytes a number."""
         return 2 * self.layers * self.kv_heads * self.head_dim * width
 
-    @property
-    def layer_parts(self) -> dict[str, tuple[int, ...]]:
-        """The parts that each layer has (words of ``families.base.NAMES``), and their shapes."""
+    def layer_parts(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """The parts that a layer has (words of ``families.base.NAMES``) but for experts, and their shapes."""
         q, kv, wide = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
         parts: dict[str, tuple[int, ...]] = {"attention_norm": (wide,), "mlp_norm": (wide,)}
         parts |= {"q": (q, wide), "k": (kv, wide), "v": (kv, wide), "out": (wide, q)}
@@ -135,19 +175,36 @@ class ModelShape:
             parts |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
         if self.family.qk_norm:
             parts |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        if self.experts and self.sparse(layer):
+            return parts | {"router": (self.experts.count, wide)}
         return parts | {"gate": (self.ffn, wide), "up": (self.ffn, wide), "down": (wide, self.ffn)}
 
-    def tensor(self, part: str, layer: int | None = None) -> str:
-        """The Hugging Face name of a part, of a layer if ``layer`` is one."""
+    @property
+    def expert_parts(self) -> dict[str, tuple[int, ...]]:
+        """The parts of each expert, and their shapes; none without experts."""
+        if self.experts is None:
+            return {}
+        wide, ffn = self.hidden, self.experts.ffn
+        return {"expert_gate": (ffn, wide), "expert_up": (ffn, wide), "expert_down": (wide, ffn)}
+
+    def tensor(self, part: str, layer: int | None = None, expert: int | None = None) -> str:
+        """The Hugging Face name of a part: of a layer if ``layer`` is one, of its ``expert`` if that is."""
         names = self.family.names
-        return ("" if layer is None else names["layer"].format(layer)) + names[part]
+        own = names[part] if expert is None else names[part].format(expert)
+        return own if layer is None else names["layer"].format(layer) + own
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's Hugging Face name and shape.  A tied model has no output head."""
         table = (self.vocab, self.hidden)
         shapes: dict[str, tuple[int, ...]] = {self.tensor("embedding"): table}
-        parts = self.layer_parts.items()
-        shapes |= {self.tensor(part, at): size for at in range(self.layers) for part, size in parts}
+        for layer in range(self.layers):
+            shapes |= {self.tensor(part, layer): size for part, size in self.layer_parts(layer).items()}
+            if self.experts and self.sparse(layer):
+                shapes |= {
+                    self.tensor(part, layer, expert): size
+                    for expert in range(self.experts.count)
+                    for part, size in self.expert_parts.items()
+                }
         shapes[self.tensor("norm")] = (self.hidden,)
         return shapes if self.tied else shapes | {self.tensor("head"): table}
 

@@ -17,6 +17,7 @@ WIDTH = {"float32": 4, "bfloat16": 2}  # bytes per number
 _GRADIENT = 4  # gradients are accumulated and reduced in fp32
 _ADAM = 8  # two fp32 moments
 _MASTER = 4  # fp32 copy of bf16 weights
+UNEVEN = 1.25  # tokens of the rank whose experts are asked most, over the mean (`train/expert_load` tells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,15 @@ def activation_bytes_per_token(
     Whole layer, in numbers per token: the inputs and outputs of both norms (4h, divided only by sequence
     parallelism); q, k and v before rotation and q and k after it, the attention's output in the kernel's
     layout and in the projection's; gate and up, and their product.  Under context parallelism the keys and
-    values of the other ranks' tokens too.
+    values of the other ranks' tokens too.  The mean of the layers, where some have experts.
     """
     width, tp = WIDTH[dtype], learn.tp
     split = tp if learn.sequence_parallel else 1
     attention = (4 * shape.heads + 3 * shape.kv_heads) * shape.head_dim / tp
     if learn.cp > 1:
         attention += gathered_bytes_per_token(shape, learn, dtype) / width
-    whole = width * (4 * shape.hidden / split + attention + 3 * shape.ffn / tp)
+    norms_and_attention = width * (4 * shape.hidden / split + attention)
+    whole = norms_and_attention + mlp_bytes_per_token(shape, learn, dtype)
     kept = {
         "none": whole,
         # The inputs of both norms stay; what they give and the MLP are computed again.
@@ -90,6 +92,27 @@ def activation_bytes_per_token(
         "full": width * shape.hidden / split,
     }[learn.recompute]
     return whole, kept
+
+
+def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> float:
+    """Bytes that the MLP of a layer keeps for each token of a rank, or the experts; the mean of the layers.
+
+    Of each expert that a token goes through, in numbers: what is sent to it (h), gate and up, and three
+    products of their width, the last one weighed; of the router its scores, their softmax in float32, the
+    weights and two maps of who goes where.  All of a row's tokens come to each rank where experts are split
+    over ranks (``learn.expert_tp``), where they are whole as many as leave.
+    """
+    width = WIDTH[dtype]
+    dense = width * 3 * shape.ffn / learn.tp
+    if (experts := shape.experts) is None:
+        return dense
+    split = learn.tp if learn.sequence_parallel else 1
+    chosen = experts.chosen * UNEVEN * width
+    inside = chosen * (shape.hidden + 5 * experts.ffn / learn.expert_tp) * learn.expert_tp / split
+    sent = experts.chosen * width * shape.hidden / split
+    router = experts.count * (3 * width + 4 + 2) / split
+    sparse = experts.layers / shape.layers
+    return (1 - sparse) * dense + sparse * (inside + sent + router)
 
 
 def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> float:
@@ -114,19 +137,36 @@ def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") 
     """
     if not learn.offload:
         return Memory()
-    most = max(_parameters(shape, learn, stage) for stage in (0, learn.pp - 1))
-    parameters = most / (learn.cp * learn.dp)
+    parameters = max(_stepped(shape, learn, stage) for stage in (0, learn.pp - 1))
     staged = 2 * min(STAGED, parameters) * (_GRADIENT + WIDTH[dtype])
     return Memory({"optimizer": (_ADAM + _MASTER) * parameters, "staged": staged})
 
 
+def stage_layers(shape: ModelShape, learn: LearnConfig, stage: int) -> range:
+    """The layers of a pipeline stage."""
+    each = -(-shape.layers // learn.pp)
+    return range(stage * each, min((stage + 1) * each, shape.layers))
+
+
 def _parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
     """Of a rank on a pipeline stage."""
-    layers = -(-shape.layers // learn.pp)
-    parameters = layers * (shape.matrices_per_layer / learn.tp + shape.norms_per_layer)
+    layers = stage_layers(shape, learn, stage)
+    parameters = sum(shape.matrices(at) / learn.tp + shape.copied(at) for at in layers)
     first, last = stage == 0, stage == learn.pp - 1
     tables = first + (last and not (shape.tied and first))  # a tied head is a second copy on another stage
-    return parameters + tables * shape.embedding / learn.tp
+    return parameters + tables * shape.embedding / learn.tp + _experts(shape, learn, stage)
+
+
+def _experts(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
+    """Parameters of a rank's experts."""
+    of_all = sum(shape.of_experts(at) for at in stage_layers(shape, learn, stage))
+    return of_all / (learn.ep * learn.expert_tp)
+
+
+def _stepped(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
+    """Parameters whose optimizer state a rank has, where the ranks that hold the same share it."""
+    experts = _experts(shape, learn, stage)
+    return (_parameters(shape, learn, stage) - experts) / learn.copies + experts / learn.expert_copies
 
 
 def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
@@ -134,18 +174,18 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     parameters = _parameters(shape, learn, stage)
     last, width, tokens = stage == learn.pp - 1, WIDTH[dtype], learn.micro_tokens / learn.cp
     states = _ADAM + (_MASTER if dtype != "float32" else 0)
-    shards = learn.cp * learn.dp if learn.distributed_optimizer else 1
     whole, kept = activation_bytes_per_token(shape, learn, dtype)
     in_flight = learn.pp - stage  # micro-batches that 1F1B keeps on this stage
     # What one layer has beside it: the gradients at its ends, and what is computed again, or else those of
     # its MLP.
-    inside = width * 3 * shape.ffn / learn.tp if learn.recompute == "none" else whole - kept
+    inside = mlp_bytes_per_token(shape, learn, dtype) if learn.recompute == "none" else whole - kept
     beside = width * 2 * shape.hidden + inside
     if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
         beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
     parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
     if not learn.offload:
-        parts["optimizer"] = states * parameters / shards
+        stepped = _stepped(shape, learn, stage) if learn.distributed_optimizer else parameters
+        parts["optimizer"] = states * stepped
     parts["activations"] = tokens * (in_flight * layers * kept + beside)
     if not last:
         # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and

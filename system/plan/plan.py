@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
+from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models.known import shape_of
 from system.models.shape import ModelShape
@@ -175,10 +176,11 @@ class GpuPlan:
         """Why it would fail, each with the remedy."""
         shape, learn, rank = self.shape, self.config.learn, self.learner_memory
         problems = [
-            f"learn.tp={learn.tp} does not divide the model's {name}={getattr(shape, name)}"
-            for name in ("heads", "kv_heads", "ffn")
-            if getattr(shape, name) % learn.tp
+            f"learn.tp={learn.tp} does not divide the model's {name}={size}"
+            for name, size in shape.divided(whole_experts=learn.ep > 1).items()
+            if size % learn.tp
         ]
+        problems += expert_problems(shape, learn)
         if shape.layers % learn.pp:
             problems.append(f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers")
         least = learn.cp * context_block(learn.tp, learn.sequence_parallel, gpu=True)
@@ -188,9 +190,10 @@ class GpuPlan:
                 f"ranks: raise it to {least} or more, or lower learn.cp"
             )
         if uneven(shape, self.engine.tp):
+            widths = " and ".join(f"{name}={size}" for name, size in shape.divided().items() if "ffn" in name)
             problems.append(
-                f"engine.tp={self.engine.tp} does not divide the model's heads={shape.heads} and "
-                f"ffn={shape.ffn}, or neither divides kv_heads={shape.kv_heads} nor is a multiple of it"
+                f"engine.tp={self.engine.tp} does not divide the model's heads={shape.heads} and {widths}, "
+                f"or neither divides kv_heads={shape.kv_heads} nor is a multiple of it"
             )
         if self.engine.tp > self.node:
             problems.append(
@@ -312,8 +315,9 @@ class GpuPlan:
 
 def uneven(shape: ModelShape, tp: int) -> bool:
     """Whether SGLang cannot split the model over ``tp`` GPUs: it copies key and value heads, nothing else."""
-    heads = shape.kv_heads % tp and tp % shape.kv_heads
-    return bool(shape.heads % tp or shape.ffn % tp or heads)
+    sizes = shape.divided()
+    kv_heads = sizes.pop("kv_heads")
+    return any(size % tp for size in sizes.values()) or bool(kv_heads % tp and tp % kv_heads)
 
 
 def row_tokens(config: Config) -> int:

@@ -149,7 +149,7 @@ def layouts(config: Config, gpus: int) -> Iterator[Candidate]:
 def objection(made: GpuPlan) -> str:
     """Why a layout is refused, in words that are the same for all that are refused for the same reason."""
     shape, learn, engine = made.shape, made.config.learn, made.engine
-    if any(size % learn.tp for size in (shape.heads, shape.kv_heads, shape.ffn)):
+    if any(size % learn.tp for size in shape.divided(whole_experts=learn.ep > 1).values()):
         return f"learn.tp={learn.tp} does not divide the model's heads, kv_heads or ffn"
     if shape.layers % learn.pp:
         return f"learn.pp={learn.pp} does not divide the model's {shape.layers} layers"

@@ -34,11 +34,22 @@ class EngineRoofline:
         """One decode step: a token for each of ``running`` sequences, holding ``context`` tokens in all."""
         gpu, tp = self.gpu, self.layout.tp
         width = WIDTH[self.layout.dtype]
-        read = width * self.shape.active + self.shape.kv_bytes_per_token(width) * context
+        read = width * self._read(running) + self.shape.kv_bytes_per_token(width) * context
         memory = read / (tp * gpu.hbm * gpu.hbm_share)
         products = 2 * self.shape.active * running / (tp * gpu.flops * gpu.decode_mfu)
         talk = 2 * self.shape.layers * gpu.allreduce_s if tp > 1 else 0.0
         return max(memory, products) + talk + gpu.step_overhead_s + gpu.sequence_overhead_s * running
+
+    def _read(self, running: float) -> float:
+        """Parameters that a step reads: of the experts those that any of its tokens goes through, where each
+        goes where it will.
+        """
+        shape, experts = self.shape, self.shape.experts
+        if experts is None:
+            return shape.active
+        touched = experts.count * (1 - (1 - experts.chosen / experts.count) ** max(running, 1.0))
+        one = 3 * shape.hidden * experts.ffn
+        return shape.active + experts.layers * one * (touched - experts.chosen)
 
     def prefill_s(self, tokens: float) -> float:
         """Computing ``tokens`` prompt tokens that no cache holds."""
@@ -78,6 +89,7 @@ class LearnerRoofline:
         exchange = self._exchanged / near / (learn.pp * learn.cp)
         one_node = self.node % (learn.tp * learn.cp) == 0  # ranks are numbered so (parallel.Layout)
         exchange += self._gathered / (near if one_node else far) / learn.pp
+        exchange += self._dispatched / (near if self.node % learn.ep == 0 else far) / ranks
         return flops / (ranks * gpu.flops * gpu.train_mfu) + exchange
 
     @property
@@ -110,7 +122,7 @@ class LearnerRoofline:
     def _slowest(self) -> float:
         """Work of the last pipeline stage, in those of the average one."""
         shape, pp = self.shape, self.learn.pp
-        return (shape.layers * shape.matrices_per_layer + pp * shape.embedding) / shape.active
+        return (shape.active + (pp - 1) * shape.embedding) / shape.active
 
     @property
     def _attention(self) -> float:
@@ -123,22 +135,36 @@ class LearnerRoofline:
         shape = self.shape
         return {
             "none": 0.0,
-            "selective": 2.0 * shape.layers * 3 * shape.hidden * shape.ffn,
-            "full": 2.0 * shape.layers * shape.matrices_per_layer + self._attention,
+            "selective": 2.0 * sum(shape.mlp(at) for at in range(shape.layers)),
+            "full": 2.0 * (shape.active - shape.embedding) + self._attention,
         }[self.learn.recompute]
 
     @property
     def _exchanged(self) -> float:
         """Bytes per token over a rank's link, of all layers: Korthikanti et al. (2022), section 4.2.
 
-        A layer has two all-reduces forward and two backward (with sequence parallelism each an all-gather and
+        Experts exchange otherwise (:attr:`_dispatched`), which leaves the half that is attention's.  A layer
+        has two all-reduces forward and two backward (with sequence parallelism each an all-gather and
         a reduce-scatter, which moves the same, and inputs gathered once more for the weights' gradients).
         """
         learn = self.learn
         halves = 8 + 2 * learn.sequence_parallel + {"none": 0, "selective": 2, "full": 4}[learn.recompute]
         halves += 4 * self._scored
-        width = WIDTH["bfloat16"]
-        return halves * width * self.shape.hidden * (learn.tp - 1) / learn.tp * self.shape.layers
+        width, sparse = WIDTH["bfloat16"], self.shape.experts.layers if self.shape.experts else 0
+        layers = self.shape.layers - sparse / 2
+        return halves * width * self.shape.hidden * (learn.tp - 1) / learn.tp * layers
+
+    @property
+    def _dispatched(self) -> float:
+        """Bytes per token of a row that leave the rank that has it, for its experts and back, of all layers:
+        to the ranks that hold them (``learn.ep``), or each to all ranks that they are split over.
+        """
+        learn, experts = self.learn, self.shape.experts
+        if experts is None:
+            return 0.0
+        others = (learn.ep - 1) / learn.ep if learn.ep > 1 else learn.tp - 1
+        times = 4 + 2 * (learn.recompute != "none") + 2 * self._scored
+        return times * experts.chosen * WIDTH["bfloat16"] * self.shape.hidden * others * experts.layers
 
     @property
     def _gathered(self) -> float:
@@ -152,14 +178,21 @@ class LearnerRoofline:
 
     def _optimizer_s(self) -> float:
         """Gradient all-reduce over DP and CP (ring, fp32), one pass over weights, gradients and moments."""
-        learn, gpu = self.learn, self.gpu
-        held = self.shape.parameters / (learn.tp * learn.pp)
-        copies = learn.cp * learn.dp
-        ring = 2 * (copies - 1) / copies * 4 * held / (gpu.network * gpu.network_share)
-        if learn.offload:
-            return ring + 34 * held / copies / gpu.host
-        shards = copies if learn.distributed_optimizer else 1
-        return ring + 26 * held / shards / (gpu.hbm * gpu.hbm_share)
+        learn, gpu, shape = self.learn, self.gpu, self.shape
+        experts = sum(shape.of_experts(at) for at in range(shape.layers))
+        seconds = 0.0
+        for parameters, ranks, copies in (
+            (shape.parameters - experts, learn.tp, learn.copies),
+            (experts, learn.ep * learn.expert_tp, learn.expert_copies),
+        ):
+            held = parameters / (ranks * learn.pp)
+            seconds += 2 * (copies - 1) / copies * 4 * held / (gpu.network * gpu.network_share)
+            if learn.offload:
+                seconds += 34 * held / copies / gpu.host
+            else:
+                shards = copies if learn.distributed_optimizer else 1
+                seconds += 26 * held / shards / (gpu.hbm * gpu.hbm_share)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from system.config import Config, GuideConfig, RolloutConfig
 from system.engine.entropy import TopEntropy
 from system.engine.pool import EnginePool
 from system.engine.protocol import Engine
+from system.engine.routes import RouteFormat
 from system.envs.protocol import Message
 from system.envs.service import Environments
 from system.http import Keys
@@ -56,6 +57,7 @@ class RolloutContext:
     guide: GuideConfig = field(default_factory=GuideConfig)  # how a guided tree's prompt tells the actions
     environments: Environments | None = None  # None: the tools keep no state
     teacher: Teacher | None = None  # None: no server teaches
+    routes: bool = False  # the engine is asked which experts each token went through
     schedule: Schedule = field(init=False)  # config.schedule, over all trees
     drift: HistoryDrift = field(init=False)
 
@@ -198,6 +200,7 @@ def build_context(
     environments = Environments.of(config)
     environment = environments.train.environment if environments else None
     syntax = make_syntax(config, service.specs, environment)
+    routes = RouteFormat.of_directory(model_path) if config.rollout.replay_routes else None
     engine = EnginePool(
         list(engines),
         deadline_s=config.rollout.generate_deadline_s,
@@ -205,6 +208,7 @@ def build_context(
         estimate=TopEntropy(top_k, len(tokenizer)) if top_k else None,
         vocab=max(len(tokenizer), vocabulary(model_path)),
         key=keys.engines,
+        routes=routes,
     )
     context = RolloutContext(
         engine=engine,
@@ -222,5 +226,6 @@ def build_context(
         guide=config.guide,
         environments=environments,
         teacher=Teacher(config.teacher, len(tokenizer), keys.teacher) if config.teacher.urls else None,
+        routes=routes is not None,
     )
     return context, service, engine

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from system.engine.protocol import EngineError, GenerateRequest, Sampling
+from system.engine.protocol import Chunk, EngineError, GenerateRequest, Sampling
 from system.engine.score import Scores, score
 from system.rollout.branch import Branch
 from system.rollout.context import RolloutContext
@@ -24,19 +24,21 @@ STOP_TOKENS = 64  # more than any stop string has: what a resumed segment tells 
 
 def segment_request(
     context: RolloutContext,
-    prompt_id: str,
+    growth: TreeBuilder,
     branch: Branch,
-    path: Int32,
     begin: int,
     room: int,
     temperature: float,
     route: str,
+    records_routes: bool,
 ) -> GenerateRequest:
-    """What ``branch`` writes next, at most ``room`` tokens after those of ``path`` [P], of which the ones
-    from ``begin`` on are of the same turn.
+    """What ``branch`` writes next, at most ``room`` tokens after those of its path, of which the ones from
+    number ``begin`` on are of the same turn.  ``records_routes``: the experts are wanted of all tokens of
+    which there is no record yet.
     """
+    path = growth.path_tokens(branch.node)
     return GenerateRequest(
-        rid=_request_id(prompt_id, ".".join(map(str, branch.key))),
+        rid=_request_id(growth.prompt_id, ".".join(map(str, branch.key))),
         input_ids=path,
         sampling=Sampling(
             max_new_tokens=room,
@@ -50,7 +52,15 @@ def segment_request(
         route=route,
         parent=branch.request,
         said=context.chat.decode(path[max(begin, path.size - STOP_TOKENS) :]),
+        routes_from=growth.unrouted(branch.node) if records_routes else None,
     )
+
+
+def take(growth: TreeBuilder, node: int, request: GenerateRequest, chunk: Chunk) -> None:
+    """Append to ``node`` what came of ``request``, which goes on from there."""
+    growth.extend(node, chunk.tokens, chunk.logprob, chunk.entropy, chunk.version)
+    if chunk.routes is not None and request.routes_from is not None:
+        growth.route(node, request.routes_from, chunk.routes)
 
 
 @dataclass(frozen=True)

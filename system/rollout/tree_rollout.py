@@ -35,7 +35,7 @@ from system.rollout.expansion import Beginning, expansion
 from system.rollout.expert import beginnings, led, prefixes
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.probe import probe
-from system.rollout.request import GivenTokens, segment_request
+from system.rollout.request import GivenTokens, segment_request, take
 from system.rollout.reward import BranchView
 from system.rollout.schedule import BarrierFree
 from system.rollout.scoring import TreeScores
@@ -87,6 +87,7 @@ class TreeRollout:
         self.route = f"{prompt.id}:{ticket}"
         self.rescores = config.rescore and not greedy
         self.scores_answer = config.score_answer and not greedy
+        self.records_routes = context.routes and not greedy
         self.resumed = growth is not None
         self.growth = growth or context.plant(prompt, self.budget, guide)
         about = (prompt.id, self.route, self.temperature, next(iter(prompt.answers), ""))
@@ -333,13 +334,12 @@ class TreeRollout:
 
     async def _stream(self, branch: Branch, begin: int) -> None:
         """Tokens into the newest node until ``branch.finish`` is there; the first k are looked at at once."""
-        config, path = self.config, self.growth.path_tokens(branch.node)
+        config = self.config
         if (room := self._room(branch)) == 0:  # a resumed run has all of it but the message that says so
             branch.finish = Finish("length")
             return
-        request = segment_request(
-            self.context, self.prompt.id, branch, path, begin, room, self.temperature, self.route
-        )
+        how = (self.temperature, self.route, self.records_routes)
+        request = segment_request(self.context, self.growth, branch, begin, room, *how)
         branch.request = request.rid
         stream = cast(AsyncGenerator[Chunk, None], self.context.engine.generate(request))
         deadline = asyncio.timeout(config.generate_deadline_s)
@@ -348,9 +348,7 @@ class TreeRollout:
                 async with deadline, aclosing(stream):
                     async for chunk in stream:
                         clock.switch("engine")
-                        self.growth.extend(
-                            branch.node, chunk.tokens, chunk.logprob, chunk.entropy, chunk.version
-                        )
+                        take(self.growth, branch.node, request, chunk)
                         if self._measurable(branch):
                             self._measure(branch)
                         branch.finish = chunk.finish  # read on to the end: closing early is an abort

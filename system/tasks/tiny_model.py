@@ -62,7 +62,14 @@ def create_model(path: Path, tokenizer: PreTrainedTokenizerBase, config: ModelCo
 def tiny_config(config: ModelConfig, vocab: int, **tokens: Any) -> PreTrainedConfig:
     """``config``'s family, shape and dtype, with tied embeddings.  ``tokens``: ids of special tokens."""
     family = family_of(config.family)
-    whole = {"sliding_window": None} if family.window and not family.window_switch else {}
+    own: dict[str, Any] = {"sliding_window": None} if family.window and not family.window_switch else {}
+    if family.experts:
+        own |= {
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.expert_size,
+            "norm_topk_prob": True,
+        }
     return AutoConfig.for_model(
         family.name,
         vocab_size=vocab,
@@ -76,6 +83,6 @@ def tiny_config(config: ModelConfig, vocab: int, **tokens: Any) -> PreTrainedCon
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         dtype=config.dtype,
-        **whole,
+        **own,
         **tokens,
     )

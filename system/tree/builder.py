@@ -27,6 +27,7 @@ from system.tree.record import (
     TreeError,
     validate,
 )
+from system.tree.routes import Routes, recorded
 from system.tree.token_path import TokenPath
 from system.tree.values import plain, row, unsampled
 
@@ -187,6 +188,33 @@ class TreeBuilder:
             if node.kind == Kind.MODEL and node.end > node.begin and node.teacher is None
         ]
 
+    def route(self, node: int, first: int, routes: Routes) -> None:
+        """Record the experts that tokens on the way to the end of ``node`` went through: those of numbers
+        ``first``, ``first`` + 1, …, counted from the root.  What is recorded already stays.
+        """
+        own = self._node(node)
+        end, stop = own.end, first + len(routes)
+        if not 0 <= first <= stop <= end:
+            raise TreeError(f"node {node}: routes of tokens {first} to {stop} on a path of {end}")
+        while end > first:
+            low, high = max(own.begin, first), min(end, stop)
+            if low < high:
+                own.route(low, routes[low - first : high - first])
+            end = own.begin
+            if own.parent < 0:
+                break
+            own = self._node(own.parent)
+
+    def unrouted(self, node: int) -> int:
+        """Number, from the root, of the first token on the way to the end of ``node`` whose experts are not
+        recorded; its depth if there is none.
+        """
+        path = [self._node(one) for one in self.path(node)]
+        ends = [*(below.begin for below in path[1:]), path[-1].end]
+        return next(
+            (first for own, end in zip(path, ends, strict=True) if (first := own.unrouted()) < end), ends[-1]
+        )
+
     def answer(self, node: int, logprob: float) -> None:
         """Give PROMPT or TOOL node ``node`` the mean log-probability of the gold answer behind it."""
         self._node(node).answer = logprob
@@ -255,9 +283,11 @@ class TreeBuilder:
 
     def _under_trained(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """The arrays [T] of the tokens with the prompt that is trained under in place of the sampled one."""
+        if not self._sampled.size:
+            return arrays
         begin = self._nodes[0].end
         return arrays | {
-            name: np.concatenate([unsampled(name, self._trained), array[begin:]])
+            name: np.concatenate([unsampled(name, self._trained, array), array[begin:]])
             for name, array in arrays.items()
         }
 
@@ -348,6 +378,10 @@ class TreeBuilder:
             taught = arrays.get("teacher_logprob", none)[own]
             if kind == Kind.MODEL and taught.size and np.isfinite(taught).all():
                 growth.teach(node, taught)
+            if "routes" in arrays and recorded(arrays["routes"][own]).any():
+                growth._node(node).route(begin, arrays["routes"][own])
+        if "routes" in arrays and recorded(arrays["routes"][: ends[0]]).any():
+            growth._node(growth.prompt).route(0, arrays["routes"][: ends[0]])
         for number, logprob in enumerate(arrays.get("answer", np.zeros(0)).tolist()):
             growth.answer(number, logprob)
         for number, value in enumerate(arrays["reward"].tolist()):

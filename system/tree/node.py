@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.tree.record import Int32, Kind, Origin, Outcome
+from system.tree.routes import Routes, recorded, unrecorded
 from system.tree.token_path import TokenPath
 
 
@@ -28,8 +29,28 @@ class GrowingNode:
     version: list[Int32] = field(default_factory=list)
     closed: tuple[NDArray[np.float32], int] | None = None  # :meth:`TreeBuilder.rescore`
     teacher: NDArray[np.float32] | None = None  # :meth:`TreeBuilder.teach`
+    routes: Routes | None = None  # [m, S, k] of its first m tokens, :meth:`TreeBuilder.route`
     answer: float = math.nan  # :meth:`TreeBuilder.answer`
     reward: float = 0.0  # :meth:`TreeBuilder.reward`
+
+    def routes_like(self, like: Routes) -> Routes:
+        """[n, S, k] of all its tokens."""
+        held = unrecorded(0, like) if self.routes is None else self.routes
+        return np.concatenate([held, unrecorded(self.end - self.begin - len(held), like)])
+
+    def route(self, first: int, routes: Routes) -> None:
+        """Take ``routes`` of its tokens from number ``first`` of the path on; what is recorded stays."""
+        self.routes = self.routes_like(routes)
+        own = self.routes[first - self.begin :][: len(routes)]
+        missing = ~recorded(own)
+        own[missing] = routes[missing]
+
+    def unrouted(self) -> int:
+        """Number on the path of its first token without a record; its end: there is none."""
+        if self.routes is None:
+            return self.begin
+        missing = np.flatnonzero(~recorded(self.routes))
+        return self.begin + int(missing[0] if missing.size else len(self.routes))
 
 
 @dataclass(slots=True)
@@ -53,7 +74,7 @@ class NodePiece(NamedTuple):
 
 def token_arrays(nodes: Sequence[GrowingNode]) -> dict[str, Any]:
     """The arrays [T] of the tokens of ``nodes``, one node after the other."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "tokens": np.concatenate([n.path.view(n.begin, n.end) for n in nodes]),
         "logprob": np.concatenate([chunk for n in nodes for chunk in n.logprob]),
         "entropy": np.concatenate([chunk for n in nodes for chunk in n.entropy]),
@@ -68,4 +89,6 @@ def token_arrays(nodes: Sequence[GrowingNode]) -> dict[str, Any]:
         arrays["teacher_logprob"] = np.concatenate(
             [np.full(n.end - n.begin, np.nan, np.float32) if n.teacher is None else n.teacher for n in nodes]
         )
+    if (like := next((n.routes for n in nodes if n.routes is not None), None)) is not None:
+        arrays["routes"] = np.concatenate([n.routes_like(like) for n in nodes])
     return arrays

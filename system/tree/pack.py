@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from system.tree.factor import EntropyFactor
 from system.tree.plan import BatchPlan, MicroBatch, Part, padded_size
 from system.tree.record import Float64, Kind, Tree, path, path_sum, subtree_end
+from system.tree.routes import Routes, unrecorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class PackedBatch:
     # [N] log-probability under the weights at its node's close; the behaviour one where it was not scored
     closed: NDArray[np.float32]
     teacher: NDArray[np.float32]  # [N] log-probability under the teacher; NaN where it is not known
+    routes: Routes | None  # [N, S, k] the experts of each token (:mod:`system.tree.routes`); None: no record
 
 
 def pack_share(plan: BatchPlan, dp_rank: int, trees: Mapping[int, Tree]) -> list[list[PackedBatch]]:
@@ -70,8 +72,30 @@ def pack(
     """One row, padded to a multiple of ``pad_to``.  ``trees``: at least those of the parts, by index;
     ``factor`` and ``clip_scale`` as in :class:`system.tree.plan.BatchPlan`.
     """
-    n = padded_size(micro_batch, pad_to)
-    batch = PackedBatch(
+    recorded = (trees[part.tree].routes for part in micro_batch if _replayed(trees[part.tree]))
+    batch = padding(padded_size(micro_batch, pad_to), next(recorded, None))
+    base = 0
+    for part in micro_batch:
+        _write(batch, base, part, trees[part.tree], factor)
+        if clip_scale is not None:
+            nodes = batch.node[base : base + part.size] - batch.node[base]  # numbered within the part
+            batch.clip_scale[base : base + part.size] = clip_scale[part.tree][part.nodes][nodes]
+        base += part.size
+    return with_credit_of(batch, micro_batch)
+
+
+def _replayed(tree: Tree) -> bool:
+    """Whether a tree's routes are those of the tokens that are trained: those of a guided one were chosen
+    behind another prompt.
+    """
+    return tree.routed and not tree.guided
+
+
+def padding(n: int, routes: Routes | None = None) -> PackedBatch:
+    """A row of ``n`` tokens that nothing is learnt from.  ``routes``: of the model that it is for, if they
+    are to be written.
+    """
+    return PackedBatch(
         tokens=np.zeros(n, np.int32),
         position=np.zeros(n, np.int32),
         exit=np.arange(1, n + 1, dtype=np.int32),  # a padding token attends to itself: no empty softmax row
@@ -88,15 +112,8 @@ def pack(
         node=np.full(n, -1, np.int32),
         closed=np.zeros(n, np.float32),
         teacher=np.full(n, np.nan, np.float32),
+        routes=None if routes is None else unrecorded(n, routes),
     )
-    base = 0
-    for part in micro_batch:
-        _write(batch, base, part, trees[part.tree], factor)
-        if clip_scale is not None:
-            nodes = batch.node[base : base + part.size] - batch.node[base]  # numbered within the part
-            batch.clip_scale[base : base + part.size] = clip_scale[part.tree][part.nodes][nodes]
-        base += part.size
-    return with_credit_of(batch, micro_batch)
 
 
 def with_credit_of(batch: PackedBatch, micro_batch: MicroBatch) -> PackedBatch:
@@ -143,6 +160,8 @@ def _write(batch: PackedBatch, base: int, part: Part, tree: Tree, factor: Entrop
         batch.closed[rows] = np.where(np.isnan(closed), batch.logprob[rows], closed)
     if tree.taught:
         batch.teacher[rows] = tree.teacher_logprob[source]
+    if batch.routes is not None and _replayed(tree):
+        batch.routes[rows] = tree.routes[source]
     batch.mult[rows] = np.repeat(part.credit[:, 2], length)
     if factor is not None:
         batch.factor[rows] = factor.of(tree.entropy[source])
@@ -170,6 +189,7 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         closed_logprob=tree.closed_logprob[source] if tree.rescored else tree.closed_logprob,
         closed_version=tree.closed_version[source] if tree.rescored else tree.closed_version,
         teacher_logprob=tree.teacher_logprob[source] if tree.taught else tree.teacher_logprob,
+        routes=tree.routes[source] if tree.routed else tree.routes,
         answer_logprob=tree.answer_logprob[nodes] if tree.answer_logprob.size else tree.answer_logprob,
         start=start.astype(np.int32),
         parent=np.arange(-1, nodes.size - 1, dtype=np.int32),

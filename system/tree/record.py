@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from system.errors import EspalierError
+from system.tree.routes import Routes, no_routes, route_defect
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -139,6 +140,9 @@ class Tree:
     # With ``teacher.urls``, else empty: [T] log-probability of a token under the teacher, nats, NaN where it
     # was not scored.
     teacher_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    # With ``rollout.replay_routes``, else empty: [T, sparse layers, k] the experts that a token went through
+    # when the engine computed its keys and values (:mod:`system.tree.routes`).
+    routes: Routes = field(default_factory=no_routes)
     # With ``rollout.score_answer``, else empty: [J] mean log-probability, over its tokens, of the gold answer
     # behind this node, under the weights of then, nats; NaN on MODEL nodes and where it was not scored.
     answer_logprob: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
@@ -173,6 +177,11 @@ class Tree:
     def taught(self) -> bool:
         """Whether a teacher scored some nodes."""
         return self.teacher_logprob.size > 0
+
+    @property
+    def routed(self) -> bool:
+        """Whether the experts of some tokens were recorded."""
+        return self.routes.size > 0
 
     @property
     def guided(self) -> bool:
@@ -274,6 +283,10 @@ def validate(tree: Tree) -> None:
         unknown = np.isnan(tree.teacher_logprob)
         _require(sampled | unknown, tree, "a teacher's score of a token that was not sampled")
         _require(unknown | np.isfinite(tree.teacher_logprob), tree, "an infinite score by the teacher")
+    if tree.routed:
+        _require(len(tree.routes) == tree.n_tokens, tree, f"routes of {len(tree.routes)} tokens")
+        defect = route_defect(tree.routes)
+        _require(not defect, tree, defect)
     if tree.answer_logprob.size:
         unknown = np.isnan(tree.answer_logprob)
         _require(unknown | (tree.kind != Kind.MODEL), tree, "an answer scored behind a MODEL node")

@@ -5,14 +5,16 @@ Any Parquet reader understands the files, for example DuckDB::
     SELECT prompt_id, list_avg(reward) FROM 'trees/*.parquet' ORDER BY number
 
 Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``calls`` and ``forks`` are lists
-of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text.  ``number`` counts the trees of the
+of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text; ``routes`` are the bytes of an array
+of ``routes_shape``, one or two a number.  ``number`` counts the trees of the
 directory. The schema's version stands in the file's metadata under ``espalier.schema``; a column that came
-later (``sampled_prompt``, ``step_reward``, ``episode``) may be missing, and then has its default.
+later (``sampled_prompt``, ``step_reward``, ``episode``, ``routes``) may be missing, and then has its default.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ import pyarrow.parquet as pq
 
 from system.errors import EspalierError
 from system.tree.record import ARRAYS, OPTIONAL, ForkDecision, ToolCall, Tree
+from system.tree.routes import Routes, no_routes
 
 SCHEMA_VERSION = "1"
 _VERSION_KEY = b"espalier.schema"
@@ -50,6 +53,8 @@ SCHEMA = pa.schema(
         ("prompt_id", pa.string()),
         ("task", pa.string()),
         *((name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in ARRAYS.items()),
+        ("routes", pa.binary()),
+        ("routes_shape", pa.list_(pa.int32())),
         ("calls", pa.list_(_CALL)),
         ("forks", pa.list_(_FORK)),
         *_NUMBERS.items(),
@@ -147,6 +152,8 @@ def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:
         "prompt_id": [_text(tree.prompt_id) for tree in trees],
         "task": [_text(tree.task) for tree in trees],
         **{name: [getattr(tree, name) for tree in trees] for name in (*ARRAYS, *_NUMBERS)},
+        "routes": [tree.routes.tobytes() for tree in trees],
+        "routes_shape": [np.array(tree.routes.shape, np.int32) for tree in trees],
         "calls": [[_row(call) for call in tree.calls] for tree in trees],
         "forks": [[_row(fork) for fork in tree.forks] for tree in trees],
         "meta": [json.dumps(tree.meta) for tree in trees],
@@ -168,10 +175,20 @@ def from_table(table: pa.Table, source: str = "table") -> Iterator[Tree]:
         yield Tree(
             **{name: array[i] for name, array in arrays.items()},
             **{name: row[name] for name in ("prompt_id", "task", *_NUMBERS) if name in row},
+            routes=_routes(row),
             calls=tuple(calls),
             forks=tuple(ForkDecision(**fork) for fork in row["forks"]),
             meta=json.loads(row["meta"]),
         )
+
+
+def _routes(row: dict[str, Any]) -> Routes:
+    """A file of before they were recorded has none."""
+    if not row.get("routes"):
+        return no_routes()
+    data, shape = row["routes"], row["routes_shape"]
+    wide = len(data) > math.prod(shape)
+    return np.frombuffer(data, np.uint16 if wide else np.uint8).reshape(shape).copy()
 
 
 def _rows(path: Path) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from system.tree.record import ARRAYS, Int32, TreeError
+from system.tree.routes import unrecorded
 
 
 def plain(value: Any, where: str) -> Any:
@@ -34,7 +35,9 @@ def row(values: ArrayLike, size: int, dtype: type, name: str) -> NDArray[Any]:
     raise TreeError(f"{name} has shape {copy.shape} beside {size} tokens")
 
 
-def unsampled(name: str, tokens: Int32) -> NDArray[Any]:
-    """The array ``name`` of a tree, of ``tokens`` that were not sampled."""
+def unsampled(name: str, tokens: Int32, like: NDArray[Any]) -> NDArray[Any]:
+    """The array ``name`` of a tree, ``like`` it elsewhere, of ``tokens`` that no engine has seen."""
+    if name == "routes":
+        return unrecorded(tokens.size, like)
     off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
     return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])

@@ -401,3 +401,30 @@ def test_ray_is_not_imported_before_problems_are_told(place: Path) -> None:
     assert done.stdout == "2 []\n", done.stderr
     assert "there is no directory nowhere" in done.stderr
     assert not (place / "runs").exists()
+
+
+def test_what_a_mixture_of_experts_needs(place: Path) -> None:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    edited("config.json", model_type="qwen3_moe", **experts)(place / "model")
+
+    def told(*words: str) -> str:
+        return "\n".join(str(one) for one in look(load("plain.yaml", list(words)))["model"])
+
+    assert "tensors are missing, first model.layers.0.mlp.experts.0.down_proj.weight" in told()
+    assert "engine." not in told()
+    assert "learn.tp=2 with a mixture of experts: every rank" in told("learn.tp=2")
+    assert "learn.ep=4 does not divide the model's 2 experts" in told("learn.ep=4", "learn.dp=4")
+    made = "model.path=", "model.family=qwen3_moe", "task=quickstart", "learn.tp=2"
+    assert "set learn.sequence_parallel=true" in told(*made)
+    assert "learn." not in told(*made, "learn.sequence_parallel=true")
+    agent = ("agent.run=my:agent", "branching=none", "tools.names=[]", "learn.sequence_parallel=true")
+    assert "rollout.replay_routes: of what an agent's model says" in told(*made, *agent)
+    assert "rollout.replay_routes: of what an agent's model says" in told(*agent)
+    assert "replay_routes" not in told(*made, *agent, "rollout.replay_routes=false")
+    assert "replay_routes" not in told(*made)
+
+
+def test_experts_of_a_model_without_any_are_refused(place: Path) -> None:
+    for words in ("learn.ep=2 learn.dp=2", "learn.aux_loss=0.01"):
+        (told,) = look(load("plain.yaml", words.split()))["model"]
+        assert f"{words.split()[0]}: the model has no experts; take it out" in str(told)

@@ -13,6 +13,7 @@ from engine_models import SGLANG_KEY, EngineClient, Paced, Served, TinyModel, ma
 
 from system.config import EngineConfig
 from system.engine.embedded import EmbeddedEngine
+from system.engine.routes import RouteFormat
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
 from system.engine.sglang.server import SglangServer
 from system.serving import free_port as a_free_port
@@ -85,10 +86,12 @@ def start_sglang(
             missing = pytest.fail if os.environ.get("ESPALIER_REQUIRE_SGLANG") else pytest.skip
             missing(f"SGLang is not installed: {error}")
         port, log = free_port(), tmp_path_factory.mktemp("sglang") / "sglang.log"
+        path = str((model or tiny("qwen3", False)).path)
         command = server_command(
             engine,
             python=python,
-            model=str((model or tiny("qwen3", False)).path),
+            model=path,
+            routes=RouteFormat.of_directory(path) is not None,
             dtype="float32",
             port=port,
             cpu=True,

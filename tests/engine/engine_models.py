@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from family_models import family_config
+from family_models import as_in_files, family_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -41,7 +41,8 @@ class TinyModel:
     def weights(self) -> dict[str, torch.Tensor]:
         """Tensors as a learner would send them: Hugging Face names, a tied head only once."""
         tied = self.hf.config.tie_word_embeddings
-        return {k: v for k, v in self.hf.state_dict().items() if not (tied and k == "lm_head.weight")}
+        held = as_in_files(self.hf.state_dict())
+        return {k: v for k, v in held.items() if not (tied and k == "lm_head.weight")}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -109,8 +109,9 @@ async def test_samples_follow_the_distribution(one: Served) -> None:
     assert chi2 < freedom + 6 * np.sqrt(2 * freedom) + 12
 
 
-async def test_a_seed_gives_the_same_tokens_in_any_company(one: Served) -> None:
-    ids = prompt(15)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+async def test_a_seed_gives_the_same_tokens_in_any_company(serve: Callable[..., Any], family: str) -> None:
+    one, ids = await serve(family), prompt(15)
     alone = joined(await collect(one.client, request("alone", ids, 40, seed=7)))
     crowd = [request(f"c{i}", prompt(5 + i, i), 10 + i) for i in range(20)]
     outs = await asyncio.gather(

@@ -58,6 +58,8 @@ def test_our_settings_become_sglangs_flags() -> None:
     }
     assert {flag: value(line, flag) for flag in expected} == expected
     assert "--incremental-streaming-output" in line.argv
+    assert "--enable-return-routed-experts" not in line.argv
+    assert "--enable-return-routed-experts" in command(engine, routes=True).argv
 
 
 def test_nccl_is_told_the_same_in_server_and_learner(monkeypatch: pytest.MonkeyPatch) -> None:

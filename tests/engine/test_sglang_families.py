@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from engine_models import (
     prompt,
     request,
 )
+from test_routes import hf_routes, told
 
 from system.engine.control import Http
+from system.engine.routes import RouteFormat
 from system.engine.sglang.server import SglangServer
 from system.engine.weights.distributed import Distributed, TorchGroup
 from system.engine.weights.sglang import SGLangTransport
@@ -28,7 +31,12 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.mark.parametrize(
     ("family", "tied", "rope"),
-    [("llama", False, "llama3"), ("mistral", True, "linear"), ("qwen3", False, "yarn")],
+    [
+        ("llama", False, "llama3"),
+        ("mistral", True, "linear"),
+        ("qwen3", False, "yarn"),
+        ("qwen3_moe", False, "default"),
+    ],
 )
 async def test_a_family_is_served_and_takes_new_weights(
     start_sglang: Callable[..., SglangServer],
@@ -40,7 +48,8 @@ async def test_a_family_is_served_and_takes_new_weights(
     old, new = (tiny(family, tied, seed, rope) for seed in (0, 1))
     server = start_sglang(old)
     url = await asyncio.to_thread(server.wait_ready, 400.0)
-    client = EngineClient([url], deadline_s=120, key=SGLANG_KEY)
+    known = RouteFormat.of_directory(old.path)
+    client = EngineClient([url], deadline_s=120, key=SGLANG_KEY, routes=known)
     transport = SGLangTransport(Distributed("127.0.0.1", TorchGroup), old.path, "float32")
     try:
         for version, model in enumerate((old, new)):
@@ -49,7 +58,12 @@ async def test_a_family_is_served_and_takes_new_weights(
                     report = await transport.push(http, [url], [model.weights()], version, "recompute")
                 assert not report.failures
             ids = prompt(60, version)
-            out = joined(await collect(client, request(f"v{version}", ids, 40)))
+            first = 7 if known else None
+            chunks = await collect(client, replace(request(f"v{version}", ids, 40), routes_from=first))
+            out = joined(chunks)
+            if known:
+                expected = hf_routes(model, np.concatenate([ids, out.tokens]))[first:-1]
+                np.testing.assert_array_equal(np.sort(told(chunks), -1), expected)
             assert np.all(out.version == version)
             assert_exact(model, ids, out)
     finally:

@@ -135,6 +135,41 @@ def test_shards_hold_every_row_once(tmp_path: Path, tp: int, device: str) -> Non
     )
 
 
+@pytest.mark.parametrize(("tp", "device"), [(1, "cpu"), (2, "cpu"), (2, "cuda")])
+def test_the_experts_of_a_layer_are_stacked(tmp_path: Path, tp: int, device: str) -> None:
+    """Of each its gate and up rows (w13) and down columns (w2) of a rank, as ``FusedMoE`` loads them."""
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    model = shape(tmp_path, model_type="qwen3_moe", mlp_only_layers=[0], **experts)
+    weights = counted(model)
+    fuser, held = Fuser(model, tp, device), dict[str, list[torch.Tensor]]()
+    for name, tensor in reversed(weights.items()):
+        held.update(fuser.add(name, tensor))
+    layer = "model.layers.1.mlp."
+    assert {name for name in held if name.startswith(layer)} == {
+        f"{layer}{part}" for part in ("gate.weight", "experts.w13_weight", "experts.w2_weight")
+    }
+    assert all(torch.equal(shard, weights[f"{layer}gate.weight"]) for shard in held[f"{layer}gate.weight"])
+    assert "model.layers.0.mlp.gate_up_proj.weight" in held
+    rows = 64 // tp if device == "cpu" else 40 // tp
+    for rank, (w13, w2) in enumerate(
+        zip(held[f"{layer}experts.w13_weight"], held[f"{layer}experts.w2_weight"], strict=True)
+    ):
+        assert (w13.shape, w2.shape) == ((3, 2 * rows, 48), (3, 48, rows))
+        mine = slice(rank * rows, min((rank + 1) * rows, 40))
+        count = mine.stop - mine.start
+        for expert in range(3):
+            gate, up, down = (
+                weights[f"{layer}experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down")
+            )
+            assert torch.equal(w13[expert, :count], gate[mine])
+            assert torch.equal(w13[expert, rows : rows + count], up[mine])
+            assert torch.equal(w2[expert, :, :count], down[:, mine])
+            padding = (w13[expert, count:rows], w13[expert, rows + count :], w2[expert, :, count:])
+            assert not any(part.any() for part in padding)
+    with pytest.raises(ShardError, match="size of 40 cannot"):
+        Fuser(shape(tmp_path, model_type="qwen3_moe", num_attention_heads=16, **experts), 16, "cuda")
+
+
 def test_a_split_that_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="4 heads"):
         Fuser(shape(tmp_path), 3, "cuda")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from family_models import as_in_files
 
 from system.config import Config, LearnConfig, PartConfig
 from system.learn.aggregate import leaf_weights
@@ -96,7 +97,7 @@ def save_tiny_model(
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
             else:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(path, max_shard_size=file_size)
 
 
@@ -300,7 +301,8 @@ def leaf_factor(correction: PartConfig, log_ratio: torch.Tensor) -> float:
 
 
 def gradients(model: Any) -> dict[str, np.ndarray]:
-    return {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: tensor.numpy().copy() for n, tensor in as_in_files(found).items()}
 
 
 def relative_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:

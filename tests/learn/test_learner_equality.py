@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family_models import as_in_files
 from learner_ranks import Place, Ranks
 from learner_reference import (
     credit_of,
@@ -277,9 +278,9 @@ def test_ranks_with_other_tokens_sum_their_gradients(
         }
 
 
-def idle_rank_case(place: Place, model: str) -> dict[str, float]:
+def idle_rank_case(place: Place, model: str, **layout: Any) -> dict[str, float]:
     """One tree for two data-parallel ranks: the second has nothing to compute."""
-    trainer = open_trainer(place, learner_config(dp=2), model)
+    trainer = open_trainer(place, learner_config(dp=2, **layout), model)
     try:
         trees = make_trees(2)[:1]
         stats = train(trainer, trees)
@@ -311,7 +312,7 @@ def test_a_rank_without_work_joins_the_step(ranks: Ranks, tiny_model: Callable[.
 
 
 def adamw_case(
-    place: Place, model: str, tp: int, dp: int, correction: PartConfig, offload: bool
+    place: Place, model: str, correction: PartConfig, offload: bool, **layout: Any
 ) -> dict[str, float]:
     """Three updates of one batch, a supervised step before, against torch AdamW on the Hugging Face model."""
     import system.learn.offload
@@ -328,7 +329,7 @@ def adamw_case(
         "correction": correction,
         "offload": offload,
     }
-    config = learner_config(tp=tp, dp=dp, **settings)
+    config = learner_config(**layout, **settings)
     config.rollout.temperature = 0.8
     trainer = open_trainer(place, config, model)
     try:
@@ -373,7 +374,7 @@ def adamw_case(
             _, w = credit_of(trees[a:b], config)
             loss = flat_loss(hf, trees[a:b], gains[a:b], w, learn, temperature=0.8, proximal=proximal)
             step(adam, loss, learn.lr * min(1.0, (number + 1) / 2))
-        after = dict(hf.named_parameters())
+        after, before = as_in_files(dict(hf.named_parameters())), as_in_files(before)
         return {
             "error": max((float((weights[n] - after[n]).abs().max()) for n in weights), default=0.0),
             "moved": max(float((after[n] - before[n]).abs().max()) for n in after),

@@ -46,9 +46,9 @@ def weights_of(trainer: Any) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------- checkpoints
 
 
-def save_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
+def save_case(place: Place, model: str, path: str, **layout: Any) -> dict[str, Any]:
     """Save before any step and after two; go on for one more."""
-    config = learner_config(tp=tp, kl_coef=0.1, **STEP)
+    config = learner_config(**layout, kl_coef=0.1, **STEP)
     trainer = open_trainer(place, config, model)
     try:
         fresh = Path(path).with_name("fresh")
@@ -70,8 +70,8 @@ def save_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
         trainer.close()
 
 
-def load_case(place: Place, model: str, path: str, tp: int) -> dict[str, Any]:
-    config = learner_config(tp=tp, kl_coef=0.1, **STEP)
+def load_case(place: Place, model: str, path: str, **layout: Any) -> dict[str, Any]:
+    config = learner_config(**layout, kl_coef=0.1, **STEP)
     config.run.seed = 17
     trainer = open_trainer(place, config, model)
     try:
@@ -295,8 +295,8 @@ def test_a_missing_checkpoint_is_named(ranks: Ranks, tiny_model: Callable[..., s
 # ---------------------------------------------------------------------- Hugging Face directories
 
 
-def save_hf_case(place: Place, model: str, path: str) -> list[np.ndarray]:
-    trainer = open_trainer(place, learner_config(tp=2, **STEP), model)
+def save_hf_case(place: Place, model: str, path: str, **layout: Any) -> list[np.ndarray]:
+    trainer = open_trainer(place, learner_config(**(layout or {"tp": 2}), **STEP), model)
     try:
         train(trainer, make_trees(8))
         trainer.save_hf(path)

@@ -65,7 +65,7 @@ def test_logits_exist_in_chunks_only(few_layers: dict[str, list[Peak]]) -> None:
 
 
 def test_an_offloaded_optimizer_takes_nothing_on_the_gpu(few_layers: dict[str, list[Peak]]) -> None:
-    layer = SHAPE.matrices_per_layer / TP + SHAPE.norms_per_layer
+    layer = SHAPE.matrices(0) / TP + SHAPE.copied(0)
     for name, share in (("none", 18), ("selective", 6)):  # bytes per parameter
         two, four = few_layers[name]
         assert (four.states - two.states) / 2 == pytest.approx(share * layer, rel=1e-3)

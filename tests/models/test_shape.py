@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from system.config import ConfigError, ModelConfig
 from system.config.schema import MADE_FAMILIES
-from system.models.directory import weight_files
+from system.models.directory import SINGLE, header, weight_files
 from system.models.families import FAMILIES
 from system.models.files import write_index
 from system.models.known import shape_of
@@ -83,8 +83,20 @@ def test_key_and_value_heads_that_a_file_does_not_say(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "olmo"}, "model_type 'olmo'; supported: llama, mistral, qwen2, qwen3, dense"),
-        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' (a mixture of experts)"),
+        ({"model_type": "olmo"}, "model_type 'olmo'; supported: llama, mistral, qwen2, qwen3, qwen3_moe"),
+        ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' (another mixture of experts than Qwen3's)"),
+        ({"model_type": "qwen3_moe", "attention_bias": True}, "attention_bias True: a bias of the output"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok 8 is more than the 4 experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts 0; it is a whole number above 0"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 64, "num_local_experts": 32},
+            "num_experts 64, num_local_experts 32: two names of one number",
+        ),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": 1}, "norm_topk_prob 1; it is true or false"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": 1}, "mlp_only_layers 1; it is a list"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": 0}, "moe_intermediate_size 0;"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0, 1, 2]}, "none of the 3 layers has experts"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 4}, "none of the 3 layers has experts"),
         ({"model_type": "gemma3_text"}, "model_type 'gemma3_text' (norms by 1 + weight"),
         ({"model_type": "qwen3_next"}, "does not branch within a packed tree"),
         ({"use_sliding_window": True}, "use_sliding_window: attention reaches back 4096 tokens"),
@@ -137,13 +149,59 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 
 
 @pytest.mark.parametrize(("family", "tied", "rope"), VARIANTS, ids=NAMES)
-def test_the_tensors_are_those_of_the_model(family: str, tied: bool, rope: str) -> None:
-    config = family_config(family, tied, rope, **SIZES)
-    shape = ModelShape.from_config(config.to_dict())
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config)
-    assert shape.tensors() == {name: tuple(tensor.shape) for name, tensor in hf.named_parameters()}
+def test_the_tensors_are_those_of_the_models_file(family: str, tied: bool, rope: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(family_config(family, tied, rope, **SIZES)).save_pretrained(tmp_path)
+    shape = ModelShape.from_directory(tmp_path)
+    written = header(tmp_path / SINGLE)
+    assert shape.tensors() == {name: tuple(tensor["shape"]) for name, tensor in written.items()}
     assert shape.parameters == sum(math.prod(tensor) for tensor in shape.tensors().values())
+
+
+MOE: dict[str, Any] = {"model_type": "qwen3_moe", **SIZES, "moe_intermediate_size": 40, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("said", "sparse"),
+    [
+        ({}, [0, 1, 2]),
+        ({"mlp_only_layers": [1]}, [0, 2]),
+        ({"decoder_sparse_step": 2}, [1]),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [0]}, [2]),
+    ],
+)
+def test_which_layers_have_experts_is_as_in_transformers(said: dict[str, Any], sparse: list[int]) -> None:
+    shape = ModelShape.from_config(MOE | said)
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(MOE | said)))
+    found = [at for at, layer in enumerate(hf.model.layers) if hasattr(layer.mlp, "experts")]
+    assert [at for at in range(3) if shape.sparse(at)] == found == sparse
+    assert shape.experts is not None
+    assert shape.experts.layers == len(sparse)
+    assert shape.parameters == sum(parameter.numel() for parameter in hf.parameters())
+
+
+def test_experts_under_both_names_and_by_default(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    hf, said = AutoConfig.from_pretrained(tmp_path), ModelShape.from_directory(tmp_path).experts
+    assert said is not None
+    assert (said.count, said.chosen, said.ffn) == (hf.num_experts, hf.num_experts_per_tok, 40) == (128, 8, 40)
+    assert said.normalised == hf.norm_topk_prob
+    for name in ("num_experts", "num_local_experts"):
+        other = ModelShape.from_config({**MOE, name: 16}).experts
+        assert other is not None
+        assert other.count == 16
+
+
+def test_a_token_is_multiplied_with_its_experts_alone() -> None:
+    moe = shape_of(ModelConfig(path="Qwen/Qwen3-30B-A3B"))
+    assert moe.active == 3_041_656_832  # "3.3B activated" counts the embedding table too
+    one = ModelShape.from_config(MOE | {"num_experts": 4, "num_experts_per_tok": 1, "mlp_only_layers": [0]})
+    attention, dense = 48 * 8 * (2 * 6 + 2 * 2), 3 * 48 * 80
+    sparse = 4 * 48 + 3 * 48 * 40  # the router and one expert
+    assert one.active == 3 * attention + dense + 2 * sparse + 151 * 48
+    assert [one.matrices(at) for at in range(3)] == [attention + dense, attention, attention]
+    assert [one.of_experts(at) for at in range(3)] == [0, 4 * 3 * 48 * 40, 4 * 3 * 48 * 40]
+    assert [one.copied(at) - 2 * 48 - 2 * 8 for at in range(3)] == [0, 4 * 48, 4 * 48]
 
 
 # As published in the metadata of their files.
@@ -152,6 +210,8 @@ def test_the_tensors_are_those_of_the_model(family: str, tied: bool, rope: str) 
     [
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 32_768),
         ("Qwen/Qwen3-14B", 14_768_307_200, 40_960),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624, 40_960),
+        ("Qwen/Qwen3-235B-A22B", 235_093_634_560, 40_960),
         ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 131_072),
         ("meta-llama/Meta-Llama-3.1-8B", 8_030_261_248, 131_072),
         ("meta-llama/Llama-3.2-1B", 1_235_814_400, 131_072),

@@ -64,6 +64,29 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
 
 
 @given(growths())
+def test_tokens_keep_the_first_record_of_their_experts(case: tuple[TreeBuilder, Naive]) -> None:
+    growth, naive = case
+    for node in range(len(naive.nodes)):
+        unknown = [token not in naive.routes for token in naive.path_tokens(node)]
+        assert growth.unrouted(node) == [*unknown, True].index(True)
+    tree = growth.close(7.0)
+    none = [[255] * 3] * 2
+    expected = [naive.routes.get(token, none) for token in tree.tokens.tolist()]
+    if tree.routed:
+        assert tree.routes.dtype == np.uint8
+        assert tree.routes.tolist() == expected
+    else:
+        assert all(row == none for row in expected)
+
+
+def test_routes_of_tokens_that_are_not_there_are_refused() -> None:
+    growth = TreeBuilder("p", "t", [0, 1], budget=1)
+    for first, count in ((-1, 1), (1, 2), (3, 0)):
+        with pytest.raises(TreeError, match="on a path of 2"):
+            growth.route(growth.prompt, first, np.zeros((count, 1, 1), np.uint8))
+
+
+@given(growths())
 def test_restored_is_the_same_growth(case: tuple[TreeBuilder, Naive]) -> None:
     growth, naive = case
     arrays, fields = growth.state()
@@ -72,7 +95,7 @@ def test_restored_is_the_same_growth(case: tuple[TreeBuilder, Naive]) -> None:
         assert again.path_tokens(node).tolist() == naive.path_tokens(node)
         assert again.children(node) == growth.children(node)
     tree, other = growth.close(7.0), again.close(7.0)
-    for name in ARRAYS:
+    for name in (*ARRAYS, "routes"):
         if name not in ("reward", "correct"):
             np.testing.assert_array_equal(getattr(other, name), getattr(tree, name))
     assert (other.calls, other.forks, other.guide) == (tree.calls, tree.forks, tree.guide)

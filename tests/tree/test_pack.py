@@ -150,6 +150,9 @@ def test_every_part_is_whole_and_no_weight_is_repeated(
     for batch in batches:
         assert batch.tokens.size % pad_to == 0
         real = np.flatnonzero(batch.tree >= 0)
+        routed = any(trees[k].routed and not trees[k].guided for k in batch.tree[real])
+        assert routed == (batch.routes is not None)
+        assert not routed or (batch.routes[real.size :] == 255).all()
         assert real.tolist() == list(range(real.size))  # padding only at the end
         if batch.tokens.size > capacity:  # only a single path may exceed the budget
             assert len(set(batch.tree[real])) == 1
@@ -171,6 +174,9 @@ def test_every_part_is_whole_and_no_weight_is_repeated(
             tree = trees[k]
             assert batch.tokens[chains[i]].tolist() == _path_to(tree, t)
             sampled = tree.kind[token_node(tree)[t]] != Kind.EXPERT
+            if batch.routes is not None:
+                known = tree.routed and not tree.guided
+                assert (batch.routes[i] == (tree.routes[t] if known else 255)).all()
             assert batch.logprob[i] == tree.logprob[t] if sampled else np.isnan(batch.logprob[i])
             if batch.mult[i] > 0:
                 assert int(batch.tokens[i]) not in seen
@@ -211,6 +217,9 @@ def test_flat_paths_are_valid_trees_of_the_same_tokens(trees: list[Tree]) -> Non
             if tree.taught:
                 index = np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in nodes])
                 np.testing.assert_array_equal(path.teacher_logprob, tree.teacher_logprob[index])
+            if tree.routed:
+                index = np.concatenate([np.arange(tree.start[node], tree.end[node]) for node in nodes])
+                np.testing.assert_array_equal(path.routes, tree.routes[index])
             if tree.answer_logprob.size:
                 np.testing.assert_array_equal(path.answer_logprob, tree.answer_logprob[nodes])
 

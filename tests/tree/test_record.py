@@ -85,6 +85,18 @@ def _with(name: str, index: int, value: float):
     return change
 
 
+def _routed(change):
+    """With the records of all tokens but the first, changed."""
+
+    def routed(tree: Tree) -> Tree:
+        routes = np.tile(np.array([[0, 1], [2, 3]], np.uint8), (8, 1, 1))
+        routes[0] = 255
+        validate(replace(tree, routes=routes))
+        return replace(tree, routes=change(routes))
+
+    return routed
+
+
 @pytest.mark.parametrize(
     ("change", "defect"),
     [
@@ -110,6 +122,11 @@ def _with(name: str, index: int, value: float):
         (_with("correct", 0, 2), "outside -1, 0, 1"),
         (lambda t: replace(t, reward=t.reward.astype(np.float64)), "reward is float64"),
         (lambda t: replace(t, entropy=t.entropy[:-1]), "entropy has shape"),
+        (_routed(lambda r: r[:-1]), "routes of 7 tokens"),
+        (_routed(lambda r: r.astype(np.int32)), "routes of type int32"),
+        (_routed(lambda r: r[:, 0]), r"routes of type uint8 and shape \(8, 2\)"),
+        (_routed(lambda r: np.where(np.arange(8)[:, None, None] == 5, r[..., :1], r)), "one expert twice"),
+        (_routed(lambda r: np.where(r == 3, 255, r)), "recorded in some layers only"),
         (lambda t: replace(t, forks=(ForkDecision(9, 0.0, 0.5, 0.1, 0),)), "ForkDecision names node 9"),
     ],
 )

@@ -18,6 +18,7 @@ from hypothesis import given
 from tree_strategies import forests, grow
 
 from system.tree.record import ARRAYS, OPTIONAL, ToolCall, Tree, validate
+from system.tree.routes import no_routes
 from system.tree.store import SCHEMA, StoreError, TreeWriter, from_table, read_trees, to_table
 
 
@@ -52,11 +53,23 @@ def test_files_of_before_later_columns_are_read() -> None:
     """Of trees whose turns were not scored when they ended, and that were not guided."""
     trees = _trees(4)
     later = {name: np.zeros(0, ARRAYS[name]) for name in OPTIONAL}
-    table = to_table(trees).drop_columns([*OPTIONAL, "guide"])
+    table = to_table(trees).drop_columns([*OPTIONAL, "guide", "routes", "routes_shape"])
     assert any(tree.rescored and tree.answer_logprob.size for tree in trees)
+    assert any(tree.routed for tree in trees)
     for tree, back in zip(trees, from_table(table), strict=True):
-        _equal(dataclasses.replace(tree, **later, guide=0), back)
+        _equal(dataclasses.replace(tree, **later, guide=0, routes=no_routes()), back)
         validate(back)
+
+
+def test_numbers_of_many_experts_survive(tmp_path: Path) -> None:
+    """They take two bytes each."""
+    (tree,) = _trees(1)
+    routes = np.arange(tree.n_tokens * 6, dtype=np.uint16).reshape(-1, 2, 3) * 100
+    with TreeWriter(tmp_path) as writer:
+        writer.append(dataclasses.replace(tree, routes=routes))
+    (back,) = read_trees(tmp_path)
+    assert back.routes.dtype == np.uint16
+    np.testing.assert_array_equal(back.routes, routes)
 
 
 def test_model_written_text_survives(tmp_path: Path) -> None:

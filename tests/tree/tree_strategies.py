@@ -36,6 +36,7 @@ class Naive:
     nodes: list[NaiveNode]
     leaves: list[tuple[int, Outcome, Origin, float]] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)  # the prompt sampled from, where it is not the root's
+    routes: dict[int, list[list[int]]] = field(default_factory=dict)  # [2, 3] of tokens that have a record
 
     def children(self, node: int) -> list[int]:
         return [h for h, n in enumerate(self.nodes) if n.parent == node]
@@ -172,6 +173,7 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         if bare or rng.random() < 0.15:
             end(node)
     _rescore(growth, naive, np.random.default_rng([seed, 1]))
+    _route(growth, naive, np.random.default_rng([seed, 2]))
     for node, expected, view in views:  # what a request was given stays what it was
         assert view.tolist() == expected
         assert growth.path_tokens(node).tolist()[: len(expected)] == expected
@@ -197,6 +199,18 @@ def _rescore(growth: TreeBuilder, naive: Naive, rng: np.random.Generator) -> Non
         if some and node.kind != Kind.MODEL and rng.random() < 0.7:
             node.answer = float(np.float32(-rng.random()))
             growth.answer(number, node.answer)
+
+
+def _route(growth: TreeBuilder, naive: Naive, rng: np.random.Generator) -> None:
+    """Of two trees in three, record the experts of some stretches of paths; the first record stays."""
+    for call in range(int(rng.choice([0, 3, 12]))):
+        node = int(rng.integers(0, len(naive.nodes)))
+        path = naive.path_tokens(node)
+        first, stop = np.sort(rng.integers(0, len(path) + 1, 2)).tolist()
+        rows = [[[token % 100, 100 + call, 200], [token % 50, 254, call + 60]] for token in path[first:stop]]
+        growth.route(node, first, np.array(rows, np.uint8).reshape(-1, 2, 3))
+        for token, row in zip(path[first:stop], rows, strict=True):
+            naive.routes.setdefault(token, row)
 
 
 @st.composite

@@ -23,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and serve."""
     defaults = EngineConfig()
     parser = argparse.ArgumentParser(prog="python -m system.engine.embedded", description=__doc__)
-    parser.add_argument(
-        "--model", required=True, help="Hugging Face model directory (a dense model, safetensors)"
-    )
+    parser.add_argument("--model", required=True, help="Hugging Face model directory (safetensors)")
     parser.add_argument("--host", help="address to listen on (default: loopback only)")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")

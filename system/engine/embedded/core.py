@@ -18,6 +18,7 @@ from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Scheduler
 from system.engine.embedded.stops import TokenBytes
 from system.engine.embedded.weights import Weights, WeightsError, check, check_complete, fuse, load, unfuse
+from system.engine.routes import RouteFormat
 from system.models.directory import end_tokens
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
@@ -27,7 +28,7 @@ _HANDOVER_S = 5e-3
 
 
 class EngineCore:
-    """A dense model that decodes, and whose weights can be exchanged meanwhile.
+    """A model that decodes, and whose weights can be exchanged meanwhile.
 
     The model's dtype decides the KV cache's too.  ``seed`` makes requests that bring no seed of their own
     repeatable in their order of arrival.
@@ -41,6 +42,7 @@ class EngineCore:
         self.dtype = DTYPES[dtype]
         self.device = _device(config.device)
         self.shape = ModelShape.from_directory(self.path)
+        self.routes = RouteFormat.of(self.shape)
         self.context = min(config.max_context, self.shape.max_position)
         self.vocabulary = TokenBytes.from_directory(self.path, self.shape.vocab)
         self._seeds = np.random.default_rng(secrets.randbits(64) if seed is None else seed)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from system.engine.embedded.stops import StopStrings, TokenBytes
 from system.engine.protocol import Finish
 from system.errors import EspalierError
+from system.tree.routes import Routes
 
 MAX_STOPS, MAX_STOP_BYTES = 32, 256
 N = TypeVar("N", int, float)
@@ -33,6 +34,7 @@ class Event:
     version: int
     finish: Finish | None = None
     cached_tokens: int = 0
+    routes: Routes | None = None  # with the finish, if they are wanted: of all tokens but the newest
     error: str = ""  # set when the engine failed; nothing follows
 
 
@@ -54,6 +56,7 @@ class Job:
     deliver: Callable[[Event], None] = lambda event: None  # called on the server's event loop
     score_from: int | None = None  # log-probabilities of the prompt are wanted from this token on
     scores: list[float] = field(default_factory=list[float])  # these, complete before the first event
+    routes_from: int | None = None  # experts of the tokens from this one on are wanted
     tokens: NDArray[np.int32] = field(init=False)  # prompt and generated so far
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
 
@@ -81,6 +84,7 @@ def parse(
     context: int,
     vocabulary: TokenBytes | None,
     draw_seed: Callable[[], int],
+    experts: bool,
 ) -> Job:
     """Check a ``/generate`` body (SGLang's fields) and make a job of it.  Raises :class:`BadRequest`."""
     if body.get("stream") is not True:
@@ -108,6 +112,13 @@ def parse(
             raise BadRequest(f"logprob_start_len: expected -1 (off) or one of 0 to {len(prompt) - 2}")
         if new != 1:
             raise BadRequest("logprob_start_len: scores come with one new token: max_new_tokens must be 1")
+    routes_from = None
+    if body.get("return_routed_experts", False):
+        if not experts:
+            raise BadRequest("return_routed_experts: the model has no experts")
+        routes_from = body.get("routed_experts_start_len", 0)
+        if type(routes_from) is not int or not 0 <= routes_from <= len(prompt):
+            raise BadRequest(f"routed_experts_start_len: expected one of 0 to {len(prompt)}")
     top_k, top_p = _number(sampling, "top_k", -1, -1), _number(sampling, "top_p", 1.0, 0.0, 1.0)
     if top_k == 0:
         raise BadRequest("sampling_params.top_k: -1 (off) or at least 1")
@@ -131,6 +142,7 @@ def parse(
         stop_ids=frozenset(_token_ids(sampling.get("stop_token_ids") or [], "stop_token_ids", vocab)),
         stops=_stop_strings([stop] if isinstance(stop, str) else stop, vocabulary),
         score_from=None if start == -1 else start + 1,
+        routes_from=routes_from,
     )
 
 

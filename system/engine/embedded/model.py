@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from system.engine.embedded.experts import choose, mixture
 from system.engine.embedded.weights import LayerWeights, Weights
 from system.models.rope import turns
 from system.models.shape import ModelShape
+from system.tree.routes import Routes, route_type
 
 _SCORED = 256  # rows whose logits over the whole vocabulary are held at one time, to score given tokens
 
@@ -56,7 +58,8 @@ class Batch:
 
 
 class KVStore:
-    """Keys and values of every slot: ``[2, layers, slots, context, kv_heads, head_dim]``.
+    """Keys and values of every slot: ``[2, layers, slots, context, kv_heads, head_dim]``; and the experts
+    that computed them.
 
     Zero-filled, because masked-out garbage must stay finite.
     """
@@ -67,6 +70,12 @@ class KVStore:
         # Per layer, for writing: every place of every slot in one axis, [slots·context, kv_heads, head_dim].
         self.keys = [keys.view(-1, groups, size) for keys in self.data[0]]
         self.values = [values.view(-1, groups, size) for values in self.data[1]]
+        # Of sparse layers the experts that each token chose: what its keys and values behind them came from.
+        kept = shape.experts
+        sparse, chosen = (kept.layers, kept.chosen) if kept else (0, 0)
+        few = torch.uint8 if kept and route_type(kept.count) is np.uint8 else torch.int16
+        self._routes = torch.zeros((sparse, slots, context, chosen), dtype=few, device=device)
+        self.routes = [layer.view(-1, chosen) for layer in self._routes]
         self._row = context * groups * size
         self._strides = (self._row, size, groups * size, 1)
 
@@ -81,14 +90,22 @@ class KVStore:
 
     def move(self, sources: NDArray[np.int64], targets: NDArray[np.int64], stop: int) -> None:
         """Permute slots up to position ``stop``: what slot ``sources[i]`` held, ``targets[i]`` holds."""
-        held = self.data[:, :, :, :stop]
         index = torch.from_numpy(np.stack([sources, targets])).to(self.data.device)
-        held.index_copy_(2, index[1], held.index_select(2, index[0]))
+        for held, slots in ((self.data[:, :, :, :stop], 2), (self._routes[:, :, :stop], 1)):
+            held.index_copy_(slots, index[1], held.index_select(slots, index[0]))
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copy context positions ``start .. stop`` of one slot to another, all layers at once."""
         if stop > start:
             self.data[:, :, target, start:stop] = self.data[:, :, source, start:stop]
+            self._routes[:, target, start:stop] = self._routes[:, source, start:stop]
+
+    def routes_of(self, slot: int, start: int, stop: int) -> Routes:
+        """``[stop - start, sparse layers, k]`` the experts of positions ``start .. stop`` of a slot, on the
+        host.
+        """
+        found = self._routes[:, slot, start:stop].transpose(0, 1).cpu().numpy()
+        return found.astype(np.uint8 if found.dtype == np.uint8 else np.uint16)  # a copy: the slot is reused
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -122,11 +139,18 @@ class Decoder:
         cos = self._cos.index_select(0, batch.positions)
         sin = self._sin.index_select(0, batch.positions)
         x = F.embedding(batch.tokens, weights.embed)
+        routes = iter(kv.routes)
         for index, layer in enumerate(weights.layers):
             x = x + self._attention(index, layer, kv, batch, x, cos, sin)
-            gate_up = F.linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up)
-            gate, up = gate_up.chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            normed = rms_norm(x, layer.ffn_norm, eps)
+            if layer.router is not None and self.shape.experts is not None:
+                choice, weight = choose(normed, layer.router, self.shape.experts)
+                record = next(routes)
+                record.index_copy_(0, batch.places, choice.to(record.dtype))
+                x = x + mixture(normed, choice, weight, layer.gate_up, layer.down)
+            else:
+                gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
+                x = x + F.linear(F.silu(gate) * up, layer.down)
         return x
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:

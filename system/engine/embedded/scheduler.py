@@ -345,9 +345,10 @@ class Scheduler:
             logprob, kept, entropy = self._rows.pending[row, : length - sent].T.tolist()
             job = self._rows.jobs[row]
             tokens = table[row, sent:length].tolist()
-            emitted.append(
-                (job, Event(tokens, logprob, kept, entropy, self.version, finish, job.cached_tokens))
-            )
+            event = Event(tokens, logprob, kept, entropy, self.version, finish, job.cached_tokens)
+            if job.routes_from is not None and finish and finish.type != "abort":
+                event.routes = self._kv.routes_of(row, job.routes_from, length - 1)
+            emitted.append((job, event))
             self._rows.mark_sent(row)
         return emitted
 

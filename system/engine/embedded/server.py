@@ -36,7 +36,7 @@ _SWITCH_INTERVAL_S = 1e-4
 
 
 class EmbeddedEngine(EngineCore):
-    """Dense models behind SGLang's HTTP protocol, in this process.
+    """Models behind SGLang's HTTP protocol, in this process.
 
     ``await start()`` serves until ``await stop()``; both belong to one event loop.
     """
@@ -135,6 +135,7 @@ class _Handlers:
             context=engine.context,
             vocabulary=engine.vocabulary,
             draw_seed=engine.draw_seed,
+            experts=engine.shape.experts is not None,
         )
         queue: asyncio.Queue[Event] = asyncio.Queue()
         job.deliver = queue.put_nowait
@@ -185,6 +186,8 @@ class _Handlers:
             meta["input_token_logprobs"] = [
                 [value, token, None] for value, token in zip([None, *job.scores], given, strict=True)
             ]
+        if event.routes is not None and (known := self._engine.routes) is not None:
+            meta["routed_experts"] = known.write(event.routes)
         vocabulary = self._engine.vocabulary
         return {
             "text": vocabulary.text(tokens) if vocabulary else "",

@@ -27,16 +27,20 @@ class WeightsError(EspalierError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer.  H heads, G key/value heads, D head size, E hidden, F feed-forward."""
+    """One decoder layer.  H heads, G key/value heads, D head size, E hidden, F feed-forward.
+
+    A sparse layer has a router, and for each of its n experts what another layer has once.
+    """
 
     attention_norm: Tensor  # [E]
     qkv: Tensor  # [(H + 2G)·D, E]: q, k and v projections stacked
-    qkv_bias: Tensor | None  # [(H + 2G)·D]
-    qk_norm: Tensor | None  # [H + G, D]: the q scale repeated for each q head, then the k scale
     out: Tensor  # [E, H·D]
     ffn_norm: Tensor  # [E]
-    gate_up: Tensor  # [2F, E]
-    down: Tensor  # [E, F]
+    gate_up: Tensor  # [2F, E]; of a sparse layer [n, 2F, E]
+    down: Tensor  # [E, F]; of a sparse layer [n, E, F]
+    router: Tensor | None = None  # [n, E] of a sparse layer
+    qkv_bias: Tensor | None = None  # [(H + 2G)·D]
+    qk_norm: Tensor | None = None  # [H + G, D]: the q scale repeated for each q head, then the k scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +74,35 @@ def check_complete(shape: ModelShape, names: Container[str]) -> None:
         )
 
 
-# What the fields of a layer hold: these parts of it, stacked.
+# What the fields of a layer hold: these parts of it, stacked, as far as it has them.
 _STACKED = {
     "attention_norm": ("attention_norm",),
     "qkv": ("q", "k", "v"),
     "qkv_bias": ("q_bias", "k_bias", "v_bias"),
     "out": ("out",),
     "ffn_norm": ("mlp_norm",),
+    "router": ("router",),
     "gate_up": ("gate", "up"),
     "down": ("down",),
 }
+# And of a sparse layer: these parts of each expert, stacked, one expert behind the other.
+_OF_EXPERTS = {"gate_up": ("expert_gate", "expert_up"), "down": ("expert_down",)}
+
+
+def _stacked(shape: ModelShape, layer: int) -> Iterator[tuple[str, list[str]]]:
+    """The fields of a layer but for experts, and the names of the tensors that are stacked in each."""
+    there = shape.layer_parts(layer)
+    for field, parts in _STACKED.items():
+        if parts[0] in there:
+            yield field, [shape.tensor(part, layer) for part in parts]
+
+
+def _of_experts(shape: ModelShape, layer: int) -> Iterator[tuple[str, list[list[str]]]]:
+    """The fields of a sparse layer's experts, and the names of the tensors that each expert has in them."""
+    if shape.experts and shape.sparse(layer):
+        count = range(shape.experts.count)
+        for field, parts in _OF_EXPERTS.items():
+            yield field, [[shape.tensor(part, layer, expert) for part in parts] for expert in count]
 
 
 def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device) -> Weights:
@@ -91,15 +114,14 @@ def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device)
     layers = []
     for index in range(shape.layers):
         name = partial(shape.tensor, layer=index)
-        fields: dict[str, Any] = {
-            field: stack(*map(name, parts)) if parts[0] in shape.layer_parts else None
-            for field, parts in _STACKED.items()
-        }
-        qk_norm = None
+        fields: dict[str, Any] = {field: stack(*names) for field, names in _stacked(shape, index)}
+        for field, experts in _of_experts(shape, index):
+            fields[field] = torch.stack([stack(*names) for names in experts])
         if shape.family.qk_norm:
             q_scale, k_scale = stack(name("q_norm")), stack(name("k_norm"))
-            qk_norm = torch.cat([q_scale.expand(shape.heads, -1), k_scale.expand(shape.kv_heads, -1)])
-        layers.append(LayerWeights(**fields, qk_norm=qk_norm))
+            both = [q_scale.expand(shape.heads, -1), k_scale.expand(shape.kv_heads, -1)]
+            fields["qk_norm"] = torch.cat(both)
+        layers.append(LayerWeights(**fields))
     embed = stack(shape.tensor("embedding"))
     head = embed if shape.tied else stack(shape.tensor("head"))
     return Weights(embed=embed, layers=tuple(layers), norm=stack(shape.tensor("norm")), head=head)
@@ -108,14 +130,18 @@ def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device)
 def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """The held weights under their Hugging Face names (views, no copies): the inverse of :func:`fuse`."""
     sizes = shape.tensors()
+
+    def split(names: list[str], stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield from zip(names, stacked.split([sizes[name][0] for name in names]), strict=True)
+
     yield shape.tensor("embedding"), weights.embed
     for index, held in enumerate(weights.layers):
         name = partial(shape.tensor, layer=index)
-        for field, parts in _STACKED.items():
-            stacked: Tensor | None = getattr(held, field)
-            if stacked is not None:
-                names = [name(part) for part in parts]
-                yield from zip(names, stacked.split([sizes[one][0] for one in names]), strict=True)
+        for field, names in _stacked(shape, index):
+            yield from split(names, getattr(held, field))
+        for field, experts in _of_experts(shape, index):
+            for names, expert in zip(experts, getattr(held, field), strict=True):
+                yield from split(names, expert)
         if held.qk_norm is not None:
             yield name("q_norm"), held.qk_norm[0]
             yield name("k_norm"), held.qk_norm[shape.heads]

@@ -75,17 +75,20 @@ def server_command(
     cores: Sequence[int] = (0,),
     paused: bool = False,
     key: str = "",
+    routes: bool = False,
 ) -> Command:
     """The command of server number ``replica``, over the GPUs that its process sees (``engine.tp`` of them).
 
     ``host``: where it listens, if not at ``engine.host``.  ``cpu``: without a GPU, over the shim.  ``cores``:
     what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
     ``/continue_generation``.  ``key``: SGLang's ``api_key``, which our plug-in takes from the environment:
-    every user of the machine can read a command line.
+    every user of the machine can read a command line.  ``routes``: record which experts tokens go through.
     """
     # A null takes a default away.  Engines are asked every second how they are: no log line for each answer.
     defaults = {"log_level_http": "warning", **(_cpu_defaults(engine) if cpu else {})}
     native = {**defaults, **engine.sglang}
+    if routes:
+        native["enable_return_routed_experts"] = True
     if paused:
         native["skip_server_warmup"] = True  # it would wait for ever
     fixed = {

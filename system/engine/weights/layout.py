@@ -1,9 +1,11 @@
 """Which part of each Hugging Face tensor an SGLang rank holds, and under which name.
 
 SGLang fuses the q, k and v projections into ``qkv_proj`` and gate and up into ``gate_up_proj``, and splits
-what can be split over its tensor-parallel ranks; its weight checker digests exactly these fused shards.
-Follows ``load_weights`` of SGLang 0.5 (``models/llama.py``, ``models/qwen2.py``, ``models/qwen3.py``),
-``QKVParallelLinear``, ``VocabParallelEmbedding`` and, for what a CPU pads, ``configs/update_config.py``.
+what can be split over its tensor-parallel ranks, and stacks the experts of a layer, each split likewise; its
+weight checker digests exactly these fused shards.  Follows ``load_weights`` of SGLang 0.5 (``llama.py``,
+``qwen2.py``, ``qwen3.py``, ``qwen3_moe.py`` of its ``models``), ``QKVParallelLinear``,
+``VocabParallelEmbedding``, ``UnquantizedFusedMoEMethod`` and, for what a CPU pads,
+``configs/update_config.py``.
 """
 
 from __future__ import annotations
@@ -43,14 +45,20 @@ class Fuser:
         if shape.kv_heads % tp and not copies:
             raise ShardError(f"{shape.kv_heads} key/value heads cannot be split over {tp} ranks on {device}")
         self._shape, self._tp = shape, tp
-        self._ffn_rows = _round_up(shape.ffn, tp * CPU_FFN_PADDING if device == "cpu" else tp) // tp
-        if device != "cpu" and shape.ffn % tp:
-            raise ShardError(f"a feed-forward size of {shape.ffn} cannot be split over {tp} ranks")
+        multiple = tp * CPU_FFN_PADDING if device == "cpu" else tp
+        for name, size in shape.divided().items():
+            if device != "cpu" and "ffn" in name and size % tp:
+                raise ShardError(f"a feed-forward size of {size} cannot be split over {tp} ranks")
+        self._ffn_rows = _round_up(shape.ffn, multiple) // tp
+        self._expert_rows = _round_up(shape.experts.ffn, multiple) // tp if shape.experts else 0
         self._parts: dict[str, dict[str, Tensor]] = {}
 
     def add(self, name: str, tensor: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
         """SGLang's parameters that ``tensor`` completes: (name, one shard per rank)."""
         module = name.split(".")[-2]
+        if ".experts." in name:
+            yield from self._add_expert(name, module, tensor)
+            return
         if module not in _FUSED:
             yield name, [self._shard(name, tensor, rank) for rank in range(self._tp)]
             return
@@ -61,6 +69,33 @@ class Fuser:
         if len(parts) == len(order):
             del self._parts[whole]
             yield whole, [torch.cat(self._rows(parts, order, rank)) for rank in range(self._tp)]
+
+    def _add_expert(self, name: str, module: str, tensor: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
+        """All experts of a layer stand in two tensors, ``w13`` (gate and up) and ``w2`` (down)."""
+        layer, _, expert = name.partition(".experts.")
+        down = module == "down_proj"
+        whole = f"{layer}.experts.{'w2' if down else 'w13'}_weight"
+        parts = self._parts.setdefault(whole, {})
+        parts[expert] = tensor
+        count = self._shape.experts.count if self._shape.experts else 0
+        if len(parts) < (1 if down else 2) * count:
+            return
+        del self._parts[whole]
+
+        def of(expert: int, module: str, rank: int) -> Tensor:
+            part = parts[f"{expert}.{module}.weight"]
+            if down:
+                return _padded_rows(part.t(), self._expert_rows, rank).t()
+            return _padded_rows(part, self._expert_rows, rank)
+
+        modules = ("down_proj",) if down else ("gate_proj", "up_proj")
+        yield (
+            whole,
+            [
+                torch.stack([torch.cat([of(e, m, rank) for m in modules]) for e in range(count)])
+                for rank in range(self._tp)
+            ],
+        )
 
     def _rows(self, parts: Mapping[str, Tensor], order: tuple[str, ...], rank: int) -> list[Tensor]:
         """One rank's rows of each fused projection."""

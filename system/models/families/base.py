@@ -28,12 +28,16 @@ NAMES: Mapping[str, str] = {
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
+    "router": "mlp.gate.weight",  # of a sparse layer, in place of its MLP; and each of its experts
+    "expert_gate": "mlp.experts.{}.gate_proj.weight",
+    "expert_up": "mlp.experts.{}.up_proj.weight",
+    "expert_down": "mlp.experts.{}.down_proj.weight",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
-    """A dense decoder (RMS norms, grouped-query attention, rotary positions, SwiGLU), and how it varies.
+    """A decoder (RMS norms, grouped-query attention, rotary positions, SwiGLU), and how it varies.
 
     Learner, embedded engine, plan and export read it through :class:`~system.models.shape.ModelShape`.
     """
@@ -42,6 +46,7 @@ class ModelFamily:
     title: str  # for people
     qkv_bias: bool = False  # the projections to queries, keys and values add a bias
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
+    experts: bool = False  # layers may be mixtures of experts (system/models/experts.py)
     # What config.json may leave out, as transformers has it.
     kv_heads: int | None = None  # None: as many as heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads

@@ -50,6 +50,7 @@ class Subject:
     model: TinyModel
     client: EngineClient
     served: Served | None = None  # the embedded engine
+    family: str = "qwen3"
 
     def pace(self, pass_s: float) -> None:
         """Seconds that a step takes at least.  SGLang's steps take as long as they take."""
@@ -67,14 +68,15 @@ class Subject:
             await self.client.update_weights_from_disk(str(model.path), version, **more)
 
 
-@pytest.fixture(params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
+@pytest.fixture(params=["embedded", "embedded, experts", pytest.param("sglang", marks=pytest.mark.sglang)])
 async def subject(
     request: pytest.FixtureRequest, serve: Callable[..., Any], tiny: Callable[..., TinyModel]
 ) -> AsyncIterator[Subject]:
-    model = tiny("qwen3", False)
-    if request.param == "embedded":
-        served = await serve("qwen3", False, max_context=512)
-        yield Subject("embedded", model, served.client, served)
+    family = "qwen3_moe" if request.param.endswith("experts") else "qwen3"
+    model = tiny(family, False)
+    if request.param != "sglang":
+        served = await serve(family, False, max_context=512)
+        yield Subject("embedded", model, served.client, served, family)
         return
     client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60, key=SGLANG_KEY)
     try:
@@ -133,7 +135,7 @@ async def test_given_tokens_are_scored_under_one_version(
 
     asked: list[str] = []
     await check(subject.model, 0)
-    other = tiny("qwen3", False, 1)
+    other = tiny(subject.family, False, 1)
     await subject.load(other, 3)
     await check(other, 3)
 
@@ -343,7 +345,7 @@ async def test_every_token_carries_the_version_that_made_it(
     subject: Subject, tiny: Callable[..., TinyModel]
 ) -> None:
     """New weights in the middle of generation: each token equals the model of its version."""
-    new = tiny("qwen3", False, 1)
+    new = tiny(subject.family, False, 1)
     prompts = [prompt(20 + i, i) for i in range(4)]
     subject.pace(0.01)
     growing = [Growing(subject.client, request(f"u{i}", p, 300)) for i, p in enumerate(prompts)]
@@ -374,7 +376,7 @@ async def test_a_prefix_of_old_weights_is_never_served_as_new(
     subject: Subject, tiny: Callable[..., TinyModel]
 ) -> None:
     """Even where the cache is not flushed: it is keyed by weight version."""
-    new, ids = tiny("qwen3", False, 1), prompt(80, 33)
+    new, ids = tiny(subject.family, False, 1), prompt(80, 33)
     await collect(subject.client, request("warm", ids, 5))
     again = joined(await collect(subject.client, request("again", ids, 5)))
     assert again.cached_tokens == len(ids) - 1

@@ -57,6 +57,8 @@ def register():
     HookRegistry.register(f"{updater}.init_custom_process_group", _bounded, HookType.BEFORE)
     receive = f"{updater}.WeightUpdater._receive_bucketed_weights_from_distributed"
     HookRegistry.register(receive, _received, HookType.AFTER)
+    cache = "sglang.srt.state_capturer.base.BaseHostCache"
+    HookRegistry.register(f"{cache}.__init__", _pageable, HookType.BEFORE)
     if key := os.environ.get("ESPALIER_KEY"):
         settings = "sglang.srt.server_args.ServerArgs"
         HookRegistry.register(f"{settings}.resolve_once", lambda args: _lock(args, key), HookType.BEFORE)
@@ -87,6 +89,17 @@ def _received(result, updater, *, group_name, **_):
             updater._model_update_group[group_name].abort()
             raise RuntimeError(f"no bucket of weights within {_group_deadline_s():g} s")
         time.sleep(0.0005)
+
+
+def _pageable(*args, **kwargs):
+    """SGLang pins the host's record of experts for copies from a GPU, which without CUDA is an error."""
+    from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+
+    if kwargs["device"] == "cpu":
+        ALLOC_MEMORY_FUNCS["cpu"] = lambda dims, dtype, device, **_: torch.empty(
+            dims, dtype=dtype, device=device
+        )
+    return args, kwargs
 
 
 def _lock(args, key):
