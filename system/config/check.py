@@ -15,6 +15,7 @@ from system.config.guide import ACTIONS
 from system.config.mcp import place
 from system.config.rule import PartConfig
 from system.config.schema import Config
+from system.config.schema_lora import lora_problems
 from system.config.schema_reward import ON_LOOP, rewards
 from system.config.schema_sft import sft_problems
 from system.config.settings import Setting, settings
@@ -305,6 +306,7 @@ def _engine(config: Config) -> Iterator[str]:
 def _learner(config: Config) -> Iterator[str]:
     """What goes with the learner's layout."""
     learn = config.learn
+    yield from lora_problems(learn.lora, learn.proximal)
     if learn.cp > 1 and learn.attention == "flash":
         yield (
             f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "

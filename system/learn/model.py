@@ -25,7 +25,9 @@ from torch import nn
 from system.config import ConfigError, LearnConfig
 from system.learn import cpu
 from system.learn.attention import RowContext, TreeAttention, TreeMask, choose_kernels
+from system.learn.lora import adapt_spec, freeze
 from system.learn.rotary import Rotary
+from system.models.adapter import Adapter
 from system.models.shape import ModelShape
 
 
@@ -49,9 +51,9 @@ class TreeGPTModel(GPTModel):
 
     frequencies: torch.Tensor  # [head_dim / 2] float32
 
-    def __init__(self, *, shape: ModelShape, **kwargs: Any) -> None:
+    def __init__(self, *, shape: ModelShape, adapter: Adapter | None = None, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
-        self.shape = shape
+        self.shape, self.adapter = shape, adapter
         # Computed on the CPU, as by transformers: a GPU's powers differ in the last bit.
         self.register_buffer("frequencies", shape.rope.frequencies(shape.head_dim), persistent=False)
 
@@ -71,6 +73,10 @@ class TreeGPTModel(GPTModel):
         hidden]`` under sequence parallelism).
         """
         hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
+        if hidden is not None and self.adapter and torch.is_grad_enabled():
+            # A layer that is computed again in the backward pass needs an input that has a gradient, and
+            # nothing has one before the first adapter.
+            hidden.requires_grad_()
         row = RowContext(mask, Rotary(position, self.frequencies, self.shape.rope.scale))
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, attention_bias=row)
         if not self.post_process:
@@ -156,10 +162,13 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPTModel:
+def build(
+    shape: ModelShape, config: TransformerConfig, kernels: str, adapter: Adapter | None = None
+) -> TreeGPTModel:
     """A randomly initialised model shard on this rank's device; parallel state must be initialised.
 
-    ``kernels``: ``learn.attention``.  Raises ``ConfigError`` where they cannot be had.
+    ``kernels``: ``learn.attention``.  With an ``adapter`` nothing but adapters requires a gradient.
+    Raises ``ConfigError`` where the kernels cannot be had.
     """
     kernels = choose_kernels(kernels, config.params_dtype, shape.head_dim, config.context_parallel_size)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
@@ -172,6 +181,8 @@ def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPT
     tensor_parallel.CheckpointWithoutOutput = partial(random.CheckpointWithoutOutput, fp8=None)  # pyright: ignore
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if adapter:
+        adapt_spec(parts, shape, adapter, config.tensor_model_parallel_size)
     norm: Any = RMSNorm  # Megatron takes a class here, whatever its annotation says
     spec: Any = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=norm)
     with cpu.scope():
@@ -180,10 +191,13 @@ def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPT
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(shape.vocab, config.tensor_model_parallel_size),
             shape=shape,
+            adapter=adapter,
             max_sequence_length=shape.max_position,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
         )
+        if adapter:
+            freeze(model)
         return model if cpu.needed() else model.cuda()
