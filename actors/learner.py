@@ -156,6 +156,9 @@ class LearnerRank:
     def save_hf(self, path: str) -> None:
         self._trainer.save_hf(Path(path))
 
+    def save_adapters(self, path: str, base: str) -> None:
+        self._trainer.save_adapters(Path(path), base)
+
 
 async def _push(
     transport: Transport,
@@ -262,6 +265,10 @@ class LearnerGroup:
     async def save_hf(self, path: str) -> None:
         """Write the model in Hugging Face format."""
         await self._all("save_hf", path)
+
+    async def save_adapters(self, path: str, base: str) -> None:
+        """Write the adapters of the model ``base`` in PEFT's format."""
+        await self._all("save_adapters", path, base)
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         raylet.check()  # the arguments may be a large object

@@ -343,6 +343,11 @@ def _shape(config: Config) -> Iterator[str]:
     model = config.model
     if model.path:
         return
+    if config.learn.lora.on:
+        yield (
+            f"learn.lora.rank={config.learn.lora.rank} trains adapters of a model whose own weights stand "
+            "still, and without model.path they would be random ones: name a trained model"
+        )
     if model.hidden_size % model.heads or model.heads % model.kv_heads:
         yield (
             f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "

@@ -27,14 +27,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from system.config import LoraConfig
 from system.models.adapter import Adapter
 from system.models.shape import ModelShape
-
-
-def adapter_of(lora: LoraConfig) -> Adapter | None:
-    """What ``learn.lora`` asks for; None: the whole model is trained."""
-    return Adapter(lora.rank, lora.alpha, lora.parts) if lora.on else None
 
 
 class _Adapters(nn.Module):

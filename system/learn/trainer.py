@@ -23,7 +23,7 @@ from system.learn.batch import BatchPlanner
 from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
-from system.learn.lora import AdapterCopy, adapter_of
+from system.learn.lora import AdapterCopy
 from system.learn.model import TreeGPTModel, build, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -41,6 +41,7 @@ from system.learn.pipeline import Pipeline
 from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
 from system.learn.weights import Export
+from system.models.adapter import adapter_of
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
 from system.plugins import CORRECTIONS

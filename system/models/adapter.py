@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from system.config import LoraConfig
 from system.errors import ConfigError
 from system.models.files import write_weights
 from system.models.shape import ModelShape
@@ -95,6 +96,11 @@ class Adapter:
             "inference_mode": True,
         }
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def adapter_of(lora: LoraConfig) -> Adapter | None:
+    """What ``learn.lora`` asks for; None: the whole model is trained."""
+    return Adapter(lora.rank, lora.alpha, lora.parts) if lora.on else None
 
 
 def factors(name: str) -> tuple[str, str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,8 @@ from learner_reference import (
     learner_config,
     load_hf,
     make_trees,
+    path_logprobs,
+    path_tokens,
     relative_distance,
     supervise,
     train,
@@ -24,8 +30,9 @@ from learner_reference import (
 from test_learner_equality import open_trainer
 
 from system.config import LoraConfig
+from system.learn.extract import extract, extract_adapters
 from system.learn.lora import drawn
-from system.models.adapter import Adapter
+from system.models.adapter import Adapter, AdapterError, read_adapter
 from system.models.shape import ModelShape
 
 RANK, ALPHA = 4, 8.0
@@ -116,9 +123,6 @@ def lora_case(
                 }
                 for mapped in (mapped for bucket in export.plan for mapped in bucket):
                     gradient |= export.gather(mapped, own.get(mapped.key))
-        adapters: dict[str, torch.Tensor] = {}
-        for bucket in trainer.export(adapters=True):
-            adapters |= bucket
         merged: dict[str, torch.Tensor] = {}
         for bucket in trainer.export():
             merged |= bucket
@@ -128,7 +132,7 @@ def lora_case(
             "scores": scores,
             "reports": reports,
             "gradient": numbers(gradient),
-            "adapters": numbers(adapters),
+            "adapters": exported(trainer),
             "merged": numbers(merged),
             "still": all(torch.equal(one, parameters[key]) for key, one in before.items()),
             "states": sum(one.numel() for one in learning),
@@ -251,10 +255,8 @@ def begin_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, An
     """The policy of a new run, and its adapters if it has some."""
     trainer = open_trainer(place, learner_config(**layout), model)
     try:
-        adapters: dict[str, torch.Tensor] = {}
-        for bucket in trainer.export(adapters=True) if trainer.learn.lora.on else ():
-            adapters |= bucket
-        return {"adapters": numbers(adapters), "scores": trainer.logprobs(make_trees(0))}
+        adapters = exported(trainer) if trainer.learn.lora.on else {}
+        return {"adapters": adapters, "scores": trainer.logprobs(make_trees(0))}
     finally:
         trainer.close()
 
@@ -321,3 +323,145 @@ def test_the_reference_is_the_model_without_a_second_copy(
             assert moved > 1e-4
             assert anew == pytest.approx(0, abs=1e-7)
             assert report["models"] == 1
+
+
+# ---------------------------------------------------------------------- files, checkpoints
+
+
+def saved_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint after two steps, the files of that moment, and the adapters one step on."""
+    trainer = open_trainer(place, learner_config(**(WORK | layout), lora=lora()), model)
+    try:
+        for seed in (4, 5):
+            train(trainer, make_trees(seed))
+        trainer.save(Path(path) / "v2", {"version": 2})
+        trainer.saved()
+        trainer.save_hf(Path(path) / "merged")
+        trainer.save_adapters(Path(path) / "adapters", model)
+        scores = trainer.logprobs(make_trees(0))
+        return {
+            "scores": scores,
+            "kl": train(trainer, make_trees(6))["reference_kl"],
+            "next": exported(trainer),
+        }
+    finally:
+        trainer.close()
+
+
+def resumed_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> dict[str, Any]:
+    trainer = open_trainer(place, learner_config(**(WORK | layout), lora=lora()), model)
+    try:
+        train(trainer, make_trees(9))  # state that loading must replace
+        trainer.reset_optimizer()
+        trainer.load(Path(path) / "v2")
+        steps = trainer.step_count
+        kl = train(trainer, make_trees(6))["reference_kl"]
+        return {"steps": steps, "kl": kl, "next": exported(trainer)}
+    finally:
+        trainer.close()
+
+
+def exported(trainer: Any) -> dict[str, np.ndarray]:
+    adapters: dict[str, torch.Tensor] = {}
+    for bucket in trainer.export(adapters=True):
+        adapters |= bucket
+    return numbers(adapters)
+
+
+@pytest.fixture(scope="module")
+def saved(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("saved")
+    layout = LAYOUTS["tp2, sp, full"]
+    return path, ranks.run(saved_case, world=2, model=tiny_model("qwen3"), path=str(path), layout=layout)[0]
+
+
+@pytest.mark.parametrize("layout", ["tp2, sp, full", "tp1", "pp2, full", "dp2, offload"])
+def test_a_checkpoint_has_the_adapters_alone_and_any_layout_goes_on_from_it(
+    ranks: Ranks, tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]], layout: str
+) -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    path, went_on = saved
+    model, world = tiny_model("qwen3"), 1 if layout == "tp1" else 2
+    report = ranks.run(resumed_case, world=world, model=model, path=str(path), layout=LAYOUTS[layout])[0]
+    assert report["steps"] == 2
+    assert report["kl"] == pytest.approx(went_on["kl"], rel=1e-4)
+    for name, tensor in went_on["next"].items():
+        if layout == "tp2, sp, full":
+            np.testing.assert_array_equal(report["next"][name], tensor)
+        np.testing.assert_allclose(report["next"][name], tensor, rtol=0, atol=1e-5)
+    held = FileSystemReader(path / "v2").read_metadata().state_dict_metadata
+    names = wanted(ALL).tensors(shape_of(model))
+    kinds = ("parameter", "exp_avg", "exp_avg_sq", "reference")
+    assert held.keys() == {"rng"} | {f"{kind}/{name}" for kind in kinds for name in names}
+
+
+def test_peft_reads_our_files_and_they_say_what_the_merged_model_says(
+    tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]]
+) -> None:
+    from peft import PeftModel
+
+    path, report = saved
+    adapted = PeftModel.from_pretrained(load_hf(tiny_model("qwen3")), path / "adapters")
+    merged = load_hf(path / "merged")
+    with torch.no_grad():
+        for tree, mine in zip(make_trees(0), report["scores"], strict=True):
+            for leaf in range(tree.n_leaves):
+                index = path_tokens(tree, leaf)
+                for model in (adapted, merged):
+                    found, _ = path_logprobs(model, tree.tokens[index])
+                    np.testing.assert_allclose(mine[index][1:], found.numpy(), rtol=0, atol=1e-4)
+    config = json.loads((path / "adapters" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == tiny_model("qwen3")
+    assert sorted(config["target_modules"]) == sorted(MODULES.values())
+
+
+def test_a_checkpoint_is_exported_merged_or_as_adapters(
+    tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, _ = saved
+    model, adapter = tiny_model("qwen3"), wanted(ALL)
+    extract(path / "v2", model, tmp_path / "merged", torch.float32, adapter=adapter, file_bytes=1 << 15)
+    assert len([*(tmp_path / "merged").glob("*.safetensors")]) > 3
+    found, expected = (load_hf(one / "merged").state_dict() for one in (tmp_path, path))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    extract_adapters(path / "v2", model, tmp_path / "adapters", torch.float32, adapter)
+    ours = read_adapter(tmp_path / "adapters", shape_of(model), adapter)
+    theirs = read_adapter(path / "adapters", shape_of(model), adapter)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_adapters_that_do_not_fit_are_refused_by_name(
+    tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, shape = saved[0] / "adapters", shape_of(tiny_model("qwen3"))
+
+    def refused(says: str, adapter: Adapter | None = None, name: str = "a") -> None:
+        with pytest.raises(AdapterError, match=says):
+            read_adapter(tmp_path / name, shape, adapter or wanted(ALL))
+
+    def changed(**values: Any) -> None:
+        shutil.copytree(path, tmp_path / "a", dirs_exist_ok=True)
+        file = tmp_path / "a" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    refused("adapter_config.json is missing", name="none")
+    changed()
+    refused("learn.lora.rank of these adapters is 4, not 8: set it so", Adapter(8, 8.0, lora().parts))
+    refused("learn.lora.alpha of these adapters is 8.0, not 16", Adapter(4, 16.0, lora().parts))
+    refused("learn.lora.targets of these adapters is", wanted(["q"]))
+    for key, value in (
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("bias", "all"),
+    ):
+        changed(**{key: value})
+        refused(f"{key}=.* is not computed here")
+        changed()
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"x")
+    refused("cannot be read")
+    with pytest.raises(AdapterError, match=r"no place for .*layers\.1"):
+        read_adapter(path, replace(shape, layers=1), wanted(ALL))
