@@ -130,17 +130,21 @@ class LearnerRank:
 
     def publish(self, urls: list[str], version: int, deadline_s: float) -> PushReport:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
+        from system.engine import weights
+        from system.models.adapter import adapter_of
+
+        adapter = adapter_of(self._config.learn.lora) if weights.takes_adapters(self._config.engine) else None
+        apart = adapter is not None
         if self._rank == 0:
             if self._transport is None:
-                from system.engine import weights
-
                 config, address = self._config, ray.util.get_node_ip_address()
                 run, dtype = Path(config.run.dir, config.run.name), config.model.dtype
-                self._transport = weights.make(config.engine, urls, self._model, dtype, address, run)
-            buckets = self._trainer.export(on_gpu=self._transport.on_gpu)
+                self._transport = weights.make(config.engine, urls, self._model, dtype, address, run, adapter)
+            buckets = self._trainer.export(on_gpu=self._transport.on_gpu, adapters=apart)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
-        for _ in self._trainer.export(on_gpu=True):  # the gather is collective: every rank walks through it
+        # The gather is collective: every rank walks through it.
+        for _ in self._trainer.export(on_gpu=True, adapters=apart):
             pass
         return PushReport()
 

@@ -71,7 +71,7 @@ def check_complete(shape: ModelShape, names: Container[str]) -> None:
 
 
 # What the fields of a layer hold: these parts of it, stacked.
-_STACKED = {
+STACKED = {
     "attention_norm": ("attention_norm",),
     "qkv": ("q", "k", "v"),
     "qkv_bias": ("q_bias", "k_bias", "v_bias"),
@@ -93,7 +93,7 @@ def fuse(shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device)
         name = partial(shape.tensor, layer=index)
         fields: dict[str, Any] = {
             field: stack(*map(name, parts)) if parts[0] in shape.layer_parts else None
-            for field, parts in _STACKED.items()
+            for field, parts in STACKED.items()
         }
         qk_norm = None
         if shape.family.qk_norm:
@@ -111,7 +111,7 @@ def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     yield shape.tensor("embedding"), weights.embed
     for index, held in enumerate(weights.layers):
         name = partial(shape.tensor, layer=index)
-        for field, parts in _STACKED.items():
+        for field, parts in STACKED.items():
             stacked: Tensor | None = getattr(held, field)
             if stacked is not None:
                 names = [name(part) for part in parts]
