@@ -63,13 +63,13 @@ class _Adapters(nn.Module):
 
     def up(self, low: torch.Tensor) -> torch.Tensor:
         """What is added to the layer's output; zeros where a projection has no adapter."""
-        lows = dict(zip(self.parts, low.chunk(len(self.parts), -1), strict=True))
+        lows = dict(zip(self.parts, (self._scale * low).chunk(len(self.parts), -1), strict=True))
         pieces = [
             F.linear(lows[part], self.B[part]) if part in lows else low.new_zeros(*low.shape[:-1], rows)
             for part, rows in self._rows.items()
         ]
         grouped = [piece.unflatten(-1, (self._groups, -1)) for piece in pieces]
-        return self._scale * torch.cat(grouped, -1).flatten(-2)
+        return torch.cat(grouped, -1).flatten(-2)
 
 
 class AdaptedColumn(ColumnParallelLinear):
@@ -90,7 +90,8 @@ class AdaptedColumn(ColumnParallelLinear):
             low = gather_from_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = copy_to_tensor_model_parallel_region(low, group=self.tp_group)
-        return output + self.lora.up(low), bias
+        # In place: it is the largest activation there is, and nothing keeps it as it was.
+        return output.add_(self.lora.up(low)), bias
 
 
 class AdaptedRow(RowParallelLinear):

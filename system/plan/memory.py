@@ -108,7 +108,7 @@ def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") 
     """
     if not learn.offload:
         return Memory()
-    most = max(_parameters(shape, learn, stage) for stage in (0, learn.pp - 1))
+    most = max(trained_parameters(shape, learn, stage) for stage in (0, learn.pp - 1))
     parameters = most / (learn.cp * learn.dp)
     staged = 2 * min(STAGED, parameters) * (_GRADIENT + WIDTH[dtype])
     return Memory({"optimizer": (_ADAM + _MASTER) * parameters, "staged": staged})
@@ -121,6 +121,41 @@ def _parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
     first, last = stage == 0, stage == learn.pp - 1
     tables = first + (last and not (shape.tied and first))  # a tied head is a second copy on another stage
     return parameters + tables * shape.embedding / learn.tp
+
+
+def adapter_parameters(shape: ModelShape, learn: LearnConfig, stage: int | None = None) -> float:
+    """Numbers of all adapters (``learn.lora``), or of those that a rank on a pipeline stage holds."""
+    lora, tp = learn.lora, 1 if stage is None else learn.tp
+    layers = shape.layers if stage is None else -(-shape.layers // learn.pp)
+    each = 0.0
+    for part in lora.parts:
+        wide, narrow = shape.layer_parts[part]
+        # The factor beside the cut of its layer is split over the tensor-parallel ranks (learn/lora.py).
+        split = (wide, narrow / tp) if part in ("out", "down") else (wide / tp, narrow)
+        each += lora.rank * sum(split)
+    return layers * each
+
+
+def trained_parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
+    """Of a rank on a pipeline stage: all of them, or its adapters."""
+    return (adapter_parameters if learn.lora.on else _parameters)(shape, learn, stage)
+
+
+def _beside_adapters(shape: ModelShape, learn: LearnConfig, width: int, tokens: float, layers: int) -> float:
+    """What adapters keep for the backward pass: between A and B, and every layer's A's side by side; and what
+    the first hidden states have of a gradient.
+    """
+    lora, split = learn.lora, learn.tp if learn.sequence_parallel else 1
+    if not lora.on:
+        return 0.0
+    recomputed = {"none": (), "selective": ("gate", "up", "down"), "full": lora.parts}[learn.recompute]
+    kept = 0.0
+    for part in lora.parts:
+        by_columns = part in ("out", "down")
+        wide = shape.layer_parts[part][1] / (learn.tp if by_columns else 1)
+        once = width * lora.rank * (tokens / (split if by_columns else 1) + wide)
+        kept += once * (1 if part in recomputed else layers)
+    return kept + width * tokens * shape.hidden / split
 
 
 def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
@@ -137,10 +172,13 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     beside = width * 2 * shape.hidden + inside
     if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
         beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
-    parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
+    trained = trained_parameters(shape, learn, stage)
+    adapters = width * trained if learn.lora.on else 0.0
+    parts = {"weights": width * parameters + adapters, "gradients": _GRADIENT * trained}
     if not learn.offload:
-        parts["optimizer"] = states * parameters / shards
+        parts["optimizer"] = states * trained / shards
     parts["activations"] = tokens * (in_flight * layers * kept + beside)
+    parts["activations"] += _beside_adapters(shape, learn, width, tokens, in_flight * layers)
     if not last:
         # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and
         # what is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
@@ -152,9 +190,10 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         # is added to the weight's gradient.
         share = shape.vocab / learn.tp
         chunk = min(tokens * share, LOGITS)
-        parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + shape.hidden * share)
+        product = 0.0 if learn.lora.on else shape.hidden * share
+        parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + product)
     if learn.kl_coef > 0:
-        parts["reference"] = width * parameters
+        parts["reference"] = adapters or width * parameters
     if averages(learn):
         parts["average"] = width * parameters
     return parts
