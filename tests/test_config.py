@@ -451,6 +451,7 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
         (["learn.lora.targets=[]"], "learn.lora.targets is empty"),
         (["learn.lora.rank=0", "learn.lora.init=x"], "learn.lora.init=x: set learn.lora.rank"),
         (["learn.proximal=average"], "learn.proximal=average: no moving average of adapters"),
+        (["engine.sglang={enable_lora: true}"], "engine.sglang.enable_lora: SGLang gets merged weights"),
         (["model.path="], "without model.path they would be random ones"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -306,7 +306,7 @@ def _engine(config: Config) -> Iterator[str]:
 def _learner(config: Config) -> Iterator[str]:
     """What goes with the learner's layout."""
     learn = config.learn
-    yield from lora_problems(learn.lora, learn.proximal)
+    yield from lora_problems(learn.lora, learn.proximal, map(str, config.engine.sglang))
     if learn.cp > 1 and learn.attention == "flash":
         yield (
             f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "

@@ -3,7 +3,7 @@
 # ruff: noqa: RUF009 -- `setting` makes a dataclass field
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from system.config.rule import setting
@@ -36,8 +36,10 @@ class LoraConfig:
         return tuple(part for target, part in PARTS.items() if target in self.targets)
 
 
-def lora_problems(lora: LoraConfig, proximal: str) -> Iterator[str]:
-    """A line each, with the remedy.  ``proximal``: ``learn.proximal``."""
+def lora_problems(lora: LoraConfig, proximal: str, sglang: Iterable[str]) -> Iterator[str]:
+    """A line each, with the remedy.  ``proximal``: ``learn.proximal``; ``sglang``: flags of
+    ``engine.sglang``.
+    """
     for target in lora.targets:
         if target not in PARTS:
             yield f"learn.lora.targets: {target!r}: choose of {', '.join(PARTS)}"
@@ -51,4 +53,9 @@ def lora_problems(lora: LoraConfig, proximal: str) -> Iterator[str]:
         yield (
             "learn.proximal=average: no moving average of adapters is kept: set learn.proximal=start or "
             "closed, or learn.lora.rank=0"
+        )
+    if flags := [flag for flag in sglang if "lora" in flag]:
+        yield (
+            f"engine.sglang.{flags[0]}: SGLang gets merged weights (docs/lora.md), and would keep room for "
+            "adapters that never come: take it out"
         )
