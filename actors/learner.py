@@ -139,7 +139,9 @@ class LearnerRank:
             if self._transport is None:
                 config, address = self._config, ray.util.get_node_ip_address()
                 run, dtype = Path(config.run.dir, config.run.name), config.model.dtype
-                self._transport = weights.make(config.engine, urls, self._model, dtype, address, run, adapter)
+                self._transport = weights.make(
+                    config.engine, urls, self._model, dtype, address, run, adapter=adapter
+                )
             buckets = self._trainer.export(on_gpu=self._transport.on_gpu, adapters=apart)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
