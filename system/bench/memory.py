@@ -8,7 +8,7 @@ take.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,7 +44,7 @@ class StepSettings:
     pp: int = 1  # pipeline stages
     stage: int = 0  # of them the one that is measured
     cp: int = 1  # ranks that share a row
-    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora: int = 0  # rank of adapters on all projections; 0: none
 
 
 SETTINGS = (
@@ -54,6 +54,7 @@ SETTINGS = (
     StepSettings("+ offload", "selective", offload=True),
     StepSettings("recompute=full", "full"),
     StepSettings("recompute=full, offload", "full", offload=True),
+    StepSettings("recompute=selective, LoRA of rank 16", "selective", lora=16),
 )
 # The model, and the ranks that share every layer of it.
 MODELS = {"7B": ("qwen2.5-7b", 4), "14B": ("qwen3-14b", 4), "32B": ("qwen3-32b", 8)}
@@ -142,7 +143,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     config.learn.tp, config.learn.micro_tokens = tp, tokens
     config.learn.sequence_parallel, config.learn.pp = way.sequence_parallel, way.pp
     config.learn.recompute, config.learn.offload, config.learn.cp = way.recompute, way.offload, way.cp
-    config.learn.lora = way.lora
+    config.learn.lora = LoraConfig(rank=way.lora)
     learn, device = config.learn, torch.device("cpu")
     rank = tp * way.cp * way.stage
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=learn.ranks)

@@ -191,6 +191,8 @@ def assert_equals_peft(reports: list[dict[str, Any]], expected: dict[str, Any]) 
     if first["gradient"]:
         assert relative_distance(first["gradient"], expected["gradient"]) < 1e-5
     assert relative_distance(first["adapters"], expected["adapters"]) < 1e-4
+    norm = np.sqrt(sum(float((one.astype(np.float64) ** 2).sum()) for one in expected["adapters"].values()))
+    assert first["reports"][-1]["weight_norm"] == pytest.approx(norm, rel=1e-4)  # of what is trained
     merged = {name: expected["merged"][name] for name in first["merged"]}
     assert relative_distance(first["merged"], merged) < 1e-5
     assert sum(report["held"] for report in reports) >= sum(one.size for one in expected["adapters"].values())

@@ -102,7 +102,7 @@ def stage_peaks(case: Case, layers: int) -> list[int]:
         sequence_parallel=case.sequence_parallel,
         pp=case.pp,
         cp=case.cp,
-        lora=LoraConfig(rank=case.lora),
+        lora=case.lora,
     )
     return [
         measure(shape, case.tp, case.tokens, replace(settings, stage=stage)).device
