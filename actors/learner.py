@@ -130,17 +130,23 @@ class LearnerRank:
 
     def publish(self, urls: list[str], version: int, deadline_s: float) -> PushReport:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
+        from system.engine import weights
+        from system.models.adapter import adapter_of
+
+        adapter = adapter_of(self._config.learn.lora) if weights.takes_adapters(self._config.engine) else None
+        apart = adapter is not None
         if self._rank == 0:
             if self._transport is None:
-                from system.engine import weights
-
                 config, address = self._config, ray.util.get_node_ip_address()
                 run, dtype = Path(config.run.dir, config.run.name), config.model.dtype
-                self._transport = weights.make(config.engine, urls, self._model, dtype, address, run)
-            buckets = self._trainer.export(on_gpu=self._transport.on_gpu)
+                self._transport = weights.make(
+                    config.engine, urls, self._model, dtype, address, run, adapter=adapter
+                )
+            buckets = self._trainer.export(on_gpu=self._transport.on_gpu, adapters=apart)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
             return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
-        for _ in self._trainer.export(on_gpu=True):  # the gather is collective: every rank walks through it
+        # The gather is collective: every rank walks through it.
+        for _ in self._trainer.export(on_gpu=True, adapters=apart):
             pass
         return PushReport()
 
@@ -155,6 +161,9 @@ class LearnerRank:
 
     def save_hf(self, path: str) -> None:
         self._trainer.save_hf(Path(path))
+
+    def save_adapters(self, path: str, base: str) -> None:
+        self._trainer.save_adapters(Path(path), base)
 
 
 async def _push(
@@ -262,6 +271,10 @@ class LearnerGroup:
     async def save_hf(self, path: str) -> None:
         """Write the model in Hugging Face format."""
         await self._all("save_hf", path)
+
+    async def save_adapters(self, path: str, base: str) -> None:
+        """Write the adapters of the model ``base`` in PEFT's format."""
+        await self._all("save_adapters", path, base)
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         raylet.check()  # the arguments may be a large object

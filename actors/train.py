@@ -162,5 +162,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
         return STOPPED
     await conductor.evaluate("after")
     progress.phase("saving")
+    if config.learn.lora.on:
+        await actors.learner.save_adapters(str(run_dir.adapter), str(run.model.absolute()))
     await actors.learner.save_hf(str(run_dir.model))
     return DONE

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -341,10 +342,10 @@ def test_any_values_make_a_configuration_or_a_clear_error(
     values: dict[str, Any], in_file: bool, tmp_path_factory: pytest.TempPathFactory
 ):
     """500 random configurations, in a file or as overrides: nothing is raised but ConfigError."""
-    layer: dict[str, dict[str, Any]] = {}
+    layer: dict[str, Any] = {}
     for key, value in values.items():
-        section, name = key.split(".")
-        layer.setdefault(section, {})[name] = value
+        *sections, name = key.split(".")
+        reduce(lambda inner, section: inner.setdefault(section, {}), sections, layer)[name] = value
     try:
         if in_file:
             config = load(write(tmp_path_factory.getbasetemp(), yaml.safe_dump(layer)))
@@ -433,3 +434,29 @@ def test_a_course_that_an_option_of_the_objective_goes_before_is_refused() -> No
 )
 def test_parts_that_cannot_do_their_work_are_refused(words: str, says: str) -> None:
     assert any(says in problem for problem in part_problems(load(QUICKSTART, [words])))
+
+
+def test_a_section_within_a_section(tmp_path: Path) -> None:
+    """``learn.lora``: by a file, by overrides, in the reference; and its rules."""
+    file = write(tmp_path, "model: {path: m}\nlearn:\n  lr: 0.1\n  lora: {rank: 8, targets: [q, v]}\n")
+    config = load(file, ["learn.lora.alpha=4"])
+    lora = config.learn.lora
+    assert (lora.rank, lora.alpha, lora.parts, config.learn.lr) == (8, 4.0, ("q", "v"), 0.1)
+    assert from_dict(to_dict(config)) == config
+    assert load(write(tmp_path, to_yaml(config))) == config
+    assert "learn.lora.rank\n    integer, default 0; 0 or more" in text("learn.lora")
+    for words, says in (
+        (["learn.lora=8"], "learn.lora is a section; set one of its keys, e.g. learn.lora.rank"),
+        (["learn.lora.rnk=8"], "unknown key learn.lora.rnk; did you mean learn.lora.rank?"),
+        (["learn.lora.rank=-1"], "learn.lora.rank=-1 must be 0 or more"),
+        (["learn.lora.rank=x"], "learn.lora.rank='x' must be an integer"),
+        (["learn.lora.targets=[q, lm_head]"], "learn.lora.targets: 'lm_head': choose of q, k, v, o"),
+        (["learn.lora.targets=[]"], "learn.lora.targets is empty"),
+        (["learn.lora.rank=0", "learn.lora.init=x"], "learn.lora.init=x: set learn.lora.rank"),
+        (["learn.proximal=average"], "learn.proximal=average: no moving average of adapters"),
+        (["engine.sglang={enable_lora: true}"], "engine.sglang.enable_lora: SGLang gets merged weights"),
+        (["model.path="], "without model.path they would be random ones"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(file, words)
+        assert says in str(caught.value), words

@@ -21,8 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from system.bench.fake_gpu import Meter, fused
 from system.bench.report import Report
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, LoraConfig
 from system.learn.sizes import LOGITS
+from system.models.adapter import adapter_of
 from system.models.known import KNOWN
 from system.models.shape import ModelShape
 from system.plan.hardware import GIB, GPUS
@@ -43,6 +44,7 @@ class StepSettings:
     pp: int = 1  # pipeline stages
     stage: int = 0  # of them the one that is measured
     cp: int = 1  # ranks that share a row
+    lora: int = 0  # rank of adapters on all projections; 0: none
 
 
 SETTINGS = (
@@ -52,6 +54,7 @@ SETTINGS = (
     StepSettings("+ offload", "selective", offload=True),
     StepSettings("recompute=full", "full"),
     StepSettings("recompute=full, offload", "full", offload=True),
+    StepSettings("recompute=selective, LoRA of rank 16", "selective", lora=16),
 )
 # The model, and the ranks that share every layer of it.
 MODELS = {"7B": ("qwen2.5-7b", 4), "14B": ("qwen3-14b", 4), "32B": ("qwen3-32b", 8)}
@@ -140,6 +143,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
     config.learn.tp, config.learn.micro_tokens = tp, tokens
     config.learn.sequence_parallel, config.learn.pp = way.sequence_parallel, way.pp
     config.learn.recompute, config.learn.offload, config.learn.cp = way.recompute, way.offload, way.cp
+    config.learn.lora = LoraConfig(rank=way.lora)
     learn, device = config.learn, torch.device("cpu")
     rank = tp * way.cp * way.stage
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=learn.ranks)
@@ -155,7 +159,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         with fake, fused(), logits, arrival, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
-            model = build(shape, transformer, "flex")
+            model = build(shape, transformer, "flex", adapter_of(learn.lora))
             with cpu.scope():
                 wrapped = DistributedDataParallel(
                     transformer,

@@ -26,6 +26,7 @@ from system.config.schema import ToolsConfig as ToolsConfig
 from system.config.schema_agent import AgentConfig as AgentConfig
 from system.config.schema_environment import EnvironmentConfig as EnvironmentConfig
 from system.config.schema_learn import LearnConfig as LearnConfig
+from system.config.schema_lora import LoraConfig as LoraConfig
 from system.config.schema_reward import ChosenReward as ChosenReward
 from system.config.schema_reward import rewards as rewards
 from system.config.schema_sft import SftConfig as SftConfig

@@ -16,6 +16,7 @@ from system.config.guide import ACTIONS
 from system.config.mcp import place
 from system.config.rule import PartConfig
 from system.config.schema import Config
+from system.config.schema_lora import lora_problems
 from system.config.schema_reward import ON_LOOP, rewards
 from system.config.schema_sft import sft_problems
 from system.config.settings import Setting, settings
@@ -312,6 +313,7 @@ def _engine(config: Config) -> Iterator[str]:
 def _learner(config: Config) -> Iterator[str]:
     """What goes with the learner's layout."""
     learn = config.learn
+    yield from lora_problems(learn.lora, learn.proximal, map(str, config.engine.sglang))
     if learn.cp > 1 and learn.attention == "flash":
         yield (
             f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "
@@ -348,6 +350,11 @@ def _shape(config: Config) -> Iterator[str]:
     model = config.model
     if model.path:
         return
+    if config.learn.lora.on:
+        yield (
+            f"learn.lora.rank={config.learn.lora.rank} trains adapters of a model whose own weights stand "
+            "still, and without model.path they would be random ones: name a trained model"
+        )
     if model.hidden_size % model.heads or model.heads % model.kv_heads:
         yield (
             f"model.hidden_size={model.hidden_size} must be a multiple of model.heads={model.heads}, "

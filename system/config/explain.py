@@ -43,6 +43,7 @@ def text(wanted: str = "") -> str:
     if wanted == "algorithm":
         return "".join(f"algorithm={name}\n    {' '.join(parts)}\n" for name, parts in ALGORITHMS.items())
     chosen = [one for one in settings().values() if wanted in ("", one.section, one.key)]
+    chosen = chosen or [one for key, one in settings().items() if key.startswith(f"{wanted}.")]
     if not chosen:
         section, _, key = wanted.rpartition(".")
         known = [one.name for one in settings().values() if one.section == section]

@@ -136,9 +136,19 @@ def _merge(merged: Any, layer: dict[str, Any], source: str) -> Iterator[str]:
         elif not isinstance(values, dict):
             yield f"{source}: {name} is a section; set one of its keys, e.g. {name}.<key>=…"
         else:
-            for key, value in values.items():
-                if fault := _merge_key(merged, name, str(key), value):
+            for key, value in _flat(name, values):
+                if fault := _merge_key(merged, name, key, value):
                     yield f"{source}: {fault}"
+
+
+def _flat(section: str, values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a section with their values; those of a section within it with a dot: ``lora.rank``."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and any(one.startswith(f"{section}.{key}.") for one in settings()):
+            yield from _flat(section, value, f"{key}.")
+        else:
+            yield key, value
 
 
 def _first_path(name: str, values: Any) -> str:
@@ -152,10 +162,13 @@ def _first_path(name: str, values: Any) -> str:
 def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
     """Set one key, or merge a dictionary into it; returns what is wrong with it."""
     path = f"{section}.{key}"
+    section, _, key = path.rpartition(".")
     if key == REPLACE:
         return f"{section} is no dictionary: {REPLACE} is for one, as in task.options"
     if (one := settings().get(path)) is None:
-        known = [one.name for one in settings().values() if one.section == section]
+        known = [one.removeprefix(f"{section}.") for one in settings() if one.startswith(f"{section}.")]
+        if within := [one for one in settings() if one.startswith(f"{path}.")]:
+            return f"{path} is a section; set one of its keys, e.g. {within[0]}=…"
         return f"unknown key {path}{hint(key, known, f'{section}.')}"
     named = isinstance(value, str) and "${" in value  # the value of another key
     if typing.get_origin(one.kind) is list and not (
@@ -170,8 +183,9 @@ def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
         return f"{path}: {wrong[0]!r} must be a dictionary; see: espalier config --explain {path}"
     layer = {key: value}
     try:
-        _make_room(merged[section], layer, f"{section}.")
-        merged[section].merge_with(layer)
+        inner = OmegaConf.select(merged, section)
+        _make_room(inner, layer, f"{section}.")
+        inner.merge_with(layer)
     except ConfigError as error:
         return str(error)
     except Exception as error:  # OmegaConf's own, and what it runs into with values of a wrong type

@@ -3,9 +3,10 @@
 # ruff: noqa: RUF009 -- `setting` makes a dataclass field
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from system.config.rule import PartConfig, setting
+from system.config.schema_lora import LoraConfig
 from system.plugins import AGGREGATES, CORRECTIONS, CREDITS, OBJECTIVES
 
 
@@ -108,6 +109,7 @@ class LearnConfig:
         0.0, "of a mixture of experts: weight of the loss that balances their load; 0: off", least=0
     )
     bucket_mb: int = setting(64, "weight export bucket", least=1)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @property
     def ranks(self) -> int:

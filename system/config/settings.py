@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from system.config.rule import Rule
@@ -19,7 +21,7 @@ class Setting:
     """One field of a section, as the rules and the settings reference see it."""
 
     section: str
-    name: str
+    name: str  # with a dot in a section within: lora.rank
     kind: Any  # its type
     default: Any
     rule: Rule
@@ -34,7 +36,7 @@ class Setting:
 
     def of(self, config: Config) -> Any:
         """Its value in ``config``."""
-        return getattr(getattr(config, self.section), self.name)
+        return attrgetter(self.key)(config)
 
 
 @cache
@@ -43,8 +45,16 @@ def settings() -> dict[str, Setting]:
     found: list[Setting] = []
     for section in dataclasses.fields(Config):
         values = getattr(Config(), section.name)
-        kinds = typing.get_type_hints(type(values))
-        for one in dataclasses.fields(values):
-            value = getattr(values, one.name)
-            found.append(Setting(section.name, one.name, kinds[one.name], value, one.metadata["rule"]))
+        found += _within(section.name, values)
     return {one.key: one for one in found}
+
+
+def _within(section: str, values: Any, prefix: str = "") -> Iterator[Setting]:
+    """The fields of a section, and those of sections within it (fields that have no rule of their own)."""
+    kinds = typing.get_type_hints(type(values))
+    for one in dataclasses.fields(values):
+        value, name = getattr(values, one.name), prefix + one.name
+        if rule := one.metadata.get("rule"):
+            yield Setting(section, name, kinds[one.name], value, rule)
+        else:
+            yield from _within(section, value, f"{name}.")

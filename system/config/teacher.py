@@ -18,6 +18,8 @@ def teacher_problems(config: Config) -> Iterator[str]:
         )
     if learn.teacher == "none" and learn.credit.name == "none":
         yield "learn.credit=none leaves nothing to learn from: set learn.teacher, or another credit"
+    if learn.teacher == "average" and learn.lora.on:
+        yield f"{key}: no moving average of adapters is kept: set learn.teacher=server, or learn.lora.rank=0"
     if learn.teacher != "server":
         return
     if rollout.temperature != 1 or "rollout.temperature" in config.run.by_step:

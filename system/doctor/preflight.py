@@ -26,6 +26,7 @@ from system.agents.forking import misfits as agent_misfits
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
+from system.doctor import adapters
 from system.doctor.answering import unanswered
 from system.doctor.experts import expert_misfits
 from system.engine.sglang.command import interpreter
@@ -162,6 +163,7 @@ def model(config: Config) -> Iterator[Problem]:
         shape = ModelShape.from_directory(path)
     except UnsupportedModel:
         return  # one of the faults
+    yield from (Problem("", line) for line in adapters.misfit(config, shape))
     sizes = shape.divided(whole_experts=config.learn.ep > 1) | {"layers": shape.layers}
     lines = undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()})
     for line in (*lines, *expert_misfits(config, shape)):
@@ -285,7 +287,7 @@ def disk(config: Config) -> Iterator[Problem]:
     """Can ``run.dir`` be written, and does it hold a checkpoint?  The same of ``engine.weights_dir``, which
     holds what servers have loaded and what they are to load.
     """
-    needed = SLACK + _checkpoint_bytes(config)
+    needed = SLACK + _checkpoint_bytes(config) + adapters.merged_bytes(config, _parameters(config))
     yield from _kept(f"run.dir={config.run.dir}", Path(config.run.dir), needed, "one checkpoint takes")
     engine = config.engine
     if engine.weights == "disk" and engine.weights_dir:
@@ -312,8 +314,9 @@ def _gib(size: int) -> str:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Float32 weights, both of Adam's moments, and the models that are kept besides."""
-    return (12 + len(besides(config.learn)) * WIDTH[config.model.dtype]) * _parameters(config)
+    """Float32 weights that are trained, both of Adam's moments, and the models that are kept besides."""
+    each = 12 + len(besides(config.learn)) * WIDTH[config.model.dtype]
+    return each * adapters.trained(config, _parameters(config))
 
 
 def _parameters(config: Config) -> int:
@@ -382,7 +385,8 @@ def ports(config: Config) -> Iterator[Problem]:
 def memory(config: Config) -> Iterator[Problem]:
     """Does this machine hold an offloaded optimizer, and its copy while a checkpoint is written?"""
     if config.learn.offload and not _joins(config):
-        free, needed = virtual_memory().available, 12 * _parameters(config) + _checkpoint_bytes(config)
+        state = 12 * adapters.trained(config, _parameters(config))
+        free, needed = virtual_memory().available, state + _checkpoint_bytes(config)
         if free < needed:
             found = f"{_gib(free)} of memory are free, optimizer and checkpoint take {_gib(needed)}"
             yield Problem(

@@ -1,9 +1,10 @@
 """Sharded checkpoints that any layout can read: torch's distributed format under Hugging Face names.
 
-Every rank writes the boxes it holds of each Hugging Face tensor: the float32 parameters, Adam's two moments
-and the reference model.  A rank of another layout asks for other boxes of the same tensors, and torch's
-planner cuts them out of the files.  (megatron-core's own checkpoints of a distributed optimizer cannot be
-read back where the optimizer is torch's AdamW.)
+Every rank writes the boxes it holds of each Hugging Face tensor that is trained (with adapters these alone,
+under PEFT's names): the float32 parameters, Adam's two moments and the reference model.  A rank of another
+layout asks for other boxes of the same tensors, and torch's planner cuts them out of the files.
+(megatron-core's own checkpoints of a distributed optimizer cannot be read back where the optimizer is torch's
+AdamW.)
 
 Saving copies the boxes to the host's memory; a thread writes them while training goes on.
 """
@@ -90,11 +91,11 @@ class TrainingState:
         layout: Layout,
         model: TreeGPTModel,
         optimizer: Adam,
-        others: Mapping[str, TreeGPTModel],
+        others: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> None:
-        """``others``: models of the same shape that are kept besides, by a word for each."""
+        """``others``: parameters of the same shapes that are kept besides, by a word for each set of them."""
         self._layout, self._model, self._optimizer = layout, model, optimizer
-        self._others = {kind: dict(one.named_parameters()) for kind, one in others.items()}
+        self._others = others
         self._where = WeightMap.of(model)
         # Writing is among ranks, too, beside the collectives of training, and takes its time by size.
         size = sum(box.data.nbytes for box in self._held(writing=False))
@@ -185,7 +186,8 @@ class TrainingState:
         ``writing``: the boxes that it writes; all ranks together write every element once.
         """
         layout = self._layout
-        for number, (key, parameter) in enumerate(self._model.named_parameters()):
+        trained = [(key, one) for key, one in self._model.named_parameters() if one.requires_grad]
+        for number, (key, parameter) in enumerate(trained):
             mapped = self._where.parameter(layout.pp_rank, key)
             if writing and ((mapped.replicated and layout.tp_rank) or self._where.is_copy(key)):
                 continue

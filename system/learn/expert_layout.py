@@ -24,6 +24,8 @@ def expert_problems(shape: ModelShape, learn: LearnConfig) -> Iterator[str]:
             if value:
                 yield f"learn.{name}={getattr(learn, name)}: the model has no experts; take it out"
         return
+    if learn.lora.on:
+        yield f"learn.lora.rank={learn.lora.rank}: a mixture of experts takes no adapters yet; set it to 0"
     if shape.experts.count % learn.ep:
         yield f"learn.ep={learn.ep} does not divide the model's {shape.experts.count} experts"
     if learn.tp > 1 and not learn.sequence_parallel:

@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
 
-from system.errors import CheckpointError
+from system.errors import CheckpointError, naming
 from system.learn.checkpoint import BoxLoader, look, whole
-from system.models.files import by_bytes, write_model
+from system.models.adapter import Adapter, factors
+from system.models.files import by_bytes, read_tensors, take_name, write_model
 from system.models.shape import ModelShape
 
 FILE_BYTES = 2**31  # of one file of weights, at most (one tensor at least)
@@ -27,21 +28,48 @@ def extract(
     target: Path,
     dtype: torch.dtype,
     *,
+    adapter: Adapter | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write the model of ``checkpoint`` into ``target`` as a complete Hugging Face directory.
 
-    ``source``: the model that training began with, which has its configuration and tokenizer.  In memory
+    ``source``: the model that training began with, which has its configuration and tokenizer.  With an
+    ``adapter`` the checkpoint has adapters alone, which are merged into the weights of ``source``.  In memory
     there is one file at a time.  Raises :class:`CheckpointError` for a checkpoint that is damaged, or of
     another model.
     """
+    _sound(checkpoint)
+    shape = ModelShape.from_directory(source)
+    shapes = shape.tensors()
+    files = by_bytes(((name, prod(size) * dtype.itemsize) for name, size in shapes.items()), file_bytes)
+
+    def bucket(names: list[str]) -> dict[str, torch.Tensor]:
+        if adapter is None:
+            return _read(checkpoint, {name: shapes[name] for name in names}, dtype)
+        sizes = adapter.tensors(shape)
+        beside = {one: sizes[one] for name in names for one in factors(name) if one in sizes}
+        return adapter.merged(read_tensors(source, names, dtype), _read(checkpoint, beside, dtype))
+
+    write_model(target, source, dtype, map(bucket, files), len(files))
+
+
+def extract_adapters(
+    checkpoint: Path, source: str | Path, target: Path, dtype: torch.dtype, adapter: Adapter
+) -> None:
+    """Write the adapters of ``checkpoint`` into ``target`` in PEFT's format; raises as :func:`extract`."""
+    _sound(checkpoint)
+    shape = ModelShape.from_directory(source)
+    tensors = _read(checkpoint, adapter.tensors(shape), dtype)
+    partial = target.with_name(target.name + ".partial")
+    with naming(partial):
+        adapter.write(partial, shape, tensors, str(Path(source).absolute()))
+        take_name(partial, target)
+
+
+def _sound(checkpoint: Path) -> None:
     _, problems = look(checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint}: {problems[0]}")
-    shapes = ModelShape.from_directory(source).tensors()
-    files = by_bytes(((name, prod(shape) * dtype.itemsize) for name, shape in shapes.items()), file_bytes)
-    buckets = (_read(checkpoint, {name: shapes[name] for name in names}, dtype) for names in files)
-    write_model(target, source, dtype, buckets, len(files))
 
 
 def _read(

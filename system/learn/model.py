@@ -27,7 +27,9 @@ from system.config import ConfigError, LearnConfig
 from system.learn import cpu, experts
 from system.learn.attention import RowContext, TreeAttention, TreeMask, choose_kernels
 from system.learn.expert_layout import expert_problems
+from system.learn.lora import adapt_spec, freeze
 from system.learn.rotary import Rotary
+from system.models.adapter import Adapter
 from system.models.shape import ModelShape
 
 
@@ -51,9 +53,9 @@ class TreeGPTModel(GPTModel):
 
     frequencies: torch.Tensor  # [head_dim / 2] float32
 
-    def __init__(self, *, shape: ModelShape, **kwargs: Any) -> None:
+    def __init__(self, *, shape: ModelShape, adapter: Adapter | None = None, **kwargs: Any) -> None:
         super().__init__(position_embedding_type="none", **kwargs)
-        self.shape = shape
+        self.shape, self.adapter = shape, adapter
         # Computed on the CPU, as by transformers: a GPU's powers differ in the last bit.
         self.register_buffer("frequencies", shape.rope.frequencies(shape.head_dim), persistent=False)
 
@@ -79,6 +81,10 @@ class TreeGPTModel(GPTModel):
         hidden]`` under sequence parallelism).
         """
         hidden = self.embedding(input_ids=tokens[None], position_ids=None) if self.pre_process else None
+        if hidden is not None and self.adapter and torch.is_grad_enabled():
+            # A layer that is computed again in the backward pass needs an input that has a gradient, and
+            # nothing has one before the first adapter.
+            hidden.requires_grad_()
         row = RowContext(mask, Rotary(position, self.frequencies, self.shape.rope.scale))
         if padding is not None and self.config.sequence_parallel:
             padding = padding.chunk(self.config.tensor_model_parallel_size)[self.pg_collection.tp.rank()]
@@ -167,7 +173,9 @@ def transformer_config(shape: ModelShape, learn: LearnConfig, dtype: torch.dtype
     )
 
 
-def _layer(config: TransformerConfig, kernels: str, sparse: bool) -> Any:
+def _layer(
+    shape: ModelShape, config: TransformerConfig, kernels: str, sparse: bool, adapter: Adapter | None
+) -> Any:
     """What a layer is made of; a ``sparse`` one has experts in place of its MLP."""
     count = config.num_moe_experts if sparse else None
     layer = get_gpt_layer_local_spec(
@@ -179,6 +187,8 @@ def _layer(config: TransformerConfig, kernels: str, sparse: bool) -> Any:
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if adapter:
+        adapt_spec(parts, shape, adapter, config.tensor_model_parallel_size)
     if sparse:
         parts.mlp.submodules.experts = experts.GroupedExperts
         parts.mlp.submodules.router = experts.ExpertRouter
@@ -190,17 +200,20 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPTModel:
+def build(
+    shape: ModelShape, config: TransformerConfig, kernels: str, adapter: Adapter | None = None
+) -> TreeGPTModel:
     """A randomly initialised model shard on this rank's device; parallel state must be initialised.
 
-    ``kernels``: ``learn.attention``.  Raises ``ConfigError`` where they cannot be had.
+    ``kernels``: ``learn.attention``.  With an ``adapter`` nothing but adapters requires a gradient.
+    Raises ``ConfigError`` where the kernels cannot be had.
     """
     if shape.experts:
         experts.install()
     kernels = choose_kernels(kernels, config.params_dtype, shape.head_dim, config.context_parallel_size)
     first = get_transformer_layer_offset(config)
     layers = [
-        _layer(config, kernels, shape.sparse(layer))
+        _layer(shape, config, kernels, shape.sparse(layer), adapter)
         for layer in range(first, first + get_num_layers_to_build(config))
     ]
     # By default megatron-core 0.16.1 takes FP8 to be in use here (`False is not None`), and then needs
@@ -214,10 +227,13 @@ def build(shape: ModelShape, config: TransformerConfig, kernels: str) -> TreeGPT
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(shape.vocab, config.tensor_model_parallel_size),
             shape=shape,
+            adapter=adapter,
             max_sequence_length=shape.max_position,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
         )
+        if adapter:
+            freeze(model)
         return model if cpu.needed() else model.cuda()

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from system.learn.model import TreeGPTModel, padded_vocab_size
+from system.models.adapter import Adapter, factors
 from system.models.shape import ModelShape
 
 Split = Literal[
@@ -42,6 +43,12 @@ _TOP: dict[str, tuple[Split, str]] = {
     "decoder.final_layernorm.weight": ("replicated", "norm"),
     "output_layer.weight": ("vocabulary", "head"),
 }
+
+
+# What of a layer's adapters is split, and how: the factors of a layer that is split by rows or by columns.
+_ADAPTER: dict[tuple[bool, str], Split] = {
+    (False, "A"): "replicated", (False, "B"): "gate-up", (True, "A"): "columns", (True, "B"): "replicated",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,12 +94,15 @@ class WeightMap:
     def of(model: TreeGPTModel) -> WeightMap:
         config = model.config
         tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-        return WeightMap(model.shape, tp, pp, config.expert_model_parallel_size)
+        return WeightMap(model.shape, tp, pp, config.expert_model_parallel_size, model.adapter)
 
-    def __init__(self, shape: ModelShape, tp: int, pp: int, ep: int = 1) -> None:
+    def __init__(
+        self, shape: ModelShape, tp: int, pp: int, ep: int = 1, adapter: Adapter | None = None
+    ) -> None:
         self.tp, self.pp, self.ep, self.tied = tp, pp, ep, shape.tied
         self._shape, self._layers, self._groups = shape, shape.layers, shape.kv_heads
         self._shapes = shape.tensors()
+        self._adapter = adapter
 
     def parameters(self) -> list[MappedParameter]:
         """Every parameter of the model once, from the embedding to the head, stage by stage."""
@@ -123,6 +133,23 @@ class WeightMap:
         experts = self._shape.expert_parts if self._shape.sparse(layer) else {}
         return {*self._shape.layer_parts(layer), *experts}
 
+    def adapters(self) -> list[MappedParameter]:
+        """Every adapter of the model once, stage by stage."""
+        if self._adapter is None:
+            return []
+        per_stage = self._layers // self.pp
+        return [
+            self.parameter(
+                layer // per_stage, f"decoder.layers.{layer % per_stage}.{module}.lora.{factor}.{part}"
+            )
+            for layer in range(self._layers)
+            for suffix, (_, parts) in _LAYER.items()
+            if (module := suffix.removesuffix(".weight")) != suffix
+            for part in parts
+            if part in self._adapter.parts
+            for factor in "AB"
+        ]
+
     def is_copy(self, key: str) -> bool:
         """Whether a parameter is the tied head of a last stage that is not the first: the embedding again."""
         return self.tied and key == "output_layer.weight"
@@ -136,6 +163,9 @@ class WeightMap:
         else:
             _decoder, _layers, local, suffix = key.split(".", 3)
             layer = stage * (self._layers // self.pp) + int(local)
+            module, _, adapter = suffix.partition(".lora.")
+            if adapter:
+                return self._adapter_parameter(stage, key, layer, module, *adapter.split("."))
             split, parts = _LAYER[suffix]
             if self._shape.experts and parts[0] in self._shape.expert_parts:
                 experts = range(self._shape.experts.count)
@@ -155,6 +185,16 @@ class WeightMap:
     def _experts_here(self) -> int:
         """Experts that a rank holds of a layer."""
         return self._shape.experts.count // self.ep if self._shape.experts else 0
+
+    def _adapter_parameter(
+        self, stage: int, key: str, layer: int, module: str, factor: str, part: str
+    ) -> MappedParameter:
+        assert self._adapter is not None, key
+        name = factors(self._shape.tensor(part, layer))["AB".index(factor)]
+        wide, narrow = self._shape.layer_parts(0)[part]
+        size = (self._adapter.rank, narrow) if factor == "A" else (wide, self._adapter.rank)
+        by_columns = _LAYER[f"{module}.weight"][0] == "columns"
+        return MappedParameter(stage, key, _ADAPTER[by_columns, factor], {name: size})
 
     def blocks(self, mapped: MappedParameter, rank: int) -> list[RowBlock]:
         """The boxes that tensor-parallel rank ``rank`` holds of a parameter, in its row order; of experts

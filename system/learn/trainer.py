@@ -25,6 +25,7 @@ from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
 from system.learn.distill import reverse_kl
 from system.learn.experts import Loads
+from system.learn.lora import AdapterCopy
 from system.learn.model import TreeGPTModel, build, transformer_config
 from system.learn.objective import (
     TOTALS,
@@ -42,6 +43,7 @@ from system.learn.pipeline import Pipeline
 from system.learn.rows import Row, row_padding
 from system.learn.schedule import learning_rate
 from system.learn.weights import Export
+from system.models.adapter import adapter_of
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
 from system.plugins import CORRECTIONS
@@ -84,11 +86,16 @@ class Trainer:
         self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
         shape = ModelShape.from_directory(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
-        self.model = build(shape, transformer, learn.attention)
+        adapter = adapter_of(learn.lora)
+        self.model = build(shape, transformer, learn.attention, adapter)
         weights.load(self.model, self.layout, hf_path)
         self._loads = Loads(self.model, self.layout, learn)
-        self.reference: TreeGPTModel | None = None
-        if learn.kl_coef:
+        if adapter:
+            weights.start_adapters(self.model, self.layout, config.run.seed, learn.lora.init)
+        self.reference: TreeGPTModel | AdapterCopy | None = None
+        if learn.kl_coef and adapter:
+            self.reference = AdapterCopy(self.model)
+        elif learn.kl_coef:
             self.reference = build(shape, transformer, learn.attention)
             self.reference.requires_grad_(False)
         self.average: MovingAverage[TreeGPTModel] | None = None
@@ -114,7 +121,7 @@ class Trainer:
         average = self.average.model if self.average else None
         teacher = self.teacher.model if self.teacher else None
         others = {"reference": self.reference, "average": average, "teacher": teacher}
-        kept = {kind: model for kind, model in others.items() if model}
+        kept = {kind: _held(model) for kind, model in others.items() if model}
         self._state = TrainingState(self.layout, self.model, self.optimizer, kept)
 
     @property
@@ -213,18 +220,26 @@ class Trainer:
 
     # ------------------------------------------------------------------ weights and state
 
-    def export(self, *, on_gpu: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Full weights under Hugging Face names, in buckets of ``learn.bucket_mb``: on CPU, or ``on_gpu`` on
-        this rank's device.
+    def export(self, *, on_gpu: bool = False, adapters: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """Full weights under Hugging Face names (``adapters``: these alone, under PEFT's), in buckets of
+        ``learn.bucket_mb``: on CPU, or ``on_gpu`` on this rank's device.
 
         All ranks iterate to the end, over the same number of buckets; only global rank 0's buckets have
         tensors.
         """
-        return Export(self.model, self.layout, self.learn.bucket_mb << 20).buckets(on_gpu=on_gpu)
+        export = Export(self.model, self.layout, self.learn.bucket_mb << 20, adapters=adapters)
+        return export.buckets(on_gpu=on_gpu)
 
     def save_hf(self, path: str | Path) -> None:
-        """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors)."""
+        """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors), adapters
+        merged.
+        """
         weights.save_hf(self.model, self.layout, Path(path), self.hf_path)
+        torch.distributed.barrier()
+
+    def save_adapters(self, path: str | Path, base: str) -> None:
+        """Write the adapters in PEFT's format; ``base``: the model that they belong to."""
+        weights.save_adapters(self.model, self.layout, Path(path), base)
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:
@@ -382,7 +397,7 @@ class Trainer:
 
     def _score(
         self,
-        model: TreeGPTModel,
+        model: TreeGPTModel | AdapterCopy,
         rows: Sequence[Row],
         temperature: float | None = None,
         *,
@@ -391,6 +406,9 @@ class Trainer:
         """[M] log-probabilities of each row's targets, without gradient; None before the last stage.
         ``temperature``: the rollout's by default; ``replays`` as in :meth:`Row.run`.
         """
+        if isinstance(model, AdapterCopy):
+            with model.in_place():
+                return self._score(self.model, rows, temperature)
         divisor = self._now.rollout.temperature if temperature is None else temperature
         passes = self._passes(rows)
 
@@ -416,7 +434,9 @@ class Trainer:
 
     def _follow(self) -> None:
         """Reference model and averages := the current weights."""
-        if self.reference is not None:
+        if isinstance(self.reference, AdapterCopy):
+            self.reference.follow()
+        elif self.reference is not None:
             self.reference.load_state_dict(self.model.state_dict())
         for average in (self.average, self.teacher):
             if average is not None:
@@ -433,6 +453,11 @@ class Trainer:
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()
+
+
+def _held(model: TreeGPTModel | AdapterCopy) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of it."""
+    return model.tensors if isinstance(model, AdapterCopy) else dict(model.named_parameters())
 
 
 def _combine(results: Sequence[dict[str, float]]) -> dict[str, float]:

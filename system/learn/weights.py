@@ -8,7 +8,8 @@ Face tensors on in buckets of bounded size: rank 0 holds one bucket, one paramet
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,11 +19,14 @@ from megatron.core.transformer.module import param_is_not_shared
 from safetensors import safe_open
 
 from system.config import ConfigError
+from system.errors import naming
+from system.learn.lora import drawn, is_adapter, module_of
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
+from system.models.adapter import read_adapter
 from system.models.directory import weight_files
-from system.models.files import by_bytes, write_model
+from system.models.files import by_bytes, take_name, write_model
 
 Bucket = dict[str, torch.Tensor]
 
@@ -36,6 +40,8 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
     where, file_of = WeightMap.of(model), weight_files(path)
     files = {name: safe_open(Path(path) / name, framework="pt") for name in set(file_of.values())}
     for key, parameter in model.named_parameters():
+        if is_adapter(key):
+            continue
         mapped = where.parameter(layout.pp_rank, key)
         assert tuple(parameter.shape) == where.shard_shape(mapped), key
         filled = 0
@@ -53,10 +59,31 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
 
 
 @torch.no_grad()
+def start_adapters(model: TreeGPTModel, layout: Layout, seed: int, source: str = "") -> None:
+    """Fill this rank's part of every adapter from a directory in PEFT's format, or as drawn by ``seed``.
+
+    Raises ``AdapterError`` for a directory that does not fit.
+    """
+    where, adapter = WeightMap.of(model), model.adapter
+    assert adapter is not None
+    given = read_adapter(source, model.shape, adapter) if source else {}
+    for key, parameter in model.named_parameters():
+        if not is_adapter(key):
+            continue
+        mapped = where.parameter(layout.pp_rank, key)
+        assert tuple(parameter.shape) == where.shard_shape(mapped), key
+        for block in where.blocks(mapped, layout.tp_rank):
+            tensor = given[block.name] if given else drawn(block.name, mapped.shapes[block.name], seed)
+            parameter[block.start : block.start + block.rows].copy_(tensor[block.box(parameter)])
+
+
+@torch.no_grad()
 def norm(model: TreeGPTModel, layout: Layout) -> float:
-    """L2 norm of all weights, those that several ranks hold counted once; collective."""
+    """L2 norm of all weights that are trained, those that several ranks hold counted once; collective."""
     square = torch.zeros((), dtype=torch.float64, device=layout.device)
     for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
         _, copy = layout.held(experts=not getattr(parameter, "allreduce", True))
         own = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
         if own and copy == 0:
@@ -67,17 +94,25 @@ def norm(model: TreeGPTModel, layout: Layout) -> float:
 
 
 class Export:
-    """One pass over the model's full tensors under Hugging Face names, in buckets.
+    """One pass over the model's full tensors under Hugging Face names, adapters merged, in buckets.
 
     The plan, known to every rank, says which parameters go into which bucket.
     """
 
-    def __init__(self, model: TreeGPTModel, layout: Layout, max_bytes: int) -> None:
-        """``max_bytes``: size of a bucket, exceeded only by a parameter (or expert) that is larger alone."""
+    def __init__(
+        self, model: TreeGPTModel, layout: Layout, max_bytes: int, *, adapters: bool = False
+    ) -> None:
+        """``max_bytes``: size of a bucket, exceeded only by a parameter (or expert) that is larger alone.
+        ``adapters``: these alone, under PEFT's names.
+        """
         self._model, self._layout = model, layout
         self._map = WeightMap.of(model)
         size = model.config.params_dtype.itemsize
-        self.plan = by_bytes(((one, one.numel * size) for one in self._map.pieces()), max_bytes)
+        what = self._map.adapters() if adapters else self._map.pieces()
+        self.plan = by_bytes(((one, one.numel * size) for one in what), max_bytes)
+        self._beside: dict[tuple[int, str], list[MappedParameter]] = {}  # adapters by their layer
+        for one in self._map.adapters() if not adapters else ():
+            self._beside.setdefault((one.stage, module_of(one.key)), []).append(one)
 
     def buckets(self, *, on_gpu: bool = False) -> Iterator[Bucket]:
         """The buckets, each with copies of its own, on CPU or (``on_gpu``) where gathered; collective.
@@ -88,7 +123,7 @@ class Export:
         for bucket_plan in self.plan:
             bucket: Bucket = {}
             for mapped in bucket_plan:
-                full = self.gather(mapped, parameters.get(mapped.key))
+                full = self._merged(mapped, parameters)
                 if on_gpu:
                     bucket |= full
                     continue
@@ -99,6 +134,14 @@ class Export:
                 torch.cuda.synchronize()  # the copies of this bucket
             yield bucket
             del bucket
+
+    @torch.no_grad()
+    def _merged(self, mapped: MappedParameter, parameters: Mapping[str, torch.Tensor]) -> Bucket:
+        full = self.gather(mapped, parameters.get(mapped.key))
+        adapters: Bucket = {}
+        for one in self._beside.get((mapped.stage, module_of(mapped.key)), ()):
+            adapters |= self.gather(one, parameters.get(one.key))
+        return self._model.adapter.merged(full, adapters) if self._model.adapter else full
 
     @torch.no_grad()
     def gather(self, mapped: MappedParameter, shard: torch.Tensor | None) -> Bucket:
@@ -147,7 +190,8 @@ class Export:
 def save_hf(
     model: TreeGPTModel, layout: Layout, path: Path, source: str | Path, *, file_bytes: int = 2**31
 ) -> None:
-    """Write a complete Hugging Face directory, in files of at most ``file_bytes`` (one parameter at least).
+    """Write a complete Hugging Face directory, in files of at most ``file_bytes`` (one parameter at least);
+    adapters are merged.
 
     Collective; only rank 0 touches the disk, as :func:`~system.models.files.write_model` does.
     """
@@ -157,3 +201,18 @@ def save_hf(
             pass
         return
     write_model(path, source, model.config.params_dtype, export.buckets(), len(export.plan))
+
+
+def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str) -> None:
+    """Write the adapters in PEFT's format; ``base``: the model's own directory.  Collective; only rank 0
+    touches the disk.
+    """
+    tensors: Bucket = {}
+    for bucket in Export(model, layout, 2**31, adapters=True).buckets():
+        tensors |= bucket
+    if layout.rank == 0 and model.adapter:
+        partial = path.with_name(path.name + ".partial")
+        with naming(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            model.adapter.write(partial, model.shape, tensors, base)
+            take_name(partial, path)

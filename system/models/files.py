@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from system.errors import naming
-from system.models.directory import INDEX, SINGLE
+from system.errors import ConfigError, naming
+from system.models.directory import INDEX, SINGLE, weight_files
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the name that a configuration uses
@@ -32,6 +32,17 @@ def by_bytes(things: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
         files[-1].append(thing)
         filled += size
     return files
+
+
+def read_tensors(directory: str | Path, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Some tensors of a Hugging Face directory, as ``dtype``.  Raises ConfigError for one that is missing."""
+    where, found = weight_files(directory), dict[str, torch.Tensor]()
+    for name in names:
+        if name not in where:
+            raise ConfigError(f"{directory}: the weights lack {name}")
+        with safe_open(Path(directory) / where[name], framework="pt") as reader:
+            found[name] = reader.get_tensor(name).to(dtype)
+    return found
 
 
 def write_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:

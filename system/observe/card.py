@@ -6,6 +6,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, cast
@@ -161,8 +163,8 @@ def _totals(summary: Mapping[str, Any]) -> Iterator[str]:
 def _settings(config: Config) -> Iterator[str]:
     given, default = to_dict(config), to_dict(Config())
     for key, one in settings().items():
-        value = given[one.section][one.name]
-        if one.section not in _MADE_BY or key in _PLACES or value == default[one.section][one.name]:
+        value, usual = (reduce(getitem, key.split("."), values) for values in (given, default))
+        if one.section not in _MADE_BY or key in _PLACES or value == usual:
             continue
         value = redact(_nowhere(value), one.name)
         yield f"{key}={one_line(value if isinstance(value, str) else json.dumps(value))}"

@@ -17,17 +17,28 @@ from system.observe.rundir import RunDir, write_atomic
 
 
 def publish(
-    run: RunDir, step: int | None, target: Path | None, repository: str, *, public: bool = False
+    run: RunDir,
+    step: int | None,
+    target: Path | None,
+    repository: str,
+    *,
+    public: bool = False,
+    adapter: bool = False,
 ) -> Iterator[str]:
     """Write the model of a run into ``target``, and upload it to ``repository``; either may be none (None,
     "").  Yields a line for each thing done.
 
-    ``step``: of the checkpoint whose model it is; None: the trained model.  Raises :class:`ConfigError` for
-    what cannot be, before anything is written, and :class:`~system.observe.hub.PushFailed`.
+    ``step``: of the checkpoint whose model it is; None: the trained model.  ``adapter``: the adapters of a
+    run by LoRA alone, in PEFT's format, not the model that they were merged into.  Raises
+    :class:`ConfigError` for what cannot be, before anything is written, and
+    :class:`~system.observe.hub.PushFailed`.
     """
     if repository and (why := hub.problem(repository)):
         raise ConfigError(f"--push: {why}")
-    source = run.model if step is None else run.checkpoints / f"v{step:06d}"
+    if adapter and not run.config().learn.lora.on:
+        raise ConfigError(f"--adapter: {run.root} has none: its whole model was trained (learn.lora.rank=0)")
+    trained = run.adapter if adapter else run.model
+    source = trained if step is None else run.checkpoints / f"v{step:06d}"
     if not source.is_dir():
         raise ConfigError(_missing(run, step))
     if target is not None and target.exists():
@@ -35,13 +46,13 @@ def publish(
     if target is None:
         with tempfile.TemporaryDirectory(dir=run.root, prefix="export-") as scratch:
             directory = Path(scratch) / "model"
-            _write(run, step, source, directory, repository)
+            _write(run, step, source, directory, repository, adapter)
             yield _pushed(directory, repository, public)
         return
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    _write(run, step, source, target, repository)
-    yield f"{target}: the model of step {_version(run, step)}"
+    _write(run, step, source, target, repository, adapter)
+    yield f"{target}: the {'adapters' if adapter else 'model'} of step {_version(run, step)}"
     if repository:
         yield _pushed(target, repository, public)
 
@@ -51,7 +62,9 @@ def write_card(run: RunDir, name: str = "") -> None:
     write_atomic(run.model / CARD, _card(run, None, name))
 
 
-def _write(run: RunDir, step: int | None, source: Path, directory: Path, repository: str) -> None:
+def _write(
+    run: RunDir, step: int | None, source: Path, directory: Path, repository: str, adapter: bool
+) -> None:
     if step is None:
         partial = directory.with_name(directory.name + ".partial")
         shutil.copytree(source, partial)
@@ -59,11 +72,16 @@ def _write(run: RunDir, step: int | None, source: Path, directory: Path, reposit
     else:
         import torch  # a second
 
-        from system.learn.extract import extract
+        from system.learn.extract import extract, extract_adapters
+        from system.models.adapter import adapter_of
 
         config = run.config()
         began = Path(config.model.path) if config.model.path else run.start
-        extract(source, began, directory, getattr(torch, config.model.dtype))
+        dtype, adapters = getattr(torch, config.model.dtype), adapter_of(config.learn.lora)
+        if adapter and adapters:
+            extract_adapters(source, began, directory, dtype, adapters)
+        else:
+            extract(source, began, directory, dtype, adapter=adapters)
     write_atomic(directory / CARD, _card(run, step, repository))
 
 

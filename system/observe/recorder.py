@@ -178,6 +178,7 @@ class Recorder:
         still, ``stage_s`` what went before while they generated.
         """
         self.gauge("weights/stage_s", stage_s)
+        self.gauge("weights/bytes", sent_bytes)
         if pause_s:
             self.gauge("weights/pause_s", max(pause_s))
         totals = self._totals.weights

@@ -54,7 +54,7 @@ class RunDir:
         self.config_path, self.summary_path = root / "config.yaml", root / "summary.json"
         self.metrics_path, self.ledger_path = root / "metrics.jsonl", root / "ledger.jsonl"
         self.trees, self.checkpoints, self.curves = root / "trees", root / "checkpoints", root / "curves"
-        self.start, self.model = root / "start", root / "model"
+        self.start, self.model, self.adapter = root / "start", root / "model", root / "adapter"
         self.logs, self.wandb = root / "logs", root / "wandb"
         self.sft_path, self.candidates = root / "sft.json", root / "candidates"
 

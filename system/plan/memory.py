@@ -165,8 +165,45 @@ def _experts(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
 
 def _stepped(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
     """Parameters whose optimizer state a rank has, where the ranks that hold the same share it."""
+    if learn.lora.on:
+        return adapter_parameters(shape, learn, stage) / learn.copies
     experts = _experts(shape, learn, stage)
     return (_parameters(shape, learn, stage) - experts) / learn.copies + experts / learn.expert_copies
+
+
+def adapter_parameters(shape: ModelShape, learn: LearnConfig, stage: int | None = None) -> float:
+    """Numbers of all adapters (``learn.lora``), or of those that a rank on a pipeline stage holds."""
+    lora, tp = learn.lora, 1 if stage is None else learn.tp
+    layers = shape.layers if stage is None else -(-shape.layers // learn.pp)
+    each = 0.0
+    for part in lora.parts:
+        wide, narrow = shape.layer_parts(0)[part]
+        # The factor beside the cut of its layer is split over the tensor-parallel ranks (learn/lora.py).
+        split = (wide, narrow / tp) if part in ("out", "down") else (wide / tp, narrow)
+        each += lora.rank * sum(split)
+    return layers * each
+
+
+def trained_parameters(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
+    """Of a rank on a pipeline stage: all of them, or its adapters."""
+    return (adapter_parameters if learn.lora.on else _parameters)(shape, learn, stage)
+
+
+def _beside_adapters(shape: ModelShape, learn: LearnConfig, width: int, tokens: float, layers: int) -> float:
+    """What adapters keep for the backward pass: between A and B, and every layer's A's side by side; and what
+    the first hidden states have of a gradient.
+    """
+    lora, split = learn.lora, learn.tp if learn.sequence_parallel else 1
+    if not lora.on:
+        return 0.0
+    recomputed = {"none": (), "selective": ("gate", "up", "down"), "full": lora.parts}[learn.recompute]
+    kept = 0.0
+    for part in lora.parts:
+        by_columns = part in ("out", "down")
+        wide = shape.layer_parts(0)[part][1] / (learn.tp if by_columns else 1)
+        once = width * lora.rank * (tokens / (split if by_columns else 1) + wide)
+        kept += once * (1 if part in recomputed else layers)
+    return kept + width * tokens * shape.hidden / split
 
 
 def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dict[str, float]:
@@ -182,11 +219,14 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     beside = width * 2 * shape.hidden + inside
     if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
         beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
-    parts = {"weights": width * parameters, "gradients": _GRADIENT * parameters}
+    trained = trained_parameters(shape, learn, stage)
+    adapters = width * trained if learn.lora.on else 0.0
+    parts = {"weights": width * parameters + adapters, "gradients": _GRADIENT * trained}
     if not learn.offload:
-        stepped = _stepped(shape, learn, stage) if learn.distributed_optimizer else parameters
+        stepped = _stepped(shape, learn, stage) if learn.distributed_optimizer else trained
         parts["optimizer"] = states * stepped
     parts["activations"] = tokens * (in_flight * layers * kept + beside)
+    parts["activations"] += _beside_adapters(shape, learn, width, tokens, in_flight * layers)
     if not last:
         # A row in flight also holds its output, what travels and its angles; the gradient that arrives, and
         # what is made of it, exist once.  (Fitted to tests/plan/peaks.json, not derived.)
@@ -198,5 +238,6 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         # is added to the weight's gradient.
         share = shape.vocab / learn.tp
         chunk = min(tokens * share, LOGITS)
-        parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + shape.hidden * share)
-    return parts | dict.fromkeys(besides(learn), width * parameters)
+        product = 0.0 if learn.lora.on else shape.hidden * share
+        parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + product)
+    return parts | dict.fromkeys(besides(learn), adapters or width * parameters)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
+from system.engine.weights import takes_adapters
 from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models.known import shape_of
@@ -20,12 +21,14 @@ from system.plan.hardware import GIB, GPUS, NODE, Gpu
 from system.plan.memory import (
     EngineLayout,
     Memory,
+    adapter_parameters,
     engine_memory,
     host_memory,
     kv_capacity,
     learner_memory,
 )
 from system.plan.speed import EngineRoofline, LearnerRoofline, PublishRoofline
+from system.plan.units import byte_size, count, duration, parameter_count
 from system.plan.workload import AgentWorkload
 
 GENERATION, TRAINING, TOOLS, KV = "generation", "training", "tool latency", "room in the engines"
@@ -263,6 +266,15 @@ class GpuPlan:
         """Whether learner and engines share a machine, and with it NVLink."""
         return self.gpus <= self.node
 
+    @property
+    def sent_bytes(self) -> float:
+        """That leave the learner with each version of the weights."""
+        return self._published(self.gpu).size
+
+    def _published(self, gpu: Gpu) -> PublishRoofline:
+        learn, apart = self.config.learn, takes_adapters(self.config.engine)
+        return PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node, learn.lora.on and apart)
+
     @cached_property
     def forecast(self) -> Forecast:
         flow, rollout, work, engines = self.config.flow, self.config.rollout, self.workload, self.engines
@@ -290,7 +302,7 @@ class GpuPlan:
         sglang = self.config.engine.name == "sglang"  # the embedded engine goes over between two steps
         gpu = self.gpu if sglang else replace(self.gpu, bucket_s=0.0, swap_s=0.0)
         trainer = LearnerRoofline(self.shape, learn, self.gpu, context, self.node)
-        publish = PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node)
+        publish = self._published(gpu)
         # Siblings' shared contexts are in an engine's cache once.
         again = min(wanted, held) * context * (1 - work.shared)
         refills = flow.staleness > 0 and self.config.engine.kv_after_update != "keep"
@@ -384,14 +396,15 @@ def text(plan: GpuPlan) -> str:
     split = f"tp {learn.tp} · pp {learn.pp} · cp {learn.cp} · dp {learn.dp}, {p.config.model.dtype}"
     lines = [
         f"{p.shape.name}: {parameter_count(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
-        f"({_size(p.gpu.memory)} each)",
+        f"({byte_size(p.gpu.memory)} each)",
         "",
         f"learner  {count(learn.ranks, 'GPU')}: {split}, micro-batches of up to {p.row_tokens:,} tokens"
         + (f", recompute {learn.recompute}" if learn.recompute != "none" else "")
         + (", sequence parallel" if learn.sequence_parallel else "")
         + (", distributed optimizer" if learn.distributed_optimizer else ""),
+        *([_lora(p)] if learn.lora.on else []),
         filled(p.learner_memory, p.gpu.memory),
-        *([f"  {_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
+        *([f"  {byte_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
         "",
         f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each",
         filled(p.engine_memory, p.gpu.memory),
@@ -414,35 +427,16 @@ def text(plan: GpuPlan) -> str:
     return "\n".join(lines)
 
 
+def _lora(plan: GpuPlan) -> str:
+    lora, adapters = plan.config.learn.lora, adapter_parameters(plan.shape, plan.config.learn)
+    how = "adapters alone" if takes_adapters(plan.config.engine) else "merged, all weights"
+    return (
+        f"  LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {parameter_count(adapters)} numbers are "
+        f"trained; {byte_size(plan.sent_bytes)} a version travel ({how})"
+    )
+
+
 def filled(memory: Memory, available: float) -> str:
     """What fills a GPU's memory, in a line."""
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.parts.items())
-    return f"  {_size(memory.total)} of {_size(available)} per GPU: {parts}"
-
-
-def _size(count: float) -> str:
-    """Bytes, in the unit that shows them: 3.1 GiB, 984 KiB; negative ones are missing."""
-    for unit, name in ((GIB, "GiB"), (2.0**20, "MiB")):
-        if abs(count) >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count / 1024:.0f} KiB"
-
-
-def duration(seconds: float) -> str:
-    """``1.54`` -> ``1.5 s``, ``0.0213`` -> ``21 ms``."""
-    if seconds >= 0.1:
-        return f"{seconds:.1f} s"
-    return f"{1e3 * seconds:.0f} ms" if seconds >= 1e-3 else "less than 1 ms"
-
-
-def parameter_count(count: float) -> str:
-    """``14.8e9`` -> ``14.8 billion``."""
-    for unit, name in ((1e9, "billion"), (1e6, "million")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:,.0f}"
-
-
-def count(number: int, what: str) -> str:
-    """``2, "GPU"`` -> ``2 GPUs``."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    parts = ", ".join(f"{name} {byte_size(size)}" for name, size in memory.parts.items())
+    return f"  {byte_size(memory.total)} of {byte_size(available)} per GPU: {parts}"

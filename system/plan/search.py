@@ -15,7 +15,8 @@ from itertools import product
 from system.config import Config, ConfigError
 from system.learn.sizes import BLOCK
 from system.plan.hardware import GIB, NODE
-from system.plan.plan import GpuPlan, count, duration, plan, row_tokens, uneven
+from system.plan.plan import GpuPlan, plan, row_tokens, uneven
+from system.plan.units import count, duration
 from system.plan.workload import AgentWorkload
 
 ALIKE = 0.05  # steps that differ by less are equally fast, as far as a roofline knows

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from system.config import LearnConfig
 from system.models.shape import ModelShape
 from system.plan.hardware import NODE, Gpu
-from system.plan.memory import WIDTH, EngineLayout, averages, kv_capacity
+from system.plan.memory import (
+    WIDTH,
+    EngineLayout,
+    adapter_parameters,
+    averages,
+    kv_capacity,
+    trained_parameters,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,10 @@ class LearnerRoofline:
         """
         learn, gpu = self.learn, self.gpu
         ranks = learn.tp * learn.pp * learn.cp
-        flops = self.flops + self._recomputed + self._scored * self.flops / 3
+        forward = self.flops / 3
+        flops = self.flops + self._recomputed + self._scored * forward
+        if learn.lora.on:  # no gradients of the model's own weights; the adapters' products are thin
+            flops -= 2 * self.shape.active
         near, far = gpu.nvlink * gpu.nvlink_share, gpu.network * gpu.network_share
         exchange = self._exchanged / near / (learn.pp * learn.cp)
         one_node = self.node % (learn.tp * learn.cp) == 0  # ranks are numbered so (parallel.Layout)
@@ -180,12 +190,14 @@ class LearnerRoofline:
         """Gradient all-reduce over DP and CP (ring, fp32), one pass over weights, gradients and moments."""
         learn, gpu, shape = self.learn, self.gpu, self.shape
         experts = sum(shape.of_experts(at) for at in range(shape.layers))
+        stepped = [
+            ((shape.parameters - experts) / (learn.tp * learn.pp), learn.copies),
+            (experts / (learn.ep * learn.expert_tp * learn.pp), learn.expert_copies),
+        ]
+        if learn.lora.on:
+            stepped = [(trained_parameters(shape, learn, 0), learn.copies)]
         seconds = 0.0
-        for parameters, ranks, copies in (
-            (shape.parameters - experts, learn.tp, learn.copies),
-            (experts, learn.ep * learn.expert_tp, learn.expert_copies),
-        ):
-            held = parameters / (ranks * learn.pp)
+        for held, copies in stepped:
             seconds += 2 * (copies - 1) / copies * 4 * held / (gpu.network * gpu.network_share)
             if learn.offload:
                 seconds += 34 * held / copies / gpu.host
@@ -210,11 +222,13 @@ class PublishRoofline:
     layout: EngineLayout
     gpu: Gpu
     one_node: bool = False  # learner and engines
+    adapters: bool = False  # travel by themselves
 
     @property
     def size(self) -> float:
-        """Bytes of all weights, as engines hold them."""
-        return self.shape.parameters * WIDTH[self.layout.dtype]
+        """Bytes that travel: of all weights, as engines hold them, or of the adapters."""
+        sent = adapter_parameters(self.shape, self.learn) if self.adapters else self.shape.parameters
+        return sent * WIDTH[self.layout.dtype]
 
     @property
     def stage_s(self) -> float:

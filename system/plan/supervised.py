@@ -8,7 +8,8 @@ from system.config import Config, ConfigError
 from system.models.known import shape_of
 from system.plan.hardware import GPUS
 from system.plan.memory import learner_memory
-from system.plan.plan import count, filled, parameter_count
+from system.plan.plan import filled
+from system.plan.units import count, parameter_count
 
 
 def supervised_plan(config: Config, *, gpu: str = "h100") -> tuple[str, bool]:

@@ -16,6 +16,7 @@ from system.config import ClusterConfig, Config, PartConfig
 from system.engine.weights.base import PushReport
 from system.learn.batch import BatchPlanner
 from system.learn.credit.base import Credit
+from system.models.adapter import Adapter
 from system.tree.builder import TreeBuilder
 from system.tree.pack import PackedBatch
 from system.tree.plan import BatchPlan
@@ -133,8 +134,10 @@ async def test_a_lost_tree_is_named_and_nothing_has_changed(
     assert all(trainer.stepped for trainer in trainers)
 
 
-def test_a_transport_knows_the_run_by_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transport_knows_the_run_by_its_directory_and_what_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
+    kinds: list[Any] = []  # of adapters that the transport takes
+    apart: list[bool] = []  # whether they were exported by themselves
 
     class Transport:
         on_gpu = False
@@ -142,8 +145,13 @@ def test_a_transport_knows_the_run_by_its_directory(monkeypatch: pytest.MonkeyPa
         async def push(self, *_: Any) -> PushReport:
             return PushReport(bytes=7)
 
-    def make(*arguments: Any) -> Transport:
+    def export(on_gpu: bool, adapters: bool) -> Any:
+        apart.append(adapters)
+        return iter([])
+
+    def make(*arguments: Any, adapter: Any) -> Transport:
         given.extend(arguments)
+        kinds.append(adapter)
         return Transport()
 
     monkeypatch.setattr("system.engine.weights.make", make)
@@ -151,6 +159,15 @@ def test_a_transport_knows_the_run_by_its_directory(monkeypatch: pytest.MonkeyPa
     rank: Any = object.__new__(LearnerRank)
     rank._rank, rank._transport, rank._model, rank._config = 0, None, "model", Config()
     rank._config.run.dir, rank._config.run.name = "/shared/runs", "mine-s0"
-    rank._trainer = SimpleNamespace(export=lambda on_gpu: iter([]))
+    rank._trainer = SimpleNamespace(export=export)
     assert rank.publish(["http://10.0.0.2:1"], 3, 5.0).bytes == 7
     assert given[-2:] == ["10.0.0.1", Path("/shared/runs/mine-s0")]
+    for name, lora in (("embedded", 0), ("embedded", 4), ("sglang", 4)):  # which gets them merged
+        rank._transport, rank._config.engine.name, rank._config.learn.lora.rank = None, name, lora
+        rank.publish(["http://10.0.0.2:1"], 3, 5.0)
+        rank._rank = 1  # another rank walks through the same
+        rank.publish(["http://10.0.0.2:1"], 3, 5.0)
+        rank._rank = 0
+    parts = ("q", "k", "v", "out", "gate", "up", "down")
+    assert kinds == [None, None, Adapter(4, 32.0, parts), None]
+    assert apart == [False, False, False, True, True, False, False]

@@ -26,7 +26,7 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if load(path).cluster.g
 def test_there_are_recipes_for_every_size() -> None:
     sizes = [f"qwen3-{size}b-{nodes}x8" for size in (14, 32) for nodes in (2, 4, 8, 16)]
     released = ["arpo-7b-reasoning", "arpo-llama-8b-reasoning", "arpo-8b-deepsearch", "arpo-14b-deepsearch"]
-    assert {path.stem for path in RECIPES} == {*sizes, *released, "qwen3-14b-1x8"}
+    assert {path.stem for path in RECIPES} == {*sizes, *released, "qwen3-14b-1x8", "qwen3-32b-lora-1x8"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
@@ -24,6 +25,7 @@ from actors.cli.main import main
 from system.config import load
 from system.doctor import answering, preflight
 from system.doctor.preflight import look, require
+from system.models.adapter import Adapter
 from system.models.directory import INDEX, SINGLE, faults
 from system.models.shape import ModelShape
 
@@ -351,6 +353,36 @@ def test_a_checkpoint_is_as_large_as_what_it_keeps(place: Path, monkeypatch: pyt
             told = type("Usage", (), {"free": free})
             monkeypatch.setattr(preflight, "disk_usage", lambda _, told=told: told)
             assert len(look(load("plain.yaml", more))["run directory"]) == problems, more
+
+
+def test_a_run_by_lora_keeps_adapters_and_leaves_a_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = ModelShape.from_config(SHAPE)
+    lora = ["learn.lora.rank=2", "learn.lora.targets=[q, down]", "learn.kl_coef=0.1"]
+    numbers = sum(2 * 2 * (8 + 8) for _ in range(2))  # rank 2, two projections of 8 and 8 in two layers
+    for free, problems in ((-1, 1), (0, 0)):
+        needed = preflight.SLACK + 16 * numbers + 4 * shape.parameters + free
+        told = type("Usage", (), {"free": needed})
+        monkeypatch.setattr(preflight, "disk_usage", lambda _, told=told: told)
+        assert len(look(load("plain.yaml", lora))["run directory"]) == problems
+
+
+def test_adapters_to_start_from_are_looked_at(place: Path) -> None:
+    def found(*more: str) -> list[str]:
+        return [str(one) for one in look(load("plain.yaml", ["learn.lora.init=adapters", *more]))["model"]]
+
+    (line,) = found("learn.lora.rank=2")
+    assert line == "learn.lora.init=adapters: adapters: no adapters in PEFT's format: " + (
+        "adapter_config.json is missing"
+    )
+    shape = ModelShape.from_config(SHAPE)
+    kind = Adapter(2, 32.0, ("q", "k", "v", "out", "gate", "up", "down"))
+    tensors = {name: torch.zeros(size) for name, size in kind.tensors(shape).items()}
+    kind.write(place / "adapters", shape, tensors, "model")
+    assert found("learn.lora.rank=2") == []
+    (line,) = found("learn.lora.rank=4")
+    assert "learn.lora.rank of these adapters is 2, not 4: set it so" in line
 
 
 def test_the_directory_for_weights_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

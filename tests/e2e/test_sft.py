@@ -14,6 +14,7 @@ import torch
 from conftest import Run
 from safetensors.torch import load_file
 
+from actors.cli.main import main
 from system.observe.sinks import history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several runs, each with sessions of its own
@@ -119,3 +120,22 @@ def test_a_model_is_chosen_by_what_it_solves_and_trained_on(begin: Begin) -> Non
         "arpo", f"model.path={run.directory}/model", "run.steps=1", "eval.questions=2", command="train"
     )
     assert trained.wait(WAIT_S) == 0, trained.output()
+
+
+def test_adapters_learn_from_conversations(begin: Begin) -> None:
+    """By LoRA: the loss falls, the result is merged, and the adapters of a step can be had."""
+    run = begin("lora", "learn.lora.rank=8", "sft.lr=1e-2")
+    assert run.wait(WAIT_S) == 0, run.output()
+    found = [loss for _, key, loss in losses(run) if key == "sft/loss"]
+    assert sum(found[-4:]) < 0.9 * sum(found[:4]), found
+    step = run.summary()["chosen"]["step"]
+    target = run.directory.parent / "adapters"
+    assert main(["export", str(run.directory), "--adapter", "--step", str(step), "--to", str(target)]) == 0
+    assert json.loads((target / "adapter_config.json").read_text())["r"] == 8
+    weights = [load_file(path / "model.safetensors") for path in (run.directory / "model", began(run))]
+    moved = {name.split(".")[-2] for name, one in weights[0].items() if (one != weights[1][name]).any()}
+    assert moved == {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def began(run: Run) -> Path:
+    return Path(run.summary()["config"]["model"]["path"])

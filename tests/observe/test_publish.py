@@ -176,3 +176,16 @@ def test_a_finished_model_is_copied_with_its_card(finished: RunDir, tmp_path: Pa
     code, output = export(finished, "--to", str(tmp_path / "models" / "it"))
     assert (code, "the model of step 20" in output) == (0, True)
     assert (tmp_path / "models" / "it" / "README.md").read_text().count("75.0%") == 1
+
+
+def test_adapters_alone(finished: RunDir, tmp_path: Path) -> None:
+    code, output = export(finished, "--adapter", "--to", str(tmp_path / "a"))
+    assert (code, "its whole model was trained (learn.lora.rank=0)" in output) == (2, True)
+    config = finished.config()
+    config.model.path, config.learn.lora.rank = "m", 4
+    finished.write_config(config)
+    finished.adapter.mkdir()
+    (finished.adapter / "adapter_config.json").write_text("{}")
+    code, output = export(finished, "--adapter", "--to", str(tmp_path / "a"))
+    assert (code, "the adapters of step 20" in output) == (0, True), output
+    assert sorted(one.name for one in (tmp_path / "a").iterdir()) == ["README.md", "adapter_config.json"]

@@ -1,6 +1,7 @@
 """Peaks of a training step at real shapes, measured on fake tensors: what `peaks.json` holds, how it is made.
 
     python tests/plan/fake_peaks.py          measures all of them and writes the file (a few minutes)
+    python tests/plan/fake_peaks.py lora     … those with such a word in their name
 
 A stage's layers all take the same, so that two and four layers per stage say what all of them take; the tests
 show that six then take what these two say.
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from system.config import LearnConfig
+from system.config import LearnConfig, LoraConfig
 from system.models.known import KNOWN
 from system.models.shape import ModelShape
 
@@ -31,12 +33,15 @@ class Case:
     pp: int
     sequence_parallel: bool = True
     cp: int = 1
+    lora: int = 0  # rank of adapters on all projections
 
     @property
     def name(self) -> str:
         spread = "" if self.sequence_parallel else " no-sp"
         shared = f" cp{self.cp}" if self.cp > 1 else ""
-        return f"{self.model} {self.tokens} {self.recompute} tp{self.tp} pp{self.pp}{shared}{spread}"
+        adapted = f" lora{self.lora}" if self.lora else ""
+        layout = f"tp{self.tp} pp{self.pp}{shared}{spread}{adapted}"
+        return f"{self.model} {self.tokens} {self.recompute} {layout}"
 
     @property
     def shape(self) -> ModelShape:
@@ -51,6 +56,7 @@ class Case:
             recompute=self.recompute,
             sequence_parallel=self.sequence_parallel,
             micro_tokens=self.tokens,
+            lora=LoraConfig(rank=self.lora),
         )
 
 
@@ -79,6 +85,10 @@ CASES = [
         LAYOUTS, ("none", "selective", "full")
     )
 ]
+CASES += [
+    Case("qwen3-32b", 18_432, recompute, 4, pp, lora=rank)
+    for recompute, pp, rank in (("none", 1, 16), ("selective", 1, 16), ("full", 1, 16), ("selective", 2, 64))
+]
 
 
 def stage_peaks(case: Case, layers: int) -> list[int]:
@@ -87,7 +97,12 @@ def stage_peaks(case: Case, layers: int) -> list[int]:
 
     shape = replace(case.shape, layers=layers * case.pp)
     settings = StepSettings(
-        "", case.recompute, sequence_parallel=case.sequence_parallel, pp=case.pp, cp=case.cp
+        "",
+        case.recompute,
+        sequence_parallel=case.sequence_parallel,
+        pp=case.pp,
+        cp=case.cp,
+        lora=case.lora,
     )
     return [
         measure(shape, case.tp, case.tokens, replace(settings, stage=stage)).device
@@ -104,7 +119,12 @@ def peak(case: Case) -> int:
 
 if __name__ == "__main__":
     found: dict[str, int] = {}
+    chosen = sys.argv[1:]  # words of names: these cases anew, all others as they are
+    if chosen:
+        found = json.loads(FILE.read_text())
     for one in CASES:
+        if not all(word in one.name for word in chosen):
+            continue
         found[one.name] = peak(one)
         print(one.name, found[one.name] / 2**30, flush=True)
     FILE.write_text(json.dumps(found, indent=1) + "\n")

@@ -31,7 +31,7 @@ def test_the_plan_is_never_below_the_peak_and_at_most_15_percent_above(case: Cas
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in (
         "qwen3-14b 18432 selective tp4 pp1", "qwen2.5-7b 11264 none tp2 pp2", "qwen3-32b 18432 full tp8 pp1",
-        "qwen3-14b 18432 selective tp4 pp1 cp2",
+        "qwen3-14b 18432 selective tp4 pp1 cp2", "qwen3-32b 18432 selective tp4 pp1 lora16",
     )], ids=lambda case: case.name,
 )  # fmt: skip
 def test_the_peaks_are_those_of_the_model_as_it_is(case: Case) -> None:

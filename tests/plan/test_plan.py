@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from actors.cli.main import main
-from system.config import Config, ConfigError, LearnConfig, ModelConfig, PartConfig, load
+from system.config import Config, ConfigError, LearnConfig, LoraConfig, ModelConfig, PartConfig, load
 from system.models.known import KNOWN, shape_of
 from system.plan import AgentWorkload, plan, text
 from system.plan.hardware import GIB, GPUS
 from system.plan.memory import (
     EngineLayout,
     activation_bytes_per_token,
+    adapter_parameters,
     engine_memory,
     host_memory,
     kv_capacity,
@@ -509,3 +510,43 @@ def test_the_documented_long_contexts_fit(capsys: pytest.CaptureFixture[str]) ->
         roof = LearnerRoofline(shape, learn, H100, tokens / 2)
         took = roof.train_s(tokens) - roof.train_s(0.0)
         assert (f"{memory:.0f}", f"{took:.1f}") == (gib, seconds), (size, length, cp)
+
+
+def test_adapters_are_all_that_has_gradients_and_an_optimizer() -> None:
+    """By hand, of Qwen3-14B: r·(in + out) numbers for each of 7 projections of 40 layers."""
+    shape = KNOWN["qwen3-14b"]
+    lora = LearnConfig(tp=2, pp=2, distributed_optimizer=True, dp=2, lora=LoraConfig(rank=16), kl_coef=0.1)
+    h, f, q, kv = 5120, 17_408, 5120, 1024
+    each = 16 * ((h + q) + 2 * (h + kv) + (q + h) + 2 * (h + f) + (f + h))
+    assert adapter_parameters(shape, lora) == 40 * each == 64_225_280
+    whole = 16 * (3 * h + 2 * h + h + h)  # A of q, k, v, gate, up and B of o, down: on every rank
+    on_rank = 20 * (whole + (each - whole) / 2)
+    assert adapter_parameters(shape, lora, 0) == on_rank
+    parts, before = learner_memory(shape, lora).parts, learner_memory(shape, replace(lora, lora=LoraConfig()))
+    assert parts["gradients"] == 4 * on_rank
+    assert parts["optimizer"] == 12 * on_rank / 2
+    assert parts["reference"] == 2 * on_rank
+    assert parts["weights"] == before.parts["weights"] + 2 * on_rank
+    some = replace(lora, lora=LoraConfig(rank=8, targets=["q", "v"]))
+    assert adapter_parameters(shape, some) == 40 * 8 * (h + q + h + kv)
+    on_host = host_memory(shape, replace(lora, offload=True)).parts["optimizer"]
+    assert on_host == 12 * on_rank / 2
+
+
+def test_adapters_are_trained_sooner_and_travel_as_megabytes_to_the_embedded_engine() -> None:
+    shape, whole = KNOWN["qwen3-14b"], LearnConfig(tp=4)
+    lora = replace(whole, lora=LoraConfig(rank=16))
+    before, after = (LearnerRoofline(shape, learn, H100).train_s(1e6) for learn in (whole, lora))
+    assert 0.6 < after / before < 0.75  # four of six products, and the exchange
+    sizes = [
+        PublishRoofline(shape, lora, EngineLayout(), H100, adapters=apart).size for apart in (True, False)
+    ]
+    assert sizes == [2 * 64_225_280, 2 * shape.parameters]
+    for engine, says in (
+        ("embedded", "122.5 MiB a version travel (adapters alone)"),
+        ("sglang", "27.5 GiB a"),
+    ):
+        words = [f"engine={engine}", "model.path=Qwen3-14B", "learn.lora.rank=16", "model.dtype=bfloat16"]
+        shown = text(plan(load(None, words), 8))
+        assert "LoRA of rank 16 on q, k, v, o, gate, up, down: 64.2 million numbers are trained; " in shown
+        assert says in shown

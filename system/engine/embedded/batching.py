@@ -52,9 +52,11 @@ class Batcher:
         tokens: NDArray[np.int32],
         decoding: NDArray[np.int64],
         pieces: Sequence[RowSlice] = (),
+        adapted: Tensor | None = None,
     ) -> Batch:
         """``tokens [rows, context]`` holds every row's tokens.  The first rows, of ``decoding [n]`` tokens,
-        compute their last token each; then come the pieces.
+        compute their last token each; then come the pieces.  ``adapted`` ``[rows, K]``: each row's adapters
+        (:meth:`AdapterStack.mask`).
         """
         n = decoding.size
         positions = np.concatenate([decoding - 1, *(piece.positions for piece in pieces)])
@@ -73,6 +75,7 @@ class Batcher:
             places=self._put(rows * self._context + positions),
             segments=tuple(segments),
             last=None if last is None else self._put(last),
+            adapted=None if adapted is None else adapted[torch.from_numpy(rows)].to(self._open),
         )
 
     def _decoding(self, length: NDArray[np.int64]) -> list[KVSegment]:

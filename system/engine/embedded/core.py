@@ -14,11 +14,18 @@ from torch import Tensor
 
 from system.config import EngineConfig
 from system.engine.checksum import weights_checksum
+from system.engine.embedded.adapters import (
+    AdapterWeights,
+    check_adapters,
+    fuse_adapters,
+    unfuse_adapters,
+)
 from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Scheduler
 from system.engine.embedded.stops import TokenBytes
 from system.engine.embedded.weights import Weights, WeightsError, check, check_complete, fuse, load, unfuse
 from system.engine.routes import RouteFormat
+from system.models.adapter import Adapter
 from system.models.directory import end_tokens
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
@@ -57,6 +64,7 @@ class EngineCore:
         )
         self.loop = DecodeLoop(self._scheduler, self._deliver, config.threads)
         self._staged: dict[str, Tensor] | None = None
+        self._adapter: Adapter | None = None  # what is staged are adapters of this kind
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._sent = threading.Event()
 
@@ -113,34 +121,54 @@ class EngineCore:
 
     # Weights -------------------------------------------------------------------------------------
 
-    def begin_update(self) -> None:
-        """Open an update; one that was left open is discarded."""
-        self._staged = {}
+    def begin_update(self, adapter: Adapter | None = None) -> None:
+        """Open an update, of all weights or of adapters of this kind; one that was left open is discarded.
+
+        Raises ``WeightsError`` for adapters of another kind than those that run.
+        """
+        stack = self._scheduler.adapters
+        if adapter and stack and stack.newest.adapter != adapter:
+            raise WeightsError(f"adapters: {adapter} offered, {stack.newest.adapter} held: start it anew")
+        self._staged, self._adapter = {}, adapter
 
     @torch.inference_mode()
     def stage(self, tensors: dict[str, Tensor]) -> None:
         """Check and keep some tensors beside the serving weights.  Raises ``WeightsError``."""
         if self._staged is None:
             raise WeightsError("no weight update is open: call /begin_weight_update first")
-        check(self.shape, self.dtype, tensors)
+        if self._adapter:
+            check_adapters(self.shape, self._adapter, self.dtype, tensors, whole=False)
+        else:
+            check(self.shape, self.dtype, tensors)
         self._staged.update(tensors)
 
     @torch.inference_mode()
-    def take_staged(self) -> Weights:
-        """Close the update: the complete new weights, fused and on the device."""
+    def take_staged(self) -> Weights | AdapterWeights:
+        """Close the update: the complete new weights or adapters, fused and on the device."""
         staged, self._staged = self._staged, None
         if staged is None:
             raise WeightsError("no weight update is open: call /begin_weight_update first")
+        if self._adapter:
+            check_adapters(self.shape, self._adapter, self.dtype, staged, whole=True)
+            return fuse_adapters(self.shape, self._adapter, staged, self.device)
         check_complete(self.shape, staged)
         return fuse(self.shape, staged, self.device)
 
     @torch.inference_mode()
     def checksum(self) -> tuple[int, int]:
-        """(weight version, checksum of the weights held), of one moment; blocks, for a worker thread."""
-        version, held = self.loop.call(lambda scheduler: (scheduler.version, scheduler.weights)).result(
-            timeout=60
+        """(weight version, checksum of the weights held, or of that version's adapters), of one moment;
+        blocks, for a worker thread.
+        """
+
+        def held(scheduler: Scheduler) -> tuple[int, Weights | AdapterWeights]:
+            adapters = scheduler.adapters
+            return scheduler.version, adapters.newest if adapters else scheduler.weights
+
+        version, now = self.loop.call(held).result(timeout=60)
+        adapted = isinstance(now, AdapterWeights)
+        return version, weights_checksum(
+            unfuse_adapters(self.shape, now) if adapted else unfuse(self.shape, now)
         )
-        return version, weights_checksum(unfuse(self.shape, held))
 
 
 def _device(name: str) -> torch.device:

@@ -58,6 +58,7 @@ class Job:
     scores: list[float] = field(default_factory=list[float])  # these, complete before the first event
     routes_from: int | None = None  # experts of the tokens from this one on are wanted
     tokens: NDArray[np.int32] = field(init=False)  # prompt and generated so far
+    version: int = -1  # of the weights that its tokens are made with, once it runs
     cached_tokens: int = -1  # prompt tokens found in the KV cache at first admission; -1: not admitted yet
 
     def __post_init__(self) -> None:

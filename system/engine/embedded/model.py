@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from system.engine.embedded.adapters import Factors, Layers
 from system.engine.embedded.experts import choose, mixture
 from system.engine.embedded.weights import LayerWeights, Weights
 from system.models.rope import turns
@@ -51,6 +53,7 @@ class Batch:
     places: Tensor  # [T] int64: row · context + position, where this token's key and value are written
     segments: tuple[KVSegment, ...]
     last: Tensor | None  # [N] packed index of each row's last token; None: every token is one (pure decoding)
+    adapted: Tensor | None = None  # [T, K] each token's adapters (AdapterStack.mask); None: there are none
 
     def of_last(self, hidden: Tensor) -> Tensor:
         """[N, E] of [T, E]: each row's last token."""
@@ -123,6 +126,20 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class _Projections:
+    """The matrix products of one layer, with its adapters if it has some."""
+
+    adapters: Mapping[str, Factors]
+    mask: Tensor | None
+
+    def __call__(self, field: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = F.linear(x, weight, bias)
+        if self.mask is None or field not in self.adapters:
+            return product
+        return self.adapters[field].add(x, product, self.mask)
+
+
 class Decoder:
     """Computes; holds no weights of its own, so that a swap is one assignment between two steps."""
 
@@ -133,15 +150,19 @@ class Decoder:
         self._cos = torch.cat([cos, cos], -1)[:, None].to(device, dtype)  # [context, 1, D]
         self._sin = torch.cat([-sin, sin], -1)[:, None].to(device, dtype)
 
-    def forward(self, weights: Weights, kv: KVStore, batch: Batch) -> Tensor:
-        """Write the batch's keys and values and return the hidden states ``[T, E]`` behind the last layer."""
+    def forward(self, weights: Weights, kv: KVStore, batch: Batch, adapters: Layers = ()) -> Tensor:
+        """Write the batch's keys and values and return the hidden states ``[T, E]`` behind the last layer.
+
+        ``adapters``: of the versions that ``batch.adapted`` speaks of.
+        """
         eps = self.shape.eps
         cos = self._cos.index_select(0, batch.positions)
         sin = self._sin.index_select(0, batch.positions)
         x = F.embedding(batch.tokens, weights.embed)
         routes = iter(kv.routes)
         for index, layer in enumerate(weights.layers):
-            x = x + self._attention(index, layer, kv, batch, x, cos, sin)
+            own = _Projections(adapters[index] if adapters else {}, batch.adapted)
+            x = x + self._attention(index, layer, own, kv, batch, x, cos, sin)
             normed = rms_norm(x, layer.ffn_norm, eps)
             if layer.router is not None and self.shape.experts is not None:
                 choice, weight = choose(normed, layer.router, self.shape.experts)
@@ -149,8 +170,8 @@ class Decoder:
                 record.index_copy_(0, batch.places, choice.to(record.dtype))
                 x = x + mixture(normed, choice, weight, layer.gate_up, layer.down)
             else:
-                gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
-                x = x + F.linear(F.silu(gate) * up, layer.down)
+                gate, up = own("gate_up", normed, layer.gate_up).chunk(2, -1)
+                x = x + own("down", F.silu(gate) * up, layer.down)
         return x
 
     def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
@@ -169,12 +190,20 @@ class Decoder:
         return found
 
     def _attention(
-        self, index: int, layer: LayerWeights, kv: KVStore, batch: Batch, x: Tensor, cos: Tensor, sin: Tensor
+        self,
+        index: int,
+        layer: LayerWeights,
+        own: _Projections,
+        kv: KVStore,
+        batch: Batch,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
     ) -> Tensor:
         shape = self.shape
         heads, groups, size = shape.heads, shape.kv_heads, shape.head_dim
         normed = rms_norm(x, layer.attention_norm, shape.eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * groups, size)
+        qkv = own("qkv", normed, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * groups, size)
         qk = qkv[:, : heads + groups]
         if layer.qk_norm is not None:
             qk = rms_norm(qk, layer.qk_norm, shape.eps)
@@ -192,7 +221,7 @@ class Decoder:
             for segment in batch.segments
         ]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(mixed, layer.out)
+        return own("out", mixed, layer.out)
 
     def _attend(self, segment: KVSegment, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q ``[stop - start, H, D]``, k and v ``[rows, G, keys, D]`` -> ``[stop - start, H·D]``."""

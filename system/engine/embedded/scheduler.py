@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from system.config import EngineConfig
+from system.engine.embedded.adapters import AdapterStack, AdapterWeights
 from system.engine.embedded.batching import Batcher, RowSlice, similar_widths
 from system.engine.embedded.grouping import Regrouping
 from system.engine.embedded.job import Event, Job
@@ -42,6 +43,9 @@ _WORTH_WAITING = 16
 
 # After so many steps in a row that failed it is not the sequences: a GPU that is broken fails at every step.
 FAILED_STEPS = 32
+
+# Versions of adapters at once; where there are more, sequences of the oldest are recomputed with the newest.
+MOST_ADAPTERS = 8
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +107,7 @@ class Scheduler:
         device: torch.device,
     ):
         self.weights = weights
+        self.adapters = AdapterStack()
         self.version = 0
         self.counters = Counters()
         self._decoder = Decoder(shape, context, dtype, device)
@@ -151,28 +156,45 @@ class Scheduler:
             emitted.append((job, Event([], [], [], [], self.version, finish, max(job.cached_tokens, 0))))
         return emitted + self._finish({row: finish for row, job in enumerate(self._rows.jobs) if which(job)})
 
-    def retract(self) -> list[Emitted]:
-        """Put every running sequence back to the head of the queue, to be recomputed."""
-        emitted = self._flush(range(len(self._rows)))
-        for row, job in enumerate(self._rows.jobs):
+    def retract(self, which: Callable[[Job], bool] = lambda job: True) -> list[Emitted]:
+        """Put the running sequences that ``which`` picks back to the head of the queue, to be recomputed."""
+        rows = [row for row, job in enumerate(self._rows.jobs) if which(job)]
+        emitted = self._flush(rows)
+        jobs = [self._rows.jobs[row] for row in rows]
+        for row, job in zip(rows, jobs, strict=True):
             job.tokens = self._slots.tokens[row, : self._rows.length[row]].copy()
-        self._waiting.extendleft(reversed(self._rows.jobs))
-        self.counters.recomputed_sequences += len(self._rows)
-        for row in reversed(range(len(self._rows))):
-            self._slots.release(row)
-            self._rows.remove(row)
+        self._waiting.extendleft(reversed(jobs))
+        self.counters.recomputed_sequences += len(jobs)
+        for row in reversed(rows):
+            self._remove(row)
         return emitted
 
-    def swap(self, weights: Weights, version: int, kv: Literal["recompute", "keep"]) -> list[Emitted]:
-        """New weights from the next token on."""
+    def swap(
+        self, weights: Weights | AdapterWeights, version: int, kv: Literal["recompute", "keep"]
+    ) -> list[Emitted]:
+        """New weights from the next token on; new adapters for sequences that begin from now on."""
         began = time.perf_counter()
-        emitted = self.retract() if kv == "recompute" else self._flush(range(len(self._rows)))
-        self.weights = weights
+        emitted: list[Emitted] = []
+        if isinstance(weights, AdapterWeights):
+            self.adapters.add(version, weights)
+            self._forget_adapters()
+            if len(old := self.adapters.versions) > MOST_ADAPTERS:
+                emitted = self.retract(lambda job: job.version == old[0])
+        else:
+            emitted = self.retract() if kv == "recompute" else self._flush(range(len(self._rows)))
+            for job in self._rows.jobs:
+                job.version = version
+            self.weights = weights
+            self.adapters.clear()
         self._slots.invalidate()
         self.version = version
         self.counters.updates += 1
         self.counters.idle_updating_s += time.perf_counter() - began
         return emitted
+
+    def _forget_adapters(self) -> None:
+        """Those that no running sequence uses."""
+        self.adapters.keep({job.version for job in self._rows.jobs})
 
     def drop_cache(self) -> bool:
         """Forget finished sequences; False while anything runs or waits."""
@@ -211,10 +233,12 @@ class Scheduler:
 
     def _step(self) -> list[Emitted]:
         decoding = len(self._rows)
+        if len(self.adapters.versions) > 1:
+            self._forget_adapters()
         self._regroup(decoding)
         admitted = self._admit()
         batch = self._batch(decoding, admitted)
-        hidden = self._decoder.forward(self.weights, self._kv, batch)
+        hidden = self._decoder.forward(self.weights, self._kv, batch, self.adapters.layers)
         at = decoding
         for one in admitted:
             self._score(one.job, hidden[at : at + one.suffix], one.cached)
@@ -273,6 +297,7 @@ class Scheduler:
         job, cached = admitted.job, admitted.cached
         row = self._rows.append(job)
         job.scores.clear()
+        job.version = self.version
         self._kv.copy(admitted.slot, row, 0, cached)
         self._slots.tokens[row, : job.tokens.size] = job.tokens
         self._slots.length[row] = cached
@@ -286,8 +311,9 @@ class Scheduler:
             stop = admitted.cached + self._max_prefill
             piece = RowSlice(row, np.array([admitted.cached]), np.array([stop]))
             nobody = np.zeros(0, np.int64)
-            batch = self._batcher.pack(self._slots.tokens, nobody, [piece])
-            self._score(job, self._decoder.forward(self.weights, self._kv, batch), admitted.cached)
+            batch = self._batcher.pack(self._slots.tokens, nobody, [piece], self._adapted)
+            hidden = self._decoder.forward(self.weights, self._kv, batch, self.adapters.layers)
+            self._score(job, hidden, admitted.cached)
             admitted.cached = stop
 
     def _score(self, job: Job, hidden: torch.Tensor, first: int) -> None:
@@ -308,7 +334,12 @@ class Scheduler:
         for first, last in similar_widths([one.suffix for one in admitted]):
             start = np.array([one.cached for one in admitted[first:last]])
             pieces.append(RowSlice(decoding + first, start, length[decoding + first : decoding + last]))
-        return self._batcher.pack(self._slots.tokens, length[:decoding], pieces)
+        return self._batcher.pack(self._slots.tokens, length[:decoding], pieces, self._adapted)
+
+    @property
+    def _adapted(self) -> torch.Tensor | None:
+        """[rows, K] which adapters each row runs with."""
+        return self.adapters.mask([job.version for job in self._rows.jobs]) if self.adapters else None
 
     def _regroup(self, decoding: int) -> None:
         """Move running rows, keys and all, when that spares more padding than it costs."""
@@ -345,7 +376,7 @@ class Scheduler:
             logprob, kept, entropy = self._rows.pending[row, : length - sent].T.tolist()
             job = self._rows.jobs[row]
             tokens = table[row, sent:length].tolist()
-            event = Event(tokens, logprob, kept, entropy, self.version, finish, job.cached_tokens)
+            event = Event(tokens, logprob, kept, entropy, job.version, finish, job.cached_tokens)
             if job.routes_from is not None and finish and finish.type != "abort":
                 event.routes = self._kv.routes_of(row, job.routes_from, length - 1)
             emitted.append((job, event))
@@ -357,11 +388,15 @@ class Scheduler:
         emitted = self._flush(finished, finished)
         for row in sorted(finished, reverse=True):
             self._keep(row)
-            moved = self._rows.remove(row)
-            if moved != row:
-                self._copy(moved, row, 0)
-            self._slots.release(moved)
+            self._remove(row)
         return emitted
+
+    def _remove(self, row: int) -> None:
+        """A row is no more; the last one closes the gap."""
+        moved = self._rows.remove(row)
+        if moved != row:
+            self._copy(moved, row, 0)
+        self._slots.release(moved)
 
     def _keep(self, row: int) -> None:
         slot, there = self._slots.place(row)

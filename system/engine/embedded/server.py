@@ -22,6 +22,7 @@ from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
+from system.models.adapter import PROJECTIONS, Adapter
 from system.serving import JSON, AppServer, serve
 
 MAX_JSON_BYTES = 16 << 20
@@ -223,8 +224,9 @@ class _Handlers:
     # Weights -------------------------------------------------------------------------------------
 
     async def begin_update(self, request: web.Request) -> web.Response:
+        adapter = _adapter((await _json(request)).get("adapter"))
         async with self._updates:
-            self._engine.begin_update()
+            self._engine.begin_update(adapter)
         return web.json_response({"success": True})
 
     async def stage(self, request: web.Request) -> web.Response:
@@ -274,6 +276,19 @@ class _Handlers:
     async def model_info(self, request: web.Request) -> web.Response:
         path, version = str(self._engine.path), str(self._engine.version)
         return web.json_response({"model_path": path, "is_generation": True, "weight_version": version})
+
+
+def _adapter(given: Any) -> Adapter | None:
+    """What kind of adapters an update brings; None: it brings all weights."""
+    match given:
+        case None:
+            return None
+        case {"rank": int(rank), "alpha": float(alpha), "parts": list(parts)} if (
+            rank > 0 and parts and all(part in PROJECTIONS for part in parts)
+        ):
+            return Adapter(rank, alpha, tuple(parts))
+        case _:
+            raise BadRequest("adapter: expected a rank, an alpha and parts of " + ", ".join(PROJECTIONS))
 
 
 async def _boundary(future: Any) -> Any:

@@ -75,7 +75,7 @@ def check_complete(shape: ModelShape, names: Container[str]) -> None:
 
 
 # What the fields of a layer hold: these parts of it, stacked, as far as it has them.
-_STACKED = {
+STACKED = {
     "attention_norm": ("attention_norm",),
     "qkv": ("q", "k", "v"),
     "qkv_bias": ("q_bias", "k_bias", "v_bias"),
@@ -92,7 +92,7 @@ _OF_EXPERTS = {"gate_up": ("expert_gate", "expert_up"), "down": ("expert_down",)
 def _stacked(shape: ModelShape, layer: int) -> Iterator[tuple[str, list[str]]]:
     """The fields of a layer but for experts, and the names of the tensors that are stacked in each."""
     there = shape.layer_parts(layer)
-    for field, parts in _STACKED.items():
+    for field, parts in STACKED.items():
         if parts[0] in there:
             yield field, [shape.tensor(part, layer) for part in parts]
 

@@ -7,9 +7,13 @@ picks one by the configuration.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from system.config import ConfigError, EngineConfig
 from system.engine.weights.base import Transport, on_this_host
+
+if TYPE_CHECKING:  # whoever only generates does without PyTorch
+    from system.models.adapter import Adapter
 
 
 def choose(engine: EngineConfig, urls: list[str], gpu: bool) -> str:
@@ -24,6 +28,11 @@ def choose(engine: EngineConfig, urls: list[str], gpu: bool) -> str:
     return "tensor" if all(map(on_this_host, urls)) and not gpu else "distributed"
 
 
+def takes_adapters(engine: EngineConfig) -> bool:
+    """Whether adapters travel by themselves; else the learner merges them and all weights do."""
+    return engine.name == "embedded"
+
+
 def make(
     engine: EngineConfig,
     urls: list[str],
@@ -31,12 +40,14 @@ def make(
     dtype: str,
     address: str = "127.0.0.1",
     run: Path | None = None,
+    adapter: Adapter | None = None,
 ) -> Transport:
     """The configured transport to the servers at ``urls``.
 
     ``model_path`` is the directory the engines were started from: it says which tensors the model has, and
     ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process;
-    ``run`` is the run's directory.
+    ``run`` is the run's directory.  ``adapter``: buckets hold adapters of this kind alone, which only goes
+    where :func:`takes_adapters`.
     Raises :class:`~system.config.ConfigError` and ``UnsupportedModel``.
     """
     import torch
@@ -45,7 +56,7 @@ def make(
 
     way = choose(engine, urls, torch.cuda.is_available())
     if way == "http":
-        return SafetensorsHttp()
+        return SafetensorsHttp(adapter)
     from system.engine.weights.disk import Disk
     from system.engine.weights.distributed import Distributed
     from system.engine.weights.sglang import SGLangTransport

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from safetensors.torch import save as save_safetensors
@@ -14,12 +15,17 @@ from safetensors.torch import save as save_safetensors
 from system.engine.checksum import weights_checksum
 from system.engine.control import Body, Http
 from system.engine.weights.base import Bucket, Buckets, Kv, PushReport, each, outcomes, size
+from system.models.adapter import Adapter
 
 
 class SafetensorsHttp:
     """The embedded engine's transport.  Implements :class:`~system.engine.weights.base.Transport`."""
 
     on_gpu = False
+
+    def __init__(self, adapter: Adapter | None = None) -> None:
+        """``adapter``: buckets hold adapters of this kind alone, under PEFT's names."""
+        self._begin: Body = {} if adapter is None else {"adapter": asdict(adapter)}
 
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
@@ -33,7 +39,7 @@ class SafetensorsHttp:
             return answers
 
         began = time.perf_counter()
-        await call("/begin_weight_update", {})
+        await call("/begin_weight_update", self._begin)
         checksum, sent_bytes = 0, 0
         async for bucket in each(buckets):
             data, checksum = await asyncio.to_thread(_pack, bucket, checksum)

@@ -1,0 +1,35 @@
+"""What a run by LoRA starts from, and what its checkpoints hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from system.config import Config
+from system.models.shape import ModelShape
+from system.plan.memory import WIDTH, adapter_parameters
+
+
+def misfit(config: Config, shape: ModelShape) -> Iterator[str]:
+    """What is wrong with ``learn.lora.init``, if anything, for a model of ``shape``."""
+    lora = config.learn.lora
+    if lora.on and lora.init:
+        from system.models.adapter import AdapterError, adapter_of, read_adapter  # a second: torch
+
+        wanted = adapter_of(lora)
+        assert wanted is not None
+        try:
+            read_adapter(lora.init, shape, wanted)
+        except AdapterError as error:
+            yield f"learn.lora.init={lora.init}: {error}"
+
+
+def trained(config: Config, parameters: int) -> int:
+    """Numbers that have an optimizer: all ``parameters`` of the model, or its adapters'."""
+    if not (config.learn.lora.on and parameters):
+        return parameters
+    return int(adapter_parameters(ModelShape.from_directory(config.model.path), config.learn))
+
+
+def merged_bytes(config: Config, parameters: int) -> int:
+    """Of the merged model that a run by LoRA leaves beside its checkpoints, each of which is smaller."""
+    return WIDTH[config.model.dtype] * parameters if config.learn.lora.on else 0
