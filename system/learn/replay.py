@@ -27,6 +27,7 @@ class RoutesOfRow:
         own = routes if index is None else routes[index]
         chosen = own.astype(np.int64)
         chosen[~recorded(own)] = -1
+        self._named = 1 + int(chosen.max(initial=-1))  # experts that there must be
         self._chosen = torch.from_numpy(chosen).to(device)  # [n, S, k]; -1: no record
 
     def beside(self, padding: torch.Tensor, experts: Experts | None, layers: range) -> torch.Tensor:
@@ -36,7 +37,7 @@ class RoutesOfRow:
         Raises ValueError for a record of another model than one with ``experts``.
         """
         own = (experts.layers, experts.chosen, experts.count) if experts else (0, 0, 0)
-        found = (*self._chosen.shape[1:], 1 + int(self._chosen.max()))
+        found = (*self._chosen.shape[1:], self._named)
         if experts is None or found[:2] != own[:2] or found[2] > own[2]:
             raise ValueError(
                 "the trees' routes are of another model: {} layers, {} experts of {} or more; this one has "

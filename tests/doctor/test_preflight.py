@@ -449,6 +449,14 @@ def test_what_a_mixture_of_experts_needs(place: Path) -> None:
     made = "model.path=", "model.family=qwen3_moe", "task=quickstart", "learn.tp=2"
     assert "set learn.sequence_parallel=true" in told(*made)
     assert "learn." not in told(*made, "learn.sequence_parallel=true")
+    made_so = (*made, "learn.sequence_parallel=true")
+    assert "experts' width over 2 ranks is 15: grouped products of float32" in told(
+        *made_so, "model.expert_size=30"
+    )
+    assert "learn." not in told(*made_so, "model.expert_size=32")
+    assert "hidden size is 36: grouped products of bfloat16" in told(
+        *made_so, "model.hidden_size=36", "model.dtype=bfloat16"
+    )
     agent = ("agent.run=my:agent", "branching=none", "tools.names=[]", "learn.sequence_parallel=true")
     assert "rollout.replay_routes: of what an agent's model says" in told(*made, *agent)
     assert "rollout.replay_routes: of what an agent's model says" in told(*agent)
