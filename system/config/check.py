@@ -11,6 +11,7 @@ from typing import Any
 
 from system.config.agent import agent_problems
 from system.config.by_step import at_step, course_problems
+from system.config.cluster import cluster_problems
 from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.mcp import place
@@ -321,30 +322,6 @@ def _learner(config: Config) -> Iterator[str]:
         )
 
 
-def _cluster(config: Config) -> Iterator[str]:
-    """Nodes, and what SLURM is asked for."""
-    cluster, slurm = config.cluster, config.slurm
-    if cluster.learner_nodes and cluster.learner_nodes >= cluster.nodes:
-        yield (
-            f"cluster.learner_nodes={cluster.learner_nodes} leaves none of cluster.nodes={cluster.nodes} for "
-            "rollout; 0 lets learner and rollout share all nodes"
-        )
-    if slurm.heterogeneous and not cluster.learner_nodes:
-        yield "slurm.heterogeneous=true needs cluster.learner_nodes: the size of the first component"
-    limit = seconds(slurm.time)
-    if limit is None:
-        yield f"slurm.time={slurm.time!r}: write minutes, H:MM:SS or D-HH:MM:SS (in YAML in quotes)"
-    elif limit <= slurm.signal_s:
-        yield (
-            f"slurm.time={slurm.time} leaves no time to train: the run checkpoints slurm.signal_s="
-            f"{slurm.signal_s} seconds before the limit"
-        )
-    if slurm.container != "none" and not slurm.image:
-        yield f"slurm.container={slurm.container} needs slurm.image"
-    if slurm.image and slurm.container == "none":
-        yield "slurm.image is set: choose slurm.container=pyxis or slurm.container=apptainer"
-
-
 def _shape(config: Config) -> Iterator[str]:
     """A model made by us: its heads divide its width, and the learner's layout divides it."""
     model = config.model
@@ -440,18 +417,5 @@ def _guide(config: Config) -> Iterator[str]:
 
 AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
-    *(_learner, _cluster, _shape, expert_rules, _guide, _sft, teacher_problems, _void),
+    *(_learner, cluster_problems, _shape, expert_rules, _guide, _sft, teacher_problems, _void),
 )
-
-
-def seconds(limit: str) -> int | None:
-    """A time limit as sbatch reads it: M, M:SS, H:MM:SS, D-H, D-H:MM or D-H:MM:SS; None if it is none."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if match is None:
-        return None
-    days, *parts = match.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    if days is None and len(numbers) < 3:  # minutes come first
-        numbers.insert(0, 0)
-    hours, minutes, rest = [*numbers, 0, 0][:3]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest

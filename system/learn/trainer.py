@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from system.config import Config, at_step
 from system.learn import cpu, parallel, weights
-from system.learn.average import MovingAverage, active_share, decay_for
+from system.learn.average import active_share
 from system.learn.batch import BatchPlanner
+from system.learn.beside import Beside
 from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
@@ -51,8 +52,7 @@ from system.tree.pack import PackedBatch, pack, padding, with_credit_of
 from system.tree.plan import BatchPlan, MicroBatch, Part, reweighed, signed_leaves
 from system.tree.record import Tree
 
-# Among what a checkpoint keeps besides tensors: the credit's state, the total weights of the averages.
-_CREDIT, _AVERAGE, _TEACHER = "credit", "average", "teacher"
+_CREDIT = "credit"  # its state, among what a checkpoint keeps besides tensors
 
 
 class Trainer:
@@ -92,22 +92,12 @@ class Trainer:
         self._loads = Loads(self.model, self.layout, learn)
         if adapter:
             weights.start_adapters(self.model, self.layout, config.run.seed, learn.lora.init)
-        self.reference: TreeGPTModel | AdapterCopy | None = None
-        if learn.kl_coef and adapter:
-            self.reference = AdapterCopy(self.model)
-        elif learn.kl_coef:
-            self.reference = build(shape, transformer, learn.attention)
-            self.reference.requires_grad_(False)
-        self.average: MovingAverage[TreeGPTModel] | None = None
-        if learn.proximal == "average" and self.objective.ratio == "proximal":
-            lag = config.flow.staleness + config.flow.window
-            self.average = MovingAverage(build(shape, transformer, learn.attention), decay_for(lag))
-        self.teacher: MovingAverage[TreeGPTModel] | None = None
-        if config.learn.teacher == "average":
-            self.teacher = MovingAverage(
-                build(shape, transformer, learn.attention), config.learn.teacher_decay
-            )
-        self._follow()
+        self.beside = Beside(
+            config,
+            self.model,
+            lambda: build(shape, transformer, learn.attention),
+            clips=self.objective.ratio == "proximal",
+        )
         with cpu.scope():
             # A gradient is reduced to the ranks that step with it.
             split = learn.distributed_optimizer or learn.offload
@@ -118,11 +108,7 @@ class Trainer:
             if learn.offload
             else DeviceAdam(self.ddp, transformer, learn)
         )
-        average = self.average.model if self.average else None
-        teacher = self.teacher.model if self.teacher else None
-        others = {"reference": self.reference, "average": average, "teacher": teacher}
-        kept = {kind: _held(model) for kind, model in others.items() if model}
-        self._state = TrainingState(self.layout, self.model, self.optimizer, kept)
+        self._state = TrainingState(self.layout, self.model, self.optimizer, self.beside.tensors())
 
     @property
     def step_count(self) -> int:
@@ -142,7 +128,7 @@ class Trainer:
         if self.config.run.by_step:
             self._now = at_step(self.config, version)
             self.objective = make_objective(self._now.learn)
-        steps = [self._rows(update) for update in updates]
+        steps, average = [self._rows(update) for update in updates], self.beside.average
         corrects = not self.correction.none
         anchored = self.learn.proximal == "closed" and (corrects or self.objective.ratio == "proximal")
         if anchored:
@@ -151,28 +137,25 @@ class Trainer:
         elif corrects or self.objective.ratio == "proximal":
             # Unless it is an average, the proximal policy is the one before the first update, whose own
             # tokens therefore need no extra pass for it.
-            proximal = self.average.model if self.average else self.model
-            rows = [row for step in steps[0 if corrects or self.average else 1 :] for row in step]
+            proximal = average.model if average else self.model
+            rows = [row for step in steps[0 if corrects or average else 1 :] for row in step]
             for row, scores in zip(rows, self._score(proximal, rows), strict=True):
                 row.proximal = scores
         corrected = self._correct(plan, steps) if corrects else {}
         # Rows that the current policy has scored.
-        known = steps[0] if corrects and not (self.average or anchored) else None
+        known = steps[0] if corrects and not (average or anchored) else None
         results: list[dict[str, float]] = []
         for ranks, step in zip(plan.updates, steps, strict=True):
             if self.objective.adapts:
                 scores = [row.proximal for row in step] if step is known else self._score(self.model, step)
                 self._adapt(plan, ranks[self.layout.dp_rank], step, scores)
             results.append(self._update(self.objective, step, version, self._lr()))
-            if self.average:
-                self.average.update(self.model)
-            if self.teacher:
-                self.teacher.update(self.model)
+            self.beside.stepped()
         combined = _combine(results) | corrected
-        if self.average:
+        if average:
             combined["proximal_active"] = active = active_share(combined)
             if active < self.learn.proximal_reset:
-                self.average.reset(self.model)
+                average.reset(self.model)
         return combined
 
     def supervise(self, micro_batches: Sequence[PackedBatch], lr: float) -> dict[str, float]:
@@ -216,7 +199,7 @@ class Trainer:
         current policy.
         """
         self.optimizer.reset()
-        self._follow()
+        self.beside.follow()
 
     # ------------------------------------------------------------------ weights and state
 
@@ -248,11 +231,7 @@ class Trainer:
         """
         if state := self.planner.credit.state_dict():
             extra = {**extra, _CREDIT: state}
-        if self.average:
-            extra = {**extra, _AVERAGE: self.average.weight}
-        if self.teacher:
-            extra = {**extra, _TEACHER: self.teacher.weight}
-        self._state.save(Path(path), extra=extra)
+        self._state.save(Path(path), extra={**extra, **self.beside.state()})
 
     def saved(self, *, wait: bool = True) -> bool:
         """Whether the last checkpoint is there; ``wait`` until it is.  Raises OSError if it cannot be."""
@@ -263,12 +242,7 @@ class Trainer:
         extra = self._state.load(Path(path))
         if state := extra.pop(_CREDIT, None):
             self.planner.credit.load_state_dict(state)
-        weight = extra.pop(_AVERAGE, 1.0)
-        if self.average:
-            self.average.weight = weight
-        weight = extra.pop(_TEACHER, 1.0)
-        if self.teacher:
-            self.teacher.weight = weight
+        self.beside.take_state(extra)
         return extra
 
     def close(self) -> None:
@@ -335,11 +309,11 @@ class Trainer:
         temperature = 1.0 if objective.supervised else self._now.rollout.temperature
         started = time.perf_counter()
         references: list[torch.Tensor | None] = [None] * len(rows)
-        if self.reference and not objective.supervised:
-            references = self._score(self.reference, rows, replays=False)
+        if self.beside.reference and not objective.supervised:
+            references = self._score(self.beside.reference, rows, replays=False)
         taught: list[torch.Tensor | None] = [None] * len(rows)
-        if self.teacher and not objective.supervised:
-            taught = self._score(self.teacher.model, rows, replays=False)
+        if self.beside.teacher and not objective.supervised:
+            taught = self._score(self.beside.teacher.model, rows, replays=False)
         self.optimizer.zero_grad()
         statistics = self._no_statistics(objective)
         self._loads.begin(sum(int((row.batch.tree >= 0).sum()) for row in rows))
@@ -432,32 +406,17 @@ class Trainer:
         silent = self._rows([padding(self._padding)] * (int(most) - len(rows)))
         return [*rows, *silent]
 
-    def _follow(self) -> None:
-        """Reference model and averages := the current weights."""
-        if isinstance(self.reference, AdapterCopy):
-            self.reference.follow()
-        elif self.reference is not None:
-            self.reference.load_state_dict(self.model.state_dict())
-        for average in (self.average, self.teacher):
-            if average is not None:
-                average.reset(self.model)
-
     def _no_statistics(self, objective: Objective) -> Statistics:
         """What every rank begins with: one without micro-batches, or not on the last pipeline stage, measures
         nothing.  The names are those that an objective leaves at a token.
         """
         zero = torch.zeros(1, device=self.layout.device)
-        reference = zero if self.reference and not objective.supervised else None
+        reference = zero if self.beside.reference and not objective.supervised else None
         none = zero.long()
         token = LossTokens(*([zero] * 7), node=none, path=none, reference=reference, teacher=zero)
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()
-
-
-def _held(model: TreeGPTModel | AdapterCopy) -> dict[str, torch.Tensor]:
-    """What a checkpoint keeps of it."""
-    return model.tensors if isinstance(model, AdapterCopy) else dict(model.named_parameters())
 
 
 def _combine(results: Sequence[dict[str, float]]) -> dict[str, float]:

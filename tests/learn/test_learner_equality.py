@@ -196,13 +196,16 @@ def gradient_case(
             learn.__dict__.update(plain | {"kl_coef": 0.0} | changes)
             if coef := OBJECTIVES[name].get("teacher", 0.0):
                 learn.teacher, learn.teacher_coef = "server", coef
-            frozen, trainer.reference = trainer.reference, trainer.reference if learn.kl_coef else None
+            frozen, trainer.beside.reference = (
+                trainer.beside.reference,
+                trainer.beside.reference if learn.kl_coef else None,
+            )
             trainer.objective = make_objective(learn)
             trainer.correction = CORRECTIONS.make(learn.correction.name, learn.correction.options)
             flat, dp = trainer.objective.flat, trainer.layout.dp
             trainer.planner = BatchPlanner(config, flat=flat, dp=dp, pad_to=trainer.planner.pad_to)
             stats = train(trainer, trees)
-            trainer.reference = frozen
+            trainer.beside.reference = frozen
             mine = hf_gradients(trainer)
             hf.zero_grad()
             gains, weights = credit_of(trees, config)

@@ -213,12 +213,15 @@ def average_teacher_case(place: Place, model: str, path: str) -> dict[str, Any]:
         second = weights_of(trainer)
         trainer.save(path, {})
         trainer.saved()
-        assert trainer.teacher is not None
-        kept, weight = [p.clone() for p in trainer.teacher.model.parameters()], trainer.teacher.weight
+        assert trainer.beside.teacher is not None
+        kept, weight = (
+            [p.clone() for p in trainer.beside.teacher.model.parameters()],
+            trainer.beside.teacher.weight,
+        )
         train(trainer, make_trees(5))
         trainer.load(path)
-        again = [*trainer.teacher.model.parameters()]
-        model_now, trainer.model = trainer.model, trainer.teacher.model
+        again = [*trainer.beside.teacher.model.parameters()]
+        model_now, trainer.model = trainer.model, trainer.beside.teacher.model
         taught = weights_of(trainer)
         trainer.model = model_now
         expected = {n: (first[n] * 0.75 + second[n]) / 1.75 for n in first}  # β² + β, and 1
@@ -227,7 +230,7 @@ def average_teacher_case(place: Place, model: str, path: str) -> dict[str, Any]:
             "error": max(float(np.abs(taught[n] - expected[n]).max()) for n in expected),
             "moved": max(float(np.abs(second[n] - first[n]).max()) for n in expected),
             "loaded": all(torch.equal(a, b) for a, b in zip(kept, again, strict=True)),
-            "weight": (weight, trainer.teacher.weight),
+            "weight": (weight, trainer.beside.teacher.weight),
         }
     finally:
         trainer.close()
@@ -542,11 +545,11 @@ def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
         trainer.save(path, {})
         third = train(trainer, make_trees(3))
         trainer.load(path)
-        weight = trainer.average.weight
+        weight = trainer.beside.average.weight
         again = train(trainer, make_trees(3))
         trainer.learn.proximal_reset = 2.0  # always
         train(trainer, make_trees(4))
-        mean, new = (dict(one.named_parameters()) for one in (trainer.average.model, trainer.model))
+        mean, new = (dict(one.named_parameters()) for one in (trainer.beside.average.model, trainer.model))
         same = all(torch.equal(mean[name], new[name]) for name in new)
         return {
             "ratios": [stats["ratio_mean"] for stats in (first, second)],
@@ -554,7 +557,7 @@ def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
             "weight": weight,
             "third": third["loss"],
             "again": again["loss"],
-            "reset": same and trainer.average.weight == 1.0,
+            "reset": same and trainer.beside.average.weight == 1.0,
         }
     finally:
         trainer.close()
