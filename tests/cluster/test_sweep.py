@@ -12,7 +12,7 @@ from system.cluster.status import attempts
 from system.cluster.submit import sweep_points
 from system.cluster.sweep import results, summarise
 from system.config import ConfigError
-from system.config.check import seconds
+from system.config.cluster import seconds
 from system.doctor.preflight import require
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
