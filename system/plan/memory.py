@@ -97,10 +97,10 @@ def activation_bytes_per_token(
 def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> float:
     """Bytes that the MLP of a layer keeps for each token of a rank, or the experts; the mean of the layers.
 
-    Of each expert that a token goes through, in numbers: what is sent to it (h), gate and up, and three
-    products of their width, the last one weighed; of the router its scores, their softmax in float32, the
-    weights and two maps of who goes where.  All of a row's tokens come to each rank where experts are split
-    over ranks (``learn.expert_tp``), where they are whole as many as leave.
+    Of each expert that a token goes through, in numbers: what comes to it (h), gate and up, and three
+    products of their width, the last one weighed; of the router its scores and a map of who goes where.
+    All of a row's tokens come to each rank where experts are split over ranks (``learn.expert_tp``); where
+    they are whole, as many as leave it.
     """
     width = WIDTH[dtype]
     dense = width * 3 * shape.ffn / learn.tp
@@ -109,10 +109,20 @@ def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfl
     split = learn.tp if learn.sequence_parallel else 1
     chosen = experts.chosen * UNEVEN * width
     inside = chosen * (shape.hidden + 5 * experts.ffn / learn.expert_tp) * learn.expert_tp / split
-    sent = experts.chosen * width * shape.hidden / split
-    router = experts.count * (3 * width + 4 + 2) / split
+    router = experts.count * (width + 1) / split
     sparse = experts.layers / shape.layers
-    return (1 - sparse) * dense + sparse * (inside + sent + router)
+    return (1 - sparse) * dense + sparse * (inside + router)
+
+
+def _travelling(shape: ModelShape, learn: LearnConfig, dtype: str) -> float:
+    """Bytes for each token of a rank that exist while it goes to its experts and back in one layer: as it is
+    sent, comes, leaves the expert and returns, and in the backward pass the gradients of all four.
+    """
+    if (experts := shape.experts) is None:
+        return 0.0
+    split = learn.tp if learn.sequence_parallel else 1
+    ways = 2 + 2 * UNEVEN * learn.expert_tp
+    return 2 * ways * experts.chosen * WIDTH[dtype] * shape.hidden / split
 
 
 def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> float:
@@ -216,7 +226,7 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
     # What one layer has beside it: the gradients at its ends, and what is computed again, or else those of
     # its MLP.
     inside = mlp_bytes_per_token(shape, learn, dtype) if learn.recompute == "none" else whole - kept
-    beside = width * 2 * shape.hidden + inside
+    beside = width * 2 * shape.hidden + inside + _travelling(shape, learn, dtype)
     if learn.cp > 1:  # as the ranks gave them and as the row has them; the gradients of both
         beside += 3 * gathered_bytes_per_token(shape, learn, dtype)
     trained = trained_parameters(shape, learn, stage)

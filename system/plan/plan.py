@@ -393,7 +393,8 @@ def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
     p, learn, work = plan, plan.config.learn, plan.workload
     forecast = p.forecast
-    split = f"tp {learn.tp} · pp {learn.pp} · cp {learn.cp} · dp {learn.dp}, {p.config.model.dtype}"
+    whole = f" (ep {learn.ep})" if learn.ep > 1 else ""
+    split = f"tp {learn.tp} · pp {learn.pp} · cp {learn.cp} · dp {learn.dp}{whole}, {p.config.model.dtype}"
     lines = [
         f"{p.shape.name}: {parameter_count(p.shape.parameters)} parameters, on {p.gpus} x {p.gpu.name} "
         f"({byte_size(p.gpu.memory)} each)",

@@ -14,6 +14,8 @@ from itertools import product
 
 from system.config import Config, ConfigError
 from system.learn.sizes import BLOCK
+from system.models.experts import Experts
+from system.models.known import shape_of
 from system.plan.hardware import GIB, NODE
 from system.plan.plan import GpuPlan, plan, row_tokens, uneven
 from system.plan.units import count, duration
@@ -39,6 +41,7 @@ class Candidate:
     engines: int
     nodes: int
     learner_nodes: int  # 0: learner and engines share a node
+    ep: int = 1
 
     @property
     def ranks(self) -> int:
@@ -56,6 +59,7 @@ class Candidate:
             "pp": self.pp,
             "cp": self.cp,
             "dp": self.dp,
+            "ep": self.ep,
             "sequence_parallel": str(self.tp > 1).lower(),
             "distributed_optimizer": str(self.cp * self.dp > 1).lower(),
             "recompute": self.recompute,
@@ -75,6 +79,7 @@ class Candidate:
             pp=self.pp,
             cp=self.cp,
             dp=self.dp,
+            ep=self.ep,
             recompute=self.recompute,
             sequence_parallel=self.tp > 1,
             distributed_optimizer=self.cp * self.dp > 1,
@@ -131,6 +136,7 @@ def layouts(config: Config, gpus: int) -> Iterator[Candidate]:
     nodes = -(-gpus // node)
     in_a_node = [width for width in WIDTHS if width <= node]
     row, micro = row_tokens(config), config.learn.micro_tokens
+    experts = shape_of(config.model).experts
     most = min(row // SHARE, micro // BLOCK) if config.learn.attention != "flash" else 1
     ways = [cp for cp in WIDTHS if cp <= max(1, most)]
     for tp, pp, cp in product(in_a_node, WIDTHS, ways):
@@ -142,9 +148,19 @@ def layouts(config: Config, gpus: int) -> Iterator[Candidate]:
             for engine_tp in in_a_node:
                 rest = [node] * ((gpus - ranks) // node) + [(gpus - ranks) % node]
                 if engines := sum(free // engine_tp for free in rest):
-                    for recompute in ("none", "selective", "full"):
-                        own = ranks // node if alone else 0
-                        yield Candidate(tp, pp, cp, dp, recompute, engine_tp, engines, nodes, own)
+                    own = ranks // node if alone else 0
+                    for recompute, ep in product(
+                        ("none", "selective", "full"), _shared(experts, tp, cp * dp)
+                    ):
+                        yield Candidate(tp, pp, cp, dp, recompute, engine_tp, engines, nodes, own, ep)
+
+
+def _shared(experts: Experts | None, tp: int, copies: int) -> list[int]:
+    """Over how many ranks the experts of a layer may be spread; 1: each is split over the tp ranks."""
+    if experts is None:
+        return [1]
+    wide = [ep for ep in WIDTHS if ep > 1 and ep % tp == 0 == tp * copies % ep]
+    return [1, *(ep for ep in wide if experts.count % ep == 0)]
 
 
 def objection(made: GpuPlan) -> str:
@@ -195,7 +211,8 @@ def table(config: Config, gpus: int, found: Found) -> str:
 def _row(layout: Candidate, made: GpuPlan) -> tuple[str, ...]:
     forecast, memory = made.forecast, made.learner_memory.total
     return (
-        f"tp {layout.tp} · pp {layout.pp} · cp {layout.cp} · dp {layout.dp}",
+        f"tp {layout.tp} · pp {layout.pp} · cp {layout.cp} · dp {layout.dp}"
+        + (f" · ep {layout.ep}" if layout.ep > 1 else ""),
         layout.recompute,
         f"{layout.engines} of {count(layout.engine_tp, 'GPU')}",
         duration(forecast.step_s),

@@ -26,7 +26,14 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if load(path).cluster.g
 def test_there_are_recipes_for_every_size() -> None:
     sizes = [f"qwen3-{size}b-{nodes}x8" for size in (14, 32) for nodes in (2, 4, 8, 16)]
     released = ["arpo-7b-reasoning", "arpo-llama-8b-reasoning", "arpo-8b-deepsearch", "arpo-14b-deepsearch"]
-    assert {path.stem for path in RECIPES} == {*sizes, *released, "qwen3-14b-1x8", "qwen3-32b-lora-1x8"}
+    sparse = [f"qwen3-30b-a3b-{nodes}x8" for nodes in (1, 2, 4)]
+    assert {path.stem for path in RECIPES} == {
+        *sizes,
+        *sparse,
+        *released,
+        "qwen3-14b-1x8",
+        "qwen3-32b-lora-1x8",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -34,7 +41,9 @@ def test_the_layout_divides_and_fits(path: Path) -> None:
     config = load(path)
     learn, shape, cluster = config.learn, shape_of(config.model), config.cluster
     for whole, part in (
-        (shape.heads, learn.tp), (shape.kv_heads, learn.tp), (shape.ffn, learn.tp),
+        *((size, learn.tp) for size in shape.divided(whole_experts=learn.ep > 1).values()),
+        *((size, config.engine.tp) for size in shape.divided().values()),
+        (shape.experts.count if shape.experts else 1, learn.ep), (cluster.gpus_per_node, learn.ep),
         (shape.layers, learn.pp), (shape.heads, config.engine.tp), (shape.kv_heads, config.engine.tp),
         (cluster.gpus_per_node, learn.tp),        (cluster.gpus_per_node, config.engine.tp),
         (config.flow.batch_leaves // config.rollout.leaves, learn.updates),
