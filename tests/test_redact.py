@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import stat
 import sys
 import time
@@ -218,11 +219,12 @@ SETTINGS = [one for one in settings().values() if isinstance(one.of(Config()), s
 def with_secret(key: str, text: str) -> Config:
     """A configuration whose setting ``key`` holds ``text``, whether it could run or not."""
     config = Config()
-    section, name = key.split(".")
-    default = getattr(getattr(config, section), name)
+    section, name = key.rsplit(".", 1)
+    part = operator.attrgetter(section)(config)
+    default = getattr(part, name)
     nested = {"search": {"note": text}} if key == "tools.options" else {"note": text}
     value: Any = [text] if isinstance(default, list) else nested if isinstance(default, dict) else text
-    setattr(getattr(config, section), name, value)
+    setattr(part, name, value)
     return config
 
 

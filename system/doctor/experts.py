@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from system.config import Config
 from system.learn.expert_layout import expert_problems
-from system.models.files import DTYPES
 from system.models.shape import ModelShape
+from system.plan.memory import WIDTH
 
 _ROW_BYTES = 16  # of which torch's grouped matrix product wants rows to be a multiple
 
@@ -17,7 +17,7 @@ def expert_misfits(config: Config, shape: ModelShape) -> Iterator[str]:
     yield from expert_problems(shape, config.learn)
     if shape.experts is None:
         return
-    multiple = _ROW_BYTES // DTYPES[config.model.dtype].itemsize
+    multiple = _ROW_BYTES // WIDTH[config.model.dtype]
     split = config.learn.expert_tp
     sizes = {"hidden size": shape.hidden, f"experts' width over {split} ranks": shape.experts.ffn // split}
     for name, size in sizes.items():
