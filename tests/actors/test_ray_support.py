@@ -209,7 +209,9 @@ async def test_an_actor_that_does_not_return_ends_the_run_by_its_silence() -> No
     rank = spawn(Sleeper, "learner-3", restart=False)
     beats = Heartbeats(lambda: {"learner-3": Watched(rank, {}, False)}, 2, 60, print)
     watch = asyncio.create_task(beats.watch())
-    os.kill(await answer(rank.pid.remote(), 60, "pid"), signal.SIGSTOP)
+    pid = await answer(rank.pid.remote(), 60, "pid")
+    await heard(beats, "learner-3")  # before that it would have a minute
+    os.kill(pid, signal.SIGSTOP)
     with pytest.raises(ActorLost, match=r"learner-3"):
         await asyncio.wait_for(watch, 70)
 
