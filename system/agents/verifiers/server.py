@@ -49,13 +49,16 @@ class _Fork:
     """A fork of the server, which runs one episode at a time."""
 
     def __init__(self, process: int, reader: StreamReader, writer: StreamWriter) -> None:
-        self.process, self._reader, self._writer = process, reader, writer
+        self._process, self._reader, self._writer = process, reader, writer
         self.episodes = 0  # that it has run
 
     @property
     def ended(self) -> bool:
-        """Whether it is known to be dead, with nothing more to say."""
-        return self._reader.at_eof()
+        """Whether it is dead: the system knows that before its stream, which the event loop has yet to read."""
+        try:
+            return self._reader.at_eof() or psutil.Process(self._process).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer.  Raises :class:`EpisodeFailed` where it dies."""
@@ -91,7 +94,7 @@ class _Fork:
         """End it, and all that it has started."""
         self._writer.close()
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self.process)
+            family = psutil.Process(self._process)
             for process in [family, *family.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
