@@ -12,9 +12,6 @@ from system.learn.average import MovingAverage, decay_for
 from system.learn.lora import AdapterCopy
 from system.learn.model import TreeGPTModel
 
-# What a checkpoint's JSON has of the averages: their total weights.
-_AVERAGE, _TEACHER = "average", "teacher"
-
 
 class Beside:
     """What of them the configuration asks for; all are the trained ``model`` at first."""
@@ -39,6 +36,9 @@ class Beside:
         self.teacher: MovingAverage[TreeGPTModel] | None = None
         if learn.teacher == "average":
             self.teacher = MovingAverage(build(), learn.teacher_decay)
+        # By the words under which a checkpoint keeps them.
+        both = {"average": self.average, "teacher": self.teacher}
+        self._averages = {name: one for name, one in both.items() if one is not None}
         self.follow()
 
     def follow(self) -> None:
@@ -47,34 +47,28 @@ class Beside:
             self.reference.follow()
         elif self.reference is not None:
             self.reference.load_state_dict(self._model.state_dict())
-        for average in (self.average, self.teacher):
-            if average is not None:
-                average.reset(self._model)
+        for average in self._averages.values():
+            average.reset(self._model)
 
     def stepped(self) -> None:
         """The model has taken an optimizer step: the averages take it in."""
-        for average in (self.average, self.teacher):
-            if average is not None:
-                average.update(self._model)
+        for average in self._averages.values():
+            average.update(self._model)
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """What a checkpoint keeps of each, by a word for it."""
         reference = self.reference
         kept = {} if reference is None else {"reference": _held(reference)}
-        averages = {_AVERAGE: self.average, _TEACHER: self.teacher}
-        return kept | {name: _held(one.model) for name, one in averages.items() if one is not None}
+        return kept | {name: _held(one.model) for name, one in self._averages.items()}
 
     def state(self) -> dict[str, float]:
-        """What else it keeps, for its JSON."""
-        averages = {_AVERAGE: self.average, _TEACHER: self.teacher}
-        return {name: one.weight for name, one in averages.items() if one is not None}
+        """What else it keeps, for its JSON: the averages' total weights."""
+        return {name: one.weight for name, one in self._averages.items()}
 
     def take_state(self, extra: dict[str, Any]) -> None:
         """Take :meth:`state` out of a checkpoint's JSON."""
-        for name, one in ((_AVERAGE, self.average), (_TEACHER, self.teacher)):
-            weight = extra.pop(name, 1.0)
-            if one is not None:
-                one.weight = weight
+        for name, one in self._averages.items():
+            one.weight = extra.pop(name, 1.0)
 
 
 def _held(model: TreeGPTModel | AdapterCopy) -> dict[str, torch.Tensor]:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import torch
 
-from system.learn.objective import LossTokens, exp_ratio
+from system.learn.divergence import exp_ratio
 
 
-def reverse_kl(t: LossTokens, cap: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Its sum over the row's tokens, weighed by ``t.mult``, and sums for statistics.
+def reverse_kl(
+    logprob: torch.Tensor, behaviour: torch.Tensor, teacher: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """[M] float32 terms whose gradient is the one above, from [M] log-probabilities under the student (with
+    gradient), under μ, the policy that sampled, and under the teacher.
 
-    Its gradient is the one above; where the engine sampled from an older policy μ, with the importance weight
-    π_θ/μ, at most ``cap``.  Tokens that the teacher has not scored (``t.teacher`` NaN) have no part in it.
+    Where μ is an older policy they have the importance weight π_θ/μ, at most ``cap``.  Tokens that the teacher
+    has not scored (NaN) have no part in it: 0.
     """
-    assert t.teacher is not None
-    now = t.logprob.detach()
-    known = t.teacher.isfinite()
-    gap = torch.where(known, now - t.teacher, 0)
-    weight = t.mult * exp_ratio(now, t.behaviour).clamp(max=cap)
-    kl = (weight * gap * (t.logprob - now).exp()).sum()
-    return kl, {"teacher_kl": kl.detach(), "teacher_scored": (t.mult * known).sum()}
+    now = logprob.detach()
+    gap = torch.where(teacher.isfinite(), now - teacher, 0)
+    return exp_ratio(now, behaviour).clamp(max=cap) * gap * (logprob - now).exp()

@@ -23,6 +23,11 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.expm1(d) - d
 
 
+def exp_ratio(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """[M] probability ratio of two log-probabilities, within what float32 holds."""
+    return (logprob - other).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
 def divergence(measure: str, log_ratio: torch.Tensor) -> torch.Tensor:
     """k1, k2 or k3 of each log-ratio, which is held within ±``MAX_LOG_RATIO``."""
     d = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -170,12 +170,18 @@ class ExpertRouter(TopKRouter):
 class Loads:
     """The routers of a rank's stage, from step to step."""
 
-    def __init__(self, model: nn.Module, layout: Layout, learn: LearnConfig) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, learn: LearnConfig, *, sparse: bool) -> None:
+        """``sparse``: some stage of the model has experts."""
+        self._sparse = sparse
         self._routers = [module for module in model.modules() if isinstance(module, ExpertRouter)]
         self._layout, self._coefficient = layout, learn.aux_loss
 
     def begin(self, tokens: int) -> None:
-        """A step on ``tokens`` tokens of this rank's rows begins; collective over the data-parallel ranks."""
+        """A step on ``tokens`` tokens of this rank's rows begins; collective over the data-parallel ranks,
+        unless the model is dense.
+        """
+        if not self._sparse:
+            return
         total = torch.tensor(float(tokens), device=self._layout.device)
         dist.all_reduce(total, group=self._layout.dp_group)
         for router in self._routers:
@@ -186,8 +192,10 @@ class Loads:
     def statistics(self) -> dict[str, float]:
         """The fullest expert's tokens over the mean of its layer: the mean over the layers, and the largest.
         And the share of tokens that went through given experts, and of these those that would have chosen
-        others.  Collective over all ranks.
+        others.  Collective over all ranks; of a dense model there are none.
         """
+        if not self._sparse:
+            return {}
         layout = self._layout
         sums = torch.zeros(5, dtype=torch.float64, device=layout.device)
         worst = torch.zeros((), dtype=torch.float64, device=layout.device)
@@ -203,8 +211,6 @@ class Loads:
         dist.all_reduce(sums, group=layout.pp_group)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=layout.pp_group)
         fullest, layers, tokens, given, others = sums.tolist()
-        if not layers:
-            return {}
         return {
             "expert_load": fullest / layers,
             "expert_load_max": float(worst),

@@ -16,8 +16,8 @@ from typing import ClassVar
 import torch
 
 from system.learn.credit.gain import clip_scale
-from system.learn.divergence import MAX_LOG_RATIO
-from system.learn.objective import LossTokens, Objective, Ppo, Statistics, exp_ratio
+from system.learn.divergence import MAX_LOG_RATIO, exp_ratio
+from system.learn.objective import LossTokens, Objective, Ppo, Statistics
 from system.plugins import PluginError
 from system.tree.record import Float64
 from system.tree.stats import TreeStats

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from system.config import LearnConfig
-from system.learn.divergence import MAX_LOG_RATIO, MEASURES, Band, divergence, k3
+from system.learn.distill import reverse_kl
+from system.learn.divergence import MEASURES, Band, divergence, exp_ratio, k3
 from system.plugins import OBJECTIVES, PluginError
 from system.tree.record import Float64
 from system.tree.stats import TreeStats
@@ -182,9 +183,18 @@ def inert_clip(objective: Objective, learn: LearnConfig, by_step: Collection[str
 
 
 def row_loss(
-    objective: Objective, t: LossTokens, *, entropy_coef: float = 0.0, kl_coef: float = 0.0
+    objective: Objective,
+    t: LossTokens,
+    *,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    teacher_coef: float = 0.0,
+    teacher_cap: float = math.inf,
 ) -> tuple[torch.Tensor, Statistics]:
-    """A row's loss with its regularisers, and all its statistics."""
+    """A row's loss with its regularisers, and all its statistics.
+
+    ``teacher_cap``: of the weight π_θ/μ in :func:`system.learn.distill.reverse_kl`.
+    """
     loss, statistics = objective.loss(t)
     statistics.sums |= {
         "weight": t.mult.sum(),
@@ -200,6 +210,11 @@ def row_loss(
             kl = (t.mult * k3(t.reference - t.logprob)).sum()
             loss = loss + kl_coef * kl
             statistics.sums["reference_kl"] = kl.detach()
+        if t.teacher is not None:
+            kl = t.mult * reverse_kl(t.logprob, t.behaviour, t.teacher, teacher_cap)
+            loss = loss + teacher_coef * kl.sum()
+            statistics.sums["teacher_kl"] = kl.sum().detach()
+            statistics.sums["teacher_scored"] = (t.mult * t.teacher.isfinite()).sum()
     statistics.sums["loss"] = loss.detach()
     return loss, statistics
 
@@ -322,11 +337,6 @@ class NegativeLogLikelihood(Objective):
 
     def loss(self, t: LossTokens) -> tuple[torch.Tensor, Statistics]:
         return -(t.mult * t.logprob).sum(), Statistics()
-
-
-def exp_ratio(logprob: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """[M] probability ratio of two log-probabilities, within what float32 holds."""
-    return (logprob - other).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _measure_engine(t: LossTokens, statistics: Statistics) -> None:

@@ -24,7 +24,6 @@ from system.learn.beside import Beside
 from system.learn.checkpoint import TrainingState
 from system.learn.context import Context
 from system.learn.correction import Correction, NodeRatios, effect, spread, twice_weighed, weigh
-from system.learn.distill import reverse_kl
 from system.learn.experts import Loads
 from system.learn.lora import AdapterCopy
 from system.learn.model import TreeGPTModel, build, transformer_config
@@ -89,7 +88,7 @@ class Trainer:
         adapter = adapter_of(learn.lora)
         self.model = build(shape, transformer, learn.attention, adapter)
         weights.load(self.model, self.layout, hf_path)
-        self._loads = Loads(self.model, self.layout, learn)
+        self._loads = Loads(self.model, self.layout, learn, sparse=bool(shape.experts))
         if adapter:
             weights.start_adapters(self.model, self.layout, config.run.seed, learn.lora.init)
         self.beside = Beside(
@@ -351,12 +350,14 @@ class Trainer:
 
     def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
         learn = self.learn
-        loss, measured = row_loss(objective, tokens, entropy_coef=learn.entropy_coef, kl_coef=learn.kl_coef)
-        if learn.teacher != "none" and not objective.supervised:
-            kl, sums = reverse_kl(tokens, learn.tis_cap)
-            loss = loss + learn.teacher_coef * kl
-            measured.sums |= {**sums, "loss": loss.detach()}
-        return loss, measured
+        return row_loss(
+            objective,
+            tokens,
+            entropy_coef=learn.entropy_coef,
+            kl_coef=learn.kl_coef,
+            teacher_coef=learn.teacher_coef,
+            teacher_cap=learn.tis_cap,
+        )
 
     def _lr(self) -> float:
         learn = self.learn
@@ -382,7 +383,7 @@ class Trainer:
         """
         if isinstance(model, AdapterCopy):
             with model.in_place():
-                return self._score(self.model, rows, temperature)
+                return self._score(self.model, rows, temperature, replays=replays)
         divisor = self._now.rollout.temperature if temperature is None else temperature
         passes = self._passes(rows)
 
@@ -412,8 +413,9 @@ class Trainer:
         """
         zero = torch.zeros(1, device=self.layout.device)
         reference = zero if self.beside.reference and not objective.supervised else None
+        teacher = None if self.learn.teacher == "none" else zero
         none = zero.long()
-        token = LossTokens(*([zero] * 7), node=none, path=none, reference=reference, teacher=zero)
+        token = LossTokens(*([zero] * 7), node=none, path=none, reference=reference, teacher=teacher)
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()

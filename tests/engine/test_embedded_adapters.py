@@ -176,7 +176,7 @@ async def test_a_wrong_update_of_adapters_changes_nothing(serve: Callable[..., A
         f"{name}: shape": {**good, name: torch.zeros(3, 3)},
         f"{name}: dtype": {**good, name: good[name].half()},
         f"{name}: missing from the update": {key: one for key, one in good.items() if key != name},
-        "model.norm.weight: no such adapter": {**good, "model.norm.weight": torch.zeros(48)},
+        "model.norm.weight: no such tensor": {**good, "model.norm.weight": torch.zeros(48)},
     }
     for says, tensors in bad.items():
         with pytest.raises(EngineError, match=says):

@@ -54,7 +54,7 @@ class _Fork:
 
     @property
     def ended(self) -> bool:
-        """Whether it is dead: the system knows that before its stream, which the event loop has yet to read."""
+        """Whether it is dead, which the system knows before the event loop has read the stream's end."""
         try:
             return self._reader.at_eof() or psutil.Process(self._process).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from system.engine.embedded.weights import STACKED, WeightsError
+from system.engine.embedded.weights import STACKED
 from system.models.adapter import Adapter, factors
 from system.models.shape import ModelShape
 
@@ -47,24 +47,6 @@ class AdapterWeights:
 
     adapter: Adapter
     layers: Layers
-
-
-def check_adapters(
-    shape: ModelShape, adapter: Adapter, dtype: torch.dtype, tensors: Mapping[str, Tensor], *, whole: bool
-) -> None:
-    """Names, shapes and dtypes; ``whole``: none may be missing.  Raises :class:`WeightsError`."""
-    expected = adapter.tensors(shape)
-    for name, tensor in tensors.items():
-        if name not in expected:
-            raise WeightsError(f"{name}: no such adapter of this model")
-        if tuple(tensor.shape) != expected[name]:
-            raise WeightsError(f"{name}: shape {tuple(tensor.shape)}, expected {expected[name]}")
-        if tensor.dtype != dtype:
-            raise WeightsError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
-    if whole and (missing := [name for name in expected if name not in tensors]):
-        raise WeightsError(
-            f"{missing[0]}: missing from the update ({len(missing)} of {len(expected)} adapter tensors)"
-        )
 
 
 def fuse_adapters(

@@ -14,16 +14,20 @@ from torch import Tensor
 
 from system.config import EngineConfig
 from system.engine.checksum import weights_checksum
-from system.engine.embedded.adapters import (
-    AdapterWeights,
-    check_adapters,
-    fuse_adapters,
-    unfuse_adapters,
-)
+from system.engine.embedded.adapters import AdapterWeights, fuse_adapters, unfuse_adapters
 from system.engine.embedded.loop import DecodeLoop
 from system.engine.embedded.scheduler import Emitted, Scheduler
 from system.engine.embedded.stops import TokenBytes
-from system.engine.embedded.weights import Weights, WeightsError, check, check_complete, fuse, load, unfuse
+from system.engine.embedded.weights import (
+    Weights,
+    WeightsError,
+    check,
+    check_complete,
+    check_tensors,
+    fuse,
+    load,
+    unfuse,
+)
 from system.engine.routes import RouteFormat
 from system.models.adapter import Adapter
 from system.models.directory import end_tokens
@@ -137,7 +141,7 @@ class EngineCore:
         if self._staged is None:
             raise WeightsError("no weight update is open: call /begin_weight_update first")
         if self._adapter:
-            check_adapters(self.shape, self._adapter, self.dtype, tensors, whole=False)
+            check_tensors(self._adapter.tensors(self.shape), self.dtype, tensors)
         else:
             check(self.shape, self.dtype, tensors)
         self._staged.update(tensors)
@@ -149,9 +153,9 @@ class EngineCore:
         if staged is None:
             raise WeightsError("no weight update is open: call /begin_weight_update first")
         if self._adapter:
-            check_adapters(self.shape, self._adapter, self.dtype, staged, whole=True)
+            check_complete(self._adapter.tensors(self.shape), staged)
             return fuse_adapters(self.shape, self._adapter, staged, self.device)
-        check_complete(self.shape, staged)
+        check_complete(self.shape.tensors(), staged)
         return fuse(self.shape, staged, self.device)
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@ outside.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,23 +54,29 @@ class Weights:
 def check(shape: ModelShape, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> None:
     """Names, shapes and dtypes of a (partial) update.  Raises :class:`WeightsError` naming the bad tensor."""
     expected = shape.tensors()
+    if (head := shape.tensor("head")) in tensors and head not in expected:
+        raise WeightsError(f"{head}: the model's output head is tied to its embedding")
+    check_tensors(expected, dtype, tensors)
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Mapping[str, Tensor]
+) -> None:
+    """Whether all of a (partial) update is expected, by name and shape.  Raises :class:`WeightsError`."""
     for name, tensor in tensors.items():
         if name not in expected:
-            is_head = name == shape.tensor("head")
-            tied = " (the model's output head is tied to its embedding)" if is_head else ""
-            raise WeightsError(f"{name}: no such tensor in this model{tied}")
+            raise WeightsError(f"{name}: no such tensor in this model")
         if tuple(tensor.shape) != expected[name]:
             raise WeightsError(f"{name}: shape {tuple(tensor.shape)}, expected {expected[name]}")
         if tensor.dtype != dtype:
             raise WeightsError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
 
 
-def check_complete(shape: ModelShape, names: Container[str]) -> None:
-    """Every tensor of the model must be there: a forgotten one would go on serving old values unnoticed."""
-    missing = [name for name in shape.tensors() if name not in names]
-    if missing:
+def check_complete(expected: Collection[str], names: Container[str]) -> None:
+    """Every tensor must be there: a forgotten one would go on serving old values unnoticed."""
+    if missing := [name for name in expected if name not in names]:
         raise WeightsError(
-            f"{missing[0]}: missing from the update ({len(missing)} of {len(shape.tensors())} tensors)"
+            f"{missing[0]}: missing from the update ({len(missing)} of {len(expected)} tensors)"
         )
 
 
@@ -161,5 +167,5 @@ def load(path: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device
                     continue  # some exporters write the tied head a second time, and older ones frequencies
                 tensors[name] = reader.get_tensor(name).to(dtype)
     check(shape, dtype, tensors)
-    check_complete(shape, tensors)
+    check_complete(shape.tensors(), tensors)
     return fuse(shape, tensors, device)

@@ -199,7 +199,7 @@ class SGLangTransport:
                     refused = error
         if refused is None:
             try:
-                check_complete(self._shape, seen)
+                check_complete(self._shape.tensors(), seen)
             except WeightsError as error:
                 refused = error
         return refused, sent_bytes
