@@ -20,8 +20,8 @@ def reverse_kl(
     """[M] float32 terms whose gradient is the one above, from [M] log-probabilities under the student (with
     gradient), under μ, the policy that sampled, and under the teacher.
 
-    Where μ is an older policy they have the importance weight π_θ/μ, at most ``cap``.  Tokens that the teacher
-    has not scored (NaN) have no part in it: 0.
+    Where μ is an older policy they have the importance weight π_θ/μ, at most ``cap``.  They are 0 where the
+    teacher has not scored the token (NaN).
     """
     now = logprob.detach()
     gap = torch.where(teacher.isfinite(), now - teacher, 0)
