@@ -32,7 +32,6 @@ import os
 import time
 from datetime import timedelta
 
-import espalier_adapters
 import torch
 
 ROWS = 64  # distributions whose entropies are computed at once: bounds the memory this takes
@@ -121,6 +120,7 @@ def _introduce(result, scheduler, *args, **kwargs):
 
 
 def _stamp(result, streamer, *, req):
+    import espalier_adapters
     from sglang.srt.utils.weight_versions import compute_weight_version_spans
 
     if not (streamer.rids and streamer.rids[-1] == req.rid):
