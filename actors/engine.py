@@ -104,6 +104,7 @@ class EngineActor:
             paused=restarted,
             key=keys.held().engines,
             routes=settings.rollout.replay_routes and RouteFormat.of_directory(model_path) is not None,
+            lora=settings.learn.lora,
         )
         server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
         try:
@@ -140,15 +141,16 @@ def named(urls: Sequence[str]) -> dict[str, str]:
     return {f"engine-{number}": url.rstrip("/") for number, url in enumerate(urls)}
 
 
-async def attached(urls: Sequence[str], deadline_s: float, entropies: bool) -> None:
+async def attached(urls: Sequence[str], deadline_s: float, entropies: bool, routes: bool = False) -> None:
     """Return once the servers at ``urls``, which somebody else started, serve as this system needs them.
 
-    ``entropies``: whether they must give them.  Raises StartFailed for a server that does not do.
+    ``entropies``: whether they must give them; ``routes``: whether they must record which experts tokens go
+    through.  Raises StartFailed for a server that does not do.
     """
     try:
         async with asyncio.TaskGroup() as checks:
             for url in urls:
-                checks.create_task(_check(url, deadline_s, entropies))
+                checks.create_task(_check(url, deadline_s, entropies, routes))
     except* EngineError as errors:
         raise StartFailed(f"engine.urls: {'; '.join(map(str, errors.exceptions))}") from errors
 
@@ -163,11 +165,19 @@ async def _check_locked(url: str) -> None:
     raise EngineError(f"{url}: answers without its key: it has not loaded {IN_SERVER / 'plugin'}")
 
 
-async def _check(url: str, deadline_s: float, entropies: bool = True) -> None:
-    """Raise EngineError for a server that does not answer, or gives no entropies."""
+async def _check(url: str, deadline_s: float, entropies: bool = True, routes: bool = False) -> None:
+    """Raise EngineError for a server that does not answer, or gives no entropies or ``routes``."""
     asked = GenerateRequest("check", np.zeros(1, np.int32), Sampling(max_new_tokens=1, ignore_eos=True))
     async with keys.http([url]) as http:
         await EngineControl(url, http).wait_ready(deadline_s)
+        if routes:
+            info = await http.call(f"{url}/server_info", limit_s=CHECK_DEADLINE_S)
+            if info.get("enable_return_routed_experts") is not True:
+                raise EngineError(
+                    f"{url}: rollout.replay_routes needs a record of the experts that tokens go through, and "
+                    "this server keeps none: start it with --enable-return-routed-experts, or set "
+                    "rollout.replay_routes=false"
+                )
     pool = EnginePool([url], deadline_s=deadline_s, key=keys.held().engines)
     try:
         chunks = [chunk async for chunk in pool.generate(asked)]

@@ -14,7 +14,7 @@ from actors.engine_monitor import EngineOutage
 from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
-from system.config import Config
+from system.config import Config, LoraConfig
 from system.models.shape import ModelShape
 from system.observe.eval import EvalResult
 from system.observe.terminal import shown
@@ -72,6 +72,8 @@ async def _ask_pool(
     scratch: Path,
     joined: bool,
 ) -> list[TreeStats | Prompt]:
+    config = copy.deepcopy(config)
+    config.learn.lora = LoraConfig()  # the model has its adapters in it: its engines wait for none
     places = await Placement.claim(config, joined=joined, only="rollout")
     logs = scratch / "logs"
     logs.mkdir()

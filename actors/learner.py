@@ -133,8 +133,9 @@ class LearnerRank:
         from system.engine import weights
         from system.models.adapter import adapter_of
 
-        adapter = adapter_of(self._config.learn.lora) if weights.takes_adapters(self._config.engine) else None
-        apart = adapter is not None
+        lora = self._config.learn.lora
+        apart = lora.apart(self._config.engine.name)
+        adapter = adapter_of(lora) if apart else None
         if self._rank == 0:
             if self._transport is None:
                 config, address = self._config, ray.util.get_node_ip_address()

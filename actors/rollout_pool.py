@@ -19,6 +19,7 @@ from actors.rollout import RolloutWorker
 from actors.tools import ToolActor
 from system.cluster.placement import served_tools
 from system.config import Config, to_dict
+from system.engine.routes import RouteFormat
 from system.observe.rundir import RunDir
 from system.tasks.base import Task
 from system.tasks.inputs import corpus_file, make_model
@@ -135,7 +136,9 @@ async def _engines(
     engine = config.engine
     if engine.urls:
         urls = named(engine.urls)
-        ready = attached([*urls.values()], engine.start_deadline_s, not engine.entropy_top_k)
+        routes = config.rollout.replay_routes and RouteFormat.of_directory(model_path) is not None
+        entropies = not engine.entropy_top_k
+        ready = attached([*urls.values()], engine.start_deadline_s, entropies, routes)
         return urls, {}, {"engines": ready}
     # Of the server, and of the actor's own process.
     deadline = engine.start_deadline_s + config.cluster.start_deadline_s

@@ -314,7 +314,8 @@ def _engine(config: Config) -> Iterator[str]:
 def _learner(config: Config) -> Iterator[str]:
     """What goes with the learner's layout."""
     learn = config.learn
-    yield from lora_problems(learn.lora, learn.proximal, map(str, config.engine.sglang))
+    engine = config.engine
+    yield from lora_problems(learn.lora, learn.proximal, engine.name, engine.weights, map(str, engine.sglang))
     if learn.cp > 1 and learn.attention == "flash":
         yield (
             f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "

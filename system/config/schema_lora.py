@@ -26,9 +26,21 @@ class LoraConfig:
         path=True,
     )
 
+    sync: str = setting(
+        "auto",
+        "what travels to the engines: adapter, which a request keeps to its end; merged, all weights; auto: "
+        "adapter to the embedded engine, merged to SGLang",
+        choices=("auto", "adapter", "merged"),
+        safe_on_resume=True,
+    )
+
     @property
     def on(self) -> bool:
         return self.rank > 0
+
+    def apart(self, engine: str) -> bool:
+        """Whether adapters travel to engines of that name by themselves; else the learner merges them."""
+        return self.on and (self.sync == "adapter" or (self.sync == "auto" and engine == "embedded"))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -36,10 +48,41 @@ class LoraConfig:
         return tuple(part for target, part in PARTS.items() if target in self.targets)
 
 
-def lora_problems(lora: LoraConfig, proximal: str, sglang: Iterable[str]) -> Iterator[str]:
-    """A line each, with the remedy.  ``proximal``: ``learn.proximal``; ``sglang``: flags of
-    ``engine.sglang``.
+_OURS = ("enable_lora", "max_lora_rank", "lora_target_modules", "lora_paths", "max_loaded_loras")
+
+
+def lora_problems(
+    lora: LoraConfig, proximal: str, engine: str, weights: str, sglang: Iterable[str]
+) -> Iterator[str]:
+    """A line each, with the remedy.  ``proximal``: ``learn.proximal``; ``engine``: its name; ``weights``:
+    ``engine.weights``; ``sglang``: flags of ``engine.sglang``.
     """
+    yield from _incomplete(lora)
+    if not (lora.on and lora.targets):
+        return
+    if proximal == "average":
+        yield (
+            "learn.proximal=average: no moving average of adapters is kept: set learn.proximal=start or "
+            "closed, or learn.lora.rank=0"
+        )
+    flags = [flag for flag in sglang if "lora" in flag]
+    if engine != "sglang" or not lora.apart(engine):  # flags of another engine are refused elsewhere
+        if flags:
+            yield (
+                f"engine.sglang.{flags[0]}: SGLang gets merged weights (docs/lora.md), and would keep room "
+                "for adapters that never come: take it out, or set learn.lora.sync=adapter"
+            )
+        return
+    if ours := [flag for flag in flags if flag.replace("-", "_") in _OURS]:
+        yield f"engine.sglang.{ours[0]} is set by learn.lora: take it out"
+    if weights != "auto":
+        yield (
+            f"engine.weights={weights} is a way for all weights, and with learn.lora.sync=adapter there is "
+            "one for adapters: set it to auto"
+        )
+
+
+def _incomplete(lora: LoraConfig) -> Iterator[str]:
     for target in lora.targets:
         if target not in PARTS:
             yield f"learn.lora.targets: {target!r}: choose of {', '.join(PARTS)}"
@@ -49,13 +92,3 @@ def lora_problems(lora: LoraConfig, proximal: str, sglang: Iterable[str]) -> Ite
         return
     if not lora.targets:
         yield f"learn.lora.targets is empty: nothing would be trained; name some of {', '.join(PARTS)}"
-    if proximal == "average":
-        yield (
-            "learn.proximal=average: no moving average of adapters is kept: set learn.proximal=start or "
-            "closed, or learn.lora.rank=0"
-        )
-    if flags := [flag for flag in sglang if "lora" in flag]:
-        yield (
-            f"engine.sglang.{flags[0]}: SGLang gets merged weights (docs/lora.md), and would keep room for "
-            "adapters that never come: take it out"
-        )

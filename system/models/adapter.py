@@ -78,23 +78,25 @@ class Adapter:
                 merged[name] = (weight.float() + self.scale * (b.float() @ a.float())).to(weight.dtype)
         return merged
 
+    def peft_config(self, shape: ModelShape) -> dict[str, Any]:
+        """What PEFT's ``adapter_config.json`` says of the adapters themselves."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": modules_of(shape, self.parts),
+        }
+
     def write(
         self, directory: Path, shape: ModelShape, adapters: Mapping[str, torch.Tensor], base: str
     ) -> None:
         """PEFT's two files into ``directory``; ``base``: the model that they belong to."""
         directory.mkdir(parents=True, exist_ok=True)
         write_weights({name: tensor.contiguous() for name, tensor in adapters.items()}, directory / WEIGHTS)
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "target_modules": modules_of(shape, self.parts),
-            "inference_mode": True,
-        }
+        config = self.peft_config(shape) | {"base_model_name_or_path": base, "inference_mode": True}
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 

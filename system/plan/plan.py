@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
-from system.engine.weights import takes_adapters
 from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models.known import shape_of
@@ -272,8 +271,9 @@ class GpuPlan:
         return self._published(self.gpu).size
 
     def _published(self, gpu: Gpu) -> PublishRoofline:
-        learn, apart = self.config.learn, takes_adapters(self.config.engine)
-        return PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node, learn.lora.on and apart)
+        learn = self.config.learn
+        apart = learn.lora.apart(self.config.engine.name)
+        return PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node, apart)
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -430,7 +430,7 @@ def text(plan: GpuPlan) -> str:
 
 def _lora(plan: GpuPlan) -> str:
     lora, adapters = plan.config.learn.lora, adapter_parameters(plan.shape, plan.config.learn)
-    how = "adapters alone" if takes_adapters(plan.config.engine) else "merged, all weights"
+    how = "adapters alone" if lora.apart(plan.config.engine.name) else "merged, all weights"
     return (
         f"  LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {parameter_count(adapters)} numbers are "
         f"trained; {byte_size(plan.sent_bytes)} a version travel ({how})"

@@ -22,12 +22,17 @@ META: dict[str, Any] = {
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Callable[..., Any]]:
-    """``await serve(meta)``: a server whose every answer is one token with these facts about it."""
+    """``await serve(meta, **arguments)``: a server whose every answer is one token with these facts about it;
+    ``arguments``: what it was started with.
+    """
     runners: list[web.AppRunner] = []
 
-    async def start(meta: dict[str, Any]) -> str:
+    async def start(meta: dict[str, Any], **arguments: Any) -> str:
         async def health(request: web.Request) -> web.Response:
             return web.Response()
+
+        async def server_info(request: web.Request) -> web.Response:
+            return web.json_response(arguments)
 
         async def generate(request: web.Request) -> web.Response:
             message = orjson.dumps({"output_ids": [3], "text": "", "meta_info": meta})
@@ -36,6 +41,7 @@ async def serve() -> AsyncIterator[Callable[..., Any]]:
 
         app = web.Application()
         app.router.add_get("/health", health)
+        app.router.add_get("/server_info", server_info)
         app.router.add_post("/generate", generate)
         runners.append(web.AppRunner(app))
         await runners[-1].setup()
@@ -56,6 +62,20 @@ async def test_one_without_our_plug_in_is_refused_with_the_remedy(serve: Callabl
     with pytest.raises(StartFailed, match=f"{bare}: no entropies(?s:.*)PYTHONPATH(?s:.*)entropy_top_k"):
         await attached([good, bare], 5, entropies=True)
     await attached([good, bare], 5, entropies=False)  # estimates were asked for
+
+
+async def test_one_that_records_no_experts_is_refused_where_they_are_wanted(
+    serve: Callable[..., Any],
+) -> None:
+    meta = {**META, "entropy": [0.7]}
+    bare = await serve(meta, enable_return_routed_experts=False)
+    await attached([bare], 5, entropies=True)  # a model without experts
+    await attached([await serve(meta, enable_return_routed_experts=True)], 5, entropies=True, routes=True)
+    with pytest.raises(
+        StartFailed,
+        match=f"{bare}: rollout.replay_routes(?s:.*)--enable-return-routed-experts(?s:.*)replay_routes=false",
+    ):
+        await attached([bare], 5, entropies=True, routes=True)
 
 
 async def test_one_that_does_not_answer_is_refused_by_the_deadline() -> None:

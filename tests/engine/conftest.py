@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from engine_models import SGLANG_KEY, EngineClient, Paced, Served, TinyModel, make_model
 
-from system.config import EngineConfig
+from system.config import EngineConfig, LoraConfig
 from system.engine.embedded import EmbeddedEngine
 from system.engine.routes import RouteFormat
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
@@ -71,7 +71,7 @@ def start_sglang(
     tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
 ) -> Iterator[Callable[..., SglangServer]]:
     """``start_sglang(model, **environment)``: a real SGLang server on CPU of that model, or of
-    ``tiny("qwen3", False)``, which may still be loading, and ends with the session.
+    ``tiny("qwen3", False)``, which may still be loading, and ends with the session.  ``lora``: for adapters.
 
     Skipped by name where SGLang is not installed, and failed there if ``ESPALIER_REQUIRE_SGLANG`` is set, as
     CI does.
@@ -79,7 +79,9 @@ def start_sglang(
     engine = EngineConfig(name="sglang", device="cpu", max_running=32, max_context=512, cache_slots=32)
     running: list[SglangServer] = []
 
-    def start(model: TinyModel | None = None, **environment: str) -> SglangServer:
+    def start(
+        model: TinyModel | None = None, *, lora: LoraConfig | None = None, **environment: str
+    ) -> SglangServer:
         try:
             python = interpreter(engine)
         except SglangMissing as error:
@@ -96,6 +98,7 @@ def start_sglang(
             port=port,
             cpu=True,
             key=SGLANG_KEY,
+            lora=lora,
         )
         command.env.update(environment)
         running.append(SglangServer(command, f"http://127.0.0.1:{port}", log))

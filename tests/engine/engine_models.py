@@ -65,8 +65,13 @@ def text_of() -> Callable[[list[int]], str]:
     return lambda tokens: str(tokenizer.decode(tokens))
 
 
-def make_model(path: Path, family: str, tied: bool, seed: int, rope: str = "default") -> TinyModel:
-    """Random weights, scaled up so that the distributions are far from uniform and differ between seeds."""
+def make_model(
+    path: Path, family: str, tied: bool, seed: int, rope: str = "default", **other: int
+) -> TinyModel:
+    """Random weights, scaled up so that the distributions are far from uniform and differ between seeds.
+
+    ``other``: sizes to have in place of these.
+    """
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -80,6 +85,7 @@ def make_model(path: Path, family: str, tied: bool, seed: int, rope: str = "defa
         "bos_token_id": None,
         "pad_token_id": None,
         "initializer_range": 0.25,
+        **other,
     }
     torch.manual_seed(seed)
     hf: Any = AutoModelForCausalLM.from_config(

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from actors import learner
-from system.config import Config, ConfigError, EngineConfig, load, to_dict
+from system.config import Config, ConfigError, EngineConfig, LoraConfig, load, to_dict
 from system.config.check import SET_BY
 from system.engine.sglang.command import Command, SglangMissing, interpreter, server_command, words
 from system.engine.sglang.server import ServerFailed, SglangServer
@@ -60,6 +60,16 @@ def test_our_settings_become_sglangs_flags() -> None:
     assert "--incremental-streaming-output" in line.argv
     assert "--enable-return-routed-experts" not in line.argv
     assert "--enable-return-routed-experts" in command(engine, routes=True).argv
+
+
+def test_a_server_of_adapters_is_told_which_will_come() -> None:
+    engine, lora = EngineConfig(name="sglang", sglang={"lora_backend": "triton"}), LoraConfig(rank=8)
+    assert "--enable-lora" not in command(engine, lora=lora).argv  # merged weights come
+    apart = LoraConfig(rank=8, targets=["q", "down"], sync="adapter")
+    line = command(engine, cpu=False, lora=apart).argv
+    assert " --enable-lora --max-lora-rank 8 --lora-target-modules q_proj down_proj " in " ".join(line)
+    assert value(command(engine, lora=apart), "--lora-backend") == "triton"
+    assert value(command(EngineConfig(name="sglang"), lora=apart), "--lora-backend") == "torch_native"
 
 
 def test_nccl_is_told_the_same_in_server_and_learner(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -545,8 +545,15 @@ def test_adapters_are_trained_sooner_and_travel_as_megabytes_to_the_embedded_eng
     for engine, says in (
         ("embedded", "122.5 MiB a version travel (adapters alone)"),
         ("sglang", "27.5 GiB a"),
+        ("sglang learn.lora.sync=adapter", "122.5 MiB a version travel (adapters alone)"),
+        ("embedded learn.lora.sync=merged", "27.5 GiB a"),
     ):
-        words = [f"engine={engine}", "model.path=Qwen3-14B", "learn.lora.rank=16", "model.dtype=bfloat16"]
+        words = [
+            *f"engine={engine}".split(),
+            "model.path=Qwen3-14B",
+            "learn.lora.rank=16",
+            "model.dtype=bfloat16",
+        ]
         shown = text(plan(load(None, words), 8))
         assert "LoRA of rank 16 on q, k, v, o, gate, up, down: 64.2 million numbers are trained; " in shown
         assert says in shown

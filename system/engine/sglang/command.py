@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from system.config import EngineConfig
+from system.config import EngineConfig, LoraConfig
 from system.engine.protocol import EngineError
 from system.engine.weights.base import GROUP_DEADLINE_S
 from system.serving import KEY_VARIABLE
@@ -76,6 +76,7 @@ def server_command(
     paused: bool = False,
     key: str = "",
     routes: bool = False,
+    lora: LoraConfig | None = None,
 ) -> Command:
     """The command of server number ``replica``, over the GPUs that its process sees (``engine.tp`` of them).
 
@@ -83,12 +84,15 @@ def server_command(
     what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
     ``/continue_generation``.  ``key``: SGLang's ``api_key``, which our plug-in takes from the environment:
     every user of the machine can read a command line.  ``routes``: record which experts tokens go through.
+    ``lora``: the adapters that will come, if they come by themselves.
     """
     # A null takes a default away.  Engines are asked every second how they are: no log line for each answer.
     defaults = {"log_level_http": "warning", **(_cpu_defaults(engine) if cpu else {})}
     native = {**defaults, **engine.sglang}
     if routes:
         native["enable_return_routed_experts"] = True
+    if lora and lora.apart(engine.name):
+        native = _lora_flags(lora, cpu) | native
     if paused:
         native["skip_server_warmup"] = True  # it would wait for ever
     fixed = {
@@ -125,6 +129,15 @@ def words(settings: Mapping[str, Any]) -> list[str]:
         else:
             line.append(json.dumps(value) if isinstance(value, Mapping) else str(value))
     return line
+
+
+def _lora_flags(lora: LoraConfig, cpu: bool) -> dict[str, Any]:
+    flags = {
+        "enable_lora": True,
+        "max_lora_rank": lora.rank,
+        "lora_target_modules": [f"{target}_proj" for target in lora.targets],
+    }
+    return flags | ({"lora_backend": "torch_native"} if cpu else {})  # the others are Triton
 
 
 def _cpu_defaults(engine: EngineConfig) -> dict[str, Any]:

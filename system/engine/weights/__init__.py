@@ -28,11 +28,6 @@ def choose(engine: EngineConfig, urls: list[str], gpu: bool) -> str:
     return "tensor" if all(map(on_this_host, urls)) and not gpu else "distributed"
 
 
-def takes_adapters(engine: EngineConfig) -> bool:
-    """Whether adapters travel by themselves; else the learner merges them and all weights do."""
-    return engine.name == "embedded"
-
-
 def make(
     engine: EngineConfig,
     urls: list[str],
@@ -46,14 +41,18 @@ def make(
 
     ``model_path`` is the directory the engines were started from: it says which tensors the model has, and
     ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process;
-    ``run`` is the run's directory.  ``adapter``: buckets hold adapters of this kind alone, which only goes
-    where :func:`takes_adapters`.
+    ``run`` is the run's directory.  ``adapter``: buckets hold adapters of this kind alone
+    (``LoraConfig.apart``).
     Raises :class:`~system.config.ConfigError` and ``UnsupportedModel``.
     """
     import torch
 
     from system.engine.weights.http import SafetensorsHttp
 
+    if adapter is not None and engine.name == "sglang":
+        from system.engine.weights.sglang_adapters import SGLangAdapters
+
+        return SGLangAdapters(adapter, model_path, dtype)
     way = choose(engine, urls, torch.cuda.is_available())
     if way == "http":
         return SafetensorsHttp(adapter)

@@ -146,19 +146,8 @@ class SGLangTransport:
         digests: dict[tuple[int, str], Digests] = {}
 
         async def look(url: str) -> PushTarget:
-            info = await http.call(f"{url}/server_info", None, LOOK_DEADLINE_S)
-            try:
-                about = int(info["tp_size"]), str(info["device"]), str(info["startup_time"])
-                server = PushTarget(url, http, *about)
-                dp = int(info.get("dp_size") or 1)
-            except (KeyError, TypeError, ValueError) as error:
-                raise EngineError(f"{url}/server_info: not as SGLang answers: {error!r}") from error
-            if dp != 1:
-                raise EngineError(
-                    f"{url}: SGLang takes weights in flight with dp_size 1 only; it has {dp}: start one "
-                    "server per replica"
-                )
-            if kv == "keep" and not _has_plugin(info):
+            server, info = await look_at(http, url)
+            if kv == "keep" and not has_plugin(info):
                 raise EngineError(
                     f"{url}: engine.kv_after_update=keep needs Espalier's plug-in in the server, without "
                     "which prefixes of the old weights would be served as new ones"
@@ -238,7 +227,23 @@ class SGLangTransport:
         return pauses, failures | failed
 
 
-def _has_plugin(info: Mapping[str, Any]) -> bool:
+async def look_at(http: Http, url: str) -> tuple[PushTarget, dict[str, Any]]:
+    """The server at ``url`` and what it says about itself.  Raises :class:`EngineError`."""
+    info = await http.call(f"{url}/server_info", None, LOOK_DEADLINE_S)
+    try:
+        server = PushTarget(url, http, int(info["tp_size"]), str(info["device"]), str(info["startup_time"]))
+        dp = int(info.get("dp_size") or 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"{url}/server_info: not as SGLang answers: {error!r}") from error
+    if dp != 1:
+        raise EngineError(
+            f"{url}: SGLang takes weights in flight with dp_size 1 only; it has {dp}: start one server per "
+            "replica"
+        )
+    return server, info
+
+
+def has_plugin(info: Mapping[str, Any]) -> bool:
     """Whether the server keys its prefix cache by weight version (``in_server/plugin``)."""
     states = info.get("internal_states") or []
     return bool(states) and all(state.get("espalier") is True for state in states)

@@ -120,14 +120,19 @@ def _introduce(result, scheduler, *args, **kwargs):
 
 
 def _stamp(result, streamer, *, req):
+    import espalier_adapters
     from sglang.srt.utils.weight_versions import compute_weight_version_spans
 
-    streamed = streamer.rids and streamer.rids[-1] == req.rid
-    if streamed and streamer.weight_versions[-1] is None:
+    if not (streamer.rids and streamer.rids[-1] == req.rid):
+        return
+    tokens = streamer.completion_tokens[-1]
+    if (own := espalier_adapters.spans(req, tokens)) is not None:
+        streamer.weight_versions[-1] = own
+    elif streamer.weight_versions[-1] is None:
         streamer.weight_versions[-1] = compute_weight_version_spans(
             req.weight_version_events,
             current_version=streamer.current_weight_version,
-            num_output_tokens=streamer.completion_tokens[-1],
+            num_output_tokens=tokens,
         )
 
 

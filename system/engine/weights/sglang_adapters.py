@@ -1,0 +1,144 @@
+"""Adapters (LoRA) into SGLang servers that go on generating: each version beside those before it.
+
+A version is loaded under a name of its own; requests that begin from then on run with it, and one that runs
+ends with the version that it began with.  So nothing pauses, and no keys and values are computed again:
+SGLang's prefix cache keys them by adapter.  What chooses the newest, and says of tokens which version made
+them, is our plug-in in the server (``in_server/plugin/espalier_adapters.py``).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from system.engine.checksum import tensor_bytes
+from system.engine.control import Http
+from system.engine.embedded.adapters import check_adapters
+from system.engine.embedded.weights import STACKED, WeightsError
+from system.engine.protocol import EngineError
+from system.engine.weights.base import Buckets, Kv, PushReport, each, outcomes, size
+from system.engine.weights.sglang import PushTarget, has_plugin, look_at
+from system.models.adapter import Adapter, modules_of
+from system.models.files import DTYPES
+from system.models.shape import ModelShape
+
+log = logging.getLogger(__name__)
+
+UNLOAD_DEADLINE_S = 10.0  # of one that no request uses
+_CPU_MULTIPLE = 32  # per rank: without a GPU SGLang pads the MLP to it, of which its adapters know nothing
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What is sent of one version, but for the number of tensor-parallel ranks."""
+
+    name: str
+    config: dict[str, Any]
+    digests: dict[str, str]  # SHA-256 of each tensor
+    payload: str  # base64 of a pickle: each rank gets one
+
+
+class SGLangAdapters:
+    """Implements :class:`~system.engine.weights.base.Transport` for buckets of adapters alone.
+
+    By value over ``/load_lora_adapter_from_tensors``: megabytes.  Every tensor-parallel rank compares the
+    SHA-256 of each tensor with ours before it loads any.  The versions before are unloaded as far as no
+    request uses them; others at a later push.
+    """
+
+    on_gpu = False
+
+    def __init__(self, adapter: Adapter, model_path: str | Path, dtype: str) -> None:
+        """For servers of the model in ``model_path`` that hold it in ``dtype``."""
+        self._adapter, self._dtype = adapter, DTYPES[dtype]
+        self._shape = ModelShape.from_directory(model_path)
+
+    async def push(
+        self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
+    ) -> PushReport:
+        """``kv`` decides nothing: no request changes its version."""
+        began = time.perf_counter()
+        tensors: dict[str, Tensor] = {}
+        async for bucket in each(buckets):
+            tensors |= {name: tensor.detach().to("cpu").contiguous() for name, tensor in bucket.items()}
+        try:
+            check_adapters(self._shape, self._adapter, self._dtype, tensors, whole=True)
+        except WeightsError as error:
+            failures = {url: f"{url}: not sent: {error}" for url in urls}
+        else:
+            packed = self._pack(tensors, version)
+            _, failures = await outcomes({url: self._load(http, url, packed, version) for url in urls})
+        return PushReport(size(tensors), time.perf_counter() - began, failures=failures)
+
+    def _pack(self, tensors: Mapping[str, Tensor], version: int) -> _Version:
+        whole = completed(self._shape, self._adapter)
+        sent = {
+            name: tensors[name] if name in tensors else torch.zeros(one, dtype=self._dtype)
+            for name, one in whole.tensors(self._shape).items()
+        }
+        digests = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in sent.items()}
+        mark = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
+        payload = base64.b64encode(pickle.dumps(sent)).decode("ascii")
+        return _Version(f"v{version}-{mark}", whole.peft_config(self._shape), digests, payload)
+
+    async def _load(self, http: Http, url: str, packed: _Version, version: int) -> None:
+        server, info = await look_at(http, url)
+        self._check(server, info)
+        answer = await server.post(
+            "/load_lora_adapter_from_tensors",
+            lora_name=packed.name,
+            config_dict=packed.config,
+            serialized_named_tensors=[packed.payload] * server.tp,
+            expected_checksums=packed.digests,
+        )
+        await server.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
+        for name in answer.get("loaded_adapters") or {}:
+            if name != packed.name and ours(name):
+                try:
+                    await server.post("/unload_lora_adapter", limit_s=UNLOAD_DEADLINE_S, lora_name=name)
+                except EngineError as error:  # requests use it: after a later push
+                    log.debug("adapter %s stays: %s", name, error)
+
+    def _check(self, server: PushTarget, info: Mapping[str, Any]) -> None:
+        """Raise :class:`EngineError` for a server that cannot take these adapters."""
+        if not has_plugin(info):
+            raise EngineError(
+                f"{server.url}: learn.lora.sync=adapter needs Espalier's plug-in in the server, without "
+                "which requests would run without adapters: put it on its PYTHONPATH, or set "
+                "learn.lora.sync=merged"
+            )
+        if not info.get("enable_lora") or int(info.get("max_lora_rank") or 0) < self._adapter.rank:
+            raise EngineError(
+                f"{server.url}: it takes no adapters of rank {self._adapter.rank}: start it with "
+                f"--enable-lora --max-lora-rank {self._adapter.rank} --lora-target-modules "
+                f"{' '.join(modules_of(self._shape, self._adapter.parts))}, or set learn.lora.sync=merged"
+            )
+        multiple = _CPU_MULTIPLE * server.tp
+        if server.device == "cpu" and self._shape.ffn % multiple:
+            raise EngineError(
+                f"{server.url}: without a GPU SGLang takes adapters of a model whose intermediate_size is a "
+                f"multiple of {multiple} only; it is {self._shape.ffn}: set learn.lora.sync=merged"
+            )
+
+
+def completed(shape: ModelShape, adapter: Adapter) -> Adapter:
+    """``adapter`` with all parts of every product that SGLang fuses, as soon as it has one of them."""
+    wanted = {part for stack in STACKED.values() if {*stack} & {*adapter.parts} for part in stack}
+    parts = tuple(part for part in shape.layer_parts(0) if part in wanted)
+    return Adapter(adapter.rank, adapter.alpha, parts)
+
+
+def ours(name: str) -> bool:
+    """Whether an adapter of a server has a name that this module gives: ``v12-3c9e…``."""
+    version, dash, _ = name.partition("-")
+    return bool(dash) and version[:1] == "v" and version[1:].isdigit()
