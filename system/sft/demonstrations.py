@@ -9,6 +9,7 @@ import numpy as np
 
 from system.config import Config
 from system.learn.schedule import warm_start_lr
+from system.models.families import family_of
 from system.rollout.chat import Chat, make_chat, planned_syntax
 from system.rollout.encode import encode_text
 from system.sft.course import batches
@@ -17,6 +18,11 @@ from system.tasks.base import Demonstration, HasDemonstrations, Task
 from system.tree.record import Kind, Tree
 
 _AUTHORS = {"model": Kind.MODEL, "tool": Kind.TOOL}
+
+# Of `warmstart.lr`, for a new model without norms of queries and keys.  Adam moves every weight by about the
+# rate, however small its gradient; a norm bounds what that does to the attention logits, and without one they
+# overshoot while the rate is high.
+UNNORMED_RATE = 0.5
 
 
 def demonstration_tree(demo: Demonstration, chat: Chat) -> Tree:
@@ -53,9 +59,17 @@ def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
     return [demonstration_tree(one, chat) for one in made]
 
 
+def peak_lr(config: Config) -> float:
+    """The highest learning rate of the warm start: ``warmstart.lr``, or ``UNNORMED_RATE`` of it where a model
+    is made here whose queries and keys no norm bounds.
+    """
+    bounded = bool(config.model.path) or family_of(config.model.family).qk_norm
+    return config.warmstart.lr * (1.0 if bounded else UNNORMED_RATE)
+
+
 def warm_start(config: Config, demonstrations: Sequence[Tree]) -> Iterator[tuple[list[Tree], float]]:
     """The batches of the warm start and the learning rate of each, in an order by the run's seed."""
-    settings = config.warmstart
+    settings, peak = config.warmstart, peak_lr(config)
     order = batches(len(demonstrations), settings.steps, settings.batch, config.run.seed)
     for step, rows in enumerate(order):
-        yield [demonstrations[i] for i in rows], warm_start_lr(step, settings.steps, settings.lr)
+        yield [demonstrations[i] for i in rows], warm_start_lr(step, settings.steps, peak)

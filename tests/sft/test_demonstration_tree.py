@@ -10,6 +10,7 @@ import pytest
 
 from system.config import Config, RolloutConfig
 from system.engine.protocol import Chunk, Finish, GenerateRequest
+from system.learn.schedule import warm_start_lr
 from system.rollout.branching import Never
 from system.rollout.chat import Chat
 from system.rollout.context import RolloutContext
@@ -19,7 +20,7 @@ from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
-from system.sft.demonstrations import demonstration_tree
+from system.sft.demonstrations import demonstration_tree, warm_start
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import vocabulary
 from system.tasks.quickstart.task import QuickstartTask
@@ -138,3 +139,25 @@ def test_malformed_demonstrations_are_errors(segments, message):
     prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
     with pytest.raises(ValueError, match=message):
         demonstration_tree(Demonstration(prompt, segments), Chat(vocabulary.build()))
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "share"),
+    [
+        ("qwen3", "", 1.0),
+        ("qwen3_moe", "", 1.0),
+        ("llama", "", 0.5),
+        ("mistral", "", 0.5),
+        ("llama", "given", 1.0),  # what a given model is, model.family does not say
+    ],
+)
+def test_a_new_model_without_norms_of_queries_and_keys_is_warmed_up_at_half_the_rate(
+    family: str, path: str, share: float
+):
+    config = Config()
+    config.model.family, config.model.path = family, path
+    config.warmstart.steps, config.warmstart.batch = 40, 1
+    prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
+    tree = demonstration_tree(Demonstration(prompt, (("model", "59"),)), Chat(vocabulary.build()))
+    rates = [lr for _, lr in warm_start(config, [tree] * 4)]
+    assert rates == [warm_start_lr(step, 40, share * config.warmstart.lr) for step in range(40)]
