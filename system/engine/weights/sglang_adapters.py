@@ -23,8 +23,7 @@ from torch import Tensor
 
 from system.engine.checksum import tensor_bytes
 from system.engine.control import Http
-from system.engine.embedded.adapters import check_adapters
-from system.engine.embedded.weights import STACKED, WeightsError
+from system.engine.embedded.weights import STACKED, WeightsError, check_complete, check_tensors
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Buckets, Kv, PushReport, each, outcomes, size
 from system.engine.weights.sglang import PushTarget, has_plugin, look_at
@@ -68,11 +67,13 @@ class SGLangAdapters:
     ) -> PushReport:
         """``kv`` decides nothing: no request changes its version."""
         began = time.perf_counter()
+        expected = self._adapter.tensors(self._shape)
         tensors: dict[str, Tensor] = {}
         async for bucket in each(buckets):
             tensors |= {name: tensor.detach().to("cpu").contiguous() for name, tensor in bucket.items()}
         try:
-            check_adapters(self._shape, self._adapter, self._dtype, tensors, whole=True)
+            check_tensors(expected, self._dtype, tensors)
+            check_complete(expected, tensors)
         except WeightsError as error:
             failures = {url: f"{url}: not sent: {error}" for url in urls}
         else:
