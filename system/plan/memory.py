@@ -27,6 +27,8 @@ class EngineLayout:
     tp: int = 1
     memory_share: float = 0.85
     dtype: str = "bfloat16"
+    float8: bool = False  # matrices of a byte a weight
+    cache_width: int | None = None  # bytes of a number of the KV cache; None: as many as dtype has
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,33 @@ def engine_memory(shape: ModelShape, layout: EngineLayout, memory: float) -> Mem
 
     A negative KV part means that the weights alone do not fit.
     """
-    weights = shape.parameters * WIDTH[layout.dtype] / layout.tp
+    weights = weight_bytes(shape, layout) / layout.tp
     share = memory * layout.memory_share
     return Memory({"weights": weights, "KV cache": share - weights, "reserved": memory - share})
+
+
+def weight_bytes(shape: ModelShape, layout: EngineLayout) -> float:
+    """Of all weights of an engine: float8 leaves embedding, head, norms, routers and biases as they are, and
+    has a float32 scale for every row of a matrix.
+    """
+    width = WIDTH[layout.dtype]
+    if not layout.float8:
+        return shape.parameters * width
+    matrices = [
+        size
+        for at in range(shape.layers)
+        for part, size in shape.layer_parts(at).items()
+        if len(size) == 2 and part != "router"
+    ]
+    small = sum(rows * columns for rows, columns in matrices)
+    small += sum(shape.of_experts(at) for at in range(shape.layers))
+    return (shape.parameters - small) * width + small + 4 * sum(rows for rows, _ in matrices)
 
 
 def kv_capacity(shape: ModelShape, layout: EngineLayout, memory: float) -> int:
     """Tokens whose KV fits into one engine (all its GPUs together); 0 when the weights do not fit."""
     shards = min(layout.tp, shape.kv_heads)  # beyond that, KV heads are replicated
-    per_gpu = shape.kv_bytes_per_token(WIDTH[layout.dtype]) / shards
+    per_gpu = shape.kv_bytes_per_token(layout.cache_width or WIDTH[layout.dtype]) / shards
     room = engine_memory(shape, layout, memory).parts["KV cache"]
     return max(0, int(room / per_gpu))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
+from system.config.precision import FLOAT8_CACHES, float8_weights, sglang_flags
 from system.engine.weights import takes_adapters
 from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
@@ -379,8 +380,12 @@ def engine_layout(config: Config) -> EngineLayout:
     share.
     """
     layout = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
-    share = config.engine.sglang.get("mem_fraction_static")
-    if config.engine.name != "sglang" or share is None:
+    if config.engine.name != "sglang":
+        return layout
+    flags = sglang_flags(config.engine.sglang)
+    narrow = flags.get("kv_cache_dtype") in FLOAT8_CACHES
+    layout = replace(layout, float8=float8_weights(flags), cache_width=1 if narrow else None)
+    if (share := flags.get("mem_fraction_static")) is None:
         return layout
     if not isinstance(share, int | float) or not 0 < share < 1:
         raise ConfigError(
