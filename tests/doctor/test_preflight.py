@@ -120,9 +120,9 @@ MODELS: list[tuple[str, Callable[[Path], object]]] = [
     (r"config\.json: not the config\.json of a model", lambda m: (m / "config.json").write_text("{")),
     (r"config\.json: not the config\.json of a", lambda m: (m / "config.json").write_bytes(b'{"a": "\xe9"}')),
     (r"config\.json: not the config\.json", lambda m: (m / "config.json").write_text("[" * 100_000)),
-    (r"quantization_config \(fp8\).*bfloat16 weights", quantised("fp8")),
-    (r"quantization_config \(gptq\).*bfloat16 weights", quantised("gptq")),
-    (r"holds I8: quantised weights cannot be trained", codes),
+    (r"quantization_config\.quant_method 'gptq': .*bfloat16 or float32 weights", quantised("gptq")),
+    (r"quantization_config\.quant_method 'mxfp4': .*bfloat16 or float32 weights", quantised("mxfp4")),
+    (r"holds I8, which config\.json does not explain", codes),
     (r"has shape \[8, 8\], config\.json says \[9, 8\]", edited("config.json", vocab_size=9)),
     (r"config\.json says 1000000000 layers", edited("config.json", num_hidden_layers=10**9)),
 ]
