@@ -246,6 +246,22 @@ def test_a_model_stretched_by_yarn_reaches_further(place: Path) -> None:
     assert "attention_factor of its rotary embedding, which SGLang does not read" in told
 
 
+def test_sglang_starts_from_no_float8_model_and_makes_float8_of_some(place: Path) -> None:
+    def problems(words: str, **changes: Any) -> list[str]:
+        edited("config.json", **changes)(place / "model")
+        return [str(one) for one in look(load("plain.yaml", words.split(" & ")))["model"]]
+
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert problems("engine=embedded", quantization_config=block) == []
+    (told,) = problems("engine=sglang")
+    assert "has float8 weights with scales" in told
+    assert "`espalier dequantise MODEL DIR`" in told
+    online = "engine=sglang & model.dtype=bfloat16 & engine.sglang={quantization: fp8, load_format: flash_rl}"
+    assert problems(online, quantization_config=None) == []
+    (told,) = problems(online, model_type="llama", head_dim=4)
+    assert "loader quantises qwen2 and qwen3 anew, and not llama" in told
+
+
 @pytest.mark.parametrize(("words", "says"), RECIPES)
 def test_a_recipe_that_cannot_run_is_one_line_and_leaves_nothing(
     words: str, says: str, place: Path, capsys: pytest.CaptureFixture[str]

@@ -41,7 +41,7 @@ class PushTarget(EngineControl):
     tp: int
     device: str  # cpu | cuda
     incarnation: str  # another one after each start of the server
-    quantised: bool  # makes float8 numbers of the weights that it is sent
+    quantised: bool = False  # makes float8 numbers of the weights that it is sent
 
     @property
     def kind(self) -> Kind:
