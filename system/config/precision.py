@@ -62,7 +62,10 @@ def precision_problems(config: Config) -> Iterator[str]:
             "engine.sglang.quantization=fp8 is made of bfloat16 weights, and "
             f"model.dtype={config.model.dtype}: set model.dtype=bfloat16"
         )
-    if (cache := flags.get("kv_cache_dtype", "auto")) not in _CACHES:
+    cache = flags.get("kv_cache_dtype", "auto")
+    if engine.device == "cpu" and (kind == "fp8" or cache in FLOAT8_CACHES):
+        yield "engine.device=cpu: SGLang computes with float8 on a GPU only: take it out of engine.sglang"
+    if cache not in _CACHES:
         yield f"engine.sglang.kv_cache_dtype={cache} is not supported: choose of {', '.join(_CACHES)}"
     for name in _OTHERS:
         if name in flags:

@@ -7,9 +7,10 @@ attention, and an attention kernel that keeps no score matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from system.config import LearnConfig
+from system.config import Config, ConfigError, LearnConfig
+from system.config.precision import FLOAT8_CACHES, float8_weights, sglang_flags
 from system.learn.sizes import LOGITS, STAGED
 from system.models.shape import ModelShape
 
@@ -30,6 +31,13 @@ class EngineLayout:
     float8: bool = False  # matrices of a byte a weight
     cache_width: int | None = None  # bytes of a number of the KV cache; None: as many as dtype has
 
+    @property
+    def told(self) -> str:
+        """What of it is float8, to be put behind a line."""
+        parts = {"weights": self.float8, "KV cache": self.cache_width == 1}
+        what = " and ".join(name for name, there in parts.items() if there)
+        return f", float8 {what} (docs/precision.md)" if what else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -40,6 +48,25 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+
+def engine_layout(config: Config) -> EngineLayout:
+    """Of one engine, whose memory is what SGLang's own flag says.  Raises :class:`ConfigError` if that is no
+    share.
+    """
+    layout = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
+    if config.engine.name != "sglang":
+        return layout
+    flags = sglang_flags(config.engine.sglang)
+    narrow = flags.get("kv_cache_dtype") in FLOAT8_CACHES
+    layout = replace(layout, float8=float8_weights(flags), cache_width=1 if narrow else None)
+    if (share := flags.get("mem_fraction_static")) is None:
+        return layout
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        raise ConfigError(
+            f"engine.sglang.mem_fraction_static={share}: it is a share of a GPU's memory, between 0 and 1"
+        )
+    return replace(layout, memory_share=share)
 
 
 def learner_memory(

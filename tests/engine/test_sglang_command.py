@@ -134,6 +134,7 @@ def test_float8_goes_through_to_sglang() -> None:
         ("load_format: flash_rl", "", "quantises: set engine.sglang.quantization=fp8 too"),
         ("quantization: awq", "", "engine.sglang.quantization=awq: SGLang takes no new weights"),
         ("kv_cache_dtype: nvfp4", "", "kv_cache_dtype=nvfp4 is not supported: choose of auto, .*fp8_e4m3"),
+        ("kv_cache_dtype: fp8_e5m2", "engine.device=cpu", "computes with float8 on a GPU only"),
         ("torchao_config: fp8wo", "", r"engine\.sglang\.torchao_config: .* take it out"),
         ("quantization: fp8, load_format: flash_rl", "engine.weights=disk", "reads files once.*distributed"),
         ("quantization: fp8, load_format: flash_rl", "model.dtype=float32", "set model.dtype=bfloat16"),

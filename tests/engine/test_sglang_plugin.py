@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from system.engine.sglang.command import IN_SERVER
+from system.config import EngineConfig
+from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.weights.digest import QUANTISED, sha256_hash
 
 
@@ -137,3 +142,24 @@ def test_float8_matrices_are_told_by_what_they_are_made_of(
 
 def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@pytest.mark.sglang
+def test_sglangs_own_float8_loader_is_told_of() -> None:
+    """The real loader and the real weight checker, in SGLang's interpreter, without a server or a GPU."""
+    line = server_command(
+        EngineConfig(name="sglang"), python=interpreter(EngineConfig()), model="", dtype="", port=0, cpu=True
+    )
+    script = Path(__file__).with_name("float8_in_sglang.py")
+    environment = {**os.environ, **line.env}
+    done = subprocess.run(
+        [line.argv[0], str(script)], env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    (matrix, weight), (norm, scales) = found["sent"].items()
+    assert found["told"] == {
+        matrix: f"{sha256_hash(torch.tensor(weight).bfloat16()):016x}",
+        norm: f"{sha256_hash(torch.tensor(scales)):016x}",
+    }
+    assert 0 < found["error"] < 0.2, "it has made codes of the new weights, not of the old"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from learner_reference import learner_config, make_trees, relative_distance, sav
 from safetensors.torch import load_file
 from test_learner_equality import hf_gradients, open_trainer
 
+from system.config import PartConfig
 from system.models.files import dequantise
 from system.models.float8 import Float8
 
@@ -141,3 +143,43 @@ def test_a_float8_model_is_the_model_that_it_stands_for(
     written = load_file(tmp_path / "float8-out" / "model.safetensors")
     assert written.keys() == numbers.keys()
     assert all(torch.equal(written[name], numbers[name].bfloat16()) for name in numbers)
+
+
+def sampled_case(place: Place, model: str, scores: list[np.ndarray] | None, **learn: Any) -> Any:
+    """Without ``scores`` the log-probabilities of some trees; else a step on these as if an engine that
+    gives such scores had sampled them from the weights that are trained.
+    """
+    trainer = open_trainer(place, learner_config(**learn), model)
+    try:
+        if scores is None:
+            return trainer.logprobs(make_trees(0))
+        trees = [
+            replace(tree, logprob=own, version=np.full_like(tree.version, 6))
+            for tree, own in zip(make_trees(0), scores, strict=True)
+        ]
+        return train(trainer, trees)
+    finally:
+        trainer.close()
+
+
+def test_float8_in_the_engine_shows_and_is_bounded(
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path
+) -> None:
+    """The same weights in float8, as an engine rounds them: far above what arithmetic alone makes."""
+    save_float8(tiny_model(), tmp_path / "float8", "channel", method="compressed-tensors")
+
+    def run(model: str, scores: list[np.ndarray] | None = None, **learn: Any) -> Any:
+        return ranks.run(sampled_case, world=1, model=model, scores=scores, **learn)[0]
+
+    exact, rounded = run(tiny_model()), run(str(tmp_path / "float8"))
+    strict = {"correction": PartConfig("geo-reject", {"low": 0.999, "high": 1.001})}
+    alone, shown, capped, rejecting = (
+        run(tiny_model(), scores, objective="decoupled", **more)
+        for scores, more in ((exact, {}), (rounded, {}), (rounded, {"tis_cap": 1.02}), (rounded, strict))
+    )
+    assert alone["engine_kl"] < 1e-6
+    assert 1e-3 < shown["engine_kl"] < 1e-2  # measured: 4e-3, a factor of 1.2 for the worst token
+    assert shown["engine_logprob_diff_max"] < 0.4
+    assert shown["tis_capped"] == 0 < capped["tis_capped"]
+    assert capped["tis_mean"] < shown["tis_mean"] < 1.02
+    assert rejecting["learn/rejected_leaves"] == 1, "bounds that are meant for bfloat16 leave nothing"

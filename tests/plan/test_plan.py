@@ -269,6 +269,9 @@ def test_float8_in_an_engine_is_a_byte_a_weight_and_a_byte_a_number_of_its_cache
     assert weights.kv_tokens > half.kv_tokens
     assert cache.kv_tokens == pytest.approx(2 * half.kv_tokens, abs=1)
     assert cache.engine_memory.parts == half.engine_memory.parts
+    assert "GPU each, float8 weights (docs" in text(weights)
+    assert "GPU each, float8 KV cache (docs" in text(cache)
+    assert "float8" not in text(half)
     seconds = [EngineRoofline(p.shape, p.engine, p.gpu).step_s(8, 8 * 4096) for p in (weights, half)]
     assert seconds[0] < seconds[1]
 
