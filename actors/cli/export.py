@@ -1,4 +1,7 @@
-"""``espalier export``: a run's model as a directory of its own, or on a hub."""
+"""``espalier export``: a run's model as a directory of its own, or on a hub.
+
+``espalier dequantise``: a float8 model with plain weights.
+"""
 
 from __future__ import annotations
 
@@ -40,4 +43,34 @@ def export(args: argparse.Namespace) -> int:
     run, push = RunDir.open(args.run), args.push or ""
     for line in publish(run, args.step, args.to, push, public=args.public, adapter=args.adapter):
         print(line, flush=True)
+    return 0
+
+
+@command(
+    argument(
+        "model", type=Path, metavar="MODEL", help="directory of a float8 model, as Hugging Face writes it"
+    ),
+    argument("to", type=Path, metavar="DIR", help="write it there; takes the place of what is there"),
+    argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)"),
+)
+def dequantise(args: argparse.Namespace) -> int:
+    """Write a float8 model with plain weights, which SGLang can be started from.
+
+    examples:
+      espalier dequantise models/Qwen3-14B-FP8 models/Qwen3-14B-plain
+
+    Learner and embedded engine read float8 models as they are (docs/precision.md).
+    """
+    from system.errors import ConfigError
+    from system.models.files import DTYPES, dequantise
+    from system.models.float8 import Float8
+
+    if args.model.resolve() == args.to.resolve():
+        raise ConfigError(f"{args.to} is the model itself: name another directory")
+    if not (args.model / "config.json").is_file():
+        raise ConfigError(f"{args.model}: no model in Hugging Face format (config.json is missing)")
+    if Float8.of_directory(args.model) is None:
+        raise ConfigError(f"{args.model} is not quantised (config.json): use it as it is")
+    dequantise(args.model, args.to, DTYPES[args.dtype])
+    print(args.to)
     return 0

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from actors.cli.chaos import chaos
 from actors.cli.cluster import cancel, logs, status, submit
-from actors.cli.export import export
+from actors.cli.export import dequantise, export
 from actors.cli.prompt import prompt
 from actors.cli.reports import bench, config, doctor, plan, tree
 from actors.cli.sft import sft
@@ -25,8 +25,8 @@ from actors.cli.train import evaluate, train
 from system import errors
 
 COMMANDS = (
-    train, sft, evaluate, export, prompt, tree, bench, study, plan, submit, status, cancel, logs, doctor,
-    config, chaos,
+    train, sft, evaluate, export, prompt, tree, bench, study, plan, dequantise, submit, status, cancel, logs,
+    doctor, config, chaos,
 )  # fmt: skip
 
 

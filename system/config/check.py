@@ -15,6 +15,7 @@ from system.config.cluster import cluster_problems
 from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.mcp import place
+from system.config.precision import precision_problems, sglang_flags
 from system.config.rule import PartConfig
 from system.config.schema import Config
 from system.config.schema_lora import lora_problems
@@ -276,8 +277,7 @@ def _engine(config: Config) -> Iterator[str]:
             "engine.weights=disk with cluster.nodes > 1: set engine.weights_dir to a directory that all "
             "machines see under the same name"
         )
-    symmetric = {str(flag).replace("-", "_"): on for flag, on in engine.sglang.items()}.get("enable_symm_mem")
-    if symmetric and engine.weights in ("auto", "distributed"):
+    if sglang_flags(engine.sglang).get("enable_symm_mem") and engine.weights in ("auto", "distributed"):
         yield (
             "engine.sglang.enable_symm_mem sets NCCL_CUMEM_ENABLE=1 in the servers, which NCCL wants alike "
             "in the learner: take it out, or set engine.weights=disk"
@@ -418,5 +418,15 @@ def _guide(config: Config) -> Iterator[str]:
 
 AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
-    *(_learner, cluster_problems, _shape, expert_rules, _guide, _sft, teacher_problems, _void),
+    *(
+        precision_problems,
+        _learner,
+        cluster_problems,
+        _shape,
+        expert_rules,
+        _guide,
+        _sft,
+        teacher_problems,
+        _void,
+    ),
 )

@@ -311,7 +311,11 @@ class EngineConfig:
     python: str = setting(
         "", "runs SGLang; empty: .venv-sglang/bin/python if there, else this interpreter", path=True
     )
-    sglang: dict[str, Any] = setting({}, "SGLang's own flags: {mem_fraction_static: 0.8}")
+    sglang: dict[str, Any] = setting(
+        {},
+        "SGLang's own flags: {mem_fraction_static: 0.8}; for float8 {quantization: fp8, load_format: "
+        "flash_rl, kv_cache_dtype: fp8_e5m2}",
+    )
 
 
 @dataclass

@@ -29,6 +29,7 @@ from system.config.check import part_problems, undivided
 from system.doctor import adapters
 from system.doctor.answering import unanswered
 from system.doctor.experts import expert_misfits
+from system.doctor.sglang_model import sglang_misfits
 from system.engine.sglang.command import interpreter
 from system.envs.make import make_environment
 from system.errors import EXPECTED, EspalierError, told
@@ -149,7 +150,9 @@ def model(config: Config) -> Iterator[Problem]:
     if not path:
         if problem := unknown_arguments("", config.task.template):
             yield Problem("", problem)
-        yield from (Problem("", line) for line in expert_misfits(config, shape_of(config.model)))
+        made = shape_of(config.model)
+        for line in (*expert_misfits(config, made), *sglang_misfits(config, made)):
+            yield Problem("", line)
         return
     if not Path(path).is_dir():
         remedy = "give a directory in Hugging Face format; a model's name on the hub is not downloaded"
@@ -166,19 +169,13 @@ def model(config: Config) -> Iterator[Problem]:
     yield from (Problem("", line) for line in adapters.misfit(config, shape))
     sizes = shape.divided(whole_experts=config.learn.ep > 1) | {"layers": shape.layers}
     lines = undivided(config, {f"{path}'s {name}": size for name, size in sizes.items()})
-    for line in (*lines, *expert_misfits(config, shape)):
+    for line in (*lines, *expert_misfits(config, shape), *sglang_misfits(config, shape)):
         yield Problem("", line)
     if config.engine.max_context > shape.max_position:
         yield Problem(
             f"engine.max_context={config.engine.max_context}",
             f"{path} knows {shape.max_position} positions (max_position_embeddings)",
             "lower it, name a model that was trained on more, or stretch this one by YaRN (docs/models.md)",
-        )
-    if config.engine.name == "sglang" and shape.rope.own_scale:
-        yield Problem(
-            "model.path",
-            f"{path} sets attention_factor of its rotary embedding, which SGLang does not read",
-            "take it out of config.json if it is what YaRN says anyway, or set engine=embedded",
         )
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
-from safetensors import safe_open
 
 from system.config import ConfigError
 from system.errors import naming
@@ -25,8 +24,8 @@ from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
 from system.models.adapter import read_adapter
-from system.models.directory import weight_files
 from system.models.files import by_bytes, take_name, write_model
+from system.models.weights import WeightReader
 
 Bucket = dict[str, torch.Tensor]
 
@@ -37,8 +36,7 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
 
     Raises ``ConfigError`` when a tensor is missing or of another shape.
     """
-    where, file_of = WeightMap.of(model), weight_files(path)
-    files = {name: safe_open(Path(path) / name, framework="pt") for name in set(file_of.values())}
+    where, reader = WeightMap.of(model), WeightReader(path)
     for key, parameter in model.named_parameters():
         if is_adapter(key):
             continue
@@ -47,13 +45,12 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
         filled = 0
         for block in where.blocks(mapped, layout.part(experts=bool(mapped.experts))):
             name, shape = block.name, mapped.shapes[block.name]
-            if name not in file_of:
+            if name not in reader:
                 raise ConfigError(f"{path}: the weights lack {name}")
-            tensor = files[file_of[name]].get_slice(name)
-            found = tuple(tensor.get_shape())
-            if found != shape:
+            if (found := reader.shape(name)) != shape:
                 raise ConfigError(f"{path}: {name} has shape {found}; the configuration makes it {shape}")
-            parameter[block.start : block.start + block.rows].copy_(tensor[block.box(parameter)])
+            rows = reader.read(name, parameter.dtype, block.box(parameter))
+            parameter[block.start : block.start + block.rows].copy_(rows)
             filled += block.rows
         parameter[filled:].zero_()  # rows that pad the vocabulary
 

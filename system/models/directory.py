@@ -11,12 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from system.models.float8 import STORED, Float8
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"  # which file holds which tensor, where there are several
 SINGLE = "model.safetensors"
-FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names of the number formats that are no codes
+FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names of the number formats that need no scale
 _POINTER = b"version https://git-lfs"
 _MOST_HEADER = 100 << 20  # bytes; safetensors' own limit
 
@@ -137,21 +138,36 @@ def _weight_faults(root: Path, shape: ModelShape) -> Iterator[str]:
     if shape.layers > len(held):  # before a nonsensical number of names is made
         yield f"{root}: config.json says {shape.layers} layers, the weights have {len(held)} tensors"
         return
-    wanted = shape.tensors()
+    wanted, float8 = shape.tensors(), Float8.of_directory(root)
     if missing := sorted(wanted.keys() - held.keys()):
         yield f"{root}: {len(missing)} tensors are missing, first {missing[0]}; download the model again"
         return
     for name, size in wanted.items():
         given, kind = tuple(held[name].get("shape", ())), held[name].get("dtype")
-        if kind not in FLOATS:
+        if kind == STORED and float8 is not None:
+            if fault := _scale_fault(float8, name, held):
+                yield f"{root}: {fault}"
+                return
+        elif kind not in FLOATS:
             yield (
-                f"{root}: {name} holds {kind}: quantised weights cannot be trained; use the model's float32 "
+                f"{root}: {name} holds {kind}, which config.json does not explain; use the model's float32 "
                 "or bfloat16 weights"
             )
             return
         if given != size:
             yield f"{root}: {name} has shape {list(given)}, config.json says {list(size)}: correct either"
             return
+
+
+def _scale_fault(float8: Float8, name: str, held: Mapping[str, dict[str, Any]]) -> str:
+    try:
+        scale = held[float8.scale_name(name, held)]
+        float8.shared(name, tuple(held[name]["shape"]), tuple(scale["shape"]))
+    except UnsupportedModel as error:
+        return str(error)
+    if scale["dtype"] in FLOATS:
+        return ""
+    return f"{name} has a scale of {scale['dtype']}; supported: {', '.join(FLOATS)}"
 
 
 def _tokenizer_faults(root: Path) -> Iterator[str]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from system.errors import ConfigError, naming
-from system.models.directory import INDEX, SINGLE, weight_files
+from system.models.directory import INDEX, SINGLE
+from system.models.float8 import CONFIGS
+from system.models.weights import WeightReader, by_size
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the name that a configuration uses
@@ -36,12 +38,11 @@ def by_bytes(things: Iterable[tuple[T, int]], most: int) -> list[list[T]]:
 
 def read_tensors(directory: str | Path, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Some tensors of a Hugging Face directory, as ``dtype``.  Raises ConfigError for one that is missing."""
-    where, found = weight_files(directory), dict[str, torch.Tensor]()
+    reader, found = WeightReader(directory), dict[str, torch.Tensor]()
     for name in names:
-        if name not in where:
+        if name not in reader:
             raise ConfigError(f"{directory}: the weights lack {name}")
-        with safe_open(Path(directory) / where[name], framework="pt") as reader:
-            found[name] = reader.get_tensor(name).to(dtype)
+        found[name] = reader.read(name, dtype)
     return found
 
 
@@ -72,7 +73,8 @@ def write_model(
     """Write a complete Hugging Face directory: each of ``count`` buckets is a file of weights.
 
     Configuration, tokenizer and chat template are copied from ``source``.  The directory appears under its
-    name only when complete, and replaces an older one.
+    name only when complete, and replaces an older one.  Weights are numbers here, so the configuration no
+    longer says that they are quantised.
     """
     partial = path.with_name(path.name + ".partial")
     with naming(partial):
@@ -82,7 +84,8 @@ def write_model(
             if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
                 shutil.copy(file, partial)
         config: dict[str, Any] = json.loads((partial / "config.json").read_text())
-        config.pop("torch_dtype", None)  # an older name of it
+        for name in ("torch_dtype", *CONFIGS):  # the first is an older name of dtype
+            config.pop(name, None)
         config["dtype"] = str(dtype).removeprefix("torch.")
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         where: dict[str, str] = {}
@@ -96,6 +99,16 @@ def write_model(
         if count > 1:
             write_index(partial, where, total)
         take_name(partial, path)
+
+
+def dequantise(source: str | Path, target: Path, dtype: torch.dtype, *, file_bytes: int = 2**31) -> None:
+    """Write the float8 model in ``source`` with weights of ``dtype``, one file of ``file_bytes`` at a time in
+    memory.  Raises :class:`~system.models.reading.UnsupportedModel`.
+    """
+    reader = WeightReader(source)
+    files = by_bytes(by_size(reader, dtype), file_bytes)
+    buckets = ({name: reader.read(name, dtype) for name in names} for names in files)
+    write_model(target, source, dtype, buckets, len(files))
 
 
 def take_name(partial: Path, path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from system.models.experts import Experts
 from system.models.families import ModelFamily, family_of
+from system.models.float8 import Float8
 from system.models.reading import UnsupportedModel, number, whole
 from system.models.rope import Rope
 
@@ -63,12 +64,7 @@ class ModelShape:
         family.check(config, positions)
         if config.get("hidden_act", "silu") != "silu":
             raise UnsupportedModel(f"hidden_act {config['hidden_act']!r}; supported: silu")
-        if quantised := config.get("quantization_config"):
-            kind = quantised.get("quant_method", "of an unnamed method")
-            raise UnsupportedModel(
-                f"quantization_config ({kind}): the weights are codes, and training needs numbers; use the "
-                "model's float32 or bfloat16 weights"
-            )
+        Float8.read(config)  # refuses what is quantised otherwise
         tied = config.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             raise UnsupportedModel(f"tie_word_embeddings {tied!r}; it is true or false")

@@ -120,7 +120,8 @@ def _engine(_: Means, now: Means) -> str | None:
     if (kl := now["train/engine_kl"]) > ENGINE_KL:
         return (
             f"engine and learner differ by {kl:.2g} nats per token (KL) at the same weights: the engine's "
-            "numbers are not the model's (dtype, quantisation, a kernel), and learn.tis_cap only bounds that"
+            "numbers are not the model's (dtype, quantisation, a kernel), and learn.tis_cap only bounds that "
+            "(docs/precision.md)"
         )
     return None
 

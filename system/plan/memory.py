@@ -7,9 +7,10 @@ attention, and an attention kernel that keeps no score matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from system.config import LearnConfig
+from system.config import Config, ConfigError, LearnConfig
+from system.config.precision import FLOAT8_CACHES, float8_weights, sglang_flags
 from system.learn.sizes import LOGITS, STAGED
 from system.models.shape import ModelShape
 
@@ -27,6 +28,15 @@ class EngineLayout:
     tp: int = 1
     memory_share: float = 0.85
     dtype: str = "bfloat16"
+    float8: bool = False  # matrices of a byte a weight
+    cache_width: int | None = None  # bytes of a number of the KV cache; None: as many as dtype has
+
+    @property
+    def told(self) -> str:
+        """What of it is float8, to be put behind a line."""
+        parts = {"weights": self.float8, "KV cache": self.cache_width == 1}
+        what = " and ".join(name for name, there in parts.items() if there)
+        return f", float8 {what} (docs/precision.md)" if what else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,25 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+
+def engine_layout(config: Config) -> EngineLayout:
+    """Of one engine, whose memory is what SGLang's own flag says.  Raises :class:`ConfigError` if that is no
+    share.
+    """
+    layout = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
+    if config.engine.name != "sglang":
+        return layout
+    flags = sglang_flags(config.engine.sglang)
+    narrow = flags.get("kv_cache_dtype") in FLOAT8_CACHES
+    layout = replace(layout, float8=float8_weights(flags), cache_width=1 if narrow else None)
+    if (share := flags.get("mem_fraction_static")) is None:
+        return layout
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        raise ConfigError(
+            f"engine.sglang.mem_fraction_static={share}: it is a share of a GPU's memory, between 0 and 1"
+        )
+    return replace(layout, memory_share=share)
 
 
 def learner_memory(
@@ -54,15 +83,33 @@ def engine_memory(shape: ModelShape, layout: EngineLayout, memory: float) -> Mem
 
     A negative KV part means that the weights alone do not fit.
     """
-    weights = shape.parameters * WIDTH[layout.dtype] / layout.tp
+    weights = weight_bytes(shape, layout) / layout.tp
     share = memory * layout.memory_share
     return Memory({"weights": weights, "KV cache": share - weights, "reserved": memory - share})
+
+
+def weight_bytes(shape: ModelShape, layout: EngineLayout) -> float:
+    """Of all weights of an engine: float8 leaves embedding, head, norms, routers and biases as they are, and
+    has a float32 scale for every row of a matrix.
+    """
+    width = WIDTH[layout.dtype]
+    if not layout.float8:
+        return shape.parameters * width
+    matrices = [
+        size
+        for at in range(shape.layers)
+        for part, size in shape.layer_parts(at).items()
+        if len(size) == 2 and part != "router"
+    ]
+    small = sum(rows * columns for rows, columns in matrices)
+    small += sum(shape.of_experts(at) for at in range(shape.layers))
+    return (shape.parameters - small) * width + small + 4 * sum(rows for rows, _ in matrices)
 
 
 def kv_capacity(shape: ModelShape, layout: EngineLayout, memory: float) -> int:
     """Tokens whose KV fits into one engine (all its GPUs together); 0 when the weights do not fit."""
     shards = min(layout.tp, shape.kv_heads)  # beyond that, KV heads are replicated
-    per_gpu = shape.kv_bytes_per_token(WIDTH[layout.dtype]) / shards
+    per_gpu = shape.kv_bytes_per_token(layout.cache_width or WIDTH[layout.dtype]) / shards
     room = engine_memory(shape, layout, memory).parts["KV cache"]
     return max(0, int(room / per_gpu))
 

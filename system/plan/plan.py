@@ -21,6 +21,7 @@ from system.plan.memory import (
     EngineLayout,
     Memory,
     adapter_parameters,
+    engine_layout,
     engine_memory,
     host_memory,
     kv_capacity,
@@ -374,21 +375,6 @@ def named_gpus(config: Config) -> int:
     return on_cluster or config.learn.ranks + config.engine.replicas * config.engine.tp
 
 
-def engine_layout(config: Config) -> EngineLayout:
-    """Of one engine, whose memory is what SGLang's own flag says.  Raises :class:`ConfigError` if that is no
-    share.
-    """
-    layout = EngineLayout(tp=config.engine.tp, dtype=config.model.dtype)
-    share = config.engine.sglang.get("mem_fraction_static")
-    if config.engine.name != "sglang" or share is None:
-        return layout
-    if not isinstance(share, int | float) or not 0 < share < 1:
-        raise ConfigError(
-            f"engine.sglang.mem_fraction_static={share}: it is a share of a GPU's memory, between 0 and 1"
-        )
-    return replace(layout, memory_share=share)
-
-
 def text(plan: GpuPlan) -> str:
     """The plan in about thirty lines."""
     p, learn, work = plan, plan.config.learn, plan.workload
@@ -407,7 +393,7 @@ def text(plan: GpuPlan) -> str:
         filled(p.learner_memory, p.gpu.memory),
         *([f"  {byte_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
         "",
-        f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each",
+        f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each" + p.engine.told,
         filled(p.engine_memory, p.gpu.memory),
         f"  {p.kv_tokens:,} tokens of KV cache per engine",
         "",

@@ -40,8 +40,10 @@ class EngineRoofline:
     def step_s(self, running: float, context: float) -> float:
         """One decode step: a token for each of ``running`` sequences, holding ``context`` tokens in all."""
         gpu, tp = self.gpu, self.layout.tp
-        width = WIDTH[self.layout.dtype]
-        read = width * self._read(running) + self.shape.kv_bytes_per_token(width) * context
+        width, layout, table = WIDTH[self.layout.dtype], self.layout, self.shape.embedding
+        matrices = 1 if layout.float8 else width
+        cache = self.shape.kv_bytes_per_token(layout.cache_width or width)
+        read = matrices * (self._read(running) - table) + width * table + cache * context
         memory = read / (tp * gpu.hbm * gpu.hbm_share)
         products = 2 * self.shape.active * running / (tp * gpu.flops * gpu.decode_mfu)
         talk = 2 * self.shape.layers * gpu.allreduce_s if tp > 1 else 0.0

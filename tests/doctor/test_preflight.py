@@ -120,9 +120,9 @@ MODELS: list[tuple[str, Callable[[Path], object]]] = [
     (r"config\.json: not the config\.json of a model", lambda m: (m / "config.json").write_text("{")),
     (r"config\.json: not the config\.json of a", lambda m: (m / "config.json").write_bytes(b'{"a": "\xe9"}')),
     (r"config\.json: not the config\.json", lambda m: (m / "config.json").write_text("[" * 100_000)),
-    (r"quantization_config \(fp8\).*bfloat16 weights", quantised("fp8")),
-    (r"quantization_config \(gptq\).*bfloat16 weights", quantised("gptq")),
-    (r"holds I8: quantised weights cannot be trained", codes),
+    (r"quantization_config\.quant_method 'gptq': .*bfloat16 or float32 weights", quantised("gptq")),
+    (r"quantization_config\.quant_method 'mxfp4': .*bfloat16 or float32 weights", quantised("mxfp4")),
+    (r"holds I8, which config\.json does not explain", codes),
     (r"has shape \[8, 8\], config\.json says \[9, 8\]", edited("config.json", vocab_size=9)),
     (r"config\.json says 1000000000 layers", edited("config.json", num_hidden_layers=10**9)),
 ]
@@ -244,6 +244,22 @@ def test_a_model_stretched_by_yarn_reaches_further(place: Path) -> None:
     assert problems("engine.max_context=131072", attention_factor=1.2) == []
     (told,) = problems("engine=sglang", attention_factor=1.2)
     assert "attention_factor of its rotary embedding, which SGLang does not read" in told
+
+
+def test_sglang_starts_from_no_float8_model_and_makes_float8_of_some(place: Path) -> None:
+    def problems(words: str, **changes: Any) -> list[str]:
+        edited("config.json", **changes)(place / "model")
+        return [str(one) for one in look(load("plain.yaml", words.split(" & ")))["model"]]
+
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert problems("engine=embedded", quantization_config=block) == []
+    (told,) = problems("engine=sglang")
+    assert "has float8 weights with scales" in told
+    assert "`espalier dequantise MODEL DIR`" in told
+    online = "engine=sglang & model.dtype=bfloat16 & engine.sglang={quantization: fp8, load_format: flash_rl}"
+    assert problems(online, quantization_config=None) == []
+    (told,) = problems(online, model_type="llama", head_dim=4)
+    assert "loader quantises qwen2 and qwen3 anew, and not llama" in told
 
 
 @pytest.mark.parametrize(("words", "says"), RECIPES)

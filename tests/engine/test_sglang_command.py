@@ -126,6 +126,40 @@ def test_flags_that_we_set_are_refused(flag: str) -> None:
         load(None, ["engine=sglang", f"engine.sglang.{flag}=1"])
 
 
+FLOAT8 = ["engine=sglang", "model.dtype=bfloat16"]
+
+
+def test_float8_goes_through_to_sglang() -> None:
+    flags = "engine.sglang={quantization: fp8, load-format: flash_rl, kv_cache_dtype: fp8_e5m2}"
+    line = command(load(None, [*FLOAT8, flags]).engine)
+    assert value(line, "--quantization") == "fp8"
+    assert value(line, "--load-format") == "flash_rl"
+    assert value(line, "--kv-cache-dtype") == "fp8_e5m2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "told"),
+    [
+        ("quantization: fp8", "", "codes of old ones: set engine.sglang.load_format=flash_rl too"),
+        ("load_format: flash_rl", "", "quantises: set engine.sglang.quantization=fp8 too"),
+        ("quantization: awq", "", "engine.sglang.quantization=awq: SGLang takes no new weights"),
+        ("kv_cache_dtype: nvfp4", "", "kv_cache_dtype=nvfp4 is not supported: choose of auto, .*fp8_e4m3"),
+        ("kv_cache_dtype: fp8_e5m2", "engine.device=cpu", "computes with float8 on a GPU only"),
+        ("torchao_config: fp8wo", "", r"engine\.sglang\.torchao_config: .* take it out"),
+        ("quantization: fp8, load_format: flash_rl", "engine.weights=disk", "reads files once.*distributed"),
+        ("quantization: fp8, load_format: flash_rl", "model.dtype=float32", "set model.dtype=bfloat16"),
+        (
+            "quantization: fp8, load_format: flash_rl",
+            "learn.lora={rank: 4, sync: adapter}",
+            "has not been tried: set learn.lora.sync=merged",
+        ),
+    ],
+)
+def test_what_takes_no_new_weights_is_refused(flags: str, words: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load(None, [*FLOAT8, f"engine.sglang={{{flags}}}", *words.split()])
+
+
 def test_urls_are_for_sglang_and_look_like_urls() -> None:
     assert load(None, ["engine=sglang", "engine.urls=[http://h:1]"]).engine.urls == ["http://h:1"]
     with pytest.raises(ConfigError, match="must begin with http"):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from system.engine.sglang.command import IN_SERVER
+from system.config import EngineConfig
+from system.engine.sglang.command import IN_SERVER, interpreter, server_command
+from system.engine.weights.digest import QUANTISED, sha256_hash
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +111,55 @@ def test_a_bucket_that_does_not_come_is_given_up_and_the_server_lives(
     assert aborted == ([] if comes else [True])
     updater.device = "cpu"
     assert plugin._received([], updater, group_name="g") is None  # gloo has waited
+
+
+def test_float8_matrices_are_told_by_what_they_are_made_of(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digests that the sender computes (Digests), of every matrix that came, under its name in files."""
+    utils = types.ModuleType("sglang.srt.managers.mm_utils")
+    utils.tensor_hash = sha256_hash  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers.mm_utils", utils)
+    layer, model = torch.nn.Module(), torch.nn.Module()
+    layer.register_parameter("weight", frozen(torch.zeros(4, 6).to(torch.float8_e4m3fn)))
+    layer.register_parameter("weight_scale", frozen(torch.ones(1, 6)))
+    layer.register_parameter("bias", frozen(torch.ones(6)))
+    model.add_module("qkv_proj", layer)
+    result = {"checksums": dict.fromkeys(dict(model.named_parameters()), "0"), "rank": 1}
+    checker = SimpleNamespace(_get_model=lambda: model)
+    assert plugin._tell_given(result, checker) is None, "one whose weights are numbers is told as it is"
+    model.original_weights_rebuild_keys = {}  # type: ignore[assignment]
+    sent = {f"{one}_proj.weight": torch.randn(2, 3) for one in ("l.q", "l.k", "l.v")}
+    arriving = iter([*sent.items(), ("l.q_proj.bias", torch.ones(2))])
+    (same, load, handed), none = plugin._keep_given(model, len, arriving)
+    assert (same, load, none) == (model, len, {})
+    assert dict(handed).keys() == {*sent, "l.q_proj.bias"}, "which the loader must still find"
+    told = plugin._tell_given(result, checker)
+    given = {name: f"{sha256_hash(tensor):016x}" for name, tensor in sent.items()}
+    assert told == {"checksums": {"qkv_proj.bias": "0"} | given, "rank": 1}
+    assert plugin.QUANTISED == QUANTISED
+
+
+def frozen(tensor: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+@pytest.mark.sglang
+def test_sglangs_own_float8_loader_is_told_of() -> None:
+    """The real loader and the real weight checker, in SGLang's interpreter, without a server or a GPU."""
+    line = server_command(
+        EngineConfig(name="sglang"), python=interpreter(EngineConfig()), model="", dtype="", port=0, cpu=True
+    )
+    script = Path(__file__).with_name("float8_in_sglang.py")
+    environment = {**os.environ, **line.env}
+    done = subprocess.run(
+        [line.argv[0], str(script)], env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    (matrix, weight), (norm, scales) = found["sent"].items()
+    assert found["told"] == {
+        matrix: f"{sha256_hash(torch.tensor(weight).bfloat16()):016x}",
+        norm: f"{sha256_hash(torch.tensor(scales)):016x}",
+    }
+    assert 0 < found["error"] < 0.2, "it has made codes of the new weights, not of the old"

@@ -512,6 +512,59 @@ async def test_keep_needs_a_cache_that_is_keyed_by_version(tmp_path: Path) -> No
     assert server.calls[-1] == "continue_generation"
 
 
+def float8_server(model: ModelShape, tp: int = 1, **given: str) -> dict[str, Any]:
+    """Answers of a server that makes float8 of what it is sent; ``given``: other digests of what it was."""
+    digests = Digests(model, tp, "cpu", quantised=True)
+    digests.add(counted(model))
+    info = {"tp_size": tp, "dp_size": 1, "device": "cpu", "startup_time": 1, "quantization": "fp8"}
+    info |= {"load_format": "flash_rl", "internal_states": [{"espalier": True}]}
+    held = [{"checksums": rank | given} for rank in digests.ranks]
+    return {"server_info": (200, info), "weights_checker": (200, {"success": True, "ranks": held})}
+
+
+async def test_float8_is_proved_by_what_it_was_made_of(tmp_path: Path) -> None:
+    """Of matrices what came to each rank, whole; of all else what it holds, as ever."""
+    model = shape(tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    answers = float8_server(model, 2)
+    sums = answers["weights_checker"][1]["ranks"][0]["checksums"]
+    assert sums[name] == f"{sha256_hash(counted(model)[name]):016x}"
+    assert not [one for one in sums if "qkv_proj" in one or "gate_up_proj" in one]
+    assert sums["model.embed_tokens.weight"] == held(model, 2).ranks[0]["model.embed_tokens.weight"]
+    async with FakeServer(held(model, 2), **answers) as server:
+        assert not (await push(tmp_path, server)).failures
+    assert server.calls[-1] == "continue_generation"
+    async with FakeServer(held(model, 2), **float8_server(model, 2, **{name: "0"})) as server:
+        told = (await push(tmp_path, server)).failures[server.url]
+    assert f"does not hold what was sent: {name}" in told
+    assert "continue_generation" not in server.calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"load_format": "auto"}, "started with quantization=fp8, into which SGLang takes no new weights"),
+        ({"load_format": "auto", "quantization": "awq"}, "started with quantization=awq"),
+        ({"internal_states": []}, "flash_rl needs Espalier's plug-in"),
+    ],
+)
+async def test_codes_that_take_no_weights_are_refused_before_any_pause(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    model = shape(tmp_path)
+    answers = float8_server(model)
+    answers["server_info"] = (200, answers["server_info"][1] | changes)
+    async with FakeServer(held(model), **answers) as server:
+        assert told in (await push(tmp_path, server)).failures[server.url]
+    assert server.calls == ["server_info"]
+
+
+def test_no_weights_are_sent_to_servers_of_a_float8_checkpoint(tmp_path: Path) -> None:
+    shape(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    with pytest.raises(ConfigError, match=r"has float8 weights with scales.*espalier dequantise"):
+        SGLangTransport(SharedTensors(), tmp_path, "bfloat16")
+
+
 def test_what_a_peer_sends_is_never_unpickled() -> None:
     """Pickles leave this process; none enters it: no module of the engine reads one."""
     root = Path(sys.modules["system.engine"].__path__[0])

@@ -253,6 +253,29 @@ def test_the_engines_memory_is_what_sglangs_flag_says() -> None:
     assert any("mem_fraction_static (it is 0.15)" in problem for problem in tight.problems)
 
 
+def test_float8_in_an_engine_is_a_byte_a_weight_and_a_byte_a_number_of_its_cache() -> None:
+    """All but embedding, head, norms and biases; and a scale for each row."""
+    half = plan(config("engine=sglang", "model.dtype=bfloat16"), gpus=8)
+    words = ["engine=sglang", "model.dtype=bfloat16"]
+    weights = plan(config(*words, "engine.sglang={quantization: fp8, load_format: flash_rl}"), gpus=8)
+    cache = plan(config(*words, "engine.sglang={kv-cache-dtype: fp8_e4m3}"), gpus=8)
+    shape, tp = half.shape, half.engine.tp
+    q, kv, ffn, wide = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn, shape.hidden
+    matrices = shape.layers * (2 * q * wide + 2 * kv * wide + 3 * ffn * wide)
+    scales = 4 * shape.layers * (q + 2 * kv + wide + 2 * ffn + wide)
+    found = weights.engine_memory.parts["weights"] * tp
+    assert found == pytest.approx(2 * (shape.parameters - matrices) + matrices + scales)
+    assert half.engine_memory.parts["weights"] * tp == 2 * shape.parameters
+    assert weights.kv_tokens > half.kv_tokens
+    assert cache.kv_tokens == pytest.approx(2 * half.kv_tokens, abs=1)
+    assert cache.engine_memory.parts == half.engine_memory.parts
+    assert "GPU each, float8 weights (docs" in text(weights)
+    assert "GPU each, float8 KV cache (docs" in text(cache)
+    assert "float8" not in text(half)
+    seconds = [EngineRoofline(p.shape, p.engine, p.gpu).step_s(8, 8 * 4096) for p in (weights, half)]
+    assert seconds[0] < seconds[1]
+
+
 def test_no_engine_decodes_more_than_max_running() -> None:
     work = AgentWorkload(response_tokens=4000)
     free, capped = (

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from system.errors import EspalierError
-from system.models.directory import weight_files
 from system.models.shape import ModelShape
+from system.models.weights import WeightReader
 
 _COMPUTED = "rotary_emb.inv_freq"  # in files of early Llamas
 
@@ -160,12 +159,11 @@ def unfuse(shape: ModelShape, weights: Weights) -> Iterator[tuple[str, Tensor]]:
 def load(path: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Weights:
     """What a Hugging Face directory's safetensors files hold, cast to ``dtype`` and checked."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(weight_files(path).values())):
-        with safe_open(path / file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 (the reader is not a mapping)
-                if (name == shape.tensor("head") and shape.tied) or name.endswith(_COMPUTED):
-                    continue  # some exporters write the tied head a second time, and older ones frequencies
-                tensors[name] = reader.get_tensor(name).to(dtype)
+    reader = WeightReader(path)
+    for name in reader.names():
+        if (name == shape.tensor("head") and shape.tied) or name.endswith(_COMPUTED):
+            continue  # some exporters write the tied head a second time, and older ones frequencies
+        tensors[name] = reader.read(name, dtype)
     check(shape, dtype, tensors)
     check_complete(shape.tensors(), tensors)
     return fuse(shape, tensors, device)

@@ -18,6 +18,8 @@ from system.engine.weights.layout import Fuser
 from system.models.shape import ModelShape
 
 _MASK64 = (1 << 64) - 1
+# What SGLang's float8 loader quantises: the matrices of its LinearBase layers.
+QUANTISED = tuple(f".{one}_proj.weight" for one in ("q", "k", "v", "o", "gate", "up", "down"))
 _SEED = 0x243F6A88
 _SEEDS = (_SEED, ((_SEED * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFFFFFFF)
 _POSITION = ((0x27D4EB2D, 15), (0x165667B1, 13))  # (multiplier, rotation) of the two 32-bit halves
@@ -28,14 +30,22 @@ _BATCH_TILES = 512  # tiles hashed at once: bounds the scratch memory
 class Digests:
     """What every tensor-parallel rank of one server must report after an update."""
 
-    def __init__(self, shape: ModelShape, tp: int, device: str) -> None:
-        """``device``: "cpu" or "cuda", what the server runs on."""
-        self._fuser = Fuser(shape, tp, device)
+    def __init__(self, shape: ModelShape, tp: int, device: str, quantised: bool = False) -> None:
+        """``device``: "cpu" or "cuda", what the server runs on.  ``quantised``: its matrices are float8, made
+        there of what is sent; of these every rank reports the digest of what came, whole and under its
+        Hugging Face name (our plug-in, ``_tell_given``).
+        """
+        self._fuser, self._quantised = Fuser(shape, tp, device), quantised
         self._hash = _gpu_hash if device == "cuda" else sha256_hash
         self.ranks: list[dict[str, str]] = [{} for _ in range(tp)]  # parameter -> digest
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
+            if self._quantised and name.endswith(QUANTISED):
+                given = f"{self._hash(tensor):016x}"
+                for rank in self.ranks:
+                    rank[name] = given
+                continue
             for parameter, shards in self._fuser.add(name, tensor):
                 for rank, shard in enumerate(shards):
                     self.ranks[rank][parameter] = f"{self._hash(shard):016x}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system.config.precision import FROM_FLOAT8, REQUANTISES
 from system.engine.control import EngineControl, Http, Silent
 from system.engine.embedded.weights import WeightsError, check, check_complete
 from system.engine.protocol import EngineError
@@ -22,10 +23,13 @@ from system.engine.weights.base import Bucket, Buckets, Kv, PushReport, each, ou
 from system.engine.weights.digest import Digests
 from system.engine.weights.layout import ShardError
 from system.models.files import DTYPES
+from system.models.float8 import Float8
+from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 
 # recompute: running requests give up their keys and values, and are prefilled again under the new weights.
 _PAUSE_MODES: dict[Kv, str] = {"recompute": "retract", "keep": "in_place"}
+Kind = tuple[int, str, bool]  # (ranks, device, quantised): servers whose digests of one model are alike
 LOOK_DEADLINE_S = 30.0  # for a server to say what it is, which it asks its scheduler
 PAUSE_DEADLINE_S = 30.0  # it pauses between two steps
 
@@ -37,6 +41,11 @@ class PushTarget(EngineControl):
     tp: int
     device: str  # cpu | cuda
     incarnation: str  # another one after each start of the server
+    quantised: bool = False  # makes float8 numbers of the weights that it is sent
+
+    @property
+    def kind(self) -> Kind:
+        return self.tp, self.device, self.quantised
 
 
 class Carrier:
@@ -106,7 +115,13 @@ class SGLangTransport:
     """
 
     def __init__(self, carrier: Carrier, model_path: str | Path, dtype: str) -> None:
-        """For servers of the model in ``model_path`` that hold it in ``dtype``."""
+        """For servers of the model in ``model_path`` that hold it in ``dtype``.
+
+        Raises :class:`UnsupportedModel` for a float8 checkpoint: a server that was started from it computes
+        with its codes, and weights that are sent have none.
+        """
+        if Float8.of_directory(model_path):
+            raise UnsupportedModel(f"model.path: {model_path} has {FROM_FLOAT8}")
         self.carrier = carrier
         self._shape, self._dtype = ModelShape.from_directory(model_path), DTYPES[dtype]
 
@@ -139,11 +154,9 @@ class SGLangTransport:
 
     async def _look(
         self, http: Http, urls: Sequence[str], kv: Kv
-    ) -> tuple[list[PushTarget], dict[tuple[int, str], Digests], dict[str, str]]:
-        """What the servers are, empty digests for every kind (ranks, device) of them, and why some cannot be
-        updated at all.
-        """
-        digests: dict[tuple[int, str], Digests] = {}
+    ) -> tuple[list[PushTarget], dict[Kind, Digests], dict[str, str]]:
+        """What the servers are, empty digests for every kind of them, and why some cannot be updated."""
+        digests: dict[Kind, Digests] = {}
 
         async def look(url: str) -> PushTarget:
             server, info = await look_at(http, url)
@@ -152,9 +165,18 @@ class SGLangTransport:
                     f"{url}: engine.kv_after_update=keep needs Espalier's plug-in in the server, without "
                     "which prefixes of the old weights would be served as new ones"
                 )
-            kind = (server.tp, server.device)
+            if (codes := info.get("quantization")) and not server.quantised:
+                raise EngineError(
+                    f"{url}: started with quantization={codes}, into which SGLang takes no new weights; "
+                    f"start it with --quantization fp8 --load-format {REQUANTISES}, or without"
+                )
+            if server.quantised and not has_plugin(info):
+                raise EngineError(
+                    f"{url}: --load-format {REQUANTISES} needs Espalier's plug-in in the server, without "
+                    "which nothing proves what it made its weights of"
+                )
             try:
-                digests.setdefault(kind, Digests(self._shape, *kind))
+                digests.setdefault(server.kind, Digests(self._shape, *server.kind))
             except ShardError as error:
                 raise EngineError(f"{url}: {error}") from error
             return server
@@ -200,7 +222,7 @@ class SGLangTransport:
         servers: Sequence[PushTarget],
         version: int,
         kv: Kv,
-        digests: Mapping[tuple[int, str], Digests],
+        digests: Mapping[Kind, Digests],
     ) -> tuple[dict[str, float], dict[str, str]]:
         """Bring servers to the staged weights; (seconds for which each was paused, why the others failed).
 
@@ -214,7 +236,7 @@ class SGLangTransport:
             await server.post("/pause_generation", limit_s=PAUSE_DEADLINE_S, mode=_PAUSE_MODES[kv])
 
         async def go_on(server: PushTarget) -> float:
-            await _prove(server, digests[server.tp, server.device])
+            await _prove(server, digests[server.kind])
             await server.post("/update_weight_version", new_version=str(version), abort_all_requests=False)
             await server.post("/continue_generation")
             return time.perf_counter() - began[server.url]
@@ -231,7 +253,8 @@ async def look_at(http: Http, url: str) -> tuple[PushTarget, dict[str, Any]]:
     """The server at ``url`` and what it says about itself.  Raises :class:`EngineError`."""
     info = await http.call(f"{url}/server_info", None, LOOK_DEADLINE_S)
     try:
-        server = PushTarget(url, http, int(info["tp_size"]), str(info["device"]), str(info["startup_time"]))
+        about = int(info["tp_size"]), str(info["device"]), str(info["startup_time"])
+        server = PushTarget(url, http, *about, info.get("load_format") == REQUANTISES)
         dp = int(info.get("dp_size") or 1)
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{url}/server_info: not as SGLang answers: {error!r}") from error

@@ -16,6 +16,10 @@
 - **Weight groups with a deadline.** A process group that brings weights waits at most
   ``ESPALIER_GROUP_DEADLINE_S`` for its members and for one bucket; SGLang would wait for ten to thirty
   minutes, and stand still that long, because another server hangs.
+- **Proof of float8 weights.** SGLang's weight checker gives digests of what a server computes with.  Where
+  that is float8 (``--quantization fp8 --load-format flash_rl``) nobody outside can tell it beforehand; so
+  each rank says of these matrices what came to be quantised: the digest of every tensor, whole, as it was
+  handed to the loader.
 - **Start paused.** With ``ESPALIER_START_PAUSED=1`` the server answers, but generates nothing before
   ``/continue_generation``: one that was restarted has forgotten the weights it was sent.
 
@@ -34,6 +38,8 @@ from datetime import timedelta
 
 import torch
 
+QUANTISED = tuple(f".{one}_proj.weight" for one in ("q", "k", "v", "o", "gate", "up", "down"))
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 ROWS = 64  # distributions whose entropies are computed at once: bounds the memory this takes
 
 
@@ -57,6 +63,10 @@ def register():
     HookRegistry.register(f"{updater}.init_custom_process_group", _bounded, HookType.BEFORE)
     receive = f"{updater}.WeightUpdater._receive_bucketed_weights_from_distributed"
     HookRegistry.register(receive, _received, HookType.AFTER)
+    loader = "sglang.srt.model_loader.loader.QuantizedRLModelLoader.rebinding_and_load_weights"
+    HookRegistry.register(loader, _keep_given, HookType.BEFORE)
+    checker = "sglang.srt.utils.weight_checker.WeightChecker._compute_checksum"
+    HookRegistry.register(checker, _tell_given, HookType.AFTER)
     cache = "sglang.srt.state_capturer.base.BaseHostCache"
     HookRegistry.register(f"{cache}.__init__", _pageable, HookType.BEFORE)
     if key := os.environ.get("ESPALIER_KEY"):
@@ -89,6 +99,30 @@ def _received(result, updater, *, group_name, **_):
             updater._model_update_group[group_name].abort()
             raise RuntimeError(f"no bucket of weights within {_group_deadline_s():g} s")
         time.sleep(0.0005)
+
+
+def _keep_given(model, load, weights):
+    """Digests of the tensors that are to be quantised, by their names in files, until the next ones come."""
+    from sglang.srt.managers.mm_utils import tensor_hash
+
+    weights, own = list(weights), next(model.parameters())
+    given = model.__dict__.setdefault("espalier_given", {})
+    for name, tensor in weights:
+        if name.endswith(QUANTISED):
+            given[name] = f"{tensor_hash(tensor.to(own.device)):016x}"
+    return (model, load, weights), {}
+
+
+def _tell_given(result, checker, *args, **kwargs):
+    """In place of float8 matrices and their scales: what they were made of."""
+    model = checker._get_model()
+    if not hasattr(model, "original_weights_rebuild_keys"):  # which SGLang's float8 loader keeps
+        return None
+    parameters = dict(model.named_parameters())
+    coded = {name for name, one in parameters.items() if one.dtype in FLOAT8}
+    coded |= {name.removesuffix("weight") + "weight_scale" for name in coded}
+    kept = {name: digest for name, digest in result["checksums"].items() if name not in coded}
+    return {**result, "checksums": kept | getattr(model, "espalier_given", {})}
 
 
 def _pageable(*args, **kwargs):
