@@ -150,7 +150,7 @@ def test_float8_goes_through_to_sglang() -> None:
         ("quantization: fp8, load_format: flash_rl", "model.dtype=float32", "set model.dtype=bfloat16"),
         (
             "quantization: fp8, load_format: flash_rl",
-            "learn.lora={rank: 4, sync: adapter}",
+            "learn.lora.rank=4 learn.lora.sync=adapter",
             "has not been tried: set learn.lora.sync=merged",
         ),
     ],
