@@ -43,8 +43,8 @@ def hold(keys: Keys) -> None:
 def made(config: Config, root: Path) -> Generator[None]:
     """Hold new keys for the length of the block, with a copy in ``root``.
 
-    Raises ConfigError where ``engine.api_key_env``, ``teacher.api_key_env``, ``tools.search_key_env`` or the
-    ``api_key_env`` of a reward names no variable.
+    Raises ConfigError where ``engine.api_key_env``, ``teacher.api_key_env``, ``tools.search_key_env``,
+    ``agent.token_env`` or the ``api_key_env`` of a reward names no variable.
     """
     engine, tools = config.engine, config.tools
     own = secrets.token_hex(32)
@@ -56,6 +56,7 @@ def made(config: Config, root: Path) -> Generator[None]:
         },
         rewards=_of_rewards(config),
         teacher=_named("teacher.api_key_env", config.teacher.api_key_env),
+        sessions=_named("agent.token_env", config.agent.token_env),
     )
     with private_file(root / SERVERS, own):
         hold(keys)

@@ -37,7 +37,8 @@ class RolloutWorker:
         self._context, self._tools, self._engine = build_context(
             settings, model, engines, tools, keys.held(), store
         )
-        self._agents = AgentRunner.of(settings, self._context) if settings.agent.on else None
+        agents, token = settings.agent.on, keys.held().sessions
+        self._agents = AgentRunner.of(settings, self._context, token) if agents else None
         self._growing: dict[int, TreeRollout] = {}
 
     async def beat(self) -> int:

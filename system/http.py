@@ -55,6 +55,7 @@ class Keys:
     tools: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by the tool's name
     rewards: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)  # by their variable's name
     teacher: str = field(default="", repr=False)
+    sessions: str = field(default="", repr=False)  # what agents that somebody else starts show us
 
 
 class HttpClient:

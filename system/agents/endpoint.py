@@ -12,12 +12,14 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
+from functools import partial
 from hashlib import sha256
 from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from system.agents.desk import SessionDesk
 from system.agents.messages import ChatRequest, Refusal, valid
 from system.agents.model import FROZEN, ServedModel
 from system.agents.session import AgentSession
@@ -53,8 +55,12 @@ class AgentEndpoint:
         port: int = 0,
         trained: Collection[str] = (),
         keep_alive_s: float = KEEP_ALIVE_S,
+        desk: SessionDesk | None = None,
     ) -> None:
-        """``trained``: model names under which a turn is trained on; none: all but :data:`FROZEN`."""
+        """``trained``: model names under which a turn is trained on; none: all but :data:`FROZEN`.  ``desk``:
+        where agents that somebody else starts get their sessions.
+        """
+        self._desk = desk
         self._model, self._host, self._port = model, host, port
         self._trained, self._keep_alive_s = tuple(trained), keep_alive_s
         self._sessions: dict[bytes, AgentSession] = {}  # by the digest of its key
@@ -120,6 +126,8 @@ class AgentEndpoint:
             app.router.add_get(f"{root}/v1/models/{{name}}", self._models)
             app.router.add_post(f"{root}/reward", self._reward)
             app.router.add_post(f"{root}/done", self._done)
+        if self._desk is not None:
+            app.router.add_post("/sessions", partial(self._assign, self._desk))
         return app
 
     def _answering(self, wire: Dialect) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -207,10 +215,30 @@ class AgentEndpoint:
 
     async def _done(self, request: web.Request) -> web.StreamResponse:
         try:
-            self._session(request).finish()
+            session = self._session(request)
+            body = (await _body(request))[0] if request.can_read_body else {}
+            if not isinstance(failed := body.get("failed", ""), str):
+                raise Refusal(400, "failed: expected a text, why it could not do its task", field="failed")
+            session.finish(one_line(failed))
         except Refusal as refusal:
             return _refused(ChatWire(), refusal)
         return web.json_response({"done": True})
+
+    async def _assign(self, desk: SessionDesk, request: web.Request) -> web.StreamResponse:
+        """A session for an agent that somebody else has started, under the name by which it knows us."""
+        try:
+            given = await desk.ask(request.headers.get("Authorization", ""))
+        except Refusal as refusal:
+            return _refused(ChatWire(), refusal)
+        session, us = given.session, f"{request.scheme}://{request.host}/s/{given.session.key}"
+        told = {
+            "openai_base_url": f"{us}/v1",
+            "anthropic_base_url": us,
+            "api_key": session.key,
+            "model": self._trained[0] if self._trained else NAME,
+            "task": {**given.task, "seed": session.seed},
+        }
+        return web.json_response(told, status=201)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         try:

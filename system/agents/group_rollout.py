@@ -24,7 +24,7 @@ from system.agents.launch import (
     turn_rewards_of,
 )
 from system.agents.replay import ReplayScript
-from system.agents.runner import AgentRunner, address
+from system.agents.runner import AgentRunner
 from system.agents.session import AgentSession
 from system.errors import leaves
 from system.rollout.branching import Never
@@ -192,7 +192,7 @@ class GroupRollout:
         try:
             async with deadline:
                 task = told(self.prompt, self.runner.columns)
-                return await self.runner.launch(address(session), task), Outcome.ENDED
+                return await self.runner.run(session, task), Outcome.ENDED
         except TimeoutError:
             if not deadline.expired():
                 raise

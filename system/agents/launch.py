@@ -118,6 +118,19 @@ def told(prompt: Prompt, columns: list[str]) -> dict[str, Any]:
     }
 
 
+def as_json(task: Mapping[str, Any]) -> str:
+    """What an agent is told, for one outside this process.  Raises :class:`AgentFailed` where JSON cannot
+    hold it.
+    """
+    try:
+        return json.dumps(task)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AgentFailed(
+            f"agent.columns: a column of question {task['id']} is nothing that JSON can hold ({error}): "
+            "take it out, or let the task make it a text"
+        ) from error
+
+
 def _copied(value: Any) -> Any:
     """``value`` with lists and dictionaries of its own: a function may write into what it is told, which the
     other episodes and the reward read as well.
@@ -137,13 +150,7 @@ class ProgramAgent:
         self._settings, self._directory = settings, directory
 
     async def __call__(self, session: SessionAddress, task: Mapping[str, Any]) -> Ran:
-        try:
-            text = json.dumps({**task, "seed": session.seed})
-        except (TypeError, ValueError, RecursionError) as error:
-            raise AgentFailed(
-                f"agent.columns: a column of question {task['id']} is nothing that JSON can hold ({error}): "
-                "take it out, or let the task make it a text"
-            ) from error
+        text = as_json({**task, "seed": session.seed})
         program = Program.prepared(self._directory, session.api_key)
         prompt = program.directory / "prompt.json"
         prompt.write_text(text, encoding="utf-8")

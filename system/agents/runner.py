@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
+from system.agents.desk import SessionDesk
 from system.agents.endpoint import NAME, AgentEndpoint
 from system.agents.forest import Episode
-from system.agents.launch import MOST_PARTS, FunctionAgent, Launch, SessionAddress, make_launch
+from system.agents.launch import (
+    MOST_PARTS,
+    AgentFailed,
+    FunctionAgent,
+    Launch,
+    Ran,
+    SessionAddress,
+    make_launch,
+)
 from system.agents.model import PlainRendering, Rendering, ServedModel
 from system.agents.replay import ReplayingEngine
 from system.agents.session import AgentSession
-from system.config import Config
+from system.config import Config, ConfigError
+from system.config.agent import listening
 from system.plugins import SYNTAXES
 from system.rollout.codec import ChatCodec
 from system.rollout.context import RolloutContext
@@ -26,42 +36,86 @@ from system.tree.record import Outcome
 class AgentRunner:
     """Opens sessions and runs agents in them, ``agent.concurrency`` at once."""
 
-    def __init__(self, config: Config, context: RolloutContext, launch: Launch, model: ServedModel) -> None:
+    def __init__(
+        self,
+        config: Config,
+        context: RolloutContext,
+        launch: Launch | SessionDesk,
+        model: ServedModel,
+    ) -> None:
+        """``launch``: what starts an agent, or the desk that those come to which somebody else starts."""
         self.settings, self.context, self.launch = config.agent, context, launch
         self.columns = [*config.agent.columns, *getattr(launch, "columns", ())]
         self.judges = bool(getattr(launch, "judges", False))  # no other reward scores
         self._parts: dict[str, None] = {}  # of agents' own rewards, that are measured
         self.limit = asyncio.Semaphore(config.agent.concurrency)
         self.engine = ReplayingEngine(model.engine)
-        self._endpoint = AgentEndpoint(replace(model, engine=self.engine))
+        self._desk = launch if isinstance(launch, SessionDesk) else None
+        host, port = listening(config.agent.listen) if self._desk else ("127.0.0.1", 0)
+        own = replace(model, engine=self.engine)
+        self._endpoint = AgentEndpoint(own, host=host, port=port, desk=self._desk)
         self._starting = asyncio.Lock()
         self._started = False
         self._counts: Counter[str] = Counter()
 
     @classmethod
-    def of(cls, config: Config, context: RolloutContext) -> Self:
-        """Raises :class:`ConfigError` for a function that cannot be had, and a model that cannot be asked."""
-        scratch = Scratch.make("agents")
-        return cls(config, context, make_launch(config.agent, scratch.path), served(config, context))
+    def of(cls, config: Config, context: RolloutContext, token: str) -> Self:
+        """``token``: what agents that somebody else starts must show.
+
+        Raises :class:`ConfigError` for a function that cannot be had, and a model that cannot be asked.
+        """
+        if config.agent.listen:
+            launch = SessionDesk(token, config.agent.idle_s)
+        else:
+            launch = make_launch(config.agent, Scratch.make("agents").path)
+        return cls(config, context, launch, served(config, context))
 
     async def check(self) -> None:
         """Raises what keeps the agent from working, as far as it can tell."""
         if isinstance(self.launch, FunctionAgent):
             await self.launch.check()
+        if self._desk is not None:
+            try:
+                await self._start()
+            except OSError as error:
+                listen = self.settings.listen
+                raise ConfigError(f"agent.listen={listen}: it cannot be listened there: {error}") from error
 
-    async def open(self, prompt_id: str, seed: int, temperature: float) -> AgentSession:
-        """A session for one episode; the endpoint starts with the first."""
+    async def _start(self) -> None:
         async with self._starting:
             if not self._started:
                 await self._endpoint.start()
                 self._started = True
-        return await self._endpoint.open(
+
+    async def open(self, prompt_id: str, seed: int, temperature: float) -> AgentSession:
+        """A session for one episode, once there is an agent for it; the endpoint starts with the first."""
+        await self._start()
+        caller = await self._desk.come() if self._desk is not None else None
+        session = await self._endpoint.open(
             prompt_id,
             seed,
             deadline_s=self.settings.deadline_s,
             turns=self.settings.turns,
             temperature=temperature,
         )
+        if self._desk is not None and caller is not None:
+            self._desk.seat(session, caller)
+        return session
+
+    async def run(self, session: AgentSession, task: Mapping[str, Any]) -> Ran:
+        """The agent in ``session``, to its end.  Raises :class:`AgentFailed`."""
+        if isinstance(self.launch, SessionDesk):
+            ran = await self.launch.run(session, task)
+        else:
+            told = (session.openai_url, session.anthropic_url, session.key, NAME, session.seed)
+            ran = await self.launch(SessionAddress(*told), task)
+        if session.failed:
+            raise AgentFailed(f"the agent says that it failed: {session.failed}", ran.output)
+        return ran
+
+    async def close(self) -> None:
+        """Serve no more."""
+        await self._endpoint.stop()
 
     def count(self, episode: Episode) -> None:
         """One more episode has ended."""
@@ -82,11 +136,6 @@ class AgentRunner:
     def counters(self) -> dict[str, float]:
         """Running totals, as ``agent/…``."""
         return {f"agent/{name}": float(count) for name, count in self._counts.items()}
-
-
-def address(session: AgentSession) -> SessionAddress:
-    """What the agent of ``session`` is told of it."""
-    return SessionAddress(session.openai_url, session.anthropic_url, session.key, NAME, session.seed)
 
 
 def served(config: Config, context: RolloutContext) -> ServedModel:

@@ -61,7 +61,8 @@ class AgentSession:
         self.when_closed: Callable[[], None] = lambda: None
         # Told of each turn that is recorded: its piece, its request's id, whether it is trained on.
         self.when_recorded: Callable[[int, str, bool], None] = lambda piece, rid, trains: None
-        self._closed = self._done = False
+        self._closed, self.done = False, asyncio.Event()  # done: the agent says so
+        self.failed = ""  # why, where the agent says that it has
         self.result: dict[str, Any] = {}  # that was reported
         self._model, self._turns, self._trained = model, turns, frozenset(trained)
         self._temperature = model.temperature if temperature is None else temperature
@@ -73,7 +74,9 @@ class AgentSession:
         self._asked: defaultdict[bytes, list[AgentTurn]] = defaultdict(list)  # by body
         self._working: dict[AgentTurn, bool] = {}  # and whether it counts as a turn
         self._seeds = np.random.Generator(np.random.PCG64(seed))
-        self._expiry = asyncio.get_running_loop().call_later(deadline_s, self._expire)
+        loop = asyncio.get_running_loop()
+        self._expiry, self._now = loop.call_later(deadline_s, self._expire), loop.time
+        self._heard_s = self._now()
 
     def ask(self, request: ChatRequest, digest: bytes, retry: bool) -> AgentTurn:
         """The answer to ``request``, on its way.
@@ -136,10 +139,14 @@ class AgentSession:
             raise Refusal(400, "correct: expected true or false", field="correct")
         self.result |= result
 
-    def finish(self) -> None:
-        """The agent says that it is done: it is answered no more.  Raises :class:`Refusal`."""
+    def finish(self, failed: str = "") -> None:
+        """The agent says that it is done: it is answered no more.  ``failed``: why it could not do its task.
+
+        Raises :class:`Refusal`.
+        """
         self._refuse_late()
-        self._done = True
+        self.failed = failed
+        self.done.set()
         self._give_up("the session is done")
 
     def close(self, outcome: Outcome) -> Episode:
@@ -175,6 +182,15 @@ class AgentSession:
             counters=counters,
         )
 
+    def heard(self) -> None:
+        """The agent has been heard of."""
+        self._heard_s = self._now()
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since its newest request, or since the newest answer was there: its turn since then."""
+        return 0.0 if self._working else self._now() - self._heard_s
+
     # The end
 
     def _expire(self) -> None:
@@ -185,7 +201,8 @@ class AgentSession:
         return f"the session's {self._deadline_s:g} s are over"
 
     def _refuse_late(self) -> None:
-        if self._closed or self._done:
+        self.heard()
+        if self._closed or self.done.is_set():
             raise Refusal(409, f"the session is {'closed' if self._closed else 'done'}", code="session_over")
         if self.limit == Outcome.DEADLINE:
             raise Refusal(409, self._late(), code="session_over")
@@ -250,6 +267,7 @@ class AgentSession:
             log.exception("an answer to the agent of prompt %s failed", self.prompt_id)
             turn.fail(Refusal(500, f"the answer failed: {described(error)}", code="failed"))
         finally:
+            self.heard()
             self._working.pop(turn, None)  # now: the client's next request may be here before the task's end
 
     async def _work(

@@ -15,22 +15,56 @@ OURS = (  # variables in which a command finds its session
 _NAME = re.compile(r"[^=\0]+")
 
 
+def listening(address: str) -> tuple[str, int]:
+    """``HOST:PORT`` (``[HOST]:PORT`` for an IPv6 address).  Raises ValueError."""
+    match = re.fullmatch(r"\[([0-9a-fA-F:.]+)\]:(\d{1,5})|([\w.-]+):(\d{1,5})", address)
+    if match is None or not 0 < (port := int(match[2] or match[4])) < 1 << 16:
+        raise ValueError(f"{address!r} is no HOST:PORT")
+    return match[1] or match[3], port
+
+
+def _listening_problems(config: Config) -> Iterator[str]:
+    agent = config.agent
+    try:
+        listening(agent.listen)
+    except ValueError as error:
+        yield f"agent.listen: {error}: 127.0.0.1:8200, say, for agents on this machine"
+    if not re.fullmatch(r"[A-Za-z_]\w*", agent.token_env):
+        yield (
+            "agent.listen needs agent.token_env: name the environment variable that holds the token (not the "
+            "token itself), or whoever reaches the port could answer for your agents"
+        )
+    if agent.forks != "none":
+        yield f"agent.forks={agent.forks} starts agents, and those of agent.listen are started by others"
+    if config.rollout.workers > 1:
+        yield (
+            f"agent.listen={agent.listen}: one worker can listen there, and there are rollout.workers="
+            f"{config.rollout.workers}: set rollout.workers=1"
+        )
+
+
 def agent_problems(config: Config) -> Iterator[str]:
     """A line each, with the remedy: an agent cannot have all that the trees that are grown here have."""
     agent, rollout = config.agent, config.rollout
     if not agent.on:
         return
-    key = f"agent.command={agent.command!r}" if agent.command else f"agent.run={agent.run}"
-    if agent.command and agent.run:
-        yield f"agent.command and agent.run={agent.run}: which agent is it? take out either"
+    key, *others = (
+        f"agent.{name}={value!r}" if name == "command" else f"agent.{name}={value}"
+        for name in ("command", "run", "listen")
+        if (value := getattr(agent, name))
+    )
+    if others:
+        yield f"{key} and {others[0]}: which agent is it? take out either"
     if agent.options and not agent.run:
         yield "agent.options are keywords of a function: a command has words, and agent.env"
+    if agent.listen:
+        yield from _listening_problems(config)
+    elif agent.token_env:
+        yield "agent.token_env is for agents that ask for sessions: set agent.listen, or take it out"
     starts = agent.command or agent.run in AGENTS.names  # of ours, those that start programs
     if not starts and (unused := [name for name in ("env", "env_from") if getattr(agent, name)]):
-        yield (
-            f"agent.{unused[0]} is the environment of a command, and {key} is a function, which has the "
-            "worker's: take it out, or give agent.options"
-        )
+        other = "none" if agent.listen else "a function, which has the worker's"
+        yield f"agent.{unused[0]} is the environment of a command, and {key} is {other}: take it out"
     for name in sorted({*agent.env, *agent.env_from}):
         if name in OURS:
             yield f"agent.env and .env_from: {name} says where the session is, and is set anew: take it out"

@@ -12,8 +12,8 @@ from system.plugins import AGENTS
 
 @dataclass
 class AgentConfig:
-    """The agent that is run, once for every leaf, and the limits around a run; neither command nor run: the
-    branches of rollout.* are the agents.
+    """The agent that is run, once for every leaf, and the limits around a run; none of command, run and
+    listen: the branches of rollout.* are the agents.
     """
 
     command: str = setting(
@@ -28,6 +28,23 @@ class AgentConfig:
         registry=AGENTS,
     )
     options: dict[str, Any] = setting({}, "further keywords of that function, or those of that class")
+    listen: str = setting(
+        "",
+        "or HOST:PORT, where agents that somebody else starts ask for sessions, for each episode one "
+        "(docs/agents.md)",
+        safe_on_resume=True,
+    )
+    token_env: str = setting(
+        "",
+        "with agent.listen, the environment variable that holds what they have to show",
+        safe_on_resume=True,
+    )
+    idle_s: float = setting(
+        120.0,
+        "with agent.listen, seconds without a request after which an agent is taken to be gone",
+        above=0,
+        safe_on_resume=True,
+    )
     turns: int = setting(
         0,
         "answers of the model per episode, at most; 0: as many as it asks for",
@@ -58,4 +75,4 @@ class AgentConfig:
     @property
     def on(self) -> bool:
         """Whether an agent of one's own is trained."""
-        return bool(self.command or self.run)
+        return bool(self.command or self.run or self.listen)

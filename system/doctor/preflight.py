@@ -340,15 +340,16 @@ def servers(config: Config) -> Iterator[Problem]:
     if "search" in config.tools.names and config.tools.search_url:
         asked[f"tools.search_url={config.tools.search_url}"] = config.tools.search_url
     if "browse" in config.tools.names:
-        for base in Allowed(config.tools.browse_allow).bases:
-            if base.url:
-                asked[f"tools.browse_allow={base.url}"] = base.url
+        bases = Allowed(config.tools.browse_allow).bases
+        asked |= {f"tools.browse_allow={base.url}": base.url for base in bases if base.url}
+    keys = {"agent.token_env": config.agent.token_env}
     for reward in rewards(config.reward):
         if url := reward.options.get("base_url"):
             asked[f"{reward.key}.options.base_url={url}"] = str(url)
-        if (variable := reward.options.get("api_key_env")) and not os.environ.get(str(variable)):
-            found = "this environment variable is not set, or empty"
-            yield Problem(f"{reward.key}.options.api_key_env={variable}", found, "export it")
+        keys[f"{reward.key}.options.api_key_env"] = str(reward.options.get("api_key_env") or "")
+    for field, name in keys.items():
+        if name and not os.environ.get(name):
+            yield Problem(f"{field}={name}", "this environment variable is not set, or empty", "export it")
     address = config.cluster.address
     if re.fullmatch(r"[^/]+:\d+", address):
         asked[f"cluster.address={address}"] = address

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from system.config import Config
+from system.config import ChosenReward, Config
 from system.errors import EspalierError
 from system.flow.curriculum import PoolWeights
 from system.flow.ledger import Event, Ledger, Ticket
@@ -36,6 +36,7 @@ from system.twin.clock import Trace
 from system.twin.clock import run as run_virtually
 from system.twin.engine_model import EngineModel, EngineSpeed
 from system.twin.engine_models import EngineModels
+from system.twin.judge import JudgeModel
 from system.twin.records import TwinResult
 from system.twin.speeds import LearnerSpeed
 from system.twin.tools import ToolModel, TwinTools
@@ -78,6 +79,7 @@ class Twin:
     config: Config
     models: Models
     steps: int  # training steps
+    judge: JudgeModel | None = None  # beside the rule that rewards all answers; None: the rule alone
     patience_s: float = 1e7  # virtual
     log: list[Event] = field(default_factory=list)  # the ledger's
     records: list[dict[str, Any]] = field(default_factory=list)  # one per training step, as in metrics.jsonl
@@ -114,12 +116,16 @@ class Twin:
             tools=self.tools,
             syntax=syntax,
             policy=policy,
-            scoring=Scoring([Scorer(AnswerReward())]),
+            scoring=Scoring(self._scorers()),
             tokenizer=TwinTokenizer(self.agent),
             config=config.rollout,
             vocab_size=models.vocab,
             now=lambda: asyncio.get_running_loop().time(),
         )
+
+    def _scorers(self) -> list[Scorer]:
+        chosen = ChosenReward(name="judge", label="judge", weight=0.5, run="loop", deadline_s=1e9)
+        return [Scorer(AnswerReward()), *([Scorer(self.judge, chosen)] if self.judge else [])]
 
     async def run(self) -> None:
         """Simulate to the end."""
@@ -220,6 +226,8 @@ class Twin:
             engine.settle()
             for cause, seconds in engine.idle_s.items():
                 self.recorder.idle_total(engine.name, cause, seconds)
+        for name, count in self.context.scoring.counters.items():
+            self.recorder.running_total("rollout", name, count)
 
     def _logged(self, event: Event) -> None:
         self.log.append(event)

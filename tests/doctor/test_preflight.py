@@ -222,9 +222,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_judges_key_must_be_in_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load("plain.yaml", [*JUDGE.split(), "reward.options.api_key_env=SOME_KEY"])
-    told = "reward.options.api_key_env=SOME_KEY: this environment variable is not set, or empty; export it"
+LISTENS = "agent.listen=127.0.0.1:8200 branching=none tools.names=[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(JUDGE, "reward.options.api_key_env=SOME_KEY"), (LISTENS, "agent.token_env=SOME_KEY")],
+)
+def test_a_key_must_be_in_the_environment(
+    words: str, named: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load("plain.yaml", [*words.split(), named])
+    told = f"{named}: this environment variable is not set, or empty; export it"
     assert told in [str(one) for one in look(config)["servers"]]
     monkeypatch.setenv("SOME_KEY", "sk-1")
     assert told not in [str(one) for one in look(config)["servers"]]

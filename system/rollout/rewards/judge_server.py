@@ -22,6 +22,11 @@ BACKOFF_S, MOST_BACKOFF_S = 0.5, 30.0  # before the first retry, doubling; the w
 _MILLION = 1e6  # tokens that a price is for
 
 
+def back_off_s(attempt: int, rng: random.Random) -> float:
+    """Seconds to wait after attempt number ``attempt`` (from 0) has failed."""
+    return min(BACKOFF_S * 2**attempt, MOST_BACKOFF_S) * rng.uniform(0.5, 1.0)
+
+
 class JudgeServer:
     """A model behind OpenAI's ``/chat/completions``."""
 
@@ -89,11 +94,10 @@ class JudgeServer:
         return _content(answer, self.url)
 
     async def _back_off(self, attempt: int, asked_s: float) -> None:
-        whole = min(BACKOFF_S * 2**attempt, MOST_BACKOFF_S)
         now = asyncio.get_running_loop().time()
         if asked_s > 0:
             self._quiet_until = max(self._quiet_until, now + asked_s)
-        await asyncio.sleep(whole * self._rng.uniform(0.5, 1.0))
+        await asyncio.sleep(back_off_s(attempt, self._rng))
 
     def _pay(self, usage: Any) -> None:
         for name, price in zip(("prompt_tokens", "completion_tokens"), self._prices, strict=True):
