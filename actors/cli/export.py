@@ -50,7 +50,7 @@ def export(args: argparse.Namespace) -> int:
     argument(
         "model", type=Path, metavar="MODEL", help="directory of a float8 model, as Hugging Face writes it"
     ),
-    argument("to", type=Path, metavar="DIR", help="write it there; takes the place of what is there"),
+    argument("to", type=Path, metavar="DIR", help="a new directory for it"),
     argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)"),
 )
 def dequantise(args: argparse.Namespace) -> int:
@@ -65,8 +65,8 @@ def dequantise(args: argparse.Namespace) -> int:
     from system.models.files import DTYPES, dequantise
     from system.models.float8 import Float8
 
-    if args.model.resolve() == args.to.resolve():
-        raise ConfigError(f"{args.to} is the model itself: name another directory")
+    if args.to.exists():
+        raise ConfigError(f"{args.to}: it is there already: name a new directory, or remove it")
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model}: no model in Hugging Face format (config.json is missing)")
     if Float8.of_directory(args.model) is None:

@@ -113,8 +113,10 @@ def test_a_model_is_written_without_its_float8(tmp_path: Path, capsys: pytest.Ca
     assert Float8.of_directory(tmp_path / "out") is None
     assert main(["dequantise", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
     assert "is not quantised" in capsys.readouterr().err
+    before = sorted((tmp_path / "float8").iterdir())
     assert main(["dequantise", str(tmp_path / "float8"), str(tmp_path / "float8")]) == 2
-    assert "is the model itself" in capsys.readouterr().err
+    assert "name a new directory" in capsys.readouterr().err
+    assert sorted((tmp_path / "float8").iterdir()) == before  # nothing that is there is replaced
 
 
 def lose_scale(tensors: dict[str, torch.Tensor]) -> None:
