@@ -178,7 +178,7 @@ class Supervised:
         Raises ConfigError where it was trained on other data or another course, CheckpointError where none of
         several is of use.
         """
-        reasons: list[str] = []
+        unused: list[tuple[Path, str]] = []
         for path in reversed(checkpoints(self.run_dir)):
             try:
                 found = await self._learner.load(str(path))
@@ -186,9 +186,7 @@ class Supervised:
                 if state.step != version_of(path):
                     raise CheckpointError(f"{path}: it holds step {state.step}, whatever its name says")
             except (CheckpointError, KeyError, TypeError) as error:
-                reasons.append(f"{path}: not used: {error}")
-                self.progress.note(reasons[-1])
-                path.rename(aside(path))
+                unused.append((path, f"{path}: not used: {error}"))
                 continue
             if state.digest != self.state.digest or state.step > steps:
                 raise ConfigError(
@@ -200,10 +198,14 @@ class Supervised:
             self._began -= state.wall_s
             for sink in self._sinks:
                 sink.write({RESUMED: state.step, "time": time.time()})
+            for old, why in unused:  # only now: where none is of use, the reason may be a setting
+                old.rename(aside(old))
+                self.progress.note(why)
             self.progress.note(f"resumed at step {state.step} from {path}")
             return
-        if reasons:
-            raise CheckpointError("\n".join([f"no checkpoint of {self.run_dir.root} can be used", *reasons]))
+        if unused:
+            reasons = "\n".join(why for _, why in unused)
+            raise CheckpointError(f"no checkpoint of {self.run_dir.root} can be used\n{reasons}")
 
     def _rate(self) -> float:
         """Learned tokens per second of the last steps."""

@@ -287,6 +287,7 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
         ),
         ("branching.alpha=50", "branching.alpha=50.0 must be in [0, 1]"),
         ("warmstart.demos=0", "warmstart.demos=0 must be 1 or more"),
+        ("learn.teacher=average flow.skip_silent=64", "leaves it out: set flow.skip_silent=0"),
     ],
 )
 def test_settings_that_make_training_void_or_nonsense_are_refused(words: str, says: str):

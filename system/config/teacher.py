@@ -20,6 +20,11 @@ def teacher_problems(config: Config) -> Iterator[str]:
         yield "learn.credit=none leaves nothing to learn from: set learn.teacher, or another credit"
     if learn.teacher == "average" and learn.lora.on:
         yield f"{key}: no moving average of adapters is kept: set learn.teacher=server, or learn.lora.rank=0"
+    if learn.teacher != "none" and config.flow.skip_silent:
+        yield (
+            f"{key}: a teacher has something to say of a tree whose leaves all earned the same, and "
+            f"flow.skip_silent={config.flow.skip_silent} leaves it out: set flow.skip_silent=0"
+        )
     if learn.teacher != "server":
         return
     if rollout.temperature != 1 or "rollout.temperature" in config.run.by_step:

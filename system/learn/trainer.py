@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,8 @@ class Trainer:
 
     def _loss(self, objective: Objective, tokens: LossTokens) -> tuple[torch.Tensor, Statistics]:
         learn = self.learn
+        if learn.teacher == "none":  # trees may have a teacher's scores from before a resume
+            tokens = replace(tokens, teacher=None)
         return row_loss(
             objective,
             tokens,
@@ -413,9 +416,8 @@ class Trainer:
         """
         zero = torch.zeros(1, device=self.layout.device)
         reference = zero if self.beside.reference and not objective.supervised else None
-        teacher = None if self.learn.teacher == "none" else zero
         none = zero.long()
-        token = LossTokens(*([zero] * 7), node=none, path=none, reference=reference, teacher=teacher)
+        token = LossTokens(*([zero] * 7), node=none, path=none, reference=reference, teacher=zero)
         _, statistics = self._loss(objective, token)
         statistics.sums["tokens_computed"] = zero.new_tensor(0)
         return statistics.zeros()

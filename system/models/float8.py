@@ -110,6 +110,8 @@ def _of_compressed(given: Mapping[str, Any], key: str) -> tuple[int, int] | None
     sparsity: Any = given.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
         raise UnsupportedModel(f"{key}.sparsity_config: sparse weights are not read: {_REMEDY}")
+    if given.get("transform_config"):
+        raise UnsupportedModel(f"{key}.transform_config: rotated weights are not read: {_REMEDY}")
     groups: Mapping[str, Any] = given.get("config_groups") or {}
     blocks = set[tuple[int, int] | None]()
     for name, group in groups.items():

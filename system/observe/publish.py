@@ -67,6 +67,7 @@ def _write(
 ) -> None:
     if step is None:
         partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted export left
         shutil.copytree(source, partial)
         partial.rename(directory)
     else:

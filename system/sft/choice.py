@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def chosen(candidates: Sequence[SavedModel], how: str) -> tuple[SavedModel, str]
         return last, "the last one" if how == "last" else f"the only one there is to choose by {how}"
     others = f"of {len(candidates)}, steps {', '.join(str(one.step) for one in candidates)}"
     if how == "loss":
-        best = min(candidates, key=lambda one: (_known(one.loss), one.step))
+        best = min(candidates, key=lambda one: (_finite(one.loss), one.step))
         return best, f"the lowest held-out loss, {best.loss:.4f} nats per token, {others}"
     best = max(candidates, key=lambda one: (_known(one.solved), _known(one.accuracy), one.step))
     return best, f"the highest {how}, {best.solved:.3f} ({best.accuracy:.3f} of all samples right), {others}"
@@ -53,3 +54,8 @@ def _known(value: float | None) -> float:
     if value is None:
         raise ValueError("a candidate that was not measured cannot be compared")
     return value
+
+
+def _finite(loss: float | None) -> float:
+    """A loss that is no number is worse than any other."""
+    return math.inf if math.isnan(_known(loss)) else _known(loss)

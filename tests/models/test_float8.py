@@ -191,6 +191,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size \[128\]; it is two whole"),
     ({**GROUPS, "format": "pack-quantized"}, r"quantization_config\.format 'pack-quantized'"),
     ({**GROUPS, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config: sparse weights"),
+    ({**GROUPS, "transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "rotated weights"),
     (group(num_bits=4), r"config_groups\.group_0\.weights .*floats of 8 bits"),
     (group(type="int"), r"config_groups\.group_0\.weights .*floats of 8 bits"),
     (group(strategy="group"), r"config_groups\.group_0\.weights .*tensor, channel or block"),

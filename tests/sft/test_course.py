@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -62,6 +63,8 @@ def test_the_best_model_and_why() -> None:
     assert best.step == 20
     assert why.startswith("the highest pass@2, 0.667 (0.667 of all samples right), of 3")
     assert chosen(saved, "last")[0].step == 30
+    diverged = SavedModel(1, loss=math.nan)
+    assert chosen([diverged, *saved], "loss")[0].loss == 0.4
     assert chosen(saved[:1], "loss")[1] == "the only one there is to choose by loss"
     with pytest.raises(ValueError, match="not measured"):
         chosen([SavedModel(1), SavedModel(2)], "loss")
