@@ -107,8 +107,7 @@ class AgentRunner:
         if isinstance(self.launch, SessionDesk):
             ran = await self.launch.run(session, task)
         else:
-            told = (session.openai_url, session.anthropic_url, session.key, NAME, session.seed)
-            ran = await self.launch(SessionAddress(*told), task)
+            ran = await self.launch(address(session), task)
         if session.failed:
             raise AgentFailed(f"the agent says that it failed: {session.failed}", ran.output)
         return ran
@@ -136,6 +135,11 @@ class AgentRunner:
     def counters(self) -> dict[str, float]:
         """Running totals, as ``agent/…``."""
         return {f"agent/{name}": float(count) for name, count in self._counts.items()}
+
+
+def address(session: AgentSession) -> SessionAddress:
+    """What the agent of ``session`` is told of it."""
+    return SessionAddress(session.openai_url, session.anthropic_url, session.key, NAME, session.seed)
 
 
 def served(config: Config, context: RolloutContext) -> ServedModel:
