@@ -177,15 +177,23 @@ def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str =
     return WIDTH[dtype] * 2 * shape.kv_heads * shape.head_dim / learn.tp * learn.cp
 
 
+AVERAGES = ("average", "teacher")  # of the models kept besides, those that are moving averages
+
+
 def averages(learn: LearnConfig) -> bool:
     """Whether a moving average of the weights is the proximal policy (``Trainer.average``)."""
     return learn.proximal == "average" and learn.objective.name == "decoupled"
 
 
-def besides(learn: LearnConfig) -> list[str]:
-    """The models that the learner keeps besides the one it trains."""
-    kept = {"reference": learn.kl_coef > 0, "average": averages(learn), "teacher": learn.teacher == "average"}
-    return [name for name, there in kept.items() if there]
+def besides(learn: LearnConfig, dtype: str) -> dict[str, int]:
+    """The models that the learner keeps besides the one it trains: bytes of each parameter on its device.
+
+    A moving average is kept in float32, and computes in the model's ``dtype`` (``MovingAverage``).
+    """
+    mean = WIDTH[dtype] + (_MASTER if dtype != "float32" else 0)
+    kept = {"reference": WIDTH[dtype]} if learn.kl_coef > 0 else {}
+    kept |= {"average": mean} if averages(learn) else {}
+    return kept | ({"teacher": mean} if learn.teacher == "average" else {})
 
 
 def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
@@ -297,4 +305,5 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         chunk = min(tokens * share, LOGITS)
         product = 0.0 if learn.lora.on else shape.hidden * share
         parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + product)
-    return parts | dict.fromkeys(besides(learn), adapters or width * parameters)
+    numbers = trained if learn.lora.on else parameters
+    return parts | {name: each * numbers for name, each in besides(learn, dtype).items()}

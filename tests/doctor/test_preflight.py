@@ -404,7 +404,7 @@ def test_adapters_to_start_from_are_looked_at(place: Path) -> None:
     shape = ModelShape.from_config(SHAPE)
     kind = Adapter(2, 32.0, ("q", "k", "v", "out", "gate", "up", "down"))
     tensors = {name: torch.zeros(size) for name, size in kind.tensors(shape).items()}
-    kind.write(place / "adapters", shape, tensors, "model")
+    kind.write(place / "adapters", tensors, "model")
     assert found("learn.lora.rank=2") == []
     (line,) = found("learn.lora.rank=4")
     assert "learn.lora.rank of these adapters is 2, not 4: set it so" in line

@@ -47,8 +47,11 @@ def test_an_interval_holds_the_shares_that_would_not_surprise(right: int, questi
     assert accuracy(found, questions) == f"{found:.1%} ({near.min():.1%} to {near.max():.1%})"
 
 
-def test_a_card_has_the_figures_of_its_run(config: Config) -> None:
-    config.model.path, config.learn.lr = "Qwen/Qwen3-8B", 3e-6
+def test_a_card_has_the_figures_of_its_run(config: Config, tmp_path: Path) -> None:
+    model = tmp_path / "Qwen" / "Qwen3-8B"
+    model.mkdir(parents=True)
+    (model / "README.md").write_text('model_name = "Qwen/Qwen3-8B"\n')
+    config.model.path, config.learn.lr = str(model), 3e-6
     config.learn.credit = PartConfig("group", {"key": "v"})
     card = model_card(config, SUMMARY, name="me/it", version=20)
     head = card.split("---\n")[1]
@@ -95,6 +98,41 @@ def test_a_card_tells_of_no_machine_and_no_secret(config: Config) -> None:
         assert secret not in card
     assert "model.path=model-x" in card
     assert "base_model" not in card
+
+
+@pytest.mark.parametrize(
+    ("path", "card", "base"),
+    [
+        ("models/mine", None, ""),
+        ("models/mine", "# a model of ours, see models/mine-2 and old/models/mine", ""),
+        ("Qwen/Qwen3-8B", "see https://hub.example/Qwen/Qwen3-8B/blob", ""),  # a part of a path
+        ("Qwen/Qwen3-8B", 'base_model: "Qwen/Qwen3-8B"', "Qwen/Qwen3-8B"),
+        ("hub/models--Qwen--Qwen3-8B/snapshots/0a1b", None, "Qwen/Qwen3-8B"),
+    ],
+)
+def test_the_base_model_is_named_where_its_directory_tells_its_name_on_the_hub(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, card: str | None, base: str
+) -> None:
+    (tmp_path / path).mkdir(parents=True)
+    if card is not None:
+        (tmp_path / path / "README.md").write_text(card)
+    monkeypatch.chdir(tmp_path)
+    for written in (path, str(tmp_path / path)):
+        config.model.path = written
+        head = model_card(config, SUMMARY, name="it", version=20).split("---\n")[1]
+        assert [line for line in head.splitlines() if "base_model" in line] == (
+            [f'base_model: "{base}"'] if base else []
+        )
+
+
+def test_the_card_of_adapters_and_of_what_they_were_merged_into(config: Config) -> None:
+    config.model.path, config.learn.lora.rank = "m", 4
+    alone = model_card(config, SUMMARY, name="it", version=20, adapter=True)
+    assert "library_name: peft\n" in alone
+    assert "of rank 4 alone, in PEFT's format" in alone
+    merged = model_card(config, SUMMARY, name="it", version=20, merged=("bfloat16", 0.2433))
+    assert "library_name: transformers\n" in merged
+    assert "in bfloat16, which keeps 24.3% of what they change" in merged
 
 
 @pytest.fixture

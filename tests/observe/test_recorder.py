@@ -98,6 +98,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
         *(
             "mismatch",
             "weights",
+            "model",
             "dropped",
             "causes",
             "engine",
