@@ -27,6 +27,7 @@ BF16 = [*LORA, "engine=sglang", "model.dtype=bfloat16"]
         ([*BF16, "engine.urls=[http://a:1]"], False),
         ([*BF16, "engine.urls=[http://a:1]", "learn.lora.sync=adapter"], True),
         ([*BF16, "engine.weights=distributed"], False),
+        ([*BF16, "engine.device=cpu"], False),
         ([*BF16, "engine.sglang={quantization: fp8, load_format: flash_rl}"], False),
         ([*BF16, "engine.sglang={speculative_algorithm: NGRAM}"], False),
     ],

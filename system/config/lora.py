@@ -30,6 +30,8 @@ def merged_because(config: Config) -> str:
         return "engine.urls (a server that others started may take no adapters)"
     if engine.weights != "auto":
         return f"engine.weights={engine.weights} (a way for all weights)"
+    if engine.device == "cpu":
+        return "engine.device=cpu (without a GPU SGLang takes adapters of some models only)"
     flags = sglang_flags(engine.sglang)
     if float8_weights(flags):
         return "engine.sglang.quantization=fp8 (with adapters it has not been tried)"

@@ -40,7 +40,7 @@ from system.models.known import shape_of
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub
-from system.plan.memory import AVERAGES, WIDTH, besides
+from system.plan.memory import WIDTH, besides_saved
 from system.plugins import AGENTS, POLICIES, TASKS
 from system.rollout.branching import make_policy
 from system.rollout.chat import make_chat, planned_syntax, unknown_arguments
@@ -313,12 +313,8 @@ def _gib(size: int) -> str:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Float32 weights that are trained, both of Adam's moments, and the models that are kept besides, of
-    which averages are float32.
-    """
-    dtype = config.model.dtype
-    kept = {name: WIDTH["float32" if name in AVERAGES else dtype] for name in besides(config.learn, dtype)}
-    each = 12 + sum(kept.values())
+    """Float32 weights that are trained, both of Adam's moments, and the models that are kept besides."""
+    each = 12 + besides_saved(config.learn, config.model.dtype)
     return each * adapters.trained(config, _parameters(config))
 
 

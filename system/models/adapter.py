@@ -79,8 +79,8 @@ class Rounding:
     @property
     def kept(self) -> float | None:
         """1 - |made - wanted|² / |wanted|² over all weights: 1 where nothing is lost, 0 where every weight is
-        as it was.  (Rounding to the nearest never moves a weight farther than not at all from where it
-        should be, so it is not negative.)  None: nothing was to change.
+        as it was; never less, as rounding takes the nearest number, and the old weight is one of those there
+        are.  None: nothing was to change.
         """
         wanted = float(self._wanted)
         return 1.0 - float(self._lost) / wanted if wanted else None

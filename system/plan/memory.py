@@ -177,9 +177,6 @@ def gathered_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str =
     return WIDTH[dtype] * 2 * shape.kv_heads * shape.head_dim / learn.tp * learn.cp
 
 
-AVERAGES = ("average", "teacher")  # of the models kept besides, those that are moving averages
-
-
 def averages(learn: LearnConfig) -> bool:
     """Whether a moving average of the weights is the proximal policy (``Trainer.average``)."""
     return learn.proximal == "average" and learn.objective.name == "decoupled"
@@ -194,6 +191,11 @@ def besides(learn: LearnConfig, dtype: str) -> dict[str, int]:
     kept = {"reference": WIDTH[dtype]} if learn.kl_coef > 0 else {}
     kept |= {"average": mean} if averages(learn) else {}
     return kept | ({"teacher": mean} if learn.teacher == "average" else {})
+
+
+def besides_saved(learn: LearnConfig, dtype: str) -> int:
+    """Bytes of these models in a checkpoint, for each parameter; of an average it has the float32 numbers."""
+    return sum(WIDTH[dtype if name == "reference" else "float32"] for name in besides(learn, dtype))
 
 
 def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:

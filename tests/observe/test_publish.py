@@ -16,6 +16,7 @@ from stand_in_hub import TOKEN, Hub
 from system.config import Config, PartConfig
 from system.observe import hub
 from system.observe.card import accuracy, model_card
+from system.observe.publish import rounded_away
 from system.observe.rundir import RunDir
 
 SUMMARY: dict[str, Any] = {
@@ -214,6 +215,33 @@ def test_a_finished_model_is_copied_with_its_card(finished: RunDir, tmp_path: Pa
     code, output = export(finished, "--to", str(tmp_path / "models" / "it"))
     assert (code, "the model of step 20" in output) == (0, True)
     assert (tmp_path / "models" / "it" / "README.md").read_text().count("75.0%") == 1
+
+
+def test_a_model_that_lost_what_its_adapters_change_says_so(finished: RunDir, tmp_path: Path) -> None:
+    assert rounded_away(finished) == ""
+    for kept, told in ((0.999, ""), (0.2433, "holds 24% of what the adapters change")):
+        finished.write_summary(SUMMARY | {"model": {"lora_kept": kept}})
+        assert told in rounded_away(finished)
+        assert bool(rounded_away(finished)) == bool(told)
+    assert f"espalier export {finished.root} --dtype float32 --to DIR" in rounded_away(finished)
+    code, output = export(finished, "--to", str(tmp_path / "it"))
+    assert (code, "holds 24% of what the adapters change" in output) == (0, True), output
+    assert "which keeps 24.3% of what they change" in (tmp_path / "it" / "README.md").read_text()
+
+
+def test_other_numbers_are_made_of_a_checkpoint_or_of_adapters(finished: RunDir, tmp_path: Path) -> None:
+    to = ["--to", str(tmp_path / "it")]
+    code, output = export(finished, "--dtype", "bfloat16", *to)
+    assert (code, "model is in float32: name a checkpoint, whose numbers are float32" in output) == (2, True)
+    code, output = export(finished, "--dtype", "float32", *to)  # as it is
+    assert code == 0, output
+    config = finished.config()
+    config.model.path, config.learn.lora.rank = "m", 4
+    finished.write_config(config)
+    for words in (["--adapter"], ["--dtype", "bfloat16"]):
+        code, output = export(finished, *words, "--to", str(tmp_path / "other"))
+        assert (code, "has a trained model, and no adapter/ beside it" in output) == (2, True), output
+    assert not (tmp_path / "other").exists()
 
 
 def test_adapters_alone(finished: RunDir, tmp_path: Path) -> None:
