@@ -19,6 +19,7 @@ from actors.ray_support import StartFailed
 from actors.serving import LoopThread
 from system import config as configuration
 from system.config import Config
+from system.config.lora import adapters_travel
 from system.engine.control import EngineControl, Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import EngineError, GenerateRequest, Sampling
@@ -104,7 +105,7 @@ class EngineActor:
             paused=restarted,
             key=keys.held().engines,
             routes=settings.rollout.replay_routes and RouteFormat.of_directory(model_path) is not None,
-            lora=settings.learn.lora,
+            lora=settings.learn.lora if adapters_travel(settings) else None,
         )
         server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
         try:

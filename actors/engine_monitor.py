@@ -32,6 +32,8 @@ class Publisher:
         """To the engines at ``urls``, to all without; returns those that did not take them, and why."""
         report = await self._learner.publish(urls or [*self._engines.values()], version)
         self._recorder.weights_pushed(report.stage_s, list(report.pause_s.values()), report.bytes)
+        if report.lora_kept is not None:
+            self._recorder.merged(report.lora_kept)
         return report.failures
 
 
@@ -87,6 +89,7 @@ class EngineMonitor:
         """``start_deadline_s``: for a restarted engine to answer."""
         self._engines, self._loop, self._publisher, self._recorder = engines, loop, publisher, recorder
         self._deadline_s = start_deadline_s + PUSH_DEADLINE_S
+        self._refused: dict[str, str] = {}  # by URL: why its last push was not taken
 
     async def watch(self) -> None:
         """Look after the engines until cancelled.  Raises ActorLost for one that does not come back."""
@@ -128,7 +131,8 @@ class EngineMonitor:
             async with self._loop.weights:
                 info = await control.info()
                 if not self._current(info):  # no training step was just pushing them
-                    if await self._publisher.push(self._loop.version, [control.url]):
+                    if failures := await self._publisher.push(self._loop.version, [control.url]):
+                        self._refused |= failures
                         return False
                     await control.post("/continue_generation")
         except EngineError:  # it is being restarted
@@ -136,9 +140,10 @@ class EngineMonitor:
         return True
 
     def _not_back(self, url: str) -> str:
+        why = self._refused.get(url, "see the run's logs/")
         return (
             f"engine {url}: not back with the current weights within {self._deadline_s:.0f} s "
-            "(engine.start_deadline_s); see the run's logs/"
+            f"(engine.start_deadline_s): {why}"
         )
 
     def _current(self, info: EngineInfo) -> bool:

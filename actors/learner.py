@@ -9,6 +9,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from actors.placement import Placement
 from actors.ray_support import answer, answers, spawn
 from system import config as configuration
 from system.config import ClusterConfig
+from system.config.lora import adapters_travel
 from system.engine.sglang.command import NCCL
 from system.engine.weights.base import PushReport, Transport
 from system.flow.loop import TreesLost
@@ -133,9 +135,8 @@ class LearnerRank:
         from system.engine import weights
         from system.models.adapter import adapter_of
 
-        lora = self._config.learn.lora
-        apart = lora.apart(self._config.engine.name)
-        adapter = adapter_of(lora) if apart else None
+        apart = adapters_travel(self._config)
+        adapter = adapter_of(self._config.learn.lora) if apart else None
         if self._rank == 0:
             if self._transport is None:
                 config, address = self._config, ray.util.get_node_ip_address()
@@ -145,7 +146,9 @@ class LearnerRank:
                 )
             buckets = self._trainer.export(on_gpu=self._transport.on_gpu, adapters=apart)
             kv = "keep" if self._config.engine.kv_after_update == "keep" else "recompute"
-            return asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
+            report = asyncio.run(_push(self._transport, urls, buckets, version, kv, deadline_s))
+            merged = self._config.learn.lora.on and not apart
+            return replace(report, lora_kept=self._trainer.rounding.kept) if merged else report
         # The gather is collective: every rank walks through it.
         for _ in self._trainer.export(on_gpu=True, adapters=apart):
             pass
@@ -160,8 +163,8 @@ class LearnerRank:
     def load(self, path: str) -> dict[str, Any]:
         return self._trainer.load(Path(path))
 
-    def save_hf(self, path: str) -> None:
-        self._trainer.save_hf(Path(path))
+    def save_hf(self, path: str) -> float | None:
+        return self._trainer.save_hf(Path(path))
 
     def save_adapters(self, path: str, base: str) -> None:
         self._trainer.save_adapters(Path(path), base)
@@ -269,9 +272,11 @@ class LearnerGroup:
         """Go on from a checkpoint; returns its ``extra``."""
         return (await self._all("load", path))[0]
 
-    async def save_hf(self, path: str) -> None:
-        """Write the model in Hugging Face format."""
-        await self._all("save_hf", path)
+    async def save_hf(self, path: str) -> float | None:
+        """Write the model in Hugging Face format; returns the share of what adapters change that is in it
+        (``Rounding.kept``), None without.
+        """
+        return (await self._all("save_hf", path))[0]
 
     async def save_adapters(self, path: str, base: str) -> None:
         """Write the adapters of the model ``base`` in PEFT's format."""

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from actors.checkpoints import checkpoints
 from actors.delivery import deliver
 from actors.ending import signals
 from actors.evaluate import right_samples
@@ -20,7 +21,9 @@ from actors.ray_support import StartFailed, watched
 from actors.session import in_session
 from actors.supervised import SftState, Supervised, finished
 from system.config import Config, PartConfig, to_dict
+from system.config.lora import going_on
 from system.errors import DONE, STOPPED, ConfigError
+from system.models.files import take_name
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
@@ -118,7 +121,8 @@ class _SftRun:
         progress.phase(
             "starting", detail=f"waiting for the learner, encoding {len(self.data.train)} conversations"
         )
-        settings = to_dict(_supervised(config))
+        going = going_on(config) if checkpoints(run_dir) else config
+        settings = to_dict(_supervised(going))
         beats = Heartbeats(
             lambda: {name: Watched(it, places[name].options, False) for name, it in learner.ranks.items()},
             config.cluster.silent_s,
@@ -159,12 +163,15 @@ class _SftRun:
                 "held_out": state.held_out,
                 "candidates": [one.facts() for one in candidates],
                 "chosen": {"step": best.step, "by": self.how, "why": why},
+                "model": {} if best.lora_kept is None else {"lora_kept": best.lora_kept},
                 "wall_s": state.wall_s,
                 "seed": config.run.seed,
                 "config": redact(to_dict(config)),
             }
         )
         _draw(run_dir)
+        if (adapter := state.adapter_path(run_dir, best.step)).is_dir():
+            take_name(adapter, run_dir.adapter)
         state.path(run_dir, best.step).rename(run_dir.model)
         if config.sft.keep == "chosen":
             shutil.rmtree(run_dir.candidates)

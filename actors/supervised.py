@@ -37,12 +37,17 @@ class SftState:
     first_loss: float = float("nan")
     last_loss: float = float("nan")
     held_out: list[dict[str, Any]] = field(default_factory=list)  # step, loss in nats per token
-    candidates: list[dict[str, Any]] = field(default_factory=list)  # step, loss
+    candidates: list[dict[str, Any]] = field(default_factory=list)  # step, loss, lora_kept
 
     @staticmethod
     def path(run_dir: RunDir, step: int) -> Path:
         """Where the model of a step lies."""
         return run_dir.candidates / f"step-{step:06d}"
+
+    @staticmethod
+    def adapter_path(run_dir: RunDir, step: int) -> Path:
+        """Where the adapters of a step lie, of a run by LoRA."""
+        return run_dir.candidates / f"step-{step:06d}-adapter"
 
 
 class Supervised:
@@ -64,6 +69,7 @@ class Supervised:
         self.config, self.run_dir, self.state, self.progress = config, run_dir, state, progress
         self.stopping = asyncio.Event()
         self._learner, self._sinks, self._several = learner, sinks, how != "last"
+        self._base = str(Path(config.model.path).absolute())  # of adapters
         self._began = time.monotonic()
         self._ticks: deque[tuple[float, int]] = deque(maxlen=RECENT)  # (when, tokens learned by then)
 
@@ -133,8 +139,8 @@ class Supervised:
             self._write({"sft/held_out_loss": loss})
             self.progress.note(f"held-out loss after step {state.step}: {loss:.4f}")
         if candidate:
-            await self._save_candidate()
-            state.candidates.append({"step": state.step, "loss": loss})
+            kept = await self._save_candidate()
+            state.candidates.append({"step": state.step, "loss": loss, "lora_kept": kept})
             state.wall_s = self.wall_s
         await self.saved(wait=False)
         every = config.checkpoint.every
@@ -150,14 +156,19 @@ class Supervised:
             total += loss * sum(one.learned for one in some)
         return total / sum(one.learned for one in held_out)
 
-    async def _save_candidate(self) -> None:
+    async def _save_candidate(self) -> float | None:
+        """Returns the share of what adapters change that is in it, None without."""
         path = self.state.path(self.run_dir, self.state.step)
         partial = path.with_name(path.name + ".partial")
         for old in (path, partial):  # of a session that ended before its checkpoint
             shutil.rmtree(old, ignore_errors=True)
         partial.parent.mkdir(exist_ok=True)
-        await self._learner.save_hf(str(partial))
+        if self.config.learn.lora.on:  # before the model, whose presence says that all is there
+            adapter = self.state.adapter_path(self.run_dir, self.state.step)
+            await self._learner.save_adapters(str(adapter), self._base)
+        kept = await self._learner.save_hf(str(partial))
         partial.rename(path)
+        return kept
 
     async def save(self) -> None:
         """Begin a checkpoint of this step; it is there once :meth:`saved` says so."""

@@ -19,6 +19,7 @@ from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
 from actors.session import in_session
 from system.config import Config, ConfigError
+from system.config.lora import going_on
 from system.errors import DONE, STOPPED
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
@@ -122,7 +123,8 @@ class _Run:
 
 async def _train(run: _Run, places: Placement) -> int:
     """The actors of a run, from their start to their end."""
-    config, progress = run.config, run.progress
+    progress = run.progress
+    config = going_on(run.config) if checkpoints(run.run_dir) else run.config
     actors = await RunActors.start(
         config, run.task, run.model, places, run.run_dir, lambda awaited: progress.advance(0, awaited)
     )
@@ -164,5 +166,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     progress.phase("saving")
     if config.learn.lora.on:
         await actors.learner.save_adapters(str(run_dir.adapter), str(run.model.absolute()))
-    await actors.learner.save_hf(str(run_dir.model))
+    kept = await actors.learner.save_hf(str(run_dir.model))
+    if kept is not None:
+        run.recorder.model_merged(kept)
     return DONE

@@ -447,10 +447,7 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
     assert load(write(tmp_path, to_yaml(config))) == config
     assert "learn.lora.rank\n    integer, default 0; 0 or more" in text("learn.lora")
     apart = ["engine=sglang", "learn.lora.sync=adapter"]
-    assert load(file, [*apart, "engine.sglang={max_loras_per_batch: 4}"]).learn.lora.apart("sglang")
-    assert [lora.apart(engine) for engine in ("embedded", "sglang")] == [True, False]
-    assert not load(file, ["learn.lora.sync=merged"]).learn.lora.apart("embedded")
-    assert not load(file, ["learn.lora.rank=0", "learn.lora.sync=adapter"]).learn.lora.apart("embedded")
+    load(file, [*apart, "engine.sglang={max_loras_per_batch: 4}"])
     for words, says in (
         (["learn.lora=8"], "learn.lora is a section; set one of its keys, e.g. learn.lora.rank"),
         (["learn.lora.rnk=8"], "unknown key learn.lora.rnk; did you mean learn.lora.rank?"),
@@ -458,9 +455,14 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
         (["learn.lora.rank=x"], "learn.lora.rank='x' must be an integer"),
         (["learn.lora.targets=[q, lm_head]"], "learn.lora.targets: 'lm_head': choose of q, k, v, o"),
         (["learn.lora.targets=[]"], "learn.lora.targets is empty"),
-        (["learn.lora.rank=0", "learn.lora.init=x"], "learn.lora.init=x: set learn.lora.rank"),
+        (
+            ["learn.lora.rank=0", "learn.lora.init=x"],
+            "learn.lora.init=x does nothing while learn.lora.rank=0",
+        ),
+        (["learn.lora.rank=0", "learn.lora.alpha=4"], "learn.lora.alpha=4.0 does nothing"),
+        (["learn.lora.rank=0", "learn.lora.sync=adapter"], "learn.lora.sync=adapter does nothing"),
         (["learn.proximal=average"], "learn.proximal=average: no moving average of adapters"),
-        (["engine.sglang={enable_lora: true}"], "engine.sglang.enable_lora: SGLang gets merged weights"),
+        (["engine=sglang", "engine.sglang={enable_lora: true}"], "enable_lora: SGLang gets merged weights"),
         ([*apart, "engine.sglang={max-lora-rank: 9}"], "engine.sglang.max-lora-rank is set by learn.lora"),
         ([*apart, "engine.weights=disk"], "engine.weights=disk is a way for all weights"),
         (["model.path="], "without model.path they would be random ones"),

@@ -17,6 +17,9 @@ from actors.cli.command import argument, command
     argument("--to", type=Path, metavar="DIR", help="write it there, as Hugging Face writes models"),
     argument("--push", metavar="OWNER/NAME", help="upload it (HF_TOKEN; HF_ENDPOINT for another hub)"),
     argument("--adapter", action="store_true", help="of a run by LoRA: the adapters, as PEFT writes them"),
+    argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the weights (default: model.dtype of the run)"
+    ),
     argument("--public", action="store_true", help="a repository that is made for it is seen by everyone"),
 )
 def export(args: argparse.Namespace) -> int:
@@ -27,8 +30,10 @@ def export(args: argparse.Namespace) -> int:
       espalier export runs/quickstart-s0 --step 100 --to models/quickstart-100
       espalier export runs/quickstart-s0 --push me/quickstart
       espalier export runs/lora-s0 --adapter --to adapters
+      espalier export runs/lora-s0 --dtype float32 --to models/lora
 
-    The adapters of a run by LoRA (learn.lora.rank) are merged into its model; --adapter leaves them apart.
+    The adapters of a run by LoRA (learn.lora.rank) are merged into its model, in which bfloat16 rounds small
+    changes away: --dtype float32 merges them anew, without that loss; --adapter leaves them apart.
     A checkpoint is read file by file, without a GPU and whatever layout wrote it. The directory holds
     weights, configuration, tokenizer, and a model card (README.md) with the run's figures.
     """
@@ -41,7 +46,15 @@ def export(args: argparse.Namespace) -> int:
     if args.public and args.push is None:
         raise ConfigError("--public goes with --push OWNER/NAME")
     run, push = RunDir.open(args.run), args.push or ""
-    for line in publish(run, args.step, args.to, push, public=args.public, adapter=args.adapter):
+    for line in publish(
+        run,
+        args.step,
+        args.to,
+        push,
+        public=args.public,
+        adapter=args.adapter,
+        dtype=args.dtype or "",
+    ):
         print(line, flush=True)
     return 0
 

@@ -14,11 +14,11 @@ from system.config.by_step import at_step, course_problems
 from system.config.cluster import cluster_problems
 from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
+from system.config.lora import adapters_travel, lora_problems
 from system.config.mcp import place
 from system.config.precision import precision_problems, sglang_flags
 from system.config.rule import PartConfig
 from system.config.schema import Config
-from system.config.schema_lora import lora_problems
 from system.config.schema_reward import ON_LOOP, rewards
 from system.config.schema_sft import sft_problems
 from system.config.settings import Setting, settings
@@ -259,7 +259,8 @@ def _rewards(config: Config) -> Iterator[str]:
 def _engine(config: Config) -> Iterator[str]:
     """What goes with the kind of engine; and the addresses of servers."""
     engine = config.engine
-    if config.rollout.rescore and engine.name == "sglang" and engine.kv_after_update == "keep":
+    swapped = engine.name == "sglang" and not adapters_travel(config)  # else a request keeps its version
+    if config.rollout.rescore and swapped and engine.kv_after_update == "keep":
         yield (
             "rollout.rescore=true needs engine.kv_after_update=recompute: a score that an update interrupts "
             "would be of two versions"
@@ -314,8 +315,6 @@ def _engine(config: Config) -> Iterator[str]:
 def _learner(config: Config) -> Iterator[str]:
     """What goes with the learner's layout."""
     learn = config.learn
-    engine = config.engine
-    yield from lora_problems(learn.lora, learn.proximal, engine.name, engine.weights, map(str, engine.sglang))
     if learn.cp > 1 and learn.attention == "flash":
         yield (
             f"learn.attention=flash attends to whole rows, and learn.cp={learn.cp} spreads them over ranks: "
@@ -420,6 +419,7 @@ AGREEMENTS = (
     *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
     *(
         precision_problems,
+        lora_problems,
         _learner,
         cluster_problems,
         _shape,

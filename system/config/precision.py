@@ -62,7 +62,7 @@ def precision_problems(config: Config) -> Iterator[str]:
             "engine.sglang.quantization=fp8 is made of bfloat16 weights, and "
             f"model.dtype={config.model.dtype}: set model.dtype=bfloat16"
         )
-    if kind == "fp8" and config.learn.lora.on and config.learn.lora.apart("sglang"):
+    if kind == "fp8" and config.learn.lora.on and config.learn.lora.sync == "adapter":
         yield (
             "engine.sglang.quantization=fp8 with learn.lora.sync=adapter has not been tried: set "
             "learn.lora.sync=merged, or take it out"

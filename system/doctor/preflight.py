@@ -26,6 +26,7 @@ from system.agents.forking import misfits as agent_misfits
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, rewards
 from system.config.check import part_problems, undivided
+from system.config.lora import going_on
 from system.doctor import adapters
 from system.doctor.answering import unanswered
 from system.doctor.experts import expert_misfits
@@ -39,7 +40,7 @@ from system.models.known import shape_of
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub
-from system.plan.memory import WIDTH, besides
+from system.plan.memory import WIDTH, besides_saved
 from system.plugins import AGENTS, POLICIES, TASKS
 from system.rollout.branching import make_policy
 from system.rollout.chat import make_chat, planned_syntax, unknown_arguments
@@ -91,7 +92,8 @@ def look(
     goes on.  ``without``: topics that are left out.
     """
     if resume is not None:
-        config = copy.deepcopy(config)
+        saved = any((resume / "checkpoints").glob("v" + 6 * "[0-9]"))
+        config = going_on(config) if saved else copy.deepcopy(config)
         config.run.dir = str(resume)
     asked = ANYWHERE if login else ANYWHERE | ON_THE_SPOT
     if login and config.slurm.container != "none":
@@ -312,7 +314,7 @@ def _gib(size: int) -> str:
 
 def _checkpoint_bytes(config: Config) -> int:
     """Float32 weights that are trained, both of Adam's moments, and the models that are kept besides."""
-    each = 12 + len(besides(config.learn)) * WIDTH[config.model.dtype]
+    each = 12 + besides_saved(config.learn, config.model.dtype)
     return each * adapters.trained(config, _parameters(config))
 
 

@@ -59,16 +59,16 @@ class Beside:
         """What a checkpoint keeps of each, by a word for it."""
         reference = self.reference
         kept = {} if reference is None else {"reference": _held(reference)}
-        return kept | {name: _held(one.model) for name, one in self._averages.items()}
+        return kept | {name: one.mean for name, one in self._averages.items()}
 
     def state(self) -> dict[str, float]:
         """What else it keeps, for its JSON: the averages' total weights."""
         return {name: one.weight for name, one in self._averages.items()}
 
     def take_state(self, extra: dict[str, Any]) -> None:
-        """Take :meth:`state` out of a checkpoint's JSON."""
+        """Take :meth:`state` out of a checkpoint's JSON; its tensors have been read."""
         for name, one in self._averages.items():
-            one.weight = extra.pop(name, 1.0)
+            one.restored(extra.pop(name, 1.0))
 
 
 def _held(model: TreeGPTModel | AdapterCopy) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ A checkpoint names its tensors as Hugging Face does, so they are read file by fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
 
 from system.errors import CheckpointError, naming
 from system.learn.checkpoint import BoxLoader, look, whole
-from system.models.adapter import Adapter, factors
+from system.models.adapter import Adapter, Rounding, factors, read_adapter
 from system.models.files import by_bytes, read_tensors, take_name, write_model
 from system.models.shape import ModelShape
 
@@ -30,27 +31,75 @@ def extract(
     *,
     adapter: Adapter | None = None,
     file_bytes: int = FILE_BYTES,
-) -> None:
+) -> float | None:
     """Write the model of ``checkpoint`` into ``target`` as a complete Hugging Face directory.
 
     ``source``: the model that training began with, which has its configuration and tokenizer.  With an
-    ``adapter`` the checkpoint has adapters alone, which are merged into the weights of ``source``.  In memory
-    there is one file at a time.  Raises :class:`CheckpointError` for a checkpoint that is damaged, or of
-    another model.
+    ``adapter`` the checkpoint has adapters alone, which are merged into the weights of ``source``; returns
+    the share of their change that was kept (``Rounding.kept``).  In memory there is one file at a time.
+    Raises :class:`CheckpointError` for a checkpoint that is damaged, or of another model.
     """
     _sound(checkpoint)
-    shape = ModelShape.from_directory(source)
-    shapes = shape.tensors()
-    files = by_bytes(((name, prod(size) * dtype.itemsize) for name, size in shapes.items()), file_bytes)
+    if adapter is not None:
+        sizes = adapter.tensors(ModelShape.from_directory(source))
+
+        def read(names: list[str]) -> dict[str, torch.Tensor]:
+            return _read(checkpoint, {name: sizes[name] for name in names}, dtype)
+
+        return _merge(read, source, target, dtype, adapter, file_bytes)
+    shapes, files = _files(source, dtype, file_bytes)
+    buckets = (_read(checkpoint, {name: shapes[name] for name in names}, dtype) for names in files)
+    write_model(target, source, dtype, buckets, len(files))
+    return None
+
+
+def merge(
+    adapters: Path,
+    source: str | Path,
+    target: Path,
+    dtype: torch.dtype,
+    adapter: Adapter,
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> float | None:
+    """Write the model in ``source`` with the adapters of the directory ``adapters`` merged in; else as
+    :func:`extract`.  Raises :class:`~system.models.adapter.AdapterError` for others than ``adapter``.
+    """
+    tensors = read_adapter(adapters, ModelShape.from_directory(source), adapter)
+
+    def read(names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: tensors[name] for name in names}
+
+    return _merge(read, source, target, dtype, adapter, file_bytes)
+
+
+def _merge(
+    read: Callable[[list[str]], dict[str, torch.Tensor]],
+    source: str | Path,
+    target: Path,
+    dtype: torch.dtype,
+    adapter: Adapter,
+    file_bytes: int,
+) -> float | None:
+    """``read`` gives adapter tensors by their names."""
+    _, files = _files(source, dtype, file_bytes)
+    sizes, rounding = adapter.tensors(ModelShape.from_directory(source)), Rounding()
 
     def bucket(names: list[str]) -> dict[str, torch.Tensor]:
-        if adapter is None:
-            return _read(checkpoint, {name: shapes[name] for name in names}, dtype)
-        sizes = adapter.tensors(shape)
-        beside = {one: sizes[one] for name in names for one in factors(name) if one in sizes}
-        return adapter.merged(read_tensors(source, names, dtype), _read(checkpoint, beside, dtype))
+        beside = read([one for name in names for one in factors(name) if one in sizes])
+        return adapter.merged(read_tensors(source, names, dtype), beside, rounding)
 
     write_model(target, source, dtype, map(bucket, files), len(files))
+    return rounding.kept
+
+
+def _files(
+    source: str | Path, dtype: torch.dtype, file_bytes: int
+) -> tuple[dict[str, tuple[int, ...]], list[list[str]]]:
+    """The shapes of a model's tensors, and which of them are in each file."""
+    shapes = ModelShape.from_directory(source).tensors()
+    sizes = ((name, prod(size) * dtype.itemsize) for name, size in shapes.items())
+    return shapes, by_bytes(sizes, file_bytes)
 
 
 def extract_adapters(
@@ -62,7 +111,7 @@ def extract_adapters(
     tensors = _read(checkpoint, adapter.tensors(shape), dtype)
     partial = target.with_name(target.name + ".partial")
     with naming(partial):
-        adapter.write(partial, shape, tensors, str(Path(source).absolute()))
+        adapter.write(partial, tensors, str(Path(source).absolute()))
         take_name(partial, target)
 
 

@@ -211,14 +211,16 @@ class Trainer:
         tensors.
         """
         export = Export(self.model, self.layout, self.learn.bucket_mb << 20, adapters=adapters)
+        self.rounding = export.rounding  # of the last export, once it is read to its end; on rank 0
         return export.buckets(on_gpu=on_gpu)
 
-    def save_hf(self, path: str | Path) -> None:
+    def save_hf(self, path: str | Path) -> float | None:
         """Write a complete Hugging Face directory (configuration, tokenizer files, safetensors), adapters
-        merged.
+        merged.  Returns on rank 0 the share of their change that was kept (``Rounding.kept``).
         """
-        weights.save_hf(self.model, self.layout, Path(path), self.hf_path)
+        kept = weights.save_hf(self.model, self.layout, Path(path), self.hf_path)
         torch.distributed.barrier()
+        return kept
 
     def save_adapters(self, path: str | Path, base: str) -> None:
         """Write the adapters in PEFT's format; ``base``: the model that they belong to."""

@@ -23,7 +23,7 @@ from system.learn.lora import drawn, is_adapter, module_of
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
-from system.models.adapter import read_adapter
+from system.models.adapter import Rounding, read_adapter
 from system.models.files import by_bytes, take_name, write_model
 from system.models.weights import WeightReader
 
@@ -103,7 +103,7 @@ class Export:
         ``adapters``: these alone, under PEFT's names.
         """
         self._model, self._layout = model, layout
-        self._map = WeightMap.of(model)
+        self._map, self.rounding = WeightMap.of(model), Rounding()  # of merging, on rank 0
         size = model.config.params_dtype.itemsize
         what = self._map.adapters() if adapters else self._map.pieces()
         self.plan = by_bytes(((one, one.numel * size) for one in what), max_bytes)
@@ -138,7 +138,7 @@ class Export:
         adapters: Bucket = {}
         for one in self._beside.get((mapped.stage, module_of(mapped.key)), ()):
             adapters |= self.gather(one, parameters.get(one.key))
-        return self._model.adapter.merged(full, adapters) if self._model.adapter else full
+        return self._model.adapter.merged(full, adapters, self.rounding) if self._model.adapter else full
 
     @torch.no_grad()
     def gather(self, mapped: MappedParameter, shard: torch.Tensor | None) -> Bucket:
@@ -186,9 +186,9 @@ class Export:
 
 def save_hf(
     model: TreeGPTModel, layout: Layout, path: Path, source: str | Path, *, file_bytes: int = 2**31
-) -> None:
+) -> float | None:
     """Write a complete Hugging Face directory, in files of at most ``file_bytes`` (one parameter at least);
-    adapters are merged.
+    adapters are merged.  Returns on rank 0 the share of their change that was kept (``Rounding.kept``).
 
     Collective; only rank 0 touches the disk, as :func:`~system.models.files.write_model` does.
     """
@@ -196,8 +196,9 @@ def save_hf(
     if layout.rank != 0:
         for _ in export.buckets():
             pass
-        return
+        return None
     write_model(path, source, model.config.params_dtype, export.buckets(), len(export.plan))
+    return export.rounding.kept
 
 
 def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str) -> None:
@@ -211,5 +212,5 @@ def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str) ->
         partial = path.with_name(path.name + ".partial")
         with naming(partial):
             shutil.rmtree(partial, ignore_errors=True)
-            model.adapter.write(partial, model.shape, tensors, base)
+            model.adapter.write(partial, tensors, base)
             take_name(partial, path)

@@ -7,7 +7,7 @@ rank.  Their names are PEFT's, in files and on the way to engines.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,73 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from system.config import LoraConfig
+from system.config.schema_lora import MODULES
 from system.errors import ConfigError
 from system.models.files import write_weights
 from system.models.shape import ModelShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PROJECTIONS = ("q", "k", "v", "out", "gate", "up", "down")  # parts of a layer that can have adapters
+PROJECTIONS = tuple(MODULES)  # parts of a layer that can have adapters
 _PREFIX = "base_model.model."
-# What an adapter_config.json may say beyond that, with other values than these, would be computed wrongly.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "lora_bias"), (False, None)),
-    **dict.fromkeys(
-        (
-            "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-            "layer_replication", "megatron_config", "trainable_token_indices", "target_parameters",
-        ),
-        (None, {}, []),
-    ),
+# Keys of an adapter_config.json that change nothing of what the adapters compute, whatever they say.
+_ANY = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout",
+    "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 }  # fmt: skip
+_READ = {"r", "lora_alpha", "target_modules"}
+# Those that have to have one of these values, and why.  Any other key has to be off: what PEFT will know
+# tomorrow is not computed here.
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "peft_type": (("LORA",), "another method than LoRA"),
+    "bias": (("none", None), "biases that were trained are not read"),
+    "init_lora_weights": (
+        (True, False, None, "gaussian", "eva", "orthogonal"),
+        "such adapters may go with a base model whose weights it has changed; PEFT's save_pretrained "
+        "converts them (path_initial_model_for_weight_conversion)",
+    ),
+}
+_OFF = (None, False, {}, [], "")
+_WHY_OFF = {
+    "alora_invocation_tokens": "adapters that begin at certain tokens",
+    "alpha_pattern": "every layer has the same alpha here",
+    "exclude_modules": "every layer has the same projections here: list those that have adapters",
+    "fan_in_fan_out": "weights that are stored transposed",
+    "layer_replication": "layers that the model has not",
+    "layers_to_transform": "every layer has adapters here",
+    "lora_bias": "biases beside B are not read",
+    "modules_to_save": "whole modules that were trained are not read",
+    "rank_pattern": "every layer has the same rank here",
+    "target_parameters": "adapters of single parameters are not read",
+    "trainable_token_indices": "embeddings that were trained are not read",
+    "use_dora": "DoRA's magnitudes are not computed",
+    "use_rslora": "outputs are scaled by alpha / rank here, not by alpha / √rank",
+}
 
 
 class AdapterError(ConfigError):
     """A directory that holds no adapters, or not those that are wanted; the message names it."""
+
+
+class Rounding:
+    """How much of a change of weights is left of it once the changed weights are rounded."""
+
+    def __init__(self) -> None:
+        self._wanted: torch.Tensor | float = 0.0  # squared norms
+        self._lost: torch.Tensor | float = 0.0
+
+    def add(self, wanted: torch.Tensor, made: torch.Tensor) -> None:
+        """One weight's change in float32: as computed, and as it is after rounding."""
+        self._wanted = self._wanted + torch.linalg.vector_norm(wanted).double() ** 2
+        self._lost = self._lost + torch.linalg.vector_norm(made - wanted).double() ** 2
+
+    @property
+    def kept(self) -> float | None:
+        """1 - |made - wanted|² / |wanted|² over all weights: 1 where nothing is lost, 0 where every weight is
+        as it was; never less, as rounding takes the nearest number, and the old weight is one of those there
+        are.  None: nothing was to change.
+        """
+        wanted = float(self._wanted)
+        return 1.0 - float(self._lost) / wanted if wanted else None
 
 
 @dataclass(frozen=True)
@@ -66,19 +109,26 @@ class Adapter:
         return found
 
     def merged(
-        self, weights: Mapping[str, torch.Tensor], adapters: Mapping[str, torch.Tensor]
+        self,
+        weights: Mapping[str, torch.Tensor],
+        adapters: Mapping[str, torch.Tensor],
+        rounding: Rounding | None = None,
     ) -> dict[str, torch.Tensor]:
         """``weights`` of the model, by name, each with its adapter, if there is one among ``adapters``, added
-        in: W + scale · B A, computed in float32.
+        in: W + scale · B A, computed in float32, rounded to the weight's dtype.  ``rounding`` takes in what
+        that costs.
         """
         merged = dict(weights)
         for name, weight in weights.items():
             a, b = map(adapters.get, factors(name))
             if a is not None and b is not None:
-                merged[name] = (weight.float() + self.scale * (b.float() @ a.float())).to(weight.dtype)
+                change = self.scale * (b.float() @ a.float())
+                merged[name] = (weight.float() + change).to(weight.dtype)
+                if rounding is not None:
+                    rounding.add(change, merged[name].float() - weight.float())
         return merged
 
-    def peft_config(self, shape: ModelShape) -> dict[str, Any]:
+    def peft_config(self) -> dict[str, Any]:
         """What PEFT's ``adapter_config.json`` says of the adapters themselves."""
         return {
             "peft_type": "LORA",
@@ -87,16 +137,14 @@ class Adapter:
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": modules_of(shape, self.parts),
+            "target_modules": [MODULES[part] for part in self.parts],
         }
 
-    def write(
-        self, directory: Path, shape: ModelShape, adapters: Mapping[str, torch.Tensor], base: str
-    ) -> None:
+    def write(self, directory: Path, adapters: Mapping[str, torch.Tensor], base: str) -> None:
         """PEFT's two files into ``directory``; ``base``: the model that they belong to."""
         directory.mkdir(parents=True, exist_ok=True)
         write_weights({name: tensor.contiguous() for name, tensor in adapters.items()}, directory / WEIGHTS)
-        config = self.peft_config(shape) | {"base_model_name_or_path": base, "inference_mode": True}
+        config = self.peft_config() | {"base_model_name_or_path": base, "inference_mode": True}
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -125,18 +173,18 @@ def read_adapter(path: str | Path, shape: ModelShape, wanted: Adapter) -> dict[s
         tensors = load_file(directory / WEIGHTS)
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterError(f"{directory}: the adapters cannot be read: {error}") from error
-    for key, plain in _PLAIN.items():
-        if (value := config.get(key, plain[0])) not in plain:
-            raise AdapterError(f"{directory / CONFIG}: {key}={value!r} is not computed here")
+    for key, value in config.items():
+        if why := _refused(key, value):
+            raise AdapterError(f"{directory / CONFIG}: {key}={value!r} is not computed here: {why}")
     targets = config.get("target_modules")
     if targets == "all-linear":
-        targets = [*modules_of(shape, PROJECTIONS)]
+        targets = [*MODULES.values()]
     if not isinstance(targets, list):
         raise AdapterError(f"{directory / CONFIG}: target_modules={targets!r}: name the modules in a list")
     for key, value, needed in (
         ("learn.lora.rank", config.get("r"), wanted.rank),
         ("learn.lora.alpha", config.get("lora_alpha"), wanted.alpha),
-        ("learn.lora.targets", sorted(map(str, targets)), sorted(modules_of(shape, wanted.parts))),
+        ("learn.lora.targets", sorted(map(str, targets)), sorted(MODULES[part] for part in wanted.parts)),
     ):
         if value != needed:
             raise AdapterError(f"{directory}: {key} of these adapters is {value}, not {needed}: set it so")
@@ -152,6 +200,9 @@ def read_adapter(path: str | Path, shape: ModelShape, wanted: Adapter) -> dict[s
     return tensors
 
 
-def modules_of(shape: ModelShape, parts: Iterable[str]) -> list[str]:
-    """What PEFT calls projections in ``target_modules``: ``q_proj``."""
-    return [shape.tensor(part, 0).split(".")[-2] for part in parts]
+def _refused(key: str, value: Any) -> str:
+    """Why adapters whose configuration has ``key: value`` are not taken; empty: they are."""
+    if key in _ANY or key in _READ:
+        return ""
+    allowed, why = _ONLY.get(key, (_OFF, _WHY_OFF.get(key, "a way of PEFT's that is not known here")))
+    return "" if any(value is one or value == one for one in allowed) else why

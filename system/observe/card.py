@@ -29,21 +29,31 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>|#&~])")
 _Z = NormalDist().inv_cdf(0.975)
 
 
-def model_card(config: Config, summary: Mapping[str, Any], *, name: str, version: int) -> str:
+def model_card(
+    config: Config,
+    summary: Mapping[str, Any],
+    *,
+    name: str,
+    version: int,
+    adapter: bool = False,
+    merged: tuple[str, float] | None = None,
+) -> str:
     """Markdown, with the head that a hub reads.
 
     ``summary``: of the run, whose model of step ``version`` this is.  Its figures of the end are left out if
-    that is not its last step.
+    that is not its last step.  ``adapter``: these are its adapters alone.  ``merged``: they were merged in
+    this dtype, which kept this share of what they change (``Rounding.kept``).
     """
     last = summary.get("versions") == version
     scores: Mapping[str, Any] = summary.get("eval", {})
     evaluated = {when: one for when, one in scores.items() if one and (last or when == "before")}
     lines = [
-        *_head(config),
+        *_head(config, adapter),
         f"# {_text(name)}",
         "",
         f"Trained with Espalier {_how(config, summary, version)}.",
         "",
+        *_adapters(config, adapter, merged),
         *_scores(evaluated),
         *_losses(summary, version),
         *(_totals(summary) if last else ()),
@@ -71,10 +81,10 @@ def accuracy(share: float, questions: int) -> str:
     return f"{share:.1%} ({max(0.0, middle - half):.1%} to {min(1.0, middle + half):.1%})"
 
 
-def _head(config: Config) -> Iterator[str]:
+def _head(config: Config, adapter: bool) -> Iterator[str]:
     """YAML; JSON texts are YAML's, too."""
     yield "---"
-    yield "library_name: transformers"
+    yield f"library_name: {'peft' if adapter else 'transformers'}"
     yield "pipeline_tag: text-generation"
     if base := _hub_name(config):
         yield f"base_model: {json.dumps(base)}"
@@ -84,10 +94,35 @@ def _head(config: Config) -> Iterator[str]:
 
 
 def _hub_name(config: Config) -> str:
-    """The name on the hub of the model that training began with: the end of its directory, if so written."""
-    parts = Path(config.model.path).parts[-2:]
-    name = "/".join(parts)
-    return name if len(Path(config.model.path).parts) == 2 and REPOSITORY.fullmatch(name) else ""
+    """The name on the hub of the model that training began with; empty where its directory does not tell.
+
+    It tells in the hub's own cache (``models--owner--name``), and where it is called ``owner/name`` and its
+    card has that name too.
+    """
+    path = Path(config.model.path).absolute()
+    for part in path.parts:
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/")
+    name, card = "/".join(path.parts[-2:]), path / CARD
+    if config.model.path and REPOSITORY.fullmatch(name) and card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")
+        return name if re.search(rf"(?<![\w./-]){re.escape(name)}(?![\w-])", text) else ""
+    return ""
+
+
+def _adapters(config: Config, alone: bool, merged: tuple[str, float] | None) -> Iterator[str]:
+    """Of a run by LoRA: what these files are."""
+    lora = config.learn.lora
+    if alone:
+        yield f"Adapters (LoRA) of rank {lora.rank} alone, in PEFT's format."
+        yield ""
+    elif merged:
+        dtype, kept = merged
+        yield (
+            f"Its adapters (LoRA) of rank {lora.rank} are merged into the weights in {dtype}, which keeps "
+            f"{kept:.1%} of what they change (of its squared norm)."
+        )
+        yield ""
 
 
 def _base(config: Config) -> str:

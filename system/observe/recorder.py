@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from system.config import Config, to_dict
+from system.config.lora import merging_warning
 from system.flow.loop import FinishedStep
 from system.observe.alarms import Alarms
 from system.observe.eval import EvalResult
@@ -184,6 +185,17 @@ class Recorder:
         totals = self._totals.weights
         add(totals, pushes=1, bytes=sent_bytes, stage_s=stage_s, pause_s=sum(pause_s))
         highest(totals, pause_s_max=max(pause_s, default=0.0))
+
+    def merged(self, kept: float) -> None:
+        """Adapters were merged into weights that reached the engines, with this share of their change."""
+        self.gauge("weights/lora_kept", kept)
+        self._totals.weights["lora_kept"] = kept
+        if warning := merging_warning(self._config, kept):
+            self.mishap("warning, LoRA merged", warning)
+
+    def model_merged(self, kept: float) -> None:
+        """The same of the model that the run leaves."""
+        self._totals.model["lora_kept"] = kept
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None:
         """A running total of the seconds that ``actor`` waited for ``cause`` (say: the learner, for trees).

@@ -41,6 +41,7 @@ class Totals:
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
+    model: dict[str, float] = field(default_factory=dict)  # of the model that is left: lora_kept
     wall_s: float = 0.0  # of earlier sessions
 
     def summary(self) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class Totals:
             "chat": dict(sorted(self.chat.items())),
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
+            "model": dict(self.model),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
             "causes": {kind: dict(entry) for kind, entry in sorted(self.causes.items())},
             "idle": self.idle.shares(),

@@ -182,10 +182,20 @@ def averages(learn: LearnConfig) -> bool:
     return learn.proximal == "average" and learn.objective.name == "decoupled"
 
 
-def besides(learn: LearnConfig) -> list[str]:
-    """The models that the learner keeps besides the one it trains."""
-    kept = {"reference": learn.kl_coef > 0, "average": averages(learn), "teacher": learn.teacher == "average"}
-    return [name for name, there in kept.items() if there]
+def besides(learn: LearnConfig, dtype: str) -> dict[str, int]:
+    """The models that the learner keeps besides the one it trains: bytes of each parameter on its device.
+
+    A moving average is kept in float32, and computes in the model's ``dtype`` (``MovingAverage``).
+    """
+    mean = WIDTH[dtype] + (_MASTER if dtype != "float32" else 0)
+    kept = {"reference": WIDTH[dtype]} if learn.kl_coef > 0 else {}
+    kept |= {"average": mean} if averages(learn) else {}
+    return kept | ({"teacher": mean} if learn.teacher == "average" else {})
+
+
+def besides_saved(learn: LearnConfig, dtype: str) -> int:
+    """Bytes of these models in a checkpoint, for each parameter; of an average it has the float32 numbers."""
+    return sum(WIDTH[dtype if name == "reference" else "float32"] for name in besides(learn, dtype))
 
 
 def host_memory(shape: ModelShape, learn: LearnConfig, dtype: str = "bfloat16") -> Memory:
@@ -297,4 +307,5 @@ def _stage(shape: ModelShape, learn: LearnConfig, dtype: str, stage: int) -> dic
         chunk = min(tokens * share, LOGITS)
         product = 0.0 if learn.lora.on else shape.hidden * share
         parts["logits"] = width * (2 * shape.hidden * tokens + 2 * chunk + product)
-    return parts | dict.fromkeys(besides(learn), adapters or width * parameters)
+    numbers = trained if learn.lora.on else parameters
+    return parts | {name: each * numbers for name, each in besides(learn, dtype).items()}

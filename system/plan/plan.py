@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from system.config import Config, ConfigError
+from system.config.lora import adapters_travel
 from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models.known import shape_of
@@ -272,9 +273,8 @@ class GpuPlan:
         return self._published(self.gpu).size
 
     def _published(self, gpu: Gpu) -> PublishRoofline:
-        learn = self.config.learn
-        apart = learn.lora.apart(self.config.engine.name)
-        return PublishRoofline(self.shape, learn, self.engine, gpu, self.one_node, apart)
+        apart = adapters_travel(self.config)
+        return PublishRoofline(self.shape, self.config.learn, self.engine, gpu, self.one_node, apart)
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -416,7 +416,7 @@ def text(plan: GpuPlan) -> str:
 
 def _lora(plan: GpuPlan) -> str:
     lora, adapters = plan.config.learn.lora, adapter_parameters(plan.shape, plan.config.learn)
-    how = "adapters alone" if lora.apart(plan.config.engine.name) else "merged, all weights"
+    how = "adapters alone" if adapters_travel(plan.config) else "merged, all weights"
     return (
         f"  LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {parameter_count(adapters)} numbers are "
         f"trained; {byte_size(plan.sent_bytes)} a version travel ({how})"

@@ -18,6 +18,7 @@ class SavedModel:
     loss: float | None = None  # held-out nats per token
     solved: float | None = None  # share of the held-out questions that one of k samples answers right
     accuracy: float | None = None  # share of right ones among all samples
+    lora_kept: float | None = None  # of what its adapters change, the share that it holds (Rounding.kept)
 
     def rate(self, right: Sequence[int], samples: int) -> None:
         """``right``: for each question how many of so many samples are."""

@@ -159,12 +159,13 @@ def test_a_transport_knows_the_run_by_its_directory_and_what_travels(monkeypatch
     rank: Any = object.__new__(LearnerRank)
     rank._rank, rank._transport, rank._model, rank._config = 0, None, "model", Config()
     rank._config.run.dir, rank._config.run.name = "/shared/runs", "mine-s0"
-    rank._trainer = SimpleNamespace(export=export)
+    rank._trainer = SimpleNamespace(export=export, rounding=SimpleNamespace(kept=0.25))
     assert rank.publish(["http://10.0.0.2:1"], 3, 5.0).bytes == 7
     assert given[-2:] == ["10.0.0.1", Path("/shared/runs/mine-s0")]
     for name, lora in (("embedded", 0), ("embedded", 4), ("sglang", 4)):  # which gets them merged
         rank._transport, rank._config.engine.name, rank._config.learn.lora.rank = None, name, lora
-        rank.publish(["http://10.0.0.2:1"], 3, 5.0)
+        report = rank.publish(["http://10.0.0.2:1"], 3, 5.0)
+        assert report.lora_kept == (0.25 if name == "sglang" else None)
         rank._rank = 1  # another rank walks through the same
         rank.publish(["http://10.0.0.2:1"], 3, 5.0)
         rank._rank = 0

@@ -404,10 +404,20 @@ def test_adapters_to_start_from_are_looked_at(place: Path) -> None:
     shape = ModelShape.from_config(SHAPE)
     kind = Adapter(2, 32.0, ("q", "k", "v", "out", "gate", "up", "down"))
     tensors = {name: torch.zeros(size) for name, size in kind.tensors(shape).items()}
-    kind.write(place / "adapters", shape, tensors, "model")
+    kind.write(place / "adapters", tensors, "model")
     assert found("learn.lora.rank=2") == []
     (line,) = found("learn.lora.rank=4")
     assert "learn.lora.rank of these adapters is 2, not 4: set it so" in line
+
+
+def test_a_run_that_has_a_checkpoint_needs_no_adapters_to_start_from(place: Path) -> None:
+    config = load("plain.yaml", ["learn.lora.rank=2", "learn.lora.init=gone"])
+    run = place / "runs" / "mine"
+    (run / "checkpoints" / "v000001.partial").mkdir(parents=True)
+    assert "learn.lora.init=gone" in str(look(config, resume=run)["model"][0])
+    (run / "checkpoints" / "v000001").mkdir()
+    assert look(config, resume=run)["model"] == []
+    assert config.learn.lora.init == "gone"
 
 
 def test_the_directory_for_weights_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

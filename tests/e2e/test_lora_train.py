@@ -1,6 +1,7 @@
 """A whole run by LoRA: what travels, what stands still, what is left; stopped and resumed."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from math import prod
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from actors.cli.main import main
@@ -25,15 +27,24 @@ def test_a_run_by_lora_sends_adapters_alone_and_goes_on(start: Callable[..., Any
     assert first.wait(WAIT_S) == 0, first.output()
     base = tmp_path / "base" / "model"
     weights = load_file(base / "model.safetensors")
-    settings = ("warmstart.steps=0", "learn.lora.rank=4", "learn.lora.alpha=8", "checkpoint.every=1")
+    init, shape = tmp_path / "init", ModelShape.from_directory(base)
+    KIND.write(init, {name: torch.full(size, 0.01) for name, size in KIND.tensors(shape).items()}, str(base))
+    start_from = f"learn.lora.init={init}"
+    settings = (
+        start_from,
+        "warmstart.steps=0",
+        "learn.lora.rank=4",
+        "learn.lora.alpha=8",
+        "checkpoint.every=1",
+    )
     run = start(f"model.path={base}", *settings, "run.steps=4", "learn.lr=1e-2", "learn.kl_coef=0.01")
     run.wait_for(lambda: run.steps() >= 2, WAIT_S, "two steps")
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(WAIT_S) in (0, 3), run.output()
+    shutil.rmtree(init)  # what a run has started from is in its checkpoints
     run = start(resume=run.directory)
     assert run.wait(WAIT_S) == 0, run.output()
 
-    shape = ModelShape.from_directory(base)
     adapters = read_adapter(run.directory / "adapter", shape, KIND)
     size = sum(4 * prod(one) for one in KIND.tensors(shape).values())
     records = [*read_jsonl(run.directory / "metrics.jsonl")]

@@ -129,9 +129,19 @@ def test_adapters_learn_from_conversations(begin: Begin) -> None:
     found = [loss for _, key, loss in losses(run) if key == "sft/loss"]
     assert sum(found[-4:]) < 0.9 * sum(found[:4]), found
     step = run.summary()["chosen"]["step"]
+    assert run.summary()["model"]["lora_kept"] > 0.999  # in float32
+    trained = run.directory.parent / "trained"
+    assert main(["export", str(run.directory), "--adapter", "--to", str(trained)]) == 0
+    assert "library_name: peft" in (trained / "README.md").read_text()
+    config = json.loads((run.directory / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(began(run).absolute())
     target = run.directory.parent / "adapters"
     assert main(["export", str(run.directory), "--adapter", "--step", str(step), "--to", str(target)]) == 0
     assert json.loads((target / "adapter_config.json").read_text())["r"] == 8
+    ours, theirs = (load_file(one / "adapter_model.safetensors") for one in (trained, target))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(one, theirs[name]) for name, one in ours.items())
+    assert not (run.directory / "candidates").exists()
     weights = [load_file(path / "model.safetensors") for path in (run.directory / "model", began(run))]
     moved = {name.split(".")[-2] for name, one in weights[0].items() if (one != weights[1][name]).any()}
     assert moved == {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}

@@ -51,7 +51,8 @@ FULL = Totals(
     agent=dict.fromkeys(OF_AGENTS, 1.0),
     chat={"turns": 2.0, "drift": 1.0},
     mismatch=dict.fromkeys(("steps", "kl", "fresh", "engine_kl", "engine_logprob_diff_max"), 1.0),
-    weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max"), 1.0),
+    weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max", "lora_kept"), 1.0),
+    model={"lora_kept": 1.0},
 )
 SUMMARY = {**FULL.summary(), "wall_s": 1.0, "seed": 0, "config": {"run": {"seed": 0}}}
 

@@ -22,12 +22,14 @@ from engine_models import (
     prompt,
     request,
 )
+from safetensors.torch import load_file
 from test_embedded_adapters import KIND, adapted, adapters
 
 from system.config import LoraConfig
 from system.engine.protocol import EngineError
 from system.engine.sglang.server import SglangServer
 from system.engine.weights.base import size
+from system.engine.weights.digest import Digests
 from system.engine.weights.sglang_adapters import SGLangAdapters, completed, ours
 from system.models.adapter import Adapter
 from system.models.shape import ModelShape
@@ -161,6 +163,16 @@ class TestServer:
         await client.push_weights([adapters(model, 15)], 6)
         assert await loaded(client) == ["v6"]
 
+    async def test_adapters_of_another_base_model_are_not_sent(
+        self, client: EngineClient, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        other = make_model(tmp_path_factory.mktemp("other"), "qwen3", False, 9, intermediate_size=96)
+        client.transport = SGLangAdapters(KIND, other.path, "float32")
+        before = await loaded(client)
+        with pytest.raises(EngineError, match="its model is not the learner's base model"):
+            await client.push_weights([adapters(other, 1)], 7)
+        assert await loaded(client) == before
+
     async def test_what_is_not_what_was_sent_is_never_served_and_a_new_server_gets_the_newest(
         self,
         client: EngineClient,
@@ -170,11 +182,12 @@ class TestServer:
         server, replacement = servers
         transport = client.transport
         assert isinstance(transport, SGLangAdapters)
+        await client.push_weights([adapters(model, 15)], 6)  # its base model is proved with the first
         given = adapters(model, 16)
         packed = transport._pack(given, 7)
         wrong = replace(packed, digests=dict.fromkeys(packed.digests, hashlib.sha256().hexdigest()))
         with pytest.raises(EngineError):  # SGLang ends when a digest differs
-            await transport._load(client._http, server.url, wrong, 7)
+            await transport._load(await transport._look(client._http, server.url), wrong, 7)
         async with asyncio.timeout(120):
             while server.exited() is None:  # noqa: ASYNC110 (another process)
                 await asyncio.sleep(0.1)
@@ -194,14 +207,25 @@ class TestServer:
 
 
 class StandIn:
-    """A server that says this of itself and takes nothing."""
+    """A server that says this of itself, and holds ``model`` (on one rank) where it is asked for its weights;
+    it takes whatever comes.
+    """
 
-    def __init__(self, **info: Any) -> None:
-        self.info = INFO | info
+    def __init__(self, model: TinyModel | None = None, **info: Any) -> None:
+        self.info, self.model = INFO | info, model
+        self.asked: list[str] = []
 
     async def call(self, url: str, body: Any = None, limit_s: float = 0) -> Any:
-        assert url == "http://e/server_info", "nothing is sent"
-        return self.info
+        path = url.removeprefix("http://e")
+        self.asked.append(path)
+        if path == "/server_info":
+            return self.info
+        assert self.model is not None, "nothing is sent"
+        if path == "/weights_checker":
+            digests = Digests(ModelShape.from_directory(self.model.path), 1, "cuda")
+            digests.add(load_file(self.model.path / "model.safetensors"))
+            return {"ranks": [{"checksums": digests.ranks[0]}]}
+        return {"loaded_adapters": {}}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +236,8 @@ class StandIn:
         ({"max_lora_rank": 2}, "--lora-target-modules q_proj k_proj"),
         ({"device": "cpu"}, "multiple of 32 only; it is 80"),
         ({"dp_size": 2}, "dp_size 1 only"),
+        ({"quantization": "fp8"}, "started with quantization=fp8(?s:.*)learn.lora.sync=merged"),
+        ({"tp_size": 3}, "cannot be split over 3"),
     ],
 )
 async def test_a_server_that_cannot_take_them_is_told(
@@ -222,6 +248,53 @@ async def test_a_server_that_cannot_take_them_is_told(
     report = await transport.push(http, ["http://e"], [adapters(model, 1)], 1, "recompute")  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=says):
         raise EngineError(report.failures["http://e"])
+
+
+LOADED = ["/load_lora_adapter_from_tensors", "/update_weight_version"]
+
+
+async def test_the_base_model_is_proved_once_for_each_start_of_a_server(
+    tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = tiny()
+    other = make_model(tmp_path_factory.mktemp("other"), "qwen3", True, 7)  # of the same shape
+    shapes = [ModelShape.from_directory(one.path).tensors() for one in (model, other)]
+    assert shapes[0] == shapes[1]
+    transport, server = SGLangAdapters(KIND, model.path, "float32"), StandIn(model)
+
+    async def push(version: int) -> tuple[dict[str, str], list[str]]:
+        server.asked.clear()
+        http: Any = server
+        given = adapters(model, version)
+        report = await transport.push(http, ["http://e"], [given], version, "recompute")
+        return dict(report.failures), server.asked[1:]
+
+    assert await push(1) == ({}, ["/weights_checker", *LOADED])
+    assert await push(2) == ({}, LOADED)
+    server.info["startup_time"], server.model = "2", other  # somebody has started it anew, with another model
+    for asked in (["/weights_checker"], []):
+        failures, did = await push(3)
+        assert did == asked
+        told = failures["http://e"]
+        assert told.startswith(
+            f"http://e: its model is not the learner's base model, {model.path} in float32"
+        )
+        assert f"start it with --model-path {model.path} --dtype float32" in told
+        assert "learn.lora.sync=merged" in told
+    server.info["startup_time"], server.model = "3", model
+    assert await push(4) == ({}, ["/weights_checker", *LOADED])
+
+
+async def test_a_server_that_does_not_tell_what_it_holds_is_asked_again(
+    tiny: Callable[..., TinyModel],
+) -> None:
+    model = tiny()
+    transport, server = SGLangAdapters(KIND, model.path, "float32"), StandIn(model, tp_size=2)
+    http: Any = server
+    for _ in range(2):
+        report = await transport.push(http, ["http://e"], [adapters(model, 1)], 1, "recompute")
+        assert report.failures == {"http://e": "http://e: 1 ranks reported checksums, expected 2"}
+        assert server.asked.pop() == "/weights_checker"
 
 
 async def test_incomplete_adapters_are_not_sent(tiny: Callable[..., TinyModel]) -> None:

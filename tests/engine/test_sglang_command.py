@@ -63,9 +63,9 @@ def test_our_settings_become_sglangs_flags() -> None:
 
 
 def test_a_server_of_adapters_is_told_which_will_come() -> None:
-    engine, lora = EngineConfig(name="sglang", sglang={"lora_backend": "triton"}), LoraConfig(rank=8)
-    assert "--enable-lora" not in command(engine, lora=lora).argv  # merged weights come
-    apart = LoraConfig(rank=8, targets=["q", "down"], sync="adapter")
+    engine = EngineConfig(name="sglang", sglang={"lora_backend": "triton"})
+    assert "--enable-lora" not in command(engine).argv  # merged weights come
+    apart = LoraConfig(rank=8, targets=["q", "down"])
     line = command(engine, cpu=False, lora=apart).argv
     assert " --enable-lora --max-lora-rank 8 --lora-target-modules q_proj down_proj " in " ".join(line)
     assert value(command(engine, lora=apart), "--lora-backend") == "triton"

@@ -454,15 +454,33 @@ def test_adapters_that_do_not_fit_are_refused_by_name(
     refused("learn.lora.rank of these adapters is 4, not 8: set it so", Adapter(8, 8.0, lora().parts))
     refused("learn.lora.alpha of these adapters is 8.0, not 16", Adapter(4, 16.0, lora().parts))
     refused("learn.lora.targets of these adapters is", wanted(["q"]))
-    for key, value in (
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("bias", "all"),
+    for key, value, why in (
+        ("use_dora", True, "DoRA's magnitudes"),
+        ("use_rslora", True, "not by alpha / √rank"),
+        ("rank_pattern", {"q_proj": 2}, "the same rank"),
+        ("bias", "all", "biases that were trained"),
+        ("peft_type", "ADALORA", "another method than LoRA"),
+        *(
+            ("init_lora_weights", name, "a base model whose weights it has changed")
+            for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica", "tomorrow")
+        ),
+        ("alora_invocation_tokens", [1, 2], "begin at certain tokens"),
+        ("exclude_modules", ["q_proj"], "list those that have adapters"),
+        ("use_bdlora", {"rank": 2}, "a way of PEFT's that is not known here"),
+        ("of_tomorrow", 1, "a way of PEFT's that is not known here"),
     ):
         changed(**{key: value})
-        refused(f"{key}=.* is not computed here")
-        changed()
+        refused(f"{key}=.* is not computed here: .*{why}")
+        changed(**{key: None if key != "peft_type" else "LORA"})
+        read_adapter(tmp_path / "a", shape, wanted(ALL))
+    for key, value in (
+        ("init_lora_weights", "gaussian"),
+        ("lora_dropout", 0.1),
+        ("peft_version", "9.9"),
+        ("of_tomorrow", False),
+    ):
+        changed(**{key: value})
+        read_adapter(tmp_path / "a", shape, wanted(ALL))
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"x")
     refused("cannot be read")
     with pytest.raises(AdapterError, match=r"no place for .*layers\.1"):

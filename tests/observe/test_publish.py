@@ -16,6 +16,7 @@ from stand_in_hub import TOKEN, Hub
 from system.config import Config, PartConfig
 from system.observe import hub
 from system.observe.card import accuracy, model_card
+from system.observe.publish import rounded_away
 from system.observe.rundir import RunDir
 
 SUMMARY: dict[str, Any] = {
@@ -47,8 +48,11 @@ def test_an_interval_holds_the_shares_that_would_not_surprise(right: int, questi
     assert accuracy(found, questions) == f"{found:.1%} ({near.min():.1%} to {near.max():.1%})"
 
 
-def test_a_card_has_the_figures_of_its_run(config: Config) -> None:
-    config.model.path, config.learn.lr = "Qwen/Qwen3-8B", 3e-6
+def test_a_card_has_the_figures_of_its_run(config: Config, tmp_path: Path) -> None:
+    model = tmp_path / "Qwen" / "Qwen3-8B"
+    model.mkdir(parents=True)
+    (model / "README.md").write_text('model_name = "Qwen/Qwen3-8B"\n')
+    config.model.path, config.learn.lr = str(model), 3e-6
     config.learn.credit = PartConfig("group", {"key": "v"})
     card = model_card(config, SUMMARY, name="me/it", version=20)
     head = card.split("---\n")[1]
@@ -95,6 +99,41 @@ def test_a_card_tells_of_no_machine_and_no_secret(config: Config) -> None:
         assert secret not in card
     assert "model.path=model-x" in card
     assert "base_model" not in card
+
+
+@pytest.mark.parametrize(
+    ("path", "card", "base"),
+    [
+        ("models/mine", None, ""),
+        ("models/mine", "# a model of ours, see models/mine-2 and old/models/mine", ""),
+        ("Qwen/Qwen3-8B", "see https://hub.example/Qwen/Qwen3-8B/blob", ""),  # a part of a path
+        ("Qwen/Qwen3-8B", 'base_model: "Qwen/Qwen3-8B"', "Qwen/Qwen3-8B"),
+        ("hub/models--Qwen--Qwen3-8B/snapshots/0a1b", None, "Qwen/Qwen3-8B"),
+    ],
+)
+def test_the_base_model_is_named_where_its_directory_tells_its_name_on_the_hub(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, card: str | None, base: str
+) -> None:
+    (tmp_path / path).mkdir(parents=True)
+    if card is not None:
+        (tmp_path / path / "README.md").write_text(card)
+    monkeypatch.chdir(tmp_path)
+    for written in (path, str(tmp_path / path)):
+        config.model.path = written
+        head = model_card(config, SUMMARY, name="it", version=20).split("---\n")[1]
+        assert [line for line in head.splitlines() if "base_model" in line] == (
+            [f'base_model: "{base}"'] if base else []
+        )
+
+
+def test_the_card_of_adapters_and_of_what_they_were_merged_into(config: Config) -> None:
+    config.model.path, config.learn.lora.rank = "m", 4
+    alone = model_card(config, SUMMARY, name="it", version=20, adapter=True)
+    assert "library_name: peft\n" in alone
+    assert "of rank 4 alone, in PEFT's format" in alone
+    merged = model_card(config, SUMMARY, name="it", version=20, merged=("bfloat16", 0.2433))
+    assert "library_name: transformers\n" in merged
+    assert "in bfloat16, which keeps 24.3% of what they change" in merged
 
 
 @pytest.fixture
@@ -176,6 +215,33 @@ def test_a_finished_model_is_copied_with_its_card(finished: RunDir, tmp_path: Pa
     code, output = export(finished, "--to", str(tmp_path / "models" / "it"))
     assert (code, "the model of step 20" in output) == (0, True)
     assert (tmp_path / "models" / "it" / "README.md").read_text().count("75.0%") == 1
+
+
+def test_a_model_that_lost_what_its_adapters_change_says_so(finished: RunDir, tmp_path: Path) -> None:
+    assert rounded_away(finished) == ""
+    for kept, told in ((0.999, ""), (0.2433, "holds 24% of what the adapters change")):
+        finished.write_summary(SUMMARY | {"model": {"lora_kept": kept}})
+        assert told in rounded_away(finished)
+        assert bool(rounded_away(finished)) == bool(told)
+    assert f"espalier export {finished.root} --dtype float32 --to DIR" in rounded_away(finished)
+    code, output = export(finished, "--to", str(tmp_path / "it"))
+    assert (code, "holds 24% of what the adapters change" in output) == (0, True), output
+    assert "which keeps 24.3% of what they change" in (tmp_path / "it" / "README.md").read_text()
+
+
+def test_other_numbers_are_made_of_a_checkpoint_or_of_adapters(finished: RunDir, tmp_path: Path) -> None:
+    to = ["--to", str(tmp_path / "it")]
+    code, output = export(finished, "--dtype", "bfloat16", *to)
+    assert (code, "model is in float32: name a checkpoint, whose numbers are float32" in output) == (2, True)
+    code, output = export(finished, "--dtype", "float32", *to)  # as it is
+    assert code == 0, output
+    config = finished.config()
+    config.model.path, config.learn.lora.rank = "m", 4
+    finished.write_config(config)
+    for words in (["--adapter"], ["--dtype", "bfloat16"]):
+        code, output = export(finished, *words, "--to", str(tmp_path / "other"))
+        assert (code, "has a trained model, and no adapter/ beside it" in output) == (2, True), output
+    assert not (tmp_path / "other").exists()
 
 
 def test_adapters_alone(finished: RunDir, tmp_path: Path) -> None:

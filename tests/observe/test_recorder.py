@@ -98,6 +98,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
         *(
             "mismatch",
             "weights",
+            "model",
             "dropped",
             "causes",
             "engine",
@@ -134,6 +135,27 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     assert summary["seed"] == 0
     assert summary["config"]["branching"]["name"] == "arpo-calibrated"
     assert sink.closed
+
+
+def test_what_merged_adapters_lose_is_told_once_and_kept(
+    recorder: Recorder, config: Config, clock: Clock, sink: MemorySink, run_dir: RunDir
+) -> None:
+    told: list[str] = []
+    recorder.tell = told.append
+    config.model.dtype, config.learn.lora.rank = "bfloat16", 4
+    for kept in (0.25, 0.75):
+        recorder.merged(kept)
+    record = recorder.flush(1)
+    assert record["weights/lora_kept"] == 0.5
+    recorder.model_merged(0.8)
+    again = Recorder(run_dir, config, [sink], clock=clock, now=lambda: 6.0)
+    again.restore(json.loads(json.dumps(recorder.state())))
+    summary = again.summary()
+    assert (summary["weights"], summary["model"]) == ({"lora_kept": 0.75}, {"lora_kept": 0.8})
+    (line,) = told
+    assert "keep 25% of what the adapters change" in line
+    recorder.merged(1.0)
+    assert len(told) == 1
 
 
 def test_engine_mismatch_and_pauses_add_up_over_a_resume(

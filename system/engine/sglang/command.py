@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from system.config import EngineConfig, LoraConfig
+from system.config.schema_lora import MODULES
 from system.engine.protocol import EngineError
 from system.engine.weights.base import GROUP_DEADLINE_S
 from system.serving import KEY_VARIABLE
@@ -84,14 +85,14 @@ def server_command(
     what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
     ``/continue_generation``.  ``key``: SGLang's ``api_key``, which our plug-in takes from the environment:
     every user of the machine can read a command line.  ``routes``: record which experts tokens go through.
-    ``lora``: the adapters that will come, if they come by themselves.
+    ``lora``: the adapters that will come by themselves (``adapters_travel``), if any do.
     """
     # A null takes a default away.  Engines are asked every second how they are: no log line for each answer.
     defaults = {"log_level_http": "warning", **(_cpu_defaults(engine) if cpu else {})}
     native = {**defaults, **engine.sglang}
     if routes:
         native["enable_return_routed_experts"] = True
-    if lora and lora.apart(engine.name):
+    if lora:
         native = _lora_flags(lora, cpu) | native
     if paused:
         native["skip_server_warmup"] = True  # it would wait for ever
@@ -135,7 +136,7 @@ def _lora_flags(lora: LoraConfig, cpu: bool) -> dict[str, Any]:
     flags = {
         "enable_lora": True,
         "max_lora_rank": lora.rank,
-        "lora_target_modules": [f"{target}_proj" for target in lora.targets],
+        "lora_target_modules": [MODULES[part] for part in lora.parts],
     }
     return flags | ({"lora_backend": "torch_native"} if cpu else {})  # the others are Triton
 

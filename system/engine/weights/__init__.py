@@ -42,7 +42,7 @@ def make(
     ``model_path`` is the directory the engines were started from: it says which tensors the model has, and
     ``dtype`` is what they hold them in.  ``address`` is where servers on other machines reach this process;
     ``run`` is the run's directory.  ``adapter``: buckets hold adapters of this kind alone
-    (``LoraConfig.apart``).
+    (``adapters_travel``).
     Raises :class:`~system.config.ConfigError` and ``UnsupportedModel``.
     """
     import torch

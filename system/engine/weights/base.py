@@ -36,6 +36,8 @@ class PushReport:
     pause_s: Mapping[str, float] = field(default_factory=dict)
     # URL -> why the server did not take the weights; all others serve them
     failures: Mapping[str, str] = field(default_factory=dict)
+    # Of weights that adapters were merged into: the share of their change that rounding left (Rounding.kept).
+    lora_kept: float | None = None
 
 
 class Transport(Protocol):

@@ -273,16 +273,23 @@ def has_plugin(info: Mapping[str, Any]) -> bool:
 
 
 async def _prove(server: PushTarget, expected: Digests) -> None:
-    """Compare every parameter that every rank holds with what was sent.  Raises :class:`EngineError`."""
+    """Raise :class:`EngineError` unless every rank holds of every parameter what was sent."""
+    if found := await difference(server, expected):
+        raise EngineError(f"{server.url}: it does not hold what was sent: {found}")
+
+
+async def difference(server: PushTarget, expected: Digests) -> str:
+    """The first parameter that a rank of the server does not hold as ``expected``, in words; empty: none.
+
+    Raises :class:`EngineError` for a server that does not tell.
+    """
     answer = await server.post("/weights_checker", action="checksum")
     held = answer.get("ranks") or []
     if len(held) != server.tp:
         raise EngineError(f"{server.url}: {len(held)} ranks reported checksums, expected {server.tp}")
     for rank, (theirs, ours) in enumerate(zip(held, expected.ranks, strict=True)):
         for name in sorted({*theirs["checksums"], *ours}):
-            has, sent = theirs["checksums"].get(name, "none"), ours.get(name, "none")
-            if has != sent:
-                raise EngineError(
-                    f"{server.url}: rank {rank} does not hold what was sent: {name} has checksum {has}, "
-                    f"sent {sent}"
-                )
+            has, wanted = theirs["checksums"].get(name, "none"), ours.get(name, "none")
+            if has != wanted:
+                return f"{name} has checksum {has} on rank {rank}, not {wanted}"
+    return ""

@@ -8,6 +8,7 @@ them, is our plug-in in the server (``in_server/plugin/espalier_adapters.py``).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import logging
@@ -21,15 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from system.config.schema_lora import MODULES
 from system.engine.checksum import tensor_bytes
 from system.engine.control import Http
 from system.engine.embedded.weights import STACKED, WeightsError, check_complete, check_tensors
 from system.engine.protocol import EngineError
 from system.engine.weights.base import Buckets, Kv, PushReport, each, outcomes, size
-from system.engine.weights.sglang import PushTarget, has_plugin, look_at
-from system.models.adapter import Adapter, modules_of
+from system.engine.weights.digest import Digests
+from system.engine.weights.layout import Fuser, ShardError
+from system.engine.weights.sglang import Kind, PushTarget, difference, has_plugin, look_at
+from system.models.adapter import Adapter
 from system.models.files import DTYPES
 from system.models.shape import ModelShape
+from system.models.weights import WeightReader
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +58,21 @@ class SGLangAdapters:
     By value over ``/load_lora_adapter_from_tensors``: megabytes.  Every tensor-parallel rank compares the
     SHA-256 of each tensor with ours before it loads any.  The versions before are unloaded as far as no
     request uses them; others at a later push.
+
+    Adapters are worth nothing on another model than theirs, and most of what differs from it takes them all
+    the same.  So the first push to a server, and the first after each of its starts, compares the digests of
+    its weights with those of the learner's base model.
     """
 
     on_gpu = False
 
     def __init__(self, adapter: Adapter, model_path: str | Path, dtype: str) -> None:
         """For servers of the model in ``model_path`` that hold it in ``dtype``."""
-        self._adapter, self._dtype = adapter, DTYPES[dtype]
+        self._adapter, self._dtype, self._base = adapter, DTYPES[dtype], Path(model_path)
         self._shape = ModelShape.from_directory(model_path)
+        self._digests: dict[Kind, Digests] = {}  # of the base model
+        # By URL: the start of the server that was looked at, and what is wrong with its base model.
+        self._proved: dict[str, tuple[str, str]] = {}
 
     async def push(
         self, http: Http, urls: Sequence[str], buckets: Buckets, version: int, kv: Kv
@@ -78,7 +90,11 @@ class SGLangAdapters:
             failures = {url: f"{url}: not sent: {error}" for url in urls}
         else:
             packed = self._pack(tensors, version)
-            _, failures = await outcomes({url: self._load(http, url, packed, version) for url in urls})
+            servers, failures = await outcomes({url: self._look(http, url) for url in urls})
+            for kind in {one.kind for one in servers.values()} - self._digests.keys():
+                self._digests[kind] = await asyncio.to_thread(self._digest, kind)
+            calls = {url: self._load(one, packed, version) for url, one in servers.items()}
+            failures |= (await outcomes(calls))[1]
         return PushReport(size(tensors), time.perf_counter() - began, failures=failures)
 
     def _pack(self, tensors: Mapping[str, Tensor], version: int) -> _Version:
@@ -90,11 +106,37 @@ class SGLangAdapters:
         digests = {name: hashlib.sha256(tensor_bytes(tensor)).hexdigest() for name, tensor in sent.items()}
         mark = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:16]
         payload = base64.b64encode(pickle.dumps(sent)).decode("ascii")
-        return _Version(f"v{version}-{mark}", whole.peft_config(self._shape), digests, payload)
+        return _Version(f"v{version}-{mark}", whole.peft_config(), digests, payload)
 
-    async def _load(self, http: Http, url: str, packed: _Version, version: int) -> None:
+    async def _look(self, http: Http, url: str) -> PushTarget:
         server, info = await look_at(http, url)
         self._check(server, info)
+        return server
+
+    def _digest(self, kind: Kind) -> Digests:
+        """Of the base model, as a server of that kind is to hold it.  Reads all of its files."""
+        digests, reader = Digests(self._shape, *kind), WeightReader(self._base)
+        for name in self._shape.tensors():
+            digests.add({name: reader.read(name, self._dtype)})
+        return digests
+
+    async def _prove_base(self, server: PushTarget) -> None:
+        """Raise :class:`EngineError` for a server that holds another model than the learner's."""
+        started, wrong = self._proved.get(server.url, ("", ""))
+        if started != server.incarnation:
+            found = await difference(server, self._digests[server.kind])
+            dtype = str(self._dtype).removeprefix("torch.")
+            wrong = found and (
+                f"{server.url}: its model is not the learner's base model, {self._base} in {dtype}: {found}: "
+                f"start it with --model-path {self._base} --dtype {dtype}, and without --quantization and "
+                "--load-format dummy, or set learn.lora.sync=merged, with which all weights are sent"
+            )
+            self._proved[server.url] = server.incarnation, wrong
+        if wrong:
+            raise EngineError(wrong)
+
+    async def _load(self, server: PushTarget, packed: _Version, version: int) -> None:
+        await self._prove_base(server)
         answer = await server.post(
             "/load_lora_adapter_from_tensors",
             lora_name=packed.name,
@@ -122,8 +164,18 @@ class SGLangAdapters:
             raise EngineError(
                 f"{server.url}: it takes no adapters of rank {self._adapter.rank}: start it with "
                 f"--enable-lora --max-lora-rank {self._adapter.rank} --lora-target-modules "
-                f"{' '.join(modules_of(self._shape, self._adapter.parts))}, or set learn.lora.sync=merged"
+                f"{' '.join(MODULES[part] for part in self._adapter.parts)}, or set learn.lora.sync=merged"
             )
+        if codes := info.get("quantization"):
+            raise EngineError(
+                f"{server.url}: started with quantization={codes}, while the learner trains adapters for "
+                "weights that are not rounded so: start it without --quantization, or set "
+                "learn.lora.sync=merged"
+            )
+        try:
+            Fuser(self._shape, server.tp, server.device)
+        except ShardError as error:
+            raise EngineError(f"{server.url}: {error}") from error
         multiple = _CPU_MULTIPLE * server.tp
         if server.device == "cpu" and self._shape.ffn % multiple:
             raise EngineError(
