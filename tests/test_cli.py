@@ -16,6 +16,7 @@ from actors.cli.main import main
 from actors.cli.train import unsafe_on_resume
 from system.config import Config, settings
 from system.config.explain import markdown
+from system.evals.result import EvalResult, EvalScores
 from system.observe.rundir import RunDir
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.store import TreeWriter
@@ -34,9 +35,13 @@ class Launched:
         self.train_calls.append((config, config_name, resume))
         return 0
 
-    def evaluate(self, config: Config, model_dir: Path) -> dict[str, Any]:
+    def evaluate(self, config: Config, model_dir: Path, answers: object) -> EvalResult:
+        assert answers is None
         self.eval_calls.append((config, model_dir))
-        return {"accuracy": np.float32(0.5), "reward": float("nan")}
+        return EvalResult(EvalScores(questions=4, accuracy=np.float32(0.5)))  # type: ignore[arg-type]
+
+    def about(self, config: Config, model_dir: Path) -> dict[str, Any]:
+        raise AssertionError("no file of answers was asked for")
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from system.config import Config, to_dict
+from system.evals.result import EvalResult
 from system.flow.loop import FinishedStep
 from system.observe.alarms import Alarms
-from system.observe.eval import EvalResult
 from system.observe.metrics import (
     Idle,
     engine_totals,
