@@ -128,7 +128,8 @@ class Conductor:
             await self.saved(wait=False)
             if every and self.version % every == 0:
                 await self.save()
-            if self.config.eval.every and self.version % self.config.eval.every == 0:
+            looks, ended = self.config.eval.every, self.version >= self.config.run.steps
+            if looks and self.version % looks == 0 and not ended:  # after the end comes another anyway
                 await self.evaluate("during")
             goal = self.config.run.stop_at_accuracy
             if goal and self.recorder.settled_accuracy >= goal:
