@@ -26,6 +26,7 @@ from system.rollout.failure import RolloutFailed
 from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import corpus_file
 
+FEW = 20  # answers after which the time that is left is guessed
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
 # The sections of the configuration that answers depend on; where and how fast they are computed is no part.
 _ASKED_BY = ("task", "rollout", "reward", "tools", "environment", "agent", "eval")
@@ -139,7 +140,8 @@ class _Shown:
             return
         self._told = now
         left_s = (now - self._began) / self._count * (self._total - self._count)
-        print(f"{self._count}/{self._total} answers, about {left_s:.0f} s left", file=sys.stderr, flush=True)
+        left = f", about {left_s:.0f} s left" if self._count >= FEW else ""
+        print(f"{self._count}/{self._total} answers{left}", file=sys.stderr, flush=True)
 
 
 async def ask_each(

@@ -95,25 +95,22 @@ class AnswerFile:
 
     def _read(self, about: Mapping[str, Any]) -> int:
         """Bytes of the whole lines."""
-        whole, first = 0, True
-        for line in self.path.read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-                if not line.endswith(b"\n"):
+        first, *others = self.path.read_bytes().splitlines(keepends=True)
+        whole = len(first)
+        try:
+            theirs = json.loads(first)["about"]
+            for line in others:
+                if not line.endswith(b"\n"):  # torn
                     break
-                if first:
-                    self._compare(row["about"], about)
-                else:
-                    answer = Answered(**row)
-                    if answer.outcome != "unanswered":
-                        self.known[answer.key] = answer
-            except (ValueError, KeyError, TypeError) as error:
-                if first or line.endswith(b"\n"):
-                    raise ConfigError(
-                        f"{self.path} holds no answers of an evaluation ({error}): name a new file"
-                    ) from error
-                break
-            whole, first = whole + len(line), False
+                answer = Answered(**json.loads(line))
+                if answer.outcome != "unanswered":
+                    self.known[answer.key] = answer
+                whole += len(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.path} holds no answers of an evaluation ({error}): name a new file"
+            ) from error
+        self._compare(theirs, about)
         return whole
 
     def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -54,7 +54,10 @@ def test_a_torn_first_line_is_none(tmp_path: Path) -> None:
 def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerFile(path, ABOUT).close()
-    with pytest.raises(ConfigError, match=r"eval\.samples was 2, and is 4; name a new file"):
+    told = (
+        r"another evaluation: eval\.samples was 2, and is 4; name a new file, or set what it was made with$"
+    )
+    with pytest.raises(ConfigError, match=told):
         AnswerFile(path, {**ABOUT, "eval": {"samples": 4}})
     path.write_text("question,answer\n")
     with pytest.raises(ConfigError, match="holds no answers of an evaluation"):
