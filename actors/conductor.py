@@ -6,29 +6,33 @@ The loop itself stands in ``system/flow/loop.py``, what it asks of the actors in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from collections.abc import Sequence
 
 from actors.checkpoints import LINEAGE, Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
-from actors.evaluate import answer_questions
+from actors.evaluate import ask_each
 from actors.in_flight import InFlightCheckpoint
 from actors.parts import ActorParts, Deaths
 from actors.ray_support import ActorLost, answers_of_living
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
+from system.evals.record import Answered, AnswerFile
+from system.evals.result import EvalResult
+from system.evals.sets import question_sets, to_ask
+from system.evals.table import in_line
 from system.flow.curriculum import PoolWeights
 from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, lineage
 from system.flow.loop import GaveUp, TrainingLoop
-from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
 from system.observe.rundir import RunDir
 from system.sft.demonstrations import warm_start
-from system.tasks.base import Task, first
+from system.tasks.base import Task
 from system.tree.record import Tree
 
 GAUGE_S = 1.0  # between readings of the gauges
@@ -50,7 +54,8 @@ class Conductor:
     ) -> None:
         """``version``: of the checkpoint that the learner holds, 0 without one."""
         self.config, self.actors, self.recorder = config, actors, recorder
-        self.run_dir, self.progress, self.questions = run_dir, progress, task.eval()
+        self.run_dir, self.progress = run_dir, progress
+        self._asked = to_ask(question_sets(config, task))
         prompts = {prompt.id: prompt for prompt in task.train()}
         self._log, logged = JsonlWriter(run_dir.ledger_path), read_jsonl(run_dir.ledger_path)
         ledger = Ledger.replay(
@@ -123,7 +128,8 @@ class Conductor:
             await self.saved(wait=False)
             if every and self.version % every == 0:
                 await self.save()
-            if self.config.eval.every and self.version % self.config.eval.every == 0:
+            looks, ended = self.config.eval.every, self.version >= self.config.run.steps
+            if looks and self.version % looks == 0 and not ended:  # after the end comes another anyway
                 await self.evaluate("during")
             goal = self.config.run.stop_at_accuracy
             if goal and self.recorder.settled_accuracy >= goal:
@@ -151,25 +157,30 @@ class Conductor:
     # Evaluation, checkpoints
 
     async def evaluate(self, which: Which) -> EvalResult:
-        """Greedy answers to the held-out questions with the engines' current weights."""
-        questions = first(self.questions, self.config.eval.questions)
-        self.progress.phase("evaluating", total=len(questions))
+        """Answers to the held-out questions with the engines' current weights, kept in a file."""
+        self.progress.phase("evaluating", total=len(self._asked))
         await self._monitor.ready()
 
         async def engines_back(cause: str) -> None:
             await self._monitor.ready()  # sends a restarted engine the weights, too
 
-        result = await answer_questions(
-            self.config,
-            self.actors.pool,
-            questions,
-            self.progress.advance,
-            engines_back,
-            self.recorder.mishap,
-        )
+        path = self.run_dir.evals / f"v{self.version:06d}.jsonl"
+        path.unlink(missing_ok=True)  # of a session that was lost: these are other weights
+        answers = AnswerFile(path, {"step": self.version, "which": which})
+
+        def answered(answer: Answered) -> None:
+            answers.add(answer)
+            self.progress.advance()
+
+        with contextlib.closing(answers):
+            pool = self.actors.pool
+            found = await ask_each(
+                self.config, pool, self._asked, answered, engines_back, self.recorder.mishap
+            )
+        result = EvalResult.of(found)
         await self._read_counters()  # of what it did, too: after the last one nobody else asks
         self.recorder.evaluated(self.version, result, which)
-        self.progress.note(f"held-out accuracy {which} training: {result.total.accuracy:.3f}")
+        self.progress.note(f"held-out accuracy {which} training: {in_line(result)}")
         self.progress.phase(TRAINING)
         return result
 

@@ -1,4 +1,4 @@
-"""Greedy answers to held-out questions, by the same workers that grow the training trees."""
+"""Answers to held-out questions, by the same workers that grow the training trees."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import copy
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from actors.engine_monitor import EngineOutage
 from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
-from system.config import Config, LoraConfig
+from system.config import Config, LoraConfig, to_dict
+from system.evals.record import Answered, AnswerFile, Asked
+from system.evals.result import EvalResult
+from system.evals.sets import question_sets, to_ask
 from system.models.shape import ModelShape
-from system.observe.eval import EvalResult
 from system.observe.terminal import shown
+from system.redact import redact
 from system.rollout.failure import RolloutFailed
-from system.tasks.base import Task, first, make_task, notes
+from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import corpus_file
-from system.tree.prompt import Prompt
-from system.tree.stats import TreeStats
 
+FEW = 20  # answers after which the time that is left is guessed
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
+# The sections of the configuration that answers depend on; where and how fast they are computed is no part.
+_ASKED_BY = ("task", "rollout", "reward", "tools", "environment", "agent", "eval")
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadlines to answer
 
 
@@ -33,45 +38,71 @@ def tree_answer_s(config: Config) -> float:
     return config.rollout.tree_deadline_s + config.reward.close_deadline_s + CLOSE_MARGIN_S
 
 
-def evaluate(config: Config, model_dir: Path) -> dict[str, Any]:
-    """Greedy answers of the model in ``model_dir`` to the held-out questions."""
+def evaluate(config: Config, model_dir: Path, answers: AnswerFile | None = None) -> EvalResult:
+    """Answers of the model in ``model_dir`` to the held-out questions of all sets.
+
+    ``answers``: has those known already, which are not asked again, and gets each as it comes.
+    """
     if config.engine.name == "embedded":  # SGLang serves other families, too
         ModelShape.from_directory(model_dir)
     task = make_task(config)
     for note in notes(config, task):
         print(shown(note), file=sys.stderr)
-    questions = first(task.eval(), config.eval.questions)
-    return EvalResult.of(*_parted(_answered(config, task, model_dir, questions))).to_dict()
+    asked = to_ask(question_sets(config, task))
+    known = answers.known if answers else {}
+    missing = [one for one in asked if one.key not in known]
+    if known:
+        print(
+            f"{len(asked) - len(missing)} of {len(asked)} answers are known: the others are asked",
+            file=sys.stderr,
+        )
+    new = _answered(config, task, model_dir, missing, answers) if missing else []
+    found = known | {one.key: one for one in new}
+    return EvalResult.of([found[one.key] for one in asked])
+
+
+def about(config: Config, model_dir: Path) -> dict[str, Any]:
+    """What an evaluation's answers depend on: the model's files, and how it is asked."""
+    files = sorted(model_dir.glob("*.safetensors"))
+    stats = [(file.name, file.stat()) for file in files]
+    return {
+        "weights": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats},
+        **{name: section for name, section in redact(to_dict(config)).items() if name in _ASKED_BY},
+    }
 
 
 def right_samples(config: Config, task: Task, model_dir: Path, samples: int) -> list[int]:
-    """For each held-out question how many of so many answers, sampled at ``rollout.temperature``, are
-    right.
+    """For each of the task's held-out questions how many of so many answers, sampled at
+    ``rollout.temperature``, are right.
     """
-    asked = first(task.eval(), config.eval.questions)
     sampling = copy.deepcopy(config)
-    sampling.eval.temperature = config.rollout.temperature
-    answers = _answered(sampling, task, model_dir, [one for one in asked for _ in range(samples)])
-    right = [isinstance(one, TreeStats) and bool(one.correct.all() and one.correct.size) for one in answers]
+    sampling.eval.temperature, sampling.eval.samples, sampling.eval.sets = (
+        config.rollout.temperature,
+        samples,
+        [],
+    )
+    answers = _answered(sampling, task, model_dir, to_ask(question_sets(sampling, task)))
+    right = [bool(one.correct) for one in answers]
     return [sum(right[i : i + samples]) for i in range(0, len(right), samples)]
 
 
 def _answered(
-    config: Config, task: Task, model_dir: Path, questions: Sequence[Prompt]
-) -> list[TreeStats | Prompt]:
+    config: Config, task: Task, model_dir: Path, asked: Sequence[Asked], answers: AnswerFile | None = None
+) -> list[Answered]:
     """The answers of the model in ``model_dir``, by engines and workers of their own."""
     with tempfile.TemporaryDirectory() as scratch, ray_session(config, Path(scratch)) as joined:
-        return asyncio.run(_ask_pool(config, task, model_dir, questions, Path(scratch), joined))
+        return asyncio.run(_ask_pool(config, task, model_dir, asked, Path(scratch), joined, answers))
 
 
 async def _ask_pool(
     config: Config,
     task: Task,
     model_dir: Path,
-    questions: Sequence[Prompt],
+    asked: Sequence[Asked],
     scratch: Path,
     joined: bool,
-) -> list[TreeStats | Prompt]:
+    answers: AnswerFile | None,
+) -> list[Answered]:
     config = copy.deepcopy(config)
     config.learn.lora = LoraConfig()  # the model has its adapters in it: its engines wait for none
     places = await Placement.claim(config, joined=joined, only="rollout")
@@ -80,7 +111,14 @@ async def _ask_pool(
     pool = await RolloutPool.start(config, str(model_dir), corpus_file(config, task, scratch), places, logs)
     try:
         outage = EngineOutage(config, pool.engines).wait
-        return await ask_each(config, pool, questions, lambda: None, outage, _tell)
+        shown = _Shown(len(asked), config.observe.progress_s)
+
+        def answered(answer: Answered) -> None:
+            if answers is not None:
+                answers.add(answer)
+            shown.one_more()
+
+        return await ask_each(config, pool, asked, answered, outage, _tell)
     finally:
         await pool.close()
 
@@ -89,35 +127,32 @@ def _tell(kind: str, text: str) -> None:
     print(f"espalier: {kind}: {text}", file=sys.stderr)
 
 
-async def answer_questions(
-    config: Config,
-    pool: RolloutPool,
-    questions: Sequence[Prompt],
-    answered: Callable[[], None],
-    engines_back: Callable[[str], Awaitable[None]],
-    mishap: Callable[[str, str], None],
-) -> EvalResult:
-    """What :func:`ask_each` finds, in figures."""
-    results = await ask_each(config, pool, questions, answered, engines_back, mishap)
-    return EvalResult.of(*_parted(results))
+class _Shown:
+    """How far an evaluation is, on standard error."""
 
+    def __init__(self, total: int, interval_s: float) -> None:
+        self._total, self._interval_s, self._count = total, interval_s, 0
+        self._began = self._told = time.monotonic()
 
-def _parted(results: Sequence[TreeStats | Prompt]) -> tuple[list[TreeStats], list[str]]:
-    """The answers, and the kinds of the questions without."""
-    stats = [one for one in results if isinstance(one, TreeStats)]
-    return stats, [one.kind for one in results if isinstance(one, Prompt)]
+    def one_more(self) -> None:
+        self._count, now = self._count + 1, time.monotonic()
+        if now - self._told < self._interval_s and self._count < self._total:
+            return
+        self._told = now
+        left_s = (now - self._began) / self._count * (self._total - self._count)
+        left = f", about {left_s:.0f} s left" if self._count >= FEW else ""
+        print(f"{self._count}/{self._total} answers{left}", file=sys.stderr, flush=True)
 
 
 async def ask_each(
     config: Config,
     pool: RolloutPool,
-    questions: Sequence[Prompt],
-    answered: Callable[[], None],
+    questions: Sequence[Asked],
+    answered: Callable[[Answered], None],
     engines_back: Callable[[str], Awaitable[None]],
     mishap: Callable[[str, str], None],
-) -> list[TreeStats | Prompt]:
-    """One branch per question with the engines' current weights, at ``eval.temperature``; the question itself
-    where it was not answered.
+) -> list[Answered]:
+    """One branch per question with the engines' current weights, at ``eval.temperature``.
 
     ``answered`` is called after each.  A question that no attempt answers counts as wrong, and ``mishap`` is
     told why: a kind and a text.  When none is answered, raises what the last attempt at one raised.
@@ -127,7 +162,8 @@ async def ask_each(
     limit = asyncio.Semaphore(config.trees_at_once * config.rollout.leaves)
     deadline, back_s = tree_answer_s(config), config.cluster.start_deadline_s
 
-    async def ask(number: int, question: Prompt) -> TreeStats | Prompt:
+    async def ask(asked: Asked) -> Answered:
+        question, number = asked.prompt, asked.seed
         failure: RolloutFailed | ActorLost = ActorLost(question.id)
         for attempt in range(1, ATTEMPTS + 1):
             name = [*pool.workers][(number + attempt) % len(pool.workers)]
@@ -141,8 +177,8 @@ async def ask_each(
                     )
                     for kind, text in stats.mishaps:
                         mishap(kind, text)
-                    answered()
-                    return stats
+                    answered(found := Answered.of(asked, stats))
+                    return found
                 except (ActorLost, RolloutFailed) as error:
                     failure = error
                 if isinstance(failure, ActorLost):
@@ -151,12 +187,11 @@ async def ask_each(
                     await engines_back(failure.detail)
         failures.append(failure)
         mishap("question not answered", str(failure))
-        answered()
-        return question
+        answered(found := Answered.missing(asked))
+        return found
 
     async with asyncio.TaskGroup() as tasks:
-        asked = [tasks.create_task(ask(i, q)) for i, q in enumerate(questions)]
-    results = [task.result() for task in asked]
-    if failures and not any(isinstance(one, TreeStats) for one in results):
+        all_asked = [tasks.create_task(ask(one)) for one in questions]
+    if failures and len(failures) == len(all_asked):
         raise failures[-1]
-    return results
+    return [task.result() for task in all_asked]

@@ -118,10 +118,18 @@ class RolloutWorker:
         return list(found), found
 
     async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
-        """One branch, no forks; or one run of the agent.  Raises as :meth:`grow` does."""
+        """One branch, no forks; or one run of the agent.  Raises as :meth:`grow` does.
+
+        ``seed`` tells the answers apart that are asked at a time, also those to one question.
+        """
+        ticket = f"answer-{seed}"
         with one_tree(prompt.id):
             if self._agents is not None:
-                alone = GroupRollout(self._agents, prompt, seed=seed, greedy=True, temperature=temperature)
+                alone = GroupRollout(
+                    self._agents, prompt, seed=seed, ticket=ticket, greedy=True, temperature=temperature
+                )
                 return TreeStats.of(await alone.run())
-            one = await planted(self._context, prompt, seed=seed, greedy=True, temperature=temperature)
+            one = await planted(
+                self._context, prompt, seed=seed, ticket=ticket, greedy=True, temperature=temperature
+            )
             return TreeStats.of(await one.run())

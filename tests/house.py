@@ -50,7 +50,7 @@ ALIVE = {
     "the python server replies with its result, whole": "peak_rss_mb",
     "what a test does to a simulated run, or sees of it": "set_down retracted",
     "fake tensors read it": "cache_enabled",
-    "a figure of a report, read by name": "trees_per_hour unscored",
+    "a figure of a report, read by name": "trees_per_hour accuracy_low accuracy_high",
 }
 
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import types
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from actors.cli.main import main
 from actors.cli.train import unsafe_on_resume
 from system.config import Config, settings
 from system.config.explain import markdown
+from system.config.schema_eval import EvalConfig
+from system.evals.result import EvalResult, EvalScores
 from system.observe.rundir import RunDir
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.store import TreeWriter
@@ -34,9 +36,13 @@ class Launched:
         self.train_calls.append((config, config_name, resume))
         return 0
 
-    def evaluate(self, config: Config, model_dir: Path) -> dict[str, Any]:
+    def evaluate(self, config: Config, model_dir: Path, answers: object) -> EvalResult:
+        assert answers is None
         self.eval_calls.append((config, model_dir))
-        return {"accuracy": np.float32(0.5), "reward": float("nan")}
+        return EvalResult(EvalScores(questions=4, accuracy=np.float32(0.5)))  # type: ignore[arg-type]
+
+    def about(self, config: Config, model_dir: Path) -> dict[str, Any]:
+        raise AssertionError("no file of answers was asked for")
 
 
 @pytest.fixture
@@ -220,8 +226,9 @@ def test_eval_of_a_run(
     assert main(["eval", str(run_dir.root), "eval.questions=7", "--out", str(out)]) == 0
     ((config, model),) = launched.eval_calls
     assert (config.eval.questions, model) == (7, run_dir.model)
-    assert json.loads(out.read_text()) == {"accuracy": 0.5, "reward": None}
-    assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5, "reward": None}
+    written = json.loads(out.read_text())
+    assert (written["questions"], written["accuracy"], written["reward"]) == (4, 0.5, None)
+    assert json.loads(capsys.readouterr().out) == written
 
 
 def test_eval_of_a_model_needs_a_recipe(tmp_path: Path, recipe: Path, launched: Launched):
@@ -449,7 +456,7 @@ def test_explain_tells_one_setting_or_a_section(capsys: pytest.CaptureFixture[st
     assert one.startswith("learn.credit\n    part, default arpo-soft; grpo, arpo-soft,")
     assert main(["config", "--explain", "eval"]) == 0
     section = capsys.readouterr().out
-    assert section.count("safe on resume") == 3
+    assert section.count("safe on resume") == len(fields(EvalConfig))
     assert main(["config", "--explain"]) == 0
     everything = capsys.readouterr().out
     assert all(f"\n{key}\n" in everything for key in settings())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
@@ -49,7 +50,13 @@ def train(args: argparse.Namespace) -> int:
 @command(
     argument("words", nargs="+", metavar="RUN|MODEL_DIR | KEY=VALUE", help="what to evaluate, and overrides"),
     argument("--config", type=Path, help="the recipe; needed for a model directory, which has none"),
-    argument("--out", type=Path, metavar="FILE", help="write the result as JSON"),
+    argument("--out", type=Path, metavar="FILE", help="write the result as JSON, or FILE.md: as a table"),
+    argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="keep every answer as it comes, in JSON lines; the same command goes on with what is there",
+    ),
     name="eval",
 )
 def evaluate(args: argparse.Namespace) -> int:
@@ -58,6 +65,7 @@ def evaluate(args: argparse.Namespace) -> int:
     examples:
       espalier eval runs/quickstart-s0
       espalier eval runs/quickstart-s0 eval.questions=500 --out result.json
+      espalier eval runs/quickstart-s0 eval.samples=8 eval.temperature=1 --answers answers.jsonl
       espalier eval path/to/hf-model --config configs/quickstart.yaml
     """
     from system.config import load
@@ -86,13 +94,17 @@ def evaluate(args: argparse.Namespace) -> int:
     checked = copy.deepcopy(config)
     checked.model.path = str(model)
     require(checked, without=("model", "run directory"))  # SGLang serves models that are not trained here
-    from actors.evaluate import evaluate  # slow imports
+    from actors.evaluate import about, evaluate  # slow imports
+    from system.evals.record import AnswerFile
+    from system.evals.table import markdown
 
-    result = evaluate(config, model)
-    text = json.dumps(jsonable(result), indent=2, ensure_ascii=False, allow_nan=False)
-    print(visible(text, breaks=True))
+    answers = AnswerFile(args.answers, about(config, model)) if args.answers else None
+    with contextlib.closing(answers) if answers else contextlib.nullcontext():
+        result = evaluate(config, model, answers)
+    text = json.dumps(jsonable(result.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    print(visible(text.rstrip(), breaks=True))
     if args.out:  # last: what cannot be written has been shown
-        write_atomic(args.out, text + "\n")
+        write_atomic(args.out, markdown(result) if args.out.suffix == ".md" else text)
     return 0
 
 

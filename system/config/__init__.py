@@ -22,9 +22,13 @@ from system.config.schema import EngineConfig as EngineConfig
 from system.config.schema import ModelConfig as ModelConfig
 from system.config.schema import RolloutConfig as RolloutConfig
 from system.config.schema import SlurmConfig as SlurmConfig
+from system.config.schema import TaskConfig as TaskConfig
 from system.config.schema import ToolsConfig as ToolsConfig
 from system.config.schema_agent import AgentConfig as AgentConfig
 from system.config.schema_environment import EnvironmentConfig as EnvironmentConfig
+from system.config.schema_eval import EvalConfig as EvalConfig
+from system.config.schema_eval import EvalSet as EvalSet
+from system.config.schema_eval import eval_sets as eval_sets
 from system.config.schema_learn import LearnConfig as LearnConfig
 from system.config.schema_lora import LoraConfig as LoraConfig
 from system.config.schema_reward import ChosenReward as ChosenReward

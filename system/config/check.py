@@ -19,6 +19,7 @@ from system.config.mcp import place
 from system.config.precision import precision_problems, sglang_flags
 from system.config.rule import PartConfig
 from system.config.schema import Config
+from system.config.schema_eval import eval_problems
 from system.config.schema_reward import ON_LOOP, rewards
 from system.config.schema_sft import sft_problems
 from system.config.settings import Setting, settings
@@ -426,6 +427,7 @@ AGREEMENTS = (
         expert_rules,
         _guide,
         _sft,
+        lambda config: eval_problems(config.eval),
         teacher_problems,
         _void,
     ),

@@ -16,6 +16,7 @@ from system.config.machines import ClusterConfig, SlurmConfig
 from system.config.rule import PartConfig, setting
 from system.config.schema_agent import AgentConfig
 from system.config.schema_environment import EnvironmentConfig
+from system.config.schema_eval import EvalConfig
 from system.config.schema_learn import LearnConfig
 from system.config.schema_reward import RewardConfig
 from system.config.schema_sft import SftConfig
@@ -374,15 +375,6 @@ class FlowConfig:
         "grows, so that every tree is of one version (with staleness 1: one-step-off asynchronous training)",
         choices=("in-flight", "drained"),
     )
-
-
-@dataclass
-class EvalConfig:
-    """Greedy answers to held-out questions.  Any of it may change on resume."""
-
-    every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
-    questions: int = setting(-1, "of the held-out ones, the first so many; -1: all", least=-1)
-    temperature: float = setting(0.0, "of sampling; 0: greedy", least=0, most=100)
 
 
 @dataclass

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, cast
 
 from system.config import Config, to_dict
 from system.config.settings import settings
+from system.evals.table import share
 from system.observe.hub import REPOSITORY
 from system.redact import redact
 from system.text import one_line
@@ -26,7 +25,6 @@ _MADE_BY = (
 )  # fmt: skip
 _PLACES = ("run.name", "run.dir", "run.push", "task.path", "task.eval_path", "sft.path", "sft.eval_path")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#&~])")
-_Z = NormalDist().inv_cdf(0.975)
 
 
 def model_card(
@@ -65,20 +63,6 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def accuracy(share: float, questions: int) -> str:
-    """A share of right answers in per cent, with its 95 % interval over the questions.
-
-    Wilson's interval: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference,
-    JASA 22 (1927).
-    """
-    if not questions or math.isnan(share):
-        return "–"
-    scale = 1 + _Z**2 / questions
-    middle = (share + _Z**2 / (2 * questions)) / scale
-    half = _Z * math.sqrt(share * (1 - share) / questions + _Z**2 / (4 * questions**2)) / scale
-    return f"{share:.1%} ({max(0.0, middle - half):.1%} to {min(1.0, middle + half):.1%})"
 
 
 def _head(config: Config, adapter: bool) -> Iterator[str]:
@@ -153,7 +137,7 @@ def _scores(evaluated: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     kinds = list(dict.fromkeys(kind for one in evaluated.values() for kind in one.get("kinds", {})))
     for kind in ["", *(kinds if len(kinds) > 1 else ())]:
         found = [one["kinds"].get(kind, {}) if kind else one for one in evaluated.values()]
-        cells = (accuracy(one.get("accuracy") or 0.0, one.get("questions", 0)) for one in found)
+        cells = (share(one.get("accuracy") or 0.0, one.get("questions", 0)) for one in found)
         count = max(one.get("questions", 0) for one in found)
         yield "| " + " | ".join([f"{_text(kind or 'all')}: {count}", *cells]) + " |"
     yield ""

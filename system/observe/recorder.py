@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from system.config import Config, to_dict
 from system.config.lora import merging_warning
+from system.evals.result import EvalResult
 from system.flow.loop import FinishedStep
 from system.observe.alarms import Alarms
-from system.observe.eval import EvalResult
 from system.observe.metrics import (
     Idle,
     engine_totals,

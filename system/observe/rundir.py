@@ -8,6 +8,7 @@
       metrics.jsonl    one record per training step and per evaluation
       ledger.jsonl     what happened to every prompt
       trees/           the newest closed trees
+      evals/           the answers of each evaluation, one file for each, by the training step
       checkpoints/     learner, optimizer, ledger and random state, for `--resume`
       curves/          PNG curves
       start/           the start weights, when the run made its own model
@@ -56,6 +57,7 @@ class RunDir:
         self.trees, self.checkpoints, self.curves = root / "trees", root / "checkpoints", root / "curves"
         self.start, self.model, self.adapter = root / "start", root / "model", root / "adapter"
         self.logs, self.wandb = root / "logs", root / "wandb"
+        self.evals = root / "evals"
         self.sft_path, self.candidates = root / "sft.json", root / "candidates"
 
     @classmethod

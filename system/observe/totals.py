@@ -102,9 +102,11 @@ def report(summary: Mapping[str, Any], run_dir: RunDir) -> list[str]:
     """What a run says last, in lines for the console; ``summary`` is what ``summary.json`` holds."""
     tokens = summary["tokens"]
     lines = [
-        f"held-out questions, {which} training: accuracy {scores['accuracy']:.3f}, "
-        f"reward {scores['reward']:.3f}, {scores['tool_calls']:.2f} tool calls per question"
-        for which, scores in summary["eval"].items()
+        f"held-out questions{of}, {which} training: accuracy {scores['accuracy']:.3f}, "
+        f"reward {scores['reward']:.3f}, {scores['tool_calls']:.2f} tool calls per answer"
+        for which, one in summary["eval"].items()
+        for of, scores in [("", one), *((f" of {name}", it) for name, it in one.get("sets", {}).items())]
+        if scores["questions"] or not one.get("sets")
     ]
     sharing = tokens["flat_trained"] / max(tokens["unique_trained"], 1)
     return [

@@ -9,6 +9,7 @@ whose rewards fail: more than ``reward.failure_limit`` of the last 100 leaves; o
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +24,12 @@ from system.envs.protocol import WorldFailed
 from system.rollout.reward import BranchView, Score, ScoreFailed
 from system.rollout.score_pool import RewardBroken
 from system.rollout.scorer import LARGEST, Scorer
+from system.rollout.words import final_answer
 from system.tree.prompt import Prompt
 
 log = logging.getLogger(__name__)
 
+ANSWER_CHARS = 200  # of a final answer, in the record
 WINDOW = 100  # leaves that ``reward.failure_limit`` looks back over
 
 
@@ -200,8 +203,8 @@ class TreeScores:
             self._settle(leaf)
 
     def record(self, leaves: int) -> dict[str, Any]:
-        """For the tree's ``meta``: ``parts`` of each of the ``leaves`` (None: nothing is known), ``unscored``
-        (why, by leaf) and ``measured`` (the names of parts that are metrics).
+        """For the tree's ``meta``: ``parts`` and ``answers`` of each of the ``leaves`` (None: not known),
+        ``unscored`` (why, by leaf) and ``measured`` (the names of parts that are metrics).
         """
         parts: list[dict[str, float] | None] = []
         for leaf in range(leaves):
@@ -210,8 +213,9 @@ class TreeScores:
             else:  # what the others said of it
                 parts.append(self._scoring.parts(self._good(leaf)) or None)
         why = {str(leaf): str(failed) for leaf, failed in self.failures.items()}
-        measured = self._scoring.measured
-        return {"parts": parts, **({"unscored": why} if why else {}), "measured": measured}
+        answers = [_brief(view) if (view := self._views.get(leaf)) else None for leaf in range(leaves)]
+        unscored = {"unscored": why} if why else {}
+        return {"parts": parts, "answers": answers, **unscored, "measured": self._scoring.measured}
 
     def _start(self, number: int, scorer: Scorer, leaves: Sequence[int]) -> None:
         name = f"score leaf {leaves[0]} of {self._prompt.id}"
@@ -268,3 +272,11 @@ class TreeScores:
                     name = scorer.chosen.shown
                     text = f"reward {name}: no score within reward.close_deadline_s={limit:g} s"
                     raise ScoreFailed(f"{text} of the tree's end", "deadline")
+
+
+def _brief(view: BranchView) -> str:
+    """The final answer for the record; of a long one the beginning and a digest: only equals are equal."""
+    answer = final_answer(view.model_text)
+    if len(answer) <= ANSWER_CHARS:
+        return answer
+    return f"{answer[:ANSWER_CHARS]}… {hashlib.sha256(answer.encode(errors='replace')).hexdigest()[:16]}"

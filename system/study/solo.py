@@ -20,6 +20,8 @@ from system.engine import weights
 from system.engine.control import Http
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
+from system.evals.record import Answered, Asked
+from system.evals.result import EvalResult
 from system.flow.curriculum import PoolWeights
 from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, Ticket
@@ -27,7 +29,6 @@ from system.flow.loop import RunEvents, TrainingLoop, TreeLost
 from system.flow.replay import TreeInFlight
 from system.http import Keys
 from system.learn.trainer import Trainer
-from system.observe.eval import EvalResult
 from system.rollout import process
 from system.rollout.context import RolloutContext, build_context
 from system.rollout.failure import RolloutFailed
@@ -84,10 +85,10 @@ class Solo:
     async def answers(self, questions: Sequence[Prompt]) -> EvalResult:
         """Greedy answers with the engine's current weights."""
 
-        async def answer(number: int, question: Prompt) -> TreeStats:
+        async def answer(number: int, question: Prompt) -> Answered:
             with one_tree(question.id):
                 tree = await (await planted(self._context, question, seed=number, greedy=True)).run()
-            return TreeStats.of(tree)
+            return Answered.of(Asked("", question, 0, number), TreeStats.of(tree))
 
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(answer(*one)) for one in enumerate(questions)]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from system.rollout.rewards.words import last_boxed
+from system.rollout.words import last_boxed
 
 _HELD = ("target", "ground_truth", "golden_answers", "answers", "answer", "value", "text", "content")
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""

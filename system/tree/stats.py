@@ -86,6 +86,7 @@ class TreeStats:
     parts: Mapping[str, Float32] = field(default_factory=dict[str, Float32])
     # [L] by name: those numbers of the rewards that are metrics; NaN where one is not known
     guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
+    answers: tuple[str | None, ...] = ()  # [L] the record's ``answers``: final answers; empty where unknown
     # [M] the node each chain ends at, and the episode, a leaf here, it is of; empty where each has one chain
     ends: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     owner: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -185,6 +186,7 @@ class TreeStats:
             rescored_gap=float(gap.sum(dtype=np.float64)),
             parts=_parts(tree),
             guide=tree.guide,
+            answers=tuple(tree.meta.get("answers", ())),
             step_reward=tree.step_reward.astype(np.float64)
             if tree.step_reward.size
             else np.zeros(tree.n_nodes),

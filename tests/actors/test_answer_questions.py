@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from actors.evaluate import ATTEMPTS, answer_questions
+from actors.evaluate import ATTEMPTS, ask_each
 from system.config import Config, ConfigError
-from system.observe.eval import EvalResult
+from system.evals.record import Answered, Asked
+from system.evals.result import EvalResult
 from system.rollout.failure import RolloutFailed
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
@@ -30,7 +31,7 @@ def answered(prompt: Prompt) -> TreeStats:
     return TreeStats.of(builder.close(1.0))
 
 
-class Asked:
+class Worker:
     """A worker that never answers "bad", and answers "lost" once the engines are back."""
 
     def __init__(self, **fails: Exception) -> None:
@@ -53,19 +54,20 @@ class Asked:
             self.backs.append(cause)
             self.fails.pop("lost")
 
-        def one_more() -> None:
+        def one_more(answer: Answered) -> None:
             self.shown += 1
 
         def told(kind: str, text: str) -> None:
             self.told.append((kind, text))
 
         pool: Any = SimpleNamespace(workers={"rollout-0": self})
-        return await answer_questions(Config(), pool, questions, one_more, back, told)
+        asked = [Asked("", question, 0, number) for number, question in enumerate(questions)]
+        return EvalResult.of(await ask_each(Config(), pool, asked, one_more, back, told))
 
 
 async def test_a_question_that_fails_is_wrong_and_told() -> None:
     lost = RolloutFailed("lost", "engine lost", "connection refused")
-    worker = Asked(bad=RolloutFailed("bad", "TypeError", "a bug"), lost=lost)
+    worker = Worker(bad=RolloutFailed("bad", "TypeError", "a bug"), lost=lost)
     result = await worker.run(QUESTIONS)
     assert worker.asked == {"good": 1, "bad": ATTEMPTS, "lost": 2, "torn": 1}
     assert worker.backs == ["connection refused"]
@@ -78,13 +80,13 @@ async def test_a_question_that_fails_is_wrong_and_told() -> None:
 
 
 async def test_an_evaluation_without_a_single_answer_says_why() -> None:
-    worker = Asked(bad=RolloutFailed("bad", "TypeError", "a bug"))
+    worker = Worker(bad=RolloutFailed("bad", "TypeError", "a bug"))
     with pytest.raises(RolloutFailed, match="a bug"):
         await worker.run([QUESTIONS[1]])
 
 
 async def test_what_is_the_same_for_every_question_ends_it() -> None:
-    worker = Asked(bad=ConfigError("no entropies"))
+    worker = Worker(bad=ConfigError("no entropies"))
     with pytest.raises(ExceptionGroup, match="unhandled errors") as ended:
         await worker.run(QUESTIONS)
     assert isinstance(ended.value.exceptions[0], ConfigError)

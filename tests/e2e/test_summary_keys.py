@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from summary_keys import explained, superfluous, unexplained
 
 from system.engine.protocol import SPEED_COUNTERS
 from system.engine.router import Routed
-from system.observe.eval import EvalResult, EvalScores
+from system.evals.result import EvalResult, EvalScores
 from system.observe.metrics import Idle
 from system.observe.totals import Totals
 from system.rollout.reward import REASONS
@@ -31,8 +32,10 @@ OF_AGENTS = (
     *("episodes", "turns", "frozen_turns", "rewrites", "retries", "failed", "late", "diverged"),
     *("engine_lost", "given_up", "malformed", "tool_choice"),
 )
+SCORES = EvalScores(samples=2, pass_at={2: 1.0}, majority=1.0, productivity=1.0)
+OF_A_SET = EvalResult(SCORES, kinds={"a.b": SCORES})
 FULL = Totals(
-    evals={which: EvalResult(kinds={"a.b": EvalScores()}).to_dict() for which in ("before", "after")},
+    evals=dict.fromkeys(("before", "after"), replace(OF_A_SET, sets={"aime": OF_A_SET}).to_dict()),
     staleness=Counter({1: 2}),
     pools={"solved": 0.5},
     guided={"trees": 2, "with_success": 1, "actions": 3},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from system.evals.record import Answered, Asked
+from system.evals.result import EvalResult
+from system.tree.prompt import Prompt
 from system.tree.record import ForkDecision, Kind, Origin, Outcome, ToolCall, Tree
 from system.tree.stats import TreeStats
 
@@ -74,3 +77,10 @@ def single(prompt_id: str, correct: int, task: str = "calc") -> TreeStats:
         budget=1,
     )
     return TreeStats.of(tree)
+
+
+def evaluated(*answers: TreeStats) -> EvalResult:
+    """Of :func:`single` answers."""
+    return EvalResult.of(
+        [Answered.of(Asked("", Prompt(one.prompt_id, (), (), kind=one.task), 0, 0), one) for one in answers]
+    )

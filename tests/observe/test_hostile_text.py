@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from observe_trees import make_tree
@@ -19,6 +18,7 @@ from actors.cli.main import _tell, main
 from system.bench.report import Report
 from system.config import Config
 from system.errors import EspalierError
+from system.evals.result import EvalResult, EvalScores
 from system.observe.progress import Progress
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir
@@ -148,9 +148,9 @@ def test_errors_notes_and_progress(text: str, capsys: pytest.CaptureFixture[str]
 def test_eval(
     hostile_run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
-    result: dict[str, Any] = {"kinds": dict.fromkeys(HOSTILE, 1.0)}
-    monkeypatch.setitem(sys.modules, "actors.evaluate", SimpleNamespace(evaluate=lambda *_: result))
+    result = EvalResult(kinds={text: EvalScores() for text in HOSTILE})
+    fake = SimpleNamespace(evaluate=lambda *_: result, about=lambda *_: {})
+    monkeypatch.setitem(sys.modules, "actors.evaluate", fake)
     hostile_run.model.mkdir()
     (hostile_run.model / "config.json").write_text("{}")
     assert main(["eval", str(hostile_run.root)]) == 0

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from observe_trees import NAN, make_tree, single
+from observe_trees import NAN, make_tree
 
-from system.observe.eval import EvalResult
 from system.observe.metrics import (
     Idle,
     idle_metrics,
@@ -190,33 +189,6 @@ def test_idle_as_seconds_and_share():
 
 def test_nothing_gives_nothing():
     assert rollout_metrics([]) == tree_metrics([]) == train_metrics([], {}, []) == tool_metrics([]) == {}
-
-
-def test_evaluation_by_kind_counts_the_unanswered_as_wrong():
-    stats = [single("a", 1), single("b", 0), single("c", -1), TreeStats.of(make_tree("d", (1.0, 0.0, NAN)))]
-    result = EvalResult.of(stats)
-    assert result.total.questions == 4
-    assert result.total.accuracy == pytest.approx((1 + 0 + 0 + 1 / 3) / 4)
-    assert result.kinds["calc"].accuracy == pytest.approx(1 / 3)
-    assert result.kinds["calc"].reward == 0.5  # of the two that were scored
-    assert result.kinds["lookup"].tool_calls == pytest.approx(2 / 3)
-    assert result.total.unscored == 2
-    assert result.metrics()["eval/lookup/accuracy"] == pytest.approx(1 / 3)
-    assert result.to_dict()["kinds"]["calc"]["questions"] == 3
-
-
-def test_an_evaluation_of_nothing_is_not_a_number():
-    assert math.isnan(EvalResult.of([]).total.accuracy)
-
-
-def test_a_question_without_a_tree_counts_as_wrong() -> None:
-    result = EvalResult.of([single("a", 1, "calc")], ["calc", "lookup"])
-    assert (result.total.questions, result.total.unscored) == (3, 2)
-    assert result.total.accuracy == pytest.approx(1 / 3)
-    assert result.total.reward == 1.0
-    assert result.kinds["calc"].accuracy == 0.5
-    assert result.kinds["lookup"].accuracy == 0.0
-    assert math.isnan(result.kinds["lookup"].tool_calls)
 
 
 def test_guided_trees_are_told_apart():

@@ -14,8 +14,9 @@ import pytest
 from stand_in_hub import TOKEN, Hub
 
 from system.config import Config, PartConfig
+from system.evals.table import share
 from system.observe import hub
-from system.observe.card import accuracy, model_card
+from system.observe.card import model_card
 from system.observe.publish import rounded_away
 from system.observe.rundir import RunDir
 
@@ -45,7 +46,7 @@ def test_an_interval_holds_the_shares_that_would_not_surprise(right: int, questi
     found = right / questions
     shares = np.linspace(0, 1, 100_001)
     near = shares[abs(found - shares) <= 1.959964 * np.sqrt(shares * (1 - shares) / questions)]
-    assert accuracy(found, questions) == f"{found:.1%} ({near.min():.1%} to {near.max():.1%})"
+    assert share(found, questions) == f"{found:.1%} ({near.min():.1%} to {near.max():.1%})"
 
 
 def test_a_card_has_the_figures_of_its_run(config: Config, tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from observe_trees import NAN, make_tree, single
+from observe_trees import NAN, evaluated, make_tree, single
 
 from system.config import Config
 from system.flow.loop import FinishedStep
-from system.observe.eval import EvalResult
 from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
@@ -57,7 +56,7 @@ def recorder(run_dir: RunDir, config: Config, sink: MemorySink, clock: Clock) ->
 
 
 def run_two_steps(recorder: Recorder, clock: Clock) -> None:
-    recorder.evaluated(0, EvalResult.of([single("a", 0), single("b", 1)]), "before")
+    recorder.evaluated(0, evaluated(single("a", 0), single("b", 1)), "before")
     for step in (1, 2):
         trees = [TreeStats.of(make_tree(f"{step}-{i}", (1.0, 0.0, 0.5), version=step - i)) for i in range(2)]
         for tree in trees:
@@ -78,7 +77,7 @@ def run_two_steps(recorder: Recorder, clock: Clock) -> None:
 def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_dir: RunDir, sink: MemorySink):
     recorder.training_began()
     run_two_steps(recorder, clock)
-    recorder.evaluated(2, EvalResult.of([single("a", 1), single("b", 1)]), "after")
+    recorder.evaluated(2, evaluated(single("a", 1), single("b", 1)), "after")
     recorder.finish()
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
@@ -358,7 +357,7 @@ def test_settled_accuracy_waits_for_a_full_window(run_dir: RunDir, config: Confi
 
 
 def test_an_evaluation_during_training_stays_out_of_the_summary(recorder: Recorder, sink: MemorySink):
-    recorder.evaluated(5, EvalResult.of([single("a", 1)]), "during")
+    recorder.evaluated(5, evaluated(single("a", 1)), "during")
     assert recorder.summary()["eval"] == {}
     assert sink.records[0]["eval/accuracy"] == 1.0
 

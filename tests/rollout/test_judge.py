@@ -40,13 +40,13 @@ from system.rollout.rewards.judge_prompt import (
     Questionnaire,
     criteria,
     filled,
-    final_answer,
     neutral,
 )
 from system.rollout.scorer import Scorer, make_reward
 from system.rollout.scoring import Scoring
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
+from system.rollout.words import final_answer
 from system.serving import serve
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
@@ -378,7 +378,7 @@ def test_the_final_answer() -> None:
         ("<think>a</think> seven", "seven"),
         ("seven", "seven"),
     ):
-        assert final_answer(said(text)) == answer
+        assert final_answer(said(text).model_text) == answer
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_whatever_is_said_stays_between_its_tags(answer: str, question: str) -> 
     text = FORM.messages(prompt, branch)[1]["content"]
     mark = text.split("<question-")[1][:16]
     between = [text.partition(f"<{tag}-{mark}>")[2].partition(f"</{tag}-{mark}>")[0] for tag in OTHERS[:3]]
-    asked, gold, said_so = prompt.messages[0]["content"], "gold", final_answer(branch)
+    asked, gold, said_so = prompt.messages[0]["content"], "gold", final_answer(branch.model_text)
     assert between == [neutral(asked), gold, neutral(said_so)]
     assert text.count(mark) == 6
 

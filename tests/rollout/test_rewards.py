@@ -9,7 +9,7 @@ import pytest
 from system.plugins import REWARDS
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.equality import equal, is_mathematical, parse_number
-from system.rollout.rewards.words import last_boxed, normalize, token_f1
+from system.rollout.words import last_boxed, normalize, token_f1
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Outcome
 

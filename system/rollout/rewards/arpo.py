@@ -17,7 +17,7 @@ from typing import ClassVar
 from system.rollout.reward import BranchView, Score
 from system.rollout.rewards.arpo_release import ANSWER_FORMAT, FORMAT_ERROR, MULTI_TOOL_BONUS
 from system.rollout.rewards.equality import equal, is_mathematical, is_strict, parse_number, words
-from system.rollout.rewards.words import answer_span, last_boxed, overlap
+from system.rollout.words import answer_span, last_boxed, overlap
 from system.tools.outcome import ToolStatus
 from system.tree.prompt import Prompt
 from system.tree.record import Kind

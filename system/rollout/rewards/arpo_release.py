@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from system.rollout.reward import BranchView, Score
-from system.rollout.rewards.words import answer_span, last_boxed, token_f1
+from system.rollout.words import answer_span, last_boxed, token_f1
 from system.tree.prompt import Prompt
 
 FORMAT_ERROR = -1.0

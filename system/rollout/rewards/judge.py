@@ -15,9 +15,9 @@ from system.rollout.rewards.judge_prompt import (
     NoVerdict,
     Questionnaire,
     criteria,
-    final_answer,
 )
 from system.rollout.rewards.judge_server import JudgeServer, Verdicts, request_key
+from system.rollout.words import final_answer
 from system.tree.prompt import Prompt
 
 _ROUNDING = 1e-9  # of a weighted mean
@@ -94,7 +94,7 @@ class Judge:
         return [one.name for one in self._criteria]
 
     async def score(self, prompt: Prompt, branch: BranchView) -> Score:
-        if self._skip_equal and _plain(final_answer(branch)) in map(_plain, prompt.answers):
+        if self._skip_equal and _plain(final_answer(branch.model_text)) in map(_plain, prompt.answers):
             return self._scored((1.0,) * len(self._criteria))
         messages = self._form.messages(prompt, branch)
         key = request_key(self._server.url, self._server.body(messages))

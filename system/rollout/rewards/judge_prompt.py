@@ -19,7 +19,7 @@ from typing import Any
 from system.errors import EspalierError
 from system.plugins import nearest
 from system.rollout.reward import BranchView
-from system.rollout.rewards.words import answer_span, last_boxed
+from system.rollout.words import final_answer
 from system.tree.prompt import Prompt
 from system.tree.record import Kind
 
@@ -204,22 +204,13 @@ def neutral(text: str) -> str:
     return _TOKEN.sub(lambda match: f"{match[0]} ", text)
 
 
-def final_answer(branch: BranchView) -> str:
-    """The boxed answer, or what stands in ``<answer>``; without one, all that follows the thinking."""
-    said = branch.model_text
-    if (span := answer_span(said)) is not None:
-        boxed = last_boxed(span)
-        return (span if boxed is None else boxed).strip()
-    return said.rpartition("</think>")[2].strip()
-
-
 def _texts(prompt: Prompt, branch: BranchView) -> dict[str, str]:
     """The fields that others wrote."""
     asked = [message["content"] for message in prompt.messages if message["role"] == "user"]
     return {
         "question": asked[-1] if asked else "",
         "gold": "\n".join(prompt.answers),
-        "answer": final_answer(branch),
+        "answer": final_answer(branch.model_text),
         "response": branch.model_text,
         "transcript": "".join(
             f"[tool result: {text}]" if kind == Kind.TOOL else text for kind, text in branch.segments

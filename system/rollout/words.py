@@ -57,3 +57,13 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[begin:i]
     return None
+
+
+def final_answer(text: str) -> str:
+    """Of what a model wrote: the boxed answer, or what stands in ``<answer>``; without one, all that follows
+    the thinking.
+    """
+    if (span := answer_span(text)) is not None:
+        boxed = last_boxed(span)
+        return (span if boxed is None else boxed).strip()
+    return text.rpartition("</think>")[2].strip()

@@ -1,0 +1,85 @@
+"""``eval.sets``: which questions they are, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from system.config import ConfigError, load
+from system.evals.sets import question_sets, to_ask
+from system.tasks.base import make_task
+
+
+def config_of(*overrides: str) -> Any:
+    return load(None, ["task.eval_size=3", "task.train_size=8", "eval.questions=2", *overrides])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "aime.jsonl"
+    rows = [{"problem": f"What is {n} + 1?", "solution": str(n + 1)} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_each_question_of_each_set_is_asked_as_often_as_it_says(data: Path) -> None:
+    config = config_of(
+        "eval.temperature=1",
+        f"eval.sets=[{{name: aime, path: {data}, questions: 3, samples: 4, columns: {{question: problem, "
+        "answer: solution}}, {name: other, task: {name: quickstart, eval_size: 5}}]",
+    )
+    sets = question_sets(config, make_task(config))
+    assert [(one.name, len(one.questions), one.samples) for one in sets] == [
+        ("", 2, 1),
+        ("aime", 3, 4),
+        ("other", 2, 1),  # as eval.questions says
+    ]
+    asked = to_ask(sets)
+    assert [one.seed for one in asked] == list(range(2 + 12 + 2))
+    assert [one.sample for one in asked[2:10]] == [0, 1, 2, 3] * 2
+    assert len({one.key for one in asked}) == len(asked)
+    assert asked[2].prompt.answers == ("1",)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("eval.samples=2", r"eval\.samples asks for several answers, but eval\.temperature=0"),
+        ("eval.sets=[{name: a, path: x, samples: 2}]", r"eval\.sets\[0\]\.samples asks for several"),
+        ("eval.sets=[{name: a}]", r"eval\.sets\[0\] needs either a path"),
+        ("eval.sets=[{name: a, path: x, task: {name: quickstart}}]", r"needs either a path"),
+        ("eval.sets=[{name: a/b, path: x}]", r"eval\.sets\[0\]\.name='a/b': letters"),
+        ("eval.sets=[{path: x}]", r"eval\.sets\[0\]\.name=''"),
+        (
+            "eval.sets=[{name: a, path: x}, {name: a, path: y}]",
+            r"eval\.sets\[1\]\.name: 'a' stands there twice",
+        ),
+        (
+            "eval.sets=[{name: a, path: x, sample: 2}]",
+            r"eval\.sets\[0\]\.sample: a set has .*did you mean samples",
+        ),
+        ("eval.sets=[{name: a, path: x, samples: many}]", r"eval\.sets\[0\]: .*many"),
+        ("eval.sets=[{name: a, path: x, questions: -2}]", r"eval\.sets\[0\]: questions are -1"),
+        ("eval.sets=[{name: a, task: {name: jsonl}, columns: {answer: x}}]", r"of a task they stand in"),
+    ],
+)
+def test_what_is_wrong_is_told_by_its_place(given: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        config_of(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("eval.sets=[{name: a, path: nowhere.jsonl}]", r"eval\.sets\[0\]: .*nowhere\.jsonl"),
+        ("eval.sets=[{name: a, task: {nam: jsonl}}]", r"eval\.sets\[0\]: .*nam"),
+        ("eval.sets=[{name: a, task: {name: jsonl}}]", r"eval\.sets\[0\]: task\.name=jsonl needs task\.path"),
+    ],
+)
+def test_a_set_that_cannot_be_read(given: str, told: str) -> None:
+    config = config_of(given)
+    with pytest.raises(ConfigError, match=told):
+        question_sets(config, make_task(config))
