@@ -10,7 +10,7 @@ from system.config import Config, ConfigError
 from system.doctor.preflight import Problem, look
 from system.errors import EXPECTED
 from system.sft.forms import Forms
-from system.sft.prepare import make_encoder
+from system.sft.prepare import learner_config, make_encoder
 from system.tasks.base import make_task
 from system.tasks.files import data_files
 
@@ -22,7 +22,8 @@ def require(config: Config, resume: Path | None = None) -> None:
     """Raises :class:`ConfigError` with a line for each thing that would end the run."""
     asks = config.sft.samples > 0
     without = () if asks else _OF_ROLLOUTS if config.model.path else ("layout", "engine", "servers", "ports")
-    found = [one for some in look(config, resume=resume, without=without).values() for one in some]
+    looked = look(learner_config(config), resume=resume, without=without)
+    found = [one for some in looked.values() for one in some]
     for check in (_data, _layout, _encoding, _questions):
         try:
             found += check(config)

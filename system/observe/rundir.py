@@ -12,7 +12,7 @@
       curves/          PNG curves
       start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
-      sft.json         of a supervised run: what its data were
+      sft.json         of a supervised run, and what tells one: what its data were ({} until they are known)
       candidates/      of a supervised run: the models that one is chosen of
       logs/            logs of the parts
       judge/           verdicts of `reward=judge`, which a resumed run does not ask for again
@@ -58,9 +58,19 @@ class RunDir:
         self.logs, self.wandb = root / "logs", root / "wandb"
         self.sft_path, self.candidates = root / "sft.json", root / "candidates"
 
+    @property
+    def supervised(self) -> bool:
+        """Whether it is a run of ``espalier sft``; else it is one of ``espalier train``."""
+        return self.sft_path.is_file()
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with it, for people."""
+        return f"espalier {'sft' if self.supervised else 'train'} --resume {self.root}"
+
     @classmethod
-    def create(cls, config: Config, config_name: str = "run") -> RunDir:
-        """Make a fresh directory and write ``config.yaml`` into it.
+    def create(cls, config: Config, config_name: str = "run", *, supervised: bool = False) -> RunDir:
+        """Make a fresh directory and write ``config.yaml`` into it.  ``supervised``: mark it as such a run's.
 
         ``config.run.name`` names it.  An empty name becomes ``<config_name>-s<seed>``, or the next free of
         ``…-2``, ``…-3`` so that repeating a command never touches an earlier run.  A name that was chosen by
@@ -75,10 +85,8 @@ class RunDir:
             root, number = parent / stem, 2
             while not _claim(root):
                 if name:
-                    raise RunDirError(
-                        f"{root} exists: continue it with `espalier train --resume {root}` or choose another "
-                        "name"
-                    )
+                    again = cls(root).resume_command
+                    raise RunDirError(f"{root} exists: continue it with `{again}` or choose another name")
                 root, number = parent / f"{stem}-{number}", number + 1
         except OSError as error:
             raise RunDirError(
@@ -86,6 +94,8 @@ class RunDir:
             ) from error
         run = cls(root)
         run._make_parts()
+        if supervised:  # before the configuration, without which it is no run directory
+            write_atomic(run.sft_path, "{}\n")
         run.write_config(config)
         return run
 
@@ -114,8 +124,7 @@ class RunDir:
         if seal.strip() != _digest(text) if sealed else _LAST_SECTION not in whole:
             raise RunDirError(
                 f"{self.config_path} was edited or is damaged: a resumed run is changed by overrides "
-                f"(espalier train --resume {self.root} key=value); if the file is right and whole, remove "
-                "its last line"
+                f"({self.resume_command} key=value); if the file is right and whole, remove its last line"
             )
 
     def write_config(self, config: Config) -> None:
