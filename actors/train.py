@@ -18,7 +18,7 @@ from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
 from actors.session import in_session
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, without_effect
 from system.errors import DONE, STOPPED
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
@@ -48,7 +48,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        print(f"run directory: {run_dir.root}", *map(shown, notes(config, task)), sep="\n", flush=True)
+        told = map(shown, [*notes(config, task), *without_effect(config)])
+        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
             work = partial(_run_and_deliver, config, run_dir, task)
             return in_session(config, run_dir.root, work, run_dir.resume_command)

@@ -77,7 +77,7 @@ def _write(
         from system.models.adapter import adapter_of
 
         config = run.config()
-        began = Path(config.model.path) if config.model.path else run.start
+        began = run.start_model(config)
         dtype, adapters = getattr(torch, config.model.dtype), adapter_of(config.learn.lora)
         if adapter and adapters:
             extract_adapters(source, began, directory, dtype, adapters)

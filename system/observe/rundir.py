@@ -114,6 +114,28 @@ class RunDir:
         """The configuration the run was started with, with overrides applied."""
         return load(self.config_path, overrides)
 
+    def start_model(self, config: Config) -> Path:
+        """The model that the run began with; ``config``: its own.
+
+        A relative path is of the directory in which the run was started: the one that ``run.dir`` leads from
+        to the run, or else the current one.  Raises :class:`RunDirError` where it is in neither.
+        """
+        if not config.model.path:
+            return self.start
+        path, runs, here = (
+            Path(config.model.path),
+            Path(config.run.dir).parts,
+            self.root.resolve().parent.parts,
+        )
+        before, after = here[: len(here) - len(runs)], here[len(here) - len(runs) :]
+        for place in (Path(*before), Path()) if before and after == runs else (Path(),):
+            if (place / path).is_dir():
+                return place / path
+        raise RunDirError(
+            f"model.path={path}, which {self.root} began with, is no directory here: call this from the "
+            "directory in which the run was started"
+        )
+
     def check_config(self) -> None:
         """Raise :class:`RunDirError` for a ``config.yaml`` that is not what this run wrote.
 
