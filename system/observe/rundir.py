@@ -122,11 +122,8 @@ class RunDir:
         """
         if not config.model.path:
             return self.start
-        path, runs, here = (
-            Path(config.model.path),
-            Path(config.run.dir).parts,
-            self.root.resolve().parent.parts,
-        )
+        path, runs = Path(config.model.path), Path(config.run.dir).parts
+        here = self.root.resolve().parent.parts
         before, after = here[: len(here) - len(runs)], here[len(here) - len(runs) :]
         for place in (Path(*before), Path()) if before and after == runs else (Path(),):
             if (place / path).is_dir():
