@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import shutil
 import time
@@ -20,7 +19,7 @@ from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.session import in_session
 from actors.supervised import SftState, Supervised, finished
-from system.config import Config, PartConfig, to_dict
+from system.config import Config, to_dict
 from system.config.lora import going_on
 from system.errors import DONE, STOPPED, ConfigError
 from system.models.files import take_name
@@ -35,7 +34,7 @@ from system.observe.wandb_sink import WandbSink
 from system.redact import redact
 from system.sft.choice import SavedModel, chosen, rule
 from system.sft.data import SplitData, read
-from system.sft.prepare import prepare
+from system.sft.prepare import learner_config, prepare
 from system.tasks.base import Task, make_task
 from system.tasks.inputs import make_model
 
@@ -46,21 +45,24 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     The configuration has passed :func:`system.doctor.preflight.require`.
     """
     old = RunDir.open(resume) if resume else None
-    if old and not old.sft_path.is_file():
-        raise ConfigError(f"{resume} is no supervised run: go on with espalier train --resume {resume}")
+    if old and not old.supervised:
+        raise ConfigError(f"{resume} is no supervised run: go on with {old.resume_command}")
     if old and finished(old):
         print(f"{resume} has ended, and is left as it is; its model is {old.model}")
         return DONE
+    if old and old.model.is_dir():  # it was ended between its model and the end
+        with lease.held(old.root):
+            return _hand_over(config, old)
     data = read(config.sft, config.run.seed)  # all of it: nothing is made before
     task = make_task(config) if config.sft.samples or not config.model.path else None
-    run_dir = old or RunDir.create(config, f"{config_name}-sft")
+    run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
         print(f"run directory: {run_dir.root}", flush=True)
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
-        again = f"espalier sft --resume {run_dir.root}"
+        again, last = run_dir.resume_command, not config.sft.samples
         try:
-            code = in_session(config, run_dir.root, run.learn, again, last=not config.sft.samples)
+            code = in_session(config, run_dir.root, run.learn, again, last=last)
         except StartFailed:  # nothing has happened that a run directory could tell
             if resume is None:
                 shutil.rmtree(run_dir.root, ignore_errors=True)
@@ -122,7 +124,7 @@ class _SftRun:
             "starting", detail=f"waiting for the learner, encoding {len(self.data.train)} conversations"
         )
         going = going_on(config) if checkpoints(run_dir) else config
-        settings = to_dict(_supervised(going))
+        settings = to_dict(learner_config(going))
         beats = Heartbeats(
             lambda: {name: Watched(it, places[name].options, False) for name, it in learner.ranks.items()},
             config.cluster.silent_s,
@@ -173,8 +175,6 @@ class _SftRun:
         if (adapter := state.adapter_path(run_dir, best.step)).is_dir():
             take_name(adapter, run_dir.adapter)
         state.path(run_dir, best.step).rename(run_dir.model)
-        if config.sft.keep == "chosen":
-            shutil.rmtree(run_dir.candidates)
         for line in (
             f"{state.step} steps, {state.tokens} tokens learned, loss {state.first_loss:.3f} -> "
             f"{state.last_loss:.3f}, {state.wall_s:.0f} s",
@@ -182,14 +182,14 @@ class _SftRun:
             f"go on with: espalier train RECIPE model.path={run_dir.model}",
         ):
             print(shown(line))
-        return deliver(config, run_dir)
+        return _hand_over(config, run_dir)
 
 
-def _supervised(config: Config) -> Config:
-    """What the learner is told: of reinforcement learning it needs no model but its own."""
-    told = copy.deepcopy(config)
-    told.learn.kl_coef, told.learn.proximal, told.learn.correction = 0.0, "start", PartConfig("none")
-    return told
+def _hand_over(config: Config, run_dir: RunDir) -> int:
+    """What is left to do once the model is there; to do it twice does no harm."""
+    if config.sft.keep == "chosen":
+        shutil.rmtree(run_dir.candidates, ignore_errors=True)  # gone already, where this was broken off
+    return deliver(config, run_dir)
 
 
 def _draw(run_dir: RunDir) -> None:

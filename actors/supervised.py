@@ -14,7 +14,8 @@ from typing import Any
 from actors.checkpoints import aside, checkpoints, version_of
 from actors.learner import LearnerGroup
 from system.config import Config
-from system.errors import CheckpointError, ConfigError
+from system.errors import CheckpointError, ConfigError, EspalierError
+from system.observe.card import CARD
 from system.observe.progress import Progress, compact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
@@ -24,6 +25,11 @@ from system.sft.prepare import Prepared
 
 MEASURED = ("loss", "grad_norm", "weight_norm", "lr", "skipped_steps")  # by the learner, recorded as they are
 RECENT = 20  # steps that the rate on the progress line is of
+MOST_SKIPPED = 10  # steps in a row without finite gradients; there is no loss scale that finds its size so
+
+
+class NeverFinite(EspalierError):
+    """A supervised run that learns nothing any more: its gradients are not finite."""
 
 
 @dataclass
@@ -36,6 +42,7 @@ class SftState:
     wall_s: float = 0.0
     first_loss: float = float("nan")
     last_loss: float = float("nan")
+    skipped: int = 0  # steps up to this one, in a row, whose gradients were not finite
     held_out: list[dict[str, Any]] = field(default_factory=list)  # step, loss in nats per token
     candidates: list[dict[str, Any]] = field(default_factory=list)  # step, loss, lora_kept
 
@@ -101,7 +108,7 @@ class Supervised:
         await self.saved()
         if state.step == course.steps:
             return True
-        how = f"go on with espalier sft --resume {self.run_dir.root}"
+        how = f"go on with {self.run_dir.resume_command}"
         self.progress.note(f"stopped at step {state.step} of {course.steps}: {how}")
         return False
 
@@ -125,6 +132,21 @@ class Supervised:
             | {"sft/epoch": epoch, "sft/tokens": learned, "sft/tokens_per_s": learned / seconds}
             | {"sft/computed_per_s": stats["tokens_computed"] / seconds}
         )
+        self._count_skipped(stats, most=min(MOST_SKIPPED, course.steps))
+
+    def _count_skipped(self, stats: dict[str, float], most: int) -> None:
+        """Raises :class:`NeverFinite` for the last of ``most`` steps in a row that changed nothing."""
+        state = self.state
+        state.skipped = state.skipped + 1 if stats["skipped_steps"] else 0
+        found = f"gradient norm {stats['grad_norm']:g}, loss {stats['loss']:g}"
+        if state.skipped >= most:
+            raise NeverFinite(
+                f"step {state.step}: the gradients of the last {state.skipped} steps were not finite "
+                f"({found}), and nothing is learned: if the first loss was not finite, the weights of "
+                "model.path are at fault; else lower sft.lr, or set model.dtype=float32"
+            )
+        if state.skipped == 1:
+            self.progress.note(f"step {state.step} changed nothing: its gradients are not finite ({found})")
 
     async def _after(self, course: Course, held_out: Sequence[Example]) -> None:
         """What comes after a step: a look at the held-out loss, a model to choose from, a checkpoint."""
@@ -230,5 +252,5 @@ class Supervised:
 
 
 def finished(run_dir: RunDir) -> bool:
-    """Whether a supervised run came to its end, which is when its model is there."""
-    return run_dir.model.is_dir()
+    """Whether a supervised run came to its end, which is when its model has its card."""
+    return (run_dir.model / CARD).is_file()

@@ -18,7 +18,7 @@ from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
 from actors.session import in_session
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
 from system.errors import DONE, STOPPED
 from system.observe import lease
@@ -40,8 +40,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     The configuration has passed :func:`system.doctor.preflight.require`.
     """
     old = RunDir.open(resume) if resume else None
-    if old and old.sft_path.is_file():
-        raise ConfigError(f"{resume} is a supervised run: go on with espalier sft --resume {resume}")
+    if old and old.supervised:
+        raise ConfigError(f"{resume} is a supervised run: go on with {old.resume_command}")
     if old and (version := _finished(old)) >= config.run.steps:
         print(f"{resume} ended at step {version}, and is left as it is; to go on, set run.steps above that")
         return DONE
@@ -49,10 +49,11 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        print(f"run directory: {run_dir.root}", *map(shown, notes(config, task)), sep="\n", flush=True)
+        told = map(shown, [*notes(config, task), *without_effect(config)])
+        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
-            again = f"espalier train --resume {run_dir.root}"
-            return in_session(config, run_dir.root, partial(_run_and_deliver, config, run_dir, task), again)
+            work = partial(_run_and_deliver, config, run_dir, task)
+            return in_session(config, run_dir.root, work, run_dir.resume_command)
         except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
             if resume is None:
                 shutil.rmtree(run_dir.root, ignore_errors=True)
@@ -159,7 +160,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     if conductor.loop.stopping.is_set() or not await conductor.run():
         await conductor.saved()
         saved = "" if checkpoints(run_dir) else ", with nothing to save yet"
-        how = f"go on with espalier train --resume {run_dir.root}"
+        how = f"go on with {run_dir.resume_command}"
         progress.note(f"stopped at step {conductor.version}{saved}: {how}")
         return STOPPED
     await conductor.evaluate("after")

@@ -1,7 +1,7 @@
 # The one library of every job: Ray over an allocation, one driver, health gates, signals, requeue, teardown.
 #
 # `batch` runs on the first node, in the batch script; it starts `task` once on every node by one srun.  Task 0 is
-# Ray's head and the driver (`espalier train --resume $RUN`), the others are Ray's workers.  They talk through files
+# Ray's head and the driver (`espalier train`, or `sft`, `--resume $RUN`), the others are Ray's workers.  They talk through files
 # of the run directory, the one path that all nodes share:
 #
 #   attempts.jsonl             one line when an attempt starts, one when it ends: exit code, cause, what came next
@@ -26,7 +26,13 @@ control() { cat "$ATTEMPT_DIR/control" 2>/dev/null; }
 
 tell() { printf '%s\n' "$1" > "$ATTEMPT_DIR/control"; }
 
-trained_steps() { grep -c '"event": *"trained"' "$RUN/ledger.jsonl" 2>/dev/null || true; }
+kind() { if [ -e "$RUN/sft.json" ]; then echo sft; else echo train; fi; }   # system/observe/rundir.py
+
+trained_steps() {   # of all attempts together, those that were made twice included
+  if [ "$(kind)" = sft ]; then grep -c '"sft/loss": ' "$RUN/metrics.jsonl" 2>/dev/null || true
+  else grep -c '"event": *"trained"' "$RUN/ledger.jsonl" 2>/dev/null || true
+  fi
+}
 
 # ---------------------------------------------------------------- the batch script
 
@@ -211,7 +217,7 @@ head_task() {
   [ -n "$port" ] || give_up "Ray's head did not start (see ray-0.log)"
   if [[ $(control) == stop ]]; then STOPPING=1; else tell "head $ADDRESS:$port"; fi
   say "Ray's head is at $ADDRESS:$port; starting the driver"
-  RAY_ADDRESS=$ADDRESS:$port python -m actors.cli.main train --resume "$RUN" > "$ATTEMPT_DIR/logs/driver.log" 2>&1 &
+  RAY_ADDRESS=$ADDRESS:$port python -m actors.cli.main "$(kind)" --resume "$RUN" > "$ATTEMPT_DIR/logs/driver.log" 2>&1 &
   DRIVER=$!
   while kill -0 "$DRIVER" 2>/dev/null; do
     if [ -n "${STOPPING:-}" ] && [[ $(control) == stop ]]; then

@@ -17,7 +17,7 @@
     ├── ToolStartError         a configured tool cannot work
     ├── CheckpointError, LedgerError, SavedTreesError, SnapshotError, JsonlError, StoreError, TreeError,
     │   WeightsError, ShardError, CorpusError     what was stored is damaged, or not what is expected
-    ├── GaveUp                 a run that only fails: another try would, too             1
+    ├── GaveUp, NeverFinite    a run that only fails, or learns nothing: another try would, too     1
     └── RolloutFailed, EngineFailed, SandboxUnavailable, …                        raised where they stand
 
 A message names the field or the file, and the remedy, in one line.

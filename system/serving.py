@@ -7,7 +7,8 @@ neither a foreign name for itself nor what a page can send without being asked:
 =====  ==============================================================================================
  401   the key is missing or wrong (also a wrong one that is shown to ``/health``)
  415   a POST that is not declared as JSON, or as raw bytes where a handler takes those
- 421   a ``Host`` that is no IP address, nor localhost, nor this machine's name (DNS rebinding)
+ 421   a ``Host`` that is no IP address, nor localhost, nor this machine's name, nor one of those
+       that the server was told (DNS rebinding)
 =====  ==============================================================================================
 """
 
@@ -17,11 +18,13 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import json
 import os
 import random
 import re
 import signal
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +50,23 @@ class AppServer:
         await self.runner.cleanup()
 
 
-async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0, *, key: str = "") -> AppServer:
+async def serve(
+    app: web.Application,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    key: str = "",
+    names: Collection[str] = (),
+    remedy: str = "send the address of this server, or localhost",
+) -> AppServer:
     """Start ``app`` in the running loop; port 0 takes a free one.  Raises what the application's start-up
     raises.
 
-    ``key``: what a client must show; empty: nothing.  A request whose client has gone away is cancelled.
-    An application has one server.
+    ``key``: what a client must show; empty: nothing.  ``names``: further ones by which it may be asked for,
+    without ports; ``remedy``: what a client is told that uses another.  A request whose client has gone away
+    is cancelled.  An application has one server.
     """
-    app.middlewares.insert(0, _guard(key, host))
+    app.middlewares.insert(0, _guard(key, {host, *names}, remedy))
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, access_log=None)
     await runner.setup()
     try:
@@ -87,15 +99,16 @@ def stop_signals() -> asyncio.Event:
     return stop
 
 
-def _guard(key: str, host: str) -> Middleware:
-    """What stands before every handler of a server that listens at ``host``."""
-    names = {"localhost", host.lower(), os.uname().nodename.lower()}
+def _guard(key: str, own: Collection[str], remedy: str) -> Middleware:
+    """What stands before every handler of a server with its ``own`` names."""
+    names = {"localhost", os.uname().nodename.lower(), *(name.lower() for name in own)}
     expected = f"Bearer {key}".encode()
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not _names_us(request.host, names):
-            raise web.HTTPMisdirectedRequest(text="Host: send the address of this server, or localhost")
+            told = {"message": f"Host: {request.host[:255]}: {remedy}", "code": "unknown_host"}
+            raise web.HTTPMisdirectedRequest(text=json.dumps({"error": told}), content_type=JSON)
         # A page's browser asks first before it sends one of these types.  Without the header aiohttp assumes
         # bytes, which a page may send unasked: it must be there.
         declared = request.content_type if "Content-Type" in request.headers else ""

@@ -209,6 +209,8 @@ def test_what_a_resumed_run_may_change_is_said_by_the_schema():
     assert settings()["rollout.concurrency"].safe_on_resume
     assert not settings()["learn.credit"].safe_on_resume
     assert unsafe_on_resume(["learn.credit.name=grpo", "slurm.env.A=1"]) == ["learn.credit.name"]
+    assert unsafe_on_resume(["learn.lora.sync=merged", "learn.lora.rank=4"]) == ["learn.lora.rank"]
+    assert unsafe_on_resume(["branching=none", "teacher.urls=[http://a]"]) == ["branching"]
     assert unsafe_on_resume(["eval.every=3", "run.stepsize=1", "model.layers=2"]) == [
         "run.stepsize",
         "model.layers",

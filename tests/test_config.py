@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from system.config import Config, ConfigError, at_step, from_dict, load, settings, to_dict, to_yaml, validate
+from system.config import (
+    Config,
+    ConfigError,
+    at_step,
+    from_dict,
+    load,
+    settings,
+    to_dict,
+    to_yaml,
+    validate,
+    without_effect,
+)
 from system.config.algorithms import ALGORITHMS
 from system.config.check import part_problems
 from system.config.explain import text
@@ -470,3 +481,22 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             load(file, words)
         assert says in str(caught.value), words
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["learn.teacher_decay=0.9"], ["learn.teacher_decay=0.9 will do nothing"]),
+        (["learn.teacher_decay=0.9", "learn.teacher=average"], []),
+        (["learn.teacher_coef=0.5"], ["learn.teacher_coef=0.5 will do nothing: learn.teacher=none"]),
+        (["engine=sglang", "engine.sglang={mem_fraction_static: 0.8}"], []),
+        (
+            ["engine=sglang", "engine.sglang={mem_fraction_static: 0.8}", "engine.urls=[http://a]"],
+            ["engine.sglang (mem_fraction_static) will do nothing"],
+        ),
+    ],
+)
+def test_settings_that_do_nothing_beside_others_are_known(words: list[str], says: list[str]) -> None:
+    told = list(without_effect(load(None, words)))
+    assert len(told) == len(says)
+    assert all(line.startswith(said) for line, said in zip(told, says, strict=True))

@@ -90,3 +90,9 @@ def test_everything_else_is_found(copy: Path) -> None:
     ):
         assert planted in found, found
     assert len(found.splitlines()) == 5, found
+
+
+def test_tests_of_several_directories_can_be_collected_together() -> None:
+    """Which conftest.py ``import conftest`` finds depends on what was collected before."""
+    tests = (ROOT / "tests").rglob("*.py")
+    assert not [path for path in tests if re.search(r"^(from|import) conftest\b", path.read_text(), re.M)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     argument("--nodes", type=int, metavar="N", help="short for cluster.nodes=N"),
     argument("--time", metavar="LIMIT", help="short for slurm.time=LIMIT, of one attempt"),
     argument("--resume", metavar="RUN", type=Path, help="submit the run in this directory again"),
+    argument("--sft", action="store_true", help="a supervised run (espalier sft); with --resume it is known"),
     argument(
         "--sweep", metavar="KEY=A,B,…", action="append", default=[], help="one run per value; may be repeated"
     ),
@@ -30,6 +31,7 @@ def submit(args: argparse.Namespace) -> int:
     examples:
       espalier submit configs/qwen3-14b-2x8.yaml --dry-run       the plan and the script; nothing is submitted
       espalier submit configs/qwen3-14b-2x8.yaml --nodes 4 --time 12:00:00 slurm.partition=gpu
+      espalier submit configs/sft/arpo-8b.yaml --sft sft.path=conversations.jsonl
       espalier submit configs/quickstart.yaml --sweep flow.staleness=0,1,2,4 --sweep run.seed=0,1
       espalier submit configs/qwen3-14b-2x8.yaml --sweep cluster.nodes=2,4,8 --at-once 1
       espalier submit --resume runs/qwen3-14b-2x8-s0
@@ -41,15 +43,21 @@ def submit(args: argparse.Namespace) -> int:
     """
     from system.cluster.submit import submit_run, submit_sweep
     from system.config import ConfigError
-    from system.doctor.preflight import LATER, require
+    from system.doctor import preflight, supervised
+    from system.observe.rundir import RunDir
 
     example = "espalier submit configs/quickstart.yaml --dry-run"
+
+    sft = RunDir.open(args.resume).supervised if args.resume else args.sft
+    if args.sft and not sft:
+        raise ConfigError(f"{args.resume} is no supervised run: leave --sft out")
+    require = supervised.require if sft else preflight.require
 
     def check(config: Config) -> None:
         """A dry run, which may be for another machine, only warns."""
         try:
             require(config, login=True, resume=args.resume)
-            print(f"checked here; in the job, when it starts: {LATER}")
+            print(f"checked here; in the job, when it starts: {preflight.LATER}")
         except ConfigError as error:
             if not args.dry_run:
                 raise
@@ -62,9 +70,11 @@ def submit(args: argparse.Namespace) -> int:
     if not args.sweep:
         config, name = configured(words, args.resume, example)
         check(config)
-        return submit_run(config, name, resume=args.resume, dry_run=args.dry_run)
+        return submit_run(config, name, resume=args.resume, dry_run=args.dry_run, supervised=sft)
     if args.resume:
         raise ConfigError("--resume takes its configuration from the run directory: no --sweep")
+    if sft:
+        raise ConfigError("--sweep compares runs of espalier train: submit supervised runs one by one")
     path, overrides = split(words, example)
     assert path is not None
     return submit_sweep(path, overrides, args.sweep, at_once=args.at_once, dry_run=args.dry_run, check=check)

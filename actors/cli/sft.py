@@ -26,6 +26,7 @@ def sft(args: argparse.Namespace) -> int:
       espalier sft configs/sft/arpo-8b.yaml                            ARPO's recipe
       espalier sft --resume runs/my-sft-s0
       espalier sft my.yaml --show 2                                    what would be learned; nothing starts
+      espalier submit my.yaml --sft                                    as a SLURM job
 
     A row is a conversation, in one of four forms, which its columns tell:
       {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}

@@ -112,6 +112,9 @@ def unsafe_on_resume(overrides: Sequence[str]) -> list[str]:
     """Keys among the overrides that change what is being trained: all that are not safe on resume."""
     from system.config import settings
 
-    safe = {key for key, one in settings().items() if one.safe_on_resume}
-    keys = [text.split("=", 1)[0].strip() for text in overrides]
-    return [key for key in keys if ".".join(key.split(".")[:2]) not in safe]
+    def safe(key: str) -> bool:
+        """By the setting that it is, or the dictionary or part that it is within."""
+        one = settings().get(key)
+        return one.safe_on_resume if one else "." in key and safe(key.rpartition(".")[0])
+
+    return [key for text in overrides if not safe(key := text.split("=", 1)[0].strip())]

@@ -28,6 +28,7 @@ from system.agents.wire import Dialect
 from system.agents.wire_anthropic import AnthropicWire
 from system.agents.wire_chat import ChatWire
 from system.agents.wire_responses import ResponsesWire
+from system.config.agent import public_host
 from system.serving import AppServer, serve
 from system.text import described, one_line
 
@@ -39,6 +40,7 @@ CLOSED = 10_000  # closed sessions that are remembered, so that a late request i
 LISTED = 200  # fields without effect that are told of
 NAME = "espalier"  # of the trained model, where clients ask which there are
 RETRIES = "x-stainless-retry-count"  # the official clients say so when they send a request again
+UNKNOWN_HOST = "no name of this endpoint: set agent.public_url to the URL under which it is reached"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a character, perhaps without its other half
 # Neither official client then sends the request again, which it would for these.
 FINAL = {409: {"x-should-retry": "false"}, 429: {"x-should-retry": "false"}}
@@ -56,11 +58,13 @@ class AgentEndpoint:
         trained: Collection[str] = (),
         keep_alive_s: float = KEEP_ALIVE_S,
         desk: SessionDesk | None = None,
+        public_url: str = "",
     ) -> None:
         """``trained``: model names under which a turn is trained on; none: all but :data:`FROZEN`.  ``desk``:
-        where agents that somebody else starts get their sessions.
+        where agents that somebody else starts get their sessions; ``public_url``: under which these reach it,
+        if not by its address.
         """
-        self._desk = desk
+        self._desk, self._public_url = desk, public_url.rstrip("/")
         self._model, self._host, self._port = model, host, port
         self._trained, self._keep_alive_s = tuple(trained), keep_alive_s
         self._sessions: dict[bytes, AgentSession] = {}  # by the digest of its key
@@ -70,7 +74,8 @@ class AgentEndpoint:
 
     async def start(self) -> str:
         """Serve; the URL."""
-        self._server = await serve(self._app(), self._host, self._port)
+        names = [public_host(self._public_url)] if self._public_url else []
+        self._server = await serve(self._app(), self._host, self._port, names=names, remedy=UNKNOWN_HOST)
         return self._server.url
 
     async def stop(self) -> None:
@@ -225,12 +230,13 @@ class AgentEndpoint:
         return web.json_response({"done": True})
 
     async def _assign(self, desk: SessionDesk, request: web.Request) -> web.StreamResponse:
-        """A session for an agent that somebody else has started, under the name by which it knows us."""
+        """A session for an agent that somebody else has started, under the URL by which it knows us."""
         try:
             given = await desk.ask(request.headers.get("Authorization", ""))
         except Refusal as refusal:
             return _refused(ChatWire(), refusal)
-        session, us = given.session, f"{request.scheme}://{request.host}/s/{given.session.key}"
+        session, us = given.session, self._public_url or f"{request.scheme}://{request.host}"
+        us += f"/s/{session.key}"
         told = {
             "openai_base_url": f"{us}/v1",
             "anthropic_base_url": us,

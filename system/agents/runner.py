@@ -53,7 +53,9 @@ class AgentRunner:
         self._desk = launch if isinstance(launch, SessionDesk) else None
         host, port = listening(config.agent.listen) if self._desk else ("127.0.0.1", 0)
         own = replace(model, engine=self.engine)
-        self._endpoint = AgentEndpoint(own, host=host, port=port, desk=self._desk)
+        self._endpoint = AgentEndpoint(
+            own, host=host, port=port, desk=self._desk, public_url=config.agent.public_url
+        )
         self._starting = asyncio.Lock()
         self._started = False
         self._counts: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from system.config import ConfigError
 from system.observe.jsonl import read_jsonl
 from system.observe.rundir import RunDir, RunDirError
 from system.observe.terminal import visible
+from system.sft.course import Course
 
 FOLLOW_S = 1.0
 
@@ -31,7 +33,7 @@ def attempts(root: Path) -> list[dict[str, Any]]:
 def status(root: Path) -> str:
     """A run in a few lines: its jobs, its steps, its attempts."""
     run = RunDir.open(root)
-    lines = [f"run {run.root}"]
+    lines = [f"run {run.root}{' (supervised)' if run.supervised else ''}"]
     try:
         jobs = jobs_of(root)
         known = slurm.states(jobs)
@@ -42,8 +44,17 @@ def status(root: Path) -> str:
     steps = [int(record["step"]) for record in read_jsonl(run.metrics_path) if "step" in record]
     chain = attempts(root)
     finished = ", finished" if chain and chain[-1]["end"] and chain[-1]["end"]["exit"] == 0 else ""
-    lines.append(f"step {max(steps, default=0)} of {run.config().run.steps}{finished}")
+    lines.append(f"step {max(steps, default=0)} of {_steps(run) or '?'}{finished}")
     return "\n".join([*lines, *map(_attempt_line, chain)])
+
+
+def _steps(run: RunDir) -> int:
+    """How many there will be; 0 of a supervised run whose data are not read yet."""
+    config = run.config()
+    if not run.supervised:
+        return config.run.steps
+    facts = json.loads(run.sft_path.read_text(encoding="utf-8"))
+    return Course(config.sft, facts["conversations"], config.run.seed).steps if facts else 0
 
 
 def cancel(root: Path, *, now: bool) -> str:

@@ -34,37 +34,47 @@ class SweepPoint:
         return " ".join(f"{key}={value}" for key, value in self.values.items())
 
 
-def describe(config: Config) -> str:
-    """Who runs where, the parallel layout, the memory estimate; ConfigError for what cannot run."""
+def describe(config: Config, *, supervised: bool = False) -> str:
+    """Who runs where, the parallel layout, the memory estimate; ConfigError for what cannot run.
+    ``supervised``: of a run of ``espalier sft``, whose learner has all nodes to itself.
+    """
     nodes = paper_nodes(config)
-    seats = place(config, nodes)
+    seats = place(config, nodes, "learner" if supervised else "")
     learn, slurm_, cluster = config.learn, config.slurm, config.cluster
     kind = "a heterogeneous job" if slurm_.heterogeneous else "one job"
+    engines = f"{config.engine.replicas} {config.engine.name} of tp {config.engine.tp}"
+    if supervised:
+        engines = f"{engines}, once the learner is gone" if config.sft.samples else "none"
     lines = [
         f"{cluster.nodes} node(s) of {cluster.gpus_per_node} GPU(s), {kind}, {slurm_.time} per attempt, "
         f"partition {slurm_.partition or '(default)'}, account {slurm_.account or '(default)'}",
         *(f"  {line}" for line in by_node(seats, nodes)),
-        f"learner: tp {learn.tp} x pp {learn.pp} x cp {learn.cp} x dp {learn.dp}; engines: "
-        f"{config.engine.replicas} {config.engine.name} of tp {config.engine.tp}",
+        f"learner: tp {learn.tp} x pp {learn.pp} x cp {learn.cp} x dp {learn.dp}; engines: {engines}",
     ]
     if cluster.gpus_per_node:
-        from system.plan import plan, text
+        from system.plan import plan, supervised_plan, text
 
-        lines += ["", text(plan(config, gpu=cluster.gpu))]
+        gpu = cluster.gpu
+        lines += ["", supervised_plan(config, gpu=gpu)[0] if supervised else text(plan(config, gpu=gpu))]
         if spare := spare_gpus(seats, nodes):
             lines.append(f"note: {spare} GPU(s) of the job would stand idle")
     return "\n".join(lines)
 
 
-def submit_run(config: Config, config_name: str, *, resume: Path | None, dry_run: bool) -> int:
-    """Submit one run: a new one, or (``resume``) one whose run directory is there."""
-    print(shown(describe(config)))
+def submit_run(
+    config: Config, config_name: str, *, resume: Path | None, dry_run: bool, supervised: bool = False
+) -> int:
+    """Submit one run: a new one, or (``resume``) one whose run directory is there.  ``supervised``: of
+    ``espalier sft``.
+    """
+    print(shown(describe(config, supervised=supervised)))
+    config_name += "-sft" if supervised else ""
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
         print(f"\n{shown(render(config, root.resolve()))}", end="")
         print(f"\n# dry run: nothing was submitted; the run directory would be {shown(str(root))}")
         return 0
-    run = RunDir.open(resume) if resume else RunDir.create(config, config_name)
+    run = RunDir.open(resume) if resume else RunDir.create(config, config_name, supervised=supervised)
     root = run.root.resolve()
     if resume:
         _refuse_twice(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from system.config.schema import Config
 from system.plugins import AGENTS
@@ -23,12 +24,27 @@ def listening(address: str) -> tuple[str, int]:
     return match[1] or match[3], port
 
 
+def public_host(url: str) -> str:
+    """The host of ``agent.public_url``, as clients name it, without the port.  Raises ValueError."""
+    parts = urlsplit(url)
+    plain = parts.scheme in ("http", "https") and not (parts.query or parts.fragment or "@" in parts.netloc)
+    if not plain or not re.fullmatch(r"[a-z0-9._:-]+", parts.hostname or ""):
+        raise ValueError(f"{url!r} is no http(s)://HOST[:PORT][/PATH]")
+    _ = parts.port  # which raises, too
+    return str(parts.hostname)
+
+
 def _listening_problems(config: Config) -> Iterator[str]:
     agent = config.agent
     try:
         listening(agent.listen)
     except ValueError as error:
         yield f"agent.listen: {error}: 127.0.0.1:8200, say, for agents on this machine"
+    try:
+        if agent.public_url:
+            public_host(agent.public_url)
+    except ValueError as error:
+        yield f"agent.public_url: {error}: https://agents.example.org/espalier, say, of a proxy before it"
     if not re.fullmatch(r"[A-Za-z_]\w*", agent.token_env):
         yield (
             "agent.listen needs agent.token_env: name the environment variable that holds the token (not the "
@@ -59,8 +75,10 @@ def agent_problems(config: Config) -> Iterator[str]:
         yield "agent.options are keywords of a function: a command has words, and agent.env"
     if agent.listen:
         yield from _listening_problems(config)
-    elif agent.token_env:
-        yield "agent.token_env is for agents that ask for sessions: set agent.listen, or take it out"
+    else:
+        for name in ("token_env", "public_url"):
+            if getattr(agent, name):
+                yield f"agent.{name} is for agents that ask for sessions: set agent.listen, or take it out"
     starts = agent.command or agent.run in AGENTS.names  # of ours, those that start programs
     if not starts and (unused := [name for name in ("env", "env_from") if getattr(agent, name)]):
         other = "none" if agent.listen else "a function, which has the worker's"

@@ -34,6 +34,12 @@ class AgentConfig:
         "(docs/agents.md)",
         safe_on_resume=True,
     )
+    public_url: str = setting(
+        "",
+        "with agent.listen, the URL under which others reach it, behind a proxy or by a name: its host is "
+        "answered to, and sessions' URLs begin with it; empty: the address that a request was sent to",
+        safe_on_resume=True,
+    )
     token_env: str = setting(
         "",
         "with agent.listen, the environment variable that holds what they have to show",

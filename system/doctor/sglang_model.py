@@ -17,9 +17,10 @@ def sglang_misfits(config: Config, shape: ModelShape) -> Iterator[str]:
     if config.engine.name != "sglang":
         return
     path = config.model.path
-    if shape.rope.own_scale:
+    if name := shape.rope.disputed:
+        how = "does not read" if name == "attention_factor" else "reads otherwise than transformers does"
         yield (
-            f"model.path: {path} sets attention_factor of its rotary embedding, which SGLang does not read: "
+            f"model.path: {path} sets {name} of its rotary embedding, which SGLang {how}: "
             "take it out of config.json if it is what YaRN says anyway, or set engine=embedded"
         )
     if path and Float8.of_directory(path):

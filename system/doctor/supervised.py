@@ -10,7 +10,7 @@ from system.config import Config, ConfigError
 from system.doctor.preflight import Problem, look
 from system.errors import EXPECTED
 from system.sft.forms import Forms
-from system.sft.prepare import make_encoder
+from system.sft.prepare import learner_config, make_encoder
 from system.tasks.base import make_task
 from system.tasks.files import data_files
 
@@ -18,12 +18,17 @@ from system.tasks.files import data_files
 _OF_ROLLOUTS = ("layout", "task", "engine", "servers", "ports")
 
 
-def require(config: Config, resume: Path | None = None) -> None:
-    """Raises :class:`ConfigError` with a line for each thing that would end the run."""
+def require(config: Config, resume: Path | None = None, *, login: bool = False) -> None:
+    """Raises :class:`ConfigError` with a line for each thing that would end the run; ``login`` as of
+    :func:`system.doctor.preflight.look`.
+    """
     asks = config.sft.samples > 0
     without = () if asks else _OF_ROLLOUTS if config.model.path else ("layout", "engine", "servers", "ports")
-    found = [one for some in look(config, resume=resume, without=without).values() for one in some]
-    for check in (_data, _layout, _encoding, _questions):
+    looked = look(learner_config(config), login=login, resume=resume, without=without)
+    found = [one for some in looked.values() for one in some]
+    # A container may have data and model elsewhere.
+    elsewhere = login and config.slurm.container != "none"
+    for check in (_form, _layout) if elsewhere else (_form, _layout, _data, _encoding, _questions):
         try:
             found += check(config)
         except EXPECTED as error:
@@ -32,12 +37,17 @@ def require(config: Config, resume: Path | None = None) -> None:
         raise ConfigError("\n".join(dict.fromkeys(map(str, found))))
 
 
-def _data(config: Config) -> Iterator[Problem]:
-    """Are the files there?  They are read, all of them, when everything else is known to be right."""
+def _form(config: Config) -> Iterator[Problem]:
+    """Is it said what the data are?"""
     sft = config.sft
     Forms(sft.form, sft.columns)
     if not sft.path:
         yield Problem("sft.path", "empty", "name the conversations, for example sft.path=conversations.jsonl")
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    """Are the files there?  They are read, all of them, when everything else is known to be right."""
+    sft = config.sft
     for key, path in (("sft.path", sft.path), ("sft.eval_path", sft.eval_path)):
         try:
             data_files(path) if path else None

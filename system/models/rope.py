@@ -49,7 +49,7 @@ class Rope:
     fast: float = 1.0  # those with as many as this are fast
     scale: float = 1.0  # cosines and sines are multiplied with it (yarn)
     truncate: bool = True  # yarn: the bounds of slow and fast are whole dimensions
-    own_scale: bool = False  # yarn: the file sets `scale` itself
+    disputed: str = ""  # yarn: what the file sets that SGLang reads otherwise than transformers
 
     @classmethod
     def read(cls, config: Mapping[str, Any], positions: int) -> Rope:
@@ -85,8 +85,8 @@ class Rope:
                 factor = _factor(given, positions / original if given.get("factor", 0) is None else None)
                 slow, fast = number(given, "beta_slow", 1.0), number(given, "beta_fast", 32.0)
                 truncate = bool(given.get("truncate", True))
-                scale, own = _yarn_scale(given, factor), given.get("attention_factor") is not None
-                return cls(theta, kind, factor, original, slow, fast, scale, truncate, own)
+                scale, disputed = _yarn_scale(given, factor), _disputed(given)
+                return cls(theta, kind, factor, original, slow, fast, scale, truncate, disputed)
             case _:
                 why = f" ({NOT_COMPUTED[kind]})" if kind in NOT_COMPUTED else ""
                 raise UnsupportedModel(f"rope_type {kind!r}{why}; supported: default, linear, llama3, yarn")
@@ -172,3 +172,17 @@ def _yarn_scale(given: Mapping[str, Any], factor: float) -> float:
     if given.get("mscale") and given.get("mscale_all_dim"):
         return grown(number(given, "mscale")) / grown(number(given, "mscale_all_dim"))
     return grown()
+
+
+def _disputed(given: Mapping[str, Any]) -> str:
+    """SGLang 0.5.23 (``layers/rotary_embedding/yarn.py``) knows no ``attention_factor``, has two factors that
+    transformers does not know, and takes a 0 in ``mscale`` and ``mscale_all_dim`` for a number, where it
+    means to transformers that they are not set.
+    """
+    if given.get("attention_factor") is not None:
+        return "attention_factor"
+    for name in ("attn_factor", "extrapolation_factor"):
+        if given.get(name, 1) != 1:
+            return name
+    both = (given.get("mscale"), given.get("mscale_all_dim"))
+    return "mscale" if None not in both and not all(both) else ""

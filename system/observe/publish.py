@@ -121,7 +121,7 @@ def _write(what: _Export, directory: Path) -> float | None:
         from system.models.adapter import adapter_of
 
         config = what.run.config()
-        began = Path(config.model.path) if config.model.path else what.run.start
+        began = what.run.start_model(config)
         dtype, adapters = getattr(torch, what.dtype), adapter_of(config.learn.lora)
         if what.adapter and adapters:
             extract_adapters(what.source, began, directory, dtype, adapters)

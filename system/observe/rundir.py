@@ -13,7 +13,7 @@
       curves/          PNG curves
       start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
-      sft.json         of a supervised run: what its data were
+      sft.json         of a supervised run, and what tells one: what its data were ({} until they are known)
       candidates/      of a supervised run: the models that one is chosen of
       logs/            logs of the parts
       judge/           verdicts of `reward=judge`, which a resumed run does not ask for again
@@ -60,9 +60,19 @@ class RunDir:
         self.evals = root / "evals"
         self.sft_path, self.candidates = root / "sft.json", root / "candidates"
 
+    @property
+    def supervised(self) -> bool:
+        """Whether it is a run of ``espalier sft``; else it is one of ``espalier train``."""
+        return self.sft_path.is_file()
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with it, for people."""
+        return f"espalier {'sft' if self.supervised else 'train'} --resume {self.root}"
+
     @classmethod
-    def create(cls, config: Config, config_name: str = "run") -> RunDir:
-        """Make a fresh directory and write ``config.yaml`` into it.
+    def create(cls, config: Config, config_name: str = "run", *, supervised: bool = False) -> RunDir:
+        """Make a fresh directory and write ``config.yaml`` into it.  ``supervised``: mark it as such a run's.
 
         ``config.run.name`` names it.  An empty name becomes ``<config_name>-s<seed>``, or the next free of
         ``…-2``, ``…-3`` so that repeating a command never touches an earlier run.  A name that was chosen by
@@ -77,10 +87,8 @@ class RunDir:
             root, number = parent / stem, 2
             while not _claim(root):
                 if name:
-                    raise RunDirError(
-                        f"{root} exists: continue it with `espalier train --resume {root}` or choose another "
-                        "name"
-                    )
+                    again = cls(root).resume_command
+                    raise RunDirError(f"{root} exists: continue it with `{again}` or choose another name")
                 root, number = parent / f"{stem}-{number}", number + 1
         except OSError as error:
             raise RunDirError(
@@ -88,6 +96,8 @@ class RunDir:
             ) from error
         run = cls(root)
         run._make_parts()
+        if supervised:  # before the configuration, without which it is no run directory
+            write_atomic(run.sft_path, "{}\n")
         run.write_config(config)
         return run
 
@@ -106,6 +116,25 @@ class RunDir:
         """The configuration the run was started with, with overrides applied."""
         return load(self.config_path, overrides)
 
+    def start_model(self, config: Config) -> Path:
+        """The model that the run began with; ``config``: its own.
+
+        A relative path is of the directory in which the run was started: the one that ``run.dir`` leads from
+        to the run, or else the current one.  Raises :class:`RunDirError` where it is in neither.
+        """
+        if not config.model.path:
+            return self.start
+        path, runs = Path(config.model.path), Path(config.run.dir).parts
+        here = self.root.resolve().parent.parts
+        before, after = here[: len(here) - len(runs)], here[len(here) - len(runs) :]
+        for place in (Path(*before), Path()) if before and after == runs else (Path(),):
+            if (place / path).is_dir():
+                return place / path
+        raise RunDirError(
+            f"model.path={path}, which {self.root} began with, is no directory here: call this from the "
+            "directory in which the run was started"
+        )
+
     def check_config(self) -> None:
         """Raise :class:`RunDirError` for a ``config.yaml`` that is not what this run wrote.
 
@@ -116,8 +145,7 @@ class RunDir:
         if seal.strip() != _digest(text) if sealed else _LAST_SECTION not in whole:
             raise RunDirError(
                 f"{self.config_path} was edited or is damaged: a resumed run is changed by overrides "
-                f"(espalier train --resume {self.root} key=value); if the file is right and whole, remove "
-                "its last line"
+                f"({self.resume_command} key=value); if the file is right and whole, remove its last line"
             )
 
     def write_config(self, config: Config) -> None:

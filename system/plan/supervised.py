@@ -10,6 +10,7 @@ from system.plan.hardware import GPUS
 from system.plan.memory import learner_memory
 from system.plan.plan import filled
 from system.plan.units import count, parameter_count
+from system.sft.prepare import learner_config
 
 
 def supervised_plan(config: Config, *, gpu: str = "h100") -> tuple[str, bool]:
@@ -21,7 +22,7 @@ def supervised_plan(config: Config, *, gpu: str = "h100") -> tuple[str, bool]:
         raise ConfigError(f"GPU {gpu!r} is not known; known: {', '.join(GPUS)}")
     shape, learn, one = shape_of(config.model), config.learn, GPUS[gpu]
     longest = max(learn.micro_tokens, config.sft.max_tokens or config.engine.max_context)
-    told = replace(learn, micro_tokens=longest, kl_coef=0.0, proximal="start")
+    told = replace(learner_config(config).learn, micro_tokens=longest)
     memory = learner_memory(shape, told, config.model.dtype, one.reserved)
     lines = [
         f"{shape.name}: {parameter_count(shape.parameters)} parameters",

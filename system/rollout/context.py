@@ -196,6 +196,7 @@ def build_context(
     from transformers import AutoTokenizer  # slow import
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
+    teaches = bool(config.teacher.urls)
     service, top_k = build_tools(config.tools, tools, keys.tools, store), config.engine.entropy_top_k
     environments = Environments.of(config)
     environment = environments.train.environment if environments else None
@@ -210,6 +211,9 @@ def build_context(
         key=keys.engines,
         routes=routes,
     )
+    # A score of the whole sequence comes with one more token.
+    kept = SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore or teaches)
+    longest = config.engine.max_context - kept
     context = RolloutContext(
         engine=engine,
         tools=service,
@@ -219,13 +223,11 @@ def build_context(
         tokenizer=tokenizer,
         config=config.rollout,
         vocab_size=len(tokenizer),
-        max_context=config.engine.max_context
-        # A score of the whole sequence comes with one more token.
-        - (SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore)),
+        max_context=longest,
         asks=make_chat(config, tokenizer, model_path, syntax, environment),
         guide=config.guide,
         environments=environments,
-        teacher=Teacher(config.teacher, len(tokenizer), keys.teacher) if config.teacher.urls else None,
+        teacher=Teacher(config.teacher, len(tokenizer), longest, keys.teacher) if teaches else None,
         routes=routes is not None,
     )
     return context, service, engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,19 +11,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from system.config import ConfigError, TeacherConfig
+from system.engine.control import Http
 from system.engine.pool import EnginePool
 from system.engine.protocol import EngineError
 from system.engine.score import score
 from system.rollout.failure import RolloutFailed
 from system.tree.builder import TreeBuilder
 
+log = logging.getLogger(__name__)
+
 
 class Teacher:
     """The servers at ``teacher.urls``.  They speak as an engine does, and are never given new weights."""
 
-    def __init__(self, config: TeacherConfig, vocab: int, key: str = "") -> None:
-        """``vocab``: tokens of the student's tokenizer; ``key``: what the servers want to be shown."""
-        self._config, self._vocab, self._key = config, vocab, key
+    def __init__(self, config: TeacherConfig, vocab: int, longest: int, key: str = "") -> None:
+        """``vocab``: tokens of the student's tokenizer; ``longest``: tokens that a path of a tree may have,
+        its prompt included; ``key``: what the servers want to be shown.
+        """
+        self._config, self._vocab, self._longest, self._key = config, vocab, longest, key
         self.pool = self._pool(config.urls)
 
     def _pool(self, urls: list[str]) -> EnginePool:
@@ -30,8 +36,10 @@ class Teacher:
         return EnginePool(urls, deadline_s=config.deadline_s, in_flight=config.concurrency, key=self._key)
 
     async def check(self) -> None:
-        """Have every server score the last token of our vocabulary.  Raises ConfigError for one that cannot:
-        its model reads other tokens than ours, or it is not there.
+        """Have every server score the last token of our vocabulary, and tell how many tokens it takes.
+
+        Raises ConfigError for one that cannot (its model reads other tokens than ours, or it is not there),
+        and for one that takes fewer than a path may have: the longest turns would go untaught.
         """
         for number, url in enumerate(self._config.urls):
             pool, tokens = self._pool([url]), np.array([0, self._vocab - 1], np.int32)
@@ -45,6 +53,28 @@ class Teacher:
                 ) from error
             finally:
                 await pool.close()
+            await self._check_length(number, url)
+
+    async def _check_length(self, number: int, url: str) -> None:
+        """Of SGLang's server ``/server_info`` says it, and of ours: a request must have fewer tokens than
+        ``max_req_input_len``, which is below the context's length and below what the cache holds.
+        """
+        async with Http([url], self._key) as http:
+            try:
+                most = int((await http.call(f"{url.rstrip('/')}/server_info"))["max_req_input_len"]) - 1
+            except (EngineError, KeyError, TypeError, ValueError) as error:
+                log.warning(
+                    "teacher %s does not tell how many tokens it takes (%r): longer turns would go untaught",
+                    url,
+                    error,
+                )
+                return
+        if most < self._longest:
+            raise ConfigError(
+                f"teacher.urls[{number}]={url} takes {most} tokens at most, and a branch may have "
+                f"{self._longest} (engine.max_context), so the longest turns would go untaught: start it "
+                "with a longer context (SGLang's --context-length, our --max-context), or lower that"
+            )
 
 
 @dataclass

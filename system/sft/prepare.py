@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from system.config import Config
+from system.config import Config, PartConfig
 from system.envs.make import make_environment
 from system.rollout.chat import make_chat, planned_syntax
 from system.rollout.encode import local_tokenizer
@@ -54,6 +55,16 @@ class Prepared:
         counts = {"unusable": "unusable rows left out", "too_long": "too long", "cut": "cut"}
         parts += [f"{facts[key]} {what}" for key, what in counts.items() if facts[key]]
         return "; ".join(parts)
+
+
+def learner_config(config: Config) -> Config:
+    """What the learner is told: a supervised run needs none of the models that reinforcement learning keeps
+    beside the one it trains.
+    """
+    told = copy.deepcopy(config)
+    learn = told.learn
+    learn.kl_coef, learn.proximal, learn.correction, learn.teacher = 0.0, "start", PartConfig("none"), "none"
+    return told
 
 
 def make_encoder(config: Config, model: Path) -> Encoder:

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from aiohttp import ClientSession, web
 from openai import AsyncOpenAI
 from test_group_rollout import END, Bench
 
@@ -149,6 +150,78 @@ async def test_one_that_has_gone_is_passed_over() -> None:
         await books.ask("Bearer another")
 
 
+class Gateway(httpx.AsyncHTTPTransport):
+    """Stands for the name service and the end of TLS: whatever a URL's host is, this port is asked."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self._port = port
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.url = request.url.copy_with(scheme="http", host="127.0.0.1", port=self._port)
+        return await super().handle_async_request(request)
+
+
+@asynccontextmanager
+async def proxied(upstream: httpx.URL, prefix: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A reverse proxy that serves what is below ``prefix``, and takes that off; and a client of it.  The host
+    that a client asks for is handed on, as many proxies do.
+    """
+
+    async def forward(request: web.Request) -> web.StreamResponse:
+        assert request.path.startswith(prefix), request.path
+        url = upstream.copy_with(path=request.path.removeprefix(prefix))
+        async with ClientSession() as http:
+            asked = http.request(request.method, str(url), headers=request.headers, data=await request.read())
+            async with asked as answer:
+                headers = {"Content-Type": answer.headers["Content-Type"]}
+                response = web.StreamResponse(status=answer.status, headers=headers)
+                await response.prepare(request)
+                async for piece in answer.content.iter_any():
+                    await response.write(piece)
+                return response
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", forward)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with httpx.AsyncClient(transport=Gateway(runner.addresses[0][1]), timeout=60) as http:
+            yield http
+    finally:
+        await runner.cleanup()
+
+
+async def test_behind_a_proxy_it_answers_to_its_public_name_and_tells_urls_of_it() -> None:
+    public = "https://agents.example.org/espalier"
+    async with (
+        desk(f"It is 42.{END}", public_url=f"{public}/") as there,
+        proxied(there.http.base_url, "/espalier") as http,
+    ):
+        growing = asyncio.create_task(there.tree(greedy=True))
+        told = (await http.post(f"{public}/sessions", json={}, headers=SHOWN)).raise_for_status().json()
+        assert told["anthropic_base_url"] == f"{public}/s/{told['api_key']}"
+        assert told["openai_base_url"] == f"{public}/s/{told['api_key']}/v1"
+        openai = AsyncOpenAI(
+            base_url=told["openai_base_url"], api_key=told["api_key"], max_retries=0, http_client=http
+        )
+        messages: list[Any] = told["task"]["messages"]
+        stream = await openai.chat.completions.create(messages=messages, model=told["model"], stream=True)
+        said = [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+        assert "".join(said) == "It is 42."
+        assert (await http.post(f"{told['anthropic_base_url']}/done", json={})).status_code == 200
+        await growing
+
+
+async def test_a_foreign_name_is_refused_with_the_setting_that_makes_it_known() -> None:
+    async with desk() as there:
+        reply = await there.ask(Host="agents.example.org:443", **SHOWN)
+    assert reply.status_code == 421
+    assert reply.json()["error"]["code"] == "unknown_host"
+    assert "set agent.public_url" in reply.json()["error"]["message"]
+
+
 async def test_a_place_that_is_taken_is_named_at_the_start() -> None:
     async with desk() as there:
         other = Bench(SessionDesk(TOKEN, 60.0), agent={"listen": there.http.base_url.netloc.decode()})
@@ -166,6 +239,14 @@ FITS = ("agent.listen=127.0.0.1:8200", "agent.token_env=DESK", "branching=none",
         (["agent.token_env="], "agent.listen needs agent.token_env"),
         (["agent.token_env=a-token"], "agent.listen needs agent.token_env"),
         (["agent.listen=", "agent.command=./agent"], "agent.token_env is for agents that ask for sessions"),
+        (
+            ["agent.listen=", "agent.token_env=", "agent.public_url=http://a", "agent.command=./agent"],
+            "agent.public_url is for agents that ask for sessions",
+        ),
+        (["agent.public_url=agents.example.org"], "agent.public_url: 'agents.example.org' is no http"),
+        (["agent.public_url=https://me:secret@example.org"], "agent.public_url: .* is no http"),
+        (["agent.public_url=https://example.org:99999"], "agent.public_url: Port out of range"),
+        (["agent.public_url=https://example.org/?a=b"], "agent.public_url: .* is no http"),
         (["agent.listen=8200"], "'8200' is no HOST:PORT"),
         (["agent.listen=here:99999"], "'here:99999' is no HOST:PORT"),
         (["agent.forks=replay", "branching=arpo-calibrated"], "agent.forks=replay starts agents"),

@@ -17,6 +17,7 @@ from system.doctor.finding import Level
 from system.doctor.gpu_facts import LEARNER, SGLANG, Stack, TorchSeen
 from system.doctor.preflight import look
 from system.models.known import shape_of
+from system.observe.rundir import RunDir
 from system.plan import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -107,6 +108,41 @@ def test_the_dry_run_shows_plan_and_script(path: Path, capsys: pytest.CaptureFix
     assert "#SBATCH --account=trees\n" in shown
     assert "nothing was submitted" in shown
     assert not Path(config.run.dir, f"{path.stem}-s0", "slurm").exists()
+
+
+def test_a_supervised_run_is_submitted_for_its_learner_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["submit", str(CONFIGS / "sft" / "arpo-8b.yaml"), "--sft", f"run.dir={tmp_path}"]
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "node-0 [8/8 GPUs]: driver, learner ranks 0-7\n" in shown.out
+    assert "engines: none" in shown.out
+    assert "no engines beside it" in shown.out
+    assert "arpo-8b-sft-s0" in shown.out
+    assert "WARNING: sft.path: no such data file" in shown.err
+    assert main(words) == 2
+    assert "sft.path: no such data file" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+    assert main([*words, "--sweep", "sft.epochs=1,2"]) == 2
+    assert "submit supervised runs one by one" in capsys.readouterr().err
+
+
+def test_a_run_that_is_submitted_again_is_known_for_what_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = load(CONFIGS / "quickstart.yaml", [f"run.dir={tmp_path}"])
+    trained, taught = RunDir.create(config), RunDir.create(config, supervised=True)
+    assert main(["submit", "--resume", str(taught.root), "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "engines: none" in shown.out
+    assert "WARNING: sft.path: empty" in shown.err
+    assert main(["submit", "--resume", str(trained.root), "--sft", "--dry-run"]) == 2
+    assert f"{trained.root} is no supervised run: leave --sft out" in capsys.readouterr().err
+    assert main(["status", str(taught.root)]) == 0
+    told = capsys.readouterr().out
+    assert f"run {taught.root} (supervised)" in told
+    assert "step 0 of ?" in told
 
 
 MISSING = {"model.path", "task.path", "task.eval_path"}  # the user's own: the model, the data

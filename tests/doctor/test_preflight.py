@@ -240,7 +240,7 @@ def test_a_key_must_be_in_the_environment(
 
 
 def test_a_model_stretched_by_yarn_reaches_further(place: Path) -> None:
-    """And SGLang, which does not read a factor that the file sets itself, is refused then."""
+    """And SGLang, which does not read all factors as transformers does, is refused then."""
 
     def problems(*words: str, **rope: float) -> list[str]:
         yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768, **rope}
@@ -253,6 +253,9 @@ def test_a_model_stretched_by_yarn_reaches_further(place: Path) -> None:
     assert problems("engine.max_context=131072", attention_factor=1.2) == []
     (told,) = problems("engine=sglang", attention_factor=1.2)
     assert "attention_factor of its rotary embedding, which SGLang does not read" in told
+    (told,) = problems("engine=sglang", attn_factor=1.2)
+    assert "attn_factor of its rotary embedding, which SGLang reads otherwise" in told
+    assert problems("engine=sglang", mscale=0.7, mscale_all_dim=1.0, truncate=False) == []
 
 
 def test_sglang_starts_from_no_float8_model_and_makes_float8_of_some(place: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
+from cli_runs import Run
 from safetensors.torch import load_file
 
 from actors.cli.main import main

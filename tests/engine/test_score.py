@@ -11,6 +11,7 @@ import pytest
 import torch
 from aiohttp import web
 from engine_models import (
+    VOCAB,
     EngineClient,
     Served,
     TinyModel,
@@ -24,10 +25,12 @@ from engine_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from system.config import ConfigError, TeacherConfig
 from system.engine.embedded import scheduler
 from system.engine.protocol import EngineError, EngineLost
 from system.engine.score import score
 from system.engine.stream import MalformedStream, StreamReader
+from system.rollout.teacher import Teacher
 from system.serving import AppServer, serve
 
 
@@ -225,3 +228,19 @@ def test_a_reader_takes_the_scores_of_exactly_the_tokens_asked_for(
     meta["input_token_logprobs"] = [*pairs[:at], fault, *pairs[len(pairs) + at + 1 :]]
     with pytest.raises(MalformedStream, match="input_token_logprobs"):
         StreamReader(scored=ids).read(message)
+
+
+async def test_a_teacher_must_take_the_longest_branch(serve: Callable[..., Any]) -> None:
+    """And takes as many tokens as it says."""
+    served = await serve("qwen3", True, max_context=64)
+    url = served.client.urls[0]
+
+    def teacher(longest: int) -> Teacher:
+        return Teacher(TeacherConfig(urls=[f"{url}/"]), VOCAB, longest)
+
+    await teacher(63).check()
+    assert (await score(served.client, prompt(63), 1, rid="longest")).logprob.size == 62
+    with pytest.raises(ConfigError, match=r"teacher.urls\[0\]=.* takes 63 tokens at most, .* have 64 "):
+        await teacher(64).check()
+    with pytest.raises(EngineError):
+        await score(served.client, prompt(64), 1, rid="longer")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from system.config import EngineConfig
+from system.engine.sglang.command import interpreter, server_command
 from system.models.reading import UnsupportedModel
 from system.models.rope import Rope, turns
 
@@ -164,3 +170,50 @@ def test_other_ways_to_turn_are_refused_by_name(config: dict[str, Any], named: s
     with pytest.raises(UnsupportedModel) as refused:
         Rope.read(config, 4096)
     assert named in str(refused.value)
+
+
+# What SGLang computes as transformers does, and what it does not: key, value, what is then disputed.
+IN_SGLANG: list[tuple[dict[str, Any], str]] = [
+    ({}, ""),
+    ({"truncate": False}, ""),
+    ({"truncate": False, "beta_fast": 20.0, "beta_slow": 2.0}, ""),
+    ({"mscale": 0.707, "mscale_all_dim": 1.0}, ""),
+    ({"mscale": 1.0}, ""),
+    ({"mscale_all_dim": 0.5, "truncate": False}, ""),
+    ({"mscale": 0.5, "mscale_all_dim": 0.0}, "mscale"),
+    ({"attention_factor": 1.5}, "attention_factor"),
+    ({"attn_factor": 1.5}, "attn_factor"),
+    ({"extrapolation_factor": 0.5}, "extrapolation_factor"),
+]
+
+
+@pytest.mark.sglang
+def test_yarn_is_sglangs_but_for_what_is_disputed() -> None:
+    """SGLang's own class against ours, which is transformers'."""
+    positions = [0, 1, 8191, 60_000, 131_071]
+    scalings = [QWEN_YARN | more for more, _ in IN_SGLANG]
+    line = server_command(
+        EngineConfig(name="sglang"), python=interpreter(EngineConfig()), model="", dtype="", port=0, cpu=True
+    )
+    done = subprocess.run(
+        [line.argv[0], str(Path(__file__).with_name("rope_in_sglang.py"))],
+        input=json.dumps({"scalings": scalings, "positions": positions}),
+        env={**os.environ, **line.env},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for scaling, (more, disputed), theirs in zip(
+        scalings, IN_SGLANG, json.loads(done.stdout.splitlines()[-1]), strict=True
+    ):
+        rope = Rope.read({"rope_parameters": scaling}, 32_768)
+        assert rope.disputed == disputed, more
+        mine = torch.cat(turns(rope.frequencies(128), rope.scale, torch.tensor(positions)), -1)
+        assert torch.allclose(mine, torch.tensor(theirs), rtol=0, atol=1e-6) == (not disputed), more
+
+
+@pytest.mark.parametrize(("more", "disputed"), IN_SGLANG)
+def test_what_sglang_reads_otherwise_is_known(more: dict[str, Any], disputed: str) -> None:
+    assert Rope.read({"rope_parameters": QWEN_YARN | more}, 32_768).disputed == disputed

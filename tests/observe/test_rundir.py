@@ -88,3 +88,27 @@ def test_a_configuration_that_was_emptied_cut_or_edited_is_not_resumed_with_defa
     run_dir.config_path.write_text("\n".join(edited.splitlines()[:-1]))
     run_dir.check_config()
     assert run_dir.config().run.seed == 1
+
+
+def test_a_relative_model_is_found_from_anywhere(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    (there / "models" / "m").mkdir(parents=True)
+    elsewhere.mkdir()
+    monkeypatch.chdir(there)
+    config.run.dir, config.run.name, config.model.path = "out/runs", "one", "models/m"
+    root = RunDir.create(config).root.resolve()
+    monkeypatch.chdir(elsewhere)
+    run = RunDir.open(root)
+    assert run.start_model(run.config()) == there / "models" / "m"
+    assert RunDir.open("../there/out/runs/one").start_model(config) == there / "models" / "m"
+    config.run.dir = str(there / "out" / "runs")  # which tells nothing of where it was started
+    with pytest.raises(RunDirError, match=r"model.path=models/m, .* call this from the directory in which"):
+        run.start_model(config)
+    monkeypatch.chdir(there)
+    assert run.start_model(config).is_dir()
+    config.model.path = str(there / "models")
+    assert run.start_model(config) == there / "models"
+    config.model.path = ""
+    assert run.start_model(config) == run.start

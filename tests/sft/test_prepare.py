@@ -13,8 +13,9 @@ from actors.cli.main import main
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError, load
 from system.doctor.supervised import require
+from system.plan.memory import besides
 from system.sft.data import read
-from system.sft.prepare import prepare
+from system.sft.prepare import learner_config, prepare
 from system.tasks.files import DataError
 from system.tasks.quickstart import vocabulary
 from system.tasks.tiny_model import create_model
@@ -118,3 +119,25 @@ def test_what_is_learned_is_shown(model: Path, tmp_path: Path, capsys: pytest.Ca
         r"\[LEARNED, \d+ tokens\]  <think>.*</search>\n\[read only, \d+ tokens\]  <result>\n", told
     )
     assert re.search(r"\[LEARNED, \d+ tokens\]  <answer> </answer><eos>\n", told)
+
+
+def test_rows_that_cannot_be_used_do_not_end_the_show(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "a.jsonl"
+    recipe(model, data, "a </result>", SAID)
+    data.write_text(data.read_text() + '{"prompt": "Q: 3"}\n')
+    words = [f"model.path={model}", f"sft.path={data}", "task.tools_in_prompt=none"]
+    assert main(["sft", "--show", "2", str(QUICKSTART), *words]) == 0
+    told = capsys.readouterr().out
+    assert f"--- UNUSABLE: {data}, line 1: '</result>' ends a result that has not begun" in told
+    assert f"--- {data}, line 2: " in told
+    assert told.index(f"--- UNUSABLE: {data}, line 3: ") > told.index("[LEARNED")
+    assert f"{data}: 2 of 3 rows are unusable so far" in told
+
+
+def test_the_learner_keeps_no_model_beside_the_one_it_trains() -> None:
+    config = load(QUICKSTART, ["learn.teacher=average", "learn.kl_coef=0.1", "learn.proximal=average"])
+    assert len(besides(config.learn)) == 3
+    assert not besides(learner_config(config).learn)
+    assert config.learn.teacher == "average"  # a copy was told

@@ -29,6 +29,9 @@ class Submitted:
         self.job = json.loads((self.root / "slurm" / "submission.json").read_text())["jobs"][0]
 
     def trained(self) -> int:
+        """Steps made so far."""
+        if RunDir.open(self.root).supervised:
+            return sum("sft/loss" in record for record in read_jsonl(self.root / "metrics.jsonl"))
         path = self.root / "ledger.jsonl"
         return sum(e["event"] == "trained" for e in read_jsonl(path)) if path.is_file() else 0
 
@@ -38,10 +41,10 @@ class Submitted:
     def wait_trained(self, steps: int, seconds: float) -> None:
         self.cluster.wait(lambda: self.trained() >= steps, seconds, f"{steps} steps", self.evidence)
 
-    def end_after(self, steps: int) -> None:
+    def end_after(self, steps: int, key: str = "run.steps") -> None:
         """Shorten the run, as a user may between two attempts."""
         directory = RunDir.open(self.root)
-        directory.write_config(directory.config((f"run.steps={steps}",)))
+        directory.write_config(directory.config((f"{key}={steps}",)))
 
     def evidence(self) -> str:
         return "\n".join(
@@ -130,4 +133,36 @@ def test_a_run_goes_on_without_a_node_that_it_can_spare(cluster: SlurmCluster) -
     history = surviving_history(list(read_jsonl(run.root / "ledger.jsonl")))
     assert len(history) == 12 * 8
     assert max(Counter(history).values()) == 1
+    assert cluster.left_behind() == []
+
+
+def test_a_supervised_run_over_two_nodes_goes_on_after_a_warning(cluster: SlurmCluster) -> None:
+    said = " <search> person Halwin </search> <result> a person </result> <answer> a </answer>"
+    rows = [{"prompt": f"Q: {n}", "completion": said} for n in range(8)]
+    data = cluster.shared / "taught.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Submitted(
+        cluster, "taught", "--sft", "--nodes", "2", f"sft.path={data}", "task.tools_in_prompt=none",
+        "sft.batch=8", "sft.epochs=100000",  # of a step each
+        "sft.choose=pass@1", "sft.candidate_every=100000",  # by engines, once the learner is gone
+    )  # fmt: skip
+    assert "once the learner is gone" in run.plan
+    run.wait_trained(2, 240)
+    cluster.slurm("scancel", "--batch", "--signal=USR1", run.job)
+    cluster.wait(lambda: len(run.ends()) == 1, 120, "the attempt's end", run.evidence)
+    steps = run.trained() + 3
+    run.end_after(steps, "sft.epochs")
+    cluster.restart_now(run.job, 120, run.evidence)
+    assert cluster.wait_end(run.job, 240, run.evidence) == "COMPLETED", run.evidence()
+    first, second = run.ends()
+    assert (first["exit"], first["next"], first["trained"]) == (3, "requeue", steps - 3), run.evidence()
+    assert (second["exit"], second["trained"]) == (0, steps), run.evidence()
+    summary = json.loads((run.root / "summary.json").read_text())
+    assert (summary["steps"], summary["chosen"]["by"]) == (steps, "pass@1")
+    assert "solved" in summary["candidates"][0]
+    assert (run.root / "model" / "README.md").is_file()
+    shown = espalier(cluster, "status", str(run.root)).stdout
+    assert f"step {steps} of {steps}, finished" in shown
+    logs = {path.stem for path in (run.root / "attempts" / "001" / "logs").glob("*.log")}
+    assert {"driver", "learner-0", "learner-1"} <= logs
     assert cluster.left_behind() == []

@@ -28,6 +28,9 @@ case $DRIVER_ENDS in
   ray) pkill -KILL -P "$PPID" ray; exit 1;;
   wrong) echo "espalier: learn.tp=3 must divide"; exit 2;;
   finished) until [ "$(wc -l < "$ATTEMPT_DIR/ray")" -ge "$WORKERS" ]; do sleep 0.1; done; exit 0;;
+  steps)  # one each time
+    echo '{"step": 1, "sft/loss": 2.0}' >> "$RUN/metrics.jsonl"
+    [ "$(wc -l < "$RUN/metrics.jsonl")" -ge 2 ] || { echo "espalier: a node was lost"; exit 75; };;
   never) while :; do sleep 0.1; done;;
 esac
 """
@@ -125,6 +128,29 @@ def test_infrastructure_failures_are_tried_again_but_not_for_ever(
     assert first["cause"] == "node n9 (10.0.0.9) was lost with engine-3"
     assert second["next"] == "failed, 2 times in a row without a step"
     assert "2 times in a row" in espalier(cluster, "status", str(root)).stdout
+
+
+def test_a_supervised_run_is_gone_on_with_by_sft(cluster: SlurmCluster, submit: Submit) -> None:
+    """Its steps count as such: an attempt that has made one is no failure."""
+    data = cluster.shared / "conversations.jsonl"
+    data.write_text('{"prompt": "Q: 1", "completion": "a person"}\n')
+    job, root = submit("steps", "--sft", f"sft.path={data}", "slurm.max_failures=0")
+    cluster.wait(lambda: ended(root) == 1, 60, "the first attempt's end", lambda: evidence(root))
+    cluster.restart_now(job, 60, lambda: evidence(root))
+    assert cluster.wait_end(job, 60, lambda: evidence(root)) == "COMPLETED", evidence(root)
+    ends = [attempt["end"] for attempt in attempts(root)]
+    assert [(end["exit"], end["next"], end["trained"]) for end in ends] == [
+        (75, "requeue", 1), (0, "finished", 2),
+    ]  # fmt: skip
+    drivers = (root / "drivers").read_text()
+    assert drivers.count(f"actors.cli.main sft --resume {root} ") == 2
+    shown = espalier(cluster, "status", str(root)).stdout
+    assert "(supervised)" in shown
+    assert "step 1 of ?, finished" in shown
+    (root / "sft.json").write_text('{"conversations": 128}')
+    assert "step 1 of " in (shown := espalier(cluster, "status", str(root)).stdout)
+    assert "?" not in shown
+    assert cluster.left_behind() == []
 
 
 def test_a_driver_that_ended_with_ray_is_no_failure_of_the_run(cluster: SlurmCluster, submit: Submit) -> None:

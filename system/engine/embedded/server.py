@@ -96,6 +96,7 @@ def _application(engine: EngineCore) -> web.Application:
             web.get("/ready", server.ready),
             web.get("/v1/loads", server.loads),
             web.get("/model_info", server.model_info),
+            web.get("/server_info", server.server_info),
         ]
     )
     return app
@@ -276,6 +277,10 @@ class _Handlers:
     async def model_info(self, request: web.Request) -> web.Response:
         path, version = str(self._engine.path), str(self._engine.version)
         return web.json_response({"model_path": path, "is_generation": True, "weight_version": version})
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        """As SGLang's: a prompt has fewer tokens than this."""
+        return web.json_response({"max_req_input_len": self._engine.context})
 
 
 def _adapter(given: Any) -> Adapter | None:

@@ -34,10 +34,12 @@ from engine_models import (
 )
 from transformers import GenerationConfig
 
+from system.config import ConfigError, TeacherConfig
 from system.engine.control import Http
 from system.engine.entropy import entropy_bounds
 from system.engine.protocol import EngineError, EngineInfo
 from system.engine.score import score
+from system.rollout.teacher import Teacher
 
 pytestmark = pytest.mark.timeout(400)  # SGLang takes half a minute to start, more on a busy machine
 
@@ -189,6 +191,25 @@ async def test_sglang_wants_its_key_and_tells_nobody(sglang_url: str) -> None:
     assert SGLANG_KEY not in str(info)
     lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     assert not any(SGLANG_KEY in line for line in lines)
+
+
+@pytest.mark.sglang
+async def test_a_teacher_takes_as_many_tokens_as_it_says(sglang_url: str) -> None:
+    """Of a context of 512, SGLang keeps seven for itself (``managers/utils.py``, validate_input_length)."""
+
+    def teacher(longest: int) -> Teacher:
+        return Teacher(TeacherConfig(urls=[sglang_url]), VOCAB, longest, SGLANG_KEY)
+
+    await teacher(505).check()
+    with pytest.raises(ConfigError, match=r"takes 505 tokens at most, and a branch may have 506"):
+        await teacher(506).check()
+    client = EngineClient([sglang_url], key=SGLANG_KEY, retries=0)
+    try:
+        assert (await score(client, prompt(505), 500, rid="longest")).logprob.size == 5
+        with pytest.raises(EngineError):
+            await score(client, prompt(506), 500, rid="longer")
+    finally:
+        await client.close()
 
 
 @pytest.mark.sglang

@@ -1,0 +1,25 @@
+"""Settings that are set and do nothing beside the others: told at the start, for they may be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from system.config.schema import Config
+from system.config.schema_learn import LearnConfig
+
+
+def without_effect(config: Config) -> Iterator[str]:
+    """A line each.  (Of clips that do nothing :func:`system.learn.objective.inert_clip` tells.)"""
+    learn, usual, engine = config.learn, LearnConfig(), config.engine
+    if learn.teacher != "average" and learn.teacher_decay != usual.teacher_decay:
+        yield (
+            f"learn.teacher_decay={learn.teacher_decay:g} will do nothing: it is of the average of "
+            f"learn.teacher=average, and learn.teacher={learn.teacher}"
+        )
+    if learn.teacher == "none" and learn.teacher_coef != usual.teacher_coef:
+        yield f"learn.teacher_coef={learn.teacher_coef:g} will do nothing: learn.teacher=none"
+    if engine.urls and engine.sglang:
+        yield (
+            f"engine.sglang ({', '.join(map(str, engine.sglang))}) will do nothing: the servers of "
+            "engine.urls run already, with flags of their own"
+        )
