@@ -15,6 +15,7 @@ from system.config.cluster import cluster_problems
 from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.mcp import place
+from system.config.observe import observe_problems
 from system.config.precision import precision_problems, sglang_flags
 from system.config.rule import PartConfig
 from system.config.schema import Config
@@ -427,6 +428,7 @@ AGREEMENTS = (
         _guide,
         _sft,
         teacher_problems,
+        observe_problems,
         _void,
     ),
 )
