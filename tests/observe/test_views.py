@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from view_sessions import free_port
 
 from system.config import ConfigError, load
 from system.observe import views
@@ -21,12 +22,6 @@ from system.observe.tree_table import COLUMNS
 from system.observe.views import VIEWS, sinks, unavailable
 
 HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 SETTINGS = {

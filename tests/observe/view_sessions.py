@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import socket
 import struct
 import sys
 import urllib.request
@@ -28,6 +29,12 @@ from system.tree.store import TreeWriter
 
 SECRET = "hunter2"
 Curves = dict[str, list[tuple[int, float]]]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def record(step: int, session: int) -> dict[str, Any]:
