@@ -41,13 +41,8 @@ A *count* is of what came since the last record; everything else is a level, or 
 lies in [0, 1]; a key of which nothing is known in a record is not in it. `-`: nothing in particular.
 """
 
-_MEASURED = (
-    "bytes",
-    "nats",
-    "bits",
-    "tokens",
-    "versions",
-)  # stand in Prometheus' names as they are
+# Units that stand in Prometheus' names as they are; it takes bits for a unit that should be bytes.
+_MEASURED = ("bytes", "nats", "tokens", "versions")
 _RENAMED = {
     "time": "last_record_timestamp_seconds",
     # To Prometheus, `_h` is an abbreviation of hours.
