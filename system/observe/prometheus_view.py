@@ -16,13 +16,12 @@ from system.config import Config
 from system.config.observe import listen_address
 from system.observe.catalogue import Metric, catalogue, find
 from system.observe.rundir import RunDir
-from system.observe.sinks import Alarm, View, numbers
+from system.observe.sinks import Alarm, MetricsView, numbers
 
 ALARM = "espalier_alarms_total"
-RUN = "espalier_run_info"
 
 
-class PrometheusView(View):
+class PrometheusView(MetricsView):
     """Listens at ``observe.prometheus`` from the start of a session to its end."""
 
     rewinds: ClassVar[bool] = True

@@ -70,7 +70,7 @@ class RunFiles:
         self._alarms.close()
 
 
-class View:
+class MetricsView:
     """A view of ``metrics.jsonl`` elsewhere.  A subclass raises whatever goes wrong: its guard tells it."""
 
     rewinds: ClassVar[bool] = False
@@ -97,10 +97,10 @@ class GuardedView:
     records once: those that ``sent`` (an earlier session's ``metrics.jsonl``) has already are left out.
     """
 
-    def __init__(self, name: str, off: str, make: Callable[[], View], sent: Path) -> None:
+    def __init__(self, name: str, off: str, make: Callable[[], MetricsView], sent: Path) -> None:
         """``off``: the override that does without it."""
         self._name, self._off = name, off
-        self._view: View | None = None
+        self._view: MetricsView | None = None
         try:
             self._view = make()
             self._sent = set() if self._view.rewinds else {_which(one) for one in read_jsonl(sent)}
@@ -110,10 +110,14 @@ class GuardedView:
     def write(self, record: Mapping[str, Any]) -> None:
         if RESUMED in record:
             self._guarded("did not go back", lambda view: view.rewind(record[RESUMED]))
-        elif self._view is not None and (self._view.rewinds or (which := _which(record)) not in self._sent):
-            if not self._view.rewinds:
-                self._sent.add(which)
+        elif self._view is not None and (self._view.rewinds or self._is_new(record)):
             self._guarded("stopped taking metrics", lambda view: view.write(record))
+
+    def _is_new(self, record: Mapping[str, Any]) -> bool:
+        which = _which(record)
+        known = which in self._sent
+        self._sent.add(which)
+        return not known
 
     def alarm(self, alarm: Alarm) -> None:
         if alarm.on:
@@ -123,7 +127,7 @@ class GuardedView:
         self._guarded("did not finish", lambda view: view.close())
         self._view = None
 
-    def _guarded(self, failed: str, call: Callable[[View], None]) -> None:
+    def _guarded(self, failed: str, call: Callable[[MetricsView], None]) -> None:
         if self._view is not None:
             try:
                 call(self._view)

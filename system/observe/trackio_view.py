@@ -10,11 +10,11 @@ from typing import Any
 
 from system.config import Config, to_dict
 from system.observe.rundir import RunDir
-from system.observe.sinks import Alarm, View, identity, numbers
+from system.observe.sinks import Alarm, MetricsView, identity, numbers
 from system.redact import redact
 
 
-class TrackioView(View):
+class TrackioView(MetricsView):
     """One run of the project ``observe.project``; ``trackio show`` opens the page.
 
     What trackio prints is kept off the console.

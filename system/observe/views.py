@@ -11,7 +11,7 @@ from system.config import Config
 from system.config.observe import listen_address
 from system.observe.prometheus_view import PrometheusView, unusable
 from system.observe.rundir import RunDir
-from system.observe.sinks import GuardedView, RunFiles, Sink, View
+from system.observe.sinks import GuardedView, MetricsView, RunFiles, Sink
 from system.observe.tensorboard_view import TensorBoardView
 from system.observe.trackio_view import TrackioView
 from system.observe.wandb_view import WandbView
@@ -27,7 +27,7 @@ class ViewKind:
     package: str  # that it needs, as it is imported
     pip: str  # what pip installs it with
     wanted: Callable[[Config], bool]
-    make: Callable[[RunDir, Config], View]
+    make: Callable[[RunDir, Config], MetricsView]
 
 
 VIEWS = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from system.config import Config, to_dict
 from system.observe.rundir import RunDir
-from system.observe.sinks import Alarm, View, identity
+from system.observe.sinks import Alarm, MetricsView, identity
 from system.observe.tree_table import COLUMNS, newest_rows
 from system.redact import redact
 
@@ -24,7 +24,7 @@ INIT_DEADLINE_S = 30.0
 FINISH_DEADLINE_S = 60.0
 
 
-class WandbView(View):
+class WandbView(MetricsView):
     """Sends records to one W&B run.  ``step`` is the x axis of every metric."""
 
     def __init__(self, run_dir: RunDir, config: Config) -> None:

@@ -17,7 +17,7 @@ from view_sessions import free_port
 from system.config import ConfigError, load
 from system.observe import views
 from system.observe.rundir import RunDir
-from system.observe.sinks import RESUMED, Alarm, GuardedView, RunFiles, View, identity
+from system.observe.sinks import RESUMED, Alarm, GuardedView, MetricsView, RunFiles, identity
 from system.observe.tree_table import COLUMNS
 from system.observe.views import VIEWS, sinks, unavailable
 
@@ -65,6 +65,8 @@ def test_it_holds_every_step_once_and_in_order(name: str, run_dir: RunDir) -> No
 
     if name == "Weights & Biases":
         assert_wandb(run_dir)
+    if name == "TensorBoard":
+        assert any(b"0.01 nats per token" in path.read_bytes() for path in run_dir.tensorboard.iterdir())
 
 
 def assert_wandb(run_dir: RunDir) -> None:
@@ -90,7 +92,7 @@ def test_prometheus_shows_the_newest_step_and_sums_up_counts(run_dir: RunDir) ->
     assert held["espalier_eval_accuracy_ratio"] == [(5, 0.9)]
 
 
-class Failing(View):
+class Failing(MetricsView):
     """Fails at one of the things that a view does."""
 
     def __init__(self, at: str, error: BaseException) -> None:
@@ -125,7 +127,7 @@ def test_a_failure_is_told_once_and_stops_nothing(
 ) -> None:
     made: list[Failing] = []
 
-    def make() -> View:
+    def make() -> MetricsView:
         made.append(Failing(at, error))
         return made[0]
 
