@@ -1,4 +1,4 @@
-"""Where a run's figures go besides its own directory: the address."""
+"""Where a run's figures go besides its own directory: addresses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def listen_address(text: str) -> tuple[str, int] | None:
 
 
 def observe_problems(config: Config) -> Iterator[str]:
-    """An address that is none."""
+    """Addresses that are none."""
     text = config.observe.prometheus
     try:
         listen_address(text)
@@ -34,3 +34,5 @@ def observe_problems(config: Config) -> Iterator[str]:
             f"observe.prometheus={text!r} is no address to listen at: write a port (9464), "
             "host:port (0.0.0.0:9464 for every interface), or none"
         )
+    if config.observe.otel != "none" and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", config.observe.otel):
+        yield f"observe.otel={config.observe.otel!r} is no URL: write http://host:4318, or none"

@@ -407,6 +407,7 @@ class ObserveConfig:
     prometheus: str = setting(
         "none", "where Prometheus may read the metrics: a port of this machine, or host:port; none: nowhere"
     )
+    otel: str = setting("none", "URL of an OpenTelemetry collector (OTLP over HTTP) for spans; none: off")
     trees: int = setting(200, "closed trees kept in the run directory (the newest); -1: all", least=-1)
     progress_s: float = setting(2.0, "seconds between progress lines when not on a terminal", least=0.1)
 

@@ -28,7 +28,7 @@ from system.observe.metrics import (
     tree_metrics,
 )
 from system.observe.rundir import RunDir
-from system.observe.sinks import RESUMED, Alarm, Sink
+from system.observe.sinks import RESUMED, Alarm, PhaseSpan, Sink
 from system.observe.totals import Totals, add, highest
 from system.redact import redact
 from system.text import one_line
@@ -96,6 +96,7 @@ class Recorder:
         self.tell: Callable[[str], object] = lambda _: None  # people, in a line
         self._told_causes: set[str] = set()  # in this session
         self._stalled = False
+        self._published_s = 0.0  # since the last training step: new weights go out before it is told
         self._reset_window()
 
     # Events
@@ -127,6 +128,14 @@ class Recorder:
         self._ticks.append((self._clock(), tree.generated, 0))
         for kind, text in tree.mishaps:
             self.mishap(kind, text)
+        self._span(
+            "generate",
+            tree.seconds,
+            **{"tree.prompt": tree.prompt_id, "tree.task": tree.task, "tree.leaves": tree.leaves},
+            **{"tree.forks": tree.forks, "tree.tokens": int(tree.generated), "tool.calls": len(tree.calls)},
+            **{"tool.seconds": sum(call.latency_s for call in tree.calls)},
+            **({"reward.mean": float(tree.rewards.mean())} if tree.rewards.size else {}),
+        )
 
     def mishap(self, kind: str, text: str) -> None:
         """Something went wrong that does not end the run.  The first of a kind is told."""
@@ -188,6 +197,9 @@ class Recorder:
             kl, engine_kl = stats["mismatch_kl"], stats["engine_kl"] * fresh
             add(totals.mismatch, steps=1, kl=kl, fresh=fresh, engine_kl=engine_kl)
             highest(totals.mismatch, engine_logprob_diff_max=worst)
+        took = float(stats.get("seconds", 0.0))
+        self._span("train", took, self._published_s, **{"step": step.version, "train.tokens": tokens})
+        self._published_s = 0.0
         self._ticks.append((self._clock(), 0, tokens))
         self._steps.append((self._clock(), step.version))
 
@@ -206,6 +218,8 @@ class Recorder:
         self.gauge("weights/bytes", sent_bytes)
         if pause_s:
             self.gauge("weights/pause_s", max(pause_s))
+        self._published_s = stage_s + max(pause_s, default=0.0)
+        self._span("publish", self._published_s, **{"weights.bytes": sent_bytes})
         totals = self._totals.weights
         add(totals, pushes=1, bytes=sent_bytes, stage_s=stage_s, pause_s=sum(pause_s))
         highest(totals, pause_s_max=max(pause_s, default=0.0))
@@ -375,6 +389,12 @@ class Recorder:
     def _alarm(self, alarm: Alarm) -> None:
         for sink in self._sinks:
             sink.alarm(alarm)
+
+    def _span(self, name: str, seconds: float, ago: float = 0.0, /, **attributes: str | int | float) -> None:
+        """A phase of so many seconds that ended now, or a while ``ago``."""
+        start = self._now() - ago - seconds
+        for sink in self._sinks:
+            sink.span(PhaseSpan(name, start, seconds, attributes))
 
     def _rates(self) -> tuple[float, float]:
         """Generated and trained tokens per second over the last minute, or since training began."""

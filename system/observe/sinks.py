@@ -31,6 +31,16 @@ class Alarm:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class PhaseSpan:
+    """A phase of the run that is over: ``generate``, ``train`` or ``publish``."""
+
+    name: str
+    start: float  # seconds since 1970
+    seconds: float
+    attributes: Mapping[str, str | int | float]
+
+
 class Sink(Protocol):
     """What the recorder gives its records to; :class:`RunFiles` and :class:`GuardedView` are two."""
 
@@ -40,6 +50,10 @@ class Sink(Protocol):
 
     def alarm(self, alarm: Alarm) -> None:
         """An alarm begins, or ends."""
+        ...
+
+    def span(self, span: PhaseSpan) -> None:
+        """A phase is over."""
         ...
 
     def close(self) -> None:
@@ -65,6 +79,9 @@ class RunFiles:
     def alarm(self, alarm: Alarm) -> None:
         self._alarms.write(asdict(alarm))
 
+    def span(self, span: PhaseSpan) -> None:
+        """Nothing: what phases took is in the records."""
+
     def close(self) -> None:
         self._metrics.close()
         self._alarms.close()
@@ -85,6 +102,9 @@ class MetricsView:
 
     def alarm(self, alarm: Alarm) -> None:
         """Show that an alarm begins; that it ends, no view is told."""
+
+    def span(self, span: PhaseSpan) -> None:
+        """Show that a phase is over."""
 
     def close(self) -> None:
         """Keep, or send, what is not yet."""
@@ -122,6 +142,9 @@ class GuardedView:
     def alarm(self, alarm: Alarm) -> None:
         if alarm.on:
             self._guarded("stopped taking alarms", lambda view: view.alarm(alarm))
+
+    def span(self, span: PhaseSpan) -> None:
+        self._guarded("stopped taking spans", lambda view: view.span(span))
 
     def close(self) -> None:
         self._guarded("did not finish", lambda view: view.close())

@@ -12,6 +12,7 @@ from system.config.observe import listen_address
 from system.observe.prometheus_view import PrometheusView, unusable
 from system.observe.rundir import RunDir
 from system.observe.sinks import GuardedView, MetricsView, RunFiles, Sink
+from system.observe.span_view import SpanView
 from system.observe.tensorboard_view import TensorBoardView
 from system.observe.trackio_view import TrackioView
 from system.observe.wandb_view import WandbView
@@ -68,6 +69,15 @@ VIEWS = {
             "prometheus-client",
             lambda config: listen_address(config.observe.prometheus) is not None,
             PrometheusView,
+        ),
+        ViewKind(
+            "OpenTelemetry",
+            "observe.otel",
+            "observe.otel=none",
+            "opentelemetry.exporter.otlp.proto.http",
+            "espalier[otel]",
+            lambda config: config.observe.otel != "none",
+            SpanView,
         ),
     )
 }

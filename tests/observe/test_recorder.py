@@ -15,7 +15,7 @@ from system.observe.eval import EvalResult
 from system.observe.jsonl import read_jsonl
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import Alarm, RunFiles, history, raised, series
+from system.observe.sinks import Alarm, PhaseSpan, RunFiles, history, raised, series
 from system.tree.stats import TreeStats
 
 
@@ -33,6 +33,7 @@ class MemorySink:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.alarms: list[Alarm] = []
+        self.spans: list[PhaseSpan] = []
         self.closed = False
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -40,6 +41,9 @@ class MemorySink:
 
     def alarm(self, alarm: Alarm) -> None:
         self.alarms.append(alarm)
+
+    def span(self, span: PhaseSpan) -> None:
+        self.spans.append(span)
 
     def close(self) -> None:
         self.closed = True
@@ -467,3 +471,16 @@ def test_a_step_that_does_not_come_is_an_alarm(recorder: Recorder, clock: Clock,
         ("stalled actor", False),
     ]
     assert recorder.summary()["causes"]["warning, stalled actor"]["count"] == 1
+
+
+def test_phases_become_spans(recorder: Recorder, sink: MemorySink):
+    tree = replace(TreeStats.of(make_tree()), seconds=3.0)
+    recorder.tree_closed(tree, version_now=3)
+    recorder.weights_pushed(1.5, [0.25, 0.5], 100)
+    recorder.train_step(FinishedStep(4, [tree], {"loss": 1.0, "seconds": 2.0}, [0]))
+    spans = [(one.name, one.start, one.seconds) for one in sink.spans]
+    assert spans == [("generate", 2.0, 3.0), ("publish", 3.0, 2.0), ("train", 1.0, 2.0)]  # at 5, before which
+    generate, publish, train = (dict(one.attributes) for one in sink.spans)
+    assert (generate["tool.calls"], generate["tree.leaves"], generate["reward.mean"]) == (1, 3, 0.5)
+    assert publish == {"weights.bytes": 100}
+    assert train == {"step": 4, "train.tokens": tree.trainable}

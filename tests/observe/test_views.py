@@ -17,7 +17,7 @@ from view_sessions import free_port
 from system.config import ConfigError, load
 from system.observe import views
 from system.observe.rundir import RunDir
-from system.observe.sinks import RESUMED, Alarm, GuardedView, MetricsView, RunFiles, identity
+from system.observe.sinks import RESUMED, Alarm, GuardedView, MetricsView, PhaseSpan, RunFiles, identity
 from system.observe.tree_table import COLUMNS
 from system.observe.views import VIEWS, sinks, unavailable
 
@@ -29,6 +29,7 @@ SETTINGS = {
     "TensorBoard": lambda: "observe.tensorboard=true",
     "trackio": lambda: "observe.trackio=true",
     "Prometheus": lambda: f"observe.prometheus={free_port()}",
+    "OpenTelemetry": lambda: "observe.otel=http://127.0.0.1:9",
 }
 
 
@@ -47,7 +48,7 @@ def held_after_two_sessions(name: str, run_dir: RunDir) -> dict[str, list[tuple[
     return {key: [(int(step), value) for step, value in rows] for key, rows in json.loads(line).items()}
 
 
-@pytest.mark.parametrize("name", [name for name in VIEWS if name != "Prometheus"])
+@pytest.mark.parametrize("name", ["Weights & Biases", "TensorBoard", "trackio"])
 def test_it_holds_every_step_once_and_in_order(name: str, run_dir: RunDir) -> None:
     held = held_after_two_sessions(name, run_dir)
     rewinds = VIEWS[name].make.rewinds  # type: ignore[attr-defined]
@@ -113,6 +114,9 @@ class Failing(MetricsView):
     def alarm(self, alarm: Alarm) -> None:
         self._at("alarm")
 
+    def span(self, span: PhaseSpan) -> None:
+        self._at("span")
+
     def close(self) -> None:
         self._at("close")
 
@@ -120,7 +124,7 @@ class Failing(MetricsView):
 @pytest.mark.parametrize(
     "error", [RuntimeError("disk full at https://u:hunter2@host"), SystemExit("no login")]
 )
-@pytest.mark.parametrize("at", ["start", "write", "rewind", "alarm", "close"])
+@pytest.mark.parametrize("at", ["start", "write", "rewind", "alarm", "span", "close"])
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_failure_is_told_once_and_stops_nothing(
     name: str, at: str, error: BaseException, run_dir: RunDir, capsys: pytest.CaptureFixture[str]
@@ -136,6 +140,7 @@ def test_a_failure_is_told_once_and_stops_nothing(
     for step in range(3):
         sink.write({"step": step, "time": 1.0})
         sink.alarm(Alarm(step, 1.0, "x", True, "y"))
+        sink.span(PhaseSpan("train", 1.0, 2.0, {}))
     sink.close()
     sink.close()
     said = capsys.readouterr().err
