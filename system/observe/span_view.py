@@ -1,8 +1,8 @@
 """Spans for an OpenTelemetry collector (OTLP over HTTP): what the run measures anyway, on one time line.
 
-``generate`` is a tree from its start to its close, with its tool calls and its reward as attributes, ``train``
-the learner's step, ``publish`` new weights on their way to the engines.  Tools and rewards have no spans of
-their own: a closed tree says how long its calls took, not when.
+``generate`` is a tree from its start to its close, with its tool calls and its reward as attributes,
+``train`` the learner's step, ``publish`` new weights on their way to the engines.  Tools and rewards have no
+spans of their own: a closed tree says how long its calls took, not when.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from system.config import Config
+from system.errors import EspalierError
 from system.observe.rundir import RunDir
 from system.observe.sinks import MetricsView, PhaseSpan
 
@@ -20,7 +21,7 @@ EXPORT_S = 5.0  # that a collector may take for a batch of spans
 SECOND = 1_000_000_000  # in nanoseconds
 
 
-class CollectorFailed(Exception):
+class CollectorFailed(EspalierError):
     """The collector did not take spans."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from view_sessions import free_port
+from view_sessions import free_port, of_wandb
 
 from system.config import ConfigError, load
 from system.observe import views
@@ -45,6 +45,8 @@ def held_after_two_sessions(name: str, run_dir: RunDir) -> dict[str, list[tuple[
     done = subprocess.run(words, capture_output=True, text=True, timeout=170, env=environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     (line,) = done.stdout.splitlines()  # nothing else on the console
+    if name == "Weights & Biases":
+        return of_wandb(run_dir)
     return {key: [(int(step), value) for step, value in rows] for key, rows in json.loads(line).items()}
 
 
