@@ -20,7 +20,9 @@ SUGGESTED = $(shell if nvidia-smi -L >/dev/null 2>&1; then echo gpu; \
   elif command -v sbatch >/dev/null 2>&1; then echo ask; else echo cpu; fi)
 SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
 
-.PHONY: install gpu sglang sglang-build verifiers train test test-sglang test-slurm test-verifiers lint types house \
+PROMTOOL := .promtool/usr/bin/promtool
+
+.PHONY: install gpu sglang sglang-build verifiers promtool train test test-sglang test-slurm test-verifiers lint types house \
   check clean help
 
 help:
@@ -30,6 +32,7 @@ help:
 	@echo "make test-verifiers                      those with the real verifiers, which it installs"
 	@echo "make sglang [BUILD=gpu|cpu]              install SGLang into $(SGLANG), for engine=sglang"
 	@echo "make verifiers                           install verifiers into $(VERIFIERS), for agent.run=verifiers"
+	@echo "make promtool                            fetch Prometheus' linter by apt, for the tests of the endpoint"
 	@echo "make gpu                                 install everything for GPUs, also where there is none (a login node)"
 	@echo "make check                               formatting, lint, types and the rules of the house"
 
@@ -96,6 +99,15 @@ $(VERIFIERS)/.installed: $(VERIFIERS_NEEDS)
 
 verifiers: $(VERIFIERS)/.installed
 
+# Prometheus' own linter, out of Debian's package, which is unpacked here and not installed: no service is started.
+$(PROMTOOL):
+	@rm -rf .promtool && mkdir .promtool
+	@cd .promtool && apt-get -qq download prometheus && dpkg -x prometheus_*.deb . && \
+	  rm -f prometheus_*.deb usr/bin/prometheus || \
+	  { cd .. && rm -rf .promtool; echo "promtool: Debian's package prometheus cannot be fetched by apt-get" >&2; exit 1; }
+
+promtool: $(PROMTOOL)
+
 train: install
 	$(BIN)/espalier train $(CONFIG) run.seed=$(SEED) $(ARGS)
 
@@ -135,4 +147,4 @@ house: install
 check: lint types house
 
 clean:
-	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) .promtool runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ from system.flow.curriculum import PoolWeights
 from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, lineage
 from system.flow.loop import GaveUp, TrainingLoop
+from system.flow.replay import TreeInFlight
 from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
@@ -120,7 +121,7 @@ class Conductor:
 
     async def _learn(self) -> None:
         every = self.config.checkpoint.every
-        while self.version < self.config.run.steps and (batch := await self.loop.step()) is not None:
+        while self.version < self.config.run.steps and (batch := await self._stepped()) is not None:
             if self.version >= self.config.run.steps:
                 self.loop.start_no_more()
             await self._trees.add([tree.reference for tree in batch])
@@ -137,6 +138,14 @@ class Conductor:
                 break
         await self.save()
         await self.saved()
+
+    async def _stepped(self) -> Sequence[TreeInFlight] | None:
+        """The loop's next step, which is watched: it must not take far longer than those before."""
+        self.recorder.stall.began()
+        try:
+            return await self.loop.step()
+        finally:
+            self.recorder.stall.ended()
 
     async def bring_up(self) -> None:
         """Bring every engine to the current weights.  Raises ActorLost if one does not take them."""
@@ -231,6 +240,7 @@ class Conductor:
             self.recorder.gauge(QUEUE_DEPTH, len(self.loop.replay))
             self.recorder.gauge(GROWING, len(self.loop.ledger.growing))
             await self._read_counters()
+            self.recorder.look_for_stall()
             await asyncio.sleep(GAUGE_S)
 
     async def _read_counters(self) -> None:

@@ -24,13 +24,11 @@ from system.config.lora import going_on
 from system.errors import DONE, STOPPED, ConfigError
 from system.models.files import take_name
 from system.observe import lease
-from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir, write_atomic
-from system.observe.sinks import Sink
 from system.observe.terminal import shown
-from system.observe.wandb_sink import WandbSink
+from system.observe.views import sinks
 from system.redact import redact
 from system.sft.choice import SavedModel, chosen, rule
 from system.sft.data import SplitData, read
@@ -89,7 +87,7 @@ class _SftRun:
     async def learn(self, joined: bool) -> int:
         """All that happens while the learner is there."""
         config, run_dir = self.config, self.run_dir
-        sinks: list[Sink] = [JsonlWriter(run_dir.metrics_path), WandbSink(run_dir, config)]
+        told = sinks(run_dir, config)
         try:
             began = time.monotonic()
             with Progress(
@@ -103,7 +101,7 @@ class _SftRun:
                         places = await Placement.claim(config, joined=joined, only="learner")
                         learner = LearnerGroup(config.learn.ranks, places, config.cluster)
                         supervised = Supervised(
-                            config, run_dir, self.state, learner, sinks, progress, self.how
+                            config, run_dir, self.state, learner, told, progress, self.how
                         )
                         ending.stops(supervised, progress)
                         work = self._train(supervised, learner, places)
@@ -112,7 +110,7 @@ class _SftRun:
                     drawing.cancel()
                     await asyncio.gather(drawing, return_exceptions=True)
         finally:
-            for sink in sinks:
+            for sink in told:
                 sink.close()
 
     async def _train(self, supervised: Supervised, learner: LearnerGroup, places: Placement) -> int:

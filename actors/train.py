@@ -22,13 +22,12 @@ from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
 from system.errors import DONE, STOPPED
 from system.observe import lease
-from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
 from system.observe.totals import report
-from system.observe.wandb_sink import WandbSink
+from system.observe.views import sinks
 from system.sft.demonstrations import demonstrations
 from system.tasks.base import Task, make_task, notes
 from system.text import described
@@ -73,7 +72,7 @@ async def _run_and_deliver(config: Config, run_dir: RunDir, task: Task, joined: 
 
 async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
-    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path), WandbSink(run_dir, config)])
+    recorder = Recorder(run_dir, config, sinks(run_dir, config))
     try:
         with Progress(
             recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
@@ -129,9 +128,12 @@ async def _train(run: _Run, places: Placement) -> int:
     actors = await RunActors.start(
         config, run.task, run.model, places, run.run_dir, lambda awaited: progress.advance(0, awaited)
     )
-    beats = Heartbeats(
-        actors.watched, config.cluster.silent_s, config.cluster.start_deadline_s, progress.note
-    )
+
+    def silent(text: str) -> None:
+        progress.note(text)
+        run.recorder.actor_silent(text)
+
+    beats = Heartbeats(actors.watched, config.cluster.silent_s, config.cluster.start_deadline_s, silent)
     try:
         return await watched(_conduct(run, actors), beats.watch())
     finally:

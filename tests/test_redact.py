@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from actors.cli.main import main
 from system.cluster.submit import submit_run
 from system.config import Config, load, settings, to_dict
-from system.observe import wandb_sink
 from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
+from system.observe.views import sinks
 from system.redact import HIDDEN, redact
 
 TEXT = "hunter2-Zq9"  # nothing about it looks like a secret
@@ -290,6 +290,7 @@ def test_weights_and_biases_gets_none(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
     run = RunDir(tmp_path)
-    wandb_sink.WandbSink(run, config)
+    for sink in sinks(run, config):
+        sink.close()
     assert sent
     assert TEXT not in json.dumps(sent)

@@ -18,7 +18,7 @@ from actors.cli.chaos import chaos
 from actors.cli.cluster import cancel, logs, status, submit
 from actors.cli.export import dequantise, export
 from actors.cli.prompt import prompt
-from actors.cli.reports import bench, config, doctor, plan, tree
+from actors.cli.reports import bench, config, doctor, metrics, plan, tree
 from actors.cli.sft import sft
 from actors.cli.study import study
 from actors.cli.train import evaluate, train
@@ -26,7 +26,7 @@ from system import errors
 
 COMMANDS = (
     train, sft, evaluate, export, prompt, tree, bench, study, plan, dequantise, submit, status, cancel, logs,
-    doctor, config, chaos,
+    doctor, config, metrics, chaos,
 )  # fmt: skip
 
 

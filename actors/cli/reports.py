@@ -224,3 +224,23 @@ def config(args: argparse.Namespace) -> int:
         )
     print(to_yaml(from_dict(printed)), end="")
     return 0
+
+
+@command(
+    argument("key", nargs="?", default="", metavar="KEY", help="one key, or the beginning of several"),
+    argument("--markdown", action="store_true", help="all of it, as docs/metrics.md"),
+)
+def metrics(args: argparse.Namespace) -> int:
+    """Say what the keys of metrics.jsonl mean.
+
+    examples:
+      espalier metrics                             every key: unit, what it is, what it should look like
+      espalier metrics train                       those that begin so
+      espalier metrics tools/search/ok/p95_s       one, as a run wrote it
+
+    The same keys are in W&B, TensorBoard and trackio; the names in Prometheus stand beside them.
+    """
+    from system.observe.catalogue import markdown, text
+
+    print(markdown() if args.markdown else text(args.key), end="")
+    return 0

@@ -16,6 +16,7 @@ from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.lora import adapters_travel, lora_problems
 from system.config.mcp import place
+from system.config.observe import observe_problems
 from system.config.precision import precision_problems, sglang_flags
 from system.config.rule import PartConfig
 from system.config.schema import Config
@@ -429,6 +430,7 @@ AGREEMENTS = (
         _sft,
         lambda config: eval_problems(config.eval),
         teacher_problems,
+        observe_problems,
         _void,
     ),
 )

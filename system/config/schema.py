@@ -390,7 +390,16 @@ class ObserveConfig:
     """What a run shows and records.  Any of it may change on resume."""
 
     wandb: str = setting("offline", "Weights & Biases", choices=("offline", "online", "disabled"))
-    project: str = setting("espalier", "its project there")
+    project: str = setting("espalier", "the project there, and in trackio")
+    wandb_trees: int = setting(
+        0, "newest trees sent to W&B as a table at each evaluation, with what model and tools said", least=0
+    )
+    tensorboard: bool = setting(False, "write tensorboard/ in the run directory")
+    trackio: bool = setting(False, "log to trackio, which keeps it on this machine (docs/observe.md)")
+    prometheus: str = setting(
+        "none", "where Prometheus may read the metrics: a port of this machine, or host:port; none: nowhere"
+    )
+    otel: str = setting("none", "URL of an OpenTelemetry collector (OTLP over HTTP) for spans; none: off")
     trees: int = setting(200, "closed trees kept in the run directory (the newest); -1: all", least=-1)
     progress_s: float = setting(2.0, "seconds between progress lines when not on a terminal", least=0.1)
 

@@ -39,7 +39,7 @@ from system.models import directory
 from system.models.known import shape_of
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
-from system.observe import hub
+from system.observe import hub, views
 from system.plan.memory import WIDTH, besides_saved
 from system.plugins import AGENTS, POLICIES, TASKS
 from system.rollout.branching import make_policy
@@ -444,6 +444,7 @@ ON_THE_SPOT: dict[str, Check] = {
     "memory": memory,
     "scratch": scratch,
     "hub": upload,
+    "views": lambda config: (Problem("", line) for line in views.unavailable(config)),
 }
 LATER = ", ".join(ON_THE_SPOT)  # for people who submit
 IN_CONTAINER = ("model", "chat", "task")  # may lie elsewhere in one: paths are those of its mounts

@@ -2,6 +2,7 @@
 
 The last ``WINDOW`` records of training steps are held against the first ``WINDOW`` of the run.  An alarm is
 a warning: nothing is stopped.  The bounds are wide, since every one of these figures moves in a healthy run.
+They are told on the console and by every view, and recorded in ``alarms.jsonl`` (:class:`AlarmBook`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from statistics import fmean, median
+
+from system.observe.sinks import Alarm
 
 WINDOW = 10  # records
 COLLAPSED = 0.1  # of the entropy it began with
@@ -20,8 +23,11 @@ ENGINE_KL = 0.01  # nats per token, engine against learner at the same weights; 
 SPIKE = 20.0  # times the median gradient norm
 SKIPPED = 0.3  # optimizer steps that were not taken
 PAID_NOT_RIGHT = 0.1  # the rise of the reward's mean, and the fall of the accuracy's
+DROPPED = 0.2  # of the trees that ended
+STALLED_S, STALLED = 300.0, 10.0  # without a training step: at least so long, and so many times the median
 
-_STOPPED, _ENDED = "rollout/outcome/stopped", "rollout/outcome/ended"  # by the model, by its environment
+# Made of several keys of a record.
+_STOPPED, _FORMAT, _DROPPED = "stopped or ended", "format of answers", "dropped share"
 
 Means = Mapping[str, float]  # metric -> its mean; NaN where unknown
 
@@ -38,14 +44,18 @@ class Alarms:
 
     def look(self, record: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """(name, text) of every alarm at this record."""
+        values = dict(record) | dict(_made(record))
         for key, recent in self._recent.items():
-            # An outcome that no branch had has no key.
-            value = record.get(key, 0.0 if key == _STOPPED and "rollout/leaves" in record else math.nan)
-            if math.isfinite(value):
-                value += record.get(_ENDED, 0.0) if key == _STOPPED else 0.0
+            if math.isfinite(value := values.get(key, math.nan)):
                 recent.append(value)
                 first = self._beginning.setdefault(key, [])
                 first += [value] if len(first) < WINDOW else []
+        if not math.isfinite(loss := record.get("train/loss", 0.0)):
+            yield (
+                "loss not finite",
+                f"train/loss is {loss}: the step was not taken, if the gradient is not finite either (train/"
+                "skipped_steps); look at the reward's values and at learn.lr, and go back to a checkpoint",
+            )
         begin, now = _Means.of(self._beginning), _Means.of(self._recent)
         for name, rule in _RULES.items():
             if text := rule(begin, now):
@@ -57,6 +67,19 @@ class Alarms:
                 f"the gradient's norm is {norms[-1]:.3g}, {norms[-1] / usual:.0f} times the median of "
                 f"the last {WINDOW} steps (learn.grad_clip bounds what it does)",
             )
+
+
+def _made(record: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    """What is made of several keys, where the record has them."""
+    if "rollout/leaves" in record:  # an outcome that no branch had has no key
+        yield _STOPPED, sum(record.get(f"rollout/outcome/{how}", 0.0) for how in ("stopped", "ended"))
+    if formats := [
+        value for key, value in record.items() if key.startswith("reward/") and key.endswith("/format")
+    ]:
+        yield _FORMAT, fmean(formats)
+    dropped = sum(value for key, value in record.items() if key.startswith("flow/dropped/"))
+    if ended := dropped + record.get("rollout/trees", 0.0):
+        yield _DROPPED, dropped / ended
 
 
 class _Means(dict[str, float]):
@@ -106,6 +129,25 @@ def _form(begin: Means, now: Means) -> str | None:
     return None
 
 
+def _format(begin: Means, now: Means) -> str | None:
+    was, share = begin[_FORMAT], now[_FORMAT]
+    if share < LOST_FORM * was:
+        return (
+            f"the reward for an answer's form is {share:.2f}, {was:.2f} at the beginning: the policy no "
+            "longer writes what can be scored (espalier tree --worst)"
+        )
+    return None
+
+
+def _dropped(_: Means, now: Means) -> str | None:
+    if (share := now[_DROPPED]) > DROPPED:
+        return (
+            f"{share:.0%} of the last trees were dropped and will not be trained on: see dropped and causes "
+            "in summary.json, and flow/dropped/<reason> in metrics.jsonl"
+        )
+    return None
+
+
 def _paid(begin: Means, now: Means) -> str | None:
     reward, right = (now[key] - begin[key] for key in ("rollout/reward", "rollout/accuracy"))
     if reward > PAID_NOT_RIGHT and right < -PAID_NOT_RIGHT:
@@ -137,6 +179,8 @@ _RULES: dict[str, Callable[[Means, Means], str | None]] = {
     "answer length": _length,
     "tool calls": _calls,
     "unfinished answers": _form,
+    "format collapse": _format,
+    "dropped trees": _dropped,
     "reward without accuracy": _paid,
     "engine mismatch": _engine,
     "skipped steps": _skipped,
@@ -151,5 +195,55 @@ _KEYS = (
     "rollout/response_tokens",
     "rollout/calls_per_leaf",
     "rollout/zero_variance_share",
-    _STOPPED,
+    *(_STOPPED, _FORMAT, _DROPPED),
 )
+
+
+class StallWatch:
+    """Says when a training step takes far longer than those before: some actor stands still."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._awaited: float | None = None  # since when
+        self._took = deque[float](maxlen=2 * WINDOW)  # seconds of the last steps
+
+    def began(self) -> None:
+        """The loop waits for a step from now on."""
+        self._awaited = self._clock()
+
+    def ended(self) -> None:
+        """The step is there, or nobody waits for it any more."""
+        if self._awaited is not None:
+            self._took.append(self._clock() - self._awaited)
+        self._awaited = None
+
+    def look(self) -> float | None:
+        """Seconds since a stalled step began; None where none is, and before there is anything to compare."""
+        if self._awaited is None or len(self._took) < WINDOW:
+            return None
+        seconds = self._clock() - self._awaited
+        return seconds if seconds > max(STALLED_S, STALLED * median(self._took)) else None
+
+
+class AlarmBook:
+    """Tells the sinks when an alarm begins and when it ends; one that lasts is told once."""
+
+    def __init__(self, tell: Callable[[Alarm], object], now: Callable[[], float]) -> None:
+        self._tell, self._now = tell, now
+        self._on: dict[str, set[str]] = {}  # source -> names
+
+    def seen(self, step: int, source: str, raised: Mapping[str, str]) -> None:
+        """All that ``source`` raises now: name -> text."""
+        on = self._on.setdefault(source, set())
+        for name in sorted(on - raised.keys()):
+            on.remove(name)
+            self._tell(Alarm(step, self._now(), name, False, ""))
+        for name, text in raised.items():
+            if name not in on:
+                on.add(name)
+                self._tell(Alarm(step, self._now(), name, True, text))
+
+    def once(self, step: int, name: str, text: str) -> None:
+        """Something that happened, and is over."""
+        self._tell(Alarm(step, self._now(), name, True, text))
+        self._tell(Alarm(step, self._now(), name, False, ""))

@@ -16,7 +16,7 @@ from system.config import Config, to_dict
 from system.config.lora import merging_warning
 from system.evals.result import EvalResult
 from system.flow.loop import FinishedStep
-from system.observe.alarms import Alarms
+from system.observe.alarms import AlarmBook, Alarms, StallWatch
 from system.observe.metrics import (
     Idle,
     engine_totals,
@@ -29,7 +29,7 @@ from system.observe.metrics import (
     tree_metrics,
 )
 from system.observe.rundir import RunDir
-from system.observe.sinks import RESUMED, Sink
+from system.observe.sinks import RESUMED, Alarm, PhaseSpan, Sink
 from system.observe.totals import Totals, add, highest
 from system.redact import redact
 from system.text import one_line
@@ -81,7 +81,8 @@ class Recorder:
         self._clock, self._now = clock, now
         self._started = self._began = self._flushed = clock()
         self._totals = Totals()
-        self._alarms = Alarms(self._totals.beginning)
+        self._alarms, self._book = Alarms(self._totals.beginning), AlarmBook(self._alarm, now)
+        self.stall = StallWatch(clock)
         self._step = 0
         self._told: dict[tuple[str, str], float] = {}  # running totals as they were told last
         self._accounted: dict[str, float] = {}  # actor -> up to when its idle time was told
@@ -95,6 +96,8 @@ class Recorder:
         self._gauges_last: dict[str, float] = {}
         self.tell: Callable[[str], object] = lambda _: None  # people, in a line
         self._told_causes: set[str] = set()  # in this session
+        self._stalled = False
+        self._published_s = 0.0  # since the last training step: new weights go out before it is told
         self._reset_window()
 
     # Events
@@ -126,6 +129,14 @@ class Recorder:
         self._ticks.append((self._clock(), tree.generated, 0))
         for kind, text in tree.mishaps:
             self.mishap(kind, text)
+        self._span(
+            "generate",
+            tree.seconds,
+            **{"tree.prompt": tree.prompt_id, "tree.task": tree.task, "tree.leaves": tree.leaves},
+            **{"tree.forks": tree.forks, "tree.tokens": int(tree.generated), "tool.calls": len(tree.calls)},
+            **{"tool.seconds": sum(call.latency_s for call in tree.calls)},
+            **({"reward.mean": float(tree.rewards.mean())} if tree.rewards.size else {}),
+        )
 
     def mishap(self, kind: str, text: str) -> None:
         """Something went wrong that does not end the run.  The first of a kind is told."""
@@ -135,6 +146,29 @@ class Recorder:
         if kind not in self._told_causes:
             self._told_causes.add(kind)
             self.tell(f"{kind}: {text} (more of this kind are counted: causes in summary.json)")
+
+    def look_for_stall(self) -> None:
+        """Raise an alarm when the step under way takes far too long.  Call it every few seconds."""
+        seconds = self.stall.look()
+        raised: dict[str, str] = {}
+        if seconds is not None:
+            waiting, growing = (int(self._gauges_last.get(name, 0)) for name in (QUEUE_DEPTH, GROWING))
+            raised["stalled"] = (
+                f"no training step for {seconds:.0f} s; {waiting} closed trees wait for the learner, "
+                f"{growing} trees are growing (espalier logs RUN)"
+            )
+        if raised and not self._stalled:
+            self.mishap("warning, stalled", raised["stalled"])
+        self._stalled = bool(raised)
+        self._book.seen(self._step, "clock", raised)
+
+    def actor_silent(self, text: str) -> None:
+        """An actor did not answer, and was killed; whoever calls tells people."""
+        entry = self._totals.causes.setdefault(
+            "warning, stalled actor", {"count": 0, "first": one_line(text)}
+        )
+        entry["count"] += 1
+        self._book.once(self._step, "stalled actor", one_line(text))
 
     def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None:
         """A tree, or part of one, will never be trained on; ``text``: what happened."""
@@ -164,6 +198,9 @@ class Recorder:
             kl, engine_kl = stats["mismatch_kl"], stats["engine_kl"] * fresh
             add(totals.mismatch, steps=1, kl=kl, fresh=fresh, engine_kl=engine_kl)
             highest(totals.mismatch, engine_logprob_diff_max=worst)
+        took = float(stats.get("seconds", 0.0))
+        self._span("train", took, self._published_s, **{"step": step.version, "train.tokens": tokens})
+        self._published_s = 0.0
         self._ticks.append((self._clock(), 0, tokens))
         self._steps.append((self._clock(), step.version))
 
@@ -182,6 +219,8 @@ class Recorder:
         self.gauge("weights/bytes", sent_bytes)
         if pause_s:
             self.gauge("weights/pause_s", max(pause_s))
+        self._published_s = stage_s + max(pause_s, default=0.0)
+        self._span("publish", self._published_s, **{"weights.bytes": sent_bytes})
         totals = self._totals.weights
         add(totals, pushes=1, bytes=sent_bytes, stage_s=stage_s, pause_s=sum(pause_s))
         highest(totals, pause_s_max=max(pause_s, default=0.0))
@@ -270,8 +309,10 @@ class Recorder:
             record["time/trained_per_s"] = sum(one.trainable for one in trained) / elapsed
             record["time/trees_per_s"] = len(self._closed) / elapsed
         if self._finished:
-            for name, text in self._alarms.look(record):
+            raised = dict(self._alarms.look(record))
+            for name, text in raised.items():
                 self.mishap(f"warning, {name}", text)
+            self._book.seen(step, "figures", raised)
         self._flushed = clock
         self._reset_window()
         self._write(record)
@@ -338,7 +379,7 @@ class Recorder:
         values = dict(state)
         self._step = int(values.pop("step"))
         self._totals = Totals.restored(values)
-        self._alarms = Alarms(self._totals.beginning)
+        self._alarms, self._book = Alarms(self._totals.beginning), AlarmBook(self._alarm, self._now)
         self._eval_accuracy = {which: one["accuracy"] for which, one in self._totals.evals.items()}
         self._write({RESUMED: self._step, "time": self._now()})
 
@@ -356,6 +397,16 @@ class Recorder:
     def _write(self, record: Mapping[str, Any]) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+    def _alarm(self, alarm: Alarm) -> None:
+        for sink in self._sinks:
+            sink.alarm(alarm)
+
+    def _span(self, name: str, seconds: float, ago: float = 0.0, /, **attributes: str | int | float) -> None:
+        """A phase of so many seconds that ended now, or a while ``ago``."""
+        start = self._now() - ago - seconds
+        for sink in self._sinks:
+            sink.span(PhaseSpan(name, start, seconds, attributes))
 
     def _rates(self) -> tuple[float, float]:
         """Generated and trained tokens per second over the last minute, or since training began."""

@@ -6,6 +6,7 @@
       config.yaml      the merged configuration; `--resume` reads it (of mode 0600 where it holds a secret)
       lease            who writes here now
       metrics.jsonl    one record per training step and per evaluation
+      alarms.jsonl     a line when an alarm begins, and one when it ends
       ledger.jsonl     what happened to every prompt
       trees/           the newest closed trees
       evals/           the answers of each evaluation, one file for each, by the training step
@@ -18,6 +19,8 @@
       logs/            logs of the parts
       judge/           verdicts of `reward=judge`, which a resumed run does not ask for again
       wandb/           Weights & Biases files (offline by default)
+      tensorboard/     with observe.tensorboard=true: its event files
+      trackio/         with observe.trackio=true: the run's name there
       summary.json     the run in one page
       key, ray-token   while it runs: what its servers and Ray want to be shown (of mode 0600)
       attempts.jsonl   of a SLURM job: a line for the start and the end of every attempt
@@ -58,6 +61,8 @@ class RunDir:
         self.start, self.model, self.adapter = root / "start", root / "model", root / "adapter"
         self.logs, self.wandb = root / "logs", root / "wandb"
         self.evals = root / "evals"
+        self.tensorboard, self.trackio = root / "tensorboard", root / "trackio"
+        self.alarms_path = root / "alarms.jsonl"
         self.sft_path, self.candidates = root / "sft.json", root / "candidates"
 
     @property

@@ -41,14 +41,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def view(run_dir: RunDir, config: Config, tree: Tree, *, full: bool = False, entropy: bool = False) -> View:
-    """How to show ``tree`` of a run: with the run's tokenizer and its credit."""
+def view(
+    run_dir: RunDir,
+    config: Config,
+    tree: Tree,
+    *,
+    full: bool = False,
+    entropy: bool = False,
+    decode: Decode | None = None,
+) -> View:
+    """How to show ``tree`` of a run: with its tokenizer and its credit.  ``decode``: an earlier tree's."""
     credit = CREDITS.make(config.learn.credit.name, config.learn.credit.options)
     (advantage,) = assign(credit, [TreeStats.of(tree)])
     episode = tree.episode if tree.episode.size else np.arange(tree.n_leaves)
     read = {"leaf": (episode,), "node": (tree.leaf,), "path": (episode, tree.leaf)}[credit.per]
     return View(
-        decode=_decoder(run_dir, config),
+        decode=decode or decoder(run_dir, config),
         advantage=advantage[read],
         credit=config.learn.credit.name,
         full=full,
@@ -98,7 +106,7 @@ def _best(trees: Iterable[Tree], sign: int) -> Tree | None:
     return best[2] if best else None
 
 
-def _decoder(run_dir: RunDir, config: Config) -> Decode:
+def decoder(run_dir: RunDir, config: Config) -> Decode:
     """The run's tokenizer: its trained model's, or that of the model it started from."""
     places = [run_dir.model, Path(config.model.path) if config.model.path else run_dir.start]
     for place in places:

@@ -15,6 +15,7 @@ from cli_runs import Run
 from safetensors.torch import load_file
 
 from actors.cli.main import main
+from system.observe.catalogue import find
 from system.observe.sinks import history
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # several runs, each with sessions of its own
@@ -70,6 +71,8 @@ def steps(run: Run) -> int:
 def test_a_run_that_was_killed_and_stopped_has_the_same_losses(begin: Begin) -> None:
     whole = begin("whole")
     assert whole.wait(WAIT_S) == 0, whole.output()
+    records = history(whole.directory / "metrics.jsonl")
+    assert [key for record in records for key in record if find(key) is None] == []
     broken = begin("broken", "checkpoint.every=4")
     broken.wait_for(lambda: steps(broken) >= 6, WAIT_S, "six steps")
     broken.kill()  # SIGKILL, to all of its processes

@@ -6,8 +6,10 @@ A synchronous one, with parts of one's own, is in tests/test_examples.py.
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +26,7 @@ from actors.cli.main import main
 from system import config as configuration
 from system.chaos import run as chaos
 from system.chaos.account import account
+from system.observe.catalogue import find
 from system.observe.jsonl import read_jsonl
 from system.rollout import in_flight
 from system.rollout.in_flight import SavedTree
@@ -50,9 +53,25 @@ def assert_nothing_lost(directory: Path, summary: dict[str, Any]) -> None:
     assert (found.twice, found.lost) == (0, 0)
 
 
+def scraped(port: int) -> str:
+    """What the run tells Prometheus; empty while nothing listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
 def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> None:
-    run = start("run.steps=4")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = start("run.steps=4", f"observe.prometheus={port}")
+    run.wait_for(lambda: "espalier_train_loss " in scraped(port), WAIT_S, "a step that Prometheus can read")
     assert run.wait(WAIT_S) == 0, run.output()
+    records = list(read_jsonl(run.directory / "metrics.jsonl"))
+    assert [key for record in records for key in record if find(key) is None] == []
+    assert list(read_jsonl(run.directory / "alarms.jsonl")) == []
     summary = run.summary()
     assert set(summary) >= {
         "eval", "trees", "leaves", "forks", "top_ups", "tool_calls", "tokens", "staleness", "versions",

@@ -18,6 +18,9 @@ HEALTHY = {
     "rollout/zero_variance_share": 0.4,
     "rollout/outcome/stopped": 0.9,
     "rollout/leaves": 64.0,
+    "rollout/trees": 8.0,
+    "reward/arpo/format": 0.9,
+    "train/loss": 0.1,
 }
 
 
@@ -48,6 +51,9 @@ def raised(change: dict[str, float | None], alarms: Alarms | None = None) -> dic
         ({"rollout/reward": 0.6, "rollout/accuracy": 0.1}, "reward without accuracy", "rose by 0.30"),
         ({"train/engine_kl": 0.05}, "engine mismatch", "0.05 nats"),
         ({"train/skipped_steps": 1.0, "train/grad_norm": float("nan")}, "skipped steps", "100% of the last"),
+        ({"reward/arpo/format": 0.1}, "format collapse", "is 0.10, 0.90 at the beginning"),
+        ({"flow/dropped/stale": 1.0, "flow/dropped/engine lost": 7.0}, "dropped trees", "50% of the last"),
+        ({"train/loss": float("nan")}, "loss not finite", "train/loss is nan"),
         ({"train/grad_norm": 50.0}, "gradient spike", "50 times the median"),
     ],
 )
@@ -72,6 +78,7 @@ def test_what_is_wrong_is_named(change: dict[str, float | None], name: str, text
             "train/grad_norm": 0.1,
         },
         {"rollout/accuracy": None, "rollout/reward": 0.6},
+        {"flow/dropped/stale": 1.0, "reward/arpo/format": None},
         {"train/engine_kl": None, "train/grad_norm": float("nan")},
     ],
 )

@@ -12,14 +12,14 @@ from observe_trees import evaluated, make_tree, single
 from system.config import Config
 from system.flow.loop import FinishedStep
 from system.observe import plots
-from system.observe.jsonl import JsonlWriter
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
+from system.observe.sinks import RunFiles
 from system.tree.stats import TreeStats
 
 
 def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
-    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
+    recorder = Recorder(run_dir, config, [RunFiles(run_dir)])
     recorder.evaluated(0, evaluated(single("a", 0)), "before")
     recorder.training_began()
     for step in range(1, steps + 1):
@@ -78,7 +78,7 @@ def test_a_legend_hides_no_data_and_hangs_over_no_edge(
 
 
 def test_an_accuracy_is_written_as_everywhere_else(run_dir: RunDir, config: Config, figures: list[Figure]):
-    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
+    recorder = Recorder(run_dir, config, [RunFiles(run_dir)])
     singles = [single(f"{i}", int(i > 0)) for i in range(200)]
     recorder.evaluated(0, evaluated(*singles), "before")
     plots.draw(run_dir)
@@ -86,7 +86,7 @@ def test_an_accuracy_is_written_as_everywhere_else(run_dir: RunDir, config: Conf
 
 
 def test_only_what_has_data_is_drawn(run_dir: RunDir, config: Config):
-    recorder = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)])
+    recorder = Recorder(run_dir, config, [RunFiles(run_dir)])
     recorder.evaluated(0, evaluated(single("a", 0)), "before")
     assert {file.stem for file in plots.draw(run_dir)} == {"overview", "accuracy"}
 

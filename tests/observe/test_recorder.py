@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ from observe_trees import NAN, evaluated, make_tree, single
 
 from system.config import Config
 from system.flow.loop import FinishedStep
-from system.observe.jsonl import JsonlWriter
+from system.observe.jsonl import read_jsonl
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import history, series
+from system.observe.sinks import Alarm, PhaseSpan, RunFiles, history, raised, series
 from system.tree.stats import TreeStats
 
 
@@ -31,10 +31,18 @@ class MemorySink:
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
+        self.alarms: list[Alarm] = []
+        self.spans: list[PhaseSpan] = []
         self.closed = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         self.records.append(dict(record))
+
+    def alarm(self, alarm: Alarm) -> None:
+        self.alarms.append(alarm)
+
+    def span(self, span: PhaseSpan) -> None:
+        self.spans.append(span)
 
     def close(self) -> None:
         self.closed = True
@@ -226,13 +234,13 @@ def test_totals_survive_a_resume_through_json(
 
 
 def test_a_resume_takes_back_records_past_the_checkpoint(run_dir: RunDir, config: Config, clock: Clock):
-    first = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)], clock=clock)
+    first = Recorder(run_dir, config, [RunFiles(run_dir)], clock=clock)
     for step in (1, 2, 3):
         first.train_step(FinishedStep(step, [], {"loss": float(step)}, []))
         first.flush(step)
         if step == 2:
             state = first.state()
-    second = Recorder(run_dir, config, [JsonlWriter(run_dir.metrics_path)], clock=clock)
+    second = Recorder(run_dir, config, [RunFiles(run_dir)], clock=clock)
     second.restore(state)
     second.train_step(FinishedStep(3, [], {"loss": 30.0}, []))
     second.flush(3)
@@ -420,3 +428,80 @@ def test_what_guided_trees_earn_is_counted_apart(recorder: Recorder, clock: Cloc
     del state["guided"]  # of an earlier version
     recorder.restore(state)
     assert recorder.summary()["guided"] == {}
+
+
+def fill(recorder: Recorder, clock: Clock, first: int, loss: float = 1.0, seconds: float = 10.0) -> None:
+    """Ten steps, each of which takes so long."""
+    for step in range(first, first + 10):
+        recorder.stall.began()
+        clock.now += seconds
+        recorder.stall.ended()
+        recorder.train_step(FinishedStep(step, [], {"loss": loss}, []))
+        recorder.flush(step)
+
+
+def test_an_alarm_is_told_where_it_begins_and_where_it_ends(
+    run_dir: RunDir, config: Config, sink: MemorySink, clock: Clock
+):
+    recorder = Recorder(run_dir, config, [RunFiles(run_dir), sink], clock=clock, now=lambda: 5.0)
+    fill(recorder, clock, 1)
+    fill(recorder, clock, 11, loss=NAN)
+    fill(recorder, clock, 21)
+    fill(recorder, clock, 31, loss=math.inf)
+    assert [(one.step, one.name, one.on) for one in sink.alarms] == [
+        (11, "loss not finite", True),
+        (21, "loss not finite", False),
+        (31, "loss not finite", True),
+    ]
+    assert "train/loss is nan" in sink.alarms[0].text
+    lines = list(read_jsonl(run_dir.alarms_path))
+    assert lines == [asdict(one) for one in sink.alarms]
+    assert raised(run_dir.alarms_path).keys() == {"loss not finite"}
+    # A session that goes on looks anew, and what was raised past its checkpoint never was.
+    again = Recorder(run_dir, config, [RunFiles(run_dir)], clock=clock, now=lambda: 6.0)
+    again.restore(recorder.state() | {"step": 35})
+    assert raised(run_dir.alarms_path) == {}
+    assert [one["step"] for one in history(run_dir.alarms_path)] == [11, 21, 31, 35]
+    again.restore(recorder.state() | {"step": 25})
+    assert [one["step"] for one in history(run_dir.alarms_path)] == [11, 21]
+
+
+def test_a_step_that_does_not_come_is_an_alarm(recorder: Recorder, clock: Clock, sink: MemorySink):
+    said: list[str] = []
+    recorder.tell = said.append
+    fill(recorder, clock, 1, seconds=40.0)
+    clock.now += 5000.0  # nobody waits for a step: an evaluation, say
+    recorder.look_for_stall()
+    recorder.stall.began()
+    recorder.gauge(QUEUE_DEPTH, 3)
+    for seconds in (0.0, 350.0, 49.0):
+        clock.now += seconds
+        recorder.look_for_stall()
+    assert (sink.alarms, said) == ([], [])
+    for _ in range(3):
+        clock.now += 60.0
+        recorder.look_for_stall()
+    recorder.stall.ended()
+    recorder.look_for_stall()
+    assert [(one.name, one.on) for one in sink.alarms] == [("stalled", True), ("stalled", False)]
+    (told,) = said
+    assert "no training step for 459 s; 3 closed trees wait for the learner" in told
+    recorder.actor_silent("rollout-1 has been silent for 60 s: killed")
+    assert [(one.name, one.on) for one in sink.alarms[2:]] == [
+        ("stalled actor", True),
+        ("stalled actor", False),
+    ]
+    assert recorder.summary()["causes"]["warning, stalled actor"]["count"] == 1
+
+
+def test_phases_become_spans(recorder: Recorder, sink: MemorySink):
+    tree = replace(TreeStats.of(make_tree()), seconds=3.0)
+    recorder.tree_closed(tree, version_now=3)
+    recorder.weights_pushed(1.5, [0.25, 0.5], 100)
+    recorder.train_step(FinishedStep(4, [tree], {"loss": 1.0, "seconds": 2.0}, [0]))
+    spans = [(one.name, one.start, one.seconds) for one in sink.spans]
+    assert spans == [("generate", 2.0, 3.0), ("publish", 3.0, 2.0), ("train", 1.0, 2.0)]  # at 5, before which
+    generate, publish, train = (dict(one.attributes) for one in sink.spans)
+    assert (generate["tool.calls"], generate["tree.leaves"], generate["reward.mean"]) == (1, 3, 0.5)
+    assert publish == {"weights.bytes": 100}
+    assert train == {"step": 4, "train.tokens": tree.trainable}

@@ -138,6 +138,6 @@ def test_rows_that_cannot_be_used_do_not_end_the_show(
 
 def test_the_learner_keeps_no_model_beside_the_one_it_trains() -> None:
     config = load(QUICKSTART, ["learn.teacher=average", "learn.kl_coef=0.1", "learn.proximal=average"])
-    assert len(besides(config.learn)) == 3
-    assert not besides(learner_config(config).learn)
+    assert len(besides(config.learn, "float32")) == 3
+    assert not besides(learner_config(config).learn, "float32")
     assert config.learn.teacher == "average"  # a copy was told
