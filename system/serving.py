@@ -22,6 +22,7 @@ import random
 import re
 import signal
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,21 @@ class AppServer:
         await self.runner.cleanup()
 
 
-async def serve(app: web.Application, host: str = "127.0.0.1", port: int = 0, *, key: str = "") -> AppServer:
+async def serve(
+    app: web.Application,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    key: str = "",
+    free: Collection[str] = (HEALTH,),
+) -> AppServer:
     """Start ``app`` in the running loop; port 0 takes a free one.  Raises what the application's start-up
     raises.
 
-    ``key``: what a client must show; empty: nothing.  A request whose client has gone away is cancelled.
-    An application has one server.
+    ``key``: what a client must show; empty: nothing.  ``free``: paths that may be got without it.  A request
+    whose client has gone away is cancelled.  An application has one server.
     """
-    app.middlewares.insert(0, _guard(key, host))
+    app.middlewares.insert(0, _guard(key, host, free))
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, access_log=None)
     await runner.setup()
     try:
@@ -87,7 +95,7 @@ def stop_signals() -> asyncio.Event:
     return stop
 
 
-def _guard(key: str, host: str) -> Middleware:
+def _guard(key: str, host: str, unguarded: Collection[str]) -> Middleware:
     """What stands before every handler of a server that listens at ``host``."""
     names = {"localhost", host.lower(), os.uname().nodename.lower()}
     expected = f"Bearer {key}".encode()
@@ -102,7 +110,7 @@ def _guard(key: str, host: str) -> Middleware:
         if request.method not in ("GET", "HEAD") and declared not in (JSON, BYTES):
             raise web.HTTPUnsupportedMediaType(text=f"send {JSON}")
         shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        free = not key or (request.method == "GET" and request.path == HEALTH and not shown)
+        free = not key or (request.method == "GET" and request.path in unguarded and not shown)
         if not free and not hmac.compare_digest(shown, expected):
             raise web.HTTPUnauthorized(
                 text="show this server's key: Authorization: Bearer …", headers={"WWW-Authenticate": "Bearer"}

@@ -1,0 +1,68 @@
+"""The recorded run that ``espalier watch --demo`` shows, and how it is made anew.
+
+    espalier train configs/quickstart.yaml run.name=demo eval.every=30
+    python -m system.watch.demo runs/demo system/watch/demo.zip
+
+Of a run of the quickstart the second command takes the figures, the tokenizer and some of the trees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import zipfile
+from collections.abc import Generator, Iterator
+from importlib import resources
+from pathlib import Path
+
+from system.observe.rundir import RunDir
+from system.tree.store import complete_files
+
+_TREES = 40  # of the newest; the sample is taken whole
+_GROUPS = ("step", "time", "version", "eval", "rollout", "flow", "train", "tree", "engine")
+_DATE = (2026, 1, 1, 0, 0, 0)  # of all files in it: the same run makes the same bytes
+
+
+@contextlib.contextmanager
+def unpacked() -> Generator[Path]:
+    """The demo as a run directory, for the length of the block."""
+    packed = Path(str(resources.files("system.watch"))) / "demo.zip"
+    with tempfile.TemporaryDirectory(prefix="espalier-demo-") as place, zipfile.ZipFile(packed) as file:
+        file.extractall(Path(place) / "demo")
+        yield Path(place) / "demo"
+
+
+def pack(run_dir: RunDir, out: Path) -> None:
+    """Write the archive."""
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_LZMA) as file:
+        for name, data in _parts(run_dir):
+            file.writestr(zipfile.ZipInfo(name, _DATE), data, zipfile.ZIP_LZMA)
+
+
+def _parts(run_dir: RunDir) -> Iterator[tuple[str, bytes]]:
+    for path in (run_dir.config_path, run_dir.events_path, run_dir.summary_path):
+        yield path.name, path.read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        yield f"model/{name}", (run_dir.model / name).read_bytes()
+    lines = [json.dumps(_fewer(json.loads(line))) for line in run_dir.metrics_path.read_text().splitlines()]
+    yield run_dir.metrics_path.name, "\n".join([*lines, ""]).encode()
+    newest = complete_files(run_dir.trees)[-_TREES // 8 :]
+    for path in (*newest, *complete_files(run_dir.tree_sample)):
+        yield f"{path.parent.name}/{path.name}", path.read_bytes()
+
+
+def _fewer(record: dict[str, object]) -> dict[str, object]:
+    """The figures that the pages show, to five digits."""
+    return {
+        key: round(value, 5) if isinstance(value, float) and key != "time" else value
+        for key, value in record.items()
+        if key.split("/")[0] in _GROUPS or key.startswith("time/")
+    }
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m system.watch.demo RUN FILE.zip")
+    pack(RunDir(Path(sys.argv[1])), Path(sys.argv[2]))
