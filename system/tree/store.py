@@ -150,7 +150,7 @@ def write_file(directory: Path, number: int, table: pa.Table) -> Path:
 
 
 def read_tree(directories: Sequence[Path], number: int) -> Tree | None:
-    """Tree ``number`` of a run, by its directories; None where it is not kept.  Raises :class:`StoreError`."""
+    """Tree ``number`` of a run, by its directories; None where none keeps it.  Raises :class:`StoreError`."""
     for directory in directories:
         before = [path for path in complete_files(directory) if file_number(path) <= number]
         for path in before[-1:]:

@@ -9,14 +9,19 @@ Of a run of the quickstart the second command takes the figures, the tokenizer a
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import tempfile
 import zipfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from system.config import to_yaml
 from system.observe.rundir import RunDir
 from system.tree.store import complete_files
 
@@ -42,15 +47,27 @@ def pack(run_dir: RunDir, out: Path) -> None:
 
 
 def _parts(run_dir: RunDir) -> Iterator[tuple[str, bytes]]:
-    for path in (run_dir.config_path, run_dir.events_path, run_dir.summary_path):
-        yield path.name, path.read_bytes()
+    yield run_dir.config_path.name, to_yaml(run_dir.config(("run.dir=runs",))).encode()
+    yield run_dir.events_path.name, run_dir.events_path.read_bytes()
+    summary = json.loads(run_dir.summary_path.read_text(encoding="utf-8"))
+    del summary["config"]
+    yield run_dir.summary_path.name, json.dumps(summary).encode()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         yield f"model/{name}", (run_dir.model / name).read_bytes()
-    lines = [json.dumps(_fewer(json.loads(line))) for line in run_dir.metrics_path.read_text().splitlines()]
-    yield run_dir.metrics_path.name, "\n".join([*lines, ""]).encode()
+    lines = run_dir.metrics_path.read_text(encoding="utf-8").splitlines()
+    records = [json.dumps(_fewer(json.loads(line))) for line in lines]
+    yield run_dir.metrics_path.name, "\n".join([*records, ""]).encode()
     newest = complete_files(run_dir.trees)[-_TREES // 8 :]
-    for path in (*newest, *complete_files(run_dir.tree_sample)):
-        yield f"{path.parent.name}/{path.name}", path.read_bytes()
+    for files in (newest, complete_files(run_dir.tree_sample)):  # each set as one file: a file costs 16 kB
+        yield f"{files[0].parent.name}/{files[0].name}", _together(files)
+
+
+def _together(files: Sequence[Path]) -> bytes:
+    """The trees of several files as one."""
+    whole = pa.concat_tables([pq.read_table(path) for path in files]).combine_chunks()
+    written = io.BytesIO()
+    pq.write_table(whole, written, compression="zstd")
+    return written.getvalue()
 
 
 def _fewer(record: dict[str, object]) -> dict[str, object]:

@@ -73,6 +73,11 @@ class Records:
         at, value = at[counts], np.array(values, np.float64)[counts]
         return np.array(self._step, np.int64)[at], np.array(self._time, np.float64)[at], value
 
+    def recent(self, key: str, most: int) -> float | None:
+        """The mean of the last ``most`` records that have ``key``; None without any."""
+        _, _, value = self.series(key)
+        return float(value[-most:].mean()) if value.size else None
+
     def evaluations(self) -> list[tuple[int, float, str, dict[str, float]]]:
         """(step, unix time, which, its ``eval/`` numbers) of every evaluation that counts."""
         chosen = {

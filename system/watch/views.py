@@ -22,7 +22,9 @@ BARS = 160  # of a row of the timeline
 PAGE = 100  # rows of the list of trees
 
 _IDLE = re.compile(r"time/idle_share/([^/]+)/(.+)")
-_FIGURES = {  # of the last training step's record
+RECENT = 10  # records that a figure is the mean of: one of them may tell of no tree that closed
+
+_FIGURES = {
     "reward": "rollout/reward",
     "accuracy": "rollout/accuracy",
     "staleness": "flow/staleness",
@@ -34,7 +36,6 @@ _FIGURES = {  # of the last training step's record
     "entropy": "rollout/entropy",
     "tree_s": "rollout/tree_s",
     "cache_hit_share": "engine/cache_hit_share",
-    "wall_s": "time/wall_s",
 }
 
 
@@ -53,7 +54,8 @@ def overview(run: RunReader, state: RunState) -> dict[str, Any]:
         "eta_s": _eta(records, config.run.steps) if config and state.state == "running" else None,
         "records": len(records),
         "span": span,
-        "figures": {name: records.latest.get(key) for name, key in _FIGURES.items()},
+        "figures": {name: records.recent(key, RECENT) for name, key in _FIGURES.items()},
+        "wall_s": records.latest.get("time/wall_s"),
         "idle": idle_now(records),
         "evals": [
             {"step": step, "which": visible(which), "accuracy": found.get("accuracy")}

@@ -37,7 +37,7 @@ export async function comparePage(context) {
         row("reward", (run) => num(run.about.figures.reward)),
         row("held-out accuracy", (run) => num(run.about.evals.at(-1)?.accuracy, 3)),
         row("generated tokens/s", (run) => compact(run.about.figures.generated_per_s)),
-        row("time", (run) => duration(run.about.figures.wall_s)),
+        row("time", (run) => duration(run.about.wall_s)),
         different.map((name) => row(name, (run) => run.about.settings[name] ?? "–")),
       ),
       context.runs.length < 2 ? el("p", { class: "hint" }, "Name several runs to compare them: espalier watch RUN RUN2") : "",
@@ -115,7 +115,7 @@ function drawTimeline({ span: [began, ended], actors, phases, trees }, context) 
     el("h2", {}, "Who waits for what", el("small", {}, " height: share of the actor's time, from the records of training steps")),
     el("p", { class: "key" }, causes.map((cause, i) => el("span", {}, el("i", { class: `swatch k${i % 10}` }), cause))),
     el("div", { class: "drawing" }, image),
-    el("p", { class: "hint" }, "A gap: no record tells. What is not waiting is work. Trees: a part of those that are kept, from first root to close; a click opens one."),
+    el("p", { class: "hint" }, "A gap: no record tells (an evaluation, say). What is not waiting is work. Trees: a part of those that are kept, from first root to close; a click opens one."),
   );
 }
 

@@ -30,14 +30,15 @@ export async function page(context) {
   return { box, update };
 }
 
-function head({ state, phase, step, steps, eta_s, trees }) {
+function head({ state, phase, step, steps, eta_s, trees, span }) {
   const doing = {
     running: phase ? `It is running: ${phase}.` : "It is running.",
     finished: "It has finished.",
     stopped: step ? "It has stopped; espalier train --resume goes on with it." : "Nobody is writing here.",
     lost: "It ended without a word: its process is gone, or its machine silent. espalier train --resume goes on with it.",
   }[state.state];
-  const quiet = known(state.quiet_s) ? `last written ${duration(Math.round(state.quiet_s))} ago` : "nothing written yet";
+  const ended = span ? `last record of ${new Date(span[1] * 1000).toLocaleString()}` : "";
+  const quiet = state.state === "finished" ? ended : known(state.quiet_s) ? `last written ${duration(Math.round(state.quiet_s))} ago` : "nothing written yet";
   const eta = known(eta_s) && step < steps ? `about ${duration(eta_s)} to go` : "";
   const kept = trees.known ? `${count(trees.known, "tree")} kept` : "no trees kept yet";
   return el(
@@ -47,11 +48,11 @@ function head({ state, phase, step, steps, eta_s, trees }) {
   );
 }
 
-function tiles({ figures, evals }) {
+function tiles({ figures, evals, wall_s }) {
   const last = evals.at(-1), first = evals[0];
   const shown = [
-    ["reward", num(figures.reward)],
-    ["accuracy", num(figures.accuracy)],
+    ["reward", num(figures.reward), "last 10 steps"],
+    ["accuracy", num(figures.accuracy), "last 10 steps"],
     ["held-out accuracy", last ? num(last.accuracy, 3) : "–", first && first !== last ? `${num(first.accuracy, 3)} at step ${first.step}` : ""],
     ["generated", compact(figures.generated_per_s), "tokens/s"],
     ["trained on", compact(figures.trained_per_s), "tokens/s"],
@@ -59,9 +60,9 @@ function tiles({ figures, evals }) {
     ["queue", compact(figures.queue), "trees"],
     ["prefix cache", percent(figures.cache_hit_share), "of prompt tokens"],
     ["a tree takes", duration(figures.tree_s)],
-    ["time", duration(figures.wall_s)],
+    ["time", duration(wall_s)],
   ];
-  return el("section", { class: "tiles" }, shown.map(([name, value, unit]) => el("div", {}, el("span", {}, name), el("b", {}, value), el("small", {}, unit ?? ""))));
+  return el("section", { class: "tiles", title: "means over the last 10 records" }, shown.map(([name, value, unit]) => el("div", {}, el("span", {}, name), el("b", {}, value), el("small", {}, unit ?? ""))));
 }
 
 function problems({ problems: found, causes, notes }) {
