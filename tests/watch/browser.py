@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -58,6 +60,16 @@ class Watched:
         away = [url for url in self.asked if urlsplit(url).scheme != "data" and urlsplit(url).netloc != own]
         assert not away, away
         assert not self.complaints, self.complaints
+
+    async def until(self, holds: str) -> None:
+        """Return once the JavaScript expression ``holds``; raises AssertionError after a minute.
+
+        Playwright's own ``wait_for_function`` compiles in the page, which the page's policy forbids.
+        """
+        deadline = time.monotonic() + 60
+        while not await self.page.evaluate(holds):
+            assert time.monotonic() < deadline, holds
+            await asyncio.sleep(0.05)
 
     async def overflow(self) -> int:
         """CSS pixels by which the page is wider than its window."""

@@ -20,14 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from browser import CHROMIUM
+from browser import CHROMIUM, Watched
 from playwright.async_api import Page, async_playwright
 from watch_runs import append, line, made_run, record
 
 from system.tree.store import TreeWriter, read_trees
 from system.watch.demo import unpacked
 
-FILTER = """(value) => new Promise((done) => {
+FILTER = """(value) => new Promise((done, failed) => {
+  setTimeout(() => failed(new Error("the list did not change")), 10000);
   const told = document.getElementById("matched"), field = document.getElementById("spread_min");
   const began = performance.now(), before = told.textContent;
   new MutationObserver((_, self) => {
@@ -74,7 +75,7 @@ async def measure(root: Path) -> None:
             )
             first = await seconds(page, address.split("#")[0] + "#/trees/0", "tbody tr[data-tree]")
             print(f"first rows of the list: {first:.2f} s")
-            await page.wait_for_function("!/still/.test(document.getElementById('matched').textContent)")
+            await Watched(page).until("!/still/.test(document.getElementById('matched').textContent)")
             print(f"all trees known: {time.perf_counter() - began:.1f} s after the server's start")
             print(await page.inner_text("#matched"))
             fresh = []
@@ -84,7 +85,7 @@ async def measure(root: Path) -> None:
             print(f"first page, all read: median {statistics.median(fresh):.2f} s, most {max(fresh):.2f} s")
             await page.goto(address.split("#")[0] + "#/trees/0")
             await page.wait_for_selector("tbody tr[data-tree]")
-            times = [await page.evaluate(FILTER, f"{0.7 + 0.01 * i:.2f}") for i in range(20)]
+            times = [await page.evaluate(FILTER, ("0.9", "0.7")[i % 2]) for i in range(20)]
             print(f"a filter: median {statistics.median(times):.0f} ms, most {max(times):.0f} ms")
             for number in range(0, 200, 10):
                 await page.goto(address.split("#")[0] + f"#/tree/0/{number}")

@@ -86,7 +86,7 @@ async def test_the_demo_from_page_to_page(browser: Any, demo: Path, shots: Path,
     known = int((await page.inner_text("#matched")).split(" of ")[1].split()[0])
     await page.fill("#spread_min", "0.4")
     await page.fill("#forks_min", "2")
-    await page.wait_for_function(f"!document.querySelector('#matched').textContent.startsWith('{known} of')")
+    await seen.until(f"!document.querySelector('#matched').textContent.startsWith('{known} of')")
     left = int((await page.inner_text("#matched")).split()[0])
     assert 0 < left < known
     spreads = [float(text) for text in await page.locator("tbody td:nth-child(5)").all_inner_texts()]
@@ -106,7 +106,7 @@ async def test_the_demo_from_page_to_page(browser: Any, demo: Path, shots: Path,
     await shot("fork")
     await page.click("#compare")
     await page.wait_for_selector(".pair .column >> nth=1")
-    await page.wait_for_function("document.querySelectorAll('.pair .column:last-child pre span').length > 0")
+    await seen.until("document.querySelectorAll('.pair .column:last-child pre span').length > 0")
     columns = await page.locator(".pair .column").all_inner_texts()
     assert columns[0] != columns[1]
     assert await page.locator(".node.faded").count() > 0
@@ -198,7 +198,7 @@ async def test_a_tree_as_a_file_needs_none(browser: Any, demo: Path, tmp_path: P
     await page.click("circle.forked")
     await page.click("#compare")
     await page.wait_for_selector(".pair .column >> nth=1")
-    await page.wait_for_function("document.querySelectorAll('.pair pre span').length > 0")
+    await seen.until("document.querySelectorAll('.pair pre span').length > 0")
     assert HOSTILE in await page.inner_text("main")
     assert await page.locator("main img").count() == 0
     await page.screenshot(path=shots / "file.png")
