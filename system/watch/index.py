@@ -91,7 +91,7 @@ class TreeIndex:
 
 def look(path: Path) -> Iterator[TreeRow]:
     """The rows of one file."""
-    with pq.ParquetFile(path, memory_map=True) as file:
+    with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         columns = [name for name in _COLUMNS if name.split(".")[0] in schema.names]
         at = 0
@@ -101,12 +101,14 @@ def look(path: Path) -> Iterator[TreeRow]:
 
 
 def load(row: TreeRow) -> Tree:
-    """The whole tree of a row.  Raises FileNotFoundError where its file was pruned, StoreError for a damaged
-    one.
+    """The tree of a row, without its ``routes``, which may be larger than all the rest.
+
+    Raises FileNotFoundError where its file was pruned, StoreError for a damaged one.
     """
     try:
-        with pq.ParquetFile(row.file, memory_map=True) as file:
-            for at, batch in enumerate(file.iter_batches(1)):
+        with pq.ParquetFile(row.file) as file:
+            columns = [name for name in file.schema_arrow.names if not name.startswith("routes")]
+            for at, batch in enumerate(file.iter_batches(1, columns=columns)):
                 if at == row.row:
                     return next(from_table(pa.Table.from_batches([batch]), str(row.file)))
     except pa.ArrowInvalid as error:

@@ -31,7 +31,11 @@ _NOTES = 500
 
 
 class RunReader:
-    """Reads the run in ``root``.  Every method may be called from any thread; none writes there."""
+    """Reads the run in ``root``, and writes nothing there.
+
+    One thread calls :meth:`refresh`; the others may be called from any.  Who looks at ``records`` or
+    ``events`` holds ``still`` meanwhile.
+    """
 
     def __init__(self, root: Path) -> None:
         """Raises :class:`RunDirError` where there is no run."""
@@ -52,7 +56,8 @@ class RunReader:
         self.events: deque[dict[str, Any]] = deque(maxlen=_NOTES)  # phases and notes, the newest
         self._metrics = JsonlTail(self.run_dir.metrics_path)
         self._events = JsonlTail(self.run_dir.events_path)
-        self._lock = threading.Lock()
+        self.still = threading.Lock()  # nothing is added to records and events
+        self._lock = threading.Lock()  # of the trees and drawings that are kept
         self._decode: Decode | None = None
         self._trees: OrderedDict[int, Tree] = OrderedDict()
         self._drawn: OrderedDict[int, dict[str, Any]] = OrderedDict()
@@ -64,16 +69,15 @@ class RunReader:
 
     def refresh(self, budget_s: float = float("inf")) -> None:
         """Read what is new; of trees as many as ``budget_s`` seconds allow, the newest first."""
-        with self._lock:
+        with self.still:
             if self._metrics.restarted():
                 self.records = Records()
-            records = self.records
             for record in self._metrics.news():
-                records.add(record)
+                self.records.add(record)
             if self._events.restarted():
                 self.events.clear()
             self.events.extend(self._events.news())
-            self.index.refresh(budget_s)
+        self.index.refresh(budget_s)
 
     def summary(self) -> dict[str, Any]:
         """``summary.json``; empty while there is none."""

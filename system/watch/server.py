@@ -132,12 +132,25 @@ async def _runs(request: web.Request) -> web.Response:
 
 
 def _overview(run: RunReader, _: web.Request) -> Any:
-    return views.overview(run, run_state(run.run_dir.root))
+    state = run_state(run.run_dir.root)
+    with run.still:
+        return views.overview(run, state)
 
 
 def _curves(run: RunReader, request: web.Request) -> Any:
     keys = [key for key in request.query.get("keys", "").split(",") if key]
-    return {"keys": run.records.names(), "curves": views.curves(run.records, keys)}
+    with run.still:
+        return {"keys": run.records.names(), "curves": views.curves(run.records, keys)}
+
+
+def _timeline(run: RunReader, _: web.Request) -> Any:
+    with run.still:
+        return views.timeline(run)
+
+
+def _evaluation(run: RunReader, _: web.Request) -> Any:
+    with run.still:
+        return views.evaluation(run)
 
 
 def _trees(run: RunReader, request: web.Request) -> Any:
@@ -168,6 +181,6 @@ _VIEWS: dict[str, Callable[[RunReader, web.Request], Any]] = {
     "trees": _trees,
     r"trees/{tree:\d{1,15}}": _tree,
     r"trees/{tree:\d{1,15}}/nodes/{node:\d{1,9}}": _node,
-    "timeline": lambda run, _: views.timeline(run),
-    "evaluation": lambda run, _: views.evaluation(run),
+    "timeline": _timeline,
+    "evaluation": _evaluation,
 }

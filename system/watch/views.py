@@ -103,7 +103,7 @@ def _problems(run: RunReader) -> list[str]:
     found = [run.problem] if run.problem else []
     if run.bad_lines:
         found.append(f"{run.bad_lines} lines of its files are not JSON and are left out")
-    found += [f"{path.name}: {text}" for path, text in run.index.problems.items()]
+    found += [f"{path.name}: {text}" for path, text in list(run.index.problems.items())]
     return found
 
 
