@@ -85,12 +85,14 @@ class _SftRun:
         """All that happens while the learner is there."""
         config, run_dir = self.config, self.run_dir
         sinks: list[Sink] = [JsonlWriter(run_dir.metrics_path), WandbSink(run_dir, config)]
+        events = JsonlWriter(run_dir.events_path)
         try:
             began = time.monotonic()
             with Progress(
                 lambda: Status(step=self.state.step, wall_s=time.monotonic() - began),
                 total_steps=0,
                 interval_s=config.observe.progress_s,
+                journal=events.write,
             ) as progress:
                 drawing = asyncio.create_task(progress.run())
                 try:
@@ -109,6 +111,7 @@ class _SftRun:
         finally:
             for sink in sinks:
                 sink.close()
+            events.close()
 
     async def _train(self, supervised: Supervised, learner: LearnerGroup, places: Placement) -> int:
         config, run_dir, progress = self.config, self.run_dir, supervised.progress

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Generator, Iterator, Sequence
 from importlib import resources
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from system.config import to_yaml
 from system.observe.rundir import RunDir
+from system.scratch import Scratch
 from system.tree.store import complete_files
 
 _TREES = 40  # of the newest; the sample is taken whole
@@ -34,9 +35,14 @@ _DATE = (2026, 1, 1, 0, 0, 0)  # of all files in it: the same run makes the same
 def unpacked() -> Generator[Path]:
     """The demo as a run directory, for the length of the block."""
     packed = Path(str(resources.files("system.watch"))) / "demo.zip"
-    with tempfile.TemporaryDirectory(prefix="espalier-demo-") as place, zipfile.ZipFile(packed) as file:
-        file.extractall(Path(place) / "demo")
-        yield Path(place) / "demo"
+    scratch = Scratch.make("demo")
+    try:
+        with zipfile.ZipFile(packed) as file:
+            file.extractall(scratch.path / "demo")
+        yield scratch.path / "demo"
+    finally:
+        shutil.rmtree(scratch.path)
+        scratch.release()
 
 
 def pack(run_dir: RunDir, out: Path) -> None:

@@ -42,6 +42,7 @@ _FIGURES = {
 def overview(run: RunReader, state: RunState) -> dict[str, Any]:
     """The page *Run*, curves aside."""
     records, config = run.records, run.config
+    steps = config.run.steps if config and not run.run_dir.sft_path.is_file() else None
     phases = [event for event in run.events if "phase" in event]
     notes = [event for event in run.events if "note" in event]
     span = records.span
@@ -50,8 +51,8 @@ def overview(run: RunReader, state: RunState) -> dict[str, Any]:
         "state": asdict(state),
         "phase": visible(str(phases[-1]["phase"])) if phases else "",
         "step": records.step,
-        "steps": config.run.steps if config else None,
-        "eta_s": _eta(records, config.run.steps) if config and state.state == "running" else None,
+        "steps": steps,
+        "eta_s": _eta(records, steps) if steps and state.state == "running" else None,
         "records": len(records),
         "span": span,
         "figures": {name: records.recent(key, RECENT) for name, key in _FIGURES.items()},

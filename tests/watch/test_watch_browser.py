@@ -110,7 +110,7 @@ async def test_the_demo_from_page_to_page(browser: Any, demo: Path, shots: Path,
     columns = await page.locator(".pair .column").all_inner_texts()
     assert columns[0] != columns[1]
     assert await page.locator(".node.faded").count() > 0
-    for colour in ("advantage", "version", "author", "entropy"):
+    for colour in ("advantage", "version", "latency", "author", "entropy"):
         await page.select_option("#colour", colour)
         assert await page.locator(".legend .swatch").count() >= 2
         await shot(f"tree-{colour}")
@@ -180,6 +180,23 @@ async def test_hostile_text_a_run_that_goes_on_and_a_server_that_ends(browser: A
     seen.without_complaint(address)
     await server.close()
     await page.wait_for_selector("#problem >> text=does not answer")
+
+
+async def test_a_supervised_run_shows_its_losses(browser: Any, tmp_path: Path) -> None:
+    run = made_run(tmp_path, [], steps=0)
+    run.sft_path.write_text("{}")
+    for step in range(1, 6):
+        append(
+            run.metrics_path, line({"step": step, "time": 1000.0 + step, "sft/loss": 1 / step, "sft/lr": 0.1})
+        )
+    server, address = await start([run.root])
+    seen = await opened(browser, address)
+    await seen.page.wait_for_selector(".chart path.line >> nth=1", state="attached")
+    assert await seen.page.locator("figcaption").all_inner_texts() == ["Loss nats per token", "Learning rate"]
+    assert "step 5" in await seen.page.inner_text(".state")
+    assert await seen.page.locator("progress").count() == 0
+    seen.without_complaint(address)
+    await server.close()
 
 
 async def test_without_the_key_the_page_says_what_to_do(browser: Any, demo: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from watch_runs import append, contents, forked_tree, line, made_run, record, va
 
 from system.observe.lease import NAME
 from system.observe.rundir import RunDirError
+from system.scratch import sweep
 from system.tree.store import TreeWriter
 from system.watch import views
+from system.watch.demo import unpacked
 from system.watch.index import TreeIndex
 from system.watch.index import load as load_tree
 from system.watch.reader import RunReader
@@ -213,3 +216,18 @@ def test_the_texts_of_tokens_are_the_text(text: str) -> None:
     plain = "".join(char for char in text.encode("utf-8", "replace").decode() if char.isalnum())
     assert "".join(char for char in "".join(pieces) if char.isalnum()) == plain
     assert token_texts(numbered, [7, 8]) == ["⟨7⟩", "⟨8⟩"]
+
+
+def test_the_demo_is_nobody_elses_to_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of this machine removes temporary directories without an owner."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with unpacked() as demo:
+        os.utime(demo.parent, (0, 0))
+        assert sweep(tmp_path) == []
+        reader = RunReader(demo)
+        reader.refresh()
+        assert len(reader.index.rows) > 100
+        assert reader.records.step == 180
+        assert not reader.problem
+        assert run_state(demo).state == "finished"
+    assert list(tmp_path.iterdir()) == []

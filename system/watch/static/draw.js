@@ -1,8 +1,8 @@
 // A tree as lanes of branches over tokens.  Also in the file that `espalier tree --html` writes.
 
-import { count, known, num, signed, svg, ticks } from "./dom.js";
+import { count, duration, known, num, signed, svg, ticks } from "./dom.js";
 
-export const COLOURS = { entropy: "entropy", advantage: "advantage", version: "version of the weights", author: "author" };
+export const COLOURS = { entropy: "entropy", advantage: "advantage", version: "version of the weights", latency: "time of tool calls", author: "author" };
 const STEPS = 8; // of a sequential scale; a diverging one has 7, the middle is 0
 const LEFT = 88, RIGHT = 200, TOP = 40;
 
@@ -24,6 +24,13 @@ export function scaleOf(tree, by) {
     const of = (value) => (value < 0 ? "none" : `s${Math.round(((value - low) / span) * (STEPS - 1))}`);
     const shown = values.length ? ticks(low, high, 6).filter(Number.isInteger) : [];
     return { of, legend: (shown.length ? shown : [low]).map((one) => [of(one), `v${one}`]) };
+  }
+  if (by === "latency") {
+    const most = Math.max(1e-6, ...tree.calls.map((call) => call.latency_s).filter(known));
+    return {
+      of: (value) => (known(value) ? `s${Math.min(STEPS - 1, Math.floor((value / most) * STEPS))}` : "none"),
+      legend: [...Array.from({ length: STEPS }, (_, i) => [`s${i}`, `≥ ${duration((most * i) / STEPS)}`]), ["none", "not a call"]],
+    };
   }
   if (by === "author") {
     const names = ["model", "tool", "prompt", "expert"].filter((name) => tree.nodes.kind.includes(name));
@@ -163,6 +170,10 @@ export function drawTree(tree, { by, width, zoom = 1, selected = -1, lit = null,
 // [from, to, class] of a node's tokens; neighbours of one class together.
 function stretches(tree, node, by, scale) {
   const { nodes, bins } = tree, kind = nodes.kind[node], length = nodes.length[node];
+  if (by === "latency") {
+    const waited = tree.calls.filter((call) => call.node === node).reduce((a, call) => a + call.latency_s, 0);
+    return [[0, length, scale.of(kind === "tool" && waited > 0 ? waited : null)]];
+  }
   if (kind !== "model" || by === "author") return [[0, length, by === "author" ? kind : `${kind} plain`]];
   if (by === "advantage") return [[0, length, scale.of(nodes.advantage[node])]];
   const first = nodes.bin[node], last = nodes.bin[node + 1] ?? bins.entropy.length;
@@ -181,7 +192,7 @@ function nodeTitle(tree, node, index) {
   const said = [`${nodes.kind[node]}, ${count(nodes.length[node], "token")}`];
   if (known(nodes.entropy[node])) said.push(`mean entropy ${num(nodes.entropy[node], 3)} nats`);
   if (known(nodes.advantage[node]) && nodes.kind[node] === "model") said.push(`advantage ${signed(nodes.advantage[node])}`);
-  for (const call of index.calls.get(node) ?? []) said.push(`${call.tool}: ${call.status}`);
+  for (const call of index.calls.get(node) ?? []) said.push(`${call.tool}: ${call.status}, ${duration(call.latency_s)}`);
   return said.join("\n");
 }
 

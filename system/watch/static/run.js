@@ -11,7 +11,11 @@ const CHARTS = [
   ["Trees", [["flow/queue_depth", "in the queue"], ["rollout/growing", "growing"]], {}],
   ["Entropy", [["rollout/entropy", "of sampled tokens"]], { unit: "nats" }],
 ];
-const KEYS = CHARTS.flatMap(([, keys]) => keys.map(([key]) => key));
+const SUPERVISED = [
+  ["Loss", [["sft/loss", "trained on"], ["sft/held_out_loss", "held out"]], { unit: "nats per token" }],
+  ["Learning rate", [["sft/lr", "of the step"]], {}],
+];
+const KEYS = [...CHARTS, ...SUPERVISED].flatMap(([, keys]) => keys.map(([key]) => key));
 
 export async function page(context) {
   const box = el("div", { class: "run" });
@@ -44,12 +48,13 @@ function head({ state, phase, step, steps, eta_s, trees, span }) {
   return el(
     "section", { class: `state ${state.state}` },
     el("p", {}, el("b", {}, doing), " ", el("span", { class: "facts" }, [state.holder, quiet, eta, kept].filter(Boolean).join("  ·  "))),
-    el("p", {}, el("progress", { max: steps ?? 1, value: step, "aria-label": "training steps" }), ` step ${step} of ${steps ?? "?"}`),
+    el("p", {}, steps ? el("progress", { max: steps, value: step, "aria-label": "training steps" }) : "", ` step ${step}${steps ? ` of ${steps}` : ""}`),
   );
 }
 
 function tiles({ figures, evals, wall_s }) {
   const last = evals.at(-1), first = evals[0];
+  if (!Object.values(figures).some(known)) return el("section", {}); // no step yet, or a supervised run
   const shown = [
     ["reward", num(figures.reward), "last 10 steps"],
     ["accuracy", num(figures.accuracy), "last 10 steps"],
@@ -76,7 +81,8 @@ function problems({ problems: found, causes, notes }) {
 }
 
 function charts({ evals }, curves) {
-  const drawn = CHARTS.map(([title, keys, options]) => {
+  const supervised = curves["sft/loss"].length > 0;
+  const drawn = (supervised ? SUPERVISED : CHARTS).map(([title, keys, options]) => {
     const series = keys.map(([key, name], i) => ({ name, colour: `k${i}`, points: curves[key] }));
     if (options.evals) {
       series.push({ name: "held out", colour: "k2", dots: true, points: evals.filter((one) => known(one.accuracy)).map((one) => [one.step, one.accuracy]) });

@@ -40,7 +40,7 @@ export function treeView(tree, source, width = 1200) {
       el("span", { class: "hint" }, scale.unit ?? ""),
       el("span", {}, el("i", { class: "dot forked" }), "forked here"),
       el("span", {}, el("i", { class: "dot decided" }), "could have forked"),
-      el("span", {}, el("i", { class: "swatch thin tool plain" }), "a tool's result"),
+      ["latency", "author"].includes(state.by) ? "" : el("span", {}, el("i", { class: "swatch thin tool plain" }), "a tool's result"),
     );
   }
 
