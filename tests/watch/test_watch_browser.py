@@ -83,12 +83,19 @@ async def test_the_demo_from_page_to_page(browser: Any, demo: Path, shots: Path,
 
     await page.click("nav >> text=Trees")
     await page.wait_for_selector("tbody tr[data-tree]")
-    known = int((await page.inner_text("#matched")).split(" of ")[1].split()[0])
-    await page.fill("#spread_min", "0.4")
-    await page.fill("#forks_min", "2")
-    await seen.until(f"!document.querySelector('#matched').textContent.startsWith('{known} of')")
-    left = int((await page.inner_text("#matched")).split()[0])
-    assert 0 < left < known
+    await seen.until("document.querySelector('#matched').textContent.endsWith('of 127 trees')")
+
+    async def matched(field: str, value: str, before: int) -> int:
+        """How many trees are listed, once a filter has changed that."""
+        await page.fill(field, value)
+        await seen.until(f"!document.querySelector('#matched').textContent.startsWith('{before} of')")
+        return int((await page.inner_text("#matched")).split()[0])
+
+    wide = await matched("#spread_min", "0.4", 127)
+    left = await matched("#forks_min", "2", wide)
+    early = await matched("#time_max", "100", left)
+    assert 0 < early < left < wide < 127
+    assert await matched("#time_max", "", early) == left
     spreads = [float(text) for text in await page.locator("tbody td:nth-child(5)").all_inner_texts()]
     assert min(spreads) >= 0.4
     await page.click("thead >> text=spread")

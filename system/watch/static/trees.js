@@ -27,6 +27,8 @@ const BOUNDS = [
   ["forks_min", "forks ≥", "1"],
   ["version_min", "version ≥", "1"],
   ["version_max", "version ≤", "1"],
+  ["time_min", "closed from +s", "1"], // seconds after the first kept tree began, as in the list
+  ["time_max", "to +s", "1"],
 ];
 
 export async function listPage(context) {
@@ -38,7 +40,7 @@ export async function listPage(context) {
   const tool = el("select", { id: "tool", onchange: (event) => set("tool", event.target.value) });
   const field = (name, label, step) => el(
     "label", {}, `${label} `,
-    el("input", { id: name, type: "number", step, value: asked.get(name) ?? "", oninput: (event) => set(name, event.target.value) }),
+    el("input", { id: name, type: "number", step, value: name.startsWith("time") ? "" : asked.get(name) ?? "", oninput: (event) => bound(name, event.target.value) }),
   );
   const bar = el(
     "form", { class: "filters", onsubmit: (event) => event.preventDefault() },
@@ -54,6 +56,11 @@ export async function listPage(context) {
     for (const name of [...asked.keys()]) asked.delete(name);
     for (const input of bar.querySelectorAll("input")) input.value = "";
     update();
+  }
+
+  function bound(name, value) {
+    const since = name.startsWith("time") && value !== "" ? listed?.began_s ?? 0 : null;
+    set(name, since === null ? value : String(since + Number(value)));
   }
 
   function set(name, value) {
@@ -72,6 +79,10 @@ export async function listPage(context) {
     listed = found;
     options(task, "any", found.tasks, asked.get("task"));
     options(tool, "any", found.tools, asked.get("tool"));
+    for (const name of ["time_min", "time_max"]) { // of an address that was opened again
+      const input = document.getElementById(name);
+      if (input && input !== document.activeElement && asked.has(name)) input.value = Math.round(asked.get(name) - found.began_s);
+    }
     told.textContent = `${found.matched} of ${found.known} trees` + (found.files_left ? `, ${found.files_left} files still to be read` : "");
     const sort = asked.get("sort") ?? "-number";
     heads.replaceChildren(...COLUMNS.map(([name, label]) => {
