@@ -22,7 +22,7 @@ SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
 
 PROMTOOL := .promtool/usr/bin/promtool
 
-.PHONY: install gpu sglang sglang-build verifiers promtool train test test-sglang test-slurm test-verifiers lint types house \
+.PHONY: install gpu sglang sglang-build verifiers promtool train test test-sglang test-slurm test-verifiers test-browser lint types house \
   check clean help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test                                install, then run the tests that need nothing else"
 	@echo "make test-sglang, make test-slurm        others; they install SGLang for CPU, and Slurm by apt as root"
 	@echo "make test-verifiers                      those with the real verifiers, which it installs"
+	@echo "make test-browser                        those with a browser, chromium, which it installs by apt as root"
 	@echo "make sglang [BUILD=gpu|cpu]              install SGLang into $(SGLANG), for engine=sglang"
 	@echo "make verifiers                           install verifiers into $(VERIFIERS), for agent.run=verifiers"
 	@echo "make promtool                            fetch Prometheus' linter by apt, for the tests of the endpoint"
@@ -115,7 +116,7 @@ train: install
 # partly waits, beside everything else.  ARGS="-n 0" runs them in one process, as pytest alone does.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  -m "not gpu and not sglang and not slurm and not verifiers" $(ARGS)
+	  -m "not gpu and not sglang and not slurm and not verifiers and not browser" $(ARGS)
 
 # Against real SGLang servers on CPU (skipped by name where SGLang cannot be installed), and on a real Slurm.
 test-sglang: install
@@ -131,6 +132,10 @@ test-verifiers: install
 
 test-slurm: install
 	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk=1 -m "slurm and not gpu" $(ARGS)
+
+# The pages of `espalier watch` in Debian's chromium (skipped by name where it cannot be installed).
+test-browser: install
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -79,7 +79,8 @@ class Conductor:
         self.loop = TrainingLoop(config, ledger, parts, recorder, version=version)
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
-        self._trees = TreeSample(run_dir.trees, config.observe.trees, recorder.mishap)
+        observe = config.observe
+        self._trees = TreeSample(run_dir, observe.trees, observe.tree_sample, recorder.mishap)
 
     @property
     def version(self) -> int:
@@ -124,7 +125,7 @@ class Conductor:
         while self.version < self.config.run.steps and (batch := await self._stepped()) is not None:
             if self.version >= self.config.run.steps:
                 self.loop.start_no_more()
-            await self._trees.add([tree.reference for tree in batch])
+            await self._trees.add(batch)
             self.recorder.flush(self.version)
             await self.saved(wait=False)
             if every and self.version % every == 0:

@@ -24,6 +24,7 @@ from system.config.lora import going_on
 from system.errors import DONE, STOPPED, ConfigError
 from system.models.files import take_name
 from system.observe import lease
+from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir, write_atomic
@@ -88,12 +89,14 @@ class _SftRun:
         """All that happens while the learner is there."""
         config, run_dir = self.config, self.run_dir
         told = sinks(run_dir, config)
+        events = JsonlWriter(run_dir.events_path)
         try:
             began = time.monotonic()
             with Progress(
                 lambda: Status(step=self.state.step, wall_s=time.monotonic() - began),
                 total_steps=0,
                 interval_s=config.observe.progress_s,
+                journal=events.write,
             ) as progress:
                 drawing = asyncio.create_task(progress.run())
                 try:
@@ -112,6 +115,7 @@ class _SftRun:
         finally:
             for sink in told:
                 sink.close()
+            events.close()
 
     async def _train(self, supervised: Supervised, learner: LearnerGroup, places: Placement) -> int:
         config, run_dir, progress = self.config, self.run_dir, supervised.progress

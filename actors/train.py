@@ -22,6 +22,7 @@ from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
 from system.errors import DONE, STOPPED
 from system.observe import lease
+from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
@@ -73,9 +74,13 @@ async def _run_and_deliver(config: Config, run_dir: RunDir, task: Task, joined: 
 async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
     recorder = Recorder(run_dir, config, sinks(run_dir, config))
+    events = JsonlWriter(run_dir.events_path)
     try:
         with Progress(
-            recorder.status, total_steps=config.run.steps, interval_s=config.observe.progress_s
+            recorder.status,
+            total_steps=config.run.steps,
+            interval_s=config.observe.progress_s,
+            journal=events.write,
         ) as progress:
             recorder.tell = progress.note
             drawing = asyncio.create_task(progress.run())
@@ -89,6 +94,7 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
                 await asyncio.gather(drawing, return_exceptions=True)
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish()
+        events.close()
         if summary["versions"]:
             draw_curves(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)

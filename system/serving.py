@@ -58,15 +58,16 @@ async def serve(
     key: str = "",
     names: Collection[str] = (),
     remedy: str = "send the address of this server, or localhost",
+    free: Collection[str] = (HEALTH,),
 ) -> AppServer:
     """Start ``app`` in the running loop; port 0 takes a free one.  Raises what the application's start-up
     raises.
 
     ``key``: what a client must show; empty: nothing.  ``names``: further ones by which it may be asked for,
-    without ports; ``remedy``: what a client is told that uses another.  A request whose client has gone away
-    is cancelled.  An application has one server.
+    without ports; ``remedy``: what a client is told that uses another.  ``free``: paths that may be got
+    without the key.  A request whose client has gone away is cancelled.  An application has one server.
     """
-    app.middlewares.insert(0, _guard(key, {host, *names}, remedy))
+    app.middlewares.insert(0, _guard(key, {host, *names}, remedy, free))
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S, access_log=None)
     await runner.setup()
     try:
@@ -99,7 +100,7 @@ def stop_signals() -> asyncio.Event:
     return stop
 
 
-def _guard(key: str, own: Collection[str], remedy: str) -> Middleware:
+def _guard(key: str, own: Collection[str], remedy: str, unguarded: Collection[str]) -> Middleware:
     """What stands before every handler of a server with its ``own`` names."""
     names = {"localhost", os.uname().nodename.lower(), *(name.lower() for name in own)}
     expected = f"Bearer {key}".encode()
@@ -115,7 +116,7 @@ def _guard(key: str, own: Collection[str], remedy: str) -> Middleware:
         if request.method not in ("GET", "HEAD") and declared not in (JSON, BYTES):
             raise web.HTTPUnsupportedMediaType(text=f"send {JSON}")
         shown = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        free = not key or (request.method == "GET" and request.path == HEALTH and not shown)
+        free = not key or (request.method == "GET" and request.path in unguarded and not shown)
         if not free and not hmac.compare_digest(shown, expected):
             raise web.HTTPUnauthorized(
                 text="show this server's key: Authorization: Bearer …", headers={"WWW-Authenticate": "Bearer"}

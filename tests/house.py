@@ -68,6 +68,11 @@ def broken_rules(root: Path) -> list[str]:
                 classes[node.name].append(f"{name}:{node.lineno}")
         if name.startswith("system/"):
             found += [f"{name}:{line}: {what}" for line, what in hidden_imports(tree, name in DYNAMIC)]
+    for path in sorted(path for kind in ("js", "css") for path in (root / "system").rglob(f"*.{kind}")):
+        if (lines := path.read_text(encoding="utf-8").count("\n")) > MOST_LINES:
+            found.append(
+                f"{path.relative_to(root).as_posix()}: {lines} lines; at most {MOST_LINES}: split it"
+            )
     for word, places in sorted(classes.items()):
         if len(places) > 1:
             found.append(f"class {word} stands in {' and in '.join(places)}: one name, one thing")

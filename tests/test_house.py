@@ -79,6 +79,7 @@ def test_everything_else_is_found(copy: Path) -> None:
     plant(copy, "system/observe/show.py", "def load(name):\n    return __import__(name)\n\n\nload('x')\n")
     plant(copy, "system/tools/breaker.py", "class _Actor:\n    pass\n\n\n_Actor()\n")
     plant(copy, "actors/long.py", "# a line\n" * MOST_LINES)
+    plant(copy, "system/watch/static/long.js", "// a line\n" * MOST_LINES)
     found = "\n".join(broken_rules(copy))
     for planted in (
         "system/flow/idle.py:",
@@ -87,9 +88,10 @@ def test_everything_else_is_found(copy: Path) -> None:
         "imports a module whose name is not written there",
         "class _Actor stands in system/flow/idle.py:",
         f"actors/long.py: {MOST_LINES + 2} lines",
+        "system/watch/static/long.js: ",
     ):
         assert planted in found, found
-    assert len(found.splitlines()) == 5, found
+    assert len(found.splitlines()) == 6, found
 
 
 def test_tests_of_several_directories_can_be_collected_together() -> None:

@@ -22,11 +22,12 @@ from actors.cli.reports import bench, config, doctor, metrics, plan, tree
 from actors.cli.sft import sft
 from actors.cli.study import study
 from actors.cli.train import evaluate, train
+from actors.cli.watch import watch
 from system import errors
 
 COMMANDS = (
-    train, sft, evaluate, export, prompt, tree, bench, study, plan, dequantise, submit, status, cancel, logs,
-    doctor, config, metrics, chaos,
+    train, sft, evaluate, export, prompt, watch, tree, bench, study, plan, dequantise, submit, status, cancel,
+    logs, doctor, config, metrics, chaos,
 )  # fmt: skip
 
 

@@ -27,9 +27,11 @@ BENCHMARKS = (
         argument("--best", action="store_true", help="the tree of the highest mean reward"),
         argument("--worst", action="store_true", help="the tree of the lowest mean reward"),
         argument("--prompt", metavar="ID", help="the newest tree of this prompt"),
+        argument("--number", type=int, metavar="N", help="the tree that `espalier watch` shows under N"),
     ],
     argument("--entropy", action="store_true", help="show the entropy of every token"),
     argument("--full", action="store_true", help="whole texts with their line breaks"),
+    argument("--html", type=Path, metavar="FILE", help="as a page of its own, to open offline or to mail"),
 )
 def tree(args: argparse.Namespace) -> int:
     """Print a trajectory tree of a run.
@@ -40,6 +42,7 @@ def tree(args: argparse.Namespace) -> int:
       espalier tree runs/quickstart-s0 --index 17         one of them
       espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
       espalier tree runs/quickstart-s0 --worst --full | less
+      espalier tree runs/quickstart-s0 --best --html tree.html   drawn, in one file to mail
 
     How to read it: a tree goes one level deeper where it forks. `fork?` is a decision of the branching
     policy after a tool result: the rise in entropy (ΔH), the fork probability P and the draw. A leaf shows
@@ -47,6 +50,10 @@ def tree(args: argparse.Namespace) -> int:
     """
     from system.observe import show
 
+    if args.html:
+        from system.watch import mail
+
+        return mail.run(args)
     return show.run(args)
 
 

@@ -400,7 +400,17 @@ class ObserveConfig:
         "none", "where Prometheus may read the metrics: a port of this machine, or host:port; none: nowhere"
     )
     otel: str = setting("none", "URL of an OpenTelemetry collector (OTLP over HTTP) for spans; none: off")
-    trees: int = setting(200, "closed trees kept in the run directory (the newest); -1: all", least=-1)
+    trees: int = setting(
+        200,
+        "closed trees kept in the run directory (the newest); -1: all; 0: none, nor a sample",
+        least=-1,
+    )
+    tree_sample: int = setting(
+        64,
+        "stretches of the run's whole time of which two trees each are kept besides: the first, and the one "
+        "whose rewards differ most; 0: none",
+        least=0,
+    )
     progress_s: float = setting(2.0, "seconds between progress lines when not on a terminal", least=0.1)
 
 

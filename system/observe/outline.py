@@ -244,10 +244,10 @@ def _leaf_line(tree: Tree, leaf: int, view: View) -> Text:
     line.append(f"  A {_number(float(view.advantage[leaf]), '+.3f')}", "bold")
     outcome, origin = Outcome(int(tree.outcome[leaf])), Origin(int(tree.origin[leaf]))
     line.append(f"  {_words(outcome.name)}, {_words(origin.name)}", "dim")
-    return line.append(f"  ({told})", "dim") if (told := _told_of(tree, leaf)) else line
+    return line.append(f"  ({told})", "dim") if (told := told_of(tree, leaf)) else line
 
 
-def _told_of(tree: Tree, leaf: int) -> str:
+def told_of(tree: Tree, leaf: int) -> str:
     """What the rewards said of a leaf, by name; or why it has no score."""
     number = int(tree.episode[leaf]) if tree.episode.size else leaf
     if why := tree.meta.get("unscored", {}).get(str(number)):

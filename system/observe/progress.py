@@ -7,8 +7,9 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import fmean
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from system.observe.recorder import Status
 from system.observe.terminal import shown, visible
+from system.redact import redact
 
 TRAINING = "training"
 _FRAME_S = 0.25  # redraw interval on a terminal
@@ -46,8 +48,12 @@ class Progress:
         interval_s: float,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        journal: Callable[[Mapping[str, Any]], object] = lambda _: None,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """``journal`` is given the phases and notes, each a record with its unix time (``now``)."""
         self._source, self._clock = source, clock
+        self._journal, self._now = journal, now
         self._total_steps, self._interval_s = total_steps, interval_s
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
@@ -82,6 +88,7 @@ class Progress:
         """
         self._phase, self._phase_done, self._phase_total, self._detail = name, 0, total, detail
         self._phase_started = self._clock()
+        self._journal({"time": self._now(), "phase": name, "total": total})
         self.refresh(force=True)
 
     def advance(self, units: int = 1, detail: str = "") -> None:
@@ -91,6 +98,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Say something lasting, above the panel."""
+        self._journal({"time": self._now(), "note": redact(text)})
         self._console.print(Text(shown(text)), soft_wrap=True)
 
     def refresh(self, force: bool = False) -> None:

@@ -7,8 +7,10 @@
       lease            who writes here now
       metrics.jsonl    one record per training step and per evaluation
       alarms.jsonl     a line when an alarm begins, and one when it ends
+      events.jsonl     its phases (warm start, training, …) and what it said of lasting interest
       ledger.jsonl     what happened to every prompt
       trees/           the newest closed trees
+      trees-sample/    some of the whole run: the first of every stretch, and the one with the most to teach
       evals/           the answers of each evaluation, one file for each, by the training step
       checkpoints/     learner, optimizer, ledger and random state, for `--resume`
       curves/          PNG curves
@@ -57,7 +59,9 @@ class RunDir:
         self.root, self.name = root, root.resolve().name
         self.config_path, self.summary_path = root / "config.yaml", root / "summary.json"
         self.metrics_path, self.ledger_path = root / "metrics.jsonl", root / "ledger.jsonl"
+        self.events_path = root / "events.jsonl"
         self.trees, self.checkpoints, self.curves = root / "trees", root / "checkpoints", root / "curves"
+        self.tree_sample = root / "trees-sample"
         self.start, self.model, self.adapter = root / "start", root / "model", root / "adapter"
         self.logs, self.wandb = root / "logs", root / "wandb"
         self.evals = root / "evals"
@@ -74,6 +78,11 @@ class RunDir:
     def resume_command(self) -> str:
         """What goes on with it, for people."""
         return f"espalier {'sft' if self.supervised else 'train'} --resume {self.root}"
+
+    @property
+    def tree_directories(self) -> tuple[Path, Path]:
+        """Where closed trees lie; one may lie in both, under the same number."""
+        return self.trees, self.tree_sample
 
     @classmethod
     def create(cls, config: Config, config_name: str = "run", *, supervised: bool = False) -> RunDir:

@@ -20,7 +20,7 @@ from system.observe.rundir import RunDir
 from system.plugins import CREDITS
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
-from system.tree.store import StoreError, read_trees
+from system.tree.store import StoreError, read_tree, read_trees
 
 _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not set
 
@@ -73,7 +73,10 @@ class _Console(Console):
 
 def select(trees: Iterator[Tree], args: argparse.Namespace, run_dir: RunDir) -> Tree:
     """The tree the options name; the newest without any.  Raises :class:`ConfigError` for none."""
-    if args.prompt is not None:
+    if args.number is not None:
+        wanted = f"number {args.number}"
+        found = read_tree(run_dir.tree_directories, args.number)
+    elif args.prompt is not None:
         wanted = f"of prompt {args.prompt!r}"
         found = next(iter(deque((tree for tree in trees if tree.prompt_id == args.prompt), maxlen=1)), None)
     elif args.best or args.worst:

@@ -87,9 +87,9 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob(".trees-*.partial"):  # a killed writer's last breath
             partial.unlink()
-        self._files = {path: rows for path in _files(self.directory) if (rows := _rows(path))}
+        self._files = {path: rows for path in complete_files(self.directory) if (rows := _rows(path))}
         newest = next(reversed(self._files), None)
-        self._next = 0 if newest is None else int(newest.stem.removeprefix("trees-")) + self._files[newest]
+        self._next = 0 if newest is None else file_number(newest) + self._files[newest]
         self._waiting: list[pa.Table] = []  # of one tree each
 
     def append(self, tree: Tree) -> None:
@@ -99,20 +99,25 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
         """
         if self.keep == 0:
             return
-        self._waiting.append(to_table([tree], self._next + len(self._waiting)))
+        self._waiting.append(to_table([tree], self.number))
         if len(self._waiting) >= self.flush_trees:
             self.flush()
+
+    @property
+    def number(self) -> int:
+        """Of the next tree."""
+        return self._next + len(self._waiting)
+
+    def skip(self) -> None:
+        """Leave out the next tree: its number is nobody's."""
+        if self.keep != 0:
+            self.flush()
+            self._next += 1
 
     def flush(self) -> None:
         """Write the waiting trees, then delete files whose trees are all older than the newest ``keep``."""
         if self._waiting:
-            path = self.directory / f"trees-{self._next:09d}.parquet"
-            partial = self.directory / f".{path.stem}.partial"
-            with open(partial, "wb") as file:
-                pq.write_table(pa.concat_tables(self._waiting).combine_chunks(), file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(path)
+            path = write_file(self.directory, self._next, pa.concat_tables(self._waiting).combine_chunks())
             self._files[path] = len(self._waiting)
             self._next += len(self._waiting)
             self._waiting = []
@@ -133,9 +138,39 @@ class TreeWriter(AbstractContextManager["TreeWriter"]):
             kept -= rows
 
 
+def write_file(directory: Path, number: int, table: pa.Table) -> Path:
+    """Write the trees of ``table``, the first of them number ``number``, into a file that appears whole."""
+    path = directory / f"trees-{number:09d}.parquet"
+    partial = directory / f".{path.stem}.partial"
+    with open(partial, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    return partial.rename(path)
+
+
+def read_tree(directories: Sequence[Path], number: int) -> Tree | None:
+    """Tree ``number`` of a run, by its directories; None where none keeps it.  Raises :class:`StoreError`."""
+    for directory in directories:
+        before = [path for path in complete_files(directory) if file_number(path) <= number]
+        for path in before[-1:]:
+            try:
+                table = pq.read_table(path, filters=[("number", "=", number)])
+            except pa.ArrowInvalid as error:
+                raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
+            for tree in from_table(table, source=str(path)):
+                return tree
+    return None
+
+
+def file_number(path: Path) -> int:
+    """Of the first tree in a file."""
+    return int(path.stem.removeprefix("trees-"))
+
+
 def read_trees(directory: str | Path) -> Iterator[Tree]:
     """The trees of a directory, oldest first; a writer may be at work.  Raises :class:`StoreError`."""
-    for path in _files(Path(directory)):
+    for path in complete_files(Path(directory)):
         try:
             table = pq.read_table(path)
         except FileNotFoundError:  # the writer has pruned it since the directory was listed
@@ -200,8 +235,10 @@ def _rows(path: Path) -> int:
         return 0
 
 
-def _files(directory: Path) -> list[Path]:
-    """Complete files, oldest first."""
+def complete_files(directory: Path) -> list[Path]:
+    """The files of trees in ``directory``, oldest first; none where there is no such directory."""
+    if not directory.is_dir():
+        return []
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
 
 

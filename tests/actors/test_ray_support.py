@@ -22,6 +22,9 @@ from actors.ray_support import LOGS, ActorLost, answer, answers, ray_session, re
 from actors.tree_sample import TreeSample
 from system.config import Config
 from system.errors import FAILED, LOST, exit_code, told
+from system.flow.ledger import Ticket
+from system.flow.replay import TreeInFlight
+from system.observe.rundir import RunDir
 from system.tree.builder import TreeBuilder
 from system.tree.record import Kind, Origin, Outcome, Tree
 from system.tree.stats import TreeStats
@@ -266,9 +269,12 @@ async def test_closed_trees_outlive_their_worker_and_are_written_aside(tmp_path:
     os.kill(await answer(worker.pid.remote(), 60, "pid"), signal.SIGKILL)
     with pytest.raises(ActorLost):
         await answer(worker.pid.remote(), 60, "pid")
-    for keep, kept in ((-1, ["p0", "p1"]), (1, ["p1"]), (0, [])):
-        sample = TreeSample(tmp_path / f"keep{keep}", keep, pytest.fail)  # type: ignore[arg-type]
-        await sample.add([tree for tree, _ in grown])
+    stats = [await answer(one, 60, "statistics") for _, one in grown]
+    closed = [TreeInFlight(Ticket(i, 0, f"p{i}", 1), tree, stats[i]) for i, (tree, _) in enumerate(grown)]
+    for keep, kept, sampled in ((-1, ["p0", "p1"], []), (1, ["p1"], ["p0", "p1"]), (0, [], [])):
+        run_dir = RunDir(tmp_path / f"keep{keep}")
+        sample = TreeSample(run_dir, keep, 2, pytest.fail)  # type: ignore[arg-type]
+        await sample.add(closed)
         await sample.written()
-        there = (tmp_path / f"keep{keep}").is_dir()
-        assert [tree.prompt_id for tree in (read_trees(tmp_path / f"keep{keep}") if there else ())] == kept
+        assert [tree.prompt_id for tree in read_trees(run_dir.trees)] == kept
+        assert [tree.prompt_id for tree in read_trees(run_dir.tree_sample)] == sampled

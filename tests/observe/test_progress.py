@@ -142,3 +142,22 @@ async def test_run_redraws_until_cancelled():
 def test_numbers_for_people():
     assert [duration(s) for s in (0, 59.6, 75, 3725)] == ["0:00", "1:00", "1:15", "1:02:05"]
     assert [compact(n) for n in (7.4, 999, 1234, 2.5e6, 3e9)] == ["7", "999", "1.2k", "2.5M", "3.0G"]
+
+
+def test_phases_and_notes_go_to_the_journal_with_their_times_and_without_secrets():
+    journal: list[dict[str, object]] = []
+    console = Console(file=io.StringIO())
+    with Progress(
+        lambda: STATUS,
+        total_steps=40,
+        interval_s=1.0,
+        console=console,
+        journal=journal.append,
+        now=lambda: 7.0,
+    ) as progress:
+        progress.phase("warm start", total=300)
+        progress.note("the engine at http://me:hunter2@host/ is slow")
+    assert journal[0] == {"time": 7.0, "phase": "warm start", "total": 300}
+    assert journal[1]["time"] == 7.0
+    assert "is slow" in str(journal[1]["note"])
+    assert "hunter2" not in str(journal[1]["note"])

@@ -1,0 +1,187 @@
+"""One run, as it is read: what is new again and again; what was asked for is kept a while."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict, deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from system.config import Config
+from system.errors import ConfigError, EspalierError
+from system.learn.credit.base import assign
+from system.observe.rundir import RunDir, RunDirError
+from system.observe.terminal import shown, visible
+from system.plugins import CREDITS
+from system.tree.record import Float64, Tree
+from system.tree.stats import TreeStats
+from system.watch.drawing import drawing
+from system.watch.index import TreeIndex, TreeRow, load
+from system.watch.records import Records
+from system.watch.tail import JsonlTail
+from system.watch.words import Decode, decoder, numbered, token_texts
+
+MOST_TEXT = 2000  # tokens of an answer
+_HELD_TOKENS = 4 << 20  # of trees that are kept for the texts of their nodes
+_DRAWINGS = 16
+_NOTES = 500
+
+
+class RunReader:
+    """Reads the run in ``root``, and writes nothing there.
+
+    One thread calls :meth:`refresh`; the others may be called from any.  Who looks at ``records`` or
+    ``events`` holds ``still`` meanwhile.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Raises :class:`RunDirError` where there is no run."""
+        if not (root / "config.yaml").is_file():
+            what = "is not a run directory: it has no config.yaml" if root.is_dir() else "is not there"
+            raise RunDirError(
+                f"{root} {what}: name one that `espalier train` has made, such as runs/quickstart-s0"
+            )
+        self.run_dir, self.name = RunDir(root), visible(RunDir(root).name)
+        self.config: Config | None = None
+        self.problem = ""  # why its settings cannot be read
+        try:
+            self.config = self.run_dir.config()
+        except EspalierError as error:
+            self.problem = shown(f"config.yaml cannot be read, so no advantages are shown: {error}")
+        self.records = Records()
+        self.index = TreeIndex(self.run_dir.tree_directories)
+        self.events: deque[dict[str, Any]] = deque(maxlen=_NOTES)  # phases and notes, the newest
+        self._metrics = JsonlTail(self.run_dir.metrics_path)
+        self._events = JsonlTail(self.run_dir.events_path)
+        self.still = threading.Lock()  # nothing is added to records and events
+        self._lock = threading.Lock()  # of the trees and drawings that are kept
+        self._decode: Decode | None = None
+        self._trees: OrderedDict[int, Tree] = OrderedDict()
+        self._drawn: OrderedDict[int, dict[str, Any]] = OrderedDict()
+
+    @property
+    def bad_lines(self) -> int:
+        """Lines of its files that are not JSON."""
+        return self._metrics.bad + self._events.bad
+
+    def refresh(self, budget_s: float = float("inf")) -> None:
+        """Read what is new; of trees as many as ``budget_s`` seconds allow, the newest first."""
+        with self.still:
+            if self._metrics.restarted():
+                self.records = Records()
+            for record in self._metrics.news():
+                self.records.add(record)
+            if self._events.restarted():
+                self.events.clear()
+            self.events.extend(self._events.news())
+        self.index.refresh(budget_s)
+
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``; empty while there is none."""
+        try:
+            found = json.loads(self.run_dir.summary_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def draw(self, number: int) -> dict[str, Any]:
+        """The drawing of a tree.  Raises :class:`ConfigError` for one that is not kept (any more)."""
+        with self._lock:
+            if number in self._drawn:
+                self._drawn.move_to_end(number)
+                return self._drawn[number]
+            tree = self._tree(number)
+            drawn = {"number": number, **self.drawing(tree)}
+            self._drawn[number] = drawn
+            while len(self._drawn) > _DRAWINGS:
+                self._drawn.popitem(last=False)
+            return drawn
+
+    def node_text(self, number: int, node: int, first: int = 0, count: int = MOST_TEXT) -> dict[str, Any]:
+        """Tokens ``first`` to ``first + count`` of a node, and what a call of its is.
+
+        Raises :class:`ConfigError` for a tree or node that is not there.
+        """
+        with self._lock:
+            tree = self._tree(number)
+            if not 0 <= node < tree.n_nodes or first < 0:
+                raise ConfigError(f"tree {number} has no node {node} with a token {first}")
+            return texts(tree, node, first, min(count, MOST_TEXT), self.decoder())
+
+    def _row(self, number: int) -> TreeRow:
+        if (row := self.index.rows.get(number)) is None:
+            raise ConfigError(f"{self.name} keeps no tree {number}")
+        return row
+
+    def _tree(self, number: int) -> Tree:
+        if number in self._trees:
+            self._trees.move_to_end(number)
+            return self._trees[number]
+        try:
+            tree = load(self._row(number))
+        except FileNotFoundError:
+            raise ConfigError(f"{self.name} keeps tree {number} no longer") from None
+        self._trees[number] = tree
+        while len(self._trees) > 1 and sum(t.n_tokens for t in self._trees.values()) > _HELD_TOKENS:
+            self._trees.popitem(last=False)
+        return tree
+
+    def decoder(self) -> Decode:
+        """The run's tokenizer: its trained model's, or that of the model it started from."""
+        if self._decode is None:
+            model = Path(self.config.model.path) if self.config and self.config.model.path else None
+            self._decode = decoder([self.run_dir.model, model or self.run_dir.start]) or numbered
+        return self._decode
+
+    def drawing(self, tree: Tree) -> dict[str, Any]:
+        """As :func:`system.watch.drawing.drawing`, with the advantages of the run's credit."""
+        nothing = np.full(tree.n_leaves, np.nan), np.full(tree.n_nodes, np.nan)
+        if self.config is None:
+            return {**drawing(tree, *nothing), "credit": "", "problem": self.problem}
+        try:
+            found = advantages(tree, self.config)
+        except (EspalierError, ValueError) as error:
+            return {**drawing(tree, *nothing), "credit": "", "problem": shown(f"no advantages: {error}")}
+        return {**drawing(tree, *found), "credit": self.config.learn.credit.name, "problem": ""}
+
+
+def texts(tree: Tree, node: int, first: int, count: int, decode: Decode) -> dict[str, Any]:
+    """The tokens of a node from its ``first`` on, ``count`` at most, as text each, with their numbers."""
+    begin, end = int(tree.start[node]), int(tree.end[node])
+    part = slice(min(begin + first, end), min(begin + first + count, end))
+    calls = [call for call in tree.calls if call.node == node]
+    return {
+        "node": node,
+        "first": first,
+        "total": end - begin,
+        "pieces": token_texts(decode, tree.tokens[part].tolist()),
+        "entropy": tree.entropy[part].astype(np.float64).round(4),
+        "logprob": tree.logprob[part].astype(np.float64).round(4),
+        "version": tree.version[part],
+        "arguments": [visible(json.dumps(call.arguments, ensure_ascii=False), breaks=True) for call in calls],
+    }
+
+
+def advantages(tree: Tree, config: Config) -> tuple[Float64, Float64]:
+    """([L], [J]) what the run's credit gives within this tree alone: a leaf's, and a node's; NaN where there
+    is none.  A node's is, with a credit per leaf, the mean over the scored leaves at or below it.
+    """
+    credit = CREDITS.make(config.learn.credit.name, config.learn.credit.options)
+    stats = TreeStats.of(tree)
+    (values,) = assign(credit, [stats])
+    values = values.astype(np.float64)
+    owner = tree.episode if tree.episode.size else np.arange(tree.n_leaves)
+    if credit.per == "node":
+        return values[tree.leaf], values
+    if credit.per == "path":
+        below = (values * stats.on_path).sum(axis=0)
+        count = stats.sum_below(stats.scored)
+        node = np.divide(below, count, out=np.full(tree.n_nodes, np.nan), where=count > 0)
+        return values[owner, tree.leaf], node
+    count = stats.sum_below(stats.scored)
+    total = stats.sum_below(np.where(stats.scored, values, 0.0))
+    node = np.divide(total, count, out=np.full(tree.n_nodes, np.nan), where=count > 0)
+    return np.where(stats.scored, values, np.nan)[owner], node
