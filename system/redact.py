@@ -49,15 +49,15 @@ _URL_QUERY = re.compile(
 _NAMED = re.compile(r"""(?<![\w.-])(?P<name>-{0,2}[A-Za-z_][\w.-]*)\\*["']?\s*(?P<sign>[=:])\s*""")
 _FLAG = re.compile(r"--(?P<name>[A-Za-z][\w-]*)(?P<sign>\s)\s*")
 _HEADER = re.compile(  # of a cookie only where it is name=value: in prose, too, something is said of cookies
-    r"""(?P<before>(?:authorization["']?\s*[:=]|cookie["']?\s*:(?=[ ]?["']?[^\s=;,"']{1,99}=))\s*["']?)"""
-    r"""[^\n"']+""",
+    r"""(?P<before>(?:authorization\\*["']?\s*[:=]|cookie\\*["']?\s*:(?=[ ]?\\*["']?[^\s=;,"'\\]{1,99}=))"""
+    r"""\s*(?:\\*["'])?)[^\n"']+""",
     re.I,
 )
 # Options of commands that take a secret; the same letter means something else to others.
 _FURTHER = r"\b(?:[^\n;|&]|(?<=\\)\n){0,120}?\s"  # … on in the command
-_WORD = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s;|"']+)"""
-_USER = r"""(?P<quote>["'])?[^\s:"']+:"""
-_OF_USER = r"""(?(quote)[^\n"']+|\S+)"""
+_WORD = r"""(?:\\{0,9}"[^"\n]*"|\\{0,9}'[^'\n]*'|[^\s;|"']+)"""
+_USER = r"""(?:\\{0,9}(?P<quote>["']))?[^\s:"'\\]+:"""  # quotes that are quoted, too, as in a message of ours
+_OF_USER = r"""(?(quote)(?:\\(?!["'])|[^\n"'\\])+|\S+)"""
 _COMMANDS = [
     re.compile(f"(?P<before>{before}){secret}")
     for before, secret in (

@@ -173,6 +173,14 @@ def test_secrets_in_a_text(form: str):
     assert redact(text) == text
 
 
+@pytest.mark.parametrize("form", IN_TEXT)
+def test_secrets_in_a_text_that_is_quoted(form: str):
+    """As messages quote a setting that they refuse."""
+    text = form.format(TEXT)
+    for quoted in (repr(f'k=["{text}"]'), repr(f"k={json.dumps([text])}"), json.dumps(json.dumps([text]))):
+        assert TEXT not in redact(f"override {quoted}")
+
+
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_is_no_secret_stays(text: str):
     assert redact(text) == text
