@@ -205,17 +205,21 @@ def spread_over(
 def evaluation(run: RunReader) -> dict[str, Any]:
     """Accuracy over steps, by set and kind of question.
 
-    A run has one set of held-out questions today.  A set is a name and curves, each point with an interval;
-    where none is known, ``low`` and ``high`` are None.
+    A set is a name and curves, each point with its interval over the questions; where none is known, ``low``
+    and ``high`` are None.
     """
-    curves: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    sets: defaultdict[str, defaultdict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for step, when, which, found in run.records.evaluations():
         for key, value in found.items():
             kind, _, name = key.rpartition("/")
-            if name == "accuracy":
-                at = f"{kind}/" if kind else ""
-                point = {"step": step, "time": when, "which": visible(which), "accuracy": value}
-                point |= {"low": None, "high": None, "questions": found.get(f"{at}questions")}
-                point |= {"reward": found.get(f"{at}reward"), "tool_calls": found.get(f"{at}tool_calls")}
-                curves[visible(kind) or "all"].append(point)
-    return {"sets": [{"name": "held-out questions", "curves": dict(curves)}] if curves else []}
+            if name != "accuracy":
+                continue
+            at = f"{kind}/" if kind else ""
+            point = {"step": step, "time": when, "which": visible(which), "accuracy": value}
+            point |= {"low": found.get(f"{at}accuracy_low"), "high": found.get(f"{at}accuracy_high")}
+            point |= {one: found.get(f"{at}{one}") for one in ("questions", "reward", "tool_calls")}
+            of_set = "held-out questions"
+            if kind.startswith("set/"):
+                of_set, _, kind = kind.removeprefix("set/").partition("/")
+            sets[visible(of_set)][visible(kind) or "all"].append(point)
+    return {"sets": [{"name": name, "curves": dict(curves)} for name, curves in sets.items()]}

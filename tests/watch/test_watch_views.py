@@ -160,8 +160,12 @@ def test_the_pages_of_a_run(tmp_path: Path) -> None:
     assert [actor["name"] for actor in timeline["actors"]] == ["engine-0", "learner"]
     assert timeline["phases"] == [{"time": 999.0, "phase": "training"}]
     assert timeline["span"] == [999.0, 1010.0]
-    (held_out,) = views.evaluation(reader)["sets"]
-    assert held_out["curves"]["all"][0]["accuracy"] == 0.25
+    held_out, aime = views.evaluation(reader)["sets"]
+    (point,) = held_out["curves"]["all"]
+    assert (point["accuracy"], point["low"], point["high"], point["questions"]) == (0.25, 0.07, 0.59, 8)
+    assert aime["name"] == "aime"
+    assert {kind: one[0]["accuracy"] for kind, one in aime["curves"].items()} == {"all": 0.5, "calc": 0.75}
+    assert aime["curves"]["all"][0]["low"] is None
     listed = views.tree_list(reader, TreeFilter.of({"spread_min": "0.3", "sort": "-spread"}))
     assert [row["number"] for row in listed["rows"]] == [5, 0, 1]
     assert listed["tools"] == ["python", "search", "unknown"]

@@ -60,7 +60,14 @@ def made_run(parent: Path, trees: list[Tree], steps: int = 5, name: str = "seen"
     config.run.dir, config.run.name, config.run.steps = str(parent), name, 10
     run = RunDir.create(config)
     log = JsonlWriter(run.metrics_path)
-    log.write({"step": 0, "time": 1000.0, "eval/which": "before", "eval/accuracy": 0.25, "eval/questions": 8})
+    before = {
+        "eval/accuracy": 0.25,
+        "eval/accuracy_low": 0.07,
+        "eval/accuracy_high": 0.59,
+        "eval/questions": 8,
+    }
+    of_set = {"eval/set/aime/accuracy": 0.5, "eval/set/aime/calc/accuracy": 0.75}
+    log.write({"step": 0, "time": 1000.0, "eval/which": "before", **before, **of_set})
     for step in range(1, steps + 1):
         log.write(record(step))
     log.close()

@@ -119,6 +119,11 @@ function drawTimeline({ span: [began, ended], actors, phases, trees }, context) 
   );
 }
 
+// A share with its 95 % interval, where one is known.
+function surely({ accuracy, low, high }) {
+  return low == null ? num(accuracy, 3) : `${num(accuracy, 3)} (${num(low, 3)} to ${num(high, 3)})`;
+}
+
 export async function evaluationPage(context) {
   const box = el("div", {});
   async function update() {
@@ -134,9 +139,9 @@ export async function evaluationPage(context) {
         chart("Accuracy", series, { range: [0, 1], width: 900 }),
         el(
           "table", { class: "list" },
-          el("tr", {}, ["step", "when", "kind", "questions", "accuracy", "reward", "calls per question"].map((one, i) => el("th", { class: i === 1 || i === 2 ? "" : "number" }, one))),
+          el("tr", {}, ["step", "when", "kind", "questions", "accuracy", "reward", "calls per answer"].map((one, i) => el("th", { class: i === 1 || i === 2 ? "" : "number" }, one))),
           kinds.flatMap((kind) => curves[kind].map((one) => el("tr", {},
-            [one.step, one.which, kind, compact(one.questions), num(one.accuracy, 3), num(one.reward, 3), num(one.tool_calls)].map((cell, i) => el("td", { class: i === 1 || i === 2 ? "" : "number" }, cell))))),
+            [one.step, one.which, kind, compact(one.questions), surely(one), num(one.reward, 3), num(one.tool_calls)].map((cell, i) => el("td", { class: i === 1 || i === 2 ? "" : "number" }, cell))))),
         ),
       );
     }));
