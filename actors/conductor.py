@@ -19,9 +19,8 @@ from actors.ray_support import ActorLost, answers_of_living
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
-from system.evals.record import Answered, AnswerFile
+from system.evals.record import Answered, AnswerFile, Asked
 from system.evals.result import EvalResult
-from system.evals.sets import question_sets, to_ask
 from system.evals.table import in_line
 from system.flow.curriculum import PoolWeights
 from system.flow.guidance import Guides
@@ -51,12 +50,15 @@ class Conductor:
         run_dir: RunDir,
         recorder: Recorder,
         progress: Progress,
+        asked: Sequence[Asked],
         version: int,
     ) -> None:
-        """``version``: of the checkpoint that the learner holds, 0 without one."""
+        """``asked``: at each evaluation; ``version``: of the checkpoint that the learner holds, 0 without
+        one.
+        """
         self.config, self.actors, self.recorder = config, actors, recorder
         self.run_dir, self.progress = run_dir, progress
-        self._asked = to_ask(question_sets(config, task))
+        self._asked = asked
         prompts = {prompt.id: prompt for prompt in task.train()}
         self._log, logged = JsonlWriter(run_dir.ledger_path), read_jsonl(run_dir.ledger_path)
         ledger = Ledger.replay(
@@ -130,11 +132,12 @@ class Conductor:
             await self.saved(wait=False)
             if every and self.version % every == 0:
                 await self.save()
-            looks, ended = self.config.eval.every, self.version >= self.config.run.steps
-            if looks and self.version % looks == 0 and not ended:  # after the end comes another anyway
+            goal, looks = self.config.run.stop_at_accuracy, self.config.eval.every
+            reached = bool(goal) and self.recorder.settled_accuracy >= goal
+            ended = reached or self.version >= self.config.run.steps  # then comes an evaluation anyway
+            if looks and self.version % looks == 0 and not ended:
                 await self.evaluate("during")
-            goal = self.config.run.stop_at_accuracy
-            if goal and self.recorder.settled_accuracy >= goal:
+            if reached:
                 self.progress.note(f"training accuracy reached {goal}: stopping after step {self.version}")
                 break
         await self.save()

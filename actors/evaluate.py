@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config, LoraConfig, to_dict
-from system.evals.record import Answered, AnswerFile, Asked
+from system.evals.record import Answered, AnswerFile, Asked, digest
 from system.evals.result import EvalResult
 from system.evals.sets import question_sets, to_ask
 from system.models.shape import ModelShape
@@ -28,6 +29,7 @@ from system.tasks.inputs import corpus_file
 
 FEW = 20  # answers after which the time that is left is guessed
 ATTEMPTS = 3  # a worker may die; a question must not be lost for that
+_OF_MODEL = ("*.safetensors", "*.json", "*.jinja")  # weights, tokenizer, chat template
 # The sections of the configuration that answers depend on; where and how fast they are computed is no part.
 _ASKED_BY = ("task", "rollout", "reward", "tools", "environment", "agent", "eval")
 CLOSE_MARGIN_S = 30.0  # a worker may take this much longer than a tree's deadlines to answer
@@ -38,10 +40,11 @@ def tree_answer_s(config: Config) -> float:
     return config.rollout.tree_deadline_s + config.reward.close_deadline_s + CLOSE_MARGIN_S
 
 
-def evaluate(config: Config, model_dir: Path, answers: AnswerFile | None = None) -> EvalResult:
+def evaluate(config: Config, model_dir: Path, answers: Path | None = None) -> EvalResult:
     """Answers of the model in ``model_dir`` to the held-out questions of all sets.
 
-    ``answers``: has those known already, which are not asked again, and gets each as it comes.
+    ``answers``: a file that gets each as it comes; those that it holds already are not asked again.  Raises
+    what the last attempt at a question raised when not one has an answer.
     """
     if config.engine.name == "embedded":  # SGLang serves other families, too
         ModelShape.from_directory(model_dir)
@@ -49,25 +52,36 @@ def evaluate(config: Config, model_dir: Path, answers: AnswerFile | None = None)
     for note in notes(config, task):
         print(shown(note), file=sys.stderr)
     asked = to_ask(question_sets(config, task))
-    known = answers.known if answers else {}
-    missing = [one for one in asked if one.key not in known]
-    if known:
-        print(
-            f"{len(asked) - len(missing)} of {len(asked)} answers are known: the others are asked",
-            file=sys.stderr,
-        )
-    new = _answered(config, task, model_dir, missing, answers) if missing else []
-    found = known | {one.key: one for one in new}
+    file = AnswerFile(answers, about(config, model_dir, asked)) if answers else None
+    with contextlib.closing(file) if file else contextlib.nullcontext():
+        found = dict(file.known) if file else {}
+        missing = [one for one in asked if one.key not in found]
+        if found:
+            print(
+                f"{len(asked) - len(missing)} of {len(asked)} answers are known: the others are asked",
+                file=sys.stderr,
+            )
+        try:
+            new = _answered(config, task, model_dir, missing, file) if missing else []
+        except (ActorLost, RolloutFailed):
+            if not found:
+                raise
+            new = [Answered.missing(one) for one in missing]  # each was told
+    found |= {one.key: one for one in new}
     return EvalResult.of([found[one.key] for one in asked])
 
 
-def about(config: Config, model_dir: Path) -> dict[str, Any]:
-    """What an evaluation's answers depend on: the model's files, and how it is asked."""
-    files = sorted(model_dir.glob("*.safetensors"))
+def about(config: Config, model_dir: Path, asked: Sequence[Asked]) -> dict[str, Any]:
+    """What an evaluation's answers depend on: the model's files, the questions, and how they are asked."""
+    files = sorted(file for kind in _OF_MODEL for file in model_dir.glob(kind))
     stats = [(file.name, file.stat()) for file in files]
+    settings = redact(to_dict(config))
     return {
-        "weights": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats},
-        **{name: section for name, section in redact(to_dict(config)).items() if name in _ASKED_BY},
+        "model": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats},
+        "questions": digest(asked),
+        "engine": {name: settings["engine"][name] for name in ("name", "max_context", "sglang")},
+        "dtype": config.model.dtype,
+        **{name: settings[name] for name in _ASKED_BY},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from actors.session import in_session
 from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
 from system.errors import DONE, STOPPED
+from system.evals.record import Asked
+from system.evals.sets import question_sets, to_ask
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
@@ -45,14 +48,15 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     if old and (version := _finished(old)) >= config.run.steps:
         print(f"{resume} ended at step {version}, and is left as it is; to go on, set run.steps above that")
         return DONE
-    task = make_task(config)  # which reads all its data: nothing is made before
+    task = make_task(config)  # which reads all its data, as do the further sets: nothing is made before
+    asked = to_ask(question_sets(config, task))
     run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
         told = map(shown, [*notes(config, task), *without_effect(config)])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
-            work = partial(_run_and_deliver, config, run_dir, task)
+            work = partial(_run_and_deliver, config, run_dir, task, asked)
             return in_session(config, run_dir.root, work, run_dir.resume_command)
         except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
             if resume is None:
@@ -66,12 +70,14 @@ def _finished(run_dir: RunDir) -> int:
     return version_of(saved[-1]) if saved and run_dir.model.is_dir() else -1
 
 
-async def _run_and_deliver(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
-    code = await _run(config, run_dir, task, joined)
+async def _run_and_deliver(
+    config: Config, run_dir: RunDir, task: Task, asked: Sequence[Asked], joined: bool
+) -> int:
+    code = await _run(config, run_dir, task, asked, joined)
     return deliver(config, run_dir) if code == DONE else code  # nothing else goes on meanwhile
 
 
-async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int:
+async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Asked], joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
     recorder = Recorder(run_dir, config, sinks(run_dir, config))
     events = JsonlWriter(run_dir.events_path)
@@ -87,7 +93,7 @@ async def _run(config: Config, run_dir: RunDir, task: Task, joined: bool) -> int
             try:
                 with signals() as ending:
                     places = await Placement.claim(config, joined=joined)
-                    run = _Run(config, run_dir, task, recorder, progress, ending)
+                    run = _Run(config, run_dir, task, asked, recorder, progress, ending)
                     return await places.watch_during(_train(run, places))
             finally:
                 drawing.cancel()
@@ -117,6 +123,7 @@ class _Run:
     config: Config
     run_dir: RunDir
     task: Task
+    asked: Sequence[Asked]  # at each evaluation
     recorder: Recorder
     progress: Progress
     ending: Signals
@@ -151,7 +158,9 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     config, run_dir, progress = run.config, run.run_dir, run.progress
     found = await restore_newest(actors.learner, run_dir, progress.note)
     version = found.version if found else 0
-    conductor = Conductor(config, actors, run.task, run_dir, run.recorder, progress, version=version)
+    conductor = Conductor(
+        config, actors, run.task, run_dir, run.recorder, progress, asked=run.asked, version=version
+    )
     actors.places.spare = conductor.spare
     run.ending.stops(conductor.loop, progress)
     if found:

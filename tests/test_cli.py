@@ -7,7 +7,6 @@ import sys
 import types
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +39,6 @@ class Launched:
         assert answers is None
         self.eval_calls.append((config, model_dir))
         return EvalResult(EvalScores(questions=4, accuracy=np.float32(0.5)))  # type: ignore[arg-type]
-
-    def about(self, config: Config, model_dir: Path) -> dict[str, Any]:
-        raise AssertionError("no file of answers was asked for")
 
 
 @pytest.fixture

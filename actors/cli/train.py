@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import sys
@@ -94,13 +93,10 @@ def evaluate(args: argparse.Namespace) -> int:
     checked = copy.deepcopy(config)
     checked.model.path = str(model)
     require(checked, without=("model", "run directory"))  # SGLang serves models that are not trained here
-    from actors.evaluate import about, evaluate  # slow imports
-    from system.evals.record import AnswerFile
+    from actors.evaluate import evaluate  # slow imports
     from system.evals.table import markdown
 
-    answers = AnswerFile(args.answers, about(config, model)) if args.answers else None
-    with contextlib.closing(answers) if answers else contextlib.nullcontext():
-        result = evaluate(config, model, answers)
+    result = evaluate(config, model, args.answers)
     text = json.dumps(jsonable(result.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     print(visible(text.rstrip(), breaks=True))
     if args.out:  # last: what cannot be written has been shown

@@ -80,6 +80,12 @@ def _checked(key: str, config: EvalConfig, given: Mapping[str, Any]) -> EvalSet:
         raise ConfigError(
             f"{key}.name={one.name!r}: letters, digits, and - . _ between them: it names metrics"
         )
+    if one.name == "held-out":
+        raise ConfigError(
+            f"{key}.name={one.name!r} is the name of the task's own questions: choose another"
+        )
+    if one.path.startswith("~"):
+        raise ConfigError(f"{key}.path={one.path}: `~` stands for nothing here: write the whole path")
     if bool(one.path) == bool(one.task):
         raise ConfigError(f"{key} needs either a path (a data file) or a task (as in the section task)")
     if one.columns and one.task:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -73,11 +74,21 @@ class Answered:
         )
 
 
+def digest(asked: Sequence[Asked]) -> str:
+    """SHA-256 of the questions: what is asked, and what would be right."""
+    found = hashlib.sha256()
+    for one in asked:
+        prompt = one.prompt
+        about = [one.set, prompt.id, one.sample, prompt.messages, prompt.answers]
+        found.update(json.dumps(about, default=str).encode() + b"\n")
+    return found.hexdigest()
+
+
 class AnswerFile:
     """Answers as they come, in JSON lines below a first line that says what is evaluated.
 
     An evaluation that broke off is gone on with by opening its file again: what stands in it is ``known``.
-    Questions that were not answered are asked again.
+    Questions that were not answered are asked again.  A file without an answer is begun anew.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
@@ -87,7 +98,7 @@ class AnswerFile:
         if path.exists() and path.stat().st_size:
             whole = self._read(about)
             with path.open("r+b") as file:  # a last line that was torn goes
-                file.truncate(whole)
+                file.truncate(whole if self.known else 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a", encoding="utf-8")
         if not path.stat().st_size:
@@ -110,7 +121,8 @@ class AnswerFile:
             raise ConfigError(
                 f"{self.path} holds no answers of an evaluation ({error}): name a new file"
             ) from error
-        self._compare(theirs, about)
+        if self.known:
+            self._compare(theirs, about)
         return whole
 
     def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

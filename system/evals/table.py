@@ -13,8 +13,8 @@ OWN = "held-out"  # the name of the task's own questions, where others stand bes
 
 def rows(result: EvalResult) -> Iterator[tuple[str, EvalScores]]:
     """What has scores, by name: each set, and its kinds where it has several."""
-    sets = {OWN: result} if result.total.questions or not result.sets else {}
-    for name, one in {**sets, **result.sets}.items():
+    own = [(OWN, result)] if result.total.questions or not result.sets else []
+    for name, one in [*own, *result.sets.items()]:
         yield name, one.total
         if len(one.kinds) > 1:
             yield from ((f"{name}: {kind}", scores) for kind, scores in one.kinds.items())

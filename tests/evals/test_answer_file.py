@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from system.errors import ConfigError
-from system.evals.record import Answered, AnswerFile
+from system.evals.record import Answered, AnswerFile, Asked, digest
+from system.tree.prompt import Prompt
 
 ABOUT = {"weights": {"model.safetensors": [1, 2]}, "eval": {"samples": 2}}
 HOSTILE = "\u2028</script>\x1b[31m\ud800"
@@ -53,7 +54,8 @@ def test_a_torn_first_line_is_none(tmp_path: Path) -> None:
 
 def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    AnswerFile(path, ABOUT).close()
+    with closing(AnswerFile(path, ABOUT)) as file:
+        file.add(answer("a"))
     told = (
         r"another evaluation: eval\.samples was 2, and is 4; name a new file, or set what it was made with$"
     )
@@ -63,3 +65,21 @@ def test_answers_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no answers of an evaluation"):
         AnswerFile(path, ABOUT)
     assert path.read_text() == "question,answer\n"
+
+
+def test_a_file_without_answers_is_begun_anew(tmp_path: Path) -> None:
+    """An evaluation that could not start says nothing of the next one's settings."""
+    path = tmp_path / "answers.jsonl"
+    AnswerFile(path, ABOUT).close()
+    other = {**ABOUT, "eval": {"samples": 4}}
+    with closing(AnswerFile(path, other)) as file:
+        file.add(answer("a"))
+    with closing(AnswerFile(path, other)) as file:
+        assert [*file.known] == [("", "a", 0)]
+
+
+def test_questions_have_a_digest() -> None:
+    def asked(gold: str) -> list[Asked]:
+        return [Asked("", Prompt("a", ({"role": "user", "content": "2 + 2?"},), (gold,), kind="calc"), 0, 0)]
+
+    assert digest(asked("4")) == digest(asked("4")) != digest(asked("5"))

@@ -52,6 +52,8 @@ def test_each_question_of_each_set_is_asked_as_often_as_it_says(data: Path) -> N
         ("eval.sets=[{name: a}]", r"eval\.sets\[0\] needs either a path"),
         ("eval.sets=[{name: a, path: x, task: {name: quickstart}}]", r"needs either a path"),
         ("eval.sets=[{name: a/b, path: x}]", r"eval\.sets\[0\]\.name='a/b': letters"),
+        ("eval.sets=[{name: held-out, path: x}]", r"name of the task's own questions"),
+        ("eval.sets=[{name: a, path: ~/x}]", r"eval\.sets\[0\]\.path=~/x: `~`"),
         ("eval.sets=[{path: x}]", r"eval\.sets\[0\]\.name=''"),
         (
             "eval.sets=[{name: a, path: x}, {name: a, path: y}]",

@@ -149,7 +149,7 @@ def test_eval(
     hostile_run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = EvalResult(kinds={text: EvalScores() for text in HOSTILE})
-    fake = SimpleNamespace(evaluate=lambda *_: result, about=lambda *_: {})
+    fake = SimpleNamespace(evaluate=lambda *_: result)
     monkeypatch.setitem(sys.modules, "actors.evaluate", fake)
     hostile_run.model.mkdir()
     (hostile_run.model / "config.json").write_text("{}")
