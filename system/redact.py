@@ -56,8 +56,12 @@ _HEADER = re.compile(  # of a cookie only where it is name=value: in prose, too,
 # Options of commands that take a secret; the same letter means something else to others.
 _FURTHER = r"\b(?:[^\n;|&]|(?<=\\)\n){0,120}?\s"  # … on in the command
 _WORD = r"""(?:\\{0,9}"[^"\n]*"|\\{0,9}'[^'\n]*'|[^\s;|"']+)"""
-_USER = r"""(?:\\{0,9}(?P<quote>["']))?[^\s:"'\\]+:"""  # quotes that are quoted, too, as in a message of ours
-_OF_USER = r"""(?(quote)(?:\\(?!["'])|[^\n"'\\])+|\S+)"""
+_USER_FLAG = r"(?:(?<=\s)-u|--(?:proxy-)?user)[\s=]+(?!\d+:\d)"
+_USER = r"""(?P<quote>["'])?[^\s:"']{1,200}:"""
+_OF_USER = r"(?(quote)(?:(?!(?P=quote)).)+|\S+)"
+# The same behind a quote that is quoted itself, as in a message that repeats a setting.
+_USER_WITHIN = r"""\\{1,9}["'][^\s:"']{1,200}:"""
+_OF_USER_WITHIN = r"""(?:\\(?!\\{0,8}["'])|[^\n"'\\])+"""
 _COMMANDS = [
     re.compile(f"(?P<before>{before}){secret}")
     for before, secret in (
@@ -65,10 +69,12 @@ _COMMANDS = [
         (r"\bsshpass\s+-p\s*", _WORD),
         (rf"\b(?:mysql|mariadb)[\w-]*{_FURTHER}-p", _WORD),
         (rf"\bredis-cli{_FURTHER}-a\s+", _WORD),
-        (rf"(?:(?<=\s)-u|--(?:proxy-)?user)[\s=]+(?!\d+:\d){_USER}", _OF_USER),
+        (rf"{_USER_FLAG}{_USER_WITHIN}", _OF_USER_WITHIN),
+        (rf"\bcurl{_FURTHER}-\w{{0,8}}[uU][ ]*{_USER_WITHIN}", _OF_USER_WITHIN),
+        (rf"{_USER_FLAG}{_USER}", _OF_USER),
         (rf"\bcurl{_FURTHER}-\w{{0,8}}[uU][ ]*{_USER}", _OF_USER),
         (rf"\bcurl{_FURTHER}(?:-b[ ]*|--cookie[ =]+)(?=[^\s;|=]*=)", _WORD),
-        (r"\blogin\s+(?:-\S+\s+)*", r"[A-Za-z0-9_-]{20,}"),  # wandb login 0123…
+        (r"\blogin\s+(?:-\S{1,200}\s+){0,20}", r"[A-Za-z0-9_-]{20,}"),  # wandb login 0123…
         (r"\blogin\s+\S+\s+password\s+", r"\S+"),  # of a .netrc
     )
 ]

@@ -67,6 +67,11 @@ IN_TEXT = [
     "curl -su me:{} https://h",
     "curl -ume:{} https://h",
     "curl -u 'me:two words, {}' https://h",
+    "curl -u 'CORP\\alice:{}' https://h",
+    "curl -u CORP\\alice:{} https://h",
+    "curl --proxy-user 'CORP\\alice:{}' https://h",
+    "smbclient --user='CORP\\bob:{}' //h/share",
+    "curl -u 'me:\\{}\\' https://h",
     "curl --proxy-user=me:{} https://h",
     "curl -b 'sid={}; a=b' https://h",
     "curl --cookie sid={} https://h",
@@ -208,7 +213,19 @@ def test_any_text_is_taken(text: str):
     assert redact(redact(text)) == redact(text)
 
 
-LONG = ("docker login ", "mysql ", "curl ", "curl -u ", "curl -b ", " -u a:", "cookie: ", "cookie:a")
+LONG = (
+    "login -",
+    "--user=",
+    "curl -u \\'a",
+    "docker login ",
+    "mysql ",
+    "curl ",
+    "curl -u ",
+    "curl -b ",
+    " -u a:",
+    "cookie: ",
+    "cookie:a",
+)
 
 
 def test_long_texts_take_no_time():

@@ -81,9 +81,7 @@ def _checked(key: str, config: EvalConfig, given: Mapping[str, Any]) -> EvalSet:
             f"{key}.name={one.name!r}: letters, digits, and - . _ between them: it names metrics"
         )
     if one.name == "held-out":
-        raise ConfigError(
-            f"{key}.name={one.name!r} is the name of the task's own questions: choose another"
-        )
+        raise ConfigError(f"{key}.name={one.name!r} is the name of the task's own questions: choose another")
     if one.path.startswith("~"):
         raise ConfigError(f"{key}.path={one.path}: `~` stands for nothing here: write the whole path")
     if bool(one.path) == bool(one.task):

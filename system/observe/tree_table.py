@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from system.observe.show import decoder, view
 from system.redact import redact
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
-from system.tree.store import read_trees
+from system.tree.store import newest_trees
 
 COLUMNS = (
     "prompt",
@@ -30,7 +29,7 @@ COLUMNS = (
     "rewards",
     "outline",
 )
-_WIDTH = 120  # columns of an outline
+_WIDTH = 100_000  # columns of an outline: a secret that is wrapped is not known as one
 
 
 def newest_rows(run_dir: RunDir, config: Config, most: int) -> list[list[Any]]:
@@ -38,7 +37,7 @@ def newest_rows(run_dir: RunDir, config: Config, most: int) -> list[list[Any]]:
 
     The text is that of ``espalier tree``, without secrets.
     """
-    trees = deque(read_trees(run_dir.trees), maxlen=most)
+    trees = newest_trees(run_dir.trees, most)
     if not trees:
         return []
     decode = decoder(run_dir, config)
@@ -51,7 +50,7 @@ def _row(tree: Tree, run_dir: RunDir, config: Config, decode: Decode) -> list[An
     Console(file=page, width=_WIDTH, highlight=False).print(shown)
     rewards = stats.rewards
     return [
-        *(stats.prompt_id, stats.task, int(stats.version_max), stats.leaves, stats.forks),
+        *(redact(stats.prompt_id), redact(stats.task), int(stats.version_max), stats.leaves, stats.forks),
         *(len(stats.calls), int(stats.generated), float(np.mean(rewards)) if rewards.size else None),
         " ".join(f"{reward:.3g}" for reward in rewards.tolist()),
         str(redact(page.getvalue())),

@@ -171,13 +171,30 @@ def file_number(path: Path) -> int:
 def read_trees(directory: str | Path) -> Iterator[Tree]:
     """The trees of a directory, oldest first; a writer may be at work.  Raises :class:`StoreError`."""
     for path in complete_files(Path(directory)):
-        try:
-            table = pq.read_table(path)
-        except FileNotFoundError:  # the writer has pruned it since the directory was listed
-            continue
-        except pa.ArrowInvalid as error:
-            raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
-        yield from from_table(table, source=str(path))
+        yield from _trees_of(path)
+
+
+def newest_trees(directory: str | Path, most: int) -> list[Tree]:
+    """The newest ``most`` trees of a directory, oldest first: no more files are read than hold them.  Raises
+    :class:`StoreError`.
+    """
+    found: list[Tree] = []
+    for path in reversed(complete_files(Path(directory))):
+        if len(found) >= most:
+            break
+        found = [*_trees_of(path), *found]
+    return found[max(0, len(found) - most) :]
+
+
+def _trees_of(path: Path) -> Iterator[Tree]:
+    """The trees of a file; none of one that the writer has pruned since the directory was listed."""
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        return
+    except pa.ArrowInvalid as error:
+        raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
+    yield from from_table(table, source=str(path))
 
 
 def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:

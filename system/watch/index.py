@@ -80,7 +80,7 @@ class TreeIndex:
                 self._files[path] = list(look(path))
             except FileNotFoundError:  # pruned meanwhile
                 pass
-            except (pa.ArrowInvalid, OSError, StoreError) as error:
+            except (pa.ArrowException, OSError, StoreError, KeyError, TypeError, ValueError) as error:
                 self._files[path], self.problems[path] = [], visible(str(error))
             self.waiting, changed = self.waiting - 1, True
             if self._clock() >= until:
@@ -111,8 +111,8 @@ def load(row: TreeRow) -> Tree:
             for at, batch in enumerate(file.iter_batches(1, columns=columns)):
                 if at == row.row:
                     return next(from_table(pa.Table.from_batches([batch]), str(row.file)))
-    except pa.ArrowInvalid as error:
-        raise StoreError(f"{row.file} is not a readable Parquet file: {error}") from error
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{row.file} is not a readable Parquet file of trees: {error}") from error
     raise StoreError(f"{row.file} has no row {row.row}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict, deque
@@ -45,15 +46,6 @@ class RunReader:
                 f"{root} {what}: name one that `espalier train` has made, such as runs/quickstart-s0"
             )
         self.run_dir, self.name = RunDir(root), visible(RunDir(root).name)
-        self.config: Config | None = None
-        self.problem = ""  # why its settings cannot be read
-        try:
-            self.config = self.run_dir.config()
-        except EspalierError as error:
-            self.problem = shown(f"config.yaml cannot be read, so no advantages are shown: {error}")
-        self.records = Records()
-        self.index = TreeIndex(self.run_dir.tree_directories)
-        self.events: deque[dict[str, Any]] = deque(maxlen=_NOTES)  # phases and notes, the newest
         self._metrics = JsonlTail(self.run_dir.metrics_path)
         self._events = JsonlTail(self.run_dir.events_path)
         self.still = threading.Lock()  # nothing is added to records and events
@@ -61,6 +53,14 @@ class RunReader:
         self._decode: Decode | None = None
         self._trees: OrderedDict[int, Tree] = OrderedDict()
         self._drawn: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self.config: Config | None = None
+        self.problem = ""  # why its settings cannot be read
+        self.trouble = ""  # why nothing is read at the moment
+        self._settings_of: int | None = None  # when config.yaml was written, ns
+        self._settings()
+        self.records = Records()
+        self.index = TreeIndex(self.run_dir.tree_directories)
+        self.events: deque[dict[str, Any]] = deque(maxlen=_NOTES)  # phases and notes, the newest
 
     @property
     def bad_lines(self) -> int:
@@ -69,15 +69,34 @@ class RunReader:
 
     def refresh(self, budget_s: float = float("inf")) -> None:
         """Read what is new; of trees as many as ``budget_s`` seconds allow, the newest first."""
+        self._settings()
         with self.still:
             if self._metrics.restarted():
                 self.records = Records()
+                self._forget()  # the run was made anew
             for record in self._metrics.news():
                 self.records.add(record)
             if self._events.restarted():
                 self.events.clear()
             self.events.extend(self._events.news())
         self.index.refresh(budget_s)
+
+    def _settings(self) -> None:
+        """Read ``config.yaml`` if it is new: a resumed run may have other settings."""
+        if (when := self.run_dir.config_path.stat().st_mtime_ns) == self._settings_of:
+            return
+        self._settings_of = when
+        try:
+            self.config, self.problem = self.run_dir.config(), ""
+        except EspalierError as error:
+            self.problem = shown(f"config.yaml cannot be read, so no advantages are shown: {error}")
+        self._forget()
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._trees.clear()
+            self._drawn.clear()
+            self._decode = None
 
     def summary(self) -> dict[str, Any]:
         """``summary.json``; empty while there is none."""
@@ -132,9 +151,11 @@ class RunReader:
     def decoder(self) -> Decode:
         """The run's tokenizer: its trained model's, or that of the model it started from."""
         if self._decode is None:
-            model = Path(self.config.model.path) if self.config and self.config.model.path else None
-            self._decode = decoder([self.run_dir.model, model or self.run_dir.start]) or numbered
-        return self._decode
+            places = [self.run_dir.model]
+            with contextlib.suppress(EspalierError):  # it is on another machine, say
+                places.append(self.run_dir.start_model(self.config) if self.config else self.run_dir.start)
+            self._decode = decoder(places)
+        return self._decode or numbered
 
     def drawing(self, tree: Tree) -> dict[str, Any]:
         """As :func:`system.watch.drawing.drawing`, with the advantages of the run's credit."""

@@ -20,7 +20,9 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from system.errors import EspalierError
+from system.observe.terminal import shown
 from system.serving import AppServer, serve
+from system.text import described
 from system.watch import views
 from system.watch.query import TreeFilter
 from system.watch.reader import MOST_TEXT, RunReader
@@ -100,8 +102,13 @@ async def _read(runs: list[RunReader]) -> None:
     """Read on, in a thread, by small pieces while there is much, else every second."""
     while True:
         for run in runs:
-            await asyncio.to_thread(run.refresh, SLICE_S)
-        await asyncio.sleep(0.01 if any(run.index.waiting for run in runs) else REFRESH_S)
+            try:
+                await asyncio.to_thread(run.refresh, SLICE_S)
+                run.trouble = ""
+            except Exception as error:  # a file server's, say: the others are read on, and this one again
+                run.trouble = shown(f"it cannot be read on: {described(error)}")
+        busy = any(run.index.waiting and not run.trouble for run in runs)
+        await asyncio.sleep(0.01 if busy else REFRESH_S)
 
 
 def _file(path: Path) -> Callable[[web.Request], Any]:

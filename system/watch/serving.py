@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import html
 import os
+import tempfile
+import threading
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +23,8 @@ from system.watch.server import start
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
+    if not 0 <= args.port < 1 << 16:
+        raise ConfigError(f"--port {args.port}: a port is 1 to 65535, or 0 for a free one")
     with contextlib.ExitStack() as held:
         runs = list(args.runs)
         if args.demo:
@@ -40,12 +46,32 @@ async def _serve(runs: Sequence[Path], host: str, port: int, *, browse: bool) ->
             f"cannot listen on {host}, port {port}: {error.strerror}: name another --port"
         ) from error
     try:
-        print(*told(address, local=host == "127.0.0.1"), sep="\n", flush=True)
-        if browse:
-            webbrowser.open(address)
-        await stopped.wait()
+        print(*told(address, local=_loopback(host)), sep="\n", flush=True)
+        with _leading_to(address) as page:
+            if browse:  # in a thread: a browser of the terminal goes on until it is left
+                threading.Thread(target=webbrowser.open, args=(page.as_uri(),), daemon=True).start()
+            await stopped.wait()
     finally:
         await server.close()
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextlib.contextmanager
+def _leading_to(address: str) -> Generator[Path]:
+    """A page, readable by this user alone, that leads to ``address``: what a browser is started with is shown
+    to all users of a machine, and the address holds the key.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        page = Path(directory) / "watch.html"
+        page.touch(mode=0o600)
+        page.write_text(f'<!doctype html><meta http-equiv="refresh" content="0;url={html.escape(address)}">')
+        yield page
 
 
 def told(address: str, *, local: bool) -> list[str]:

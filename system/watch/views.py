@@ -42,13 +42,14 @@ _FIGURES = {
 def overview(run: RunReader, state: RunState) -> dict[str, Any]:
     """The page *Run*, curves aside."""
     records, config = run.records, run.config
-    steps = config.run.steps if config and not run.run_dir.sft_path.is_file() else None
+    steps = config.run.steps if config and not run.run_dir.supervised else None
     phases = [event for event in run.events if "phase" in event]
     notes = [event for event in run.events if "note" in event]
     span = records.span
     return {
         "name": run.name,
         "state": asdict(state),
+        "resume": visible(run.run_dir.resume_command),
         "phase": visible(str(phases[-1]["phase"])) if phases else "",
         "step": records.step,
         "steps": steps,
@@ -101,7 +102,7 @@ def _causes(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _problems(run: RunReader) -> list[str]:
-    found = [run.problem] if run.problem else []
+    found = [text for text in (run.trouble, run.problem) if text]
     if run.bad_lines:
         found.append(f"{run.bad_lines} lines of its files are not JSON and are left out")
     found += [f"{path.name}: {text}" for path, text in list(run.index.problems.items())]

@@ -170,9 +170,9 @@ async def test_hostile_text_a_run_that_goes_on_and_a_server_that_ends(browser: A
     seen = await opened(browser, address)
     page = seen.page
     await page.wait_for_selector(".notes li >> nth=1")
-    for number in "12345":
-        await page.keyboard.press(number)
-        await page.wait_for_selector("main[data-page] >> nth=0")
+    for number, name in enumerate(("run", "trees", "timeline", "evaluation", "compare"), start=1):
+        await page.keyboard.press(str(number))
+        await page.wait_for_selector(f"main[data-page={name}] >> nth=0")
     base = address.split("#")[0]
     await page.goto(f"{base}#/tree/0/3")
     await page.wait_for_selector("svg.tree")

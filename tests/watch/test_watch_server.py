@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,26 @@ async def test_nothing_can_be_sent(page: Page) -> None:
         assert answer.status == 405
 
 
+def strings(value: Any) -> Iterator[str]:
+    """All texts of a JSON value, names of fields included."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, str):
+        yield value
+
+
 async def test_hostile_text_stays_text(page: Page) -> None:
     paths = ["overview", "trees", "trees/4", "trees/4/nodes/2", "timeline", "evaluation", "curves?keys=x"]
     for path in paths:
         _, headers, body = await page.get(f"/api/runs/0/{path}")
         assert headers["Content-Type"] == "application/json"
-        text = body.decode()
-        assert not set("\x1b\u202e\ud800") & set(text), path
+        shown = "".join(strings(json.loads(body)))
+        assert not set("\x1b\u202e\ud800") & set(shown), path
     assert "onerror" in (await page.api("runs/0/trees/4"))["prompt"], "it is shown, as text"
     asked = {"": 404, "trees/99": 404, "trees/4/nodes/77": 404, "trees?spread_min=x": 404}
     for path, status in asked.items():
@@ -170,6 +183,25 @@ async def test_a_run_that_goes_on_is_followed(page: Page, run: RunDir) -> None:
     assert (await page.api("runs/0/overview"))["step"] == 5, "half a line is no record"
     append(run.metrics_path, whole[40:])
     await page.until("runs/0/overview", lambda about: about["step"] == 6)
+
+
+async def test_a_run_that_cannot_be_read_on_says_so_and_comes_back(page: Page, run: RunDir) -> None:
+    """A file server that is gone for a while."""
+    away = run.config_path.rename(run.root / "away.yaml")
+    append(run.metrics_path, line(record(6)))
+    found = await page.until("runs/0/overview", lambda about: about["problems"])
+    assert "cannot be read on" in found["problems"][0]
+    away.rename(run.config_path)
+    found = await page.until("runs/0/overview", lambda about: about["step"] == 6)
+    assert not found["problems"]
+
+
+async def test_new_settings_are_read(page: Page, run: RunDir) -> None:
+    assert (await page.api("runs/0/overview"))["steps"] == 10
+    config = run.config()
+    config.run.steps = 400
+    run.write_config(config)
+    await page.until("runs/0/overview", lambda about: about["steps"] == 400)
 
 
 async def test_a_crashed_run_is_shown_as_it_was_left(page: Page, run: RunDir) -> None:
@@ -214,6 +246,11 @@ def test_the_command_serves_until_it_is_ended(run: RunDir, tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
     assert not list(tmp_path.glob("espalier-demo-*"))
+
+
+def test_a_port_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "--demo", "--port", "99999"]) == 2
+    assert "99999" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["/nowhere"], ["--demo", "--port", "1"]])

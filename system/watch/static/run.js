@@ -34,12 +34,12 @@ export async function page(context) {
   return { box, update };
 }
 
-function head({ state, phase, step, steps, eta_s, trees, span }) {
+function head({ state, resume, phase, step, steps, eta_s, trees, span }) {
   const doing = {
     running: phase ? `It is running: ${phase}.` : "It is running.",
     finished: "It has finished.",
-    stopped: step ? "It has stopped; espalier train --resume goes on with it." : "Nobody is writing here.",
-    lost: "It ended without a word: its process is gone, or its machine silent. espalier train --resume goes on with it.",
+    stopped: step ? `It has stopped; ${resume} goes on with it.` : "Nobody is writing here.",
+    lost: `It ended without a word: its process is gone, or its machine silent. ${resume} goes on with it.`,
   }[state.state];
   const ended = span ? `last record of ${new Date(span[1] * 1000).toLocaleString()}` : "";
   const quiet = state.state === "finished" ? ended : known(state.quiet_s) ? `last written ${duration(Math.round(state.quiet_s))} ago` : "nothing written yet";
