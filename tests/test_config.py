@@ -470,8 +470,6 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
             ["learn.lora.rank=0", "learn.lora.init=x"],
             "learn.lora.init=x does nothing while learn.lora.rank=0",
         ),
-        (["learn.lora.rank=0", "learn.lora.alpha=4"], "learn.lora.alpha=4.0 does nothing"),
-        (["learn.lora.rank=0", "learn.lora.sync=adapter"], "learn.lora.sync=adapter does nothing"),
         (["learn.proximal=average"], "learn.proximal=average: no moving average of adapters"),
         (["engine=sglang", "engine.sglang={enable_lora: true}"], "enable_lora: SGLang gets merged weights"),
         ([*apart, "engine.sglang={max-lora-rank: 9}"], "engine.sglang.max-lora-rank is set by learn.lora"),
@@ -488,6 +486,10 @@ def test_a_section_within_a_section(tmp_path: Path) -> None:
     [
         (["learn.teacher_decay=0.9"], ["learn.teacher_decay=0.9 will do nothing"]),
         (["learn.teacher_decay=0.9", "learn.teacher=average"], []),
+        (
+            ["learn.lora={rank: 0, alpha: 4, targets: [q], sync: adapter}"],
+            [f"learn.lora.{name} will do nothing" for name in ("alpha=4.0", "targets=['q']", "sync=adapter")],
+        ),
         (["learn.teacher_coef=0.5"], ["learn.teacher_coef=0.5 will do nothing: learn.teacher=none"]),
         (["engine=sglang", "engine.sglang={mem_fraction_static: 0.8}"], []),
         (

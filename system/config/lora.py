@@ -95,13 +95,11 @@ def _incomplete(lora: LoraConfig) -> Iterator[str]:
         if target not in PARTS:
             yield f"learn.lora.targets: {target!r}: choose of {', '.join(PARTS)}"
     if not lora.on:
-        usual = LoraConfig()
-        for name, value in vars(lora).items():
-            if name != "rank" and value != getattr(usual, name):
-                yield (
-                    f"learn.lora.{name}={value} does nothing while learn.lora.rank=0 (the whole model is "
-                    "trained): set learn.lora.rank too, or take it out"
-                )
+        if lora.init:
+            yield (
+                f"learn.lora.init={lora.init} does nothing while learn.lora.rank=0 (the whole model is "
+                "trained): set learn.lora.rank too, or take it out"
+            )
         return
     if not lora.targets:
         yield f"learn.lora.targets is empty: nothing would be trained; name some of {', '.join(PARTS)}"

@@ -18,6 +18,10 @@ def without_effect(config: Config) -> Iterator[str]:
         )
     if learn.teacher == "none" and learn.teacher_coef != usual.teacher_coef:
         yield f"learn.teacher_coef={learn.teacher_coef:g} will do nothing: learn.teacher=none"
+    if not learn.lora.on:  # a baseline, say: a sweep over ranks has 0 among them
+        for name in ("alpha", "targets", "sync"):
+            if (value := getattr(learn.lora, name)) != getattr(usual.lora, name):
+                yield f"learn.lora.{name}={value} will do nothing: learn.lora.rank=0 trains the whole model"
     if engine.urls and engine.sglang:
         yield (
             f"engine.sglang ({', '.join(map(str, engine.sglang))}) will do nothing: the servers of "
