@@ -252,6 +252,10 @@ class Trainer:
         try:
             self.saved()
         finally:
+            # A dispatcher keeps tensors of the last step, whose graph leads through the hooks on gradients to
+            # the model again: a circle through C++, where no garbage collector looks, with all groups in it.
+            for module in self.model.modules():
+                vars(module).pop("token_dispatcher", None)
             parallel.stop()
 
     # ------------------------------------------------------------------ inside one step

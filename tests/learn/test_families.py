@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -91,3 +92,24 @@ def test_a_family_is_added_as_the_documentation_says(ranks: Ranks, tmp_path: Pat
     save_tiny_model(tmp_path, "seed_oss", tied=False, rope="yarn")
     reports = ranks.run(family_case, world=2, model=str(tmp_path), layout=LAYOUTS["tp2"], source=documented())
     assert_equal(reports, str(tmp_path))
+
+
+def left_case(place: Place, model: str) -> tuple[int, int]:
+    """Threads of gloo before a trainer and after it."""
+
+    def threads() -> int:
+        gc.collect()
+        return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+    before = threads()
+    family_case(place, model, {})
+    return before, threads()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_closed_trainer_leaves_no_group_behind(
+    family: str, ranks: Ranks, tiny_model: Callable[..., str]
+) -> None:
+    """Its threads would go on polling: hundreds of trainers took three quarters of these tests' time."""
+    for before, after in ranks.run(left_case, world=1, model=tiny_model(family)):
+        assert after <= max(before, 3), "three stay from the first group on, whatever comes after"
