@@ -1,9 +1,9 @@
 """Rollout schedules: when the branches of growing trees may generate, fork and start.
 
-``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``eager`` does not
-hold a tree's last roots back until its last branch has ended.  ``lockstep`` is the schedule of the released
-ARPO code, the baseline: all live branches of all trees on a worker generate, then all their tools run, then
-the trees fork and top up, and the next round begins.  The rollout is the same.
+``barrier-free`` is the default: a branch waits for its own tokens and its own tool only.  ``eager`` forks at
+once what would else start as late roots.  ``lockstep`` is the schedule of the released ARPO code, the
+baseline: all live branches of all trees on a worker generate, then all their tools run, then the trees fork
+and top up, and the next round begins.  The rollout is the same.
 """
 
 from __future__ import annotations
@@ -51,12 +51,20 @@ class Schedule(ABC):
         return
 
     @abstractmethod
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
-        """Fresh roots to start now, at most ``remaining``, what is left of the tree's budget.
-
-        ``live``: its branches; ``share``: the leaves that were kept for forks at its start, per root,
-        n / N - 1.
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+        """Fresh roots to start now, at most ``remaining``, what is left of the tree's budget.  ``live``: its
+        branches.
         """
+
+    def forks(
+        self, asked: int, others: Collection[Branch], remaining: int, call_limit: int, share: float
+    ) -> int:
+        """Forks to make at a result where the policy has ``asked`` for so many; at most ``remaining``.
+
+        ``others``: the tree's live branches but the one that got the result; ``share``: the leaves that were
+        kept for forks at its start, per root, n / N - 1.
+        """
+        return min(asked, remaining)
 
 
 class BarrierFree(Schedule):
@@ -64,22 +72,25 @@ class BarrierFree(Schedule):
 
     streaming: ClassVar[bool] = True
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
         """The rest of the budget, unless a live branch may still bring a fork."""
         return 0 if any(_may_fork(b, call_limit) for b in live) else remaining
 
 
 class Eager(Schedule):
-    """Nobody waits, and a tree keeps no more leaves back than ``keep`` · ``share`` for each branch that may
-    still fork; the rest starts as fresh roots at once.
+    """Nobody waits, and what a tree keeps for forks is forked as early as it can be.
 
     A fork begins where its parent is and so ends when that ends; a root that starts late ends late, and the
-    slowest leaf sets the pace of a tree.  So few leaves are kept, which are nearly always taken by forks.  A
-    fork takes from what is kept, and its branch keeps a share like any other.
+    slowest leaf sets the pace of a tree.  So of the leaves that are left, every branch that may still fork
+    has a share, and what is over, because a branch has ended without having used its own, is taken by the
+    next result at which the policy is asked: more forks there instead of roots later.  Where the policy
+    forks, others keep ``keep`` shares each; where it does not, a whole share each, so that its decision still
+    says where most forks are.  A share is n / N - 1.
 
-    A branch whose call is late counts as one that forks no more, until the answer is there; then it may fork
-    if something is left.  A call is late after ``factor`` times the median of its tool's last ``window``
-    calls on this rollout worker, if there were ``least`` of them: the median does not mind the slow calls.
+    Fresh roots start when no branch may fork any more but those whose call is late.  Such a branch has no
+    share until the answer is there; then it may fork if something is left.  A call is late after ``factor``
+    times the median of its tool's last ``window`` calls on this rollout worker, if there were ``least`` of
+    them: the median does not mind the slow calls.
     """
 
     streaming: ClassVar[bool] = True
@@ -96,10 +107,16 @@ class Eager(Schedule):
         if outcome.attempts:  # else it was answered without the tool: from the cache, or refused
             self._latencies[tool].append(outcome.latency_s)
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
-        """What is left of the budget over the shares of the branches that may fork and are not late."""
-        hopeful = sum(_may_fork(b, call_limit) and not b.late for b in live)
-        return max(0, remaining - math.ceil(hopeful * self._keep * share))
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+        """The rest of the budget, unless a live branch that is not late may still bring a fork."""
+        return 0 if _hopeful(live, call_limit) else remaining
+
+    def forks(
+        self, asked: int, others: Collection[Branch], remaining: int, call_limit: int, share: float
+    ) -> int:
+        """What the policy asked for, or what is over the others' shares, if that is more."""
+        kept = (self._keep if asked else 1.0) * share * _hopeful(others, call_limit)
+        return min(max(asked, remaining - math.floor(kept)), remaining)
 
 
 class Lockstep(Schedule):
@@ -142,7 +159,7 @@ class Lockstep(Schedule):
             del self._members[branch]
             self._advance()
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int, share: float) -> int:
+    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
         """One root for a tree in which nothing lives."""
         return 0 if live else min(1, remaining)
 
@@ -161,6 +178,11 @@ class Lockstep(Schedule):
         for branch in self._members:  # their tasks go on in this order
             if not arrived[branch].done():  # it may have been cancelled, and is about to leave
                 arrived[branch].set_result(None)
+
+
+def _hopeful(branches: Collection[Branch], call_limit: int) -> int:
+    """How many of them may fork and have no late call."""
+    return sum(_may_fork(branch, call_limit) and not branch.late for branch in branches)
 
 
 def _may_fork(branch: Branch, call_limit: int) -> bool:

@@ -191,7 +191,7 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
-        count = self.schedule.top_ups(self.live.values(), self._remaining, self.last_fork, self.share)
+        count = self.schedule.top_ups(self.live.values(), self._remaining, self.last_fork)
         if count and self.policy.expands:
             if self.live:
                 return
@@ -398,7 +398,8 @@ class TreeRollout:
         )
         seen = probe(self.growth, branch, node, self.policy.probe_tokens)
         decision = decided(self.policy, self.policy.decide(seen, state, branch.rng))
-        forks = min(decision.forks, self._remaining)
+        others = [one for one in self.live.values() if one is not branch]
+        forks = self.schedule.forks(decision.forks, others, self._remaining, self.last_fork, self.share)
         self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
         branch.answer = None
         if not seen.shared:  # else the tree has forked here before, and the streak counts that
