@@ -8,7 +8,8 @@ schedule differs, and a day of tool calls takes seconds.
    tree is made of: forks, tool calls, generated tokens.
 2. The makespan of one batch against what no schedule can beat: max(critical path, work / capacity).
 3. What the barriers cost when nothing spreads: nothing; what is left at σ = 0 has other causes.
-4. The released rules in figures (forks, top-ups, rounds, tool calls by the chance of a call): with them a
+4. Eager growth against linear rollouts, seed by seed.
+5. The released rules in figures (forks, top-ups, rounds, tool calls by the chance of a call): with them a
    reader can check that the baseline is the released schedule.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -139,7 +141,7 @@ def grow(scenario: Scenario, way: Way, batches: int, seed: int = 0, skip: int = 
 
 def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
     """Measure, write ``schedules.json``, plots and ``schedules.html``; returns what the JSON file holds."""
-    batches, trees = (2, 16) if quick else (4, 32)
+    batches, trees, seeds = (2, 16, 1) if quick else (4, 32, 4)
     report = Report(
         out_dir,
         "schedules",
@@ -151,6 +153,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "throughput": _throughput(report, scenario, batches),
         "makespan": _makespan(report, replace(scenario, trees=scenario.trees * 4)),
         "equality": _equality(report, scenario),
+        "eager": _eager(report, scenario, batches, seeds),
         "rules": _rules(report, 50 if quick else 200),
         "world": {"batches": batches, "trees": trees, "slots": scenario.slots},
     }
@@ -231,6 +234,60 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
         axes.set_title(f"{share:.0%} stragglers of 30 times" if share else "no stragglers")
     figure.axes[0].legend(fontsize="x-small")
     return figure
+
+
+def _eager(report: Report, scenario: Scenario, batches: int, seeds: int) -> list[dict[str, Any]]:
+    """Eager growth and linear rollouts on the same seeds."""
+    rows: list[dict[str, Any]] = []
+    for staleness in (1, 4):
+        period, overrides = staleness + 1, (f"flow.staleness={staleness}",)
+        for latency in latencies():
+            case = replace(scenario, latency=latency)
+            linear, eager = (
+                [grow(case, Way(recipe, overrides), batches * period, seed, period) for seed in range(seeds)]
+                for recipe in ("fully-async", "eager")
+            )
+            pairs = list(zip(linear, eager, strict=True))
+            ratios = [theirs.result.step_s / ours.result.step_s for theirs, ours in pairs]
+            calls = [ours.per_tree["tool_calls"] / theirs.per_tree["tool_calls"] for theirs, ours in pairs]
+            rows.append(
+                {
+                    "staleness": staleness,
+                    "latency": str(latency),
+                    "linear_trees_per_h": [3600 * case.trees / one.result.step_s for one in linear],
+                    "eager_trees_per_h": [3600 * case.trees / one.result.step_s for one in eager],
+                    "ratio": ratios,
+                    "fork_share": fmean(one.per_tree["fork_share"] for one in eager),
+                    "tool_calls_ratio": fmean(calls),
+                }
+            )
+    report.section(
+        "Eager growth against linear rollouts",
+        "Trained trees per hour under rollout.schedule=eager over those of linear rollouts with the same η, "
+        f"on the same seeds (0 to {seeds - 1}), with the standard error of the mean; {batches} (η + 1) batches "
+        "after η + 1 that are left out.",
+    )
+    report.table(
+        "Trees per hour, forks and tool calls of eager growth against linear rollouts",
+        ["η", "tool latency", "ratio by seed", "mean", "leaves that are forks", "tool calls"],
+        [
+            [
+                row["staleness"],
+                row["latency"],
+                ", ".join(f"{ratio:.2f}" for ratio in row["ratio"]),
+                _mean(row["ratio"]),
+                f"{row['fork_share']:.0%}",
+                f"{row['tool_calls_ratio'] - 1:+.0%}",
+            ]
+            for row in rows
+        ],
+    )
+    return rows
+
+
+def _mean(values: list[float]) -> str:
+    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{error}"
 
 
 def _makespan(report: Report, scenario: Scenario) -> list[dict[str, Any]]:

@@ -130,11 +130,11 @@ class RolloutConfig:
 
     schedule: str = setting(
         "barrier-free",
-        "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: it keeps "
-        "half of n/N - 1 leaves back per branch that can and has no tool call of over twice that tool's "
-        "median (of 16 calls or more), and starts the rest at once; lockstep: the released ARPO code's "
-        "rounds (generate all, wait for all tools, fork, top up one root per round), for comparison; it "
-        "needs flow.staleness=0: a batch is grown, then trained on",
+        "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: at a "
+        "result it also forks what is over half of n/N - 1 leaves per other branch that can (over all of it, "
+        "where the policy does not fork), and calls of over twice their tool's median hold back no roots; "
+        "lockstep: the released ARPO code's rounds (generate all, wait for all tools, fork, top up one root "
+        "per round), for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),
     )
     leaves: int = setting(8, "n: leaves per tree", least=1)
