@@ -238,12 +238,17 @@ def _stepped(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
     return (_parameters(shape, learn, stage) - experts) / learn.copies + experts / learn.expert_copies
 
 
+def adapted(shape: ModelShape, learn: LearnConfig) -> tuple[str, ...]:
+    """The parts of every layer that have adapters, if any have."""
+    return learn.lora.parts(experts=shape.experts is not None)
+
+
 def adapter_parameters(shape: ModelShape, learn: LearnConfig, stage: int | None = None) -> float:
     """Numbers of all adapters (``learn.lora``), or of those that a rank on a pipeline stage holds."""
     lora, tp = learn.lora, 1 if stage is None else learn.tp
     layers = shape.layers if stage is None else -(-shape.layers // learn.pp)
     each = 0.0
-    for part in lora.parts:
+    for part in adapted(shape, learn):
         wide, narrow = shape.layer_parts(0)[part]
         # The factor beside the cut of its layer is split over the tensor-parallel ranks (learn/lora.py).
         split = (wide, narrow / tp) if part in ("out", "down") else (wide / tp, narrow)
@@ -263,9 +268,10 @@ def _beside_adapters(shape: ModelShape, learn: LearnConfig, width: int, tokens: 
     lora, split = learn.lora, learn.tp if learn.sequence_parallel else 1
     if not lora.on:
         return 0.0
-    recomputed = {"none": (), "selective": ("gate", "up", "down"), "full": lora.parts}[learn.recompute]
+    parts = adapted(shape, learn)
+    recomputed = {"none": (), "selective": ("gate", "up", "down"), "full": parts}[learn.recompute]
     kept = 0.0
-    for part in lora.parts:
+    for part in parts:
         by_columns = part in ("out", "down")
         wide = shape.layer_parts(0)[part][1] / (learn.tp if by_columns else 1)
         once = width * lora.rank * (tokens / (split if by_columns else 1) + wide)

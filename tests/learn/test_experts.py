@@ -27,7 +27,7 @@ from test_families import assert_equal, family_case
 from test_learner_equality import adamw_case, hf_gradients, idle_rank_case, open_trainer
 from test_learner_state import load_case, save_case, save_hf_case
 
-from system.config import ConfigError, LearnConfig, PartConfig
+from system.config import ConfigError, LearnConfig, LoraConfig, PartConfig
 from system.learn.model import transformer_config
 from system.models.known import KNOWN
 from system.tree.pack import pack_share
@@ -222,6 +222,11 @@ def test_the_balancing_loss_counts_every_token_once(
         ("qwen3-30b-a3b", {"tp": 2}, "every rank would compute the same experts for the same tokens"),
         ("qwen3-30b-a3b", {"tp": 1, "ep": 3}, "learn.ep=3 does not divide the model's 128 experts"),
         ("qwen3-30b-a3b", {"tp": 512, "sequence_parallel": True}, "learn.tp=512 does not divide"),
+        (
+            "qwen3-30b-a3b",
+            {"tp": 1, "lora": LoraConfig(rank=4, targets=["q", "gate", "down"])},
+            "targets: gate, down: in a mixture of experts these are the experts' own, which stand still",
+        ),
         ("qwen3-8b", {"tp": 1, "ep": 2}, "learn.ep=2: the model has no experts"),
         ("qwen3-8b", {"tp": 1, "aux_loss": 0.1}, "learn.aux_loss=0.1: the model has no experts"),
     ],

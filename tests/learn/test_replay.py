@@ -27,6 +27,9 @@ from learner_reference import (
 )
 from test_learner_equality import hf_gradients, open_trainer
 
+from system.config import LoraConfig
+from system.learn.lora import drawn
+from system.models.adapter import adapter_of, factors
 from system.models.shape import ModelShape
 from system.tree.pack import PackedBatch, pack_share
 from system.tree.record import Tree, validate
@@ -120,7 +123,8 @@ def replay_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, A
     try:
         before = trainer.logprobs(trees)
         stats = train(trainer, trees)
-        report = {"gradient": hf_gradients(trainer), "stats": stats, "free": trainer.logprobs(trees)}
+        gradient = hf_gradients(trainer, adapters=trainer.learn.lora.on)
+        report = {"gradient": gradient, "stats": stats, "free": trainer.logprobs(trees)}
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, report["free"], strict=True))
         plan = trainer.planner.plan([TreeStats.of(tree) for tree in trees])
         (share,) = pack_share(plan, trainer.layout.dp_rank, dict(enumerate(trees)))
@@ -174,6 +178,29 @@ def test_a_step_goes_through_the_recorded_experts(
     routers = [name for name in reports[0]["gradient"] if name.endswith("mlp.gate.weight")]
     assert len(routers) == (1 if tied else 2)
     assert all(np.abs(reports[0]["gradient"][name]).max() > 0 for name in routers)
+
+
+@pytest.mark.parametrize("name", ["ep2 selective", "ep2 with tp2 full"])
+def test_adapters_learn_through_the_recorded_experts(
+    ranks: Ranks, tiny_model: Callable[..., str], name: str
+) -> None:
+    """Where B is zero, a gradient G of W + s·B A is one of s·G Aᵀ of B, and none of A."""
+    model, lora = tiny_model("qwen3_moe"), LoraConfig(rank=4, alpha=8.0)
+    adapter = adapter_of(lora, ModelShape.from_directory(model))
+    assert adapter is not None
+    layout = LAYOUTS[name] | {"lora": lora}
+    found = ranks.run(replay_case, world=2, model=model, layout=layout)[0]["gradient"]
+    hf, trees, config = load_hf(model), with_routes(model), learner_config(**WORK)
+    with forced(hf, trees):
+        flat_loss(hf, trees, *credit_of(trees, config), config.learn, reference=load_hf(model)).backward()
+    whole, expected = gradients(hf), {}
+    for weight, gradient in whole.items():
+        a, b = factors(weight)
+        if a in found:
+            begun = drawn(a, found[a].shape, 0).numpy()
+            expected |= {a: np.zeros_like(begun), b: adapter.scale * gradient @ begun.T}
+    assert len(expected) == 2 * 2 * 4  # A and B of four projections in two layers
+    assert relative_distance(found, expected) < 1e-5
 
 
 def share_case(place: Place, model: str, replays: bool, **layout: Any) -> dict[str, float]:
