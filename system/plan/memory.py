@@ -146,6 +146,8 @@ def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfl
 
     Of each expert that a token goes through, in numbers: what comes to it (h), gate and up, and three
     products of their width, the last one weighed; of the router its scores and a map of who goes where.
+    Experts that stand still beside adapters have no gradients of weights, and keep neither what comes to
+    them nor the last product.
     All of a row's tokens come to each rank where experts are split over ranks (``learn.expert_tp``); where
     they are whole, as many as leave it.
     """
@@ -155,7 +157,9 @@ def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfl
         return dense
     split = learn.tp if learn.sequence_parallel else 1
     chosen = experts.chosen * UNEVEN * width
-    inside = chosen * (shape.hidden + 5 * experts.ffn / learn.expert_tp) * learn.expert_tp / split
+    frozen = learn.lora.on
+    each = (0 if frozen else shape.hidden) + (4 if frozen else 5) * experts.ffn / learn.expert_tp
+    inside = chosen * each * learn.expert_tp / split
     router = experts.count * (width + 1) / split
     sparse = experts.layers / shape.layers
     return (1 - sparse) * dense + sparse * (inside + router)

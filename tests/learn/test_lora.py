@@ -233,6 +233,7 @@ def test_adapters_learn_as_by_peft(
         ("mistral", True, ["up", "o"], "tp1"),
         ("qwen3_moe", True, ATTENTION, "tp1, full"),
         ("qwen3_moe", False, ["k", "o"], "tp2, sp, selective"),
+        ("qwen3_moe", False, ["k", "o"], "pp2, full"),
         *(("qwen3_moe", True, ATTENTION, name) for name in OF_EXPERTS),
     ],
 )
