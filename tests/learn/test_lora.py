@@ -231,9 +231,7 @@ def test_adapters_learn_as_by_peft(
         ("qwen2", False, ["q", "v"], "tp2, sp, selective"),
         ("llama", False, ["k", "down"], "tp2"),
         ("mistral", True, ["up", "o"], "tp1"),
-        ("qwen3_moe", True, ATTENTION, "tp1, full"),
-        ("qwen3_moe", False, ["k", "o"], "tp2, sp, selective"),
-        ("qwen3_moe", False, ["k", "o"], "pp2, full"),
+        *(("qwen3_moe", True, ATTENTION, name) for name in ("tp1, full", "tp2, sp, selective", "pp2, full")),
         *(("qwen3_moe", True, ATTENTION, name) for name in OF_EXPERTS),
     ],
 )
