@@ -24,7 +24,7 @@ from system.models.shape import ModelShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROJECTIONS = tuple(MODULES)  # parts of a layer that can have adapters
-MERGED = 1 << 22  # numbers of a weight that are merged at one time: in float32 some copies of 16 MiB
+MERGED = 1 << 22  # numbers of a weight that are merged at one time: 16 MiB each of some float32 copies
 _PREFIX = "base_model.model."
 # Keys of an adapter_config.json that change nothing of what the adapters compute, whatever they say.
 _ANY = {
