@@ -26,6 +26,7 @@ from system.engine.protocol import EngineError, GenerateRequest, Sampling
 from system.engine.routes import RouteFormat
 from system.engine.sglang.command import IN_SERVER, interpreter, server_command
 from system.engine.sglang.server import ServerFailed, SglangServer
+from system.models.shape import ModelShape
 
 CHECK_DEADLINE_S = 30.0
 
@@ -106,6 +107,7 @@ class EngineActor:
             key=keys.held().engines,
             routes=settings.rollout.replay_routes and RouteFormat.of_directory(model_path) is not None,
             lora=settings.learn.lora if adapters_travel(settings) else None,
+            experts=ModelShape.from_directory(model_path).experts is not None,
         )
         server = self._sglang = SglangServer(command, f"http://{host}:{port}", log)
         try:

@@ -133,10 +133,9 @@ class LearnerRank:
     def publish(self, urls: list[str], version: int, deadline_s: float) -> PushReport:
         """Stream the current weights into the engines at ``urls`` as ``version``; the answer is on rank 0."""
         from system.engine import weights
-        from system.models.adapter import adapter_of
 
         apart = adapters_travel(self._config)
-        adapter = adapter_of(self._config.learn.lora) if apart else None
+        adapter = self._trainer.model.adapter if apart else None
         if self._rank == 0:
             if self._transport is None:
                 config, address = self._config, ray.util.get_node_ip_address()

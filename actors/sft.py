@@ -21,6 +21,7 @@ from actors.session import in_session
 from actors.supervised import SftState, Supervised, finished
 from system.config import Config, to_dict
 from system.config.lora import going_on
+from system.doctor.adapters import chosen_targets
 from system.errors import DONE, STOPPED, ConfigError
 from system.models.files import take_name
 from system.observe import lease
@@ -57,7 +58,8 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        print(f"run directory: {run_dir.root}", flush=True)
+        told = map(shown, chosen_targets(config))
+        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
         again, last = run_dir.resume_command, not config.sft.samples
         try:

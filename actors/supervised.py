@@ -15,7 +15,7 @@ from actors.checkpoints import aside, checkpoints, version_of
 from actors.learner import LearnerGroup
 from system.config import Config
 from system.errors import CheckpointError, ConfigError, EspalierError
-from system.observe.card import CARD
+from system.observe.card import CARD, base_name
 from system.observe.progress import Progress, compact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
@@ -76,7 +76,6 @@ class Supervised:
         self.config, self.run_dir, self.state, self.progress = config, run_dir, state, progress
         self.stopping = asyncio.Event()
         self._learner, self._sinks, self._several = learner, sinks, how != "last"
-        self._base = str(Path(config.model.path).absolute())  # of adapters
         self._began = time.monotonic()
         self._ticks: deque[tuple[float, int]] = deque(maxlen=RECENT)  # (when, tokens learned by then)
 
@@ -187,7 +186,7 @@ class Supervised:
         partial.parent.mkdir(exist_ok=True)
         if self.config.learn.lora.on:  # before the model, whose presence says that all is there
             adapter = self.state.adapter_path(self.run_dir, self.state.step)
-            await self._learner.save_adapters(str(adapter), self._base)
+            await self._learner.save_adapters(str(adapter), base_name(self.config))
         kept = await self._learner.save_hf(str(partial))
         partial.rename(path)
         return kept

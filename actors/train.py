@@ -21,10 +21,12 @@ from actors.rollout_pool import RunActors
 from actors.session import in_session
 from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
+from system.doctor.adapters import chosen_targets
 from system.errors import DONE, STOPPED
 from system.evals.record import Asked
 from system.evals.sets import question_sets, to_ask
 from system.observe import lease
+from system.observe.card import base_name
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
@@ -53,7 +55,7 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        told = map(shown, [*notes(config, task), *without_effect(config)])
+        told = map(shown, [*notes(config, task), *without_effect(config), *chosen_targets(config)])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
             work = partial(_run_and_deliver, config, run_dir, task, asked)
@@ -183,7 +185,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     await conductor.evaluate("after")
     progress.phase("saving")
     if config.learn.lora.on:
-        await actors.learner.save_adapters(str(run_dir.adapter), str(run.model.absolute()))
+        await actors.learner.save_adapters(str(run_dir.adapter), base_name(config))
     kept = await actors.learner.save_hf(str(run_dir.model))
     if kept is not None:
         run.recorder.model_merged(kept)

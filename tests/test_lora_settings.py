@@ -6,7 +6,7 @@ import pytest
 
 from system.config import ConfigError, load
 from system.config.lora import adapters_travel, merging_warning
-from system.config.schema_lora import MODULES, PARTS
+from system.config.schema_lora import MODULES, PARTS, LoraConfig
 from system.models.families.base import NAMES
 
 LORA = ["model.path=m", "learn.lora.rank=8"]
@@ -57,3 +57,11 @@ def test_projections_are_called_as_in_a_models_files() -> None:
     assert {*MODULES} == {*PARTS.values()}
     for part, module in MODULES.items():
         assert NAMES[part].split(".")[-2] == module
+
+
+def test_a_mixture_of_experts_has_adapters_where_every_token_goes_through() -> None:
+    attention = ("q", "k", "v", "out")
+    assert LoraConfig().parts(experts=False) == (*attention, "gate", "up", "down")
+    assert LoraConfig().parts(experts=True) == attention
+    for experts in (False, True):
+        assert LoraConfig(targets=["o", "q"]).parts(experts=experts) == ("q", "out")

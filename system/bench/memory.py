@@ -159,7 +159,7 @@ def measure(shape: ModelShape, tp: int, tokens: int, way: StepSettings) -> Peak:
         with fake, fused(), logits, arrival, meter:
             transformer = transformer_config(shape, learn, torch.bfloat16)
             setattr(transformer, "bias_activation_fusion", True)  # noqa: B010 -- as on a GPU
-            model = build(shape, transformer, "flex", adapter_of(learn.lora))
+            model = build(shape, transformer, "flex", adapter_of(learn.lora, shape))
             with cpu.scope():
                 wrapped = DistributedDataParallel(
                     transformer,

@@ -66,7 +66,7 @@ def lora_problems(config: Config) -> Iterator[str]:
     """A line each, with the remedy."""
     lora, engine = config.learn.lora, config.engine
     yield from _incomplete(lora)
-    if not (lora.on and lora.targets):
+    if not lora.on:
         return
     if config.learn.proximal == "average":
         yield (
@@ -94,12 +94,8 @@ def _incomplete(lora: LoraConfig) -> Iterator[str]:
     for target in lora.targets:
         if target not in PARTS:
             yield f"learn.lora.targets: {target!r}: choose of {', '.join(PARTS)}"
-    if not lora.on:
-        if lora.init:
-            yield (
-                f"learn.lora.init={lora.init} does nothing while learn.lora.rank=0 (the whole model is "
-                "trained): set learn.lora.rank too, or take it out"
-            )
-        return
-    if not lora.targets:
-        yield f"learn.lora.targets is empty: nothing would be trained; name some of {', '.join(PARTS)}"
+    if lora.init and not lora.on:
+        yield (
+            f"learn.lora.init={lora.init} does nothing while learn.lora.rank=0 (the whole model is "
+            "trained): set learn.lora.rank too, or take it out"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from system.config.schema import Config
 from system.config.schema_learn import LearnConfig
+from system.config.schema_lora import PARTS
 
 
 def without_effect(config: Config) -> Iterator[str]:
@@ -20,7 +21,8 @@ def without_effect(config: Config) -> Iterator[str]:
         yield f"learn.teacher_coef={learn.teacher_coef:g} will do nothing: learn.teacher=none"
     if not learn.lora.on:  # a baseline, say: a sweep over ranks has 0 among them
         for name in ("alpha", "targets", "sync"):
-            if (value := getattr(learn.lora, name)) != getattr(usual.lora, name):
+            value = getattr(learn.lora, name)
+            if value not in (getattr(usual.lora, name), [*PARTS]):  # all: the default of older runs
                 yield f"learn.lora.{name}={value} will do nothing: learn.lora.rank=0 trains the whole model"
     if engine.urls and engine.sglang:
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from system.config import Config
+from system.config.schema_lora import ATTENTION
 from system.models.shape import ModelShape
 from system.plan.memory import WIDTH, adapter_parameters
 
@@ -15,12 +16,24 @@ def misfit(config: Config, shape: ModelShape) -> Iterator[str]:
     if lora.on and lora.init:
         from system.models.adapter import AdapterError, adapter_of, read_adapter  # a second: torch
 
-        wanted = adapter_of(lora)
+        wanted = adapter_of(lora, shape)
         assert wanted is not None
         try:
             read_adapter(lora.init, shape, wanted)
         except AdapterError as error:
             yield f"learn.lora.init={lora.init}: {error}"
+
+
+def chosen_targets(config: Config) -> Iterator[str]:
+    """What to tell at the start of a run by LoRA that names no projections, of a mixture of experts, where
+    not all have adapters.  Raises :class:`~system.models.reading.UnsupportedModel`.
+    """
+    lora = config.learn.lora
+    if lora.on and not lora.targets and ModelShape.from_directory(config.model.path).experts:
+        yield (
+            f"learn.lora.targets: adapters on {', '.join(ATTENTION)}, which every token goes through; the "
+            "experts and the router of this mixture stand still"
+        )
 
 
 def trained(config: Config, parameters: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from system.config import LearnConfig
+from system.config.schema_lora import ATTENTION
 from system.models.shape import ModelShape
 
 
@@ -24,8 +25,12 @@ def expert_problems(shape: ModelShape, learn: LearnConfig) -> Iterator[str]:
             if value:
                 yield f"learn.{name}={getattr(learn, name)}: the model has no experts; take it out"
         return
-    if learn.lora.on:
-        yield f"learn.lora.rank={learn.lora.rank}: a mixture of experts takes no adapters yet; set it to 0"
+    if learn.lora.on and (beyond := [one for one in learn.lora.targets if one not in ATTENTION]):
+        yield (
+            f"learn.lora.targets: {', '.join(beyond)}: in a mixture of experts these are the experts' own, "
+            f"which stand still, as does the router: choose of {', '.join(ATTENTION)}, which every token "
+            "goes through"
+        )
     if shape.experts.count % learn.ep:
         yield f"learn.ep={learn.ep} does not divide the model's {shape.experts.count} experts"
     if learn.tp > 1 and not learn.sequence_parallel:

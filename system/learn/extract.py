@@ -103,15 +103,17 @@ def _files(
 
 
 def extract_adapters(
-    checkpoint: Path, source: str | Path, target: Path, dtype: torch.dtype, adapter: Adapter
+    checkpoint: Path, source: str | Path, target: Path, dtype: torch.dtype, adapter: Adapter, base: str
 ) -> None:
-    """Write the adapters of ``checkpoint`` into ``target`` in PEFT's format; raises as :func:`extract`."""
+    """Write the adapters of ``checkpoint`` into ``target`` in PEFT's format, as those of the model that is
+    called ``base``; raises as :func:`extract`.
+    """
     _sound(checkpoint)
     shape = ModelShape.from_directory(source)
     tensors = _read(checkpoint, adapter.tensors(shape), dtype)
     partial = target.with_name(target.name + ".partial")
     with naming(partial):
-        adapter.write(partial, tensors, str(Path(source).absolute()))
+        adapter.write(partial, tensors, base)
         take_name(partial, target)
 
 

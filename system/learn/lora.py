@@ -5,7 +5,9 @@ split like itself; one that is split by columns (``linear_proj``, ``linear_fc2``
 only activations of the adapters' rank are exchanged in addition.  Each Hugging Face projection has an (A, B)
 of its own, for PEFT's names: ``linear_qkv.lora_A.q`` beside ``linear_qkv.weight``.
 
-Mixtures of experts: projections of experts have no adapters (no layer here is built for them).
+Of a mixture of experts the attention's projections alone have adapters, which every token goes through:
+parameters like those of a dense model, whose gradients are reduced over all data-parallel ranks whatever
+``learn.ep`` is.  Experts and router stand still; a shared expert no family here has.
 """
 
 from __future__ import annotations

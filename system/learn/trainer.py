@@ -86,7 +86,7 @@ class Trainer:
         self.warnings = [warning for warning in warnings if warning]  # about the settings, to be told once
         shape = ModelShape.from_directory(hf_path)
         transformer = transformer_config(shape, learn, DTYPES[config.model.dtype])
-        adapter = adapter_of(learn.lora)
+        adapter = adapter_of(learn.lora, shape)
         self.model = build(shape, transformer, learn.attention, adapter)
         weights.load(self.model, self.layout, hf_path)
         self._loads = Loads(self.model, self.layout, learn, sparse=bool(shape.experts))
@@ -223,7 +223,9 @@ class Trainer:
         return kept
 
     def save_adapters(self, path: str | Path, base: str) -> None:
-        """Write the adapters in PEFT's format; ``base``: the model that they belong to."""
+        """Write the adapters in PEFT's format; ``base``: what the model that they belong to is
+        called.
+        """
         weights.save_adapters(self.model, self.layout, Path(path), base)
         torch.distributed.barrier()
 

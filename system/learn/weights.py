@@ -202,8 +202,8 @@ def save_hf(
 
 
 def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str) -> None:
-    """Write the adapters in PEFT's format; ``base``: the model's own directory.  Collective; only rank 0
-    touches the disk.
+    """Write the adapters in PEFT's format; ``base``: what the model that they belong to is called.
+    Collective; only rank 0 touches the disk.
     """
     tensors: Bucket = {}
     for bucket in Export(model, layout, 2**31, adapters=True).buckets():

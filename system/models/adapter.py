@@ -24,6 +24,7 @@ from system.models.shape import ModelShape
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROJECTIONS = tuple(MODULES)  # parts of a layer that can have adapters
+MERGED = 1 << 22  # numbers of a weight that are merged at one time: 16 MiB each of some float32 copies
 _PREFIX = "base_model.model."
 # Keys of an adapter_config.json that change nothing of what the adapters compute, whatever they say.
 _ANY = {
@@ -115,17 +116,19 @@ class Adapter:
         rounding: Rounding | None = None,
     ) -> dict[str, torch.Tensor]:
         """``weights`` of the model, by name, each with its adapter, if there is one among ``adapters``, added
-        in: W + scale · B A, computed in float32, rounded to the weight's dtype.  ``rounding`` takes in what
-        that costs.
+        in: W + scale · B A, computed in float32, ``MERGED`` numbers at a time, rounded to the weight's dtype.
+        ``rounding`` takes in what that costs.
         """
         merged = dict(weights)
         for name, weight in weights.items():
             a, b = map(adapters.get, factors(name))
             if a is not None and b is not None:
-                change = self.scale * (b.float() @ a.float())
-                merged[name] = (weight.float() + change).to(weight.dtype)
-                if rounding is not None:
-                    rounding.add(change, merged[name].float() - weight.float())
+                merged[name] = torch.empty_like(weight)
+                for rows in _slices(weight):
+                    change = self.scale * (b[rows].float() @ a.float())
+                    merged[name][rows] = weight[rows].float() + change
+                    if rounding is not None:
+                        rounding.add(change, merged[name][rows].float() - weight[rows].float())
         return merged
 
     def peft_config(self) -> dict[str, Any]:
@@ -141,16 +144,23 @@ class Adapter:
         }
 
     def write(self, directory: Path, adapters: Mapping[str, torch.Tensor], base: str) -> None:
-        """PEFT's two files into ``directory``; ``base``: the model that they belong to."""
+        """PEFT's two files into ``directory``; ``base``: what the model that they belong to is called."""
         directory.mkdir(parents=True, exist_ok=True)
         write_weights({name: tensor.contiguous() for name, tensor in adapters.items()}, directory / WEIGHTS)
         config = self.peft_config() | {"base_model_name_or_path": base, "inference_mode": True}
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def adapter_of(lora: LoraConfig) -> Adapter | None:
-    """What ``learn.lora`` asks for; None: the whole model is trained."""
-    return Adapter(lora.rank, lora.alpha, lora.parts) if lora.on else None
+def _slices(weight: torch.Tensor) -> list[slice]:
+    """Rows of a matrix that are merged at one time."""
+    each = max(1, MERGED // weight.size(1))
+    return [slice(row, row + each) for row in range(0, len(weight), each)]
+
+
+def adapter_of(lora: LoraConfig, shape: ModelShape) -> Adapter | None:
+    """What ``learn.lora`` asks for of a model of ``shape``; None: the whole model is trained."""
+    parts = lora.parts(experts=shape.experts is not None)
+    return Adapter(lora.rank, lora.alpha, parts) if lora.on else None
 
 
 def factors(name: str) -> tuple[str, str]:
@@ -178,7 +188,7 @@ def read_adapter(path: str | Path, shape: ModelShape, wanted: Adapter) -> dict[s
             raise AdapterError(f"{directory / CONFIG}: {key}={value!r} is not computed here: {why}")
     targets = config.get("target_modules")
     if targets == "all-linear":
-        targets = [*MODULES.values()]
+        targets = [MODULES[part] for part in LoraConfig().parts(experts=shape.experts is not None)]
     if not isinstance(targets, list):
         raise AdapterError(f"{directory / CONFIG}: target_modules={targets!r}: name the modules in a list")
     for key, value, needed in (

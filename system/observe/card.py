@@ -94,6 +94,13 @@ def _hub_name(config: Config) -> str:
     return ""
 
 
+def base_name(config: Config) -> str:
+    """What the model that training began with is called: on the hub, or else as its directory.  No path,
+    which means nothing on another machine.
+    """
+    return _hub_name(config) or Path(config.model.path).absolute().name
+
+
 def _adapters(config: Config, alone: bool, merged: tuple[str, float] | None) -> Iterator[str]:
     """Of a run by LoRA: what these files are."""
     lora = config.learn.lora
@@ -112,7 +119,7 @@ def _adapters(config: Config, alone: bool, merged: tuple[str, float] | None) -> 
 def _base(config: Config) -> str:
     if not config.model.path:
         return "a small model of random weights that the run made"
-    return _text(_hub_name(config) or Path(config.model.path).name)
+    return _text(base_name(config))
 
 
 def _how(config: Config, summary: Mapping[str, Any], version: int) -> str:

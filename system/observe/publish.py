@@ -14,7 +14,7 @@ from typing import Any
 from system.config.lora import WELL_KEPT
 from system.errors import ConfigError, naming
 from system.observe import hub
-from system.observe.card import CARD, model_card
+from system.observe.card import CARD, base_name, model_card
 from system.observe.rundir import RunDir, write_atomic
 
 
@@ -119,12 +119,14 @@ def _write(what: _Export, directory: Path) -> float | None:
 
         from system.learn.extract import extract, extract_adapters, merge
         from system.models.adapter import adapter_of
+        from system.models.shape import ModelShape
 
         config = what.run.config()
         began = what.run.start_model(config)
-        dtype, adapters = getattr(torch, what.dtype), adapter_of(config.learn.lora)
+        dtype = getattr(torch, what.dtype)
+        adapters = adapter_of(config.learn.lora, ModelShape.from_directory(began))
         if what.adapter and adapters:
-            extract_adapters(what.source, began, directory, dtype, adapters)
+            extract_adapters(what.source, began, directory, dtype, adapters, base_name(config))
         elif what.step is None and adapters:
             kept = merge(what.source, began, directory, dtype, adapters)
         else:

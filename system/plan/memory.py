@@ -146,6 +146,8 @@ def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfl
 
     Of each expert that a token goes through, in numbers: what comes to it (h), gate and up, and three
     products of their width, the last one weighed; of the router its scores and a map of who goes where.
+    Experts that stand still beside adapters have no gradients of weights, and keep neither what comes to
+    them nor the last product.
     All of a row's tokens come to each rank where experts are split over ranks (``learn.expert_tp``); where
     they are whole, as many as leave it.
     """
@@ -155,7 +157,9 @@ def mlp_bytes_per_token(shape: ModelShape, learn: LearnConfig, dtype: str = "bfl
         return dense
     split = learn.tp if learn.sequence_parallel else 1
     chosen = experts.chosen * UNEVEN * width
-    inside = chosen * (shape.hidden + 5 * experts.ffn / learn.expert_tp) * learn.expert_tp / split
+    frozen = learn.lora.on
+    each = (0 if frozen else shape.hidden) + (4 if frozen else 5) * experts.ffn / learn.expert_tp
+    inside = chosen * each * learn.expert_tp / split
     router = experts.count * (width + 1) / split
     sparse = experts.layers / shape.layers
     return (1 - sparse) * dense + sparse * (inside + router)
@@ -238,12 +242,17 @@ def _stepped(shape: ModelShape, learn: LearnConfig, stage: int) -> float:
     return (_parameters(shape, learn, stage) - experts) / learn.copies + experts / learn.expert_copies
 
 
+def adapted(shape: ModelShape, learn: LearnConfig) -> tuple[str, ...]:
+    """The parts of every layer that have adapters, if any have."""
+    return learn.lora.parts(experts=shape.experts is not None)
+
+
 def adapter_parameters(shape: ModelShape, learn: LearnConfig, stage: int | None = None) -> float:
     """Numbers of all adapters (``learn.lora``), or of those that a rank on a pipeline stage holds."""
     lora, tp = learn.lora, 1 if stage is None else learn.tp
     layers = shape.layers if stage is None else -(-shape.layers // learn.pp)
     each = 0.0
-    for part in lora.parts:
+    for part in adapted(shape, learn):
         wide, narrow = shape.layer_parts(0)[part]
         # The factor beside the cut of its layer is split over the tensor-parallel ranks (learn/lora.py).
         split = (wide, narrow / tp) if part in ("out", "down") else (wide / tp, narrow)
@@ -263,9 +272,10 @@ def _beside_adapters(shape: ModelShape, learn: LearnConfig, width: int, tokens: 
     lora, split = learn.lora, learn.tp if learn.sequence_parallel else 1
     if not lora.on:
         return 0.0
-    recomputed = {"none": (), "selective": ("gate", "up", "down"), "full": lora.parts}[learn.recompute]
+    parts = adapted(shape, learn)
+    recomputed = {"none": (), "selective": ("gate", "up", "down"), "full": parts}[learn.recompute]
     kept = 0.0
-    for part in lora.parts:
+    for part in parts:
         by_columns = part in ("out", "down")
         wide = shape.layer_parts(0)[part][1] / (learn.tp if by_columns else 1)
         once = width * lora.rank * (tokens / (split if by_columns else 1) + wide)

@@ -13,6 +13,7 @@ from functools import cached_property
 
 from system.config import Config, ConfigError
 from system.config.lora import adapters_travel
+from system.config.schema_lora import PARTS
 from system.learn.expert_layout import expert_problems
 from system.learn.sizes import context_block
 from system.models.known import shape_of
@@ -21,6 +22,7 @@ from system.plan.hardware import GIB, GPUS, NODE, Gpu
 from system.plan.memory import (
     EngineLayout,
     Memory,
+    adapted,
     adapter_parameters,
     engine_layout,
     engine_memory,
@@ -416,9 +418,10 @@ def text(plan: GpuPlan) -> str:
 
 def _lora(plan: GpuPlan) -> str:
     lora, adapters = plan.config.learn.lora, adapter_parameters(plan.shape, plan.config.learn)
+    targets = (target for target, part in PARTS.items() if part in adapted(plan.shape, plan.config.learn))
     how = "adapters alone" if adapters_travel(plan.config) else "merged, all weights"
     return (
-        f"  LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {parameter_count(adapters)} numbers are "
+        f"  LoRA of rank {lora.rank} on {', '.join(targets)}: {parameter_count(adapters)} numbers are "
         f"trained; {byte_size(plan.sent_bytes)} a version travel ({how})"
     )
 

@@ -159,7 +159,10 @@ def test_a_transport_knows_the_run_by_its_directory_and_what_travels(monkeypatch
     rank: Any = object.__new__(LearnerRank)
     rank._rank, rank._transport, rank._model, rank._config = 0, None, "model", Config()
     rank._config.run.dir, rank._config.run.name = "/shared/runs", "mine-s0"
-    rank._trainer = SimpleNamespace(export=export, rounding=SimpleNamespace(kept=0.25))
+    kind = Adapter(4, 32.0, ("q", "v"))
+    rank._trainer = SimpleNamespace(
+        export=export, rounding=SimpleNamespace(kept=0.25), model=SimpleNamespace(adapter=kind)
+    )
     assert rank.publish(["http://10.0.0.2:1"], 3, 5.0).bytes == 7
     assert given[-2:] == ["10.0.0.1", Path("/shared/runs/mine-s0")]
     for name, lora in (("embedded", 0), ("embedded", 4), ("sglang", 4)):  # which gets them merged
@@ -169,6 +172,5 @@ def test_a_transport_knows_the_run_by_its_directory_and_what_travels(monkeypatch
         rank._rank = 1  # another rank walks through the same
         rank.publish(["http://10.0.0.2:1"], 3, 5.0)
         rank._rank = 0
-    parts = ("q", "k", "v", "out", "gate", "up", "down")
-    assert kinds == [None, None, Adapter(4, 32.0, parts), None]
+    assert kinds == [None, None, kind, None]
     assert apart == [False, False, False, True, True, False, False]

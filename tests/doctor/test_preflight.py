@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from actors.cli.main import main
 from system.config import load
 from system.doctor import answering, preflight
+from system.doctor.adapters import chosen_targets
 from system.doctor.preflight import look, require
 from system.models.adapter import Adapter
 from system.models.directory import INDEX, SINGLE, faults
@@ -484,6 +485,11 @@ def test_what_a_mixture_of_experts_needs(place: Path) -> None:
     assert "engine." not in told()
     assert "learn.tp=2 with a mixture of experts: every rank" in told("learn.tp=2")
     assert "learn.ep=4 does not divide the model's 2 experts" in told("learn.ep=4", "learn.dp=4")
+    adapters = "learn.lora.rank=2", "learn.lora.targets=[q, up]"
+    assert "targets: up: in a mixture of experts these are the experts' own" in told(*adapters)
+    (line,) = chosen_targets(load("plain.yaml", ["learn.lora.rank=2"]))
+    assert "learn.lora.targets: adapters on q, k, v, o, which every token goes through" in line
+    assert [*chosen_targets(load("plain.yaml", [*adapters[:1], "learn.lora.targets=[q]"]))] == []
     made = "model.path=", "model.family=qwen3_moe", "task=quickstart", "learn.tp=2"
     assert "set learn.sequence_parallel=true" in told(*made)
     assert "learn." not in told(*made, "learn.sequence_parallel=true")

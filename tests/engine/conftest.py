@@ -16,6 +16,7 @@ from system.engine.embedded import EmbeddedEngine
 from system.engine.routes import RouteFormat
 from system.engine.sglang.command import SglangMissing, interpreter, server_command
 from system.engine.sglang.server import SglangServer
+from system.models.shape import ModelShape
 from system.serving import free_port as a_free_port
 
 sys.path.append(str(Path(__file__).parent.parent / "rollout"))  # the fakes of the rollouts serve here, too
@@ -99,6 +100,7 @@ def start_sglang(
             cpu=True,
             key=SGLANG_KEY,
             lora=lora,
+            experts=ModelShape.from_directory(path).experts is not None,
         )
         command.env.update(environment)
         running.append(SglangServer(command, f"http://127.0.0.1:{port}", log))

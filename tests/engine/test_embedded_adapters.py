@@ -68,6 +68,7 @@ def with_adapters(served: Served, kind: Adapter = KIND) -> EngineClient:
         ("qwen2", False, ("q", "v")),
         ("llama", True, ("k", "down")),
         ("mistral", False, ("out", "up")),
+        ("qwen3_moe", True, ("q", "k", "v", "out")),
     ],
 )
 async def test_numbers_equal_peft(

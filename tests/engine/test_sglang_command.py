@@ -68,6 +68,8 @@ def test_a_server_of_adapters_is_told_which_will_come() -> None:
     apart = LoraConfig(rank=8, targets=["q", "down"])
     line = command(engine, cpu=False, lora=apart).argv
     assert " --enable-lora --max-lora-rank 8 --lora-target-modules q_proj down_proj " in " ".join(line)
+    mixture = command(engine, lora=LoraConfig(rank=8), experts=True).argv
+    assert " --lora-target-modules q_proj k_proj v_proj o_proj --" in " ".join(mixture)
     assert value(command(engine, lora=apart), "--lora-backend") == "triton"
     assert value(command(EngineConfig(name="sglang"), lora=apart), "--lora-backend") == "torch_native"
 

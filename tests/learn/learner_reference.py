@@ -17,6 +17,8 @@ from system.learn.batch import BatchPlanner
 from system.learn.correction import LeafRatios
 from system.learn.credit.base import assign
 from system.learn.divergence import MEASURES, divergence
+from system.models.adapter import Adapter, factors
+from system.models.families.base import NAMES
 from system.tree.pack import PackedBatch, pack, pack_share
 from system.tree.plan import plan_update
 from system.tree.record import Kind, Outcome, Tree, validate
@@ -303,6 +305,24 @@ def leaf_factor(correction: PartConfig, log_ratio: torch.Tensor) -> float:
 def gradients(model: Any) -> dict[str, np.ndarray]:
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {n: tensor.numpy().copy() for n, tensor in as_in_files(found).items()}
+
+
+def of_new_adapters(
+    gradient: dict[str, np.ndarray], adapter: Adapter, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The gradient of adapters as they begin, of that of all weights by Hugging Face names: where B is zero,
+    G of W + s·B A is s·G Aᵀ of B, and zero of A.
+    """
+    from system.learn.lora import drawn  # Megatron, seconds
+
+    found: dict[str, np.ndarray] = {}
+    for name, of_weight in gradient.items():
+        part = next((one for one in adapter.parts if name.endswith(NAMES[one])), None)
+        if part is not None:
+            a, b = factors(name)
+            begun = drawn(a, (adapter.rank, of_weight.shape[1]), seed).numpy()
+            found |= {a: np.zeros_like(begun), b: adapter.scale * of_weight @ begun.T}
+    return found
 
 
 def relative_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:

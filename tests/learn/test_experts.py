@@ -18,6 +18,7 @@ from learner_reference import (
     learner_config,
     load_hf,
     make_trees,
+    of_new_adapters,
     path_logprobs,
     path_tokens,
     relative_distance,
@@ -27,9 +28,11 @@ from test_families import assert_equal, family_case
 from test_learner_equality import adamw_case, hf_gradients, idle_rank_case, open_trainer
 from test_learner_state import load_case, save_case, save_hf_case
 
-from system.config import ConfigError, LearnConfig, PartConfig
+from system.config import ConfigError, LearnConfig, LoraConfig, PartConfig
 from system.learn.model import transformer_config
+from system.models.adapter import adapter_of
 from system.models.known import KNOWN
+from system.models.shape import ModelShape
 from system.tree.pack import pack_share
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
@@ -153,7 +156,8 @@ def balanced_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str,
         plan = trainer.planner.plan([TreeStats.of(tree) for tree in trees])
         shares = [pack_share(plan, rank, dict(enumerate(trees))) for rank in range(trainer.layout.dp)]
         rows = [sorted({*batch.tree.tolist()} - {-1}) for (share,) in shares for batch in share]
-        return {"gradient": hf_gradients(trainer), "stats": stats, "rows": rows}
+        gradient = hf_gradients(trainer, adapters=trainer.learn.lora.on)
+        return {"gradient": gradient, "stats": stats, "rows": rows}
     finally:
         trainer.close()
 
@@ -186,12 +190,16 @@ def routed(hf: Any, tree: Tree) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, EP2, TP2, TP2_EP2 | {"recompute": "full"}, {"cp": 2, "ep": 2}], ids=str
+    "layout",
+    [{}, EP2, TP2, TP2_EP2 | {"recompute": "full"}, {"cp": 2, "ep": 2}, EP2 | {"lora": LoraConfig(rank=4)}],
+    ids=str,
 )
 def test_the_balancing_loss_counts_every_token_once(
     ranks: Ranks, tiny_model: Callable[..., str], layout: dict[str, Any]
 ) -> None:
-    """Its gradient beside the objective's; and the load that the statistics tell."""
+    """Its gradient beside the objective's, which reaches adapters through a router that stands still; and the
+    load that the statistics tell.
+    """
     model = tiny_model("qwen3_moe")
     report = ranks.run(balanced_case, world=2 if layout else 1, model=model, layout=layout)[0]
     hf, trees = load_hf(model), with_signal()
@@ -208,7 +216,9 @@ def test_the_balancing_loss_counts_every_token_once(
             loss = loss + BALANCED * len(scores) / tokens * 8 * (share * mean).sum()
             loads[-1].append(counts)
     loss.backward()
-    assert relative_distance(report["gradient"], gradients(hf)) < 1e-5
+    adapter = adapter_of(layout.get("lora", LoraConfig()), ModelShape.from_directory(model))
+    expected = of_new_adapters(gradients(hf), adapter) if adapter else gradients(hf)
+    assert relative_distance(report["gradient"], expected) < 1e-5
     fullest = [
         float(load.max() / load.double().mean()) for load in (sum(one) for one in zip(*loads, strict=True))
     ]
@@ -222,6 +232,11 @@ def test_the_balancing_loss_counts_every_token_once(
         ("qwen3-30b-a3b", {"tp": 2}, "every rank would compute the same experts for the same tokens"),
         ("qwen3-30b-a3b", {"tp": 1, "ep": 3}, "learn.ep=3 does not divide the model's 128 experts"),
         ("qwen3-30b-a3b", {"tp": 512, "sequence_parallel": True}, "learn.tp=512 does not divide"),
+        (
+            "qwen3-30b-a3b",
+            {"tp": 1, "lora": LoraConfig(rank=4, targets=["q", "gate", "down"])},
+            "targets: gate, down: in a mixture of experts these are the experts' own, which stand still",
+        ),
         ("qwen3-8b", {"tp": 1, "ep": 2}, "learn.ep=2: the model has no experts"),
         ("qwen3-8b", {"tp": 1, "aux_loss": 0.1}, "learn.aux_loss=0.1: the model has no experts"),
     ],

@@ -87,14 +87,15 @@ def open_trainer(place: Place, config: Config, model: str) -> Any:
     return Trainer(config, model, rank=place.rank, world=place.world, init_method=place.init_method)
 
 
-def hf_gradients(trainer: Any) -> dict[str, np.ndarray]:
-    """The step's summed gradients under Hugging Face names, on rank 0 (left in place by a step without
-    clipping).
+def hf_gradients(trainer: Any, *, adapters: bool = False) -> dict[str, np.ndarray]:
+    """The step's summed gradients under Hugging Face names (``adapters``: theirs, under PEFT's), on rank 0
+    (left in place by a step without clipping).
     """
     from system.learn.weights import Export
 
-    export = Export(trainer.model, trainer.layout, 1 << 20)
-    gradients = {name: parameter.main_grad for name, parameter in trainer.model.named_parameters()}
+    export = Export(trainer.model, trainer.layout, 1 << 20, adapters=adapters)
+    parameters = trainer.model.named_parameters()
+    gradients = {name: one.main_grad for name, one in parameters if one.requires_grad}
     named: dict[str, np.ndarray] = {}
     for mapped in (mapped for bucket in export.plan for mapped in bucket):
         full = export.gather(mapped, gradients.get(mapped.key))

@@ -533,16 +533,27 @@ def test_rows_that_a_correction_has_scored_are_not_scored_again(
     assert corrected["shown"][1] == pytest.approx(plain["shown"][1], abs=1e-5)
 
 
-def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
-    """PPO-EWMA: three batches, a checkpoint after the second, and the third once more from it."""
+def averaging(place: Place, model: str, dtype: str) -> Any:
+    """A trainer whose proximal policy is a moving average."""
     config = learner_config(
         tp=place.world, objective="decoupled", proximal="average", proximal_reset=0.0, **STEP
     )
-    config.flow.window = 1
-    trainer = open_trainer(place, config, model)
+    config.flow.window, config.model.dtype = 1, dtype
+    return open_trainer(place, config, model)
+
+
+def mean_of(trainer: Any) -> dict[str, np.ndarray]:
+    """The average's numbers on this rank."""
+    return {name: one.numpy().copy() for name, one in trainer.beside.average.mean.items()}
+
+
+def average_case(place: Place, model: str, dtype: str, path: str) -> dict[str, Any]:
+    """PPO-EWMA: three batches, a checkpoint after the second, and the third once more from it."""
+    trainer = averaging(place, model, dtype)
     try:
         first, second = train(trainer, make_trees(1)), train(trainer, make_trees(2))
         trainer.save(path, {})
+        kept = mean_of(trainer)
         third = train(trainer, make_trees(3))
         trainer.load(path)
         weight = trainer.beside.average.weight
@@ -555,6 +566,7 @@ def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
             "ratios": [stats["ratio_mean"] for stats in (first, second)],
             "active": first["proximal_active"],
             "weight": weight,
+            "kept": kept,
             "third": third["loss"],
             "again": again["loss"],
             "reset": same and trainer.beside.average.weight == 1.0,
@@ -563,17 +575,36 @@ def average_case(place: Place, model: str, path: str) -> dict[str, Any]:
         trainer.close()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+def resumed_average_case(place: Place, model: str, dtype: str, path: str) -> dict[str, Any]:
+    """The third batch in a process that has the checkpoint alone."""
+    trainer = averaging(place, model, dtype)
+    try:
+        trainer.load(path)
+        kept, weight = mean_of(trainer), trainer.beside.average.weight
+        return {"kept": kept, "weight": weight, "third": train(trainer, make_trees(3))["loss"]}
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(("world", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
 def test_the_proximal_policy_is_an_average_that_is_kept(
-    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path, world: int
+    ranks: Ranks, tiny_model: Callable[..., str], tmp_path: Path, world: int, dtype: str
 ) -> None:
-    got = ranks.run(average_case, world=world, model=tiny_model(), path=str(tmp_path / "kept"))[0]
+    case: dict[str, Any] = {"model": tiny_model(), "dtype": dtype, "path": str(tmp_path / "kept")}
+    every = ranks.run(average_case, world=world, **case)
+    got = every[0]
     assert got["ratios"][0] == pytest.approx(1.0), "the average of one policy is that policy"
     assert abs(got["ratios"][1] - 1.0) > 1e-6, "afterwards it lags behind"
     assert got["active"] == pytest.approx(1.0)
     assert got["weight"] == pytest.approx(1 + 0.5 * (1 + 0.5)), "β = 2/4 at η = 1 and a window of 1"
     assert got["again"] == pytest.approx(got["third"], rel=1e-6)
     assert got["reset"]
+    for before, after in zip(every, ranks.run(resumed_average_case, world=world, **case), strict=True):
+        assert after["weight"] == before["weight"]
+        assert after["third"] == pytest.approx(before["third"], rel=1e-6)
+        for name, mean in before["kept"].items():
+            assert mean.dtype == np.float32
+            np.testing.assert_array_equal(after["kept"][name], mean, err_msg=name)
 
 
 # ---------------------------------------------------------------------- refusals

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from family_models import as_in_files
 from learner_ranks import Place, Ranks
 from learner_reference import (
     credit_of,
@@ -49,6 +50,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"dp": 2, "distributed_optimizer": True},
     "dp2, offload": {"dp": 2, "offload": True},
 }
+ATTENTION = ["q", "k", "v", "o"]
+EP2: dict[str, Any] = {"dp": 2, "ep": 2}
+OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "ep2": EP2,
+    "ep2, full, offload": EP2 | {"recompute": "full", "offload": True},
+    "ep2, distributed": EP2 | {"distributed_optimizer": True},
+    "ep2 with tp2": {"tp": 2, "sequence_parallel": True, "ep": 2},
+    "ep2 with cp2": {"cp": 2, "ep": 2, "recompute": "selective"},
+}
 WORK: dict[str, Any] = {
     "objective": "ppo", "micro_tokens": 64, "lr": 1e-2, "grad_clip": 0.5, "weight_decay": 0.1, "eps": 1e-5,
     "kl_coef": 0.1,
@@ -60,7 +70,7 @@ def lora(targets: list[str] | None = None, init: str = "") -> LoraConfig:
 
 
 def wanted(targets: list[str]) -> Adapter:
-    return Adapter(RANK, ALPHA, lora(targets).parts)
+    return Adapter(RANK, ALPHA, lora(targets).parts(experts=False))
 
 
 def shape_of(model: str) -> ModelShape:
@@ -134,6 +144,7 @@ def lora_case(
             "gradient": numbers(gradient),
             "adapters": exported(trainer),
             "merged": numbers(merged),
+            "of all ranks": all(getattr(one, "allreduce", True) for one in learning),
             "still": all(torch.equal(one, parameters[key]) for key, one in before.items()),
             "states": sum(one.numel() for one in learning),
             "held": sum(
@@ -172,7 +183,7 @@ def peft_reference(model: str, targets: tuple[str, ...], init: str) -> dict[str,
             }
         optimizer.step()
     adapters = numbers(parameters)
-    merged = adapted.merge_and_unload().state_dict()
+    merged = as_in_files(adapted.merge_and_unload().state_dict())
     return {
         "losses": losses,
         "norms": norms,
@@ -188,6 +199,7 @@ def assert_equals_peft(reports: list[dict[str, Any]], expected: dict[str, Any]) 
         assert [one["loss"] for one in report["reports"]] == pytest.approx(expected["losses"], rel=1e-4)
         assert [one["grad_norm"] for one in report["reports"]] == pytest.approx(expected["norms"], rel=1e-4)
         assert report["still"]
+        assert report["of all ranks"], "none is reduced over the ranks of the same experts alone"
     if first["gradient"]:
         assert relative_distance(first["gradient"], expected["gradient"]) < 1e-5
     assert relative_distance(first["adapters"], expected["adapters"]) < 1e-4
@@ -219,6 +231,8 @@ def test_adapters_learn_as_by_peft(
         ("qwen2", False, ["q", "v"], "tp2, sp, selective"),
         ("llama", False, ["k", "down"], "tp2"),
         ("mistral", True, ["up", "o"], "tp1"),
+        *(("qwen3_moe", True, ATTENTION, name) for name in ("tp1, full", "tp2, sp, selective", "pp2, full")),
+        *(("qwen3_moe", True, ATTENTION, name) for name in OF_EXPERTS),
     ],
 )
 def test_of_every_family_and_of_some_projections_only(
@@ -232,9 +246,9 @@ def test_of_every_family_and_of_some_projections_only(
 ) -> None:
     model = tiny_model(family, tied=tied)
     expected, init = started(tmp_path_factory, model, targets)
-    world = 1 if layout == "tp1" else 2
+    world = 1 if layout.startswith("tp1") else 2
     reports = ranks.run(
-        lora_case, world=world, model=model, layout=LAYOUTS[layout], targets=targets, init=init
+        lora_case, world=world, model=model, layout=(LAYOUTS | OF_EXPERTS)[layout], targets=targets, init=init
     )
     assert_equals_peft(reports, expected)
 
@@ -330,16 +344,20 @@ def test_the_reference_is_the_model_without_a_second_copy(
 # ---------------------------------------------------------------------- files, checkpoints
 
 
+PLAIN = LoraConfig(rank=RANK, alpha=ALPHA)  # on all projections that the model has for it
+SAVED = {"qwen3": ("tp2, sp, full", ALL), "qwen3_moe": ("ep2", ATTENTION)}  # the layout, and all it has
+
+
 def saved_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint after two steps, the files of that moment, and the adapters one step on."""
-    trainer = open_trainer(place, learner_config(**(WORK | layout), lora=lora()), model)
+    trainer = open_trainer(place, learner_config(**(WORK | layout), lora=PLAIN), model)
     try:
         for seed in (4, 5):
             train(trainer, make_trees(seed))
         trainer.save(Path(path) / "v2", {"version": 2})
         trainer.saved()
         trainer.save_hf(Path(path) / "merged")
-        trainer.save_adapters(Path(path) / "adapters", model)
+        trainer.save_adapters(Path(path) / "adapters", "the-model")
         scores = trainer.logprobs(make_trees(0))
         return {
             "scores": scores,
@@ -351,7 +369,7 @@ def saved_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> d
 
 
 def resumed_case(place: Place, model: str, path: str, layout: dict[str, Any]) -> dict[str, Any]:
-    trainer = open_trainer(place, learner_config(**(WORK | layout), lora=lora()), model)
+    trainer = open_trainer(place, learner_config(**(WORK | layout), lora=PLAIN), model)
     try:
         train(trainer, make_trees(9))  # state that loading must replace
         trainer.reset_optimizer()
@@ -370,43 +388,59 @@ def exported(trainer: Any) -> dict[str, np.ndarray]:
     return numbers(adapters)
 
 
+Saved = Callable[[str], tuple[Path, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def saved(
-    ranks: Ranks, tiny_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    path = tmp_path_factory.mktemp("saved")
-    layout = LAYOUTS["tp2, sp, full"]
-    return path, ranks.run(saved_case, world=2, model=tiny_model("qwen3"), path=str(path), layout=layout)[0]
+def saved(ranks: Ranks, tiny_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Of a family: where its files lie, and the report; made once."""
+
+    @cache
+    def of(family: str) -> tuple[Path, dict[str, Any]]:
+        path, layout = tmp_path_factory.mktemp("saved"), (LAYOUTS | OF_EXPERTS)[SAVED[family][0]]
+        case = {"model": tiny_model(family), "path": str(path), "layout": layout}
+        return path, ranks.run(saved_case, world=2, **case)[0]
+
+    return of
 
 
-@pytest.mark.parametrize("layout", ["tp2, sp, full", "tp1", "pp2, full", "dp2, offload"])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        *(("qwen3", layout) for layout in ("tp2, sp, full", "tp1", "pp2, full", "dp2, offload")),
+        *(("qwen3_moe", layout) for layout in ("ep2", "tp1", "ep2 with tp2")),
+    ],
+)
 def test_a_checkpoint_has_the_adapters_alone_and_any_layout_goes_on_from_it(
-    ranks: Ranks, tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]], layout: str
+    ranks: Ranks, tiny_model: Callable[..., str], saved: Saved, family: str, layout: str
 ) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    path, went_on = saved
-    model, world = tiny_model("qwen3"), 1 if layout == "tp1" else 2
-    report = ranks.run(resumed_case, world=world, model=model, path=str(path), layout=LAYOUTS[layout])[0]
+    path, went_on = saved(family)
+    own, targets = SAVED[family]
+    model, world = tiny_model(family), 1 if layout == "tp1" else 2
+    case = {"model": model, "path": str(path), "layout": (LAYOUTS | OF_EXPERTS)[layout]}
+    report = ranks.run(resumed_case, world=world, **case)[0]
     assert report["steps"] == 2
     assert report["kl"] == pytest.approx(went_on["kl"], rel=1e-4)
     for name, tensor in went_on["next"].items():
-        if layout == "tp2, sp, full":
+        if layout == own:
             np.testing.assert_array_equal(report["next"][name], tensor)
         np.testing.assert_allclose(report["next"][name], tensor, rtol=0, atol=1e-5)
     held = FileSystemReader(path / "v2").read_metadata().state_dict_metadata
-    names = wanted(ALL).tensors(shape_of(model))
+    names = wanted(targets).tensors(shape_of(model))
     kinds = ("parameter", "exp_avg", "exp_avg_sq", "reference")
     assert held.keys() == {"rng"} | {f"{kind}/{name}" for kind in kinds for name in names}
 
 
+@pytest.mark.parametrize("family", list(SAVED))
 def test_peft_reads_our_files_and_they_say_what_the_merged_model_says(
-    tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]]
+    tiny_model: Callable[..., str], saved: Saved, family: str
 ) -> None:
     from peft import PeftModel
 
-    path, report = saved
-    adapted = PeftModel.from_pretrained(load_hf(tiny_model("qwen3")), path / "adapters")
+    path, report = saved(family)
+    adapted = PeftModel.from_pretrained(load_hf(tiny_model(family)), path / "adapters")
     merged = load_hf(path / "merged")
     with torch.no_grad():
         for tree, mine in zip(make_trees(0), report["scores"], strict=True):
@@ -416,29 +450,32 @@ def test_peft_reads_our_files_and_they_say_what_the_merged_model_says(
                     found, _ = path_logprobs(model, tree.tokens[index])
                     np.testing.assert_allclose(mine[index][1:], found.numpy(), rtol=0, atol=1e-4)
     config = json.loads((path / "adapters" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == tiny_model("qwen3")
-    assert sorted(config["target_modules"]) == sorted(MODULES.values())
+    assert config["base_model_name_or_path"] == "the-model"
+    assert sorted(config["target_modules"]) == sorted(MODULES[target] for target in SAVED[family][1])
 
 
+@pytest.mark.parametrize("family", list(SAVED))
 def test_a_checkpoint_is_exported_merged_or_as_adapters(
-    tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]], tmp_path: Path
+    tiny_model: Callable[..., str], saved: Saved, tmp_path: Path, family: str
 ) -> None:
-    path, _ = saved
-    model, adapter = tiny_model("qwen3"), wanted(ALL)
+    path, _ = saved(family)
+    model, adapter = tiny_model(family), wanted(SAVED[family][1])
     extract(path / "v2", model, tmp_path / "merged", torch.float32, adapter=adapter, file_bytes=1 << 15)
     assert len([*(tmp_path / "merged").glob("*.safetensors")]) > 3
     found, expected = (load_hf(one / "merged").state_dict() for one in (tmp_path, path))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    extract_adapters(path / "v2", model, tmp_path / "adapters", torch.float32, adapter)
+    extract_adapters(path / "v2", model, tmp_path / "adapters", torch.float32, adapter, "the-model")
+    files = [one / "adapters" / "adapter_config.json" for one in (tmp_path, path)]
+    assert files[0].read_text() == files[1].read_text()
     ours = read_adapter(tmp_path / "adapters", shape_of(model), adapter)
     theirs = read_adapter(path / "adapters", shape_of(model), adapter)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_adapters_that_do_not_fit_are_refused_by_name(
-    tiny_model: Callable[..., str], saved: tuple[Path, dict[str, Any]], tmp_path: Path
+    tiny_model: Callable[..., str], saved: Saved, tmp_path: Path
 ) -> None:
-    path, shape = saved[0] / "adapters", shape_of(tiny_model("qwen3"))
+    path, shape = saved("qwen3")[0] / "adapters", shape_of(tiny_model("qwen3"))
 
     def refused(says: str, adapter: Adapter | None = None, name: str = "a") -> None:
         with pytest.raises(AdapterError, match=says):
@@ -451,8 +488,8 @@ def test_adapters_that_do_not_fit_are_refused_by_name(
 
     refused("adapter_config.json is missing", name="none")
     changed()
-    refused("learn.lora.rank of these adapters is 4, not 8: set it so", Adapter(8, 8.0, lora().parts))
-    refused("learn.lora.alpha of these adapters is 8.0, not 16", Adapter(4, 16.0, lora().parts))
+    refused("learn.lora.rank of these adapters is 4, not 8: set it so", replace(wanted(ALL), rank=8))
+    refused("learn.lora.alpha of these adapters is 8.0, not 16", replace(wanted(ALL), alpha=16.0))
     refused("learn.lora.targets of these adapters is", wanted(["q"]))
     for key, value, why in (
         ("use_dora", True, "DoRA's magnitudes"),

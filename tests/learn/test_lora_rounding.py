@@ -50,6 +50,19 @@ def test_rounding_is_measured_as_it_is_defined(dtype: torch.dtype) -> None:
         assert 0 <= rounding.kept < 0.75
 
 
+def test_merging_in_slices_is_merging_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes in memory does not grow with the weight; five rows at a time do not divide 48."""
+    weight, adapter = young(torch.bfloat16)
+    found: list[tuple[torch.Tensor, float | None]] = []
+    for numbers in (1 << 22, 5 * 64 + 63):
+        monkeypatch.setattr("system.models.adapter.MERGED", numbers)
+        rounding = Rounding()
+        found.append((KIND.merged(weight, adapter, rounding)[NAME], rounding.kept))
+    (whole, kept), (sliced, again) = found
+    assert torch.equal(whole, sliced)
+    assert again == pytest.approx(kept, rel=1e-6)
+
+
 def test_of_no_change_and_of_one_that_is_lost_whole() -> None:
     rounding = Rounding()
     assert rounding.kept is None

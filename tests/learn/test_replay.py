@@ -20,6 +20,7 @@ from learner_reference import (
     learner_config,
     load_hf,
     make_trees,
+    of_new_adapters,
     path_logprobs,
     path_tokens,
     relative_distance,
@@ -27,6 +28,8 @@ from learner_reference import (
 )
 from test_learner_equality import hf_gradients, open_trainer
 
+from system.config import LoraConfig
+from system.models.adapter import adapter_of
 from system.models.shape import ModelShape
 from system.tree.pack import PackedBatch, pack_share
 from system.tree.record import Tree, validate
@@ -120,7 +123,8 @@ def replay_case(place: Place, model: str, layout: dict[str, Any]) -> dict[str, A
     try:
         before = trainer.logprobs(trees)
         stats = train(trainer, trees)
-        report = {"gradient": hf_gradients(trainer), "stats": stats, "free": trainer.logprobs(trees)}
+        gradient = hf_gradients(trainer, adapters=trainer.learn.lora.on)
+        report = {"gradient": gradient, "stats": stats, "free": trainer.logprobs(trees)}
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, report["free"], strict=True))
         plan = trainer.planner.plan([TreeStats.of(tree) for tree in trees])
         (share,) = pack_share(plan, trainer.layout.dp_rank, dict(enumerate(trees)))
@@ -174,6 +178,22 @@ def test_a_step_goes_through_the_recorded_experts(
     routers = [name for name in reports[0]["gradient"] if name.endswith("mlp.gate.weight")]
     assert len(routers) == (1 if tied else 2)
     assert all(np.abs(reports[0]["gradient"][name]).max() > 0 for name in routers)
+
+
+@pytest.mark.parametrize("name", ["ep2 selective", "ep2 with tp2 full"])
+def test_adapters_learn_through_the_recorded_experts(
+    ranks: Ranks, tiny_model: Callable[..., str], name: str
+) -> None:
+    model, lora = tiny_model("qwen3_moe"), LoraConfig(rank=4, alpha=8.0)
+    adapter = adapter_of(lora, ModelShape.from_directory(model))
+    assert adapter is not None
+    layout = LAYOUTS[name] | {"lora": lora}
+    found = ranks.run(replay_case, world=2, model=model, layout=layout)[0]["gradient"]
+    hf, trees, config = load_hf(model), with_routes(model), learner_config(**WORK)
+    with forced(hf, trees):
+        flat_loss(hf, trees, *credit_of(trees, config), config.learn, reference=load_hf(model)).backward()
+    expected = of_new_adapters(gradients(hf), adapter)
+    assert relative_distance(found, expected) < 1e-5
 
 
 def share_case(place: Place, model: str, replays: bool, **layout: Any) -> dict[str, float]:

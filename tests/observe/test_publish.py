@@ -16,7 +16,7 @@ from stand_in_hub import TOKEN, Hub
 from system.config import Config, PartConfig
 from system.evals.table import share
 from system.observe import hub
-from system.observe.card import model_card
+from system.observe.card import base_name, model_card
 from system.observe.publish import rounded_away
 from system.observe.rundir import RunDir
 
@@ -125,6 +125,7 @@ def test_the_base_model_is_named_where_its_directory_tells_its_name_on_the_hub(
         assert [line for line in head.splitlines() if "base_model" in line] == (
             [f'base_model: "{base}"'] if base else []
         )
+        assert base_name(config) == (base or Path(path).name)  # what adapters say: no path of this machine
 
 
 def test_the_card_of_adapters_and_of_what_they_were_merged_into(config: Config) -> None:

@@ -10,8 +10,9 @@ import pytest
 from system.config import LearnConfig, load
 from system.models.known import KNOWN
 from system.plan import plan
+from system.plan import text as plan_text
 from system.plan.hardware import GPUS
-from system.plan.memory import EngineLayout, host_memory, learner_memory
+from system.plan.memory import EngineLayout, adapter_parameters, host_memory, learner_memory
 from system.plan.search import layouts, search
 from system.plan.speed import EngineRoofline, LearnerRoofline
 
@@ -80,6 +81,22 @@ def test_the_search_spreads_experts_only_where_it_can() -> None:
     assert f"learn.ep={best.ep}" in best.settings(config)
     assert made.fits
     assert {layout.ep for layout in layouts(load(CONFIGS / "qwen3-14b-2x8.yaml"), 16)} == {1}
+
+
+def test_adapters_are_the_attentions() -> None:
+    """The recipe by LoRA: on what every token goes through, whose state and gradients are small."""
+    config = load(CONFIGS / "qwen3-30b-a3b-1x8.yaml", ["learn.lora.rank=8"])
+    made, learn = plan(config), config.learn
+    q, kv, wide = 32 * 128, 4 * 128, 2048
+    numbers = 48 * 8 * (2 * (q + wide) + 2 * (kv + wide))
+    assert adapter_parameters(MOE, learn) == numbers
+    assert "LoRA of rank 8 on q, k, v, o: 6.68 million numbers are trained" in plan_text(made)
+    assert not made.problems
+    tp = learn.tp
+    on_rank = 48 * 8 * (2 * (q / tp + wide) + 2 * (kv / tp + wide))
+    assert made.learner_memory.parts["gradients"] == pytest.approx(4 * on_rank)
+    refused = load(CONFIGS / "qwen3-30b-a3b-1x8.yaml", ["learn.lora.rank=8", "learn.lora.targets=[up]"])
+    assert any("learn.lora.targets: up: in a mixture" in problem for problem in plan(refused).problems)
 
 
 def test_a_plan_names_what_experts_do_not_allow() -> None:

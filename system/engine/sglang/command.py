@@ -78,6 +78,7 @@ def server_command(
     key: str = "",
     routes: bool = False,
     lora: LoraConfig | None = None,
+    experts: bool = False,
 ) -> Command:
     """The command of server number ``replica``, over the GPUs that its process sees (``engine.tp`` of them).
 
@@ -85,7 +86,8 @@ def server_command(
     what the tensor-parallel ranks may be bound to, on a CPU.  ``paused``: generate nothing before
     ``/continue_generation``.  ``key``: SGLang's ``api_key``, which our plug-in takes from the environment:
     every user of the machine can read a command line.  ``routes``: record which experts tokens go through.
-    ``lora``: the adapters that will come by themselves (``adapters_travel``), if any do.
+    ``lora``: the adapters that will come by themselves (``adapters_travel``), if any do; ``experts``: to a
+    mixture of experts.
     """
     # A null takes a default away.  Engines are asked every second how they are: no log line for each answer.
     defaults = {"log_level_http": "warning", **(_cpu_defaults(engine) if cpu else {})}
@@ -93,7 +95,7 @@ def server_command(
     if routes:
         native["enable_return_routed_experts"] = True
     if lora:
-        native = _lora_flags(lora, cpu) | native
+        native = _lora_flags(lora, experts, cpu) | native
     if paused:
         native["skip_server_warmup"] = True  # it would wait for ever
     fixed = {
@@ -132,11 +134,11 @@ def words(settings: Mapping[str, Any]) -> list[str]:
     return line
 
 
-def _lora_flags(lora: LoraConfig, cpu: bool) -> dict[str, Any]:
+def _lora_flags(lora: LoraConfig, experts: bool, cpu: bool) -> dict[str, Any]:
     flags = {
         "enable_lora": True,
         "max_lora_rank": lora.rank,
-        "lora_target_modules": [MODULES[part] for part in lora.parts],
+        "lora_target_modules": [MODULES[part] for part in lora.parts(experts=experts)],
     }
     return flags | ({"lora_backend": "torch_native"} if cpu else {})  # the others are Triton
 

@@ -177,7 +177,8 @@ class SGLangAdapters:
         except ShardError as error:
             raise EngineError(f"{server.url}: {error}") from error
         multiple = _CPU_MULTIPLE * server.tp
-        if server.device == "cpu" and self._shape.ffn % multiple:
+        # Of a mixture of experts no adapter is on what is padded.
+        if server.device == "cpu" and self._shape.experts is None and self._shape.ffn % multiple:
             raise EngineError(
                 f"{server.url}: without a GPU SGLang takes adapters of a model whose intermediate_size is a "
                 f"multiple of {multiple} only; it is {self._shape.ffn}: set learn.lora.sync=merged"
