@@ -172,7 +172,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
             await conductor.warm_start(trees)
         await conductor.bring_up()
         if not conductor.loop.stopping.is_set():
-            await conductor.evaluate("before")
+            await conductor.evaluations.before()
             await conductor.save()
     if conductor.loop.stopping.is_set() or not await conductor.run():
         await conductor.saved()
@@ -180,7 +180,8 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
         how = f"go on with {run_dir.resume_command}"
         progress.note(f"stopped at step {conductor.version}{saved}: {how}")
         return STOPPED
-    await conductor.evaluate("after")
+    await conductor.evaluations.after()
+    await conductor.read_counters()  # of what it did, too
     progress.phase("saving")
     if config.learn.lora.on:
         await actors.learner.save_adapters(str(run_dir.adapter), str(run.model.absolute()))

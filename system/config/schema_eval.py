@@ -22,6 +22,13 @@ class EvalConfig:
     """Answers to held-out questions.  Any of it may change on resume."""
 
     every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
+    every_s: float = setting(0.0, "seconds of training between evaluations; 0: by steps only", least=0)
+    engines: int = setting(
+        0,
+        "engines that do nothing but evaluations, which then keep the weights of their step while training "
+        "goes on; 0: the engines of training, while the learner waits",
+        least=0,
+    )
     questions: int = setting(-1, "of the held-out ones, the first so many; -1: all", least=-1)
     samples: int = setting(
         1, "answers to each, for pass@k and maj@k; more than one need a temperature", least=1, most=1024

@@ -204,12 +204,16 @@ class Recorder:
         self._ticks.append((self._clock(), 0, tokens))
         self._steps.append((self._clock(), step.version))
 
-    def evaluated(self, step: int, result: EvalResult, which: Which) -> None:
-        """An evaluation ended; its record is written at once."""
+    def evaluated(self, step: int, result: EvalResult, which: Which, seconds: float, waited_s: float) -> None:
+        """An evaluation of the weights of ``step`` ended after so many ``seconds``, in ``waited_s`` of which
+        training stood still; its record is written at once.
+        """
         self._eval_accuracy[which] = result.total.accuracy
         if which != "during":
             self._totals.evals[which] = result.to_dict()
-        self._write({"step": step, "time": self._now(), "eval/which": which, **result.metrics()})
+        add(self._totals.evaluation, count=1, seconds=seconds, waited_s=waited_s)
+        spent = {"eval/seconds": seconds, "eval/waited_s": waited_s}
+        self._write({"step": step, "time": self._now(), "eval/which": which, **result.metrics(), **spent})
 
     def weights_pushed(self, stage_s: float, pause_s: Sequence[float], sent_bytes: int) -> None:
         """New weights reached the engines: ``pause_s`` is how long each of those that were paused stood

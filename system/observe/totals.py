@@ -39,6 +39,7 @@ class Totals:
     agent: dict[str, float] = field(default_factory=dict)  # episodes, turns, rewrites, retries, failed, …
     chat: dict[str, float] = field(default_factory=dict)  # turns looked at, and those that drift
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
+    evaluation: dict[str, float] = field(default_factory=dict)  # count, seconds, waited_s of all
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
     model: dict[str, float] = field(default_factory=dict)  # of the model that is left: lora_kept
@@ -73,6 +74,7 @@ class Totals:
             "environment": dict(sorted(self.environment.items())),
             "agent": dict(sorted(self.agent.items())),
             "chat": dict(sorted(self.chat.items())),
+            "evaluation": dict(self.evaluation),
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
             "model": dict(self.model),
