@@ -9,6 +9,7 @@ import asyncio
 import shutil
 from collections.abc import Sequence
 
+from actors.best_model import ModelChoice
 from actors.checkpoints import LINEAGE, Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
 from actors.evaluations import Evaluations
@@ -49,9 +50,10 @@ class Conductor:
         progress: Progress,
         asked: Sequence[Asked],
         version: int,
+        choice: ModelChoice,
     ) -> None:
         """``asked``: at each evaluation; ``version``: of the checkpoint that the learner holds, 0 without
-        one.
+        one; ``choice``: which model the run leaves.
         """
         self.config, self.actors, self.recorder = config, actors, recorder
         self.run_dir, self.progress = run_dir, progress
@@ -77,9 +79,8 @@ class Conductor:
         self.loop = TrainingLoop(config, ledger, parts, recorder, version=version)
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
-        self.evaluations = Evaluations(
-            config, actors, run_dir, recorder, progress, asked, self.loop, self._publisher, self._monitor
-        )
+        around = (self.loop, self._publisher, self._monitor, choice)
+        self.evaluations = Evaluations(config, actors, run_dir, recorder, progress, asked, *around)
         observe = config.observe
         self._trees = TreeSample(run_dir, observe.trees, observe.tree_sample, recorder.mishap)
 

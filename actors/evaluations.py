@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from ray.exceptions import RayError
 
 from actors import keys
+from actors.best_model import ModelChoice
 from actors.engine_monitor import LOOK_S, EngineMonitor, Publisher
 from actors.evaluate import ask_each
 from actors.ray_support import ActorLost, watched
@@ -58,13 +60,16 @@ class Evaluations:
         loop: TrainingLoop,
         publisher: Publisher,
         monitor: EngineMonitor,
+        choice: ModelChoice,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``asked``: at each evaluation."""
+        """``asked``: at each evaluation; ``choice``: which model the run leaves."""
         self._config, self._pool, self._run_dir = config, actors.pool, run_dir
         self._recorder, self._progress, self._asked = recorder, progress, asked
         self._loop, self._publisher, self._monitor, self._clock = loop, publisher, monitor, clock
-        self._begun: dict[Which, int] | None = None  # the last step of each kind; None: not looked up yet
+        self._choice, self._lora_kept = choice, dict[int, float | None]()  # by step, of models to choose
+        self._records: list[dict[str, Any]] | None = None  # of evaluations; None: not looked up yet
+        self._begun = dict[Which, int]()  # the last step of each kind
         self._began_s = clock()  # when the last one did
         self._task: asyncio.Task[None] | None = None  # the evaluation on engines of its own
         self._told = ""  # what it is, for people
@@ -110,11 +115,20 @@ class Evaluations:
     # When
 
     @property
+    def records(self) -> list[dict[str, Any]]:
+        """Those of all evaluations that count."""
+        _ = self._past
+        assert self._records is not None
+        return self._records
+
+    @property
     def _past(self) -> dict[Which, int]:
         """The step of the last evaluation of each kind that was begun; of earlier sessions, that ended."""
-        if self._begun is None:
-            ended = [one for one in history(self._run_dir.metrics_path) if "eval/which" in one]
-            self._begun = {one["eval/which"]: one["step"] for one in ended}
+        if self._records is None:
+            self._records = [one for one in history(self._run_dir.metrics_path) if "eval/which" in one]
+            self._begun = {one["eval/which"]: one["step"] for one in self._records}
+            if self._choice.on:
+                self._choice.keep_best(self._records)  # not those of evaluations that were cut off
         return self._begun
 
     def _due(self, version: int) -> bool:
@@ -138,6 +152,8 @@ class Evaluations:
         self._begins(which, version)
         self._progress.phase("evaluating", total=len(self._asked))
         await self._monitor.ready()
+        async with self._loop.weights:
+            await self._candidate(which, version)
 
         async def engines_back(cause: str) -> None:
             await self._monitor.ready()  # sends a restarted engine the weights, too
@@ -153,7 +169,7 @@ class Evaluations:
         began, what = self._clock(), f"the evaluation of step {version}"
         try:
             if version == self._loop.version:
-                await self._bring_up(own, version)
+                await self._bring_up(own, which, version)
             elif self._config.warmstart.steps:
                 self._progress.note(f"{what} was cut off, and its weights are gone: it is left out")
                 return
@@ -164,7 +180,7 @@ class Evaluations:
         self._told = what
         self._task = asyncio.create_task(self._aside(own, which, version, self._clock() - began), name=what)
 
-    async def _bring_up(self, own: RolloutPool, version: int) -> None:
+    async def _bring_up(self, own: RolloutPool, which: Which, version: int) -> None:
         """Raises EngineError for an engine that does not answer or does not take the weights."""
         urls = [*own.engines.values()]
         async with keys.http(urls) as http:
@@ -174,6 +190,7 @@ class Evaluations:
             async with self._loop.weights:
                 if failures := await self._publisher.push(version, urls):
                     raise EngineError("; ".join(failures.values()))
+                await self._candidate(which, version)
             for control in controls:
                 if (await control.info()).paused:  # it was started again
                     await control.post("/continue_generation")
@@ -193,6 +210,8 @@ class Evaluations:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             self._recorder.mishap("evaluation cut off", f"{what}: {described(first)}")
+            if self._choice.on:
+                self._choice.drop(version)
         else:
             self._evaluated(which, version, found, self._clock() - began, waited_s)
 
@@ -214,6 +233,11 @@ class Evaluations:
                 await asyncio.sleep(LOOK_S)
 
     # What
+
+    async def _candidate(self, which: Which, version: int) -> None:
+        """Write the weights that are evaluated, where the run chooses a model; of step 0 there is none."""
+        if self._choice.on and which != "before":
+            self._lora_kept[version] = await self._choice.save(version)
 
     async def _answers(
         self,
@@ -239,7 +263,11 @@ class Evaluations:
     def _evaluated(
         self, which: Which, version: int, found: Sequence[Answered], seconds: float, waited_s: float
     ) -> None:
-        result = EvalResult.of(found)
-        self._recorder.evaluated(version, result, which, seconds, waited_s)
+        result, kept = EvalResult.of(found), self._lora_kept.pop(version, None)
+        more = {} if kept is None else {"lora_kept": kept}
+        record = self._recorder.evaluated(version, result, which, seconds, waited_s, **more)
+        self.records.append(record)
+        if self._choice.on:
+            self._choice.keep_best(self.records)
         step = f" (step {version})" * (which == "during")
         self._progress.note(f"held-out accuracy {which} training{step}: {in_line(result)}")

@@ -43,6 +43,7 @@ class Totals:
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
     model: dict[str, float] = field(default_factory=dict)  # of the model that is left: lora_kept
+    chosen: dict[str, Any] = field(default_factory=dict)  # of the model by ``eval.choose``: step, by, value
     wall_s: float = 0.0  # of earlier sessions
 
     def summary(self) -> dict[str, Any]:
@@ -78,6 +79,7 @@ class Totals:
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
             "model": dict(self.model),
+            **({"chosen": dict(self.chosen)} if self.chosen else {}),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
             "causes": {kind: dict(entry) for kind, entry in sorted(self.causes.items())},
             "idle": self.idle.shares(),

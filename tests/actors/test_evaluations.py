@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from actors.best_model import ModelChoice
 from actors.evaluations import Evaluations
 from system.config import load
 from system.evals.record import Asked
@@ -67,6 +68,7 @@ class Worker:
     def __init__(self) -> None:
         self.may, self.asked = asyncio.Event(), asyncio.Event()
         self.failure: Exception | None = None
+        self.right = True
 
     @property
     def answer(self) -> Any:
@@ -81,8 +83,25 @@ class Worker:
         node = builder.node(0, Kind.MODEL)
         builder.extend(node, [3], [-1.0], None, 0)
         builder.leaf(node, Outcome.STOPPED, Origin.ROOT)
-        builder.score(0, 1.0, True)
+        builder.score(0, 1.0, self.right)
         return TreeStats.of(builder.close(1.0))
+
+
+def write_model(path: Path, step: int) -> None:
+    path.mkdir(parents=True)
+    (path / "model").write_text(str(step))
+
+
+class Learner:
+    """Writes models that hold their step."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    async def save_hf(self, path: str) -> float:
+        assert self._run.loop.weights.locked(), "nobody trains meanwhile"
+        write_model(Path(path), self._run.loop.version)
+        return 0.9
 
 
 class Run:
@@ -114,9 +133,11 @@ class Run:
         made: Callable[..., Evaluations] = Evaluations
         asked = [Asked("", Prompt(f"q{i}", (), (), kind="calc"), 0, i) for i in range(3)]
         ready = SimpleNamespace(ready=self._ready)
+        learner: Any = Learner(self)
+        self.choice = ModelChoice(self.config, self.directory, learner, Path("base"))
         self.evaluations = made(
             *(self.config, SimpleNamespace(pool=pool), self.directory, self.recorder, shown, asked),
-            *(self.loop, SimpleNamespace(push=self._push), ready),
+            *(self.loop, SimpleNamespace(push=self._push), ready, self.choice),
             clock=lambda: self.now,
         )
         return self
@@ -277,3 +298,32 @@ async def test_the_first_evaluation_is_made_again_where_its_weights_are(
     await one.until(lambda: bool(one.records))
     assert one.records == [{"which": "before", "step": 0}]
     assert one.pushed == [], "its engines hold them since their start"
+
+
+@pytest.mark.parametrize("engines", [0, 1])
+async def test_the_model_of_the_best_evaluation_is_left(run: Callable[..., Any], engines: int) -> None:
+    settings = (f"eval.engines={engines}", "eval.every=1", "eval.choose=accuracy")
+    one = await run(*settings)
+    one.worker.may.set()
+    await (one.evaluations.look() if engines else one.evaluations.before())
+    await one.until(lambda: len(one.records) == 1)
+    for number, right in enumerate((False, True, True, False), start=2):
+        one.worker.right = right
+        await one.step()
+        await one.until(lambda expected=number: len(one.records) == expected)
+    await one.until(lambda: one.evaluations._task is None or one.evaluations._task.done())
+    candidates = one.directory.candidates
+    assert [path.name for path in candidates.iterdir()] == ["step-000003"], "of equals the latest"
+    # A session that is lost during an evaluation leaves weights that nobody has scored.
+    (candidates / "step-000004").mkdir()
+    again = await run(*settings, resumed=4)
+    again.worker.right = False
+    again.worker.may.set()
+    await again.evaluations.after()
+    told = again.choice.leave(again.evaluations.records, again.recorder)
+    assert told == "model of step 3: the highest accuracy, 1.000"
+    assert (one.directory.model / "model").read_text() == "3"
+    summary = again.recorder.summary()
+    assert summary["chosen"] == {"step": 3, "by": "accuracy", "value": 1.0}
+    assert summary["model"] == {"lora_kept": 0.9}
+    assert (candidates / "step-000003").is_dir(), "a run that goes on may choose it again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -196,7 +197,7 @@ def test_answers_of_no_use(message: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_asked(given: dict[str, Any], words: tuple[str, ...], what: str) -> None:
-    endpoint = Endpoint(**{"url": "http://a/v1", "model": "m", **given})
+    endpoint = replace(Endpoint("http://a/v1", "m"), **given)
     assert what in endpoint.problem(load(None, words))
 
 
