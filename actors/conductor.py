@@ -126,7 +126,8 @@ class Conductor:
 
     async def _learn(self) -> None:
         every = self.config.checkpoint.every
-        await self.evaluations.look()  # what a resumed run owes
+        if self.version < self.config.run.steps:  # else comes an evaluation anyway
+            await self.evaluations.look()  # what a resumed run owes
         while self.version < self.config.run.steps and (batch := await self._stepped()) is not None:
             if self.version >= self.config.run.steps:
                 self.loop.start_no_more()
