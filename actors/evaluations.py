@@ -102,7 +102,8 @@ class Evaluations:
         """The evaluation of the trained weights, and the end of the one under way."""
         await self._here("after")
         if self._task is not None:
-            self._progress.phase("evaluating", detail=self._told)
+            if not self._task.done():
+                self._progress.phase("evaluating", detail=self._told)
             await self._task
 
     async def cut(self) -> None:

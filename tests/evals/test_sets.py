@@ -79,6 +79,25 @@ def test_what_is_wrong_is_told_by_its_place(given: str, told: str) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        (
+            "engine=sglang engine.urls=[http://a:1]",
+            r"eval\.engines are started by the run, and with engine\.urls",
+        ),
+        (
+            "agent.listen=127.0.0.1:8200 agent.token_env=T branching=none tools.names=[]",
+            r"eval\.engines start another: set eval\.engines=0",
+        ),
+    ],
+)
+def test_what_does_not_go_with_engines_of_their_own(given: str, told: str) -> None:
+    config_of(*given.split())
+    with pytest.raises(ConfigError, match=told):
+        config_of("eval.engines=1", *given.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
         ("eval.sets=[{name: a, path: nowhere.jsonl}]", r"eval\.sets\[0\]: .*nowhere\.jsonl"),
         ("eval.sets=[{name: a, task: {nam: jsonl}}]", r"eval\.sets\[0\]: .*nam"),
         ("eval.sets=[{name: a, task: {name: jsonl}}]", r"eval\.sets\[0\]: task\.name=jsonl needs task\.path"),
