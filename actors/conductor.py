@@ -6,22 +6,20 @@ The loop itself stands in ``system/flow/loop.py``, what it asks of the actors in
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 from collections.abc import Sequence
 
+from actors.best_model import ModelChoice
 from actors.checkpoints import LINEAGE, Restored, checkpoints, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
-from actors.evaluate import ask_each
+from actors.evaluations import Evaluations
 from actors.in_flight import InFlightCheckpoint
 from actors.parts import ActorParts, Deaths
 from actors.ray_support import ActorLost, answers_of_living
 from actors.rollout_pool import RunActors
 from actors.tree_sample import TreeSample
 from system.config import Config
-from system.evals.record import Answered, AnswerFile, Asked
-from system.evals.result import EvalResult
-from system.evals.table import in_line
+from system.evals.record import Asked
 from system.flow.curriculum import PoolWeights
 from system.flow.guidance import Guides
 from system.flow.ledger import Ledger, lineage
@@ -29,7 +27,7 @@ from system.flow.loop import GaveUp, TrainingLoop
 from system.flow.replay import TreeInFlight
 from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.progress import TRAINING, Progress
-from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder, Which
+from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
 from system.sft.demonstrations import warm_start
 from system.tasks.base import Task
@@ -52,13 +50,13 @@ class Conductor:
         progress: Progress,
         asked: Sequence[Asked],
         version: int,
+        choice: ModelChoice,
     ) -> None:
         """``asked``: at each evaluation; ``version``: of the checkpoint that the learner holds, 0 without
-        one.
+        one; ``choice``: which model the run leaves.
         """
         self.config, self.actors, self.recorder = config, actors, recorder
         self.run_dir, self.progress = run_dir, progress
-        self._asked = asked
         prompts = {prompt.id: prompt for prompt in task.train()}
         self._log, logged = JsonlWriter(run_dir.ledger_path), read_jsonl(run_dir.ledger_path)
         ledger = Ledger.replay(
@@ -81,6 +79,8 @@ class Conductor:
         self.loop = TrainingLoop(config, ledger, parts, recorder, version=version)
         engines, deadline_s = actors.pool.engines, config.engine.start_deadline_s
         self._monitor = EngineMonitor(engines, self.loop, self._publisher, recorder, deadline_s)
+        around = (self.loop, self._publisher, self._monitor, choice)
+        self.evaluations = Evaluations(config, actors, run_dir, recorder, progress, asked, *around)
         observe = config.observe
         self._trees = TreeSample(run_dir, observe.trees, observe.tree_sample, recorder.mishap)
 
@@ -113,17 +113,21 @@ class Conductor:
                     await self.save()
                     await self.saved()
                     raise
-                await self._read_counters()
+                await self.read_counters()
                 finished = not self.loop.stopping.is_set() or self.version >= self.config.run.steps
             finally:
                 self.loop.stop()
                 for task in background:
                     task.cancel()
+        if not finished:
+            await self.evaluations.cut()
         await self._trees.written()
         return finished
 
     async def _learn(self) -> None:
         every = self.config.checkpoint.every
+        if self.version < self.config.run.steps:  # else comes an evaluation anyway
+            await self.evaluations.look()  # what a resumed run owes
         while self.version < self.config.run.steps and (batch := await self._stepped()) is not None:
             if self.version >= self.config.run.steps:
                 self.loop.start_no_more()
@@ -132,11 +136,10 @@ class Conductor:
             await self.saved(wait=False)
             if every and self.version % every == 0:
                 await self.save()
-            goal, looks = self.config.run.stop_at_accuracy, self.config.eval.every
+            goal = self.config.run.stop_at_accuracy
             reached = bool(goal) and self.recorder.settled_accuracy >= goal
-            ended = reached or self.version >= self.config.run.steps  # then comes an evaluation anyway
-            if looks and self.version % looks == 0 and not ended:
-                await self.evaluate("during")
+            if not reached and self.version < self.config.run.steps:  # else comes an evaluation anyway
+                await self.evaluations.look()
             if reached:
                 self.progress.note(f"training accuracy reached {goal}: stopping after step {self.version}")
                 break
@@ -167,35 +170,7 @@ class Conductor:
             self.progress.advance(1, f"loss {stats['loss']:.3f}")
         await self.actors.learner.reset_optimizer()
 
-    # Evaluation, checkpoints
-
-    async def evaluate(self, which: Which) -> EvalResult:
-        """Answers to the held-out questions with the engines' current weights, kept in a file."""
-        self.progress.phase("evaluating", total=len(self._asked))
-        await self._monitor.ready()
-
-        async def engines_back(cause: str) -> None:
-            await self._monitor.ready()  # sends a restarted engine the weights, too
-
-        path = self.run_dir.evals / f"v{self.version:06d}.jsonl"
-        path.unlink(missing_ok=True)  # of a session that was lost: these are other weights
-        answers = AnswerFile(path, {"step": self.version, "which": which})
-
-        def answered(answer: Answered) -> None:
-            answers.add(answer)
-            self.progress.advance()
-
-        with contextlib.closing(answers):
-            pool = self.actors.pool
-            found = await ask_each(
-                self.config, pool, self._asked, answered, engines_back, self.recorder.mishap
-            )
-        result = EvalResult.of(found)
-        await self._read_counters()  # of what it did, too: after the last one nobody else asks
-        self.recorder.evaluated(self.version, result, which)
-        self.progress.note(f"held-out accuracy {which} training: {in_line(result)}")
-        self.progress.phase(TRAINING)
-        return result
+    # Checkpoints
 
     async def save(self) -> None:
         """Begin a checkpoint of everything that a resumed run needs; it is there once :meth:`saved` says so.
@@ -243,13 +218,15 @@ class Conductor:
         while True:
             self.recorder.gauge(QUEUE_DEPTH, len(self.loop.replay))
             self.recorder.gauge(GROWING, len(self.loop.ledger.growing))
-            await self._read_counters()
+            await self.read_counters()
             self.recorder.look_for_stall()
             await asyncio.sleep(GAUGE_S)
 
-    async def _read_counters(self) -> None:
+    async def read_counters(self) -> None:
         """The workers' running totals; one that is being restarted is asked again next time."""
-        calls = {name: worker.counters.remote() for name, worker in self.actors.pool.workers.items()}
+        pool = self.actors.pool
+        workers = pool.workers | (pool.evaluation.workers if pool.evaluation else {})
+        calls = {name: worker.counters.remote() for name, worker in workers.items()}
         for worker, totals in (await answers_of_living(calls, COUNTERS_DEADLINE_S, "counters")).items():
             for name, total in totals.items():
                 self.recorder.running_total(worker, name, total)

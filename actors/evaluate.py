@@ -54,13 +54,7 @@ def evaluate(config: Config, model_dir: Path, answers: Path | None = None) -> Ev
     asked = to_ask(question_sets(config, task))
     file = AnswerFile(answers, about(config, model_dir, asked)) if answers else None
     with contextlib.closing(file) if file else contextlib.nullcontext():
-        found = dict(file.known) if file else {}
-        missing = [one for one in asked if one.key not in found]
-        if found:
-            print(
-                f"{len(asked) - len(missing)} of {len(asked)} answers are known: the others are asked",
-                file=sys.stderr,
-            )
+        found, missing = kept(file, asked)
         try:
             new = _answered(config, task, model_dir, missing, file) if missing else []
         except (ActorLost, RolloutFailed):
@@ -69,6 +63,24 @@ def evaluate(config: Config, model_dir: Path, answers: Path | None = None) -> Ev
             new = [Answered.missing(one) for one in missing]  # each was told
     found |= {one.key: one for one in new}
     return EvalResult.of([found[one.key] for one in asked])
+
+
+def kept(
+    file: AnswerFile | None, asked: Sequence[Asked]
+) -> tuple[dict[tuple[str, str, int], Answered], list[Asked]]:
+    """The answers that ``file`` holds already, and which of ``asked`` it lacks; told, if it holds some."""
+    found = dict(file.known) if file else {}
+    missing = [one for one in asked if one.key not in found]
+    if found:
+        known = f"{len(asked) - len(missing)} of {len(asked)} answers are known"
+        print(f"{known}: the others are asked", file=sys.stderr)
+    return found, missing
+
+
+def asked_by(config: Config) -> dict[str, Any]:
+    """The settings that answers depend on, whoever gives them."""
+    settings = redact(to_dict(config))
+    return {name: settings[name] for name in _ASKED_BY}
 
 
 def about(config: Config, model_dir: Path, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def about(config: Config, model_dir: Path, asked: Sequence[Asked]) -> dict[str, 
         "questions": digest(asked),
         "engine": {name: settings["engine"][name] for name in ("name", "max_context", "sglang")},
         "dtype": config.model.dtype,
-        **{name: settings[name] for name in _ASKED_BY},
+        **asked_by(config),
     }
 
 
@@ -119,29 +131,30 @@ async def _ask_pool(
 ) -> list[Answered]:
     config = copy.deepcopy(config)
     config.learn.lora = LoraConfig()  # the model has its adapters in it: its engines wait for none
+    config.eval.engines = 0
     places = await Placement.claim(config, joined=joined, only="rollout")
     logs = scratch / "logs"
     logs.mkdir()
     pool = await RolloutPool.start(config, str(model_dir), corpus_file(config, task, scratch), places, logs)
     try:
         outage = EngineOutage(config, pool.engines).wait
-        shown = _Shown(len(asked), config.observe.progress_s)
+        progress = Shown(len(asked), config.observe.progress_s)
 
         def answered(answer: Answered) -> None:
             if answers is not None:
                 answers.add(answer)
-            shown.one_more()
+            progress.one_more()
 
-        return await ask_each(config, pool, asked, answered, outage, _tell)
+        return await ask_each(config, pool, asked, answered, outage, tell)
     finally:
         await pool.close()
 
 
-def _tell(kind: str, text: str) -> None:
+def tell(kind: str, text: str) -> None:
     print(f"espalier: {kind}: {text}", file=sys.stderr)
 
 
-class _Shown:
+class Shown:
     """How far an evaluation is, on standard error."""
 
     def __init__(self, total: int, interval_s: float) -> None:

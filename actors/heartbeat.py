@@ -30,6 +30,7 @@ class Watched:
     actor: Any
     options: Mapping[str, Any]  # of its place: where a process that kills it has to run
     returns: bool  # Ray starts it again; without one that does not, the run cannot go on
+    spare: bool = False  # the run goes on without it, whether it is back or not
 
 
 @dataclass(slots=True)
@@ -91,6 +92,9 @@ class Heartbeats:
             pulse.heard, pulse.pid = now, 0
             if not one.returns:
                 raise ActorLost(f"{name} was silent for {silent:.0f} s (cluster.silent_s)")
+        elif not pulse.pid and silent > self._return_s and one.spare:
+            self._tell(f"{name}: not back within {self._return_s:.0f} s; the run goes on without it")
+            pulse.heard = now
         elif not pulse.pid and silent > self._return_s:
             raise ActorLost(f"{name}: not back within {self._return_s:.0f} s (cluster.start_deadline_s)")
 

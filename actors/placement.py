@@ -82,7 +82,7 @@ class Placement:
             nodes = [Node(LOOPBACK, config.cluster.gpus_per_node, os.uname().nodename)]
         seats = place(config, nodes, only)
         if not joined and not config.cluster.gpus_per_node:
-            hosts = {seat.actor: config.engine.host for seat in seats if seat.actor.startswith("engine-")}
+            hosts = {seat.actor: config.engine.host for seat in seats if "engine-" in seat.actor}
             return cls(nodes, seats, {it.actor: Place(hosts.get(it.actor, LOOPBACK)) for it in seats}, joined)
         bundles = [
             ({f"node:{nodes[seat.node].address}": _PIN} if joined else {"CPU": _PIN})

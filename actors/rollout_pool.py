@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from actors.placement import Placement
 from actors.ray_support import answer, spawn
 from actors.rollout import RolloutWorker
 from actors.tools import ToolActor
-from system.cluster.placement import served_tools
+from system.cluster.placement import EVALUATION, served_tools
 from system.config import Config, to_dict
 from system.engine.routes import RouteFormat
 from system.observe.rundir import RunDir
@@ -58,12 +58,14 @@ class Arrivals:
 class RolloutPool:
     """What grows trees: rollout workers, the engines they generate with, the tools they call.
 
-    Workers and engines stand under their actors' names; those of a lost node are taken out.
+    Workers and engines stand under their actors' names; those of a lost node are taken out.  ``evaluation``:
+    a pool of its own (``eval.engines``), which calls the same tools.
     """
 
     workers: dict[str, Any]
     engines: dict[str, str]  # URLs
     servers: dict[str, Any]  # the actors of engines and tools, which live as long as somebody holds them
+    evaluation: RolloutPool | None = None
 
     @classmethod
     async def start(
@@ -94,34 +96,49 @@ class RolloutPool:
             arguments = (tool, settings, str(corpus or ""), host, port)
             servers[name] = spawn(ToolActor, name, *arguments, options=options)
             waiting[f"tool {tool}"] = answer(servers[name].ready.remote(), deadline_s, f"tool {tool}")
-        arguments = (settings, model_path, [*engines.values()], tools, logs.parent)
-        workers = {
-            name: spawn(
-                RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=places[name].options
-            )
-            for name in (f"rollout-{number}" for number in range(config.rollout.workers))
-        }
+
+        def start_worker(name: str, urls: Mapping[str, str]) -> Any:
+            arguments = (settings, model_path, [*urls.values()], tools, logs.parent)
+            place = places[name].options
+            return spawn(RolloutWorker, name, *arguments, concurrency=TREES_PER_WORKER, options=place)
+
+        names = [f"rollout-{number}" for number in range(config.rollout.workers)]
+        workers = {name: start_worker(name, engines) for name in names}
+        evaluation = None
+        if config.eval.engines:
+            urls, hosts, more = await _started(config, model_path, places, logs, EVALUATION)
+            waiting |= more
+            name = f"{EVALUATION}rollout-0"
+            evaluation = cls({name: start_worker(name, urls)}, urls, hosts)
         await arrivals.all(waiting)
-        calls = {name: worker.check_tools.remote() for name, worker in workers.items()}
+        checked = workers | (evaluation.workers if evaluation else {})
+        calls = {name: worker.check_tools.remote() for name, worker in checked.items()}
         await arrivals.all({name: answer(call, deadline_s, name) for name, call in calls.items()})
-        return cls(workers, engines, servers)
+        return cls(workers, engines, servers, evaluation)
 
     def lose(self, actors: Sequence[str]) -> bool:
         """Do without ``actors``, whose node is gone; false, and nothing is done, if one cannot be spared."""
-        lost, workers, engines = {*actors}, self.workers.keys(), self.engines.keys()
+        spared = {name for name in actors if name.startswith(EVALUATION)}
+        lost, workers, engines = {*actors} - spared, self.workers.keys(), self.engines.keys()
         if not lost <= workers | engines or lost >= workers or lost >= engines:
             return False
-        for name in lost & workers:
+        self._take_out(lost)
+        if self.evaluation is not None:
+            self.evaluation._take_out(spared)
+        return True
+
+    def _take_out(self, lost: Set[str]) -> None:
+        for name in lost & self.workers.keys():
             ray.kill(self.workers.pop(name))  # else Ray would look for room to restart it, for ever
-        for name in lost & engines:
+        for name in lost & self.engines.keys():
             del self.engines[name]
             if name in self.servers:
                 ray.kill(self.servers.pop(name))
-        return True
 
     async def close(self) -> None:
         """Let the servers stop what they started; Ray ends the rest with the session."""
-        calls = [server.close.remote() for server in self.servers.values()]
+        servers = self.servers | (self.evaluation.servers if self.evaluation else {})
+        calls = [server.close.remote() for server in servers.values()]
         closing = (answer(call, CLOSE_DEADLINE_S, "server") for call in calls)
         await asyncio.gather(*closing, return_exceptions=True)
 
@@ -140,14 +157,23 @@ async def _engines(
         entropies = not engine.entropy_top_k
         ready = attached([*urls.values()], engine.start_deadline_s, entropies, routes)
         return urls, {}, {"engines": ready}
+    return await _started(config, model_path, places, logs)
+
+
+async def _started(
+    config: Config, model_path: str, places: Placement, logs: Path, kind: str = ""
+) -> tuple[dict[str, str], dict[str, Any], dict[str, Coroutine[Any, Any, Any]]]:
+    """As :func:`_engines`, of those that the run starts; ``kind``: ``EVALUATION`` for ``eval.engines``."""
     # Of the server, and of the actor's own process.
-    deadline = engine.start_deadline_s + config.cluster.start_deadline_s
-    names = [f"engine-{number}" for number in range(engine.replicas)]
+    deadline = config.engine.start_deadline_s + config.cluster.start_deadline_s
+    first, count = (config.engine.replicas, config.eval.engines) if kind else (0, config.engine.replicas)
+    names = [f"{kind}engine-{number}" for number in range(count)]
     urls, hosts, waiting = {}, {}, {}
     for number, (name, port) in enumerate(zip(names, await places.ports(names), strict=True)):
         host, options = places[name].host, places[name].options
         urls[name] = f"http://{host}:{port}"
-        arguments = (to_dict(config), model_path, host, port, number, str(logs / f"sglang-{number}.log"))
+        log = str(logs / f"sglang-{kind}{number}.log")
+        arguments = (to_dict(config), model_path, host, port, first + number, log)
         hosts[name] = spawn(EngineActor, name, *arguments, options=options)
         waiting[name] = answer(hosts[name].ready.remote(), deadline, name)
     return urls, hosts, waiting
@@ -191,7 +217,8 @@ class RunActors:
     def watched(self) -> dict[str, Watched]:
         """Every actor that has to answer heartbeats; a learner rank that is lost ends the run."""
         back = self.pool.workers | self.pool.servers
+        spare = it.workers | it.servers if (it := self.pool.evaluation) else {}
         return {
-            name: Watched(actor, self.places[name].options, name in back)
-            for name, actor in (back | self.learner.ranks).items()
+            name: Watched(actor, self.places[name].options, name not in self.learner.ranks, name in spare)
+            for name, actor in (back | self.learner.ranks | spare).items()
         }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from actors.best_model import ModelChoice
 from actors.checkpoints import checkpoints, restore_newest, version_of
 from actors.conductor import Conductor
 from actors.delivery import deliver
@@ -160,9 +161,9 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     config, run_dir, progress = run.config, run.run_dir, run.progress
     found = await restore_newest(actors.learner, run_dir, progress.note)
     version = found.version if found else 0
-    conductor = Conductor(
-        config, actors, run.task, run_dir, run.recorder, progress, asked=run.asked, version=version
-    )
+    choice = ModelChoice(config, run_dir, actors.learner, run.model)
+    parts = (config, actors, run.task, run_dir, run.recorder, progress)
+    conductor = Conductor(*parts, asked=run.asked, version=version, choice=choice)
     actors.places.spare = conductor.spare
     run.ending.stops(conductor.loop, progress)
     if found:
@@ -174,7 +175,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
             await conductor.warm_start(trees)
         await conductor.bring_up()
         if not conductor.loop.stopping.is_set():
-            await conductor.evaluate("before")
+            await conductor.evaluations.before()
             await conductor.save()
     if conductor.loop.stopping.is_set() or not await conductor.run():
         await conductor.saved()
@@ -182,8 +183,12 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
         how = f"go on with {run_dir.resume_command}"
         progress.note(f"stopped at step {conductor.version}{saved}: {how}")
         return STOPPED
-    await conductor.evaluate("after")
+    await conductor.evaluations.after()
+    await conductor.read_counters()  # of what it did, too
     progress.phase("saving")
+    if choice.on:
+        progress.note(choice.leave(conductor.evaluations.records, run.recorder))
+        return DONE
     if config.learn.lora.on:
         await actors.learner.save_adapters(str(run_dir.adapter), base_name(config))
     kept = await actors.learner.save_hf(str(run_dir.model))

@@ -8,8 +8,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from actors.cli.command import RECIPE, argument, command, configured, split
+
+if TYPE_CHECKING:  # the command line is there at once
+    from system.evals.result import EvalResult
+
+# What has to be right for a model and engines of our own.
+_OF_MODEL = ("layout", "model", "chat", "run directory", "engine", "gpus", "memory", "hub", "views")
 
 
 @command(
@@ -47,7 +54,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 @command(
-    argument("words", nargs="+", metavar="RUN|MODEL_DIR | KEY=VALUE", help="what to evaluate, and overrides"),
+    argument("words", nargs="*", metavar="RUN|MODEL_DIR | KEY=VALUE", help="what to evaluate, and overrides"),
     argument("--config", type=Path, help="the recipe; needed for a model directory, which has none"),
     argument("--out", type=Path, metavar="FILE", help="write the result as JSON, or FILE.md: as a table"),
     argument(
@@ -56,23 +63,55 @@ def train(args: argparse.Namespace) -> int:
         metavar="FILE",
         help="keep every answer as it comes, in JSON lines; the same command goes on with what is there",
     ),
+    argument(
+        "--endpoint",
+        metavar="URL",
+        help="ask a server of OpenAI's chat completions instead (URL/chat/completions), with the recipe of "
+        "--config or of a run",
+    ),
+    argument("--model", metavar="NAME", default="", help="of --endpoint: the model, as the server knows it"),
+    argument("--key-env", metavar="VAR", default="", help="the environment variable that holds its key"),
+    argument("--concurrency", type=int, default=16, metavar="N", help="conversations at a time (16)"),
+    argument("--timeout", type=float, default=300.0, metavar="S", help="seconds of one request (300)"),
+    argument("--retries", type=int, default=5, metavar="N", help="of a request that failed (5), backing off"),
+    argument(
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="of its requests: top_p=0.9, say; null leaves one out (max_tokens=null)",
+    ),
     name="eval",
 )
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure a trained model on held-out questions.
+    """Measure a trained model, or one behind a server, on held-out questions.
 
     examples:
       espalier eval runs/quickstart-s0
       espalier eval runs/quickstart-s0 eval.questions=500 --out result.json
       espalier eval runs/quickstart-s0 eval.samples=8 eval.temperature=1 --answers answers.jsonl
       espalier eval path/to/hf-model --config configs/quickstart.yaml
+      espalier eval --endpoint https://api.example.com/v1 --model NAME --key-env API_KEY --config my.yaml
     """
+    from system.evals.table import markdown
+    from system.observe.jsonl import jsonable
+    from system.observe.rundir import write_atomic
+    from system.observe.terminal import visible
+
+    result = _of_endpoint(args) if args.endpoint else _of_model(args)
+    text = json.dumps(jsonable(result.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    print(visible(text.rstrip(), breaks=True))
+    if args.out:  # last: what cannot be written has been shown
+        write_atomic(args.out, markdown(result) if args.out.suffix == ".md" else text)
+    return 0
+
+
+def _of_model(args: argparse.Namespace) -> EvalResult:
+    """The evaluation of a model that is here."""
     from system.config import load
     from system.doctor.preflight import require
     from system.errors import ConfigError
-    from system.observe.jsonl import jsonable
-    from system.observe.rundir import RunDir, write_atomic
-    from system.observe.terminal import visible
+    from system.observe.rundir import RunDir
 
     target, overrides = split(args.words)
     if target is None:
@@ -94,14 +133,34 @@ def evaluate(args: argparse.Namespace) -> int:
     checked.model.path = str(model)
     require(checked, without=("model", "run directory"))  # SGLang serves models that are not trained here
     from actors.evaluate import evaluate  # slow imports
-    from system.evals.table import markdown
 
-    result = evaluate(config, model, args.answers)
-    text = json.dumps(jsonable(result.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    print(visible(text.rstrip(), breaks=True))
-    if args.out:  # last: what cannot be written has been shown
-        write_atomic(args.out, markdown(result) if args.out.suffix == ".md" else text)
-    return 0
+    return evaluate(config, model, args.answers)
+
+
+def _of_endpoint(args: argparse.Namespace) -> EvalResult:
+    """The evaluation of a model behind a server."""
+    from system.config import load
+    from system.doctor.preflight import require
+    from system.errors import ConfigError
+    from system.observe.rundir import RunDir
+
+    target, overrides = split(args.words)
+    if (target is None) == (args.config is None):
+        raise ConfigError("--endpoint asks the questions of a recipe: name it by --config, or name a run")
+    config = RunDir.open(target).config(tuple(overrides)) if target else load(args.config, overrides)
+    parameters: dict[str, Any] = {}
+    for given in args.parameter:
+        name, _, value = given.partition("=")
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            raise ConfigError(f"--parameter {given}: KEY=JSON; a text in quotes: '{name}=\"…\"'") from None
+    require(config, without=_OF_MODEL)
+    from actors.ask_endpoint import Endpoint, ask_endpoint  # slow imports
+
+    limits = (args.concurrency, args.timeout, args.retries)
+    endpoint = Endpoint(args.endpoint, args.model, args.key_env, *limits, parameters)
+    return ask_endpoint(config, endpoint, args.answers)
 
 
 def unsafe_on_resume(overrides: Sequence[str]) -> list[str]:

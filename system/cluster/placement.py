@@ -15,6 +15,7 @@ from typing import Literal
 from system.config import Config, ConfigError
 
 SERVED_TOOLS = ("search", "python")  # tools that have a server of ours
+EVALUATION = "eval-"  # begins the names of the actors that only evaluate
 Only = Literal["", "learner", "rollout"]
 
 
@@ -35,7 +36,7 @@ class Node:
 class Seat:
     """One actor's place: the node (index into the nodes) and the GPUs it gets to itself."""
 
-    actor: str  # learner-<rank>, engine-<replica>, rollout-<worker> or tool-<name>
+    actor: str  # learner-<rank>, engine-<replica>, rollout-<worker>, tool-<name>, or eval-… (EVALUATION)
     node: int
     gpus: int = 0
 
@@ -83,13 +84,20 @@ def place(config: Config, nodes: Sequence[Node], only: Only = "") -> list[Seat]:
 
 
 def _rollout(config: Config, nodes: Sequence[Node], rollout: list[int], free: Counter[int]) -> list[Seat]:
-    """Engines, rollout workers and the servers of tools."""
+    """Engines, rollout workers and the servers of tools; behind them what only evaluates."""
     seats = _engines(config, nodes, rollout, free)
+    evaluating = _evaluating(config, nodes, rollout, free)
     # The driver sits on the first node, so the turns begin at the other end.
     turns = rollout[::-1]
     seats += [Seat(f"rollout-{n}", turns[n % len(turns)]) for n in range(config.rollout.workers)]
     # There is one server per tool: together on one node, so that the run can do without any other.
-    return seats + [Seat(f"tool-{name}", rollout[0]) for name in served_tools(config)]
+    return seats + [Seat(f"tool-{name}", rollout[0]) for name in served_tools(config)] + evaluating
+
+
+def _evaluating(config: Config, nodes: Sequence[Node], rollout: list[int], free: Counter[int]) -> list[Seat]:
+    """The engines of ``eval.engines``, and a rollout worker beside the first."""
+    engines = _seated(config, nodes, rollout, free, config.eval.engines, "eval.engines", EVALUATION)
+    return engines + [Seat(f"{EVALUATION}rollout-0", one.node) for one in engines[:1]]
 
 
 def _learner(config: Config, nodes: Sequence[Node], where: list[int], free: Counter[int]) -> list[Seat]:
@@ -111,20 +119,33 @@ def _learner(config: Config, nodes: Sequence[Node], where: list[int], free: Coun
 
 def _engines(config: Config, nodes: Sequence[Node], where: list[int], free: Counter[int]) -> list[Seat]:
     replicas = 0 if config.engine.urls else config.engine.replicas  # servers of others take none of our GPUs
+    return _seated(config, nodes, where, free, replicas, "engine.replicas")
+
+
+def _seated(
+    config: Config,
+    nodes: Sequence[Node],
+    where: list[int],
+    free: Counter[int],
+    replicas: int,
+    setting: str,
+    kind: str = "",
+) -> list[Seat]:
+    """So many engines, as ``setting`` says; ``kind`` begins their names."""
     need = engine_gpus(config) if any(node.gpus for node in nodes) else 0
     if not need:
-        return [Seat(f"engine-{number}", where[::-1][number % len(where)]) for number in range(replicas)]
+        return [Seat(f"{kind}engine-{it}", where[::-1][it % len(where)]) for it in range(replicas)]
     seats: list[Seat] = []
     for number in range(replicas):
         node = max(where, key=lambda candidate: free[candidate])  # the first of equals
         if free[node] < need:
             room = sum(free[candidate] // need for candidate in where) + number
             raise PlacementError(
-                f"engine.replicas={replicas} of {need} GPUs each do not fit: the {len(where)} rollout nodes "
-                f"have room for {room}, each on one node; lower engine.replicas or raise cluster.nodes"
+                f"{setting}={replicas} of {need} GPUs each do not fit: the {len(where)} rollout nodes "
+                f"have room for {room}, each on one node; lower {setting} or raise cluster.nodes"
             )
         free[node] -= need
-        seats.append(Seat(f"engine-{number}", node, need))
+        seats.append(Seat(f"{kind}engine-{number}", node, need))
     return seats
 
 
@@ -145,7 +166,8 @@ def by_node(seats: Sequence[Seat], nodes: Sequence[Node]) -> list[str]:
             words.append(
                 f"learner ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"learner rank {ranks[0]}"
             )
-        words += [f"{parts[kind]} {kind}" for kind in ("engine", "rollout") if parts[kind]]
+        kinds = ("engine", "rollout", f"{EVALUATION}engine", f"{EVALUATION}rollout")
+        words += [f"{parts[kind]} {kind}" for kind in kinds if parts[kind]]
         words += [seat.actor for seat in here if seat.actor.startswith("tool-")]
         used = sum(seat.gpus for seat in here)
         gpus = f" [{used}/{node.gpus} GPUs]" if node.gpus else ""

@@ -57,6 +57,11 @@ def _listening_problems(config: Config) -> Iterator[str]:
             f"agent.listen={agent.listen}: one worker can listen there, and there are rollout.workers="
             f"{config.rollout.workers}: set rollout.workers=1"
         )
+    if config.eval.engines:
+        yield (
+            f"agent.listen={agent.listen}: one worker can listen there, and eval.engines start another: set "
+            "eval.engines=0"
+        )
 
 
 def agent_problems(config: Config) -> Iterator[str]:

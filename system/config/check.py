@@ -218,6 +218,10 @@ def _sizes(config: Config) -> Iterator[str]:
             f"eval.questions={config.eval.questions} are more than task.eval_size={config.task.eval_size}: "
             "raise task.eval_size too"
         )
+    if config.eval.engines and config.engine.urls:
+        yield (
+            "eval.engines are started by the run, and with engine.urls it starts none: leave one of them out"
+        )
     if config.engine.max_context <= rollout.max_response_tokens:
         yield (
             f"engine.max_context={config.engine.max_context} must exceed "

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,11 +22,24 @@ class EvalConfig:
     """Answers to held-out questions.  Any of it may change on resume."""
 
     every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
+    every_s: float = setting(0.0, "seconds of training between evaluations; 0: by steps only", least=0)
+    engines: int = setting(
+        0,
+        "engines that do nothing but evaluations, which then keep the weights of their step while training "
+        "goes on; 0: the engines of training, while the learner waits",
+        least=0,
+    )
     questions: int = setting(-1, "of the held-out ones, the first so many; -1: all", least=-1)
     samples: int = setting(
         1, "answers to each, for pass@k and maj@k; more than one need a temperature", least=1, most=1024
     )
     temperature: float = setting(0.0, "of sampling; 0: greedy", least=0, most=100)
+    choose: str = setting(
+        "last",
+        "which model the run leaves: last; or that of the best evaluation during or after training, by "
+        "accuracy, majority, reward or pass@k of the task's own questions, or <set>/<metric> of one of "
+        "eval.sets",
+    )
     sets: list[dict[str, Any]] = setting(
         [],
         "further sets of held-out questions: {name, path (a data file) or task (as in the section task), "
@@ -100,6 +113,7 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
         sets = eval_sets(config)
     except ConfigError as error:
         yield from str(error).splitlines()
+    yield from _choice_problems(config, sets)
     several = ["eval.samples"] * (config.samples > 1) + [
         f"{one.key}.samples" for one in sets if one.samples > 1
     ]
@@ -107,4 +121,27 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
         yield (
             f"{several[0]} asks for several answers, but eval.temperature=0 gives the same one again: set "
             "eval.temperature=1 (or what the model's card advises), or ask once"
+        )
+
+
+def _choice_problems(config: EvalConfig, sets: Sequence[EvalSet]) -> Iterator[str]:
+    """Whether an evaluation has what ``eval.choose`` names."""
+    if config.choose == "last":
+        return
+    of_set, _, metric = config.choose.rpartition("/")
+    samples = {one.name: one.samples for one in sets} | {"": config.samples}
+    if of_set not in samples:
+        known = ", ".join(one.name for one in sets) or "none"
+        yield f"eval.choose={config.choose}: eval.sets has no {of_set!r} (there are: {known})"
+        return
+    count = samples[of_set]
+    ks = {2**power for power in range(1, count.bit_length())} | {count}
+    measured = ["accuracy", "reward"]
+    measured += ["majority", *(f"pass@{k}" for k in sorted(ks))] if count > 1 else []
+    if metric not in measured:
+        yield f"eval.choose={config.choose}: choose last, or by one of {', '.join(measured)}"
+    if not config.every and not config.every_s:
+        yield (
+            f"eval.choose={config.choose} has the last model alone to choose of: set eval.every or "
+            "eval.every_s, or eval.choose=last"
         )

@@ -51,6 +51,7 @@ def model_card(
         "",
         f"Trained with Espalier {_how(config, summary, version)}.",
         "",
+        *_choice(summary, version),
         *_adapters(config, adapter, merged),
         *_scores(evaluated),
         *_losses(summary, version),
@@ -112,6 +113,17 @@ def _adapters(config: Config, alone: bool, merged: tuple[str, float] | None) -> 
         yield (
             f"Its adapters (LoRA) of rank {lora.rank} are merged into the weights in {dtype}, which keeps "
             f"{kept:.1%} of what they change (of its squared norm)."
+        )
+        yield ""
+
+
+def _choice(summary: Mapping[str, Any], version: int) -> Iterator[str]:
+    """Why it is not the last one."""
+    chosen = summary.get("chosen", {})
+    if "value" in chosen and chosen["step"] == version:
+        yield (
+            f"It is the model of step {version} of {summary.get('versions')}, whose evaluation had the "
+            f"highest {_text(chosen['by'])}: {chosen['value']:.3f}."
         )
         yield ""
 

@@ -166,11 +166,11 @@ def _kept(run: RunDir) -> float | None:
 
 
 def _version(run: RunDir, step: int | None) -> int:
-    """The step of the model: of the trained one, the last, or the one that a supervised run chose."""
+    """The step of the model: of the trained one, the last, or the one that the run chose."""
     if step is not None:
         return step
     summary = _summary(run)
-    return int(summary.get("versions", summary.get("chosen", {}).get("step", 0)))
+    return int(summary.get("chosen", {}).get("step", summary.get("versions", 0)))
 
 
 def _summary(run: RunDir) -> dict[str, Any]:

@@ -204,12 +204,21 @@ class Recorder:
         self._ticks.append((self._clock(), 0, tokens))
         self._steps.append((self._clock(), step.version))
 
-    def evaluated(self, step: int, result: EvalResult, which: Which) -> None:
-        """An evaluation ended; its record is written at once."""
+    def evaluated(
+        self, step: int, result: EvalResult, which: Which, seconds: float, waited_s: float, **more: float
+    ) -> dict[str, Any]:
+        """An evaluation of the weights of ``step`` ended after so many ``seconds``, in ``waited_s`` of which
+        training stood still; its record, with ``more`` of it, is written at once, and returned.
+        """
         self._eval_accuracy[which] = result.total.accuracy
         if which != "during":
             self._totals.evals[which] = result.to_dict()
-        self._write({"step": step, "time": self._now(), "eval/which": which, **result.metrics()})
+        add(self._totals.evaluation, count=1, seconds=seconds, waited_s=waited_s)
+        record = {"step": step, "time": self._now(), "eval/which": which, **result.metrics()}
+        spent = {"seconds": seconds, "waited_s": waited_s, **more}
+        record |= {f"eval/{name}": value for name, value in spent.items()}
+        self._write(record)
+        return record
 
     def weights_pushed(self, stage_s: float, pause_s: Sequence[float], sent_bytes: int) -> None:
         """New weights reached the engines: ``pause_s`` is how long each of those that were paused stood
@@ -235,6 +244,10 @@ class Recorder:
     def model_merged(self, kept: float) -> None:
         """The same of the model that the run leaves."""
         self._totals.model["lora_kept"] = kept
+
+    def chosen(self, step: int, by: str, value: float) -> None:
+        """The model that the run leaves is that of ``step``, by a metric of its evaluation."""
+        self._totals.chosen = {"step": step, "by": by, "value": value}
 
     def idle_total(self, actor: str, cause: str, total_s: float) -> None:
         """A running total of the seconds that ``actor`` waited for ``cause`` (say: the learner, for trees).

@@ -17,7 +17,7 @@
       start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
       sft.json         of a supervised run, and what tells one: what its data were ({} until they are known)
-      candidates/      of a supervised run: the models that one is chosen of
+      candidates/      the models that one is chosen of, by `sft.choose` or `eval.choose`
       logs/            logs of the parts
       judge/           verdicts of `reward=judge`, which a resumed run does not ask for again
       wandb/           Weights & Biases files (offline by default)

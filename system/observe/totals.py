@@ -39,9 +39,11 @@ class Totals:
     agent: dict[str, float] = field(default_factory=dict)  # episodes, turns, rewrites, retries, failed, …
     chat: dict[str, float] = field(default_factory=dict)  # turns looked at, and those that drift
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)  # "before" | "after" -> scores
+    evaluation: dict[str, float] = field(default_factory=dict)  # count, seconds, waited_s of all
     mismatch: dict[str, float] = field(default_factory=dict)  # see ``_mismatch``
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
     model: dict[str, float] = field(default_factory=dict)  # of the model that is left: lora_kept
+    chosen: dict[str, Any] = field(default_factory=dict)  # of the model by ``eval.choose``: step, by, value
     wall_s: float = 0.0  # of earlier sessions
 
     def summary(self) -> dict[str, Any]:
@@ -73,9 +75,11 @@ class Totals:
             "environment": dict(sorted(self.environment.items())),
             "agent": dict(sorted(self.agent.items())),
             "chat": dict(sorted(self.chat.items())),
+            "evaluation": dict(self.evaluation),
             "mismatch": _mismatch(self.mismatch),
             "weights": dict(self.weights),
             "model": dict(self.model),
+            **({"chosen": dict(self.chosen)} if self.chosen else {}),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
             "causes": {kind: dict(entry) for kind, entry in sorted(self.causes.items())},
             "idle": self.idle.shares(),

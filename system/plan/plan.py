@@ -374,7 +374,9 @@ def plan(
 def named_gpus(config: Config) -> int:
     """GPUs of the nodes that the configuration asks for, or of its learner and engines."""
     on_cluster = config.cluster.nodes * config.cluster.gpus_per_node
-    return on_cluster or config.learn.ranks + config.engine.replicas * config.engine.tp
+    return on_cluster or (
+        config.learn.ranks + (config.engine.replicas + config.eval.engines) * config.engine.tp
+    )
 
 
 def text(plan: GpuPlan) -> str:

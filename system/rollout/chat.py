@@ -196,15 +196,7 @@ class Chat:
         """``messages`` with what is to be added to the system message, ``tools`` first; made, if there is
         none.
         """
-        words = [tools] if tools else []
-        if self._how != "none" and self._answer_format and _ANSWER not in _text(messages):
-            words.append(self._answer_format)
-        copies = [dict(message) for message in messages]
-        if not words:
-            return copies
-        if copies and copies[0]["role"] == "system":
-            words.insert(0, copies.pop(0)["content"])
-        return [{"role": "system", "content": "\n\n".join(words)}, *copies]
+        return with_words(messages, tools, self._answer_format if self._how != "none" else "")
 
     def _rendered(self, messages: Messages, tools: list[dict[str, Any]] | None = None, **options: Any) -> str:
         """What the template makes of a message of ours; empty where it refuses that."""
@@ -225,6 +217,27 @@ class Chat:
             raise PromptError(f"the chat template refuses the messages: {error}") from error
 
 
+def with_words(messages: Messages, tools: str, answer_format: str) -> list[dict[str, str]]:
+    """``messages`` with what is to be added to the system message, which is made if there is none: how
+    ``tools`` are called, and the ``answer_format``, where they do not tell of it themselves.
+    """
+    words = [tools] if tools else []
+    if answer_format and _ANSWER not in _text(messages):
+        words.append(answer_format)
+    copies = [dict(message) for message in messages]
+    if not words:
+        return copies
+    if copies and copies[0]["role"] == "system":
+        words.insert(0, copies.pop(0)["content"])
+    return [{"role": "system", "content": "\n\n".join(words)}, *copies]
+
+
+def answer_format(config: Config) -> str:
+    """What the rewards want the model to be told: of several, the first that asks for a form."""
+    formats = (getattr(REWARDS.find(one.name), "answer_format", "") for one in rewards(config.reward))
+    return next(filter(None, formats), "")
+
+
 def make_chat(
     config: Config,
     tokenizer: Tokenizer,
@@ -240,14 +253,12 @@ def make_chat(
     how = config.task.tools_in_prompt
     if how == "auto" and not config.model.path:
         how = "none"
-    # Of several rewards, the first that asks for a form.
-    formats = (getattr(REWARDS.find(one.name), "answer_format", "") for one in rewards(config.reward))
     chat = Chat(
         tokenizer,
         syntax if config.rollout.call_limit else None,
         how=how,
         arguments=config.task.template,
-        answer_format=next(filter(None, formats), ""),
+        answer_format=answer_format(config),
         ends=end_tokens(model_path),
         answers=config.rollout.answers,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+from system.rollout.completions import back_off_s
 from system.rollout.reward import BranchView
-from system.rollout.rewards.judge_server import back_off_s
 from system.tree.prompt import Prompt
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +103,11 @@ def pool() -> RolloutPool:
 )
 def test_what_a_run_can_do_without(actors: list[str], spared: bool) -> None:
     made = pool()
+    made = replace(made, evaluation=RolloutPool({}, {"eval-engine-0": "http://c:1"}, {}))
+    own = made.evaluation
+    assert made.lose(["eval-engine-0"])
+    assert own is not None
+    assert not own.engines, "training goes on without those of evaluations"
     assert made.lose(actors) is spared
     assert [*made.engines] == (["engine-0"] if spared and actors else ["engine-0", "engine-1"])
     assert len(made.workers) == 1

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -278,3 +279,18 @@ async def test_closed_trees_outlive_their_worker_and_are_written_aside(tmp_path:
         await sample.written()
         assert [tree.prompt_id for tree in read_trees(run_dir.trees)] == kept
         assert [tree.prompt_id for tree in read_trees(run_dir.tree_sample)] == sampled
+
+
+async def test_what_can_be_spared_ends_no_run_by_staying_away() -> None:
+    async def gone() -> int:
+        raise RayError
+
+    actor, said = SimpleNamespace(beat=SimpleNamespace(remote=gone)), list[str]()
+    beats = Heartbeats(lambda: {"eval-engine-0": Watched(actor, {}, True, spare=True)}, 0.1, 0.2, said.append)
+    watch = asyncio.create_task(beats.watch())
+    async with asyncio.timeout(60):
+        while len(said) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not watch.done()
+    assert said[0] == "eval-engine-0: not back within 0 s; the run goes on without it"
+    watch.cancel()

@@ -11,7 +11,7 @@ import pytest
 from actors import rollout_pool as module
 from actors.placement import Place, Placement
 from actors.rollout_pool import Arrivals, RolloutPool
-from system.cluster.placement import Node, Seat
+from system.cluster.placement import Node, Seat, place
 from system.config import load
 
 NAMES = ("engine-0", "engine-1", "tool-python", "rollout-0", "rollout-1")
@@ -54,4 +54,24 @@ async def test_workers_engines_and_tools_find_each_other(started: dict[str, tupl
     assert (model, engines) == ("model", [*pool.engines.values()])
     assert tools == {"python": f"http://127.0.0.1:{port}"}
     assert run_dir == Path()
+    assert pool.evaluation is None
+    await pool.close()
+
+
+async def test_evaluations_have_engines_and_a_worker_of_their_own(
+    started: dict[str, tuple[Any, ...]],
+) -> None:
+    config = load(None, ["tools.names=[python]", "engine.replicas=2", "eval.engines=1"])
+    seats = place(config, [Node("127.0.0.1")], "rollout")
+    places = Placement([Node("127.0.0.1")], seats, {seat.actor: Place("127.0.0.1") for seat in seats}, False)
+    pool = await RolloutPool.start(config, "model", None, places, Path("logs"))
+    assert started.keys() == {seat.actor for seat in seats}
+    own = pool.evaluation
+    assert own is not None
+    assert [*own.workers, *own.engines, *own.servers] == ["eval-rollout-0", "eval-engine-0", "eval-engine-0"]
+    *_, number, log = started["eval-engine-0"]
+    assert (number, log) == (2, "logs/sglang-eval-0.log")
+    *_, engines, tools, _ = started["eval-rollout-0"]
+    assert engines == [*own.engines.values()]
+    assert tools == started["rollout-0"][3]
     await pool.close()

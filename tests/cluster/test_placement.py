@@ -28,6 +28,14 @@ def test_learner_and_rollout_on_nodes_of_their_own() -> None:
     assert {where[name][0] for name in ("rollout-0", "rollout-1", "tool-search", "tool-python")} == {2}
     assert spare_gpus(seats, nodes) == 0
     assert by_node(seats, nodes)[0] == "node-0 [8/8 GPUs]: driver, learner ranks 0-7"
+    wanted.engine.replicas, wanted.eval.engines = 1, 1
+    seats = place(wanted, nodes)
+    where = {seat.actor: (seat.node, seat.gpus) for seat in seats}
+    assert (where["engine-0"], where["eval-engine-0"], where["eval-rollout-0"]) == ((2, 4), (2, 4), (2, 0))
+    assert "1 engine, 2 rollout, 1 eval-engine, 1 eval-rollout" in by_node(seats, nodes)[2]
+    wanted.eval.engines = 2
+    with pytest.raises(PlacementError, match=r"eval\.engines=2 of 4 GPUs each .* room for 1"):
+        place(wanted, nodes)
 
 
 def test_without_gpus_the_ranks_are_spread_in_blocks() -> None:

@@ -36,6 +36,9 @@ def test_a_run_by_lora_sends_adapters_alone_and_goes_on(start: Callable[..., Any
         "learn.lora.rank=4",
         "learn.lora.alpha=8",
         "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "eval.every=1",
+        "eval.choose=accuracy",
     )
     run = start(f"model.path={base}", *settings, "run.steps=4", "learn.lr=1e-2", "learn.kl_coef=0.01")
     run.wait_for(lambda: run.steps() >= 2, WAIT_S, "two steps")
@@ -59,8 +62,14 @@ def test_a_run_by_lora_sends_adapters_alone_and_goes_on(start: Callable[..., Any
     merged = load_file(run.directory / "model" / "model.safetensors")
     moved = {name for name, tensor in merged.items() if (tensor != weights[name]).any()}
     assert moved == {shape.tensor(part, layer) for part in KIND.parts for layer in range(shape.layers)}
+    evaluated = {one["step"]: one["eval/accuracy"] for one in records if "eval/which" in one and one["step"]}
+    chosen = run.summary()["chosen"]
+    assert chosen["value"] == max(evaluated.values())
+    assert chosen["step"] == max(step for step, value in evaluated.items() if value == chosen["value"])
+    assert f"model of step {chosen['step']} of 4" in (run.directory / "model" / "README.md").read_text()
+    step = ("--step", str(chosen["step"]))
     for words, kind in ((("--adapter",), "adapter"), ((), "model")):
-        assert main(["export", str(run.directory), "--step", "4", "--to", str(tmp_path / kind), *words]) == 0
+        assert main(["export", str(run.directory), *step, "--to", str(tmp_path / kind), *words]) == 0
     ours = read_adapter(tmp_path / "adapter", shape, KIND)
     files = load_file(tmp_path / "model" / "model.safetensors")
     assert all((tensor == adapters[name]).all() for name, tensor in ours.items())

@@ -66,7 +66,8 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run = start("run.steps=4", f"observe.prometheus={port}")
+    evaluations = ("eval.engines=1", "eval.every=1")
+    run = start("run.steps=4", f"observe.prometheus={port}", *evaluations)
     run.wait_for(lambda: "espalier_train_loss " in scraped(port), WAIT_S, "a step that Prometheus can read")
     assert run.wait(WAIT_S) == 0, run.output()
     records = list(read_jsonl(run.directory / "metrics.jsonl"))
@@ -103,9 +104,19 @@ def test_asynchronous_run_leaves_what_it_promises(start: Callable[..., Any]) -> 
     assert files[0] == files[1], "the last checkpoint's model is the trained one"
     assert (run.directory / "curves" / "overview.png").stat().st_size > 10_000
     logs = {path.name for path in (run.directory / "logs").iterdir()}
-    assert logs >= {f"{name}.log" for name in ("learner-0", "engine-0", "rollout-0", "tool-search")}
+    parts = ("learner-0", "engine-0", "rollout-0", "tool-search", "eval-engine-0", "eval-rollout-0")
+    assert logs >= {f"{name}.log" for name in parts}
     steps = [record for record in read_jsonl(run.directory / "metrics.jsonl") if "train/loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    evaluated = {record["step"]: record for record in records if "eval/which" in record}
+    assert {0, 4} <= evaluated.keys()
+    for step, record in evaluated.items():
+        answers = list(read_jsonl(run.directory / "evals" / f"v{step:06d}.jsonl"))[1:]
+        right = sum(bool(answer["correct"]) for answer in answers)
+        assert (len(answers), right / 12) == (12, pytest.approx(record["eval/accuracy"]))
+        alone = record["eval/which"] != "after"  # on engines of its own, beside training
+        assert (record["eval/waited_s"] < record["eval/seconds"]) == alone
+    assert summary["evaluation"]["count"] == len(evaluated)
     assert all(math.isfinite(record["train/loss"]) for record in steps)
     # Behaviour and learner agree on the tokens the engine sampled from the very weights that are trained.
     assert steps[0]["train/mismatch_kl"] < 1e-3

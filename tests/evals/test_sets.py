@@ -50,6 +50,9 @@ def test_each_question_of_each_set_is_asked_as_often_as_it_says(data: Path) -> N
         ("eval.samples=2", r"eval\.samples asks for several answers, but eval\.temperature=0"),
         ("eval.sets=[{name: a, path: x, samples: 2}]", r"eval\.sets\[0\]\.samples asks for several"),
         ("eval.sets=[{name: a}]", r"eval\.sets\[0\] needs either a path"),
+        ("eval.choose=b/accuracy", r"eval\.sets has no 'b' \(there are: none\)"),
+        ("eval.choose=pass@4", r"choose last, or by one of accuracy, reward\n"),
+        ("eval.choose=accuracy", r"the last model alone to choose of: set eval\.every"),
         ("eval.sets=[{name: a, path: x, task: {name: quickstart}}]", r"needs either a path"),
         ("eval.sets=[{name: a/b, path: x}]", r"eval\.sets\[0\]\.name='a/b': letters"),
         ("eval.sets=[{name: held-out, path: x}]", r"name of the task's own questions"),
@@ -71,6 +74,25 @@ def test_each_question_of_each_set_is_asked_as_often_as_it_says(data: Path) -> N
 def test_what_is_wrong_is_told_by_its_place(given: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         config_of(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "engine=sglang engine.urls=[http://a:1]",
+            r"eval\.engines are started by the run, and with engine\.urls",
+        ),
+        (
+            "agent.listen=127.0.0.1:8200 agent.token_env=T branching=none tools.names=[]",
+            r"eval\.engines start another: set eval\.engines=0",
+        ),
+    ],
+)
+def test_what_does_not_go_with_engines_of_their_own(given: str, told: str) -> None:
+    config_of(*given.split())
+    with pytest.raises(ConfigError, match=told):
+        config_of("eval.engines=1", *given.split())
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,13 @@ def written(run_dir: RunDir, config: Config) -> set[str]:
         recorder.running_total("rollout-0", f"reward/failed/{reason}", 1.0)
     recorder.train_step(FinishedStep(5, trees, {"loss": 1.0}, [0, 1], {"hard": 0.5}))
     recorder.flush(5)
-    recorder.evaluated(5, evaluated(single("a.b", 0)), "during")
+    recorder.evaluated(5, evaluated(single("a.b", 0)), "during", 3.0, 1.0, lora_kept=0.9)
     several = [
         Answered(name, "q", "calc", at, True, 1.0, "stopped", 1, 4, "4")
         for name in ("", "set")
         for at in (0, 1)
     ]
-    recorder.evaluated(6, EvalResult.of(several), "after")
+    recorder.evaluated(6, EvalResult.of(several), "after", 3.0, 1.0)
     recorder.restore(recorder.state())
     return kept.keys
 

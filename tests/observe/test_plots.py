@@ -20,7 +20,7 @@ from system.tree.stats import TreeStats
 
 def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
     recorder = Recorder(run_dir, config, [RunFiles(run_dir)])
-    recorder.evaluated(0, evaluated(single("a", 0)), "before")
+    recorder.evaluated(0, evaluated(single("a", 0)), "before", 3.0, 1.0)
     recorder.training_began()
     for step in range(1, steps + 1):
         tree = TreeStats.of(make_tree(str(step), (1.0, 0.0, 0.5), version=step))
@@ -80,14 +80,14 @@ def test_a_legend_hides_no_data_and_hangs_over_no_edge(
 def test_an_accuracy_is_written_as_everywhere_else(run_dir: RunDir, config: Config, figures: list[Figure]):
     recorder = Recorder(run_dir, config, [RunFiles(run_dir)])
     singles = [single(f"{i}", int(i > 0)) for i in range(200)]
-    recorder.evaluated(0, evaluated(*singles), "before")
+    recorder.evaluated(0, evaluated(*singles), "before", 3.0, 1.0)
     plots.draw(run_dir)
     assert "0.995" in {text.get_text() for text in figures[0].axes[0].texts}
 
 
 def test_only_what_has_data_is_drawn(run_dir: RunDir, config: Config):
     recorder = Recorder(run_dir, config, [RunFiles(run_dir)])
-    recorder.evaluated(0, evaluated(single("a", 0)), "before")
+    recorder.evaluated(0, evaluated(single("a", 0)), "before", 3.0, 1.0)
     assert {file.stem for file in plots.draw(run_dir)} == {"overview", "accuracy"}
 
 

@@ -75,6 +75,13 @@ def test_a_card_of_an_earlier_step_has_no_later_figures(config: Config) -> None:
     assert "Held-out" not in model_card(config, {}, name="it", version=10)
 
 
+def test_a_card_says_why_it_is_not_the_last_model(config: Config) -> None:
+    summary = SUMMARY | {"chosen": {"step": 10, "by": "aime/pass@8", "value": 0.5}}
+    card = model_card(config, summary, name="it", version=10)
+    assert "It is the model of step 10 of 20, whose evaluation had the highest aime/pass@8: 0.500." in card
+    assert "It is the model" not in model_card(config, summary, name="it", version=20)
+
+
 def test_the_card_of_a_supervised_run(config: Config) -> None:
     summary = {
         "steps": 30,

@@ -64,7 +64,7 @@ def recorder(run_dir: RunDir, config: Config, sink: MemorySink, clock: Clock) ->
 
 
 def run_two_steps(recorder: Recorder, clock: Clock) -> None:
-    recorder.evaluated(0, evaluated(single("a", 0), single("b", 1)), "before")
+    recorder.evaluated(0, evaluated(single("a", 0), single("b", 1)), "before", 3.0, 1.0)
     for step in (1, 2):
         trees = [TreeStats.of(make_tree(f"{step}-{i}", (1.0, 0.0, 0.5), version=step - i)) for i in range(2)]
         for tree in trees:
@@ -85,7 +85,7 @@ def run_two_steps(recorder: Recorder, clock: Clock) -> None:
 def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_dir: RunDir, sink: MemorySink):
     recorder.training_began()
     run_two_steps(recorder, clock)
-    recorder.evaluated(2, evaluated(single("a", 1), single("b", 1)), "after")
+    recorder.evaluated(2, evaluated(single("a", 1), single("b", 1)), "after", 3.0, 1.0)
     recorder.finish()
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
@@ -103,6 +103,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "guided",
         ),
         *(
+            "evaluation",
             "mismatch",
             "weights",
             "model",
@@ -123,6 +124,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5
     assert summary["eval"]["after"]["accuracy"] == 1.0
+    assert summary["evaluation"] == {"count": 2, "seconds": 6.0, "waited_s": 2.0}
     assert {"reward", "tool_calls"} <= set(summary["eval"]["after"])
     assert summary["eval"]["after"]["kinds"]["calc"]["accuracy"] == 1.0
     assert (summary["trees"], summary["leaves"], summary["forks"], summary["tool_calls"]) == (4, 12, 4, 4)
@@ -365,7 +367,7 @@ def test_settled_accuracy_waits_for_a_full_window(run_dir: RunDir, config: Confi
 
 
 def test_an_evaluation_during_training_stays_out_of_the_summary(recorder: Recorder, sink: MemorySink):
-    recorder.evaluated(5, evaluated(single("a", 1)), "during")
+    recorder.evaluated(5, evaluated(single("a", 1)), "during", 3.0, 1.0)
     assert recorder.summary()["eval"] == {}
     assert sink.records[0]["eval/accuracy"] == 1.0
 

@@ -27,9 +27,9 @@ from system.config import ChosenReward, Config, load, rewards
 from system.http import retry_after_s
 from system.observe.metrics import reward_metrics
 from system.plugins import PluginError
+from system.rollout import completions
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score, ScoreFailed
-from system.rollout.rewards import judge_server
 from system.rollout.rewards.judge import Judge
 from system.rollout.rewards.judge_prompt import (
     OTHERS,
@@ -117,7 +117,7 @@ async def broken_json(_: dict[str, Any]) -> web.Response:
 
 @pytest.fixture(autouse=True)
 def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_server, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(completions, "BACKOFF_S", 0.01)
 
 
 async def counted(judge: Judge, what: str, times: int) -> None:

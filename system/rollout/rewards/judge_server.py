@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import random
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,22 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from system.errors import ConfigError
-from system.http import HttpClient, HttpError
+from system.http import HttpError
+from system.rollout.completions import ChatCompletions
 from system.rollout.reward import ScoreFailed
 from system.rollout.rewards.judge_prompt import Messages
-from system.tools.service import throttler
 
-BACKOFF_S, MOST_BACKOFF_S = 0.5, 30.0  # before the first retry, doubling; the wait is drawn in [half, whole]
 _MILLION = 1e6  # tokens that a price is for
 
 
-def back_off_s(attempt: int, rng: random.Random) -> float:
-    """Seconds to wait after attempt number ``attempt`` (from 0) has failed."""
-    return min(BACKOFF_S * 2**attempt, MOST_BACKOFF_S) * rng.uniform(0.5, 1.0)
-
-
-class JudgeServer:
-    """A model behind OpenAI's ``/chat/completions``."""
+class JudgeServer(ChatCompletions):
+    """The model that judges, and what it costs."""
 
     def __init__(
         self,
@@ -42,72 +35,28 @@ class JudgeServer:
         rate_per_s: float,
         prices: tuple[float, float],
     ) -> None:
-        """``parameters``: of the request, besides model and messages; ``prices``: of a million tokens read
-        and written.
-        """
-        self.url = f"{base_url.rstrip('/')}/chat/completions"
-        self._model, self._parameters = model, parameters
-        self._http = HttpClient(keys={self.url: key})
-        self._retries, self._try_s, self._prices = retries, try_s, prices
-        self._throttle, self._rng = throttler(rate_per_s), random.Random()
-        self._quiet_until = 0.0  # on the event loop's clock: a Retry-After is meant for all requests
-        self.counts: Counter[str] = Counter()
+        """As of :class:`.ChatCompletions`.  ``prices``: of a million tokens read and written."""
+        limits: dict[str, Any] = {"retries": retries, "try_s": try_s, "rate_per_s": rate_per_s}
+        super().__init__(base_url, model, {"temperature": 0, **parameters}, key=key, **limits)
+        self._prices = prices
         self.amounts: dict[str, float] = {"answer_s": 0.0, "cost": 0.0}
-
-    def body(self, messages: Messages) -> dict[str, Any]:
-        """The request; of the ``parameters``, null leaves one out."""
-        whole = {"model": self._model, "messages": messages, "temperature": 0, **self._parameters}
-        return {name: value for name, value in whole.items() if value is not None}
 
     async def ask(self, messages: Messages) -> str:
         """What the model replies.  Raises :class:`ScoreFailed` when all attempts have failed."""
-        attempt = 0
-        while True:
-            try:
-                return await self._attempt(messages)
-            except HttpError as error:
-                if not error.passing or attempt >= self._retries:
-                    tried = f" (attempt {attempt + 1})" if attempt else ""
-                    raise ScoreFailed(f"judge: {error}{tried}", "endpoint") from error
-                await self._back_off(attempt, error.retry_after_s)
-            attempt += 1
-            self.counts["retries"] += 1
-
-    async def _attempt(self, messages: Messages) -> str:
-        loop = asyncio.get_running_loop()
-        if (quiet_s := self._quiet_until - loop.time()) > 0:
-            await asyncio.sleep(quiet_s * self._rng.uniform(1.0, 1.25))  # not all at the same moment
-        if self._throttle is not None:
-            await self._throttle.acquire()
-        self.counts["requests"] += 1
-        began = loop.time()
         try:
-            answer = await self._http.request("POST", self.url, self.body(messages), self._try_s)
+            return await self.complete(self.body(messages), lambda answer: _content(answer, self.url))
         except HttpError as error:
-            self.counts["refused"] += error.status == 429
-            # No JSON with a good status: a proxy's page, perhaps; another attempt may fare better.
-            error.passing = error.passing or error.status == 0
-            raise
-        self.counts["answers"] += 1
-        self.amounts["answer_s"] += loop.time() - began
-        self._pay(answer.get("usage"))
-        return _content(answer, self.url)
+            raise ScoreFailed(f"judge: {error}", "endpoint") from error
 
-    async def _back_off(self, attempt: int, asked_s: float) -> None:
-        now = asyncio.get_running_loop().time()
-        if asked_s > 0:
-            self._quiet_until = max(self._quiet_until, now + asked_s)
-        await asyncio.sleep(back_off_s(attempt, self._rng))
-
-    def _pay(self, usage: Any) -> None:
+    def answered(self, answer: Mapping[str, Any], seconds: float) -> None:
+        super().answered(answer, seconds)
+        self.amounts["answer_s"] += seconds
+        usage = answer.get("usage")
         for name, price in zip(("prompt_tokens", "completion_tokens"), self._prices, strict=True):
             tokens = usage.get(name) if isinstance(usage, dict) else None
             if isinstance(tokens, int) and tokens > 0:
                 self.counts[name] += tokens
                 self.amounts["cost"] += tokens * price / _MILLION
-
-    async def close(self) -> None:
-        await self._http.close()
 
 
 def _content(answer: Mapping[str, Any], url: str) -> str:
