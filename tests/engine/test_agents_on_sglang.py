@@ -1,4 +1,4 @@
-"""Other people's agents with a real SGLang server behind the endpoint: what is recorded is what it sampled."""
+"""Agents of others with a real SGLang server behind the endpoint: what is recorded is what it sampled."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ async def test_what_agents_are_told_is_recorded_as_sglang_sampled_it(
     async with aiohttp.ClientSession() as http:
         answer = await http.post(f"{session.openai_url}/chat/completions", json=body)
         async with asyncio.timeout(120):
-            while not (len(engine.asked) == 19 and engine.asked[-1][1]):  # noqa: ASYNC110
+            while not (len(engine.asked) == 19 and engine.asked[-1][1]):  # noqa: ASYNC110 (a stream's progress)
                 await asyncio.sleep(0.01)
         answer.close()
     async with asyncio.timeout(120):
-        while await engine.running():
+        while await engine.running():  # noqa: ASYNC110 (a server's state)
             await asyncio.sleep(0.1)
     assert not any(chunk.finish for chunk in engine.asked[-1][1])
     assert not any(p.kind == Kind.MODEL for p in session.close(Outcome.ENDED).forest.pieces)
