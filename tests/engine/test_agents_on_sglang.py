@@ -99,7 +99,7 @@ async def test_what_agents_are_told_is_recorded_as_sglang_sampled_it(
     async with aiohttp.ClientSession() as http:
         answer = await http.post(f"{session.openai_url}/chat/completions", json=body)
         async with asyncio.timeout(120):
-            while not (len(engine.asked) == 19 and engine.asked[-1][1]):  # noqa: ASYNC110 (a stream's progress)
+            while not (len(engine.asked) == 19 and engine.asked[-1][1]):  # noqa: ASYNC110 (a stream)
                 await asyncio.sleep(0.01)
         answer.close()
     async with asyncio.timeout(120):
