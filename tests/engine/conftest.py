@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from system.models.shape import ModelShape
 from system.serving import free_port as a_free_port
 
 sys.path.append(str(Path(__file__).parent.parent / "rollout"))  # the fakes of the rollouts serve here, too
+sys.path.append(str(Path(__file__).parent.parent / "agents"))  # and the clients of the endpoint
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +61,12 @@ async def serve(tiny: Callable[..., TinyModel]) -> AsyncIterator[Callable[..., A
     for served in running:
         await served.client.close()
         await served.engine.stop()
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture(scope="session")
