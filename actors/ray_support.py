@@ -17,6 +17,7 @@ from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttri
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors import keys
+from actors.local_ray import lean
 from system.config import Config
 from system.errors import EXPECTED, FAILED, LOST, EspalierError
 
@@ -72,13 +73,14 @@ def ray_session(config: Config, root: Path) -> Generator[bool]:
         stack.enter_context(_environment(defaults))
         stack.callback(ray.shutdown)
         try:
-            ray.init(
-                address=given or "local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                namespace=f"espalier-{os.getpid()}",
-            )
+            with contextlib.nullcontext() if given else lean():
+                ray.init(
+                    address=given or "local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    namespace=f"espalier-{os.getpid()}",
+                )
         except Exception as error:  # Ray's own kinds, of which there are many
             what = f"does not answer at {given}: correct cluster.address" if given else "does not start here"
             raise StartFailed(f"Ray {what}: {error}") from error

@@ -38,7 +38,8 @@ def train(args: argparse.Namespace) -> int:
     What can be told in a second to be wrong is told before anything starts, in a line each (exit code 2).
     `espalier config --explain` says what each key means, `espalier config RECIPE` prints the values.
     """
-    from system.doctor.preflight import require  # slow imports
+    from actors.forking import GROWING, TRAINING, fork_server  # slow imports
+    from system.doctor.preflight import require
 
     config, name = configured(args.words, args.resume, "espalier train configs/quickstart.yaml")
     for key in unsafe_on_resume(args.words) if args.resume else ():
@@ -47,10 +48,11 @@ def train(args: argparse.Namespace) -> int:
             "and the checkpoint may not fit",
             file=sys.stderr,
         )
-    require(config, resume=args.resume)
-    from actors.train import train  # Ray is imported when nothing stands against the run
+    with fork_server(config, [*TRAINING, *GROWING]):  # it imports meanwhile
+        require(config, resume=args.resume)
+        from actors.train import train  # Ray is imported when nothing stands against the run
 
-    return train(config, config_name=name, resume=args.resume)
+        return train(config, config_name=name, resume=args.resume)
 
 
 @command(

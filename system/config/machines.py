@@ -35,6 +35,11 @@ class ClusterConfig:
     silent_s: float = setting(
         60.0, "an actor that answers no heartbeat for so long is killed and started again", least=2
     )
+    fork: bool = setting(
+        False,
+        "on this machine alone and without GPUs: fork the actors from one interpreter, which has imported "
+        "what they need",
+    )
     worker_restarts: int = setting(
         10,
         "times a rollout worker may die between two training steps before the run stops with the cause; 0: "
