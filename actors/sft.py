@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.checkpoints import checkpoints
-from actors.delivery import deliver
+from actors.delivery import deliver, deliver_rest
 from actors.ending import signals
 from actors.evaluate import right_samples
 from actors.heartbeat import Heartbeats, Watched
@@ -18,7 +18,7 @@ from actors.learner import LearnerGroup
 from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.session import in_session
-from actors.supervised import SftState, Supervised, finished
+from actors.supervised import SftState, Supervised
 from system.config import Config, to_dict
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets
@@ -47,12 +47,10 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     old = RunDir.open(resume) if resume else None
     if old and not old.supervised:
         raise ConfigError(f"{resume} is no supervised run: go on with {old.resume_command}")
-    if old and finished(old):
-        print(f"{resume} has ended, and is left as it is; its model is {old.model}")
-        return DONE
-    if old and old.model.is_dir():  # it was ended between its model and the end
-        with lease.held(old.root):
-            return _hand_over(config, old)
+    if old and old.end:
+        return deliver_rest(
+            config, old, f"{resume} has ended, and is left as it is; its model is {old.model}"
+        )
     data = read(config.sft, config.run.seed)  # all of it: nothing is made before
     task = make_task(config) if config.sft.samples or not config.model.path else None
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
@@ -186,14 +184,7 @@ class _SftRun:
             f"go on with: espalier train RECIPE model.path={run_dir.model}",
         ):
             print(shown(line))
-        return _hand_over(config, run_dir)
-
-
-def _hand_over(config: Config, run_dir: RunDir) -> int:
-    """What is left to do once the model is there; to do it twice does no harm."""
-    if config.sft.keep == "chosen":
-        shutil.rmtree(run_dir.candidates, ignore_errors=True)  # gone already, where this was broken off
-    return deliver(config, run_dir)
+        return deliver(config, run_dir)
 
 
 def _draw(run_dir: RunDir) -> None:

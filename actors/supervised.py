@@ -15,7 +15,7 @@ from actors.checkpoints import aside, checkpoints, version_of
 from actors.learner import LearnerGroup
 from system.config import Config
 from system.errors import CheckpointError, ConfigError, EspalierError
-from system.observe.card import CARD, base_name
+from system.observe.card import base_name
 from system.observe.progress import Progress, compact
 from system.observe.rundir import RunDir
 from system.observe.sinks import RESUMED, Sink
@@ -248,8 +248,3 @@ class Supervised:
         record = {"step": self.state.step, "time": time.time(), **values, "time/wall_s": self.state.wall_s}
         for sink in self._sinks:
             sink.write(record)
-
-
-def finished(run_dir: RunDir) -> bool:
-    """Whether a supervised run came to its end, which is when its model has its card."""
-    return (run_dir.model / CARD).is_file()

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from actors.best_model import ModelChoice
-from actors.checkpoints import checkpoints, restore_newest, version_of
+from actors.checkpoints import checkpoints, restore_newest
 from actors.conductor import Conductor
-from actors.delivery import deliver
+from actors.delivery import deliver, deliver_rest, delivered
 from actors.ending import Signals, signals
 from actors.heartbeat import Heartbeats
 from actors.placement import Placement
@@ -23,7 +23,7 @@ from actors.session import in_session
 from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets
-from system.errors import DONE, STOPPED
+from system.errors import DONE, FAILED, STOPPED
 from system.evals.record import Asked
 from system.evals.sets import question_sets, to_ask
 from system.observe import lease
@@ -48,14 +48,16 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     old = RunDir.open(resume) if resume else None
     if old and old.supervised:
         raise ConfigError(f"{resume} is a supervised run: go on with {old.resume_command}")
-    if old and (version := _finished(old)) >= config.run.steps:
-        print(f"{resume} ended at step {version}, and is left as it is; to go on, set run.steps above that")
-        return DONE
+    if old and _nothing_to_train(config, old):
+        told = f"{resume} ended at step {old.end['versions']}, and is left as it is; to go on, set run.steps"
+        return deliver_rest(config, old, f"{told} above that")
     task = make_task(config)  # which reads all its data, as do the further sets: nothing is made before
     asked = to_ask(question_sets(config, task))
     run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
+        if end := run_dir.end:  # of fewer steps: until the new one the run has none
+            run_dir.write_summary({**end, "ended": False})
         told = map(shown, [*notes(config, task), *without_effect(config), *chosen_targets(config)])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
@@ -67,10 +69,14 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
             raise
 
 
-def _finished(run_dir: RunDir) -> int:
-    """The last step of a run that came to its end, which is when it writes ``model/``; else -1."""
-    saved = checkpoints(run_dir)
-    return version_of(saved[-1]) if saved and run_dir.model.is_dir() else -1
+def _nothing_to_train(config: Config, run_dir: RunDir) -> bool:
+    """Whether the run came to its end, by its steps or (``run.stop_at_accuracy``) with its model not yet
+    delivered.
+    """
+    if not (end := run_dir.end):
+        return False
+    same = end["config"]["run"]["steps"] == config.run.steps
+    return end["versions"] >= config.run.steps or (same and not delivered(run_dir))
 
 
 async def _run_and_deliver(
@@ -83,7 +89,7 @@ async def _run_and_deliver(
 async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Asked], joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
     recorder = Recorder(run_dir, config, sinks(run_dir, config))
-    events = JsonlWriter(run_dir.events_path)
+    events, code = JsonlWriter(run_dir.events_path), FAILED
     try:
         with Progress(
             recorder.status,
@@ -97,16 +103,17 @@ async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Aske
                 with signals() as ending:
                     places = await Placement.claim(config, joined=joined)
                     run = _Run(config, run_dir, task, asked, recorder, progress, ending)
-                    return await places.watch_during(_train(run, places))
+                    code = await places.watch_during(_train(run, places))
             finally:
                 drawing.cancel()
                 await asyncio.gather(drawing, return_exceptions=True)
     finally:  # a run that stopped or failed says how far it came, too
-        summary = recorder.finish()
+        summary = recorder.finish(ended=code == DONE)
         events.close()
         if summary["versions"]:
             draw_curves(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
+    return code
 
 
 def draw_curves(run_dir: RunDir) -> None:

@@ -271,7 +271,7 @@ def test_a_secret_in_any_setting_is_shown_nowhere(
         part.mkdir()
     run.write_config(config)
     assert stat.S_IMODE(run.config_path.stat().st_mode) == 0o600  # the run itself needs it
-    summary = Recorder(run, config, [JsonlWriter(run.metrics_path)]).finish()
+    summary = Recorder(run, config, [JsonlWriter(run.metrics_path)]).finish(ended=True)
     assert TEXT not in json.dumps(summary)
     assert TEXT not in run.summary_path.read_text()
     assert TEXT not in json.dumps(redact(to_dict(config)))

@@ -264,8 +264,8 @@ def _eager(report: Report, scenario: Scenario, batches: int, seeds: int) -> list
     report.section(
         "Eager growth against linear rollouts",
         "Trained trees per hour under rollout.schedule=eager over those of linear rollouts with the same η, "
-        f"on the same seeds (0 to {seeds - 1}), with the standard error of the mean; {batches} (η + 1) batches "
-        "after η + 1 that are left out.",
+        f"on the same seeds (0 to {seeds - 1}), with the standard error of the mean; {batches} (η + 1) "
+        "batches after η + 1 that are left out.",
     )
     report.table(
         "Trees per hour, forks and tool calls of eager growth against linear rollouts",

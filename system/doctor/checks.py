@@ -12,7 +12,7 @@ from system.config import Config
 from system.doctor import cluster_checks, gpu_checks
 from system.doctor.facts import Facts
 from system.doctor.finding import Finding, Level, finding
-from system.doctor.preflight import Problem
+from system.doctor.problem import Problem
 
 GIB = 1 << 30
 

@@ -22,7 +22,8 @@ import psutil
 from system.config import Config, ToolsConfig
 from system.doctor.cluster_facts import Nodes, gather_nodes
 from system.doctor.gpu_facts import Stack, gather_stack
-from system.doctor.preflight import Problem, look
+from system.doctor.preflight import look
+from system.doctor.problem import Problem
 from system.doctor.replay_facts import Replays, replays
 from system.engine.sglang.command import SglangMissing, interpreter
 from system.serving import free_port

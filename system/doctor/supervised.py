@@ -7,7 +7,8 @@ from pathlib import Path
 
 from system.cluster.placement import paper_nodes, place
 from system.config import Config, ConfigError
-from system.doctor.preflight import Problem, look
+from system.doctor.preflight import look
+from system.doctor.problem import Problem
 from system.errors import EXPECTED
 from system.sft.forms import Forms
 from system.sft.prepare import learner_config, make_encoder
@@ -23,7 +24,9 @@ def require(config: Config, resume: Path | None = None, *, login: bool = False) 
     :func:`system.doctor.preflight.look`.
     """
     asks = config.sft.samples > 0
-    without = () if asks else _OF_ROLLOUTS if config.model.path else ("layout", "engine", "servers", "ports")
+    without = {"evaluation sets"}  # a model is chosen by the task's own questions
+    if not asks:
+        without |= {*_OF_ROLLOUTS} if config.model.path else {*_OF_ROLLOUTS} - {"task"}
     looked = look(learner_config(config), login=login, resume=resume, without=without)
     found = [one for some in looked.values() for one in some]
     # A container may have data and model elsewhere.

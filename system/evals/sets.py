@@ -38,7 +38,7 @@ def question_sets(config: Config, task: Task) -> list[QuestionSet]:
     Raises :class:`ConfigError` for a set that cannot be read, by its place in the settings.
     """
     own = QuestionSet("", first(task.eval(), config.eval.questions), config.eval.samples)
-    return [own, *(_read(config, one) for one in eval_sets(config.eval))]
+    return [own, *(read_set(config, one) for one in eval_sets(config.eval))]
 
 
 def to_ask(sets: Sequence[QuestionSet]) -> list[Asked]:
@@ -49,7 +49,8 @@ def to_ask(sets: Sequence[QuestionSet]) -> list[Asked]:
     return found
 
 
-def _read(config: Config, chosen: EvalSet) -> QuestionSet:
+def read_set(config: Config, chosen: EvalSet) -> QuestionSet:
+    """The questions of one of ``eval.sets``.  Raises :class:`ConfigError` where they cannot be read."""
     system = chosen.system_prompt or config.task.system_prompt
     try:
         if chosen.path:

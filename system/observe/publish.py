@@ -74,7 +74,7 @@ def publish(
         with tempfile.TemporaryDirectory(dir=run.root, prefix="export-") as scratch:
             directory = Path(scratch) / "model"
             _write(what, directory)
-            yield _pushed(directory, repository, public)
+            yield _pushed(what, directory, public)
         return
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def publish(
             f"{written} lost the rest; --dtype float32 keeps it, and --adapter"
         )
     if repository:
-        yield _pushed(target, repository, public)
+        yield _pushed(what, target, public)
 
 
 def write_card(run: RunDir, name: str = "") -> None:
@@ -136,8 +136,13 @@ def _write(what: _Export, directory: Path) -> float | None:
     return kept
 
 
-def _pushed(directory: Path, repository: str, public: bool) -> str:
-    return f"{hub.push(directory, repository, public=public)}: uploaded"
+def _pushed(what: _Export, directory: Path, public: bool) -> str:
+    """Upload; where it is the very one that the run was to make at its end, that is done with."""
+    run = what.run
+    address = hub.push(directory, what.repository, public=public)
+    if what.source == run.model and run.due_repository == what.repository:
+        run.upload_due.unlink()
+    return f"{address}: uploaded"
 
 
 def _card(

@@ -340,9 +340,11 @@ class Recorder:
             "config": redact(to_dict(self._config)),
         }
 
-    def finish(self) -> dict[str, Any]:
-        """Write ``summary.json`` and close the sinks; returns the summary."""
-        summary = self.summary()
+    def finish(self, *, ended: bool) -> dict[str, Any]:
+        """Write ``summary.json`` and close the sinks; returns the summary.  ``ended``: the run came to its
+        end; else it was stopped, or failed.
+        """
+        summary = {"ended": ended, **self.summary()}
         self._run_dir.write_summary(summary)
         for sink in self._sinks:
             sink.close()

@@ -16,6 +16,7 @@
       curves/          PNG curves
       start/           the start weights, when the run made its own model
       model/           the trained model in Hugging Face format
+      adapter/         of a run by LoRA: the adapters that are merged into it, in PEFT's format
       sft.json         of a supervised run, and what tells one: what its data were ({} until they are known)
       candidates/      the models that one is chosen of, by `sft.choose` or `eval.choose`
       logs/            logs of the parts
@@ -24,6 +25,7 @@
       tensorboard/     with observe.tensorboard=true: its event files
       trackio/         with observe.trackio=true: the run's name there
       summary.json     the run in one page
+      upload-due       while the model is yet to be uploaded (run.push): the name of the repository
       key, ray-token   while it runs: what its servers and Ray want to be shown (of mode 0600)
       attempts.jsonl   of a SLURM job: a line for the start and the end of every attempt
       attempts/        of a SLURM job: NNN/logs, one log per node and component
@@ -68,6 +70,7 @@ class RunDir:
         self.tensorboard, self.trackio = root / "tensorboard", root / "trackio"
         self.alarms_path = root / "alarms.jsonl"
         self.sft_path, self.candidates = root / "sft.json", root / "candidates"
+        self.upload_due = root / "upload-due"
 
     @property
     def supervised(self) -> bool:
@@ -78,6 +81,22 @@ class RunDir:
     def resume_command(self) -> str:
         """What goes on with it, for people."""
         return f"espalier {'sft' if self.supervised else 'train'} --resume {self.root}"
+
+    @property
+    def due_repository(self) -> str:
+        """Where the model is yet to be uploaded; empty: nowhere."""
+        return self.upload_due.read_text(encoding="utf-8").strip() if self.upload_due.is_file() else ""
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """The summary of a run that came to its end and left its model; empty of any other.
+
+        One that stopped has a summary, too, and the model of an earlier end where it was gone on with.
+        """
+        if not (self.model.is_dir() and self.summary_path.is_file()):
+            return {}
+        summary: dict[str, Any] = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        return summary if summary.get("ended", True) else {}  # an older version of Espalier did not say
 
     @property
     def tree_directories(self) -> tuple[Path, Path]:

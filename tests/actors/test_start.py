@@ -55,6 +55,8 @@ def test_a_run_that_came_to_its_end_is_left_as_it_is(
     run = RunDir.create(config, "small")
     (run.checkpoints / "v000005").mkdir()
     run.model.mkdir()
+    (run.model / "README.md").touch()
+    run.write_summary({"ended": True, "versions": 5, "config": {"run": {"steps": 5}}})
     before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
     config.learn.lr = 1.0
     assert train(config, config_name="", resume=run.root) == 0
@@ -63,3 +65,4 @@ def test_a_run_that_came_to_its_end_is_left_as_it_is(
     config.run.steps = 6
     with pytest.raises(StartFailed, match="it would start"):
         train(config, config_name="", resume=run.root)
+    assert not run.end

@@ -13,7 +13,8 @@ import pytest
 
 from actors import sft as supervised_run
 from actors.cli.main import main
-from actors.supervised import NeverFinite, SftState, Supervised, finished
+from actors.delivery import delivered
+from actors.supervised import NeverFinite, SftState, Supervised
 from system.config import Config
 from system.errors import CheckpointError, ConfigError
 from system.observe.progress import Progress
@@ -135,7 +136,7 @@ def test_what_was_ended_between_its_model_and_the_card_is_finished(
     run_dir.write_summary({"chosen": {"step": 2}})
     run_dir.model.mkdir()
     (run_dir.candidates / "step-000001").mkdir(parents=True)
-    assert not finished(run_dir)
+    assert not delivered(run_dir)
     assert supervised_run.sft(config, config_name="run", resume=run_dir.root) == 0
     assert "has ended" not in capsys.readouterr().out
     assert (run_dir.model / "README.md").is_file()

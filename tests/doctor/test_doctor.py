@@ -17,7 +17,8 @@ from system.doctor import facts
 from system.doctor.checks import GIB, examine, stops
 from system.doctor.facts import Facts, all_reduce
 from system.doctor.finding import Level
-from system.doctor.preflight import Problem, look
+from system.doctor.preflight import look
+from system.doctor.problem import Problem
 
 ROOT = Path(__file__).parents[2]
 WELL = Facts(

@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 
 from actors.cli.main import main
 from system.config import load
-from system.doctor import answering, preflight
+from system.doctor import answering, machine_checks, preflight
 from system.doctor.adapters import chosen_targets
 from system.doctor.preflight import look, require
 from system.models.adapter import Adapter
@@ -368,7 +368,7 @@ def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: py
     def usage(_: object) -> Any:
         return type("Usage", (), {"free": 1 << 20})
 
-    monkeypatch.setattr(preflight, "disk_usage", usage)
+    monkeypatch.setattr(machine_checks, "disk_usage", usage)
     found = look(load("plain.yaml"))
     assert "make room" in str(found["run directory"][0])
     assert "TMPDIR" in str(found["scratch"][0])
@@ -377,10 +377,10 @@ def test_a_disk_that_is_full_or_holds_no_checkpoint(place: Path, monkeypatch: py
 def test_a_checkpoint_is_as_large_as_what_it_keeps(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, besides = ModelShape.from_config(SHAPE).parameters, ["learn.kl_coef=0.1"]
     for more, each in (([], 12), (besides, 16), ([*besides, "learn.proximal=average"], 20)):
-        needed = preflight.SLACK + each * parameters
+        needed = machine_checks.SLACK + each * parameters
         for free, problems in ((needed - 1, 1), (needed, 0)):
             told = type("Usage", (), {"free": free})
-            monkeypatch.setattr(preflight, "disk_usage", lambda _, told=told: told)
+            monkeypatch.setattr(machine_checks, "disk_usage", lambda _, told=told: told)
             assert len(look(load("plain.yaml", more))["run directory"]) == problems, more
 
 
@@ -391,9 +391,9 @@ def test_a_run_by_lora_keeps_adapters_and_leaves_a_model(
     lora = ["learn.lora.rank=2", "learn.lora.targets=[q, down]", "learn.kl_coef=0.1"]
     numbers = sum(2 * 2 * (8 + 8) for _ in range(2))  # rank 2, two projections of 8 and 8 in two layers
     for free, problems in ((-1, 1), (0, 0)):
-        needed = preflight.SLACK + 16 * numbers + 4 * shape.parameters + free
+        needed = machine_checks.SLACK + 16 * numbers + 4 * shape.parameters + free
         told = type("Usage", (), {"free": needed})
-        monkeypatch.setattr(preflight, "disk_usage", lambda _, told=told: told)
+        monkeypatch.setattr(machine_checks, "disk_usage", lambda _, told=told: told)
         assert len(look(load("plain.yaml", lora))["run directory"]) == problems
 
 
@@ -412,6 +412,24 @@ def test_adapters_to_start_from_are_looked_at(place: Path) -> None:
     assert found("learn.lora.rank=2") == []
     (line,) = found("learn.lora.rank=4")
     assert "learn.lora.rank of these adapters is 2, not 4: set it so" in line
+
+
+def test_sets_of_questions_are_looked_at_where_a_run_is_submitted(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = "{name: good, path: data.jsonl}, {name: made, task: {name: quickstart}}"
+    assert look(load("plain.yaml", [f"eval.sets=[{good}]"]), login=True)["evaluation sets"] == []
+    bad = "{name: bad, path: daat.jsonl}, {name: odd, task: {name: nowhere:X}}"
+    words = ["plain.yaml", "run.dir=runs", f"eval.sets=[{good}, {bad}]"]
+    assert main(["submit", *words]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.search(r"eval\.sets\[2\]: .*daat\.jsonl", first)
+    assert re.search(r"eval\.sets\[3\]: .*nowhere", second)
+
+
+def test_a_large_set_is_not_read_as_a_whole(place: Path) -> None:
+    (place / "large.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 64 + "torn")
+    assert look(load("plain.yaml", ["eval.sets=[{name: a, path: large.jsonl}]"]))["evaluation sets"] == []
 
 
 def test_a_run_that_has_a_checkpoint_needs_no_adapters_to_start_from(place: Path) -> None:
@@ -434,7 +452,7 @@ def test_the_directory_for_weights_is_looked_at(place: Path, monkeypatch: pytest
     assert line.startswith("engine.weights_dir=data.jsonl: ")
     assert "is no directory" in line
     assert "cannot be written" in found("/proc/here")[0]
-    monkeypatch.setattr(preflight, "disk_usage", lambda _: type("Usage", (), {"free": 1}))
+    monkeypatch.setattr(machine_checks, "disk_usage", lambda _: type("Usage", (), {"free": 1}))
     assert "two updates take" in found("weights")[1]
 
 
@@ -444,7 +462,7 @@ def test_a_machine_that_does_not_hold_an_offloaded_optimizer(
     def little() -> Any:
         return type("Memory", (), {"available": 1 << 10})
 
-    monkeypatch.setattr(preflight, "virtual_memory", little)
+    monkeypatch.setattr(machine_checks, "virtual_memory", little)
     assert not look(load("plain.yaml"))["memory"]
     config = load("plain.yaml", ["learn.offload=true"])
     assert "spread the learner" in str(look(config)["memory"][0])

@@ -30,7 +30,7 @@ def record_a_run(run_dir: RunDir, config: Config, steps: int) -> None:
             FinishedStep(step, [tree], {"loss": float("nan") if step == 2 else 1.0}, [step % 3])
         )
         recorder.flush(step)
-    recorder.finish()
+    recorder.finish(ended=True)
 
 
 @pytest.mark.parametrize("steps", [1, 45])

@@ -86,7 +86,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
     recorder.training_began()
     run_two_steps(recorder, clock)
     recorder.evaluated(2, evaluated(single("a", 1), single("b", 1)), "after", 3.0, 1.0)
-    recorder.finish()
+    recorder.finish(ended=True)
     summary = json.loads(run_dir.summary_path.read_text())
     assert set(summary) == {
         *(
@@ -120,6 +120,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "idle_s",
             "seed",
             "config",
+            "ended",
         ),
     }
     assert summary["eval"]["before"]["accuracy"] == 0.5

@@ -580,7 +580,7 @@ async def test_what_the_service_does_unseen_reaches_record_and_summary(tmp_path:
         "tools/scripted/breaker_opened": 1,
         "tools/scripted/breaker_rejected": 3,
     }
-    recorder.finish()
+    recorder.finish(ended=True)
     assert json.loads(run_dir.summary_path.read_text())["tools"] == {
         "scripted/breaker_opened": 1,
         "scripted/breaker_rejected": 3,
