@@ -127,6 +127,7 @@ class EngineMonitor:
                 if counter in info.counters:
                     self._recorder.running_total(name, f"server/{counter}", info.counters[counter])
             if self._current(info):
+                self._refused.pop(control.url, None)  # what is wrong next is something else
                 return True
             async with self._loop.weights:
                 info = await control.info()
@@ -135,6 +136,7 @@ class EngineMonitor:
                         self._refused |= failures
                         return False
                     await control.post("/continue_generation")
+            self._refused.pop(control.url, None)
         except EngineError:  # it is being restarted
             return False
         return True

@@ -28,7 +28,7 @@ from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Status
-from system.observe.rundir import RunDir, write_atomic
+from system.observe.rundir import RunDir
 from system.observe.terminal import shown
 from system.observe.views import sinks
 from system.redact import redact
@@ -140,7 +140,6 @@ class _SftRun:
                 encoding = starting.create_task(asyncio.to_thread(prepare, config, self.data, self.model))
             prepared = encoding.result()
             progress.note(prepared.told())
-            write_atomic(run_dir.sft_path, json.dumps(prepared.facts(), indent=2) + "\n")
             return DONE if await supervised.run(prepared) else STOPPED
 
         return await watched(work(), beats.watch())

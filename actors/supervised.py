@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from system.config import Config
 from system.errors import CheckpointError, ConfigError, EspalierError
 from system.observe.card import base_name
 from system.observe.progress import Progress, compact
-from system.observe.rundir import RunDir
+from system.observe.rundir import RunDir, write_atomic
 from system.observe.sinks import RESUMED, Sink
 from system.sft.course import Course
 from system.sft.example import Example
@@ -93,7 +94,8 @@ class Supervised:
         config, state = self.config, self.state
         state.digest = prepared.digest
         course = Course(config.sft, len(prepared.train), config.run.seed)
-        await self._restore(course.steps)
+        await self._restore(course.steps)  # which refuses other data: what is known of the old ones stays
+        write_atomic(self.run_dir.sft_path, json.dumps(prepared.facts(), indent=2) + "\n")
         for warning in self._learner.warnings:
             self.progress.note(warning)
         self.progress.phase("supervised", total=course.steps - state.step)

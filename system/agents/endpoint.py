@@ -41,6 +41,10 @@ LISTED = 200  # fields without effect that are told of
 NAME = "espalier"  # of the trained model, where clients ask which there are
 RETRIES = "x-stainless-retry-count"  # the official clients say so when they send a request again
 UNKNOWN_HOST = "no name of this endpoint: set agent.public_url to the URL under which it is reached"
+OTHER_HOST = (
+    "no name of this endpoint, which is {} (agent.public_url), or its own address: the proxy before it must "
+    "hand on the client's Host (nginx: proxy_set_header Host $host)"
+)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # a half of a character, perhaps without its other half
 # Neither official client then sends the request again, which it would for these.
 FINAL = {409: {"x-should-retry": "false"}, 429: {"x-should-retry": "false"}}
@@ -74,8 +78,11 @@ class AgentEndpoint:
 
     async def start(self) -> str:
         """Serve; the URL."""
-        names = [public_host(self._public_url)] if self._public_url else []
-        self._server = await serve(self._app(), self._host, self._port, names=names, remedy=UNKNOWN_HOST)
+        names, remedy = list[str](), UNKNOWN_HOST
+        if self._public_url:
+            names = [public_host(self._public_url)]
+            remedy = OTHER_HOST.format(names[0])
+        self._server = await serve(self._app(), self._host, self._port, names=names, remedy=remedy)
         return self._server.url
 
     async def stop(self) -> None:

@@ -26,8 +26,10 @@ def listening(address: str) -> tuple[str, int]:
 
 def public_host(url: str) -> str:
     """The host of ``agent.public_url``, as clients name it, without the port.  Raises ValueError."""
+    if odd := re.search(r"[?#\s\x00-\x20\x7f]", url):  # urlsplit forgets some of them
+        raise ValueError(f"{url!r} is no http(s)://HOST[:PORT][/PATH]: it has {odd[0]!r} in it")
     parts = urlsplit(url)
-    plain = parts.scheme in ("http", "https") and not (parts.query or parts.fragment or "@" in parts.netloc)
+    plain = parts.scheme in ("http", "https") and "@" not in parts.netloc
     if not plain or not re.fullmatch(r"[a-z0-9._:-]+", parts.hostname or ""):
         raise ValueError(f"{url!r} is no http(s)://HOST[:PORT][/PATH]")
     _ = parts.port  # which raises, too

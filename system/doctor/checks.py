@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from system.config import Config
+from system.config import Config, without_effect
 from system.doctor import cluster_checks, gpu_checks
 from system.doctor.facts import Facts
 from system.doctor.finding import Finding, Level, finding
@@ -152,6 +152,8 @@ def recipe(facts: Facts, config: Config) -> Iterator[Finding]:
             told.add(one)
             found = str(replace(one, remedy=""))
             yield Finding(Level.PROBLEM, topic, found, one.remedy or "correct it in the recipe")
+    for line in without_effect(config):
+        yield Finding(Level.WARNING, "settings", line, "take it out of the recipe, or set what it goes with")
 
 
 def environment(facts: Facts, config: Config) -> Iterator[Finding]:

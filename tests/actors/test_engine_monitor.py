@@ -41,3 +41,11 @@ async def test_why_a_restarted_engine_has_not_come_back() -> None:
     assert not await monitor._tend("engine-0", server)
     assert monitor._not_back(URL).endswith("(engine.start_deadline_s): its model is another")
     assert kept == [0.5]
+    loop.version, taken = 0, Server()
+    taken.info = current  # pyright: ignore[reportAttributeAccessIssue]
+    assert await monitor._tend("engine-0", taken)
+    assert monitor._not_back(URL).endswith("see the run's logs/")
+
+
+async def current() -> Any:
+    return SimpleNamespace(counters={}, weight_version=0, paused=False)

@@ -90,6 +90,16 @@ async def test_where_none_is_of_use_all_stay_for_the_next_try(run_dir: RunDir) -
     assert await restored(run_dir) == 2
 
 
+async def test_a_resume_that_is_refused_changes_nothing(run_dir: RunDir) -> None:
+    run_dir.sft_path.write_text("{}")
+    config, state = Config(), SftState()
+    tokens = [(Kind.PROMPT, np.array([1], np.int32)), (Kind.MODEL, np.array([2], np.int32))]
+    prepared = Prepared([Example.of("row 1", tokens)], [], 0, 0, 0, "other data")
+    with pytest.raises(ConfigError, match="was trained on other conversations"):
+        await supervised(config, run_dir, state, Learner()).run(prepared)
+    assert run_dir.sft_path.read_text() == "{}"
+
+
 async def trained(run_dir: RunDir, norms: Sequence[float], epochs: int) -> SftState:
     """After so many steps of one conversation each, with gradients of these norms."""
     for old in run_dir.checkpoints.iterdir():

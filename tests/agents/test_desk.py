@@ -222,6 +222,16 @@ async def test_a_foreign_name_is_refused_with_the_setting_that_makes_it_known() 
     assert "set agent.public_url" in reply.json()["error"]["message"]
 
 
+async def test_a_proxy_that_hands_on_a_name_of_its_own_is_told_what_to_hand_on() -> None:
+    async with desk(public_url="https://agents.example.org/espalier") as there:
+        reply = await there.ask(Host="upstream", **SHOWN)
+    assert reply.status_code == 421
+    said = reply.json()["error"]["message"]
+    assert "set agent.public_url" not in said
+    assert "agents.example.org (agent.public_url)" in said
+    assert "must hand on the client's Host" in said
+
+
 async def test_a_place_that_is_taken_is_named_at_the_start() -> None:
     async with desk() as there:
         other = Bench(SessionDesk(TOKEN, 60.0), agent={"listen": there.http.base_url.netloc.decode()})
@@ -247,6 +257,9 @@ FITS = ("agent.listen=127.0.0.1:8200", "agent.token_env=DESK", "branching=none",
         (["agent.public_url=https://me:secret@example.org"], "agent.public_url: .* is no http"),
         (["agent.public_url=https://example.org:99999"], "agent.public_url: Port out of range"),
         (["agent.public_url=https://example.org/?a=b"], "agent.public_url: .* is no http"),
+        (["agent.public_url='https://example.org/?'"], r"agent.public_url: .* it has '\?' in it"),
+        (["agent.public_url='https://example.org/#'"], "agent.public_url: .* it has '#' in it"),
+        (["agent.public_url='https://example.org/a b'"], "agent.public_url: .* it has ' ' in it"),
         (["agent.listen=8200"], "'8200' is no HOST:PORT"),
         (["agent.listen=here:99999"], "'here:99999' is no HOST:PORT"),
         (["agent.forks=replay", "branching=arpo-calibrated"], "agent.forks=replay starts agents"),

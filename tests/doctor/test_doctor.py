@@ -118,6 +118,14 @@ def test_what_is_broken_is_found_and_nothing_else(topic: str, level: Level, word
     assert stops(findings) == (level is Level.PROBLEM)
 
 
+def test_settings_that_do_nothing_are_told() -> None:
+    recipe = gpu_recipe()
+    recipe.learn.teacher_coef = 0.5
+    (found,) = [finding for finding in examine(WELL, recipe) if finding.level is not Level.OK]
+    assert (found.topic, found.level) == ("settings", Level.WARNING)
+    assert "learn.teacher_coef=0.5 will do nothing" in found.found
+
+
 def test_the_nccl_of_an_interpreter_is_asked_for_without_a_gpu(tmp_path: Path) -> None:
     """By a program that an interpreter of either environment runs; told even where it fails."""
     assert facts._nccl(sys.executable) == (".".join(map(str, _torch_nccl())) if _torch_nccl() else "")

@@ -328,6 +328,14 @@ def test_a_submitted_run_is_looked_at_first(place: Path, capsys: pytest.CaptureF
     assert not (place / "runs").exists()
 
 
+def test_a_submitted_run_is_told_what_does_nothing(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("system.cluster.submit.submit_run", lambda *_, **__: 0)
+    assert main(["submit", "plain.yaml", "learn.teacher_coef=0.5", "run.dir=runs"]) == 0
+    assert "learn.teacher_coef=0.5 will do nothing" in capsys.readouterr().out
+
+
 def test_any_answer_of_a_server_will_do_and_no_redirect_is_followed(place: Path) -> None:
     asked: list[str] = []
 
