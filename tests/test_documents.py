@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 _FILE = re.compile(r"`((?:system|actors|configs|docs|examples|slurm|tests)/[\w./*{},-]*)`")
 _LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
+_RECIPE = re.compile(r"^```yaml\n((?!# prometheus\.yml).*?)^```", re.DOTALL | re.MULTILINE)
 _SETTING = re.compile(
     r"`((?:run|task|model|warmstart|sft|rollout|branching|tools|reward|engine|flow|learn|eval|checkpoint|observe"
     r"|cluster|slurm)\.[a-z_.]+)(?:=[^`]*)?`"
@@ -41,6 +42,15 @@ def test_the_settings_it_names_are_there(document: Path) -> None:
         for word in name.split("."):
             at = at.get(word, "an entry of a dictionary") if isinstance(at, dict) else getattr(at, word, None)
         assert at is not None, f"{document.name}: {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_recipes_it_shows_are_taken(document: Path, tmp_path: Path) -> None:
+    """Every block of YAML that does not say whose it is is one of ours, by itself."""
+    for number, text in enumerate(_RECIPE.findall(document.read_text(encoding="utf-8"))):
+        recipe = tmp_path / f"{number}.yaml"
+        recipe.write_text(text, encoding="utf-8")
+        load(recipe, [])
 
 
 @pytest.mark.parametrize(
