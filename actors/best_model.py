@@ -12,6 +12,7 @@ from typing import Any
 
 from actors.learner import LearnerGroup
 from system.config import Config
+from system.observe.card import base_name
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 
@@ -25,9 +26,8 @@ class ModelChoice:
     equals the latest.  The evaluation before training is of no trained model and is not chosen.
     """
 
-    def __init__(self, config: Config, run_dir: RunDir, learner: LearnerGroup, base: Path) -> None:
-        """``base``: the model that adapters belong to."""
-        self._run_dir, self._learner, self._base = run_dir, learner, base
+    def __init__(self, config: Config, run_dir: RunDir, learner: LearnerGroup) -> None:
+        self._run_dir, self._learner, self._base = run_dir, learner, base_name(config)
         self._lora, self._by = config.learn.lora.on, config.eval.choose
         of_set, _, metric = self._by.rpartition("/")
         self._key = f"eval/set/{of_set}/{metric}" if of_set else f"eval/{metric}"
@@ -43,7 +43,7 @@ class ModelChoice:
         """
         self.drop(step)  # of a session that was lost
         if self._lora:
-            await self._learner.save_adapters(str(self._adapter(step)), str(self._base.absolute()))
+            await self._learner.save_adapters(str(self._adapter(step)), self._base)
         return await self._learner.save_hf(str(self._model(step)))
 
     def drop(self, step: int) -> None:

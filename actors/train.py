@@ -168,7 +168,7 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     config, run_dir, progress = run.config, run.run_dir, run.progress
     found = await restore_newest(actors.learner, run_dir, progress.note)
     version = found.version if found else 0
-    choice = ModelChoice(config, run_dir, actors.learner, run.model)
+    choice = ModelChoice(config, run_dir, actors.learner)
     parts = (config, actors, run.task, run_dir, run.recorder, progress)
     conductor = Conductor(*parts, asked=run.asked, version=version, choice=choice)
     actors.places.spare = conductor.spare

@@ -97,9 +97,9 @@ def _hub_name(config: Config) -> str:
 
 def base_name(config: Config) -> str:
     """What the model that training began with is called: on the hub, or else as its directory.  No path,
-    which means nothing on another machine.
+    which means nothing on another machine.  "start" where the run has made it.
     """
-    return _hub_name(config) or Path(config.model.path).absolute().name
+    return _hub_name(config) or Path(config.model.path or "start").absolute().name
 
 
 def _adapters(config: Config, alone: bool, merged: tuple[str, float] | None) -> Iterator[str]:

@@ -134,7 +134,7 @@ class Run:
         asked = [Asked("", Prompt(f"q{i}", (), (), kind="calc"), 0, i) for i in range(3)]
         ready = SimpleNamespace(ready=self._ready)
         learner: Any = Learner(self)
-        self.choice = ModelChoice(self.config, self.directory, learner, Path("base"))
+        self.choice = ModelChoice(self.config, self.directory, learner)
         self.evaluations = made(
             *(self.config, SimpleNamespace(pool=pool), self.directory, self.recorder, shown, asked),
             *(self.loop, SimpleNamespace(push=self._push), ready, self.choice),

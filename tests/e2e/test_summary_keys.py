@@ -59,7 +59,7 @@ FULL = Totals(
     evaluation=dict.fromkeys(("count", "seconds", "waited_s"), 1.0),
     chosen={"step": 1, "by": "accuracy", "value": 1.0},
 )
-SUMMARY = {**FULL.summary(), "wall_s": 1.0, "seed": 0, "config": {"run": {"seed": 0}}}
+SUMMARY = {**FULL.summary(), "wall_s": 1.0, "ended": True, "seed": 0, "config": {"run": {"seed": 0}}}
 
 
 def test_all_that_a_summary_can_hold_is_explained_and_nothing_else() -> None:
