@@ -13,7 +13,7 @@ from actors.cli.command import RECIPE, argument, command, split
 
 BENCHMARKS = (
     *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights"),
-    *("gpu", "memory", "judge", "sessions"),
+    *("eager", "gpu", "memory", "judge", "sessions"),
 )
 
 
@@ -70,10 +70,13 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench engine            our engine against transformers' batching, tokens per second
       espalier bench learner --quick   packed trees against flattened paths, at several sharing ratios
       espalier bench schedules         barrier-free growth against the released rounds, on a virtual clock
+      espalier bench eager 8           eager growth against linear rollouts, on so many seeds
       espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
       espalier bench judge             whole runs with and without a slow judge: what the engine waits
       espalier bench sessions          python sessions: a fork, a cell, memory, with 1, 100 and 2,000 alive
       espalier bench throughput        whole runs: sync and async, linear and trees, by spread of tool latency
+      espalier bench throughput 'linear async η=1' 'eager async η=1'
+                                       these ways only, compared with the first
       espalier bench twin RUN OTHER    the digital twin, calibrated on RUN, predicts OTHER
       espalier bench twin runs/bench-engine/engine.json runs/bench-learner/learner.json RUN
                                        the twin at the speeds that these benchmarks measured predicts RUN

@@ -38,5 +38,6 @@ WAYS = {
     "linear lockstep": Way("grpo-rounds"),
     "linear sync": Way("synchronous"),
     "linear one-step-off": Way("one-step-off"),
+    "linear async η=1": Way("fully-async", ("flow.staleness=1",)),
     "linear async η=4": Way("fully-async"),
 }

@@ -1,142 +1,35 @@
 """Benchmark of the rollout schedules on the virtual clock: barrier-free growth against the released rounds.
 
-The digital twin (:mod:`system.twin`) runs each way's recipe: rollouts, policies, training loop, admission and
-queue are the ones that train, agent, engine and tools are models, training takes no time.  So only the
-schedule differs, and a day of tool calls takes seconds.
+Trees grow on a digital twin (:mod:`.growth`), so only the schedule differs.
 
 1. Trained trees per hour, by how much tool latencies spread, on the same seeds and engine; and what such a
    tree is made of: forks, tool calls, generated tokens.
 2. The makespan of one batch against what no schedule can beat: max(critical path, work / capacity).
 3. What the barriers cost when nothing spreads: nothing; what is left at σ = 0 has other causes.
-4. Eager growth against linear rollouts, seed by seed.
+4. Eager growth against linear rollouts, on a few seeds (:mod:`.eager` by itself takes more).
 5. The released rules in figures (forks, top-ups, rounds, tool calls by the chance of a call): with them a
    reader can check that the baseline is the released schedule.
 """
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from system.bench.baselines import WAYS, Way
-from system.bench.critical_path import CriticalPath
+from system.bench import eager
+from system.bench.baselines import WAYS
+from system.bench.growth import STRAGGLERS, Grown, Scenario, agent, grow, latencies
 from system.bench.report import Report, against
-from system.config import Config
-from system.rollout.schedule import Lockstep
-from system.twin.agent import AgentModel
-from system.twin.clock import run as run_virtually
-from system.twin.dist import Constant, Lognormal
-from system.twin.records import TwinResult
-from system.twin.speeds import LinearEngine, LinearLearner
-from system.twin.tools import ToolModel
-from system.twin.world import UNLIMITED, Models, Twin
+from system.twin.dist import Lognormal
 
-SIGMAS = (0.0, 0.5, 1.0, 1.5)
-STRAGGLERS = 0.05
 PER_TREE = {
     "fork_share": ("Share of the leaves that are forks", ".0%"),
     "tool_calls": ("Tool calls per tree", ".1f"),
     "generated": ("Generated tokens per tree", ",.0f"),
 }
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """The workload, and what serves it."""
-
-    agent: AgentModel
-    latency: Lognormal
-    leaves: int = 16  # n; this and the next two as in ARPO's released 7B recipe
-    roots: int = 8  # N
-    call_limit: int = 3
-    trees: int = 32  # per batch
-    slots: int = 256  # sequences that the engine decodes at once, first come first served
-    token_s: float = 0.02  # seconds per token of each of them
-    window: int = 20  # tokens that a policy looks at
-
-    def config(self, way: Way, seed: int) -> Config:
-        """The way's recipe for this workload."""
-        config = deepcopy(way.config(*UNLIMITED, "rollout.concurrency=1000000"))
-        config.run.seed = seed
-        rollout, engine = config.rollout, config.engine
-        rollout.leaves, rollout.roots, rollout.call_limit = self.leaves, self.roots, self.call_limit
-        rollout.max_response_tokens = 1 << 20
-        engine.max_running, engine.max_context, engine.chunk_tokens = self.slots, 1 << 21, 1
-        config.branching.probe_tokens = self.window
-        config.flow.batch_leaves = self.trees * self.leaves
-        return config
-
-
-@dataclass(frozen=True)
-class Grown:
-    """What came of growing trees."""
-
-    result: TwinResult
-    critical_path_s: float
-    work_s: float  # slot-seconds of decoding
-    rounds: int  # barriers, in lockstep
-    slots: int
-
-    @property
-    def bound_s(self) -> float:
-        """No schedule ends this work earlier: its longest chain, and its decoding on all slots."""
-        return max(self.critical_path_s, self.work_s / self.slots)
-
-    @property
-    def busy(self) -> float:
-        """Share of the engine's slots that decode."""
-        return self.work_s / (self.result.seconds * self.slots)
-
-    @property
-    def per_tree(self) -> dict[str, float]:
-        """What ``PER_TREE`` names."""
-        totals = self.result.totals
-        return {
-            "fork_share": totals["forks"] / totals["leaves"],
-            "tool_calls": self.result.per_tree("tool_calls"),
-            "generated": totals["tokens"]["generated"] / totals["trees"],
-        }
-
-
-def agent(p_call: float = 0.5, tokens: float = 120, sigma: float = 0.5) -> AgentModel:
-    """One whose entropy never changes: a fork is a coin's throw.  ``tokens``: of a segment, on average."""
-    return AgentModel(
-        prompt_tokens=Constant(1),
-        segment_tokens=Lognormal(tokens, sigma),
-        p_call=(p_call,),
-        root_entropy=1.0,
-        rise=0.0,
-        entropy_spread=0.0,
-    )
-
-
-def grow(scenario: Scenario, way: Way, batches: int, seed: int = 0, skip: int = 0) -> Grown:
-    """Simulate ``batches`` training batches after ``skip`` that are left out of the figures."""
-    models = Models(
-        engine=LinearEngine(scenario.token_s, 0.0),
-        learner=LinearLearner(0.0, 0.0),
-        agent=scenario.agent,
-        tools={name: ToolModel(scenario.latency) for name in scenario.agent.tools},
-        vocab=100_000,
-        mixed=True,
-    )
-    twin = Twin(scenario.config(way, seed), models, skip + batches)
-    path = CriticalPath(twin.context.engine, scenario.token_s, twin.context.tools)
-    twin.context = replace(twin.context, engine=path, tools=path)
-    run_virtually(twin.run())
-    schedule = twin.context.schedule
-    return Grown(
-        result=twin.result(skip),
-        critical_path_s=path.seconds,
-        work_s=sum(engine.generated for engine in twin.engines) * scenario.token_s,
-        rounds=schedule.rounds if isinstance(schedule, Lockstep) else 0,
-        slots=scenario.slots,
-    )
 
 
 def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
@@ -158,11 +51,6 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "world": {"batches": batches, "trees": trees, "slots": scenario.slots},
     }
     return report.finish(result)
-
-
-def latencies() -> list[Lognormal]:
-    """Every σ, without stragglers and with."""
-    return [Lognormal(2.0, sigma, share) for share in (0.0, STRAGGLERS) for sigma in SIGMAS]
 
 
 def _throughput(report: Report, scenario: Scenario, batches: int) -> list[dict[str, Any]]:
@@ -237,57 +125,9 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _eager(report: Report, scenario: Scenario, batches: int, seeds: int) -> list[dict[str, Any]]:
-    """Eager growth and linear rollouts on the same seeds."""
-    rows: list[dict[str, Any]] = []
-    for staleness in (1, 4):
-        period, overrides = staleness + 1, (f"flow.staleness={staleness}",)
-        for latency in latencies():
-            case = replace(scenario, latency=latency)
-            linear, eager = (
-                [grow(case, Way(recipe, overrides), batches * period, seed, period) for seed in range(seeds)]
-                for recipe in ("fully-async", "eager")
-            )
-            pairs = list(zip(linear, eager, strict=True))
-            ratios = [theirs.result.step_s / ours.result.step_s for theirs, ours in pairs]
-            calls = [ours.per_tree["tool_calls"] / theirs.per_tree["tool_calls"] for theirs, ours in pairs]
-            rows.append(
-                {
-                    "staleness": staleness,
-                    "latency": str(latency),
-                    "linear_trees_per_h": [3600 * case.trees / one.result.step_s for one in linear],
-                    "eager_trees_per_h": [3600 * case.trees / one.result.step_s for one in eager],
-                    "ratio": ratios,
-                    "fork_share": fmean(one.per_tree["fork_share"] for one in eager),
-                    "tool_calls_ratio": fmean(calls),
-                }
-            )
-    report.section(
-        "Eager growth against linear rollouts",
-        "Trained trees per hour under rollout.schedule=eager over those of linear rollouts with the same η, "
-        f"on the same seeds (0 to {seeds - 1}), with the standard error of the mean; {batches} (η + 1) "
-        "batches after η + 1 that are left out.",
-    )
-    report.table(
-        "Trees per hour, forks and tool calls of eager growth against linear rollouts",
-        ["η", "tool latency", "ratio by seed", "mean", "leaves that are forks", "tool calls"],
-        [
-            [
-                row["staleness"],
-                row["latency"],
-                ", ".join(f"{ratio:.2f}" for ratio in row["ratio"]),
-                _mean(row["ratio"]),
-                f"{row['fork_share']:.0%}",
-                f"{row['tool_calls_ratio'] - 1:+.0%}",
-            ]
-            for row in rows
-        ],
-    )
+    rows = list(eager.cases(scenario, batches, seeds))
+    eager.show(report, rows, batches, seeds)
     return rows
-
-
-def _mean(values: list[float]) -> str:
-    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{error}"
 
 
 def _makespan(report: Report, scenario: Scenario) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from system.bench.baselines import WAYS, Way
 from system.bench.processes import run_to_end
 from system.bench.report import Report, against
 from system.bench.slow_search import slowed
+from system.errors import ConfigError
 from system.observe.rundir import RunDir
 from system.serving import serve
 from system.tasks.base import HasCorpus, make_task
@@ -70,12 +71,17 @@ class SlowSearch:
         return self.latency.draw(np.random.default_rng(zlib.crc32(query)))
 
 
-def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
+def run(out_dir: Path, words: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
     """Measure, write ``throughput.json``, plots and ``throughput.html``; returns what the JSON holds.
 
-    ``quick`` makes two runs.  The runs' directories are left in ``out_dir``.
+    ``words``: names of the ways to run, the first of which the others are compared with; none: all.
+    ``quick`` makes one run of each, of two ways if none is named.  The runs' directories are left in
+    ``out_dir``.  Raises :class:`ConfigError` for an unknown way.
     """
-    return write_report(asyncio.run(_measure(out_dir, quick)), out_dir)
+    if unknown := [word for word in words if word not in WAYS]:
+        raise ConfigError(f"bench throughput: no way {', '.join(unknown)}; there are: {', '.join(WAYS)}")
+    names = words or (QUICK_WAYS if quick else tuple(WAYS))
+    return write_report(asyncio.run(_measure(out_dir, {name: WAYS[name] for name in names}, quick)), out_dir)
 
 
 def latencies(quick: bool) -> list[Lognormal]:
@@ -83,8 +89,7 @@ def latencies(quick: bool) -> list[Lognormal]:
     return [late] if quick else [*(Lognormal(MEAN_S, sigma) for sigma in (0.0, 0.5, 1.0, 1.5)), late]
 
 
-async def _measure(out_dir: Path, quick: bool) -> dict[str, Any]:
-    ways = {name: WAYS[name] for name in QUICK_WAYS} if quick else WAYS
+async def _measure(out_dir: Path, ways: Mapping[str, Way], quick: bool) -> dict[str, Any]:
     task = make_task(WAYS["lockstep"].config(*SETTINGS))
     assert isinstance(task, HasCorpus)
     search = SlowSearch(task)
@@ -155,12 +160,12 @@ def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
     )
     report.section(
         "Throughput",
-        "In brackets: against the released rounds. A run ends with its last training step; what an "
+        f"In brackets: against {ways[0]}. A run ends with its last training step; what an "
         "asynchronous one has begun for the next is cut off: a short run flatters it by its slowest trees.",
     )
     for key, title in (
-        ("trained_per_s", "Trained tokens per second (× lockstep)"),
-        ("trees_per_h", "Trees trained on per hour (× lockstep)"),
+        ("trained_per_s", f"Trained tokens per second (× {ways[0]})"),
+        ("trees_per_h", f"Trees trained on per hour (× {ways[0]})"),
     ):
         report.table(
             title,

@@ -131,8 +131,9 @@ class RolloutConfig:
     schedule: str = setting(
         "barrier-free",
         "barrier-free: a tree starts the rest of its roots once no branch can fork any more; eager: at a "
-        "result it also forks what is over half of n/N - 1 leaves per other branch that can (over all of it, "
-        "where the policy does not fork), and calls of over twice their tool's median hold back no roots; "
+        "result it also forks what is over the shares of the branches that can later (a share is n/N - 1 "
+        "leaves; each keeps 0.25 where the policy forks, 1.5 where it does not), and calls of over twice "
+        "their tool's median hold back no roots; "
         "lockstep: the released ARPO code's rounds (generate all, wait for all tools, fork, top up one root "
         "per round), for comparison; it needs flow.staleness=0: a batch is grown, then trained on",
         choices=("barrier-free", "eager", "lockstep"),

@@ -169,6 +169,8 @@ def tree_metrics(stats: Sequence[TreeStats]) -> Metrics:
         "tree/depth": mean(one.depth for one in stats),
         "tree/decisions": mean(one.forked.size for one in stats),
     }
+    if forks := sum(one.forks for one in stats):
+        metrics["tree/unasked_share"] = sum(one.unasked for one in stats) / forks
     if flat:  # the least a packed forward pass must compute, against flattened paths
         metrics["tree/unique_flat_ratio"] = sum(one.unique for one in stats) / flat
     if forked.size:

@@ -232,6 +232,8 @@ def _fork_line(fork: ForkDecision) -> Text:
     if math.isfinite(fork.draw):
         line.append(f"  draw {fork.draw:.3f}")
     verdict = f"  → {_count(fork.forks, 'fork')}" if fork.forks else "  → no"
+    if fork.scheduled:
+        verdict += f", {fork.scheduled} by the schedule"
     return line.append(verdict, "bold green" if fork.forks else "dim")
 
 

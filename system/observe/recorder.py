@@ -123,6 +123,7 @@ class Recorder:
         totals.trees += 1
         totals.leaves += tree.leaves
         totals.forks += tree.forks
+        totals.forks_unasked += tree.unasked
         totals.top_ups += tree.top_ups
         totals.tool_calls += len(tree.calls)
         totals.generated += tree.generated

@@ -18,6 +18,7 @@ class Totals:
     trees: int = 0  # closed
     leaves: int = 0
     forks: int = 0
+    forks_unasked: int = 0  # of these, those at results at which the policy asked for none
     top_ups: int = 0
     tool_calls: int = 0
     generated: int = 0  # MODEL tokens of closed trees
@@ -54,6 +55,7 @@ class Totals:
             "trees": self.trees,
             "leaves": self.leaves,
             "forks": self.forks,
+            "forks_unasked": self.forks_unasked,
             "top_ups": self.top_ups,
             "tool_calls": self.tool_calls,
             "tokens": {

@@ -101,6 +101,7 @@ class Policy(ABC):
     inherits: ClassVar[bool] = True  # a fork keeps its parent's baseline, or its own first segment gives one
     can_fork: ClassVar[bool] = True  # if not, all n roots start together
     expands: ClassVar[bool] = False  # once all branches have ended, :meth:`expand` says where to go on
+    lends: ClassVar[bool] = True  # a schedule may fork where the policy does not (:meth:`Schedule.lent`)
 
     def measure(self, entropies: NDArray[np.float32], log_vocab: float) -> float:
         """H = mean token entropy / ln V: 0 is certain, 1 uniform over the vocabulary.

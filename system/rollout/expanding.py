@@ -24,6 +24,7 @@ class Expanding(Policy):
 
     width: int = 6
     expands: ClassVar[bool] = True
+    lends: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -17,6 +17,7 @@ from statistics import median
 from typing import ClassVar
 
 from system.rollout.branch import Branch
+from system.rollout.budget import Budget
 from system.tools.outcome import ToolOutcome
 
 
@@ -56,15 +57,13 @@ class Schedule(ABC):
         branches.
         """
 
-    def forks(
-        self, asked: int, others: Collection[Branch], remaining: int, call_limit: int, share: float
+    def lent(
+        self, asked: int, branch: Branch, others: Collection[Branch], budget: Budget, call_limit: int
     ) -> int:
-        """Forks to make at a result where the policy has ``asked`` for so many; at most ``remaining``.
-
-        ``others``: the tree's live branches but the one that got the result; ``share``: the leaves that were
-        kept for forks at its start, per root, n / N - 1.
+        """Forks to make at a result of ``branch`` beyond the ``asked`` ones, which the policy wants and the
+        budget allows; at most what these leave of it.  ``others``: the tree's other live branches.
         """
-        return min(asked, remaining)
+        return 0
 
 
 class BarrierFree(Schedule):
@@ -81,11 +80,14 @@ class Eager(Schedule):
     """Nobody waits, and what a tree keeps for forks is forked as early as it can be.
 
     A fork begins where its parent is and so ends when that ends; a root that starts late ends late, and the
-    slowest leaf sets the pace of a tree.  So of the leaves that are left, every branch that may still fork
-    has a share, and what is over, because a branch has ended without having used its own, is taken by the
-    next result at which the policy is asked: more forks there instead of roots later.  Where the policy
-    forks, others keep ``keep`` shares each; where it does not, a whole share each, so that its decision still
-    says where most forks are.  A share is n / N - 1.
+    slowest leaf sets the pace of a tree.  So of the leaves that are left, every branch that may still fork,
+    the one at the result among them, keeps so many shares of n / N - 1 (:attr:`Budget.share`); what is over,
+    because a branch has ended without having used its own, is forked at the next result: more forks there
+    instead of roots later.
+
+    Where the policy forks, ``keep`` shares each are kept, and at most ``most`` of what was kept for forks at
+    the tree's start is forked, as long as a branch is left that may fork later.  Where it does not,
+    ``spare`` shares each are kept, more than a share: so its decision still says where most forks are.
 
     Fresh roots start when no branch may fork any more but those whose call is late.  Such a branch has no
     share until the answer is there; then it may fork if something is left.  A call is late after ``factor``
@@ -95,8 +97,17 @@ class Eager(Schedule):
 
     streaming: ClassVar[bool] = True
 
-    def __init__(self, keep: float = 0.5, factor: float = 2.0, window: int = 256, least: int = 16) -> None:
-        self._keep, self._factor, self._least = keep, factor, least
+    def __init__(
+        self,
+        keep: float = 0.25,
+        spare: float = 1.5,
+        most: float = 0.5,
+        factor: float = 2.0,
+        window: int = 256,
+        least: int = 16,
+    ) -> None:
+        self._keep, self._spare, self._most = keep, spare, most
+        self._factor, self._least = factor, least
         self._latencies: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=window))
 
     def patience_s(self, tool: str) -> float:
@@ -111,12 +122,16 @@ class Eager(Schedule):
         """The rest of the budget, unless a live branch that is not late may still bring a fork."""
         return 0 if _hopeful(live, call_limit) else remaining
 
-    def forks(
-        self, asked: int, others: Collection[Branch], remaining: int, call_limit: int, share: float
+    def lent(
+        self, asked: int, branch: Branch, others: Collection[Branch], budget: Budget, call_limit: int
     ) -> int:
-        """What the policy asked for, or what is over the others' shares, if that is more."""
-        kept = (self._keep if asked else 1.0) * share * _hopeful(others, call_limit)
-        return min(max(asked, remaining - math.floor(kept)), remaining)
+        """What is over the shares of all that may fork later."""
+        later = _hopeful(others, call_limit) + (branch.calls < call_limit)
+        kept = math.floor((self._keep if asked else self._spare) * budget.share * later)
+        over = budget.remaining - kept
+        if asked and later:
+            over = min(over, math.floor(self._most * budget.kept))
+        return max(over - asked, 0)
 
 
 class Lockstep(Schedule):

@@ -80,7 +80,7 @@ def freeze(tree: TreeRollout) -> bytes:
         "growth": growth,
         "seed": tree.seed,
         "temperature": tree.temperature,
-        "started": {str(int(origin)): count for origin, count in tree.started.items()},
+        "started": {str(int(origin)): count for origin, count in tree.budget.started.items()},
         "live": [_branch(branch, now, book) for branch in tree.live.values()],
         "ended": [[_branch(branch, now, book), int(outcome)] for branch, outcome in tree.ended],
         "opening": tree.sessions and tree.sessions.opening,
@@ -116,7 +116,7 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
             growth=growth,
             sessions=sessions,
         )
-        tree.started.update({Origin(int(origin)): n for origin, n in fields["started"].items()})
+        tree.budget.started.update({Origin(int(origin)): n for origin, n in fields["started"].items()})
         restored = partial(_restored, sessions=sessions, entries=entries)
         tree.live.update((branch.key, branch) for branch in map(restored, fields["live"]))
         tree.ended += [(restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]

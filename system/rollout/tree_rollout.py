@@ -5,8 +5,8 @@ the branch generates on.  Tokens stream in with their entropies, so once the k-t
 is there the policy decides; a fork is a new task at the end of that TOOL node, while the parent's
 generation, which no one stopped, goes on.
 
-The budget is exact: roots + forks + top-ups == n at every normal close.  N roots start together, forks draw
-on n - N, and as soon as no live branch can bring another fork the rest starts as fresh roots, all at once.
+The budget is exact (:mod:`.budget`): N roots start together, forks draw on n - N, and as soon as no live
+branch can bring another fork the rest starts as fresh roots, all at once.
 
 That is the barrier-free schedule; ``rollout.schedule`` has others (:mod:`system.rollout.schedule`).
 """
@@ -17,7 +17,6 @@ import asyncio
 import logging
 import math
 import sys
-from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, cast
@@ -28,6 +27,7 @@ from system.envs.protocol import WorldFailed
 from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.branching import Never, TreeState, decided
+from system.rollout.budget import Budget
 from system.rollout.calls import Calls
 from system.rollout.codec import TemplateRefused
 from system.rollout.context import RolloutContext
@@ -80,8 +80,9 @@ class TreeRollout:
         self.context, self.config, self.prompt, self.seed, self.ticket = context, config, prompt, seed, ticket
         self.policy = Never(context.policy.probe_tokens) if greedy else context.policy
         self.schedule = BarrierFree() if greedy else context.schedule
-        self.budget = n if n is not None else 1 if greedy else config.leaves
-        self.share = max(self.budget / config.roots - 1, 0.0)  # leaves kept for forks, per root
+        leaves = n if n is not None else 1 if greedy else config.leaves
+        roots = min(config.roots, leaves) if self.policy.can_fork else leaves
+        self.budget = Budget(leaves, roots)
         usual = 0.0 if greedy else config.temperature
         self.temperature = usual if temperature is None else temperature
         self.route = f"{prompt.id}:{ticket}"
@@ -89,13 +90,11 @@ class TreeRollout:
         self.scores_answer = config.score_answer and not greedy
         self.records_routes = context.routes and not greedy
         self.resumed = growth is not None
-        self.growth = growth or context.plant(prompt, self.budget, guide)
+        self.growth = growth or context.plant(prompt, leaves, guide)
         about = (prompt.id, self.route, self.temperature, next(iter(prompt.answers), ""))
         self.given = GivenTokens(context, self.growth, *about, self.mishap)
-        self.roots = min(config.roots, self.budget) if self.policy.can_fork else self.budget
         alone = greedy or self.resumed
-        self.prefixes = () if alone else prefixes(context, self.growth, prompt, seed, self.roots)
-        self.started: Counter[Origin] = Counter()
+        self.prefixes = () if alone else prefixes(context, self.growth, prompt, seed, roots)
         self.live: dict[tuple[int, ...], Branch] = {}
         self.ended: list[tuple[Branch, Outcome]] = []  # in the order of the growth's leaves
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
@@ -139,9 +138,9 @@ class TreeRollout:
                 await self.sessions.close()
         for failed in self.scores.failures.values():
             self.mishap("reward", str(failed))
-        if (scored := len(self.scores.scores)) < min(2, self.budget):
+        if (scored := len(self.scores.scores)) < min(2, self.budget.leaves):
             outcomes = [outcome for _, outcome in self.ended]
-            raise too_few(self.prompt.id, outcomes, self.mishaps, scored, self.budget, cut)
+            raise too_few(self.prompt.id, outcomes, self.mishaps, scored, self.budget.leaves, cut)
         self.lessons.over()
         return self._close()
 
@@ -153,7 +152,7 @@ class TreeRollout:
                 for branch in self.live.values():
                     self._spawn(branch)
                 if not self.resumed:
-                    self._start_roots(self.roots, Origin.ROOT)
+                    self._start_roots(self.budget.roots, Origin.ROOT)
                 self._top_up()
         except TimeoutError:
             if not deadline.expired():
@@ -169,20 +168,16 @@ class TreeRollout:
 
     # The budget
 
-    @property
-    def _remaining(self) -> int:
-        return self.budget - self.started.total()
-
     def _start_roots(self, count: int, origin: Origin) -> None:
         for _ in range(count):
-            key = (self.started[Origin.ROOT] + self.started[Origin.TOP_UP],)
+            key = (self.budget.started[Origin.ROOT] + self.budget.started[Origin.TOP_UP],)
             branch = led(Branch.planted(self.seed, key, origin, self.growth.prompt), self.prefixes)
             branch.session = self.sessions.root(key) if self.sessions is not None else None
             self._start(branch)
 
     def _start(self, branch: Branch) -> None:
-        branch.number = self.started.total()
-        self.started[branch.origin] += 1
+        branch.number = self.budget.started.total()
+        self.budget.started[branch.origin] += 1
         self.live[branch.key] = branch
         self._spawn(branch)
 
@@ -191,11 +186,11 @@ class TreeRollout:
 
     def _top_up(self) -> None:
         """Start what may start of the rest of the budget: fresh roots, or turns written once more."""
-        count = self.schedule.top_ups(self.live.values(), self._remaining, self.last_fork)
+        count = self.schedule.top_ups(self.live.values(), self.budget.remaining, self.last_fork)
         if count and self.policy.expands:
             if self.live:
                 return
-            seeds = [self.seed, 2, self.started.total()]
+            seeds = [self.seed, 2, self.budget.started.total()]
             places = expansion(self.policy, self.growth, self.ended, count, seeds)
             for place in places:
                 self._start_again(place)
@@ -388,19 +383,24 @@ class TreeRollout:
         were.
         """
         state = TreeState(
-            budget=self.budget,
-            started=self.started.total(),
+            budget=self.budget.leaves,
+            started=self.budget.started.total(),
             live=len(self.live),
-            forks=self.started[Origin.FORK],
+            forks=self.budget.started[Origin.FORK],
             calls=branch.calls,
             call_limit=self.call_limit,
             streak=branch.streak,
         )
         seen = probe(self.growth, branch, node, self.policy.probe_tokens)
         decision = decided(self.policy, self.policy.decide(seen, state, branch.rng))
-        others = [one for one in self.live.values() if one is not branch]
-        forks = self.schedule.forks(decision.forks, others, self._remaining, self.last_fork, self.share)
-        self.growth.fork(ForkDecision(node, decision.delta_h, decision.probability, decision.draw, forks))
+        asked = min(decision.forks, self.budget.remaining)
+        lent = 0
+        if self.policy.lends:
+            others = [one for one in self.live.values() if one is not branch]
+            lent = self.schedule.lent(asked, branch, others, self.budget, self.last_fork)
+        forks = asked + lent
+        what = (decision.delta_h, decision.probability, decision.draw, forks, lent)
+        self.growth.fork(ForkDecision(node, *what))
         branch.answer = None
         if not seen.shared:  # else the tree has forked here before, and the streak counts that
             branch.streak = branch.streak + 1 if forks else 0

@@ -100,6 +100,7 @@ class ForkDecision:
     probability: float  # chance of each fork that the policy stated
     draw: float  # the uniform draw it was compared with (NaN when the policy draws none)
     forks: int  # how many branches it started
+    scheduled: int = 0  # of these, those that the schedule added to what the policy asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ class TreeStats:
     roots: int
     forks: int
     top_ups: int
+    unasked: int  # forks at results at which the policy asked for none (``rollout.schedule=eager``)
     correct: NDArray[np.bool_]  # [C] of leaves whose answer was judged
     response_tokens: Int64  # [L] MODEL tokens on each leaf's path: |o| of the GRPO family
     calls_per_leaf: Int64  # [L] tool calls on each leaf's path
@@ -76,7 +77,7 @@ class TreeStats:
     entropy: float  # mean over MODEL tokens, nats; NaN when unknown
     delta_h: Float64  # [D] ΔH of each decision
     probability: Float64  # [D] fork probability of each decision
-    forked: NDArray[np.bool_]  # [D] whether the decision started a branch
+    forked: NDArray[np.bool_]  # [D] whether the decision started a branch that the policy asked for
     version_min: int  # oldest and newest weight version among MODEL tokens; -1 without any
     version_max: int
     seconds: float  # from the first root to the close
@@ -168,6 +169,7 @@ class TreeStats:
             roots=tree.origins(Origin.ROOT),
             forks=tree.origins(Origin.FORK),
             top_ups=tree.origins(Origin.TOP_UP),
+            unasked=sum(fork.forks for fork in tree.forks if fork.forks == fork.scheduled),
             correct=tree.correct[tree.correct >= 0] == 1,
             response_tokens=path_sum(tree.parent, length * model)[tree.leaf],
             calls_per_leaf=calls[tree.leaf],
@@ -178,7 +180,7 @@ class TreeStats:
             entropy=float(entropy.mean(dtype=np.float64)) if entropy.size else float("nan"),
             delta_h=np.array([fork.delta_h for fork in tree.forks], dtype=np.float64),
             probability=np.array([fork.probability for fork in tree.forks], dtype=np.float64),
-            forked=np.array([fork.forks > 0 for fork in tree.forks], dtype=np.bool_),
+            forked=np.array([fork.forks > fork.scheduled for fork in tree.forks], dtype=np.bool_),
             version_min=int(version.min(initial=np.iinfo(np.int32).max)) if version.size else -1,
             version_max=int(version.max(initial=-1)),
             seconds=max(0.0, tree.closed_s - tree.started_s),

@@ -87,6 +87,7 @@ def drawing(
                 "probability": fork.probability,
                 "draw": fork.draw,
                 "forks": fork.forks,
+                "scheduled": fork.scheduled,
             }
             for fork in tree.forks
         ],

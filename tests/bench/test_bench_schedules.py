@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from system.bench.baselines import WAYS
-from system.bench.schedules import Scenario, agent, grow
+from system.bench.growth import Scenario, agent, grow
 from system.twin.dist import Lognormal
 
 SCENARIO = Scenario(agent(), Lognormal(2.0), trees=8)

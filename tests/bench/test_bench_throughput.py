@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from system.bench.baselines import BASELINES, WAYS
-from system.bench.throughput import SETTINGS, TEACH, SlowSearch, figures, write_report
+from system.bench.throughput import SETTINGS, TEACH, SlowSearch, figures, run, write_report
 from system.config import load
+from system.errors import ConfigError
 from system.flow.replay import TreeInFlight
 from system.serving import serve
 from system.tasks.base import make_task
@@ -115,3 +116,8 @@ def test_the_report_compares_with_the_first_way(tmp_path: Path) -> None:
     assert "90%" in page
     assert json.loads((tmp_path / "throughput.json").read_text())["runs"][1]["trees_per_h"] == 34.0
     assert (tmp_path / "throughput.png").stat().st_size > 1000
+
+
+def test_an_unknown_way_is_told_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no way eager; there are: lockstep, tree sync, .*eager async η=1"):
+        run(tmp_path, ["tree sync", "eager"])

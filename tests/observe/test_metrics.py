@@ -136,6 +136,16 @@ def test_fork_rate_counts_decisions_not_forks():
     assert (metrics["tree/fork_rate_sure"], metrics["tree/fork_rate_unsure"]) == (1.0, 1.0)
 
 
+def test_what_the_schedule_forked_by_itself_is_counted_apart():
+    """The policy asked for one of three forks, for none of four, and for none."""
+    forks = tuple(ForkDecision(2, 0.0, 0.5, 0.5, n, lent) for n, lent in ((3, 2), (4, 4), (0, 0)))
+    stats = replace(TreeStats.of(replace(make_tree(), forks=forks)), forks=7)
+    metrics = tree_metrics([stats])
+    assert stats.unasked == 4
+    assert metrics["tree/unasked_share"] == pytest.approx(4 / 7)
+    assert metrics["tree/fork_rate"] == pytest.approx(1 / 3)
+
+
 def test_where_the_forks_are():
     """Twelve results, of which those of the highest ΔH fork."""
     forks = tuple(ForkDecision(2, 0.1 * i, 0.5, 0.5, int(i >= 9)) for i in range(12))

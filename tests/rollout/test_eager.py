@@ -15,6 +15,8 @@ from rollout_fakes import PROMPT, Segment, World, make_world, ok
 
 from system.rollout.branch import Branch
 from system.rollout.branching import Arpo, Policy, Random
+from system.rollout.budget import Budget
+from system.rollout.expanding import RandomTurns
 from system.rollout.schedule import BarrierFree, Eager
 from system.rollout.snapshot import freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
@@ -78,6 +80,7 @@ def test_what_ended_branches_leave_is_forked_at_the_next_result(alpha: float) ->
     assert origins(tree) == {Origin.ROOT: 4, Origin.FORK: 4, Origin.TOP_UP: 0}
     (fork,) = tree.forks
     assert (fork.forks, fork.draw < fork.probability) == (4, alpha == 1.0)
+    assert fork.scheduled == (3 if alpha else 4)
     assert starts[5:] == pytest.approx([starts[4] + 0.5] * 4)  # with the first token after the result
 
 
@@ -106,21 +109,62 @@ def a_branch(calls: int, calling: bool, late: bool) -> Branch:
 @given(
     live=st.lists(st.builds(a_branch, st.integers(0, 3), st.booleans(), st.booleans()), max_size=20),
     asked=st.integers(0, 3),
-    remaining=st.integers(0, 32),
-    share=st.floats(0.0, 8.0),
-    keep=st.floats(0.0, 1.0),
+    roots=st.integers(1, 8),
+    kept=st.integers(0, 16),
+    begun=st.integers(0, 16),
+    keep=st.floats(0.0, 2.0),
+    spare=st.floats(0.0, 2.0),
+    most=st.floats(0.0, 1.0),
+    calls=st.integers(1, 3),
 )
-def test_what_is_left_after_a_result_is_in_the_others_shares(
-    live: list[Branch], asked: int, remaining: int, share: float, keep: float
+def test_what_is_left_after_a_result_is_in_the_shares_of_those_that_may_fork_later(
+    live: list[Branch],
+    asked: int,
+    roots: int,
+    kept: int,
+    begun: int,
+    keep: float,
+    spare: float,
+    most: float,
+    calls: int,
 ) -> None:
-    schedule = Eager(keep)
+    schedule, branch = Eager(keep, spare, most), a_branch(calls, calling=False, late=False)
+    budget = Budget(roots + kept, roots, Counter({Origin.ROOT: roots, Origin.FORK: min(begun, kept)}))
+    remaining = budget.remaining
     hopeful = sum(not one.late and (one.calling or one.calls < 3) for one in live)
     assert schedule.top_ups(live, remaining, 3) == (0 if hopeful else remaining)
     assert schedule.top_ups(live, remaining, 3) >= BarrierFree().top_ups(live, remaining, 3)
-    forks = schedule.forks(asked, live, remaining, 3, share)
-    assert min(asked, remaining) <= forks <= remaining
-    assert remaining - forks <= (keep if asked else 1.0) * hopeful * share
-    assert forks <= asked or remaining - forks > (keep if asked else 1.0) * hopeful * share - 1  # no more
+    asked = min(asked, remaining)
+    lent = schedule.lent(asked, branch, live, budget, 3)
+    later = hopeful + (calls < 3)
+    shares = (keep if asked else spare) * later * kept / roots
+    over = remaining - shares
+    if asked and later:
+        over = min(over, most * kept)
+    assert 0 <= lent <= remaining - asked
+    assert over - asked - 1 < lent <= max(over - asked, 0) + 1  # floors of shares and of ``most``
+
+
+@given(asked=st.integers(0, 3), roots=st.integers(1, 8), kept=st.integers(0, 16))
+def test_what_nobody_can_fork_later_is_forked_now(asked: int, roots: int, kept: int) -> None:
+    budget = Budget(roots + kept, roots, Counter({Origin.ROOT: roots}))
+    asked = min(asked, kept)
+    assert asked + Eager().lent(asked, a_branch(3, calling=False, late=False), [], budget, 3) == kept
+
+
+def test_policies_that_grow_ended_trees_are_lent_no_forks() -> None:
+    """They say themselves where the rest of the budget goes, once a tree's branches have ended."""
+    world = eager(
+        lambda text, rng: Segment(CALL if rng.random() < 0.7 else ANSWER),
+        lambda *_: ok(seconds=1.0),
+        RandomTurns(1),
+        leaves=12,
+        roots=4,
+    )
+    tree = grow(world, seed=1)
+    assert tree.forks
+    assert not any(fork.forks for fork in tree.forks)
+    assert origins(tree)[Origin.FORK] + origins(tree)[Origin.TOP_UP] == 8
 
 
 @settings(max_examples=25, deadline=None)
@@ -139,8 +183,8 @@ def test_no_root_starts_late_while_a_branch_may_fork_in_time(seed: int, p_call: 
             for b in tree.live.values()
             if b.origin != Origin.TOP_UP and not b.late and (b.undecided or b.calls < tree.call_limit)
         ]
-        if tree.started[Origin.TOP_UP] > top_ups:
-            top_ups = tree.started[Origin.TOP_UP]
+        if tree.budget.started[Origin.TOP_UP] > top_ups:
+            top_ups = tree.budget.started[Origin.TOP_UP]
             hopeful += len(may_fork)
         return Segment(CALL if rng.random() < p_call else ANSWER, entropy=(4 * rng.random(8)).tolist())
 

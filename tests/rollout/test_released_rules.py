@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from system.bench.baselines import WAYS
-from system.bench.schedules import RELEASED, Scenario, agent, grow
+from system.bench.growth import Scenario, agent, grow
+from system.bench.schedules import RELEASED
 from system.twin.dist import Lognormal
 
 LEAVES, ROOTS, LIMIT = 16, 8, 3

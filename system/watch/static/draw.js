@@ -70,7 +70,8 @@ export function leavesBelow(tree, node) {
 export function forkText(fork) {
   const draw = known(fork.draw) ? `, draw ${num(fork.draw, 3)}` : "";
   const what = fork.forks ? `→ ${count(fork.forks, "fork")}` : "→ no fork";
-  return `ΔH ${signed(fork.delta_h, 3)}, P(fork) ${num(fork.probability, 3)}${draw} ${what}`;
+  const lent = fork.scheduled ? `, ${fork.scheduled} by the schedule` : "";
+  return `ΔH ${signed(fork.delta_h, 3)}, P(fork) ${num(fork.probability, 3)}${draw} ${what}${lent}`;
 }
 
 export function leafText(leaf) {
