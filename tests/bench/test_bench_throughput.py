@@ -119,5 +119,5 @@ def test_the_report_compares_with_the_first_way(tmp_path: Path) -> None:
 
 
 def test_an_unknown_way_is_told_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no way eager; there are: lockstep, tree sync, .*eager async η=1"):
+    with pytest.raises(ConfigError, match=r"no way eager; there are: lockstep, tree sync, .*eager async η=1"):
         run(tmp_path, ["tree sync", "eager"])

@@ -94,6 +94,7 @@ def test_summary_has_what_the_issue_asks(recorder: Recorder, clock: Clock, run_d
             "trees",
             "leaves",
             "forks",
+            "forks_unasked",
             "top_ups",
             "tool_calls",
             "tokens",
