@@ -237,7 +237,7 @@ class McpServer:
 def _session_class() -> type[ClientSession]:
     from mcp import ClientSession
 
-    class Session(ClientSession):
+    class UncheckedSession(ClientSession):
         """The SDK's, which would match what a server answers against the server's own regular expressions, on
         the event loop and for as long as they like.  An answer is text for the model, whatever its form.
         """
@@ -245,7 +245,7 @@ def _session_class() -> type[ClientSession]:
         async def validate_tool_result(self, name: str, result: CallToolResult) -> None:
             return None
 
-    return Session
+    return UncheckedSession
 
 
 async def _left(connection: _Connection) -> None:
