@@ -42,7 +42,7 @@ from system.tools.tool import CallRefused, ToolUnavailable
 from system.tree.prompt import Prompt
 
 BACKOFF_S = 0.5  # before the first further attempt, doubling
-_FAILURES = (TooLate, Raised, ToolUnavailable, CallRefused, Undone)
+_FAILURES = (TooLate, Raised, ToolUnavailable, CallRefused, CannotFork, Undone)
 
 
 class TreeSessions:
@@ -288,7 +288,7 @@ class BranchSession:
             await self._told_seed(held, seed)
         try:
             return checked(await self._ask(held, limit, "step", held.world.step, action))
-        except Raised as error:
+        except (Raised, CannotFork) as error:
             what = f"The tool {calls[0].tool!r}" if calls else "The environment"
             role = "tool" if calls else "user"
             return Observation.of(f"{what} failed: {error}", ToolStatus.ERROR, role)
@@ -333,7 +333,7 @@ class BranchSession:
                     raise self._failure(reason, str(error)) from error
                 service.counts["retries"] += 1
                 await asyncio.sleep(BACKOFF_S * 2**attempt)
-            except (Raised, CallRefused, Undone) as error:
+            except (Raised, CallRefused, CannotFork, Undone) as error:
                 raise self._failure("open_failed", str(error)) from error
             except WorldFailed as error:
                 raise self._known(error) from error
@@ -407,7 +407,7 @@ class BranchSession:
             ids = self._ids(len(self.journal))
             with parent._given_up(held, "its copy"):
                 made = await self._service.world(held.caller, limit, "fork", held.world.fork, ids)
-        except (CannotFork, *_FAILURES) as error:
+        except _FAILURES as error:
             self._service.counts["forks_refused"] += 1
             if not self._service.rebuilds:
                 raise self._failure("fork_failed", str(error)) from error

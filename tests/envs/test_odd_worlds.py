@@ -24,6 +24,7 @@ from system.envs.plain import PlainEnvironment
 from system.envs.protocol import (
     Acted,
     Action,
+    CannotFork,
     Environment,
     ForkKind,
     Message,
@@ -108,7 +109,8 @@ class Odd(BaseException):
     """No Exception."""
 
 
-ODD = {kind.__name__: kind for kind in (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, Odd)}
+KINDS = (StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, Odd, CannotFork)
+ODD = {kind.__name__: kind for kind in KINDS}
 
 
 class Raising:
@@ -120,7 +122,7 @@ class Raising:
     def fail(self, kind: str = "") -> str:
         """Fail so."""
         if kind:
-            raise ODD[kind]("so")
+            raise ODD[kind](f"so: {kind}")
         return "well"
 
 
@@ -128,7 +130,7 @@ class RaisingWorld(World):
     async def step(self, action: Action) -> Observation:
         kind = action.calls[0].arguments.get("kind")
         if kind:
-            raise ODD[kind]("so")
+            raise ODD[kind](f"so: {kind}")
         return Observation.of("well")
 
 
