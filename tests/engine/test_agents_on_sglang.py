@@ -14,7 +14,7 @@ import pytest
 from agent_models import CLOSE, END, OPEN, make_tokenizer, served
 from anthropic import AsyncAnthropic
 from engine_models import SGLANG_KEY, TOLERANCE, EngineClient, TinyModel, log_p
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, LengthFinishReasonError
 
 from system.agents.endpoint import AgentEndpoint
 from system.engine.protocol import Chunk, GenerateRequest
@@ -140,7 +140,10 @@ async def look_by_openai(session: Any, stream: bool) -> int:
         for _ in range(3):
             if stream:
                 async with sdk.chat.completions.stream(**asked) as events:
-                    answer = (await events.get_final_completion()).choices[0].message
+                    try:
+                        answer = (await events.get_final_completion()).choices[0].message
+                    except LengthFinishReasonError:  # a turn that has no end
+                        break
             else:
                 answer = (await sdk.chat.completions.create(**asked)).choices[0].message
             calls = answer.tool_calls or []

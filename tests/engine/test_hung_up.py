@@ -21,14 +21,14 @@ async def test_it_ends_its_request_without_a_word(
     url = await engine.start()
     body = {
         "input_ids": [5, 6, 7],
-        "sampling_params": {"max_new_tokens": 400, "ignore_eos": True},
+        "sampling_params": {"max_new_tokens": 200, "ignore_eos": True},
         "stream": True,
     }
     try:
         with caplog.at_level(logging.INFO):
-            for _ in range(5):
+            for number in range(5):
                 async with aiohttp.ClientSession() as http:
-                    answer = await http.post(f"{url}/generate", json=body)
+                    answer = await http.post(f"{url}/generate", json={**body, "rid": str(number)})
                     assert answer.status == 200, await answer.text()
                     await answer.content.readany()
                     answer.close()

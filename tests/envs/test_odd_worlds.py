@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -315,11 +314,9 @@ def test_arguments_that_go_too_deep_are_refused_and_the_tree_goes_on(depth: int)
     """Also through a resume, which writes journals and reads them."""
 
     def script(text: str, rng: np.random.Generator) -> Segment:
-        made = {
-            "name": "push",
-            "arguments": {"what": "p", "more": nested(depth if rng.random() < 0.5 else 9)},
-        }
-        return Segment(f"<tool_call>{json.dumps(made)}</tool_call>", entropy=1.0, token_s=1e-4, chunk=5000)
+        deep = depth if rng.random() < 0.5 else 9
+        made = f'{{"name": "push", "arguments": {{"what": "p", "more": {"[" * deep + "]" * deep}}}}}'
+        return Segment(f"<tool_call>{made}</tool_call>", entropy=1.0, token_s=1e-4, chunk=5000)
 
     environment = Tallies(ForkKind.REPLAY)
     made = in_worlds(
