@@ -33,6 +33,7 @@ from system.envs.protocol import (
     checked,
 )
 from system.envs.service import EnvironmentService, plain
+from system.foreign import TooLate, foreign
 from system.plugins import SYNTAXES, PluginError
 from system.rollout.branching import Never, Random
 from system.tools.outcome import ToolSpec
@@ -207,7 +208,16 @@ def test_what_cannot_be_read_costs_the_branch_by_name(given: Any) -> None:
 
 
 def test_what_means_one_thing_is_read() -> None:
-    rewards = [1, 0.5, True, np.float32(0.5), np.float64(0.25), np.int64(3), np.bool_(True), np.array(0.5)]
+    rewards: list[Any] = [
+        1,
+        0.5,
+        True,
+        np.float32(0.5),
+        np.float64(0.25),
+        np.int64(3),
+        np.bool_(True),
+        np.array(0.5),
+    ]
     read = [checked(Observation((), reward)).reward for reward in rewards]
     assert read == [1.0, 0.5, 1.0, 0.5, 0.25, 3.0, 1.0, 0.5]
     assert {type(one) for one in read} == {float}
@@ -395,3 +405,21 @@ async def test_time_in_which_the_process_stands_still_makes_no_answer_late(
     assert not sessions.service.counts["timeouts"]
     assert session.journal[0].seconds <= limits.step_s
     await sessions.close()
+
+
+async def test_a_loop_that_is_always_late_is_waited_for_so_long_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("system.foreign.SLICE_S", 0.05)
+    monkeypatch.setattr("system.foreign.LATE_S", 0.01)
+    waiting = asyncio.create_task(foreign(asyncio.sleep(600), 0.2))
+
+    async def slow() -> None:
+        while not waiting.done():
+            time.sleep(0.08)  # noqa: ASYNC251 (what makes it late)
+            await asyncio.sleep(0)
+
+    began = time.monotonic()
+    with pytest.raises(TooLate):
+        await asyncio.gather(slow(), waiting)
+    assert 0.8 < time.monotonic() - began < 60
