@@ -6,38 +6,80 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
+from system.errors import EspalierError
+from system.text import named
+
 LET_GO_S = 1.0  # for a part that is cancelled to close what it holds
+SLICE_S = 1.0  # a deadline is waited for in slices: one in which the event loop stood still counts nothing
+LATE_S = 0.5  # by which a slice is over its time where it did
+MOST_LATE = 10  # slices that are not counted: a loop that is always late is merely slow
 
 _left: set[asyncio.Task[Any]] = set()  # cancelled, and still there: kept until they end
 
 
-async def foreign(work: Awaitable[Any]) -> Any:
+class TooLate(EspalierError):
+    """A user's own part did not answer within its deadline, and may still be at work."""
+
+
+async def foreign(work: Awaitable[Any], within_s: float | None = None) -> Any:
     """The value of ``work``, which runs in a task of its own; raises what it raises.
 
-    When this wait is cancelled, so is ``work``.  If it goes on regardless, it is left behind after
+    ``within_s``: seconds that it may take (None: any time).  Those in which the event loop stands still, as
+    the machine does or somebody holds it, are not counted: what answers meanwhile cannot be heard, and is not
+    late for that.  Raises :class:`TooLate`.
+
+    When this wait ends early, ``work`` is cancelled.  If it goes on regardless, it is left behind after
     ``LET_GO_S``, and whatever comes of it is forgotten.
     """
     task = asyncio.ensure_future(_contained(work))
     try:
-        await asyncio.wait([task])
+        await _ended(task, within_s)
     except asyncio.CancelledError:
-        task.cancel()
-        _left.add(task)
-        task.add_done_callback(_forget)
-        await asyncio.wait([task], timeout=LET_GO_S)
+        await _let_go(task)
         raise
+    if not task.done():
+        await _let_go(task)
+        raise TooLate(f"no answer within {within_s:g} s")
     value, error = task.result()
     if error is not None:
         raise error
     return value
 
 
+async def _ended(task: asyncio.Task[Any], within_s: float | None) -> None:
+    """Return when ``task`` is done, or its time is over."""
+    if within_s is None:
+        await asyncio.wait([task])
+        return
+    clock, left, late = asyncio.get_running_loop().time, within_s, 0
+    while not task.done() and left > 0:
+        began, slice_s = clock(), min(left, SLICE_S)
+        await asyncio.wait([task], timeout=slice_s)
+        if clock() - began >= slice_s + LATE_S and late < MOST_LATE:
+            late += 1
+        else:
+            left -= slice_s
+
+
+async def _let_go(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    _left.add(task)
+    task.add_done_callback(_forget)
+    await asyncio.wait([task], timeout=LET_GO_S)
+
+
 async def _contained(work: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Value and error of ``work``: some errors would end the event loop if they left a task."""
+    """Value and error of ``work``: some errors would end the event loop if they left a task, and others are
+    nobody's to catch.
+    """
     try:
         return await work, None
     except (SystemExit, KeyboardInterrupt) as error:
         return None, error
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # GeneratorExit, or a class of its own
+        return None, RuntimeError(named(error))
 
 
 def _forget(task: asyncio.Task[Any]) -> None:

@@ -150,7 +150,7 @@ class HttpClient:
             return {}
         try:
             answer = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
             raise HttpError(f"no JSON from {url}: {error}", passing=False) from error
         if not isinstance(answer, dict):
             raise HttpError(f"no JSON object from {url}", passing=False)

@@ -31,6 +31,14 @@ def one_line(value: object) -> str:
     return line if len(line) <= MOST else f"{line[: MOST - 1]}…"
 
 
+def shown(value: object, most: int = 200) -> str:
+    """``value`` in an error's message, cut to ``most`` characters; of one that cannot be shown, its class."""
+    try:
+        return as_text(repr(value))[:most]
+    except Exception:  # of somebody else's class; or a number that is too long, or nested too deeply
+        return f"<{type(value).__name__}>"
+
+
 def named(error: BaseException) -> str:
     """The kind of an error and its message."""
     try:

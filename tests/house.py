@@ -35,6 +35,7 @@ ALIVE = {
     "mpmath reads it": "dps",
     "numpy reads it": "writeable",
     "gymnasium draws from it": "np_random",
+    "the MCP SDK calls it": "validate_tool_result",
     "Python reads it": "dont_write_bytecode __stdout__ __stderr__",
     "tokenizers read it": "pre_tokenizer",
     "transformers saves it with the model": "generation_config",

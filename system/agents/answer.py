@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Literal, NamedTuple
 
 from system.rollout.encode import Tokenizer
-from system.rollout.syntax.base import ParsedCall, Syntax
+from system.rollout.syntax.base import ParsedCall, Syntax, bounded
 
 _THOUGHTS = ("think", "thinking", "thought", "reasoning")
 _THOUGHT = re.compile(rf"\s*<({'|'.join(_THOUGHTS)})>")
@@ -197,7 +197,8 @@ def calls_in(text: str, syntax: Syntax) -> tuple[tuple[ParsedCall, ...], str] | 
             return tuple(calls), "\n".join(filter(None, outside))
         end, closer = _first(text, syntax.stops, begin)
         place = end + len(closer)
-        call = syntax.parse(text[begin:place]) if closer else None
+        found = syntax.parse(text[begin:place]) if closer else None
+        call = bounded(found) if found else None
         if not isinstance(call, ParsedCall):
             return None
         calls.append(call)

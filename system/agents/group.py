@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from system.agents.forest import Episode, Forest, Piece
+from system.rollout.failure import RolloutFailed
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
-from system.tree.record import ForkDecision, Int32, Kind, Origin, ToolCall, Tree, TreeError
+from system.tree.record import ForkDecision, Int32, Kind, Origin, ToolCall, Tree
 
 Turn = tuple[int, int]
 """(number of the episode, number of the piece)"""
@@ -84,8 +85,8 @@ def plant_group(
     turns that an episode was only told again -> those that were sampled.  ``forks``: what was decided at the
     beginnings of turns, whatever node they name.
 
-    Raises :class:`TreeError` where no episode has a turn to train on, and where what they asked begins with
-    different tokens.
+    Raises :class:`RolloutFailed` where no episode has a turn to train on (``no_turn``), and where what they
+    asked begins with different tokens (``no_beginning``).
     """
     asked = [
         _Place(number, chain)
@@ -93,12 +94,14 @@ def plant_group(
         for chain in chains(one.forest, one.chosen, number, same or {})
     ]
     if not asked:
-        raise TreeError(f"prompt {prompt.id!r}: no agent of its {len(episodes)} has a turn to train on")
+        raise RolloutFailed(prompt.id, "no_turn", f"no agent of {len(episodes)} has a turn to train on")
     root = common([place.rest for place in asked])
     if not root:
-        raise TreeError(
-            f"prompt {prompt.id!r}: what its agents asked begins with different tokens, and a tree has one "
-            "root: give all requests one beginning, such as a chat template's"
+        raise RolloutFailed(
+            prompt.id,
+            "no_beginning",
+            "what its agents asked begins with different tokens, and a tree has one root: give all requests "
+            "one beginning, such as a chat template's",
         )
     growth = TreeBuilder(prompt.id, prompt.kind, asked[0].rest[:root], budget, meta, started_s)
     nodes: dict[tuple[int, int], int] = {}  # (episode, piece) -> the node that its last token is in

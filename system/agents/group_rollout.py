@@ -97,8 +97,8 @@ class GroupRollout:
     async def run(self) -> Tree:
         """Run the agents, score their episodes, and make them one tree.
 
-        Raises :class:`RolloutFailed` when fewer than min(2, budget) episodes are scored, ``RewardBroken``
-        when too many scores fail.  Cancelling it ends every agent.
+        Raises :class:`RolloutFailed` when fewer than min(2, budget) episodes are scored, or what they asked
+        makes no tree; ``RewardBroken`` when too many scores fail.  Cancelling it ends every agent.
         """
         started_s = self.context.now()
         try:

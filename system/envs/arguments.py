@@ -24,10 +24,11 @@ def typed(spec: ToolSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     made: dict[str, Any] = cleaned(arguments)
     for name, value in made.items():
-        kind = spec.parameters.get("properties", {}).get(name, {}).get("type")
-        if isinstance(value, str) and kind in _READ:
+        schema = spec.parameters.get("properties", {}).get(name)
+        kind = schema.get("type") if isinstance(schema, Mapping) else None  # true and false are schemas, too
+        if isinstance(value, str) and isinstance(kind, str) and kind in _READ:
             with suppress(ValueError, KeyError):  # refused below
                 made[name] = _READ[kind](value.strip())
-    if problem := argument_error(spec.parameters, made):
+    if problem := argument_error(spec.parameters, made, spec.patterns):
         raise CallRefused(problem)
     return made

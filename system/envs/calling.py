@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 from system.foreign import foreign
+from system.text import named
 
 
 class OwnThreads(Executor):
@@ -34,14 +35,14 @@ class Caller:
     def __init__(self) -> None:
         self._threads = OwnThreads()
 
-    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What ``function`` returns; raises what it raises.  Cancelling it leaves a thread behind that still
-        runs (:meth:`idle`).
+    async def call(self, within_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``function`` returns; raises what it raises, and :class:`.TooLate` after ``within_s`` seconds.
+        That, and cancelling it, leaves a thread behind that still runs (:meth:`idle`).
         """
         if inspect.iscoroutinefunction(function):
-            return await foreign(function(*arguments))
+            return await foreign(function(*arguments), within_s)
         loop = asyncio.get_running_loop()
-        return await foreign(loop.run_in_executor(self._threads, function, *arguments))
+        return await foreign(loop.run_in_executor(self._threads, function, *arguments), within_s)
 
     async def idle(self, within_s: float) -> bool:
         """Whether no thread of it runs any more, at the latest ``within_s`` seconds from now."""
@@ -75,5 +76,7 @@ def told(function: Callable[..., Any], take: Callable[[Any], None]) -> Callable[
 def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
     try:
         future.set_result(work())
+    except StopIteration as error:  # no asyncio future takes one: whoever waits would never be told
+        future.set_exception(RuntimeError(named(error)))
     except BaseException as error:  # whatever it is, it is for whoever waits
         future.set_exception(error)

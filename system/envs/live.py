@@ -11,6 +11,7 @@ however long things take.  The child does not wait for its world before it first
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -34,13 +35,14 @@ from system.envs.protocol import (
     WorldFailed,
     checked,
 )
-from system.envs.service import EnvironmentService, Held, Raised, TooLate, plain
+from system.envs.service import EnvironmentService, Held, Raised, plain
+from system.foreign import TooLate
 from system.tools.outcome import ToolSpec, ToolStatus
 from system.tools.tool import CallRefused, ToolUnavailable
 from system.tree.prompt import Prompt
 
 BACKOFF_S = 0.5  # before the first further attempt, doubling
-_FAILURES = (TooLate, Raised, ToolUnavailable, CallRefused, Undone)
+_FAILURES = (TooLate, Raised, ToolUnavailable, CallRefused, CannotFork, Undone)
 
 
 class TreeSessions:
@@ -69,7 +71,7 @@ class TreeSessions:
         """
         session = BranchSession(self, "0")
         self._first = await session.world()
-        self.opening = self._first.world.opening
+        self.opening = self._first.opening
         return self.opening
 
     def root(self, key: Sequence[int]) -> BranchSession:
@@ -258,7 +260,7 @@ class BranchSession:
                 await asyncio.sleep(BACKOFF_S * 2 ** max(tries - 1, 0))
                 continue
             service.counts["steps"] += 1
-            taken = loop.time() - began
+            taken = min(loop.time() - began, limits.step_s)
             self.journal = (*self.journal, Entry(calls, text, answer, taken, self._seed))
             self._seed = None
             return answer
@@ -281,12 +283,12 @@ class BranchSession:
     ) -> Observation:
         """One action in a world.  An error of the author's is an answer: the next world has it as well."""
         limit = self._service.limits.step_s
-        action = Action(calls, text, self._ids(step), limit)
+        action = Action(copy.deepcopy(calls), text, self._ids(step), limit)  # the author's to keep
         if seed is not None:
             await self._told_seed(held, seed)
         try:
             return checked(await self._ask(held, limit, "step", held.world.step, action))
-        except Raised as error:
+        except (Raised, CannotFork) as error:
             what = f"The tool {calls[0].tool!r}" if calls else "The environment"
             role = "tool" if calls else "user"
             return Observation.of(f"{what} failed: {error}", ToolStatus.ERROR, role)
@@ -331,7 +333,7 @@ class BranchSession:
                     raise self._failure(reason, str(error)) from error
                 service.counts["retries"] += 1
                 await asyncio.sleep(BACKOFF_S * 2**attempt)
-            except (Raised, CallRefused, Undone) as error:
+            except (Raised, CallRefused, CannotFork, Undone) as error:
                 raise self._failure("open_failed", str(error)) from error
             except WorldFailed as error:
                 raise self._known(error) from error
@@ -340,7 +342,8 @@ class BranchSession:
     async def _opened(self, saved: Any) -> Held:
         """A world from ``saved``, or a new one in which the journal was done again."""
         tree, limits = self._tree, self._service.limits
-        start = Start(self._ids(len(self.journal)), tree.prompt, tree.seed, limits.open_s, saved)
+        prompt = copy.deepcopy(tree.prompt)  # this world's to change
+        start = Start(self._ids(len(self.journal)), prompt, tree.seed, limits.open_s, saved)
         self.attempt += 1
         held = await self._service.opened(start)
         try:
@@ -352,8 +355,8 @@ class BranchSession:
         return held
 
     async def _replay(self, held: Held) -> None:
-        normalise = self._service.environment.normalise
-        before, now = self._tree.opening, held.world.opening
+        normalise = self._service.normalised
+        before, now = self._tree.opening, held.opening
         if before is not None and normalise(before) != normalise(now):
             self._diverged(0, f"the opening was {before!r:.300}, now {now!r:.300}")
         for step, entry in enumerate(self.journal):
@@ -393,8 +396,7 @@ class BranchSession:
             self._fault = self._failure("fork_failed", str(error))
 
     async def _copied(self, parent: BranchSession) -> Held | tuple[Any] | None:
-        """A copy of the parent's world, or (what to open one from,), which may be
-        anything; None: neither can be had, it is counted."""
+        """A copy of the parent's world, or (what to open one from,); None: neither can be had, counted."""
         held, kind = parent._held, self._service.environment.forks
         limit = self._service.limits.fork_s
         if held is None:
@@ -405,7 +407,7 @@ class BranchSession:
             ids = self._ids(len(self.journal))
             with parent._given_up(held, "its copy"):
                 made = await self._service.world(held.caller, limit, "fork", held.world.fork, ids)
-        except (CannotFork, *_FAILURES) as error:
+        except _FAILURES as error:
             self._service.counts["forks_refused"] += 1
             if not self._service.rebuilds:
                 raise self._failure("fork_failed", str(error)) from error

@@ -74,9 +74,12 @@ class PlainEnvironment(Environment):
             raise PluginError(f"{where}: fork={said!r}: choose one of {', '.join(FORKS)}")
         self.forks = FORKS[said]
         self._normalise: Callable[[str], str] = getattr(kind, "normalise", str)
+        if not _takes_a_text(self._normalise):
+            remedy = "make it a static method of one text: @staticmethod def normalise(text)"
+            raise PluginError(f"{where}: normalise cannot be called with a text alone: {remedy}")
 
     def open(self, start: Start) -> World:
-        return PlainWorld(self._make(), start)
+        return PlainWorld(copy.deepcopy(self._make)(), start)  # its options are its own
 
     def normalise(self, text: str) -> str:
         return self._normalise(text)
@@ -99,9 +102,7 @@ class PlainWorld(World):
         else:
             (call,) = action.calls
             answer = _answer(getattr(self._made, call.tool)(**call.arguments))
-        if getattr(self._made, "done", False):
-            return dataclasses.replace(answer, done=True)
-        return answer
+        return answer if answer.done else dataclasses.replace(answer, done=getattr(self._made, "done", False))
 
     def result(self) -> dict[str, Any]:
         return {"reward": self._made.reward()}
@@ -120,6 +121,14 @@ class PlainWorld(World):
 
 def _answer(said: Any, role: str = "tool") -> Observation:
     return said if isinstance(said, Observation) else Observation.of(as_text(said), role=role)
+
+
+def _takes_a_text(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind("")
+    except (TypeError, ValueError):  # ValueError: of C, so it is not known
+        return function is str
+    return True
 
 
 def _methods(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:

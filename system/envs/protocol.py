@@ -13,14 +13,19 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, cast
+from typing import Any
+
+import numpy as np
 
 from system.errors import EspalierError
-from system.text import as_text
+from system.text import as_text, named, shown
 from system.tools.outcome import ToolSpec, ToolStatus
 from system.tree.prompt import Prompt
+
+MOST_REWARD = 1e30  # of one action: what a branch earns is added up, and kept in 32 bits
+ROLES = ("tool", "user")  # of a message: the answer to a call, or what somebody says
 
 
 class ForkKind(StrEnum):
@@ -92,7 +97,7 @@ class Message:
     """What the model reads."""
 
     text: str
-    role: str = "tool"  # tool: the answer to a call; user: somebody says something
+    role: str = "tool"  # one of ROLES
     status: str = str(ToolStatus.OK)
 
 
@@ -189,7 +194,7 @@ class WorldFailed(EspalierError):
     """A branch has no world any more.  It ends unscored: this says nothing about what the model did.
 
     ``reason`` is a word for counters: open_failed, fork_failed, fork_dear, replay_diverged, world_lost,
-    bad_observation.
+    bad_observation, bad_normalise.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -205,26 +210,55 @@ class ForkTooLate(EspalierError, RuntimeError):
 
 
 def checked(given: Any) -> Observation:
-    """What ``step`` returned, with texts that can be written and a reward that is a number.
+    """What ``step`` returned, with texts that can be written, and a reward and an end that say one thing.
 
     A bare text is the answer to the one call.  Raises :class:`WorldFailed` for what is no observation.
     """
     if isinstance(given, str):
         return Observation.of(as_text(given))
     if not isinstance(given, Observation):
-        raise WorldFailed("bad_observation", f"step() returned {given!r:.200}, no Observation and no text")
-    reward: Any = given.reward
-    if reward is not None:
-        try:
-            reward = float(reward)
-        except (TypeError, ValueError, OverflowError):
-            reward = math.nan
-        if not math.isfinite(reward):
-            raise WorldFailed("bad_observation", f"step() gave the reward {given.reward!r:.200}, no number")
-    said = cast("tuple[Any, ...]", tuple(given.messages))
-    if wrong := [one for one in said if not isinstance(one, Message)]:
-        raise WorldFailed("bad_observation", f"step() gave {wrong[0]!r:.200} as a Message")
-    messages = tuple(Message(as_text(one.text), str(one.role), str(ToolStatus(one.status))) for one in said)
-    return replace(
-        given, messages=messages, reward=reward, done=bool(given.done), truncated=bool(given.truncated)
-    )
+        raise _bad(f"step() returned {shown(given)}, no Observation and no text")
+    said: Any = given.messages
+    if not isinstance(said, tuple | list):
+        raise _bad(f"step() gave {shown(said)} as its messages, no tuple of Message")
+    done, truncated = _flag("done", given.done), _flag("truncated", given.truncated)
+    return Observation(tuple(map(_message, said)), _reward(given.reward), done, truncated)
+
+
+def _message(given: Any) -> Message:
+    if not isinstance(given, Message):
+        raise _bad(f"step() gave {shown(given)} as a Message")
+    if given.role not in ROLES:
+        raise _bad(f"step() gave a message of {shown(given.role)}: its role is one of {', '.join(ROLES)}")
+    try:
+        return Message(as_text(given.text), str(given.role), str(ToolStatus(given.status)))
+    except Exception as error:  # no such status, or no text of an author's class
+        raise _bad(f"step() gave a message that cannot be read: {named(error)}") from error
+
+
+def _reward(given: Any) -> float | None:
+    """A number of Python's or numpy's, or None."""
+    if given is None:
+        return None
+    try:
+        value = math.nan if isinstance(given, str | bytes) else float(given)
+    except Exception:  # no number, one that is too large, or an author's class
+        value = math.nan
+    if not abs(value) <= MOST_REWARD:
+        raise _bad(
+            f"step() gave the reward {shown(given)}, no number from {-MOST_REWARD:g} to {MOST_REWARD:g}"
+        )
+    return value
+
+
+def _flag(name: str, given: Any) -> bool:
+    """Whether it is over; None, of an attribute that nobody has set, is no."""
+    if given is None:
+        return False
+    if not isinstance(given, int | np.bool_) or given not in (0, 1):
+        raise _bad(f"step() gave {name}={shown(given)}: say True or False")
+    return bool(given)
+
+
+def _bad(fault: str) -> WorldFailed:
+    return WorldFailed("bad_observation", fault)

@@ -14,13 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from system.config import Config, EnvironmentConfig
 from system.envs.calling import Caller, told
 from system.envs.make import make_environment
 from system.envs.protocol import CannotFork, Effects, Environment, ForkKind, Start, Undone, World, WorldFailed
 from system.errors import OF_OTHERS, EspalierError, asked_to_end
-from system.text import named
+from system.foreign import TooLate
+from system.text import as_text, named, shown
 from system.tools.tool import CallRefused, ToolUnavailable
+from system.tree.values import MOST_DEPTH, too_deep
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +37,6 @@ PLAIN_ERRORS = (
 )  # that an author raises to say something
 
 
-class TooLate(EspalierError):
-    """The author's code did not answer within its deadline, and may still be at work."""
-
-
 class Raised(EspalierError):
     """The author's code raised an error of its own."""
 
@@ -44,8 +44,9 @@ class Raised(EspalierError):
 class Held:
     """A live world, and the one way to ask it something."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self.caller = world, Caller()
+    def __init__(self, world: World, opening: str = "") -> None:
+        """``opening``: what the model reads at its beginning."""
+        self.world, self.opening, self.caller = world, opening, Caller()
 
 
 class EnvironmentService:
@@ -99,9 +100,13 @@ class EnvironmentService:
                 self._turn_away(one)
             raise
         if not isinstance(world, World):
-            raise WorldFailed(f"{what}_failed", f"{what}() returned {world!r:.200}, no World")
+            raise WorldFailed(f"{what}_failed", f"{what}() returned {shown(world)}, no World")
         self.counts["worlds"] += 1
-        return Held(world)
+        try:
+            return Held(world, as_text(world.opening))
+        except Exception as error:  # of an author's property, or of what has no text
+            self._turn_away(world)
+            raise WorldFailed(f"{what}_failed", f"its opening cannot be read: {named(error)}") from error
 
     async def ask(
         self, caller: Caller, deadline_s: float, what: str, function: Callable[..., Any], *arguments: Any
@@ -110,19 +115,30 @@ class EnvironmentService:
 
         Raises :class:`TooLate`, :class:`Raised`, or one of :data:`PLAIN_ERRORS`.
         """
-        deadline = asyncio.timeout(deadline_s)
         async with self._slots:
             try:
-                async with deadline:
-                    return await caller.call(function, *arguments)
+                return await caller.call(deadline_s, function, *arguments)
+            except TooLate:
+                raise TooLate(f"{what} did not end within {deadline_s:g} s") from None
             except PLAIN_ERRORS:
                 raise
             except OF_OTHERS as error:
                 if isinstance(error, asyncio.CancelledError) and asked_to_end():
                     raise
-                if deadline.expired():
-                    raise TooLate(f"{what} did not end within {deadline_s:g} s") from None
                 raise Raised(named(error)) from error
+
+    def normalised(self, text: str) -> str:
+        """``text`` as replays compare it.  Raises :class:`WorldFailed` where the author's hook fails."""
+        try:
+            made: Any = self.environment.normalise(text)
+        except (*OF_OTHERS, GeneratorExit) as error:
+            fault = f"raised {named(error)}"
+        else:
+            if isinstance(made, str):
+                return made
+            fault = f"returned {shown(made)}"
+        remedy = "let it take one text and return one (of a plain class: a static method)"
+        raise WorldFailed("bad_normalise", f"normalise({text!r:.100}) {fault}: {remedy}")
 
     def _turn_away(self, world: Any) -> None:
         if isinstance(world, World):
@@ -187,8 +203,20 @@ class Environments:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON gives it back.  Raises :class:`WorldFailed` for what JSON does not know."""
+    """``value`` as JSON gives it back, numpy's numbers and arrays as plain ones.
+
+    Raises ValueError for what JSON does not know.
+    """
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        made = json.loads(json.dumps(value, allow_nan=False, default=_without_numpy))
+        if too_deep(made):
+            raise ValueError(f"nested more than {MOST_DEPTH} deep")
+        return made
     except (TypeError, ValueError, RecursionError) as error:
-        raise WorldFailed("no_result", f"result() returned {value!r:.200}: {error}") from error
+        raise ValueError(f"result() returned {shown(value)}: {error}") from error
+
+
+def _without_numpy(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{shown(value)} is none of JSON's values")

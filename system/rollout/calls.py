@@ -18,7 +18,7 @@ from system.errors import leaves
 from system.rollout.branch import Branch, Stopwatch
 from system.rollout.context import RolloutContext
 from system.rollout.schedule import Schedule
-from system.rollout.syntax.base import MalformedCall, ParsedCall
+from system.rollout.syntax.base import MalformedCall, ParsedCall, bounded
 from system.text import described
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tools.tool import CallRefused
@@ -114,8 +114,8 @@ class Calls:
     def _read(self, text: str) -> Sequence[ParsedCall | MalformedCall]:
         syntax = self._context.syntax
         if self._context.several_calls:
-            return syntax.calls(text)
-        return [syntax.parse(text) or MalformedCall("no tool call")]
+            return [bounded(call) for call in syntax.calls(text)]
+        return [bounded(syntax.parse(text) or MalformedCall("no tool call"))]
 
     def _messages(self, branch: Branch, made: Sequence[Made]) -> Sequence[Message]:
         """What the model reads.  By a chat template a message is answered by users only, and calls are by

@@ -38,6 +38,9 @@ class ToolSpec:
     primary: str  # the argument that tag syntax (``<search> … </search>``) fills
     pure: bool = False  # same arguments, same answer: may be cached, de-duplicated, and sent again
     idempotent: bool = False  # the answer may differ, but a call that is sent twice does no more than once
+    # Whether regular expressions in `parameters` are applied before the call.  They hold the event loop for
+    # as long as they like: those of a server are left to the server.
+    patterns: bool = True
 
     @property
     def repeatable(self) -> bool:

@@ -234,7 +234,7 @@ class _Guarded:
 
     async def _answer(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         spec = self.tool.spec
-        if problem := argument_error(spec.parameters, arguments):
+        if problem := argument_error(spec.parameters, arguments, spec.patterns):
             return ToolOutcome(ToolStatus.REJECTED, f"{spec.name}: {problem}.", attempts=0)
         if context.again and not spec.repeatable:
             return ToolOutcome(ToolStatus.UNAVAILABLE, self._sent_once("was interrupted"), attempts=0)

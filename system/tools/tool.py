@@ -18,13 +18,20 @@ work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from jsonschema.protocols import Validator
+from jsonschema.validators import extend, validator_for
+from jsonschema_specifications import REGISTRY
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import specification_with
 
 from system.errors import EspalierError
+from system.text import shown
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 
 
@@ -63,12 +70,75 @@ class Tool(Protocol):
         ...
 
 
-def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing)."""
-    error = best_match(Draft202012Validator(schema).iter_errors(arguments))
+def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any], patterns: bool = True) -> str:
+    """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing), by the draft that
+    its ``$schema`` names.  ``patterns``: whether regular expressions in it are applied (:class:`.ToolSpec`).
+    """
+    kind = _dialect(schema)
+    try:
+        validator = (kind if patterns else _without_patterns(kind))(schema, registry=REGISTRY)
+        error = best_match(validator.iter_errors(arguments))
+    except RecursionError:
+        return "the arguments are nested too deeply"
+    except Unresolvable as error:
+        return f"the tool's schema refers to {shown(error.ref)}, which it does not have"
     if error is None:
         return ""
     message = ": ".join([*map(str, error.path), error.message])
     if error.validator == "additionalProperties":
         message += f"; known: {', '.join(error.schema.get('properties', ()))}"
     return message
+
+
+def schema_problem(schema: Mapping[str, Any]) -> str:
+    """What is wrong with a JSON schema that somebody else wrote ("" if nothing)."""
+    kind = _dialect(schema)
+    try:
+        kind.check_schema(schema)  # regular expressions, too
+        whole = specification_with(kind.META_SCHEMA["$schema"]).create_resource(schema)
+        resolver = REGISTRY.with_resource(base := whole.id() or "", whole).crawl().resolver(base)
+        for reference in _references(schema):
+            resolver.lookup(reference)
+    except SchemaError as error:
+        return ": ".join([*map(str, error.path), error.message[:300]])
+    except RecursionError:
+        return "it is nested too deeply"
+    except Unresolvable as error:
+        return f"it refers to {shown(error.ref)}, which it does not have"
+    return ""
+
+
+def _dialect(schema: Mapping[str, Any]) -> type[Validator]:
+    """Of the draft that ``$schema`` names; of 2020-12 where it names none that is known."""
+    known = isinstance(schema.get("$schema", ""), str)
+    return validator_for(schema, default=Draft202012Validator) if known else Draft202012Validator
+
+
+@cache
+def _without_patterns(kind: type[Validator]) -> type[Validator]:
+    """``kind`` without its regular expressions, which may take for ever and hold the interpreter."""
+    skipped = dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties"), _unjudged)
+    return extend(kind, {**skipped, "additionalProperties": _additional})
+
+
+def _unjudged(*_: Any) -> Iterator[ValidationError]:
+    return iter(())
+
+
+def _additional(validator: Any, told: Any, given: Any, schema: Any) -> Iterator[ValidationError]:
+    """Which properties are additional is not known where patterns say it."""
+    judge = Draft202012Validator.VALIDATORS["additionalProperties"]
+    return _unjudged() if "patternProperties" in schema else judge(validator, told, given, schema)
+
+
+def _references(value: Any) -> Iterator[str]:
+    """All ``$ref`` in a schema."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            if isinstance(reference := one.get("$ref"), str):
+                yield reference
+            left += one.values()
+        elif isinstance(one, list):
+            left += one

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from system.tree.record import ARRAYS, Int32, TreeError
 from system.tree.routes import unrecorded
 
+MOST_DEPTH = 50  # objects and lists within one another, in what a model or an author's code says
+
 
 def plain(value: Any, where: str) -> Any:
     """``value`` as JSON has it, numpy's numbers as Python's.  TreeError names what is not JSON."""
@@ -41,3 +43,16 @@ def unsampled(name: str, tokens: Int32, like: NDArray[Any]) -> NDArray[Any]:
         return unrecorded(tokens.size, like)
     off = {"tokens": tokens, "logprob": 0.0, "version": -1, "closed_version": -1}
     return np.full(tokens.shape, off.get(name, np.nan), ARRAYS[name])
+
+
+def too_deep(value: Any, most: int = MOST_DEPTH) -> bool:
+    """Whether ``value``, JSON from a model or an author, has objects and lists within one another more than
+    ``most`` deep: what copies, compares and writes them is recursive.
+    """
+    level = [value]
+    for _ in range(most + 1):
+        held = [one for one in level if isinstance(one, dict | list)]
+        level = [inner for one in held for inner in (one.values() if isinstance(one, dict) else one)]
+        if not level:
+            return False
+    return True

@@ -78,14 +78,14 @@ TABLE: dict[str, dict[str, float]] = {
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, the special tokens of ChatML, and a token for each of the model's words."""
+def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Bytes, the special tokens of ChatML, and a token for each of the model's words, and for ``more``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL])
-    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in WORDS])
+    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in (*WORDS, *more)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system.agents.answer import AnswerReader, Delta, Written
+from system.agents.answer import AnswerReader, Delta, Written, calls_in
 from system.rollout.syntax.base import ParsedCall
 from system.rollout.syntax.hermes import HermesSyntax
 from system.rollout.syntax.qwen_coder import QwenCoderSyntax
@@ -124,3 +124,10 @@ def test_other_syntaxes(syntax: Any, text: str) -> None:
     assert read(text, range(len(text)), syntax)[0] == Written(
         "", "Now.", (ParsedCall("search", {"q": "x"}),), False
     )
+
+
+@pytest.mark.parametrize("depth", [60, 490, 990])
+def test_a_call_that_is_nested_too_deeply_makes_the_turn_text(depth: int) -> None:
+    call = CALL.replace('"x"', "[" * depth + "]" * depth)
+    assert calls_in(CALL, HermesSyntax(SPECS)) == ((ParsedCall("search", {"q": "x"}),), "")
+    assert calls_in(call, HermesSyntax(SPECS)) is None

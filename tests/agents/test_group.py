@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from system.agents.forest import AgentCall, Episode, Forest, trained_ends
 from system.agents.group import plant_group
+from system.rollout.failure import RolloutFailed
 from system.tree.prompt import Prompt
-from system.tree.record import Kind, Outcome, Tree, TreeError, validate
+from system.tree.record import Kind, Outcome, Tree, validate
 from system.tree.stats import TreeStats
 
 PROMPT = Prompt("q1", ({"role": "user", "content": "?"},), ("4",), "lookup")
@@ -82,7 +83,7 @@ GROUPS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5)
 def test_every_path_is_a_chain_and_every_chain_a_path(seeds: list[int]):
     episodes = [episode(grown(seed), seed) for seed in seeds]
     if not any(one.chosen for one in episodes):
-        with pytest.raises(TreeError, match="no agent"):
+        with pytest.raises(RolloutFailed, match="no_turn: no agent of"):
             plant_group(PROMPT, episodes, len(episodes))
         return
     tree = plant_group(PROMPT, episodes, len(episodes))
@@ -201,5 +202,5 @@ def test_requests_without_a_common_beginning_are_refused_by_name():
     forest = Forest()
     said(forest, asked(forest, -1, 1, 2), 5)
     said(forest, asked(forest, -1, 9), 5)
-    with pytest.raises(TreeError, match="begins with different tokens"):
+    with pytest.raises(RolloutFailed, match=r"no_beginning: .*begins with different tokens"):
         plant_group(PROMPT, [Episode("k", 0, "q1", forest, Outcome.ENDED, trained_ends(forest))], 1)

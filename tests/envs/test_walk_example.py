@@ -63,10 +63,10 @@ def test_it_is_learned_with_forks(
     config = load("walk.yaml", words)
     found = measure(config, Trial("walk.yaml", words, "", 24, 12, str(tmp_path), ""))
     accuracy = [point["accuracy"] for point in found["points"]]
-    assert accuracy[0] < 0.3
-    assert accuracy[-1] > 0.8
-    assert found["forks"]["count"] > 200
-    assert not found["dropped"]
+    assert accuracy[0] < 0.3, found["points"]
+    assert accuracy[-1] > 0.8, found["points"]
+    assert found["forks"]["count"] > 200, found["points"]
+    assert not found["dropped"], found["points"]
 
 
 def test_the_prompt_command_shows_what_the_world_begins_with(here: None) -> None:

@@ -115,6 +115,10 @@ async def broken_json(_: dict[str, Any]) -> web.Response:
     return web.Response(text='{"choices": [', content_type="application/json")
 
 
+async def deep_json(_: dict[str, Any]) -> web.Response:
+    return web.Response(text="[" * 100_000, content_type="application/json")
+
+
 @pytest.fixture(autouse=True)
 def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(completions, "BACKOFF_S", 0.01)
@@ -158,8 +162,8 @@ async def test_a_verdict_is_a_score_and_the_request_is_what_was_asked_for() -> N
 
 
 @pytest.mark.parametrize(
-    "first", [refuses(500), refuses(503), page, broken_json, refuses(429)],
-    ids=["500", "503", "a page", "half a JSON", "429"],
+    "first", [refuses(500), refuses(503), page, broken_json, deep_json, refuses(429)],
+    ids=["500", "503", "a page", "half a JSON", "JSON without an end", "429"],
 )  # fmt: skip
 async def test_what_may_pass_is_tried_again(first: Reply) -> None:
     async with served(first, RIGHT) as judge:
@@ -227,6 +231,10 @@ async def test_garbage_is_asked_for_again_once_and_then_no_number() -> None:
             await score(judge.made())
         assert failed.value.reason == "verdict"
         assert len(judge.requests) == 2
+    async with served('{"correctness": ' + "[" * 100_000) as judge:
+        with pytest.raises(ScoreFailed, match="no verdict: not a JSON object") as failed:
+            await score(judge.made())
+        assert failed.value.reason == "verdict"
 
 
 async def test_a_resumed_run_pays_nothing_twice(tmp_path: Path) -> None:

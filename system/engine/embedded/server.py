@@ -158,6 +158,8 @@ class _Handlers:
                     b"data: " + body + b"\n\n" + (b"data: [DONE]\n\n" if event.finish else b"")
                 )
             return response
+        except ConnectionResetError:  # the client has hung up: there is nobody to be told
+            return response
         finally:
             # After a finished job this finds nothing; after a broken connection it frees the row.
             engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))

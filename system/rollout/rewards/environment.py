@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any, ClassVar
 
 from system.rollout.reward import BranchView, Score
 from system.rollout.scoring import ScoreFailed
+from system.text import shown
 from system.tree.prompt import Prompt
 
 
@@ -27,6 +29,12 @@ class EnvironmentReward:
 
     def score(self, prompt: Prompt, branch: BranchView) -> Score:
         value: Any = (branch.result or {}).get("reward", 0.0)
-        if not isinstance(value, numbers.Real):
-            raise ScoreFailed(f"reward environment: the world's reward is {value!r:.200}, no number")
-        return Score(float(value), float(value) + sum(branch.steps) >= self.right)
+        try:
+            number = float(value) if isinstance(value, numbers.Real) else math.nan
+        except OverflowError:
+            number = math.nan
+        if math.isnan(number):
+            raise ScoreFailed(
+                f"reward environment: the world's reward is {shown(value)}, no number", "number"
+            )
+        return Score(number, number + sum(branch.steps) >= self.right)

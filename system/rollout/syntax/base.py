@@ -11,6 +11,7 @@ from typing import Any
 
 from system.plugins import PluginError, nearest
 from system.tools.outcome import ToolSpec
+from system.tree.values import MOST_DEPTH, too_deep
 
 _THOUGHT_ENDS = "</think>"
 
@@ -94,6 +95,13 @@ class Syntax(ABC):
         """The answer to a call of a tool that there is not."""
         names = ", ".join(self.specs)
         return MalformedCall(f"unknown tool {tool[:40]!r}; tools: {names}{nearest(tool[:40], self.specs)}")
+
+
+def bounded(call: ParsedCall | MalformedCall) -> ParsedCall | MalformedCall:
+    """``call``, unless what it holds is nested too deeply to be copied, checked and kept."""
+    if isinstance(call, ParsedCall) and too_deep(call.arguments):
+        return MalformedCall(f"the arguments are nested more than {MOST_DEPTH} deep")
+    return call
 
 
 def function_schema(spec: ToolSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import tempfile
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
 
 from system.config.mcp import McpPlace
@@ -179,7 +180,6 @@ class McpServer:
     async def _session(self, said: TextIO) -> AsyncGenerator[ClientSession]:
         try:
             import httpx2
-            from mcp import ClientSession
             from mcp.client.stdio import StdioServerParameters, get_default_environment, stdio_client
             from mcp.client.streamable_http import streamable_http_client
         except ImportError as error:
@@ -198,7 +198,7 @@ class McpServer:
                     httpx2.AsyncClient(headers=place.headers(), timeout=httpx2.Timeout(_HTTP_S, read=None))
                 )
                 streams = await stack.enter_async_context(streamable_http_client(place.url, http_client=http))
-            yield await stack.enter_async_context(ClientSession(*streams[:2]))
+            yield await stack.enter_async_context(_session_class()(*streams[:2]))
 
     async def _lives(self, connection: _Connection) -> bool:
         try:
@@ -231,6 +231,21 @@ class McpServer:
         task = asyncio.create_task(_left(connection), name=f"leaving MCP server {self.place.name}")
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
+
+
+@cache
+def _session_class() -> type[ClientSession]:
+    from mcp import ClientSession
+
+    class UncheckedSession(ClientSession):
+        """The SDK's, which would match what a server answers against the server's own regular expressions, on
+        the event loop and for as long as they like.  An answer is text for the model, whatever its form.
+        """
+
+        async def validate_tool_result(self, name: str, result: CallToolResult) -> None:
+            return None
+
+    return UncheckedSession
 
 
 async def _left(connection: _Connection) -> None:

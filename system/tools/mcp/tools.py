@@ -15,7 +15,7 @@ from system.errors import ConfigError
 from system.plugins import nearest
 from system.tools.mcp.server import McpServer
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
-from system.tools.tool import ToolUnavailable
+from system.tools.tool import ToolUnavailable, schema_problem
 
 if TYPE_CHECKING:
     from mcp.types import CallToolResult, Tool
@@ -98,6 +98,11 @@ def _spec(there: McpPlace, tool: Tool) -> ToolSpec:
             f"{there.where}: the tool {name!r} has a name that no call can hold (letters, digits, "
             f"_ and -): give it another with {there.where}.names"
         )
+    if problem := schema_problem(schema):
+        raise ConfigError(
+            f"{there.where}: the tool {tool.name!r} of {there.name} has a schema that cannot be used: "
+            f"{problem}: leave the tool out by {there.where}.include, or mend the server"
+        )
     known = schema.get("properties", {})
     needed = [key for key in schema.get("required", ()) if key in known]
     return ToolSpec(
@@ -107,6 +112,7 @@ def _spec(there: McpPlace, tool: Tool) -> ToolSpec:
         primary=next(iter([*needed, *known]), ""),
         pure=tool.name in there.pure,
         idempotent=tool.name in there.idempotent,
+        patterns=False,
     )
 
 
