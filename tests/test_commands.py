@@ -28,7 +28,7 @@ STANDS_FOR = {
     "my.yaml": "examples/my.yaml",
     "RECIPE": "examples/my.yaml",
     "N": "8",
-    "my_module:MyClass": "walk:City",
+    "environment=my_module:MyClass": "environment=walk:City",
     "key=value": "",
     "…": "",
     "$COMMON": "",
@@ -43,7 +43,7 @@ MODULES_OF_OTHERS = {"pytest", "sglang.launch_server", "http.server"}
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _OURS = re.compile(r"(?:espalier|make|cd|python) ")
-_INLINE = re.compile(r"`((?:espalier|make) [^`]+|python (?:-m )?[\w./]+(?: [^`]*)?)`")
+_INLINE = re.compile(r"`((?:espalier|make) [^`]+|python (?:-m [\w.]+|[\w./]+\.py)(?: [^`]*)?)`")
 _INDENTED = re.compile(r"^    ((?:espalier|make) .*)", re.MULTILINE)
 
 
@@ -87,10 +87,15 @@ def check(line: str, here: Path) -> None:
 def check_espalier(words: list[str], here: Path) -> None:
     _, parsers = build_parser()
     assert words[0] in parsers, f"espalier {words[0]}: no such command"
+    parser = parsers[words[0]]
+    known = {name for action in parser._actions for name in action.option_strings}
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    # Exactly: argparse takes the beginning of an option, too.
+    assert options <= known, f"espalier {words[0]} has no {options - known}"
     try:
-        args = parsers[words[0]].parse_intermixed_args(words[1:])
+        args = parser.parse_intermixed_args(words[1:])
     except SystemExit as stop:
-        if len(words) == 1:  # a command by its name
+        if len(words) == 1 or words[1].startswith("-"):  # a command by its name, or with one of its options
             return
         raise AssertionError(f"espalier {' '.join(words)}: not as its parser has it") from stop
     given = [word for word in getattr(args, "words", []) if not word.isdecimal()]
@@ -98,8 +103,11 @@ def check_espalier(words: list[str], here: Path) -> None:
         return
     path, overrides = split(given)
     recipes = [*getattr(args, "recipes", []), *([args.config] if getattr(args, "config", None) else [])]
-    if path and words[0] != "eval":  # which names a run, or a model
+    run = path if words[0] == "eval" else getattr(args, "resume", None)  # or a model
+    if path and not run:
         recipes.append(path)
+    if run and str(run).startswith("runs/quickstart") and not recipes:
+        recipes.append(ROOT / "configs" / "quickstart.yaml")
     for recipe in recipes:
         base = ROOT if str(recipe).startswith("examples/") else here
         found = sorted(base.glob(str(recipe))) if "*" in str(recipe) else [(base / recipe).resolve()]
@@ -174,7 +182,8 @@ def test_commands_are_found() -> None:
     ("line", "says"),
     [
         ("espalier trian my.yaml", "no such command"),
-        ("espalier train my.yaml --resum runs/x", "parser"),
+        ("espalier train my.yaml --resum runs/x", "no {'--resum'}"),
+        ("espalier tree RUN --best --worst", "parser"),
         ("espalier bench nothing", "parser"),
         ("espalier train configs/none.yaml", "no such configuration file"),
         ("espalier train my.yaml flow.stalenes=1", "unknown key flow.stalenes"),
@@ -183,7 +192,8 @@ def test_commands_are_found() -> None:
         ("espalier eval --endpoint URL --model NAME --config none.yaml", "no such configuration file"),
         ("make tset", "no {'tset'}"),
         ("make train SEDE=1", "no {'SEDE'}"),
-        ("make train ARGS='branching=nune'", "branching.name='nune'"),
+        ("espalier eval runs/quickstart-s0 eval.questions=500", "more than task.eval_size"),
+        ("make train ARGS='branching=nune'", "did you mean none?"),
         ("python examples/none.py", "no such program"),
         ("python -m system.none", "system.none"),
         ("rm -r runs", "what program"),

@@ -126,7 +126,8 @@ def test_the_task_of_sums(here: None) -> None:
         silent = task_reward(config).score(shown.prompt, BranchView(segments[1:2], Outcome.STOPPED))
         assert (silent.value, silent.correct) == (0.0, False)  # a tool's result is no answer
     assert 5 < right < 45
-    assert not {one.id for one in task.train()} & {one.id for one in task.eval()}
+    asked, held_out = ({one.messages[0]["content"] for one in split} for split in (task.train(), task.eval()))
+    assert (len(asked), len(held_out), asked & held_out) == (50, 10, set())
 
 
 def trained(cwd: Path, recipe: Path, *words: str) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def installed_once(machine: Machine, target: str) -> str:
     code, said, installs = machine.make(target)
     assert code == 0, said
     assert f".venv-{target}/bin -m pip install" in installs
-    assert " .venv/bin -m pip install" not in installs
+    assert ".venv/bin -m pip install" not in installs
     assert machine.make(target)[2] == ""
     return installs
 

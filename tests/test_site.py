@@ -114,6 +114,7 @@ def said(message: str) -> bool:
 def messages() -> list[str]:
     """Those of the tables whose first column is what is said."""
     tables = re.split(r"\n(?!\|)", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"))
+    tables = [table.lstrip("\n") for table in tables]
     rows = [row for table in tables if table.startswith("| it says") for row in table.splitlines()[2:]]
     quoted = [re.match(r"\| `([^`]+)` \|", row) for row in rows]
     return [match[1] for match in quoted if match]
