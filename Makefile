@@ -10,6 +10,7 @@ SGLANG := .venv-sglang
 SGLANG_NEEDS := system/engine/sglang/requirements
 VERIFIERS := .venv-verifiers
 VERIFIERS_NEEDS := system/agents/verifiers/requirements.txt
+DOCS := .venv-docs
 SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Which build of SGLang: what is asked for, what is there already, or what this machine suggests.  A login node, which
@@ -22,8 +23,8 @@ SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
 
 PROMTOOL := .promtool/usr/bin/promtool
 
-.PHONY: install gpu sglang sglang-build verifiers promtool train test test-sglang test-slurm test-verifiers test-browser lint types house \
-  check clean help
+.PHONY: install gpu sglang sglang-build verifiers promtool train test test-sglang test-slurm test-verifiers test-browser docs lint types \
+  house check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
@@ -35,6 +36,7 @@ help:
 	@echo "make verifiers                           install verifiers into $(VERIFIERS), for agent.run=verifiers"
 	@echo "make promtool                            fetch Prometheus' linter by apt, for the tests of the endpoint"
 	@echo "make gpu                                 install everything for GPUs, also where there is none (a login node)"
+	@echo "make docs                                the documents as a site, in site/"
 	@echo "make check                               formatting, lint, types and the rules of the house"
 
 $(VENV)/.installed: pyproject.toml
@@ -137,6 +139,19 @@ test-slurm: install
 test-browser: install
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
+# The documents as a site; mkdocs, whose pins pyproject.toml has, in an environment of its own, without Espalier.
+$(DOCS)/.installed: pyproject.toml
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@echo "Installing mkdocs into $(DOCS) (seconds, once) ..."
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $$($(PYTHON) -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
+
+# Strictly: a link or an anchor that leads nowhere, a page that is not listed or asks another host, is an error.
+docs: $(DOCS)/.installed
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html is the first page; for the search, serve it: $(PYTHON) -m http.server -d site"
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -152,4 +167,4 @@ house: install
 check: lint types house
 
 clean:
-	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) .promtool runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) $(DOCS) .promtool runs site build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -80,6 +80,8 @@ def test_override_values_keep_their_types():
         ("rollout.temperature=hot", "rollout.temperature='hot' must be a number"),
         ("learn.learning_rate=1e-6", "unknown key learn.learning_rate; did you mean learn.lr?"),
         ("num_generations=8", "did you mean rollout.leaves?"),
+        ("max_off_policy_steps=8", "did you mean flow.max_staleness?"),
+        ("trainer.fully_async.max_staleness_steps=4", "did you mean flow.staleness?"),
         ("rollout.nothing=1", "unknown key rollout.nothing; known: schedule, leaves"),
         (
             "actor_rollout_ref.rollout.n=8",

@@ -35,7 +35,10 @@ def test_the_files_it_names_are_there(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_settings_it_names_are_there(document: Path) -> None:
     config = load(None, [])
-    for name in _SETTING.findall(document.read_text(encoding="utf-8")):
+    text = document.read_text(encoding="utf-8")
+    if document.name == "coming-from.md":  # the other columns name others' settings
+        text = re.sub(r"^(\| [^|]*\|).*", r"\1", text, flags=re.MULTILINE)
+    for name in _SETTING.findall(text):
         if name.endswith((".py", ".json", ".yaml")):
             continue
         at: object = config

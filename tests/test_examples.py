@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from system.doctor.preflight import look
 from system.plugins import REWARDS
 from system.rollout.reward import BranchView
 from system.rollout.rewards.arpo import ArpoReward
+from system.tasks.base import HasDemonstrations, HasTokenizer, make_task, task_reward
 from system.tasks.quickstart.task import QuickstartTask
 from system.tasks.tiny_model import create_model
 from system.tools.outcome import CallContext, ToolStatus
@@ -102,6 +104,58 @@ def test_a_recipe_of_ones_own_needs_only_a_model_and_data(
     assert not any(look(config).values())
 
 
+def test_the_task_of_sums(here: None) -> None:
+    """Its demonstrations say what python says, its tokenizer knows them, and its score knows the answers."""
+    config = load("sums.yaml", ["task.train_size=50", "task.eval_size=10"])
+    task = make_task(config)
+    assert isinstance(task, HasDemonstrations)
+    assert isinstance(task, HasTokenizer)
+    tokenizer, right = task.tokenizer(), 0
+    for shown in task.demonstrations(50, 0):
+        programs = [re.search(r"print\((.*)\)", text)[1] for author, text in shown.segments[:-1:2]]
+        results = [text for author, text in shown.segments if author == "tool"]
+        assert [eval(program) for program in programs] == [int(text.split("\n")[1]) for text in results]
+        text = shown.prompt.messages[0]["content"] + "".join(text for _, text in shown.segments)
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        kinds = {"model": Kind.MODEL, "tool": Kind.TOOL}
+        segments = tuple((kinds[author], text) for author, text in shown.segments)
+        score = task_reward(config).score(shown.prompt, BranchView(segments, Outcome.STOPPED))
+        gold = re.search(r"boxed\{(.*) \}", shown.segments[-1][1])[1] == shown.prompt.answers[0]
+        assert (score.value, score.correct) == ((1.0, True) if gold else (0.1, False))
+        right += gold
+        silent = task_reward(config).score(shown.prompt, BranchView(segments[1:2], Outcome.STOPPED))
+        assert (silent.value, silent.correct) == (0.0, False)  # a tool's result is no answer
+    assert 5 < right < 45
+    asked, held_out = ({one.messages[0]["content"] for one in split} for split in (task.train(), task.eval()))
+    assert (len(asked), len(held_out), asked & held_out) == (50, 10, set())
+
+
+def trained(cwd: Path, recipe: Path, *words: str) -> dict[str, Any]:
+    """The summary of a run that was started in ``cwd`` as a user starts it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "actors.cli.main", "train", str(recipe), *words, "observe.wandb=disabled"],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    name = next(word for word in words if word.startswith("run.name=")).removeprefix("run.name=")
+    place = next((word.removeprefix("run.dir=") for word in words if word.startswith("run.dir=")), "runs")
+    return json.loads((cwd / place / name / "summary.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_the_task_of_sums_is_trained(tmp_path: Path) -> None:
+    words = ("run.steps=2", "warmstart.steps=60", "warmstart.demos=600", "eval.questions=8")
+    summary = trained(EXAMPLES, EXAMPLES / "sums.yaml", *words, "run.name=sums", f"run.dir={tmp_path}")
+    assert summary["versions"] == 2
+    assert summary["tokens"]["trained"] > 0
+    assert {tree.prompt_id.split("/")[0] for tree in read_trees(tmp_path / "sums" / "trees")} == {"sums"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_run_with_all_of_them(tmp_path: Path) -> None:
@@ -120,19 +174,9 @@ def test_a_run_with_all_of_them(tmp_path: Path) -> None:
         "warmstart.steps=30",
         "warmstart.demos=300",
         "eval.questions=8",
-        "observe.wandb=disabled",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "actors.cli.main", "train", str(ROOT / "configs" / "quickstart.yaml"), *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    summary = trained(tmp_path, ROOT / "configs" / "quickstart.yaml", *words)
     run = tmp_path / "runs" / "mine"
-    summary = json.loads((run / "summary.json").read_text())
     assert summary["versions"] == 3
     assert summary["tokens"]["trained"] > 0
     assert summary["config"]["learn"]["credit"]["name"] == "treerl_credit:ParentMean"

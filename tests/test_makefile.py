@@ -124,16 +124,33 @@ def test_make_gpu_refuses_a_cpu_build_of_torch(tmp_path: Path) -> None:
     assert "sglang" not in installs
 
 
-def test_make_verifiers_installs_its_pins_once_into_an_environment_of_its_own(tmp_path: Path) -> None:
-    machine = Machine(tmp_path)
-    code, said, installs = machine.make("verifiers")
+def installed_once(machine: Machine, target: str) -> str:
+    """What ``make target`` had pip install, into an environment of its own, and no second time."""
+    code, said, installs = machine.make(target)
     assert code == 0, said
-    assert ".venv-verifiers/bin -m pip install" in installs
+    assert f".venv-{target}/bin -m pip install" in installs
+    assert ".venv/bin -m pip install" not in installs
+    assert machine.make(target)[2] == ""
+    return installs
+
+
+def test_make_verifiers_installs_its_pins_once_into_an_environment_of_its_own(tmp_path: Path) -> None:
+    installs = installed_once(Machine(tmp_path), "verifiers")
     assert "-r system/agents/verifiers/requirements.txt" in installs
     needs = (ROOT / "system/agents/verifiers/requirements.txt").read_text().splitlines()
     assert "verifiers==0.4.0" in needs
     assert all("==" in line for line in needs if not line.startswith("#"))
-    assert machine.make("verifiers")[2] == ""
+
+
+def test_make_docs_installs_mkdocs_once_and_builds_strictly(tmp_path: Path) -> None:
+    """Without the project itself, whose libraries no page needs."""
+    machine = Machine(tmp_path)
+    installs = installed_once(machine, "docs")
+    assert "-e" not in installs.split()
+    assert ".venv-docs/bin -m mkdocs build --strict" in machine.calls.read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all("==" in need for need in extras["docs"])
+    assert not set(extras["docs"]) & set(extras["dev"])
 
 
 def recipe(name: str) -> str:

@@ -90,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     examples:
       espalier eval runs/quickstart-s0
-      espalier eval runs/quickstart-s0 eval.questions=500 --out result.json
+      espalier eval runs/quickstart-s0 task.eval_size=500 --out result.json
       espalier eval runs/quickstart-s0 eval.samples=8 eval.temperature=1 --answers answers.jsonl
       espalier eval path/to/hf-model --config configs/quickstart.yaml
       espalier eval --endpoint https://api.example.com/v1 --model NAME --key-env API_KEY --config my.yaml

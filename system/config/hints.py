@@ -17,7 +17,10 @@ OTHER_NAMES = {
     "rollout.max_response_tokens": "max_completion_length max_response_length max_new_tokens",
     "rollout.call_limit": "max_turns max_assistant_turns max_tool_calling_iterations",
     "flow.batch_leaves": "batch_size train_batch_size global_batch_size per_device_train_batch_size",
-    "flow.staleness": "max_head_offpolicyness staleness_threshold max_async_level",
+    "rollout.concurrency": "max_concurrent_rollouts num_parallel_generation_workers max_inflight "
+    "max_inflight_tasks",
+    "flow.staleness": "max_head_offpolicyness staleness_threshold max_staleness_steps max_async_level",
+    "flow.max_staleness": "max_off_policy_steps",
     "flow.skip_silent": "dynamic_sampling filter_groups",
     "sft.epochs": "num_train_epochs",
     "sft.max_tokens": "cutoff_len max_seq_length",
@@ -42,7 +45,7 @@ OTHER_NAMES = {
     "cluster.nodes": "nnodes num_nodes actor_num_nodes",
     "cluster.gpus_per_node": "n_gpus_per_node num_gpus actor_num_gpus_per_node",
 }
-"""Key here -> what TRL, verl, slime, OpenRLHF and AReaL call it."""
+"""Key here -> what TRL, verl, slime, OpenRLHF, AReaL, SkyRL and prime-rl call it."""
 
 _KEYS = {name: key for key, names in OTHER_NAMES.items() for name in names.split()}
 
