@@ -136,6 +136,27 @@ def test_make_verifiers_installs_its_pins_once_into_an_environment_of_its_own(tm
     assert machine.make("verifiers")[2] == ""
 
 
+def test_make_bench_trl_installs_its_pins_once_into_an_environment_of_its_own(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    code, said, installs = machine.make("bench-trl")
+    assert code == 0, said
+    assert ".venv-trl/bin -m pip install" in installs
+    assert "-r system/bench/trl-requirements.txt" in installs
+    needs = (ROOT / "system/bench/trl-requirements.txt").read_text().splitlines()
+    pins = [line for line in needs if not line.startswith("#")]
+    assert "trl==1.16.0" in pins
+    assert all("==" in line for line in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    both = {
+        name: [pin for pin in (*pins, *project) if pin.startswith(f"{name}==")]
+        for name in ("torch", "transformers")
+    }
+    assert all(len(set(found)) == 1 < len(found) for found in both.values()), (
+        both
+    )  # one release on both sides
+    assert machine.make("bench-trl")[2] == ""
+
+
 def recipe(name: str) -> str:
     """Without comments."""
     return re.sub(r"^#.*\n", "", (CONTAINER / name).read_text(), flags=re.MULTILINE)
