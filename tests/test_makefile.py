@@ -30,7 +30,9 @@ class Machine:
         self.place, self.calls = place / "checkout", place / "calls"
         (self.place / "system/engine/sglang").mkdir(parents=True)
         (self.place / "system/agents/verifiers").mkdir(parents=True)
+        (self.place / "system/bench").mkdir()
         for name in (
+            "system/bench/trl-requirements.txt",
             "system/agents/verifiers/requirements.txt",
             "Makefile",
             "pyproject.toml",
@@ -151,9 +153,7 @@ def test_make_bench_trl_installs_its_pins_once_into_an_environment_of_its_own(tm
         name: [pin for pin in (*pins, *project) if pin.startswith(f"{name}==")]
         for name in ("torch", "transformers")
     }
-    assert all(len(set(found)) == 1 < len(found) for found in both.values()), (
-        both
-    )  # one release on both sides
+    assert all(len(set(found)) == 1 < len(found) for found in both.values())  # one release on both sides
     assert machine.make("bench-trl")[2] == ""
 
 

@@ -31,7 +31,7 @@ from system.bench.baselines import BASELINES, Way
 from system.bench.processes import run_to_end, server
 from system.bench.trl_plan import CONTESTANTS, Contestant, Plan
 from system.bench.trl_report import write_report
-from system.bench.trl_work import Asked, WorkDone, of_espalier, of_trl, steady
+from system.bench.trl_work import BenchQuestion, WorkDone, of_espalier, of_trl, steady
 from system.bench.usage import Usage, Watch
 from system.config import Config
 from system.errors import ConfigError
@@ -92,7 +92,7 @@ class Bench:
         self._runs = self._out / time.strftime("runs-%Y%m%d-%H%M%S")
         self._runs.mkdir(parents=True)
         self._base = Way("espalier").config()
-        self._asked: list[Asked] = []
+        self._asked: list[BenchQuestion] = []
         self._corpus = self._runs / "corpus.jsonl"
         self.rows: list[dict[str, Any]] = []
         self._accuracy_before: float | None = None
@@ -174,7 +174,7 @@ class Bench:
         for prompt in (prompts[i] for i in order[: most // config.rollout.leaves]):
             messages = [dict(message) for message in prompt.messages]
             ids = chat.encode(messages).tolist()
-            self._asked.append(Asked(prompt.id, messages, list(prompt.answers), ids))
+            self._asked.append(BenchQuestion(prompt.id, messages, list(prompt.answers), ids))
 
     async def _one(self, model: Path, name: str, latency: float, label: str) -> tuple[dict[str, Any], Path]:
         """One run: its figures, and the directory of the model that it left.

@@ -53,6 +53,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "way": way,
                     "base": base,
                     "step_s": median(by_round.values()),
+                    "rounds_s": list(by_round.values()),
+                    "unread": max(row["unread"] for row in used),
                     "ratios": [by_round[number] / seconds[base][number] for number in shared],
                     "launch_s": median(row["launch_s"] for row in used),
                     "peak_mb": median(row["peak_mb"] for row in used),
@@ -131,6 +133,8 @@ def write_report(result: dict[str, Any], out_dir: Path) -> dict[str, Any]:
             note="first step: from the command to the end of the first training step; the servers of TRL's "
             "tools run before that. Peak: of all processes at once, these servers included. *: no round was "
             "quiet, all are quoted."
+            + " The memory of some processes may not be read, and is left out."
+            * any(one["unread"] for one in some)
             + (f" Held-out accuracy before training: {before:.3f}." if judged and before is not None else ""),
         )
     report.figure("trl", _plot(found), "Seconds per training step: medians, and each round")
@@ -201,7 +205,9 @@ def _plot(found: Sequence[Row]) -> Figure:
         some = [one for one in found if one["latency"] == latency]
         colours = ["tab:gray" if one["way"].startswith("trl") else "tab:green" for one in some]
         axes.barh([one["way"] for one in some], [one["step_s"] for one in some], color=colours)
+        for row, one in enumerate(some):
+            axes.plot(one["rounds_s"], [row] * len(one["rounds_s"]), "k|")
         axes.invert_yaxis()
-        axes.set_xlabel("seconds per training step")
+        axes.set_xlabel("seconds per training step (bar: median, marks: rounds)")
         axes.set_title(f"search + {latency:g} s" if latency else "fast tools")
     return figure

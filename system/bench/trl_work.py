@@ -13,7 +13,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class BenchQuestion:
     """A question in the order of training, and how both sides put it."""
 
     id: str
@@ -32,7 +32,9 @@ class WorkDone:
     problems: list[str] = field(default_factory=list)  # in what it is not the work that was asked for
 
 
-def of_trl(lines: Records, result: Mapping[str, Any], asked: Sequence[Asked], leaves: int) -> WorkDone:
+def of_trl(
+    lines: Records, result: Mapping[str, Any], asked: Sequence[BenchQuestion], leaves: int
+) -> WorkDone:
     """``lines``: steps.jsonl, ``result``: result.json of :mod:`.trl_train`; ``leaves``: per question."""
     problems: list[str] = []
     at, per_step = 0, 0
@@ -57,7 +59,7 @@ def of_espalier(
     records: Records,
     ledger: Records,
     trees: Iterable[Tree],
-    asked: Sequence[Asked],
+    asked: Sequence[BenchQuestion],
     batch_leaves: int,
     in_order: bool,
 ) -> WorkDone:

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ class MachineTicks:
         return cls.parse(Path("/proc/stat").read_text())
 
 
-class Family:
+class ProcessTree:
     """Some processes and all that descend from them, those included whose parent has ended since."""
 
     def __init__(self, roots: Collection[int]) -> None:
@@ -162,17 +162,17 @@ class Watch:
     def __init__(self, beside: Sequence[int] = ()) -> None:
         """``beside``: pids of servers that work for it, which count, from now on."""
         self.load = os.getloadavg()[0]
-        self._beside = Family(beside)
+        self._beside = ProcessTree(beside)
         self._beside.look(processes())
         self._before = self._beside.ticks
         self._machine, self._own, self._began = MachineTicks.now(), time.process_time(), time.monotonic()
-        self._family = Family(())
+        self._family = ProcessTree(())
         self._peak, self._unread = 0.0, 0
 
     @contextmanager
-    def during(self, pid: int) -> Iterator[None]:
+    def during(self, pid: int) -> Generator[None]:
         """Look at ``pid`` and its descendants, in the running event loop, while the context lasts."""
-        self._family = Family([pid])
+        self._family = ProcessTree([pid])
         looking = asyncio.get_running_loop().create_task(self._look())
         try:
             yield

@@ -15,13 +15,13 @@ from system.bench import trl as bench
 from system.bench.trl import SETTINGS, figures, told, trl_settings
 from system.bench.trl_plan import CONTESTANTS, Plan
 from system.bench.trl_report import ratio_text, rival, summary, write_report
-from system.bench.trl_work import Asked, WorkDone, of_espalier, of_trl, steady
+from system.bench.trl_work import BenchQuestion, WorkDone, of_espalier, of_trl, steady
 from system.bench.usage import Usage
 from system.config import load
 from system.errors import ConfigError
 from system.tree.record import Kind, Origin, Outcome, Tree
 
-ASKED = [Asked(f"q{i}", [{"role": "user", "content": "?"}], ["1"], [7, i]) for i in range(6)]
+ASKED = [BenchQuestion(f"q{i}", [{"role": "user", "content": "?"}], ["1"], [7, i]) for i in range(6)]
 QUIET = Usage(20.0, 0.2, 30.0, 1200.0, 0, 0.0, 0.01)
 
 

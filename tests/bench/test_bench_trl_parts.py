@@ -13,7 +13,7 @@ from system.bench.engine import TUNED
 from system.bench.processes import run_to_end
 from system.bench.trl import CHECKOUT, PYTHON, trl_settings
 from system.bench.trl_parts import CHAT_TEMPLATE, CONTINUOUS, RESPONSE_TEMPLATE, branch_of, calculate
-from system.bench.trl_work import Asked, of_trl
+from system.bench.trl_work import BenchQuestion, of_trl
 from system.config import load
 from system.rollout.chat import Chat
 from system.rollout.rewards.arpo import ArpoReward
@@ -157,7 +157,7 @@ async def test_trl_trains_on_the_questions_that_it_is_given(continuous: bool, tm
     chat, asked = Chat(vocabulary.build()), []
     for prompt in task.train()[:4]:
         messages = [dict(message) for message in prompt.messages]
-        asked.append(Asked(prompt.id, messages, list(prompt.answers), chat.encode(messages).tolist()))
+        asked.append(BenchQuestion(prompt.id, messages, list(prompt.answers), chat.encode(messages).tolist()))
     settings = trl_settings(config) | {"batch_leaves": 4, "leaves": 2, "tokens": 12}
     job = {
         **settings,

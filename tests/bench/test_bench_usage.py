@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from system.bench.processes import run_to_end
-from system.bench.usage import Family, MachineTicks, ProcessStat, Usage, Watch, pss_mb
+from system.bench.usage import MachineTicks, ProcessStat, ProcessTree, Usage, Watch, pss_mb
 
 
 def stat(pid: int, parent: int, own: int, waited: int = 0, began: int = 1) -> ProcessStat:
@@ -31,7 +31,7 @@ def test_a_line_of_proc_is_read_whatever_the_name() -> None:
 
 
 def test_a_family_counts_those_that_ended_once() -> None:
-    family = Family([10])
+    family = ProcessTree([10])
     family.look(seen(stat(1, 0, 500), stat(10, 1, 100), stat(11, 10, 50), stat(12, 11, 20), stat(99, 1, 7)))
     assert family.ticks == 170
     assert {one.pid for one in family.alive} == {10, 11, 12}
@@ -44,7 +44,7 @@ def test_a_family_counts_those_that_ended_once() -> None:
 
 
 def test_a_process_whose_parent_ended_stays_in_the_family_and_a_new_one_of_its_pid_does_not() -> None:
-    family = Family([10])
+    family = ProcessTree([10])
     family.look(seen(stat(10, 1, 100), stat(11, 10, 50)))
     family.look(seen(stat(11, 1, 60)))
     assert [one.pid for one in family.alive] == [11]
