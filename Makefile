@@ -11,6 +11,8 @@ SGLANG_NEEDS := system/engine/sglang/requirements
 VERIFIERS := .venv-verifiers
 VERIFIERS_NEEDS := system/agents/verifiers/requirements.txt
 DOCS := .venv-docs
+TRL := .venv-trl
+TRL_NEEDS := system/bench/trl-requirements.txt
 SGLANG_PIP = $(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # Which build of SGLang: what is asked for, what is there already, or what this machine suggests.  A login node, which
@@ -23,8 +25,8 @@ SGLANG_BUILD = $(or $(BUILD),$(HELD),$(SUGGESTED))
 
 PROMTOOL := .promtool/usr/bin/promtool
 
-.PHONY: install gpu sglang sglang-build verifiers promtool train test test-sglang test-slurm test-verifiers test-browser docs lint types \
-  house check clean help
+.PHONY: install gpu sglang sglang-build verifiers bench-trl promtool train test test-sglang test-slurm test-verifiers test-browser \
+  docs lint types house check clean help
 
 help:
 	@echo "make train [SEED=0] [ARGS='key=value …']  install, then train the quickstart agent"
@@ -34,6 +36,7 @@ help:
 	@echo "make test-browser                        those with a browser, chromium, which it installs by apt as root"
 	@echo "make sglang [BUILD=gpu|cpu]              install SGLang into $(SGLANG), for engine=sglang"
 	@echo "make verifiers                           install verifiers into $(VERIFIERS), for agent.run=verifiers"
+	@echo "make bench-trl                           install TRL into $(TRL), for espalier bench trl"
 	@echo "make promtool                            fetch Prometheus' linter by apt, for the tests of the endpoint"
 	@echo "make gpu                                 install everything for GPUs, also where there is none (a login node)"
 	@echo "make docs                                the documents as a site, in site/"
@@ -102,6 +105,15 @@ $(VERIFIERS)/.installed: $(VERIFIERS_NEEDS)
 
 verifiers: $(VERIFIERS)/.installed
 
+# TRL, in an environment of its own, which nothing but a benchmark and its tests need: it has versions of its own.
+$(TRL)/.installed: $(TRL_NEEDS)
+	@test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	@echo "Installing TRL into $(TRL) (two minutes, 2 GB, once) ..."
+	@$(TRL)/bin/python -m pip install --quiet --disable-pip-version-check -r $(TRL_NEEDS)
+	@touch $@
+
+bench-trl: $(TRL)/.installed
+
 # Prometheus' own linter, out of Debian's package, which is unpacked here and not installed: no service is started.
 $(PROMTOOL):
 	@rm -rf .promtool && mkdir .promtool
@@ -167,4 +179,5 @@ house: install
 check: lint types house
 
 clean:
-	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) $(DOCS) .promtool runs site build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG) $(VERIFIERS) $(TRL) $(DOCS) .promtool runs site build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis

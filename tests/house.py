@@ -38,7 +38,8 @@ ALIVE = {
     "the MCP SDK calls it": "validate_tool_result",
     "Python reads it": "dont_write_bytecode __stdout__ __stderr__",
     "tokenizers read it": "pre_tokenizer",
-    "transformers saves it with the model": "generation_config",
+    "transformers calls a callback's methods": "on_step_end",
+    "transformers reads it from its tokenizers": "response_template",
     "torch's checkpoint calls a planner's methods": "create_local_plan create_global_plan lookup_object "
     "lookup_tensor",
     "Megatron passes it to an attention module": "attn_mask_type attention_type "
@@ -51,7 +52,7 @@ ALIVE = {
     "the python server replies with its result, whole": "peak_rss_mb",
     "what a test does to a simulated run, or sees of it": "set_down retracted",
     "fake tensors read it": "cache_enabled",
-    "a figure of a report, read by name": "trees_per_hour accuracy_low accuracy_high",
+    "a figure of a report, read by name": "trees_per_hour accuracy_low accuracy_high unread",
 }
 
 

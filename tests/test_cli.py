@@ -261,6 +261,28 @@ def test_bench_runs_by_name(what: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert out.is_dir()
 
 
+def test_bench_hands_on_the_options_that_a_benchmark_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    called: list[dict[str, object]] = []
+
+    def run(out_dir: Path, quick: bool, words: list[str] = [], rounds: int = 5, latency: str = "") -> None:  # noqa: B006
+        called.append({"words": words, "rounds": rounds, "latency": latency})
+
+    module = types.ModuleType("system.bench.trl")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "system.bench.trl", module)
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["bench", "trl", "--rounds", "2", "--latency", "0,0.1", "arpo", *out]) == 0
+    assert main(["bench", "trl", *out]) == 0
+    assert called == [
+        {"words": ["arpo"], "rounds": 2, "latency": "0,0.1"},
+        {"words": [], "rounds": 5, "latency": ""},
+    ]
+    assert main(["bench", "trl", "--steps", "4", *out]) == 2
+    assert "bench trl takes no --steps" in capsys.readouterr().err
+
+
 def test_ctrl_c_outside_the_conductor_is_quiet(
     recipe: Path, launched: Launched, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

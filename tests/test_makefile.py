@@ -30,7 +30,9 @@ class Machine:
         self.place, self.calls = place / "checkout", place / "calls"
         (self.place / "system/engine/sglang").mkdir(parents=True)
         (self.place / "system/agents/verifiers").mkdir(parents=True)
+        (self.place / "system/bench").mkdir()
         for name in (
+            "system/bench/trl-requirements.txt",
             "system/agents/verifiers/requirements.txt",
             "Makefile",
             "pyproject.toml",
@@ -151,6 +153,25 @@ def test_make_docs_installs_mkdocs_once_and_builds_strictly(tmp_path: Path) -> N
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert all("==" in need for need in extras["docs"])
     assert not set(extras["docs"]) & set(extras["dev"])
+
+
+def test_make_bench_trl_installs_its_pins_once_into_an_environment_of_its_own(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    code, said, installs = machine.make("bench-trl")
+    assert code == 0, said
+    assert ".venv-trl/bin -m pip install" in installs
+    assert "-r system/bench/trl-requirements.txt" in installs
+    needs = (ROOT / "system/bench/trl-requirements.txt").read_text().splitlines()
+    pins = [line for line in needs if not line.startswith("#")]
+    assert "trl==1.16.0" in pins
+    assert all("==" in line for line in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    both = {
+        name: [pin for pin in (*pins, *project) if pin.startswith(f"{name}==")]
+        for name in ("torch", "transformers")
+    }
+    assert all(len(set(found)) == 1 < len(found) for found in both.values())  # one release on both sides
+    assert machine.make("bench-trl")[2] == ""
 
 
 def recipe(name: str) -> str:

@@ -13,7 +13,7 @@ from actors.cli.command import RECIPE, argument, command, split
 
 BENCHMARKS = (
     *("engine", "learner", "schedules", "host", "throughput", "twin", "scale", "dataflow", "weights"),
-    *("eager", "gpu", "memory", "judge", "sessions"),
+    *("eager", "gpu", "memory", "judge", "sessions", "trl"),
 )
 
 
@@ -62,6 +62,9 @@ def tree(args: argparse.Namespace) -> int:
     argument("words", nargs="*", metavar="ARGUMENT", help="what some benchmarks need; see examples"),
     argument("--out", type=Path, metavar="DIR", help="where the report goes (default: runs/bench-…)"),
     argument("--quick", action="store_true", help="a smaller measurement, for a first look"),
+    argument("--rounds", type=int, metavar="N", help="of trl: how often each way runs"),
+    argument("--latency", metavar="S,S", help="of trl: seconds that a search takes longer: 0,0.1"),
+    argument("--steps", type=int, metavar="N", help="of trl: training steps of a run"),
 )
 def bench(args: argparse.Namespace) -> int:
     """Measure a part of the system on this machine.
@@ -87,6 +90,11 @@ def bench(args: argparse.Namespace) -> int:
                                        these probes only; without a GPU, or with --quick, at toy size
       espalier bench memory 14B        peak bytes of a training step on fake tensors, and the plan's beside it
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
+      espalier bench trl               whole runs beside TRL's GRPOTrainer on the same work, 80 minutes; it
+                                       needs `make bench-trl` and a quiet machine (--quick: 6 minutes)
+      espalier bench trl --rounds 3 --latency 0 trl linear-sync arpo-tp1
+                                       these ways only: trl, trl-1-thread, trl-in-process, trl-continuous,
+                                       linear-sync, linear-async, arpo, arpo-tp1
       espalier bench weights           new weights for 1 to 8 fake SGLang servers over slow links: how long
                                        they stand still, what the learner sends; one group, and one per server
 
@@ -96,12 +104,16 @@ def bench(args: argparse.Namespace) -> int:
     from system.errors import ConfigError
 
     measure = plugins.load(f"system.bench.{args.what}:run")
-    takes = "words" in inspect.signature(measure).parameters
-    if args.words and not takes:
+    takes = inspect.signature(measure).parameters
+    if args.words and "words" not in takes:
         raise ConfigError(f"bench {args.what} takes no arguments, found: {' '.join(args.words)}")
+    given = {name: getattr(args, name) for name in ("rounds", "latency", "steps")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if other := [name for name in given if name not in takes]:
+        raise ConfigError(f"bench {args.what} takes no --{other[0]}")
     out = args.out or Path("runs") / f"bench-{args.what}"
     out.mkdir(parents=True, exist_ok=True)
-    measure(out, quick=args.quick, **({"words": args.words} if takes else {}))
+    measure(out, quick=args.quick, **given, **({"words": args.words} if "words" in takes else {}))
     return 0
 
 

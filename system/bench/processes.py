@@ -9,8 +9,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,26 @@ async def server(
         await _stop(process)
 
 
-async def run_to_end(*command: str, log: Path, limit_s: float, threads: int | None = None) -> None:
+async def run_to_end(
+    *command: str,
+    log: Path,
+    limit_s: float,
+    threads: int | None = None,
+    python: str = sys.executable,
+    variables: Mapping[str, str | None] | None = None,
+    started: Callable[[int], AbstractContextManager[None]] | None = None,
+) -> None:
     """``python -m`` ``command`` to its end; what it says goes to ``log``.
 
-    ``threads``: of OpenMP; None: as many as it takes.  Raises RuntimeError if it fails, TimeoutError if it
-    takes more than ``limit_s`` seconds; both name the log.
+    ``threads``: of OpenMP; None: as many as it takes.  ``variables``: of its environment, besides this
+    process's (None: not that one).  ``started``: what to do beside it, given its pid.  Raises RuntimeError if
+    it fails, TimeoutError if it takes more than ``limit_s`` seconds; both name the log.
     """
-    with log.open("wb") as told:
-        process = await _started(command, threads, stdout=told, stderr=told)
+    with log.open("wb") as told, ExitStack() as beside:
+        process = await _started(command, threads, python, variables, stdout=told, stderr=told)
         try:
+            if started is not None:
+                beside.enter_context(started(process.pid))
             code = await asyncio.wait_for(process.wait(), limit_s)
         except TimeoutError as error:
             raise TimeoutError(f"it was not done after {limit_s:g} s; see {log}") from error
@@ -66,7 +77,11 @@ async def run_to_end(*command: str, log: Path, limit_s: float, threads: int | No
 
 
 async def _started(
-    command: tuple[str, ...], threads: int | None, **streams: Any
+    command: tuple[str, ...],
+    threads: int | None,
+    python: str = sys.executable,
+    variables: Mapping[str, str | None] | None = None,
+    **streams: Any,
 ) -> asyncio.subprocess.Process:
     own = os.getpid()
 
@@ -76,8 +91,13 @@ async def _started(
             os.kill(os.getpid(), signal.SIGTERM)
 
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    for name, value in (variables or {}).items():
+        if value is None:
+            environment.pop(name, None)
+        else:
+            environment[name] = value
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *command, env=environment, preexec_fn=before_exec, **streams
+        python, "-m", *command, env=environment, preexec_fn=before_exec, **streams
     )
 
 

@@ -47,8 +47,8 @@ dt { color: #777; } dd { margin: 0; } .scroll { overflow-x: auto; }
 class Report:
     """Collects a benchmark's findings in the order in which a reader should see them.
 
-    Tables are printed as they come.  :meth:`finish` writes ``<name>.json`` and ``<name>.html`` into
-    ``out_dir``, beside the figures' PNG files.
+    Tables are printed as they come.  :meth:`finish` writes ``<name>.json``, ``<name>.html`` and the tables as
+    Markdown, ``<name>.md``, into ``out_dir``, beside the figures' PNG files.
     """
 
     def __init__(self, out_dir: Path, name: str, title: str, lead: str = "") -> None:
@@ -56,6 +56,7 @@ class Report:
         out_dir.mkdir(parents=True, exist_ok=True)
         self.out_dir, self.name, self.title, self.lead = out_dir, name, title, lead
         self._body: list[str] = []
+        self._tables: list[str] = []  # as Markdown
         self._console = Console(width=shutil.get_terminal_size((120, 24)).columns, markup=False)
 
     def section(self, heading: str, *paragraphs: str) -> None:
@@ -94,6 +95,7 @@ class Report:
             for line in range(1, len(rows) + 1):
                 shown.add_row(*(cells[i][line] for i in part))
             self._console.print(shown)
+        self._tables.append(_markdown(title, columns, [[_cell(one) for one in row] for row in rows], note))
         head = "".join(f"<th>{_escaped(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(_html_cell(cell) for cell in row) + "</tr>" for row in rows)
         foot = f"<p><small>{_escaped(note)}</small></p>" if note else ""
@@ -115,10 +117,12 @@ class Report:
         )
 
     def finish(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Write ``data`` (with the machine's description) and the page; returns ``data``."""
+        """Write ``data`` (with the machine's description), the page and the tables; returns ``data``."""
         where = machine()
         record = jsonable({**data, "machine": where})
         write_atomic(self.out_dir / f"{self.name}.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+        if self._tables:
+            write_atomic(self.out_dir / f"{self.name}.md", "\n".join(self._tables))
         page = self.out_dir / f"{self.name}.html"
         write_atomic(
             page,
@@ -162,6 +166,16 @@ def _cell(value: Any) -> str:
             return f"{value:,}"
         case _:
             return visible(str(value))
+
+
+def _markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    """A table in the form of GitHub's Markdown."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+    lines = [f"**{title}**", "", line(columns), line(["---"] * len(columns)), *map(line, rows)]
+    return "\n".join([*lines, *(["", note] if note else []), ""])
 
 
 def _width(header: str, *cells: str) -> int:
