@@ -201,7 +201,7 @@ def _placeless(shape: ModelShape, held: Collection[str], float8: Float8 | None) 
             "num_hidden_layers, or take the others' tensors out of the files"
         )
     return (
-        f"{len(extra)} tensors have no place in a {shape.family.title} like config.json, first {extra[0]}; "
+        f"{len(extra)} tensors have no place in the {shape.family.name} of config.json, first {extra[0]}; "
         "they would be left out: correct config.json, or take them out of the files"
     )
 

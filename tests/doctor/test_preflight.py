@@ -273,7 +273,7 @@ def test_sglang_starts_from_no_float8_model_and_makes_float8_of_some(place: Path
     assert problems(online, quantization_config=None) == []
     norms, told = problems(online, model_type="llama", head_dim=4)
     assert (
-        "4 tensors have no place in a Llama like config.json, first model.layers.0.self_attn.k_norm" in norms
+        "4 tensors have no place in the llama of config.json, first model.layers.0.self_attn.k_norm" in norms
     )
     assert "loader quantises qwen2 and qwen3 anew, and not llama" in told
 

@@ -97,7 +97,7 @@ WRONG: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (
         bias,
-        r"1 tensors have no place in a Qwen3 like config\.json, first model\.layers\.1\.self_attn\.q_proj\.b",
+        r"1 tensors have no place in the qwen3 of config\.json, first model\.layers\.1\.self_attn\.q_proj\.b",
     ),
 ]
 
