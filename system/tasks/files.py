@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.config import ConfigError
+from system.errors import EspalierError
 from system.plugins import nearest
 
 Row = Mapping[str, Any]
@@ -37,7 +38,7 @@ class DataError(ConfigError):
     """A data file that cannot be used; the message names the file, the row and the column."""
 
 
-class KeyTwice(ValueError):
+class KeyTwice(EspalierError, ValueError):
     """An object of JSON says something twice: which is meant nobody knows."""
 
 
