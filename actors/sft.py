@@ -56,7 +56,8 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        told = map(shown, [*without_rank(config), *chosen_targets(config), *other_base(config)])
+        lines = [*without_rank(config), *chosen_targets(config)]
+        told = map(shown, [*lines, *(() if old else other_base(config))])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
         again, last = run_dir.resume_command, not config.sft.samples

@@ -58,10 +58,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
         run_dir.write_config(config)
         if end := run_dir.end:  # of fewer steps: until the new one the run has none
             run_dir.write_summary({**end, "ended": False})
-        told = map(
-            shown,
-            [*notes(config, task), *without_effect(config), *chosen_targets(config), *other_base(config)],
-        )
+        lines = [*notes(config, task), *without_effect(config), *chosen_targets(config)]
+        told = map(shown, [*lines, *(() if old else other_base(config))])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
             work = partial(_run_and_deliver, config, run_dir, task, asked)

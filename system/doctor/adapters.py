@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from system.config import Config
 from system.config.schema_lora import ATTENTION
@@ -40,13 +40,13 @@ def chosen_targets(config: Config) -> Iterator[str]:
 
 
 def other_base(config: Config) -> Iterator[str]:
-    """What to tell at the start of a run from adapters that name another model than ``model.path``.
+    """What to tell at the start of a new run from adapters that name another model than ``model.path``.
 
     A name proves nothing, as a directory may have any: where both sides have a fingerprint, that decides.
     """
     lora = config.learn.lora
-    if not (lora.on and lora.init and Path(lora.init).is_dir()):
-        return  # a resumed run, perhaps, which has its own by now
+    if not (lora.on and lora.init):
+        return
     from system.models.adapter import stated_base  # a second: torch
 
     name, known = stated_base(lora.init)
