@@ -19,9 +19,9 @@ from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.session import in_session
 from actors.supervised import SftState, Supervised
-from system.config import Config, to_dict
+from system.config import Config, to_dict, without_rank
 from system.config.lora import going_on
-from system.doctor.adapters import chosen_targets
+from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, STOPPED, ConfigError
 from system.models.files import take_name
 from system.observe import lease
@@ -56,7 +56,8 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
     with lease.held(run_dir.root):
         run_dir.write_config(config)
-        told = map(shown, chosen_targets(config))
+        lines = [*without_rank(config), *chosen_targets(config)]
+        told = map(shown, [*lines, *(() if old else other_base(config))])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
         again, last = run_dir.resume_command, not config.sft.samples

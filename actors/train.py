@@ -22,7 +22,7 @@ from actors.rollout_pool import RunActors
 from actors.session import in_session
 from system.config import Config, ConfigError, without_effect
 from system.config.lora import going_on
-from system.doctor.adapters import chosen_targets
+from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, FAILED, STOPPED
 from system.evals.record import Asked
 from system.evals.sets import question_sets, to_ask
@@ -58,7 +58,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
         run_dir.write_config(config)
         if end := run_dir.end:  # of fewer steps: until the new one the run has none
             run_dir.write_summary({**end, "ended": False})
-        told = map(shown, [*notes(config, task), *without_effect(config), *chosen_targets(config)])
+        lines = [*notes(config, task), *without_effect(config), *chosen_targets(config)]
+        told = map(shown, [*lines, *(() if old else other_base(config))])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
             work = partial(_run_and_deliver, config, run_dir, task, asked)

@@ -42,7 +42,7 @@ def submit(args: argparse.Namespace) -> int:
     `espalier status RUN`. Every setting is a key of the sections `cluster` and `slurm`.
     """
     from system.cluster.submit import submit_run, submit_sweep
-    from system.config import ConfigError, without_effect
+    from system.config import ConfigError, without_effect, without_rank
     from system.doctor import preflight, supervised
     from system.observe.rundir import RunDir
     from system.observe.terminal import shown
@@ -58,7 +58,7 @@ def submit(args: argparse.Namespace) -> int:
         """A dry run, which may be for another machine, only warns."""
         try:
             require(config, login=True, resume=args.resume)
-            for line in () if sft else without_effect(config):
+            for line in without_rank(config) if sft else without_effect(config):
                 print(shown(line))
             print(f"checked here; in the job, when it starts: {preflight.LATER}")
         except ConfigError as error:

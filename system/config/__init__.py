@@ -37,4 +37,5 @@ from system.config.schema_sft import SftConfig as SftConfig
 from system.config.schema_teacher import TeacherConfig as TeacherConfig
 from system.config.settings import settings as settings
 from system.config.without_effect import without_effect as without_effect
+from system.config.without_effect import without_rank as without_rank
 from system.errors import ConfigError as ConfigError

@@ -19,13 +19,20 @@ def without_effect(config: Config) -> Iterator[str]:
         )
     if learn.teacher == "none" and learn.teacher_coef != usual.teacher_coef:
         yield f"learn.teacher_coef={learn.teacher_coef:g} will do nothing: learn.teacher=none"
-    if not learn.lora.on:  # a baseline, say: a sweep over ranks has 0 among them
-        for name in ("alpha", "targets", "sync"):
-            value = getattr(learn.lora, name)
-            if value not in (getattr(usual.lora, name), [*PARTS]):  # all: the default of older runs
-                yield f"learn.lora.{name}={value} will do nothing: learn.lora.rank=0 trains the whole model"
+    yield from without_rank(config)
     if engine.urls and engine.sglang:
         yield (
             f"engine.sglang ({', '.join(map(str, engine.sglang))}) will do nothing: the servers of "
             "engine.urls run already, with flags of their own"
         )
+
+
+def without_rank(config: Config) -> Iterator[str]:
+    """What is said of adapters where there are none; also of supervised runs, with nothing else."""
+    lora, usual = config.learn.lora, LearnConfig().lora
+    if lora.on:  # else a baseline, say: a sweep over ranks has 0 among them
+        return
+    for name in ("alpha", "targets", "sync"):
+        value = getattr(lora, name)
+        if value not in (getattr(usual, name), [*PARTS]):  # all: the default of older runs
+            yield f"learn.lora.{name}={value} will do nothing: learn.lora.rank=0 trains the whole model"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from system.config import Config
 from system.config.schema_lora import ATTENTION
+from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
+from system.observe.card import base_name
 from system.plan.memory import WIDTH, adapter_parameters
 
 
@@ -19,8 +22,8 @@ def misfit(config: Config, shape: ModelShape) -> Iterator[str]:
         wanted = adapter_of(lora, shape)
         assert wanted is not None
         try:
-            read_adapter(lora.init, shape, wanted)
-        except AdapterError as error:
+            read_adapter(lora.init, shape, wanted, config.model.path)
+        except (AdapterError, UnsupportedModel) as error:
             yield f"learn.lora.init={lora.init}: {error}"
 
 
@@ -33,6 +36,25 @@ def chosen_targets(config: Config) -> Iterator[str]:
         yield (
             f"learn.lora.targets: adapters on {', '.join(ATTENTION)}, which every token goes through; the "
             "experts and the router of this mixture stand still"
+        )
+
+
+def other_base(config: Config) -> Iterator[str]:
+    """What to tell at the start of a new run from adapters that name another model than ``model.path``.
+
+    A name proves nothing, as a directory may have any: where both sides have a fingerprint, that decides.
+    """
+    lora = config.learn.lora
+    if not (lora.on and lora.init):
+        return
+    from system.models.adapter import stated_base  # a second: torch
+
+    name, known = stated_base(lora.init)
+    given, ours = PurePath(name).name, base_name(config)
+    if given and not known and given.casefold() != PurePath(ours).name.casefold():
+        yield (
+            f"learn.lora.init={lora.init}: these adapters say that they belong to {name} "
+            f"(base_model_name_or_path), and model.path is {ours}: with another model they are worth nothing"
         )
 
 

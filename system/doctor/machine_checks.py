@@ -88,6 +88,9 @@ def servers(config: Config) -> Iterator[Problem]:
         bases = Allowed(config.tools.browse_allow).bases
         asked |= {f"tools.browse_allow={base.url}": base.url for base in bases if base.url}
     keys = {"agent.token_env": config.agent.token_env}
+    if config.learn.teacher == "server":
+        asked |= {f"teacher.urls={url}": url for url in config.teacher.urls}
+        keys["teacher.api_key_env"] = config.teacher.api_key_env
     for reward in rewards(config.reward):
         if url := reward.options.get("base_url"):
             asked[f"{reward.key}.options.base_url={url}"] = str(url)

@@ -65,7 +65,7 @@ def merge(
     """Write the model in ``source`` with the adapters of the directory ``adapters`` merged in; else as
     :func:`extract`.  Raises :class:`~system.models.adapter.AdapterError` for others than ``adapter``.
     """
-    tensors = read_adapter(adapters, ModelShape.from_directory(source), adapter)
+    tensors = read_adapter(adapters, ModelShape.from_directory(source), adapter, source)
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         return {name: tensors[name] for name in names}
@@ -113,7 +113,7 @@ def extract_adapters(
     tensors = _read(checkpoint, adapter.tensors(shape), dtype)
     partial = target.with_name(target.name + ".partial")
     with naming(partial):
-        adapter.write(partial, tensors, base)
+        adapter.write(partial, tensors, base, source)
         take_name(partial, target)
 
 

@@ -226,7 +226,7 @@ class Trainer:
         """Write the adapters in PEFT's format; ``base``: what the model that they belong to is
         called.
         """
-        weights.save_adapters(self.model, self.layout, Path(path), base)
+        weights.save_adapters(self.model, self.layout, Path(path), base, self.hf_path)
         torch.distributed.barrier()
 
     def save(self, path: str | Path, extra: dict[str, Any]) -> None:

@@ -34,9 +34,11 @@ Bucket = dict[str, torch.Tensor]
 def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
     """Fill this rank's shard of every parameter from a Hugging Face directory.
 
-    Raises ``ConfigError`` when a tensor is missing or of another shape.
+    Raises ``ConfigError`` when a tensor is missing, of another shape or not finite, and where a tied model
+    has a head of its own.
     """
     where, reader = WeightMap.of(model), WeightReader(path)
+    embedding = model.shape.tensor("embedding")
     for key, parameter in model.named_parameters():
         if is_adapter(key):
             continue
@@ -50,6 +52,8 @@ def load(model: TreeGPTModel, layout: Layout, path: str | Path) -> None:
             if (found := reader.shape(name)) != shape:
                 raise ConfigError(f"{path}: {name} has shape {found}; the configuration makes it {shape}")
             rows = reader.read(name, parameter.dtype, block.box(parameter))
+            if name == embedding:
+                reader.check_tied(model.shape, parameter.dtype, block.box(parameter))
             parameter[block.start : block.start + block.rows].copy_(rows)
             filled += block.rows
         parameter[filled:].zero_()  # rows that pad the vocabulary
@@ -201,9 +205,9 @@ def save_hf(
     return export.rounding.kept
 
 
-def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str) -> None:
-    """Write the adapters in PEFT's format; ``base``: what the model that they belong to is called.
-    Collective; only rank 0 touches the disk.
+def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str, source: str | Path) -> None:
+    """Write the adapters in PEFT's format; ``base``: what the model in ``source``, to which they belong, is
+    called.  Collective; only rank 0 touches the disk.
     """
     tensors: Bucket = {}
     for bucket in Export(model, layout, 2**31, adapters=True).buckets():
@@ -212,5 +216,5 @@ def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str) ->
         partial = path.with_name(path.name + ".partial")
         with naming(partial):
             shutil.rmtree(partial, ignore_errors=True)
-            model.adapter.write(partial, tensors, base)
+            model.adapter.write(partial, tensors, base, source)
             take_name(partial, path)

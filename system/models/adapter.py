@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from system.config import LoraConfig
@@ -21,11 +21,13 @@ from system.config.schema_lora import MODULES
 from system.errors import ConfigError
 from system.models.files import write_weights
 from system.models.shape import ModelShape
+from system.models.weights import fingerprint, finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROJECTIONS = tuple(MODULES)  # parts of a layer that can have adapters
 MERGED = 1 << 22  # numbers of a weight that are merged at one time: 16 MiB each of some float32 copies
 _PREFIX = "base_model.model."
+_BASE = "base_model_fingerprint"  # in the metadata of the tensors: PEFT's own file takes no other keys
 # Keys of an adapter_config.json that change nothing of what the adapters compute, whatever they say.
 _ANY = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout",
@@ -143,10 +145,13 @@ class Adapter:
             "target_modules": [MODULES[part] for part in self.parts],
         }
 
-    def write(self, directory: Path, adapters: Mapping[str, torch.Tensor], base: str) -> None:
-        """PEFT's two files into ``directory``; ``base``: what the model that they belong to is called."""
+    def write(
+        self, directory: Path, adapters: Mapping[str, torch.Tensor], base: str, model: str | Path
+    ) -> None:
+        """PEFT's two files into ``directory``; ``base``: what the ``model`` that they belong to is called."""
         directory.mkdir(parents=True, exist_ok=True)
-        write_weights({name: tensor.contiguous() for name, tensor in adapters.items()}, directory / WEIGHTS)
+        tensors = {name: tensor.contiguous() for name, tensor in adapters.items()}
+        write_weights(tensors, directory / WEIGHTS, **{_BASE: fingerprint(model)})
         config = self.peft_config() | {"base_model_name_or_path": base, "inference_mode": True}
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -169,10 +174,25 @@ def factors(name: str) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def read_adapter(path: str | Path, shape: ModelShape, wanted: Adapter) -> dict[str, torch.Tensor]:
+def stated_base(path: str | Path) -> tuple[str, str]:
+    """(Name, fingerprint) of the model that adapters belong to, as their files have them; empty: not at all.
+
+    Raises what reading them raises.
+    """
+    directory = Path(path)
+    config: Any = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        metadata: Mapping[str, str] = file.metadata() or {}
+    return str(config.get("base_model_name_or_path") or ""), metadata.get(_BASE, "")
+
+
+def read_adapter(
+    path: str | Path, shape: ModelShape, wanted: Adapter, model: str | Path = ""
+) -> dict[str, torch.Tensor]:
     """The tensors of a directory in PEFT's format, which must hold ``wanted`` for a model of ``shape``.
 
-    Raises :class:`AdapterError` for anything else, naming the settings to change.
+    ``model``: the directory of the one that they are to go with, to be compared with the one that they were
+    trained on.  Raises :class:`AdapterError` for anything else, naming the settings to change.
     """
     directory = Path(path)
     for file in (CONFIG, WEIGHTS):
@@ -207,6 +227,17 @@ def read_adapter(path: str | Path, shape: ModelShape, wanted: Adapter) -> dict[s
             raise AdapterError(
                 f"{directory / WEIGHTS}: {name} has shape {tuple(tensors[name].shape)}, not {size}"
             )
+        if not finite(tensors[name]):
+            raise AdapterError(
+                f"{directory / WEIGHTS}: {name} holds numbers that are not finite (NaN, infinite): their "
+                "training failed, or the file is damaged; take other ones"
+            )
+    name, base = stated_base(directory)
+    if model and base and base != fingerprint(model):
+        raise AdapterError(
+            f"{directory}: these adapters were trained on another model than {model} ({name or 'unnamed'}, "
+            "other weights of the same shapes), with which they are worth nothing: set model.path to that one"
+        )
     return tensors
 
 

@@ -6,12 +6,13 @@ Needs neither torch nor transformers, so that a model of any size is looked at i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from system.models.float8 import STORED, Float8
+from system.models.float8 import STORED, Float8, is_scale
 from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 
@@ -19,16 +20,19 @@ INDEX = "model.safetensors.index.json"  # which file holds which tensor, where t
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "BF16", "F16")  # safetensors' names of the number formats that need no scale
 _POINTER = b"version https://git-lfs"
+COMPUTED = "rotary_emb.inv_freq"  # in files of early Llamas, which save what the configuration says
 _MOST_HEADER = 100 << 20  # bytes; safetensors' own limit
+_PIECE, _PIECES = 64 << 10, 64  # bytes, and how many of them two large tensors are compared by
 
 
 def weight_files(directory: str | Path) -> dict[str, str]:
     """Tensor name -> name of the file that holds it.
 
-    Raises :class:`~system.models.reading.UnsupportedModel` when there are no safetensors weights, or not all.
+    Raises :class:`~system.models.reading.UnsupportedModel` when there are no safetensors weights, or not all,
+    and for an index that does not agree with the files.
     """
     root = Path(directory)
-    if (root / INDEX).is_file():
+    if indexed := (root / INDEX).is_file():
         where = _index(root / INDEX)
     elif (root / SINGLE).is_file():
         where = dict.fromkeys(header(root / SINGLE), SINGLE)
@@ -39,7 +43,29 @@ def weight_files(directory: str | Path) -> dict[str, str]:
     for name in sorted(set(where.values())):
         if not (root / name).is_file():
             raise UnsupportedModel(f"{root / name} is missing: {INDEX} names it; download it again")
+    if indexed:
+        _check_index(root, where)
     return where
+
+
+def _check_index(root: Path, where: Mapping[str, str]) -> None:
+    """Is each tensor in the file that the index names, and in no other?  One of two would be as good as the
+    other: which is read would be chance.
+    """
+    held: dict[str, str] = {}
+    for file in sorted(set(where.values())):
+        for name in header(root / file):
+            if name in held:
+                raise UnsupportedModel(
+                    f"{root}: {name} is in {held[name]} and in {file}: take out what is not the model's"
+                )
+            held[name] = file
+    for name, file in where.items():
+        if held.get(name) != file:
+            found = f"it is in {held[name]}" if name in held else "no file has it"
+            raise UnsupportedModel(
+                f"{root / INDEX} names {file} for {name}, and {found}: download index and files again"
+            )
 
 
 def header(path: Path) -> dict[str, dict[str, Any]]:
@@ -129,12 +155,8 @@ def faults(directory: str | Path) -> Iterator[str]:
 def _weight_faults(root: Path, shape: ModelShape) -> Iterator[str]:
     where = weight_files(root)
     held: dict[str, dict[str, Any]] = {}
-    for name in sorted(set(where.values())):
-        try:
-            held |= header(root / name)
-        except UnsupportedModel as error:
-            yield str(error)
-            return
+    for file in sorted(set(where.values())):
+        held |= {name: {**one, "file": root / file} for name, one in header(root / file).items()}
     if shape.layers > len(held):  # before a nonsensical number of names is made
         yield f"{root}: config.json says {shape.layers} layers, the weights have {len(held)} tensors"
         return
@@ -157,6 +179,67 @@ def _weight_faults(root: Path, shape: ModelShape) -> Iterator[str]:
         if given != size:
             yield f"{root}: {name} has shape {list(given)}, config.json says {list(size)}: correct either"
             return
+    if fault := _placeless(shape, held.keys(), float8) or _other_head(shape, held):
+        yield f"{root}: {fault}"
+
+
+def _placeless(shape: ModelShape, held: Collection[str], float8: Float8 | None) -> str:
+    """What is wrong with tensors that the model of config.json has no place for; empty: there are none."""
+    known = {*shape.tensors(), shape.tensor("head")}
+    extra = sorted(
+        name
+        for name in held
+        if name not in known and not name.endswith(COMPUTED) and not (float8 is not None and is_scale(name))
+    )
+    if not extra:
+        return ""
+    layer = re.compile(re.escape(shape.family.names["layer"]).replace(r"\{\}", r"(\d+)"))
+    numbers = [int(match[1]) for name in extra if (match := layer.match(name))]
+    if numbers and max(numbers) >= shape.layers:
+        return (
+            f"the weights have {max(numbers) + 1} layers, config.json says {shape.layers}: correct "
+            "num_hidden_layers, or take the others' tensors out of the files"
+        )
+    return (
+        f"{len(extra)} tensors have no place in the {shape.family.name} of config.json, first {extra[0]}; "
+        "they would be left out: correct config.json, or take them out of the files"
+    )
+
+
+def _other_head(shape: ModelShape, held: Mapping[str, dict[str, Any]]) -> str:
+    """What is wrong with an output head beside an embedding that is to be it; empty: nothing.
+
+    Where both are large, pieces of them are compared; all of it, when the weights are read.
+    """
+    embedding, head = shape.tensor("embedding"), shape.tensor("head")
+    if not shape.tied or head not in held:
+        return ""
+    one, other = held[embedding], held[head]
+    if one["dtype"] != other["dtype"] and one["shape"] == other["shape"]:
+        return ""  # rounded otherwise, they may be the same
+    same = one["shape"] == other["shape"] and all(
+        first == second for first, second in zip(_pieces(one), _pieces(other), strict=True)
+    )
+    return "" if same else untied(head, embedding)
+
+
+def untied(head: str, embedding: str) -> str:
+    """What to say of a tied model whose files hold another output head."""
+    return (
+        f"config.json says tie_word_embeddings true, and {head} is not {embedding}; it would be left out: "
+        f"set tie_word_embeddings to false, or take {head} out of the files"
+    )
+
+
+def _pieces(tensor: Mapping[str, Any]) -> Iterator[bytes]:
+    """The bytes of a tensor: all of a small one, evenly spread pieces of a large one."""
+    begin, end = map(int, tensor["data_offsets"])
+    apart = max(_PIECE, (end - begin - _PIECE) // (_PIECES - 1))
+    with open(tensor["file"], "rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+        for at in range(begin, end, apart):
+            file.seek(data + at)
+            yield file.read(min(_PIECE, end - at))
 
 
 def _scale_fault(float8: Float8, name: str, held: Mapping[str, dict[str, Any]]) -> str:

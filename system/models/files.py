@@ -46,10 +46,10 @@ def read_tensors(directory: str | Path, names: Iterable[str], dtype: torch.dtype
     return found
 
 
-def write_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:
+def write_weights(tensors: dict[str, torch.Tensor], file: Path, **metadata: str) -> None:
     """Write a safetensors file.  Raises OSError, of which the library gives but the text."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
         if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise

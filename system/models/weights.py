@@ -6,8 +6,9 @@ multiplied by their scales in float32 and rounded once, to the dtype that is ask
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from system.models.directory import weight_files
+from system.models.directory import untied, weight_files
 from system.models.float8 import Float8, is_scale
 from system.models.reading import UnsupportedModel
+from system.models.shape import ModelShape
 
+SAMPLED = 256  # tensors that a fingerprint is made of, a row of each
 Box = tuple[slice, ...]  # of a tensor: slices with a start and a stop, of its first dimensions
 
 
@@ -52,8 +55,30 @@ class WeightReader:
     def read(self, name: str, dtype: torch.dtype, box: Box | None = None) -> Tensor:
         """A tensor, or a box of it, as ``dtype``.
 
-        Raises :class:`~system.models.reading.UnsupportedModel` for a float8 tensor without a scale that fits.
+        Raises :class:`~system.models.reading.UnsupportedModel` for a float8 tensor without a scale that fits,
+        and for numbers that are not finite: whatever is computed with them would not be, either.
         """
+        numbers = self._read(name, dtype, box)
+        if not finite(numbers):
+            raise UnsupportedModel(
+                f"{self._directory}: {name} holds numbers that are not finite (NaN, infinite): the "
+                "weights are damaged, or their training failed; take other ones"
+            )
+        return numbers
+
+    def check_tied(self, shape: ModelShape, dtype: torch.dtype, box: Box | None = None) -> None:
+        """Of a tied model whose files hold an output head, too: is it the embedding, or in this box of it?
+
+        Raises :class:`~system.models.reading.UnsupportedModel` otherwise.
+        """
+        embedding, head = shape.tensor("embedding"), shape.tensor("head")
+        if not shape.tied or head not in self:
+            return
+        same = self.shape(head) == self.shape(embedding)
+        if not same or not torch.equal(self.read(head, dtype, box), self.read(embedding, dtype, box)):
+            raise UnsupportedModel(f"{self._directory}: {untied(head, embedding)}")
+
+    def _read(self, name: str, dtype: torch.dtype, box: Box | None) -> Tensor:
         stored = self._tensor(name) if box is None else self._slice(name)[box]
         if stored.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             return stored.to(dtype)
@@ -82,6 +107,27 @@ class WeightReader:
         return self._files[file]
 
 
+def finite(numbers: Tensor) -> bool:
+    """Whether all of them are.  A sum is quick, and none that is finite has another number in it."""
+    return math.isfinite(numbers.sum(dtype=torch.float32)) or bool(numbers.isfinite().all())
+
+
+def fingerprint(directory: str | Path) -> str:
+    """16 hexadecimal digits that tell the weights of one model from those of another, by a sample of them.
+
+    Numbers are taken as bfloat16, so that a model is the same in any dtype, float8 with scales included.
+    """
+    shapes = sorted(ModelShape.from_directory(directory).tensors().items())
+    reader, hashed = WeightReader(directory), hashlib.sha256()
+    for name, size in shapes[:: -(-len(shapes) // SAMPLED)]:
+        row = size[0] // 2
+        box = (slice(row, row + 1),) if len(size) > 1 else (slice(0, size[0]),)
+        numbers = reader.read(name, torch.bfloat16, box)
+        hashed.update(f"{name} {list(size)}".encode())
+        hashed.update(numbers.contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
 def scaled(stored: Tensor, scale: Tensor, shared: tuple[int, int], box: Box) -> Tensor:
     """float32 [rows, columns] of a float8 matrix, or of a box of it, ``stored``: each number times its scale.
 
@@ -100,4 +146,4 @@ def scaled(stored: Tensor, scale: Tensor, shared: tuple[int, int], box: Box) -> 
 def by_size(reader: WeightReader, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
     """The tensors and their bytes as ``dtype``."""
     for name in reader.names():
-        yield name, prod(reader.shape(name)) * dtype.itemsize
+        yield name, math.prod(reader.shape(name)) * dtype.itemsize

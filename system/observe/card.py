@@ -96,10 +96,13 @@ def _hub_name(config: Config) -> str:
 
 
 def base_name(config: Config) -> str:
-    """What the model that training began with is called: on the hub, or else as its directory.  No path,
-    which means nothing on another machine.  "start" where the run has made it.
+    """What the model that training began with is called: on the hub, or else as its directory, or as the run
+    whose ``model/`` it is.  No path, which means nothing on another machine.  "start" where the run has made
+    it.
     """
-    return _hub_name(config) or Path(config.model.path or "start").absolute().name
+    path = Path(config.model.path or "start").absolute()
+    of_run = path.name == "model" and (path.parent / "config.yaml").is_file()
+    return _hub_name(config) or (path.parent if of_run else path).name
 
 
 def _adapters(config: Config, alone: bool, merged: tuple[str, float] | None) -> Iterator[str]:

@@ -274,6 +274,12 @@ class GpuPlan:
         """That leave the learner with each version of the weights."""
         return self._published(self.gpu).size
 
+    @property
+    def copies(self) -> bool:
+        """Whether rank 0 holds a whole version at a time, until all servers have it."""
+        engine, apart = self.config.engine, adapters_travel(self.config)
+        return engine.name == "sglang" and engine.weights != "disk" and not apart
+
     def _published(self, gpu: Gpu) -> PublishRoofline:
         apart = adapters_travel(self.config)
         return PublishRoofline(self.shape, self.config.learn, self.engine, gpu, self.one_node, apart)
@@ -308,7 +314,9 @@ class GpuPlan:
         publish = self._published(gpu)
         # Siblings' shared contexts are in an engine's cache once.
         again = min(wanted, held) * context * (1 - work.shared)
-        refills = flow.staleness > 0 and self.config.engine.kv_after_update != "keep"
+        # A turn under adapters of another version takes nothing from the cache, whatever that setting says.
+        kept = self.config.engine.kv_after_update == "keep" and not publish.adapters
+        refills = flow.staleness > 0 and not kept
         return Forecast(
             generate_s=flow.batch_leaves * work.generated / rate + roof.prefill_s(fresh) / engines,
             train_s=trainer.train_s(packed),
@@ -396,6 +404,7 @@ def text(plan: GpuPlan) -> str:
         *([_lora(p)] if learn.lora.on else []),
         filled(p.learner_memory, p.gpu.memory),
         *([f"  {byte_size(p.host_memory.total)} of host memory per GPU: optimizer"] if learn.offload else []),
+        *([f"  {byte_size(p.sent_bytes)} more at rank 0, on its GPU or host: weights to send"] * p.copies),
         "",
         f"engines  {p.engines}, of {count(p.engine.tp, 'GPU')} each" + p.engine.told,
         filled(p.engine_memory, p.gpu.memory),
@@ -407,8 +416,7 @@ def text(plan: GpuPlan) -> str:
         f"  generating a batch {duration(forecast.generate_s)} ({forecast.decode_per_s:,.0f} tokens/s, "
         f"{forecast.running:.1f} sequences decoding per engine)",
         f"  training on it {duration(forecast.train_s)} (MFU {forecast.mfu:.0%}), publishing weights "
-        f"{duration(forecast.publish_s)} (engines pause {duration(forecast.pause_s)}, then compute running "
-        f"contexts again: {duration(forecast.refill_s)})",
+        f"{duration(forecast.publish_s)} ({_taken(p)})",
         f"  a step every {duration(forecast.step_s)}; engines idle {forecast.engines_idle:.0%}, "
         f"learner idle {forecast.learner_idle:.0%}",
         f"  bottleneck: {forecast.bottleneck}: {forecast.because}",
@@ -416,6 +424,13 @@ def text(plan: GpuPlan) -> str:
     lines += ["", *(f"PROBLEM: {problem}" for problem in p.problems)] if p.problems else []
     lines += [f"note: {note}" for note in p.notes]
     return "\n".join(lines)
+
+
+def _taken(plan: GpuPlan) -> str:
+    again, pause = duration(plan.forecast.refill_s), duration(plan.forecast.pause_s)
+    if adapters_travel(plan.config):
+        return f"no engine pauses; contexts computed again under new adapters, turn by turn: {again}"
+    return f"engines pause {pause}, then compute running contexts again: {again}"
 
 
 def _lora(plan: GpuPlan) -> str:

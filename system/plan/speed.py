@@ -217,6 +217,9 @@ class PublishRoofline:
     stand still: bucket after bucket leaves rank 0 once and is handed on among the engines' ranks in a ring,
     which takes one transfer's time however many they are; every rank reads each bucket and writes its own
     share, and proves by its digest what it holds, all servers at the same time.
+
+    Adapters that travel by themselves are loaded beside those that running requests go on with: nothing
+    stands still.
     """
 
     shape: ModelShape
@@ -234,14 +237,19 @@ class PublishRoofline:
 
     @property
     def stage_s(self) -> float:
-        """Until all weights lie ready at rank 0; engines generate meanwhile."""
+        """Until all weights lie ready at rank 0, or engines have the adapters; they generate meanwhile."""
         gpu, ranks = self.gpu, self.learn.tp * self.learn.pp
         gathered = self.size * (1 - 1 / ranks) / (gpu.nvlink * gpu.nvlink_share)
-        return gathered + self.size / gpu.pcie
+        return gathered + self.size / gpu.pcie + (self._taken_s if self.adapters else 0.0)
 
     @property
     def pause_s(self) -> float:
         """That every engine stands still, the slowest like all others."""
+        return 0.0 if self.adapters else self._taken_s
+
+    @property
+    def _taken_s(self) -> float:
+        """From rank 0 into all engines."""
         gpu = self.gpu
         near, far = gpu.nvlink * gpu.nvlink_share, gpu.network * gpu.network_share
         sent = self.size / gpu.pcie + self.size / (near if self.one_node else far)

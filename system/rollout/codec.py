@@ -160,6 +160,15 @@ class ChatCodec:
         text, ends, _ = whole.removeprefix(before).partition(self._closer)
         if not whole.startswith(before) or not ends:
             raise TemplateRefused("the chat template writes the model's turn otherwise than it begins one")
+        fields = (given[0].get(key) for key in ("reasoning_content", "content"))
+        thought, content = (str(field or "").strip() for field in fields)
+        if thought not in text:
+            raise TemplateRefused(
+                "the chat template leaves out the thought (reasoning_content): put it into the content as "
+                "the model is to write it, or take it out"
+            )
+        if "</think>" not in content and content not in text:  # else the template takes thoughts out of it
+            raise TemplateRefused("the chat template leaves out what stands beside the calls: take it out")
         return self._encoded(text + ends, mask)
 
     def tried(self, roles: Sequence[str], tools: Schemas | None = None) -> Tried:

@@ -28,7 +28,7 @@ from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.base import Syntax
-from system.rollout.teacher import Teacher
+from system.rollout.teacher import Teacher, spelling
 from system.tools.outcome import Tools
 from system.tools.service import ToolService, build_tools
 from system.tree.builder import TreeBuilder
@@ -227,7 +227,9 @@ def build_context(
         asks=make_chat(config, tokenizer, model_path, syntax, environment),
         guide=config.guide,
         environments=environments,
-        teacher=Teacher(config.teacher, len(tokenizer), longest, keys.teacher) if teaches else None,
+        teacher=Teacher(config.teacher, len(tokenizer), longest, keys.teacher, spelling(tokenizer))
+        if teaches
+        else None,
         routes=routes is not None,
     )
     return context, service, engine

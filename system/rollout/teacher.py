@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,15 +21,26 @@ from system.tree.builder import TreeBuilder
 
 log = logging.getLogger(__name__)
 
+SPELLED = 256  # tokens of a vocabulary, evenly spread, that a teacher must spell as the student does
+
 
 class Teacher:
     """The servers at ``teacher.urls``.  They speak as an engine does, and are never given new weights."""
 
-    def __init__(self, config: TeacherConfig, vocab: int, longest: int, key: str = "") -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        vocab: int,
+        longest: int,
+        key: str = "",
+        spelled: Mapping[int, str] | None = None,
+    ) -> None:
         """``vocab``: tokens of the student's tokenizer; ``longest``: tokens that a path of a tree may have,
-        its prompt included; ``key``: what the servers want to be shown.
+        its prompt included; ``key``: what the servers want to be shown; ``spelled``: what some of the
+        tokens are to the student's tokenizer (:func:`spelling`).
         """
         self._config, self._vocab, self._longest, self._key = config, vocab, longest, key
+        self._spelled = dict(spelled or {})
         self.pool = self._pool(config.urls)
 
     def _pool(self, urls: list[str]) -> EnginePool:
@@ -36,10 +48,12 @@ class Teacher:
         return EnginePool(urls, deadline_s=config.deadline_s, in_flight=config.concurrency, key=self._key)
 
     async def check(self) -> None:
-        """Have every server score the last token of our vocabulary, and tell how many tokens it takes.
+        """Have every server score the last token of our vocabulary, spell some of it, and tell how many
+        tokens it takes.
 
-        Raises ConfigError for one that cannot (its model reads other tokens than ours, or it is not there),
-        and for one that takes fewer than a path may have: the longest turns would go untaught.
+        Raises ConfigError for one that cannot (its model reads fewer tokens than ours, or it is not there),
+        for one whose tokens are other texts, and for one that takes fewer tokens than a path may have: the
+        longest turns would go untaught.
         """
         for number, url in enumerate(self._config.urls):
             pool, tokens = self._pool([url]), np.array([0, self._vocab - 1], np.int32)
@@ -53,7 +67,33 @@ class Teacher:
                 ) from error
             finally:
                 await pool.close()
+            await self._check_spelling(number, url)
             await self._check_length(number, url)
+
+    async def _check_spelling(self, number: int, url: str) -> None:
+        """Of SGLang's server ``/detokenize`` says it, and of ours."""
+        if not self._spelled:
+            return
+        asked = {"tokens": [[token] for token in self._spelled], "skip_special_tokens": False}
+        async with Http([url], self._key) as http:
+            try:
+                texts = [
+                    str(text) for text in (await http.call(f"{url.rstrip('/')}/detokenize", asked))["text"]
+                ]
+            except (EngineError, KeyError, TypeError) as error:
+                log.warning(
+                    "teacher %s does not tell what its tokens are (%r): one with another tokenizer would "
+                    "teach nonsense",
+                    url,
+                    error,
+                )
+                return
+        for (token, ours), theirs in zip(self._spelled.items(), texts, strict=False):
+            if ours.strip() != theirs.strip():  # blanks beside punctuation some tokenizers clean away
+                raise ConfigError(
+                    f"teacher.urls[{number}]={url} has another tokenizer: token {token} is {theirs!r} there, "
+                    f"and {ours!r} to the model: start a server of a model with the model's tokenizer there"
+                )
 
     async def _check_length(self, number: int, url: str) -> None:
         """Of SGLang's server ``/server_info`` says it, and of ours: a request must have fewer tokens than
@@ -75,6 +115,13 @@ class Teacher:
                 f"{self._longest} (engine.max_context), so the longest turns would go untaught: start it "
                 "with a longer context (SGLang's --context-length, our --max-context), or lower that"
             )
+
+
+def spelling(tokenizer: Any) -> dict[int, str]:
+    """What some tokens of a tokenizer (transformers') are: its added ones, and others from all over it."""
+    some = {int(token) for token in np.linspace(0, len(tokenizer) - 1, SPELLED)}
+    known = sorted({*some, *tokenizer.get_added_vocab().values()})
+    return {token: str(tokenizer.decode([token], skip_special_tokens=False)) for token in known}
 
 
 @dataclass

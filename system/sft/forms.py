@@ -13,7 +13,7 @@ from typing import Any
 
 from system.plugins import nearest
 from system.tasks.columns import RowUnusable, find, repair
-from system.tasks.files import DataError, Row
+from system.tasks.files import DataError, KeyTwice, Row, from_json
 
 Message = dict[str, Any]
 COLUMNS = {
@@ -72,7 +72,12 @@ class Forms:
 
     def conversation(self, row: Row, where: str) -> Conversation:
         """Raises :class:`RowUnusable` with the reason."""
-        row = repair(row)
+        try:
+            return self._conversation(repair(row), where)
+        except KeyTwice as error:
+            raise RowUnusable(f"{where}: {error}") from error
+
+    def _conversation(self, row: Row, where: str) -> Conversation:
         form = self._form if self._form != "auto" else self._recognised(row, where)
         if form in ("sharegpt", "messages"):
             value = self._value(row, "messages")
@@ -97,7 +102,15 @@ class Forms:
             said.insert(0, {"role": "system", "content": system})
         messages = tuple(_joined(said, where))
         _check(messages, where)
-        return Conversation(where, messages, _tools(self._value(row, "tools"), where))
+        made = Conversation(where, messages, _tools(self._value(row, "tools"), where))
+        try:
+            made.key().encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):04X}"
+            raise RowUnusable(
+                f"{where}: a text holds half of a character ({half}, a lone surrogate)"
+            ) from None
+        return made
 
     def _recognised(self, row: Row, where: str) -> str:
         """The form by the columns that a row has."""
@@ -145,8 +158,7 @@ def _message(value: Any, where: str) -> Message:
     if role == "assistant":
         if calls := value.get("tool_calls"):
             message |= {"content": content or "", "tool_calls": _calls(_parsed(calls), where)}
-        if isinstance(thought := value.get("reasoning_content"), str) and thought.strip():
-            message |= {"content": message["content"] or "", "reasoning_content": thought}
+        message |= _thought(value.get("reasoning_content"), message["content"], where)
         if value.get("weight") not in (None, 0, 1):
             raise RowUnusable(
                 f"{where}: weight is {value['weight']!r}: 1, or 0 for a turn that is not learned"
@@ -155,9 +167,25 @@ def _message(value: Any, where: str) -> Message:
             message["weight"] = 0
     elif isinstance(name := value.get("name"), str) and name:
         message["name"] = name
+    if role == "tool" and (answered := value.get("tool_call_id")) not in (None, ""):
+        message["tool_call_id"] = str(answered)
     if not isinstance(message["content"], str):
         raise RowUnusable(f"{where}: the content is no text")
     return message
+
+
+def _thought(value: Any, content: Any, where: str) -> Message:
+    """What a ``reasoning_content`` adds to a message of ``content``."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    if not isinstance(value, str):
+        raise RowUnusable(f"{where}: reasoning_content is no text")
+    if isinstance(content, str) and ("<think>" in content or "</think>" in content):
+        raise RowUnusable(
+            f"{where}: a thought stands in reasoning_content, and one in the content (<think>): a chat "
+            "template would write either of them; keep one"
+        )
+    return {"content": content or "", "reasoning_content": value}
 
 
 def _content(value: Any) -> Any:
@@ -180,10 +208,15 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
             raise RowUnusable(
                 f"{where}: a tool call is {{name, arguments}} as JSON, found {str(call)[:60]!r}"
             )
-        arguments = _parsed(function.get("arguments", {}))
+        try:
+            arguments = _parsed(function.get("arguments", {}))
+        except KeyTwice as error:
+            raise RowUnusable(f"{where}: the arguments of the call of {name!r}: {error}") from error
         if not isinstance(arguments, Mapping):
             raise RowUnusable(f"{where}: the arguments of the call of {name!r} are no JSON object")
         made.append({"type": "function", "function": {"name": name, "arguments": dict(arguments)}})
+        if call.get("id") not in (None, ""):
+            made[-1]["id"] = str(call["id"])
     return made
 
 
@@ -212,17 +245,51 @@ def _joined(said: Sequence[Message], where: str) -> Iterator[Message]:
             last["tool_calls"] = message["tool_calls"]
         else:
             joined.append(dict(message))
-    number, waiting = 0, list[str]()
-    for message in joined:
-        if message["role"] == "assistant":
-            waiting = []
-            for call in message.get("tool_calls", ()):
-                call["id"] = f"call{number:05d}"
-                waiting.append(call["id"])
-                number += 1
-        elif message["role"] == "tool" and waiting:
-            message["tool_call_id"] = waiting.pop(0)
-        yield message
+    number, first = 0, 0
+    while first < len(joined):
+        behind = range(first + 1, len(joined))
+        last = next((i for i in behind if joined[i]["role"] == "assistant"), len(joined))
+        calls = joined[first].get("tool_calls", [])
+        places = [i for i in range(first + 1, last) if joined[i]["role"] == "tool"]
+        paired = _paired(calls, [joined[i] for i in places], where)
+        for place, (answer, call) in zip(places, paired, strict=True):
+            joined[place] = answer
+            answer.pop("tool_call_id", None)
+            if call is not None:
+                answer["tool_call_id"] = f"call{number + call:05d}"
+        for call in calls:
+            call["id"] = f"call{number:05d}"
+            number += 1
+        first = last
+    yield from joined
+
+
+def _paired(
+    calls: Sequence[Mapping[str, Any]], answers: Sequence[Message], where: str
+) -> list[tuple[Message, int | None]]:
+    """The answers to ``calls`` of one message, in the order of these, as a rollout has them, each with the
+    number of its call (None: there is none left).  Where both sides have ids these say which is whose.
+
+    Raises :class:`RowUnusable` for ids that do not agree.
+    """
+    known = [call.get("id") for call in calls]
+    named = [answer.get("tool_call_id") for answer in answers]
+    if not any(known) or not any(named):
+        return [(answer, i if i < len(calls) else None) for i, answer in enumerate(answers)]
+    for what, ids in (("calls have", known), ("answers are to", named)):
+        if twice := [one for one in ids if one is not None and ids.count(one) > 1]:
+            raise RowUnusable(
+                f"{where}: two {what} the id {twice[0]!r}: which answer is whose cannot be told"
+            )
+    for one in named:
+        if one is None or one not in known:
+            to = "has no tool_call_id" if one is None else f"is to {one!r} (tool_call_id)"
+            ids = ", ".join(map(repr, known))
+            raise RowUnusable(
+                f"{where}: an answer of a tool {to}, and the calls before it have the ids {ids}"
+            )
+    order = sorted(range(len(answers)), key=lambda i: known.index(named[i]))
+    return [(answers[i], known.index(named[i])) for i in order]
 
 
 def _check(messages: Sequence[Message], where: str) -> None:
@@ -258,10 +325,12 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _parsed(value: Any) -> Any:
-    """What ``value`` is the JSON text of; else as it is."""
+    """What ``value`` is the JSON text of; else as it is.  Raises :class:`KeyTwice`."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value, strict=False)
+            return from_json(value, strict=False)
+        except KeyTwice:
+            raise
         except (ValueError, RecursionError):
             return value
     return value

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from system.config import ConfigError
+from system.errors import EspalierError
 from system.plugins import nearest
 
 Row = Mapping[str, Any]
@@ -35,6 +36,10 @@ _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-
 
 class DataError(ConfigError):
     """A data file that cannot be used; the message names the file, the row and the column."""
+
+
+class KeyTwice(EspalierError, ValueError):
+    """An object of JSON says something twice: which is meant nobody knows."""
 
 
 def data_files(path: str) -> list[tuple[Path, str]]:
@@ -73,8 +78,8 @@ def data_files(path: str) -> list[tuple[Path, str]]:
 def rows(path: Path, damaged: Callable[[DataError], None] | None = None) -> Iterator[tuple[int, str, Row]]:
     """(number from 1, where it stands, the row) of one file; of JSON lines the number is the line's.
 
-    ``damaged``: told of each of the JSON lines that is none, which is then left out; without it the first one
-    is raised.
+    ``damaged``: told of each of the JSON lines that is none (not UTF-8, not JSON, a key twice), which is then
+    left out; without it the first one is raised.
     """
     read = {".parquet": _parquet, ".json": _json}.get(_kind(path), _table)
     try:
@@ -97,7 +102,8 @@ def _is_data(root: str, name: str) -> bool:
     return path.is_file() and _kind(path) in SUFFIXES and not _ABOUT.fullmatch(path.name)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, damaged: Callable[[DataError], None] | None = None) -> Iterator[str]:
+    """The lines of a text; of one that is not UTF-8 ``damaged`` is told, and it comes as an empty one."""
     with gzip.open(path) if _gzipped(path) else path.open("rb") as file:
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             try:
@@ -110,10 +116,14 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.removeprefix(codecs.BOM_UTF8).decode() if number == 1 else line.decode()
             except UnicodeDecodeError as error:
                 byte = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
-                raise DataError(
+                fault = DataError(
                     f"{path}, line {number}: not UTF-8 ({byte}): convert the file, for example with "
                     "`iconv -f latin1 -t utf-8`"
-                ) from error
+                )
+                if damaged is None:
+                    raise fault from error
+                damaged(fault)
+                yield ""
 
 
 def _object(value: Any, where: str) -> Row:
@@ -125,7 +135,7 @@ def _object(value: Any, where: str) -> Row:
 def _json_lines(
     path: Path, damaged: Callable[[DataError], None] | None = None
 ) -> Iterator[tuple[int, str, Row]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(path, damaged), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
@@ -138,9 +148,27 @@ def _json_lines(
             yield number, where, value
 
 
+def from_json(text: str, *, strict: bool = True) -> Any:
+    """What a JSON text says.  Raises ValueError, :class:`KeyTwice` for an object with a key twice, of which
+    Python would take the last one.  ``strict``: as of :func:`json.loads`.
+    """
+    return json.loads(text, strict=strict, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise KeyTwice(f"an object has the key {twice!r} twice: take out the one that is not meant")
+    return found
+
+
 def _parsed(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return from_json(line)
+    except KeyTwice as error:
+        raise DataError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
@@ -149,7 +177,9 @@ def _json(path: Path) -> Iterator[tuple[int, str, Row]]:
     """A list of rows; an object that holds one such list, or is a row itself; or JSON lines."""
     text = "".join(_lines(path))
     try:
-        value = json.loads(text) if text.strip() else []
+        value = from_json(text) if text.strip() else []
+    except KeyTwice as error:
+        raise DataError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _json_lines(path)

@@ -271,7 +271,10 @@ def test_sglang_starts_from_no_float8_model_and_makes_float8_of_some(place: Path
     assert "`espalier dequantise MODEL DIR`" in told
     online = "engine=sglang & model.dtype=bfloat16 & engine.sglang={quantization: fp8, load_format: flash_rl}"
     assert problems(online, quantization_config=None) == []
-    (told,) = problems(online, model_type="llama", head_dim=4)
+    norms, told = problems(online, model_type="llama", head_dim=4)
+    assert (
+        "4 tensors have no place in the llama of config.json, first model.layers.0.self_attn.k_norm" in norms
+    )
     assert "loader quantises qwen2 and qwen3 anew, and not llama" in told
 
 
@@ -416,7 +419,7 @@ def test_adapters_to_start_from_are_looked_at(place: Path) -> None:
     shape = ModelShape.from_config(SHAPE)
     kind = Adapter(2, 32.0, ("q", "k", "v", "out", "gate", "up", "down"))
     tensors = {name: torch.zeros(size) for name, size in kind.tensors(shape).items()}
-    kind.write(place / "adapters", tensors, "model")
+    kind.write(place / "adapters", tensors, "model", place / "model")
     assert found("learn.lora.rank=2") == []
     (line,) = found("learn.lora.rank=4")
     assert "learn.lora.rank of these adapters is 2, not 4: set it so" in line

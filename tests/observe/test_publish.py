@@ -135,6 +135,16 @@ def test_the_base_model_is_named_where_its_directory_tells_its_name_on_the_hub(
         assert base_name(config) == (base or Path(path).name)  # what adapters say: no path of this machine
 
 
+def test_a_run_s_model_is_called_as_the_run(config: Config, tmp_path: Path) -> None:
+    """All of them are called ``model``: whose it is, adapters would not say."""
+    (tmp_path / "my-sft-s0" / "model").mkdir(parents=True)
+    config.model.path = str(tmp_path / "my-sft-s0" / "model")
+    assert base_name(config) == "model"
+    (tmp_path / "my-sft-s0" / "config.yaml").touch()
+    assert base_name(config) == "my-sft-s0"
+    assert "from my-sft-s0" in model_card(config, SUMMARY, name="it", version=20)
+
+
 def test_the_card_of_adapters_and_of_what_they_were_merged_into(config: Config) -> None:
     config.model.path, config.learn.lora.rank = "m", 4
     alone = model_card(config, SUMMARY, name="it", version=20, adapter=True)

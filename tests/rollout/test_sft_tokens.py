@@ -235,6 +235,12 @@ def test_a_thought_given_as_a_field_is_written_by_the_template() -> None:
     assert text(asks, found.tokens[learned(found)]) == "<think>\nHm.\n</think>\n\nAda.<|im_end|>"
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama3.1"])
+def test_a_thought_that_the_template_leaves_out_is_refused(family: str) -> None:
+    with pytest.raises(RowUnusable, match=r"leaves out the thought \(reasoning_content\): put it into"):
+        example(chat(family, "syntax", "tags"), TAGS, USER, said("Ada.", reasoning_content="Hm."))
+
+
 def test_what_the_template_opens_is_not_said_twice() -> None:
     tokenizer = chatml(CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"))
     asks = Chat(tokenizer, TAGS, how="none")

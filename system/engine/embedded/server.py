@@ -23,6 +23,7 @@ from system.engine.embedded.job import BadRequest, Event, Job, parse
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
 from system.models.adapter import PROJECTIONS, Adapter
+from system.models.directory import fast_tokenizer
 from system.serving import JSON, AppServer, serve
 
 MAX_JSON_BYTES = 16 << 20
@@ -97,6 +98,7 @@ def _application(engine: EngineCore) -> web.Application:
             web.get("/v1/loads", server.loads),
             web.get("/model_info", server.model_info),
             web.get("/server_info", server.server_info),
+            web.post("/detokenize", server.detokenize),
         ]
     )
     return app
@@ -283,6 +285,21 @@ class _Handlers:
     async def server_info(self, request: web.Request) -> web.Response:
         """As SGLang's: a prompt has fewer tokens than this."""
         return web.json_response({"max_req_input_len": self._engine.context})
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """As SGLang's: the text of each list of tokens."""
+        body = await _json(request)
+        lists, whole = body.get("tokens"), self._engine.path / "tokenizer.json"
+        if not isinstance(lists, list) or not all(
+            isinstance(one, list) and all(type(token) is int and 0 <= token < 2**31 for token in one)
+            for one in lists
+        ):
+            raise BadRequest("tokens: expected lists of tokens, whole numbers from 0 on")
+        if not whole.is_file():
+            raise BadRequest("the model directory has no tokenizer.json")
+        tokenizer = await asyncio.to_thread(fast_tokenizer, whole)
+        skip = bool(body.get("skip_special_tokens", True))
+        return web.json_response({"text": [tokenizer.decode(one, skip_special_tokens=skip) for one in lists]})
 
 
 def _adapter(given: Any) -> Adapter | None:

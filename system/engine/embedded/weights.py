@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from system.errors import EspalierError
+from system.models.directory import COMPUTED
 from system.models.shape import ModelShape
 from system.models.weights import WeightReader
-
-_COMPUTED = "rotary_emb.inv_freq"  # in files of early Llamas
 
 
 class WeightsError(EspalierError, ValueError):
@@ -160,8 +159,9 @@ def load(path: Path, shape: ModelShape, dtype: torch.dtype, device: torch.device
     """What a Hugging Face directory's safetensors files hold, cast to ``dtype`` and checked."""
     tensors: dict[str, Tensor] = {}
     reader = WeightReader(path)
+    reader.check_tied(shape, dtype)
     for name in reader.names():
-        if (name == shape.tensor("head") and shape.tied) or name.endswith(_COMPUTED):
+        if (name == shape.tensor("head") and shape.tied) or name.endswith(COMPUTED):
             continue  # some exporters write the tied head a second time, and older ones frequencies
         tensors[name] = reader.read(name, dtype)
     check(shape, dtype, tensors)
