@@ -215,7 +215,8 @@ async def ask_each(
     failures: list[RolloutFailed | ActorLost] = []
     own, broken = scored_by(config), set[str]()  # sets with rewards of their own; those that failed
     limit = asyncio.Semaphore(config.trees_at_once * config.rollout.leaves)
-    deadline, back_s = tree_answer_s(config), config.cluster.start_deadline_s
+    back_s = config.cluster.start_deadline_s
+    deadlines = {name: tree_answer_s(of_set) for name, (_, of_set) in own.items()}
 
     async def ask(asked: Asked) -> Answered:
         question, number = asked.prompt, asked.seed
@@ -229,7 +230,7 @@ async def ask_each(
                 try:
                     stats = await answer(
                         worker.answer.remote(question, number, config.eval.temperature, asked.set),
-                        deadline,
+                        deadlines.get(asked.set) or tree_answer_s(config),
                         f"{name} answering {question.id}",
                     )
                     for kind, text in stats.mishaps:
