@@ -172,6 +172,10 @@ def over(config: RewardConfig, given: Any, key: str) -> RewardConfig:
     start = config
     if parts or (name is not None and (config.parts or name != config.name)):
         start = dataclasses.replace(config, name="", parts=[], options={}, weight=1.0)
+    if parts or start.parts:
+        for one in ("options", "weight"):
+            if layer.get(one, getattr(start, one)) != getattr(start, one):
+                raise ConfigError(f"{key}.{one}: of several rewards each has its own: write {key}.parts")
     if isinstance(options := layer.get("options"), dict):
         layer = {**layer, "options": {**start.options, **options}}
     return filled(key, "the section reward", start, layer)

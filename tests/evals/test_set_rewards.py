@@ -76,6 +76,22 @@ def test_another_reward_takes_no_options_and_no_weight_of_the_runs() -> None:
     assert of(JUDGE, "reward: f1").reward.options == {}
 
 
+@pytest.mark.parametrize(
+    ("run", "given", "says"),
+    [
+        (
+            "[arpo, {name: f1, weight: 0.5}]",
+            "{options: {x: 1}}",
+            "options: of several rewards each has its own",
+        ),
+        ("arpo", "{parts: [f1], weight: 2}", "weight: of several rewards each has its own"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(run: str, given: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"eval\.sets\[0\]\.reward\.{says}"):
+        of(run, f"reward: {given}")
+
+
 def test_several_weighted_ones() -> None:
     own = of("arpo", "reward: [f1, {name: judge, weight: 0.5, options: {base_url: 'http://a', model: m}}]")
     found = rewards(own.reward, "eval.sets[0].reward")
