@@ -34,7 +34,7 @@ def interval(share: float, questions: int) -> tuple[float, float]:
 def half_width(values: ArrayLike) -> float:
     """Of the 95 % interval of a mean, by Student's t; NaN of fewer than two values.
 
-    Of more than 31, t by the first term of its expansion: 0.1 % off at most.
+    Of more than 31, t by the first term of its expansion: 0.2 % off at most.
     """
     x = np.asarray(values, np.float64)
     if x.size < 2:

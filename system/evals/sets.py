@@ -43,7 +43,7 @@ def only(config: Config, names: Sequence[str]) -> Config:
     section = config.eval
     # What a set leaves out is as in the section, of which the task's own questions are taken out here.
     rest = {"questions": section.questions}
-    sets = [{**rest, **one} if one["name"] in names else None for one in section.sets]
+    sets = [{**rest, **one} if str(one["name"]) in names else None for one in section.sets]
     left = dataclasses.replace(section, sets=[one for one in sets if one is not None])
     if OWN in names:
         return dataclasses.replace(config, eval=left)

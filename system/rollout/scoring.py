@@ -50,10 +50,13 @@ class Scoring:
         failure_limit: float = 1.0,
         close_deadline_s: float = 300.0,
         overlong: Callable[[int], float] = lambda _: 0.0,
+        key: str = "reward",
         told_as: str = "reward",
     ) -> None:
-        """``overlong``: what is added for a branch of so many tokens; ``told_as``: where counters stand."""
-        self._told_as = told_as
+        """``overlong``: what is added for a branch of so many tokens; ``key``: of the settings, for messages;
+        ``told_as``: where counters stand.
+        """
+        self.key, self._told_as = key, told_as
         self.scorers, self.failure_limit, self.close_deadline_s = scorers, failure_limit, close_deadline_s
         self.overlong = overlong
         self._reasons: deque[str] = deque(maxlen=WINDOW)  # of the last leaves; "": it was scored
@@ -85,6 +88,7 @@ class Scoring:
                 buffer=settings.overlong_buffer,
                 penalty=settings.overlong_penalty,
             ),
+            key=key,
             told_as=told_as,
         )
 
@@ -131,7 +135,7 @@ class Scoring:
             told = ", ".join(f"{reason} {count}" for reason, count in why.most_common())
             raise RewardBroken(
                 f"{why.total()} of the last {len(self._reasons)} leaves could not be scored ({told}), more "
-                f"than reward.failure_limit={self.failure_limit:g} of {WINDOW}: {failed}"
+                f"than {self.key}.failure_limit={self.failure_limit:g} of {WINDOW}: {failed}"
             ) from failed
 
     def waited(self, seconds: float) -> None:
@@ -298,7 +302,7 @@ class TreeScores:
                 case _:
                     limit = self._scoring.close_deadline_s
                     name = scorer.chosen.shown
-                    text = f"reward {name}: no score within reward.close_deadline_s={limit:g} s"
+                    text = f"reward {name}: no score within {self._scoring.key}.close_deadline_s={limit:g} s"
                     raise ScoreFailed(f"{text} of the tree's end", "deadline")
 
 
