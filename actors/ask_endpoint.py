@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from actors import keys
-from actors.evaluate import Shown, asked_by, kept, tell
+from actors.evaluate import Shown, asked_by, kept, questions, result, tell
 from system.cluster.placement import served_tools
 from system.config import Config, ConfigError
 from system.envs.make import make_environment
 from system.evals.endpoint import Questions
 from system.evals.record import Answered, AnswerFile, Asked, digest
 from system.evals.result import EvalResult
-from system.evals.sets import question_sets, to_ask
 from system.observe.terminal import shown
 from system.rollout import process
 from system.rollout.completions import ChatCompletions
+from system.rollout.score_pool import RewardBroken
 from system.rollout.scoring import Scoring
+from system.rollout.sets import scorings
 from system.serving import serve
 from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import corpus_file
@@ -81,21 +82,17 @@ def ask_endpoint(config: Config, endpoint: Endpoint, answers: Path | None = None
     if why := endpoint.problem(config):
         raise ConfigError(why)
     task = make_task(config)
-    for note in notes(config, task):
+    for note in notes(config, task, training=False):
         print(shown(note), file=sys.stderr)
-    asked = to_ask(question_sets(config, task))
+    asked = questions(config, task)
     about = {**asdict(endpoint), "questions": digest(asked), **asked_by(config)}
     for name in ("concurrency", "try_s", "retries", "key_env"):  # of which no answer depends
         del about[name]
     file = AnswerFile(answers, about) if answers else None
     with contextlib.closing(file) if file else contextlib.nullcontext():
         found, missing = kept(file, asked)
-        if missing:
-            new = asyncio.run(_ask(config, task, endpoint, missing, file))
-            if not found and all(one.outcome == "unanswered" for one in new):
-                raise ConfigError(f"{endpoint.url} answered none of {len(new)} questions: see above")
-            found |= {one.key: one for one in new}
-    return EvalResult.of([found[one.key] for one in asked])
+        new = asyncio.run(_ask(config, task, endpoint, missing, file)) if missing else []
+    return result(endpoint.url, asked, found, new)
 
 
 async def _ask(
@@ -125,12 +122,23 @@ async def _ask(
         stack.push_async_callback(tools.close)
         await tools.check()
         scoring = Scoring.of(config, keys.held().rewards.get, scratch)
-        stack.push_async_callback(scoring.close)
-        questions = Questions(config, server, tools, scoring, mishap)
+        own = scorings(config, keys.held().rewards.get, scratch)
+        for each in (scoring, *own.values()):
+            stack.push_async_callback(each.close)
+        conversations = Questions(config, server, tools, scoring, mishap, own)
+        broken = set[str]()  # sets whose own rewards failed too often
 
         async def one(each: Asked) -> Answered:
             async with limit:
-                answer = await questions.ask(each)
+                answer = Answered.missing(each)
+                try:
+                    if each.set not in broken:
+                        answer = await conversations.ask(each)
+                except RewardBroken as error:
+                    if each.set not in own:  # the run's
+                        raise
+                    broken.add(each.set)
+                    mishap("set not scored", f"{each.set} is asked no further: {error}")
             if file is not None:
                 file.add(answer)
             progress.one_more()

@@ -8,7 +8,7 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from actors.engine_monitor import EngineOutage
 from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
-from system.config import Config, LoraConfig, to_dict
+from system.config import Config, ConfigError, LoraConfig, to_dict
 from system.evals.record import Answered, AnswerFile, Asked, digest
 from system.evals.result import EvalResult
 from system.evals.sets import question_sets, to_ask
@@ -24,6 +24,8 @@ from system.models.shape import ModelShape
 from system.observe.terminal import shown
 from system.redact import redact
 from system.rollout.failure import RolloutFailed
+from system.rollout.score_pool import RewardBroken
+from system.rollout.sets import scored_by
 from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import corpus_file
 
@@ -49,9 +51,9 @@ def evaluate(config: Config, model_dir: Path, answers: Path | None = None) -> Ev
     if config.engine.name == "embedded":  # SGLang serves other families, too
         ModelShape.from_directory(model_dir)
     task = make_task(config)
-    for note in notes(config, task):
+    for note in notes(config, task, training=False):
         print(shown(note), file=sys.stderr)
-    asked = to_ask(question_sets(config, task))
+    asked = questions(config, task)
     file = AnswerFile(answers, about(config, model_dir, asked)) if answers else None
     with contextlib.closing(file) if file else contextlib.nullcontext():
         found, missing = kept(file, asked)
@@ -61,8 +63,32 @@ def evaluate(config: Config, model_dir: Path, answers: Path | None = None) -> Ev
             if not found:
                 raise
             new = [Answered.missing(one) for one in missing]  # each was told
-    found |= {one.key: one for one in new}
-    return EvalResult.of([found[one.key] for one in asked])
+    return result("the engines", asked, found, new)
+
+
+def questions(config: Config, task: Task) -> list[Asked]:
+    """What is asked.  Raises ConfigError where that is nothing."""
+    if asked := to_ask(question_sets(config, task)):
+        return asked
+    raise ConfigError(
+        f"there is nothing to ask: task.name={config.task.name} has no held-out questions (of data files, "
+        "task.eval_path names them), and eval.sets is empty"
+    )
+
+
+def result(
+    who: str,
+    asked: Sequence[Asked],
+    found: Mapping[tuple[str, str, int], Answered],
+    new: Sequence[Answered],
+) -> EvalResult:
+    """Of all ``asked``, the answers that were ``found`` in a file and the ``new`` ones.  Raises ConfigError
+    where ``who`` was asked has answered nothing at all.
+    """
+    if not found and not any(one.there for one in new):
+        raise ConfigError(f"{who} answered none of {len(new)} questions: see above")
+    whole = {**found, **{one.key: one for one in new}}
+    return EvalResult.of([whole[one.key] for one in asked])
 
 
 def kept(
@@ -182,12 +208,15 @@ async def ask_each(
     """One branch per question with the engines' current weights, at ``eval.temperature``.
 
     ``answered`` is called after each.  A question that no attempt answers counts as wrong, and ``mishap`` is
-    told why: a kind and a text.  When none is answered, raises what the last attempt at one raised.
+    told why: a kind and a text.  When none is answered, raises what the last attempt at one raised.  A set
+    whose own rewards fail too often, or are to stop at a failure, is asked no further, and the others are.
     ``engines_back`` is awaited, with the cause, before another attempt at one whose engine was lost.
     """
     failures: list[RolloutFailed | ActorLost] = []
+    own, broken = scored_by(config), set[str]()  # sets with rewards of their own; those that failed
     limit = asyncio.Semaphore(config.trees_at_once * config.rollout.leaves)
-    deadline, back_s = tree_answer_s(config), config.cluster.start_deadline_s
+    back_s = config.cluster.start_deadline_s
+    deadlines = {name: tree_answer_s(of_set) for name, (_, of_set) in own.items()}
 
     async def ask(asked: Asked) -> Answered:
         question, number = asked.prompt, asked.seed
@@ -196,24 +225,34 @@ async def ask_each(
             name = [*pool.workers][(number + attempt) % len(pool.workers)]
             worker = pool.workers[name]
             async with limit:
+                if asked.set in broken:
+                    break
                 try:
                     stats = await answer(
-                        worker.answer.remote(question, number, config.eval.temperature),
-                        deadline,
+                        worker.answer.remote(question, number, config.eval.temperature, asked.set),
+                        deadlines.get(asked.set) or tree_answer_s(config),
                         f"{name} answering {question.id}",
                     )
                     for kind, text in stats.mishaps:
                         mishap(kind, text)
                     answered(found := Answered.of(asked, stats))
                     return found
+                except RewardBroken as error:
+                    if asked.set not in own:  # the run's
+                        raise
+                    if asked.set not in broken:
+                        mishap("set not scored", f"{asked.set} is asked no further: {error}")
+                    broken.add(asked.set)
+                    break
                 except (ActorLost, RolloutFailed) as error:
                     failure = error
                 if isinstance(failure, ActorLost):
                     await returned(worker, back_s, name, lambda it=name: it not in pool.workers)
                 elif failure.blameless:
                     await engines_back(failure.detail)
-        failures.append(failure)
-        mishap("question not answered", str(failure))
+        if asked.set not in broken:
+            failures.append(failure)
+            mishap("question not answered", str(failure))
         answered(found := Answered.missing(asked))
         return found
 

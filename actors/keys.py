@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
-from system.config import Config, ConfigError, rewards
+from system.config import Config, ConfigError, all_rewards
 from system.engine.control import Http
 from system.http import Keys
 
@@ -83,7 +83,7 @@ def _of_rewards(config: Config) -> dict[str, str]:
     """What judges' servers want to be shown, by the environment variables that hold it."""
     named = {
         str(variable): f"{one.key}.options.api_key_env"
-        for one in rewards(config.reward)
+        for one in all_rewards(config)
         if (variable := one.options.get("api_key_env"))
     }
     return {variable: _named(setting, variable) for variable, setting in named.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from system.rollout import process
 from system.rollout.context import build_context
 from system.rollout.guard import one_tree
 from system.rollout.planting import planted
+from system.rollout.sets import contexts
 from system.rollout.snapshot import can_freeze, freeze, thaw
 from system.rollout.tree_rollout import TreeRollout
 from system.text import described
@@ -37,6 +39,7 @@ class RolloutWorker:
         self._context, self._tools, self._engine = build_context(
             settings, model, engines, tools, keys.held(), store
         )
+        self._sets = contexts(settings, self._context, model, keys.held(), store)
         agents, token = settings.agent.on, keys.held().sessions
         self._agents = AgentRunner.of(settings, self._context, token) if agents else None
         self._growing: dict[int, TreeRollout] = {}
@@ -65,8 +68,11 @@ class RolloutWorker:
         worlds = self._context.environments
         own = self._engine.counters | self._tools.counters | self._context.scoring.counters
         own |= self._agents.counters if self._agents else {}
-        own |= self._context.drift.counters
-        return own | (worlds.counters if worlds else {})
+        drift = Counter(self._context.drift.counters)
+        for context in self._sets.values():
+            own |= context.scoring.counters
+            drift.update(context.drift.counters)
+        return own | drift | (worlds.counters if worlds else {})
 
     async def grow(
         self,
@@ -117,19 +123,21 @@ class RolloutWorker:
             await asyncio.sleep(0)  # between two trees, the others go on
         return list(found), found
 
-    async def answer(self, prompt: Prompt, seed: int, temperature: float) -> TreeStats:
+    async def answer(self, prompt: Prompt, seed: int, temperature: float, of: str = "") -> TreeStats:
         """One branch, no forks; or one run of the agent.  Raises as :meth:`grow` does.
 
-        ``seed`` tells the answers apart that are asked at a time, also those to one question.
+        ``seed`` tells the answers apart that are asked at a time, also those to one question.  ``of``: the
+        set among ``eval.sets`` that asks; empty: the run's own questions.
         """
-        ticket = f"answer-{seed}"
+        ticket, context = f"answer-{seed}", self._sets.get(of, self._context)
         with one_tree(prompt.id):
             if self._agents is not None:
                 alone = GroupRollout(
-                    self._agents, prompt, seed=seed, ticket=ticket, greedy=True, temperature=temperature
-                )
+                    self._agents, prompt, seed=seed, ticket=ticket, greedy=True, temperature=temperature,
+                    scoring=context.scoring,
+                )  # fmt: skip
                 return TreeStats.of(await alone.run())
             one = await planted(
-                self._context, prompt, seed=seed, ticket=ticket, greedy=True, temperature=temperature
+                context, prompt, seed=seed, ticket=ticket, greedy=True, temperature=temperature
             )
             return TreeStats.of(await one.run())

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from actors.best_model import ModelChoice
-from actors.checkpoints import checkpoints, restore_newest
+from actors.checkpoints import Restored, checkpoints, restore_newest
 from actors.conductor import Conductor
 from actors.delivery import deliver, deliver_rest, delivered
 from actors.ending import Signals, signals
@@ -20,7 +20,7 @@ from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
 from actors.session import in_session
-from system.config import Config, ConfigError, without_effect
+from system.config import Config, ConfigError, truncated, without_effect
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, FAILED, STOPPED
@@ -51,6 +51,8 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     if old and _nothing_to_train(config, old):
         told = f"{resume} ended at step {old.end['versions']}, and is left as it is; to go on, set run.steps"
         return deliver_rest(config, old, f"{told} above that")
+    if why := truncated(config):
+        raise ConfigError(why)
     task = make_task(config)  # which reads all its data, as do the further sets: nothing is made before
     asked = to_ask(question_sets(config, task))
     run_dir = old or RunDir.create(config, config_name)
@@ -174,6 +176,17 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     conductor = Conductor(*parts, asked=run.asked, version=version, choice=choice)
     actors.places.spare = conductor.spare
     run.ending.stops(conductor.loop, progress)
+    try:
+        return await _to_its_end(run, actors, conductor, found, choice)
+    finally:  # of a run that fails, too, which must not wait for an evaluation beside it
+        await conductor.evaluations.cut()
+
+
+async def _to_its_end(
+    run: _Run, actors: RunActors, conductor: Conductor, found: Restored | None, choice: ModelChoice
+) -> int:
+    """``found``: the checkpoint that the learner holds; ``choice``: which model the run leaves."""
+    config, run_dir, progress = run.config, run.run_dir, run.progress
     if found:
         await conductor.restore(found)
     else:

@@ -197,7 +197,7 @@ class Registry:
         if missing := [p for p in missing if p not in values]:
             raise PluginError(f"{where}: {name} needs {', '.join(missing)}")
         hints = _hints(factory)
-        return values | {key: _typed(f"{where}.{key}", hints.get(key, Any), options[key]) for key in options}
+        return values | {key: typed(f"{where}.{key}", hints.get(key, Any), options[key]) for key in options}
 
 
 def _meant(option: str, known: Iterable[str]) -> str:
@@ -213,8 +213,11 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _typed(where: str, kind: Any, value: Any) -> Any:
-    """``value`` as a ``kind``, with OmegaConf's conversions ("3" is an int, a mapping a dataclass)."""
+def typed(where: str, kind: Any, value: Any) -> Any:
+    """``value`` as a ``kind``, with OmegaConf's conversions ("3" is an int, a mapping a dataclass).
+
+    Raises :class:`PluginError` naming ``where`` it stands.
+    """
     try:
         schema = OmegaConf.structured(dataclasses.make_dataclass("Options", [("value", kind)]))
     except (OmegaConfBaseException, ValueError):  # a type that OmegaConf does not know: the part's to check
@@ -259,6 +262,7 @@ REWARDS = Registry(
     {
         "arpo": "system.rollout.rewards.arpo:ArpoReward",
         "arpo-release": "system.rollout.rewards.arpo_release:ArpoReleaseReward",
+        "f1": "system.rollout.rewards.f1:F1Reward",
         "judge": "system.rollout.rewards.judge:Judge",
         "task": "system.tasks.base:task_reward",
         "environment": "system.rollout.rewards.environment:EnvironmentReward",

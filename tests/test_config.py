@@ -262,8 +262,6 @@ def test_the_mark_of_a_replacement_has_no_place_in_a_list() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("rollout.top_p=0.5", "rollout.top_p=0.5, rollout.top_k=-1: training needs samples of the whole"),
-        ("rollout.top_k=20", "rollout.top_k=20: training needs samples of the whole distribution"),
         ("learn.tis_cap=0", "learn.tis_cap=0.0 must be above 0"),
         ("learn.proximal=closed", "set rollout.rescore=true too"),
         (

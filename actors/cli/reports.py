@@ -43,6 +43,7 @@ def tree(args: argparse.Namespace) -> int:
       espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
       espalier tree runs/quickstart-s0 --worst --full | less
       espalier tree runs/quickstart-s0 --best --html tree.html   drawn, in one file to mail
+      espalier tree runs/quickstart-s0 --list --html trees.html  the table, in one file
 
     How to read it: a tree goes one level deeper where it forks. `fork?` is a decision of the branching
     policy after a tool result: the rise in entropy (ΔH), the fork probability P and the draw. A leaf shows

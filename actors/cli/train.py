@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from actors.cli.command import RECIPE, argument, command, configured, split
 
 if TYPE_CHECKING:  # the command line is there at once
+    from system.config import Config
     from system.evals.result import EvalResult
 
 # What has to be right for a model and engines of our own.
@@ -58,6 +59,7 @@ def train(args: argparse.Namespace) -> int:
 @command(
     argument("words", nargs="*", metavar="RUN|MODEL_DIR | KEY=VALUE", help="what to evaluate, and overrides"),
     argument("--config", type=Path, help="the recipe; needed for a model directory, which has none"),
+    argument("--sets", metavar="NAME,…", help="only these of eval.sets; held-out: the task's own questions"),
     argument("--out", type=Path, metavar="FILE", help="write the result as JSON, or FILE.md: as a table"),
     argument(
         "--answers",
@@ -93,6 +95,7 @@ def evaluate(args: argparse.Namespace) -> int:
       espalier eval runs/quickstart-s0 task.eval_size=500 --out result.json
       espalier eval runs/quickstart-s0 eval.samples=8 eval.temperature=1 --answers answers.jsonl
       espalier eval path/to/hf-model --config configs/quickstart.yaml
+      espalier eval path/to/hf-model --config configs/benchmarks/arpo.yaml --sets aime24,hotpotqa
       espalier eval --endpoint https://api.example.com/v1 --model NAME --key-env API_KEY --config my.yaml
     """
     from system.evals.table import markdown
@@ -129,11 +132,13 @@ def _of_model(args: argparse.Namespace) -> EvalResult:
         )
     else:
         config, model = load(args.config, overrides), target
+    config = _to_ask(args, config)
     if not (model / "config.json").is_file():
         raise ConfigError(f"{model} holds no model in Hugging Face format (no config.json)")
     checked = copy.deepcopy(config)
     checked.model.path = str(model)
-    require(checked, without=("model", "run directory"))  # SGLang serves models that are not trained here
+    # SGLang serves models that are not trained here.
+    require(checked, without=("model", "run directory"), training=False)
     from actors.evaluate import evaluate  # slow imports
 
     return evaluate(config, model, args.answers)
@@ -150,6 +155,7 @@ def _of_endpoint(args: argparse.Namespace) -> EvalResult:
     if (target is None) == (args.config is None):
         raise ConfigError("--endpoint asks the questions of a recipe: name it by --config, or name a run")
     config = RunDir.open(target).config(tuple(overrides)) if target else load(args.config, overrides)
+    config = _to_ask(args, config)
     parameters: dict[str, Any] = {}
     for given in args.parameter:
         name, _, value = given.partition("=")
@@ -157,12 +163,25 @@ def _of_endpoint(args: argparse.Namespace) -> EvalResult:
             parameters[name] = json.loads(value)
         except ValueError:
             raise ConfigError(f"--parameter {given}: KEY=JSON; a text in quotes: '{name}=\"…\"'") from None
-    require(config, without=_OF_MODEL)
+    require(config, without=_OF_MODEL, training=False)
     from actors.ask_endpoint import Endpoint, ask_endpoint  # slow imports
 
     limits = (args.concurrency, args.timeout, args.retries)
     endpoint = Endpoint(args.endpoint, args.model, args.key_env, *limits, parameters)
     return ask_endpoint(config, endpoint, args.answers)
+
+
+def _to_ask(args: argparse.Namespace, config: Config) -> Config:
+    """The part of ``config`` that is to be evaluated.  Raises ConfigError for a set that there is not."""
+    from system.evals.sets import only, without_training_data
+    from system.observe.terminal import shown
+
+    if args.sets is not None:
+        config = only(config, [name.strip() for name in args.sets.split(",")])
+    config, missing = without_training_data(config)
+    if missing:
+        print(shown(missing), file=sys.stderr)
+    return config
 
 
 def unsafe_on_resume(overrides: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ from system.rollout.branching import Never
 from system.rollout.failure import ENGINE_LOST, too_few
 from system.rollout.reward import BranchView, Score
 from system.rollout.scorer import held
-from system.rollout.scoring import TreeScores
+from system.rollout.scoring import Scoring, TreeScores
 from system.text import one_line
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Origin, Outcome, Tree
@@ -63,8 +63,9 @@ class GroupRollout:
         ticket: int | str = "",
         greedy: bool = False,
         temperature: float | None = None,
+        scoring: Scoring | None = None,
     ) -> None:
-        """As of :class:`.TreeRollout`; ``greedy``: one episode."""
+        """As of :class:`.TreeRollout`; ``greedy``: one episode; ``scoring``: None: the run's."""
         context = runner.context
         self.runner, self.context, self.prompt = runner, context, prompt
         self.seed, self.ticket = seed, ticket
@@ -88,7 +89,7 @@ class GroupRollout:
         )
         self._agents = asyncio.TaskGroup()
         self._beside = asyncio.TaskGroup()  # what scores; it outlives the episodes' deadline
-        self._scores = TreeScores(context.scoring, prompt, self._beside, self.mishap)
+        self._scores = TreeScores(scoring or context.scoring, prompt, self._beside, self.mishap)
 
     def mishap(self, kind: str, text: str) -> None:
         """Something has failed that does not end the group."""

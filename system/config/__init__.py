@@ -8,7 +8,11 @@ with the tag ``!replace`` it replaces it: ``task.options: !replace {}``.
 """
 
 from system.config.by_step import at_step as at_step
+from system.config.check import truncated as truncated
 from system.config.check import validate as validate
+from system.config.evaluation import all_rewards as all_rewards
+from system.config.evaluation import scored as scored
+from system.config.evaluation import set_task as set_task
 from system.config.guide import GuideConfig as GuideConfig
 from system.config.load import from_dict as from_dict
 from system.config.load import load as load
@@ -32,6 +36,7 @@ from system.config.schema_eval import eval_sets as eval_sets
 from system.config.schema_learn import LearnConfig as LearnConfig
 from system.config.schema_lora import LoraConfig as LoraConfig
 from system.config.schema_reward import ChosenReward as ChosenReward
+from system.config.schema_reward import RewardConfig as RewardConfig
 from system.config.schema_reward import rewards as rewards
 from system.config.schema_sft import SftConfig as SftConfig
 from system.config.schema_teacher import TeacherConfig as TeacherConfig

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from system.config.agent import agent_problems
 from system.config.by_step import at_step, course_problems
 from system.config.cluster import cluster_problems
+from system.config.evaluation import all_rewards, eval_problems
 from system.config.experts import expert_rules
 from system.config.guide import ACTIONS
 from system.config.lora import adapters_travel, lora_problems
 from system.config.mcp import place
 from system.config.observe import observe_problems
 from system.config.precision import precision_problems, sglang_flags
+from system.config.reward import reward_problems
 from system.config.rule import PartConfig
+from system.config.rule_checks import MAY_BE_EMPTY, broken_rules, names_of
 from system.config.schema import Config
-from system.config.schema_eval import eval_problems
-from system.config.schema_reward import ON_LOOP, rewards
 from system.config.schema_sft import sft_problems
-from system.config.settings import Setting, settings
+from system.config.settings import settings
 from system.config.teacher import teacher_problems
 from system.errors import ConfigError
 from system.plugins import CREDITS, REWARDS, PluginError, nearest
@@ -46,7 +44,6 @@ SET_BY: dict[str, str] = {
     "random_seed": "run.seed",
     **dict.fromkeys(("api_key", "admin_api_key"), "the system"),  # a flag is read by every user of a machine
 }
-MAY_BE_EMPTY = ("reward.name", "agent.run")  # see _rewards, AgentConfig.on
 TOOL_LIMITS = ("deadline_s", "concurrency", "rate_per_s", "retries", "cache_size")
 
 # Of our credits, all but this one know a leaf's worth only beside others of its tree.
@@ -59,40 +56,10 @@ def validate(config: Config, problems: Sequence[str] = ()) -> None:
     Raises :class:`ConfigError` with one line per problem, ``problems`` that are known already among them.
     Whether fields agree is asked only where there is nothing else.
     """
-    found = [*problems, *(line for one in settings().values() for line in _broken_rules(one, one.of(config)))]
+    found = [*problems, *(line for one in settings().values() for line in broken_rules(one, one.of(config)))]
     found = found or [line for check in AGREEMENTS for line in check(config)]
     if found:
         raise ConfigError("\n".join(found))
-
-
-def _broken_rules(one: Setting, value: Any) -> Iterator[str]:
-    """What ``value`` breaks of the setting's own rule."""
-    key, rule = one.key, one.rule
-    if isinstance(value, list | dict) and typing.get_args(one.kind)[-1] is str:
-        items: Iterable[Any] = value.values() if isinstance(value, dict) else value
-        if wrong := [item for item in items if not isinstance(item, str)]:
-            yield f"{key}: {wrong[0]!r} must be a text: {rule.text}"
-            return
-    if isinstance(value, str) and "\0" in value:
-        yield f"{key}={value!r} has a NUL character in it: no path and no name can"
-    if rule.path and isinstance(value, str) and value.startswith("~"):
-        yield f"{key}={value}: `~` stands for nothing here: write the whole path, or ${{oc.env:HOME}}"
-    if rule.registry is not None:
-        for name in [] if key in MAY_BE_EMPTY and not value else names_of(value):
-            try:
-                rule.registry.check_name(name)
-            except PluginError as error:
-                yield str(error)
-    if rule.choices and value not in rule.choices:
-        close = nearest(str(value), rule.choices)
-        yield f"{key}={value!r}: choose one of {', '.join(rule.choices)}{close}"
-    if isinstance(value, int | float):
-        low = -math.inf if rule.least is None else rule.least
-        high = math.inf if rule.most is None else rule.most
-        if not math.isfinite(value):
-            yield f"{key}={value} must be a finite number: {rule.text}"
-        elif not low <= value <= high or (rule.above is not None and value <= rule.above):
-            yield f"{key}={value} must be {rule.bounds}: {rule.text}"
 
 
 def _limits(config: Config) -> Iterator[str]:
@@ -124,7 +91,7 @@ def _limits(config: Config) -> Iterator[str]:
             if isinstance(value, bool) or not isinstance(value, int if one.kind is int else int | float):
                 yield f"{where}.{key}={value!r} must be {one.rule.bounds}: {one.rule.text}"
             else:
-                yield from _broken_rules(dataclasses.replace(one, section=where), value)
+                yield from broken_rules(dataclasses.replace(one, section=where), value)
 
 
 def _by_step(config: Config) -> Iterator[str]:
@@ -143,15 +110,8 @@ def _by_step(config: Config) -> Iterator[str]:
             where = dataclasses.replace(
                 settings()[key], section=f"run.by_step, step {step}: {key.split('.')[0]}"
             )
-            yield from _broken_rules(where, value)
+            yield from broken_rules(where, value)
             yield from (f"run.by_step, step {step}: {line}" for line in _void(at_step(config, step)))
-
-
-def names_of(value: Any) -> list[str]:
-    """The names of parts that a setting with a registry holds."""
-    if isinstance(value, PartConfig):
-        return [value.name]
-    return [value] if isinstance(value, str) else value
 
 
 def part_problems(config: Config) -> list[str]:
@@ -161,7 +121,7 @@ def part_problems(config: Config) -> list[str]:
         if (registry := one.rule.registry) is None:
             continue
         if registry is REWARDS:
-            wanted = [(REWARDS.at(part.key), part.name, part.options) for part in rewards(config.reward)]
+            wanted = [(REWARDS.at(part.key), part.name, part.options) for part in all_rewards(config)]
         else:
             value = one.of(config)
             options = value.options if isinstance(value, PartConfig) else getattr(config, one.section).options
@@ -227,39 +187,6 @@ def _sizes(config: Config) -> Iterator[str]:
             f"engine.max_context={config.engine.max_context} must exceed "
             f"rollout.max_response_tokens={rollout.max_response_tokens}: it holds the prompt too"
         )
-
-
-def _rewards(config: Config) -> Iterator[str]:
-    """One reward or several, each of the latter against the rules of the former."""
-    section = config.reward
-    if bool(section.name) == bool(section.parts):
-        yield (
-            f"reward.name={section.name!r} beside reward.parts: write `reward: [{{name: …}}, …]` for several "
-            "rewards, or reward=NAME for one"
-        )
-        return
-    try:
-        chosen = rewards(section)
-    except ConfigError as error:
-        yield from str(error).splitlines()
-        return
-    for reward in chosen if section.parts else ():
-        for one in settings().values():
-            if one.section == "reward" and hasattr(reward, one.name):
-                own = REWARDS.at(reward.key) if one.rule.registry else None
-                rule = dataclasses.replace(one.rule, registry=own)
-                there = dataclasses.replace(one, section=reward.key, rule=rule)
-                yield from _broken_rules(there, getattr(reward, one.name))
-    for reward in chosen:
-        rate, at_once = reward.options.get("rate_per_s"), reward.concurrency or ON_LOOP
-        if isinstance(rate, int | float) and 0 < rate * reward.deadline_s < at_once:
-            yield (
-                f"{reward.key}.options.rate_per_s={rate:g}: with {at_once} scores at once the last waits "
-                f"{at_once / rate:g} s for its turn, longer than {reward.key}.deadline_s="
-                f"{reward.deadline_s:g}: lower {reward.key}.concurrency, or raise the deadline"
-            )
-    if not any(reward.weight for reward in chosen):
-        yield "reward: every weight is 0: every leaf would earn the same; give one another weight"
 
 
 def _engine(config: Config) -> Iterator[str]:
@@ -360,11 +287,6 @@ def undivided(config: Config, sizes: Mapping[str, int]) -> Iterator[str]:
 def _void(config: Config) -> Iterator[str]:
     """Settings with which training would run, and teach nothing or something else."""
     rollout, learn = config.rollout, config.learn
-    if rollout.top_p < 1 or rollout.top_k >= 0:
-        yield (
-            f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: training needs samples of the "
-            "whole distribution, whose probabilities the learner computes: leave top_p at 1 and top_k at -1"
-        )
     if learn.proximal == "closed" and not rollout.rescore:
         yield (
             "learn.proximal=closed clips against what the engine found when a turn ended: set "
@@ -400,6 +322,20 @@ def _void(config: Config) -> Iterator[str]:
         )
 
 
+def truncated(config: Config) -> str:
+    """Why a run cannot train on what ``rollout.top_p`` and ``rollout.top_k`` let through; empty: it can.
+
+    An evaluation may sample so.
+    """
+    rollout = config.rollout
+    if rollout.top_p == 1 and rollout.top_k < 0:
+        return ""
+    return (
+        f"rollout.top_p={rollout.top_p}, rollout.top_k={rollout.top_k}: training needs samples of the whole "
+        "distribution, whose probabilities the learner computes: leave top_p at 1 and top_k at -1"
+    )
+
+
 def _sft(config: Config) -> Iterator[str]:
     """Supervised learning on conversations."""
     yield from sft_problems(config.sft)
@@ -422,7 +358,7 @@ def _guide(config: Config) -> Iterator[str]:
 
 
 AGREEMENTS = (
-    *(_limits, _by_step, _sizes, _rewards, _engine, agent_problems),
+    *(_limits, _by_step, _sizes, reward_problems, _engine, agent_problems),
     *(
         precision_problems,
         lora_problems,
@@ -432,7 +368,7 @@ AGREEMENTS = (
         expert_rules,
         _guide,
         _sft,
-        lambda config: eval_problems(config.eval),
+        eval_problems,
         teacher_problems,
         observe_problems,
         _void,

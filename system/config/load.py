@@ -16,7 +16,7 @@ from system.config.algorithms import ALGORITHMS
 from system.config.check import validate
 from system.config.hints import hint
 from system.config.schema import Config
-from system.config.schema_reward import RewardConfig
+from system.config.schema_reward import RewardConfig, as_section
 from system.config.settings import settings
 from system.errors import ConfigError
 from system.plugins import KINDS, escape, nearest
@@ -211,15 +211,11 @@ def _expand(layer: dict[str, Any], values: Any) -> dict[str, Any]:
 
 def _one_or_several(reward: Any) -> Any:
     """The section ``reward`` of a layer: who names one reward takes out several, and the other way round."""
-    if isinstance(reward, str | int | float):
-        reward = {"name": str(reward)}
-    if isinstance(reward, list):
-        reward = {"parts": reward}
+    reward = as_section(reward)
     if not isinstance(reward, dict):
         return reward
     if isinstance(parts := reward.get("parts"), list) and parts:
-        named = [{"name": one} if isinstance(one, str) else one for one in parts]
-        return {"name": "", "options": {REPLACE: True}, **reward, "parts": named}
+        return {"name": "", "options": {REPLACE: True}, **reward}
     return {"parts": [], **reward} if "name" in reward else reward
 
 

@@ -5,16 +5,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from system.config.fill import filled
 from system.config.rule import setting
 from system.errors import ConfigError
-from system.plugins import escape, nearest
 
 
 @dataclass
@@ -43,7 +40,8 @@ class EvalConfig:
     sets: list[dict[str, Any]] = setting(
         [],
         "further sets of held-out questions: {name, path (a data file) or task (as in the section task), "
-        "columns, system_prompt, questions, samples}; what one leaves out is as in this section",
+        "columns, system_prompt, questions, samples, reward (as the section reward)}; what one leaves out is "
+        "as in this section, and scored by its task if that scores its own answers, else as the run",
     )
 
 
@@ -58,6 +56,7 @@ class EvalSet:
     system_prompt: str = ""
     questions: int = -1
     samples: int = 1
+    reward: Any = None  # as the section reward may be written; None: the run's, or its task's own
     key: str = ""  # for messages
 
 
@@ -80,15 +79,11 @@ def eval_sets(config: EvalConfig) -> list[EvalSet]:
 
 
 def _checked(key: str, config: EvalConfig, given: Mapping[str, Any]) -> EvalSet:
-    known = [one.name for one in fields(EvalSet) if one.name != "key"]
-    if unknown := [str(name) for name in given if name not in known]:
-        raise ConfigError(f"{key}.{unknown[0]}: a set has {', '.join(known)}{nearest(unknown[0], known)}")
-    try:
-        schema = OmegaConf.structured(EvalSet(questions=config.questions, samples=config.samples, key=key))
-        one: Any = OmegaConf.to_object(OmegaConf.merge(schema, escape(dict(given))))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(one, EvalSet)
+    task = given.get("task")
+    named = {**given, "task": {"name": task}} if isinstance(task, str) else given
+    one = filled(
+        key, "a set", EvalSet(questions=config.questions, samples=config.samples, key=key), named, ("key",)
+    )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", one.name):
         raise ConfigError(
             f"{key}.name={one.name!r}: letters, digits, and - . _ between them: it names metrics"
@@ -104,44 +99,3 @@ def _checked(key: str, config: EvalConfig, given: Mapping[str, Any]) -> EvalSet:
     if one.questions < -1 or one.samples < 1:
         raise ConfigError(f"{key}: questions are -1 (all) or more, samples 1 or more")
     return one
-
-
-def eval_problems(config: EvalConfig) -> Iterator[str]:
-    """What does not go together."""
-    sets: list[EvalSet] = []
-    try:
-        sets = eval_sets(config)
-    except ConfigError as error:
-        yield from str(error).splitlines()
-    yield from _choice_problems(config, sets)
-    several = ["eval.samples"] * (config.samples > 1) + [
-        f"{one.key}.samples" for one in sets if one.samples > 1
-    ]
-    if several and config.temperature == 0:
-        yield (
-            f"{several[0]} asks for several answers, but eval.temperature=0 gives the same one again: set "
-            "eval.temperature=1 (or what the model's card advises), or ask once"
-        )
-
-
-def _choice_problems(config: EvalConfig, sets: Sequence[EvalSet]) -> Iterator[str]:
-    """Whether an evaluation has what ``eval.choose`` names."""
-    if config.choose == "last":
-        return
-    of_set, _, metric = config.choose.rpartition("/")
-    samples = {one.name: one.samples for one in sets} | {"": config.samples}
-    if of_set not in samples:
-        known = ", ".join(one.name for one in sets) or "none"
-        yield f"eval.choose={config.choose}: eval.sets has no {of_set!r} (there are: {known})"
-        return
-    count = samples[of_set]
-    ks = {2**power for power in range(1, count.bit_length())} | {count}
-    measured = ["accuracy", "reward"]
-    measured += ["majority", *(f"pass@{k}" for k in sorted(ks))] if count > 1 else []
-    if metric not in measured:
-        yield f"eval.choose={config.choose}: choose last, or by one of {', '.join(measured)}"
-    if not config.every and not config.every_s:
-        yield (
-            f"eval.choose={config.choose} has the last model alone to choose of: set eval.every or "
-            "eval.every_s, or eval.choose=last"
-        )

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from system.config.fill import filled
 from system.config.rule import setting
 from system.errors import ConfigError
-from system.plugins import REWARDS, escape, nearest
+from system.plugins import REWARDS
 
 ON_LOOP = 256  # scores at once of one ``async`` reward, where nothing else is said
 
@@ -113,19 +111,21 @@ class ChosenReward(RewardPart):
         return self.label or self.name
 
 
-def rewards(config: RewardConfig) -> list[ChosenReward]:
-    """The rewards of a run, in order.  Raises :class:`ConfigError` with a line for each bad part."""
+def rewards(config: RewardConfig, key: str = "reward") -> list[ChosenReward]:
+    """The rewards of a section, in order; ``key``: where it stands.
+
+    Raises :class:`ConfigError` with a line for each bad part.
+    """
     names = [one.name for one in dataclasses.fields(RewardPart)]
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     if not config.parts:
-        return [ChosenReward(**shared)]
+        return [ChosenReward(**shared, key=key)]
     shared |= {"name": "", "options": {}, "weight": 1.0}
     problems: list[str] = []
     chosen: list[ChosenReward] = []
     for number, given in enumerate(config.parts):
-        key = f"reward.parts[{number}]"
         try:
-            chosen.append(_chosen(key, shared, given))
+            chosen.append(_chosen(ChosenReward(**shared, key=f"{key}.parts[{number}]"), given))
         except ConfigError as error:
             problems.append(str(error))
     labels = [one.label for one in chosen]
@@ -138,23 +138,44 @@ def rewards(config: RewardConfig) -> list[ChosenReward]:
     return chosen
 
 
-def _chosen(key: str, shared: Mapping[str, Any], given: Mapping[str, Any]) -> ChosenReward:
-    known = [*shared, "label"]
-    if unknown := [str(name) for name in given if name not in known]:
-        close = nearest(unknown[0], known)
-        raise ConfigError(f"{key}.{unknown[0]}: a reward has {', '.join(known)}{close}")
-    try:
-        schema = OmegaConf.structured(ChosenReward(**shared, key=key))
-        merged = OmegaConf.merge(schema, {**escape(dict(given)), "options": {}})
-        one: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(one, ChosenReward)
+def _chosen(shared: ChosenReward, given: Mapping[str, Any]) -> ChosenReward:
+    one = filled(shared.key, "a reward", shared, given)
     if not one.name:
-        raise ConfigError(f"{key}.name is missing: one of {', '.join(REWARDS.names)}, or your own")
-    options = given.get("options") or {}
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"{key}.options={options!r} must be a dictionary")
-    one.options = dict(options)
+        raise ConfigError(f"{one.key}.name is missing: one of {', '.join(REWARDS.names)}, or your own")
     one.label = one.label or one.name.rpartition(":")[2]
     return one
+
+
+def as_section(reward: Any) -> Any:
+    """The ways to write the section, as its keys: one reward's name, a list of several, or keys already."""
+    if isinstance(reward, str | int | float):
+        return {"name": str(reward)}
+    if isinstance(reward, list):
+        reward = {"parts": reward}
+    if isinstance(reward, dict) and isinstance(parts := reward.get("parts"), list):
+        return {**reward, "parts": [{"name": one} if isinstance(one, str) else one for one in parts]}
+    return reward
+
+
+def over(config: RewardConfig, given: Any, key: str) -> RewardConfig:
+    """The section ``config`` with what is ``given`` at ``key`` in its place, written in any of its ways.
+
+    Another reward than the section's, or several, begin with options and a weight of their own.  Raises
+    :class:`ConfigError` with a line for each misfit.
+    """
+    layer = as_section(given)
+    if not isinstance(layer, dict):
+        raise ConfigError(f"{key}={given!r}: name a reward, list several, or give keys of the section reward")
+    parts, name = layer.get("parts"), layer.get("name")
+    if isinstance(parts, list) and (wrong := [one for one in parts if not isinstance(one, dict)]):
+        raise ConfigError(f"{key}.parts: {wrong[0]!r} must be a dictionary, or the name of a reward")
+    start = config
+    if parts or (name is not None and (config.parts or name != config.name)):
+        start = dataclasses.replace(config, name="", parts=[], options={}, weight=1.0)
+    if parts or start.parts:
+        for one in ("options", "weight"):
+            if layer.get(one, getattr(start, one)) != getattr(start, one):
+                raise ConfigError(f"{key}.{one}: of several rewards each has its own: write {key}.parts")
+    if isinstance(options := layer.get("options"), dict):
+        layer = {**layer, "options": {**start.options, **options}}
+    return filled(key, "the section reward", start, layer)

@@ -13,7 +13,7 @@ from socket import socket
 
 from psutil import virtual_memory
 
-from system.config import Config, rewards
+from system.config import Config, all_rewards
 from system.doctor import adapters
 from system.doctor.answering import unanswered
 from system.doctor.problem import Problem
@@ -91,7 +91,7 @@ def servers(config: Config) -> Iterator[Problem]:
     if config.learn.teacher == "server":
         asked |= {f"teacher.urls={url}": url for url in config.teacher.urls}
         keys["teacher.api_key_env"] = config.teacher.api_key_env
-    for reward in rewards(config.reward):
+    for reward in all_rewards(config):
         if url := reward.options.get("base_url"):
             asked[f"{reward.key}.options.base_url={url}"] = str(url)
         keys[f"{reward.key}.options.api_key_env"] = str(reward.options.get("api_key_env") or "")

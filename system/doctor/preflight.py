@@ -19,28 +19,39 @@ from system.errors import EXPECTED
 
 
 def look(
-    config: Config, *, login: bool = False, resume: Path | None = None, without: Collection[str] = ()
+    config: Config,
+    *,
+    login: bool = False,
+    resume: Path | None = None,
+    without: Collection[str] = (),
+    training: bool = True,
 ) -> dict[str, list[Problem]]:
     """The problems by topic; a topic without any has an empty list.
 
     ``login``: this is not the machine that the run will be on.  ``resume``: the run directory of a run that
-    goes on.  ``without``: topics that are left out.
+    goes on.  ``without``: topics that are left out.  ``training``: false for an evaluation alone.
     """
     if resume is not None:
         saved = any((resume / "checkpoints").glob("v" + 6 * "[0-9]"))
         config = going_on(config) if saved else copy.deepcopy(config)
         config.run.dir = str(resume)
     asked = ANYWHERE if login else ANYWHERE | ON_THE_SPOT
+    asked = asked | (OF_TRAINING if training else OF_EVALUATION)
     if login and config.slurm.container != "none":
         without = {*without, *IN_CONTAINER}
     return {topic: _run(check, topic, config) for topic, check in asked.items() if topic not in without}
 
 
 def require(
-    config: Config, *, login: bool = False, resume: Path | None = None, without: Collection[str] = ()
+    config: Config,
+    *,
+    login: bool = False,
+    resume: Path | None = None,
+    without: Collection[str] = (),
+    training: bool = True,
 ) -> None:
     """Raises :class:`ConfigError` with a line for each problem that :func:`look` finds."""
-    found = look(config, login=login, resume=resume, without=without)
+    found = look(config, login=login, resume=resume, without=without, training=training)
     if lines := [str(problem) for problems in found.values() for problem in problems]:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
 
@@ -59,10 +70,12 @@ ANYWHERE: dict[str, Check] = {
     "layout": recipe_checks.layout,
     "model": recipe_checks.model,
     "chat": recipe_checks.chat,
-    "task": question_checks.task,
+    "task": question_checks.task,  # or as of an evaluation
     "evaluation sets": question_checks.evaluation_sets,
     "run directory": machine_checks.disk,
 }
+OF_TRAINING: dict[str, Check] = {"sampling": recipe_checks.sampling}
+OF_EVALUATION: dict[str, Check] = {"task": question_checks.held_out}
 ON_THE_SPOT: dict[str, Check] = {
     "engine": machine_checks.engine,
     "servers": machine_checks.servers,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from system.config import Config, ConfigError, eval_sets, rewards
+from system.config import Config, ConfigError, eval_sets, rewards, scored
 from system.doctor.problem import Problem
 from system.errors import EXPECTED, EspalierError, told
 from system.evals.sets import read_set
@@ -26,9 +26,19 @@ T = TypeVar("T")
 
 def task(config: Config) -> Iterator[Problem]:
     """The task's first questions, what else it must bring, and the reward that is made for it."""
+    yield from _questions(config, training=True)
+
+
+def held_out(config: Config) -> Iterator[Problem]:
+    """The same of an evaluation, which needs no training questions."""
+    yield from _questions(config, training=False)
+
+
+def _questions(config: Config, *, training: bool) -> Iterator[Problem]:
     first = _first_rows(config)
     made = _own("task.name", config.task.name, lambda: make_task(first))
-    for what, questions in (("training", made.train), ("held-out", made.eval)):
+    main = "training" if training else "held-out"
+    for what, questions in (("training", made.train), ("held-out", made.eval))[not training :]:
         rows: Sequence[Any] = _own("task.name", config.task.name, questions)
         if what == "training" and not len(rows):
             yield Problem(
@@ -37,7 +47,7 @@ def task(config: Config) -> Iterator[Problem]:
         if wrong := [row for row in rows[:ROWS] if not isinstance(row, Prompt)]:
             kind = type(wrong[0]).__name__
             yield Problem("task", f"a {what} question is a {kind}", "a task yields system.tree.prompt.Prompt")
-        elif what == "training":
+        elif what == main:
             unknown = unknown_tokens(config.model.path, rows[:ROWS])
             if unknown and unknown.too_many:
                 yield Problem("model.path", str(unknown), "take a model that can read them")
@@ -53,13 +63,13 @@ def task(config: Config) -> Iterator[Problem]:
                     found = f"it plays questions with a column {name!r}, which those of {made.name} have not"
                     named = name if name in TASKS.names else "a task that has it"
                     yield Problem(f"agent.run={config.agent.run}", found, f"set task.name={named}")
-            if config.guide.shows and not any(row.actions for row in rows[:ROWS]):
+            if training and config.guide.shows and not any(row.actions for row in rows[:ROWS]):
                 found = f"none of the first questions of {made.name} has a demonstration with actions"
                 remedy = "name their column (task.columns.demonstration), or take the settings of guide out"
                 yield Problem("guide", found, remedy)
-    yield from _brought(config, made)
-    for number, reward in enumerate(rewards(config.reward)):
-        _own(f"{reward.key}.name", reward.name, partial(Scorer.of, first, number, reward))
+    yield from (*(_started_from(config, made) if training else ()), *_searched(config, made))
+    for reward in rewards(config.reward):
+        _own(f"{reward.key}.name", reward.name, partial(Scorer.of, first, reward))
 
 
 def _needed(config: Config) -> tuple[str, ...]:
@@ -67,8 +77,8 @@ def _needed(config: Config) -> tuple[str, ...]:
     return tuple(getattr(AGENTS.find(config.agent.run), "columns", ())) if config.agent.run else ()
 
 
-def _brought(config: Config, made: Task) -> Iterator[Problem]:
-    """What the run takes from its task besides questions."""
+def _started_from(config: Config, made: Task) -> Iterator[Problem]:
+    """What training takes from its task besides questions."""
     if not config.model.path and not isinstance(made, HasTokenizer):
         remedy = "set model.path to a Hugging Face directory"
         yield Problem(
@@ -77,6 +87,10 @@ def _brought(config: Config, made: Task) -> Iterator[Problem]:
     if config.warmstart.steps and not isinstance(made, HasDemonstrations):
         found = f"{config.warmstart.steps}, but task {made.name!r} has no demonstrations"
         yield Problem("warmstart.steps", found, "set warmstart.steps=0")
+
+
+def _searched(config: Config, made: Task) -> Iterator[Problem]:
+    """Where search finds something."""
     if "search" not in config.tools.names or config.tools.search_url:
         return
     if config.tools.corpus:
@@ -91,7 +105,7 @@ def _brought(config: Config, made: Task) -> Iterator[Problem]:
 
 
 def evaluation_sets(config: Config) -> Iterator[Problem]:
-    """The first questions of each of ``eval.sets``."""
+    """The first questions of each of ``eval.sets``, and the rewards that are made for it."""
     for one in eval_sets(config.eval):
         few = replace(one, questions=_at_most(one.questions))
         if one.task:
@@ -99,8 +113,12 @@ def evaluation_sets(config: Config) -> Iterator[Problem]:
             few = replace(few, task={**one.task, **sizes})
         try:
             _own(one.key, one.name, partial(read_set, config, few))
+            if (own := scored(config, few)) is not None:
+                for reward in rewards(own.reward, f"{one.key}.reward"):
+                    _own(f"{reward.key}.name", reward.name, partial(Scorer.of, own, reward))
         except ConfigError as error:
-            yield from Problem.several(error)
+            for problem in Problem.several(error):
+                yield problem if str(problem).startswith(one.key) else replace(problem, field=one.key)
 
 
 def _first_rows(config: Config) -> Config:

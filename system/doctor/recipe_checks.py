@@ -10,7 +10,7 @@ from pathlib import Path
 
 from system.agents.forking import misfits as agent_misfits
 from system.cluster.placement import paper_nodes, place
-from system.config import Config
+from system.config import Config, truncated
 from system.config.check import part_problems, undivided
 from system.doctor import adapters
 from system.doctor.experts import expert_misfits
@@ -38,6 +38,12 @@ def parts(config: Config) -> Iterator[Problem]:
     if config.branching.options or config.branching.name not in POLICIES.table:
         make_policy(config.branching)
     yield from (Problem("", line) for line in (*misfits(config), *agent_misfits(config)))
+
+
+def sampling(config: Config) -> Iterator[Problem]:
+    """Are training's samples of the whole distribution?"""
+    if why := truncated(config):
+        yield Problem("", why)
 
 
 def layout(config: Config) -> Iterator[Problem]:

@@ -24,7 +24,8 @@ def require(config: Config, resume: Path | None = None, *, login: bool = False) 
     :func:`system.doctor.preflight.look`.
     """
     asks = config.sft.samples > 0
-    without = {"evaluation sets"}  # a model is chosen by the task's own questions
+    # A model is chosen by the task's own questions, and no probabilities of samples are computed.
+    without = {"evaluation sets", "sampling"}
     if not asks:
         without |= {*_OF_ROLLOUTS} if config.model.path else {*_OF_ROLLOUTS} - {"task"}
     looked = look(learner_config(config), login=login, resume=resume, without=without)

@@ -21,6 +21,7 @@ from system.rollout.chat import answer_format, with_words
 from system.rollout.completions import ChatCompletions
 from system.rollout.reward import BranchView, Score
 from system.rollout.scoring import Scoring, TreeScores
+from system.rollout.sets import scored_by
 from system.rollout.syntax.base import function_schema
 from system.text import as_text
 from system.tools.outcome import CallContext, ToolOutcome, Tools, ToolStatus
@@ -59,10 +60,20 @@ class Questions:
         tools: Tools,
         scoring: Scoring,
         mishap: Callable[[str, str], None],
+        sets: Mapping[str, Scoring] | None = None,
     ) -> None:
-        """``mishap`` is told what went wrong: a kind and a text."""
-        self._config, self._server, self._scoring, self._mishap = config, server, scoring, mishap
-        self._limits, self._words = config.rollout, answer_format(config)
+        """``mishap`` is told what went wrong: a kind and a text; ``sets``: those that are scored otherwise
+        than by ``scoring``.
+        """
+        self._config, self._server, self._mishap = config, server, mishap
+        self._scoring, self._sets = scoring, sets or {}
+        self._limits, self._words = config.rollout, answer_format(config.reward)
+        own = scored_by(config) if sets else {}
+        self._words_of = {name: answer_format(its.reward) for name, (_, its) in own.items()}
+        limits = self._limits
+        # Not of OpenAI's own servers: top_k; of those of vLLM and SGLang.
+        self._kept = {"top_p": limits.top_p} if limits.top_p < 1 else dict[str, float]()
+        self._kept |= {"top_k": limits.top_k} if limits.top_k >= 0 else {}
         self._tools = tools
         specs = tools.specs.values() if config.rollout.call_limit else ()
         self._schemas = [function_schema(spec) for spec in specs]
@@ -71,7 +82,7 @@ class Questions:
         """Raises :class:`.RewardBroken`.  A question that the server does not answer is left unanswered."""
         loop = asyncio.get_running_loop()
         began, prompt = loop.time(), asked.prompt
-        said = _Said(with_words(prompt.messages, "", self._words))
+        said = _Said(with_words(prompt.messages, "", self._words_of.get(asked.set, self._words)))
         try:
             async with asyncio.timeout(self._limits.tree_deadline_s):
                 outcome = await self._converse(asked, said)
@@ -104,6 +115,7 @@ class Questions:
                 temperature=self._config.eval.temperature,
                 max_tokens=left,
                 seed=asked.seed,
+                **self._kept,
             )
             turn = await self._server.complete(body, read_turn)
             said.messages.append(turn.message)
@@ -145,7 +157,8 @@ class Questions:
         view = BranchView(tuple(said.segments), outcome, tuple(said.tools), said.tokens or 0)
         try:
             async with asyncio.TaskGroup() as tasks:
-                scores = TreeScores(self._scoring, asked.prompt, tasks, self._mishap)
+                scoring = self._sets.get(asked.set, self._scoring)
+                scores = TreeScores(scoring, asked.prompt, tasks, self._mishap)
                 scores.begin(0, view, None)
                 await scores.close()
         except ExceptionGroup as errors:

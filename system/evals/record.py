@@ -16,6 +16,8 @@ from system.tree.prompt import Prompt
 from system.tree.record import Outcome
 from system.tree.stats import TreeStats
 
+OWN = "held-out"  # the name of the task's own questions, where others stand beside them
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -50,6 +52,11 @@ class Answered:
     @property
     def key(self) -> tuple[str, str, int]:
         return self.set, self.id, self.sample
+
+    @property
+    def there(self) -> bool:
+        """Whether an answer came, whatever it is worth."""
+        return self.outcome != "unanswered"
 
     @classmethod
     def missing(cls, asked: Asked) -> Answered:
@@ -114,7 +121,7 @@ class AnswerFile:
                 if not line.endswith(b"\n"):  # torn
                     break
                 answer = Answered(**json.loads(line))
-                if answer.outcome != "unanswered":
+                if answer.there:
                     self.known[answer.key] = answer
                 whole += len(line)
         except (ValueError, KeyError, TypeError) as error:

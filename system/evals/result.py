@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from system.evals.estimates import interval, looks, majority, pass_at
+from system.evals.estimates import half_width, interval, looks, majority, pass_at
 from system.evals.record import Answered
 
 
@@ -28,6 +28,8 @@ class EvalScores:
     accuracy_low: float = float("nan")  # its 95 % interval over the questions
     accuracy_high: float = float("nan")
     reward: float = float("nan")
+    reward_low: float = float("nan")  # its 95 % interval over the questions; NaN of one question
+    reward_high: float = float("nan")
     tool_calls: float = float("nan")  # per answer
     response_tokens: float = float("nan")  # that the model wrote, per answer
     # Right answers per tool call (OTC's tool productivity, arXiv 2504.14870); NaN without a call.
@@ -49,13 +51,17 @@ class EvalScores:
         accuracy = _mean([count / size for count, size in zip(right, sizes, strict=True)])
         low, high = interval(accuracy, len(groups))
         calls = sum(one.tool_calls or 0 for one in answers)
+        rewards = _each(groups, "reward")
+        reward, half = _mean(rewards), half_width(rewards)
         samples, told = min(sizes), any(one.text is not None for one in answers)
         return cls(
             questions=len(groups),
             accuracy=accuracy,
             accuracy_low=low,
             accuracy_high=high,
-            reward=_over(groups, "reward"),
+            reward=reward,
+            reward_low=reward - half,
+            reward_high=reward + half,
             tool_calls=_over(groups, "tool_calls"),
             response_tokens=_over(groups, "tokens"),
             productivity=sum(right) / calls if calls else float("nan"),
@@ -73,12 +79,13 @@ class EvalScores:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Without what one sample does not say, and without the productivity of no calls."""
+        """Without what one sample does not say, the productivity of no calls, the interval of one reward."""
         found: dict[str, Any] = asdict(self) | {
             "pass_at": {str(k): value for k, value in self.pass_at.items()}
         }
         left_out = {"samples", "pass_at", "majority"} if self.samples < 2 else set[str]()
-        left_out |= {name for name in ("productivity", "majority") if math.isnan(found[name])}
+        may_lack = ("productivity", "majority", "reward_low", "reward_high")
+        left_out |= {name for name in may_lack if math.isnan(found[name])}
         return {name: value for name, value in found.items() if name not in left_out}
 
     def metrics(self, at: str) -> dict[str, float]:
@@ -129,9 +136,14 @@ def _of_set(answers: Sequence[Answered]) -> EvalResult:
 
 
 def _over(groups: Mapping[str, Sequence[Answered]], name: str) -> float:
-    """The mean over questions of the mean over their answers that have the number."""
+    """The mean over questions of :func:`_each`."""
+    return _mean(_each(groups, name))
+
+
+def _each(groups: Mapping[str, Sequence[Answered]], name: str) -> list[float]:
+    """By question, the mean over its answers that have the number, of those that have one."""
     known = [[value for one in each if (value := getattr(one, name)) is not None] for each in groups.values()]
-    return _mean([_mean(each) for each in known if each])
+    return [_mean(each) for each in known if each]
 
 
 def _mean(values: Sequence[float]) -> float:

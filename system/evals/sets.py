@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from system.config import Config, ConfigError, EvalSet, TaskConfig, eval_sets
-from system.evals.record import Asked
+from system.config import Config, ConfigError, EvalSet, RewardConfig, eval_sets, scored, set_task
+from system.evals.record import OWN, Asked
+from system.plugins import nearest
 from system.tasks.base import Task, first, make_task
 from system.tasks.columns import Columns
+from system.tasks.files import data_files
 from system.tasks.jsonl import DataError, read
 from system.tree.prompt import Prompt
 
@@ -30,6 +29,48 @@ class QuestionSet:
         for number, prompt in enumerate(self.questions):
             for sample in range(self.samples):
                 yield Asked(self.name, prompt, sample, seed + number * self.samples + sample)
+
+
+def only(config: Config, names: Sequence[str]) -> Config:
+    """``config`` with these of its ``eval.sets`` alone; ``held-out`` names the task's own questions.
+
+    Raises :class:`ConfigError` for a name that there is not.
+    """
+    known = [OWN, *(one.name for one in eval_sets(config.eval))]
+    if unknown := [name for name in names if name not in known]:
+        near = nearest(unknown[0], known)
+        raise ConfigError(f"--sets {unknown[0]}: there are {', '.join(known)}{near}")
+    section = config.eval
+    # What a set leaves out is as in the section, of which the task's own questions are taken out here.
+    rest = {"questions": section.questions}
+    sets = [{**rest, **one} if str(one["name"]) in names else None for one in section.sets]
+    left = dataclasses.replace(section, sets=[one for one in sets if one is not None])
+    if OWN in names:
+        return dataclasses.replace(config, eval=left)
+    task = dataclasses.replace(config.task, eval_path="")
+    alone = dataclasses.replace(config, eval=dataclasses.replace(left, questions=0), task=task)
+    own = [scored(alone, one) for one in eval_sets(alone.eval)]
+    if None in own:
+        return alone
+    # None is scored as the run is, whose judge need not be there: each gets the whole of its own.
+    rewards = [{"reward": dataclasses.asdict(one.reward)} for one in own if one is not None]
+    left = dataclasses.replace(alone.eval, sets=[a | b for a, b in zip(left.sets, rewards, strict=True)])
+    return dataclasses.replace(alone, eval=left, reward=RewardConfig())
+
+
+def without_training_data(config: Config) -> tuple[Config, str]:
+    """``config`` for an evaluation: files of training questions that are not there are done without, and then
+    what is to be said of that.
+    """
+    task = config.task
+    if task.name != "jsonl" or not task.path:
+        return config, ""
+    try:
+        data_files(task.path)
+    except (DataError, OSError) as error:
+        told = f"task.path: {error}: whether held-out questions are among the training data is not looked at"
+        return dataclasses.replace(config, task=dataclasses.replace(task, path="")), told
+    return config, ""
 
 
 def question_sets(config: Config, task: Task) -> list[QuestionSet]:
@@ -56,12 +97,9 @@ def read_set(config: Config, chosen: EvalSet) -> QuestionSet:
         if chosen.path:
             data = read(chosen.path, system, chosen.questions, Columns(chosen.columns))
             return QuestionSet(chosen.name, data.prompts, chosen.samples)
-        of_set = copy.deepcopy(config)
-        merged = OmegaConf.merge(OmegaConf.structured(TaskConfig()), chosen.task)
-        of_set.task = OmegaConf.to_object(merged)  # pyright: ignore[reportAttributeAccessIssue]
-        of_set.task.system_prompt = of_set.task.system_prompt or system
+        of_set = dataclasses.replace(config, task=set_task(config, chosen))
         questions = make_task(of_set).eval()
-    except (DataError, ConfigError, OmegaConfBaseException, OSError) as error:
+    except (DataError, ConfigError, OSError) as error:
         raise ConfigError(f"{chosen.key}: {error}") from error
     if not questions:
         raise ConfigError(f"{chosen.key}: the task has no held-out questions")

@@ -29,7 +29,8 @@ from system.observe.metrics import (
     tree_metrics,
 )
 from system.observe.rundir import RunDir
-from system.observe.sinks import RESUMED, Alarm, PhaseSpan, Sink
+from system.observe.sinks import RESUMED, Alarm, Sink
+from system.observe.spans import PhaseSpan, of_tree
 from system.observe.totals import Totals, add, highest
 from system.redact import redact
 from system.text import one_line
@@ -130,14 +131,9 @@ class Recorder:
         self._ticks.append((self._clock(), tree.generated, 0))
         for kind, text in tree.mishaps:
             self.mishap(kind, text)
-        self._span(
-            "generate",
-            tree.seconds,
-            **{"tree.prompt": tree.prompt_id, "tree.task": tree.task, "tree.leaves": tree.leaves},
-            **{"tree.forks": tree.forks, "tree.tokens": int(tree.generated), "tool.calls": len(tree.calls)},
-            **{"tool.seconds": sum(call.latency_s for call in tree.calls)},
-            **({"reward.mean": float(tree.rewards.mean())} if tree.rewards.size else {}),
-        )
+        generated = of_tree(tree, self._now())
+        for sink in self._sinks:
+            sink.span(generated)
 
     def mishap(self, kind: str, text: str) -> None:
         """Something went wrong that does not end the run.  The first of a kind is told."""

@@ -6,8 +6,10 @@ of it (:mod:`system.observe.views`), whose failures are told once and never stop
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.rundir import RunDir
+from system.observe.spans import PhaseSpan
 from system.observe.terminal import shown
 
 RESUMED = "resumed_from"  # a record {RESUMED: step}: the run went back to its checkpoint after this step
@@ -29,16 +32,6 @@ class Alarm:
     name: str
     on: bool
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseSpan:
-    """A phase of the run that is over: ``generate``, ``train`` or ``publish``."""
-
-    name: str
-    start: float  # seconds since 1970
-    seconds: float
-    attributes: Mapping[str, str | int | float]
 
 
 class Sink(Protocol):
@@ -147,8 +140,12 @@ class GuardedView:
         self._guarded("stopped taking spans", lambda view: view.span(span))
 
     def close(self) -> None:
-        self._guarded("did not finish", lambda view: view.close())
-        self._view = None
+        view, self._view = self._view, None
+        if view is not None:
+            try:
+                view.close()
+            except (Exception, SystemExit) as error:
+                self._tell("did not finish", error)
 
     def _guarded(self, failed: str, call: Callable[[MetricsView], None]) -> None:
         if self._view is not None:
@@ -158,7 +155,12 @@ class GuardedView:
                 self._give_up(failed, error)
 
     def _give_up(self, failed: str, error: BaseException) -> None:
-        self._view = None
+        view, self._view = self._view, None
+        self._tell(failed, error)
+        if view is not None:  # it may hold a port, a thread or a process, and take its time to let go of them
+            threading.Thread(target=_let_go, args=(view,), name=f"end {self._name}", daemon=True).start()
+
+    def _tell(self, failed: str, error: BaseException) -> None:
         reason = shown(str(error)).strip() or type(error).__name__
         print(
             f"WARNING: {self._name} {failed}: {reason}\n"
@@ -167,6 +169,12 @@ class GuardedView:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _let_go(view: MetricsView) -> None:
+    """Close a view that has failed, which was told."""
+    with contextlib.suppress(Exception, SystemExit):
+        view.close()
 
 
 def _which(record: Mapping[str, Any]) -> tuple[int, str]:

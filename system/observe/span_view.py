@@ -1,8 +1,7 @@
 """Spans for an OpenTelemetry collector (OTLP over HTTP): what the run measures anyway, on one time line.
 
-``generate`` is a tree from its start to its close, with its tool calls and its reward as attributes,
-``train`` the learner's step, ``publish`` new weights on their way to the engines.  Tools and rewards have no
-spans of their own: a closed tree says how long its calls took, not when.
+``generate`` is a tree from its start to its close, and in it a ``tool`` for each call and a ``reward`` for
+the scoring of each leaf; ``train`` the learner's step, ``publish`` new weights on their way to the engines.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import Any, ClassVar
 from system.config import Config
 from system.errors import EspalierError
 from system.observe.rundir import RunDir
-from system.observe.sinks import MetricsView, PhaseSpan
+from system.observe.sinks import MetricsView
+from system.observe.spans import PhaseSpan
 
 EXPORT_S = 5.0  # that a collector may take for a batch of spans
 SECOND = 1_000_000_000  # in nanoseconds
@@ -59,10 +59,21 @@ class SpanView(MetricsView):
         self._check()
 
     def span(self, span: PhaseSpan) -> None:
+        from opentelemetry.trace import set_span_in_context
+
         self._check()
+        made = self._made(span, None)
+        inside = set_span_in_context(made)
+        for one in span.within:
+            self._made(one, inside)
+
+    def _made(self, span: PhaseSpan, inside: Any) -> Any:
+        """``inside``: the context of the span that it is within."""
         began = int(span.start * SECOND)
-        made = self._tracer.start_span(span.name, start_time=began, attributes=dict(span.attributes))
+        about = dict(span.attributes)
+        made = self._tracer.start_span(span.name, context=inside, start_time=began, attributes=about)
         made.end(end_time=began + int(span.seconds * SECOND))
+        return made
 
     def close(self) -> None:
         deadline = time.monotonic() + 2 * EXPORT_S

@@ -37,6 +37,7 @@ class Made(NamedTuple):
     arguments: dict[str, Any]
     outcome: ToolOutcome
     answer: Observation | None = None  # of the branch's session, where it went there
+    began_s: float = -1.0  # as a ToolCall's
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -102,7 +103,7 @@ class Calls:
             branch.over = any(answer.over for answer in answers)
         for one in () if branch.says else made:
             outcome, tool = one.outcome, one.tool if one.tool in self.tools else ""
-            about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts)
+            about = (str(outcome.status), outcome.latency_s, outcome.cached, outcome.attempts, one.began_s)
             growth.call(ToolCall(node, tool, one.arguments, *about))
             branch.tools = (*branch.tools, (one.tool, str(outcome.status)))
         branch.passed = (*branch.passed, (branch.calls, len(session.journal) if session is not None else 0))
@@ -179,13 +180,13 @@ class Calls:
 
     async def _act(self, session: BranchSession, call: ParsedCall | None, text: str) -> Made:
         """One action in a session: a call, or what is said."""
-        began = _now()
+        began, began_s = _now(), self.since_start()
         answer = await session.act((Acted(call.tool, call.arguments),) if call else (), text)
-        return _acted(call, answer, _now() - began)
+        return _acted(call, answer, _now() - began)._replace(began_s=began_s)
 
     async def _run(self, branch: Branch, call: ParsedCall, again: bool) -> Sequence[Made]:
         """A call of a tool that keeps no state."""
-        tool, began = call.tool, _now()
+        tool, began, began_s = call.tool, _now(), self.since_start()
         context = CallContext(prompt_id=self._growth.prompt_id, branch=branch.number, again=again)
         patience_s = self._schedule.patience_s(tool)
         watch = self._spawn(self._lateness(branch, patience_s)) if patience_s < math.inf else None
@@ -197,12 +198,16 @@ class Calls:
             self._mishap("tool", f"{tool}: {detail}")
             text = "Error: the tool is unavailable"
             outcome = ToolOutcome(ToolStatus.UNAVAILABLE, text, _now() - began, detail=detail)
-            return [Made(tool, call.arguments, outcome)]
+            return [Made(tool, call.arguments, outcome, began_s=began_s)]
         finally:
             if watch is not None:
                 watch.cancel()
         self._schedule.answered(tool, outcome)
-        return [Made(tool, call.arguments, outcome)]
+        return [Made(tool, call.arguments, outcome, began_s=began_s)]
+
+    def since_start(self) -> float:
+        """Seconds since the tree's."""
+        return max(0.0, self._context.now() - self._growth.started_s)
 
     async def _lateness(self, branch: Branch, patience_s: float) -> None:
         """Its call is not answered within ``patience_s``: the tree waits no more for what it may fork."""

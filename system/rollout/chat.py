@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from system.config import Config, ConfigError, rewards
+from system.config import Config, ConfigError, RewardConfig, rewards
 from system.envs.make import make_environment
 from system.envs.protocol import Environment
 from system.errors import EspalierError
@@ -232,9 +232,9 @@ def with_words(messages: Messages, tools: str, answer_format: str) -> list[dict[
     return [{"role": "system", "content": "\n\n".join(words)}, *copies]
 
 
-def answer_format(config: Config) -> str:
+def answer_format(section: RewardConfig) -> str:
     """What the rewards want the model to be told: of several, the first that asks for a form."""
-    formats = (getattr(REWARDS.find(one.name), "answer_format", "") for one in rewards(config.reward))
+    formats = (getattr(REWARDS.find(one.name), "answer_format", "") for one in rewards(section))
     return next(filter(None, formats), "")
 
 
@@ -258,7 +258,7 @@ def make_chat(
         syntax if config.rollout.call_limit else None,
         how=how,
         arguments=config.task.template,
-        answer_format=answer_format(config),
+        answer_format=answer_format(config.reward),
         ends=end_tokens(model_path),
         answers=config.rollout.answers,
     )

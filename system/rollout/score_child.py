@@ -17,7 +17,7 @@ import signal
 import sys
 from typing import Any
 
-from system.config import ChosenReward, Config, from_dict, rewards
+from system.config import ChosenReward, Config, from_dict
 from system.rollout.reward import BranchView, Score, ScoreFailed
 from system.rollout.scorer import each, groupwise, make_reward
 from system.tools.sandbox import lockdown
@@ -88,7 +88,7 @@ def main() -> None:
     try:
         told = json.loads(incoming.readline())
         config = from_dict(told["config"])
-        chosen = rewards(config.reward)[told["reward"]]
+        chosen = ChosenReward(**told["reward"])
         reward = prepare(config, chosen)
     except Exception as error:
         say({"error": f"{type(error).__name__}: {error}"})

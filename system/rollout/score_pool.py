@@ -87,10 +87,10 @@ class ScorePool:
     was lost.
     """
 
-    def __init__(self, config: Config, reward: ChosenReward, number: int = 0) -> None:
-        """``number``: which of the rewards of ``config`` the children make."""
+    def __init__(self, config: Config, reward: ChosenReward) -> None:
+        """``reward``: what the children make, one of those of ``config``."""
         self.reward, self.name, self.deadline_s = reward, reward.shown, reward.deadline_s
-        self._config = json.dumps({"config": to_dict(config), "reward": number})
+        self._config = json.dumps({"config": to_dict(config), "reward": asdict(reward)})
         self._start_s = config.cluster.start_deadline_s  # it imports the reward's libraries
         self._confined = config.reward.confined
         self._free: asyncio.Queue[_Child | None] = asyncio.Queue()  # None: one that is not started

@@ -107,8 +107,8 @@ class Scorer:
         self._quick: Callable[[Prompt, BranchView], Score | None] = getattr(reward, "quick", _not_quick)
 
     @classmethod
-    def of(cls, config: Config, number: int, chosen: ChosenReward, **offered: Any) -> Scorer:
-        """Reward ``number`` of ``config``.  ``offered``: as in :meth:`Registry.make`.
+    def of(cls, config: Config, chosen: ChosenReward, **offered: Any) -> Scorer:
+        """One of the rewards of ``config``.  ``offered``: as in :meth:`Registry.make`.
 
         Raises ConfigError for one that cannot be had, or would hold up the event loop.
         """
@@ -127,7 +127,7 @@ class Scorer:
         run = ("loop" if waits else "process") if chosen.run == "auto" else chosen.run
         workers = chosen.concurrency or (ON_LOOP if run == "loop" else config.reward.workers)
         settled = replace(chosen, run=run, concurrency=workers)
-        return cls(reward, settled, ScorePool(config, settled, number) if run == "process" else None)
+        return cls(reward, settled, ScorePool(config, settled) if run == "process" else None)
 
     @property
     def measured(self) -> list[str]:

@@ -50,8 +50,13 @@ class Scoring:
         failure_limit: float = 1.0,
         close_deadline_s: float = 300.0,
         overlong: Callable[[int], float] = lambda _: 0.0,
+        key: str = "reward",
+        told_as: str = "reward",
     ) -> None:
-        """``overlong``: what is added for a branch of so many tokens."""
+        """``overlong``: what is added for a branch of so many tokens; ``key``: of the settings, for messages;
+        ``told_as``: where counters stand.
+        """
+        self.key, self._told_as = key, told_as
         self.scorers, self.failure_limit, self.close_deadline_s = scorers, failure_limit, close_deadline_s
         self.overlong = overlong
         self._reasons: deque[str] = deque(maxlen=WINDOW)  # of the last leaves; "": it was scored
@@ -60,17 +65,21 @@ class Scoring:
 
     @classmethod
     def of(
-        cls, config: Config, secret: Callable[[str], str | None] = lambda _: None, store: Path | None = None
+        cls,
+        config: Config,
+        secret: Callable[[str], str | None] = lambda _: None,
+        store: Path | None = None,
+        *,
+        key: str = "reward",
+        told_as: str = "reward",
     ) -> Scoring:
-        """As ``config.reward`` says.  ``secret``: the key that an environment variable of this name held when
-        the run began; ``store``: the directory for what a reward keeps for a resumed run.
+        """As ``config.reward`` says, which stands at ``key``.  ``secret``: the key that an environment
+        variable of this name held when the run began; ``store``: the directory for what a reward keeps for a
+        resumed run.
         """
         settings = config.reward
         return cls(
-            [
-                Scorer.of(config, number, chosen, secret=secret, store=store)
-                for number, chosen in enumerate(rewards(settings))
-            ],
+            [Scorer.of(config, chosen, secret=secret, store=store) for chosen in rewards(settings, key)],
             failure_limit=settings.failure_limit,
             close_deadline_s=settings.close_deadline_s,
             overlong=partial(
@@ -79,6 +88,8 @@ class Scoring:
                 buffer=settings.overlong_buffer,
                 penalty=settings.overlong_penalty,
             ),
+            key=key,
+            told_as=told_as,
         )
 
     @property
@@ -124,7 +135,7 @@ class Scoring:
             told = ", ".join(f"{reason} {count}" for reason, count in why.most_common())
             raise RewardBroken(
                 f"{why.total()} of the last {len(self._reasons)} leaves could not be scored ({told}), more "
-                f"than reward.failure_limit={self.failure_limit:g} of {WINDOW}: {failed}"
+                f"than {self.key}.failure_limit={self.failure_limit:g} of {WINDOW}: {failed}"
             ) from failed
 
     def waited(self, seconds: float) -> None:
@@ -136,11 +147,12 @@ class Scoring:
         """Running totals, as ``reward/…``: leaves that failed by reason, seconds that trees waited for scores
         when nothing else of them was left, and what rewards count themselves (``reward/<reward>/…``).
         """
-        totals = {f"reward/failed/{reason}": float(count) for reason, count in self._failed.items()}
-        totals["reward/close_wait_s"] = self._waited_s
+        at = self._told_as
+        totals = {f"{at}/failed/{reason}": float(count) for reason, count in self._failed.items()}
+        totals[f"{at}/close_wait_s"] = self._waited_s
         for scorer in self.scorers:
             name = scorer.chosen.shown
-            totals |= {f"reward/{name}/{what}": total for what, total in scorer.counters.items()}
+            totals |= {f"{at}/{name}/{what}": total for what, total in scorer.counters.items()}
         return totals
 
     async def close(self) -> None:
@@ -152,9 +164,18 @@ class TreeScores:
     """The scores of one tree's leaves."""
 
     def __init__(
-        self, scoring: Scoring, prompt: Prompt, tasks: asyncio.TaskGroup, mishap: Callable[[str, str], None]
+        self,
+        scoring: Scoring,
+        prompt: Prompt,
+        tasks: asyncio.TaskGroup,
+        mishap: Callable[[str, str], None],
+        since_start: Callable[[], float] | None = None,
     ) -> None:
-        """``tasks``: owns what scores.  ``mishap``: is told what failed of the leaves' worlds."""
+        """``tasks``: owns what scores.  ``mishap``: is told what failed of the leaves' worlds.
+        ``since_start``: seconds since the tree's start, for the record.
+        """
+        self._since_start = since_start
+        self._began_s, self._ended_s = dict[int, float](), dict[int, float]()  # of leaves, if that is known
         self._scoring, self._prompt, self._tasks, self._mishap = scoring, prompt, tasks, mishap
         self._beginning: list[asyncio.Task[None]] = []  # ended branches whose worlds are asked first
         self._views: dict[int, BranchView] = {}  # of the leaves whose end says something about the policy
@@ -167,6 +188,8 @@ class TreeScores:
         """A branch has ended: score its leaf by every reward that looks at one alone, with the final state of
         its world, which ends then.
         """
+        if self._since_start is not None:
+            self._began_s[leaf] = self._since_start()
         name = f"begin to score leaf {leaf} of {self._prompt.id}"
         self._beginning.append(self._tasks.create_task(self._begin(leaf, view, session), name=name))
 
@@ -204,7 +227,8 @@ class TreeScores:
 
     def record(self, leaves: int) -> dict[str, Any]:
         """For the tree's ``meta``: ``parts`` and ``answers`` of each of the ``leaves`` (None: not known),
-        ``unscored`` (why, by leaf) and ``measured`` (the names of parts that are metrics).
+        ``unscored`` (why, by leaf), ``scored_s`` (between which seconds of the tree's, by leaf) and
+        ``measured`` (the names of parts that are metrics).
         """
         parts: list[dict[str, float] | None] = []
         for leaf in range(leaves):
@@ -214,8 +238,14 @@ class TreeScores:
                 parts.append(self._scoring.parts(self._good(leaf)) or None)
         why = {str(leaf): str(failed) for leaf, failed in self.failures.items()}
         answers = [_brief(view) if (view := self._views.get(leaf)) else None for leaf in range(leaves)]
-        unscored = {"unscored": why} if why else {}
+        unscored: dict[str, Any] = {"unscored": why} if why else {}
+        if self._since_start is not None:
+            unscored["scored_s"] = [self._times(leaf) for leaf in range(leaves)]
         return {"parts": parts, "answers": answers, **unscored, "measured": self._scoring.measured}
+
+    def _times(self, leaf: int) -> tuple[float, float] | None:
+        began, ended = self._began_s.get(leaf), self._ended_s.get(leaf)
+        return None if began is None or ended is None else (round(began, 4), round(ended, 4))
 
     def _start(self, number: int, scorer: Scorer, leaves: Sequence[int]) -> None:
         name = f"score leaf {leaves[0]} of {self._prompt.id}"
@@ -232,6 +262,8 @@ class TreeScores:
             if isinstance(one, ScoreFailed) and scorer.chosen.on_failure == "stop":
                 raise RewardBroken(f"{scorer.chosen.key}.on_failure=stop, and {one.reason}: {one}") from one
             self._found[leaf, number] = one
+            if self._since_start is not None:
+                self._ended_s[leaf] = self._since_start()
 
     async def _wait(self, until: float) -> None:
         """For what runs, at most ``until`` then."""
@@ -270,7 +302,7 @@ class TreeScores:
                 case _:
                     limit = self._scoring.close_deadline_s
                     name = scorer.chosen.shown
-                    text = f"reward {name}: no score within reward.close_deadline_s={limit:g} s"
+                    text = f"reward {name}: no score within {self._scoring.key}.close_deadline_s={limit:g} s"
                     raise ScoreFailed(f"{text} of the tree's end", "deadline")
 
 

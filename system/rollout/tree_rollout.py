@@ -106,9 +106,10 @@ class TreeRollout:
         self.lessons = Lessons(None if greedy else context.teacher, self.growth, self.route, self.mishap)
         self.group = asyncio.TaskGroup()
         self.beside = asyncio.TaskGroup()  # what scores; it outlives the branches' deadline
-        self.scores = TreeScores(context.scoring, prompt, self.beside, self.mishap)
         known = (context, self.growth, self.schedule, self.seconds, self.mishap)
         self.calls = Calls(*known, self.group.create_task, self._top_up, sessions)
+        scored = (context.scoring, prompt, self.beside, self.mishap, self.calls.since_start)
+        self.scores = TreeScores(*scored)
         self.call_limit = config.call_limit if self.calls.tools else 0
         self.turn_limit = sessions.turn_limit if sessions is not None else 0
         # Calls after which no branch forks any more; what a user says may come at any time.

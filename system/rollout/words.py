@@ -63,7 +63,10 @@ def final_answer(text: str) -> str:
     """Of what a model wrote: the boxed answer, or what stands in ``<answer>``; without one, all that follows
     the thinking.
     """
-    if (span := answer_span(text)) is not None:
-        boxed = last_boxed(span)
-        return (span if boxed is None else boxed).strip()
-    return text.rpartition("</think>")[2].strip()
+    said = answer_span(text)
+    if said is None:  # of a model that shows no thinking, say
+        said = text.rpartition("</think>")[2]
+        if said.count("<answer>") == 1 == said.count("</answer>"):
+            said = said.partition("<answer>")[2].partition("</answer>")[0]
+    boxed = last_boxed(said)
+    return (said if boxed is None else boxed).strip()

@@ -9,22 +9,16 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from system.evals.estimates import half_width
 from system.tree.record import Float64
 
-# Student's t, 0.975 quantile, by degrees of freedom (from 1).
-_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-         2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
-         2.045, 2.042)  # fmt: skip
 _EXACT = 16  # pairs of which all signs are tried; of more, a sample
 
 
 def interval(values: ArrayLike) -> tuple[float, float]:
     """(mean, half the width of its 95 % interval by Student's t); the half is NaN of a single value."""
     x = np.asarray(values, np.float64)
-    if x.size < 2:
-        return float(x.mean()) if x.size else math.nan, math.nan
-    t = _T975[min(x.size - 1, len(_T975)) - 1]
-    return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(x.size))
+    return float(x.mean()) if x.size else math.nan, half_width(x)
 
 
 def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:

@@ -56,8 +56,8 @@ def sizes(config: Config) -> tuple[int, int]:
     return (4096 if train < 0 else train), (enough if held_out < 0 else held_out)
 
 
-def notes(config: Config, task: Task) -> list[str]:
-    """What is to be said of a task's data, before a run begins: a line each."""
+def notes(config: Config, task: Task, *, training: bool = True) -> list[str]:
+    """What is to be said of a task's data, before a run begins, or an evaluation alone: a line each."""
     told = task.notes() if isinstance(task, HasNotes) else []
     # A task that makes its questions makes them when asked: only where there is something to look at.
     wanted = config.eval.questions
@@ -65,7 +65,8 @@ def notes(config: Config, task: Task) -> list[str]:
         told.append(
             f"eval.questions={wanted}: there are only {held_out} held-out questions, and all are asked"
         )
-    if config.model.path and (unknown := unknown_tokens(config.model.path, task.train())):
+    asked = task.train if training else task.eval
+    if config.model.path and (unknown := unknown_tokens(config.model.path, asked())):
         told.append(str(unknown))
     return told
 

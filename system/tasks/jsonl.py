@@ -36,15 +36,13 @@ class JsonlTask:
     name = "jsonl"
 
     def __init__(self, config: Config) -> None:
-        """``task.path``, ``task.eval_path`` (empty: no held-out questions), ``task.columns`` and
-        ``task.system_prompt``.
+        """``task.path`` (empty: no training questions), ``task.eval_path`` (empty: no held-out ones),
+        ``task.columns`` and ``task.system_prompt``.
 
         At most ``task.train_size`` and ``task.eval_size`` rows are taken, the first ones; below 0: all.
         Raises DataError also for an id that one of them holds twice, or a question that both hold.
         """
         task = config.task
-        if not task.path:
-            raise ConfigError("task.name=jsonl needs task.path=<a data file, a directory or a glob>")
         system, columns = task.system_prompt, Columns(task.columns, config.guide.shows)
         faults: list[str] = []
 
@@ -55,13 +53,11 @@ class JsonlTask:
                 faults.append(f"{field}: {error}")
                 return DataSet(path, [])
 
-        self._train = taken("task.path", task.path, task.train_size)
-        self._held_out: DataSet | None = None
-        if task.eval_path:
-            self._held_out = taken("task.eval_path", task.eval_path, task.eval_size)
+        self._train = taken("task.path", task.path, task.train_size) if task.path else None
+        self._held_out = taken("task.eval_path", task.eval_path, task.eval_size) if task.eval_path else None
         if faults:
             raise DataError("\n".join(faults))
-        if self._held_out:
+        if self._train and self._held_out:
             known = {_text(prompt) for prompt in self._train.prompts}
             for prompt in self._held_out.prompts:
                 if _text(prompt) in known:
@@ -70,6 +66,9 @@ class JsonlTask:
                     )
 
     def train(self) -> list[Prompt]:
+        """Raises ConfigError where no file is named."""
+        if self._train is None:
+            raise ConfigError("task.name=jsonl needs task.path=<a data file, a directory or a glob>")
         return self._train.prompts
 
     def eval(self) -> list[Prompt]:
@@ -77,8 +76,8 @@ class JsonlTask:
 
     def notes(self) -> list[str]:
         """What was taken of the files, and what was not."""
-        held_out = [self._held_out.told("held-out data")] if self._held_out else []
-        return [self._train.told("training data"), *held_out]
+        parts = (("training data", self._train), ("held-out data", self._held_out))
+        return [part.told(what) for what, part in parts if part]
 
 
 def read(path: str, system_prompt: str = "", limit: int = -1, columns: Columns | None = None) -> DataSet:

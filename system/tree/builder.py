@@ -78,6 +78,11 @@ class TreeBuilder:
         self._annotate(root, int(tokens.size), None, None, None)
 
     @property
+    def started_s(self) -> float:
+        """Unix time."""
+        return self._about["started_s"]
+
+    @property
     def prompt(self) -> int:
         """Handle of the PROMPT node."""
         return 0

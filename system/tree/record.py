@@ -89,6 +89,8 @@ class ToolCall:
     latency_s: float
     cached: bool = False
     attempts: int = 1
+    # Seconds after the tree's start at which it was made; below 0: not known, as of an older version.
+    began_s: float = field(default=-1.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,8 @@ class TreeStats:
     # [L] by name: those numbers of the rewards that are metrics; NaN where one is not known
     guide: int = 0  # actions of a demonstration that the prompt told which it was sampled from
     answers: tuple[str | None, ...] = ()  # [L] the record's ``answers``: final answers; empty where unknown
+    # [L] seconds after the tree's start between which a leaf was scored; None where that is not known
+    scoring: tuple[tuple[float, float] | None, ...] = ()
     # [M] the node each chain ends at, and the episode, a leaf here, it is of; empty where each has one chain
     ends: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     owner: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -189,6 +191,7 @@ class TreeStats:
             parts=_parts(tree),
             guide=tree.guide,
             answers=tuple(tree.meta.get("answers", ())),
+            scoring=tuple(one and (one[0], one[1]) for one in tree.meta.get("scored_s", ())),
             step_reward=tree.step_reward.astype(np.float64)
             if tree.step_reward.size
             else np.zeros(tree.n_nodes),

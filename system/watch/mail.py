@@ -1,4 +1,4 @@
-"""One tree as one file that opens anywhere: the page's own drawing, with the texts in it."""
+"""One tree as one file that opens anywhere: the page's own drawing, with the texts in it; or a table."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import argparse
 import base64
 import hashlib
 import re
+from collections.abc import Iterable
 from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import orjson
+from rich.console import Console
 
 from system.errors import ConfigError, naming
+from system.observe.outline import table
 from system.observe.rundir import RunDir
 from system.observe.show import select
 from system.observe.terminal import visible
@@ -45,15 +49,33 @@ style-src {style_hash}; img-src data:; base-uri 'none'; form-action 'none'">
 """
 
 
+_LIST_WIDTH = 200  # columns
+_LIST = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+base-uri 'none'; form-action 'none'">
+<meta name="color-scheme" content="light dark">
+<title>TITLE</title>
+</head>
+<body>
+<pre>{code}</pre>
+</body>
+</html>
+"""
+
+
 def run(args: argparse.Namespace) -> int:
-    """``espalier tree RUN --html FILE``."""
+    """``espalier tree RUN --html FILE``: a tree drawn, or with ``--list`` the table of all."""
     run_dir = RunDir.open(args.run)
     try:
-        tree = select(read_trees(run_dir.trees), args, run_dir)
+        trees = read_trees(run_dir.trees)
+        text = listed(run_dir, trees) if args.list else page(run_dir, select(trees, args, run_dir))
     except StoreError as error:
         raise ConfigError(str(error)) from error
     with naming(args.html):
-        args.html.write_text(page(run_dir, tree), encoding="utf-8")
+        args.html.write_text(text, encoding="utf-8")
     size = args.html.stat().st_size / 1024
     print(f"{visible(str(args.html))}: {size:.0f} KiB, opens in any browser, offline")
     return 0
@@ -74,6 +96,14 @@ def page(run_dir: RunDir, tree: Tree) -> str:
         script_hash=_digest(script),
         data=_data({"tree": drawn, "texts": said}),
     )
+
+
+def listed(run_dir: RunDir, trees: Iterable[Tree]) -> str:
+    """The text of a file with the table that ``--list`` prints."""
+    console = Console(record=True, file=StringIO(), width=_LIST_WIDTH, highlight=False)
+    console.print(table(trees))
+    title = escape(f"trees of {visible(run_dir.name)}").replace("{", "{{").replace("}", "}}")
+    return console.export_html(code_format=_LIST.replace("TITLE", title), inline_styles=True)
 
 
 def bundle(static: dict[str, Path]) -> str:

@@ -36,8 +36,17 @@ def run_state(root: Path, now: float | None = None, host: str = "") -> RunState:
         if holder["host"] == host and not Path(f"/proc/{holder['pid']}").exists() and Path("/proc").is_dir():
             alive = False
         return RunState("running" if alive else "lost", said, quiet)
-    finished = (root / "model").is_dir() and (root / "summary.json").is_file()
-    return RunState("finished" if finished else "stopped", "", quiet)
+    return RunState("finished" if _ended(root) else "stopped", "", quiet)
+
+
+def _ended(root: Path) -> bool:
+    """Whether the run came to its end: one that went on from there and stopped has a model, too."""
+    try:
+        summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is not there, or is damaged
+        return False
+    # An older version did not say whether it had ended.
+    return (root / "model").is_dir() and isinstance(summary, dict) and bool(summary.get("ended", True))
 
 
 def _holder(path: Path) -> Mapping[str, object]:

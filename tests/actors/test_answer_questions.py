@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from actors.evaluate import ATTEMPTS, ask_each
-from system.config import Config, ConfigError
+from system.config import Config, ConfigError, load
 from system.evals.record import Answered, Asked
 from system.evals.result import EvalResult
 from system.rollout.failure import RolloutFailed
+from system.rollout.score_pool import RewardBroken
 from system.tree.builder import TreeBuilder
 from system.tree.prompt import Prompt
 from system.tree.record import Kind, Mishap, Origin, Outcome
@@ -49,7 +50,7 @@ class Worker:
 
         return SimpleNamespace(remote=lambda prompt, *_: reply(prompt))
 
-    async def run(self, questions: list[Prompt]) -> EvalResult:
+    async def run(self, questions: list[Prompt], config: Config | None = None, of: str = "") -> EvalResult:
         async def back(cause: str) -> None:
             self.backs.append(cause)
             self.fails.pop("lost")
@@ -62,7 +63,8 @@ class Worker:
 
         pool: Any = SimpleNamespace(workers={"rollout-0": self})
         asked = [Asked("", question, 0, number) for number, question in enumerate(questions)]
-        return EvalResult.of(await ask_each(Config(), pool, asked, one_more, back, told))
+        asked += [Asked(of, question, 0, 100 + i) for i, question in enumerate(questions)] if of else []
+        return EvalResult.of(await ask_each(config or Config(), pool, asked, one_more, back, told))
 
 
 async def test_a_question_that_fails_is_wrong_and_told() -> None:
@@ -90,3 +92,32 @@ async def test_what_is_the_same_for_every_question_ends_it() -> None:
     with pytest.raises(ExceptionGroup, match="unhandled errors") as ended:
         await worker.run(QUESTIONS)
     assert isinstance(ended.value.exceptions[0], ConfigError)
+
+
+async def test_a_sets_own_rewards_cost_that_set_alone() -> None:
+    """Those of the run end it, as they would fail in training too."""
+    config = load(None, ["eval.sets=[{name: a, path: x, reward: f1}, {name: b, path: x}]", "run.seed=1"])
+    broken = RewardBroken("21 of the last 100 leaves could not be scored")
+
+    class Judged(Worker):
+        @property
+        def answer(self) -> Any:
+            async def reply(prompt: Prompt, of: str) -> TreeStats:
+                self.asked[of] += 1
+                if of in self.fails:
+                    raise self.fails[of]
+                return answered(prompt)
+
+            return SimpleNamespace(remote=lambda prompt, seed, temperature, of: reply(prompt, of))
+
+    config.rollout.concurrency = config.rollout.leaves = 1  # one after the other
+    worker = Judged(a=broken)
+    result = await worker.run(QUESTIONS, config, "a")
+    assert (worker.asked[""], worker.asked["a"]) == (4, 1), "it is asked no further"
+    assert (result.total.accuracy, result.sets["a"].total.unscored) == (1.0, 4)
+    assert [one for one in worker.told if one[0] == "set not scored"] == [
+        ("set not scored", "a is asked no further: 21 of the last 100 leaves could not be scored")
+    ]
+    assert worker.shown == 8
+    with pytest.raises(ExceptionGroup):
+        await Judged(b=broken).run(QUESTIONS, config, "b")

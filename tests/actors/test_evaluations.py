@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from actors import train
 from actors.best_model import ModelChoice
 from actors.evaluations import Evaluations
 from system.config import load
@@ -283,6 +284,43 @@ async def test_a_resumed_run_makes_again_what_was_cut_off(run: Callable[..., Any
     assert again.records[1] == {"which": "during", "step": 3}
     await again.evaluations.look()
     assert [version for version, _ in again.pushed] == [3], "it is made again once"
+
+
+async def test_an_evaluation_ends_with_a_run_that_fails(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held open for ever, and must not keep the run."""
+    one = await run("eval.engines=1", "eval.every=1")
+
+    class Failing:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.evaluations, self.version = one.evaluations, 0
+            self.loop = SimpleNamespace(stopping=asyncio.Event())
+
+        spare = None
+
+        async def nothing(self) -> None: ...
+
+        save = bring_up = nothing
+
+        async def run(self) -> bool:
+            await one.evaluations.look()
+            await one.worker.asked.wait()
+            raise RuntimeError("the learner is lost")
+
+    async def no_checkpoint(*_: Any) -> None: ...
+
+    monkeypatch.setattr(train, "Conductor", Failing)
+    monkeypatch.setattr(train, "restore_newest", no_checkpoint)
+    about: Any = SimpleNamespace(
+        config=one.config, run_dir=one.directory, task=None, recorder=one.recorder, asked=[],
+        progress=SimpleNamespace(note=one.notes.append), ending=SimpleNamespace(stops=lambda *_: None),
+    )  # fmt: skip
+    actors: Any = SimpleNamespace(learner=None, places=SimpleNamespace())
+    with pytest.raises(RuntimeError, match="the learner is lost"):
+        await train._conduct(about, actors)
+    assert [task.get_name() for task in asyncio.all_tasks() if "evaluation" in task.get_name()] == []
+    assert one.notes == ["the evaluation of step 0 was cut off: the resumed run evaluates again"]
 
 
 @pytest.mark.parametrize("warm", [False, True])

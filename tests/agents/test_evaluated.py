@@ -31,7 +31,7 @@ async def test_our_own_endpoint_answers(place: Any) -> None:
     session, tools, told = await place.open(), Tools(), list[str]()
     words = ["eval.temperature=1", "rollout.call_limit=6", "rollout.max_response_tokens=900"]
     config = load(None, words)
-    scorer = Scorer.of(config, 0, rewards(config.reward)[0])
+    scorer = Scorer.of(config, rewards(config.reward)[0])
     server = ChatCompletions(session.openai_url, "espalier", {}, key="anything")
     questions = Questions(config, server, tools, Scoring([scorer]), lambda _, text: told.append(text))
     prompt = Prompt("q", ({"role": "user", "content": "What is it?"},), ("42",))

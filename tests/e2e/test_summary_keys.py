@@ -32,7 +32,9 @@ OF_AGENTS = (
     *("episodes", "turns", "frozen_turns", "rewrites", "retries", "failed", "late", "diverged"),
     *("engine_lost", "given_up", "malformed", "tool_choice"),
 )
-SCORES = EvalScores(samples=2, pass_at={2: 1.0}, majority=1.0, productivity=1.0)
+SCORES = EvalScores(
+    samples=2, pass_at={2: 1.0}, majority=1.0, productivity=1.0, reward_low=0.0, reward_high=1.0
+)
 OF_A_SET = EvalResult(SCORES, kinds={"a.b": SCORES})
 FULL = Totals(
     evals=dict.fromkeys(("before", "after"), replace(OF_A_SET, sets={"aime": OF_A_SET}).to_dict()),
@@ -49,7 +51,8 @@ FULL = Totals(
     tools={f"my.tool/{what}": 1.0 for what in OF_A_TOOL},
     rewards={f"judge/{what}": 1.0 for what in OF_A_JUDGE}
     | {"close_wait_s": 1.0}
-    | {f"failed/{reason}": 1.0 for reason in REASONS},
+    | {f"{at}failed/{reason}": 1.0 for reason in REASONS for at in ("", "eval/aime/")}
+    | {"eval/aime/close_wait_s": 1.0, "eval/aime/judge/requests": 1.0},
     environment={f"train/{what}": 1.0 for what in OF_AN_ENVIRONMENT},
     agent=dict.fromkeys(OF_AGENTS, 1.0),
     chat={"turns": 2.0, "drift": 1.0},

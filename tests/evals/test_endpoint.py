@@ -104,7 +104,7 @@ def ask(scripted: Scripted) -> Ask:
         scripted.responses += responses
         config = load(None, ["rollout.max_tool_result_tokens=16", "rollout.call_limit=2", *words])
         server = ChatCompletions(url, "m", {"top_p": 0.9, "seed": None}, key="secret", retries=2)
-        chosen = Scorer.of(config, 0, rewards(config.reward)[0]).chosen
+        chosen = Scorer.of(config, rewards(config.reward)[0]).chosen
         scoring, told = Scoring([Scorer(Exact(), chosen)]), list[str]()  # type: ignore[arg-type]
         questions = Questions(
             config, server, tools or Calculator(), scoring, lambda kind, text: told.append(f"{kind}: {text}")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from system.evals.estimates import interval, looks, majority, pass_at
+from system.evals.estimates import half_width, interval, looks, majority, pass_at
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
@@ -60,3 +60,14 @@ def test_no_question_has_no_interval() -> None:
 )
 def test_the_most_frequent_answer_counts(answers: list[tuple[str | None, bool]], found: float) -> None:
     assert majority(answers) == found
+
+
+@pytest.mark.parametrize(
+    ("count", "t"), [(2, 12.706), (31, 2.0423), (32, 2.0395), (41, 2.0211), (1000, 1.9623)]
+)
+def test_the_width_of_a_mean_is_students(count: int, t: float) -> None:
+    values = [float(number % 7) for number in range(count)]
+    mean = sum(values) / count
+    error = math.sqrt(sum((one - mean) ** 2 for one in values) / (count - 1) / count)
+    assert half_width(values) == pytest.approx(t * error, rel=2e-3)
+    assert math.isnan(half_width(values[:1]))

@@ -52,6 +52,24 @@ def test_several_samples() -> None:
     assert metrics["eval/majority"] == 0.5
 
 
+def test_a_reward_has_an_interval_over_the_questions() -> None:
+    """Student's t: of 0.2, 0.4 and 0.9 the mean is 0.5, the standard error 0.2082, t(2) = 4.303."""
+    worth = [said("a", False, reward=0.2), said("b", False, reward=0.3), said("b", True, 1, reward=0.5)]
+    result = EvalResult.of([*worth, said("c", True, reward=0.9), said("d", None)])
+    scores = result.total
+    assert (scores.reward, scores.reward_low, scores.reward_high) == (
+        pytest.approx(0.5),
+        pytest.approx(0.5 - 4.303 * 0.208167, abs=1e-4),
+        pytest.approx(0.5 + 4.303 * 0.208167, abs=1e-4),
+    )
+    assert result.metrics()["eval/reward_low"] == scores.reward_low
+    assert result.to_dict()["reward_high"] == scores.reward_high
+    assert "| 0.500 (-0.396 to 1.396) |" in markdown(result)
+    alone = EvalResult.of([said("a", True, reward=0.5)])
+    assert "reward_low" not in alone.to_dict()
+    assert "| 0.500 |" in markdown(alone)
+
+
 def test_one_sample_has_no_majority() -> None:
     assert not {"eval/majority", "eval/samples"} & set(EvalResult.of([said("a", True)]).metrics())
 
@@ -87,6 +105,6 @@ def test_the_table() -> None:
     )
     head, _, own, other, *_ = text.splitlines()
     assert head.startswith("| set | questions | n | avg@n | pass@2 | maj@n |")
-    assert own.startswith("| held-out | 1 | 1 | 100.0% (20.7% to 100.0%) | – | – |")
+    assert own.startswith("| held-out | 1 | 1 | 100.0% (20.7% to 100.0%) | – | – | 1.000 | ")
     assert other.startswith("| x\\|y | 1 | 2 | 50.0% (")
-    assert [line.count(" | ") for line in (head, own, other)] == [8, 8, 8]
+    assert [line.count(" | ") for line in (head, own, other)] == [9, 9, 9]

@@ -66,7 +66,41 @@ def test_each_question_of_each_set_is_asked_as_often_as_it_says(data: Path) -> N
             "eval.sets=[{name: a, path: x, sample: 2}]",
             r"eval\.sets\[0\]\.sample: a set has .*did you mean samples",
         ),
-        ("eval.sets=[{name: a, path: x, samples: many}]", r"eval\.sets\[0\]: .*many"),
+        (
+            "eval.sets=[{name: a, path: x, samples: many}]",
+            r"eval\.sets\[0\]\.samples='many' must be an integer",
+        ),
+        ("eval.sets=[{name: a, task: {nam: jsonl}}]", r"eval\.sets\[0\]\.task\.nam: .*did you mean name"),
+        ("eval.sets=[{name: a, task: jsn}]", r"eval\.sets\[0\]\.task\.name='jsn': choose .*mean jsonl"),
+        (
+            "eval.sets=[{name: a, task: {name: quickstart, eval_size: -2}}]",
+            r"eval\.sets\[0\]\.task\.eval_size=-2 must be -1 or more",
+        ),
+        ("eval.sets=[{name: a, path: x, reward: 3}]", r"eval\.sets\[0\]\.reward\.name='3': choose"),
+        (
+            "eval.sets=[{name: a, path: x}, {name: b, path: x, reward: {nam: f1}}]",
+            r"eval\.sets\[1\]\.reward\.nam: the section reward has .*did you mean name",
+        ),
+        ("eval.sets=[{name: a, path: x, reward: f2}]", r"eval\.sets\[0\]\.reward\.name='f2': choose"),
+        (
+            "eval.sets=[{name: a, path: x, reward: {deadline_s: soon}}]",
+            r"eval\.sets\[0\]\.reward\.deadline_s='soon' must be a number",
+        ),
+        (
+            "eval.sets=[{name: a, path: x, reward: {workers: 0}}]",
+            r"eval\.sets\[0\]\.reward\.workers=0 must be 1 or more",
+        ),
+        (
+            "eval.sets=[{name: a, path: x, reward: [f1, {name: judge, weigt: 1}]}]",
+            r"eval\.sets\[0\]\.reward\.parts\[1\]\.weigt: a reward has .*did you mean weight",
+        ),
+        (
+            "eval.sets=[{name: a, path: x, reward: [f1, {name: arpo, deadline_s: 0}]}]",
+            r"eval\.sets\[0\]\.reward\.parts\[1\]\.deadline_s=0\.0 must be above 0",
+        ),
+        ("eval.sets=[{name: a, path: x, reward: [f1, f1]}]", r"sets\[0\]\.reward\.parts\[0\]\.label: two"),
+        ("eval.sets=[{name: a, path: x, reward: [f1, 3]}]", r"sets\[0\]\.reward\.parts: 3 must be"),
+        ("eval.sets=[{name: a, path: x, reward: true}]", r"eval\.sets\[0\]\.reward\.name='True'"),
         ("eval.sets=[{name: a, path: x, questions: -2}]", r"eval\.sets\[0\]: questions are -1"),
         ("eval.sets=[{name: a, task: {name: jsonl}, columns: {answer: x}}]", r"of a task they stand in"),
     ],
@@ -99,8 +133,10 @@ def test_what_does_not_go_with_engines_of_their_own(given: str, told: str) -> No
     ("given", "told"),
     [
         ("eval.sets=[{name: a, path: nowhere.jsonl}]", r"eval\.sets\[0\]: .*nowhere\.jsonl"),
-        ("eval.sets=[{name: a, task: {nam: jsonl}}]", r"eval\.sets\[0\]: .*nam"),
-        ("eval.sets=[{name: a, task: {name: jsonl}}]", r"eval\.sets\[0\]: task\.name=jsonl needs task\.path"),
+        (
+            "eval.sets=[{name: a, task: {name: jsonl}}]",
+            r"eval\.sets\[0\]: the task has no held-out questions",
+        ),
     ],
 )
 def test_a_set_that_cannot_be_read(given: str, told: str) -> None:

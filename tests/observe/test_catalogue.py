@@ -74,14 +74,17 @@ def written(run_dir: RunDir, config: Config) -> set[str]:
         recorder.running_total("engine-0", f"server/{name}", 4.0)
     for name in ("close_wait_s", "judge/answer_s", "judge/answers", "judge/requests", "judge/cache_hits"):
         recorder.running_total("rollout-0", f"reward/{name}", 4.0)
+    recorder.running_total("rollout-0", "reward/eval/aime/close_wait_s", 4.0)
     for reason in REASONS:
         recorder.running_total("rollout-0", f"reward/failed/{reason}", 1.0)
+        recorder.running_total("rollout-0", f"reward/eval/aime/failed/{reason}", 1.0)
     recorder.train_step(FinishedStep(5, trees, {"loss": 1.0}, [0, 1], {"hard": 0.5}))
     recorder.flush(5)
     recorder.evaluated(5, evaluated(single("a.b", 0)), "during", 3.0, 1.0, lora_kept=0.9)
     several = [
-        Answered(name, "q", "calc", at, True, 1.0, "stopped", 1, 4, "4")
+        Answered(name, question, "calc", at, True, 1.0, "stopped", 1, 4, "4")
         for name in ("", "set")
+        for question in ("q", "r")
         for at in (0, 1)
     ]
     recorder.evaluated(6, EvalResult.of(several), "after", 3.0, 1.0)

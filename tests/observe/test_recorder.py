@@ -14,7 +14,8 @@ from system.flow.loop import FinishedStep
 from system.observe.jsonl import read_jsonl
 from system.observe.recorder import GROWING, QUEUE_DEPTH, Recorder
 from system.observe.rundir import RunDir
-from system.observe.sinks import Alarm, PhaseSpan, RunFiles, history, raised, series
+from system.observe.sinks import Alarm, RunFiles, history, raised, series
+from system.observe.spans import PhaseSpan
 from system.tree.stats import TreeStats
 
 
@@ -509,3 +510,18 @@ def test_phases_become_spans(recorder: Recorder, sink: MemorySink):
     assert (generate["tool.calls"], generate["tree.leaves"], generate["reward.mean"]) == (1, 3, 0.5)
     assert publish == {"weights.bytes": 100}
     assert train == {"step": 4, "train.tokens": tree.trainable}
+
+
+def test_calls_and_rewards_are_spans_of_their_tree(recorder: Recorder, sink: MemorySink):
+    tree = replace(TreeStats.of(make_tree()), seconds=3.0, scoring=((2.0, 2.5), None, (1.0, 3.0)))
+    (call,) = tree.calls
+    recorder.tree_closed(replace(tree, calls=(replace(call, began_s=0.5), call)), version_now=3)
+    (generate,) = sink.spans
+    tool, *rewards = generate.within  # one is of a version that did not say when it began
+    assert (tool.name, tool.start, tool.seconds) == ("tool", generate.start + 0.5, call.latency_s)
+    assert tool.attributes["tool.name"] == call.tool
+    assert [(one.name, one.start - generate.start, one.seconds) for one in rewards] == [
+        ("reward", 2.0, 0.5),
+        ("reward", 1.0, 2.0),
+    ]
+    assert [one.attributes["tree.leaf"] for one in rewards] == [0, 2]

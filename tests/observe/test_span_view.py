@@ -14,8 +14,8 @@ from view_sessions import free_port
 
 from system.config import Config
 from system.observe.rundir import RunDir
-from system.observe.sinks import PhaseSpan
 from system.observe.span_view import SpanView
+from system.observe.spans import PhaseSpan
 from system.observe.views import sinks
 
 
@@ -66,15 +66,20 @@ def test_spans_arrive_with_their_times_and_attributes(
     view = SpanView(run_dir, config)
     view.span(PhaseSpan("generate", 1e9, 2.5, {"tree.prompt": "q1", "tool.calls": 2, "reward.mean": 0.5}))
     view.span(PhaseSpan("train", 1e9 + 3, 1.0, {"step": 1}))
+    call = PhaseSpan("tool", 1e9 + 4.5, 0.5, {"tool.name": "search", "tool.cached": False})
+    view.span(PhaseSpan("generate", 1e9 + 4, 2.0, {}, [call]))
     view.close()
     assert {path for path, _ in collector.got} == {"/v1/traces"}
     (resource,) = [one for _, request in collector.got for one in request.resource_spans]
     about = {one.key: one.value.string_value for one in resource.resource.attributes}
     assert (about["service.name"], about["espalier.run"]) == ("espalier", run_dir.name)
-    generate, train = [span for scope in resource.scope_spans for span in scope.spans]
+    generate, train, other, tool = [span for scope in resource.scope_spans for span in scope.spans]
     assert (generate.name, train.name) == ("generate", "train")
     assert generate.start_time_unix_nano == 10**18
     assert generate.end_time_unix_nano - generate.start_time_unix_nano == 2_500_000_000
+    assert (tool.name, tool.start_time_unix_nano) == ("tool", 10**18 + 4_500_000_000)
+    assert (tool.parent_span_id, tool.trace_id) == (other.span_id, other.trace_id)
+    assert (generate.parent_span_id, train.parent_span_id) == (b"", b"")
     held = {one.key: one.value for one in generate.attributes}
     assert held["tree.prompt"].string_value == "q1"
     assert held["tool.calls"].int_value == 2

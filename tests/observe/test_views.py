@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from view_sessions import free_port, of_wandb
 from system.config import ConfigError, load
 from system.observe import views
 from system.observe.rundir import RunDir
-from system.observe.sinks import RESUMED, Alarm, GuardedView, MetricsView, PhaseSpan, RunFiles, identity
+from system.observe.sinks import RESUMED, Alarm, GuardedView, MetricsView, RunFiles, identity
+from system.observe.spans import PhaseSpan
 from system.observe.tree_table import COLUMNS
 from system.observe.views import VIEWS, sinks, unavailable
 
@@ -99,7 +101,7 @@ class Failing(MetricsView):
     """Fails at one of the things that a view does."""
 
     def __init__(self, at: str, error: BaseException) -> None:
-        self.at, self.error, self.tried = at, error, 0
+        self.at, self.error, self.tried, self.closed = at, error, 0, Event()
         self._at("start")
 
     def _at(self, what: str) -> None:
@@ -121,6 +123,7 @@ class Failing(MetricsView):
 
     def close(self) -> None:
         self._at("close")
+        self.closed.set()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,7 @@ def test_a_failure_is_told_once_and_stops_nothing(
     assert VIEWS[name].off in said
     assert "hunter2" not in said
     assert [one.tried for one in made] == ([] if at == "start" else [1])
+    assert all(one.closed.wait(30.0) for one in made if at != "close"), "it lets go of what it held"
 
 
 def test_one_whose_library_is_missing_is_refused_with_the_remedy(

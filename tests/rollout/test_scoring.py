@@ -99,7 +99,7 @@ async def scored(one: Scorer, prompt: Prompt = PROMPT, branch: BranchView = VIEW
 def pooled(config: Config) -> Scorer:
     """The configured reward, in its processes."""
     (chosen,) = rewards(config.reward)
-    return Scorer.of(config, 0, chosen)
+    return Scorer.of(config, chosen)
 
 
 def test_a_late_score_and_a_raising_reward_fail_one_leaf() -> None:

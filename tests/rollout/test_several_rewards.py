@@ -202,7 +202,7 @@ def scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def made(*parts: Any) -> list[Scorer]:
     config = Config()
     config.reward.name, config.reward.parts = "", [*parts]
-    return [Scorer.of(config, number, one) for number, one in enumerate(rewards(config.reward))]
+    return [Scorer.of(config, one) for one in rewards(config.reward)]
 
 
 @pytest.mark.usefixtures("scorers")
@@ -282,7 +282,7 @@ def test_a_list_is_several_and_what_a_part_leaves_out_the_section_says(tmp_path:
         ("reward=[{weight: 1}]", r"reward.parts\[0\].name is missing"),
         ("reward=[{name: apro}]", r"reward.parts\[0\].name='apro': choose one of .*did you mean arpo\?"),
         ("reward=[arpo, arpo]", r"label: two rewards are called 'arpo'"),
-        ("reward=[{name: arpo, weight: heavy}]", r"reward.parts\[0\]: .*heavy"),
+        ("reward=[{name: arpo, weight: heavy}]", r"reward.parts\[0\].weight='heavy' must be a number"),
         ("reward=[{name: arpo, weight: .inf}]", r"reward.parts\[0\].weight=inf must be a finite number"),
         ("reward=[{name: arpo, deadline_s: 0}]", r"reward.parts\[0\].deadline_s=0.0 must be above 0"),
         ("reward=[{name: arpo, run: gpu}]", r"reward.parts\[0\].run='gpu': choose one of auto"),

@@ -404,8 +404,10 @@ def test_task_from_configuration(tmp_path: Path):
     with pytest.raises(DataError, match=r"is in .*train\.jsonl too"):
         JsonlTask(config)
     config.task.path = ""
+    of_an_evaluation = JsonlTask(config)
+    assert of_an_evaluation.notes() == told[1:]
     with pytest.raises(ConfigError, match=r"task\.path"):
-        JsonlTask(config)
+        of_an_evaluation.train()
 
 
 MESSAGES = [

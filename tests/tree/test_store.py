@@ -61,6 +61,19 @@ def test_files_of_before_later_columns_are_read() -> None:
         validate(back)
 
 
+def test_calls_of_before_they_said_when_they_began_are_read() -> None:
+    (tree,) = _trees(1)
+    call = ToolCall(0, "search", {"q": "x"}, "ok", 0.5, began_s=1.5)
+    table = to_table([dataclasses.replace(tree, calls=(call,))])
+    assert [one.began_s for one in next(from_table(table)).calls] == [1.5]
+    at, fields = table.schema.get_field_index("calls"), table.schema.field("calls").type.value_type
+    before = pa.list_(pa.struct([one for one in fields if one.name != "began_s"]))
+    ((row,),) = table["calls"].to_pylist()
+    rows = [[{name: value for name, value in row.items() if name != "began_s"}]]
+    old = table.set_column(at, "calls", pa.array(rows, before))
+    assert [one.began_s for one in next(from_table(old)).calls] == [-1.0], "not known"
+
+
 def test_numbers_of_many_experts_survive(tmp_path: Path) -> None:
     """They take two bytes each."""
     (tree,) = _trees(1)

@@ -205,6 +205,10 @@ def test_whether_it_runs_ended_or_is_lost(tmp_path: Path) -> None:
     (root / "model").mkdir()
     (root / "summary.json").write_text("{}")
     assert run_state(root).state == "finished"
+    (root / "summary.json").write_text('{"ended": false}')
+    assert run_state(root).state == "stopped", "it went on from its end, and has that model"
+    (root / "summary.json").write_text('{"ended": tr')
+    assert run_state(root).state == "stopped"
 
 
 @given(st.text(max_size=40))

@@ -275,6 +275,17 @@ def test_a_tree_as_one_file(run: RunDir, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["tree", str(run.root), "--html", str(tmp_path / "none" / "x.html")]) != 0
 
 
+def test_the_table_of_all_trees_as_one_file(run: RunDir, tmp_path: Path) -> None:
+    out = tmp_path / "trees.html"
+    assert main(["tree", str(run.root), "--list", "--html", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "uniq/flat" in text
+    assert "<img" not in text, "what others wrote is text"
+    assert "&lt;img" in text
+    assert "default-src 'none'" in text
+    assert "<script" not in text
+
+
 def test_the_modules_of_the_file_share_no_name() -> None:
     """They become one module, where a name stands for one thing."""
     static = {path.name: path for path in page_files().values()}
