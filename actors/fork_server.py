@@ -1,6 +1,6 @@
 """An interpreter that has imported what a run's actors need, and from which they are forked.
 
-Run by :mod:`.forking` as ``python -m actors.fork_server SOCKET_FD MODULE...``.  It never starts a thread, a
+Run by :mod:`.forking` as ``python -m actors.fork_server SOCKET_FD DIRECTORY MODULE...``.  It never starts a
 computation, CUDA or Ray, so what is forked from it is as good as new; its memory is shared until somebody
 writes to it, and its imports are done once.
 
@@ -21,6 +21,7 @@ import os
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -44,7 +45,8 @@ _STREAMS = 2  # standard output and error come with it
 _SILENT_S = 5.0  # who has connected and says nothing for so long is refused
 _LOOK_S = 1.0
 _ASKERS = 256  # that may have connected and not spoken
-_OF_RAYLET, _OF_JOB = "RAY_RAYLET_PID", "RAY_JOB_ID"
+_RAYLET = "RAY_RAYLET_PID"
+_NO_JOB = {"RAY_JOB_ID": "f" * 8}  # of workers that Ray starts before a job needs them
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +71,13 @@ class WorkerRequest:
         texts: list[Any] = [*found.arguments, *environment, *environment.values(), found.directory]
         if not all(isinstance(one, str) and "\0" not in one for one in texts):
             raise TypeError("not all of it is text")
-        if not environment.get(_OF_RAYLET):
-            raise ValueError(f"no {_OF_RAYLET}: it is not Ray that asks")
+        if not environment.get(_RAYLET):
+            raise ValueError(f"no {_RAYLET}: it is not Ray that asks")
         return found
 
     @property
-    def floor(self) -> tuple[str, str]:
-        """What of its environment Ray reads as it is imported, and never again."""
-        return self.environment[_OF_RAYLET], self.environment.get(_OF_JOB, "")
+    def raylet(self) -> str:
+        return self.environment[_RAYLET]
 
 
 class Server:
@@ -85,7 +86,7 @@ class Server:
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
         self._askers: dict[socket.socket, float] = {}  # until when each has to say what it wants
-        self._floors: dict[tuple[str, str], socket.socket] = {}
+        self._floors: dict[str, socket.socket] = {}  # by the raylet: there is one at a time
 
     def serve(self) -> None:
         while True:
@@ -131,17 +132,16 @@ class Server:
         self, asked: WorkerRequest, message: bytes, asker: socket.socket, fds: Sequence[int]
     ) -> None:
         """Raises OSError where the second floor does not take it, which is forgotten then."""
-        raylet, _ = key = asked.floor
-        for old in [one for one in self._floors if one[0] != raylet]:  # of a raylet that has ended
+        for old in [one for one in self._floors if one != asked.raylet]:  # it has ended
             self._floors.pop(old).close()
-        if key not in self._floors:
+        if asked.raylet not in self._floors:
             open_here = [self._listening, *self._askers, *self._floors.values()]
-            self._floors[key] = _second_floor(asked.environment, open_here, fds)
+            self._floors[asked.raylet] = _second_floor(asked.environment, open_here, fds)
         try:
             flags = socket.MSG_DONTWAIT  # one that is stopped takes no more
-            socket.send_fds(self._floors[key], [message], [*fds, asker.fileno()], flags)
+            socket.send_fds(self._floors[asked.raylet], [message], [*fds, asker.fileno()], flags)
         except OSError:
-            self._floors.pop(key).close()
+            self._floors.pop(asked.raylet).close()
             raise
 
 
@@ -180,7 +180,7 @@ def _second_floor(
         os.dup2(nothing, 0)  # in place of the driver's pipe
         os.close(nothing)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(environment | _NO_JOB)
         _imported(_ACTORS)
         while True:
             message, fds_of_one, _, _ = socket.recv_fds(its, _REQUEST, _STREAMS + 1)
@@ -245,13 +245,16 @@ def _work(asked: WorkerRequest, fds: Sequence[int]) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main(socket_fd: int, modules: Sequence[str]) -> None:
-    """Import, then have a worker forked for everyone who asks, until standard input ends."""
+def main(socket_fd: int, directory: str, modules: Sequence[str]) -> None:
+    """Import, then have a worker forked for everyone who asks, until standard input ends: the driver has, and
+    if it was killed, nobody else removes the socket's ``directory``.
+    """
     listening = socket.socket(fileno=socket_fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: Ray knows when they end
     _imported(modules)
     Server(listening).serve()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from actors.forked import FAILED, SOCKET, address
 from system.config import Config
+from system.scratch import Scratch
 
 TRAINING = ("system.learn.trainer",)  # what a learner imports
 GROWING = ("system.engine.embedded", "system.rollout.context", "system.tools.servers")
@@ -64,7 +65,10 @@ def fork_server(config: Config, parts: Sequence[str]) -> Generator[None]:
         return
     with contextlib.ExitStack() as stack:
         # Of mode 0700: who may connect may have anything done.
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="espalier-"))
+        scratch = Scratch.make("fork")
+        stack.callback(scratch.release)
+        directory = str(scratch.path)
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)  # the server may have
         server = _started(directory, parts)
         stack.callback(server.communicate)
         stack.callback(server.kill)  # it may be importing still; its second floor ends by itself
@@ -84,7 +88,15 @@ def _started(directory: str, parts: Sequence[str]) -> subprocess.Popen[bytes]:
             # NVML, if anybody asks torch: CUDA itself would be no good in the forked processes.
             given = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
             return subprocess.Popen(
-                [sys.executable, "-m", "actors.fork_server", str(listening.fileno()), *_OF_RAY, *parts],
+                [
+                    sys.executable,
+                    "-m",
+                    "actors.fork_server",
+                    str(listening.fileno()),
+                    directory,
+                    *_OF_RAY,
+                    *parts,
+                ],
                 env=given,
                 stdin=subprocess.PIPE,
                 pass_fds=[listening.fileno()],

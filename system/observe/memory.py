@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 EVERY_S = 3.0  # between two samples, at least
-COST = 0.01  # share of the time that sampling may take: the kernel walks all pages of each process
+COST = 0.02  # share of a core that sampling may take: the kernel walks all pages of each process
 _KB = 1024
 
 
@@ -46,10 +46,14 @@ async def follow(
     Where one takes long (hundreds of GB), they come more rarely.
     """
     while True:
-        began = time.monotonic()
-        found = await asyncio.to_thread(sample)
-        took = time.monotonic() - began
+        found, took_s = await asyncio.to_thread(_timed, sample)
         if not found:
             return
         tell(found)
-        await asyncio.sleep(max(every_s, took / COST))
+        await asyncio.sleep(max(every_s, took_s / COST))
+
+
+def _timed(sample: Callable[[], int]) -> tuple[int, float]:
+    """A sample, and the seconds of a core that it took, the kernel's included."""
+    began = time.thread_time()
+    return sample(), time.thread_time() - began

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ import ray
 import torch
 
 from actors import forked
+from actors import forking as forking_module
+from actors.cli.main import main
 from actors.forked import SOCKET
 from actors.forking import GROWING, TRAINING, fork_server, wanted
 from actors.ray_support import answer, ray_session, returned, spawn
@@ -291,6 +293,29 @@ def test_the_server_ends_with_the_block() -> None:
     assert not directory.exists()
 
 
+DRIVER = """
+import os, signal
+from actors.forking import fork_server
+from system.config import Config
+
+config = Config()
+config.cluster.fork = "true"
+with fork_server(config, []):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_driver_that_was_killed(tmp_path: Path) -> None:
+    driver = psutil.Popen([sys.executable, "-c", DRIVER], env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert driver.wait(LATE_S) == -signal.SIGKILL
+    assert [one.name.startswith("espalier-fork-") for one in tmp_path.iterdir()] == [True]
+    until = time.monotonic() + LATE_S  # it imports to the end first
+    while [*tmp_path.iterdir()]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_nothing_is_forked_on_a_cluster_with_gpus_or_where_it_is_not_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,3 +355,30 @@ def test_what_was_a_switch_is_still_read(tmp_path: Path, written: str, read: str
     assert load(None, [f"cluster.fork={written}"]).cluster.fork == read
     recipe.write_text(to_yaml(load(recipe)))
     assert load(recipe).cluster.fork == read
+
+
+class Reached(BaseException):
+    """The fork server was asked for, with these modules."""
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train", "configs/quickstart.yaml"], [*TRAINING, *GROWING]),
+        (["eval", "{model}", "--config", "configs/quickstart.yaml"], [*GROWING]),
+        (["sft", "examples/first.yaml"], [*TRAINING]),
+        (["sft", "examples/first.yaml", "sft.samples=2"], [*TRAINING, *GROWING]),
+    ],
+)
+def test_every_command_that_starts_actors_forks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], parts: list[str]
+) -> None:
+    def reached(_: Config, modules: Sequence[str]) -> None:
+        raise Reached(*modules)
+
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(forking_module, "fork_server", reached)
+    monkeypatch.chdir(Path(forked.__file__).parents[1])
+    with pytest.raises(Reached) as caught:
+        main([word.format(model=tmp_path) for word in words])
+    assert [*caught.value.args] == parts

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,12 +72,19 @@ async def test_samples_are_told_beside_the_event_loop_and_rarely_where_they_take
     assert {*told} == {7}
     assert threading.main_thread().name not in threads
 
+    def slow() -> int:
+        until = time.thread_time() + 0.1
+        while time.thread_time() < until:
+            pass
+        return 8
+
     told.clear()
-    gate = threading.Event()
-    slow = asyncio.create_task(follow(told.append, lambda: 7 if gate.wait(0.1) else 8, every_s=0.01))
+    first = asyncio.Event()
+    rarely = asyncio.create_task(follow(lambda used: (told.append(used), first.set()), slow, every_s=0.01))
+    await asyncio.wait_for(first.wait(), 60)
     await asyncio.sleep(1)
-    slow.cancel()
-    assert told == [8], "0.1 s of sampling are worth 10 s"
+    rarely.cancel()
+    assert told == [8], "0.1 s of sampling are worth 5 s"
 
 
 async def test_where_the_system_does_not_tell_nothing_is_told() -> None:
