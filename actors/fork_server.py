@@ -1,12 +1,14 @@
 """An interpreter that has imported what a run's actors need, and from which they are forked.
 
-Run by :mod:`.forking` as ``python -m actors.fork_server SOCKET_FD MODULE...``.  It never starts a thread, a
-computation or Ray, so what is forked from it is as good as new; its memory is shared until somebody writes to
-it, and its imports are done once.
+Run by :mod:`.forking` as ``python -m actors.fork_server SOCKET_FD DIRECTORY MODULE...``.  It never starts a
+computation, CUDA or Ray, so what is forked from it is as good as new; its memory is shared until somebody
+writes to it, and its imports are done once.
 
 There are two floors.  Ray reads on import what a raylet has put into its workers' environment, so the
 modules that know nothing of Ray (``system``) are imported at once, Ray and the actors in a fork of that, as
 soon as the first worker of a raylet is asked for.
+
+Whoever asks for what cannot be is refused (the connection ends), and starts by himself: see :mod:`.forked`.
 """
 
 from __future__ import annotations
@@ -16,51 +18,134 @@ import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from actors.forked import FORKED, GO
+
 _ACTORS = (
     *("ray._private.workers.default_worker", "actors.engine", "actors.learner", "actors.rollout"),
-    "actors.tools",
+    *("actors.tools", "actors.tree_sample", "actors.in_flight"),
 )
 _REQUEST = 1 << 20  # bytes; a worker whose environment is larger starts by itself
+_STREAMS = 2  # standard output and error come with it
+_SILENT_S = 5.0  # who has connected and says nothing for so long is refused
+_LOOK_S = 1.0
+_ASKERS = 256  # that may have connected and not spoken
 _RAYLET = "RAY_RAYLET_PID"
+_NO_JOB = {"RAY_JOB_ID": "f" * 8}  # of workers that Ray starts before a job needs them
 
 
-def main(socket_fd: int, modules: Sequence[str]) -> None:
-    """Import, then fork a worker for everyone who asks, until standard input ends."""
-    server = socket.socket(fileno=socket_fd)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: Ray knows when they end
-    _imported(modules)
-    raylet, floor = "", socket.socket()
-    while True:
-        ready, _, _ = select.select([server, sys.stdin], [], [])
-        if sys.stdin in ready:
-            return
-        connection, _ = server.accept()
-        with connection:
-            message, fds, _, _ = socket.recv_fds(connection, _REQUEST, 3)
-            if len(fds) == 3:
-                environment = json.loads(message)[1]
-                if environment[_RAYLET] != raylet:
-                    raylet = environment[_RAYLET]
-                    floor.close()  # of an earlier raylet, which has ended
-                    floor = _second_floor(environment, [0, socket_fd, connection.fileno(), *fds])
-                socket.send_fds(floor, [message], [*fds, connection.fileno()])
+@dataclass(frozen=True, slots=True)
+class WorkerRequest:
+    """A worker that is to be forked, as :func:`.forked.request` tells of it."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    directory: str
+    limits: dict[str, list[int]]  # by the name of the resource: soft, hard
+    oom_score_adj: int
+    niceness: int
+
+    @classmethod
+    def read(cls, message: bytes) -> WorkerRequest:
+        """Raises ValueError or TypeError where it is none."""
+        told: Any = json.loads(message)
+        if not isinstance(told, dict):
+            raise TypeError("not a dictionary")
+        found = cls(**told)
+        environment = found.environment
+        texts: list[Any] = [*found.arguments, *environment, *environment.values(), found.directory]
+        if not all(isinstance(one, str) and "\0" not in one for one in texts):
+            raise TypeError("not all of it is text")
+        if not environment.get(_RAYLET):
+            raise ValueError(f"no {_RAYLET}: it is not Ray that asks")
+        return found
+
+    @property
+    def raylet(self) -> str:
+        return self.environment[_RAYLET]
+
+
+class Server:
+    """The first floor: hands each request to the second floor that it needs, until standard input ends."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+        self._askers: dict[socket.socket, float] = {}  # until when each has to say what it wants
+        self._floors: dict[str, socket.socket] = {}  # by the raylet: there is one at a time
+
+    def serve(self) -> None:
+        while True:
+            sources = [sys.stdin, self._listening, *self._askers]
+            ready, _, _ = select.select(sources, [], [], _LOOK_S if self._askers else None)
+            if sys.stdin in ready:
+                return
+            for asker in [one for one in self._askers if one in ready]:
+                self._hear(asker)
+            for asker in [one for one, until in self._askers.items() if until < time.monotonic()]:
+                self._refuse(asker, f"has said nothing for {_SILENT_S:.0f} s")
+            if self._listening in ready:
+                asker, _ = self._listening.accept()
+                self._askers[asker] = time.monotonic() + _SILENT_S
+                if len(self._askers) > _ASKERS:
+                    self._refuse(asker, "came while too many others had said nothing")
+
+    def _refuse(self, asker: socket.socket, why: str) -> None:
+        print(f"espalier: fork server: who asked for a worker {why}", file=sys.stderr, flush=True)
+        self._forget(asker)
+
+    def _forget(self, asker: socket.socket) -> None:
+        del self._askers[asker]
+        asker.close()
+
+    def _hear(self, asker: socket.socket) -> None:
+        """Take a request from one who has something to say, or has gone."""
+        fds: list[int] = []
+        try:
+            message, fds, flags, _ = socket.recv_fds(asker, _REQUEST, _STREAMS, socket.MSG_DONTWAIT)
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != _STREAMS:
+                raise ValueError("not of the size that it should have")
+            self._pass_on(WorkerRequest.read(message), message, asker, fds)
+        except (OSError, ValueError, TypeError, RecursionError) as error:  # its text may hold a secret
+            self._refuse(asker, f"is refused: {type(error).__name__}")
+        else:
+            self._forget(asker)
+        finally:
             for fd in fds:
                 os.close(fd)
 
+    def _pass_on(
+        self, asked: WorkerRequest, message: bytes, asker: socket.socket, fds: Sequence[int]
+    ) -> None:
+        """Raises OSError where the second floor does not take it, which is forgotten then."""
+        for old in [one for one in self._floors if one != asked.raylet]:  # it has ended
+            self._floors.pop(old).close()
+        if asked.raylet not in self._floors:
+            open_here = [self._listening, *self._askers, *self._floors.values()]
+            self._floors[asked.raylet] = _second_floor(asked.environment, open_here, fds)
+        try:
+            flags = socket.MSG_DONTWAIT  # one that is stopped takes no more
+            socket.send_fds(self._floors[asked.raylet], [message], [*fds, asker.fileno()], flags)
+        except OSError:
+            self._floors.pop(asked.raylet).close()
+            raise
 
-def _imported(modules: Sequence[str]) -> None:
+
+def _imported(modules: Iterable[str]) -> None:
     """Import ``modules``, of which nothing is garbage: a collection in a forked process would write to every
     object, and copy its page.
     """
@@ -74,9 +159,12 @@ def _imported(modules: Sequence[str]) -> None:
     gc.enable()
 
 
-def _second_floor(environment: dict[str, str], not_its: Sequence[int]) -> socket.socket:
-    """Start it for the raylet of ``environment``; returns the socket that takes requests, at whose end it
-    ends.  ``not_its``: descriptors that would stay open with it.
+def _second_floor(
+    environment: dict[str, str], sockets: Sequence[socket.socket], fds: Sequence[int]
+) -> socket.socket:
+    """Start it with an ``environment``; returns the socket that takes requests, at whose end it ends.
+
+    ``sockets`` and ``fds``: what would stay open with it.
     """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork():
@@ -84,19 +172,24 @@ def _second_floor(environment: dict[str, str], not_its: Sequence[int]) -> socket
         return ours
 
     def serve() -> None:
-        ours.close()
-        for fd in not_its:
+        for one in (ours, *sockets):
+            one.close()
+        for fd in fds:
             os.close(fd)
-        os.environ.update(environment)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)  # in place of the driver's pipe
+        os.close(nothing)
+        os.environ.clear()
+        os.environ.update(environment | _NO_JOB)
         _imported(_ACTORS)
         while True:
-            message, fds, _, _ = socket.recv_fds(its, _REQUEST, 4)
+            message, fds_of_one, _, _ = socket.recv_fds(its, _REQUEST, _STREAMS + 1)
             if not message:
                 return
             if not os.fork():
                 its.close()
-                _become(partial(_work, message, fds))
-            for fd in fds:
+                _become(partial(_work, WorkerRequest.read(message), fds_of_one))
+            for fd in fds_of_one:
                 os.close(fd)
 
     _become(serve)
@@ -118,30 +211,50 @@ def _become(what: Callable[[], None]) -> NoReturn:
         os._exit(code)
 
 
-def _work(message: bytes, fds: Sequence[int]) -> None:
-    """Be the Ray worker that was asked for; ``fds``: its standard streams, and the socket it was asked at."""
+def _work(asked: WorkerRequest, fds: Sequence[int]) -> None:
+    """Be the Ray worker that was asked for; ``fds``: its output, errors, and the socket it was asked at."""
     from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
-    arguments, environment, directory = json.loads(message)
     os.setpgid(0, 0)  # the raylet kills the group of a worker that ends
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number, fd in enumerate(fds[:3]):
+    for number, fd in enumerate(fds[:_STREAMS], start=1):
         os.dup2(fd, number)
         os.close(fd)
     os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(directory)
+    os.environ.update(asked.environment)
+    os.chdir(asked.directory)
+    for name, (soft, hard) in asked.limits.items():
+        resource.setrlimit(getattr(resource, name), (soft, hard))
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(asked.oom_score_adj))
+    os.setpriority(os.PRIO_PROCESS, 0, asked.niceness)
     np.random.seed()  # drawn on import; Python's own generator sees to itself
     Config.initialize("")  # reads the environment again, but for what is one raylet's
-    with socket.socket(fileno=fds[3]) as asked:
-        asked.send(b"F")
+    with socket.socket(fileno=fds[_STREAMS]) as asker:
+        try:
+            asker.send(FORKED)
+            if asker.recv(1) != GO:
+                return
+        except OSError:  # it has waited for too long, and goes on by itself
+            return
     # What setup_worker.py would replace this process by: the script that the arguments name.
     parser = argparse.ArgumentParser()
     parser.add_argument("--serialized-runtime-env-context")
     parser.add_argument("--language")
-    _, sys.argv = parser.parse_known_args(arguments)
+    _, sys.argv = parser.parse_known_args(asked.arguments)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def main(socket_fd: int, directory: str, modules: Sequence[str]) -> None:
+    """Import, then have a worker forked for everyone who asks, until standard input ends: the driver has, and
+    if it was killed, nobody else removes the socket's ``directory``.
+    """
+    listening = socket.socket(fileno=socket_fd)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: Ray knows when they end
+    _imported(modules)
+    Server(listening).serve()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

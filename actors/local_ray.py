@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import node, parameter
 
 from actors import forked
+from system.scratch import Scratch
+
+_DIRECTORY = 40  # bytes of Ray's directory, below which its sockets have addresses of up to 107
+_SHORT = Path("/tmp")
 
 
 @contextlib.contextmanager
@@ -29,3 +35,19 @@ def lean() -> Generator[None]:
         patch.object(node.Node, "start_api_server", lambda self, **_: None),
     ):
         yield
+
+
+@contextlib.contextmanager
+def directory() -> Generator[dict[str, str]]:
+    """Variables that give Ray a directory for the length of the block, where the path of its own
+    (``$TMPDIR/ray``) is too long for sockets.
+    """
+    if len(os.fsencode(get_default_ray_temp_dir())) <= _DIRECTORY:
+        yield {}
+        return
+    short = Scratch.make("ray", _SHORT)
+    try:
+        yield {"RAY_TMPDIR": str(short.path)}
+    finally:
+        shutil.rmtree(short.path, ignore_errors=True)  # Ray's agents may write into it to the last
+        short.release()

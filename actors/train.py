@@ -29,6 +29,7 @@ from system.evals.sets import question_sets, to_ask
 from system.observe import lease
 from system.observe.card import base_name
 from system.observe.jsonl import JsonlWriter
+from system.observe.memory import follow
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
@@ -101,15 +102,18 @@ async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Aske
             journal=events.write,
         ) as progress:
             recorder.tell = progress.note
-            drawing = asyncio.create_task(progress.run())
+            beside = [asyncio.create_task(progress.run())]
+            if not joined:  # else most processes are on other machines, or not below this one
+                beside.append(asyncio.create_task(follow(recorder.memory_used)))
             try:
                 with signals() as ending:
                     places = await Placement.claim(config, joined=joined)
                     run = _Run(config, run_dir, task, asked, recorder, progress, ending)
                     code = await places.watch_during(_train(run, places))
             finally:
-                drawing.cancel()
-                await asyncio.gather(drawing, return_exceptions=True)
+                for one in beside:
+                    one.cancel()
+                await asyncio.gather(*beside, return_exceptions=True)
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish(ended=code == DONE)
         events.close()

@@ -27,10 +27,11 @@ class Scratch:
     lock: int  # a file descriptor, closed with the process at the latest
 
     @classmethod
-    def make(cls, name: str) -> Scratch:
-        """``<tmp>/espalier-<name>-…``."""
-        sweep(Path(tempfile.gettempdir()))
-        path = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"{PREFIX}{name}-")))
+    def make(cls, name: str, among: Path | None = None) -> Scratch:
+        """``<tmp>/espalier-<name>-…``, or in the directory ``among``."""
+        among = among or Path(tempfile.gettempdir())
+        sweep(among)
+        path = Path(os.path.realpath(tempfile.mkdtemp(prefix=f"{PREFIX}{name}-", dir=among)))
         lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(lock, fcntl.LOCK_EX)
         return cls(path, lock)

@@ -42,7 +42,8 @@ def sft(args: argparse.Namespace) -> int:
     metrics, curves, checkpoints, the model and summary.json, which says which epoch's model it is and why.
     Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at once. docs/sft.md tells more.
     """
-    from system.doctor.supervised import require  # slow imports
+    from actors.forking import GROWING, TRAINING, fork_server  # slow imports
+    from system.doctor.supervised import require
 
     config, name = configured(args.words, args.resume, "espalier sft my.yaml sft.path=conversations.jsonl")
     for key in unsafe_on_resume(args.words) if args.resume else ():
@@ -54,7 +55,8 @@ def sft(args: argparse.Namespace) -> int:
         for line in shown_examples(config, args.show):
             print(visible(line, breaks=True))
         return 0
-    require(config, args.resume)
-    from actors.sft import sft  # Ray is imported when nothing stands against the run
+    with fork_server(config, [*TRAINING, *(GROWING if config.sft.samples else ())]):  # it imports meanwhile
+        require(config, args.resume)
+        from actors.sft import sft  # Ray is imported when nothing stands against the run
 
-    return sft(config, config_name=name, resume=args.resume)
+        return sft(config, config_name=name, resume=args.resume)

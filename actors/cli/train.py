@@ -113,6 +113,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _of_model(args: argparse.Namespace) -> EvalResult:
     """The evaluation of a model that is here."""
+    from actors.forking import GROWING, fork_server
     from system.config import load
     from system.doctor.preflight import require
     from system.errors import ConfigError
@@ -137,11 +138,12 @@ def _of_model(args: argparse.Namespace) -> EvalResult:
         raise ConfigError(f"{model} holds no model in Hugging Face format (no config.json)")
     checked = copy.deepcopy(config)
     checked.model.path = str(model)
-    # SGLang serves models that are not trained here.
-    require(checked, without=("model", "run directory"), training=False)
-    from actors.evaluate import evaluate  # slow imports
+    with fork_server(config, GROWING):
+        # SGLang serves models that are not trained here.
+        require(checked, without=("model", "run directory"), training=False)
+        from actors.evaluate import evaluate  # slow imports
 
-    return evaluate(config, model, args.answers)
+        return evaluate(config, model, args.answers)
 
 
 def _of_endpoint(args: argparse.Namespace) -> EvalResult:

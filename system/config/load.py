@@ -170,6 +170,8 @@ def _merge_key(merged: Any, section: str, key: str, value: Any) -> str:
         if within := [one for one in settings() if one.startswith(f"{path}.")]:
             return f"{path} is a section; set one of its keys, e.g. {within[0]}=…"
         return f"unknown key {path}{hint(key, known, f'{section}.')}"
+    if isinstance(value, bool) and (word := str(value).lower()) in one.rule.choices:
+        value = word  # a text, which YAML takes for its own
     named = isinstance(value, str) and "${" in value  # the value of another key
     if typing.get_origin(one.kind) is list and not (
         named or isinstance(value, list) or REPLACE in str(value)

@@ -35,10 +35,11 @@ class ClusterConfig:
     silent_s: float = setting(
         60.0, "an actor that answers no heartbeat for so long is killed and started again", least=2
     )
-    fork: bool = setting(
-        False,
-        "on this machine alone and without GPUs: fork the actors from one interpreter, which has imported "
-        "what they need",
+    fork: str = setting(
+        "auto",
+        "fork the actors from one interpreter, which has imported what they need; only on this machine "
+        "alone, of Linux, with gpus_per_node=0. auto: if it has no GPU; true: also if it has; false: not",
+        choices=("auto", "true", "false"),
     )
     worker_restarts: int = setting(
         10,

@@ -25,6 +25,8 @@ def without_effect(config: Config) -> Iterator[str]:
             f"engine.sglang ({', '.join(map(str, engine.sglang))}) will do nothing: the servers of "
             "engine.urls run already, with flags of their own"
         )
+    if config.cluster.fork == "true" and (config.cluster.address or config.cluster.gpus_per_node):
+        yield "cluster.fork=true will do nothing: only actors of this machine alone, on its CPU, are forked"
 
 
 def without_rank(config: Config) -> Iterator[str]:

@@ -289,6 +289,14 @@ def mean(values: Iterable[float] | NDArray[Any]) -> float:
     return float(array.mean(dtype=np.float64)) if array.size else float("nan")
 
 
+def mean_by_key(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Several training steps in one record: the mean of each key over the steps that have it."""
+    if len(stats) == 1:
+        return dict(stats[0])
+    keys = {key: None for one in stats for key in one}
+    return {key: mean([float(one[key]) for one in stats if key in one]) for key in keys}
+
+
 def _guided(stats: TreeStats) -> bool:
     return stats.guide > 0
 

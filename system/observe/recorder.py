@@ -22,6 +22,7 @@ from system.observe.metrics import (
     engine_totals,
     idle_metrics,
     mean,
+    mean_by_key,
     reward_totals,
     rollout_metrics,
     tool_metrics,
@@ -161,11 +162,10 @@ class Recorder:
 
     def actor_silent(self, text: str) -> None:
         """An actor did not answer, and was killed; whoever calls tells people."""
-        entry = self._totals.causes.setdefault(
-            "warning, stalled actor", {"count": 0, "first": one_line(text)}
-        )
+        text = one_line(text)
+        entry = self._totals.causes.setdefault("warning, stalled actor", {"count": 0, "first": text})
         entry["count"] += 1
-        self._book.once(self._step, "stalled actor", one_line(text))
+        self._book.once(self._step, "stalled actor", text)
 
     def tree_dropped(self, reason: str, leaves: int, text: str = "") -> None:
         """A tree, or part of one, will never be trained on; ``text``: what happened."""
@@ -282,6 +282,11 @@ class Recorder:
         self._told[key] = total
         return total - told if total >= told else total
 
+    def memory_used(self, pss_bytes: int) -> None:
+        """What all processes of the run take now (:mod:`.memory`)."""
+        self.gauge("memory/pss_bytes", pss_bytes)
+        highest(self._totals.memory, pss_mb_max=pss_bytes / 1e6)
+
     def gauge(self, name: str, value: float) -> None:
         """A level at this moment (queue depth, running sequences, …); the record holds the window's mean."""
         self._gauges[name].append(float(value))
@@ -299,7 +304,7 @@ class Recorder:
         record |= tool_metrics(call for one in self._closed for call in one.calls)
         trained = [tree for one in self._finished for tree in one.trees]
         lag = [versions for one in self._finished for versions in one.staleness]
-        record |= train_metrics(trained, _mean_by_key([one.stats for one in self._finished]), lag)
+        record |= train_metrics(trained, mean_by_key([one.stats for one in self._finished]), lag)
         if self._finished:
             record |= {f"flow/pool/{name}": value for name, value in self._finished[-1].pools.items()}
         if self._lag_at_close:
@@ -389,8 +394,9 @@ class Recorder:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; the sinks are told that later records replace those past this step."""
         values = dict(state)
-        self._step = int(values.pop("step"))
+        self._step, memory = int(values.pop("step")), self._totals.memory
         self._totals = Totals.restored(values)
+        highest(self._totals.memory, **memory)  # of this session's start
         self._alarms, self._book = Alarms(self._totals.beginning), AlarmBook(self._alarm, self._now)
         self._eval_accuracy = {which: one["accuracy"] for which, one in self._totals.evals.items()}
         self._write({RESUMED: self._step, "time": self._now()})
@@ -435,11 +441,3 @@ class Recorder:
             return 0.0
         (first, low), (last, high) = self._steps[0], self._steps[-1]
         return (high - low) / (last - first) if last > first else 0.0
-
-
-def _mean_by_key(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Several training steps in one record: the mean of each key over the steps that have it."""
-    if len(stats) == 1:
-        return dict(stats[0])
-    keys = {key: None for one in stats for key in one}
-    return {key: mean([float(one[key]) for one in stats if key in one]) for key in keys}

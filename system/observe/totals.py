@@ -45,6 +45,7 @@ class Totals:
     weights: dict[str, float] = field(default_factory=dict)  # of pushes: see ``Recorder.weights_pushed``
     model: dict[str, float] = field(default_factory=dict)  # of the model that is left: lora_kept
     chosen: dict[str, Any] = field(default_factory=dict)  # of the model by ``eval.choose``: step, by, value
+    memory: dict[str, float] = field(default_factory=dict)  # of all processes of this machine: pss_mb_max
     wall_s: float = 0.0  # of earlier sessions
 
     def summary(self) -> dict[str, Any]:
@@ -82,6 +83,7 @@ class Totals:
             "weights": dict(self.weights),
             "model": dict(self.model),
             **({"chosen": dict(self.chosen)} if self.chosen else {}),
+            **({"memory": dict(self.memory)} if self.memory else {}),
             "dropped": {reason: dict(entry) for reason, entry in sorted(self.dropped.items())},
             "causes": {kind: dict(entry) for kind, entry in sorted(self.causes.items())},
             "idle": self.idle.shares(),
@@ -114,12 +116,13 @@ def report(summary: Mapping[str, Any], run_dir: RunDir) -> list[str]:
         for of, scores in [("", one), *((f" of {name}", it) for name, it in one.get("sets", {}).items())]
         if scores["questions"] or not one.get("sets")
     ]
+    memory = f", at most {summary['memory']['pss_mb_max']:.0f} MB" if "memory" in summary else ""
     sharing = tokens["flat_trained"] / max(tokens["unique_trained"], 1)
     return [
         *lines,
         f"{summary['trees']} trees, {summary['leaves']} leaves, {summary['forks']} forks, "
         f"{tokens['generated']} tokens generated, {tokens['trained']} trained on, "
-        f"{sharing:.2f} flat tokens per packed one, {summary['wall_s']:.0f} s",
+        f"{sharing:.2f} flat tokens per packed one, {summary['wall_s']:.0f} s{memory}",
         f"see {run_dir.summary_path}, {run_dir.curves}/overview.png, and: espalier tree {run_dir.root}",
     ]
 

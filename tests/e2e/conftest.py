@@ -29,13 +29,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start a small quickstart run with overrides, or go on with ``resume``."""
     runs: list[Run] = []
 
-    def begin(*overrides: str, resume: Path | None = None) -> Run:
+    def begin(*overrides: str, resume: Path | None = None, recipe: str = "configs/quickstart.yaml") -> Run:
         directory = resume or tmp_path / "run"
         arguments = (
             ["--resume", str(resume), *overrides]
             if resume
             else [
-                "configs/quickstart.yaml",
+                recipe,
                 f"run.dir={tmp_path}",
                 f"run.name={directory.name}",
                 *SMALL,

@@ -24,6 +24,7 @@ def test_a_run_replays_the_experts_of_its_engine(start: Callable[..., Any]) -> N
         "run.steps=3",
         "flow.staleness=0",
         "model.family=qwen3_moe",
+        "learn.tp=2",
         "learn.sequence_parallel=true",
         "learn.ep=2",
     )

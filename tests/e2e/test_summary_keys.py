@@ -60,6 +60,7 @@ FULL = Totals(
     weights=dict.fromkeys(("pushes", "bytes", "stage_s", "pause_s", "pause_s_max", "lora_kept"), 1.0),
     model={"lora_kept": 1.0},
     evaluation=dict.fromkeys(("count", "seconds", "waited_s"), 1.0),
+    memory={"pss_mb_max": 1.0},
     chosen={"step": 1, "by": "accuracy", "value": 1.0},
 )
 SUMMARY = {**FULL.summary(), "wall_s": 1.0, "ended": True, "seed": 0, "config": {"run": {"seed": 0}}}

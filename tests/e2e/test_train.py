@@ -223,7 +223,7 @@ def newest_checkpoint(directory: Path) -> int:
 
 def test_a_stopped_run_goes_on(start: Callable[..., Any], search_gate: Any) -> None:
     search = (f"tools.search_url={search_gate.url}", "tools.deadline_s=300")
-    run = start("run.steps=8", "checkpoint.every=1", *search)
+    run = start("run.steps=8", "checkpoint.every=1", "learn.tp=2", *search)
     run.wait_for(lambda: run.steps() >= 2, WAIT_S, "step 2")
     search_gate.hold_next()
     run.wait_for(lambda: search_gate.held, WAIT_S, "a search, whose tree grows on from here to the end")

@@ -68,6 +68,7 @@ def written(run_dir: RunDir, config: Config) -> set[str]:
     for name in (QUEUE_DEPTH, GROWING):
         recorder.gauge(name, 1.0)
     recorder.weights_pushed(1.0, [0.5], 100)
+    recorder.memory_used(1_000)
     for name in ("prompt_tokens", "cached_tokens", *(f"route/{why}" for why in Routed)):
         recorder.running_total("rollout-0", name, 4.0)
     for name in SPEED_COUNTERS:

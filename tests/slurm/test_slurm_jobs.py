@@ -23,7 +23,7 @@ class Submitted:
     def __init__(self, cluster: SlurmCluster, name: str, *words: str) -> None:
         self.cluster, self.root = cluster, cluster.shared / name
         place = (f"run.dir={cluster.shared}", f"run.name={name}")
-        done = espalier(cluster, "submit", "configs/quickstart.yaml", *place, *TINY, *words)
+        done = espalier(cluster, "submit", "configs/quickstart-tp2.yaml", *place, *TINY, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         self.plan = done.stdout
         self.job = json.loads((self.root / "slurm" / "submission.json").read_text())["jobs"][0]
