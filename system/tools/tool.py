@@ -94,7 +94,7 @@ def schema_problem(schema: Mapping[str, Any]) -> str:
     """What is wrong with a JSON schema that somebody else wrote ("" if nothing)."""
     kind = _dialect(schema)
     try:
-        kind.check_schema(schema)  # regular expressions, too
+        kind.check_schema(dict(schema))  # regular expressions, too
         whole = specification_with(kind.META_SCHEMA["$schema"]).create_resource(schema)
         resolver = REGISTRY.with_resource(base := whole.id() or "", whole).crawl().resolver(base)
         for reference in _references(schema):
