@@ -289,7 +289,8 @@ class _Handlers:
     async def detokenize(self, request: web.Request) -> web.Response:
         """As SGLang's: the text of each list of tokens."""
         body = await _json(request)
-        lists, whole = body.get("tokens"), self._engine.path / "tokenizer.json"
+        lists: Any = body.get("tokens")
+        whole = self._engine.path / "tokenizer.json"
         if not isinstance(lists, list) or not all(
             isinstance(one, list) and all(type(token) is int and 0 <= token < 2**31 for token in one)
             for one in lists
