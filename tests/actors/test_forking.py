@@ -367,7 +367,7 @@ class Reached(BaseException):
         (["train", "configs/quickstart.yaml"], [*TRAINING, *GROWING]),
         (["eval", "{model}", "--config", "configs/quickstart.yaml"], [*GROWING]),
         (["sft", "examples/first.yaml"], [*TRAINING]),
-        (["sft", "examples/first.yaml", "sft.samples=2"], [*TRAINING, *GROWING]),
+        (["sft", "examples/first.yaml", "sft.choose=pass@2"], [*TRAINING, *GROWING]),
     ],
 )
 def test_every_command_that_starts_actors_forks_them(
