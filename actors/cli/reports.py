@@ -91,7 +91,7 @@ def bench(args: argparse.Namespace) -> int:
                                        these probes only; without a GPU, or with --quick, at toy size
       espalier bench memory 14B        peak bytes of a training step on fake tensors, and the plan's beside it
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
-      espalier bench trl               whole runs beside TRL's GRPOTrainer on the same work, 80 minutes; it
+      espalier bench trl               whole runs beside TRL's GRPOTrainer on the same work, in about an hour;
                                        needs `make bench-trl` and a quiet machine (--quick: 6 minutes)
       espalier bench trl --rounds 3 --latency 0 trl linear-sync arpo-tp1
                                        these ways only: trl, trl-1-thread, trl-in-process, trl-continuous,

@@ -64,7 +64,7 @@ class Plan:
     ) -> Plan:
         """As the command line says.  Raises ConfigError for what cannot be run."""
         made = (
-            cls(QUICK, (0.0, 0.1), 2, steps=10, slow_steps=5, warm_steps=150, accuracy=False)
+            cls(QUICK, (0.0, 0.1), 2, steps=8, slow_steps=4, warm_steps=150, accuracy=False)
             if quick
             else cls(tuple(CONTESTANTS), (0.0, 0.1), 5, steps=40, slow_steps=8, warm_steps=300, accuracy=True)
         )

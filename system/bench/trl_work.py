@@ -87,8 +87,9 @@ def of_espalier(
         ids = tree.tokens[: tree.start[1] if tree.n_nodes > 1 else None].tolist()
         if ids != known.get(tree.prompt_id, ids):
             problems.append(f"{tree.prompt_id}: other token ids of the prompt")
-    leaves = sum(record["rollout/leaves"] for record in records)
-    calls = sum(record["rollout/calls_per_leaf"] * record["rollout/leaves"] for record in records)
+    closed = [record for record in records if "rollout/leaves" in record]  # a step may see no tree close
+    leaves = sum(record["rollout/leaves"] for record in closed)
+    calls = sum(record["rollout/calls_per_leaf"] * record["rollout/leaves"] for record in closed)
     return WorkDone([record["time"] for record in records], batch_leaves, calls / max(leaves, 1), problems)
 
 

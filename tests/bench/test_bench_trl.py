@@ -158,7 +158,7 @@ def espalier(
     for version, numbers in enumerate(trained.split(), 1):
         ledger.append({"event": "train", "version": version, "numbers": [int(i) for i in numbers]})
     record = {"train/leaves": leaves, "rollout/leaves": 16.0, "rollout/calls_per_leaf": 1.5}
-    records = [{**record, "time": 3.0}, {**record, "time": 4.0}]
+    records = [{**record, "time": 3.0}, {"train/leaves": leaves, "time": 4.0}]  # no tree closed in the second
     return of_espalier(records, ledger, [tree("q3", *ids), tree("unknown", 1)], ASKED, 16, sync)
 
 
