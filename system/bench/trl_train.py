@@ -41,7 +41,7 @@ from system.rollout.rewards.arpo import ArpoReward
 from system.tree.prompt import Prompt
 
 
-class Server:
+class ToolServer:
     """One connection to a server of JSON, kept open."""
 
     def __init__(self, url: str) -> None:
@@ -66,13 +66,13 @@ class Toolbox:
         self.calls = 0
         self._status: dict[tuple[str, str], str] = {}
         self._find = self._searcher()
-        sandbox = Server(job.python_url) if job.python_url else None
+        sandbox = ToolServer(job.python_url) if job.python_url else None
         self._run = (lambda code: sandbox.post("/run", {"code": code})) if sandbox else calculate
 
     def _searcher(self) -> Callable[[str], list[tuple[str, str]]]:
         job = self._job
         if job.search_url:
-            server = Server(job.search_url)
+            server = ToolServer(job.search_url)
 
             def ask(query: str) -> list[tuple[str, str]]:
                 answer = server.post("/search", {"query": query, "top_k": job.top_k})
