@@ -120,8 +120,8 @@ def fingerprint(directory: str | Path) -> str:
     shapes = sorted(ModelShape.from_directory(directory).tensors().items())
     reader, hashed = WeightReader(directory), hashlib.sha256()
     for name, size in shapes[:: -(-len(shapes) // SAMPLED)]:
-        row = size[0] // 2
-        box = (slice(row, row + 1),) if len(size) > 1 else (slice(0, size[0]),)
+        rows, *columns = size
+        box = (slice(rows // 2, rows // 2 + 1),) if columns else (slice(0, rows),)
         numbers = reader.read(name, torch.bfloat16, box)
         hashed.update(f"{name} {list(size)}".encode())
         hashed.update(numbers.contiguous().view(torch.uint8).numpy().tobytes())
