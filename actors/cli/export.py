@@ -36,6 +36,7 @@ def export(args: argparse.Namespace) -> int:
     changes away: --dtype float32 merges them anew, without that loss; --adapter leaves them apart.
     A checkpoint is read file by file, without a GPU and whatever layout wrote it. The directory holds
     weights, configuration, tokenizer, and a model card (README.md) with the run's figures.
+    A hub of your own (HF_ENDPOINT) that knows no Xet, Hugging Face's storage, wants HF_HUB_DISABLE_XET=1.
     """
     from system.errors import ConfigError
     from system.observe.publish import publish
