@@ -93,9 +93,9 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench dataflow          a batch on its way to the learner: bytes, memory, packing time
       espalier bench trl               whole runs beside TRL's GRPOTrainer on the same work, in about an hour;
                                        needs `make bench-trl` and a quiet machine (--quick: 6 minutes)
-      espalier bench trl --rounds 3 --latency 0 trl linear-sync arpo-tp1
+      espalier bench trl --rounds 3 --latency 0 trl linear-sync arpo
                                        these ways only: trl, trl-1-thread, trl-in-process, trl-continuous,
-                                       linear-sync, linear-async, arpo, arpo-tp1
+                                       linear-sync, linear-async, arpo, arpo-tp2
       espalier bench weights           new weights for 1 to 8 fake SGLang servers over slow links: how long
                                        they stand still, what the learner sends; one group, and one per server
 

@@ -14,7 +14,7 @@ from system.config.schema_eval import EvalConfig, EvalSet, eval_sets
 from system.config.schema_reward import ChosenReward, over, rewards
 from system.config.settings import settings
 from system.errors import ConfigError
-from system.plugins import TASKS
+from system.plugins import TASKS, PluginError
 
 
 def set_task(config: Config, one: EvalSet) -> TaskConfig:
@@ -48,10 +48,16 @@ def _scores_itself(config: Config, one: EvalSet) -> bool:
 
 
 def all_rewards(config: Config) -> list[ChosenReward]:
-    """Those of the run, and those of ``eval.sets`` that are scored by others.  Raises ConfigError."""
+    """Those of the run, and those of ``eval.sets`` that are scored by others, without those of a set whose
+    task cannot be had: who reads its questions is told.  Raises ConfigError.
+    """
     found = rewards(config.reward)
     for one in eval_sets(config.eval):
-        if (own := scored(config, one)) is not None:
+        try:
+            own = scored(config, one)
+        except PluginError:
+            continue
+        if own is not None:
             found += rewards(own.reward, f"{one.key}.reward")
     return found
 

@@ -236,7 +236,8 @@ def read_adapter(
     if model and base and base != fingerprint(model):
         raise AdapterError(
             f"{directory}: these adapters were trained on another model than {model} ({name or 'unnamed'}, "
-            "other weights of the same shapes), with which they are worth nothing: set model.path to that one"
+            "other weights of the same shapes, or a float8 copy), with which they are worth nothing: set "
+            "model.path to that one"
         )
     return tensors
 

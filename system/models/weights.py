@@ -115,7 +115,8 @@ def finite(numbers: Tensor) -> bool:
 def fingerprint(directory: str | Path) -> str:
     """16 hexadecimal digits that tell the weights of one model from those of another, by a sample of them.
 
-    Numbers are taken as bfloat16, so that a model is the same in any dtype, float8 with scales included.
+    Numbers are taken as bfloat16, so a model is the same in any dtype that holds them.  A float8 copy does
+    not: quantising changes most numbers, and its weights are those of another model.
     """
     shapes = sorted(ModelShape.from_directory(directory).tensors().items())
     reader, hashed = WeightReader(directory), hashlib.sha256()

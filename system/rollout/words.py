@@ -60,13 +60,18 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    """Of what a model wrote: the boxed answer, or what stands in ``<answer>``; without one, all that follows
-    the thinking.
+    """Of what a model wrote outside its thoughts (``<think> … </think>``, of which a chat template may have
+    opened the first): what stands between the only ``<answer>`` and its ``</answer>``, else what follows the
+    last thought that ended; the last ``\\boxed{…}`` of that, if it has one.  A thought that does not end is
+    none of it: an answer in there is a draft.
     """
-    said = answer_span(text)
-    if said is None:  # of a model that shows no thinking, say
-        said = text.rpartition("</think>")[2]
-        if said.count("<answer>") == 1 == said.count("</answer>"):
-            said = said.partition("<answer>")[2].partition("</answer>")[0]
+    first, *others = text.split("<think>")
+    spoken = [first.rpartition("</think>")[2]]
+    spoken += [one.rpartition("</think>")[2] for one in others if "</think>" in one]
+    said = "".join(spoken)
+    if said.count("<answer>") == 1 == said.count("</answer>"):
+        said = said.partition("<answer>")[2].partition("</answer>")[0]
+    else:
+        said = spoken[-1]
     boxed = last_boxed(said)
     return (said if boxed is None else boxed).strip()

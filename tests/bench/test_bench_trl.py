@@ -46,13 +46,12 @@ def test_every_way_is_a_valid_configuration_and_names_the_tensor_parallelism() -
         assert config.flow.batch_leaves == 64
         assert config.rollout.max_response_tokens == 160
     tp = {name: way.config().learn.tp for name, way in ways.items()}
-    quickstart = load(way.path.parents[1] / "quickstart.yaml").learn.tp
-    assert tp == {"linear-sync": 1, "linear-async": 1, "arpo": quickstart, "arpo-tp1": 1}
+    assert tp == {"linear-sync": 1, "linear-async": 1, "arpo": 1, "arpo-tp2": 2}
     sync = ways["linear-sync"].config()
     assert (sync.flow.staleness, sync.branching.name) == (0, "none")
     assert ways["linear-async"].config().branching.name == "none"
     assert ways["linear-async"].config().flow.staleness == 1
-    assert ways["arpo-tp1"].config().branching.name != "none"
+    assert ways["arpo"].config().branching.name != "none"
 
 
 def test_trl_is_given_what_the_configuration_says() -> None:
@@ -77,7 +76,7 @@ def test_ways_take_turns_within_a_round_and_shift_by_one_each_round() -> None:
         (2, 0.1, "arpo"),
         (2, 0.1, "trl"),
     ]
-    assert Plan.of(quick=True).ways == ("trl", "linear-sync", "arpo-tp1")
+    assert Plan.of(quick=True).ways == ("trl", "linear-sync", "arpo")
     assert Plan.of(latency="0.05,0", steps=6).latencies == (0.05, 0.0)
     assert Plan.of(steps=6).slow_steps == 6
 

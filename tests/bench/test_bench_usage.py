@@ -79,7 +79,7 @@ def test_a_run_is_quiet_or_is_told_why_not(stolen: float, foreign: float, noise:
 
 
 WORKER = (
-    "import time; x = bytearray(80 << 20); t = time.process_time()\nwhile time.process_time() - t < 1: pass"
+    "import time; x = bytearray(80 << 20); t = time.process_time()\nwhile time.process_time() - t < 2: pass"
 )
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORKER!r}]); print('done')"
 
@@ -99,7 +99,7 @@ async def test_the_processor_time_and_memory_of_a_child_count(
         started=watch.during,
     )
     used = watch.usage()
-    assert 1.0 <= used.cpu_s < 5.0
+    assert 1.5 <= used.cpu_s < 6.0  # what a process did after the last look is not seen
     assert 80 < used.peak_mb < 400
     assert used.unread == 0
     assert await watch.end() == 0

@@ -293,7 +293,7 @@ def test_a_recipe_that_cannot_run_is_one_line_and_leaves_nothing(
 def test_a_sound_recipe_has_no_problems(place: Path) -> None:
     before = sorted(place.rglob("*"))
     found = look(load("plain.yaml"))
-    assert list(found) == [*preflight.ANYWHERE, *preflight.ON_THE_SPOT]
+    assert list(found) == [*preflight.ANYWHERE, *preflight.ON_THE_SPOT, *preflight.OF_TRAINING]
     assert not any(found.values())
     assert sorted(place.rglob("*")) == before
 

@@ -30,6 +30,7 @@ from system.plugins import PluginError
 from system.rollout import completions
 from system.rollout.context import RolloutContext
 from system.rollout.reward import BranchView, Score, ScoreFailed
+from system.rollout.rewards.f1 import F1Reward
 from system.rollout.rewards.judge import Judge
 from system.rollout.rewards.judge_prompt import (
     OTHERS,
@@ -388,8 +389,24 @@ def test_the_final_answer() -> None:
         ("It is <answer> \\boxed{7} </answer>", "7"),  # of a model that shows no thinking
         ("<think>a</think> So it is \\boxed{7}.", "7"),
         ("<answer>a</answer> <answer>b</answer>", "<answer>a</answer> <answer>b</answer>"),
+        ("a</think> So <answer>b</answer>", "b"),  # of a chat template that opens the thought
+        ("<think>a</think><answer>b</answer><think>c</think>", "b"),
+        ("<think>x <answer>a</answer></think> \\boxed{b}", "b"),  # a draft is none
     ):
         assert final_answer(said(text).model_text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think> it could be <answer>Paris</answer> or Lyon, let me",
+        "<think> maybe \\boxed{Paris}, or",
+        "<think>a</think><search>q</search><think>so <answer>Paris</answer> hm wait",
+    ],
+)
+def test_a_draft_in_a_thought_that_was_cut_off_is_no_answer(text: str) -> None:
+    assert "Paris" not in final_answer(text)
+    assert F1Reward().score(Prompt("p", (), ("Paris",)), said(text)).value == 0.0
 
 
 @pytest.mark.parametrize(
