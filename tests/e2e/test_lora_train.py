@@ -28,7 +28,8 @@ def test_a_run_by_lora_sends_adapters_alone_and_goes_on(start: Callable[..., Any
     base = tmp_path / "base" / "model"
     weights = load_file(base / "model.safetensors")
     init, shape = tmp_path / "init", ModelShape.from_directory(base)
-    KIND.write(init, {name: torch.full(size, 0.01) for name, size in KIND.tensors(shape).items()}, str(base))
+    tensors = {name: torch.full(size, 0.01) for name, size in KIND.tensors(shape).items()}
+    KIND.write(init, tensors, str(base), base)
     start_from = f"learn.lora.init={init}"
     settings = (
         start_from,
