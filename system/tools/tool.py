@@ -22,16 +22,18 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
+import attrs
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
 from jsonschema.protocols import Validator
 from jsonschema.validators import extend, validator_for
 from jsonschema_specifications import REGISTRY
+from referencing import Resource
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import specification_with
 
 from system.errors import EspalierError
-from system.text import shown
+from system.text import named, shown
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
 
 
@@ -72,7 +74,8 @@ class Tool(Protocol):
 
 def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any], patterns: bool = True) -> str:
     """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing), by the draft that
-    its ``$schema`` names.  ``patterns``: whether regular expressions in it are applied (:class:`.ToolSpec`).
+    its ``$schema`` names.  ``patterns``: whether regular expressions in it are applied (:class:`.ToolSpec`);
+    without, the schema is somebody else's, and whatever it does to the validator is told, not raised.
     """
     kind = _dialect(schema)
     try:
@@ -82,6 +85,10 @@ def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any], patt
         return "the arguments are nested too deeply"
     except Unresolvable as error:
         return f"the tool's schema refers to {shown(error.ref)}, which it does not have"
+    except Exception as error:  # $ref can lead to what is no schema, where the validator runs into any kind
+        if patterns:
+            raise
+        return f"the tool's schema cannot be followed: {named(error)[:300]}"
     if error is None:
         return ""
     message = ": ".join([*map(str, error.path), error.message])
@@ -97,14 +104,15 @@ def schema_problem(schema: Mapping[str, Any]) -> str:
         kind.check_schema(dict(schema))  # regular expressions, too
         whole = specification_with(kind.META_SCHEMA["$schema"]).create_resource(schema)
         resolver = REGISTRY.with_resource(base := whole.id() or "", whole).crawl().resolver(base)
-        for reference in _references(schema):
-            resolver.lookup(reference)
+        _look_up(whole, resolver)
     except SchemaError as error:
         return ": ".join([*map(str, error.path), error.message[:300]])
     except RecursionError:
         return "it is nested too deeply"
     except Unresolvable as error:
         return f"it refers to {shown(error.ref)}, which it does not have"
+    except Exception as error:  # values of odd types and addresses that are none raise many kinds
+        return f"it cannot be followed: {named(error)[:300]}"
     return ""
 
 
@@ -116,9 +124,15 @@ def _dialect(schema: Mapping[str, Any]) -> type[Validator]:
 
 @cache
 def _without_patterns(kind: type[Validator]) -> type[Validator]:
-    """``kind`` without its regular expressions, which may take for ever and hold the interpreter."""
+    """``kind`` without its regular expressions, which may take for ever and hold the interpreter.
+
+    It is kept for all subschemas: the library's own ``evolve`` goes back to the stock class, and so to
+    regular expressions, at each that has a ``$schema``, as the whole has where ``$ref`` leads to it.
+    """
     skipped = dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties"), _unjudged)
-    return extend(kind, {**skipped, "additionalProperties": _additional})
+    made: Any = extend(kind, {**skipped, "additionalProperties": _additional})
+    made.evolve = attrs.evolve
+    return made
 
 
 def _unjudged(*_: Any) -> Iterator[ValidationError]:
@@ -131,14 +145,9 @@ def _additional(validator: Any, told: Any, given: Any, schema: Any) -> Iterator[
     return _unjudged() if "patternProperties" in schema else judge(validator, told, given, schema)
 
 
-def _references(value: Any) -> Iterator[str]:
-    """All ``$ref`` in a schema."""
-    left = [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, Mapping):
-            if isinstance(reference := one.get("$ref"), str):
-                yield reference
-            left += one.values()
-        elif isinstance(one, list):
-            left += one
+def _look_up(schema: Resource[Any], resolver: Any) -> None:
+    """Follow each ``$ref`` of a schema and its subschemas, from where it stands; one within data is none."""
+    if isinstance(schema.contents, Mapping) and "$ref" in schema.contents:
+        resolver.lookup(schema.contents["$ref"])
+    for part in schema.subresources():
+        _look_up(part, resolver.in_subresource(part))

@@ -13,9 +13,11 @@ import pytest
 from system.config import ToolsConfig
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tools.service import ToolService, ToolStartError, build_tools
+from system.tools.tool import argument_error, schema_problem
 
 SERVER = Path(__file__).parent / "odd_mcp_server.py"
 SLOW = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(a+)+$"}}}
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 OLD = {
     "$schema": "http://json-schema.org/draft-04/schema#",
     "type": "object",
@@ -45,6 +47,45 @@ async def test_a_servers_regular_expressions_do_not_hold_the_event_loop() -> Non
     finally:
         await tools.close()
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("draft", [DRAFT_7, "https://json-schema.org/draft/2020-12/schema"])
+@pytest.mark.parametrize(
+    "within", [{"$ref": "#"}, {"anyOf": [{"$ref": "#"}]}, {"not": {"not": {"$ref": "#"}}}]
+)
+def test_regular_expressions_stay_off_where_a_subschema_names_its_draft(
+    draft: str, within: dict[str, Any]
+) -> None:
+    """The whole does, where it refers to itself."""
+    text = "a" * 60 + "!"
+    schema = {
+        "$schema": draft,
+        "type": "object",
+        "properties": {
+            "child": within,
+            "name": {"type": "string", "pattern": "^(a+)+$"},
+            "n": {"minimum": 0},
+        },
+        "patternProperties": {"^(b+)+$": {"type": "string"}},
+        "additionalProperties": False,
+    }
+    assert schema_problem(schema) == ""
+    for child in ({"name": text}, {text.replace("a", "b"): "x"}):
+        assert argument_error(schema, {"child": child}, patterns=False) == ""
+    assert argument_error(schema, {"child": {"n": -1}}, patterns=False)  # all else is still checked
+
+
+@pytest.mark.timeout(30)
+async def test_a_schema_that_refers_to_itself_does_not_hold_the_event_loop() -> None:
+    schema = {"$schema": DRAFT_7, **SLOW, "properties": {**SLOW["properties"], "child": {"$ref": "#"}}}
+    tools = service(slow=schema)
+    try:
+        outcome = await tools.call("slow", {"child": {"a": "a" * 60 + "!"}}, CallContext())
+        assert outcome.status is ToolStatus.OK
+        assert (await tools.call("slow", {"child": {"a": 1}}, CallContext())).status is ToolStatus.REJECTED
+    finally:
+        await tools.close()
 
 
 async def test_a_schema_is_read_by_the_draft_that_it_names() -> None:
@@ -78,3 +119,47 @@ def test_a_schema_that_cannot_be_used_is_told_at_the_start() -> None:
             "leave the tool out by tools.mcp[0].include",
         ):
             assert word in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"a": {"$id": "item", "$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}},
+        {"a": {"$ref": "item"}, "b": {"$id": "item", "type": "integer"}},
+        {"a": {"type": "integer"}, "b": {"default": {"$ref": "#/none"}, "examples": [{"$ref": "#/none"}]}},
+        {"a": {"type": "integer"}, "b": {"const": {"$ref": "none"}}, "c": {"enum": [{"$ref": "none"}]}},
+        {"a": {"type": "integer"}, "$ref": {"type": "string"}},
+    ],
+)
+def test_references_are_followed_from_where_they_stand_and_those_in_data_are_none(
+    properties: dict[str, Any],
+) -> None:
+    schema = {"type": "object", "properties": properties}
+    assert schema_problem(schema) == ""
+    assert argument_error(schema, {"a": 1}, patterns=False) == ""
+    assert argument_error(schema, {"a": "x"}, patterns=False) == "a: 'x' is not of type 'integer'"
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"$id": 5}, "$id: 5 is not of type 'string'"),
+        ({"properties": {"a": {"$id": 5}}}, "properties: a: $id: 5 is not of type 'string'"),
+        ({"$id": "http://["}, "it cannot be followed: ValueError: Invalid IPv6 URL"),
+        ({"$ref": "#/required/x", "required": ["x"]}, "it cannot be followed: ValueError: invalid literal"),
+        ({"$schema": OLD["$schema"], "items": {"$ref": 5}}, "it cannot be followed: AttributeError: 'int'"),
+        ({"allOf": [{"$id": "item", "not": {"$ref": "#/x"}}]}, "it refers to '/x', which it does not have"),
+    ],
+)
+def test_a_schema_with_odd_values_is_told_and_not_run_into(schema: dict[str, Any], problem: str) -> None:
+    assert schema_problem({"type": "object", **schema}).startswith(problem)
+
+
+def test_a_reference_to_what_is_no_schema_refuses_the_call() -> None:
+    """It is found by the call alone: only there is it known to be read as a schema."""
+    schema = {"$ref": "#/title", "title": "x"}
+    assert schema_problem(schema) == ""
+    told = argument_error(schema, {}, patterns=False)
+    assert told.startswith("the tool's schema cannot be followed: AttributeError: ")
+    with pytest.raises(AttributeError):  # in a tool of one's own it is a fault to mend
+        argument_error(schema, {})
