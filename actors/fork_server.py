@@ -27,6 +27,8 @@ import socket
 import sys
 import time
 import traceback
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +36,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from actors.forked import FORKED, GO
+from actors.forked import DEADLINE_S, FORKED, GO
 
 _ACTORS = (
     *("ray._private.workers.default_worker", "actors.engine", "actors.learner", "actors.rollout"),
@@ -44,7 +46,7 @@ _REQUEST = 1 << 20  # bytes; a worker whose environment is larger starts by itse
 _STREAMS = 2  # standard output and error come with it
 _SILENT_S = 5.0  # who has connected and says nothing for so long is refused
 _LOOK_S = 1.0
-_ASKERS = 256  # that may have connected and not spoken
+_ASKERS = 256  # that may wait; each has three files open here at most
 _RAYLET = "RAY_RAYLET_PID"
 _NO_JOB = {"RAY_JOB_ID": "f" * 8}  # of workers that Ray starts before a job needs them
 
@@ -80,20 +82,43 @@ class WorkerRequest:
         return self.environment[_RAYLET]
 
 
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A request that the second floor has not taken yet."""
+
+    message: bytes
+    asker: socket.socket
+    fds: list[int]  # the streams
+    until: float
+
+    def close_streams(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
 class Server:
-    """The first floor: hands each request to the second floor that it needs, until standard input ends."""
+    """The first floor: hands each request to the second floor that it needs, until standard input ends.
+
+    It waits for nobody: a second floor that imports still, or hangs, takes no more than its socket holds, and
+    further requests are queued here.
+    """
 
     def __init__(self, listening: socket.socket) -> None:
         self._listening = listening
         self._askers: dict[socket.socket, float] = {}  # until when each has to say what it wants
-        self._floors: dict[str, socket.socket] = {}  # by the raylet: there is one at a time
+        self._floor: socket.socket | None = None  # the second one
+        self._raylet = ""  # whose workers it forks: there is one at a time
+        self._queue: deque[Queued] = deque()  # for it, the oldest first
 
     def serve(self) -> None:
         while True:
             sources = [sys.stdin, self._listening, *self._askers]
-            ready, _, _ = select.select(sources, [], [], _LOOK_S if self._askers else None)
+            full = [self._floor] if self._floor and self._queue else []
+            waiting = self._askers or self._queue
+            ready, _, _ = select.select(sources, full, [], _LOOK_S if waiting else None)
             if sys.stdin in ready:
                 return
+            self._pass_on()
             for asker in [one for one in self._askers if one in ready]:
                 self._hear(asker)
             for asker in [one for one, until in self._askers.items() if until < time.monotonic()]:
@@ -101,48 +126,84 @@ class Server:
             if self._listening in ready:
                 asker, _ = self._listening.accept()
                 self._askers[asker] = time.monotonic() + _SILENT_S
-                if len(self._askers) > _ASKERS:
-                    self._refuse(asker, "came while too many others had said nothing")
+                if len(self._askers) + len(self._queue) > _ASKERS:
+                    self._refuse(asker, "came while too many others were waiting")
 
     def _refuse(self, asker: socket.socket, why: str) -> None:
         print(f"espalier: fork server: who asked for a worker {why}", file=sys.stderr, flush=True)
-        self._forget(asker)
-
-    def _forget(self, asker: socket.socket) -> None:
-        del self._askers[asker]
+        self._askers.pop(asker, None)  # it is not there where it was queued
         asker.close()
 
     def _hear(self, asker: socket.socket) -> None:
         """Take a request from one who has something to say, or has gone."""
         fds: list[int] = []
         try:
-            message, fds, flags, _ = socket.recv_fds(asker, _REQUEST, _STREAMS, socket.MSG_DONTWAIT)
+            message, fds, flags = _received(asker)
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != _STREAMS:
                 raise ValueError("not of the size that it should have")
-            self._pass_on(WorkerRequest.read(message), message, asker, fds)
+            self._have_floor(WorkerRequest.read(message), fds)
         except (OSError, ValueError, TypeError, RecursionError) as error:  # its text may hold a secret
             self._refuse(asker, f"is refused: {type(error).__name__}")
-        else:
-            self._forget(asker)
-        finally:
             for fd in fds:
                 os.close(fd)
+        else:
+            del self._askers[asker]
+            self._queue.append(Queued(message, asker, fds, time.monotonic() + DEADLINE_S))
+            self._pass_on()
 
-    def _pass_on(
-        self, asked: WorkerRequest, message: bytes, asker: socket.socket, fds: Sequence[int]
-    ) -> None:
-        """Raises OSError where the second floor does not take it, which is forgotten then."""
-        for old in [one for one in self._floors if one != asked.raylet]:  # it has ended
-            self._floors.pop(old).close()
-        if asked.raylet not in self._floors:
-            open_here = [self._listening, *self._askers, *self._floors.values()]
-            self._floors[asked.raylet] = _second_floor(asked.environment, open_here, fds)
-        try:
-            flags = socket.MSG_DONTWAIT  # one that is stopped takes no more
-            socket.send_fds(self._floors[asked.raylet], [message], [*fds, asker.fileno()], flags)
-        except OSError:
-            self._floors.pop(asked.raylet).close()
-            raise
+    def _have_floor(self, asked: WorkerRequest, fds: Sequence[int]) -> None:
+        """Start the second floor that ``asked`` needs, where there is none; ``fds`` came with it."""
+        if self._floor and self._raylet == asked.raylet:
+            return
+        self._forget_floor("is of a raylet that has ended")
+        self._floor = _second_floor(asked.environment, [self._listening, *self._askers], fds)
+        self._raylet = asked.raylet
+
+    def _pass_on(self) -> None:
+        """Hand the second floor what it has room for.  Where it is gone, or has had none until the oldest
+        request's deadline, it is forgotten, and all who wait for it are refused.
+        """
+        while self._floor and self._queue:
+            first = self._queue[0]
+            try:
+                _send(self._floor, first.message, [*first.fds, first.asker.fileno()])
+            except BlockingIOError:
+                if first.until < time.monotonic():
+                    self._forget_floor("is refused: the second floor takes no more")
+                return
+            except OSError as error:
+                self._forget_floor(f"is refused: {type(error).__name__}")
+                return
+            self._queue.popleft()
+            first.close_streams()
+            first.asker.close()
+
+    def _forget_floor(self, why: str) -> None:
+        if self._floor:
+            self._floor.close()
+            self._floor = None
+        while self._queue:
+            one = self._queue.popleft()
+            one.close_streams()
+            self._refuse(one.asker, why)
+
+
+# Not socket.send_fds and recv_fds: those of Python 3.11 ignore their flags, and would wait.
+def _send(floor: socket.socket, message: bytes, fds: Sequence[int]) -> None:
+    """Raises BlockingIOError where there is no room for it."""
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))
+    floor.sendmsg([message], [rights], socket.MSG_DONTWAIT)
+
+
+def _received(asker: socket.socket) -> tuple[bytes, list[int], int]:
+    """A message, the open files that came with it, and its flags."""
+    fds = array("i")
+    room = socket.CMSG_LEN(_STREAMS * fds.itemsize)
+    message, ancillary, flags, _ = asker.recvmsg(_REQUEST, room, socket.MSG_DONTWAIT)
+    for level, kind, rights in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
+    return message, fds.tolist(), flags
 
 
 def _imported(modules: Iterable[str]) -> None:
