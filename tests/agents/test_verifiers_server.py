@@ -59,7 +59,10 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 async def gone(process: int) -> bool:
     for _ in range(100):
-        if not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+        try:
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         await asyncio.sleep(0.05)
     return False
