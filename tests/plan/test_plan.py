@@ -441,7 +441,7 @@ def test_what_the_nodes_do_not_hold_does_not_fit(override: str, capsys: pytest.C
 def test_of_a_tiny_model_it_says_what_is_there_and_nothing_that_contradicts_itself(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+    recipe = str(Path(__file__).parents[2] / "configs" / "quickstart-tp2.yaml")
     assert main(["plan", recipe, "--gpus", "64"]) == 0
     out = capsys.readouterr().out
     assert "tiny: 252,480 parameters" in out
