@@ -127,7 +127,8 @@ def test_the_drawing_of_a_tree_that_can_be_counted_by_hand() -> None:
     assert nodes["advantage"][2] == 0, "the mean over both"
     assert drawn["bin_tokens"] == 1
     assert [leaf["outcome"] for leaf in drawn["leaves"]] == ["stopped", "length"]
-    assert drawn["forks"] == [{"node": 2, "delta_h": 0.125, "probability": 0.525, "draw": 0.31, "forks": 1}]
+    decided = {"node": 2, "delta_h": 0.125, "probability": 0.525, "draw": 0.31}
+    assert drawn["forks"] == [{**decided, "forks": 1, "scheduled": 0}]
     assert drawn["meta"] == {"question": "Who wrote it?", "gold": "Ada"}
 
 
