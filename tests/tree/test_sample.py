@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,3 +57,23 @@ def test_a_writer_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
     assert read_tree((tmp_path / "none", tmp_path), 6) is not None
     assert read_tree((tmp_path,), 7) is None
     assert pq.read_table(tmp_path / "trees-000000006.parquet")["number"].to_pylist() == [6]
+
+
+def test_a_new_writer_reads_only_files_that_it_has_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        SampleWriter(tmp_path, 4).add(number, forked_tree(), number / 2)
+    read: list[str] = []
+    whole = pq.read_schema
+
+    def counted(path: Path) -> object:
+        read.append(path.name)
+        return whole(path)
+
+    monkeypatch.setattr(pq, "read_schema", counted)
+    SampleWriter(tmp_path, 4).add(1, forked_tree(), 1.0)  # another tree under a number that was there
+    read.clear()
+    assert SampleWriter(tmp_path, 4).spread == {0: 0.0, 1: 1.0, 2: 1.0}
+    assert SampleWriter(tmp_path, 4).spread == {0: 0.0, 1: 1.0, 2: 1.0}
+    assert read == ["trees-000000001.parquet"]
