@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from tiny_shape import tiny_shape
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Split
@@ -35,17 +36,7 @@ DEAD = "http://127.0.0.1:9"
 SOUND = (
     "{model: {path: model}, task: {name: jsonl, path: data.jsonl}, learn: {tp: 1}, tools: {names: [python]}}"
 )
-SHAPE: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 8,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "intermediate_size": 8,
-    "tie_word_embeddings": True,
-}
+SHAPE = tiny_shape(8)
 
 
 def make_model(path: Path) -> Path:
