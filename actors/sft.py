@@ -55,12 +55,11 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     task = make_task(config) if config.sft.samples or not config.model.path else None
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
     with lease.held(run_dir.root):
-        run_dir.write_config(config)
         lines = [*without_rank(config), *chosen_targets(config)]
         told = map(shown, [*lines, *(() if old else other_base(config))])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
-        again, last = run_dir.resume_command, not config.sft.samples
+        again, last = run_dir.again(config), not config.sft.samples
         try:
             code = in_session(config, run_dir.root, run.learn, again, last=last)
         except StartFailed:  # nothing has happened that a run directory could tell

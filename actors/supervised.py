@@ -94,7 +94,8 @@ class Supervised:
         config, state = self.config, self.state
         state.digest = prepared.digest
         course = Course(config.sft, len(prepared.train), config.run.seed)
-        await self._restore(course.steps)  # which refuses other data: what is known of the old ones stays
+        await self._restore(course.steps)
+        self.run_dir.write_config(config)  # only now: a resume that is refused changes nothing
         write_atomic(self.run_dir.sft_path, json.dumps(prepared.facts(), indent=2) + "\n")
         for warning in self._learner.warnings:
             self.progress.note(warning)

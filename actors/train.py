@@ -58,15 +58,12 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     asked = to_ask(question_sets(config, task))
     run_dir = old or RunDir.create(config, config_name)
     with lease.held(run_dir.root):
-        run_dir.write_config(config)
-        if end := run_dir.end:  # of fewer steps: until the new one the run has none
-            run_dir.write_summary({**end, "ended": False})
         lines = [*notes(config, task), *without_effect(config), *chosen_targets(config)]
         told = map(shown, [*lines, *(() if old else other_base(config))])
         print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
         try:
             work = partial(_run_and_deliver, config, run_dir, task, asked)
-            return in_session(config, run_dir.root, work, run_dir.resume_command)
+            return in_session(config, run_dir.root, work, run_dir.again(config))
         except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
             if resume is None:
                 shutil.rmtree(run_dir.root, ignore_errors=True)
@@ -180,6 +177,9 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     conductor = Conductor(*parts, asked=run.asked, version=version, choice=choice)
     actors.places.spare = conductor.spare
     run.ending.stops(conductor.loop, progress)
+    run_dir.write_config(config)  # only now: a resume that is refused changes nothing
+    if end := run_dir.end:  # of fewer steps: until the new one the run has none
+        run_dir.write_summary({**end, "ended": False})
     try:
         return await _to_its_end(run, actors, conductor, found, choice)
     finally:  # of a run that fails, too, which must not wait for an evaluation beside it
