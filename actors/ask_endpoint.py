@@ -23,8 +23,9 @@ from system.cluster.placement import served_tools
 from system.config import Config, ConfigError
 from system.envs.make import make_environment
 from system.evals.endpoint import Questions
-from system.evals.record import Answered, AnswerFile, Asked, digest
+from system.evals.record import Answered, Asked, digest
 from system.evals.result import EvalResult
+from system.observe.answer_file import AnswerFile
 from system.observe.terminal import shown
 from system.rollout import process
 from system.rollout.completions import ChatCompletions

@@ -17,10 +17,11 @@ from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config, ConfigError, LoraConfig, to_dict
-from system.evals.record import Answered, AnswerFile, Asked, digest
+from system.evals.record import Answered, Asked, digest
 from system.evals.result import EvalResult
 from system.evals.sets import question_sets, to_ask
 from system.models.shape import ModelShape
+from system.observe.answer_file import AnswerFile
 from system.observe.terminal import shown
 from system.redact import redact
 from system.rollout.failure import RolloutFailed

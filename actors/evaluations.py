@@ -25,10 +25,11 @@ from system.config import Config
 from system.engine.control import HEALTH_DEADLINE_S, EngineControl, Silent, Unreachable
 from system.engine.protocol import EngineError
 from system.errors import EspalierError
-from system.evals.record import Answered, AnswerFile, Asked
+from system.evals.record import Answered, Asked
 from system.evals.result import EvalResult
 from system.evals.table import in_line
 from system.flow.loop import TrainingLoop
+from system.observe.answer_file import AnswerFile
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import Recorder, Which
 from system.observe.rundir import RunDir

@@ -59,8 +59,8 @@ class Schedule(ABC):
 
     def lent(self, asked: int, live: Collection[Branch], budget: Budget, call_limit: int) -> int:
         """Forks to make at a result beyond the ``asked`` ones, which the policy wants and the budget allows;
-        at most what these leave of it.  ``live``: the tree's branches, the one at the result among them, which
-        is decided upon.
+        at most what these leave of it.  ``live``: the tree's branches; the one at the result, which is among
+        them, is decided upon.
         """
         return 0
 

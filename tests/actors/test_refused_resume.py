@@ -32,8 +32,8 @@ def config(tmp_path: Path) -> Config:
     for name, row in (("asked", {"question": "?", "answer": "7"}), ("told", told)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     words = ["task=jsonl", f"task.path={tmp_path}/asked.jsonl", f"sft.path={tmp_path}/told.jsonl"]
-    words += [f"run.dir={tmp_path}", "run.name=run", "run.steps=5", "observe.wandb=disabled", "tools.names=[]"]
-    return load(None, [*words, "model.path=model"])
+    words += [f"run.dir={tmp_path}", "run.name=run", "run.steps=5", "observe.wandb=disabled"]
+    return load(None, [*words, "tools.names=[]", "model.path=model"])
 
 
 def ended(config: Config, *, supervised: bool) -> RunDir:
