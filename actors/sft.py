@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from actors.candidates import Candidates
 from actors.checkpoints import checkpoints
 from actors.delivery import deliver, deliver_rest
 from actors.ending import signals
@@ -23,7 +24,6 @@ from system.config import Config, to_dict, without_rank
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, STOPPED, ConfigError
-from system.models.files import take_name
 from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
@@ -147,12 +147,12 @@ class _SftRun:
     def conclude(self) -> int:
         """Choose a model, and say which and why."""
         config, run_dir, state = self.config, self.run_dir, self.state
-        candidates = [SavedModel(**one) for one in state.candidates]
+        saved, candidates = Candidates(config, run_dir), [SavedModel(**one) for one in state.candidates]
         if samples := config.sft.samples:
             assert self.task is not None
             for one in candidates:
                 print(f"{self.how} of the model of step {one.step} …", flush=True)
-                one.rate(right_samples(config, self.task, state.path(run_dir, one.step), samples), samples)
+                one.rate(right_samples(config, self.task, saved.model(one.step), samples), samples)
                 print(f"  {one.solved:.3f} ({one.accuracy:.3f} of all samples right)", flush=True)
         best, why = chosen(candidates, self.how)
         facts = json.loads(run_dir.sft_path.read_text(encoding="utf-8"))
@@ -173,9 +173,7 @@ class _SftRun:
             }
         )
         _draw(run_dir)
-        if (adapter := state.adapter_path(run_dir, best.step)).is_dir():
-            take_name(adapter, run_dir.adapter)
-        state.path(run_dir, best.step).rename(run_dir.model)
+        saved.leave(best.step, stays=False)
         for line in (
             f"{state.step} steps, {state.tokens} tokens learned, loss {state.first_loss:.3f} -> "
             f"{state.last_loss:.3f}, {state.wall_s:.0f} s",

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors.candidates import Candidates
 from actors.checkpoints import aside, checkpoints, version_of
 from actors.learner import LearnerGroup
 from system.config import Config
 from system.errors import CheckpointError, ConfigError, EspalierError
-from system.observe.card import base_name
 from system.observe.progress import Progress, compact
 from system.observe.rundir import RunDir, write_atomic
 from system.observe.sinks import RESUMED, Sink
@@ -46,16 +46,6 @@ class SftState:
     skipped: int = 0  # steps up to this one, in a row, whose gradients were not finite
     held_out: list[dict[str, Any]] = field(default_factory=list)  # step, loss in nats per token
     candidates: list[dict[str, Any]] = field(default_factory=list)  # step, loss, lora_kept
-
-    @staticmethod
-    def path(run_dir: RunDir, step: int) -> Path:
-        """Where the model of a step lies."""
-        return run_dir.candidates / f"step-{step:06d}"
-
-    @staticmethod
-    def adapter_path(run_dir: RunDir, step: int) -> Path:
-        """Where the adapters of a step lie, of a run by LoRA."""
-        return run_dir.candidates / f"step-{step:06d}-adapter"
 
 
 class Supervised:
@@ -163,7 +153,7 @@ class Supervised:
             self._write({"sft/held_out_loss": loss})
             self.progress.note(f"held-out loss after step {state.step}: {loss:.4f}")
         if candidate:
-            kept = await self._save_candidate()
+            kept = await Candidates(config, self.run_dir).save(state.step, self._learner)
             state.candidates.append({"step": state.step, "loss": loss, "lora_kept": kept})
             state.wall_s = self.wall_s
         await self.saved(wait=False)
@@ -179,20 +169,6 @@ class Supervised:
             loss = await self._learner.supervised_loss([one.tree() for one in some])
             total += loss * sum(one.learned for one in some)
         return total / sum(one.learned for one in held_out)
-
-    async def _save_candidate(self) -> float | None:
-        """Returns the share of what adapters change that is in it, None without."""
-        path = self.state.path(self.run_dir, self.state.step)
-        partial = path.with_name(path.name + ".partial")
-        for old in (path, partial):  # of a session that ended before its checkpoint
-            shutil.rmtree(old, ignore_errors=True)
-        partial.parent.mkdir(exist_ok=True)
-        if self.config.learn.lora.on:  # before the model, whose presence says that all is there
-            adapter = self.state.adapter_path(self.run_dir, self.state.step)
-            await self._learner.save_adapters(str(adapter), base_name(self.config))
-        kept = await self._learner.save_hf(str(partial))
-        partial.rename(path)
-        return kept
 
     async def save(self) -> None:
         """Begin a checkpoint of this step; it is there once :meth:`saved` says so."""
