@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ from system.tree.prompt import Prompt
 
 class Silent:
     name = "own"
+    made = 0
 
     def __init__(self, config):
-        pass
+        Silent.made += 1
 
     def train(self):
-        return []
+        return self.eval()
 
     def eval(self):
         return [Prompt("q", ({"role": "user", "content": "?"},), ("7",))]
@@ -118,6 +120,15 @@ def test_a_task_that_scores_its_own_answers_does(task: str) -> None:
     assert reward.score(None, None).value == 0.25
     told = "\n".join(map(str, look(load(None, [sets, "reward=task"]), training=False)["evaluation sets"]))
     assert "eval.sets[1]: reward.name=task, but the task 'own' has no score" in told
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_task_that_scores_itself_is_made_once_to_be_looked_at(task: str, training: bool) -> None:
+    words = [f"task={task}:Scoring", "reward=task", "model.path=x", "tools.names=[]", "warmstart.steps=0"]
+    config, silent = load(None, words), importlib.import_module(task).Silent
+    before = silent.made
+    assert look(config, training=training)["task"] == []
+    assert silent.made == before + 1
 
 
 def test_the_rewards_of_sets_are_looked_at_before_a_run(tmp_path: Path) -> None:
