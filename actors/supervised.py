@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from actors.candidates import Candidates
-from actors.checkpoints import aside, checkpoints, version_of
+from actors.checkpoints import newest, prune, version_of
 from actors.learner import LearnerGroup
 from system.config import Config
 from system.errors import CheckpointError, ConfigError, EspalierError
@@ -180,8 +180,7 @@ class Supervised:
     async def saved(self, *, wait: bool = True) -> None:
         """Older checkpoints beyond ``checkpoint.keep`` go if the last one is there; ``wait`` until it is."""
         if await self._learner.saved(wait=wait):
-            for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:
-                shutil.rmtree(old)
+            prune(self.run_dir, self.config.checkpoint.keep)
 
     async def _restore(self, steps: int) -> None:
         """Go on from the newest checkpoint that can be read; others are set aside.
@@ -189,34 +188,33 @@ class Supervised:
         Raises ConfigError where it was trained on other data or another course, CheckpointError where none of
         several is of use.
         """
-        unused: list[tuple[Path, str]] = []
-        for path in reversed(checkpoints(self.run_dir)):
-            try:
-                found = await self._learner.load(str(path))
-                state = SftState(**found["sft"])
-                if state.step != version_of(path):
-                    raise CheckpointError(f"{path}: it holds step {state.step}, whatever its name says")
-            except (CheckpointError, KeyError, TypeError) as error:
-                unused.append((path, f"{path}: not used: {error}"))
-                continue
-            if state.digest != self.state.digest or state.step > steps:
-                raise ConfigError(
-                    f"{path} was trained on other conversations, in other tokens, or on more steps than "
-                    "there are: put sft.path, the model's tokenizer and the settings back as they were, or "
-                    "start anew"
-                )
-            vars(self.state).update(vars(state))
-            self._began -= state.wall_s
-            for sink in self._sinks:
-                sink.write({RESUMED: state.step, "time": time.time()})
-            for old, why in unused:  # only now: where none is of use, the reason may be a setting
-                old.rename(aside(old))
-                self.progress.note(why)
-            self.progress.note(f"resumed at step {state.step} from {path}")
+        mend = "put the settings back as they were, or start anew"
+        take = partial(self._taken, steps=steps)
+        if (found := await newest(self.run_dir, take, self.progress.note, mend)) is None:
             return
-        if unused:
-            reasons = "\n".join(why for _, why in unused)
-            raise CheckpointError(f"no checkpoint of {self.run_dir.root} can be used\n{reasons}")
+        path, state = found
+        vars(self.state).update(vars(state))
+        self._began -= state.wall_s
+        for sink in self._sinks:
+            sink.write({RESUMED: state.step, "time": time.time()})
+        self.progress.note(f"resumed at step {state.step} from {path}")
+
+    async def _taken(self, path: Path, steps: int) -> SftState:
+        """What the checkpoint at ``path``, which the learner loads, holds besides weights."""
+        found = await self._learner.load(str(path))
+        try:
+            state = SftState(**found["sft"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: it holds no supervised run: {error}") from error
+        if state.step != version_of(path):
+            raise CheckpointError(f"{path}: it holds step {state.step}, whatever its name says")
+        if state.digest != self.state.digest or state.step > steps:
+            raise ConfigError(
+                f"{path} was trained on other conversations, in other tokens, or on more steps than "
+                "there are: put sft.path, the model's tokenizer and the settings back as they were, or "
+                "start anew"
+            )
+        return state
 
     def _rate(self) -> float:
         """Learned tokens per second of the last steps."""
