@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from actors.ending import EXIT_DEADLINE_S, exit_within
 from actors.ray_support import ray_session
 from system.config import Config, ConfigError
 from system.errors import EXPECTED, FAILED, INTERRUPTED, LOST, exit_code, leaves, told
+from system.observe.jsonl import JsonlWriter
+from system.observe.progress import Progress
+from system.observe.recorder import Status
+from system.observe.rundir import RunDir
 from system.observe.terminal import shown
 
 
@@ -47,6 +52,32 @@ def in_session(
     if not last:
         ending.cancel()
     return code
+
+
+@asynccontextmanager
+async def followed(
+    config: Config,
+    run_dir: RunDir,
+    status: Callable[[], Status],
+    steps: int = 0,
+    beside: Sequence[Coroutine[Any, Any, None]] = (),
+) -> AsyncGenerator[Progress]:
+    """What people see of a run for the length of the block, kept in ``events.jsonl``.  ``steps``: those of
+    the whole run, where these are what it counts.  ``beside``: is done meanwhile.
+    """
+    events = JsonlWriter(run_dir.events_path)
+    try:
+        interval_s = config.observe.progress_s
+        with Progress(status, total_steps=steps, interval_s=interval_s, journal=events.write) as progress:
+            tasks = [asyncio.create_task(one) for one in (progress.run(), *beside)]
+            try:
+                yield progress
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+    finally:
+        events.close()
 
 
 def _failed(errors: BaseException, again: str) -> int:

@@ -18,15 +18,13 @@ from actors.heartbeat import Heartbeats, Watched
 from actors.learner import LearnerGroup
 from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
-from actors.session import in_session
+from actors.session import followed, in_session
 from actors.supervised import SftState, Supervised
 from system.config import Config, to_dict, without_rank
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, STOPPED, ConfigError
 from system.observe import lease
-from system.observe.jsonl import JsonlWriter
-from system.observe.progress import Progress
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
@@ -88,34 +86,23 @@ class _SftRun:
     async def learn(self, joined: bool) -> int:
         """All that happens while the learner is there."""
         config, run_dir = self.config, self.run_dir
-        told = sinks(run_dir, config)
-        events = JsonlWriter(run_dir.events_path)
+        told, began = sinks(run_dir, config), time.monotonic()
+
+        def status() -> Status:
+            return Status(step=self.state.step, wall_s=time.monotonic() - began)
+
         try:
-            began = time.monotonic()
-            with Progress(
-                lambda: Status(step=self.state.step, wall_s=time.monotonic() - began),
-                total_steps=0,
-                interval_s=config.observe.progress_s,
-                journal=events.write,
-            ) as progress:
-                drawing = asyncio.create_task(progress.run())
-                try:
-                    with signals() as ending:
-                        places = await Placement.claim(config, joined=joined, only="learner")
-                        learner = LearnerGroup(config.learn.ranks, places, config.cluster)
-                        supervised = Supervised(
-                            config, run_dir, self.state, learner, told, progress, self.how
-                        )
-                        ending.stops(supervised, progress)
-                        work = self._train(supervised, learner, places)
-                        return await places.watch_during(work)
-                finally:
-                    drawing.cancel()
-                    await asyncio.gather(drawing, return_exceptions=True)
+            async with followed(config, run_dir, status) as progress:
+                with signals() as ending:
+                    places = await Placement.claim(config, joined=joined, only="learner")
+                    learner = LearnerGroup(config.learn.ranks, places, config.cluster)
+                    parts = (learner, told, progress, self.how)
+                    supervised = Supervised(config, run_dir, self.state, *parts)
+                    ending.stops(supervised, progress)
+                    return await places.watch_during(self._train(supervised, learner, places))
         finally:
             for sink in told:
                 sink.close()
-            events.close()
 
     async def _train(self, supervised: Supervised, learner: LearnerGroup, places: Placement) -> int:
         config, run_dir, progress = self.config, self.run_dir, supervised.progress

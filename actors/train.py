@@ -19,7 +19,7 @@ from actors.heartbeat import Heartbeats
 from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
-from actors.session import in_session
+from actors.session import followed, in_session
 from system.config import Config, ConfigError, truncated, without_effect
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets, other_base
@@ -28,7 +28,6 @@ from system.evals.record import Asked
 from system.evals.sets import question_sets, to_ask
 from system.observe import lease
 from system.observe.card import base_name
-from system.observe.jsonl import JsonlWriter
 from system.observe.memory import follow
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
@@ -89,31 +88,18 @@ async def _run_and_deliver(
 
 async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Asked], joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
-    recorder = Recorder(run_dir, config, sinks(run_dir, config))
-    events, code = JsonlWriter(run_dir.events_path), FAILED
+    recorder, code = Recorder(run_dir, config, sinks(run_dir, config)), FAILED
+    # In a cluster most processes are on other machines, or not below this one.
+    beside = () if joined else (follow(recorder.memory_used),)
     try:
-        with Progress(
-            recorder.status,
-            total_steps=config.run.steps,
-            interval_s=config.observe.progress_s,
-            journal=events.write,
-        ) as progress:
+        async with followed(config, run_dir, recorder.status, config.run.steps, beside) as progress:
             recorder.tell = progress.note
-            beside = [asyncio.create_task(progress.run())]
-            if not joined:  # else most processes are on other machines, or not below this one
-                beside.append(asyncio.create_task(follow(recorder.memory_used)))
-            try:
-                with signals() as ending:
-                    places = await Placement.claim(config, joined=joined)
-                    run = _Run(config, run_dir, task, asked, recorder, progress, ending)
-                    code = await places.watch_during(_train(run, places))
-            finally:
-                for one in beside:
-                    one.cancel()
-                await asyncio.gather(*beside, return_exceptions=True)
+            with signals() as ending:
+                places = await Placement.claim(config, joined=joined)
+                run = _Run(config, run_dir, task, asked, recorder, progress, ending)
+                code = await places.watch_during(_train(run, places))
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish(ended=code == DONE)
-        events.close()
         if summary["versions"]:
             draw_curves(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
