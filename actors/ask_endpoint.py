@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import keys
-from actors.evaluate import Shown, asked_by, kept, questions, result, tell
+from actors.evaluate import BrokenSets, Shown, asked_by, kept, questions, result, tell
 from system.cluster.placement import served_tools
 from system.config import Config, ConfigError
 from system.envs.make import make_environment
@@ -127,7 +127,7 @@ async def _ask(
         for each in (scoring, *own.values()):
             stack.push_async_callback(each.close)
         conversations = Questions(config, server, tools, scoring, mishap, own)
-        broken = set[str]()  # sets whose own rewards failed too often
+        broken = BrokenSets(own, mishap)
 
         async def one(each: Asked) -> Answered:
             async with limit:
@@ -136,10 +136,7 @@ async def _ask(
                     if each.set not in broken:
                         answer = await conversations.ask(each)
                 except RewardBroken as error:
-                    if each.set not in own:  # the run's
-                        raise
-                    broken.add(each.set)
-                    mishap("set not scored", f"{each.set} is asked no further: {error}")
+                    broken.add(each.set, error)
             if file is not None:
                 file.add(answer)
             progress.one_more()
