@@ -32,10 +32,9 @@ from system.rollout.completions import ChatCompletions
 from system.rollout.score_pool import RewardBroken
 from system.rollout.scoring import Scoring
 from system.rollout.sets import scorings
-from system.serving import serve
 from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import corpus_file
-from system.tools.servers import application
+from system.tools.servers import served
 from system.tools.service import build_tools
 
 
@@ -113,12 +112,9 @@ async def _ask(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(keys.made(config, scratch))
         stack.push_async_callback(server.close)
-        urls: dict[str, str] = {}
         corpus = str(corpus_file(config, task, scratch) or "")
-        for tool in served_tools(config):
-            served = await serve(application(tool, config.tools, corpus), key=keys.held().tools[tool])
-            stack.push_async_callback(served.close)
-            urls[tool] = served.url
+        serving = served(served_tools(config), config.tools, corpus, keys.held().tools)
+        urls = await stack.enter_async_context(serving)
         tools = build_tools(config.tools, urls, keys.held().tools, scratch)
         stack.push_async_callback(tools.close)
         await tools.check()
