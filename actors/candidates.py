@@ -11,6 +11,7 @@ from actors.learner import LearnerGroup
 from system.config import Config
 from system.observe.card import base_name
 from system.observe.rundir import RunDir
+from system.whole import appearing, take_name
 
 
 class Candidates:
@@ -52,13 +53,11 @@ class Candidates:
 
 def _take(source: Path, target: Path, stays: bool) -> None:
     """Make ``target`` the directory ``source``, or a copy of it."""
-    partial = target.with_name(f"{target.name}.partial")
-    for old in (partial, target):
-        shutil.rmtree(old, ignore_errors=True)
-    if stays:
-        shutil.copytree(source, partial, copy_function=_linked)
-        source = partial
-    source.rename(target)
+    if not stays:
+        take_name(source, target)
+        return
+    with appearing(target) as partial:
+        shutil.copytree(source, partial, copy_function=_linked, dirs_exist_ok=True)
 
 
 def _linked(source: str, target: str) -> None:

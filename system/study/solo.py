@@ -163,14 +163,12 @@ def start_model(config: Config, task: Task, scratch: Path) -> Path:
     if warm.is_dir():
         return warm
     make_model(fresh, config, task)
-    partial = scratch / "warm.partial"
     with _learner(config, fresh, scratch) as trainer:
         for trees, lr in warm_start(config, demonstrations(config, task, fresh)):
             plan = trainer.planner.supervised([TreeStats.of(tree) for tree in trees])
             (micro_batches,) = pack_share(plan, 0, dict(enumerate(trees)))
             trainer.supervise(micro_batches, lr)
-        trainer.save_hf(partial)
-    partial.rename(warm)
+        trainer.save_hf(warm)
     return warm
 
 
