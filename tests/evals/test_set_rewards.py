@@ -11,7 +11,7 @@ import pytest
 
 from system.config import ConfigError, all_rewards, eval_sets, load, rewards, scored
 from system.doctor.preflight import look
-from system.evals.sets import only, question_sets, without_training_data
+from system.evals.sets import only, question_sets, without_idle_reward, without_training_data
 from system.rollout.scorer import Scorer
 from system.tasks.base import make_task
 
@@ -171,7 +171,7 @@ def test_sets_that_score_themselves_need_no_judge_of_the_runs() -> None:
         "{deadline_s: 9}}, {name: d, path: x, reward: [f1, {name: arpo, weight: 0.5}]}]"
     )
     config = load(None, [f"reward={JUDGE}", "reward.workers=3", sets])
-    alone = only(config, ["a", "d"])
+    alone = without_idle_reward(only(config, ["a", "d"]))
     assert [one.name for one in all_rewards(alone)] == ["arpo", "f1", "f1", "arpo"]
     for name in ("a", "d"):
         before, after = (
@@ -182,8 +182,10 @@ def test_sets_that_score_themselves_need_no_judge_of_the_runs() -> None:
         assert after is not None
         assert rewards(after.reward, "k") == rewards(before.reward, "k")
         assert after.reward.workers == 3
+    own = load(None, [f"reward={JUDGE}", "eval.questions=0", "eval.sets=[{name: a, path: x, reward: f1}]"])
+    assert [one.name for one in all_rewards(without_idle_reward(own))] == ["arpo", "f1"]
     for names in (["a", "b"], ["a", "held-out"], ["c"]):
-        assert "judge" in [one.name for one in all_rewards(only(config, names))]
+        assert "judge" in [one.name for one in all_rewards(without_idle_reward(only(config, names)))]
 
 
 def test_an_evaluation_needs_no_training_data(tmp_path: Path) -> None:
