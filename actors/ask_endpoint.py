@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from actors import keys
-from actors.evaluate import Shown, asked_by, kept, questions, result, tell
+from actors.evaluate import BrokenSets, Shown, asked_by, kept, questions, result, tell
 from system.cluster.placement import served_tools
 from system.config import Config, ConfigError
 from system.envs.make import make_environment
 from system.evals.endpoint import Questions
-from system.evals.record import Answered, AnswerFile, Asked, digest
+from system.evals.record import Answered, Asked, digest
 from system.evals.result import EvalResult
+from system.observe.answer_file import AnswerFile
 from system.observe.terminal import shown
 from system.rollout import process
 from system.rollout.completions import ChatCompletions
 from system.rollout.score_pool import RewardBroken
 from system.rollout.scoring import Scoring
 from system.rollout.sets import scorings
-from system.serving import serve
 from system.tasks.base import Task, make_task, notes
 from system.tasks.inputs import corpus_file
-from system.tools.servers import application
+from system.tools.servers import served
 from system.tools.service import build_tools
 
 
@@ -112,12 +112,9 @@ async def _ask(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(keys.made(config, scratch))
         stack.push_async_callback(server.close)
-        urls: dict[str, str] = {}
         corpus = str(corpus_file(config, task, scratch) or "")
-        for tool in served_tools(config):
-            served = await serve(application(tool, config.tools, corpus), key=keys.held().tools[tool])
-            stack.push_async_callback(served.close)
-            urls[tool] = served.url
+        serving = served(served_tools(config), config.tools, corpus, keys.held().tools)
+        urls = await stack.enter_async_context(serving)
         tools = build_tools(config.tools, urls, keys.held().tools, scratch)
         stack.push_async_callback(tools.close)
         await tools.check()
@@ -126,7 +123,7 @@ async def _ask(
         for each in (scoring, *own.values()):
             stack.push_async_callback(each.close)
         conversations = Questions(config, server, tools, scoring, mishap, own)
-        broken = set[str]()  # sets whose own rewards failed too often
+        broken = BrokenSets(own, mishap)
 
         async def one(each: Asked) -> Answered:
             async with limit:
@@ -135,10 +132,7 @@ async def _ask(
                     if each.set not in broken:
                         answer = await conversations.ask(each)
                 except RewardBroken as error:
-                    if each.set not in own:  # the run's
-                        raise
-                    broken.add(each.set)
-                    mishap("set not scored", f"{each.set} is asked no further: {error}")
+                    broken.add(each.set, error)
             if file is not None:
                 file.add(answer)
             progress.one_more()

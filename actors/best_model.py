@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from actors.candidates import Candidates
 from actors.learner import LearnerGroup
 from system.config import Config
-from system.observe.card import base_name
 from system.observe.recorder import Recorder
 from system.observe.rundir import RunDir
 
@@ -27,8 +23,7 @@ class ModelChoice:
     """
 
     def __init__(self, config: Config, run_dir: RunDir, learner: LearnerGroup) -> None:
-        self._run_dir, self._learner, self._base = run_dir, learner, base_name(config)
-        self._lora, self._by = config.learn.lora.on, config.eval.choose
+        self._candidates, self._learner, self._by = Candidates(config, run_dir), learner, config.eval.choose
         of_set, _, metric = self._by.rpartition("/")
         self._key = f"eval/set/{of_set}/{metric}" if of_set else f"eval/{metric}"
 
@@ -41,20 +36,16 @@ class ModelChoice:
         """Write the learner's weights, those of ``step``, before they are evaluated; nobody trains meanwhile.
         Returns ``Rounding.kept``.
         """
-        self.drop(step)  # of a session that was lost
-        if self._lora:
-            await self._learner.save_adapters(str(self._adapter(step)), self._base)
-        return await self._learner.save_hf(str(self._model(step)))
+        return await self._candidates.save(step, self._learner)
 
     def drop(self, step: int) -> None:
-        for path in (self._model(step), self._adapter(step)):
-            shutil.rmtree(path, ignore_errors=True)
+        """Remove the weights of ``step``, whose evaluation was cut off."""
+        self._candidates.drop(step)
 
     def keep_best(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Remove the weights of all evaluations but the best of ``records``."""
         best = self._best(records)
-        for path in list(self._run_dir.candidates.glob("step-??????")):
-            step = int(path.name.removeprefix("step-"))
+        for step in self._candidates.steps:
             if best is None or step != best["step"]:
                 self.drop(step)
 
@@ -63,9 +54,7 @@ class ModelChoice:
         best = self._best(records)
         assert best is not None, "the evaluation after training has just been recorded"
         step, value = best["step"], best[self._key]
-        _take(self._model(step), self._run_dir.model)
-        if self._lora:
-            _take(self._adapter(step), self._run_dir.adapter)
+        self._candidates.leave(step, stays=True)
         if (kept := best.get(LORA_KEPT)) is not None:
             recorder.model_merged(kept)
         recorder.chosen(step, self._by, value)
@@ -73,35 +62,11 @@ class ModelChoice:
 
     def _best(self, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
         """Of the evaluations whose weights are there."""
-        there = [
-            one for one in records if one["eval/which"] != "before" and self._model(one["step"]).is_dir()
-        ]
+        saved = self._candidates.steps
+        there = [one for one in records if one["eval/which"] != "before" and one["step"] in saved]
         return max(there, key=lambda one: (_known(one.get(self._key)), one["step"]), default=None)
-
-    def _model(self, step: int) -> Path:
-        return self._run_dir.candidates / f"step-{step:06d}"
-
-    def _adapter(self, step: int) -> Path:
-        return self._run_dir.candidates / f"step-{step:06d}-adapter"
 
 
 def _known(value: float | None) -> float:
     """What is not known is worse than any other."""
     return -math.inf if value is None or math.isnan(value) else value
-
-
-def _take(source: Path, target: Path) -> None:
-    """Make ``target`` the files of ``source``, which stay: a run that goes on may choose them again."""
-    partial = target.with_name(f"{target.name}.partial")
-    for old in (partial, target):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_linked)
-    partial.rename(target)
-
-
-def _linked(source: str, target: str) -> None:
-    """The same file under a second name where the file system can, which takes no room; else a copy."""
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copy2(source, target)

@@ -6,11 +6,10 @@ The loop itself stands in ``system/flow/loop.py``, what it asks of the actors in
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Sequence
 
 from actors.best_model import ModelChoice
-from actors.checkpoints import LINEAGE, Restored, checkpoints, saved_trees_path
+from actors.checkpoints import LINEAGE, Restored, prune, saved_trees_path
 from actors.engine_monitor import EngineMonitor, EngineOutage, Publisher
 from actors.evaluations import Evaluations
 from actors.in_flight import InFlightCheckpoint
@@ -190,13 +189,8 @@ class Conductor:
 
     async def saved(self, *, wait: bool = True) -> None:
         """Older checkpoints beyond ``checkpoint.keep`` go if the last one is there; ``wait`` until it is."""
-        if not await self.actors.learner.saved(wait=wait):
-            return
-        for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
-        for old in self.run_dir.checkpoints.glob("*.trees"):
-            if not old.with_suffix("").exists():
-                old.unlink()
+        if await self.actors.learner.saved(wait=wait):
+            prune(self.run_dir, self.config.checkpoint.keep)
 
     async def restore(self, found: Restored) -> None:
         """Go on from a checkpoint; the ledger has been replayed up to it already."""

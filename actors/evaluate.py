@@ -8,7 +8,7 @@ import copy
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from actors.placement import Placement
 from actors.ray_support import ActorLost, answer, ray_session, returned
 from actors.rollout_pool import RolloutPool
 from system.config import Config, ConfigError, LoraConfig, to_dict
-from system.evals.record import Answered, AnswerFile, Asked, digest
+from system.evals.record import Answered, Asked, digest
 from system.evals.result import EvalResult
 from system.evals.sets import question_sets, to_ask
 from system.models.shape import ModelShape
+from system.observe.answer_file import AnswerFile
 from system.observe.terminal import shown
 from system.redact import redact
 from system.rollout.failure import RolloutFailed
@@ -197,6 +198,25 @@ class Shown:
         print(f"{self._count}/{self._total} answers{left}", file=sys.stderr, flush=True)
 
 
+class BrokenSets:
+    """Sets that are asked no further, because rewards of their own failed too often."""
+
+    def __init__(self, own: Collection[str], mishap: Callable[[str, str], None]) -> None:
+        """``own``: the sets that have such; ``mishap`` is told of each that is broken."""
+        self._own, self._mishap, self._broken = own, mishap, set[str]()
+
+    def __contains__(self, of_set: str) -> bool:
+        return of_set in self._broken
+
+    def add(self, of_set: str, error: RewardBroken) -> None:
+        """Raises ``error`` where it is the run's rewards that failed, which others are scored by, too."""
+        if of_set not in self._own:
+            raise error
+        if of_set not in self._broken:
+            self._broken.add(of_set)
+            self._mishap("set not scored", f"{of_set} is asked no further: {error}")
+
+
 async def ask_each(
     config: Config,
     pool: RolloutPool,
@@ -213,7 +233,8 @@ async def ask_each(
     ``engines_back`` is awaited, with the cause, before another attempt at one whose engine was lost.
     """
     failures: list[RolloutFailed | ActorLost] = []
-    own, broken = scored_by(config), set[str]()  # sets with rewards of their own; those that failed
+    own = scored_by(config)
+    broken = BrokenSets(own, mishap)
     limit = asyncio.Semaphore(config.trees_at_once * config.rollout.leaves)
     back_s = config.cluster.start_deadline_s
     deadlines = {name: tree_answer_s(of_set) for name, (_, of_set) in own.items()}
@@ -238,11 +259,7 @@ async def ask_each(
                     answered(found := Answered.of(asked, stats))
                     return found
                 except RewardBroken as error:
-                    if asked.set not in own:  # the run's
-                        raise
-                    if asked.set not in broken:
-                        mishap("set not scored", f"{asked.set} is asked no further: {error}")
-                    broken.add(asked.set)
+                    broken.add(asked.set, error)
                     break
                 except (ActorLost, RolloutFailed) as error:
                     failure = error

@@ -25,10 +25,11 @@ from system.config import Config
 from system.engine.control import HEALTH_DEADLINE_S, EngineControl, Silent, Unreachable
 from system.engine.protocol import EngineError
 from system.errors import EspalierError
-from system.evals.record import Answered, AnswerFile, Asked
+from system.evals.record import Answered, Asked
 from system.evals.result import EvalResult
 from system.evals.table import in_line
 from system.flow.loop import TrainingLoop
+from system.observe.answer_file import AnswerFile
 from system.observe.progress import TRAINING, Progress
 from system.observe.recorder import Recorder, Which
 from system.observe.rundir import RunDir
@@ -62,11 +63,13 @@ class Evaluations:
         monitor: EngineMonitor,
         choice: ModelChoice,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
         """``asked``: at each evaluation; ``choice``: which model the run leaves."""
         self._config, self._pool, self._run_dir = config, actors.pool, run_dir
         self._recorder, self._progress, self._asked = recorder, progress, asked
-        self._loop, self._publisher, self._monitor, self._clock = loop, publisher, monitor, clock
+        self._loop, self._publisher, self._monitor = loop, publisher, monitor
+        self._clock, self._now = clock, now
         self._choice, self._lora_kept = choice, dict[int, float | None]()  # by step, of models to choose
         self._records: list[dict[str, Any]] | None = None  # of evaluations; None: not looked up yet
         self._begun = dict[Which, int]()  # the last step of each kind
@@ -128,6 +131,10 @@ class Evaluations:
         if self._records is None:
             self._records = [one for one in history(self._run_dir.metrics_path) if "eval/which" in one]
             self._begun = {one["eval/which"]: one["step"] for one in self._records}
+            if self._records:  # of an earlier session: its clock was another
+                last = self._records[-1]
+                ago_s = self._now() - (last["time"] - last["eval/seconds"])
+                self._began_s = self._clock() - max(ago_s, 0.0)
             if self._choice.on:
                 self._choice.keep_best(self._records)  # not those of evaluations that were cut off
         return self._begun

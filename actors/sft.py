@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from actors.candidates import Candidates
 from actors.checkpoints import checkpoints
 from actors.delivery import deliver, deliver_rest
 from actors.ending import signals
@@ -16,17 +16,12 @@ from actors.evaluate import right_samples
 from actors.heartbeat import Heartbeats, Watched
 from actors.learner import LearnerGroup
 from actors.placement import Placement
-from actors.ray_support import StartFailed, watched
-from actors.session import in_session
+from actors.ray_support import watched
+from actors.session import draw_curves, followed, in_session, opened
 from actors.supervised import SftState, Supervised
 from system.config import Config, to_dict, without_rank
 from system.config.lora import going_on
-from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, STOPPED, ConfigError
-from system.models.files import take_name
-from system.observe import lease
-from system.observe.jsonl import JsonlWriter
-from system.observe.progress import Progress
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
@@ -54,19 +49,10 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     data = read(config.sft, config.run.seed)  # all of it: nothing is made before
     task = make_task(config) if config.sft.samples or not config.model.path else None
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
-    with lease.held(run_dir.root):
-        run_dir.write_config(config)
-        lines = [*without_rank(config), *chosen_targets(config)]
-        told = map(shown, [*lines, *(() if old else other_base(config))])
-        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
+    with opened(config, run_dir, without_rank(config), new=old is None):
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
-        again, last = run_dir.resume_command, not config.sft.samples
-        try:
-            code = in_session(config, run_dir.root, run.learn, again, last=last)
-        except StartFailed:  # nothing has happened that a run directory could tell
-            if resume is None:
-                shutil.rmtree(run_dir.root, ignore_errors=True)
-            raise
+        again, last = run_dir.again(config), not config.sft.samples
+        code = in_session(config, run_dir.root, run.learn, again, new=old is None, last=last)
         return run.conclude() if code == DONE else code
 
 
@@ -89,34 +75,23 @@ class _SftRun:
     async def learn(self, joined: bool) -> int:
         """All that happens while the learner is there."""
         config, run_dir = self.config, self.run_dir
-        told = sinks(run_dir, config)
-        events = JsonlWriter(run_dir.events_path)
+        told, began = sinks(run_dir, config), time.monotonic()
+
+        def status() -> Status:
+            return Status(step=self.state.step, wall_s=time.monotonic() - began)
+
         try:
-            began = time.monotonic()
-            with Progress(
-                lambda: Status(step=self.state.step, wall_s=time.monotonic() - began),
-                total_steps=0,
-                interval_s=config.observe.progress_s,
-                journal=events.write,
-            ) as progress:
-                drawing = asyncio.create_task(progress.run())
-                try:
-                    with signals() as ending:
-                        places = await Placement.claim(config, joined=joined, only="learner")
-                        learner = LearnerGroup(config.learn.ranks, places, config.cluster)
-                        supervised = Supervised(
-                            config, run_dir, self.state, learner, told, progress, self.how
-                        )
-                        ending.stops(supervised, progress)
-                        work = self._train(supervised, learner, places)
-                        return await places.watch_during(work)
-                finally:
-                    drawing.cancel()
-                    await asyncio.gather(drawing, return_exceptions=True)
+            async with followed(config, run_dir, status) as progress:
+                with signals() as ending:
+                    places = await Placement.claim(config, joined=joined, only="learner")
+                    learner = LearnerGroup(config.learn.ranks, places, config.cluster)
+                    parts = (learner, told, progress, self.how)
+                    supervised = Supervised(config, run_dir, self.state, *parts)
+                    ending.stops(supervised, progress)
+                    return await places.watch_during(self._train(supervised, learner, places))
         finally:
             for sink in told:
                 sink.close()
-            events.close()
 
     async def _train(self, supervised: Supervised, learner: LearnerGroup, places: Placement) -> int:
         config, run_dir, progress = self.config, self.run_dir, supervised.progress
@@ -148,12 +123,12 @@ class _SftRun:
     def conclude(self) -> int:
         """Choose a model, and say which and why."""
         config, run_dir, state = self.config, self.run_dir, self.state
-        candidates = [SavedModel(**one) for one in state.candidates]
+        saved, candidates = Candidates(config, run_dir), [SavedModel(**one) for one in state.candidates]
         if samples := config.sft.samples:
             assert self.task is not None
             for one in candidates:
                 print(f"{self.how} of the model of step {one.step} …", flush=True)
-                one.rate(right_samples(config, self.task, state.path(run_dir, one.step), samples), samples)
+                one.rate(right_samples(config, self.task, saved.model(one.step), samples), samples)
                 print(f"  {one.solved:.3f} ({one.accuracy:.3f} of all samples right)", flush=True)
         best, why = chosen(candidates, self.how)
         facts = json.loads(run_dir.sft_path.read_text(encoding="utf-8"))
@@ -173,10 +148,8 @@ class _SftRun:
                 "config": redact(to_dict(config)),
             }
         )
-        _draw(run_dir)
-        if (adapter := state.adapter_path(run_dir, best.step)).is_dir():
-            take_name(adapter, run_dir.adapter)
-        state.path(run_dir, best.step).rename(run_dir.model)
+        draw_curves(run_dir)
+        saved.leave(best.step, stays=False)
         for line in (
             f"{state.step} steps, {state.tokens} tokens learned, loss {state.first_loss:.3f} -> "
             f"{state.last_loss:.3f}, {state.wall_s:.0f} s",
@@ -185,9 +158,3 @@ class _SftRun:
         ):
             print(shown(line))
         return deliver(config, run_dir)
-
-
-def _draw(run_dir: RunDir) -> None:
-    from actors.train import draw_curves
-
-    draw_curves(run_dir)

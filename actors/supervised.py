@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.checkpoints import aside, checkpoints, version_of
+from actors.candidates import Candidates
+from actors.checkpoints import newest, prune, version_of
 from actors.learner import LearnerGroup
 from system.config import Config
 from system.errors import CheckpointError, ConfigError, EspalierError
-from system.observe.card import base_name
 from system.observe.progress import Progress, compact
 from system.observe.rundir import RunDir, write_atomic
 from system.observe.sinks import RESUMED, Sink
@@ -46,16 +46,6 @@ class SftState:
     skipped: int = 0  # steps up to this one, in a row, whose gradients were not finite
     held_out: list[dict[str, Any]] = field(default_factory=list)  # step, loss in nats per token
     candidates: list[dict[str, Any]] = field(default_factory=list)  # step, loss, lora_kept
-
-    @staticmethod
-    def path(run_dir: RunDir, step: int) -> Path:
-        """Where the model of a step lies."""
-        return run_dir.candidates / f"step-{step:06d}"
-
-    @staticmethod
-    def adapter_path(run_dir: RunDir, step: int) -> Path:
-        """Where the adapters of a step lie, of a run by LoRA."""
-        return run_dir.candidates / f"step-{step:06d}-adapter"
 
 
 class Supervised:
@@ -94,7 +84,8 @@ class Supervised:
         config, state = self.config, self.state
         state.digest = prepared.digest
         course = Course(config.sft, len(prepared.train), config.run.seed)
-        await self._restore(course.steps)  # which refuses other data: what is known of the old ones stays
+        await self._restore(course.steps)
+        self.run_dir.write_config(config)  # only now: a resume that is refused changes nothing
         write_atomic(self.run_dir.sft_path, json.dumps(prepared.facts(), indent=2) + "\n")
         for warning in self._learner.warnings:
             self.progress.note(warning)
@@ -162,7 +153,7 @@ class Supervised:
             self._write({"sft/held_out_loss": loss})
             self.progress.note(f"held-out loss after step {state.step}: {loss:.4f}")
         if candidate:
-            kept = await self._save_candidate()
+            kept = await Candidates(config, self.run_dir).save(state.step, self._learner)
             state.candidates.append({"step": state.step, "loss": loss, "lora_kept": kept})
             state.wall_s = self.wall_s
         await self.saved(wait=False)
@@ -179,20 +170,6 @@ class Supervised:
             total += loss * sum(one.learned for one in some)
         return total / sum(one.learned for one in held_out)
 
-    async def _save_candidate(self) -> float | None:
-        """Returns the share of what adapters change that is in it, None without."""
-        path = self.state.path(self.run_dir, self.state.step)
-        partial = path.with_name(path.name + ".partial")
-        for old in (path, partial):  # of a session that ended before its checkpoint
-            shutil.rmtree(old, ignore_errors=True)
-        partial.parent.mkdir(exist_ok=True)
-        if self.config.learn.lora.on:  # before the model, whose presence says that all is there
-            adapter = self.state.adapter_path(self.run_dir, self.state.step)
-            await self._learner.save_adapters(str(adapter), base_name(self.config))
-        kept = await self._learner.save_hf(str(partial))
-        partial.rename(path)
-        return kept
-
     async def save(self) -> None:
         """Begin a checkpoint of this step; it is there once :meth:`saved` says so."""
         await self.saved()
@@ -203,8 +180,7 @@ class Supervised:
     async def saved(self, *, wait: bool = True) -> None:
         """Older checkpoints beyond ``checkpoint.keep`` go if the last one is there; ``wait`` until it is."""
         if await self._learner.saved(wait=wait):
-            for old in checkpoints(self.run_dir)[: -self.config.checkpoint.keep]:
-                shutil.rmtree(old)
+            prune(self.run_dir, self.config.checkpoint.keep)
 
     async def _restore(self, steps: int) -> None:
         """Go on from the newest checkpoint that can be read; others are set aside.
@@ -212,34 +188,33 @@ class Supervised:
         Raises ConfigError where it was trained on other data or another course, CheckpointError where none of
         several is of use.
         """
-        unused: list[tuple[Path, str]] = []
-        for path in reversed(checkpoints(self.run_dir)):
-            try:
-                found = await self._learner.load(str(path))
-                state = SftState(**found["sft"])
-                if state.step != version_of(path):
-                    raise CheckpointError(f"{path}: it holds step {state.step}, whatever its name says")
-            except (CheckpointError, KeyError, TypeError) as error:
-                unused.append((path, f"{path}: not used: {error}"))
-                continue
-            if state.digest != self.state.digest or state.step > steps:
-                raise ConfigError(
-                    f"{path} was trained on other conversations, in other tokens, or on more steps than "
-                    "there are: put sft.path, the model's tokenizer and the settings back as they were, or "
-                    "start anew"
-                )
-            vars(self.state).update(vars(state))
-            self._began -= state.wall_s
-            for sink in self._sinks:
-                sink.write({RESUMED: state.step, "time": time.time()})
-            for old, why in unused:  # only now: where none is of use, the reason may be a setting
-                old.rename(aside(old))
-                self.progress.note(why)
-            self.progress.note(f"resumed at step {state.step} from {path}")
+        mend = "put the settings back as they were, or start anew"
+        take = partial(self._taken, steps=steps)
+        if (found := await newest(self.run_dir, take, self.progress.note, mend)) is None:
             return
-        if unused:
-            reasons = "\n".join(why for _, why in unused)
-            raise CheckpointError(f"no checkpoint of {self.run_dir.root} can be used\n{reasons}")
+        path, state = found
+        vars(self.state).update(vars(state))
+        self._began -= state.wall_s
+        for sink in self._sinks:
+            sink.write({RESUMED: state.step, "time": time.time()})
+        self.progress.note(f"resumed at step {state.step} from {path}")
+
+    async def _taken(self, path: Path, steps: int) -> SftState:
+        """What the checkpoint at ``path``, which the learner loads, holds besides weights."""
+        found = await self._learner.load(str(path))
+        try:
+            state = SftState(**found["sft"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: it holds no supervised run: {error}") from error
+        if state.step != version_of(path):
+            raise CheckpointError(f"{path}: it holds step {state.step}, whatever its name says")
+        if state.digest != self.state.digest or state.step > steps:
+            raise ConfigError(
+                f"{path} was trained on other conversations, in other tokens, or on more steps than "
+                "there are: put sft.path, the model's tokenizer and the settings back as they were, or "
+                "start anew"
+            )
+        return state
 
     def _rate(self) -> float:
         """Learned tokens per second of the last steps."""

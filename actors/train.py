@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,18 +15,15 @@ from actors.delivery import deliver, deliver_rest, delivered
 from actors.ending import Signals, signals
 from actors.heartbeat import Heartbeats
 from actors.placement import Placement
-from actors.ray_support import StartFailed, watched
+from actors.ray_support import watched
 from actors.rollout_pool import RunActors
-from actors.session import in_session
+from actors.session import draw_curves, followed, in_session, opened
 from system.config import Config, ConfigError, truncated, without_effect
 from system.config.lora import going_on
-from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, FAILED, STOPPED
 from system.evals.record import Asked
 from system.evals.sets import question_sets, to_ask
-from system.observe import lease
 from system.observe.card import base_name
-from system.observe.jsonl import JsonlWriter
 from system.observe.memory import follow
 from system.observe.progress import Progress
 from system.observe.recorder import Recorder
@@ -38,7 +33,6 @@ from system.observe.totals import report
 from system.observe.views import sinks
 from system.sft.demonstrations import demonstrations
 from system.tasks.base import Task, make_task, notes
-from system.text import described
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -57,20 +51,9 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     task = make_task(config)  # which reads all its data, as do the further sets: nothing is made before
     asked = to_ask(question_sets(config, task))
     run_dir = old or RunDir.create(config, config_name)
-    with lease.held(run_dir.root):
-        run_dir.write_config(config)
-        if end := run_dir.end:  # of fewer steps: until the new one the run has none
-            run_dir.write_summary({**end, "ended": False})
-        lines = [*notes(config, task), *without_effect(config), *chosen_targets(config)]
-        told = map(shown, [*lines, *(() if old else other_base(config))])
-        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
-        try:
-            work = partial(_run_and_deliver, config, run_dir, task, asked)
-            return in_session(config, run_dir.root, work, run_dir.resume_command)
-        except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
-            if resume is None:
-                shutil.rmtree(run_dir.root, ignore_errors=True)
-            raise
+    with opened(config, run_dir, [*notes(config, task), *without_effect(config)], new=old is None):
+        work = partial(_run_and_deliver, config, run_dir, task, asked)
+        return in_session(config, run_dir.root, work, run_dir.again(config), new=old is None)
 
 
 def _nothing_to_train(config: Config, run_dir: RunDir) -> bool:
@@ -92,45 +75,22 @@ async def _run_and_deliver(
 
 async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Asked], joined: bool) -> int:
     """Everything that happens while Ray is there, shown, recorded, and reported at the end."""
-    recorder = Recorder(run_dir, config, sinks(run_dir, config))
-    events, code = JsonlWriter(run_dir.events_path), FAILED
+    recorder, code = Recorder(run_dir, config, sinks(run_dir, config)), FAILED
+    # In a cluster most processes are on other machines, or not below this one.
+    beside = () if joined else (follow(recorder.memory_used),)
     try:
-        with Progress(
-            recorder.status,
-            total_steps=config.run.steps,
-            interval_s=config.observe.progress_s,
-            journal=events.write,
-        ) as progress:
+        async with followed(config, run_dir, recorder.status, config.run.steps, beside) as progress:
             recorder.tell = progress.note
-            beside = [asyncio.create_task(progress.run())]
-            if not joined:  # else most processes are on other machines, or not below this one
-                beside.append(asyncio.create_task(follow(recorder.memory_used)))
-            try:
-                with signals() as ending:
-                    places = await Placement.claim(config, joined=joined)
-                    run = _Run(config, run_dir, task, asked, recorder, progress, ending)
-                    code = await places.watch_during(_train(run, places))
-            finally:
-                for one in beside:
-                    one.cancel()
-                await asyncio.gather(*beside, return_exceptions=True)
+            with signals() as ending:
+                places = await Placement.claim(config, joined=joined)
+                run = _Run(config, run_dir, task, asked, recorder, progress, ending)
+                code = await places.watch_during(_train(run, places))
     finally:  # a run that stopped or failed says how far it came, too
         summary = recorder.finish(ended=code == DONE)
-        events.close()
         if summary["versions"]:
             draw_curves(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
     return code
-
-
-def draw_curves(run_dir: RunDir) -> None:
-    """The curves; a run that cannot be drawn ends as it would."""
-    from system.observe import plots  # slow import, and Ray's processes end meanwhile
-
-    try:
-        plots.draw(run_dir)
-    except Exception as error:
-        print(f"espalier: the curves are not drawn: {shown(described(error))}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +140,9 @@ async def _conduct(run: _Run, actors: RunActors) -> int:
     conductor = Conductor(*parts, asked=run.asked, version=version, choice=choice)
     actors.places.spare = conductor.spare
     run.ending.stops(conductor.loop, progress)
+    run_dir.write_config(config)  # only now: a resume that is refused changes nothing
+    if end := run_dir.end:  # of fewer steps: until the new one the run has none
+        run_dir.write_summary({**end, "ended": False})
     try:
         return await _to_its_end(run, actors, conductor, found, choice)
     finally:  # of a run that fails, too, which must not wait for an evaluation beside it

@@ -175,7 +175,7 @@ def _of_endpoint(args: argparse.Namespace) -> EvalResult:
 
 def _to_ask(args: argparse.Namespace, config: Config) -> Config:
     """The part of ``config`` that is to be evaluated.  Raises ConfigError for a set that there is not."""
-    from system.evals.sets import only, without_training_data
+    from system.evals.sets import only, without_idle_reward, without_training_data
     from system.observe.terminal import shown
 
     if args.sets is not None:
@@ -183,7 +183,7 @@ def _to_ask(args: argparse.Namespace, config: Config) -> Config:
     config, missing = without_training_data(config)
     if missing:
         print(shown(missing), file=sys.stderr)
-    return config
+    return without_idle_reward(config)
 
 
 def unsafe_on_resume(overrides: Sequence[str]) -> list[str]:

@@ -19,7 +19,9 @@ class EvalConfig:
     """Answers to held-out questions.  Any of it may change on resume."""
 
     every: int = setting(0, "training steps between evaluations; 0: before and after only", least=0)
-    every_s: float = setting(0.0, "seconds of training between evaluations; 0: by steps only", least=0)
+    every_s: float = setting(
+        0.0, "seconds between evaluations, also where a run was resumed meanwhile; 0: by steps only", least=0
+    )
     engines: int = setting(
         0,
         "engines that do nothing but evaluations, which then keep the weights of their step while training "

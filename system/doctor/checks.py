@@ -13,6 +13,7 @@ from system.doctor import cluster_checks, gpu_checks
 from system.doctor.facts import Facts
 from system.doctor.finding import Finding, Level, finding
 from system.doctor.problem import Problem
+from system.plan.units import byte_size
 
 GIB = 1 << 30
 
@@ -118,13 +119,13 @@ def network(facts: Facts, config: Config) -> Iterator[Finding]:
 def room(facts: Facts, config: Config) -> Iterator[Finding]:
     """Shared memory, disk and memory, and open files."""
     remedy = "Ray's object store and NCCL use it; in a container start with --shm-size=8g"
-    found = f"{_gib(facts.shm_bytes)} free"
+    found = f"{byte_size(facts.shm_bytes)} free"
     yield finding(facts.shm_bytes < 2 * GIB, "/dev/shm", found, remedy, stops=False)
-    found = f"{_gib(facts.disk_bytes)} free in {facts.disk_path}"
+    found = f"{byte_size(facts.disk_bytes)} free in {facts.disk_path}"
     remedy = "make room, or set run.dir to a larger file system; checkpoint.keep bounds what a run keeps"
     yield finding(facts.disk_bytes < 10 * GIB, "disk", found, remedy, stops=False)
     remedy = "end other programs, or use fewer learner ranks, engine replicas and rollout workers"
-    found = f"{_gib(facts.memory_bytes)} available"
+    found = f"{byte_size(facts.memory_bytes)} available"
     yield finding(facts.memory_bytes < 4 * GIB, "memory", found, remedy, stops=facts.memory_bytes < GIB)
     # A rollout worker holds a connection per branch; Ray and the libraries need some hundreds.
     branches = config.rollout.concurrency * config.rollout.leaves // config.rollout.workers
@@ -200,7 +201,3 @@ def nodes(facts: Facts, config: Config) -> Iterator[Finding]:
 CHECKS: tuple[Check, ...] = (
     *(software, gpus, stack, layout, sglang, network, room, sandbox, recipe, environment, slurm, nodes),
 )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"

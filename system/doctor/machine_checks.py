@@ -22,9 +22,10 @@ from system.models.reading import UnsupportedModel
 from system.models.shape import ModelShape
 from system.observe import hub, views
 from system.plan.memory import WIDTH, besides_saved
+from system.plan.units import byte_size
 from system.urls import Allowed
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 SLACK = 64 * MIB  # what a run writes besides checkpoints, at least
 
 
@@ -50,12 +51,8 @@ def _kept(field: str, wanted: Path, needed: int, what: str) -> Iterator[Problem]
     elif fault := _unwritable(there):
         yield Problem(field, f"it cannot be written: {fault}", "name one that can")
     elif (free := disk_usage(there).free) < needed:
-        found = f"{_gib(free)} are free there, {what} {_gib(needed)}"
+        found = f"{byte_size(free)} are free there, {what} {byte_size(needed)}"
         yield Problem(field, found, "make room, or name a larger file system")
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
 
 
 def _checkpoint_bytes(config: Config) -> int:
@@ -134,7 +131,7 @@ def memory(config: Config) -> Iterator[Problem]:
         state = 12 * adapters.trained(config, _parameters(config))
         free, needed = virtual_memory().available, state + _checkpoint_bytes(config)
         if free < needed:
-            found = f"{_gib(free)} of memory are free, optimizer and checkpoint take {_gib(needed)}"
+            found = f"{byte_size(free)} of memory are free, optimizer and checkpoint take {byte_size(needed)}"
             yield Problem(
                 "learn.offload=true", found, "set it to false, and spread the learner over more GPUs"
             )

@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from system.config import Config, ConfigError, eval_sets, rewards, scored
+from system.config import ChosenReward, Config, ConfigError, eval_sets, rewards, scored
 from system.doctor.problem import Problem
 from system.errors import EXPECTED, EspalierError, told
 from system.evals.sets import read_set
 from system.plugins import AGENTS, TASKS
 from system.rollout.scorer import Scorer
-from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task
+from system.tasks.base import HasCorpus, HasDemonstrations, HasTokenizer, Task, make_task, own_reward
 from system.tasks.vocabulary import unknown_tokens
 from system.tools.search_index import read_corpus
 from system.tree.prompt import Prompt
@@ -69,7 +69,14 @@ def _questions(config: Config, *, training: bool) -> Iterator[Problem]:
                 yield Problem("guide", found, remedy)
     yield from (*(_started_from(config, made) if training else ()), *_searched(config, made))
     for reward in rewards(config.reward):
-        _own(f"{reward.key}.name", reward.name, partial(Scorer.of, first, reward))
+        _own(f"{reward.key}.name", reward.name, partial(_scorer, first, reward, made))
+
+
+def _scorer(config: Config, chosen: ChosenReward, made: Task) -> Scorer:
+    """As a rollout worker makes it, but for a task that scores itself, which is made already."""
+    if chosen.name == "task":
+        return Scorer.placed(config, chosen, own_reward(made))
+    return Scorer.of(config, chosen)
 
 
 def _needed(config: Config) -> tuple[str, ...]:

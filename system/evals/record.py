@@ -1,17 +1,14 @@
-"""The answers of an evaluation, one by one, and the file that keeps them."""
+"""The answers of an evaluation, one by one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from system.errors import ConfigError
 from system.tree.prompt import Prompt
 from system.tree.record import Outcome
 from system.tree.stats import TreeStats
@@ -89,71 +86,3 @@ def digest(asked: Sequence[Asked]) -> str:
         about = [one.set, prompt.id, one.sample, prompt.messages, prompt.answers]
         found.update(json.dumps(about, default=str).encode() + b"\n")
     return found.hexdigest()
-
-
-class AnswerFile:
-    """Answers as they come, in JSON lines below a first line that says what is evaluated.
-
-    An evaluation that broke off is gone on with by opening its file again: what stands in it is ``known``.
-    Questions that were not answered are asked again.  A file without an answer is begun anew.
-    """
-
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        """Raises ConfigError for a file of something else: of other settings, or no evaluation's."""
-        self.path, self.known = path, dict[tuple[str, str, int], Answered]()
-        about = json.loads(json.dumps(about))  # as it will be read
-        if path.exists() and path.stat().st_size:
-            whole = self._read(about)
-            with path.open("r+b") as file:  # a last line that was torn goes
-                file.truncate(whole if self.known else 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        if not path.stat().st_size:
-            self._write({"about": about})
-
-    def _read(self, about: Mapping[str, Any]) -> int:
-        """Bytes of the whole lines."""
-        first, *others = self.path.read_bytes().splitlines(keepends=True)
-        whole = len(first)
-        try:
-            theirs = json.loads(first)["about"]
-            for line in others:
-                if not line.endswith(b"\n"):  # torn
-                    break
-                answer = Answered(**json.loads(line))
-                if answer.there:
-                    self.known[answer.key] = answer
-                whole += len(line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.path} holds no answers of an evaluation ({error}): name a new file"
-            ) from error
-        if self.known:
-            self._compare(theirs, about)
-        return whole
-
-    def _compare(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-        if differ := list(_differences(theirs, ours)):
-            raise ConfigError(
-                f"{self.path} holds the answers of another evaluation: {', '.join(differ[:5])}; "
-                "name a new file, or set what it was made with"
-            )
-
-    def add(self, answer: Answered) -> None:
-        self._write(asdict(answer))
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _differences(theirs: Any, ours: Any, at: str = "") -> Iterator[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted({*theirs, *ours}):
-            where = f"{at}.{key}" if at else str(key)
-            yield from _differences(theirs.get(key), ours.get(key), where)
-    elif theirs != ours:
-        yield f"{at} was {theirs!r}, and is {ours!r}"

@@ -41,21 +41,28 @@ def only(config: Config, names: Sequence[str]) -> Config:
         near = nearest(unknown[0], known)
         raise ConfigError(f"--sets {unknown[0]}: there are {', '.join(known)}{near}")
     section = config.eval
-    # What a set leaves out is as in the section, of which the task's own questions are taken out here.
+    # What a set leaves out is as in the section, of which the task's own questions may be taken out here.
     rest = {"questions": section.questions}
-    sets = [{**rest, **one} if str(one["name"]) in names else None for one in section.sets]
-    left = dataclasses.replace(section, sets=[one for one in sets if one is not None])
+    sets = [{**rest, **one} for one in section.sets if str(one["name"]) in names]
+    left = dataclasses.replace(section, sets=sets)
     if OWN in names:
         return dataclasses.replace(config, eval=left)
     task = dataclasses.replace(config.task, eval_path="")
-    alone = dataclasses.replace(config, eval=dataclasses.replace(left, questions=0), task=task)
-    own = [scored(alone, one) for one in eval_sets(alone.eval)]
-    if None in own:
-        return alone
-    # None is scored as the run is, whose judge need not be there: each gets the whole of its own.
-    rewards = [{"reward": dataclasses.asdict(one.reward)} for one in own if one is not None]
-    left = dataclasses.replace(alone.eval, sets=[a | b for a, b in zip(left.sets, rewards, strict=True)])
-    return dataclasses.replace(alone, eval=left, reward=RewardConfig())
+    return dataclasses.replace(config, eval=dataclasses.replace(left, questions=0), task=task)
+
+
+def without_idle_reward(config: Config) -> Config:
+    """``config`` for an evaluation: a reward of the run that scores nothing, because all that is asked has
+    its own, is done without, so that its judge need not be there.
+    """
+    own = [scored(config, one) for one in eval_sets(config.eval)]
+    if config.eval.questions != 0 or not own or None in own:
+        return config
+    # What a set has of its own is merged over the run's: each gets the whole of it.
+    whole = [{"reward": dataclasses.asdict(one.reward)} for one in own if one is not None]
+    sets = [one | reward for one, reward in zip(config.eval.sets, whole, strict=True)]
+    section = dataclasses.replace(config.eval, sets=sets)
+    return dataclasses.replace(config, eval=section, reward=RewardConfig())
 
 
 def without_training_data(config: Config) -> tuple[Config, str]:

@@ -60,7 +60,7 @@ from system.learn.model import TreeGPTModel
 from system.learn.optimizer import Adam, StateSlice
 from system.learn.parallel import COLLECTIVE_DEADLINE, Layout
 from system.learn.shards import MappedParameter, WeightMap
-from system.models.files import take_name
+from system.whole import take_name
 
 MANIFEST = "manifest.json"
 PLAN = ".metadata"  # torch's own: which boxes are in which file

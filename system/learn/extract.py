@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as read_boxes
 
-from system.errors import CheckpointError, naming
+from system.errors import CheckpointError
 from system.learn.checkpoint import BoxLoader, look, whole
 from system.models.adapter import Adapter, Rounding, factors, read_adapter
-from system.models.files import by_bytes, read_tensors, take_name, write_model
+from system.models.files import by_bytes, read_tensors, write_model
 from system.models.shape import ModelShape
 
 FILE_BYTES = 2**31  # of one file of weights, at most (one tensor at least)
@@ -111,10 +111,7 @@ def extract_adapters(
     _sound(checkpoint)
     shape = ModelShape.from_directory(source)
     tensors = _read(checkpoint, adapter.tensors(shape), dtype)
-    partial = target.with_name(target.name + ".partial")
-    with naming(partial):
-        adapter.write(partial, tensors, base, source)
-        take_name(partial, target)
+    adapter.write(target, tensors, base, source)
 
 
 def _sound(checkpoint: Path) -> None:

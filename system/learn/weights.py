@@ -8,7 +8,6 @@ Face tensors on in buckets of bounded size: rank 0 holds one bucket, one paramet
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,13 +17,12 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from system.config import ConfigError
-from system.errors import naming
 from system.learn.lora import drawn, is_adapter, module_of
 from system.learn.model import TreeGPTModel
 from system.learn.parallel import Layout
 from system.learn.shards import MappedParameter, WeightMap
 from system.models.adapter import Rounding, read_adapter
-from system.models.files import by_bytes, take_name, write_model
+from system.models.files import by_bytes, write_model
 from system.models.weights import WeightReader
 
 Bucket = dict[str, torch.Tensor]
@@ -213,8 +211,4 @@ def save_adapters(model: TreeGPTModel, layout: Layout, path: Path, base: str, so
     for bucket in Export(model, layout, 2**31, adapters=True).buckets():
         tensors |= bucket
     if layout.rank == 0 and model.adapter:
-        partial = path.with_name(path.name + ".partial")
-        with naming(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            model.adapter.write(partial, tensors, base, source)
-            take_name(partial, path)
+        model.adapter.write(path, tensors, base, source)

@@ -22,6 +22,7 @@ from system.errors import ConfigError
 from system.models.files import write_weights
 from system.models.shape import ModelShape
 from system.models.weights import fingerprint, finite
+from system.whole import appearing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROJECTIONS = tuple(MODULES)  # parts of a layer that can have adapters
@@ -148,12 +149,14 @@ class Adapter:
     def write(
         self, directory: Path, adapters: Mapping[str, torch.Tensor], base: str, model: str | Path
     ) -> None:
-        """PEFT's two files into ``directory``; ``base``: what the ``model`` that they belong to is called."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """PEFT's two files as ``directory``, which appears whole, in place of an older one; ``base``: what
+        the ``model`` that they belong to is called.
+        """
         tensors = {name: tensor.contiguous() for name, tensor in adapters.items()}
-        write_weights(tensors, directory / WEIGHTS, **{_BASE: fingerprint(model)})
         config = self.peft_config() | {"base_model_name_or_path": base, "inference_mode": True}
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        with appearing(directory) as partial:
+            write_weights(tensors, partial / WEIGHTS, **{_BASE: fingerprint(model)})
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _slices(weight: torch.Tensor) -> list[slice]:

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from system.errors import ConfigError, naming
+from system.errors import ConfigError
 from system.models.directory import INDEX, SINGLE
 from system.models.float8 import CONFIGS
 from system.models.weights import WeightReader, by_size
+from system.whole import appearing
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the name that a configuration uses
@@ -76,10 +77,7 @@ def write_model(
     name only when complete, and replaces an older one.  Weights are numbers here, so the configuration no
     longer says that they are quantised.
     """
-    partial = path.with_name(path.name + ".partial")
-    with naming(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with appearing(path) as partial:
         for file in Path(source).iterdir():
             if file.suffix in (".json", ".txt", ".model", ".jinja") and file.name != INDEX:
                 shutil.copy(file, partial)
@@ -98,7 +96,6 @@ def write_model(
             bucket.clear()  # before the next one is made
         if count > 1:
             write_index(partial, where, total)
-        take_name(partial, path)
 
 
 def dequantise(source: str | Path, target: Path, dtype: torch.dtype, *, file_bytes: int = 2**31) -> None:
@@ -109,13 +106,3 @@ def dequantise(source: str | Path, target: Path, dtype: torch.dtype, *, file_byt
     files = by_bytes(by_size(reader, dtype), file_bytes)
     buckets = ({name: reader.read(name, dtype) for name in names} for names in files)
     write_model(target, source, dtype, buckets, len(files))
-
-
-def take_name(partial: Path, path: Path) -> None:
-    """Give a finished directory its final name, in place of an older one."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)

@@ -26,7 +26,10 @@ class JsonlError(EspalierError, ValueError):
 
 
 class JsonlWriter:
-    """Appends mappings to ``path``, one JSON line each; a number that is not finite becomes ``null``."""
+    """Appends mappings to ``path``, one JSON line each; a number that is not finite becomes ``null``.
+
+    A model may write half of a surrogate pair, for which UTF-8 has no form: it becomes JSON's own escape.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self._path = path = Path(path)
@@ -35,7 +38,8 @@ class JsonlWriter:
         _cut_torn_tail(self._fd)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = (json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        text = json.dumps(jsonable(record), ensure_ascii=False, allow_nan=False) + "\n"
+        line = text.encode(errors="backslashreplace")
         with naming(self._path):
             try:
                 written = os.write(self._fd, line)

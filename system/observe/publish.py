@@ -16,6 +16,7 @@ from system.errors import ConfigError, naming
 from system.observe import hub
 from system.observe.card import CARD, base_name, model_card
 from system.observe.rundir import RunDir, write_atomic
+from system.whole import appearing
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +111,8 @@ def _write(what: _Export, directory: Path) -> float | None:
     """
     kept = _kept(what.run) if what.step is None and not what.adapter else None
     if not what.made:
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted export left
-        shutil.copytree(what.source, partial)
-        partial.rename(directory)
+        with appearing(directory) as partial:
+            shutil.copytree(what.source, partial, dirs_exist_ok=True)
     else:
         import torch  # a second
 

@@ -344,10 +344,11 @@ class Recorder:
 
     def finish(self, *, ended: bool) -> dict[str, Any]:
         """Write ``summary.json`` and close the sinks; returns the summary.  ``ended``: the run came to its
-        end; else it was stopped, or failed.
+        end; else it was stopped, or failed.  That of an earlier session stays where this one took up nothing.
         """
         summary = {"ended": ended, **self.summary()}
-        self._run_dir.write_summary(summary)
+        if summary["versions"] or not self._run_dir.summary_path.exists():
+            self._run_dir.write_summary(summary)
         for sink in self._sinks:
             sink.close()
         return summary

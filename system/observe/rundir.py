@@ -181,10 +181,17 @@ class RunDir:
                 f"({self.resume_command} key=value); if the file is right and whole, remove its last line"
             )
 
+    def again(self, config: Config) -> str:
+        """What goes on with it by the settings of a resume, for people, wherever that one ends."""
+        held = self.config_path.read_text(encoding="utf-8") == _sealed(config)
+        return self.resume_command if held else f"{self.resume_command} and the same overrides"
+
     def write_config(self, config: Config) -> None:
-        """Write ``config.yaml``; a different earlier one stays as ``logs/config-<n>.yaml``."""
-        text = to_yaml(config)
-        text += f"{_SEAL}{_digest(text)}\n"
+        """Write ``config.yaml``; a different earlier one stays as ``logs/config-<n>.yaml``.
+
+        Of a resume that is once its checkpoint is taken: one that is refused leaves the run as it was.
+        """
+        text = _sealed(config)
         if self.config_path.is_file():
             before = self.config_path.read_text(encoding="utf-8")
             if before == text:
@@ -203,6 +210,12 @@ class RunDir:
     def _make_parts(self) -> None:
         for part in (self.trees, self.checkpoints, self.curves, self.logs):
             part.mkdir(exist_ok=True)
+
+
+def _sealed(config: Config) -> str:
+    """The text of ``config.yaml``."""
+    text = to_yaml(config)
+    return f"{text}{_SEAL}{_digest(text)}\n"
 
 
 def _digest(text: str) -> str:

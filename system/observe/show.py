@@ -18,6 +18,7 @@ from system.learn.credit.base import assign
 from system.observe.outline import Decode, View, outline, table
 from system.observe.rundir import RunDir
 from system.plugins import CREDITS
+from system.rollout.encode import local_tokenizer
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.tree.store import StoreError, read_tree, read_trees
@@ -114,9 +115,7 @@ def decoder(run_dir: RunDir, config: Config) -> Decode:
     places = [run_dir.model, Path(config.model.path) if config.model.path else run_dir.start]
     for place in places:
         if (place / "tokenizer_config.json").is_file() or (place / "tokenizer.json").is_file():
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = local_tokenizer(str(place))
             return lambda tokens: tokenizer.decode(
                 tokens.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )

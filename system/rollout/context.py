@@ -23,7 +23,7 @@ from system.models.shape import vocabulary
 from system.rollout.branching import Policy, make_policy
 from system.rollout.chat import Chat, Told, make_chat, make_syntax
 from system.rollout.drift import HistoryDrift
-from system.rollout.encode import Tokenizer, encode_text, fitted
+from system.rollout.encode import Tokenizer, encode_text, fitted, local_tokenizer
 from system.rollout.failure import RolloutFailed
 from system.rollout.schedule import Schedule, make_schedule
 from system.rollout.scoring import Scoring
@@ -193,9 +193,7 @@ def build_context(
     resumed run goes below it.
     Call inside a running event loop.
     """
-    from transformers import AutoTokenizer  # slow import
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = local_tokenizer(model_path)
     teaches = bool(config.teacher.urls)
     service, top_k = build_tools(config.tools, tools, keys.tools, store), config.engine.entropy_top_k
     environments = Environments.of(config)

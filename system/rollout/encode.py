@@ -32,7 +32,9 @@ def local_tokenizer(path: str) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path}: no tokenizer: {error}") from error
+        raise ConfigError(
+            f"{path}: no tokenizer can be read there: {error}; let model.path name a whole model"
+        ) from error
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, trusted: bool = True) -> Int32:

@@ -57,11 +57,10 @@ class Schedule(ABC):
         branches.
         """
 
-    def lent(
-        self, asked: int, branch: Branch, others: Collection[Branch], budget: Budget, call_limit: int
-    ) -> int:
-        """Forks to make at a result of ``branch`` beyond the ``asked`` ones, which the policy wants and the
-        budget allows; at most what these leave of it.  ``others``: the tree's other live branches.
+    def lent(self, asked: int, live: Collection[Branch], budget: Budget, call_limit: int) -> int:
+        """Forks to make at a result beyond the ``asked`` ones, which the policy wants and the budget allows;
+        at most what these leave of it.  ``live``: the tree's branches; the one at the result, which is among
+        them, is decided upon.
         """
         return 0
 
@@ -122,11 +121,9 @@ class Eager(Schedule):
         """The rest of the budget, unless a live branch that is not late may still bring a fork."""
         return 0 if _hopeful(live, call_limit) else remaining
 
-    def lent(
-        self, asked: int, branch: Branch, others: Collection[Branch], budget: Budget, call_limit: int
-    ) -> int:
+    def lent(self, asked: int, live: Collection[Branch], budget: Budget, call_limit: int) -> int:
         """What is over the shares of all that may fork later."""
-        later = _hopeful(others, call_limit) + (branch.calls < call_limit)
+        later = _hopeful(live, call_limit)
         kept = math.floor((self._keep if asked else self._spare) * budget.share * later)
         over = budget.remaining - kept
         if asked and later:

@@ -112,7 +112,11 @@ class Scorer:
 
         Raises ConfigError for one that cannot be had, or would hold up the event loop.
         """
-        reward = make_reward(config, chosen, **offered)
+        return cls.placed(config, chosen, make_reward(config, chosen, **offered))
+
+    @classmethod
+    def placed(cls, config: Config, chosen: ChosenReward, reward: Any) -> Scorer:
+        """``reward`` where ``chosen`` says.  Raises ConfigError for one that would hold up the event loop."""
         waits = inspect.iscoroutinefunction(reward.score_group if groupwise(reward) else reward.score)
         if chosen.run == "loop" and not waits:
             raise ConfigError(

@@ -395,14 +395,13 @@ class TreeRollout:
         seen = probe(self.growth, branch, node, self.policy.probe_tokens)
         decision = decided(self.policy, self.policy.decide(seen, state, branch.rng))
         asked = min(decision.forks, self.budget.remaining)
+        branch.answer = None  # decided upon: it may fork later, or not, as any other branch
         lent = 0
         if self.policy.lends:
-            others = [one for one in self.live.values() if one is not branch]
-            lent = self.schedule.lent(asked, branch, others, self.budget, self.last_fork)
+            lent = self.schedule.lent(asked, self.live.values(), self.budget, self.last_fork)
         forks = asked + lent
         what = (decision.delta_h, decision.probability, decision.draw, forks, lent)
         self.growth.fork(ForkDecision(node, *what))
-        branch.answer = None
         if not seen.shared:  # else the tree has forked here before, and the streak counts that
             branch.streak = branch.streak + 1 if forks else 0
         for _ in range(forks):

@@ -11,7 +11,7 @@ from system.config import Config
 from system.learn.schedule import warm_start_lr
 from system.models.families import family_of
 from system.rollout.chat import Chat, make_chat, planned_syntax
-from system.rollout.encode import encode_text
+from system.rollout.encode import encode_text, local_tokenizer
 from system.sft.course import batches
 from system.sft.example import Example
 from system.tasks.base import Demonstration, HasDemonstrations, Task
@@ -51,10 +51,7 @@ def demonstration_tree(demo: Demonstration, chat: Chat) -> Tree:
 def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
     """The task's demonstrations as single-leaf trees."""
     assert isinstance(task, HasDemonstrations)
-    from transformers import AutoTokenizer  # slow import
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    chat = make_chat(config, tokenizer, str(model), planned_syntax(config))
+    chat = make_chat(config, local_tokenizer(str(model)), str(model), planned_syntax(config))
     made = task.demonstrations(config.warmstart.demos, config.run.seed)
     return [demonstration_tree(one, chat) for one in made]
 

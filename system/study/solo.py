@@ -34,11 +34,10 @@ from system.rollout.context import RolloutContext, build_context
 from system.rollout.failure import RolloutFailed
 from system.rollout.guard import one_tree
 from system.rollout.planting import planted
-from system.serving import serve
 from system.sft.demonstrations import demonstrations, warm_start
 from system.tasks.base import Task
 from system.tasks.inputs import corpus_file, make_model
-from system.tools.servers import application
+from system.tools.servers import served
 from system.tree.pack import pack_share
 from system.tree.prompt import Prompt
 from system.tree.record import Tree
@@ -131,18 +130,13 @@ async def opened(config: Config, task: Task, model: Path, scratch: Path) -> Asyn
     ``scratch``: a directory for what the run leaves behind.  Raises what the first failing part raised.
     """
     process.prepare()
-    served, corpus = served_tools(config), corpus_file(config, task, scratch)
-    keys = Keys(secrets.token_hex(16), {name: secrets.token_hex(16) for name in served})
+    names, corpus = served_tools(config), corpus_file(config, task, scratch)
+    keys = Keys(secrets.token_hex(16), {name: secrets.token_hex(16) for name in names})
     async with contextlib.AsyncExitStack() as stack:
         engine = EmbeddedEngine(config.engine, str(model), dtype=config.model.dtype, seed=config.run.seed)
         url = await engine.start(key=keys.engines)
         stack.push_async_callback(engine.stop)
-        urls: dict[str, str] = {}
-        for name in served:
-            app = application(name, config.tools, str(corpus or ""))
-            server = await serve(app, key=keys.tools[name])
-            stack.push_async_callback(server.close)
-            urls[name] = server.url
+        urls = await stack.enter_async_context(served(names, config.tools, str(corpus or ""), keys.tools))
         context, tools, pool = build_context(config, str(model), [url], urls, keys)
         stack.push_async_callback(pool.close)
         stack.push_async_callback(tools.close)
@@ -169,14 +163,12 @@ def start_model(config: Config, task: Task, scratch: Path) -> Path:
     if warm.is_dir():
         return warm
     make_model(fresh, config, task)
-    partial = scratch / "warm.partial"
     with _learner(config, fresh, scratch) as trainer:
         for trees, lr in warm_start(config, demonstrations(config, task, fresh)):
             plan = trainer.planner.supervised([TreeStats.of(tree) for tree in trees])
             (micro_batches,) = pack_share(plan, 0, dict(enumerate(trees)))
             trainer.supervise(micro_batches, lr)
-        trainer.save_hf(partial)
-    partial.rename(warm)
+        trainer.save_hf(warm)
     return warm
 
 

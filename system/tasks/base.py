@@ -73,7 +73,11 @@ def notes(config: Config, task: Task, *, training: bool = True) -> list[str]:
 
 def task_reward(config: Config) -> Reward:
     """``reward.name=task``: the task scores its own answers."""
-    task = make_task(config)
+    return own_reward(make_task(config))
+
+
+def own_reward(task: Task) -> Reward:
+    """``task`` as the reward that it is.  Raises :class:`ConfigError` for one that is none."""
     if not hasattr(task, "score"):
         raise ConfigError(f"reward.name=task, but the task {task.name!r} has no score(prompt, branch)")
     return cast(Reward, task)

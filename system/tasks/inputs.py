@@ -11,6 +11,7 @@ from pathlib import Path
 from system.config import Config
 from system.tasks.base import HasCorpus, HasTokenizer, Task
 from system.text import as_text
+from system.whole import appearing
 
 
 def make_model(path: Path, config: Config, task: Task) -> None:
@@ -23,9 +24,8 @@ def make_model(path: Path, config: Config, task: Task) -> None:
 
     assert isinstance(task, HasTokenizer)
     disable_progress_bar()  # of saving weights, which would break into our own
-    partial = path.with_name(path.name + ".partial")  # a run killed meanwhile must not find half a model
-    create_model(partial, task.tokenizer(), config.model, config.run.seed)
-    partial.rename(path)
+    with appearing(path) as partial:  # a run killed meanwhile must not find half a model
+        create_model(partial, task.tokenizer(), config.model, config.run.seed)
 
 
 def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
 from aiohttp import web
 
 from system.config import ToolsConfig
+from system.serving import serve
+
+
+@asynccontextmanager
+async def served(
+    names: Sequence[str], tools: ToolsConfig, corpus: str, keys: Mapping[str, str]
+) -> AsyncGenerator[dict[str, str]]:
+    """The tools ``names``, served by this process for the length of the block: their URLs.  ``keys``: what
+    each wants to be shown.
+    """
+    async with AsyncExitStack() as stack:
+        urls: dict[str, str] = {}
+        for name in names:
+            server = await serve(application(name, tools, corpus), key=keys[name])
+            stack.push_async_callback(server.close)
+            urls[name] = server.url
+        yield urls
 
 
 def application(name: str, tools: ToolsConfig, corpus: str) -> web.Application:

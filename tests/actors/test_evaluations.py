@@ -108,16 +108,17 @@ class Learner:
 class Run:
     """A run around its evaluations: a learner that steps, and engines that take what it pushes."""
 
-    def __init__(self, root: Path, *overrides: str, resumed: int | None = None) -> None:
+    def __init__(self, root: Path, *overrides: str, resumed: int | None = None, now: float = 0.0) -> None:
         config = load(None, [f"run.dir={root}", "run.name=run", *overrides])
         self.directory = RunDir(root / "run")
         if not self.directory.root.exists():
             RunDir.create(config)
-        self.recorder = Recorder(self.directory, config, [RunFiles(self.directory)])
+        self.now = now
+        self.recorder = Recorder(self.directory, config, [RunFiles(self.directory)], now=lambda: self.now)
         if resumed is not None:
             JsonlWriter(self.directory.metrics_path).write({RESUMED: resumed})
         self.loop = SimpleNamespace(version=resumed or 0, weights=asyncio.Lock())
-        self.engine, self.worker, self.now = Engine(), Worker(), 0.0
+        self.engine, self.worker = Engine(), Worker()
         self.pushed: list[tuple[int, Sequence[str]]] = []
         self.notes: list[str] = []
         self.config = config
@@ -140,6 +141,7 @@ class Run:
             *(self.config, SimpleNamespace(pool=pool), self.directory, self.recorder, shown, asked),
             *(self.loop, SimpleNamespace(push=self._push), ready, self.choice),
             clock=lambda: self.now,
+            now=lambda: self.now,
         )
         return self
 
@@ -177,8 +179,8 @@ async def run(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
     """Begin a run, or go on with it."""
     begun: list[Run] = []
 
-    async def begin(*overrides: str, resumed: int | None = None) -> Run:
-        begun.append(Run(tmp_path, *overrides, resumed=resumed))
+    async def begin(*overrides: str, resumed: int | None = None, now: float = 0.0) -> Run:
+        begun.append(Run(tmp_path, *overrides, resumed=resumed, now=now))
         return await begun[-1].begin()
 
     yield begin
@@ -233,6 +235,11 @@ async def test_by_time(run: Callable[..., Any]) -> None:
     for one.now in (60.0, 110.0, 160.0, 210.0):
         await one.step()
     assert [row["step"] for row in one.records] == [0, 2, 4]
+    again = await run("eval.every_s=100", resumed=4, now=300.0)  # 90 s after the last one began
+    again.worker.may.set()
+    for again.now in (305.0, 315.0):
+        await again.step()
+    assert [row["step"] for row in again.records] == [0, 2, 4, 6]
 
 
 async def test_an_engine_that_is_started_again_costs_its_evaluation_alone(run: Callable[..., Any]) -> None:

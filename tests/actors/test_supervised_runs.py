@@ -48,7 +48,7 @@ class Learner:
         return True
 
     async def save_hf(self, path: str) -> None:
-        os.mkdir(path)
+        os.makedirs(path)
 
     async def load(self, path: str) -> dict[str, Any]:
         if Path(path).name in self.damaged:

@@ -208,29 +208,6 @@ def test_a_fork_from_the_past_is_replayed() -> None:
     assert final == {"state": first}
 
 
-@pytest.mark.parametrize(
-    ("given", "fault"),
-    [
-        (None, "no Observation"),
-        (Observation((), float("nan")), "no number"),
-        (Observation(("text",)), "as a Message"),  # type: ignore[arg-type]
-    ],
-)
-def test_what_is_no_observation_ends_the_branch_by_name(given: Any, fault: str) -> None:
-    class Bad(Chains):
-        async def open(self, start: Start) -> World:
-            world = await super().open(start)
-            world.step = lambda action: given  # type: ignore[method-assign]
-            return world
-
-    async def main() -> None:
-        _, session = await one_root(Bad(ForkKind.NATIVE))
-        await session.act(push("a"), "")
-
-    lost = failure(main())
-    assert (lost.reason, fault in lost.detail) == ("bad_observation", True)
-
-
 def test_a_world_that_comes_when_nobody_waits_is_closed() -> None:
     async def main() -> None:
         environment = Chains(ForkKind.NATIVE)

@@ -169,42 +169,55 @@ class Unshown:
         raise ValueError("no")
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        b"bytes",
-        5,
-        Unshown(),
-        Observation(None),  # type: ignore[arg-type]
-        Observation("text"),  # type: ignore[arg-type]
-        Observation((Message("x", "robot"),)),
-        Observation((Message("x", status="odd"),)),
-        Observation((Message(Unshown()),)),  # type: ignore[arg-type]
-        Observation((), "1"),  # type: ignore[arg-type]
-        Observation((), Unshown()),  # type: ignore[arg-type]
-        Observation((), 10**400),
-        Observation((), 10**5000),
-        Observation((), 1e300),  # infinite in the record's 32 bits
-        Observation((), float("nan")),
-        Observation((), np.float32("inf")),  # type: ignore[arg-type]
-        Observation((), done="no"),  # type: ignore[arg-type]
-        Observation((), done=np.array([True, False])),  # type: ignore[arg-type]
-        Observation((), truncated=3),  # type: ignore[arg-type]
-    ],
-    ids=lambda given: type(given).__name__,
-)
-def test_what_cannot_be_read_costs_the_branch_by_name(given: Any) -> None:
-    class Bad(Chains):
-        async def open(self, start: Start) -> World:
-            world = await super().open(start)
-            world.step = lambda action: given  # type: ignore[method-assign]
-            return world
+class Bad(Chains):
+    """Answers ``given``, whatever is done."""
 
+    def __init__(self, given: Any) -> None:
+        super().__init__(ForkKind.NATIVE)
+        self.given = given
+
+    async def open(self, start: Start) -> World:
+        world = await super().open(start)
+        world.step = lambda action: self.given  # type: ignore[method-assign]
+        return world
+
+
+NO_NUMBER = "no number from"
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (None, "no Observation"),
+        (b"bytes", "no Observation"),
+        (5, "no Observation"),
+        (Unshown(), "no Observation"),
+        (Observation(None), "no tuple of Message"),  # type: ignore[arg-type]
+        (Observation("text"), "no tuple of Message"),  # type: ignore[arg-type]
+        (Observation(("text",)), "as a Message"),  # type: ignore[arg-type]
+        (Observation((Message("x", "robot"),)), "its role is one of"),
+        (Observation((Message("x", status="odd"),)), "a message that cannot be read"),
+        (Observation((Message(Unshown()),)), "a message that cannot be read"),  # type: ignore[arg-type]
+        (Observation((), "1"), NO_NUMBER),  # type: ignore[arg-type]
+        (Observation((), Unshown()), NO_NUMBER),  # type: ignore[arg-type]
+        (Observation((), 10**400), NO_NUMBER),
+        (Observation((), 10**5000), NO_NUMBER),
+        (Observation((), 1e300), NO_NUMBER),  # infinite in the record's 32 bits
+        (Observation((), float("nan")), NO_NUMBER),
+        (Observation((), np.float32("inf")), NO_NUMBER),  # type: ignore[arg-type]
+        (Observation((), done="no"), "done="),  # type: ignore[arg-type]
+        (Observation((), done=np.array([True, False])), "done="),  # type: ignore[arg-type]
+        (Observation((), truncated=3), "truncated="),  # type: ignore[arg-type]
+    ],
+    ids=lambda one: one if isinstance(one, str) else type(one).__name__,
+)
+def test_what_cannot_be_read_costs_the_branch_by_name(given: Any, fault: str) -> None:
     async def main() -> None:
-        _, session = await one_root(Bad(ForkKind.NATIVE))
+        _, session = await one_root(Bad(given))
         await session.act(push("a"), "")
 
-    assert failure(main()).reason == "bad_observation"
+    lost = failure(main())
+    assert (lost.reason, fault in lost.detail) == ("bad_observation", True)
 
 
 def test_what_means_one_thing_is_read() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from system.errors import ConfigError
-from system.evals.record import Answered, AnswerFile, Asked, digest
+from system.evals.record import Answered, Asked, digest
+from system.observe.answer_file import AnswerFile
 from system.tree.prompt import Prompt
 
 ABOUT = {"weights": {"model.safetensors": [1, 2]}, "eval": {"samples": 2}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from system.config import ConfigError, all_rewards, eval_sets, load, rewards, scored
 from system.doctor.preflight import look
-from system.evals.sets import only, question_sets, without_training_data
+from system.evals.sets import only, question_sets, without_idle_reward, without_training_data
 from system.rollout.scorer import Scorer
 from system.tasks.base import make_task
 
@@ -34,12 +35,13 @@ from system.tree.prompt import Prompt
 
 class Silent:
     name = "own"
+    made = 0
 
     def __init__(self, config):
-        pass
+        Silent.made += 1
 
     def train(self):
-        return []
+        return self.eval()
 
     def eval(self):
         return [Prompt("q", ({"role": "user", "content": "?"},), ("7",))]
@@ -120,6 +122,15 @@ def test_a_task_that_scores_its_own_answers_does(task: str) -> None:
     assert "eval.sets[1]: reward.name=task, but the task 'own' has no score" in told
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_task_that_scores_itself_is_made_once_to_be_looked_at(task: str, training: bool) -> None:
+    words = [f"task={task}:Scoring", "reward=task", "model.path=x", "tools.names=[]", "warmstart.steps=0"]
+    config, silent = load(None, words), importlib.import_module(task).Silent
+    before = silent.made
+    assert look(config, training=training)["task"] == []
+    assert silent.made == before + 1
+
+
 def test_the_rewards_of_sets_are_looked_at_before_a_run(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "?", "answer": "7"}) + "\n")
     path = tmp_path / "a.jsonl"
@@ -160,7 +171,7 @@ def test_sets_that_score_themselves_need_no_judge_of_the_runs() -> None:
         "{deadline_s: 9}}, {name: d, path: x, reward: [f1, {name: arpo, weight: 0.5}]}]"
     )
     config = load(None, [f"reward={JUDGE}", "reward.workers=3", sets])
-    alone = only(config, ["a", "d"])
+    alone = without_idle_reward(only(config, ["a", "d"]))
     assert [one.name for one in all_rewards(alone)] == ["arpo", "f1", "f1", "arpo"]
     for name in ("a", "d"):
         before, after = (
@@ -171,8 +182,10 @@ def test_sets_that_score_themselves_need_no_judge_of_the_runs() -> None:
         assert after is not None
         assert rewards(after.reward, "k") == rewards(before.reward, "k")
         assert after.reward.workers == 3
+    own = load(None, [f"reward={JUDGE}", "eval.questions=0", "eval.sets=[{name: a, path: x, reward: f1}]"])
+    assert [one.name for one in all_rewards(without_idle_reward(own))] == ["arpo", "f1"]
     for names in (["a", "b"], ["a", "held-out"], ["c"]):
-        assert "judge" in [one.name for one in all_rewards(only(config, names))]
+        assert "judge" in [one.name for one in all_rewards(without_idle_reward(only(config, names)))]
 
 
 def test_an_evaluation_needs_no_training_data(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from tiny_shape import tiny_shape
 
 from system.engine.embedded.weights import load
 from system.models.directory import INDEX, SINGLE, faults, header, weight_files
@@ -20,17 +21,7 @@ from system.models.shape import ModelShape
 from system.models.weights import WeightReader
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-SHAPE: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 12,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "intermediate_size": 8,
-    "tie_word_embeddings": True,
-}
+SHAPE = tiny_shape(12)
 Tensors = dict[str, np.ndarray]
 
 

@@ -135,7 +135,7 @@ def test_what_is_left_after_a_result_is_in_the_shares_of_those_that_may_fork_lat
     assert schedule.top_ups(live, remaining, 3) == (0 if hopeful else remaining)
     assert schedule.top_ups(live, remaining, 3) >= BarrierFree().top_ups(live, remaining, 3)
     asked = min(asked, remaining)
-    lent = schedule.lent(asked, branch, live, budget, 3)
+    lent = schedule.lent(asked, [branch, *live], budget, 3)
     later = hopeful + (calls < 3)
     shares = (keep if asked else spare) * later * kept / roots
     over = remaining - shares
@@ -149,7 +149,7 @@ def test_what_is_left_after_a_result_is_in_the_shares_of_those_that_may_fork_lat
 def test_what_nobody_can_fork_later_is_forked_now(asked: int, roots: int, kept: int) -> None:
     budget = Budget(roots + kept, roots, Counter({Origin.ROOT: roots}))
     asked = min(asked, kept)
-    assert asked + Eager().lent(asked, a_branch(3, calling=False, late=False), [], budget, 3) == kept
+    assert asked + Eager().lent(asked, [a_branch(3, calling=False, late=False)], budget, 3) == kept
 
 
 def test_policies_that_grow_ended_trees_are_lent_no_forks() -> None:

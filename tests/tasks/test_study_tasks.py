@@ -17,14 +17,13 @@ from system.plugins import SYNTAXES
 from system.rollout.reward import BranchView
 from system.rollout.rewards.arpo import ArpoReward
 from system.rollout.syntax.base import ParsedCall
-from system.serving import serve
 from system.tasks.base import Demonstration, HasCorpus, make_task
 from system.tasks.generated import GeneratedTask
 from system.tasks.inputs import corpus_file
 from system.tasks.skill import Skill
 from system.tasks.study import code, game, hops
 from system.tools.outcome import CallContext
-from system.tools.servers import application
+from system.tools.servers import served
 from system.tools.service import ToolService, build_tools
 from system.tree.record import Kind, Outcome
 
@@ -46,11 +45,9 @@ def made(recipe: Path, seed: int = 3) -> GeneratedTask[Any]:
 async def real_tools(config: Config, task: GeneratedTask[Any], scratch: Path) -> AsyncIterator[ToolService]:
     corpus = corpus_file(config, task, scratch) if isinstance(task, HasCorpus) else None
     async with contextlib.AsyncExitStack() as stack:
-        urls: dict[str, str] = {}
-        for name in served_tools(config):
-            server = await serve(application(name, config.tools, str(corpus or "")))
-            stack.push_async_callback(server.close)
-            urls[name] = server.url
+        names = served_tools(config)
+        keys = dict.fromkeys(names, "")
+        urls = await stack.enter_async_context(served(names, config.tools, str(corpus or ""), keys))
         tools = build_tools(config.tools, urls)
         stack.push_async_callback(tools.close)
         await tools.check()

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from system.models.directory import fast_tokenizer
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -78,11 +80,9 @@ class TokenBytes:
         Byte-level BPE, SentencePiece-style BPE with byte fall-back, and plain word or character vocabularies
         are understood.  Ids beyond the tokenizer's own stand for no bytes.
         """
-        if not (Path(path) / "tokenizer.json").is_file():
+        if not (whole := Path(path) / "tokenizer.json").is_file():
             return None
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
+        tokenizer = fast_tokenizer(whole)
         added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
         decoder = str(tokenizer.decoder)
         level = _byte_level_alphabet() if "ByteLevel" in decoder else None
