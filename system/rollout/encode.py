@@ -7,6 +7,7 @@ for a reward, for a reader).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +27,10 @@ _OPENED = re.compile(r"<(think|thinking|thought|reasoning)>\s*(?:</\1>\s*)?\Z")
 
 
 def local_tokenizer(path: str) -> Tokenizer:
-    """The one in the directory ``path``.  Raises :class:`ConfigError` for none that can be read."""
+    """The one in the directory ``path``, for one text at a time.  Raises :class:`ConfigError` for none that
+    can be read."""
+    # Waking the tokenizer's thread pool for one text takes as long as encoding it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer  # slow import
 
     try:
