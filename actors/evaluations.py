@@ -277,5 +277,6 @@ class Evaluations:
         self.records.append(record)
         if self._choice.on:
             self._choice.keep_best(self.records)
-        step = f" (step {version})" * (which == "during")
-        self._progress.note(f"held-out accuracy {which} training{step}: {in_line(result)}")
+        if found:
+            step = f" (step {version})" * (which == "during")
+            self._progress.note(f"held-out accuracy {which} training{step}: {in_line(result)}")

@@ -114,7 +114,7 @@ def report(summary: Mapping[str, Any], run_dir: RunDir) -> list[str]:
         f"reward {scores['reward']:.3f}, {scores['tool_calls']:.2f} tool calls per answer"
         for which, one in summary["eval"].items()
         for of, scores in [("", one), *((f" of {name}", it) for name, it in one.get("sets", {}).items())]
-        if scores["questions"] or not one.get("sets")
+        if scores["questions"]
     ]
     memory = f", at most {summary['memory']['pss_mb_max']:.0f} MB" if "memory" in summary else ""
     sharing = tokens["flat_trained"] / max(tokens["unique_trained"], 1)
