@@ -215,6 +215,10 @@ OPTIONAL = (
 )
 
 
+_BELOW_ROOT = np.array([Kind.MODEL, Kind.TOOL, Kind.EXPERT], np.int8)
+_OUTCOMES, _ORIGINS = (np.array(list(known), np.int8) for known in (Outcome, Origin))
+
+
 def token_node(tree: Tree) -> Int32:
     """[T] the node each token belongs to."""
     return np.repeat(np.arange(tree.n_nodes, dtype=np.int32), np.diff(tree.start, append=tree.n_tokens))
@@ -309,8 +313,10 @@ def _check_arrays(tree: Tree) -> None:
     sizes["episode"] = tree.n_leaves if tree.episode.size else 0
     for name, dtype in ARRAYS.items():
         array, shape = getattr(tree, name), (sizes.get(name, tree.n_leaves),)
-        _require(array.dtype == dtype, tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
-        _require(array.shape == shape, tree, f"{name} has shape {array.shape}, not {shape}")
+        if array.dtype != dtype:
+            raise _defect(tree, f"{name} is {array.dtype}, not {np.dtype(dtype)}")
+        if array.shape != shape:
+            raise _defect(tree, f"{name} has shape {array.shape}, not {shape}")
 
 
 def _check_nodes(tree: Tree) -> None:
@@ -319,7 +325,7 @@ def _check_nodes(tree: Tree) -> None:
     _require(np.diff(tree.start, append=tree.n_tokens) > 0, tree, "an empty node")
     _require(tree.parent[0] == -1, tree, "its first node is not a root")
     _require(tree.kind[0] == Kind.PROMPT, tree, "its root is not a PROMPT")
-    below = np.isin(tree.kind[1:], (Kind.MODEL, Kind.TOOL, Kind.EXPERT))
+    below = np.isin(tree.kind[1:], _BELOW_ROOT)
     _require(below, tree, "a node below the root of no known kind")
     parent, node = tree.parent[1:], np.arange(1, tree.n_nodes, dtype=np.int32)
     _require((parent >= 0) & (parent < node), tree, "a node that does not come after its parent")
@@ -334,8 +340,8 @@ def _check_leaves(tree: Tree) -> None:
     childless = np.setdiff1d(np.arange(tree.n_nodes), tree.parent)
     bare = np.setdiff1d(childless, tree.leaf)
     _require(bare.size == 0, tree, f"node {bare[:1]} ends a branch, but no leaf says why it ended")
-    _require(np.isin(tree.outcome, list(Outcome)), tree, "an unknown outcome")
-    _require(np.isin(tree.origin, list(Origin)), tree, "an unknown origin")
+    _require(np.isin(tree.outcome, _OUTCOMES), tree, "an unknown outcome")
+    _require(np.isin(tree.origin, _ORIGINS), tree, "an unknown origin")
     _require(~np.isinf(tree.reward), tree, "an infinite reward")
     _require((tree.correct >= -1) & (tree.correct <= 1), tree, "`correct` outside -1, 0, 1")
     agree = (tree.correct >= 0) == np.isfinite(tree.reward)
@@ -351,5 +357,9 @@ def _check_leaves(tree: Tree) -> None:
 
 def _require(ok: bool | np.bool_ | NDArray[np.bool_], tree: Tree, defect: str) -> None:
     """``defect`` is what the tree has unless ``ok``, or all of it, holds."""
-    if not np.all(ok):
-        raise TreeError(f"tree of prompt {tree.prompt_id!r}: {defect}")
+    if not (ok.all() if isinstance(ok, np.ndarray) else ok):
+        raise _defect(tree, defect)
+
+
+def _defect(tree: Tree, what: str) -> TreeError:
+    return TreeError(f"tree of prompt {tree.prompt_id!r}: {what}")
