@@ -48,6 +48,11 @@ class Collected:
     snapshots: list[Any]  # references to the frozen trees by ticket, one per worker
     stored: list[tuple[Key, int, Any]]  # epoch and prompt, version at its start, reference
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no tree."""
+        return not self.growing and not self.stored
+
 
 def write(path: Path, found: Collected, fetch: Callable[[Any, float], Any] = fetch) -> None:
     """Write the trees to ``path``, the stored ones fetched one by one.  One that is lost is left out: it is
