@@ -180,7 +180,8 @@ class Conductor:
         trees = await self._in_flight.collect(self.loop.replay)
         self._log.sync()
         path = self.run_dir.checkpoints / f"v{self.version:06d}"
-        await self._in_flight.write(saved_trees_path(path), trees)
+        await self._trees.written()  # one process of Ray's writes both, in turn
+        await self._in_flight.write(saved_trees_path(path), trees, again=path.exists())
         if not path.exists():
             trained_on = lineage(self.loop.ledger.updates, self.version)
             extra = {"version": self.version, LINEAGE: trained_on, "recorder": self.recorder.state()}

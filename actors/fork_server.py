@@ -1,12 +1,13 @@
-"""An interpreter that has imported what a run's actors need, and from which they are forked.
+"""A small process that answers at a socket, and its template: an interpreter that has imported what a run's
+actors need, and from which they are forked.
 
-Run by :mod:`.forking` as ``python -m actors.fork_server SOCKET_FD DIRECTORY MODULE...``.  It never starts a
-computation, CUDA or Ray, so what is forked from it is as good as new; its memory is shared until somebody
-writes to it, and its imports are done once.
+Run by :mod:`.forking` as ``python -m actors.fork_server SOCKET_FD DIRECTORY MODULE...``.  The template never
+starts a computation, CUDA or Ray, so what is forked from it is as good as new; its memory is shared until
+somebody writes to it, and its imports are done once.
 
-There are two floors.  Ray reads on import what a raylet has put into its workers' environment, so the
-modules that know nothing of Ray (``system``) are imported at once, Ray and the actors in a fork of that, as
-soon as the first worker of a raylet is asked for.
+It imports the modules that know nothing of Ray (``system``) at once, Ray and the actors as soon as the first
+worker of a raylet is asked for: Ray reads on import what a raylet has put into its workers' environment.  So
+a further raylet gets a further template, which imports everything anew.
 
 Whoever asks for what cannot be is refused (the connection ends), and starts by himself: see :mod:`.forked`.
 """
@@ -33,8 +34,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
-
-import numpy as np
 
 from actors.forked import DEADLINE_S, FORKED, GO
 
@@ -84,7 +83,7 @@ class WorkerRequest:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """A request that the second floor has not taken yet."""
+    """A request that the template has not taken yet."""
 
     message: bytes
     asker: socket.socket
@@ -97,23 +96,24 @@ class Queued:
 
 
 class Server:
-    """The first floor: hands each request to the second floor that it needs, until standard input ends.
+    """Hands each request to the template that it needs, until standard input ends.
 
-    It waits for nobody: a second floor that imports still, or hangs, takes no more than its socket holds, and
+    It waits for nobody: a template that imports still, or hangs, takes no more than its socket holds, and
     further requests are queued here.
     """
 
-    def __init__(self, listening: socket.socket) -> None:
-        self._listening = listening
+    def __init__(self, listening: socket.socket, modules: Sequence[str]) -> None:
+        """``modules``: what a template imports before it is asked for a worker."""
+        self._listening, self._modules = listening, modules
         self._askers: dict[socket.socket, float] = {}  # until when each has to say what it wants
-        self._floor: socket.socket | None = None  # the second one
-        self._raylet = ""  # whose workers it forks: there is one at a time
+        self._template: socket.socket | None = _template(modules, [listening])
+        self._raylet = ""  # whose workers it forks: there is one at a time; empty: none's yet
         self._queue: deque[Queued] = deque()  # for it, the oldest first
 
     def serve(self) -> None:
         while True:
             sources = [sys.stdin, self._listening, *self._askers]
-            full = [self._floor] if self._floor and self._queue else []
+            full = [self._template] if self._template and self._queue else []
             waiting = self._askers or self._queue
             ready, _, _ = select.select(sources, full, [], _LOOK_S if waiting else None)
             if sys.stdin in ready:
@@ -141,7 +141,7 @@ class Server:
             message, fds, flags = _received(asker)
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(fds) != _STREAMS:
                 raise ValueError("not of the size that it should have")
-            self._have_floor(WorkerRequest.read(message), fds)
+            self._have_template(WorkerRequest.read(message), fds)
         except (OSError, ValueError, TypeError, RecursionError) as error:  # its text may hold a secret
             self._refuse(asker, f"is refused: {type(error).__name__}")
             for fd in fds:
@@ -151,37 +151,36 @@ class Server:
             self._queue.append(Queued(message, asker, fds, time.monotonic() + DEADLINE_S))
             self._pass_on()
 
-    def _have_floor(self, asked: WorkerRequest, fds: Sequence[int]) -> None:
-        """Start the second floor that ``asked`` needs, where there is none; ``fds`` came with it."""
-        if self._floor and self._raylet == asked.raylet:
-            return
-        self._forget_floor("is of a raylet that has ended")
-        self._floor = _second_floor(asked.environment, [self._listening, *self._askers], fds)
+    def _have_template(self, asked: WorkerRequest, fds: Sequence[int]) -> None:
+        """Start the template that ``asked`` needs, where there is none; ``fds`` came with it."""
+        if not self._template or self._raylet not in ("", asked.raylet):
+            self._forget_template("is of a raylet that has ended")
+            self._template = _template(self._modules, [self._listening, *self._askers], fds)
         self._raylet = asked.raylet
 
     def _pass_on(self) -> None:
-        """Hand the second floor what it has room for.  Where it is gone, or has had none until the oldest
+        """Hand the template what it has room for.  Where it is gone, or has had none until the oldest
         request's deadline, it is forgotten, and all who wait for it are refused.
         """
-        while self._floor and self._queue:
+        while self._template and self._queue:
             first = self._queue[0]
             try:
-                _send(self._floor, first.message, [*first.fds, first.asker.fileno()])
+                _send(self._template, first.message, [*first.fds, first.asker.fileno()])
             except BlockingIOError:
                 if first.until < time.monotonic():
-                    self._forget_floor("is refused: the second floor takes no more")
+                    self._forget_template("is refused: the template takes no more")
                 return
             except OSError as error:
-                self._forget_floor(f"is refused: {type(error).__name__}")
+                self._forget_template(f"is refused: {type(error).__name__}")
                 return
             self._queue.popleft()
             first.close_streams()
             first.asker.close()
 
-    def _forget_floor(self, why: str) -> None:
-        if self._floor:
-            self._floor.close()
-            self._floor = None
+    def _forget_template(self, why: str) -> None:
+        if self._template:
+            self._template.close()
+            self._template = None
         while self._queue:
             one = self._queue.popleft()
             one.close_streams()
@@ -189,10 +188,10 @@ class Server:
 
 
 # Not socket.send_fds and recv_fds: those of Python 3.11 ignore their flags, and would wait.
-def _send(floor: socket.socket, message: bytes, fds: Sequence[int]) -> None:
+def _send(template: socket.socket, message: bytes, fds: Sequence[int]) -> None:
     """Raises BlockingIOError where there is no room for it."""
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))
-    floor.sendmsg([message], [rights], socket.MSG_DONTWAIT)
+    template.sendmsg([message], [rights], socket.MSG_DONTWAIT)
 
 
 def _received(asker: socket.socket) -> tuple[bytes, list[int], int]:
@@ -210,9 +209,9 @@ def _imported(modules: Iterable[str]) -> None:
     """Import ``modules``, of which nothing is garbage: a collection in a forked process would write to every
     object, and copy its page.
     """
+    gc.disable()
     from system.learn import cpu
 
-    gc.disable()
     with cpu.quick_import():
         for module in modules:
             importlib.import_module(module)
@@ -220,10 +219,11 @@ def _imported(modules: Iterable[str]) -> None:
     gc.enable()
 
 
-def _second_floor(
-    environment: dict[str, str], sockets: Sequence[socket.socket], fds: Sequence[int]
+def _template(
+    modules: Iterable[str], sockets: Sequence[socket.socket], fds: Sequence[int] = ()
 ) -> socket.socket:
-    """Start it with an ``environment``; returns the socket that takes requests, at whose end it ends.
+    """Start one, which imports ``modules``, then Ray with the environment of the first worker that it is
+    asked for.  Returns the socket that takes requests, at whose end it ends.
 
     ``sockets`` and ``fds``: what would stay open with it.
     """
@@ -240,16 +240,21 @@ def _second_floor(
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)  # in place of the driver's pipe
         os.close(nothing)
-        os.environ.clear()
-        os.environ.update(environment | _NO_JOB)
-        _imported(_ACTORS)
+        _imported(modules)
+        knows_ray = False
         while True:
             message, fds_of_one, _, _ = socket.recv_fds(its, _REQUEST, _STREAMS + 1)
             if not message:
                 return
+            asked = WorkerRequest.read(message)
+            if not knows_ray:
+                os.environ.clear()
+                os.environ.update(asked.environment | _NO_JOB)
+                _imported(_ACTORS)
+                knows_ray = True
             if not os.fork():
                 its.close()
-                _become(partial(_work, WorkerRequest.read(message), fds_of_one))
+                _become(partial(_work, asked, fds_of_one))
             for fd in fds_of_one:
                 os.close(fd)
 
@@ -274,6 +279,7 @@ def _become(what: Callable[[], None]) -> NoReturn:
 
 def _work(asked: WorkerRequest, fds: Sequence[int]) -> None:
     """Be the Ray worker that was asked for; ``fds``: its output, errors, and the socket it was asked at."""
+    import numpy as np
     from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
     os.setpgid(0, 0)  # the raylet kills the group of a worker that ends
@@ -307,13 +313,12 @@ def _work(asked: WorkerRequest, fds: Sequence[int]) -> None:
 
 
 def main(socket_fd: int, directory: str, modules: Sequence[str]) -> None:
-    """Import, then have a worker forked for everyone who asks, until standard input ends: the driver has, and
-    if it was killed, nobody else removes the socket's ``directory``.
+    """Have a worker forked for everyone who asks, until standard input ends: the driver has, and if it was
+    killed, nobody else removes the socket's ``directory``.
     """
     listening = socket.socket(fileno=socket_fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers: Ray knows when they end
-    _imported(modules)
-    Server(listening).serve()
+    Server(listening, modules).serve()
     shutil.rmtree(directory, ignore_errors=True)
 
 

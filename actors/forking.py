@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ _LOOK_S = 0.5
 # server has to start by itself after that.
 _REGISTER = "RAY_worker_register_timeout_seconds"
 _REGISTER_S = 150
+# Workers that Ray starts at a time (by itself as many as there are cores): a fork takes little of them.
+_AT_ONCE, _AT_ONCE_COUNT = "RAY_worker_maximum_startup_concurrency", 16
 _GPUS = ("dev/nvidia[0-9]*", "dev/kfd")  # devices of NVIDIA and AMD
 
 
@@ -71,8 +74,9 @@ def fork_server(config: Config, parts: Sequence[str]) -> Generator[None]:
         stack.callback(shutil.rmtree, directory, ignore_errors=True)  # the server may have
         server = _started(directory, parts)
         stack.callback(server.communicate)
-        stack.callback(server.kill)  # it may be importing still; its second floor ends by itself
-        stack.enter_context(_environment({SOCKET: directory, _REGISTER: str(_REGISTER_S)}))
+        stack.callback(_kill, server)
+        settings = {_REGISTER: str(_REGISTER_S), _AT_ONCE: str(_AT_ONCE_COUNT)}
+        stack.enter_context(_environment({SOCKET: directory, **settings}))
         stack.enter_context(_told_of_failure(Path(directory) / FAILED))
         yield
 
@@ -104,6 +108,12 @@ def _started(directory: str, parts: Sequence[str]) -> subprocess.Popen[bytes]:
             )
     finally:
         os.close(opened)
+
+
+def _kill(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its template, which may be importing still; workers have groups of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

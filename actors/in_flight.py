@@ -48,6 +48,11 @@ class Collected:
     snapshots: list[Any]  # references to the frozen trees by ticket, one per worker
     stored: list[tuple[Key, int, Any]]  # epoch and prompt, version at its start, reference
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no tree."""
+        return not self.growing and not self.stored
+
 
 def write(path: Path, found: Collected, fetch: Callable[[Any, float], Any] = fetch) -> None:
     """Write the trees to ``path``, the stored ones fetched one by one.  One that is lost is left out: it is
@@ -104,8 +109,15 @@ class InFlightCheckpoint:
         )
 
     @staticmethod
-    async def write(path: Path, found: Collected) -> None:
-        """:func:`write` in another process.  Raises OSError where the disk does not take the trees."""
+    async def write(path: Path, found: Collected, *, again: bool) -> None:
+        """:func:`write` in another process.  Raises OSError where the disk does not take the trees.
+
+        ``again``: the learner's part of this checkpoint is there.  One that comes with it says all that there
+        is to say where there are no trees, as before training: no process is started then.
+        """
+        if found.empty and not again:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+            return
         await answer(beside(write, path, found), WRITE_DEADLINE_S, "writing the trees in flight")
 
     async def _settle(self, missing: set[int]) -> None:

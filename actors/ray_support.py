@@ -17,7 +17,7 @@ from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttri
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from actors import keys
-from actors.local_ray import directory, lean
+from actors.local_ray import SETTINGS, directory, lean
 from system.config import Config
 from system.errors import EXPECTED, FAILED, LOST, EspalierError
 
@@ -69,7 +69,7 @@ def ray_session(config: Config, root: Path) -> Generator[bool]:
         if not given:
             token = keys.private_file(root / keys.RAY, secrets.token_hex(32))
             defaults["RAY_AUTH_TOKEN_PATH"] = str(stack.enter_context(token).resolve())
-            defaults |= _on_loopback() | stack.enter_context(directory())
+            defaults |= SETTINGS | _on_loopback() | stack.enter_context(directory())
         stack.enter_context(_environment(defaults))
         stack.callback(ray.shutdown)
         try:

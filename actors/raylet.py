@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import ray
@@ -26,15 +26,24 @@ def check() -> None:
         raise NodeLost("Ray's daemon on this machine (raylet) has ended")
 
 
-def beside(function: Callable[..., Any], *arguments: Any) -> Any:
+def beside(function: Callable[..., Any], *arguments: Any, alone: bool = False) -> Any:
     """Start ``function(*arguments)`` in another process of this machine; returns a reference to its value.
 
-    For what handles large objects: once its actors run, the driver itself touches none.
+    For what handles large objects: once its actors run, the driver itself touches none.  ``alone``: the
+    process ends with it, since it has imported what nobody else there needs.
     """
     check()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    task: Any = ray.remote(function)
+    task = _task(function, 1 if alone else 0)
     return task.options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*arguments)
+
+
+@functools.cache
+def _task(function: Callable[..., Any], max_calls: int) -> Any:
+    """Ray's task of a function of a module: for each that it is given anew, Ray keeps a copy in every process
+    that has to do with it, and looks for a worker anew.  ``max_calls``: of a process; 0: any number.
+    """
+    return cast(Any, ray.remote)(max_calls=max_calls)(function)
 
 
 def ended(process: psutil.Process) -> bool:

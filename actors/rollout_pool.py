@@ -13,6 +13,7 @@ import ray
 from actors.engine import EngineActor, attached, named
 from actors.heartbeat import Watched
 from actors.learner import LearnerGroup
+from actors.new_model import new_model
 from actors.placement import Placement
 from actors.ray_support import answer, spawn
 from actors.rollout import RolloutWorker
@@ -22,7 +23,7 @@ from system.config import Config, to_dict
 from system.engine.routes import RouteFormat
 from system.observe.rundir import RunDir
 from system.tasks.base import Task
-from system.tasks.inputs import corpus_file, make_model
+from system.tasks.inputs import corpus_file
 
 CLOSE_DEADLINE_S = 30.0  # above the grace that an SGLang server is given
 Value = TypeVar("Value")
@@ -203,7 +204,7 @@ class RunActors:
         arrivals = Arrivals(tell)
         corpus = corpus_file(config, task, run_dir.root)
         learner = LearnerGroup(config.learn.ranks, places, config.cluster)
-        await arrivals.of("a new model", asyncio.to_thread(make_model, model, config, task))
+        await arrivals.of("a new model", new_model(model, config, task))
         root, settings = run_dir.root.resolve(), to_dict(config)
         # By which a directory of weights that runs share knows whose is what.
         settings["run"] |= {"dir": str(root.parent), "name": root.name}

@@ -15,6 +15,7 @@ from actors.ending import signals
 from actors.evaluate import right_samples
 from actors.heartbeat import Heartbeats, Watched
 from actors.learner import LearnerGroup
+from actors.new_model import new_model
 from actors.placement import Placement
 from actors.ray_support import watched
 from actors.session import draw_curves, followed, in_session, opened
@@ -31,7 +32,6 @@ from system.sft.choice import SavedModel, chosen, rule
 from system.sft.data import SplitData, read
 from system.sft.prepare import learner_config, prepare
 from system.tasks.base import Task, make_task
-from system.tasks.inputs import make_model
 
 
 def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -97,7 +97,7 @@ class _SftRun:
         config, run_dir, progress = self.config, self.run_dir, supervised.progress
         if not config.model.path:
             assert self.task is not None
-            await asyncio.to_thread(make_model, self.model, config, self.task)
+            await new_model(self.model, config, self.task)
         progress.phase(
             "starting", detail=f"waiting for the learner, encoding {len(self.data.train)} conversations"
         )

@@ -159,8 +159,8 @@ async def _to_its_end(
     else:
         if config.warmstart.steps:
             # Thousands of them take seconds: beside the event loop, which hears signals and heartbeats.
-            trees = await asyncio.to_thread(demonstrations, config, run.task, run.model)
-            await conductor.warm_start(trees)
+            # No name holds them: they would be there to the end of the run.
+            await conductor.warm_start(await asyncio.to_thread(demonstrations, config, run.task, run.model))
         await conductor.bring_up()
         if not conductor.loop.stopping.is_set():
             await conductor.evaluations.before()

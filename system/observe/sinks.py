@@ -110,21 +110,50 @@ class GuardedView:
     records once: those that ``sent`` (an earlier session's ``metrics.jsonl``) has already are left out.
     """
 
-    def __init__(self, name: str, off: str, make: Callable[[], MetricsView], sent: Path) -> None:
-        """``off``: the override that does without it."""
+    def __init__(
+        self, name: str, off: str, make: Callable[[], MetricsView], sent: Path, *, aside: bool = False
+    ) -> None:
+        """``off``: the override that does without it.  ``aside``: it starts in a thread, and what comes
+        meanwhile waits for it.
+        """
         self._name, self._off = name, off
         self._view: MetricsView | None = None
+        self._sent = {_which(one) for one in read_jsonl(sent)}  # now: soon this session's are there, too
+        self._lock = threading.Lock()  # of the next
+        self._waiting: list[tuple[str, Callable[[MetricsView], None]]] | None = []  # None: it has started
+        self._starting: threading.Thread | None = None
+        if aside:
+            start = threading.Thread(target=self._start, args=(make,), name=f"start {name}", daemon=True)
+            self._starting = start
+            start.start()
+        else:
+            self._start(make)
+
+    def _start(self, make: Callable[[], MetricsView]) -> None:
         try:
             self._view = make()
-            self._sent = set() if self._view.rewinds else {_which(one) for one in read_jsonl(sent)}
         except (Exception, SystemExit) as error:  # W&B ends so without a login in some versions
             self._give_up("did not start", error)
+        with self._lock:
+            waiting, self._waiting = self._waiting or [], None
+            for failed, call in waiting:
+                self._call(failed, call)
+
+    def ready(self) -> bool:
+        """Whether it is there, once it has started."""
+        if self._starting is not None:
+            self._starting.join()
+        return self._view is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
         if RESUMED in record:
             self._guarded("did not go back", lambda view: view.rewind(record[RESUMED]))
-        elif self._view is not None and (self._view.rewinds or self._is_new(record)):
-            self._guarded("stopped taking metrics", lambda view: view.write(record))
+        else:
+            self._guarded("stopped taking metrics", lambda view: self._write(view, record))
+
+    def _write(self, view: MetricsView, record: Mapping[str, Any]) -> None:
+        if view.rewinds or self._is_new(record):
+            view.write(record)
 
     def _is_new(self, record: Mapping[str, Any]) -> bool:
         which = _which(record)
@@ -140,6 +169,7 @@ class GuardedView:
         self._guarded("stopped taking spans", lambda view: view.span(span))
 
     def close(self) -> None:
+        self.ready()
         view, self._view = self._view, None
         if view is not None:
             try:
@@ -148,6 +178,13 @@ class GuardedView:
                 self._tell("did not finish", error)
 
     def _guarded(self, failed: str, call: Callable[[MetricsView], None]) -> None:
+        with self._lock:
+            if self._waiting is None:
+                self._call(failed, call)
+            else:
+                self._waiting.append((failed, call))
+
+    def _call(self, failed: str, call: Callable[[MetricsView], None]) -> None:
         if self._view is not None:
             try:
                 call(self._view)

@@ -29,6 +29,7 @@ class ViewKind:
     pip: str  # what pip installs it with
     wanted: Callable[[Config], bool]
     make: Callable[[RunDir, Config], MetricsView]
+    aside: bool = False  # it takes seconds to start, and may do so in a thread
 
 
 VIEWS = {
@@ -42,6 +43,7 @@ VIEWS = {
             "wandb",
             lambda config: config.observe.wandb != "disabled",
             WandbView,
+            aside=True,
         ),
         ViewKind(
             "TensorBoard",
@@ -89,7 +91,9 @@ def sinks(run_dir: RunDir, config: Config) -> list[Sink]:
     A view sees what was sent by earlier sessions before this one writes its first record.
     """
     views = [
-        GuardedView(one.name, one.off, partial(one.make, run_dir, config), run_dir.metrics_path)
+        GuardedView(
+            one.name, one.off, partial(one.make, run_dir, config), run_dir.metrics_path, aside=one.aside
+        )
         for one in VIEWS.values()
         if one.wanted(config)
     ]

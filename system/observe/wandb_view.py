@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,21 @@ class WandbView(MetricsView):
 
 def _imported(scratch: Path) -> Any:
     """W&B, which makes temporary directories when it is imported and leaves them when its process is killed:
-    in ``scratch``, where the run's next session removes them.
+    in ``scratch``, where the run's next session removes them.  Those of other threads stay where they are.
     """
     if (there := sys.modules.get("wandb")) is not None:  # it goes on with the directories that it has
         return there
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    before, tempfile.tempdir = tempfile.tempdir, str(scratch)
+    mkdtemp, importing = tempfile.mkdtemp, threading.get_ident()
+
+    def in_scratch(suffix: Any = None, prefix: Any = None, dir: Any = None) -> Any:
+        ours = dir is None and threading.get_ident() == importing
+        return mkdtemp(suffix, prefix, str(scratch) if ours else dir)
+
+    tempfile.mkdtemp = in_scratch
     try:
         import wandb
     finally:
-        tempfile.tempdir = before
+        tempfile.mkdtemp = mkdtemp
     return wandb

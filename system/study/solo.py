@@ -35,7 +35,7 @@ from system.rollout.failure import RolloutFailed
 from system.rollout.guard import one_tree
 from system.rollout.planting import planted
 from system.sft.demonstrations import demonstrations, warm_start
-from system.tasks.base import Task
+from system.tasks.base import HasTokenizer, Task
 from system.tasks.inputs import corpus_file, make_model
 from system.tools.servers import served
 from system.tree.pack import pack_share
@@ -162,7 +162,8 @@ def start_model(config: Config, task: Task, scratch: Path) -> Path:
     fresh, warm = scratch / "fresh", scratch / "warm"
     if warm.is_dir():
         return warm
-    make_model(fresh, config, task)
+    assert isinstance(task, HasTokenizer)
+    make_model(fresh, config, task.tokenizer())
     with _learner(config, fresh, scratch) as trainer:
         for trees, lr in warm_start(config, demonstrations(config, task, fresh)):
             plan = trainer.planner.supervised([TreeStats.of(tree) for tree in trees])

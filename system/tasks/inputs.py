@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from system.config import Config
-from system.tasks.base import HasCorpus, HasTokenizer, Task
+from system.tasks.base import HasCorpus, Task
 from system.text import as_text
 from system.whole import appearing
 
+if TYPE_CHECKING:  # a slow import
+    from transformers import PreTrainedTokenizerBase
 
-def make_model(path: Path, config: Config, task: Task) -> None:
+
+def make_model(path: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the tiny new model, unless it is there."""
     if (path / "config.json").is_file():
         return
@@ -22,10 +26,9 @@ def make_model(path: Path, config: Config, task: Task) -> None:
 
     from system.tasks.tiny_model import create_model  # slow imports
 
-    assert isinstance(task, HasTokenizer)
     disable_progress_bar()  # of saving weights, which would break into our own
     with appearing(path) as partial:  # a run killed meanwhile must not find half a model
-        create_model(partial, task.tokenizer(), config.model, config.run.seed)
+        create_model(partial, tokenizer, config.model, config.run.seed)
 
 
 def corpus_file(config: Config, task: Task, directory: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""A fork server whose second floor takes no more requests."""
+"""A fork server whose template takes no more requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def more_than_fit(stack: ExitStack, message: bytes) -> list[socket.socket]:
 
 
 @pytest.mark.slow
-def test_a_second_floor_that_hangs_does_not_hold_up_the_first(
+def test_a_template_that_hangs_does_not_hold_up_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_RAYLET_PID", str(os.getpid()))
@@ -69,17 +69,17 @@ def test_a_second_floor_that_hangs_does_not_hold_up_the_first(
         with asking() as asker:
             socket.send_fds(asker, [message], [1, 2])
             assert asker.recv(1) == forked.FORKED
-        (floor,) = server.children()
-        stack.callback(floor.kill)  # before the driver, should this fail
-        floor.suspend()
+        (template,) = server.children()
+        stack.callback(template.kill)  # before the driver, should this fail
+        template.suspend()
         with ExitStack() as connections:
             askers = more_than_fit(connections, message)
             silent = connections.enter_context(asking())
             silent.settimeout(forked.DEADLINE_S / 2)
             assert silent.recv(1) == b""
-            floor.resume()  # in time: nobody is refused
+            template.resume()  # in time: nobody is refused
             assert [asker.recv(1) for asker in askers] == [forked.FORKED] * len(askers)
-        floor.suspend()
+        template.suspend()
         with ExitStack() as connections:
             more_than_fit(connections, message)
             bad = connections.enter_context(asking())
@@ -99,7 +99,7 @@ def test_who_has_been_queued_for_too_long_is_refused(
     monkeypatch.setattr(fork_server, "DEADLINE_S", 0.2)
     message = large(forked.request())
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    monkeypatch.setattr(fork_server, "_second_floor", lambda *_: ours)
+    monkeypatch.setattr(fork_server, "_template", lambda *_: ours)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening, its, ExitStack() as connections:
         directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
         connections.callback(os.close, directory)
@@ -108,7 +108,7 @@ def test_who_has_been_queued_for_too_long_is_refused(
         end, driver = os.pipe()
         stdin = connections.enter_context(os.fdopen(end))
         monkeypatch.setattr(sys, "stdin", stdin)
-        serving = threading.Thread(target=fork_server.Server(listening).serve)
+        serving = threading.Thread(target=fork_server.Server(listening, []).serve)
         serving.start()
         connections.callback(serving.join, LATE_S)
         connections.callback(os.close, driver)

@@ -30,7 +30,6 @@ from actors.forking import GROWING, TRAINING, fork_server, wanted
 from actors.ray_support import answer, ray_session, returned, spawn
 from system.config import Config, load, to_yaml
 from system.tools.sandbox.kernel import die_with_parent
-from tests.conftest import living
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
@@ -170,7 +169,7 @@ def asking() -> Generator[socket.socket]:
 
 def below_the_server() -> list[psutil.Process]:
     servers = [one for one in psutil.Process().children() if "actors.fork_server" in one.cmdline()]
-    return [floor for one in servers for floor in one.children()]
+    return [template for one in servers for template in one.children()]
 
 
 @pytest.mark.slow
@@ -206,9 +205,9 @@ def test_a_bad_request_is_refused_and_the_next_one_served(
             with asking() as asker:
                 socket.send_fds(asker, [good], [1, 2])
                 assert asker.recv(1) == forked.FORKED
-                (floor,) = below_the_server()
+                (template,) = below_the_server()
                 until = time.monotonic() + LATE_S
-                while len(workers := floor.children()) != 1:  # those of bad requests end, too
+                while len(workers := template.children()) != 1:  # those of bad requests end, too
                     assert time.monotonic() < until, workers
                     time.sleep(0.05)
                 (worker,) = workers
@@ -216,10 +215,10 @@ def test_a_bad_request_is_refused_and_the_next_one_served(
             psutil.wait_procs([worker], LATE_S)
             assert not worker.is_running()
             assert silent.recv(1) == b""
-        os.kill(floor.pid, signal.SIGKILL)
-        floor.wait(LATE_S)
+        os.kill(template.pid, signal.SIGKILL)
+        template.wait(LATE_S)
         answers = []
-        for _ in range(2):  # whoever finds the second floor gone may be refused; the next has a new one
+        for _ in range(2):  # whoever finds the template gone may be refused; the next has a new one
             with asking() as asker:
                 socket.send_fds(asker, [good], [1, 2])
                 answers.append(asker.recv(1))
@@ -288,13 +287,33 @@ async def test_a_run_with_a_long_temporary_directory(tmp_path: Path, monkeypatch
         assert any("/tmp/espalier-ray-" in word for word in raylet.cmdline())
 
 
-def test_the_server_ends_with_the_block() -> None:
-    with fork_server(forking(), []):
-        (server,) = [pid for pid, command in living().items() if "actors.fork_server" in command]
+def started() -> tuple[psutil.Process, psutil.Process]:
+    """The server and its first template."""
+    until = time.monotonic() + LATE_S
+    while not (templates := below_the_server()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    (template,) = templates
+    server = template.parent()
+    assert server is not None
+    return server, template
+
+
+def test_the_server_and_its_template_end_with_the_block_also_while_they_import() -> None:
+    with fork_server(forking(), [*TRAINING]):
+        server, template = started()
         directory = Path(os.environ[SOCKET])
         assert directory.stat().st_mode & 0o777 == 0o700
-    assert not psutil.pid_exists(server)
+    gone, alive = psutil.wait_procs([server, template], timeout=2)  # importing takes longer
+    assert len(gone) == 2, alive
     assert not directory.exists()
+
+
+def test_the_server_itself_imports_next_to_nothing() -> None:
+    """Its memory would be there for the whole run, beside its template's."""
+    with fork_server(forking(), []):
+        server, _ = started()
+        assert server.memory_info().rss < 30e6
 
 
 DRIVER = """

@@ -205,6 +205,29 @@ def test_other_settings_drop_everything_with_a_reason(tmp_path: Path) -> None:
     assert all(one.take((0, prompt)) is None for prompt in PROMPTS[:2])
 
 
+async def test_no_process_is_started_to_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    async def answer(*_: Any) -> None:
+        started.append(1)
+
+    monkeypatch.setattr(module, "beside", lambda *_: None)
+    monkeypatch.setattr(module, "answer", answer)
+    ledger, path = Ledger(PROMPTS, 0), tmp_path / "v000000.trees"
+    one, store, _ = checkpoint_of(ledger)
+    nothing = await one.collect([])
+    path.write_bytes(b"of a session that was lost")
+    await one.write(path, nothing, again=False)
+    assert not started
+    assert not path.exists(), "the checkpoint to come has no trees"
+    await one.write(path, nothing, again=True)  # its books may be newer than those beside the weights
+    ledger.next(1)
+    await one.write(path, await one.collect([waiting(store, ledger, 0)]), again=False)
+    assert len(started) == 2
+
+
 def test_without_a_usable_file_the_checkpoints_own_books_count(tmp_path: Path) -> None:
     one, _, books = checkpoint_of(Ledger(PROMPTS, 0))
     assert "no trees" in one.restore(tmp_path / "none.trees", {"step": 2})

@@ -130,9 +130,15 @@ class Failing(MetricsView):
     "error", [RuntimeError("disk full at https://u:hunter2@host"), SystemExit("no login")]
 )
 @pytest.mark.parametrize("at", ["start", "write", "rewind", "alarm", "span", "close"])
+@pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize("name", VIEWS)
 def test_a_failure_is_told_once_and_stops_nothing(
-    name: str, at: str, error: BaseException, run_dir: RunDir, capsys: pytest.CaptureFixture[str]
+    name: str,
+    at: str,
+    aside: bool,
+    error: BaseException,
+    run_dir: RunDir,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made: list[Failing] = []
 
@@ -140,7 +146,7 @@ def test_a_failure_is_told_once_and_stops_nothing(
         made.append(Failing(at, error))
         return made[0]
 
-    sink = GuardedView(name, VIEWS[name].off, make, run_dir.metrics_path)
+    sink = GuardedView(name, VIEWS[name].off, make, run_dir.metrics_path, aside=aside)
     sink.write({RESUMED: 0, "time": 1.0})
     for step in range(3):
         sink.write({"step": step, "time": 1.0})
@@ -155,6 +161,41 @@ def test_a_failure_is_told_once_and_stops_nothing(
     assert "hunter2" not in said
     assert [one.tried for one in made] == ([] if at == "start" else [1])
     assert all(one.closed.wait(30.0) for one in made if at != "close"), "it lets go of what it held"
+
+
+class Slow(MetricsView):
+    """Starts when it is told to."""
+
+    def __init__(self, go: Event) -> None:
+        assert go.wait(30.0)
+        self.got: list[Any] = []
+
+    def write(self, record: Any) -> None:
+        self.got.append(record["step"])
+
+    def alarm(self, alarm: Alarm) -> None:
+        self.got.append(alarm.name)
+
+
+def test_what_comes_while_one_starts_aside_waits_for_it(run_dir: RunDir) -> None:
+    go, made = Event(), list[Slow]()
+
+    def make() -> MetricsView:
+        made.append(Slow(go))
+        return made[0]
+
+    run_dir.metrics_path.write_text('{"step": 1}\n')  # sent by an earlier session
+    sink = GuardedView("slow", "slow=false", make, run_dir.metrics_path, aside=True)
+    sink.write({"step": 1, "time": 1.0})
+    sink.write({"step": 2, "time": 1.0})
+    run_dir.metrics_path.write_text('{"step": 1}\n{"step": 2}\n')
+    sink.alarm(Alarm(2, 1.0, "x", True, "y"))
+    assert not made
+    go.set()
+    assert sink.ready()
+    sink.write({"step": 3, "time": 1.0})
+    sink.close()
+    assert made[0].got == [2, "x", 3]
 
 
 def test_one_whose_library_is_missing_is_refused_with_the_remedy(

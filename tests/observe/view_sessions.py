@@ -61,7 +61,7 @@ def sessions(name: str, run_dir: RunDir, config: Config) -> Curves:
             sink.write(one)
     for sink in first:
         sink.alarm(Alarm(4, 1e9, "entropy collapse", True, "0.01 nats per token"))
-        assert not isinstance(sink, GuardedView) or sink._view is not None, "it failed"
+        assert not isinstance(sink, GuardedView) or sink.ready(), "it failed"
         sink.close()
     if name == "Weights & Biases":
         time.sleep(1.1)  # it calls a session's directory by the second in which it starts
