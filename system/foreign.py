@@ -1,14 +1,18 @@
-"""Awaiting a user's own part, which may do anything with a cancellation: our wait ends all the same."""
+"""Awaiting a user's own part, which may do anything with a cancellation, or never return: our wait ends."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from threading import Thread
+from typing import Any, TypeVar
 
 from system.errors import EspalierError
 from system.text import named
 
+T = TypeVar("T")
 LET_GO_S = 1.0  # for a part that is cancelled to close what it holds
 SLICE_S = 1.0  # a deadline is waited for in slices: one in which the event loop stood still counts nothing
 LATE_S = 0.5  # by which a slice is over its time where it did
@@ -19,6 +23,31 @@ _left: set[asyncio.Task[Any]] = set()  # cancelled, and still there: kept until 
 
 class TooLate(EspalierError):
     """A user's own part did not answer within its deadline, and may still be at work."""
+
+
+class OwnThreads(Executor):
+    """A thread for each call.  One that never returns holds up no other, and not the end of the process."""
+
+    def __init__(self, name: str) -> None:
+        """``name``: of the threads."""
+        self.name, self.running = name, set[Future[Any]]()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # from here on, whoever waits may go, but the thread stays
+        self.running.add(future)
+        future.add_done_callback(self.running.discard)
+        try:
+            work = (future, partial(fn, *args, **kwargs))
+            Thread(target=_fulfil, args=work, name=self.name, daemon=True).start()
+        except RuntimeError as error:  # the machine has no more
+            future.set_exception(error)
+        return future
+
+
+def in_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """What ``call`` returns or raises, in a thread of its own, which goes on when nobody waits any more."""
+    return asyncio.get_running_loop().run_in_executor(OwnThreads(name), call)
 
 
 async def foreign(work: Awaitable[Any], within_s: float | None = None) -> Any:
@@ -80,6 +109,15 @@ async def _contained(work: Awaitable[Any]) -> tuple[Any, BaseException | None]:
         raise
     except BaseException as error:  # GeneratorExit, or a class of its own
         return None, RuntimeError(named(error))
+
+
+def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except StopIteration as error:  # no asyncio future takes one: whoever waits would never be told
+        future.set_exception(RuntimeError(named(error)))
+    except BaseException as error:  # whatever it is, it is for whoever waits
+        future.set_exception(error)
 
 
 def _forget(task: asyncio.Task[Any]) -> None:

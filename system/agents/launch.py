@@ -15,7 +15,6 @@ import numbers
 import re
 import shlex
 import shutil
-import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, Protocol, cast
 from system.agents.process import KEPT, Program, inherited, run_program
 from system.config import AgentConfig
 from system.errors import EspalierError, asked_to_end
-from system.foreign import foreign
+from system.foreign import foreign, in_thread
 from system.plugins import AGENTS
 from system.rollout.scorer import held
 from system.text import as_text, described
@@ -219,7 +218,8 @@ class FunctionAgent:
             if self._is_async:
                 value = await foreign(bound())
             else:
-                value = await _in_thread(bound)
+                value = await in_thread(bound, "agent")
+                value = await foreign(value) if inspect.isawaitable(value) else value
             return Ran(_as_result(value))
         except (AgentFailed, GeneratorExit):
             raise
@@ -327,31 +327,3 @@ def _whole(word: str) -> str:
     """A path that is there, from the directory that the run was started in: the program has another."""
     path = Path(word)
     return str(path.resolve()) if path.is_file() or ("/" in word and path.exists()) else word
-
-
-async def _in_thread(work: Callable[[], Any]) -> Any:
-    """The value of ``work`` in a thread of its own, which no end of this process waits for."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if done.done():  # nobody waits any more
-            return
-        done.set_result((value, error))
-
-    def run() -> None:
-        value, error = None, None
-        try:
-            value = work()
-        except BaseException as raised:
-            error = raised
-        try:
-            loop.call_soon_threadsafe(settle, value, error)
-        except RuntimeError:  # the loop is gone
-            return
-
-    threading.Thread(target=run, name="agent", daemon=True).start()
-    value, error = await done
-    if error is not None:
-        raise error
-    return await foreign(value) if inspect.isawaitable(value) else value

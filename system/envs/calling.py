@@ -5,35 +5,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from functools import partial
-from threading import Thread
 from typing import Any
 
-from system.foreign import foreign
-from system.text import named
-
-
-class OwnThreads(Executor):
-    """A thread for each call.  One that never returns holds up no other, and not the end of the process."""
-
-    def __init__(self) -> None:
-        self.running: set[Future[Any]] = set()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()  # from here on, whoever waits may go, but the thread stays
-        self.running.add(future)
-        future.add_done_callback(self.running.discard)
-        Thread(target=_fulfil, args=(future, partial(fn, *args, **kwargs)), daemon=True).start()
-        return future
+from system.foreign import OwnThreads, foreign
 
 
 class Caller:
     """Calls of one object of an author's, one after another."""
 
     def __init__(self) -> None:
-        self._threads = OwnThreads()
+        self._threads = OwnThreads("world")
 
     async def call(self, within_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What ``function`` returns; raises what it raises, and :class:`.TooLate` after ``within_s`` seconds.
@@ -71,12 +52,3 @@ def told(function: Callable[..., Any], take: Callable[[Any], None]) -> Callable[
         return value
 
     return called
-
-
-def _fulfil(future: Future[Any], work: Callable[[], Any]) -> None:
-    try:
-        future.set_result(work())
-    except StopIteration as error:  # no asyncio future takes one: whoever waits would never be told
-        future.set_exception(RuntimeError(named(error)))
-    except BaseException as error:  # whatever it is, it is for whoever waits
-        future.set_exception(error)

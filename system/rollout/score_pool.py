@@ -8,13 +8,13 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from system.config import ChosenReward, Config, to_dict
 from system.errors import ConfigError
+from system.foreign import OwnThreads
 from system.rollout.reward import BranchView, ScoreFailed
 from system.tree.prompt import Prompt
 
@@ -52,34 +52,14 @@ class Threads:
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """What ``call`` returns or raises, in the place that was waited for."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
 
-        def settle(value: Any, error: BaseException | None) -> None:
-            self._places.release()
-            if future.done():
-                return
-            if isinstance(error, StopIteration):  # no future takes one
-                error = RuntimeError(f"{type(error).__name__}: {error}")
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
-
-        def work() -> None:
-            value, error = None, None
-            try:
-                value = call()
-            except BaseException as raised:
-                error = raised
+        def give_back(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
-                loop.call_soon_threadsafe(settle, value, error)
+                loop.call_soon_threadsafe(self._places.release)
 
-        try:
-            threading.Thread(target=work, name="reward", daemon=True).start()
-        except RuntimeError:  # the machine has no more
-            self._places.release()
-            raise
-        return future
+        thread = OwnThreads("reward").submit(call)
+        thread.add_done_callback(give_back)
+        return asyncio.wrap_future(thread)
 
 
 class ScorePool:
