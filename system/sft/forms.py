@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from system.plugins import nearest
-from system.tasks.columns import RowUnusable, find, repair
+from system.tasks.columns import RowUnusable, find, repair, whole_text
 from system.tasks.files import DataError, KeyTwice, Row, from_json
 
 Message = dict[str, Any]
@@ -145,10 +145,8 @@ def _message(value: Any, where: str) -> Message:
     """One message in OpenAI's terms, of ShareGPT's or its own."""
     if not isinstance(value, Mapping):
         raise RowUnusable(f"{where}: expected {{role, content}} or {{from, value}}")
-    speaker, content = (
-        value.get("role", value.get("from")),
-        _content(value.get("content", value.get("value"))),
-    )
+    speaker = value.get("role", value.get("from"))
+    content = whole_text(value.get("content", value.get("value")))
     role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise RowUnusable(f"{where}: {str(speaker)[:40]!r} is no role: {', '.join(_SPEAKERS)}")
@@ -186,16 +184,6 @@ def _thought(value: Any, content: Any, where: str) -> Message:
             "template would write either of them; keep one"
         )
     return {"content": content or "", "reasoning_content": value}
-
-
-def _content(value: Any) -> Any:
-    """A text, of parts of text as well."""
-    if isinstance(value, list):
-        parts = [part.get("text") for part in value if isinstance(part, Mapping)]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(value):
-            return "".join(texts)
-    return value
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:

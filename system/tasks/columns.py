@@ -225,13 +225,22 @@ def _listed(value: Any) -> Any:
 def _message(value: Any, where: str) -> dict[str, str]:
     if isinstance(value, Mapping):
         role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
-        if isinstance(content, list | tuple):  # parts: of a text only, not of images
-            parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            texts = [part for part in parts if isinstance(part, str)]
-            content = "".join(texts) if len(texts) == len(content) else None
+        content = whole_text(content)
         if isinstance(role, str) and role and isinstance(content, str):
             return {"role": _SHAREGPT.get(role, role), "content": content}
     raise RowUnusable(f"{where}: expected {{role, content}}, both texts")
+
+
+def whole_text(content: Any) -> Any:
+    """The text of a message's content, whose parts are joined where they are texts, not images; else as it
+    is.
+    """
+    if isinstance(content, list | tuple):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) == len(content):
+            return "".join(texts)
+    return content
 
 
 def _with_system(messages: Messages, text: str) -> Messages:
