@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from byte_tokenizer import byte_tokenizer
 
 from system.config import load
 from system.doctor.preflight import look
@@ -33,13 +31,6 @@ from system.tree.store import read_trees
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-
-
-def a_tokenizer_of_bytes() -> str:
-    """As ``tokenizer.json`` holds it."""
-    made = Tokenizer(BPE({byte: number for number, byte in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    made.pre_tokenizer = ByteLevel()
-    return made.to_str()
 
 
 @pytest.fixture
@@ -100,7 +91,7 @@ def test_a_recipe_of_ones_own_needs_only_a_model_and_data(
     create_model(Path(config.model.path), task.tokenizer(), config.model, 0)
     (only,) = [str(problem) for problems in look(config).values() for problem in problems]
     assert re.match(r"model\.path: \d+ of the first \d+ tokens .* unknown", only)  # which it is
-    (Path(config.model.path) / "tokenizer.json").write_text(a_tokenizer_of_bytes())
+    (Path(config.model.path) / "tokenizer.json").write_text(byte_tokenizer().to_str())
     assert not any(look(config).values())
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import byte_tokenizer
+from tokenizers import AddedToken, decoders
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from system.agents.forest import Forest
@@ -80,9 +81,7 @@ TABLE: dict[str, dict[str, float]] = {
 
 def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Bytes, the special tokens of ChatML, and a token for each of the model's words, and for ``more``."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = byte_tokenizer(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL])
     backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in (*WORDS, *more)])

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from safetensors.numpy import save_file
 from tiny_shape import tiny_shape
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from actors.cli.main import main
 from system.config import load
@@ -49,9 +50,7 @@ def make_model(path: Path) -> Path:
     for file in ("model-0.safetensors", "model-1.safetensors"):
         save_file({name: tensors[name] for name in names if where[name] == file}, path / file)
     (path / INDEX).write_text(json.dumps({"weight_map": where}))
-    tokenizer = Tokenizer(BPE({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    tokenizer.pre_tokenizer = ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
+    byte_tokenizer().save(str(path / "tokenizer.json"))
     return path
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import byte_tokenizer
+from tokenizers import AddedToken, decoders
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -38,9 +39,7 @@ MAY_THINK = CHATML.replace(
 
 def chatml(template: str = CHATML, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
     """Byte-level, with ChatML's special tokens; its EOS may be another than the template's."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = byte_tokenizer(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from byte_tokenizer import byte_tokenizer
+from tokenizers import AddedToken, decoders, processors
 from transformers import PreTrainedTokenizerFast
 
 from system.rollout.encode import decode, encode_text, opening
@@ -13,9 +14,7 @@ from system.rollout.encode import decode, encode_text, opening
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, with ChatML's special tokens and a BOS that the tokenizer adds by itself."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend = byte_tokenizer(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>", "<bos>"]
     backend.add_special_tokens([AddedToken(x, special=True) for x in specials])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from byte_tokenizer import byte_tokenizer
 from tokenizers import Tokenizer
-from tokenizers.models import BPE, Unigram, WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from system.config import load
 from system.tasks.base import make_task, notes
@@ -32,12 +33,6 @@ def pieces() -> Tokenizer:
     return made
 
 
-def byte_pairs() -> Tokenizer:
-    made = Tokenizer(BPE({byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, []))
-    made.pre_tokenizer = ByteLevel()
-    return made
-
-
 @pytest.mark.parametrize("tokenizer", [words(), pieces()], ids=["words", "pieces"])
 def test_unknown_tokens_of_questions_and_answers_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -57,7 +52,7 @@ def test_a_few_are_no_reason_to_refuse(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_bytes_knows_everything(tmp_path: Path) -> None:
-    byte_pairs().save(str(tmp_path / "tokenizer.json"))
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     assert unknown_tokens(str(tmp_path), QUESTIONS) is None
 
 
