@@ -20,6 +20,7 @@ from system.observe.progress import Progress
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
+from system.text import described
 
 
 def in_session(
@@ -78,6 +79,16 @@ async def followed(
                 await asyncio.gather(*tasks, return_exceptions=True)
     finally:
         events.close()
+
+
+def draw_curves(run_dir: RunDir) -> None:
+    """The curves; a run that cannot be drawn ends as it would."""
+    from system.observe import plots  # slow import, and Ray's processes end meanwhile
+
+    try:
+        plots.draw(run_dir)
+    except Exception as error:
+        print(f"espalier: the curves are not drawn: {shown(described(error))}", file=sys.stderr)
 
 
 def _failed(errors: BaseException, again: str) -> int:

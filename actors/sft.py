@@ -18,7 +18,7 @@ from actors.heartbeat import Heartbeats, Watched
 from actors.learner import LearnerGroup
 from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
-from actors.session import followed, in_session
+from actors.session import draw_curves, followed, in_session
 from actors.supervised import SftState, Supervised
 from system.config import Config, to_dict, without_rank
 from system.config.lora import going_on
@@ -159,7 +159,7 @@ class _SftRun:
                 "config": redact(to_dict(config)),
             }
         )
-        _draw(run_dir)
+        draw_curves(run_dir)
         saved.leave(best.step, stays=False)
         for line in (
             f"{state.step} steps, {state.tokens} tokens learned, loss {state.first_loss:.3f} -> "
@@ -169,9 +169,3 @@ class _SftRun:
         ):
             print(shown(line))
         return deliver(config, run_dir)
-
-
-def _draw(run_dir: RunDir) -> None:
-    from actors.train import draw_curves
-
-    draw_curves(run_dir)

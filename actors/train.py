@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from actors.heartbeat import Heartbeats
 from actors.placement import Placement
 from actors.ray_support import StartFailed, watched
 from actors.rollout_pool import RunActors
-from actors.session import followed, in_session
+from actors.session import draw_curves, followed, in_session
 from system.config import Config, ConfigError, truncated, without_effect
 from system.config.lora import going_on
 from system.doctor.adapters import chosen_targets, other_base
@@ -37,7 +36,6 @@ from system.observe.totals import report
 from system.observe.views import sinks
 from system.sft.demonstrations import demonstrations
 from system.tasks.base import Task, make_task, notes
-from system.text import described
 
 
 def train(config: Config, *, config_name: str, resume: Path | None) -> int:
@@ -104,16 +102,6 @@ async def _run(config: Config, run_dir: RunDir, task: Task, asked: Sequence[Aske
             draw_curves(run_dir)
             print(*map(shown, report(summary, run_dir)), sep="\n", flush=True)
     return code
-
-
-def draw_curves(run_dir: RunDir) -> None:
-    """The curves; a run that cannot be drawn ends as it would."""
-    from system.observe import plots  # slow import, and Ray's processes end meanwhile
-
-    try:
-        plots.draw(run_dir)
-    except Exception as error:
-        print(f"espalier: the curves are not drawn: {shown(described(error))}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)

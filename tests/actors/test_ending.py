@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import train
+from actors import session
 from system.config import Config
 from system.errors import INTERRUPTED
 from system.observe.rundir import RunDir
@@ -82,5 +82,5 @@ def test_a_run_that_cannot_be_drawn_ends_as_it_would(
     config.run.dir = str(tmp_path)
     run = RunDir.create(config)
     run.metrics_path.write_text('{"step": 1}\n\x00\x00\n{"step": 2}\n')
-    train.draw_curves(run)
+    session.draw_curves(run)
     assert "the curves are not drawn: JsonlError" in capsys.readouterr().err
