@@ -1,20 +1,25 @@
-"""A run's time with Ray: from its start to the exit code, whatever ends it."""
+"""What is the same of every run: its directory, what people see of it, and its time with Ray, from the start
+to the exit code, whatever ends it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
 
 from actors.ending import EXIT_DEADLINE_S, exit_within
-from actors.ray_support import ray_session
+from actors.ray_support import StartFailed, ray_session
 from system.config import Config, ConfigError
+from system.doctor.adapters import chosen_targets, other_base
 from system.errors import EXPECTED, FAILED, INTERRUPTED, LOST, exit_code, leaves, told
+from system.observe import lease
 from system.observe.jsonl import JsonlWriter
 from system.observe.progress import Progress
 from system.observe.recorder import Status
@@ -23,33 +28,51 @@ from system.observe.terminal import shown
 from system.text import described
 
 
+@contextmanager
+def opened(config: Config, run_dir: RunDir, lines: Iterable[str], *, new: bool) -> Generator[None]:
+    """Hold the run directory for the length of the block.  People are told where it is, ``lines``, and what
+    is to be said of adapters.
+    """
+    with lease.held(run_dir.root):
+        said = [*lines, *chosen_targets(config), *(other_base(config) if new else ())]
+        print(f"run directory: {run_dir.root}", *map(shown, said), sep="\n", flush=True)
+        yield
+
+
 def in_session(
     config: Config,
     root: Path,
     work: Callable[[bool], Coroutine[Any, Any, int]],
     again: str,
     *,
+    new: bool,
     last: bool = True,
 ) -> int:
     """Do ``work`` (told whether Ray's cluster was given to us) while Ray is there; returns the process's exit
-    code.  ``again``: the command that goes on with a run that failed.
+    code.  ``again``: the command that goes on with a run that failed.  A ``new`` run directory goes where Ray
+    does not start, which raises StartFailed: nothing has happened then that it could tell.
 
     The process ends soon after, should anything in it hang; not before this returns, where it is not the
     ``last`` that it does.
     """
     code = FAILED
-    with ray_session(config, root) as joined:
-        try:
-            code = asyncio.run(work(joined))
-        except* ConfigError as errors:
-            raise next(leaves(errors)) from None
-        except* (*EXPECTED, RayError) as errors:
-            code = _failed(errors, again)
-        except* asyncio.CancelledError:  # by a signal
-            print("espalier: interrupted", file=sys.stderr)
-            code = INTERRUPTED
-        finally:
-            ending = exit_within(EXIT_DEADLINE_S, code)
+    try:
+        with ray_session(config, root) as joined:
+            try:
+                code = asyncio.run(work(joined))
+            except* ConfigError as errors:
+                raise next(leaves(errors)) from None
+            except* (*EXPECTED, RayError) as errors:
+                code = _failed(errors, again)
+            except* asyncio.CancelledError:  # by a signal
+                print("espalier: interrupted", file=sys.stderr)
+                code = INTERRUPTED
+            finally:
+                ending = exit_within(EXIT_DEADLINE_S, code)
+    except StartFailed:
+        if new:
+            shutil.rmtree(root, ignore_errors=True)
+        raise
     if not last:
         ending.cancel()
     return code

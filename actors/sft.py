@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,12 @@ from actors.evaluate import right_samples
 from actors.heartbeat import Heartbeats, Watched
 from actors.learner import LearnerGroup
 from actors.placement import Placement
-from actors.ray_support import StartFailed, watched
-from actors.session import draw_curves, followed, in_session
+from actors.ray_support import watched
+from actors.session import draw_curves, followed, in_session, opened
 from actors.supervised import SftState, Supervised
 from system.config import Config, to_dict, without_rank
 from system.config.lora import going_on
-from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, STOPPED, ConfigError
-from system.observe import lease
 from system.observe.recorder import Status
 from system.observe.rundir import RunDir
 from system.observe.terminal import shown
@@ -52,18 +49,10 @@ def sft(config: Config, *, config_name: str, resume: Path | None) -> int:
     data = read(config.sft, config.run.seed)  # all of it: nothing is made before
     task = make_task(config) if config.sft.samples or not config.model.path else None
     run_dir = old or RunDir.create(config, f"{config_name}-sft", supervised=True)
-    with lease.held(run_dir.root):
-        lines = [*without_rank(config), *chosen_targets(config)]
-        told = map(shown, [*lines, *(() if old else other_base(config))])
-        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
+    with opened(config, run_dir, without_rank(config), new=old is None):
         run = _SftRun(config, run_dir, data, task, rule(config.sft))
         again, last = run_dir.again(config), not config.sft.samples
-        try:
-            code = in_session(config, run_dir.root, run.learn, again, last=last)
-        except StartFailed:  # nothing has happened that a run directory could tell
-            if resume is None:
-                shutil.rmtree(run_dir.root, ignore_errors=True)
-            raise
+        code = in_session(config, run_dir.root, run.learn, again, new=old is None, last=last)
         return run.conclude() if code == DONE else code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,14 @@ from actors.delivery import deliver, deliver_rest, delivered
 from actors.ending import Signals, signals
 from actors.heartbeat import Heartbeats
 from actors.placement import Placement
-from actors.ray_support import StartFailed, watched
+from actors.ray_support import watched
 from actors.rollout_pool import RunActors
-from actors.session import draw_curves, followed, in_session
+from actors.session import draw_curves, followed, in_session, opened
 from system.config import Config, ConfigError, truncated, without_effect
 from system.config.lora import going_on
-from system.doctor.adapters import chosen_targets, other_base
 from system.errors import DONE, FAILED, STOPPED
 from system.evals.record import Asked
 from system.evals.sets import question_sets, to_ask
-from system.observe import lease
 from system.observe.card import base_name
 from system.observe.memory import follow
 from system.observe.progress import Progress
@@ -54,17 +51,9 @@ def train(config: Config, *, config_name: str, resume: Path | None) -> int:
     task = make_task(config)  # which reads all its data, as do the further sets: nothing is made before
     asked = to_ask(question_sets(config, task))
     run_dir = old or RunDir.create(config, config_name)
-    with lease.held(run_dir.root):
-        lines = [*notes(config, task), *without_effect(config), *chosen_targets(config)]
-        told = map(shown, [*lines, *(() if old else other_base(config))])
-        print(f"run directory: {run_dir.root}", *told, sep="\n", flush=True)
-        try:
-            work = partial(_run_and_deliver, config, run_dir, task, asked)
-            return in_session(config, run_dir.root, work, run_dir.again(config))
-        except StartFailed:  # Ray did not start: nothing has happened that a run directory could tell
-            if resume is None:
-                shutil.rmtree(run_dir.root, ignore_errors=True)
-            raise
+    with opened(config, run_dir, [*notes(config, task), *without_effect(config)], new=old is None):
+        work = partial(_run_and_deliver, config, run_dir, task, asked)
+        return in_session(config, run_dir.root, work, run_dir.again(config), new=old is None)
 
 
 def _nothing_to_train(config: Config, run_dir: RunDir) -> bool:
