@@ -28,8 +28,9 @@ class TooLate(EspalierError):
 class OwnThreads(Executor):
     """A thread for each call.  One that never returns holds up no other, and not the end of the process."""
 
-    def __init__(self) -> None:
-        self.running: set[Future[Any]] = set()
+    def __init__(self, name: str) -> None:
+        """``name``: of the threads."""
+        self.name, self.running = name, set[Future[Any]]()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -37,15 +38,16 @@ class OwnThreads(Executor):
         self.running.add(future)
         future.add_done_callback(self.running.discard)
         try:
-            Thread(target=_fulfil, args=(future, partial(fn, *args, **kwargs)), daemon=True).start()
+            work = (future, partial(fn, *args, **kwargs))
+            Thread(target=_fulfil, args=work, name=self.name, daemon=True).start()
         except RuntimeError as error:  # the machine has no more
             future.set_exception(error)
         return future
 
 
-def in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
+def in_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
     """What ``call`` returns or raises, in a thread of its own, which goes on when nobody waits any more."""
-    return asyncio.get_running_loop().run_in_executor(OwnThreads(), call)
+    return asyncio.get_running_loop().run_in_executor(OwnThreads(name), call)
 
 
 async def foreign(work: Awaitable[Any], within_s: float | None = None) -> Any:

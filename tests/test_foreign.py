@@ -17,13 +17,13 @@ async def test_what_a_call_raises_is_for_whoever_waits() -> None:
         """No Exception."""
 
     def fail(kind: type[BaseException]) -> None:
-        assert threading.current_thread() is not threading.main_thread()
+        assert threading.current_thread().name == "mine"
         raise kind("so")
 
     for kind, comes in ((ValueError, ValueError), (Odd, Odd), (StopIteration, RuntimeError)):
         with pytest.raises(comes, match="so"):
-            await in_thread(lambda kind=kind: fail(kind))
-    assert await in_thread(lambda: 7) == 7
+            await in_thread(lambda kind=kind: fail(kind), "mine")
+    assert await in_thread(lambda: 7, "mine") == 7
 
 
 async def test_a_thread_that_cannot_be_started_fails_its_call_and_holds_no_place(

@@ -218,7 +218,7 @@ class FunctionAgent:
             if self._is_async:
                 value = await foreign(bound())
             else:
-                value = await in_thread(bound)
+                value = await in_thread(bound, "agent")
                 value = await foreign(value) if inspect.isawaitable(value) else value
             return Ran(_as_result(value))
         except (AgentFailed, GeneratorExit):

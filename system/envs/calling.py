@@ -14,7 +14,7 @@ class Caller:
     """Calls of one object of an author's, one after another."""
 
     def __init__(self) -> None:
-        self._threads = OwnThreads()
+        self._threads = OwnThreads("world")
 
     async def call(self, within_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What ``function`` returns; raises what it raises, and :class:`.TooLate` after ``within_s`` seconds.

@@ -57,7 +57,7 @@ class Threads:
             with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
                 loop.call_soon_threadsafe(self._places.release)
 
-        thread = OwnThreads().submit(call)
+        thread = OwnThreads("reward").submit(call)
         thread.add_done_callback(give_back)
         return asyncio.wrap_future(thread)
 
