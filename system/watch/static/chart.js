@@ -8,6 +8,7 @@ const HEIGHT = 170, LEFT = 46, RIGHT = 10, TOP = 8, BOTTOM = 30;
 export function chart(title, series, { range = null, width = 390, unit = "", xName = "step" } = {}) {
   const drawn = series.filter((one) => one.points?.length);
   const box = el("figure", { class: "chart" }, el("figcaption", {}, title, unit ? el("small", {}, ` ${unit}`) : ""));
+  box.style.maxWidth = `${width}px`; // a long name below it does not make it wider
   if (!drawn.length) return filled(box, el("p", { class: "hint" }, "nothing recorded yet"));
   const points = drawn.flatMap((one) => one.points);
   const xs = points.map((p) => p[0]), lows = points.map((p) => p[2] ?? p[1]), highs = points.map((p) => p[3] ?? p[1]);
