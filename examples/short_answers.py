@@ -1,6 +1,6 @@
 """A reward of one's own.  In the directory of this file, or with it on PYTHONPATH:
 
-espalier train configs/quickstart.yaml reward=short_answers:Short
+espalier train ../configs/quickstart.yaml reward=short_answers:Short
 """
 
 from system.rollout.reward import Score

@@ -1,6 +1,6 @@
 """A credit and a branching policy of one's own.  In the directory of this file, or with it on PYTHONPATH:
 
-    espalier train configs/quickstart.yaml learn.credit=treerl_credit:ParentMean \
+    espalier train ../configs/quickstart.yaml learn.credit=treerl_credit:ParentMean \
         branching=treerl_credit:AtUnsureResults branching.options.threshold=0.2
 """
 

@@ -1,6 +1,6 @@
 """A tool of one's own.  In the directory of this file, or with it on PYTHONPATH:
 
-espalier train configs/quickstart.yaml tools.names=[search,python,weekday_tool:Weekday]
+espalier train ../configs/quickstart.yaml tools.names=[search,python,weekday_tool:Weekday]
 """
 
 from datetime import date

@@ -140,6 +140,7 @@ class RolloutContext:
             started_s=self.now(),
             guide=guide,
             sampled_prompt=self.encode_prompt(prompt, guide) if guide else (),
+            clock=self.now,
         )
 
     def heard(self, messages: Sequence[Message]) -> tuple[dict[str, str], ...]:

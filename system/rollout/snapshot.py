@@ -88,6 +88,7 @@ def freeze(tree: TreeRollout) -> bytes:
         "seconds": tree.seconds,
         "mishaps": tree.mishaps,
         "spent_s": _spent(tree.spent_s, tree.began_s, now),
+        "frozen_s": tree.calls.since_start(),
     }
     return save(arrays, {"tree": json.dumps(fields)})
 
@@ -98,7 +99,7 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         fields = json.loads(_metadata(data)["tree"])
         if fields["format"] != FORMAT:
             raise SnapshotError(f"format {fields['format']}: this version reads {FORMAT}")
-        growth = TreeBuilder.restore(load(data), fields["growth"])
+        growth = TreeBuilder.restore(load(data), fields["growth"], context.now)
         if growth.prompt_id != prompt.id:
             raise SnapshotError(f"a tree of prompt {growth.prompt_id!r}, not of {prompt.id!r}")
         temperature, seed = fields["temperature"], fields["seed"]
@@ -122,6 +123,10 @@ def thaw(context: RolloutContext, prompt: Prompt, data: bytes, ticket: int | str
         tree.ended += [(restored(values), Outcome(outcome)) for values, outcome in fields["ended"]]
         tree.seconds.update(fields["seconds"])
         tree.spent_s = fields["spent_s"]
+        # Nothing of it grew in between.  An older version did not say since when.
+        away = [fields.get("frozen_s", math.nan), tree.calls.since_start()]
+        if not math.isnan(away[0]):
+            growth.meta["away_s"] = [*growth.meta.get("away_s", []), away]
         tree.mishaps = [one for fields_ in fields["mishaps"] if (one := Mishap(*fields_)).kind != "reward"]
         return tree
     except (SafetensorError, KeyError, TypeError, IndexError, TreeError, json.JSONDecodeError) as error:

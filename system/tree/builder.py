@@ -8,14 +8,14 @@ grows; ``close`` sorts the nodes into depth-first pre-order once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from system.tree.node import GrowingLeaf, GrowingNode, NodePiece, token_arrays
+from system.tree.node import GrowingLeaf, GrowingNode, node_arrays, pieces_of, token_arrays
 from system.tree.record import (
     ForkDecision,
     Int32,
@@ -50,8 +50,10 @@ class TreeBuilder:
         started_s: float = 0.0,
         guide: int = 0,
         sampled_prompt: Sequence[int] | NDArray[Any] = (),
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree.
+        """``budget``: the leaf budget n.  ``started_s``: unix time, stored in the tree.  ``clock``: tells it,
+        so that the tree says when its nodes grew; None: it does not.
 
         ``sampled_prompt``: the prompt that the branches go on from, where that is not ``prompt_tokens``, the
         one that the tree is trained under; it tells ``guide`` actions.  While the tree grows, the former is
@@ -64,6 +66,7 @@ class TreeBuilder:
         self.prompt_id, self.budget = prompt_id, budget
         self.meta: dict[str, Any] = dict(meta or {})
         self.guide, self._trained, self._sampled = guide, trained, sampled
+        self._clock = clock
         self._about: dict[str, Any] = {
             "prompt_id": prompt_id,
             "task": task,
@@ -108,7 +111,9 @@ class TreeBuilder:
         if begin != above.end and not (kind == above.kind == Kind.MODEL and above.begin < begin < above.end):
             raise TreeError(f"node {parent}: a child cannot begin at {at}; only MODEL goes on inside MODEL")
         above.children.append(len(self._nodes))
-        self._nodes.append(GrowingNode(parent=parent, kind=kind, path=above.path, begin=begin, end=begin))
+        own = GrowingNode(parent=parent, kind=kind, path=above.path, begin=begin, end=begin)
+        own.times = (self._since_s(), math.nan, math.nan)
+        self._nodes.append(own)
         return len(self._nodes) - 1
 
     def extend(
@@ -146,6 +151,7 @@ class TreeBuilder:
         if own.path.size != own.end:  # a sibling has gone on from here: this branch needs its own copy
             own.path = TokenPath(own.path.view(0, own.end))
         own.path.append(ids)
+        own.grew(self._since_s())
         own.end += int(ids.size)
 
     def path_tokens(self, node: int) -> Int32:
@@ -252,11 +258,10 @@ class TreeBuilder:
         others go on from inside becomes several, one after the other: what named it names the last.  The
         growth stays usable.
         """
-        pieces, index = self._pieces()
-        kept = [self._nodes[piece.handle] for piece in pieces]
+        pieces, index = pieces_of(self._nodes)
         lengths = np.array([piece.end - piece.begin for piece in pieces], np.int32)
-        answers = np.array([n.answer for n in kept], np.float32)  # of nodes that are never cut
-        earned = np.zeros(len(kept), np.float32)
+        answers = np.array([self._nodes[piece.handle].answer for piece in pieces], np.float32)  # never cut
+        earned = np.zeros(len(pieces), np.float32)
         for handle, node in enumerate(self._nodes):
             earned[index[handle]] += node.reward
         episodes = np.array([leaf.episode for leaf in self._leaves], np.int32)
@@ -265,9 +270,8 @@ class TreeBuilder:
         tree = Tree(
             **self._about,
             **self._under_trained(grown),
+            **node_arrays(self._nodes, pieces),
             start=(np.cumsum(lengths) - lengths).astype(np.int32),
-            parent=np.array([piece.parent for piece in pieces], np.int32),
-            kind=np.array([n.kind for n in kept], np.int8),
             leaf=np.array([index[x.node] for x in self._leaves], np.int32),
             reward=np.array([x.reward for x in self._leaves], np.float32),
             correct=np.array([x.correct for x in self._leaves], np.int8),
@@ -339,8 +343,8 @@ class TreeBuilder:
         """(arrays, JSON-able fields), from which :meth:`restore` makes an equal growth.
 
         Arrays per token (those of the same names in a :class:`Tree`) and per node (``parent``, ``kind``,
-        ``begin``, ``length``, ``answer``, ``reward``), nodes in the order of their handles; of a guided tree
-        also the ``trained_prompt``.  The leaves' rewards are not in it: they come at the close.
+        ``begin``, ``length``, ``answer``, ``reward``, ``times``), nodes in the order of their handles; of a
+        guided tree also the ``trained_prompt``.  The leaves' rewards are not in it: they come at the close.
         """
         nodes = self._nodes
         arrays: dict[str, NDArray[Any]] = {
@@ -351,6 +355,7 @@ class TreeBuilder:
             "length": np.array([n.end - n.begin for n in nodes], np.int32),
             "answer": np.array([n.answer for n in nodes], np.float32),
             "reward": np.array([n.reward for n in nodes], np.float64),
+            "times": np.array([n.times for n in nodes], np.float64),
         }
         fields = {
             **self._about,
@@ -364,7 +369,12 @@ class TreeBuilder:
         return arrays, fields
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, NDArray[Any]], fields: Mapping[str, Any]) -> TreeBuilder:
+    def restore(
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        fields: Mapping[str, Any],
+        clock: Callable[[], float] | None = None,
+    ) -> TreeBuilder:
         """The inverse of :meth:`state`.  Raises :class:`TreeError` or ``KeyError`` for what is none."""
         ends = np.cumsum(arrays["length"])
         about = {name: fields[name] for name in ("prompt_id", "task", "budget", "started_s", "meta")}
@@ -391,6 +401,11 @@ class TreeBuilder:
             growth.answer(number, logprob)
         for number, value in enumerate(arrays["reward"].tolist()):
             growth.reward(number, value)
+        # A state of an older version has no times.
+        times = arrays.get("times", np.zeros((0, 3))).tolist()
+        for node, (opened, first, last) in zip(growth._nodes, times, strict=False):
+            node.times = (opened, first, last)
+        growth._clock = clock
         for leaf in fields["leaves"]:
             growth.leaf(*leaf)
         for call in fields["calls"]:
@@ -404,6 +419,10 @@ class TreeBuilder:
             raise TreeError(f"no node {handle}: the growth has {len(self._nodes)} nodes")
         return self._nodes[handle]
 
+    def _since_s(self) -> float:
+        """Seconds since the tree's start; NaN without a clock."""
+        return math.nan if self._clock is None else max(0.0, self._clock() - self.started_s)
+
     def _annotate(
         self,
         node: GrowingNode,
@@ -415,27 +434,3 @@ class TreeBuilder:
         node.logprob.append(row(0.0 if logprob is None else logprob, size, np.float32, "logprob"))
         node.entropy.append(row(np.nan if entropy is None else entropy, size, np.float32, "entropy"))
         node.version.append(row(-1 if version is None else version, size, np.int32, "version"))
-
-    def _pieces(self) -> tuple[list[NodePiece], dict[int, int]]:
-        """(The closed tree's nodes in depth-first pre-order, the index of the one that each handle names.)
-
-        The pieces of a node follow one another: a piece's first child is the rest of its node.
-        """
-        pieces: list[NodePiece] = []
-        index: dict[int, int] = {}
-        stack = [(0, 0, -1)]  # (handle, depth at which the rest of it begins, piece above)
-        while stack:
-            handle, begin, above = stack.pop()
-            node = self._nodes[handle]
-            begins = [self._nodes[child].begin for child in node.children]
-            end = min((cut for cut in begins if cut > begin), default=node.end)
-            if end > begin:
-                pieces.append(NodePiece(handle, begin, end, above))
-                above = len(pieces) - 1
-            here = [child for child, cut in zip(node.children, begins, strict=True) if cut == end]
-            stack.extend((child, end, above) for child in reversed(here))
-            if end < node.end:
-                stack.append((handle, end, above))
-            else:
-                index[handle] = above
-        return pieces, index

@@ -32,6 +32,13 @@ class GrowingNode:
     routes: Routes | None = None  # [m, S, k] of its first m tokens, :meth:`TreeBuilder.route`
     answer: float = math.nan  # :meth:`TreeBuilder.answer`
     reward: float = 0.0  # :meth:`TreeBuilder.reward`
+    # Seconds after the tree's start: opened, its first token, its last one so far; NaN: not known.
+    times: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+
+    def grew(self, since_s: float) -> None:
+        """Tokens came at that time; called before they are counted."""
+        opened, first, _ = self.times
+        self.times = (opened, since_s if self.end == self.begin else first, since_s)
 
     def routes_like(self, like: Routes) -> Routes:
         """[n, S, k] of all its tokens."""
@@ -70,6 +77,47 @@ class NodePiece(NamedTuple):
     begin: int
     end: int
     parent: int  # index of the piece above, -1 for the root
+
+
+def pieces_of(nodes: Sequence[GrowingNode]) -> tuple[list[NodePiece], dict[int, int]]:
+    """(The closed tree's nodes in depth-first pre-order, the index of the one that each handle names.)
+
+    The pieces of a node follow one another: a piece's first child is the rest of its node.
+    """
+    pieces: list[NodePiece] = []
+    index: dict[int, int] = {}
+    stack = [(0, 0, -1)]  # (handle, depth at which the rest of it begins, piece above)
+    while stack:
+        handle, begin, above = stack.pop()
+        node = nodes[handle]
+        begins = [nodes[child].begin for child in node.children]
+        end = min((cut for cut in begins if cut > begin), default=node.end)
+        if end > begin:
+            pieces.append(NodePiece(handle, begin, end, above))
+            above = len(pieces) - 1
+        here = [child for child, cut in zip(node.children, begins, strict=True) if cut == end]
+        stack.extend((child, end, above) for child in reversed(here))
+        if end < node.end:
+            stack.append((handle, end, above))
+        else:
+            index[handle] = above
+    return pieces, index
+
+
+def node_arrays(nodes: Sequence[GrowingNode], pieces: Sequence[NodePiece]) -> dict[str, Any]:
+    """The arrays [J] of the closed tree's nodes that tell of its structure, and of when they grew."""
+    own = [nodes[piece.handle] for piece in pieces]
+    arrays: dict[str, Any] = {
+        "parent": np.array([piece.parent for piece in pieces], np.int32),
+        "kind": np.array([node.kind for node in own], np.int8),
+    }
+    if any(node.times[0] == node.times[0] for node in own):
+        times = np.array([node.times for node in own], np.float32).reshape(-1, 3)
+        cuts = [(one.begin > node.begin, one.end < node.end) for one, node in zip(pieces, own, strict=True)]
+        before, after = np.array(cuts, np.bool_).T
+        times[before, :2], times[after, 2] = np.nan, np.nan
+        arrays |= zip(("opened_s", "first_s", "last_s"), times.T.copy(), strict=True)
+    return arrays
 
 
 def token_arrays(nodes: Sequence[GrowingNode]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from system.tree.factor import EntropyFactor
 from system.tree.plan import BatchPlan, MicroBatch, Part, padded_size
-from system.tree.record import Float64, Kind, Tree, path, path_sum, subtree_end
+from system.tree.record import OF_NODES, Float64, Kind, Tree, path, path_sum, subtree_end
 from system.tree.routes import Routes, unrecorded
 
 
@@ -190,7 +190,7 @@ def _single_path(tree: Tree, leaf: int) -> Tree:
         closed_version=tree.closed_version[source] if tree.rescored else tree.closed_version,
         teacher_logprob=tree.teacher_logprob[source] if tree.taught else tree.teacher_logprob,
         routes=tree.routes[source] if tree.routed else tree.routes,
-        answer_logprob=tree.answer_logprob[nodes] if tree.answer_logprob.size else tree.answer_logprob,
+        **{name: own[nodes] for name in OF_NODES if (own := getattr(tree, name)).size},
         start=start.astype(np.int32),
         parent=np.arange(-1, nodes.size - 1, dtype=np.int32),
         kind=tree.kind[nodes],

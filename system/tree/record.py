@@ -158,6 +158,13 @@ class Tree:
     # [L] the run of an agent that each leaf is of, numbered from 0: its requests may have had several ends.
     # Leaves of one episode share reward, outcome and origin, and count once; none: each leaf is its own.
     episode: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    # [J] seconds after ``started_s`` at which a node was opened (a MODEL node's request made, a TOOL node's
+    # answer there), and at which its first and its last token came; NaN on the root, and on a part of a node
+    # that others go on from inside, where the part does not begin or end with the node.  None of the three:
+    # nobody looked at a clock.
+    opened_s: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    first_s: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    last_s: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def n_tokens(self) -> int:
@@ -192,6 +199,11 @@ class Tree:
         return self.sampled_prompt.size > 0
 
     @property
+    def timed(self) -> bool:
+        """Whether it is known when its nodes grew."""
+        return self.opened_s.size > 0
+
+    @property
     def end(self) -> Int32:
         """[J] one past each node's last own token."""
         return np.append(self.start[1:], np.int32(self.n_tokens)).astype(np.int32)
@@ -208,10 +220,13 @@ class Tree:
 _TYPES: dict[str, type] = {"Int32": np.int32, "Float32": np.float32, "Int8": np.int8}
 # A tree's arrays and their types, as annotated.
 ARRAYS = {field.name: _TYPES[str(field.type)] for field in fields(Tree) if str(field.type) in _TYPES}
-# Those of them that may be empty; a file of before they were there has none.
+# Those of a node each that may be empty.
+OF_NODES = ("answer_logprob", "step_reward", "opened_s", "first_s", "last_s")
+# All that may be empty; a file of before they were there has none.
 OPTIONAL = (
     *("closed_logprob", "closed_version", "teacher_logprob"),
     *("answer_logprob", "sampled_prompt", "step_reward", "episode"),
+    *("opened_s", "first_s", "last_s"),
 )
 
 
@@ -298,6 +313,8 @@ def validate(tree: Tree) -> None:
         unknown = np.isnan(tree.answer_logprob)
         _require(unknown | (tree.kind != Kind.MODEL), tree, "an answer scored behind a MODEL node")
         _require(unknown | np.isfinite(tree.answer_logprob), tree, "an infinite score of an answer")
+    for name in ("opened_s", "first_s", "last_s"):
+        _require(~np.isinf(getattr(tree, name)), tree, f"{name} is infinite")
     for record in (*tree.calls, *tree.forks):
         _require(0 <= record.node < tree.n_nodes, tree, f"{type(record).__name__} names node {record.node}")
 
@@ -309,6 +326,7 @@ def _check_arrays(tree: Tree) -> None:
     sizes |= dict.fromkeys(("start", "parent", "kind"), tree.n_nodes)
     sizes["answer_logprob"] = tree.n_nodes if tree.answer_logprob.size else 0
     sizes["step_reward"] = tree.n_nodes if tree.step_reward.size else 0
+    sizes |= dict.fromkeys(("opened_s", "first_s", "last_s"), tree.n_nodes if tree.timed else 0)
     sizes["sampled_prompt"] = tree.sampled_prompt.size  # any
     sizes["episode"] = tree.n_leaves if tree.episode.size else 0
     for name, dtype in ARRAYS.items():

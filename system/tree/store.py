@@ -8,7 +8,8 @@ Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``c
 of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text; ``routes`` are the bytes of an array
 of ``routes_shape``, one or two a number.  ``number`` counts the trees of the
 directory. The schema's version stands in the file's metadata under ``espalier.schema``; a column that came
-later (``sampled_prompt``, ``step_reward``, ``episode``, ``routes``) may be missing, and then has its default.
+later (``sampled_prompt``, ``step_reward``, ``episode``, ``routes``, ``opened_s``, …) may be missing, and then
+has its default.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tree as what the page draws: lanes of branches over tokens, with means over stretches of tokens.
+"""A tree as what the page draws: lanes of branches over tokens or time, with means over stretches of tokens.
 
 Every branch has a lane.  A node's first child goes on in its parent's lane; its other children begin lanes of
 their own, below, so that no two lines cross.
@@ -17,6 +17,7 @@ from system.observe.terminal import visible
 from system.text import one_line
 from system.tree.record import Int32, Kind, Origin, Outcome, Tree, leaf_sum, path_sum
 from system.tree.stats import TreeStats
+from system.watch.times import CAUSES, scored, times
 
 BINS = 6000  # of a drawing, about: more than a screen has pixels, in little over 100 kB
 
@@ -28,7 +29,8 @@ def drawing(
 
     ``nodes``, ``calls``, ``forks`` and ``leaves`` are columns.  ``begin`` counts the tokens on the path after
     the prompt (of which the root itself lies before 0); a node's stretches are number ``bin[j]`` on to the
-    next node's, of ``bin_tokens`` tokens each.
+    next node's, of ``bin_tokens`` tokens each.  ``times``: as in :class:`system.watch.times.Times`, causes by
+    their numbers; None where the tree does not tell.
     """
     stats = TreeStats.of(tree)
     lane = lanes(tree.parent)
@@ -37,6 +39,7 @@ def drawing(
     width = max(1, -(-tree.n_tokens // BINS))
     first, at = bins(tree.start, length, width)
     sampled = np.repeat(tree.kind == Kind.MODEL, length)
+    scores = scored(tree)
     node_entropy = stats.entropy_sum / np.maximum(stats.entropy_known, 1)
     return {
         "prompt": visible(tree.prompt_id),
@@ -69,6 +72,7 @@ def drawing(
             "entropy": _means(tree.entropy, first).round(3),
             "version": np.maximum.reduceat(np.where(sampled, tree.version, -1), first),
         },
+        "times": _times(tree),
         "calls": [
             {
                 "node": call.node,
@@ -101,9 +105,24 @@ def drawing(
                 "origin": _words(Origin(int(tree.origin[leaf])).name),
                 "episode": int(tree.episode[leaf]) if tree.episode.size else -1,
                 "told": one_line(told_of(tree, leaf)),
+                "scored": scores[leaf],
             }
             for leaf in range(tree.n_leaves)
         ],
+    }
+
+
+def _times(tree: Tree) -> dict[str, Any] | None:
+    """As the page has them, to a tenth of a millisecond."""
+    if (found := times(tree)) is None:
+        return None
+    return {
+        "causes": CAUSES,
+        "stretches": [
+            [(round(begin, 4), round(end, 4), CAUSES.index(cause)) for begin, end, cause in parts]
+            for parts in found.stretches
+        ],
+        "over": [round(value, 4) for value in found.over],
     }
 
 

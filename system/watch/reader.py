@@ -22,20 +22,21 @@ from system.tree.stats import TreeStats
 from system.watch.drawing import drawing
 from system.watch.index import TreeIndex, TreeRow, load
 from system.watch.records import Records
+from system.watch.status import Pulse, RunState, run_state
 from system.watch.tail import JsonlTail
 from system.watch.words import Decode, decoder, numbered, token_texts
 
 MOST_TEXT = 2000  # tokens of an answer
 _HELD_TOKENS = 4 << 20  # of trees that are kept for the texts of their nodes
 _DRAWINGS = 16
-_NOTES = 500
+_NOTES, _PHASES = 500, 20_000  # the newest
 
 
 class RunReader:
     """Reads the run in ``root``, and writes nothing there.
 
-    One thread calls :meth:`refresh`; the others may be called from any.  Who looks at ``records`` or
-    ``events`` holds ``still`` meanwhile.
+    One thread calls :meth:`refresh`; the others may be called from any.  Who looks at ``records``, ``notes``
+    or ``phases`` holds ``still`` meanwhile.
     """
 
     def __init__(self, root: Path) -> None:
@@ -48,11 +49,12 @@ class RunReader:
         self.run_dir, self.name = RunDir(root), visible(RunDir(root).name)
         self._metrics = JsonlTail(self.run_dir.metrics_path)
         self._events = JsonlTail(self.run_dir.events_path)
-        self.still = threading.Lock()  # nothing is added to records and events
+        self.still = threading.Lock()  # nothing is added to records, notes and phases
         self._lock = threading.Lock()  # of the trees and drawings that are kept
         self._decode: Decode | None = None
         self._trees: OrderedDict[int, Tree] = OrderedDict()
         self._drawn: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._pulse = Pulse()
         self.config: Config | None = None
         self.problem = ""  # why its settings cannot be read
         self.trouble = ""  # why nothing is read at the moment
@@ -60,7 +62,8 @@ class RunReader:
         self._settings()
         self.records = Records()
         self.index = TreeIndex(self.run_dir.tree_directories)
-        self.events: deque[dict[str, Any]] = deque(maxlen=_NOTES)  # phases and notes, the newest
+        self.notes: deque[dict[str, Any]] = deque(maxlen=_NOTES)
+        self.phases: deque[dict[str, Any]] = deque(maxlen=_PHASES)
 
     @property
     def bad_lines(self) -> int:
@@ -77,9 +80,19 @@ class RunReader:
             for record in self._metrics.news():
                 self.records.add(record)
             if self._events.restarted():
-                self.events.clear()
-            self.events.extend(self._events.news())
+                self.notes.clear()
+                self.phases.clear()
+            for event in self._events.news():
+                if "phase" in event:
+                    self.phases.append(event)
+                elif "note" in event:
+                    self.notes.append(event)
+        self.state()
         self.index.refresh(budget_s)
+
+    def state(self) -> RunState:
+        """What the run is doing.  :meth:`refresh` looks, too, so that nothing is missed in between."""
+        return run_state(self.run_dir.root, self._pulse)
 
     def _settings(self) -> None:
         """Read ``config.yaml`` if it is new: a resumed run may have other settings."""

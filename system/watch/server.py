@@ -26,7 +26,6 @@ from system.text import described
 from system.watch import views
 from system.watch.query import TreeFilter
 from system.watch.reader import MOST_TEXT, RunReader
-from system.watch.status import run_state
 
 REFRESH_S = 1.0  # between looks at a run's files
 SLICE_S = 0.15  # of reading trees, before somebody else has a turn
@@ -139,7 +138,7 @@ async def _runs(request: web.Request) -> web.Response:
 
 
 def _overview(run: RunReader, _: web.Request) -> Any:
-    state = run_state(run.run_dir.root)
+    state = run.state()
     with run.still:
         return views.overview(run, state)
 

@@ -76,11 +76,17 @@ def _leading_to(address: str) -> Generator[Path]:
 
 def told(address: str, *, local: bool) -> list[str]:
     """What is said of the address, in lines."""
-    parts, me = urlsplit(address), os.uname().nodename
-    lines = [f"open {address}"]
+    parts, me, who = urlsplit(address), os.uname().nodename, os.environ.get("USER", "USER")
+    port, end = parts.port, "Ctrl-C ends it"
     if local:
-        who, port = os.environ.get("USER", "USER"), parts.port
-        lines.append(f"from another machine, first: ssh -L {port}:127.0.0.1:{port} {who}@{me}")
-    else:
-        lines.append("it is open to the network, unencrypted: who has the address can read the run")
-    return [*lines, "Ctrl-C ends it"]
+        there = f"from another machine, first: ssh -L {port}:127.0.0.1:{port} {who}@{me}"
+        return [f"open {address}", there, end]
+    if ip_address(parts.hostname or "").is_unspecified:  # no address that one could open elsewhere
+        address = parts._replace(netloc=f"{me}:{port}").geturl()
+    return [
+        f"open {address}",
+        "others can reach it from the network, unencrypted: who has or overhears this address, and its key, "
+        "can read the run",
+        f"without --host only this machine can, and who comes by: ssh -L PORT:127.0.0.1:PORT {who}@{me}",
+        end,
+    ]

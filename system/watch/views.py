@@ -19,6 +19,7 @@ from system.watch.status import RunState
 
 POINTS = 90  # of a curve: more would be no more than its noise
 BARS = 160  # of a row of the timeline
+PHASES = 400  # of the timeline, at most
 PAGE = 100  # rows of the list of trees
 
 _IDLE = re.compile(r"time/idle_share/([^/]+)/(.+)")
@@ -43,8 +44,7 @@ def overview(run: RunReader, state: RunState) -> dict[str, Any]:
     """The page *Run*, curves aside."""
     records, config = run.records, run.config
     steps = config.run.steps if config and not run.run_dir.supervised else None
-    phases = [event for event in run.events if "phase" in event]
-    notes = [event for event in run.events if "note" in event]
+    phases, notes = run.phases, run.notes
     span = records.span
     return {
         "name": run.name,
@@ -154,36 +154,60 @@ def _listed(row: TreeRow) -> dict[str, Any]:
 
 
 def timeline(run: RunReader, bars: int = BARS) -> dict[str, Any]:
-    """Who waited for what, over the time of the run: shares by cause in stretches of equal length."""
+    """Who waited for what, over the time of the run: shares by cause in stretches of equal length.
+
+    Times are those of the driver's clock; a tree's are of the machine where it grew.  ``outside``: trees that
+    lie before or after all records.
+    """
     records = run.records
     if (span := records.span) is None:
-        return {"actors": [], "phases": [], "trees": [], "span": None}
+        return {"actors": [], "phases": [], "trees": [], "span": None, "outside": 0}
     began, ended = span
     # A trained step's record tells of the time since the one before.
-    _, first_when, first_window = records.series("time/window_s")
-    if first_when.size:
-        began = min(began, float(first_when[0] - first_window[0]))
+    _, whole, window = records.series("time/window_s")
+    if whole.size:
+        began = min(began, float(whole[0] - window[0]))
     phases = [
         (float(event["time"]), visible(str(event["phase"])))
-        for event in run.events
-        if "phase" in event and isinstance(event.get("time"), int | float)
+        for event in run.phases
+        if isinstance(event.get("time"), int | float)
     ]
-    began = min([began, *(when for when, _ in phases)])
+    began, ended = min([began, *(t for t, _ in phases)]), max([ended, *(t for t, _ in phases)])
     edges = np.linspace(began, max(ended, began + 1e-3), bars + 1)
     actors: defaultdict[str, dict[str, list[float | None]]] = defaultdict(dict)
     for key in records.names():
         if match := _IDLE.fullmatch(key):
             _, when, share = records.series(key)
-            _, whole, window = records.series("time/window_s")
             length = np.interp(when, whole, window) if whole.size else np.zeros(when.size)
             actors[visible(match[1])][visible(match[2])] = spread_over(when, length, share, edges)
-    trees = sorted(run.index.rows.values(), key=lambda row: row.started_s)
+    rows = sorted(run.index.rows.values(), key=lambda row: row.started_s)
+    trees = [row for row in rows if row.closed_s >= began and row.started_s <= ended]
     return {
         "span": [began, float(edges[-1])],
         "actors": [{"name": name, "causes": causes} for name, causes in sorted(actors.items())],
-        "phases": [{"time": when, "phase": name} for when, name in phases],
+        "phases": [
+            {"time": when, "phase": name} for when, name in merged(phases, ended, (ended - began) / PHASES)
+        ],
         "trees": [[row.number, row.started_s, row.closed_s] for row in trees[:: max(1, len(trees) // 400)]],
+        "outside": len(rows) - len(trees),
     }
+
+
+def merged(phases: Sequence[tuple[float, str]], ended: float, least: float) -> list[tuple[float, str]]:
+    """(begin, name) of phases, each up to the next one's begin or ``ended``; neighbours that take less than
+    ``least`` seconds become one that names them all, until it takes as long.
+    """
+    found: list[tuple[float, str]] = []
+    names: dict[str, None] = {}  # of those that are being put together, in order
+    begin = 0.0
+    for i, (when, name) in enumerate(phases):
+        begin = when if not names else begin
+        names[name] = None
+        until = phases[i + 1][0] if i + 1 < len(phases) else ended
+        if until - begin >= least or i + 1 == len(phases):
+            found.append((begin, ", ".join(names)))
+            names = {}
+    return found
 
 
 def spread_over(
@@ -191,16 +215,29 @@ def spread_over(
 ) -> list[float | None]:
     """[len(edges) - 1] the mean share in each stretch between ``edges``, weighted by time; None where no
     record tells.  A record says ``share`` of the ``length`` seconds before ``when``.
+
+    In time of about n log n for n records, by what lies below each edge.
     """
-    low, high = edges[:-1], edges[1:]
-    told, waited = np.zeros(low.size), np.zeros(low.size)
-    for end, long, value in zip(when.tolist(), length.tolist(), share.tolist(), strict=True):
-        first, last = np.searchsorted(high, end - long, "right"), np.searchsorted(low, end, "left")
-        part = slice(max(0, int(first)), int(last))
-        overlap = np.clip(np.minimum(high[part], end) - np.maximum(low[part], end - long), 0, None)
-        told[part] += overlap
-        waited[part] += overlap * value
-    return [w / t if t > 0 else None for w, t in zip(waited.tolist(), told.tolist(), strict=True)]
+    known = np.isfinite(share) & np.isfinite(length)
+    when, length, share = when[known], length[known], share[known]
+    end, at = when - edges[0], edges - edges[0]  # small numbers: the sums lose no digits that are seen
+    begin = end - length
+    told = np.diff(_below(at, begin, np.ones(begin.size)) - _below(at, end, np.ones(end.size)))
+    waited = np.diff(_below(at, begin, share) - _below(at, end, share))
+    least = 1e-6 * np.diff(at)  # less is what the sums lose
+    return [
+        max(0.0, w) / t if t > some else None
+        for w, t, some in zip(waited.tolist(), told.tolist(), least.tolist(), strict=True)
+    ]
+
+
+def _below(edges: Any, since: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[e] the sum of weight·(edge - since) over all ``since`` [n] below each edge."""
+    order = np.argsort(since)
+    count = np.searchsorted(since[order], edges, "left")
+    weights = np.concatenate([[0.0], np.cumsum(weight[order])])
+    moments = np.concatenate([[0.0], np.cumsum((weight * since)[order])])
+    return edges * weights[count] - moments[count]
 
 
 def evaluation(run: RunReader) -> dict[str, Any]:

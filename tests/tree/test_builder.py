@@ -39,6 +39,11 @@ def test_close_equals_the_naive_reference(case: tuple[TreeBuilder, Naive]) -> No
         np.testing.assert_array_equal(tree.teacher_logprob, np.float32(scores))
     else:
         assert np.isnan(scores).all()
+    if tree.timed:
+        columns = (tree.opened_s, tree.first_s, tree.last_s)
+        np.testing.assert_array_equal(np.stack(columns, axis=1), np.float32([n.times for n in nodes]))
+    else:
+        assert np.isnan([n.times[0] for n in nodes]).all()
     assert tree.kind.tolist() == [n.kind for n in nodes]
     assert (tree.end - tree.start).tolist() == [len(n.tokens) for n in nodes]
     parents = [-1 if n.parent < 0 else index[naive.nearest(n.parent)] for n in nodes]

@@ -23,10 +23,18 @@ class NaiveNode:
     teacher: list[float] = field(default_factory=list)  # its scores; NaN: none
     answer: float = np.nan
     at: int | None = None  # tokens of its parent that come before it; None: all
+    times: tuple[float, float, float] = (np.nan, np.nan, np.nan)  # opened, its first token, its last one
 
     def part(self, parent: int, begin: int, end: int) -> NaiveNode:
         columns = (self.tokens, self.logprob, self.entropy, self.version, self.closed, self.teacher)
-        return NaiveNode(parent, self.kind, *[column[begin:end] for column in columns], answer=self.answer)
+        opened, first, last = self.times
+        times = (
+            np.nan if begin else opened,
+            np.nan if begin else first,
+            last if end == len(self.tokens) else np.nan,
+        )
+        own = [column[begin:end] for column in columns]
+        return NaiveNode(parent, self.kind, *own, answer=self.answer, times=times)
 
 
 @dataclass
@@ -98,6 +106,7 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
     naive = Naive([NaiveNode(-1, Kind.PROMPT, prompt, [0.0] * blank, [np.nan] * blank, [-1] * blank)])
     if seed % 3 == 0:  # a guided tree, whose other prompt may be shorter, too
         naive.sampled = ids(1 + seed % 8)
+    now, timed = 1.0, seed % 4 > 0
     growth = TreeBuilder(
         f"prompt-{seed}",
         "test",
@@ -107,6 +116,7 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         started_s=1.0,
         guide=len(naive.sampled),
         sampled_prompt=naive.sampled,
+        clock=(lambda: now) if timed else None,
     )
     views: list[tuple[int, list[int], np.ndarray]] = []
 
@@ -127,12 +137,15 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
         return [h for h in range(1, len(naive.nodes)) if h not in closed]
 
     for _ in range(steps):
+        now += 0.5
         growing = may_grow()
         act = rng.random()
         if growing and act < 0.6:
             node = int(rng.choice(growing))
             own = naive.nodes[node]
             chunk = ids(int(rng.integers(0, 5)))
+            if timed and chunk:
+                own.times = (own.times[0], own.times[1] if own.tokens else now - 1, now - 1)
             own.tokens += chunk
             if own.kind == Kind.MODEL:
                 logprob = -rng.random(len(chunk)).astype(np.float32)
@@ -159,7 +172,8 @@ def grow(seed: int, steps: int, first_token: int = 0) -> tuple[TreeBuilder, Naiv
             begin = None if at is None else growth.depth(parent) - len(above.tokens) + at
             node = growth.node(parent, kind, begin)
             assert node == len(naive.nodes)
-            naive.nodes.append(NaiveNode(parent, kind, at=at))
+            times = (now - 1 if timed else np.nan, np.nan, np.nan)
+            naive.nodes.append(NaiveNode(parent, kind, at=at, times=times))
             if kind == Kind.TOOL:
                 growth.call(
                     ToolCall(node, "search", {"query": f"q{node}"}, "ok", 0.25, cached=bool(node % 2))

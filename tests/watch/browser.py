@@ -61,12 +61,12 @@ class Watched:
         assert not away, away
         assert not self.complaints, self.complaints
 
-    async def until(self, holds: str) -> None:
-        """Return once the JavaScript expression ``holds``; raises AssertionError after a minute.
+    async def until(self, holds: str, seconds: float = 60) -> None:
+        """Return once the JavaScript expression ``holds``; raises AssertionError after ``seconds``.
 
         Playwright's own ``wait_for_function`` compiles in the page, which the page's policy forbids.
         """
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + seconds
         while not await self.page.evaluate(holds):
             assert time.monotonic() < deadline, holds
             await asyncio.sleep(0.05)
@@ -76,3 +76,12 @@ class Watched:
         return await self.page.evaluate(
             "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
+
+
+async def opened(browser: Any, address: str, scheme: str = "light", patience_s: float = 60) -> Watched:
+    """The page at ``address``, in a window of 1280 pixels, which waits for so many seconds."""
+    page = await browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(1000 * patience_s)
+    watched = Watched(page)
+    await page.goto(address)
+    return watched

@@ -5,64 +5,24 @@ Screenshots go to ``$ESPALIER_SCREENSHOTS``, if that is set, else to pytest's di
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Unavailable, Watched, install
-from watch_runs import append, forked_tree, line, made_run, record, varied
+from browser import opened
+from watch_runs import append, forked_tree, line, made_run, record, timed_tree, varied
 
 from system.observe.rundir import RunDir
 from system.tree.record import Tree
 from system.tree.store import TreeWriter
 from system.watch import mail
-from system.watch.demo import unpacked
 from system.watch.server import start
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 HOSTILE = '<img src=x onerror="alert(1)"><script>alert(2)</script>'
-PATIENCE_MS = 60_000
-
-
-@pytest.fixture(scope="session")
-def demo() -> Iterator[Path]:
-    with unpacked() as root:
-        yield root
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Any]:
-    """Skipped by name without chromium, and failed there if ``ESPALIER_REQUIRE_CHROMIUM`` is set."""
-    from playwright.async_api import async_playwright
-
-    try:
-        install()
-    except Unavailable as why:
-        (pytest.fail if os.environ.get("ESPALIER_REQUIRE_CHROMIUM") else pytest.skip)(str(why))
-    async with async_playwright() as playwright:
-        found = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        await found.close()
-
-
-async def opened(browser: Any, address: str, scheme: str = "light") -> Watched:
-    page = await browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
-    page.set_default_timeout(PATIENCE_MS)
-    watched = Watched(page)
-    await page.goto(address)
-    return watched
-
-
-@pytest.fixture
-def shots(tmp_path: Path) -> Path:
-    place = Path(os.environ.get("ESPALIER_SCREENSHOTS", tmp_path))
-    place.mkdir(parents=True, exist_ok=True)
-    return place
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -123,8 +83,10 @@ async def test_the_demo_from_page_to_page(browser: Any, demo: Path, shots: Path,
         await shot(f"tree-{colour}")
 
     await page.click("nav >> text=Timeline")
-    await page.wait_for_selector("svg.timeline rect[class^=k]")
+    await page.wait_for_selector("svg.timeline path.bar[class*=k]")
     assert await page.locator("svg.timeline .phase").count() > 3
+    await page.hover("svg.timeline .over >> nth=0")
+    await page.wait_for_selector("#told >> text=waits for")
     await shot("timeline")
     await page.click("nav >> text=Evaluation")
     await page.wait_for_selector("main[data-page=evaluation] .chart circle")
@@ -148,7 +110,7 @@ async def test_by_keyboard_alone(browser: Any, demo: Path) -> None:
     assert await page.get_attribute("tr.chosen", "data-tree") != first
     await page.keyboard.press("Enter")
     await page.wait_for_selector("svg.tree")
-    await page.focus("svg.tree")
+    assert await page.evaluate("document.activeElement.matches('svg.tree')"), "keys go to the drawing"
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "Enter"):
         await page.keyboard.press(key)
     await page.wait_for_selector("#detail .text pre span")
@@ -159,6 +121,11 @@ async def test_by_keyboard_alone(browser: Any, demo: Path) -> None:
     assert int(await page.get_attribute("svg.tree", "width")) > int(before)
     await page.keyboard.press("Escape")
     await page.wait_for_selector("tbody tr.chosen")
+    await page.focus("thead >> text=spread")
+    await page.keyboard.press("Enter")
+    await page.wait_for_selector("thead >> text=spread ▼")
+    focused = "document.activeElement.textContent"
+    assert await page.evaluate(focused) == "spread ▼", "a new list does not take the focus away"
     seen.without_complaint(address)
     await server.close()
 
@@ -187,6 +154,69 @@ async def test_hostile_text_a_run_that_goes_on_and_a_server_that_ends(browser: A
     seen.without_complaint(address)
     await server.close()
     await page.wait_for_selector("#problem >> text=does not answer")
+
+
+async def test_a_tree_over_time(browser: Any, tmp_path: Path) -> None:
+    """By its recorded seconds; and one of an older version, which has none."""
+    server, address = await start([made_run(tmp_path, [timed_tree(), forked_tree()]).root])
+    seen = await opened(browser, address)
+    page = seen.page
+    await page.wait_for_selector(".tiles")
+    base = address.split("#")[0]
+    await page.goto(f"{base}#/tree/0/0")
+    await page.wait_for_selector("svg.tree")
+    await page.select_option("#colour", "waits")
+    await page.wait_for_selector("text=time since the tree's start")
+
+    async def stretch(node: int, name: str) -> tuple[float, float]:
+        """(begin, end) of a node's first bar of that class, in pixels."""
+        bar = page.locator(f"g.node[data-node='{node}'] rect.{name} >> nth=0")
+        begin, wide = [float(await bar.get_attribute(one)) for one in ("x", "width")]
+        return begin, begin + wide
+
+    begin, end = await stretch(1, "k4")  # its first token is awaited from 0 to 0.5 s
+    second = 2 * (end - begin)
+    tool, held = await stretch(2, "k2"), await stretch(3, "k1")
+    assert tool == pytest.approx((begin + 1.1 * second, begin + 1.35 * second), abs=0.1)
+    assert held == pytest.approx((begin + 1.5 * second, begin + 1.75 * second), abs=0.1)
+    fork = await stretch(4, "k4")
+    assert fork[0] == pytest.approx(begin + 2.2 * second, abs=0.1)
+    ahead = page.locator("line.ahead >> nth=-1")
+    assert float(await ahead.get_attribute("x2")) == pytest.approx(fork[0], abs=0.1), "not begun before"
+    await page.click("g.node[data-node='4'] .hit", force=True)
+    assert "from +2.2 s to +2.5 s" in await page.inner_text("#detail .facts")
+    await page.click("#over")
+    await page.wait_for_selector("text=tokens of the branch")
+    assert await page.input_value("#colour") == "entropy", "causes of waiting are seen over time alone"
+    await page.keyboard.press("t")  # while a button has the focus
+    await page.wait_for_selector("text=time since the tree's start")
+    await page.focus("#colour")
+    await page.keyboard.press("Escape")  # leaves the field, not the page
+    await page.keyboard.press("t")
+    await page.wait_for_selector("text=tokens of the branch")
+    await page.goto(f"{base}#/tree/0/1")
+    await page.wait_for_selector("#over[disabled]")
+    await page.keyboard.press("t")
+    await page.wait_for_selector("text=tokens of the branch")
+    seen.without_complaint(address)
+    await server.close()
+
+
+async def test_long_names_and_many_runs_fit_at_1280_px(browser: Any, tmp_path: Path) -> None:
+    long = "a" * 200
+    tree = replace(timed_tree(), prompt_id=long, task=long)
+    runs = [made_run(tmp_path / str(i), [tree], name=f"{i}{long}") for i in range(9)]
+    append(runs[0].events_path, line({"time": 1003.0, "note": long * 3}))
+    for many in (runs[:1], runs):
+        server, address = await start([run.root for run in many])
+        seen = await opened(browser, address)
+        await seen.page.wait_for_selector(".tiles")
+        for place in ("run/0", "trees/0", "tree/0/0", "timeline/0", "evaluation/0", "compare/0"):
+            await seen.page.goto(f"{address.split('#')[0]}#/{place}")
+            await seen.page.wait_for_selector(f"main[data-page={place.split('/')[0]}]")
+            assert await seen.overflow() <= 0, place
+        seen.without_complaint(address)
+        await server.close()
 
 
 async def test_a_supervised_run_shows_its_losses(browser: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from system.watch.index import TreeIndex
 from system.watch.index import load as load_tree
 from system.watch.reader import RunReader
 from system.watch.records import Records
-from system.watch.status import run_state
+from system.watch.status import Pulse, run_state
 from system.watch.tail import JsonlTail
 from system.watch.words import numbered, token_texts
 
@@ -190,7 +191,7 @@ def test_a_run_of_settings_that_cannot_be_read_is_shown_without_advantages(tmp_p
 def state_of(root: Path, pid: int, host: str = "here", *, age: float = 0.0) -> str:
     (root / NAME).write_text(json.dumps({"host": host, "pid": pid}))
     now = (root / NAME).stat().st_mtime + age
-    return run_state(root, now=now, host="here").state
+    return run_state(root, Pulse(wall=lambda: now), host="here").state
 
 
 def test_whether_it_runs_ended_or_is_lost(tmp_path: Path) -> None:
@@ -209,6 +210,41 @@ def test_whether_it_runs_ended_or_is_lost(tmp_path: Path) -> None:
     assert run_state(root).state == "stopped", "it went on from its end, and has that model"
     (root / "summary.json").write_text('{"ended": tr')
     assert run_state(root).state == "stopped"
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, 3600.0])
+def test_whether_it_runs_does_not_hang_on_two_clocks(tmp_path: Path, ahead_s: float) -> None:
+    """The clock of the file server is ``ahead_s`` of this machine's."""
+    root, now = made_run(tmp_path, []).root, 0.0
+    wall = time.time()
+    (root / NAME).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    pulse = Pulse(lambda: now, lambda: wall + now)
+
+    def look(beat_s: float) -> tuple[str, float | None]:
+        """With the lease's last touch, and the last record, at that time of this machine's clock."""
+        for name in (NAME, "metrics.jsonl"):
+            os.utime(root / name, (wall + beat_s + ahead_s,) * 2)
+        found = run_state(root, pulse, "here")
+        return found.state, found.quiet_s
+
+    for path in root.glob("*.json*"):
+        os.utime(path, (0, 0))
+    look(0.0)
+    for now in range(10, 61, 10):
+        assert look(float(now)) == ("running", 0.0)
+    now = 90.0
+    assert look(60.0) == ("running", 30.0)
+    now = 96.0
+    assert look(60.0) == ("lost", 36.0), "nobody has touched it since"
+
+
+def test_notes_do_not_push_out_phases(tmp_path: Path) -> None:
+    run = made_run(tmp_path, [])
+    append(run.events_path, "".join(line({"time": 1004.0, "note": f"note {i}"}) for i in range(900)))
+    reader = RunReader(run.root)
+    reader.refresh()
+    assert [one["phase"] for one in reader.phases] == ["training"]
+    assert [reader.notes[i]["note"] for i in (0, -1)] == ["note 400", "note 899"]
 
 
 @given(st.text(max_size=40))

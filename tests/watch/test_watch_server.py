@@ -236,6 +236,25 @@ def test_what_is_said_of_the_address() -> None:
     assert "unencrypted" in told(address, local=False)[1]
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_an_address_that_stands_for_all_is_told_by_the_machines_name(host: str) -> None:
+    lines = told(f"http://{host}:8420/#key=abc", local=False)
+    assert lines[0] == f"open http://{os.uname().nodename}:8420/#key=abc"
+    assert "others" in lines[1]
+    assert "ssh -L" in lines[2], "what is better"
+
+
+async def test_a_server_for_the_network_asks_for_the_key_too(run: RunDir) -> None:
+    server, address = await start([run.root], host="0.0.0.0")
+    async with aiohttp.ClientSession() as session:
+        page = Page(address.replace("0.0.0.0", "127.0.0.1"), session)
+        for name in (os.uname().nodename, "192.0.2.1"):
+            assert (await page.get("/api/runs", key="", Host=f"{name}:1"))[0] == 401
+            assert (await page.get("/api/runs", Host=f"{name}:1"))[0] == 200
+        assert (await page.get("/api/runs", Host="evil.example"))[0] == 421
+    await server.close()
+
+
 def test_the_command_serves_until_it_is_ended(run: RunDir, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "actors.cli.main", "watch", str(run.root), "--demo"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from watch_runs import forked_tree, made_run, varied
+from watch_runs import append, forked_tree, line, made_run, varied
 
 from system.config import Config, ConfigError
 from system.tree.record import Tree, token_node
@@ -152,6 +152,56 @@ def test_shares_are_spread_over_time() -> None:
     shares = views.spread_over(np.array([1.5, 3.0]), np.array([1.5, 0.5]), np.array([0.5, 1.0]), edges)
     assert shares == pytest.approx([0.5, 0.5, 1.0])
     assert views.spread_over(np.array([1.0]), np.array([1.0]), np.array([0.5]), edges) == [0.5, None, None]
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.0, 50.0), st.floats(0.0, 9.0), st.floats(0.0, 1.0) | st.just(math.nan)),
+        max_size=30,
+    ),
+    st.integers(1, 12),
+)
+def test_shares_over_time_equal_a_sum_over_records(
+    records: list[tuple[float, float, float]], bars: int
+) -> None:
+    edges = 1.7e9 + np.linspace(10.0, 40.0, bars + 1)  # unix times
+    rows = [(1.7e9 + end, length, share) for end, length, share in records]
+    found = views.spread_over(*np.array(rows, np.float64).reshape(-1, 3).T, edges)
+    for low, high, one in zip(edges[:-1], edges[1:], found, strict=True):
+        parts = [
+            (max(0.0, min(high, end) - max(low, end - length)), share)
+            for end, length, share in rows
+            if share == share
+        ]
+        told = sum(part for part, _ in parts)
+        if told == 0:
+            assert one is None
+        elif told > 1e-3:
+            assert one == pytest.approx(sum(part * share for part, share in parts) / told, abs=1e-4)
+
+
+def test_phases_that_are_too_short_to_be_seen_become_one() -> None:
+    names = ("warm start", "training", "evaluating", "training", "saving")
+    phases = list(zip((0.0, 50.0, 50.5, 50.6, 60.0), names, strict=True))
+    assert views.merged(phases, 60.2, 1.0) == [
+        (0.0, "warm start"),
+        (50.0, "training, evaluating"),
+        (60.0, "saving"),
+    ]
+    assert views.merged(phases, 60.2, 0.0) == phases
+    assert views.merged([], 1.0, 1.0) == []
+
+
+def test_trees_of_another_clock_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    late = replace(forked_tree("late"), started_s=9000.0, closed_s=9001.0)
+    run = made_run(tmp_path, [*varied(3), late])
+    append(run.events_path, line({"time": 1020.0, "phase": "saving"}))
+    reader = RunReader(run.root)
+    reader.refresh()
+    timeline = views.timeline(reader)
+    assert [number for number, *_ in timeline["trees"]] == [0, 1, 2]
+    assert timeline["outside"] == 1
+    assert timeline["span"] == [999.0, 1020.0], "a phase that has just begun is seen"
 
 
 def test_the_pages_of_a_run(tmp_path: Path) -> None:

@@ -54,6 +54,20 @@ def forked_tree(
     )
 
 
+def timed_tree() -> Tree:
+    """The same, which says when it grew: its call was made at 1.1 s; the first branch waits for others before
+    it writes its answer, at 1.5 s; the fork begins at 2.2 s.
+    """
+    tree = forked_tree()
+    return replace(
+        tree,
+        calls=(replace(tree.calls[0], began_s=1.1),),
+        opened_s=np.array([NAN, 0.0, 1.5, 1.75, 2.2], np.float32),
+        first_s=np.array([NAN, 0.5, 1.5, 1.9, 2.4], np.float32),
+        last_s=np.array([NAN, 1.0, 1.5, 2.0, 2.5], np.float32),
+    )
+
+
 def made_run(parent: Path, trees: list[Tree], steps: int = 5, name: str = "seen") -> RunDir:
     """A run of ``steps`` steps with these trees, as one leaves it that has stopped."""
     config = Config()

@@ -1,6 +1,6 @@
 // The frame: the key, the pages and their addresses, keys of the keyboard, looking again.
 
-import { el } from "./dom.js";
+import { el, pressed } from "./dom.js";
 import { comparePage, evaluationPage, timelinePage } from "./more.js";
 import { page as runPage } from "./run.js";
 import { listPage, treePage } from "./trees.js";
@@ -58,6 +58,7 @@ async function show() {
     if (mine !== turn) return;
     shown = made;
     main.replaceChildren(shown.box);
+    shown.focus?.();
     main.dataset.page = at.name;
     problem.textContent = "";
   } catch (error) {
@@ -85,7 +86,7 @@ addEventListener("keydown", (event) => {
   }
   if (/^[1-5]$/.test(event.key)) location.hash = `#/${NAMES[Number(event.key) - 1][0]}/${place().run}`;
   else if (event.key === "Escape" && place().name === "tree") location.hash = `#/trees/${place().run}`;
-  else if (!(event.target.tagName === "BUTTON" || event.target.tagName === "A") && shown?.keys?.(event)) event.preventDefault();
+  else if (!pressed(event) && shown?.keys?.(event)) event.preventDefault();
 });
 key();
 await show();

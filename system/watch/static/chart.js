@@ -8,6 +8,7 @@ const HEIGHT = 170, LEFT = 46, RIGHT = 10, TOP = 8, BOTTOM = 30;
 export function chart(title, series, { range = null, width = 390, unit = "", xName = "step" } = {}) {
   const drawn = series.filter((one) => one.points?.length);
   const box = el("figure", { class: "chart" }, el("figcaption", {}, title, unit ? el("small", {}, ` ${unit}`) : ""));
+  box.style.maxWidth = `${width}px`; // a long name below it does not make it wider
   if (!drawn.length) return filled(box, el("p", { class: "hint" }, "nothing recorded yet"));
   const points = drawn.flatMap((one) => one.points);
   const xs = points.map((p) => p[0]), lows = points.map((p) => p[2] ?? p[1]), highs = points.map((p) => p[3] ?? p[1]);
@@ -24,7 +25,7 @@ export function chart(title, series, { range = null, width = 390, unit = "", xNa
   for (const tick of ticks(y0, y1, 4)) {
     image.append(
       svg("line", { class: "rule", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }),
-      svg("text", { class: "tick", x: LEFT - 6, y: y(tick) + 3.5, "text-anchor": "end" }, compact(tick)),
+      svg("text", { class: "tick", x: LEFT - 6, y: y(tick) + 3.5, "text-anchor": "end" }, Math.abs(tick) < 1000 ? String(tick).replace("-", "−") : compact(tick)),
     );
   }
   const across = ticks(x0, x1, 5).filter((one) => xName !== "step" || Number.isInteger(one));
@@ -32,16 +33,21 @@ export function chart(title, series, { range = null, width = 390, unit = "", xNa
     image.append(svg("text", { class: "tick", x: x(tick), y: HEIGHT - 14, "text-anchor": "middle" }, compact(tick)));
   }
   image.append(svg("text", { class: "tick", x: width - RIGHT, y: HEIGHT - 2, "text-anchor": "end" }, xName));
+  const dotted = drawn.filter((one) => one.dots);
   for (const one of drawn) {
+    // Single measurements stand beside each other, each with its interval: between them nothing was measured.
+    const aside = one.dots ? (dotted.indexOf(one) - (dotted.length - 1) / 2) * 5 : 0;
     const band = one.points.filter((p) => known(p[2]) && known(p[3]));
-    if (band.some((p) => p[3] > p[2])) {
+    if (one.dots) {
+      for (const p of band) image.append(svg("line", { class: `line ${one.colour}`, x1: x(p[0]) + aside, x2: x(p[0]) + aside, y1: y(p[3]), y2: y(p[2]) }));
+    } else if (band.some((p) => p[3] > p[2])) {
       const there = band.map((p) => `${x(p[0])},${y(p[3])}`), back = band.toReversed().map((p) => `${x(p[0])},${y(p[2])}`);
       image.append(svg("polygon", { class: `band ${one.colour}`, points: [...there, ...back].join(" ") }));
     }
-    const line = one.points.map((p, i) => `${i ? "L" : "M"}${x(p[0]).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
+    const line = one.points.map((p, i) => `${i ? "L" : "M"}${(x(p[0]) + aside).toFixed(1)} ${y(p[1]).toFixed(1)}`).join("");
     image.append(svg("path", { class: `line ${one.colour}${one.dots ? " dotted" : ""}`, d: line }));
     if (one.dots || one.points.length < 3) {
-      for (const p of one.points) image.append(svg("circle", { class: `point ${one.colour}`, cx: x(p[0]), cy: y(p[1]), r: 3.5 }));
+      for (const p of one.points) image.append(svg("circle", { class: `point ${one.colour}`, cx: x(p[0]) + aside, cy: y(p[1]), r: 3.5 }));
     }
   }
   const cursor = svg("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, x1: -9, x2: -9 });

@@ -53,7 +53,17 @@ export function duration(seconds) {
   return parts[0] ? `${parts[0]}:${m}:${s}` : `${parts[1]}:${s}`;
 }
 
-export const clock = (unix) => (known(unix) ? new Date(unix * 1000).toLocaleTimeString() : "–");
+// With its day: a run may take several.  In the browser's time zone.
+export const moment = (unix) =>
+  known(unix) ? new Date(unix * 1000).toLocaleString([], { month: "short", day: "numeric", hour: "numeric", minute: "2-digit", second: "2-digit" }) : "–";
+
+// Fill a node anew.  What had the focus in it has it again, by its place.
+export function refill(box, ...children) {
+  const all = () => [...box.querySelectorAll("a, button, input, select, [tabindex]")];
+  const at = all().indexOf(document.activeElement);
+  box.replaceChildren(...children.flat(Infinity));
+  if (at >= 0) all()[at]?.focus({ preventScroll: true });
+}
 
 export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
@@ -67,4 +77,16 @@ export function ticks(low, high, wanted) {
     found.push(Number((i * step).toPrecision(12)));
   }
   return found;
+}
+
+// Whether a key presses the button, or follows the link, that has the focus.
+export const pressed = (event) => /^(BUTTON|A)$/i.test(event.target.tagName) && (event.key === "Enter" || event.key === " ");
+
+const STEPS_S = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800];
+
+// Seconds from 0 to `span`, in steps that a clock has.
+export function timeTicks(span, wanted) {
+  const step = STEPS_S.find((one) => span / one <= wanted);
+  if (!step || span < 2) return ticks(0, span, wanted);
+  return Array.from({ length: Math.floor(span / step + 1e-9) + 1 }, (_, i) => i * step);
 }

@@ -1,7 +1,7 @@
 // The page Run: how it goes, what it is doing now, what went wrong.
 
 import { chart } from "./chart.js";
-import { clock, compact, count, duration, el, known, num, percent } from "./dom.js";
+import { compact, count, duration, el, known, moment, num, percent, refill } from "./dom.js";
 
 const CHARTS = [
   ["Reward", [["rollout/reward", "sampled"], ["train/reward", "trained on"]], {}],
@@ -28,7 +28,7 @@ export async function page(context) {
     const now = JSON.stringify([{ ...about, state: { ...about.state, quiet_s: Math.round(about.state.quiet_s ?? -1) } }, curves]);
     if (now === seen) return;
     seen = now;
-    box.replaceChildren(head(about), tiles(about), problems(about), charts(about, curves), idle(about), settings(about));
+    refill(box, head(about), tiles(about), problems(about), charts(about, curves), idle(about), settings(about));
   }
   await update();
   return { box, update };
@@ -74,7 +74,7 @@ function problems({ problems: found, causes, notes }) {
   const lines = [
     ...found.map((text) => el("li", { class: "problem" }, text)),
     ...causes.map((one) => el("li", { class: "problem" }, el("b", {}, one.kind), ` (${count(one.count, "time")}), first: ${one.first}`)),
-    ...notes.toReversed().slice(0, 12).map((one) => el("li", {}, el("time", {}, clock(one.time)), " ", one.text)),
+    ...notes.toReversed().slice(0, 12).map((one) => el("li", {}, el("time", {}, moment(one.time)), " ", one.text)),
   ];
   if (!lines.length) return el("section", {}, el("h2", {}, "Warnings and notes"), el("p", { class: "hint" }, "none"));
   return el("section", {}, el("h2", {}, "Warnings and notes"), el("ul", { class: "notes" }, lines));

@@ -1,6 +1,6 @@
 // The page Trees: the list with its filters, and one tree.
 
-import { compact, duration, el, known, num, signed } from "./dom.js";
+import { compact, duration, el, known, num, refill, signed } from "./dom.js";
 import { treeView } from "./treeview.js";
 
 const COLUMNS = [
@@ -33,7 +33,7 @@ const BOUNDS = [
 
 export async function listPage(context) {
   const asked = new URLSearchParams(context.query);
-  let chosen = 0, listed = null, turn = 0;
+  let chosen = 0, listed = null, seen = "", turn = 0;
   const body = el("tbody", {}), told = el("p", { class: "facts", id: "matched", "aria-live": "polite" });
   const heads = el("tr", {});
   const task = el("select", { id: "task", onchange: (event) => set("task", event.target.value) });
@@ -75,8 +75,9 @@ export async function listPage(context) {
     const mine = ++turn;
     const found = await context.api(`runs/${context.run}/trees?${asked}`);
     if (mine !== turn) return; // a later filter is under way
-    if (JSON.stringify(found) === JSON.stringify(listed)) return;
-    listed = found;
+    const now = JSON.stringify([found, asked.get("sort")]);
+    if (now === seen) return;
+    [listed, seen] = [found, now];
     options(task, "any", found.tasks, asked.get("task"));
     options(tool, "any", found.tools, asked.get("tool"));
     for (const name of ["time_min", "time_max"]) { // of an address that was opened again
@@ -85,18 +86,19 @@ export async function listPage(context) {
     }
     told.textContent = `${found.matched} of ${found.known} trees` + (found.files_left ? `, ${found.files_left} files still to be read` : "");
     const sort = asked.get("sort") ?? "-number";
-    heads.replaceChildren(...COLUMNS.map(([name, label]) => {
+    refill(heads, COLUMNS.map(([name, label]) => {
       if (!name) return el("th", {}, label);
       const arrow = sort === name ? " ▲" : sort === `-${name}` ? " ▼" : "";
       return el("th", {}, el("button", { type: "button", onclick: () => set("sort", sort === `-${name}` ? name : `-${name}`) }, label + arrow));
     }));
     chosen = Math.min(chosen, Math.max(0, found.rows.length - 1));
-    body.replaceChildren(...found.rows.map((row, i) => el(
+    refill(body, found.rows.map((row, i) => el(
       "tr", { class: i === chosen ? "chosen" : "", "data-tree": row.number, onclick: () => open(i) },
       COLUMNS.map(([name, , cell]) => el("td", { class: name ? "number" : "" }, name === "number" ? el("a", { href: `#/tree/${context.run}/${row.number}` }, cell(row)) : cell(row, found.began_s))),
     )));
     const end = found.offset + found.rows.length;
-    pages.replaceChildren(
+    refill(
+      pages,
       el("button", { type: "button", disabled: !found.offset, onclick: () => set("offset", Math.max(0, found.offset - 100)) }, "before"),
       ` ${found.rows.length ? found.offset + 1 : 0} to ${end} `,
       el("button", { type: "button", disabled: end >= found.matched, onclick: () => set("offset", end) }, "after"),
@@ -137,5 +139,6 @@ export async function treePage(context) {
     el("a", { href: `#/trees/${context.run}` }, "all trees"), "  ·  tree ", context.tree,
     el("span", { class: "hint" }, `  as a file to mail: espalier tree RUN --number ${context.tree} --html tree.html`),
   );
-  return { box: el("div", {}, near, treeView(tree, source, width)) };
+  const view = treeView(tree, source, width);
+  return { box: el("div", {}, near, view.box), keys: view.keys, focus: view.focus };
 }

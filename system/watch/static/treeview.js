@@ -1,33 +1,50 @@
 // One tree: drawing, legend, what a node says, and two branches side by side from their fork on.
 // `source.text(node, first)` gives the texts; the server does, or the file that holds them all.
+// Returns its `box`, what hears the `keys` pressed elsewhere on the page, and what gives the drawing the `focus`.
 
-import { clock, count, duration, el, known, num, percent, signed } from "./dom.js";
+import { count, duration, el, known, moment, num, percent, signed } from "./dom.js";
 import { COLOURS, drawTree, forkText, indexed, leafText, leavesBelow, neighbour, pathTo, scaleOf } from "./draw.js";
 
 export function treeView(tree, source, width = 1200) {
   const index = indexed(tree);
-  const state = { by: "entropy", zoom: 1, node: -1, pair: null };
+  const state = { by: "entropy", over: "tokens", zoom: 1, node: -1, pair: null };
   const drawing = el("div", { class: "drawing" }), legend = el("div", { class: "legend" });
   const detail = el("section", { class: "detail", id: "detail" });
   const colour = el(
     "select",
-    { id: "colour", onchange: (event) => show({ by: event.target.value }) },
-    Object.entries(COLOURS).map(([value, name]) => el("option", { value }, name)),
+    { id: "colour", onchange: (event) => coloured(event.target.value) },
+    Object.entries(COLOURS).map(([value, name]) => el("option", { value, disabled: value === "waits" && !tree.times }, name)),
   );
+  const untold = "this tree does not say when its nodes grew: an older version's, or of agents that others wrote";
+  const axis = el("button", { type: "button", id: "over", disabled: !tree.times, title: tree.times ? "key t" : untold, onclick: () => turned() });
   const larger = (factor) => show({ zoom: Math.min(64, Math.max(1, state.zoom * factor)) });
   const controls = el(
     "div", { class: "controls" },
     el("label", {}, "colour ", colour),
+    axis,
     el("button", { type: "button", onclick: () => larger(0.5), title: "key −" }, "narrower"),
     el("button", { type: "button", onclick: () => larger(2), title: "key +" }, "wider"),
-    el("span", { class: "hint" }, "arrows move, Enter opens, c compares, + and − stretch"),
+    el("span", { class: "hint" }, "arrows move, Enter opens, c compares, t: tokens or time, + and − stretch"),
   );
+
+  // What was waited for is seen over time alone.
+  function coloured(by) {
+    show({ by, over: by === "waits" ? "time" : state.over });
+  }
+
+  function turned() {
+    if (!tree.times) return;
+    const over = state.over === "time" ? "tokens" : "time";
+    show({ over, by: over === "tokens" && state.by === "waits" ? "entropy" : state.by });
+  }
 
   function show(change = {}) {
     Object.assign(state, change);
+    colour.value = state.by;
+    axis.textContent = state.over === "time" ? "over tokens" : "over time";
     const lit = state.pair && new Set(state.pair.flatMap((leaf) => pathTo(tree, tree.leaves[leaf].node)));
     const drawn = drawTree(tree, {
-      by: state.by, width, zoom: state.zoom, selected: state.node, lit,
+      by: state.by, over: state.over, width, zoom: state.zoom, selected: state.node, lit,
       on: { node: open, leaf: (leaf) => compareWith(leaf) },
     });
     const held = drawing.contains(document.activeElement);
@@ -40,20 +57,27 @@ export function treeView(tree, source, width = 1200) {
       el("span", { class: "hint" }, scale.unit ?? ""),
       el("span", {}, el("i", { class: "dot forked" }), "forked here"),
       el("span", {}, el("i", { class: "dot decided" }), "could have forked"),
-      ["latency", "author"].includes(state.by) ? "" : el("span", {}, el("i", { class: "swatch thin tool plain" }), "a tool's result"),
+      state.over === "time" && state.by !== "waits" ? el("span", {}, el("i", { class: "swatch thin held" }), "a wait") : "",
+      state.over === "time" ? el("span", {}, el("i", { class: "swatch thin ahead" }), "not begun yet") : "",
+      ["latency", "author", "waits"].includes(state.by) ? "" : el("span", {}, el("i", { class: "swatch thin tool plain" }), "a tool's result"),
     );
   }
 
   function keys(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key.startsWith("Arrow")) show({ node: neighbour(tree, Math.max(0, state.node), event.key) });
+    if (event.ctrlKey || event.metaKey || event.altKey) return false;
+    if (event.key.startsWith("Arrow")) {
+      show({ node: neighbour(tree, Math.max(0, state.node), event.key) });
+      drawing.querySelector(".selected .hit")?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    }
     else if (event.key === "Enter" && state.node >= 0) open(state.node);
     else if (event.key === "c" && state.node >= 0) compareAt(forkAbove(state.node));
+    else if (event.key === "t") turned();
     else if (event.key === "+" || event.key === "=") larger(2);
     else if (event.key === "-") larger(0.5);
-    else return;
+    else return false;
     event.preventDefault();
     event.stopPropagation();
+    return true;
   }
 
   function forkAbove(node) {
@@ -72,6 +96,8 @@ export function treeView(tree, source, width = 1200) {
     const facts = [`${kind}`, count(nodes.length[node], "token")];
     if (known(nodes.entropy[node])) facts.push(`mean entropy ${num(nodes.entropy[node], 3)} nats`);
     if (known(nodes.advantage[node])) facts.push(`advantage ${signed(nodes.advantage[node])}`);
+    const grew = tree.times?.stretches[node] ?? [];
+    if (grew.length) facts.push(`from +${duration(grew[0][0])} to +${duration(tree.times.over[node])}`);
     facts.push(`${count(nodes.leaves[node], "leaf").replace("leafs", "leaves")} below`);
     const panel = el("div", { class: "panel" }, el("h3", {}, `Node ${node}`), el("p", { class: "facts" }, facts.join("  ·  ")));
     for (const fork of index.forks.get(node) ?? []) panel.append(el("p", { class: "fork" }, forkText(fork)));
@@ -183,7 +209,11 @@ export function treeView(tree, source, width = 1200) {
   }
 
   show();
-  return el("div", { class: "treeview" }, facts(tree), controls, drawing, legend, detail);
+  return {
+    box: el("div", { class: "treeview" }, facts(tree), controls, drawing, legend, detail),
+    keys: (event) => !event.key.startsWith("Arrow") && keys(event), // arrows scroll the page, outside of the drawing
+    focus: () => drawing.firstChild.focus({ preventScroll: true }),
+  };
 }
 
 function facts(tree) {
@@ -191,7 +221,7 @@ function facts(tree) {
   const rows = [
     [`reward ${num(tree.reward)} ± ${num(tree.spread)}`, `${ends} of ${count(tree.leaves.length, "leaf").replace("leafs", "leaves")} right`],
     [count(tree.tokens, "token"), tree.flat ? `${percent(tree.unique / tree.flat)} of the flattened paths'` : ""],
-    [`${duration(tree.seconds)} from ${clock(tree.started_s)}`],
+    [`${duration(tree.seconds)} from ${moment(tree.started_s)}`],
     [tree.credit ? `advantages: ${tree.credit}, within this tree` : ""],
     [tree.guide ? `guided by ${count(tree.guide, "action")}` : ""],
   ];
