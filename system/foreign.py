@@ -1,4 +1,7 @@
-"""Awaiting a user's own part, which may do anything with a cancellation, or never return: our wait ends."""
+"""Awaiting a user's own part, which may do anything with a cancellation, or never return: our wait ends.
+
+Deadlines here do not count time in which the event loop stands still: an answer that is there is taken.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from system.errors import EspalierError
 from system.text import named
@@ -50,6 +54,54 @@ def in_thread(call: Callable[[], T], name: str) -> asyncio.Future[T]:
     return asyncio.get_running_loop().run_in_executor(OwnThreads(name), call)
 
 
+class AwakeTimeout:
+    """As ``asyncio.timeout``, but seconds in which the event loop stands still are not counted.
+    ``async with`` it, once.  Raises TimeoutError.
+    """
+
+    def __init__(self, within_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._slices = _Slices(within_s, self._loop.time)
+        self._timeout = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left."""
+        return self._slices.left_s
+
+    def lift(self) -> None:
+        """Let what follows in the block take any time."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def expired(self) -> bool:
+        """Whether the block was ended by it."""
+        return self._timeout.expired()
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        self._next()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lift()
+        await self._timeout.__aexit__(kind, error, trace)
+
+    def _next(self) -> None:
+        self._timer = self._loop.call_later(self._slices.begin(), self._ended)
+
+    def _ended(self) -> None:
+        self._slices.end()
+        if self._slices.over:
+            self._timeout.reschedule(self._loop.time())
+        else:
+            self._next()
+
+
 async def foreign(work: Awaitable[Any], within_s: float | None = None) -> Any:
     """The value of ``work``, which runs in a task of its own; raises what it raises.
 
@@ -75,19 +127,47 @@ async def foreign(work: Awaitable[Any], within_s: float | None = None) -> Any:
     return value
 
 
+class _Slices:
+    """A deadline, slice by slice."""
+
+    def __init__(self, within_s: float, clock: Callable[[], float]) -> None:
+        self._left_s, self._clock = within_s, clock
+        self._began = self._slice_s = 0.0
+        self._late = 0
+
+    def begin(self) -> float:
+        """The seconds of the slice that begins now."""
+        self._began, self._slice_s = self._clock(), min(self._left_s, SLICE_S)
+        return self._slice_s
+
+    def end(self) -> None:
+        """Count the slice, unless the event loop stood still in it."""
+        took_s, most_s = self._clock() - self._began, self._slice_s + LATE_S
+        if took_s >= most_s and self._late < MOST_LATE:
+            self._late += 1
+        else:  # a loop that is a little late each time adds up to nothing
+            self._left_s -= min(max(took_s, self._slice_s), most_s)
+        self._slice_s = 0.0
+
+    @property
+    def over(self) -> bool:
+        return self._left_s <= 0
+
+    @property
+    def left_s(self) -> float:
+        """With the time of the slice that is under way taken off."""
+        return max(0.0, self._left_s - min(self._clock() - self._began, self._slice_s))
+
+
 async def _ended(task: asyncio.Task[Any], within_s: float | None) -> None:
     """Return when ``task`` is done, or its time is over."""
     if within_s is None:
         await asyncio.wait([task])
         return
-    clock, left, late = asyncio.get_running_loop().time, within_s, 0
-    while not task.done() and left > 0:
-        began, slice_s = clock(), min(left, SLICE_S)
-        await asyncio.wait([task], timeout=slice_s)
-        if clock() - began >= slice_s + LATE_S and late < MOST_LATE:
-            late += 1
-        else:
-            left -= slice_s
+    slices = _Slices(within_s, asyncio.get_running_loop().time)
+    while not task.done() and not slices.over:
+        await asyncio.wait([task], timeout=slices.begin())
+        slices.end()
 
 
 async def _let_go(task: asyncio.Task[Any]) -> None:

@@ -15,15 +15,20 @@ class Caller:
 
     def __init__(self) -> None:
         self._threads = OwnThreads("world")
+        self.took_s = 0.0  # of the last call
 
     async def call(self, within_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
         """What ``function`` returns; raises what it raises, and :class:`.TooLate` after ``within_s`` seconds.
         That, and cancelling it, leaves a thread behind that still runs (:meth:`idle`).
         """
-        if inspect.iscoroutinefunction(function):
-            return await foreign(function(*arguments), within_s)
         loop = asyncio.get_running_loop()
-        return await foreign(loop.run_in_executor(self._threads, function, *arguments), within_s)
+        began = loop.time()
+        try:
+            if inspect.iscoroutinefunction(function):
+                return await foreign(function(*arguments), within_s)
+            return await foreign(loop.run_in_executor(self._threads, function, *arguments), within_s)
+        finally:
+            self.took_s = loop.time() - began
 
     async def idle(self, within_s: float) -> bool:
         """Whether no thread of it runs any more, at the latest ``within_s`` seconds from now."""

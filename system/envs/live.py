@@ -35,7 +35,7 @@ from system.envs.protocol import (
     WorldFailed,
     checked,
 )
-from system.envs.service import EnvironmentService, Held, Raised, plain
+from system.envs.service import EnvironmentService, Held, Raised, apart, plain
 from system.foreign import TooLate
 from system.tools.outcome import ToolSpec, ToolStatus
 from system.tools.tool import CallRefused, ToolUnavailable
@@ -227,12 +227,12 @@ class BranchSession:
     # An action
 
     async def _act(self, calls: tuple[Acted, ...], text: str) -> Observation:
-        tries, rebuilt, loop = 0, False, asyncio.get_running_loop()
+        tries, rebuilt = 0, False
         service, limits = self._service, self._service.limits
         name = f"The tool {calls[0].tool!r}" if calls else "The environment"
         repeatable = self._repeatable(calls)
         while True:
-            held, began = await self.world(), loop.time()
+            held = await self.world()
             try:
                 answer = await self._step(held, calls, text, len(self.journal), self._seed)
             except CallRefused as refusal:  # it has changed nothing
@@ -260,7 +260,7 @@ class BranchSession:
                 await asyncio.sleep(BACKOFF_S * 2 ** max(tries - 1, 0))
                 continue
             service.counts["steps"] += 1
-            taken = min(loop.time() - began, limits.step_s)
+            taken = min(held.caller.took_s, limits.step_s)  # waiting for a place is not what it takes
             self.journal = (*self.journal, Entry(calls, text, answer, taken, self._seed))
             self._seed = None
             return answer
@@ -381,29 +381,29 @@ class BranchSession:
                         given = await self._copied(parent)
                     if isinstance(given, Held):
                         self._held = given
-                    elif given is not None:
-                        self._held = await self._from_saved(*given)
+                    elif given is not None:  # the second is held until then: files may go with it
+                        self._held = await self._from_saved(given[0])
                     if self._held is not None:
                         self._service.counts[f"forks_{self._service.environment.forks}"] += 1
                         return
                 await self.world()
                 self._service.counts["forks_replay"] += 1
-        except WorldFailed:
-            return  # it is the fault
+        except WorldFailed as error:
+            self._known(error)
         except ForkTooLate as error:
             self._fault = error
         except _FAILURES as error:
             self._fault = self._failure("fork_failed", str(error))
 
-    async def _copied(self, parent: BranchSession) -> Held | tuple[Any] | None:
-        """A copy of the parent's world, or (what to open one from,); None: neither can be had, counted."""
-        held, kind = parent._held, self._service.environment.forks
-        limit = self._service.limits.fork_s
+    async def _copied(self, parent: BranchSession) -> Held | tuple[Any, Any] | None:
+        """A copy of the parent's world, or one of what it saved, and that itself; None: neither, counted."""
+        held, kind, limit = parent._held, self._service.environment.forks, self._service.limits.fork_s
         if held is None:
             return None
         try:
             if kind == ForkKind.SNAPSHOT:
-                return (await parent._ask(held, limit, "save", held.world.save),)
+                saved = await parent._ask(held, limit, "save", held.world.save)
+                return await parent._ask(held, limit, "the copy of what save() gave", apart, saved), saved
             ids = self._ids(len(self.journal))
             with parent._given_up(held, "its copy"):
                 made = await self._service.world(held.caller, limit, "fork", held.world.fork, ids)
@@ -421,7 +421,7 @@ class BranchSession:
         """None: it cannot be opened, and is replayed."""
         try:
             return await self._opened(saved)
-        except _FAILURES:
+        except (*_FAILURES, WorldFailed):
             self._service.counts["forks_refused"] += 1
             if not self._service.rebuilds:
                 raise

@@ -49,6 +49,7 @@ _TYPES: dict[Any, str] = {
     list: "array",
     dict: "object",
 }
+_UNBOUND = staticmethod, classmethod  # looked up in their class, these want no object
 _PARAMETER = re.compile(r"\s*(\w+)\s*(?:\([^)]*\))?:\s*(.+)")
 
 
@@ -63,7 +64,11 @@ class PlainEnvironment(Environment):
         if slow := [one for one, method in public.items() if inspect.iscoroutinefunction(method)]:
             remedy = "write it without, or a whole environment (system/envs/protocol.py)"
             raise PluginError(f"{where}: {slow[0]} is async: {remedy}")
-        self.tools = {one: _spec(where, one, method) for one, method in public.items() if one not in NO_TOOLS}
+        self.tools = {
+            one: _spec(where, one, method, bound=isinstance(inspect.getattr_static(kind, one), _UNBOUND))
+            for one, method in public.items()
+            if one not in NO_TOOLS
+        }
         self.answers_messages, self.has_result = "reply" in public, "reward" in public
         if not self.tools and not self.answers_messages:
             raise PluginError(f"{where}: {kind.__name__} has no public method for a tool, and no reply()")
@@ -142,8 +147,11 @@ def _methods(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
                     yield name, found
 
 
-def _spec(where: str, name: str, method: Callable[..., Any]) -> ToolSpec:
-    """A tool of a method's signature and docstring.  Raises :class:`PluginError`."""
+def _spec(where: str, name: str, method: Callable[..., Any], bound: bool) -> ToolSpec:
+    """A tool of a method's signature and docstring.  ``bound``: no parameter is the object itself.
+
+    Raises :class:`PluginError`.
+    """
     try:
         hints = typing.get_type_hints(method)
     except Exception as error:
@@ -151,7 +159,7 @@ def _spec(where: str, name: str, method: Callable[..., Any]) -> ToolSpec:
     told, of = _docstring(method)
     properties: dict[str, Any] = {}
     required: list[str] = []
-    for parameter in list(inspect.signature(method).parameters.values())[1:]:
+    for parameter in list(inspect.signature(method).parameters.values())[0 if bound else 1 :]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise PluginError(f"{where}: {name}({parameter}): a tool's parameters have names")
         if parameter.name not in hints:

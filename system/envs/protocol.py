@@ -140,7 +140,9 @@ class World(ABC):
         raise CannotFork(f"{type(self).__name__} has no fork()")
 
     def save(self) -> Any:
-        """Its state, for :attr:`Start.saved`.  Raises :class:`CannotFork` when it cannot be had now."""
+        """Its state, for :attr:`Start.saved`, which is a deep copy of it: it may be the world's own lists and
+        dicts.  Raises :class:`CannotFork` when it cannot be had now.
+        """
         raise CannotFork(f"{type(self).__name__} has no save()")
 
     def reseed(self, seed: int) -> Any:
@@ -162,6 +164,9 @@ class Environment(ABC):
     effects: Effects = Effects.SESSION
     answers_messages: bool = False  # whether a turn without a call is an action, too
     has_result: bool = True  # whether its worlds have a :meth:`World.result`
+    # Worlds that are opened, step or tell their result at once: further ones wait, before their deadlines
+    # begin.  0: as many as environment.concurrency.
+    runs_at_once: int = 0
 
     @abstractmethod
     def open(self, start: Start) -> World | Any:

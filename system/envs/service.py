@@ -7,6 +7,8 @@ What comes of it is a value or one of a few errors with a name.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import json
 import logging
 from collections import Counter
@@ -37,6 +39,9 @@ PLAIN_ERRORS = (
 )  # that an author raises to say something
 
 
+_RUNS = ("open", "step", "result")  # that :attr:`.Environment.runs_at_once` bounds
+
+
 class Raised(EspalierError):
     """The author's code raised an error of its own."""
 
@@ -57,6 +62,8 @@ class EnvironmentService:
         self.environment, self.limits, self.run, self.purpose = environment, limits, run, purpose
         self.counts: Counter[str] = Counter()
         self._slots = asyncio.Semaphore(limits.concurrency)
+        most = environment.runs_at_once
+        self._runs = asyncio.Semaphore(most) if most else contextlib.nullcontext()
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -115,7 +122,7 @@ class EnvironmentService:
 
         Raises :class:`TooLate`, :class:`Raised`, or one of :data:`PLAIN_ERRORS`.
         """
-        async with self._slots:
+        async with self._runs if what in _RUNS else contextlib.nullcontext(), self._slots:
             try:
                 return await caller.call(deadline_s, function, *arguments)
             except TooLate:
@@ -200,6 +207,17 @@ class Environments:
         """Return when all worlds that were retired are closed."""
         await self.train.settle()
         await self.eval.settle()
+
+
+def apart(saved: Any) -> Any:
+    """A copy of what ``save()`` returned, which later steps do not change.  Raises :class:`.CannotFork`."""
+    if saved is None:
+        raise CannotFork("save() returned None, from which no world can be opened")
+    try:
+        return copy.deepcopy(saved)
+    except Exception as error:
+        why = f"which has no copy ({named(error)}): return texts, numbers, lists and dicts of them"
+        raise CannotFork(f"save() returned {shown(saved)}, {why}") from error
 
 
 def plain(value: Any) -> Any:

@@ -48,6 +48,7 @@ class SessionEnvironment(Environment):
         """
         self.tools = {self.spec.name: self.spec}
         self._sandbox, self.call_s = sandbox, call_s
+        self.runs_at_once = sandbox.concurrency  # who waits for a place there would be late for that
         self._starting = asyncio.Lock()
         self._trees: dict[tuple[str, str, str], _Tree] = {}
         self._most, self._most_mb = live_sessions, live_mb
@@ -231,8 +232,10 @@ class SessionWorld(World):
         self._seed = seed
 
     async def close(self, why: str) -> None:
-        await self.park()
-        await self._environment.leave(self._tree)
+        try:
+            await self.park()
+        finally:  # or its tree's processes would never end
+            await self._environment.leave(self._tree)
 
     async def park(self) -> None:
         """Do without a session."""

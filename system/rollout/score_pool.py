@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from system.config import ChosenReward, Config, to_dict
 from system.errors import ConfigError
-from system.foreign import OwnThreads
+from system.foreign import AwakeTimeout, OwnThreads
 from system.rollout.reward import BranchView, ScoreFailed
 from system.tree.prompt import Prompt
 
@@ -160,7 +160,7 @@ class _Child:
         reader, writer = self._process.stdout, self._process.stdin
         assert reader is not None
         assert writer is not None
-        async with asyncio.timeout(deadline_s):
+        async with AwakeTimeout(deadline_s):
             writer.write(line + b"\n")
             await writer.drain()
             reply = await reader.readline()

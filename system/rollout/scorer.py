@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from system.config import ChosenReward, Config, ConfigError
 from system.config.schema_reward import ON_LOOP
 from system.errors import OF_OTHERS, asked_to_end
-from system.foreign import foreign
+from system.foreign import AwakeTimeout, foreign
 from system.plugins import REWARDS
 from system.rollout.reward import BranchView, GroupReward, Score, ScoreFailed
 from system.rollout.score_pool import ScorePool, Threads, late
@@ -165,7 +165,7 @@ class Scorer:
         """What ``call``, the user's own code, returns or what is awaited of it.  Raises
         :class:`ScoreFailed`.
         """
-        deadline = asyncio.timeout(self.chosen.deadline_s)
+        deadline = AwakeTimeout(self.chosen.deadline_s)
         try:
             async with deadline:
                 returned = call()
@@ -175,7 +175,7 @@ class Scorer:
         except OF_OTHERS as error:
             if isinstance(error, asyncio.CancelledError) and asked_to_end():
                 raise
-            if deadline.expired():
+            if deadline.expired:
                 raise late(self.chosen, self.chosen.deadline_s) from error
             raise ScoreFailed(f"reward {self.chosen.shown}: {type(error).__name__}: {error}") from error
 

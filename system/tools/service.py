@@ -2,7 +2,8 @@
 
 Around each call, from the outside in: argument check, cache and single flight (pure tools only), deadline,
 circuit breaker, concurrency limit, then per attempt the rate limit and the tool itself, with retries between
-attempts. A failing tool is an outcome, never an exception.
+attempts. A failing tool is an outcome, never an exception. Deadlines do not count time in which the process
+stands still (:mod:`system.foreign`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from asyncio_throttle.throttler import Throttler
 
 from system.config import ToolsConfig
 from system.errors import OF_OTHERS, ConfigError, EspalierError, asked_to_end
-from system.foreign import foreign
+from system.foreign import AwakeTimeout, TooLate, foreign
 from system.http import HttpClient
 from system.plugins import TOOLS, PluginError, is_path
 from system.text import as_text, named
 from system.tools.breaker import CircuitBreaker
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec, ToolStatus
 from system.tools.tool import CallRefused, Tool, ToolUnavailable, argument_error
+from system.tools.wanted import as_wanted
 
 
 class ToolStartError(EspalierError, RuntimeError):
@@ -198,15 +200,14 @@ class _Guarded:
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         started = self._clock()
-        outcome = await self._answer(cleaned(arguments), context)
+        outcome = await self._answer(as_wanted(self.tool.spec.parameters, cleaned(arguments)), context)
         return replace(outcome, text=as_text(outcome.text), latency_s=self._clock() - started)
 
     async def problem(self) -> str:
         """Why calls cannot work, "" if they can."""
         try:
-            async with asyncio.timeout(self._limits.deadline_s):
-                await foreign(self.tool.check())
-        except TimeoutError:
+            await foreign(self.tool.check(), self._limits.deadline_s)
+        except TooLate:
             return f"its check did not end within {self._limits.deadline_s:g} s"
         except ToolUnavailable as error:
             return str(error)
@@ -262,7 +263,7 @@ class _Guarded:
             self._joins += 1
         flight.waiting += 1
         try:
-            async with asyncio.timeout(deadline_s):
+            async with AwakeTimeout(deadline_s):
                 return await asyncio.shield(flight.task)
         except TimeoutError:
             return self._timed_out(deadline_s)
@@ -289,16 +290,15 @@ class _Guarded:
         self, deadline_s: float, arguments: Mapping[str, Any], context: CallContext
     ) -> ToolOutcome:
         """The call under its deadline, waiting for a slot and retries included."""
-        until = self._clock() + deadline_s
+        limit = AwakeTimeout(deadline_s)
         try:
-            async with asyncio.timeout(deadline_s):
-                async with self._slots:
-                    return await self._attempts(arguments, context, until)
-        except TimeoutError:
-            return self._timed_out(deadline_s)
+            async with limit, self._slots:
+                return await self._attempts(arguments, context, limit)
+        except TimeoutError:  # or the tool's own, of a client that it asks
+            return self._timed_out(deadline_s if limit.expired else None)
 
     async def _attempts(
-        self, arguments: Mapping[str, Any], context: CallContext, until: float
+        self, arguments: Mapping[str, Any], context: CallContext, limit: AwakeTimeout
     ) -> ToolOutcome:
         name = self.tool.spec.name
         if not self.breaker.allow():
@@ -308,7 +308,7 @@ class _Guarded:
             for attempt in range(1, self._limits.retries + 2):
                 if self._throttle is not None:
                     await self._throttle.acquire()
-                left = replace(context, deadline_s=max(0.0, until - self._clock()))
+                left = replace(context, deadline_s=limit.left_s)
                 try:
                     outcome = _checked(await foreign(self.tool.run(arguments, left)))
                 except CallRefused as refusal:  # says nothing about whether the tool works for others
@@ -346,8 +346,9 @@ class _Guarded:
         name = self.tool.spec.name
         return f"The call of the tool {name!r} {ended}. It may have taken effect; it was not sent again."
 
-    def _timed_out(self, deadline_s: float) -> ToolOutcome:
-        text = f"The tool {self.tool.spec.name!r} did not answer within {deadline_s:g} s."
+    def _timed_out(self, deadline_s: float | None) -> ToolOutcome:
+        within = "in time" if deadline_s is None else f"within {deadline_s:g} s"
+        text = f"The tool {self.tool.spec.name!r} did not answer {within}."
         if not self.tool.spec.repeatable:
             text += " The call may have taken effect."
         return ToolOutcome(ToolStatus.TIMEOUT, text)

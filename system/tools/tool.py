@@ -18,15 +18,13 @@ work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import attrs
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from jsonschema.exceptions import SchemaError, best_match
 from jsonschema.protocols import Validator
-from jsonschema.validators import extend, validator_for
+from jsonschema.validators import validator_for
 from jsonschema_specifications import REGISTRY
 from referencing import Resource
 from referencing.exceptions import Unresolvable
@@ -35,6 +33,7 @@ from referencing.jsonschema import specification_with
 from system.errors import EspalierError
 from system.text import named, shown
 from system.tools.outcome import CallContext, ToolOutcome, ToolSpec
+from system.tools.patternless import without_patterns
 
 
 class ToolUnavailable(EspalierError):
@@ -75,11 +74,12 @@ class Tool(Protocol):
 def argument_error(schema: Mapping[str, Any], arguments: Mapping[str, Any], patterns: bool = True) -> str:
     """What is wrong with ``arguments`` under a JSON schema of type object ("" if nothing), by the draft that
     its ``$schema`` names.  ``patterns``: whether regular expressions in it are applied (:class:`.ToolSpec`);
-    without, the schema is somebody else's, and whatever it does to the validator is told, not raised.
+    without, nothing is wrong that hangs on one, and the schema is somebody else's: whatever it does to the
+    validator is told, not raised.
     """
     kind = _dialect(schema)
     try:
-        validator = (kind if patterns else _without_patterns(kind))(schema, registry=REGISTRY)
+        validator = (kind if patterns else without_patterns(kind))(schema, registry=REGISTRY)
         error = best_match(validator.iter_errors(arguments))
     except RecursionError:
         return "the arguments are nested too deeply"
@@ -120,29 +120,6 @@ def _dialect(schema: Mapping[str, Any]) -> type[Validator]:
     """Of the draft that ``$schema`` names; of 2020-12 where it names none that is known."""
     known = isinstance(schema.get("$schema", ""), str)
     return validator_for(schema, default=Draft202012Validator) if known else Draft202012Validator
-
-
-@cache
-def _without_patterns(kind: type[Validator]) -> type[Validator]:
-    """``kind`` without its regular expressions, which may take for ever and hold the interpreter.
-
-    It is kept for all subschemas: the library's own ``evolve`` goes back to the stock class, and so to
-    regular expressions, at each that has a ``$schema``, as the whole has where ``$ref`` leads to it.
-    """
-    skipped = dict.fromkeys(("pattern", "patternProperties", "unevaluatedProperties"), _unjudged)
-    made: Any = extend(kind, {**skipped, "additionalProperties": _additional})
-    made.evolve = attrs.evolve
-    return made
-
-
-def _unjudged(*_: Any) -> Iterator[ValidationError]:
-    return iter(())
-
-
-def _additional(validator: Any, told: Any, given: Any, schema: Any) -> Iterator[ValidationError]:
-    """Which properties are additional is not known where patterns say it."""
-    judge = Draft202012Validator.VALIDATORS["additionalProperties"]
-    return _unjudged() if "patternProperties" in schema else judge(validator, told, given, schema)
 
 
 def _look_up(schema: Resource[Any], resolver: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,21 @@ def too_deep(value: Any, most: int = MOST_DEPTH) -> bool:
         if not level:
             return False
     return True
+
+
+def odd_number(value: Any) -> bool:
+    """Whether ``value``, JSON from a model, has a number that JSON does not know (Python reads NaN, and 1e999
+    as infinity), or an integer that no float can hold: whoever calculates with it fails, or gets nothing.
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict | list):
+            waiting.extend(one.values() if isinstance(one, dict) else one)
+        elif isinstance(one, int | float):
+            try:
+                if not math.isfinite(one):
+                    return True
+            except OverflowError:
+                return True
+    return False

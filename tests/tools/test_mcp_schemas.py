@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from system.config import ToolsConfig
+from system.envs.mcp import McpEnvironment
+from system.errors import ConfigError
 from system.tools.outcome import CallContext, ToolOutcome, ToolStatus
 from system.tools.service import ToolService, ToolStartError, build_tools
 from system.tools.tool import argument_error, schema_problem
@@ -163,3 +165,85 @@ def test_a_reference_to_what_is_no_schema_refuses_the_call() -> None:
     assert told.startswith("the tool's schema cannot be followed: AttributeError: ")
     with pytest.raises(AttributeError):  # in a tool of one's own it is a fault to mend
         argument_error(schema, {})
+
+
+HIDDEN = {"type": "string", "pattern": "^\\."}  # whether it matches, only the server finds out
+DRAFT_3 = "http://json-schema.org/draft-03/schema#"
+
+
+@pytest.mark.parametrize(
+    ("schema", "given"),
+    [
+        ({"not": HIDDEN}, "a"),
+        ({"not": {"anyOf": [{"type": "null"}, {"not": {"not": HIDDEN}}]}}, "a"),
+        ({"not": {"patternProperties": {"^b": {"type": "string"}}}}, {"b": 1}),
+        ({"not": {"propertyNames": {"pattern": "^b"}}}, {"a": 1}),
+        ({"not": {"unevaluatedProperties": False}}, {"a": 1}),
+        ({"oneOf": [HIDDEN, {"type": "string"}]}, "a"),
+        ({"if": HIDDEN, "then": {"minLength": 9}}, "a"),
+        ({"if": HIDDEN, "then": {"minLength": 9}, "else": {"minLength": 1}}, "a"),
+        ({"contains": HIDDEN, "maxContains": 1}, ["a", ".b", "c"]),
+        (
+            {
+                "if": {"not": {"not": {"items": HIDDEN}}},
+                "else": {"prefixItems": [True]},
+                "unevaluatedItems": False,
+            },
+            ["a"],
+        ),
+        ({"properties": {"b": {"not": {"$ref": "#/$defs/hidden"}}}, "$defs": {"hidden": HIDDEN}}, {"b": "a"}),
+    ],
+)
+def test_what_hangs_on_a_skipped_regular_expression_refuses_nothing(
+    schema: dict[str, Any], given: Any
+) -> None:
+    whole = {"type": "object", "properties": {"a": schema}} | {"$defs": schema.get("$defs", {})}
+    assert schema_problem(whole) == ""
+    assert argument_error(whole, {"a": given}) == "", "the call is valid"
+    assert argument_error(whole, {"a": given}, patterns=False) == ""
+
+
+def test_what_the_third_draft_disallows_by_a_regular_expression_is_not_refused() -> None:
+    schema = {"$schema": DRAFT_3, "properties": {"a": {"disallow": [HIDDEN, "null"]}}}
+    assert argument_error(schema, {"a": "b"}, patterns=False) == ""
+    schema["properties"]["a"]["disallow"] = ["null"]
+    assert argument_error(schema, {"a": None}, patterns=False) == "a: 'null' is disallowed for None"
+
+
+@pytest.mark.parametrize(
+    ("schema", "given"),
+    [
+        ({"not": {"type": "integer"}}, 1),
+        ({"not": HIDDEN | {"type": "integer"}}, 1),  # it is no text, so no pattern is asked
+        ({"oneOf": [HIDDEN, {"type": "null"}]}, 1),
+        ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "a"),
+        ({"if": {"type": "string"}, "then": {"minLength": 9}}, "a"),
+        ({"if": {"type": "string"}, "else": {"minimum": 9}}, 1),
+        ({"if": HIDDEN, "then": {"minLength": 9}, "else": {"minLength": 8}}, "a"),
+        ({"contains": HIDDEN}, [1]),
+        ({"contains": {"type": "string"}, "maxContains": 1}, ["a", "b"]),
+        ({"prefixItems": [True], "unevaluatedItems": False}, [1, 2]),
+        ({"allOf": [{"not": HIDDEN}, {"minLength": 3}]}, "a"),
+    ],
+)
+def test_what_is_wrong_however_the_expression_goes_is_refused_here(
+    schema: dict[str, Any], given: Any
+) -> None:
+    whole = {"type": "object", "properties": {"a": schema}}
+    assert argument_error(whole, {"a": given})
+    assert argument_error(whole, {"a": given}, patterns=False)
+
+
+def test_two_tools_of_one_name_are_told_at_the_start() -> None:
+    """Also where no service of tools would find out: of a server for each branch."""
+    tools = [{"name": name, "description": "", "inputSchema": {"type": "object"}} for name in ("a", "b", "c")]
+    server = {
+        "command": [sys.executable, str(SERVER), json.dumps(tools)],
+        "names": {"a": "look", "b": "look"},
+    }
+    with pytest.raises(
+        ConfigError, match=r"2 tools of .* would be called 'look' \(a, b\): give each .*names"
+    ):
+        McpEnvironment(server)
+    offered = McpEnvironment({**server, "include": ["a", "c"]}).tools
+    assert [*offered] == ["look", "c"]

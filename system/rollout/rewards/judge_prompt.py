@@ -53,9 +53,12 @@ TAKEN = (
 )
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
-# Tokens of chat templates: <|im_end|>, <｜User｜>, <start_of_turn>, </s>, [INST], <<SYS>>.
+# Tokens of chat templates: <|im_end|>, <｜User｜>, <start_of_turn>, </s>, <eos>, [INST], [/SYSTEM_PROMPT],
+# [gMASK], <<SYS>>.
 _TOKEN = re.compile(
-    r"<(?=[|｜]|<SYS>>|/?(?:s|start_of_turn|end_of_turn|think|tool_call)>)|\[(?=/?INST\])", re.I
+    r"<(?=[|｜]|</?SYS>>|/?(?:s|bos|eos|eot|sop|eop|unk|pad|start_of_turn|end_of_turn|think|tool_call)>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|gMASK)\])",
+    re.I,
 )
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S)
 _JUDGMENT = re.compile(r"<judgment>(.*?)</judgment>", re.S)

@@ -11,7 +11,7 @@ from typing import Any
 
 from system.plugins import PluginError, nearest
 from system.tools.outcome import ToolSpec
-from system.tree.values import MOST_DEPTH, too_deep
+from system.tree.values import MOST_DEPTH, odd_number, too_deep
 
 _THOUGHT_ENDS = "</think>"
 
@@ -98,9 +98,13 @@ class Syntax(ABC):
 
 
 def bounded(call: ParsedCall | MalformedCall) -> ParsedCall | MalformedCall:
-    """``call``, unless what it holds is nested too deeply to be copied, checked and kept."""
+    """``call``, unless what it holds is nested too deeply to be copied, checked and kept, or is a number by
+    which no tool and no world can calculate.
+    """
     if isinstance(call, ParsedCall) and too_deep(call.arguments):
         return MalformedCall(f"the arguments are nested more than {MOST_DEPTH} deep")
+    if isinstance(call, ParsedCall) and odd_number(call.arguments):
+        return MalformedCall("a number in the arguments is not finite, or too large")
     return call
 
 

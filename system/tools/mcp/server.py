@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from system.config.mcp import McpPlace
 from system.errors import EspalierError
+from system.foreign import AwakeTimeout
 from system.text import named
 from system.tools.tool import ToolUnavailable
 
@@ -159,9 +160,9 @@ class McpServer:
         """The whole of one connection's life.  Its failure to open is the session's exception."""
         with tempfile.TemporaryFile("w+", errors="replace") as said:
             try:
-                async with asyncio.timeout(self.place.start_s) as limit, self._session(said) as session:
+                async with AwakeTimeout(self.place.start_s) as limit, self._session(said) as session:
                     await session.initialize()
-                    limit.reschedule(None)
+                    limit.lift()
                     if not connection.session.done():
                         connection.session.set_result(session)
                     await connection.leave.wait()
@@ -202,7 +203,7 @@ class McpServer:
 
     async def _lives(self, connection: _Connection) -> bool:
         try:
-            async with asyncio.timeout(_PING_S):
+            async with AwakeTimeout(_PING_S):
                 await connection.session.result().send_ping()
         except Exception:  # whatever a server that is going makes the SDK raise
             return False
@@ -212,7 +213,7 @@ class McpServer:
     async def _its(self, what: str) -> AsyncGenerator[None]:
         """The server's own time for something that no call's deadline bounds."""
         try:
-            async with asyncio.timeout(self.place.start_s):
+            async with AwakeTimeout(self.place.start_s):
                 yield
         except TimeoutError:
             raise ToolUnavailable(f"{self.place.name}: no {what} within {self.place.start_s:g} s") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -79,7 +80,15 @@ def listed(there: McpPlace) -> tuple[tuple[ToolSpec, str], ...]:
                     f"it has {', '.join(names) or 'none'}"
                 )
     kept = [tool for tool in offered if not there.include or tool.name in there.include]
-    return tuple((_spec(there, tool), tool.name) for tool in kept)
+    made = tuple((_spec(there, tool), tool.name) for tool in kept)
+    for name, count in Counter(spec.name for spec, _ in made).items():
+        if count > 1:
+            of = ", ".join(theirs for spec, theirs in made if spec.name == name)
+            raise ConfigError(
+                f"{there.where}: {count} tools of {there.name} would be called {name!r} ({of}): give each a "
+                f"name of its own with {there.where}.names, or leave one out with {there.where}.include"
+            )
+    return made
 
 
 async def _ask(there: McpPlace) -> list[Tool]:

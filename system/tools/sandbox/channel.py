@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 from system.errors import EspalierError
+from system.foreign import AwakeTimeout
 
 _FULL_PAUSE_S = 0.005  # its queue is full; a fork server forks about a thousand times a second
 
@@ -51,7 +52,7 @@ class Channel:
         try:
             ours.setblocking(False)
             try:
-                async with asyncio.timeout(deadline_s):
+                async with AwakeTimeout(deadline_s):
                     with theirs:
                         await self.pass_on(b"c", theirs)
                     await loop.sock_sendall(ours, json.dumps(request).encode() + b"\n")

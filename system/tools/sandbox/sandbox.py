@@ -82,7 +82,7 @@ class Sandbox:
         self._plain, self._loaded = _Line(preload), _Line((*preload, *self.packages.imported))
         names = "|".join(map(re.escape, self.packages.modules))
         self._naming = re.compile(rf"\b(?:{names})\b") if names else None
-        self._slots = asyncio.Semaphore(concurrency)
+        self.concurrency, self._slots = concurrency, asyncio.Semaphore(concurrency)
         self._dying: list[ForkServer] = []  # dead themselves, with calls that still run
         self._burials: set[asyncio.Future[None]] = set()
         self._ways = (True, False) if namespaces is None else (namespaces,)
