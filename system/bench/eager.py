@@ -1,29 +1,77 @@
 """Eager growth against linear rollouts on the virtual clock, seed by seed (:mod:`.growth`).
 
-A few calls of minutes decide how long twenty batches take, and so does the seed: hence many seeds, ratios on
-the same seed, and their geometric mean with its standard error.  A case is written down as it is there, so an
-interrupted benchmark has what it measured.
+A few calls of minutes decide how long dozens of batches take, and so does the seed: hence many seeds, and
+both ways on the same ones with common random numbers (:class:`system.twin.agent.LeafAgent`): they meet the
+same slow calls in the same trees, so that the ratio of a seed says more than either figure.  Trees have no
+tokens (:mod:`system.twin.lean`), which changes no figure and takes a tenth of the time.  A pair of runs is
+written down as it is there, so an interrupted benchmark has what it measured.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median
 from typing import Any
 
 from system.bench.baselines import Way
-from system.bench.growth import Scenario, agent, grow, latencies
+from system.bench.growth import Grown, Scenario, agent, grow, latencies
 from system.bench.report import Report
 from system.errors import ConfigError
+from system.evals.estimates import half_width
 from system.observe.jsonl import jsonable
 from system.observe.rundir import write_atomic
+from system.twin.agent import LeafAgent
 from system.twin.dist import Lognormal
 
 SEEDS = 8
+CALM_SEEDS = 3  # where no call takes minutes: seeds differ by hundredths there
+PERIODS = 4  # of η + 1 batches that are counted
+WARM_UP = 1  # such periods before
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One way on one seed."""
+
+    trees_per_h: float
+    hours: float  # virtual, of the batches that are counted
+    longest_wait_s: float  # between two training steps
+    slowest_tree_s: float
+    fork_share: float  # of the leaves
+    said_yes: float  # share of the forks at results at which the policy asked for one
+    tool_calls: float  # per tree
+
+    @classmethod
+    def of(cls, one: Grown, trees: int, batches: int) -> Run:
+        return cls(
+            trees_per_h=3600 * trees / one.result.step_s,
+            hours=one.result.step_s * batches / 3600,
+            longest_wait_s=one.longest_step_s,
+            slowest_tree_s=one.result.tree_s["p100"],
+            fork_share=one.per_tree["fork_share"],
+            said_yes=one.said_yes,
+            tool_calls=one.per_tree["tool_calls"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Both ways on one seed, in one world."""
+
+    staleness: int
+    latency: str
+    seed: int
+    linear: Run
+    eager: Run
+
+    @property
+    def ratio(self) -> float:
+        """Trees per hour of eager growth over those of linear rollouts."""
+        return self.eager.trees_per_h / self.linear.trees_per_h
 
 
 def run(out_dir: Path, words: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
@@ -40,79 +88,114 @@ def run(out_dir: Path, words: Sequence[str] = (), quick: bool = False) -> dict[s
         "The same questions, seeds, engine and tools on the virtual clock.",
     )
     seeds = 1 if quick else int(words[0]) if words else SEEDS
-    batches, trees = (2, 16) if quick else (4, 32)
-    scenario = Scenario(agent(), Lognormal(2.0), trees=trees)
-    rows = list[dict[str, Any]]()
-    for row in cases(scenario, batches, seeds):
-        rows.append(row)
-        write_atomic(out_dir / "eager.json", json.dumps(jsonable({"eager": rows})))
-        print(f"η = {row['staleness']}, {row['latency']}: {mean_ratio(row['ratio'])}", flush=True)
-    show(report, rows, batches, seeds)
-    return report.finish({"eager": rows, "seeds": seeds, "batches": batches, "trees": trees})
+    periods, trees = (2, 16) if quick else (PERIODS, 32)
+    found: list[Pair] = []
+    for pair in pairs(trees, periods, seeds):
+        found.append(pair)
+        write_atomic(out_dir / "eager.json", json.dumps(jsonable({"eager": [asdict(one) for one in found]})))
+        about = f"seed {pair.seed}, η = {pair.staleness}, {pair.latency}"
+        print(f"{about}: {pair.linear.trees_per_h:,.0f} and {pair.eager.trees_per_h:,.0f}", flush=True)
+    show(report, found, periods)
+    return report.finish(
+        {"eager": [asdict(one) for one in found], "seeds": seeds, "periods": periods, "trees": trees}
+    )
 
 
-def cases(scenario: Scenario, batches: int, seeds: int) -> Iterator[dict[str, Any]]:
-    """Eager growth and linear rollouts on the same seeds, at every spread of latencies, η = 1 and 4."""
-    for staleness in (1, 4):
-        period, overrides = staleness + 1, (f"flow.staleness={staleness}",)
-        for latency in latencies():
-            case = replace(scenario, latency=latency)
-            linear, eager = (
-                [grow(case, Way(recipe, overrides), batches * period, seed, period) for seed in range(seeds)]
-                for recipe in ("fully-async", "eager")
-            )
-            pairs = list(zip(linear, eager, strict=True))
-            yield {
-                "staleness": staleness,
-                "latency": str(latency),
-                "linear_trees_per_h": [3600 * case.trees / one.result.step_s for one in linear],
-                "eager_trees_per_h": [3600 * case.trees / one.result.step_s for one in eager],
-                "ratio": [theirs.result.step_s / ours.result.step_s for theirs, ours in pairs],
-                "fork_share": fmean(one.per_tree["fork_share"] for one in eager),
-                "said_yes": fmean(one.said_yes for one in eager),
-                "tool_calls_ratio": fmean(
-                    ours.per_tree["tool_calls"] / theirs.per_tree["tool_calls"] for theirs, ours in pairs
-                ),
-            }
+def pairs(trees: int, periods: int, seeds: int) -> Iterator[Pair]:
+    """Eager growth and linear rollouts at η = 1 and 4 and every spread of latencies, seed by seed, in batches
+    of ``trees``; where latencies are even, on :data:`CALM_SEEDS` at most.
+    """
+    scenario = Scenario(agent(kind=LeafAgent), Lognormal(2.0), trees=trees)
+    for seed in range(seeds):
+        for staleness in (1, 4):
+            for latency in latencies():
+                if seed < CALM_SEEDS or latency.stragglers or latency.sigma > 1:
+                    yield pair(replace(scenario, latency=latency), staleness, periods, seed)
 
 
-def show(report: Report, rows: Sequence[dict[str, Any]], batches: int, seeds: int) -> None:
+def pair(scenario: Scenario, staleness: int, periods: int, seed: int) -> Pair:
+    """``periods`` times η + 1 batches of both ways, after :data:`WARM_UP` of them."""
+    batches, overrides = periods * (staleness + 1), (f"flow.staleness={staleness}",)
+    linear, eager = (
+        grow(scenario, Way(recipe, overrides), batches, seed, WARM_UP * (staleness + 1), lean=True)
+        for recipe in ("fully-async", "eager")
+    )
+    runs = (Run.of(one, scenario.trees, batches) for one in (linear, eager))
+    return Pair(staleness, str(scenario.latency), seed, *runs)
+
+
+def cases(found: Iterable[Pair]) -> list[tuple[tuple[int, str], list[Pair]]]:
+    """The pairs of each η and latency, over the seeds, in the order in which they were measured."""
+    order: dict[tuple[int, str], list[Pair]] = {}
+    for one in found:
+        order.setdefault((one.staleness, one.latency), []).append(one)
+    return list(order.items())
+
+
+def show(report: Report, found: Sequence[Pair], periods: int) -> None:
     """Put the :func:`cases` into ``report``."""
+    seeds = len({one.seed for one in found})
     report.section(
         "Eager growth against linear rollouts",
-        "Trained trees per hour under rollout.schedule=eager over those of linear rollouts with the same η, "
-        f"on the same seeds (0 to {seeds - 1}): geometric mean with its standard error; {batches} (η + 1) "
-        "batches after η + 1 that are left out.",
+        "Trained trees per hour under rollout.schedule=eager and of linear rollouts with the same η, of all "
+        f"{seeds} seeds together; geometric mean, with its 95 % interval, of the ratios on the same seed; "
+        f"{periods} (η + 1) batches after {WARM_UP} (η + 1) that are left out. A seed's slow calls are the "
+        "same in both ways.",
     )
     report.table(
         "Trees per hour, forks and tool calls of eager growth against linear rollouts",
         [
             "η",
             "tool latency",
-            "ratio by seed",
-            "mean",
-            "leaves forked",
-            "forks asked for",
-            "tool calls",
+            "linear",
+            "eager",
+            "ratio, mean",
+            "seeds with eager ahead",
+            "leaves that are forks",
+            "of these, the policy said yes",
+            "tool calls per tree (linear)",
         ],
         [
             [
-                row["staleness"],
-                row["latency"],
-                ", ".join(f"{ratio:.2f}" for ratio in row["ratio"]),
-                mean_ratio(row["ratio"]),
-                f"{row['fork_share']:.0%}",
-                f"{row['said_yes']:.0%}",
-                f"{row['tool_calls_ratio'] - 1:+.0%}",
+                staleness,
+                latency,
+                f"{together([one.linear for one in its]):,.0f}",
+                f"{together([one.eager for one in its]):,.0f}",
+                mean_ratio([one.ratio for one in its]),
+                f"{sum(one.ratio >= 1 for one in its)} of {len(its)}",
+                f"{fmean(one.eager.fork_share for one in its):.0%}",
+                f"{fmean(one.eager.said_yes for one in its):.0%}",
+                f"{fmean(one.eager.tool_calls for one in its):.1f} "
+                f"({fmean(one.linear.tool_calls for one in its):.1f})",
             ]
-            for row in rows
+            for (staleness, latency), its in cases(found)
+        ],
+    )
+    report.table(
+        "What sets the pace: medians over the seeds, eager growth (linear)",
+        ["η", "tool latency", "longest wait between training steps, s", "slowest tree, s"],
+        [
+            [
+                staleness,
+                latency,
+                f"{median(one.eager.longest_wait_s for one in its):,.0f} "
+                f"({median(one.linear.longest_wait_s for one in its):,.0f})",
+                f"{median(one.eager.slowest_tree_s for one in its):,.0f} "
+                f"({median(one.linear.slowest_tree_s for one in its):,.0f})",
+            ]
+            for (staleness, latency), its in cases(found)
         ],
     )
 
 
+def together(runs: Sequence[Run]) -> float:
+    """Trees per hour over all ``runs``: all trees by all hours."""
+    return sum(one.trees_per_h * one.hours for one in runs) / sum(one.hours for one in runs)
+
+
 def mean_ratio(ratios: Sequence[float]) -> str:
-    """Their geometric mean with its standard error."""
+    """Their geometric mean, and its 95 % interval."""
     logs = [math.log(ratio) for ratio in ratios]
-    mean = math.exp(fmean(logs))
-    error = f" ± {mean * stdev(logs) / len(logs) ** 0.5:.2f}" if len(logs) > 1 else ""
-    return f"{mean:.2f}{error}"
+    mean, half = fmean(logs), half_width(logs)
+    between = f" ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})" if len(logs) > 1 else ""
+    return f"{math.exp(mean):.2f}{between}"

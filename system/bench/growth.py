@@ -15,9 +15,10 @@ from system.bench.baselines import Way
 from system.bench.critical_path import CriticalPath
 from system.config import Config
 from system.rollout.schedule import Lockstep
-from system.twin.agent import AgentModel
+from system.twin.agent import AgentModel, LeafAgent
 from system.twin.clock import run as run_virtually
 from system.twin.dist import Constant, Lognormal
+from system.twin.lean import LeanTwin
 from system.twin.records import TwinResult
 from system.twin.speeds import LinearEngine, LinearLearner
 from system.twin.tools import ToolModel
@@ -63,6 +64,7 @@ class Grown:
     work_s: float  # slot-seconds of decoding
     rounds: int  # barriers, in lockstep
     slots: int
+    longest_step_s: float  # between two training steps
 
     @property
     def bound_s(self) -> float:
@@ -91,9 +93,11 @@ class Grown:
         }
 
 
-def agent(p_call: float = 0.5, tokens: float = 120, sigma: float = 0.5) -> AgentModel:
+def agent(
+    p_call: float = 0.5, tokens: float = 120, sigma: float = 0.5, kind: type[AgentModel] = AgentModel
+) -> AgentModel:
     """One whose entropy never changes: a fork is a coin's throw.  ``tokens``: of a segment, on average."""
-    return AgentModel(
+    return kind(
         prompt_tokens=Constant(1),
         segment_tokens=Lognormal(tokens, sigma),
         p_call=(p_call,),
@@ -103,27 +107,42 @@ def agent(p_call: float = 0.5, tokens: float = 120, sigma: float = 0.5) -> Agent
     )
 
 
-def grow(scenario: Scenario, way: Way, batches: int, seed: int = 0, skip: int = 0) -> Grown:
-    """Simulate ``batches`` training batches after ``skip`` that are left out of the figures."""
+def twin(scenario: Scenario, way: Way, steps: int, seed: int = 0, *, lean: bool = False) -> Twin:
+    """The simulation of so many training steps, to be run once.
+
+    ``lean``: with trees without tokens (:mod:`system.twin.lean`).
+    """
+    speaker, kind = scenario.agent, LeanTwin if lean else Twin
     models = Models(
         engine=LinearEngine(scenario.token_s, 0.0),
         learner=LinearLearner(0.0, 0.0),
-        agent=scenario.agent,
+        agent=replace(speaker, seed=seed) if isinstance(speaker, LeafAgent) else speaker,
         tools={name: ToolModel(scenario.latency) for name in scenario.agent.tools},
         vocab=100_000,
         mixed=True,
     )
-    twin = Twin(scenario.config(way, seed), models, skip + batches)
-    path = CriticalPath(twin.context.engine, scenario.token_s, twin.context.tools)
-    twin.context = replace(twin.context, engine=path, tools=path)
-    run_virtually(twin.run())
-    schedule = twin.context.schedule
+    return kind(scenario.config(way, seed), models, steps)
+
+
+def grow(
+    scenario: Scenario, way: Way, batches: int, seed: int = 0, skip: int = 0, *, lean: bool = False
+) -> Grown:
+    """Simulate ``batches`` training batches after ``skip`` that are left out of the figures.
+
+    ``lean``: see :func:`twin`; no longest chain is told then.
+    """
+    world = twin(scenario, way, skip + batches, seed, lean=lean)
+    path = CriticalPath(world.context.engine, scenario.token_s, world.context.tools)
+    world.context = replace(world.context, engine=path, tools=path)
+    run_virtually(world.run())
+    schedule = world.context.schedule
     return Grown(
-        result=twin.result(skip),
-        critical_path_s=path.seconds,
-        work_s=sum(engine.generated for engine in twin.engines) * scenario.token_s,
+        result=world.result(skip),
+        critical_path_s=math.nan if lean else path.seconds,
+        work_s=sum(engine.generated for engine in world.engines) * scenario.token_s,
         rounds=schedule.rounds if isinstance(schedule, Lockstep) else 0,
         slots=scenario.slots,
+        longest_step_s=max(record["time/window_s"] for record in world.records[skip:]),
     )
 
 

@@ -13,7 +13,7 @@ Trees grow on a digital twin (:mod:`.growth`), so only the schedule differs.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
         "throughput": _throughput(report, scenario, batches),
         "makespan": _makespan(report, replace(scenario, trees=scenario.trees * 4)),
         "equality": _equality(report, scenario),
-        "eager": _eager(report, scenario, batches, seeds),
+        "eager": _eager(report, trees, batches, seeds),
         "rules": _rules(report, 50 if quick else 200),
         "world": {"batches": batches, "trees": trees, "slots": scenario.slots},
     }
@@ -124,10 +124,10 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _eager(report: Report, scenario: Scenario, batches: int, seeds: int) -> list[dict[str, Any]]:
-    rows = list(eager.cases(scenario, batches, seeds))
-    eager.show(report, rows, batches, seeds)
-    return rows
+def _eager(report: Report, trees: int, periods: int, seeds: int) -> list[dict[str, Any]]:
+    found = list(eager.pairs(trees, periods, seeds))
+    eager.show(report, found, periods)
+    return [asdict(one) for one in found]
 
 
 def _makespan(report: Report, scenario: Scenario) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from system.config import BranchingConfig
 from system.errors import ConfigError
 from system.plugins import POLICIES, PluginError
+from system.rollout.recent import Recent
 
 
 def _nothing() -> NDArray[np.float32]:
@@ -180,8 +181,8 @@ class ArpoCalibrated(Arpo):
     by: str = "delta"
     by_depth: bool = False
     name: ClassVar[str] = "arpo-calibrated"
-    _seen: defaultdict[int, deque[float]] = field(
-        default_factory=lambda: defaultdict(deque[float]), init=False, repr=False, compare=False
+    _seen: defaultdict[int, Recent] = field(
+        default_factory=lambda: defaultdict(Recent), init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -204,17 +205,13 @@ class ArpoCalibrated(Arpo):
         rank = self._rank(unsure, self._seen[state.calls if self.by_depth else 0])
         return _drawn(_clip(self.alpha + self.beta * (2 * rank - 1)), probe.delta_h, rng)
 
-    def _rank(self, value: float, before: deque[float]) -> float:
+    def _rank(self, value: float, before: Recent) -> float:
         """Of ``value`` among those ``before``, 1/2 while that cannot be told; remembers it."""
         if math.isnan(value):
             return 0.5
-        seen = np.array(before)
-        before.append(value)
-        if len(before) > self.window:
-            before.popleft()
-        if seen.size < self.least:
-            return 0.5
-        return float(((seen < value).sum() + (seen <= value).sum()) / (2 * seen.size))
+        rank = before.rank(value) if len(before) >= self.least else 0.5
+        before.add(value, self.window)
+        return rank
 
 
 def _surprise(probe: Probe) -> float:

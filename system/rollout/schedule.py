@@ -11,14 +11,32 @@ from __future__ import annotations
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Collection, Hashable
-from statistics import median
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from system.rollout.branch import Branch
 from system.rollout.budget import Budget
+from system.rollout.recent import Recent
 from system.tools.outcome import ToolOutcome
+
+
+class Growing(Protocol):
+    """What a schedule sees of a live branch (:class:`system.rollout.branch.Branch`)."""
+
+    @property
+    def calls(self) -> int:
+        """Tool calls on its path."""
+        ...
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a tool call is under way or its answer has not been decided upon."""
+        ...
+
+    @property
+    def late(self) -> bool:
+        """Whether that call takes longer than :meth:`Schedule.patience_s`."""
+        ...
 
 
 class Schedule(ABC):
@@ -44,7 +62,7 @@ class Schedule(ABC):
         return
 
     def patience_s(self, tool: str) -> float:
-        """Seconds after which a call of ``tool`` is late (:attr:`Branch.late`); infinite: never."""
+        """Seconds after which a call of ``tool`` is late (:attr:`Growing.late`); infinite: never."""
         return math.inf
 
     def answered(self, tool: str, outcome: ToolOutcome) -> None:
@@ -52,12 +70,12 @@ class Schedule(ABC):
         return
 
     @abstractmethod
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+    def top_ups(self, live: Collection[Growing], remaining: int, call_limit: int) -> int:
         """Fresh roots to start now, at most ``remaining``, what is left of the tree's budget.  ``live``: its
         branches.
         """
 
-    def lent(self, asked: int, live: Collection[Branch], budget: Budget, call_limit: int) -> int:
+    def lent(self, asked: int, live: Collection[Growing], budget: Budget, call_limit: int) -> int:
         """Forks to make at a result beyond the ``asked`` ones, which the policy wants and the budget allows;
         at most what these leave of it.  ``live``: the tree's branches; the one at the result, which is among
         them, is decided upon.
@@ -70,7 +88,7 @@ class BarrierFree(Schedule):
 
     streaming: ClassVar[bool] = True
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+    def top_ups(self, live: Collection[Growing], remaining: int, call_limit: int) -> int:
         """The rest of the budget, unless a live branch may still bring a fork."""
         return 0 if any(_may_fork(b, call_limit) for b in live) else remaining
 
@@ -106,22 +124,22 @@ class Eager(Schedule):
         least: int = 16,
     ) -> None:
         self._keep, self._spare, self._most = keep, spare, most
-        self._factor, self._least = factor, least
-        self._latencies: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=window))
+        self._factor, self._window, self._least = factor, window, least
+        self._latencies: defaultdict[str, Recent] = defaultdict(Recent)
 
     def patience_s(self, tool: str) -> float:
-        seen = self._latencies.get(tool, ())
-        return self._factor * median(seen) if len(seen) >= self._least else math.inf
+        seen = self._latencies.get(tool)
+        return self._factor * seen.median if seen and len(seen) >= self._least else math.inf
 
     def answered(self, tool: str, outcome: ToolOutcome) -> None:
         if outcome.attempts:  # else it was answered without the tool: from the cache, or refused
-            self._latencies[tool].append(outcome.latency_s)
+            self._latencies[tool].add(outcome.latency_s, self._window)
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+    def top_ups(self, live: Collection[Growing], remaining: int, call_limit: int) -> int:
         """The rest of the budget, unless a live branch that is not late may still bring a fork."""
         return 0 if _hopeful(live, call_limit) else remaining
 
-    def lent(self, asked: int, live: Collection[Branch], budget: Budget, call_limit: int) -> int:
+    def lent(self, asked: int, live: Collection[Growing], budget: Budget, call_limit: int) -> int:
         """What is over the shares of all that may fork later."""
         later = _hopeful(live, call_limit)
         kept = math.floor((self._keep if asked else self._spare) * budget.share * later)
@@ -171,7 +189,7 @@ class Lockstep(Schedule):
             del self._members[branch]
             self._advance()
 
-    def top_ups(self, live: Collection[Branch], remaining: int, call_limit: int) -> int:
+    def top_ups(self, live: Collection[Growing], remaining: int, call_limit: int) -> int:
         """One root for a tree in which nothing lives."""
         return 0 if live else min(1, remaining)
 
@@ -192,12 +210,12 @@ class Lockstep(Schedule):
                 arrived[branch].set_result(None)
 
 
-def _hopeful(branches: Collection[Branch], call_limit: int) -> int:
+def _hopeful(branches: Collection[Growing], call_limit: int) -> int:
     """How many of them may fork and have no late call."""
     return sum(_may_fork(branch, call_limit) and not branch.late for branch in branches)
 
 
-def _may_fork(branch: Branch, call_limit: int) -> bool:
+def _may_fork(branch: Growing, call_limit: int) -> bool:
     """Whether the branch may come back from a tool, or has and was not decided upon."""
     return branch.undecided or branch.calls < call_limit
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ CALL = 1 << 30  # ... and from here on tool calls: CALL + (tool << _BITS) + a dr
 _BITS = 20
 SEGMENTS = CALL - SEGMENT
 MOST_RECORDED = 1 << _BITS  # segments
+MOST_CALLS = 1 << 8  # of a leaf, that are told apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Utterance:
 
 class Agent(ABC):
     """What stands in for the model and the tasks."""
+
+    draws_by_request: ClassVar[bool] = True  # what it says follows from the request's seed
 
     @property
     @abstractmethod
@@ -90,19 +94,72 @@ class AgentModel(Agent):
         return list(self.shares)
 
     def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
-        rng = np.random.default_rng(seed)
+        return self.say(np.random.default_rng(seed), calls)
+
+    def say(self, rng: np.random.Generator, calls: Sequence[int]) -> Utterance:
+        """A segment after ``calls``, drawn by ``rng``."""
         length = max(2, round(self.segment_tokens.draw(rng)))
         level = self.root_entropy + (self.rise if calls else 0.0)
         entropy = max(0.0, level + self.entropy_spread * rng.standard_normal())
         call = 0
         if rng.random() < self.p_call[min(len(calls), len(self.p_call) - 1)]:
-            shares = np.fromiter(self.shares.values(), np.float64)
-            tool = int(np.searchsorted(np.cumsum(shares / shares.sum()), rng.random()))
-            call = call_token(min(tool, shares.size - 1), int(rng.integers(1 << _BITS)))
+            tool = int(self._upto.searchsorted(rng.random()))
+            call = call_token(min(tool, self._upto.size - 1), int(rng.integers(1 << _BITS)))
         return Utterance(length, call, bool(rng.random() < self.p_right), entropy)
+
+    @cached_property
+    def _upto(self) -> NDArray[np.float64]:
+        """Of the tools' shares of the calls, the sum up to each."""
+        shares = np.fromiter(self.shares.values(), np.float64)
+        return np.cumsum(shares / shares.sum())
 
     def prompt_length(self, prompt_id: str) -> Dist:
         return self.prompt_tokens
+
+
+@dataclass(slots=True)
+class _Leaves:
+    """What a growing tree's leaves have said: one generator each, in the order in which they began."""
+
+    draws: list[np.random.Generator] = field(default_factory=list[np.random.Generator])
+    said: list[int] = field(default_factory=list[int])  # calls that each has made
+    asked: dict[int, int] = field(default_factory=dict[int, int])  # calls not gone on from -> their leaf
+
+
+@dataclass(frozen=True)
+class LeafAgent(AgentModel):
+    """The same habits, drawn by leaf: common random numbers for ways to grow the same trees.
+
+    What the i-th leaf of a tree says and asks as its own k-th turn, and (by :mod:`.tools`) how long the tool
+    takes, is the same whether it began as a root or as a fork.  So where one way meets a slow call, the other
+    meets it in the same tree, if it comes to that turn at all: a fork needs fewer turns than a root.
+
+    Of the requests that go on from a call the first is the caller's own, and each other one a fork's.
+    """
+
+    seed: int = 0
+    draws_by_request: ClassVar[bool] = False
+    _trees: dict[str, _Leaves] = field(
+        default_factory=dict[str, _Leaves], init=False, repr=False, compare=False
+    )
+
+    def speak(self, seed: int, tree: str, calls: Sequence[int]) -> Utterance:
+        leaves = self._trees.get(tree) or self._trees.setdefault(tree, _Leaves())
+        leaf = leaves.asked.pop(calls[-1], None) if calls else None
+        if leaf is None:
+            leaf = len(leaves.draws)
+            leaves.draws.append(np.random.default_rng([self.seed, leaf, *tree.encode()]))
+            leaves.said.append(0)
+        segment = self.say(leaves.draws[leaf], calls)
+        if not segment.call:
+            return segment
+        call = call_token(tool_of(segment.call), leaf * MOST_CALLS + leaves.said[leaf])
+        leaves.said[leaf] += 1
+        leaves.asked[call] = leaf
+        return replace(segment, call=call)
+
+    def forget(self, tree: str) -> None:
+        self._trees.pop(tree, None)
 
 
 @dataclass(frozen=True, slots=True)

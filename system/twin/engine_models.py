@@ -21,13 +21,14 @@ class EngineModels:
         self._turn = 0
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
-        return self._choose(request.route).generate(request)
+        return self.choose(request.route).generate(request)
 
     def forget(self, route: str) -> None:
         """The tree is closed."""
         self._home.pop(route, None)
 
-    def _choose(self, route: str) -> EngineModel:
+    def choose(self, route: str) -> EngineModel:
+        """The engine for the next request of a tree."""
         home, other = self._home.get(route), self._candidate()
         if home is None or not home.alive or home.load > 2 * other.load + 8:
             home = self._home[route] = other

@@ -39,6 +39,7 @@ class TwinTools:
         self._service = ToolService(
             self._tools, limits, seed=seed, clock=lambda: asyncio.get_running_loop().time()
         )
+        self._by_name = {tool.spec.name: tool for tool in self._tools}
         self._trace = trace
 
     @property
@@ -54,6 +55,11 @@ class TwinTools:
         """Inject or mend a failure: the tools' servers are away."""
         for tool in self._tools:
             tool.down = down
+
+    def drawn(self, tool: str, prompt_id: str, query: int, branch: int) -> tuple[float, int]:
+        """Seconds and tokens of the answer to a call that reaches the tool."""
+        latency, size, _ = self._by_name[tool].drawn(f"{prompt_id} {query}", branch)
+        return latency, size
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         """As :meth:`system.tools.outcome.Tools.call`; the result's text is its length in tokens."""
@@ -76,16 +82,20 @@ class _SimulatedTool:
     async def run(self, arguments: Mapping[str, Any], context: CallContext) -> ToolOutcome:
         if self.down:
             raise ToolUnavailable("its server is away", delivered=False)
-        model = self._model
-        rng = np.random.default_rng([self._seed, context.branch, zlib.crc32(arguments["query"].encode())])
-        latency, size = model.latency.draw(rng), round(model.result_tokens.draw(rng))
-        failed = rng.random() < model.failures
+        latency, size, failed = self.drawn(arguments["query"], context.branch)
         self.running += 1
         try:
             await asyncio.sleep(latency)
         finally:
             self.running -= 1
-        return ToolOutcome(ToolStatus.ERROR if failed else ToolStatus.OK, str(max(size, 1)), latency)
+        return ToolOutcome(ToolStatus.ERROR if failed else ToolStatus.OK, str(size), latency)
+
+    def drawn(self, query: str, branch: int) -> tuple[float, int, bool]:
+        """Seconds and tokens of an answer, and whether it is an error."""
+        model = self._model
+        rng = np.random.default_rng([self._seed, branch, zlib.crc32(query.encode())])
+        latency, size = model.latency.draw(rng), round(model.result_tokens.draw(rng))
+        return latency, max(size, 1), bool(rng.random() < model.failures)
 
     async def check(self) -> None:
         return None

@@ -30,6 +30,8 @@ from system.rollout.scorer import Scorer
 from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
+from system.tree.prompt import Prompt
+from system.tree.record import Tree
 from system.tree.stats import TreeStats
 from system.twin.agent import Agent, AgentModel, AnswerReward, TwinTokenizer
 from system.twin.clock import Trace
@@ -199,16 +201,20 @@ class Twin:
     async def grow(self, ticket: Ticket, seed: int) -> TreeInFlight:
         prompt = self.agent.prompt(ticket.prompt_id, self.config.run.seed)
         try:
-            tree = await TreeRollout(self.context, prompt, ticket=ticket.number, seed=seed).run()
+            tree, stats = await self.rollout(prompt, ticket, seed)
         except RolloutFailed as failure:
             raise TreeLost(failure.reason, failure.detail, blameless=failure.blameless) from failure
         finally:
             tree_id = f"{prompt.id}:{ticket.number}"
             self.fleet.forget(tree_id)
             self.agent.forget(tree_id)
-        stats = TreeStats.of(tree)
         self.closed.append((asyncio.get_running_loop().time(), stats.seconds))
         return TreeInFlight(ticket, tree, stats)
+
+    async def rollout(self, prompt: Prompt, ticket: Ticket, seed: int) -> tuple[Tree | None, TreeStats]:
+        """The work of :meth:`grow`: a tree, if it is kept, and its numbers."""
+        tree = await TreeRollout(self.context, prompt, ticket=ticket.number, seed=seed).run()
+        return tree, TreeStats.of(tree)
 
     async def train(self, version: int, trees: Sequence[TreeInFlight]) -> Mapping[str, float]:
         seconds = self.models.learner.train_s(sum(tree.stats.unique for tree in trees))

@@ -6,24 +6,69 @@ from pathlib import Path
 
 import pytest
 
-from system.bench.eager import cases, mean_ratio, run
-from system.bench.growth import Scenario, agent
+from system.bench.baselines import Way
+from system.bench.eager import Pair, Run, cases, mean_ratio, pair, run, together
+from system.bench.growth import Scenario, agent, twin
 from system.errors import ConfigError
+from system.flow.ledger import Ticket
+from system.tree.prompt import Prompt
+from system.tree.record import Tree
+from system.tree.stats import TreeStats
+from system.twin.agent import AgentModel, LeafAgent
+from system.twin.clock import run as run_virtually
 from system.twin.dist import Lognormal
 
+UNEVEN = Lognormal(2.0, 1.5, 0.05)
 
-def test_a_case_counts_forks_by_what_the_policy_asked_for() -> None:
-    row = next(cases(Scenario(agent(), Lognormal(2.0), trees=4), batches=2, seeds=2))
-    ours, theirs = row["eager_trees_per_h"], row["linear_trees_per_h"]
-    assert row["ratio"] == pytest.approx([one / two for one, two in zip(ours, theirs, strict=True)])
-    assert 0.3 < row["fork_share"] <= 0.5  # n - N of n leaves are kept for forks
-    assert 0.5 < row["said_yes"] < 1.0
-    assert row["tool_calls_ratio"] < 1.0
+
+def test_a_pair_counts_forks_by_what_the_policy_asked_for() -> None:
+    both = pair(Scenario(agent(kind=LeafAgent), UNEVEN, trees=4), staleness=1, periods=2, seed=0)
+    assert both.ratio == pytest.approx(both.linear.hours / both.eager.hours)
+    assert 0.3 < both.eager.fork_share <= 0.5  # n - N of n leaves are kept for forks
+    assert 0.5 < both.eager.said_yes < 1.0
+    assert both.eager.tool_calls < both.linear.tool_calls
+
+
+def calls(recipe: str, kind: type[AgentModel]) -> set[tuple[str, float]]:
+    """(Question, seconds) of every call of a batch of trees."""
+    scenario = Scenario(agent(kind=kind), UNEVEN, trees=8)
+    world = twin(scenario, Way(recipe, ("flow.staleness=0",)), 1, seed=3, lean=True)
+    found: set[tuple[str, float]] = set()
+    rollout = world.rollout
+
+    async def kept(prompt: Prompt, ticket: Ticket, seed: int) -> tuple[Tree | None, TreeStats]:
+        tree, stats = await rollout(prompt, ticket, seed)
+        found.update((prompt.id, round(call.latency_s, 6)) for call in stats.calls)
+        return tree, stats
+
+    world.rollout = kept
+    run_virtually(world.run())
+    return found
+
+
+def test_both_ways_meet_the_same_slow_calls() -> None:
+    """Every call that eager growth makes, linear rollouts make in the same tree, and it takes as long."""
+    eager, linear = (calls(recipe, LeafAgent) for recipe in ("eager", "fully-async"))
+    assert eager < linear
+    assert len(eager) > 0.8 * len(linear)
+    assert not calls("eager", AgentModel) < calls("fully-async", AgentModel)
 
 
 def test_ratios_are_averaged_as_ratios() -> None:
-    assert mean_ratio([0.5, 2.0]) == "1.00 ± 0.69"
+    assert mean_ratio([1.0, 1.1, 1.21]) == "1.10 (0.87 to 1.39)"
     assert mean_ratio([1.25]) == "1.25"
+
+
+def test_hours_count_for_all_seeds_together() -> None:
+    slow, quick = (
+        Run(trees, hours, 0.0, 0.0, 0.5, 1.0, 12.0) for trees, hours in ((100.0, 3.0), (300.0, 1.0))
+    )
+    assert together([slow, quick]) == 150.0
+    found = [Pair(eta, "constant", seed, slow, quick) for seed in (0, 1) for eta in (1, 4)]
+    assert [(key, [one.seed for one in its]) for key, its in cases(found)] == [
+        ((1, "constant"), [0, 1]),
+        ((4, "constant"), [0, 1]),
+    ]
 
 
 @pytest.mark.parametrize("words", [["0"], ["-1"], ["x"], ["1", "2"]])
