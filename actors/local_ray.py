@@ -42,6 +42,8 @@ _PORTS: Any = (  # of the agents; Ray has no types for its compiled part
     _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME,  # pyright: ignore[reportAttributeAccessIssue]
     _raylet.RUNTIME_ENV_AGENT_PORT_NAME,  # pyright: ignore[reportAttributeAccessIssue]
 )
+_PERSIST: Any = _raylet.persist_port  # pyright: ignore[reportAttributeAccessIssue]
+_COMMAND = "_build_python_executable_command_memory_profileable"  # of a Python process of Ray's
 _NO_PORT = -1  # what an agent says that serves nothing
 _LISTENS_S = 5.0  # for a raylet to listen; after that Ray waits for it, looking every second
 _LOOK_S = 0.005
@@ -60,10 +62,8 @@ def lean() -> Generator[None]:
     settings: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
     if forked.SOCKET in os.environ:
         settings["setup_worker_path"] = str(Path(forked.__file__).resolve())
-    command_of, start_raylet = (
-        services._build_python_executable_command_memory_profileable,
-        node.Node.start_raylet,
-    )
+    command_of: Any = getattr(services, _COMMAND)
+    start_raylet = node.Node.start_raylet
 
     def command(component: str, *arguments: Any, **more: Any) -> list[str]:
         if component not in _AGENTS:
@@ -72,7 +72,7 @@ def lean() -> Generator[None]:
 
     def start(self: Any, *arguments: Any, **more: Any) -> None:
         for name in _PORTS:
-            _raylet.persist_port(self._session_dir, self._node_id, name, _NO_PORT)
+            _PERSIST(self._session_dir, self._node_id, name, _NO_PORT)
         start_raylet(self, *arguments, **more)
         until = time.monotonic() + _LISTENS_S
         while not os.path.exists(self.raylet_socket_name) and time.monotonic() < until:
@@ -82,7 +82,7 @@ def lean() -> Generator[None]:
         patch.object(parameter, "RayParams", functools.partial(parameter.RayParams, **settings)),
         patch.object(node.Node, "start_api_server", lambda self, **_: None),
         patch.object(node.Node, "start_raylet", start),
-        patch.object(services, "_build_python_executable_command_memory_profileable", command),
+        patch.object(services, _COMMAND, command),
     ):
         yield
 

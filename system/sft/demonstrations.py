@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -48,12 +49,32 @@ def demonstration_tree(demo: Demonstration, chat: Chat) -> Tree:
     return Example.of(demo.prompt.id, nodes, demo.prompt.kind).tree()
 
 
-def demonstrations(config: Config, task: Task, model: Path) -> list[Tree]:
-    """The task's demonstrations as single-leaf trees."""
+class DemonstrationTrees(Sequence[Tree]):
+    """Demonstrations as single-leaf trees, each made when it is asked for: one takes some 40 kB."""
+
+    def __init__(self, made: Sequence[Demonstration], chat: Chat) -> None:
+        self._made, self._chat = made, chat
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        """Raises ValueError as :func:`demonstration_tree` does."""
+        if isinstance(index, slice):
+            return [demonstration_tree(one, self._chat) for one in self._made[index]]
+        return demonstration_tree(self._made[index], self._chat)
+
+
+def demonstrations(config: Config, task: Task, model: Path) -> DemonstrationTrees:
+    """The task's demonstrations."""
     assert isinstance(task, HasDemonstrations)
     chat = make_chat(config, local_tokenizer(str(model)), str(model), planned_syntax(config))
     made = task.demonstrations(config.warmstart.demos, config.run.seed)
-    return [demonstration_tree(one, chat) for one in made]
+    return DemonstrationTrees(made, chat)
 
 
 def peak_lr(config: Config) -> float:

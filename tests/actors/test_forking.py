@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 import torch
+from ray import cloudpickle
 
 from actors import forked
 from actors import forking as forking_module
@@ -31,7 +31,7 @@ from actors.ray_support import answer, ray_session, returned, spawn
 from system.config import Config, load, to_yaml
 from system.tools.sandbox.kernel import die_with_parent
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
 LATE_S = 120.0
 

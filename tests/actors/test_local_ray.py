@@ -12,14 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
+from ray import cloudpickle
 
 from actors.ray_support import answer, ray_session
 from actors.raylet import beside
 from system.config import Config
 from tests.conftest import living
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import test modules
 
 LATE_S = 60.0
 

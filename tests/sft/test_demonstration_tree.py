@@ -20,7 +20,7 @@ from system.rollout.scoring import Scoring
 from system.rollout.syntax.tags import TagSyntax
 from system.rollout.tree_rollout import TreeRollout
 from system.serving import serve
-from system.sft.demonstrations import demonstration_tree, warm_start
+from system.sft.demonstrations import DemonstrationTrees, demonstration_tree, warm_start
 from system.tasks.base import Demonstration
 from system.tasks.quickstart import vocabulary
 from system.tasks.quickstart.task import QuickstartTask
@@ -139,6 +139,19 @@ def test_malformed_demonstrations_are_errors(segments, message):
     prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
     with pytest.raises(ValueError, match=message):
         demonstration_tree(Demonstration(prompt, segments), Chat(vocabulary.build()))
+
+
+def test_a_demonstration_becomes_a_tree_when_it_is_asked_for():
+    chat = Chat(vocabulary.build())
+    prompt = Prompt("p", ({"role": "user", "content": "Q: 47 plus 12 ?"},), ("59",))
+    good, bad = Demonstration(prompt, (("model", " <think>"),)), Demonstration(prompt, ())
+    trees = DemonstrationTrees([good, bad, good], chat)
+    assert len(trees) == 3
+    expected = demonstration_tree(good, chat).tokens.tolist()
+    assert trees[2].tokens.tolist() == expected
+    assert [tree.tokens.tolist() for tree in trees[::2]] == [expected] * 2
+    with pytest.raises(ValueError, match="must end with a segment of the model"):
+        trees[1]
 
 
 @pytest.mark.parametrize(
