@@ -19,7 +19,10 @@ export function chart(title, series, { range = null, width = 390, unit = "", xNa
   if (range) [y0, y1] = [Math.min(y0, range[0]), Math.max(y1, range[1])];
   else if (y0 > 0) y0 = 0; // a curve of a quantity that has a zero shows it
   if (y1 - y0 < 1e-9) y1 = y0 + 1;
-  const x = (v) => LEFT + ((v - x0) / (x1 - x0)) * (width - LEFT - RIGHT);
+  // Single measurements stand beside each other, each with its interval: between them nothing was measured.
+  const dotted = drawn.filter((one) => one.dots), pad = Math.max(0, dotted.length - 1) * 2.5;
+  const left = LEFT + pad, across = width - LEFT - RIGHT - 2 * pad;
+  const x = (v) => left + ((v - x0) / (x1 - x0)) * across;
   const y = (v) => TOP + (1 - (v - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
   const image = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "img", "aria-label": title });
   for (const tick of ticks(y0, y1, 4)) {
@@ -28,14 +31,12 @@ export function chart(title, series, { range = null, width = 390, unit = "", xNa
       svg("text", { class: "tick", x: LEFT - 6, y: y(tick) + 3.5, "text-anchor": "end" }, Math.abs(tick) < 1000 ? String(tick).replace("-", "−") : compact(tick)),
     );
   }
-  const across = ticks(x0, x1, 5).filter((one) => xName !== "step" || Number.isInteger(one));
-  for (const tick of across) {
+  const steps = ticks(x0, x1, 5).filter((one) => xName !== "step" || Number.isInteger(one));
+  for (const tick of steps) {
     image.append(svg("text", { class: "tick", x: x(tick), y: HEIGHT - 14, "text-anchor": "middle" }, compact(tick)));
   }
   image.append(svg("text", { class: "tick", x: width - RIGHT, y: HEIGHT - 2, "text-anchor": "end" }, xName));
-  const dotted = drawn.filter((one) => one.dots);
   for (const one of drawn) {
-    // Single measurements stand beside each other, each with its interval: between them nothing was measured.
     const aside = one.dots ? (dotted.indexOf(one) - (dotted.length - 1) / 2) * 5 : 0;
     const band = one.points.filter((p) => known(p[2]) && known(p[3]));
     if (one.dots) {
@@ -61,7 +62,7 @@ export function chart(title, series, { range = null, width = 390, unit = "", xNa
   tell(x1);
   image.addEventListener("mousemove", (event) => {
     const frame = image.getBoundingClientRect();
-    const at = x0 + (((event.clientX - frame.left) * (width / frame.width) - LEFT) / (width - LEFT - RIGHT)) * (x1 - x0);
+    const at = x0 + (((event.clientX - frame.left) * (width / frame.width) - left) / across) * (x1 - x0);
     const held = Math.min(x1, Math.max(x0, at));
     cursor.setAttribute("x1", x(held));
     cursor.setAttribute("x2", x(held));

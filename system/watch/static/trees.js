@@ -50,7 +50,7 @@ export async function listPage(context) {
     el("button", { type: "button", onclick: clear }, "all"),
   );
   const pages = el("p", { class: "pages" });
-  const box = el("div", { class: "trees" }, bar, told, el("table", { class: "list" }, el("thead", {}, heads), body), pages);
+  const box = el("div", { class: "trees" }, bar, told, el("div", { class: "wide" }, el("table", { class: "list" }, el("thead", {}, heads), body)), pages);
 
   function clear() {
     for (const name of [...asked.keys()]) asked.delete(name);
@@ -94,7 +94,7 @@ export async function listPage(context) {
     chosen = Math.min(chosen, Math.max(0, found.rows.length - 1));
     refill(body, found.rows.map((row, i) => el(
       "tr", { class: i === chosen ? "chosen" : "", "data-tree": row.number, onclick: () => open(i) },
-      COLUMNS.map(([name, , cell]) => el("td", { class: name ? "number" : "" }, name === "number" ? el("a", { href: `#/tree/${context.run}/${row.number}` }, cell(row)) : cell(row, found.began_s))),
+      COLUMNS.map(([name, , cell]) => el("td", { class: name ? "number" : "", title: name ? null : cell(row) }, name === "number" ? el("a", { href: `#/tree/${context.run}/${row.number}` }, cell(row)) : cell(row, found.began_s))),
     )));
     const end = found.offset + found.rows.length;
     refill(
