@@ -50,7 +50,7 @@ def demonstration_tree(demo: Demonstration, chat: Chat) -> Tree:
 
 
 class DemonstrationTrees(Sequence[Tree]):
-    """Demonstrations as single-leaf trees, each made when it is asked for: one takes some 40 kB."""
+    """Demonstrations as single-leaf trees, each made when it is asked for: one takes some 4 kB."""
 
     def __init__(self, made: Sequence[Demonstration], chat: Chat) -> None:
         self._made, self._chat = made, chat
