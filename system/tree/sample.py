@@ -80,11 +80,11 @@ def spread_of(stats: TreeStats) -> float:
 def _spread(path: Path) -> float:
     """Read once in a process: a writer is made for every batch, and the sample may have hundreds of files."""
     found = path.stat()
-    return _read_spread(path, found.st_ino, found.st_mtime_ns)
+    return _read_spread(path, (found.st_ino, found.st_mtime_ns))
 
 
 @lru_cache(maxsize=4096)
-def _read_spread(path: Path, inode: int, changed_ns: int) -> float:
+def _read_spread(path: Path, _file: tuple[int, int]) -> float:
     """A file that is damaged is for nobody to learn from."""
     try:
         return float((pq.read_schema(path).metadata or {}).get(_SPREAD, b"0"))

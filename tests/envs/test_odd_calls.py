@@ -75,6 +75,10 @@ class Shop:
     def pack(self, sizes: list[int]) -> str:
         return repr(sizes)
 
+    def look(self) -> str:
+        """Look around."""
+        return "shelves"
+
     def name(self, word: str | int) -> str:
         return repr(word)
 
@@ -120,6 +124,17 @@ def test_a_text_is_read_as_what_is_wanted(tool: str, argument: str, text: str, a
         answered: Any = world.step(Action((made,), "", Ids("r", "train", "1", "0"), 1.0))
         assert isinstance(answered, Observation)
         assert answered.messages[0].text == answer, syntax
+
+
+def test_a_tool_without_arguments_can_be_called_by_tags() -> None:
+    tags = SYNTAXES.make("tags", {}, {"look": SHOP.tools["look"]})
+    for written in ("<look></look>", "<look> </look>", "<look>\n</look>"):
+        assert tags.parse(f"I see. {written}") == ParsedCall("look", {}), written
+    assert typed(SHOP.tools["look"], {}) == {}
+    told = tags.parse("<look> around </look>")
+    assert told == MalformedCall("<look> takes nothing: write <look></look>")
+    assert tags.parse(tags.write(ParsedCall("look", {}))) == ParsedCall("look", {})
+    assert "Call it as <look></look>." in tags.describe()
 
 
 class Squares:

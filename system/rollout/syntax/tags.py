@@ -1,7 +1,8 @@
 """ARPO's tags: ``<think> … </think> <search> query </search>``, results between ``<result>`` and
 ``</result>``, the answer as ``<answer> … \\boxed{…} </answer>``.
 
-A tool's tag is its name; what stands inside fills the tool's primary argument.
+A tool's tag is its name; what stands inside fills the tool's primary argument.  One without arguments has
+nothing inside: ``<look></look>``.
 """
 
 from __future__ import annotations
@@ -41,21 +42,26 @@ class TagSyntax(Syntax):
         if not found or closer in content:  # the newest opener is already closed, or there is none
             return MalformedCall(f"{closer} without {opener}")
         content = _content(content)
+        primary = self.specs[name].primary
+        if content and not primary:
+            return MalformedCall(f"{opener} takes nothing: write {opener}{closer}")
         if not content:
-            return MalformedCall(f"{opener} is empty")
-        return ParsedCall(name, {self.specs[name].primary: content})
+            return MalformedCall(f"{opener} is empty") if primary else ParsedCall(name, {})
+        return ParsedCall(name, {primary: content})
 
     def write(self, call: ParsedCall) -> str:
         spec = self.specs.get(call.tool)
         key = spec.primary if spec else next(iter(call.arguments), "")
-        if call.arguments.keys() != {key}:
+        if call.arguments.keys() != ({key} if key else set()):
             raise PluginError(f"a tag holds one argument, the call of {call.tool!r} has {[*call.arguments]}")
-        return f"<{call.tool}> {call.arguments[key]} </{call.tool}>"
+        inside = f" {call.arguments[key]} " if key else ""
+        return f"<{call.tool}>{inside}</{call.tool}>"
 
     def describe(self) -> str:
         tools = "\n".join(
-            f"- {spec.name}: {spec.description} Call it as <{spec.name}> {spec.primary} </{spec.name}>."
+            f"- {spec.name}: {spec.description} Call it as <{spec.name}>{inside}</{spec.name}>."
             for spec in self.specs.values()
+            for inside in (f" {spec.primary} " if spec.primary else "",)
         )
         return (
             f"You may call these tools:\n{tools}\n"
