@@ -77,7 +77,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 class Trace:
     """A running hash of events and their virtual times, in order.  Equal digests mean the same events at the
-    same times, so two simulations can be compared event by event."""
+    same times, to a microsecond, so two simulations can be compared event by event.  (Timers of one moment
+    fire at the time of the first: what else is timed, a deadline say, moves others by a sum's rounding.)"""
 
     def __init__(self) -> None:
         self.events = 0
@@ -86,7 +87,7 @@ class Trace:
     def note(self, *event: Any) -> None:
         """``event``: a kind, and what identifies it; anything with a stable ``repr``."""
         now = asyncio.get_running_loop().time()
-        self._hash.update(f"{now!r} {event!r}\n".encode())
+        self._hash.update(f"{now:.6f} {event!r}\n".encode())
         self.events += 1
 
     @property
