@@ -18,7 +18,9 @@ from system.text import named
 
 T = TypeVar("T")
 LET_GO_S = 1.0  # for a part that is cancelled to close what it holds
-SLICE_S = 1.0  # a deadline is waited for in slices: one in which the event loop stood still counts nothing
+# A deadline is waited for in slices: one in which the event loop stood still counts nothing.  Long deadlines
+# have longer ones, for thousands of calls may wait at once.
+SLICE_S, SLICES = 1.0, 100
 LATE_S = 0.5  # by which a slice is over its time where it did
 MOST_LATE = 10  # slices that are not counted: a loop that is always late is merely slow
 
@@ -131,13 +133,13 @@ class _Slices:
     """A deadline, slice by slice."""
 
     def __init__(self, within_s: float, clock: Callable[[], float]) -> None:
-        self._left_s, self._clock = within_s, clock
+        self._left_s, self._clock, self._longest_s = within_s, clock, max(SLICE_S, within_s / SLICES)
         self._began = self._slice_s = 0.0
         self._late = 0
 
     def begin(self) -> float:
         """The seconds of the slice that begins now."""
-        self._began, self._slice_s = self._clock(), min(self._left_s, SLICE_S)
+        self._began, self._slice_s = self._clock(), min(self._left_s, self._longest_s)
         return self._slice_s
 
     def end(self) -> None:
