@@ -42,7 +42,7 @@ def tree(args: argparse.Namespace) -> int:
     examples:
       espalier tree runs/quickstart-s0                    the newest tree
       espalier tree runs/quickstart-s0 --list             a table of all trees kept
-      espalier tree runs/quickstart-s0 --number 1283      one of them
+      espalier tree runs/quickstart-s0 --number 1284      one of them
       espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
       espalier tree runs/quickstart-s0 --worst --full | less
       espalier tree runs/quickstart-s0 --best --html tree.html   drawn, in one file to mail
