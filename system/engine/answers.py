@@ -122,7 +122,7 @@ class ChannelAnswers:
 
     async def ask(self, url: str, rid: str, body: bytes, deadline: float) -> AsyncGenerator[Message]:
         loop = asyncio.get_running_loop()
-        link = await self._link(url, rid)
+        link = await self._link(url, rid, deadline)
         news = link.news[rid] = asyncio.Queue()
         try:
             await link.socket.send_bytes(body)
@@ -152,7 +152,7 @@ class ChannelAnswers:
         links = {link for link in found if isinstance(link, _Link)} | self._retired
         await asyncio.gather(*(link.close() for link in links))
 
-    async def _link(self, url: str, rid: str) -> _Link:
+    async def _link(self, url: str, rid: str, deadline: float) -> _Link:
         """The open channel to a server; opened for whoever comes first."""
         opening = self._links.get(url)
         if opening is None or (opening.done() and (opening.exception() or opening.result().closed)):
@@ -161,7 +161,8 @@ class ChannelAnswers:
                 lambda task: task.cancelled() or task.exception()
             )  # though nobody waits
         try:
-            return await asyncio.shield(opening)
+            async with asyncio.timeout_at(deadline):
+                return await asyncio.shield(opening)
         except aiohttp.WSServerHandshakeError as error:
             raise refusal(error.status, self._http.hidden(url, error.message), rid) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from system.engine.answers import Broken, ChannelAnswers, HttpAnswers, refused
 from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest
@@ -24,7 +25,6 @@ from system.engine.request import generate_body
 from system.engine.router import Assignment, Router
 from system.engine.routes import RouteFormat
 from system.engine.stream import CutGuard, MalformedStream, StreamReader, WantedRoutes
-from system.engine.answers import Broken, ChannelAnswers, HttpAnswers, refused
 
 log = logging.getLogger(__name__)
 

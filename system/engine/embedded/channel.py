@@ -45,11 +45,11 @@ class Channel:
                     self._begin(frame.data)
         finally:
             open_sockets(request.app).discard(socket)
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
             if live := {*self._counts}:
                 self._counts.clear()
                 self._engine.loop.emit(lambda s: s.abort(lambda job: job.rid in live, "client went away"))
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)  # last: a handler is cancelled at any await
         return socket
 
     def _begin(self, data: bytes | str) -> None:

@@ -18,12 +18,12 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from system.engine.answers import CHANNEL
 from system.engine.embedded.channel import MAX_JSON_BYTES, Channel, answer, job_of, serve_channels
 from system.engine.embedded.core import EngineCore
 from system.engine.embedded.job import BadRequest, Event
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
-from system.engine.answers import CHANNEL
 from system.models.adapter import PROJECTIONS, Adapter
 from system.models.directory import fast_tokenizer
 from system.serving import JSON, AppServer, serve
