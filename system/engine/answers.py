@@ -174,7 +174,7 @@ class ChannelAnswers:
                 url + CHANNEL,
                 headers=self._http.authorization(url),
                 max_msg_size=MAX_MESSAGE_BYTES,
-                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_S),
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_S),  # pyright: ignore[reportCallIssue] (attrs)
             )
         return _Link(socket)
 
