@@ -125,10 +125,13 @@ class ChannelAnswers:
         link = await self._link(url, rid, deadline)
         news = link.news[rid] = asyncio.Queue()
         try:
-            await link.socket.send_bytes(body)
+            async with asyncio.timeout_at(
+                self._patience(deadline)
+            ):  # it waits where the server reads nothing
+                await link.socket.send_bytes(body)
             while True:
                 if news.empty():
-                    async with asyncio.timeout_at(min(deadline, loop.time() + self._stall_s)):
+                    async with asyncio.timeout_at(self._patience(deadline)):
                         message = await news.get()
                 else:
                     message = news.get_nowait()
@@ -152,19 +155,21 @@ class ChannelAnswers:
         links = {link for link in found if isinstance(link, _Link)} | self._retired
         await asyncio.gather(*(link.close() for link in links))
 
+    def _patience(self, deadline: float) -> float:
+        """Until when to wait for the next sign of life."""
+        return min(deadline, asyncio.get_running_loop().time() + self._stall_s)
+
     async def _link(self, url: str, rid: str, deadline: float) -> _Link:
         """The open channel to a server; opened for whoever comes first."""
         opening = self._links.get(url)
         if opening is None or (opening.done() and (opening.exception() or opening.result().closed)):
             opening = self._links[url] = asyncio.get_running_loop().create_task(self._open(url))
-            opening.add_done_callback(
-                lambda task: task.cancelled() or task.exception()
-            )  # though nobody waits
+            opening.add_done_callback(_seen)
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.shield(opening)
         except aiohttp.WSServerHandshakeError as error:
-            raise refusal(error.status, self._http.hidden(url, error.message), rid) from error
+            raise refusal(error.status, f"HTTP {error.status} at {url}{CHANNEL}", rid) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Broken(error) from error
 
@@ -214,6 +219,8 @@ class _Link:
         try:
             async for frame in self.socket:
                 for rid, message in orjson.loads(frame.data):
+                    if not isinstance(message, dict):
+                        raise TypeError(f"{message!r:.80} in place of a message")
                     if (queue := self.news.get(rid)) is not None:  # or its request has been given up
                         queue.put_nowait(message)
         except (ValueError, TypeError) as error:
@@ -222,6 +229,12 @@ class _Link:
             for queue in self.news.values():
                 queue.put_nowait(None)
             await self.socket.close()
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Its failure is told to whoever waits for it; nobody may do so any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def ends(message: Message) -> bool:

@@ -10,12 +10,14 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from aiohttp import web
 from engine_models import EngineClient, Served, TinyModel, collect, joined, prompt, request
 
 from system.config import EngineConfig
 from system.engine.answers import CHANNEL, ChannelAnswers
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
+from system.serving import serve
 
 BODY = {"rid": "r", "stream": True, "input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 4}}
 
@@ -153,3 +155,25 @@ async def test_a_server_ends_at_once_though_a_channel_is_open(tiny: Callable[...
     await engine.stop()
     assert time.monotonic() - began < 1.5, "it waits two seconds for handlers that do not end"
     await client.close()
+
+
+@pytest.mark.parametrize("frame", ["{", "[1]", '[["r", 5]]', '[[["r"], {}]]'])
+async def test_a_server_that_sends_nonsense_is_given_up(frame: str) -> None:
+    async def channel(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_str(frame)
+        await socket.receive()
+        return socket
+
+    app = web.Application()
+    app.router.add_get(CHANNEL, channel)
+    server = await serve(app)
+    client = EngineClient([server.url], deadline_s=20, stall_s=10, retries=0, channel=True)
+    try:
+        with pytest.raises(EngineError, match="the channel was closed"):
+            await collect(client, request("a", prompt(5), 4))
+    finally:
+        await client.close()
+        await server.close()

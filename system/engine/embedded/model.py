@@ -244,8 +244,4 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x / √(mean(x²) + ε), rounded to x's dtype, then times ``scale`` (Zhang & Sennrich 2019; rounding as in
     Hugging Face's models).
     """
-    if x.dtype != torch.float32:  # whose squares are summed in float32
-        return F.rms_norm(x, (x.shape[-1],), None, eps) * scale
-    # The same in half as many operations: each costs a small model on a CPU more than its arithmetic.
-    root = torch.linalg.vecdot(x, x).mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return (x * root[..., None]).mul_(scale)
+    return F.rms_norm(x, (x.shape[-1],), None, eps) * scale
