@@ -80,6 +80,7 @@ def bench(args: argparse.Namespace) -> int:
       espalier bench eager 8           eager growth against linear rollouts, on so many seeds
       espalier bench host              what one rollout worker carries: 2,000 branches against a stub engine
       espalier bench judge             whole runs with and without a slow judge: what the engine waits
+      espalier bench judge 8           the same for this bound of staleness only
       espalier bench sessions          python sessions: a fork, a cell, memory, with 1, 100 and 2,000 alive
       espalier bench throughput        whole runs: sync and async, linear and trees, by spread of tool latency
       espalier bench throughput 'linear async η=1' 'eager async η=1'

@@ -13,8 +13,8 @@ where the two differ, something else was using the machine.
 * ``equal``: 64 concurrent requests of one length, against static ``model.generate``, which needs them equal.
 
 CPU seconds are reported beside wall time (ours: server and client together), for they tell a busy machine
-from a slow engine.  Ours goes the whole way: a server process, HTTP, and the client that rollouts use, with
-log-probabilities and entropies of every token, which the other two do not compute.
+from a slow engine.  Ours goes the whole way: a server process, its channel, and the client that rollouts use,
+with log-probabilities and entropies of every token, which the other two do not compute.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ async def _measure(
     command = ("system.engine.embedded", "--model", path, "--port", "0")
     command += ("--device", "cpu", "--threads", str(THREADS))
     async with server(*command, threads=THREADS) as (url, process), Http() as http:
-        client, control = EnginePool([url]), EngineControl(url, http)
+        client, control = EnginePool([url], channel=True), EngineControl(url, http)
 
         async def one_round(mixed: Requests, equal: Requests, tag: str) -> dict[str, Speed]:
             return {

@@ -31,6 +31,7 @@ from typing import Any
 from system.bench.processes import run_to_end
 from system.bench.report import Report
 from system.bench.slow_judge import create_app
+from system.errors import ConfigError
 from system.observe.rundir import RunDir
 from system.serving import serve
 from system.twin.calibrate import Calibration
@@ -42,9 +43,9 @@ from system.twin.world import Twin
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SECONDS, FAILURES = 1.0, 0.01
 RUN_S = 1800.0  # at most, of one run
-FILL = 8  # training steps at the start that do not count: more than the η + 1 batches that start together
-STEPS, REPEATS = 48, 2
-CASES = {f"η = {bound}": f"flow.staleness={bound}" for bound in (1, 2, 4)}
+FILL = 12  # training steps at the start that do not count: more than the η + 1 batches that start together
+STEPS, REPEATS = 52, 2
+CASES = {f"η = {bound}": f"flow.staleness={bound}" for bound in (1, 2, 4, 8)}
 RULE, AT_ONCE, SLOW = "rule", "judge at once", "slow judge"
 JUDGES = {AT_ONCE: (0.0, 0.0), SLOW: (SECONDS, FAILURES)}  # seconds, share that fails
 
@@ -61,12 +62,17 @@ SETTINGS = (
 TEACH = ("run.steps=1", "warmstart.steps=150", "warmstart.demos=1024")
 
 
-def run(out_dir: Path, quick: bool = False) -> dict[str, Any]:
+def run(out_dir: Path, words: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
     """Measure, write ``judge.json`` and ``judge.html``; returns what the JSON holds.
 
-    ``quick``: each way once, for the smallest bound.  The runs' directories are left in ``out_dir``.
+    ``words``: the bounds of staleness to measure; none: all of :data:`CASES`.  ``quick``: each way once, for
+    the first bound.  The runs' directories are left in ``out_dir``.  Raises :class:`ConfigError` for others.
     """
-    how = (1, FILL + 12, [*CASES][:1]) if quick else (REPEATS, STEPS, [*CASES])
+    cases = [f"η = {word}" for word in words] or [*CASES]
+    if unknown := [case for case in cases if case not in CASES]:
+        known = ", ".join(case.split()[-1] for case in CASES)
+        raise ConfigError(f"bench judge: {unknown[0]} is not measured; bounds of staleness: {known}")
+    how = (1, FILL + 12, cases[:1]) if quick else (REPEATS, STEPS, cases)
     return write_report(asyncio.run(_measure(out_dir, *how)), out_dir)
 
 

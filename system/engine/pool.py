@@ -1,4 +1,4 @@
-"""A pool of servers that generates: streams over HTTP that survive a broken connection without losing or
+"""A pool of servers that generates: streams that survive a broken connection without losing or
 doubling a token.
 """
 
@@ -15,32 +15,23 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
 import numpy as np
 
+from system.engine.answers import Broken, ChannelAnswers, HttpAnswers, refused
 from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest
 from system.engine.request import generate_body
 from system.engine.router import Assignment, Router
 from system.engine.routes import RouteFormat
-from system.engine.stream import CutGuard, EventSplitter, MalformedStream, StreamReader, WantedRoutes
-from system.http import CONNECT_S
+from system.engine.stream import CutGuard, MalformedStream, StreamReader, WantedRoutes
 
 log = logging.getLogger(__name__)
 
 _ABORT_DEADLINE_S = 5.0
 _CLOSE_DEADLINE_S = 1.0
-_READ_OUT_S = 1.0  # for a server to close a stream after its finish
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.05, 2.0
 _REPORT_S, _REPORT_DEADLINE_S = 1.0, 5.0  # between the servers' reports of their load; of one report
-
-
-class _Broken(Exception):
-    """The stream broke or never began, through no fault of the request; it may go on elsewhere."""
-
-    unreachable = False  # nobody listens there
-    answered = False  # the server is there, and says that it failed at this request
 
 
 class _Progress:
@@ -78,7 +69,8 @@ class EnginePool:
     server; more wait for their turn, first come, first served.  ``estimate``: what to make of the top
     log-probabilities of servers that give no entropies.  ``vocab``: tokens that the model knows; others are
     the server's error.  ``key``: what the servers want to be shown.  ``routes``: what a record of experts
-    looks like; None: none can be asked for.
+    looks like; None: none can be asked for.  ``channel``: the servers are embedded engines, which carry all
+    requests over one connection (:class:`~system.engine.answers.ChannelAnswers`).
     """
 
     def __init__(
@@ -93,12 +85,14 @@ class EnginePool:
         vocab: int | None = None,
         key: str = "",
         routes: RouteFormat | None = None,
+        channel: bool = False,
     ):
         if not urls:
             raise ValueError("a pool of engines needs at least one URL")
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._http = Http(self.urls, key)
-        self._deadline_s, self._stall_s, self._retries = deadline_s, stall_s, retries
+        self._answers = (ChannelAnswers if channel else HttpAnswers)(self._http, stall_s)
+        self._deadline_s, self._retries = deadline_s, retries
         self._router = Router(self.urls)
         self._turns = {url: asyncio.Semaphore(in_flight) for url in self.urls}  # first come, first served
         self._live: dict[str, _Progress] = {}
@@ -128,6 +122,7 @@ class EnginePool:
             _, late = await asyncio.wait(set(self._endings), timeout=_CLOSE_DEADLINE_S)
             for task in late:
                 task.cancel()
+        await self._answers.close()
         await self._http.close()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk]:
@@ -164,7 +159,9 @@ class EnginePool:
                             yield chunk
                             if finished:
                                 return
-                except _Broken as error:
+                except Broken as error:
+                    if loop.time() >= deadline:
+                        raise self._too_late(request.rid) from error
                     failures = 1 if len(progress.tokens) > before else failures + 1
                     self._abort_later(progress)
                     progress.guard.cut()
@@ -272,10 +269,10 @@ class EnginePool:
     async def _attempt(
         self, progress: _Progress, place: Assignment, deadline: float
     ) -> AsyncGenerator[Chunk]:
-        """One HTTP call.  Raises ``_Broken`` for what another attempt may mend, ``EngineError`` for the
+        """One HTTP call.  Raises ``Broken`` for what another attempt may mend, ``EngineError`` for the
         rest.
         """
-        asked, splitter, complete = progress.request, EventSplitter(), False
+        asked = progress.request
         rid, scored, estimate = asked.rid, None, self._estimate
         if asked.score_from is not None:  # the one token that comes with the scores needs no entropy
             scored, estimate = asked.input_ids[asked.score_from :], None
@@ -286,39 +283,17 @@ class EnginePool:
             asked, progress.wire_rid, progress.tokens, every_token=every_token, top_logprobs=top
         )
         try:
-            response = await self._http.session.post(
-                f"{place.url}/generate",
-                data=body,
-                headers={"Content-Type": "application/json"} | self._http.authorization(place.url),
-                allow_redirects=False,
-                timeout=self._patience(deadline),
-            )
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise self._broken(error, deadline, rid) from error
-        try:
-            if response.status != 200:
-                message = (await response.content.read(2000)).decode(errors="replace")
-                raise _refusal(response.status, self._http.hidden(place.url, message), rid)
-            while not splitter.done:
-                data = await response.content.readany()
-                if not data:
-                    raise _Broken("the stream ended without a finish")
-                for message in splitter.feed(data):
+            answer = self._answers.ask(place.url, progress.wire_rid, body, deadline)
+            async with aclosing(answer) as messages:
+                async for message in messages:
                     if "error" in message:
-                        raise _refusal(*_error_in(message), rid)
+                        raise refused(message, rid)
                     chunk, text = reader.read(message)
-                    complete = chunk.finish is not None
                     yield self._account(progress, place, chunk, text)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise self._broken(error, deadline, rid) from error
         finally:
             self._counters["entropy_estimates"] += reader.estimated
             if estimate:
                 self._counters["entropy_error_nats"] += reader.error
-            if complete and not response.content.at_eof():
-                self._in_background(_read_out(response))
-            else:
-                response.close()
 
     def _wanted(self, progress: _Progress) -> WantedRoutes | None:
         """The records that the next attempt asks for."""
@@ -351,18 +326,6 @@ class EnginePool:
         cached = progress.cached_tokens if finish else 0
         return replace(chunk, finish=finish, cached_tokens=cached)
 
-    def _patience(self, deadline: float) -> aiohttp.ClientTimeout:
-        """Deadlines of one HTTP call: to connect, between two reads, and altogether."""
-        left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
-        return aiohttp.ClientTimeout(total=left, sock_connect=CONNECT_S, sock_read=self._stall_s)
-
-    def _broken(self, error: Exception, deadline: float, rid: str) -> Exception:
-        if asyncio.get_running_loop().time() >= deadline:
-            return self._too_late(rid)
-        broken = _Broken(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
-        broken.unreachable = isinstance(error, aiohttp.ClientConnectorError)
-        return broken
-
     def _too_late(self, rid: str) -> EngineError:
         return EngineError(f"request {rid!r}: not done within {self._deadline_s} s")
 
@@ -393,30 +356,3 @@ class EnginePool:
 def _last_chunk(finish: Finish, cached_tokens: int) -> Chunk:
     numbers = np.zeros(0, np.float32)
     return Chunk(np.zeros(0, np.int32), numbers, numbers, np.zeros(0, np.int32), finish, cached_tokens)
-
-
-def _error_in(message: dict[str, Any]) -> tuple[Any, str]:
-    """(status or None, text) of an error that a server reports inside a stream that has begun."""
-    error = message["error"]
-    return (error.get("code"), str(error.get("message"))) if isinstance(error, dict) else (None, str(error))
-
-
-def _refusal(status: Any, message: str, rid: str) -> Exception:
-    """A 4xx is about the request and final; anything else is about the server, a 500 about both."""
-    if isinstance(status, int) and 400 <= status < 500:
-        return EngineError(f"request {rid!r} refused: {message}")
-    broken = _Broken(f"status {status}: {message}")
-    broken.answered = status == 500
-    return broken
-
-
-async def _read_out(response: aiohttp.ClientResponse) -> None:
-    """Read past the finish to the stream's end, so that the connection serves the next request, too."""
-    try:
-        async with asyncio.timeout(_READ_OUT_S):
-            while await response.content.readany():
-                pass
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        log.debug("a stream that finished did not end: %s", error)
-    finally:
-        response.close()

@@ -209,6 +209,7 @@ def build_context(
         vocab=max(len(tokenizer), vocabulary(model_path)),
         key=keys.engines,
         routes=routes,
+        channel=config.engine.name == "embedded",
     )
     # A score of the whole sequence comes with one more token.
     kept = SGLANG_KEEPS if config.engine.name == "sglang" else int(config.rollout.rescore or teaches)

@@ -30,11 +30,18 @@ from engine_models import (
 from test_engine_replicas import server_process
 
 from system.config import EngineConfig
+from system.engine.answers import HttpAnswers
 from system.engine.embedded import EmbeddedEngine
 from system.engine.protocol import EngineError
 from system.engine.stream import CutGuard, EventSplitter
 from system.serving import free_port
 from system.serving import serve as serve_app
+
+
+@pytest.fixture(params=[False, True], ids=["http", "channel"])
+def channel(request: pytest.FixtureRequest) -> bool:
+    """How the client asks the embedded engine."""
+    return request.param
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ async def cutting_proxy(target: str, after_bytes: int, cuts: int) -> AsyncIterat
 
 async def test_one_connection_serves_one_request_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a stream may come after its finish, in a packet of its own: it is read all the same."""
-    monkeypatch.setattr("system.engine.pool._READ_OUT_S", 30.0)  # on a loaded machine a second may pass
+    monkeypatch.setattr("system.engine.answers._READ_OUT_S", 30.0)  # on a loaded machine a second may pass
     peers = set()
     finish = {
         "text": "a",
@@ -108,12 +115,13 @@ async def test_one_connection_serves_one_request_after_another(monkeypatch: pyte
     app.router.add_post("/generate", generate)
     server = await serve_app(app)
     client = EngineClient([server.url])
+    assert isinstance(client._answers, HttpAnswers)
     try:
         for number in range(4):
             (chunk,) = await collect(client, request(f"r{number}", prompt(3)))
             assert chunk.tokens.tolist() == [5]
             async with asyncio.timeout(60):
-                while client._endings:  # noqa: ASYNC110 (whose last one reads the stream to its end)
+                while client._answers._endings:  # noqa: ASYNC110 (whose last one reads the stream to its end)
                     await asyncio.sleep(0.01)
         assert len(peers) == 1
     finally:
@@ -122,12 +130,14 @@ async def test_one_connection_serves_one_request_after_another(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("after_bytes", [10, 700, 1500, 3001])
-async def test_a_broken_stream_goes_on_without_a_gap_or_a_double(one: Served, after_bytes: int) -> None:
+async def test_a_broken_stream_goes_on_without_a_gap_or_a_double(
+    one: Served, after_bytes: int, channel: bool
+) -> None:
     """With a seed the mended sequence is the very one an unbroken stream gives."""
     ids = prompt(12)
     whole = joined(await collect(one.client, request("whole", ids, 60, seed=3)))
     async with cutting_proxy(one.url, after_bytes, cuts=2) as url:
-        client = EngineClient([url])
+        client = EngineClient([url], channel=channel)
         out = joined(await collect(client, request("cut", ids, 60, seed=3)))
         await client.close()
     assert out.tokens.tolist() == whole.tokens.tolist()
@@ -135,7 +145,7 @@ async def test_a_broken_stream_goes_on_without_a_gap_or_a_double(one: Served, af
     assert_exact(one.model, ids, out)
 
 
-async def test_a_stop_string_across_the_cut_is_found(one: Served) -> None:
+async def test_a_stop_string_across_the_cut_is_found(one: Served, channel: bool) -> None:
     """Greedy text, with the stop string laid over each token boundary at which the stream may have been
     cut.
     """
@@ -147,7 +157,7 @@ async def test_a_stop_string_across_the_cut_is_found(one: Served) -> None:
         stop = texts[i][-1:] + texts[i + 1][:1]
         expected = next(n for n in range(1, 61) if stop in decode(free[:n]))
         async with cutting_proxy(one.url, 1200 + 97 * number, cuts=1) as url:
-            client = EngineClient([url])
+            client = EngineClient([url], channel=channel)
             out = joined(await collect(client, request(f"s{number}", ids, 60, temperature=0.0, stop=(stop,))))
             await client.close()
         assert out.tokens.tolist() == free[:expected], (stop, number)
@@ -183,8 +193,8 @@ def test_cut_guard_sees_only_matches_across_the_cut() -> None:
     assert not guard.watching
 
 
-async def test_connection_refused_is_an_error_in_time() -> None:
-    client = EngineClient([f"http://127.0.0.1:{free_port()}"], deadline_s=20, retries=2)
+async def test_connection_refused_is_an_error_in_time(channel: bool) -> None:
+    client = EngineClient([f"http://127.0.0.1:{free_port()}"], deadline_s=20, retries=2, channel=channel)
     began = time.monotonic()
     with pytest.raises(EngineError, match="gave up after 3 failures"):
         await collect(client, request("a", prompt(5)))
@@ -193,14 +203,15 @@ async def test_connection_refused_is_an_error_in_time() -> None:
     await client.close()
 
 
-async def test_a_silent_server_is_given_up_at_the_deadline() -> None:
+async def test_a_silent_server_is_given_up_at_the_deadline(channel: bool) -> None:
     async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
 
     server = await asyncio.start_server(silence, "127.0.0.1", 0)
     async with server:
-        client = EngineClient([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"], deadline_s=0.5)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = EngineClient([url], deadline_s=0.5, channel=channel)
         began = time.monotonic()
         with pytest.raises(EngineError, match=r"not done within 0\.5 s"):
             await collect(client, request("a", prompt(5)))
@@ -208,9 +219,11 @@ async def test_a_silent_server_is_given_up_at_the_deadline() -> None:
         await client.close()
 
 
-async def test_a_killed_server_is_an_error_within_the_deadline(tiny: Callable[..., TinyModel]) -> None:
+async def test_a_killed_server_is_an_error_within_the_deadline(
+    tiny: Callable[..., TinyModel], channel: bool
+) -> None:
     async with server_process(tiny(), pass_s=0.005) as server:
-        client = EngineClient([server.url], deadline_s=30, retries=2)
+        client = EngineClient([server.url], deadline_s=30, retries=2, channel=channel)
         await client.wait_ready(60)
         chunks = client.generate(request("a", prompt(5), 450))
         got = len((await anext(chunks)).tokens)
@@ -224,12 +237,14 @@ async def test_a_killed_server_is_an_error_within_the_deadline(tiny: Callable[..
         await client.close()
 
 
-async def test_an_engine_that_fails_says_so(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_fails_says_so(
+    one: Served, monkeypatch: pytest.MonkeyPatch, channel: bool
+) -> None:
     def broken(self: Any) -> None:
         raise MemoryError("no room for keys")
 
     one.pace.pass_s = 0.01
-    client = EngineClient([one.url], retries=1)
+    client = EngineClient([one.url], retries=1, channel=channel)
     task = asyncio.create_task(collect(client, request("a", prompt(5), 200)))
     await asyncio.sleep(0.05)
     monkeypatch.setattr(type(one.engine._scheduler), "step", broken)

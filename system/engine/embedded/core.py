@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +38,8 @@ from system.models.shape import ModelShape
 # How long decoding waits at most for the HTTP side to send what it has just produced.
 _HANDOVER_S = 5e-3
 
+_YIELDS = 4  # on the CPU, where Ray's workers are at 15 of 19
+
 
 class EngineCore:
     """A model that decodes, and whose weights can be exchanged meanwhile.
@@ -66,7 +69,8 @@ class EngineCore:
             self.dtype,
             self.device,
         )
-        self.loop = DecodeLoop(self._scheduler, self._deliver, config.threads)
+        nice = _YIELDS if self.device.type == "cpu" and sys.platform == "linux" else 0
+        self.loop = DecodeLoop(self._scheduler, self._deliver, config.threads, nice)
         self._staged: dict[str, Tensor] | None = None
         self._adapter: Adapter | None = None  # what is staged are adapters of this kind
         self._asyncio: asyncio.AbstractEventLoop | None = None

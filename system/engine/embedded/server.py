@@ -3,6 +3,7 @@
 Beyond SGLang: ``/update_weights_from_tensor`` takes safetensors bytes (SGLang takes pickles, which a network
 service must not), and ``/end_weight_update`` performs the swap and answers with the checksum of what is held.
 Answers are always streams, and incremental (disjoint): SGLang's are with ``--incremental-streaming-output``.
+``/generate_channel`` carries any number of requests over one connection.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -18,15 +18,16 @@ from aiohttp import web
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from system.engine.answers import CHANNEL
+from system.engine.embedded.channel import MAX_JSON_BYTES, Channel, answer, job_of, serve_channels
 from system.engine.embedded.core import EngineCore
-from system.engine.embedded.job import BadRequest, Event, Job, parse
+from system.engine.embedded.job import BadRequest, Event
 from system.engine.embedded.loop import EngineFailed
 from system.engine.embedded.weights import WeightsError
 from system.models.adapter import PROJECTIONS, Adapter
 from system.models.directory import fast_tokenizer
 from system.serving import JSON, AppServer, serve
 
-MAX_JSON_BYTES = 16 << 20
 MAX_BUCKET_BYTES = 8 << 30
 CONTROL_DEADLINE_S = 60.0  # a control call waits for one step at most, which may take seconds
 STOP_S = 30.0  # for the decoding thread to end its step, and again for the server to close
@@ -83,9 +84,11 @@ def _application(engine: EngineCore) -> web.Application:
     """The server's routes, bound to one engine."""
     server = _Handlers(engine)
     app = web.Application(client_max_size=MAX_BUCKET_BYTES, middlewares=[_errors])
+    serve_channels(app)
     app.add_routes(
         [
             web.post("/generate", server.generate),
+            web.get(CHANNEL, server.channel),
             web.post("/abort_request", server.abort),
             web.post("/pause_generation", server.pause),
             web.post("/continue_generation", server.resume),
@@ -133,29 +136,22 @@ class _Handlers:
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """A stream of tokens.  How long it may take to begin is its client's decision: it hangs up."""
         engine = self._engine
-        job = parse(
-            await _json(request),
-            vocab=engine.shape.vocab,
-            context=engine.context,
-            vocabulary=engine.vocabulary,
-            draw_seed=engine.draw_seed,
-            experts=engine.shape.experts is not None,
-        )
+        job = job_of(engine, await _json(request))
         queue: asyncio.Queue[Event] = asyncio.Queue()
         job.deliver = queue.put_nowait
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         )
+        count, last = 0, False
         try:
             if not await _boundary(engine.loop.call(lambda scheduler: scheduler.submit(job))):
                 raise BadRequest(f"rid: {job.rid!r} is already being generated")
             await response.prepare(request)
-            count, last = 0, False
             while not last:
                 event = await queue.get()
                 count += len(event.tokens)
                 last = bool(event.finish or event.error)
-                body = orjson.dumps(self._message(job, event, count))
+                body = orjson.dumps(answer(engine, job, event, count))
                 await response.write(
                     b"data: " + body + b"\n\n" + (b"data: [DONE]\n\n" if event.finish else b"")
                 )
@@ -163,43 +159,14 @@ class _Handlers:
         except ConnectionResetError:  # the client has hung up: there is nobody to be told
             return response
         finally:
-            # After a finished job this finds nothing; after a broken connection it frees the row.
-            engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))
+            if not last:  # the connection has broken: free the row
+                engine.loop.emit(lambda scheduler: scheduler.abort(lambda it: it is job, "client went away"))
 
-    def _message(self, job: Job, event: Event, count: int) -> dict[str, Any]:
-        """What SGLang says of the new tokens in ``event``, which bring the output to ``count``."""
-        if event.error:
-            code = 500 if self._engine.loop.alive else 503  # the request's failure, or the engine's
-            return {"error": {"message": event.error, "code": code}}
-        tokens, version = event.tokens, str(event.version)
-        meta: dict[str, Any] = {
-            "id": job.rid,
-            "finish_reason": {**asdict(event.finish), "length": count} if event.finish else None,
-            "prompt_tokens": job.prompt.size,
-            "completion_tokens": count,
-            "cached_tokens": event.cached_tokens,
-            "weight_version": version,
-            "weight_versions": [{"version": version, "start": count - len(tokens), "end": count}],
-            "output_token_logprobs": [
-                [value, token, None] for value, token in zip(event.logprob, tokens, strict=True)
-            ],
-            "entropy": event.entropy,
-        }
-        if job.top_p < 1 or job.top_k > 0:
-            meta["output_token_sampling_logprobs"] = event.kept_logprob
-        if (start := job.score_from) is not None:
-            given = job.prompt[start - 1 :].tolist()
-            meta["input_token_logprobs"] = [
-                [value, token, None] for value, token in zip([None, *job.scores], given, strict=True)
-            ]
-        if event.routes is not None and (known := self._engine.routes) is not None:
-            meta["routed_experts"] = known.write(event.routes)
-        vocabulary = self._engine.vocabulary
-        return {
-            "text": vocabulary.text(tokens) if vocabulary else "",
-            "output_ids": tokens,
-            "meta_info": meta,
-        }
+    async def channel(self, request: web.Request) -> web.WebSocketResponse:
+        """All of one client's requests over one connection (:mod:`.channel`)."""
+        if "Origin" in request.headers:  # what a page opens, which a browser lets it, unlike a POST of JSON
+            raise web.HTTPForbidden(text="not for pages")
+        return await Channel(self._engine).run(request)
 
     # Control -------------------------------------------------------------------------------------
 

@@ -70,7 +70,14 @@ class Subject:
             await self.client.update_weights_from_disk(str(model.path), version, **more)
 
 
-@pytest.fixture(params=["embedded", "embedded, experts", pytest.param("sglang", marks=pytest.mark.sglang)])
+@pytest.fixture(
+    params=[
+        "embedded",
+        "embedded, experts",
+        "embedded, channel",
+        pytest.param("sglang", marks=pytest.mark.sglang),
+    ]
+)
 async def subject(
     request: pytest.FixtureRequest, serve: Callable[..., Any], tiny: Callable[..., TinyModel]
 ) -> AsyncIterator[Subject]:
@@ -78,6 +85,9 @@ async def subject(
     model = tiny(family, False)
     if request.param != "sglang":
         served = await serve(family, False, max_context=512)
+        if request.param.endswith("channel"):
+            await served.client.close()
+            served.client = EngineClient([served.url], deadline_s=60, stall_s=30, channel=True)
         yield Subject("embedded", model, served.client, served, family)
         return
     client = EngineClient([request.getfixturevalue("sglang_url")], deadline_s=120, stall_s=60, key=SGLANG_KEY)
