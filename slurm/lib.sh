@@ -82,6 +82,7 @@ all_nodes() {   # SLURM_JOB_NODELIST has the first component of a heterogeneous 
 on_signal() {
   if [ -n "$STOP" ] || [[ $(control) == done* ]]; then return 0; fi
   STOP=$1
+  if [ -e "$JOB/cancelled" ]; then STOP="espalier cancel"; fi
   say "$STOP: asking the driver for a checkpoint"
   tell stop
   scancel --quiet --signal=URG "$SLURM_JOB_ID.0" || true

@@ -298,9 +298,9 @@ def test_ctrl_c_outside_the_conductor_is_quiet(
     ("options", "expected"),
     [
         ([], ("a", "0.500")),
-        (["--index", "0"], ("a", "0.000")),
-        (["--index", "2"], ("c", "0.500")),
-        (["--index", "-3"], ("b", "1.000")),
+        (["--number", "0"], ("a", "0.000")),
+        (["--number", "2"], ("c", "0.500")),
+        (["--number", "-3"], ("b", "1.000")),
         (["--best"], ("b", "1.000")),
         (["--worst"], ("a", "0.000")),
         (["--prompt", "a"], ("a", "0.500")),
@@ -319,7 +319,7 @@ def test_tree_shows_the_one_asked_for(
     assert "WARNING: no tokenizer" in captured.err
 
 
-@pytest.mark.parametrize("options", [["--index", "4"], ["--index", "-5"], ["--prompt", "z"]])
+@pytest.mark.parametrize("options", [["--number", "4"], ["--number", "-5"], ["--prompt", "z"]])
 def test_tree_that_is_not_there(
     run_with_trees: RunDir, options: list[str], capsys: pytest.CaptureFixture[str]
 ):

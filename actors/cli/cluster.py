@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from actors.cli.command import RECIPE, argument, command, configured, split
 
@@ -54,18 +54,25 @@ def submit(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.resume} is no supervised run: leave --sft out")
     require = supervised.require if sft else preflight.require
 
+    told = set[str]()  # of an earlier point of a sweep
+
+    def tell(line: str, file: TextIO) -> None:
+        if line not in told:
+            told.add(line)
+            print(line, file=file)
+
     def check(config: Config) -> None:
         """A dry run, which may be for another machine, only warns."""
         try:
             require(config, login=True, resume=args.resume)
             for line in without_rank(config) if sft else without_effect(config):
-                print(shown(line))
-            print(f"checked here; in the job, when it starts: {preflight.LATER}")
+                tell(shown(line), sys.stdout)
+            tell(f"checked here; in the job, when it starts: {preflight.LATER}", sys.stdout)
         except ConfigError as error:
             if not args.dry_run:
                 raise
             for line in str(error).splitlines():
-                print(f"WARNING: {line}", file=sys.stderr)
+                tell(f"WARNING: {line}", sys.stderr)
 
     words = [*args.words]
     words += [f"cluster.nodes={args.nodes}"] if args.nodes is not None else []

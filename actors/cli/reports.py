@@ -20,14 +20,17 @@ BENCHMARKS = (
 @command(
     argument("run", metavar="RUN", type=Path, help="a run directory"),
     [
-        argument("--list", action="store_true", help="a table of all trees"),
-        argument(
-            "--index", type=int, default=-1, metavar="I", help="tree number I of the table; -1 is the newest"
-        ),
+        argument("--list", action="store_true", help="a table of all trees that the run keeps"),
         argument("--best", action="store_true", help="the tree of the highest mean reward"),
         argument("--worst", action="store_true", help="the tree of the lowest mean reward"),
         argument("--prompt", metavar="ID", help="the newest tree of this prompt"),
-        argument("--number", type=int, metavar="N", help="the tree that `espalier watch` shows under N"),
+        argument(
+            "--number",
+            type=int,
+            default=-1,
+            metavar="N",
+            help="the tree that --list and `espalier watch` show under N; -1 is the newest",
+        ),
     ],
     argument("--entropy", action="store_true", help="show the entropy of every token"),
     argument("--full", action="store_true", help="whole texts with their line breaks"),
@@ -39,7 +42,7 @@ def tree(args: argparse.Namespace) -> int:
     examples:
       espalier tree runs/quickstart-s0                    the newest tree
       espalier tree runs/quickstart-s0 --list             a table of all trees kept
-      espalier tree runs/quickstart-s0 --index 17         one of them
+      espalier tree runs/quickstart-s0 --number 1284      one of them
       espalier tree runs/quickstart-s0 --best --entropy   the best rewarded, with its entropies
       espalier tree runs/quickstart-s0 --worst --full | less
       espalier tree runs/quickstart-s0 --best --html tree.html   drawn, in one file to mail

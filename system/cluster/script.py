@@ -74,6 +74,13 @@ def render(config: Config, run: Path, points: Sequence[Path] = (), limit: int = 
     )
 
 
+def outlined(script: str) -> str:
+    """A script as it is shown: without the library, which is the same in each."""
+    library = (SCRIPTS / "lib.sh").read_text(encoding="utf-8").strip()
+    lines = len(library.splitlines())
+    return script.replace(library, f"# … {lines} lines, the same in every job: slurm/lib.sh")
+
+
 def _chosen(*options: tuple[str, object]) -> list[str]:
     """The options whose condition, beside them, is true."""
     return [option for option, condition in options if condition]

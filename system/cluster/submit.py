@@ -11,7 +11,7 @@ from pathlib import Path
 
 from system.cluster import slurm
 from system.cluster.placement import by_node, paper_nodes, place, spare_gpus
-from system.cluster.script import queue_options, render
+from system.cluster.script import outlined, queue_options, render
 from system.config import Config, ConfigError, load, to_dict
 from system.observe.rundir import RunDir, RunDirError, write_atomic
 from system.observe.terminal import shown
@@ -71,7 +71,7 @@ def submit_run(
     config_name += "-sft" if supervised else ""
     if dry_run:
         root = resume or Path(config.run.dir) / (config.run.name or f"{config_name}-s{config.run.seed}")
-        print(f"\n{shown(render(config, root.resolve()))}", end="")
+        print(f"\n{shown(outlined(render(config, root.resolve())))}", end="")
         print(f"\n# dry run: nothing was submitted; the run directory would be {shown(str(root))}")
         return 0
     run = RunDir.open(resume) if resume else RunDir.create(config, config_name, supervised=supervised)
@@ -123,7 +123,7 @@ def submit_sweep(
     for point in points:
         print(f"{point.name}  {shown(point.label)}")
     if dry_run:
-        print("", *map(shown, scripts.values()), sep="\n", end="")
+        print("", *(shown(outlined(script)) for script in scripts.values()), sep="\n", end="")
         print(f"\n# dry run: nothing was submitted; the sweep's directory would be {shown(str(root))}")
         return 0
     for point in points:
@@ -150,7 +150,10 @@ def submit_sweep(
         ],
     )
     _record(root, [*jobs, closing])
-    print(f"\nsubmitted as jobs {', '.join(jobs)}; job {closing} draws the table and plot in {root}")
+    print(
+        f"\nsubmitted as jobs {', '.join(jobs)}; job {closing} draws the table and plot in {root}\n"
+        f"see: espalier status {root}"
+    )
     return 0
 
 
@@ -196,6 +199,8 @@ def jobs_of(root: Path) -> list[str]:
         raise RunDirError(f"no such run directory: {root}")
     path = root / SUBMISSION
     if not path.is_file():
+        if (sweep := root.resolve().parents[1] / "sweep.json").is_file():
+            raise RunDirError(f"{root} is a point of a sweep, which has its jobs: {sweep.parent}")
         raise RunDirError(f"{root} was not submitted: it has no {SUBMISSION}")
     return [str(job) for job in json.loads(path.read_text(encoding="utf-8"))["jobs"]]
 

@@ -24,7 +24,7 @@ def cluster_problems(config: Config) -> Iterator[str]:
     elif limit <= slurm.signal_s:
         yield (
             f"slurm.time={slurm.time} leaves no time to train: the run checkpoints slurm.signal_s="
-            f"{slurm.signal_s} seconds before the limit"
+            f"{slurm.signal_s} seconds before the limit; ask for more time, or set slurm.signal_s lower"
         )
     if slurm.container != "none" and not slurm.image:
         yield f"slurm.container={slurm.container} needs slurm.image"

@@ -13,6 +13,8 @@ from system.config.fill import filled
 from system.config.rule import setting
 from system.errors import ConfigError
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
 
 @dataclass
 class EvalConfig:
@@ -63,12 +65,16 @@ class EvalSet:
 
 
 def eval_sets(config: EvalConfig) -> list[EvalSet]:
-    """``config.sets`` in their order.  Raises :class:`ConfigError` with a line for each bad one."""
+    """``config.sets`` in their order.  Raises :class:`ConfigError` with a line for each bad one.
+
+    Messages call a set by its name, which stays where others are left out (``--sets``), and by its number,
+    from 0, where it has none that can be taken.
+    """
     found: list[EvalSet] = []
     problems: list[str] = []
     for number, given in enumerate(config.sets):
         try:
-            found.append(_checked(f"eval.sets[{number}]", config, given))
+            found.append(_checked(number, config, given))
         except ConfigError as error:
             problems.append(str(error))
     names = [one.name for one in found]
@@ -80,13 +86,15 @@ def eval_sets(config: EvalConfig) -> list[EvalSet]:
     return found
 
 
-def _checked(key: str, config: EvalConfig, given: Mapping[str, Any]) -> EvalSet:
-    task = given.get("task")
+def _checked(number: int, config: EvalConfig, given: Mapping[str, Any]) -> EvalSet:
+    name, task = given.get("name"), given.get("task")
+    proper = isinstance(name, str) and _NAME.fullmatch(name)
+    key = f"eval.sets[{name if proper else number}]"
     named = {**given, "task": {"name": task}} if isinstance(task, str) else given
     one = filled(
         key, "a set", EvalSet(questions=config.questions, samples=config.samples, key=key), named, ("key",)
     )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", one.name):
+    if not proper:
         raise ConfigError(
             f"{key}.name={one.name!r}: letters, digits, and - . _ between them: it names metrics"
         )

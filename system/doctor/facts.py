@@ -117,12 +117,19 @@ def gather(config: Config) -> Facts:
         memory_bytes=psutil.virtual_memory().available,
         sandbox=confined,
         sandbox_error=sandbox_error,
-        preflight=look(config, without=("engine", "gpus")),  # which are looked at more closely here
+        preflight=look(config, without=left_out(slurm)),
         replays=replays(config),
         slurm=slurm,
         stack=gather_stack(config, driver),
         nodes=gather_nodes(slurm, place),
     )
+
+
+def left_out(slurm: Mapping[str, str]) -> set[str]:
+    """Topics of :func:`look` for others: engine and GPUs are looked at more closely here, and on the nodes of
+    an allocation (its variables ``slurm``) it is the job that starts Ray.
+    """
+    return {"engine", "gpus"} | ({"ray"} if "SLURM_JOB_ID" in slurm else set[str]())
 
 
 def all_reduce(backend: str, world: int, deadline_s: float = COLLECTIVE_DEADLINE_S) -> str:

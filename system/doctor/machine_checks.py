@@ -100,6 +100,10 @@ def servers(config: Config) -> Iterator[Problem]:
         asked[f"cluster.address={address}"] = address
     for field, fault in unanswered(asked).items():
         yield Problem(field, f"does not answer ({fault})", "start it, or correct the address")
+
+
+def ray(config: Config) -> Iterator[Problem]:
+    """Is there a Ray cluster, where several nodes are wanted?"""
     if config.cluster.nodes > 1 and not _joins(config):
         found = "no Ray cluster is named, and this machine is one node"
         yield Problem(f"cluster.nodes={config.cluster.nodes}", found, "use submit, or set cluster.address")

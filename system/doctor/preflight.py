@@ -79,6 +79,7 @@ OF_EVALUATION: dict[str, Check] = {"task": question_checks.held_out}
 ON_THE_SPOT: dict[str, Check] = {
     "engine": machine_checks.engine,
     "servers": machine_checks.servers,
+    "ray": machine_checks.ray,
     "gpus": machine_checks.gpus,
     "ports": machine_checks.ports,
     "memory": machine_checks.memory,

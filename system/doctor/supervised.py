@@ -16,7 +16,7 @@ from system.tasks.base import make_task
 from system.tasks.files import data_files
 
 # Of what training by reinforcement needs: the engines, their tools and questions, where they are used.
-_OF_ROLLOUTS = ("layout", "task", "engine", "servers", "ports")
+_OF_ROLLOUTS = ("layout", "task", "engine", "servers", "ray", "ports")
 
 
 def require(config: Config, resume: Path | None = None, *, login: bool = False) -> None:

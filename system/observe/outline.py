@@ -86,18 +86,18 @@ def outline(tree: Tree, view: View) -> RenderableType:
     return Group(_head(tree, view), Text(), root)
 
 
-def table(trees: Iterable[Tree]) -> Table:
-    """One row per tree, in the order given; the first column is what ``--index`` takes."""
+def table(trees: Iterable[tuple[int, Tree]]) -> Table:
+    """One row per tree, in the order given; the first column is its number, which ``--number`` takes."""
     grid = Table(box=None, header_style="bold", padding=(0, 1))
     for name in ("#", "prompt", "kind"):
         grid.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
     numbers = ("leaves", "nodes", "forks", "top-ups", "calls", "tokens", "uniq/flat", "reward", "correct")
     for name in (*numbers, "version"):
         grid.add_column(name, justify="right")
-    for index, tree in enumerate(trees):
+    for number, tree in trees:
         stats = TreeStats.of(tree)
         grid.add_row(
-            str(index),
+            str(number),
             Text(visible(tree.prompt_id)),
             Text(visible(tree.task)),
             str(stats.leaves),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from system.config import Config
 from system.config.observe import listen_address
@@ -23,8 +23,6 @@ ALARM = "espalier_alarms_total"
 
 class PrometheusView(MetricsView):
     """Listens at ``observe.prometheus`` from the start of a session to its end."""
-
-    rewinds: ClassVar[bool] = True
 
     def __init__(self, run_dir: RunDir, config: Config) -> None:
         from prometheus_client import CollectorRegistry, start_http_server

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from system.plugins import CREDITS
 from system.rollout.encode import local_tokenizer
 from system.tree.record import Tree
 from system.tree.stats import TreeStats
-from system.tree.store import StoreError, read_tree, read_trees
+from system.tree.store import StoreError, numbered_trees, read_tree
 
 _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not set
 
@@ -29,7 +28,7 @@ _PLAIN_WIDTH = 160  # columns when the output is no terminal and COLUMNS is not 
 def run(args: argparse.Namespace) -> int:
     """Print one tree, or the table of all."""
     run_dir = RunDir.open(args.run)
-    config, trees = run_dir.config(), read_trees(run_dir.trees)
+    config, trees = run_dir.config(), numbered_trees(*run_dir.tree_directories)
     console = _Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
     try:
         if args.list:
@@ -72,24 +71,22 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def select(trees: Iterator[Tree], args: argparse.Namespace, run_dir: RunDir) -> Tree:
+def select(numbered: Iterable[tuple[int, Tree]], args: argparse.Namespace, run_dir: RunDir) -> Tree:
     """The tree the options name; the newest without any.  Raises :class:`ConfigError` for none."""
-    if args.number is not None:
-        wanted = f"number {args.number}"
-        found = read_tree(run_dir.tree_directories, args.number)
-    elif args.prompt is not None:
+    trees = (tree for _, tree in numbered)
+    if args.prompt is not None:
         wanted = f"of prompt {args.prompt!r}"
         found = next(iter(deque((tree for tree in trees if tree.prompt_id == args.prompt), maxlen=1)), None)
     elif args.best or args.worst:
         wanted = "with a scored leaf"
         found = _best(trees, 1 if args.best else -1)
-    elif args.index >= 0:
-        wanted = f"number {args.index}"
-        found = next(islice(trees, args.index, None), None)
+    elif args.number >= 0:
+        wanted = f"number {args.number}"
+        found = read_tree(run_dir.tree_directories, args.number)
     else:
-        wanted = f"number {args.index}" if args.index != -1 else "yet"
-        last = deque(trees, maxlen=-args.index)
-        found = last[0] if len(last) == -args.index else None
+        wanted = f"number {args.number}" if args.number != -1 else "yet"
+        last = deque(trees, maxlen=-args.number)
+        found = last[0] if len(last) == -args.number else None
     if found is None:
         raise ConfigError(
             f"{run_dir.root} keeps no tree {wanted}; `espalier tree {run_dir.root} --list` shows all"

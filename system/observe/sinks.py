@@ -10,10 +10,11 @@ import contextlib
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from system.observe.jsonl import JsonlWriter, read_jsonl
 from system.observe.rundir import RunDir
@@ -21,6 +22,7 @@ from system.observe.spans import PhaseSpan
 from system.observe.terminal import shown
 
 RESUMED = "resumed_from"  # a record {RESUMED: step}: the run went back to its checkpoint after this step
+START_S = 120.0  # for a view to start, at the end of a run; W&B's own deadlines are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +85,14 @@ class RunFiles:
 class MetricsView:
     """A view of ``metrics.jsonl`` elsewhere.  A subclass raises whatever goes wrong: its guard tells it."""
 
-    rewinds: ClassVar[bool] = False
-    """Whether later records of a step take the place of earlier ones: :meth:`rewind` says from where on."""
-
     def write(self, record: Mapping[str, Any]) -> None:
         """Show one record: its numbers (NaN where nothing is known) under their keys, at its ``step``."""
         raise NotImplementedError
 
     def rewind(self, step: int) -> None:
-        """The run went back to its checkpoint after ``step``; records past it come again."""
+        """The run went back to its checkpoint after ``step``; records past it come again, or those of them
+        that are new (:class:`GuardedView`).
+        """
 
     def alarm(self, alarm: Alarm) -> None:
         """Show that an alarm begins; that it ends, no view is told."""
@@ -111,17 +112,28 @@ class GuardedView:
     """
 
     def __init__(
-        self, name: str, off: str, make: Callable[[], MetricsView], sent: Path, *, aside: bool = False
+        self,
+        name: str,
+        off: str,
+        make: Callable[[], MetricsView],
+        sent: Path | None,
+        *,
+        aside: bool = False,
+        start_s: float = START_S,
     ) -> None:
-        """``off``: the override that does without it.  ``aside``: it starts in a thread, and what comes
-        meanwhile waits for it.
+        """``off``: the override that does without it.  ``sent`` None: the view takes back what it was sent,
+        and gets all records.  ``aside``: it starts in a thread, and what comes meanwhile waits for it; at the
+        end of a run it is waited for until ``start_s`` seconds after its start.
         """
         self._name, self._off = name, off
         self._view: MetricsView | None = None
-        self._sent = {_which(one) for one in read_jsonl(sent)}  # now: soon this session's are there, too
-        self._lock = threading.Lock()  # of the next
-        self._waiting: list[tuple[str, Callable[[MetricsView], None]]] | None = []  # None: it has started
+        # Now: soon this session's are there, too.
+        self._sent = None if sent is None else {_which(one) for one in read_jsonl(sent)}
+        self._lock = threading.Lock()  # of the next two
+        self._waiting: list[tuple[str, Callable[[MetricsView], None]]] = []
+        self._started = False  # or given up
         self._starting: threading.Thread | None = None
+        self._start_s, self._start_until = start_s, time.monotonic() + start_s
         if aside:
             start = threading.Thread(target=self._start, args=(make,), name=f"start {name}", daemon=True)
             self._starting = start
@@ -130,19 +142,32 @@ class GuardedView:
             self._start(make)
 
     def _start(self, make: Callable[[], MetricsView]) -> None:
+        view, failure = None, None
         try:
-            self._view = make()
+            view = make()
         except (Exception, SystemExit) as error:  # W&B ends so without a login in some versions
-            self._give_up("did not start", error)
+            failure = error
         with self._lock:
-            waiting, self._waiting = self._waiting or [], None
-            for failed, call in waiting:
-                self._call(failed, call)
+            late, self._started = self._started, True
+            if not late:
+                self._view = view
+                if failure is not None:
+                    self._give_up("did not start", failure)
+                for failed, call in self._waiting:
+                    self._call(failed, call)
+                self._waiting.clear()
+        if late and view is not None:
+            _let_go(view)
 
     def ready(self) -> bool:
-        """Whether it is there, once it has started."""
+        """Whether it is there, once it has started, or should have."""
         if self._starting is not None:
-            self._starting.join()
+            self._starting.join(max(0.0, self._start_until - time.monotonic()))
+        with self._lock:
+            if not self._started:
+                self._started = True
+                self._waiting.clear()
+                self._tell("did not start", TimeoutError(f"not within {self._start_s:g} s"))
         return self._view is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -152,14 +177,12 @@ class GuardedView:
             self._guarded("stopped taking metrics", lambda view: self._write(view, record))
 
     def _write(self, view: MetricsView, record: Mapping[str, Any]) -> None:
-        if view.rewinds or self._is_new(record):
-            view.write(record)
-
-    def _is_new(self, record: Mapping[str, Any]) -> bool:
-        which = _which(record)
-        known = which in self._sent
-        self._sent.add(which)
-        return not known
+        if self._sent is not None:
+            which = _which(record)
+            if which in self._sent:
+                return
+            self._sent.add(which)
+        view.write(record)
 
     def alarm(self, alarm: Alarm) -> None:
         if alarm.on:
@@ -179,7 +202,7 @@ class GuardedView:
 
     def _guarded(self, failed: str, call: Callable[[MetricsView], None]) -> None:
         with self._lock:
-            if self._waiting is None:
+            if self._started:
                 self._call(failed, call)
             else:
                 self._waiting.append((failed, call))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from system.config import Config
 from system.errors import EspalierError
@@ -27,8 +27,6 @@ class CollectorFailed(EspalierError):
 
 class SpanView(MetricsView):
     """Sends spans in batches, from a thread of its own."""
-
-    rewinds: ClassVar[bool] = True
 
     def __init__(self, run_dir: RunDir, config: Config) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from system.config import Config
 from system.observe.rundir import RunDir
@@ -13,8 +13,6 @@ from system.observe.sinks import Alarm, MetricsView, numbers
 
 class TensorBoardView(MetricsView):
     """Scalars under the keys of ``metrics.jsonl``; ``tensorboard --logdir runs`` shows all runs."""
-
-    rewinds: ClassVar[bool] = True
 
     def __init__(self, run_dir: RunDir, config: Config) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2

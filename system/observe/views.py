@@ -30,6 +30,7 @@ class ViewKind:
     wanted: Callable[[Config], bool]
     make: Callable[[RunDir, Config], MetricsView]
     aside: bool = False  # it takes seconds to start, and may do so in a thread
+    rewinds: bool = False  # it takes back records that come again (MetricsView.rewind), and gets them all
 
 
 VIEWS = {
@@ -53,6 +54,7 @@ VIEWS = {
             "espalier[tensorboard]",
             lambda config: config.observe.tensorboard,
             TensorBoardView,
+            rewinds=True,
         ),
         ViewKind(
             "trackio",
@@ -71,6 +73,7 @@ VIEWS = {
             "prometheus-client",
             lambda config: listen_address(config.observe.prometheus) is not None,
             PrometheusView,
+            rewinds=True,
         ),
         ViewKind(
             "OpenTelemetry",
@@ -80,6 +83,7 @@ VIEWS = {
             "espalier[otel]",
             lambda config: config.observe.otel != "none",
             SpanView,
+            rewinds=True,
         ),
     )
 }
@@ -92,7 +96,11 @@ def sinks(run_dir: RunDir, config: Config) -> list[Sink]:
     """
     views = [
         GuardedView(
-            one.name, one.off, partial(one.make, run_dir, config), run_dir.metrics_path, aside=one.aside
+            one.name,
+            one.off,
+            partial(one.make, run_dir, config),
+            None if one.rewinds else run_dir.metrics_path,
+            aside=one.aside,
         )
         for one in VIEWS.values()
         if one.wanted(config)

@@ -7,9 +7,9 @@ Any Parquet reader understands the files, for example DuckDB::
 Columns carry the names of the fields of :class:`~system.tree.record.Tree`.  ``calls`` and ``forks`` are lists
 of structs; a call's ``arguments`` and the tree's ``meta`` are JSON text; ``routes`` are the bytes of an array
 of ``routes_shape``, one or two a number.  ``number`` counts the trees of the
-directory. The schema's version stands in the file's metadata under ``espalier.schema``; a column that came
-later (``sampled_prompt``, ``step_reward``, ``episode``, ``routes``, ``opened_s``, …) may be missing, and then
-has its default.
+run, kept or not. The schema's version stands in the file's metadata under ``espalier.schema``; a column that
+came later (``sampled_prompt``, ``step_reward``, ``episode``, ``routes``, ``opened_s``, …) may be missing, and
+then has its default.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
@@ -171,8 +171,18 @@ def file_number(path: Path) -> int:
 
 def read_trees(directory: str | Path) -> Iterator[Tree]:
     """The trees of a directory, oldest first; a writer may be at work.  Raises :class:`StoreError`."""
-    for path in complete_files(Path(directory)):
-        yield from _trees_of(path)
+    return (tree for _, tree in _numbered(complete_files(Path(directory))))
+
+
+def numbered_trees(newest: Path, sample: Path) -> Iterator[tuple[int, Tree]]:
+    """All that a run keeps, oldest first, by number: the ``newest``, and before them those of its ``sample``
+    that are older.  Raises :class:`StoreError`.
+    """
+    there = complete_files(newest)
+    first = file_number(there[0]) if there else math.inf
+    older = _numbered(path for path in complete_files(sample) if file_number(path) < first)
+    yield from (one for one in older if one[0] < first)
+    yield from _numbered(there)
 
 
 def newest_trees(directory: str | Path, most: int) -> list[Tree]:
@@ -183,19 +193,21 @@ def newest_trees(directory: str | Path, most: int) -> list[Tree]:
     for path in reversed(complete_files(Path(directory))):
         if len(found) >= most:
             break
-        found = [*_trees_of(path), *found]
+        found = [*(tree for _, tree in _numbered([path])), *found]
     return found[max(0, len(found) - most) :]
 
 
-def _trees_of(path: Path) -> Iterator[Tree]:
-    """The trees of a file; none of one that the writer has pruned since the directory was listed."""
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        return
-    except pa.ArrowInvalid as error:
-        raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
-    yield from from_table(table, source=str(path))
+def _numbered(paths: Iterable[Path]) -> Iterator[tuple[int, Tree]]:
+    """The trees of some files by number; none of one that the writer has pruned since they were listed."""
+    for path in paths:
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError:
+            continue
+        except pa.ArrowInvalid as error:
+            raise StoreError(f"{path} is not a readable Parquet file: {error}") from error
+        for i, tree in enumerate(from_table(table, source=str(path))):
+            yield table["number"][i].as_py(), tree
 
 
 def to_table(trees: Sequence[Tree], first_number: int = 0) -> pa.Table:

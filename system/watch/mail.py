@@ -21,7 +21,7 @@ from system.observe.rundir import RunDir
 from system.observe.show import select
 from system.observe.terminal import visible
 from system.tree.record import Tree
-from system.tree.store import StoreError, read_trees
+from system.tree.store import StoreError, numbered_trees
 from system.watch.reader import RunReader, texts
 from system.watch.server import page_files
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """``espalier tree RUN --html FILE``: a tree drawn, or with ``--list`` the table of all."""
     run_dir = RunDir.open(args.run)
     try:
-        trees = read_trees(run_dir.trees)
+        trees = numbered_trees(*run_dir.tree_directories)
         text = listed(run_dir, trees) if args.list else page(run_dir, select(trees, args, run_dir))
     except StoreError as error:
         raise ConfigError(str(error)) from error
@@ -98,7 +98,7 @@ def page(run_dir: RunDir, tree: Tree) -> str:
     )
 
 
-def listed(run_dir: RunDir, trees: Iterable[Tree]) -> str:
+def listed(run_dir: RunDir, trees: Iterable[tuple[int, Tree]]) -> str:
     """The text of a file with the table that ``--list`` prints."""
     console = Console(record=True, file=StringIO(), width=_LIST_WIDTH, highlight=False)
     console.print(table(trees))

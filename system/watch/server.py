@@ -143,6 +143,11 @@ def _overview(run: RunReader, _: web.Request) -> Any:
         return views.overview(run, state)
 
 
+def _settings(run: RunReader, _: web.Request) -> Any:
+    with run.still:
+        return views.settings(run)
+
+
 def _curves(run: RunReader, request: web.Request) -> Any:
     keys = [key for key in request.query.get("keys", "").split(",") if key]
     with run.still:
@@ -183,6 +188,7 @@ def _node(run: RunReader, request: web.Request) -> Any:
 
 _VIEWS: dict[str, Callable[[RunReader, web.Request], Any]] = {
     "overview": _overview,
+    "settings": _settings,
     "curves": _curves,
     "trees": _trees,
     r"trees/{tree:\d{1,15}}": _tree,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from system.config import to_dict
 from system.observe.terminal import shown, visible
+from system.redact import redact
 from system.watch.index import TreeRow
 from system.watch.query import TreeFilter, thinned
 from system.watch.reader import RunReader
@@ -21,6 +24,7 @@ POINTS = 90  # of a curve: more would be no more than its noise
 BARS = 160  # of a row of the timeline
 PHASES = 400  # of the timeline, at most
 PAGE = 100  # rows of the list of trees
+LONG = 60  # characters of a setting
 
 _IDLE = re.compile(r"time/idle_share/([^/]+)/(.+)")
 RECENT = 10  # records that a figure is the mean of: one of them may tell of no tree that closed
@@ -67,7 +71,7 @@ def overview(run: RunReader, state: RunState) -> dict[str, Any]:
         "causes": _causes(run.summary()),
         "trees": {"known": len(run.index.rows), "files_left": run.index.waiting},
         "problems": _problems(run),
-        "settings": _settings(run),
+        "settings": _some_settings(run),
     }
 
 
@@ -109,7 +113,17 @@ def _problems(run: RunReader) -> list[str]:
     return found
 
 
-def _settings(run: RunReader) -> dict[str, str]:
+def settings(run: RunReader) -> dict[str, str]:
+    """Every setting but those that name the run, as text, cut where it is long; secrets are left out."""
+    if run.config is None:
+        return {}
+    whole = redact(to_dict(run.config))
+    given = {f"{section}.{key}": value for section, keys in whole.items() for key, value in keys.items()}
+    told = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+    return {key: shown(text)[:LONG] for key, text in told.items() if key not in ("run.name", "run.dir")}
+
+
+def _some_settings(run: RunReader) -> dict[str, str]:
     if (config := run.config) is None:
         return {}
     return {
@@ -119,7 +133,7 @@ def _settings(run: RunReader) -> dict[str, str]:
         "credit": config.learn.credit.name,
         "leaves": f"{config.rollout.leaves} from {config.rollout.roots} roots",
         "batch": f"{config.flow.batch_leaves} leaves",
-        "staleness": f"at most {config.flow.staleness}",
+        "staleness": f"η = {config.flow.staleness}",
         "seed": str(config.run.seed),
     }
 

@@ -107,6 +107,8 @@ def test_the_dry_run_shows_plan_and_script(path: Path, capsys: pytest.CaptureFix
     assert "#SBATCH --time=1-00:00:00\n" in shown
     assert "#SBATCH --account=trees\n" in shown
     assert "nothing was submitted" in shown
+    assert "lines, the same in every job: slurm/lib.sh\n" in shown
+    assert "on_signal()" not in shown, "the plan stays in sight"
     assert not Path(config.run.dir, f"{path.stem}-s0", "slurm").exists()
 
 

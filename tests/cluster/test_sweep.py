@@ -51,6 +51,7 @@ def test_one_job_array_per_number_of_nodes(capsys: pytest.CaptureFixture[str], t
     assert shown.count("#SBATCH --array=0-2%2\n") == 2
     assert shown.count("#SBATCH --nodes=1\n") == shown.count("#SBATCH --nodes=2\n") == 1
     assert "points/003" in shown
+    assert shown.count("checked here; in the job") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -27,6 +27,7 @@ from actors.cli.main import main
 from system.config import load
 from system.doctor import answering, machine_checks, preflight
 from system.doctor.adapters import chosen_targets
+from system.doctor.facts import left_out
 from system.doctor.preflight import look, require
 from system.models.adapter import Adapter
 from system.models.directory import INDEX, SINGLE, faults
@@ -280,6 +281,12 @@ def test_a_recipe_that_cannot_run_is_one_line_and_leaves_nothing(
     assert [path for path in sorted(place.rglob("*")) if "__pycache__" not in path.parts] == before
 
 
+def test_within_an_allocation_several_nodes_need_no_ray_yet(place: Path) -> None:
+    config = load("plain.yaml", ["cluster.nodes=2"])
+    assert any(look(config, without=left_out({})).values())
+    assert not any(look(config, without=left_out({"SLURM_JOB_ID": "7"})).values())
+
+
 def test_a_sound_recipe_has_no_problems(place: Path) -> None:
     before = sorted(place.rglob("*"))
     found = look(load("plain.yaml"))
@@ -424,8 +431,8 @@ def test_sets_of_questions_are_looked_at_where_a_run_is_submitted(
     words = ["plain.yaml", "run.dir=runs", f"eval.sets=[{good}, {bad}]"]
     assert main(["submit", *words]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert re.search(r"eval\.sets\[2\]: .*daat\.jsonl", first)
-    assert re.search(r"eval\.sets\[3\]: .*nowhere", second)
+    assert re.search(r"eval\.sets\[bad\]: .*daat\.jsonl", first)
+    assert re.search(r"eval\.sets\[odd\]: .*nowhere", second)
 
 
 def test_a_large_set_is_not_read_as_a_whole(place: Path) -> None:

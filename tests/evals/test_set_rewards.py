@@ -90,15 +90,15 @@ def test_another_reward_takes_no_options_and_no_weight_of_the_runs() -> None:
     ],
 )
 def test_what_would_change_nothing_is_refused(run: str, given: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=rf"eval\.sets\[0\]\.reward\.{says}"):
+    with pytest.raises(ConfigError, match=rf"eval\.sets\[a\]\.reward\.{says}"):
         of(run, f"reward: {given}")
 
 
 def test_several_weighted_ones() -> None:
     own = of("arpo", "reward: [f1, {name: judge, weight: 0.5, options: {base_url: 'http://a', model: m}}]")
-    found = rewards(own.reward, "eval.sets[0].reward")
+    found = rewards(own.reward, "eval.sets[a].reward")
     assert [(one.name, one.weight) for one in found] == [("f1", 1.0), ("judge", 0.5)]
-    assert found[1].key == "eval.sets[0].reward.parts[1]"
+    assert found[1].key == "eval.sets[a].reward.parts[1]"
 
 
 def test_a_task_that_scores_its_own_answers_does(task: str) -> None:
@@ -119,7 +119,7 @@ def test_a_task_that_scores_its_own_answers_does(task: str) -> None:
     reward = Scorer.of(found[0], rewards(found[0].reward)[0]).reward
     assert reward.score(None, None).value == 0.25
     told = "\n".join(map(str, look(load(None, [sets, "reward=task"]), training=False)["evaluation sets"]))
-    assert "eval.sets[1]: reward.name=task, but the task 'own' has no score" in told
+    assert "eval.sets[b]: reward.name=task, but the task 'own' has no score" in told
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -139,16 +139,16 @@ def test_the_rewards_of_sets_are_looked_at_before_a_run(tmp_path: Path) -> None:
     config = load(None, [f"eval.sets=[{judged}, {{name: b, path: {path}, reward: [f1, {keyed}]}}]"])
     assert len(all_rewards(config)) == 4
     told = [str(one) for problems in look(config).values() for one in problems]
-    at = "eval.sets[0].reward.options"
+    at = "eval.sets[a].reward.options"
     assert any(one.startswith(f"{at}.base_url=http://127.0.0.1:9/v1: does not answer") for one in told)
-    parts = "eval.sets[1].reward.parts[1].options"
+    parts = "eval.sets[b].reward.parts[1].options"
     assert any(one.startswith(f"{parts}.api_key_env=NO_SUCH_KEY: this environment variable") for one in told)
     wrong = load(
         None, [f"eval.sets=[{{name: a, path: {path}, reward: {{name: judge, options: {{modl: m}}}}}}]"]
     )
     (first, *_) = look(wrong)["parts"]
     assert str(first).startswith(
-        "eval.sets[0].reward.options.modl: judge has no such option; did you mean model"
+        "eval.sets[a].reward.options.modl: judge has no such option; did you mean model"
     )
 
 
@@ -163,6 +163,8 @@ def test_only_some_sets(tmp_path: Path) -> None:
     assert [(one.name, len(one.questions)) for one in own] == [("", 2), ("a", 2)]
     with pytest.raises(ConfigError, match=r"--sets c: there are held-out, a, b"):
         only(config, ["a", "c"])
+    with pytest.raises(ConfigError, match=r"eval\.sets\[b\]: .*nowhere"):  # called as with all sets
+        question_sets(only(config, ["b"]), make_task(config))
 
 
 def test_sets_that_score_themselves_need_no_judge_of_the_runs() -> None:

@@ -116,7 +116,7 @@ def test_all_trees_of_a_hostile_run_can_be_shown(
     hostile_run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(len(HOSTILE)):
-        assert main(["tree", str(hostile_run.root), "--index", str(index)]) == 0
+        assert main(["tree", str(hostile_run.root), "--number", str(index)]) == 0
     out = capsys.readouterr().out
     harmless(out)
     for text in HOSTILE[:3]:  # markup is shown as it stands

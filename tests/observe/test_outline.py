@@ -184,11 +184,13 @@ def test_visible_keeps_breaks_only_when_asked():
 
 def test_table_has_a_row_per_tree(tree: Tree):
     out = io.StringIO()
-    Console(file=out, width=140).print(table([tree, make_tree("q2", (1.0, 1.0, 1.0), task="calc")]))
+    Console(file=out, width=140).print(
+        table([(3, tree), (17, make_tree("q2", (1.0, 1.0, 1.0), task="calc"))])
+    )
     header, first, second = (line.split() for line in out.getvalue().splitlines())
     assert header[0] == "#"
-    assert first == ["0", "q1", "lookup", "3", "6", "1", "0", "1", "22", "0.64", "0.50±0.50", "1/2", "3"]
-    assert second[:3] == ["1", "q2", "calc"]
+    assert first == ["3", "q1", "lookup", "3", "6", "1", "0", "1", "22", "0.64", "0.50±0.50", "1/2", "3"]
+    assert second[:3] == ["17", "q2", "calc"]
     assert "3/3" in second
 
 

@@ -55,8 +55,7 @@ def held_after_two_sessions(name: str, run_dir: RunDir) -> dict[str, list[tuple[
 @pytest.mark.parametrize("name", ["Weights & Biases", "TensorBoard", "trackio"])
 def test_it_holds_every_step_once_and_in_order(name: str, run_dir: RunDir) -> None:
     held = held_after_two_sessions(name, run_dir)
-    rewinds = VIEWS[name].make.rewinds  # type: ignore[attr-defined]
-    later = 2 if rewinds else 1  # whose records of the steps that were done twice are shown
+    later = 2 if VIEWS[name].rewinds else 1  # whose records of the steps that were done twice are shown
     expected = [(1, 1.01), (2, 1.02), (3, later + 0.03), (4, later + 0.04), (5, 2.05)]
     assert [(step, pytest.approx(value, abs=1e-6)) for step, value in held["train/loss"]] == expected
     assert [step for step, _ in held["rollout/trees"]] == [1, 2, 3, 4, 5]
@@ -196,6 +195,44 @@ def test_what_comes_while_one_starts_aside_waits_for_it(run_dir: RunDir) -> None
     sink.write({"step": 3, "time": 1.0})
     sink.close()
     assert made[0].got == [2, "x", 3]
+
+
+def test_one_that_does_not_start_is_not_waited_for_for_ever(
+    run_dir: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go, closed = Event(), Event()
+
+    class Late(Slow):
+        def close(self) -> None:
+            assert self.got == []
+            closed.set()
+
+    sink = GuardedView("late", "late=false", lambda: Late(go), run_dir.metrics_path, aside=True, start_s=0.05)
+    sink.write({"step": 1, "time": 1.0})
+    sink.close()
+    sink.write({"step": 2, "time": 1.0})
+    sink.close()
+    said = capsys.readouterr().err
+    assert said.count("WARNING: late did not start: not within 0.05 s") == 1
+    go.set()
+    assert closed.wait(30.0), "what starts after all is let go"
+    assert not capsys.readouterr().err
+
+
+def test_one_that_takes_back_what_it_was_sent_gets_it_again(run_dir: RunDir) -> None:
+    go = Event()
+    go.set()
+    made: list[Slow] = []
+
+    def make() -> MetricsView:
+        made.append(Slow(go))
+        return made[0]
+
+    sink = GuardedView("again", "again=false", make, None)
+    for step in (1, 2, 1):
+        sink.write({"step": step, "time": 1.0})
+    sink.close()
+    assert made[0].got == [1, 2, 1]
 
 
 def test_one_whose_library_is_missing_is_refused_with_the_remedy(

@@ -39,7 +39,7 @@ async def test_only_what_a_set_scores_otherwise_is_another(tmp_path: Path) -> No
         assert ["\\boxed" in text for text in told] == [True, False]
         assert ["as short as it can be said" in text for text in told] == [False, True]
         assert "reward/eval/a/close_wait_s" in of_set.scoring.counters
-        assert (of_set.scoring.key, context.scoring.key) == ("eval.sets[0].reward", "reward")
+        assert (of_set.scoring.key, context.scoring.key) == ("eval.sets[a].reward", "reward")
         assert "reward/close_wait_s" in context.scoring.counters
     finally:
         for one in (context, *found.values()):

@@ -183,6 +183,7 @@ def test_cancel_saves_and_stops_for_good(cluster: SlurmCluster, submit: Submit) 
     assert cluster.wait_end(job, 60, lambda: evidence(root)) == "CANCELLED"
     (attempt,) = attempts(root)
     assert (attempt["end"]["exit"], attempt["end"]["next"]) == (3, "cancelled")
+    assert attempt["end"]["cause"] == "espalier cancel"
     assert cluster.left_behind() == []
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from system.tree.sample import SampleWriter, kept
-from system.tree.store import read_tree, read_trees
+from system.tree.store import TreeWriter, numbered_trees, read_tree, read_trees
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "watch"))
 from watch_runs import forked_tree
@@ -56,6 +56,12 @@ def test_a_writer_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
     assert len(list(read_trees(tmp_path))) == 4
     assert read_tree((tmp_path / "none", tmp_path), 6) is not None
     assert read_tree((tmp_path,), 7) is None
+    assert [number for number, _ in numbered_trees(tmp_path / "none", tmp_path)] == [0, 2, 4, 6]
+    with TreeWriter(tmp_path / "newest", keep=3, flush_trees=1) as newest:
+        for _ in range(8):
+            newest.append(forked_tree())
+    found = [number for number, _ in numbered_trees(tmp_path / "newest", tmp_path)]
+    assert found == [0, 2, 4, 5, 6, 7], "each once, by the number that it has in the run"
     assert pq.read_table(tmp_path / "trees-000000006.parquet")["number"].to_pylist() == [6]
 
 

@@ -25,7 +25,7 @@ from system.errors import EspalierError
 from system.observe.lease import NAME
 from system.observe.rundir import RunDir
 from system.tree.store import TreeWriter
-from system.watch import mail
+from system.watch import mail, views
 from system.watch.server import page_files, start
 from system.watch.serving import told
 
@@ -153,7 +153,16 @@ def strings(value: Any) -> Iterator[str]:
 
 
 async def test_hostile_text_stays_text(page: Page) -> None:
-    paths = ["overview", "trees", "trees/4", "trees/4/nodes/2", "timeline", "evaluation", "curves?keys=x"]
+    paths = [
+        "overview",
+        "trees",
+        "trees/4",
+        "trees/4/nodes/2",
+        "timeline",
+        "evaluation",
+        "curves?keys=x",
+        "settings",
+    ]
     for path in paths:
         _, headers, body = await page.get(f"/api/runs/0/{path}")
         assert headers["Content-Type"] == "application/json"
@@ -202,6 +211,19 @@ async def test_new_settings_are_read(page: Page, run: RunDir) -> None:
     config.run.steps = 400
     run.write_config(config)
     await page.until("runs/0/overview", lambda about: about["steps"] == 400)
+
+
+async def test_all_settings_can_be_compared(page: Page, run: RunDir) -> None:
+    config = run.config()
+    config.learn.lr, config.observe.project, config.slurm.env = 0.125, "a\u202eb", {"API_KEY": "hunter2"}
+    run.write_config(config)
+    await page.until("runs/0/settings", lambda found: found["learn.lr"] == "0.125")
+    found = await page.api("runs/0/settings")
+    assert "hunter2" not in str(found)
+    assert found["observe.project"].startswith("a")
+    assert "\u202e" not in found["observe.project"]
+    assert not {"run.name", "run.dir"} & found.keys()
+    assert max(map(len, found.values())) <= views.LONG
 
 
 async def test_a_crashed_run_is_shown_as_it_was_left(page: Page, run: RunDir) -> None:

@@ -27,16 +27,16 @@ function following(box, ask, fill) {
 
 export async function comparePage(context) {
   const box = el("div", {});
+  const known = await Promise.all(context.runs.map((_, i) => context.api(`runs/${i}/settings`)));
+  const different = [...new Set(known.flatMap((one) => Object.keys(one)))].filter((name) => new Set(known.map((one) => one[name])).size > 1);
   const keys = encodeURIComponent(COMPARED.map(([key]) => key).join(","));
   const ask = () => Promise.all(context.runs.map(async ({ name }, i) => {
     const [about, { curves }] = await Promise.all([context.api(`runs/${i}/overview`), context.api(`runs/${i}/curves?keys=${keys}`)]);
-    const { settings, state: { state }, step, steps, figures, evals, wall_s } = about;
-    return { name, settings, state, step, steps, figures, evals, wall_s, curves };
+    const { state: { state }, step, steps, figures, evals, wall_s } = about;
+    return { name, settings: known[i], state, step, steps, figures, evals, wall_s, curves };
   }));
   function fill(runs) {
     const row = (label, cell) => el("tr", {}, el("th", {}, label), runs.map((run) => el("td", { class: "number" }, cell(run))));
-    const settings = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))];
-    const different = settings.filter((name) => new Set(runs.map((run) => run.settings[name])).size > 1);
     return [
       el("section", { class: "charts" }, COMPARED.map(([key, title, options]) => chart(
         title, runs.map((run, i) => ({ name: run.name, colour: `k${i % 10}`, points: run.curves[key], dots: options.dots })), options,
