@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from system.awake import AwakeTimeout, awake_s
 from system.engine.control import EngineControl, Http, Unreachable
 from system.engine.entropy import TopEntropy
 from system.engine.protocol import Chunk, EngineError, EngineLost, Finish, GenerateRequest
@@ -71,7 +72,8 @@ class EnginePool:
     """Generates on the servers at ``urls``.  Implements :class:`~system.engine.protocol.Engine`.
 
     :class:`~system.engine.router.Router` chooses a server for each request.  ``deadline_s`` bounds one
-    ``generate`` call, ``stall_s`` the time without any answer after which a stream counts as broken (set it
+    ``generate`` call (without standstills of this process, after which a stream may have to go on in another
+    request), ``stall_s`` the time without any answer after which a stream counts as broken (set it
     above the longest pause), ``retries`` the failures in a row that are mended by trying again.  Only what
     cannot duplicate a token is tried again: a request that never began, or the rest of one whose stream
     broke, with its tokens so far as part of the prompt.  ``in_flight`` bounds this pool's requests at one
@@ -140,7 +142,7 @@ class EnginePool:
             raise EngineError(f"request id {request.rid!r} is in use")
         await self._listen()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._deadline_s
+        deadline = awake_s() + self._deadline_s
         progress = _Progress(request)
         self._live[request.rid] = progress
         attempt, failures, finished = 0, 0, False
@@ -211,7 +213,7 @@ class EnginePool:
             turns, began = self._turns[place.url], loop.time()
             waits = turns.locked()
             try:
-                async with asyncio.timeout_at(deadline):
+                async with AwakeTimeout(deadline - awake_s()):
                     await turns.acquire()
             except BaseException as error:
                 self._router.end(place)
@@ -353,11 +355,11 @@ class EnginePool:
 
     def _patience(self, deadline: float) -> aiohttp.ClientTimeout:
         """Deadlines of one HTTP call: to connect, between two reads, and altogether."""
-        left = max(deadline - asyncio.get_running_loop().time(), 1e-3)
+        left = max(deadline - awake_s(), 1e-3)
         return aiohttp.ClientTimeout(total=left, sock_connect=CONNECT_S, sock_read=self._stall_s)
 
     def _broken(self, error: Exception, deadline: float, rid: str) -> Exception:
-        if asyncio.get_running_loop().time() >= deadline:
+        if awake_s() >= deadline:
             return self._too_late(rid)
         broken = _Broken(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         broken.unreachable = isinstance(error, aiohttp.ClientConnectorError)
@@ -369,7 +371,7 @@ class EnginePool:
     async def _back_off(self, failures: int, deadline: float, rid: str) -> None:
         longest = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** max(failures - 1, 0))
         wait = longest * random.uniform(0.5, 1.0)
-        if asyncio.get_running_loop().time() + wait >= deadline:
+        if awake_s() + wait >= deadline:
             raise self._too_late(rid)
         await asyncio.sleep(wait)
 
