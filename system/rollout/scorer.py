@@ -87,7 +87,8 @@ def groupwise(reward: object) -> TypeGuard[GroupReward]:
 
 def make_reward(config: Config, chosen: ChosenReward, **offered: Any) -> Any:
     """The reward, by its name.  Raises PluginError."""
-    return REWARDS.at(chosen.key).make(chosen.name, chosen.options, config=config, **offered)
+    offered |= {"config": config, "deadline_s": chosen.deadline_s}
+    return REWARDS.at(chosen.key).make(chosen.name, chosen.options, **offered)
 
 
 class Scorer:
